@@ -1,0 +1,294 @@
+"""One frozen dataclass per stage, the size dial that fills it, and TOML in and out.
+
+Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
+directory and the report as they are.
+
+A stage's configuration is resolved in this order, later wins: the size's defaults, a ``--config`` file's section of
+the stage's name, the flags given on the command line. ``None`` means "decided by the stage from public facts" (the
+data set's declared size, ε), and the stage's docstring says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from .errors import InputError, UsageError, nearest
+
+SIZES = ("tiny", "small", "paper")
+
+DEFAULT_DATA = "digits"
+DEFAULT_DELTA = 1e-5
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Phase I, first half: images of a random process."""
+
+    process: str = "stylegan-oriented"
+    count: int = 4000
+    resolution: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Phase I, second half: a feature extractor from those images. Fields of the other architecture are unused."""
+
+    arch: str = "patchnet"
+    seed: int = 0
+    random_init: bool = False
+    """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
+    # patchnet
+    filters: int = 400
+    patch_size: int = 6
+    stride: int = 1
+    dictionary_patches: int = 100_000
+    dictionary_iterations: int = 8
+    # wrn-D-K
+    steps: int = 300
+    batch_size: int = 64
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    projection_hidden: int = 512
+    projection_dim: int = 128
+    layer_order: str = "relu-norm-conv"
+    weight_standardisation: bool = True
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Phase II: a head on frozen features, fitted with DP-SGD."""
+
+    data: str = DEFAULT_DATA
+    epsilon: float = 1.0
+    delta: float | None = None
+    share: float | None = None
+    steps: int = 120
+    batch_size: int | None = None
+    """Expected batch; None is full batch (sampling rate 1)."""
+    lr: float | None = None
+    momentum: float = 0.9
+    clip_norm: float = 1.0
+    views: int = 1
+    released: str = "average"
+    """What is released: the 'average' of the second half of the iterates, the 'ema', or the 'last' one."""
+    dims: int = 1024
+    statistics_images: int = 4000
+    whitening_floor: float = 0.1
+    mirror: bool | None = None
+    """Average the features of an image and its mirror image; None follows the data set's declaration."""
+    classes: int | None = None
+    """Number of classes, for data that do not declare it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Phase III: every parameter, with DP-SGD."""
+
+    source: str = "probe"
+    """'probe' starts from Phases I and II; 'scratch' from a random WRN (De et al. 2022)."""
+    data: str = DEFAULT_DATA
+    epsilon: float = 1.0
+    delta: float | None = None
+    steps: int = 20
+    batch_size: int | None = None
+    lr: float | None = None
+    extractor_lr: float | None = None
+    momentum: float = 0.0
+    clip_norm: float = 1.0
+    views: int = 1
+    ema: float = 0.9999
+    arch: str = "wrn-16-4"
+    """Used by source = 'scratch' alone."""
+    checkpoint_every: int = 10
+    classes: int | None = None
+    seed: int = 0
+
+
+StageConfig = GenerateConfig | PretrainConfig | ProbeConfig | FinetuneConfig
+Config = TypeVar("Config", GenerateConfig, PretrainConfig, ProbeConfig, FinetuneConfig)
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "generate": GenerateConfig,
+    "pretrain": PretrainConfig,
+    "probe": ProbeConfig,
+    "finetune": FinetuneConfig,
+}
+
+SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"generate": {}, "pretrain": {}, "probe": {}, "finetune": {}},
+    "small": {
+        "generate": {"count": 24_000},
+        "pretrain": {
+            "filters": 1600,
+            "dictionary_patches": 400_000,
+            "steps": 2500,
+            "batch_size": 128,
+            "lr": 0.06,
+            "projection_hidden": 1024,
+            "checkpoint_every": 100,
+        },
+        "probe": {"dims": 2048, "statistics_images": 8000},
+        "finetune": {"steps": 40},
+    },
+    # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
+    "paper": {
+        "generate": {"count": 105_000, "resolution": 256},
+        "pretrain": {
+            "arch": "wrn-16-4",
+            "filters": 6400,
+            "dictionary_patches": 1_000_000,
+            "steps": 82_000,
+            "batch_size": 256,
+            "lr": 0.12,
+            "schedule": "step",
+            "projection_hidden": 4096,
+            "checkpoint_every": 1000,
+        },
+        "probe": {"dims": 4096, "statistics_images": 16_000, "steps": 100},
+        "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
+    },
+}
+
+
+def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> StageConfig:
+    """Build one stage's configuration.
+
+    Args:
+        stage: 'generate', 'pretrain', 'probe' or 'finetune'.
+        size: 'tiny', 'small' or 'paper'.
+        file: TOML with one table per stage, or None.
+        flags: what the command line said; ``None`` values were not given.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UsageError: unknown size, key or value out of range.
+        InputError: the file cannot be read as TOML.
+    """
+    if size not in SIZES:
+        raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
+    values = dict(SIZE_DEFAULTS[size][stage])
+    if file is not None:
+        values |= _section(read_toml(file), stage, file)
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return build(stage, values)
+
+
+def build(stage: str, values: dict[str, Any]) -> StageConfig:
+    """Configuration from plain values, checked key by key.
+
+    Raises:
+        UsageError: unknown key, wrong type, or a value out of its range.
+    """
+    kind = STAGE_CONFIGS[stage]
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
+        if not _fits(value, hints[key]):
+            expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")
+            raise UsageError(f"[{stage}] {key} = {value!r} is not of type {expected}", fix=f"give {key} as {expected}")
+    config = kind(**{key: float(v) if hints[key] in (float, float | None) and v is not None else v
+                     for key, v in values.items()})
+    validate(stage, config)
+    return config
+
+
+def as_dict(config: StageConfig) -> dict[str, Any]:
+    """Plain values of a configuration, None left out."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        InputError: missing, unreadable, or not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the configuration file {file}: {error.strerror}", fix="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
+
+
+def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
+    for key in document:
+        if key not in STAGE_CONFIGS:
+            raise UsageError(f"{file} has a table [{key}] that is no stage", fix=nearest(key, STAGE_CONFIGS))
+    section = document.get(stage, {})
+    if not isinstance(section, dict):
+        raise UsageError(f"{file}: {stage} is not a table", fix=f"write [{stage}] and its settings below it")
+    return section
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML or command-line value may stand for a field of this type (an int may stand for a float)."""
+    allowed = getattr(hint, "__args__", (hint,))
+    if value is None:
+        return type(None) in allowed
+    if isinstance(value, bool):
+        return bool in allowed
+    if isinstance(value, int):
+        return int in allowed or float in allowed
+    return isinstance(value, tuple(kind for kind in allowed if kind is not type(None)))
+
+
+_POSITIVE = (
+    "count", "resolution", "filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations", "steps",
+    "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views", "dims", "statistics_images",
+    "lr", "clip_norm", "whitening_floor",
+)  # fmt: skip
+
+
+def validate(stage: str, config: StageConfig) -> None:
+    """Refuse values out of range, naming the value.
+
+    Raises:
+        UsageError: always with exit code 2.
+    """
+    values = as_dict(config)
+    for key in _POSITIVE:
+        value = values.get(key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
+    for key, (low, high) in {"momentum": (0, 1), "ema": (0, 1), "extractor_lr": (0, math.inf)}.items():
+        value = values.get(key)
+        if value is not None and not low <= value < high:
+            raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
+    if values.get("seed", 0) < 0:
+        raise UsageError(f"seed = {values['seed']} is negative", fix="give a seed of 0 or more")
+    if "epsilon" in values and not values["epsilon"] > 0:
+        raise UsageError(
+            f"epsilon = {values['epsilon']!r} is no privacy budget",
+            fix="give a number above 0, such as --eps 1, or --eps inf for a model without privacy",
+        )
+    if "delta" in values and not 0 < values["delta"] < 1:
+        raise UsageError(f"delta = {values['delta']!r} lies outside (0, 1)", fix="use a delta below 1/N, such as 1e-5")
+    if "share" in values and not 0 < values["share"] <= 1:
+        raise UsageError(
+            f"share = {values['share']!r} lies outside (0, 1]",
+            fix="give the probe a part of epsilon such as 0.3, or 1 to fit nothing but the probe",
+        )
+    choices = {
+        "schedule": ("cosine", "step"),
+        "released": ("average", "ema", "last"),
+        "source": ("probe", "scratch"),
+    }
+    for key, known in choices.items():
+        if key in values and values[key] not in known:
+            raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
+    if stage == "generate" and config.resolution not in (32, 64, 128, 256):
+        raise UsageError(f"resolution = {config.resolution} is not offered", fix="choose 32, 64, 128 or 256")

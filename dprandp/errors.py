@@ -1,0 +1,86 @@
+"""One exception class per exit code: what was wrong, with which value, what to do next.
+
+Imports nothing of the package. ``cli.py`` turns each class into its exit code; nothing else decides exit codes.
+
+====  =====================  =====================================================
+code  class                  meaning
+====  =====================  =====================================================
+1     (any other exception)  a bug in dprandp
+2     UsageError             a flag or a configuration value makes no sense
+3     InputError             an input is missing or invalid (data, shards, folders)
+4     CheckpointError        a checkpoint is corrupt or belongs to something else
+5     BudgetError            the privacy budget refuses
+6     StorageError           disk full, read-only, locked, or another IO failure
+130   (SIGINT) / 143 (SIGTERM), after a saved checkpoint
+====  =====================  =====================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DprandpError(Exception):
+    """Base of every error that a user can cause and mend.
+
+    Args:
+        problem: one sentence saying what was wrong, with the offending value. It must hold nothing private:
+            no pixel, label, index or file name of a private example.
+        fix: one sentence saying what to do next.
+        private_detail: what only the data's owner may see (a file name, a position). Printed with ``--debug`` alone.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str, private_detail: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+        self.private_detail = private_detail
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  fix: {self.fix}"
+
+
+class UsageError(DprandpError):
+    """A flag or a configuration value makes no sense (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(DprandpError):
+    """An input is missing or invalid (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(DprandpError):
+    """A checkpoint is corrupt, incomplete or of another shape (exit code 4)."""
+
+    exit_code = 4
+
+
+class BudgetError(DprandpError):
+    """The privacy budget does not allow what was asked (exit code 5)."""
+
+    exit_code = 5
+
+
+class StorageError(DprandpError):
+    """The disk refused: full, read-only, locked by another process (exit code 6)."""
+
+    exit_code = 6
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name the closest known spellings, as the tail of a sentence.
+
+    Returns:
+        ``"did you mean 'cifar10'?"`` or, when nothing is close, ``"known: a, b, c"``.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
+    return "known: " + ", ".join(known)

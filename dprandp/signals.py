@@ -1,0 +1,102 @@
+"""Stop when asked, at a place where nothing is lost.
+
+The first SIGINT or SIGTERM only raises a flag; the training loop looks at it between two steps, saves a checkpoint and raises
+``Interrupted``, which becomes exit code 130 or 143. The second signal ends the process at once.
+
+Imports nothing of the package but ``errors``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dprandp.errors import DprandpError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(DprandpError):
+    """A signal stopped the run, after its state was saved (exit code 128 + signal number: 130 or 143)."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signal.Signals(signum)
+        self.exit_code = 128 + int(signum)
+        super().__init__(
+            f"stopped by {self.signum.name}; the state was saved",
+            fix="run the same command again to go on from there",
+        )
+
+
+class Stop:
+    """The flag between the signal handler and the loop.
+
+    Attributes:
+        requested: None, or the first signal received.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+
+    def raise_if_requested(self) -> None:
+        """Raise ``Interrupted`` if a signal came. Call it only once the checkpoint is saved.
+
+        Raises:
+            Interrupted: a signal was received.
+        """
+        if self.requested is not None:
+            raise Interrupted(self.requested)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(signum)
+            message = f"\n{self.requested.name}: stopping after this step and saving; once more to stop at once\n"
+            # os.write, because a handler may run in the middle of a print, whose buffer refuses to be entered twice.
+            os.write(2, message.encode())
+            return
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+
+_active: Stop | None = None
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Hold SIGINT and SIGTERM back until the next step boundary.
+
+    ::
+
+        with graceful_stop() as stop:
+            for step in ...:
+                ...
+                if stop.requested:
+                    checkpoint.save(...)
+                    stop.raise_if_requested()
+
+    Nested blocks share the outermost one's flag, so a command of several stages cannot lose a signal that arrives between two
+    of them. A signal that the parent process told us to ignore (``nohup``, a background job) stays ignored. Outside the main
+    thread Python delivers no signals: the flag then never rises.
+    """
+    global _active
+    if _active is not None or threading.current_thread() is not threading.main_thread():
+        yield _active or Stop()
+        return
+    stop = Stop()
+    previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    held = [signum for signum in _SIGNALS if previous[signum] is not signal.SIG_IGN]
+    sys.stderr.flush()
+    _active = stop
+    try:
+        for signum in held:
+            signal.signal(signum, stop._handle)
+        yield stop
+    finally:
+        _active = None
+        for signum in held:
+            signal.signal(signum, previous[signum] if previous[signum] is not None else signal.SIG_DFL)

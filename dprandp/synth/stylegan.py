@@ -1,0 +1,183 @@
+"""``stylegan-oriented``: images of untrained StyleGAN2 networks whose filters are oriented wavelets.
+
+Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021; skip architecture, filter [1, 3, 3, 1] and
+demodulation as in StyleGAN2 (Karras et al., CVPR 2020).
+
+**Why no weight is ever formed.** The weight of a convolution is W[o, i] = s_o · wavelet(i): it depends on the output
+channel only through a scalar, and demodulation divides by |s_o|. Every output channel of a layer is therefore
+±S + noise + bias_o with one common map
+
+    S = Σ_i style_i · wavelet(i) ∗ x_i / √(Σ_i style_i² |wavelet(i)|²),
+
+and its activation is x_o = √2·ReLU(v + bias_o) or √2·ReLU(u + bias_o), with v = S + noise and u = −S + noise. All that a
+later layer needs of the x_o are weighted sums over o: nine per convolution (one per tap of the 3×3 filter, the weight of
+channel i being style_i · wavelet(i)[tap]) and three per RGB layer. A weighted sum of shifted ReLUs of one variable is
+piecewise linear: with the biases sorted, cumulative sums of weight and weight·bias give slope and intercept between
+any two neighbouring breakpoints (:func:`activation_sums`). Exact, and three orders of magnitude cheaper than the dense form.
+
+**Order of the upsampling.** As in StyleGAN2: transposed convolution of stride 2 (H → 2H+1), then the FIR filter
+[1, 3, 3, 1]/4 along both axes (→ 2H), then noise, bias and ReLU. The plain layers correlate, zero padded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from dprandp.synth.pink_noise import area_resize
+from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images, draw_network
+from dprandp.synth.wavelets import wavelets
+
+CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
+GAIN = math.sqrt(2.0)
+TAPS = 9
+_WAVELET_TAPS = torch.from_numpy(wavelets().reshape(-1, TAPS)).float()
+
+
+def tap_weights(draws: ConvDraws, upsamples: bool) -> torch.Tensor:
+    """Weight of every input channel in each of the nine tap maps, modulated and demodulated.
+
+    Returns:
+        float32 [B, in_channels, 9]; tap t of the result is what :func:`combine_taps` adds at offset (t // 3, t % 3).
+        A correlation is a scatter with the taps in reverse order.
+    """
+    taps = _WAVELET_TAPS if upsamples else _WAVELET_TAPS.flip(1)
+    weights = taps[draws.wavelet] * draws.style[:, :, None]
+    energy = weights.square().sum(dim=(1, 2), keepdim=True)
+    return weights * torch.rsqrt(energy)
+
+
+def activation_sums(common: torch.Tensor, noise: torch.Tensor, draws: ConvDraws, weights: torch.Tensor) -> torch.Tensor:
+    """Σ_o weights[o, f] · √2·ReLU(±S + noise + bias_o), for every pixel and every f.
+
+    Args:
+        common: float32 [B, P], the map S at P pixels.
+        noise: float32 [B, P].
+        draws: signs and biases of the C channels.
+        weights: float32 [B, C, F].
+
+    Returns:
+        float32 [B, P, F].
+    """
+    batch, channels, functions = weights.shape
+    # A channel is active where ±S + noise > −bias: by descending bias, the active ones of a sign are a prefix.
+    threshold, order = torch.sort(-draws.bias, dim=1)
+    order = order[:, :, None]
+    weights = GAIN * weights.gather(1, order.expand(-1, -1, functions))
+    negative = draws.negative[:, :, None].gather(1, order)
+    # Row r of the table: slope and intercept with the first r channels active, of either sign apart.
+    table = torch.zeros(batch, channels + 1, 2, 2, functions)
+    steps = table[:, 1:]
+    torch.mul(weights, ~negative, out=steps[:, :, 0, 0])
+    torch.mul(weights, negative, out=steps[:, :, 1, 0])
+    torch.mul(steps[:, :, :, 0], -threshold[:, :, None, None], out=steps[:, :, :, 1])
+    table = table.cumsum(dim=1).view(-1, functions)
+
+    first_row = torch.arange(batch)[:, None] * (channels + 1)
+    rows, factors = [], []
+    for sign, argument in enumerate((noise + common, noise - common)):
+        active = torch.searchsorted(threshold, argument) + first_row
+        rows += [4 * active + 2 * sign, 4 * active + 2 * sign + 1]
+        factors += [argument, torch.ones_like(argument)]
+    return functional.embedding_bag(
+        torch.stack(rows, dim=-1).view(-1, 4),
+        table,
+        per_sample_weights=torch.stack(factors, dim=-1).view(-1, 4),
+        mode="sum",
+    ).view(batch, -1, functions)
+
+
+def fir_filter(maps: torch.Tensor) -> torch.Tensor:
+    """[1, 3, 3, 1]/4 along the last two axes, without padding: [B, N, M] → [B, N−3, M−3]."""
+    for axis in (1, 2):
+        length = maps.shape[axis] - 3
+        outer = maps.narrow(axis, 0, length) + maps.narrow(axis, 3, length)
+        inner = maps.narrow(axis, 1, length) + maps.narrow(axis, 2, length)
+        maps = outer.add_(inner, alpha=3.0).mul_(0.25)
+    return maps
+
+
+def combine_taps(taps: torch.Tensor, size: int, upsamples: bool) -> torch.Tensor:
+    """Scatter the nine tap maps of a `size` × `size` input and add them up: the convolution itself.
+
+    Args:
+        taps: float32 [B, size², 9].
+
+    Returns:
+        float32 [B, R, R] with R = 2·size when `upsamples`, else `size`.
+    """
+    columns = taps.transpose(1, 2).contiguous()
+    if not upsamples:
+        return functional.fold(columns, (size, size), kernel_size=3, padding=1)[:, 0]
+    grown = functional.fold(columns, (2 * size + 1, 2 * size + 1), kernel_size=3, stride=2)[:, 0]
+    return fir_filter(functional.pad(grown, (1, 1, 1, 1)))
+
+
+def upsample_rgb(image: torch.Tensor) -> torch.Tensor:
+    """StyleGAN2's skip upsampling: zeros between the pixels, then the FIR filter. [B, 3, H, H] → [B, 3, 2H, 2H]."""
+    batch, channels, size, _ = image.shape
+    grown = torch.zeros(batch * channels, 2 * size + 3, 2 * size + 3)
+    grown[:, 2:-1:2, 2:-1:2] = image.reshape(-1, size, size)
+    return fir_filter(grown).view(batch, channels, 2 * size, 2 * size)
+
+
+def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
+    """Run the networks up to the RGB image, before the colour step: float32 [B, 3, R, R]."""
+    batch = draws.noise.shape[0]
+    taps = network.constant.flatten(1).T @ tap_weights(draws.convs[0], upsamples=False)
+    image = torch.zeros(batch, 3, 2, 2)
+    rgb_weights = iter(draws.rgb)
+    size = network.shapes[0].resolution
+    last = len(network.shapes) - 1
+    for index, (shape, conv) in enumerate(zip(network.shapes, draws.convs, strict=True)):
+        common = combine_taps(taps, size, shape.upsamples)
+        size = shape.resolution
+        noise = area_resize(draws.noise, size) * conv.noise_scale[:, None, None]
+        weights = [next(rgb_weights)] if shape.feeds_rgb else []
+        if index < last:
+            weights.append(tap_weights(draws.convs[index + 1], network.shapes[index + 1].upsamples))
+        sums = activation_sums(common.flatten(1), noise.flatten(1), conv, torch.cat(weights, dim=2))
+        if shape.feeds_rgb:
+            rgb, sums = sums[:, :, :3], sums[:, :, 3:]
+            image = upsample_rgb(image) + rgb.transpose(1, 2).reshape(batch, 3, size, size)
+        taps = sums
+    return image
+
+
+def colour(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Standardise each channel, give it the drawn mean and standard deviation, clip to [0, 1].
+
+    Args:
+        image: float32 [B, 3, R, R].
+        mean, std: float32 [B, 3].
+    """
+    spread, centre = torch.std_mean(image, dim=(2, 3), correction=0, keepdim=True)
+    scale = std[:, :, None, None] / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    return ((image - centre) * scale + mean[:, :, None, None]).clamp_(0.0, 1.0)
+
+
+def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+    """Images of one network.
+
+    The images are drawn in chunks of a fixed size and a chunk is always rendered whole, so a smaller `count` gives a
+    prefix of the same images, byte for byte.
+
+    Args:
+        random: consumed; the same state gives the same bytes.
+        count: images.
+        resolution: pixels per side, a power of two, 4 to 1024.
+
+    Returns:
+        uint8 [count, resolution, resolution, 3].
+    """
+    network = draw_network(random, resolution)
+    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
+    for start in range(0, count, CHUNK):
+        draws = draw_images(random, network, CHUNK)
+        chunk = colour(synthesise(network, draws), draws.colour_mean, draws.colour_std)
+        pixels = chunk.mul_(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        images[start : start + CHUNK] = pixels[: count - start]
+    return images

@@ -1,0 +1,172 @@
+"""Everything random in ``stylegan-oriented``: the networks and the per-image draws, without any rendering.
+
+The renderer (``stylegan.py``) and the dense oracle of the tests read the same draws. Source: Baradad et al.,
+"Learning to See by Looking at Noise", NeurIPS 2021; the architecture is StyleGAN2's (Karras et al., CVPR 2020).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dprandp.synth.pink_noise import draw_pink_noise
+from dprandp.synth.wavelets import wavelets
+
+LATENT = 512
+MAX_CHANNELS = 512
+START_RESOLUTION = 4
+WAVELETS = len(wavelets())
+WAVELETS_PER_LAYER = (5, 40)
+BIAS_RANGE = 0.2
+NOISE_SCALE_MAX = 0.3
+LEAKY_SLOPE = 0.2
+COLOUR_MEAN = ((0.483, 0.145), (0.455, 0.142), (0.401, 0.161))  # (mean, std) of the normal, per channel R, G, B
+COLOUR_STD = ((0.219, 0.063), (0.213, 0.062), (0.213, 0.069))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One 3×3 convolution: output `resolution`, whether it upsamples ×2 first, whether an RGB layer reads it."""
+
+    resolution: int
+    in_channels: int
+    out_channels: int
+    upsamples: bool
+    feeds_rgb: bool
+
+
+def channels_at(resolution: int) -> int:
+    """min(32768 / resolution, 512) feature channels."""
+    return min(32768 // resolution, MAX_CHANNELS)
+
+
+def layer_shapes(resolution: int) -> list[LayerShape]:
+    """The convolutions of a network that renders `resolution`: one at 4×4, then two per doubling."""
+    channels = channels_at(START_RESOLUTION)
+    shapes = [LayerShape(START_RESOLUTION, channels, channels, upsamples=False, feeds_rgb=True)]
+    size = 2 * START_RESOLUTION
+    while size <= resolution:
+        channels, previous = channels_at(size), channels
+        shapes.append(LayerShape(size, previous, channels, upsamples=True, feeds_rgb=False))
+        shapes.append(LayerShape(size, channels, channels, upsamples=False, feeds_rgb=True))
+        size *= 2
+    return shapes
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the images of one block share.
+
+    Attributes:
+        shapes: the convolutions, first to last.
+        constant: float32 [512, 4, 4], the input of the first one, N(0, 1).
+        conv_affines: per convolution float32 [in_channels, 512], N(0, 1)/√512: style = affine · w + 1.
+        rgb_affines: the same per RGB layer, [channels, 512].
+    """
+
+    shapes: list[LayerShape]
+    constant: torch.Tensor
+    conv_affines: list[torch.Tensor]
+    rgb_affines: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ConvDraws:
+    """One convolution of a batch of B images.
+
+    Attributes:
+        style: float32 [B, in_channels].
+        wavelet: int64 [B, in_channels], which of the forty wavelets every input channel gets.
+        negative: bool [B, out_channels], the sign of s_o; demodulation removes |s_o|, so it is never drawn.
+        bias: float32 [B, out_channels], U(−.2, .2).
+        noise_scale: float32 [B], U(0, .3).
+    """
+
+    style: torch.Tensor
+    wavelet: torch.Tensor
+    negative: torch.Tensor
+    bias: torch.Tensor
+    noise_scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ImageDraws:
+    """All draws of a batch of B images.
+
+    Attributes:
+        convs: one entry per convolution.
+        rgb: per RGB layer float32 [B, channels, 3], weights that are already modulated and divided by √channels.
+        noise: float32 [B, R, R], pink noise of standard deviation 1.
+        colour_mean, colour_std: float32 [B, 3].
+    """
+
+    convs: list[ConvDraws]
+    rgb: list[torch.Tensor]
+    noise: torch.Tensor
+    colour_mean: torch.Tensor
+    colour_std: torch.Tensor
+
+
+def _normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+
+
+def draw_network(random: np.random.Generator, resolution: int) -> Network:
+    """Draw the constant input and the style affines that the images of one block share."""
+    shapes = layer_shapes(resolution)
+    constant = _normal(random, shapes[0].in_channels, START_RESOLUTION, START_RESOLUTION)
+    conv_affines = [_normal(random, shape.in_channels, LATENT) / LATENT**0.5 for shape in shapes]
+    rgb_affines = [_normal(random, shape.out_channels, LATENT) / LATENT**0.5 for shape in shapes if shape.feeds_rgb]
+    return Network(shapes, constant, conv_affines, rgb_affines)
+
+
+def _draw_style(random: np.random.Generator, affine: torch.Tensor, count: int) -> torch.Tensor:
+    latent = torch.nn.functional.leaky_relu(_normal(random, count, LATENT), LEAKY_SLOPE)
+    return latent @ affine.T + 1.0
+
+
+def draw_wavelet_choice(random: np.random.Generator, count: int, channels: int) -> np.ndarray:
+    """Per image draw n ~ U{5…40} different wavelets, then one of those n for every channel: int64 [count, channels]."""
+    low, high = WAVELETS_PER_LAYER
+    kept = random.integers(low, high, size=(count, 1), endpoint=True)
+    shuffled = random.permuted(np.tile(np.arange(WAVELETS), (count, 1)), axis=1)
+    return np.take_along_axis(shuffled, random.integers(0, kept, size=(count, channels)), axis=1)
+
+
+def _draw_conv(random: np.random.Generator, shape: LayerShape, affine: torch.Tensor, count: int) -> ConvDraws:
+    out = (count, shape.out_channels)
+    return ConvDraws(
+        style=_draw_style(random, affine, count),
+        wavelet=torch.from_numpy(draw_wavelet_choice(random, count, shape.in_channels)),
+        negative=torch.from_numpy(random.integers(0, 2, size=out, dtype=bool)),
+        bias=torch.from_numpy((random.random(out, dtype=np.float32) * 2.0 - 1.0) * np.float32(BIAS_RANGE)),
+        noise_scale=torch.from_numpy(random.random(count, dtype=np.float32) * np.float32(NOISE_SCALE_MAX)),
+    )
+
+
+def _draw_rgb(random: np.random.Generator, affine: torch.Tensor, count: int) -> torch.Tensor:
+    style = _draw_style(random, affine, count)
+    channels = style.shape[1]
+    return _normal(random, count, channels, 3) * (style / channels**0.5)[:, :, None]
+
+
+def _draw_colour(random: np.random.Generator, count: int, law: tuple[tuple[float, float], ...]) -> torch.Tensor:
+    centre, spread = torch.tensor(law, dtype=torch.float32).T
+    return centre + spread * _normal(random, count, 3)
+
+
+def draw_images(random: np.random.Generator, network: Network, count: int) -> ImageDraws:
+    """Draw `count` images of one network."""
+    convs = [
+        _draw_conv(random, shape, affine, count)
+        for shape, affine in zip(network.shapes, network.conv_affines, strict=True)
+    ]
+    return ImageDraws(
+        convs=convs,
+        rgb=[_draw_rgb(random, affine, count) for affine in network.rgb_affines],
+        noise=draw_pink_noise(random, count, network.shapes[-1].resolution),
+        colour_mean=_draw_colour(random, count, COLOUR_MEAN),
+        colour_std=_draw_colour(random, count, COLOUR_STD),
+    )

@@ -1,0 +1,141 @@
+"""What is reported about a test split, through scikit-learn, and the k-nearest-neighbour accuracy of features."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax
+from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, roc_auc_score
+from torch import Tensor
+
+from dprandp.errors import InputError, UsageError
+
+_SMALLEST_PROBABILITY = 1e-12  # a wrong answer given with certainty costs 27.6 nats, not infinity
+
+
+def classification_metrics(
+    scores: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, kind: Literal["logits", "probabilities"] = "logits"
+) -> dict[str, float | None | list[list[int]]]:
+    """Accuracy, balanced accuracy, AUC, loss and the confusion matrix; plain Python values, ready for JSON.
+
+    A class that does not occur among the labels has no recall and no ROC curve. It is left out of ``balanced_accuracy``
+    and ``auc``, which are averages over the classes that do occur, and its row in ``confusion`` is zero.
+
+    Args:
+        scores: floating [N, C], N >= 1, C >= 2: logits, or probabilities whose rows sum to 1.
+        labels: integers [N] in 0..C-1.
+        kind: which of the two ``scores`` are.
+
+    Returns:
+        accuracy: share of rows whose largest score (the first of several) is at the label, in [0, 1].
+        balanced_accuracy: mean recall over the classes that occur, in [0, 1].
+        auc: one-vs-rest area under the ROC curve, mean over the classes that occur; with two classes the plain AUC.
+            None when a single class occurs: there is nothing to rank.
+        loss: mean cross-entropy, nats; probabilities below 1e-12 count as 1e-12.
+        confusion: C rows (true class) of C counts (predicted class).
+
+    Raises:
+        InputError: no rows, shapes that do not fit, labels out of range.
+        UsageError: scores that are not finite (a diverged training), or negative probabilities, or an unknown kind.
+    """
+    scores = _array(scores).astype(np.float64)
+    labels = _array(labels)
+    if scores.ndim != 2 or scores.shape[1] < 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
+        raise InputError(
+            f"scores of shape {scores.shape} and labels of shape {labels.shape} cannot be compared",
+            fix="pass scores [N, C] with at least two classes and labels [N], N at least 1",
+        )
+    classes = scores.shape[1]
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"a label is not an integer in 0..{classes - 1}", fix="check the class list of the data set")
+    if not np.isfinite(scores).all():
+        raise UsageError(
+            "the model's scores hold values that are not finite: the training diverged",
+            fix="lower the learning rate; budget that was spent stays spent",
+        )
+    log_probabilities = _log_probabilities(scores, kind)
+
+    predicted = scores.argmax(axis=1)
+    present = np.unique(labels)
+    auc = None
+    if len(present) > 1:
+        auc = float(np.mean([roc_auc_score(labels == c, log_probabilities[:, c]) for c in present]))
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro")),
+        "auc": auc,
+        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "confusion": confusion_matrix(labels, predicted, labels=np.arange(classes)).tolist(),
+    }
+
+
+@torch.no_grad()
+def knn_accuracy(
+    features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20, *, block: int = 1024
+) -> float:
+    """Share of test rows whose k nearest neighbours by cosine similarity vote for the right class.
+
+    Every neighbour has one vote. A tie goes to the class with the larger sum of similarities, then to the smaller class
+    number. For public features only: neither the vote nor the result is private.
+
+    Args:
+        features: floating [N, D]; a row of zeros has similarity 0 to everything.
+        labels: int64 [N], at least 0.
+        test_features, test_labels: [M, D], [M], M >= 1, on the same device.
+        k: neighbours, 1..N.
+        block: test rows compared at once; memory is block · N floats, the result does not change.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        UsageError: k outside 1..N, or shapes that do not fit.
+    """
+    if not 1 <= k <= len(features):
+        raise UsageError(f"k = {k} neighbours cannot be taken from {len(features)} rows", fix="use a k from 1 to N")
+    if (
+        features.ndim != 2
+        or test_features.ndim != 2
+        or features.shape[1] != test_features.shape[1]
+        or labels.shape != features.shape[:1]
+        or test_labels.shape != test_features.shape[:1]
+        or len(test_labels) == 0
+    ):
+        raise UsageError(
+            f"features {tuple(features.shape)} with labels {tuple(labels.shape)} and test features "
+            f"{tuple(test_features.shape)} with labels {tuple(test_labels.shape)} do not fit",
+            fix="pass [N, D], [N], [M, D], [M] with M at least 1",
+        )
+    references = F.normalize(features.float(), dim=1).T
+    classes = int(labels.max()) + 1
+    right = 0
+    for start in range(0, len(test_features), block):
+        queries = F.normalize(test_features[start : start + block].float(), dim=1)
+        similarity, neighbours = (queries @ references).topk(k, dim=1)
+        # A vote is 1 plus at most 1/(k + 1), so that k similarities together can break a tie but never outvote a vote.
+        votes = 1 + (1 + similarity.double().clamp(-1, 1)) / (2 * (k + 1))
+        tally = torch.zeros(len(queries), classes, dtype=torch.float64, device=queries.device)
+        tally.scatter_add_(1, labels[neighbours], votes)
+        right += int((tally.argmax(dim=1) == test_labels[start : start + block]).sum())
+    return right / len(test_features)
+
+
+def _array(values: Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)
+
+
+def _log_probabilities(scores: np.ndarray, kind: str) -> np.ndarray:
+    floor = np.log(_SMALLEST_PROBABILITY)
+    if kind == "logits":
+        return np.maximum(log_softmax(scores, axis=1), floor)
+    if kind == "probabilities":
+        if scores.min() < 0 or not np.allclose(scores.sum(axis=1), 1, atol=1e-2):
+            raise UsageError("the scores are not probabilities: negative, or not summing to 1", fix="pass kind='logits'")
+        return np.log(np.maximum(scores, _SMALLEST_PROBABILITY))
+    raise UsageError(f"scores of kind {kind!r} are unknown", fix="use 'logits' or 'probabilities'")

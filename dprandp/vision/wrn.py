@@ -1,0 +1,306 @@
+"""The WideResNet of DP-RandP (Tang et al. 2023) with the refinements of De et al. 2022, and its projection head.
+
+Source of the shape: Zagoruyko & Komodakis 2016 (WRN), De et al. 2022 arXiv 2204.13650 (ReLU before GroupNorm, weight
+standardisation, convolutions with bias), Tang et al. 2023 arXiv 2306.06076 (the head). No layer mixes examples, so the
+network can be trained with per-example gradients: with a loop, with hooks, or with ``torch.func.vmap(grad)``.
+
+Memory formats: call ``model.to(memory_format=torch.channels_last)`` and run it under bfloat16 autocast for speed; the
+standardised weights are computed in the parameters' own precision first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dprandp.errors import UsageError, nearest
+
+# Public constants, the same for every data set: a mean or a deviation taken from private pixels would cost budget.
+IMAGE_MEAN = 0.5
+IMAGE_STD = 0.25
+
+_STANDARDISATION_FLOOR = 1e-4  # De et al. 2022: keeps a filter whose weights are all equal from dividing by zero
+_TRUNCATION_STD = 0.87962566  # standard deviation of N(0, 1) cut off at ±2, so that the weights drawn have the std asked
+
+
+class LayerOrder(NamedTuple):
+    """What comes before a convolution; each field is ``"relu-norm"`` or ``"norm-relu"``."""
+
+    branch: str  # before both 3×3 convolutions of a block
+    skip: str  # before the 1×1 convolution of the shortcut, where the width changes
+    final: str  # after the last block
+
+
+# The four orders compared by Sander et al. 2023 ("TAN without a burn", arXiv 2210.03403), under names that say what
+# they do; the number is that paper's own.
+LAYER_ORDERS: dict[str, LayerOrder] = {
+    "relu-norm-conv": LayerOrder("relu-norm", "relu-norm", "relu-norm"),  # 0: De et al. 2022, DP-RandP
+    "norm-relu-conv": LayerOrder("norm-relu", "norm-relu", "norm-relu"),  # 1: the usual pre-activation block
+    "norm-relu-conv+relu-norm-skip": LayerOrder("norm-relu", "relu-norm", "relu-norm"),  # 2
+    "relu-norm-conv+norm-relu-skip": LayerOrder("relu-norm", "norm-relu", "relu-norm"),  # 3: their best
+}
+
+
+def parse_wrn(name: str) -> tuple[int, int]:
+    """Read ``"wrn-DEPTH-WIDTH"``, e.g. ``"wrn-16-4"`` -> ``(16, 4)``.
+
+    Raises:
+        UsageError: another spelling, a depth that is not 6n + 4 with n >= 1, or a width below 1.
+    """
+    match = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", name)
+    if match is None:
+        raise UsageError(f"architecture {name!r} is not of the form wrn-DEPTH-WIDTH", fix="write for example wrn-16-4")
+    depth, width = int(match[1]), int(match[2])
+    _check_shape(depth, width)
+    return depth, width
+
+
+def parse_pooling(pooling: str) -> tuple[int, ...]:
+    """Read the pooling grids: ``"1+4"`` -> ``(1, 2)``, the side lengths of a 1×1 and of a 2×2 grid.
+
+    Raises:
+        UsageError: a part is not a square number of cells between 1 and 64, or a part occurs twice.
+    """
+    parts = pooling.split("+")
+    sides = [math.isqrt(int(part)) if part.isascii() and part.isdigit() else 0 for part in parts]
+    if any(not 1 <= side <= 8 or str(side * side) != part for side, part in zip(sides, parts, strict=True)) or len(
+        set(sides)
+    ) != len(sides):
+        raise UsageError(
+            f"pooling {pooling!r} is not a sum of different square numbers of cells",
+            fix="write for example 1 (global average), 4 (a 2×2 grid) or 1+4 (both)",
+        )
+    return tuple(sides)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Pixels to network input, ``(pixel - IMAGE_MEAN) / IMAGE_STD``, with constants that no data set has a say in.
+
+    Args:
+        images: [..., H, W], uint8 in 0..255, or floating point in [0, 1] (augmented views).
+
+    Returns:
+        float32 (or the given floating dtype) of the same shape and memory format, in [-2, 2].
+    """
+    if images.dtype == torch.uint8:
+        return images.float().mul_(1 / (255 * IMAGE_STD)).sub_(IMAGE_MEAN / IMAGE_STD)
+    if images.is_floating_point():
+        return images.mul(1 / IMAGE_STD).sub_(IMAGE_MEAN / IMAGE_STD)
+    raise UsageError(f"images of type {images.dtype} cannot be normalised", fix="pass uint8, or floats in [0, 1]")
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are standardised on every forward pass (De et al. 2022; Qiao et al. 2019).
+
+    Per filter: (W - mean) · gain / √max(var · fan_in, 1e-4), with the population variance over the filter's fan_in
+    weights and a trained gain per filter that starts at 1. The bias is kept as it is.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+        self.gain = nn.Parameter(torch.ones(out_channels))
+
+    def standardised_weight(self) -> Tensor:
+        """The filters in use, of the shape of ``weight``."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        fan_in = self.weight[0].numel()
+        scale = self.gain.view(-1, 1, 1, 1) * torch.rsqrt((variance * fan_in).clamp(min=_STANDARDISATION_FLOOR))
+        return (self.weight - mean) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.standardised_weight(), self.bias, self.stride, self.padding)
+
+
+def _activate(x: Tensor, norm: nn.GroupNorm, order: str) -> Tensor:
+    return norm(F.relu(x)) if order == "relu-norm" else F.relu(norm(x))
+
+
+class _Block(nn.Module):
+    """Two activated 3×3 convolutions beside a shortcut, which is a 1×1 convolution where the width changes."""
+
+    def __init__(self, wide_in: int, wide_out: int, stride: int, groups: int, order: LayerOrder, conv: type) -> None:
+        super().__init__()
+        self.order = order
+        self.norm1 = nn.GroupNorm(groups, wide_in)
+        self.conv1 = conv(wide_in, wide_out, 3, stride=stride, padding=1)
+        self.norm2 = nn.GroupNorm(groups, wide_out)
+        self.conv2 = conv(wide_out, wide_out, 3, padding=1)
+        # A stride needs the convolution too: a width factor of 1 keeps 16 channels in the first stage, whose stride is 1.
+        self.reshapes = wide_in != wide_out or stride != 1
+        if self.reshapes:
+            self.skip_norm = nn.GroupNorm(groups, wide_in)
+            self.skip_conv = conv(wide_in, wide_out, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.skip_conv(_activate(x, self.skip_norm, self.order.skip)) if self.reshapes else x
+        out = self.conv1(_activate(x, self.norm1, self.order.branch))
+        return skip + self.conv2(_activate(out, self.norm2, self.order.branch))
+
+
+class WideResNet(nn.Module):
+    """Stem conv3×3(16), three stages of (depth - 4)/6 blocks, 16k/32k/64k channels, strides 1/2/2, final activation.
+
+    Args:
+        depth, width: of the name wrn-DEPTH-WIDTH; depth = 6n + 4, width = the factor k.
+        norm_groups: groups of every GroupNorm; must divide 16. Published: 16.
+        weight_standardisation: standardise every convolution. Published DP-RandP: False; De et al. 2022: True.
+        layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
+        channels: of the input, 1 or 3.
+        pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see :func:`parse_pooling`.
+        generator: of the initial weights (public randomness); None means torch's global one.
+
+    Attributes:
+        map_channels: 64k, the channels of the feature map.
+        feature_dim: the length of a feature vector, 64k times the number of pooling cells.
+
+    Raises:
+        UsageError: impossible depth, width, groups, order, channels or pooling.
+
+    WRN-16-4 has 2.75 million parameters (2,746,608, and 2,512 gains more with weight standardisation).
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        *,
+        norm_groups: int = 16,
+        weight_standardisation: bool = True,
+        layer_order: str = "relu-norm-conv",
+        channels: int = 3,
+        pooling: str = "1+4",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shape(depth, width)
+        if norm_groups < 1 or 16 % norm_groups:
+            raise UsageError(f"{norm_groups} normalisation groups do not divide 16 channels", fix="use 1, 2, 4, 8 or 16")
+        if layer_order not in LAYER_ORDERS:
+            raise UsageError(f"layer order {layer_order!r} is unknown", fix=nearest(layer_order, LAYER_ORDERS))
+        if channels not in (1, 3):
+            raise UsageError(f"images of {channels} channels are not supported", fix="use 1 or 3 channels")
+        self._pooling_sides = parse_pooling(pooling)
+        order = LAYER_ORDERS[layer_order]
+        conv = StandardisedConv2d if weight_standardisation else nn.Conv2d
+
+        self.final_order = order.final
+        self.stem = conv(channels, 16, 3, padding=1)
+        blocks: list[nn.Module] = []
+        wide_in = 16
+        for wide_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+            for position in range((depth - 4) // 6):
+                blocks.append(_Block(wide_in, wide_out, stride if position == 0 else 1, norm_groups, order, conv))
+                wide_in = wide_out
+        self.blocks = nn.Sequential(*blocks)
+        self.final_norm = nn.GroupNorm(norm_groups, wide_in)
+        self.map_channels = wide_in
+        self.feature_dim = wide_in * sum(side * side for side in self._pooling_sides)
+        initialise(self, generator)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """The residual stream after the last block, without the final activation: what the published head reads.
+
+        Args:
+            x: float [B, channels, H, W], normalised (see :func:`normalise`).
+
+        Returns:
+            [B, 64k, H/4, W/4] (rounded up): 8×8 for 32×32 images.
+        """
+        return self.blocks(self.stem(x))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """The trunk followed by the final ReLU and GroupNorm, same shapes as :meth:`trunk`."""
+        return _activate(self.trunk(x), self.final_norm, self.final_order)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Average-pooled feature map, float [B, feature_dim].
+
+        The grids follow each other as in ``pooling``; within a grid the order is channel, row, column. With ``"1+4"``
+        the first 64k entries are the global averages and the next 256k the averages of the four quarters.
+        """
+        feature_map = self.feature_map(x)
+        return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._pooling_sides], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+class ProjectionHead(nn.Module):
+    """The head of contrastive pretraining, thrown away afterwards: flatten, two hidden layers, a linear embedding.
+
+    flatten -> Linear -> GroupNorm -> ReLU -> Linear -> GroupNorm -> ReLU -> Linear. No pooling before it. The first two
+    layers have no bias, for GroupNorm follows. The embedding is not of unit length: the loss normalises it.
+
+    Args:
+        input_dim: size of a flattened feature map, ``map_channels · 8 · 8`` for 32×32 images (16384 for WRN-16-4).
+        hidden_dim: published 4096, which is 84 million weights; 256 to 512 is enough for small networks.
+        embedding_dim: published 128.
+        norm_groups: must divide hidden_dim.
+        generator: of the initial weights; None means torch's global one.
+
+    Raises:
+        UsageError: a size below 1, or norm_groups does not divide hidden_dim.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        hidden_dim: int = 4096,
+        embedding_dim: int = 128,
+        norm_groups: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (input_dim, hidden_dim, embedding_dim, norm_groups)
+        if min(sizes) < 1 or hidden_dim % norm_groups:
+            raise UsageError(
+                f"projection head sizes {sizes} (input, hidden, embedding, groups) do not fit",
+                fix="use positive sizes and a hidden size that the number of groups divides",
+            )
+        self.linear1 = nn.Linear(input_dim, hidden_dim, bias=False)
+        self.norm1 = nn.GroupNorm(norm_groups, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.norm2 = nn.GroupNorm(norm_groups, hidden_dim)
+        self.linear3 = nn.Linear(hidden_dim, embedding_dim)
+        initialise(self, generator)
+
+    def first_layer(self, feature_map: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, input_dim] -> [B, hidden_dim], at least 0: the features of the published probe baseline."""
+        # contiguous() first: flatten must list channel, row, column whatever the memory format
+        return F.relu(self.norm1(self.linear1(feature_map.contiguous().flatten(1))))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, input_dim] -> embedding [B, embedding_dim], not normalised."""
+        return self.linear3(F.relu(self.norm2(self.linear2(self.first_layer(feature_map)))))
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw all weights anew, in the order of ``module.modules()``: truncated normal of std 1/√fan_in, biases 0.
+
+    The normal is cut off at two of its standard deviations, and widened so that the std after the cut is 1/√fan_in.
+    Norms and gains get weight 1 and bias 0.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            std = 1 / (math.sqrt(layer.weight[0].numel()) * _TRUNCATION_STD)
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.GroupNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, StandardisedConv2d):
+            nn.init.ones_(layer.gain)
+
+
+def _check_shape(depth: int, width: int) -> None:
+    if depth < 10 or (depth - 4) % 6:
+        raise UsageError(f"WideResNet depth {depth} is not 6n + 4", fix="use a depth of 10, 16, 22, 28, 34 or 40")
+    if width < 1:
+        raise UsageError(f"WideResNet width {width} is below 1", fix="use a width factor of 1 or more, e.g. 4")
