@@ -29,6 +29,7 @@ DEFAULT_DELTA = 1e-5
 class GenerateConfig:
     """Phase I, first half: images of a random process."""
 
+    size: str = "tiny"
     process: str = "stylegan-oriented"
     count: int = 4000
     resolution: int = 64
@@ -39,10 +40,13 @@ class GenerateConfig:
 class PretrainConfig:
     """Phase I, second half: a feature extractor from those images. Fields of the other architecture are unused."""
 
+    size: str = "tiny"
     arch: str = "patchnet"
     seed: int = 0
     random_init: bool = False
     """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
+    colour: str = "mixed"
+    """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
     # patchnet
     filters: int = 400
     patch_size: int = 6
@@ -67,6 +71,7 @@ class PretrainConfig:
 class ProbeConfig:
     """Phase II: a head on frozen features, fitted with DP-SGD."""
 
+    size: str = "tiny"
     data: str = DEFAULT_DATA
     epsilon: float = 1.0
     delta: float | None = None
@@ -94,6 +99,7 @@ class ProbeConfig:
 class FinetuneConfig:
     """Phase III: every parameter, with DP-SGD."""
 
+    size: str = "tiny"
     source: str = "probe"
     """'probe' starts from Phases I and II; 'scratch' from a random WRN (De et al. 2022)."""
     data: str = DEFAULT_DATA
@@ -102,7 +108,8 @@ class FinetuneConfig:
     steps: int = 20
     batch_size: int | None = None
     lr: float | None = None
-    extractor_lr: float | None = None
+    extractor_scale: float | None = None
+    """Factor on the extractor's gradient before the joint clip, and on its update: its share of clip and noise."""
     momentum: float = 0.0
     clip_norm: float = 1.0
     views: int = 1
@@ -178,7 +185,7 @@ def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> 
     """
     if size not in SIZES:
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
-    values = dict(SIZE_DEFAULTS[size][stage])
+    values = {"size": size, **SIZE_DEFAULTS[size][stage]}
     if file is not None:
         values |= _section(read_toml(file), stage, file)
     values |= {key: value for key, value in flags.items() if value is not None}
@@ -264,7 +271,7 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
-    for key, (low, high) in {"momentum": (0, 1), "ema": (0, 1), "extractor_lr": (0, math.inf)}.items():
+    for key, (low, high) in {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf)}.items():
         value = values.get(key)
         if value is not None and not low <= value < high:
             raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
@@ -286,9 +293,9 @@ def validate(stage: str, config: StageConfig) -> None:
         "schedule": ("cosine", "step"),
         "released": ("average", "ema", "last"),
         "source": ("probe", "scratch"),
+        "colour": ("rgb", "grey", "mixed"),
+        "size": SIZES,
     }
     for key, known in choices.items():
         if key in values and values[key] not in known:
             raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
-    if stage == "generate" and config.resolution not in (32, 64, 128, 256):
-        raise UsageError(f"resolution = {config.resolution} is not offered", fix="choose 32, 64, 128 or 256")

@@ -1,8 +1,9 @@
 """Named places at which a test may kill the process: a crash that can be repeated.
 
-A *fault point* does nothing until the environment holds ``DPRANDP_FAULT=name:n``. The n-th time (counted in this process, from
-1) that the run passes the point of that name, the process kills itself with SIGKILL: no cleanup, no ``finally``, no buffer
-flushed. What a resumed run finds on the disk is then exactly what a power cut or the kernel's out-of-memory killer leaves.
+A *fault point* does nothing until the environment holds ``DPRANDP_FAULT=name:n``. The n-th time (counted in this
+process, from 1) that the run passes the point of that name, the process kills itself with SIGKILL: no cleanup, no
+``finally``, no buffer flushed. What a resumed run finds on the disk is then exactly what a power cut or the kernel's
+out-of-memory killer leaves.
 
 Imports nothing of the package but ``errors``.
 """
@@ -40,8 +41,8 @@ def point(name: str) -> None:
         name: one of ``POINTS``.
 
     Raises:
-        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point. A crash test that never crashes would look like
-            a passed one.
+        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point. A crash test that never crashes would look
+            like a passed one.
         ValueError: the calling code names an unknown point.
     """
     if name not in POINTS:

@@ -1,8 +1,9 @@
 """Whole files or none: the one way in which this package writes to disk.
 
-``atomic_write`` (small files) and ``atomic_path`` (large ones) write under a temporary name in the same folder, force the bytes
-to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or the new one, never a
-part. Every ``OSError`` on the way becomes a ``StorageError`` that says what happened and what to do.
+``atomic_write`` (small files) and ``atomic_path`` (large ones) write under a temporary name in the same folder, force
+the bytes to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or
+the new one, never a part. Every ``OSError`` on the way becomes a ``StorageError`` that says what happened and what to
+do.
 
 Imports nothing of the package but ``errors`` and ``faults``.
 """
@@ -61,9 +62,10 @@ def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path to write; the file takes its real name only when the block ends well.
 
-    The temporary path is in the same folder (a rename across file systems is not atomic) and keeps the suffix, because writers
-    such as ``numpy.save`` append their own suffix where it is missing. On any exception the temporary file is removed and the
-    old file stays. A process killed inside the block leaves the temporary file behind; ``remove_leftovers`` sweeps it away.
+    The temporary path is in the same folder (a rename across file systems is not atomic) and keeps the suffix, because
+    writers such as ``numpy.save`` append their own suffix where it is missing. On any exception the temporary file is
+    removed and the old file stays. A process killed inside the block leaves the temporary file behind;
+    ``remove_leftovers`` sweeps it away.
 
     Raises:
         StorageError: any ``OSError``, including those of the block.
@@ -89,8 +91,8 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     When the call returns the content is on the disk, not only in the kernel's cache.
 
     Raises:
-        StorageError: disk full, quota, read-only, no permission, or any other ``OSError``. The old file is intact and no
-            temporary file is left.
+        StorageError: disk full, quota, read-only, no permission, or any other ``OSError``. The old file is intact and
+            no temporary file is left.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
     with atomic_path(path) as temporary, open(temporary, "xb") as file:
@@ -134,9 +136,9 @@ def file_sha256(path: Path | str) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Serialise to JSON that every parser accepts, keys in the given order.
 
-    JSON has no infinity and no NaN, and Python's default would print bare words that only Python reads back. Here infinities
-    become the strings ``"inf"`` and ``"-inf"`` (``float()`` understands them: the ε of a run without privacy is one), NaN
-    becomes ``null``.
+    JSON has no infinity and no NaN, and Python's default would print bare words that only Python reads back. Here
+    infinities become the strings ``"inf"`` and ``"-inf"`` (``float()`` understands them: the ε of a run without privacy
+    is one), NaN becomes ``null``.
 
     Raises:
         TypeError: a value JSON cannot hold.

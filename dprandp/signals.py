@@ -1,7 +1,7 @@
 """Stop when asked, at a place where nothing is lost.
 
-The first SIGINT or SIGTERM only raises a flag; the training loop looks at it between two steps, saves a checkpoint and raises
-``Interrupted``, which becomes exit code 130 or 143. The second signal ends the process at once.
+The first SIGINT or SIGTERM only raises a flag; the training loop looks at it between two steps, saves a checkpoint and
+raises ``Interrupted``, which becomes exit code 130 or 143. The second signal ends the process at once.
 
 Imports nothing of the package but ``errors``.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self._process = os.getpid()
 
     def raise_if_requested(self) -> None:
         """Raise ``Interrupted`` if a signal came. Call it only once the checkpoint is saved.
@@ -53,12 +53,17 @@ class Stop:
             raise Interrupted(self.requested)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested is None:
+        forked = os.getpid() != self._process
+        if forked and signum == signal.SIGINT:
+            return  # Ctrl-C reaches the whole process group; a worker goes on serving until its parent ends it
+        if self.requested is None and not forked:
             self.requested = signal.Signals(signum)
             message = f"\n{self.requested.name}: stopping after this step and saving; once more to stop at once\n"
             # os.write, because a handler may run in the middle of a print, whose buffer refuses to be entered twice.
             os.write(2, message.encode())
             return
+        if os.isatty(2) and not forked:
+            os.write(2, b"\x1b[?25h")  # a progress bar has hidden the cursor
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 
@@ -79,9 +84,9 @@ def graceful_stop() -> Iterator[Stop]:
                     checkpoint.save(...)
                     stop.raise_if_requested()
 
-    Nested blocks share the outermost one's flag, so a command of several stages cannot lose a signal that arrives between two
-    of them. A signal that the parent process told us to ignore (``nohup``, a background job) stays ignored. Outside the main
-    thread Python delivers no signals: the flag then never rises.
+    Nested blocks share the outermost one's flag, so a command of several stages cannot lose a signal that arrives
+    between two of them. A signal that the parent process told us to ignore (``nohup``, a background job) stays ignored.
+    Outside the main thread Python delivers no signals: the flag then never rises.
     """
     global _active
     if _active is not None or threading.current_thread() is not threading.main_thread():
@@ -90,7 +95,6 @@ def graceful_stop() -> Iterator[Stop]:
     stop = Stop()
     previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     held = [signum for signum in _SIGNALS if previous[signum] is not signal.SIG_IGN]
-    sys.stderr.flush()
     _active = stop
     try:
         for signum in held:

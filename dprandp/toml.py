@@ -1,7 +1,8 @@
 """Write TOML; the standard library's ``tomllib`` reads it back.
 
-Only what configurations need: scalars, lists, and one level of tables. Whatever ``dumps`` accepts, ``tomllib.loads`` returns
-unchanged (tuples as lists), infinities and NaN included; keys whose value is None are left out, as TOML has no null.
+Only what configurations need: scalars, lists, and one level of tables. Whatever ``dumps`` accepts, ``tomllib.loads``
+returns unchanged (tuples as lists), infinities and NaN included; keys whose value is None are left out, as TOML has no
+null.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def dumps(table: Mapping[str, Any]) -> str:
     """Serialise a dict, flat or with one level of nested dicts, to TOML.
 
     Args:
-        table: str keys; values are str, bool, int, float, None (left out), lists or tuples of these without None, or a dict of
-            such values. Plain values come first and nested tables after them, each in the given order.
+        table: str keys; values are str, bool, int, float, None (left out), lists or tuples of these without None, or a
+            dict of such values. Plain values come first and nested tables after them, each in the given order.
 
     Raises:
         TypeError: a value or key of another type, a None in a list, or tables nested deeper.

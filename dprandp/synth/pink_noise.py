@@ -35,8 +35,20 @@ def pink_spectrum_noise(white: torch.Tensor, exponent: torch.Tensor) -> torch.Te
     return torch.fft.irfft2(spectrum * (amplitude / magnitude), s=(resolution, resolution))
 
 
+def lanczos_matrix(resolution: int, grid: int) -> torch.Tensor:
+    """Lanczos-3 interpolation from `grid` samples to `resolution` pixels along an axis: float32 [resolution, grid].
+
+    Pixel and sample centres lie at half-integers; weights that would fall outside the grid are left out and the others
+    scaled to sum to one.
+    """
+    position = (torch.arange(resolution) + 0.5) * (grid / resolution) - 0.5
+    distance = position[:, None] - torch.arange(grid)
+    weights = torch.where(distance.abs() < 3.0, torch.sinc(distance) * torch.sinc(distance / 3.0), 0.0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
 def enveloped_pink_noise(white: torch.Tensor, exponent: torch.Tensor, envelope: torch.Tensor) -> torch.Tensor:
-    """Pink noise times its envelope, upsampled bilinearly to full size, divided by its standard deviation.
+    """Pink noise times its envelope, upsampled (Lanczos) to full size, divided by its standard deviation.
 
     Args:
         white: float [B, R, R], independent N(0, 1).
@@ -47,8 +59,8 @@ def enveloped_pink_noise(white: torch.Tensor, exponent: torch.Tensor, envelope: 
         float [B, R, R] with standard deviation 1 per map.
     """
     resolution = white.shape[-1]
-    scale = functional.interpolate(envelope[:, None], size=(resolution, resolution), mode="bilinear")[:, 0]
-    noise = pink_spectrum_noise(white, exponent) * scale
+    upsample = lanczos_matrix(resolution, envelope.shape[-1]).to(envelope.dtype)
+    noise = pink_spectrum_noise(white, exponent) * (upsample @ envelope @ upsample.T)
     return noise / noise.std(dim=(1, 2), correction=0, keepdim=True)
 
 

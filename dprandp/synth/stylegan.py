@@ -9,11 +9,11 @@ channel only through a scalar, and demodulation divides by |s_o|. Every output c
 
     S = Σ_i style_i · wavelet(i) ∗ x_i / √(Σ_i style_i² |wavelet(i)|²),
 
-and its activation is x_o = √2·ReLU(v + bias_o) or √2·ReLU(u + bias_o), with v = S + noise and u = −S + noise. All that a
-later layer needs of the x_o are weighted sums over o: nine per convolution (one per tap of the 3×3 filter, the weight of
-channel i being style_i · wavelet(i)[tap]) and three per RGB layer. A weighted sum of shifted ReLUs of one variable is
-piecewise linear: with the biases sorted, cumulative sums of weight and weight·bias give slope and intercept between
-any two neighbouring breakpoints (:func:`activation_sums`). Exact, and three orders of magnitude cheaper than the dense form.
+and its activation is x_o = √2·ReLU(v + bias_o) or √2·ReLU(u + bias_o), with v = S + noise and u = −S + noise. All that
+a later layer needs of the x_o are weighted sums over o: nine per convolution (one per tap of the 3×3 filter, the weight
+of channel i being style_i · wavelet(i)[tap]) and three per RGB layer. A weighted sum of shifted ReLUs of one variable
+is piecewise linear: with the biases sorted, cumulative sums of weight and weight·bias give slope and intercept between
+any two neighbouring breakpoints (:func:`activation_sums`). It is exact, and avoids the 512×512 filters altogether.
 
 **Order of the upsampling.** As in StyleGAN2: transposed convolution of stride 2 (H → 2H+1), then the FIR filter
 [1, 3, 3, 1]/4 along both axes (→ 2H), then noise, bias and ReLU. The plain layers correlate, zero padded.
@@ -28,13 +28,13 @@ import torch
 from torch.nn import functional
 
 from dprandp.synth.pink_noise import area_resize
-from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images, draw_network
+from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, Network, draw_images, draw_network
 from dprandp.synth.wavelets import wavelets
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
 GAIN = math.sqrt(2.0)
 TAPS = 9
-_WAVELET_TAPS = torch.from_numpy(wavelets().reshape(-1, TAPS)).float()
+_WAVELET_TAPS = torch.from_numpy(wavelets().reshape(-1, TAPS))
 
 
 def tap_weights(draws: ConvDraws, upsamples: bool) -> torch.Tensor:
@@ -44,7 +44,7 @@ def tap_weights(draws: ConvDraws, upsamples: bool) -> torch.Tensor:
         float32 [B, in_channels, 9]; tap t of the result is what :func:`combine_taps` adds at offset (t // 3, t % 3).
         A correlation is a scatter with the taps in reverse order.
     """
-    taps = _WAVELET_TAPS if upsamples else _WAVELET_TAPS.flip(1)
+    taps = (_WAVELET_TAPS if upsamples else _WAVELET_TAPS.flip(1)).to(draws.style.dtype)
     weights = taps[draws.wavelet] * draws.style[:, :, None]
     energy = weights.square().sum(dim=(1, 2), keepdim=True)
     return weights * torch.rsqrt(energy)
@@ -65,29 +65,29 @@ def activation_sums(common: torch.Tensor, noise: torch.Tensor, draws: ConvDraws,
     batch, channels, functions = weights.shape
     # A channel is active where ±S + noise > −bias: by descending bias, the active ones of a sign are a prefix.
     threshold, order = torch.sort(-draws.bias, dim=1)
-    order = order[:, :, None]
-    weights = GAIN * weights.gather(1, order.expand(-1, -1, functions))
-    negative = draws.negative[:, :, None].gather(1, order)
-    # Row r of the table: slope and intercept with the first r channels active, of either sign apart.
-    table = torch.zeros(batch, channels + 1, 2, 2, functions)
-    steps = table[:, 1:]
-    torch.mul(weights, ~negative, out=steps[:, :, 0, 0])
-    torch.mul(weights, negative, out=steps[:, :, 1, 0])
-    torch.mul(steps[:, :, :, 0], -threshold[:, :, None, None], out=steps[:, :, :, 1])
-    table = table.cumsum(dim=1).view(-1, functions)
+    weights = weights.gather(1, order[:, :, None].expand(-1, -1, functions))
+    negative = draws.negative.gather(1, order).to(weights.dtype)
+    gain = GAIN * torch.stack([1.0 - negative, negative], dim=-1)
+    gain = torch.stack([gain, gain * -threshold[:, :, None]], dim=-1).view(batch, channels, 4, 1)
+    # Row r of the table: (slope, intercept) of the + channels, then of the − channels, when the first r are active.
+    table = torch.empty(batch, channels + 1, 4, functions, dtype=weights.dtype)
+    table[:, 0] = 0.0
+    torch.mul(weights[:, :, None], gain, out=table[:, 1:])
+    table = table.cumsum_(dim=1).view(-1, functions)
 
-    first_row = torch.arange(batch)[:, None] * (channels + 1)
-    rows, factors = [], []
+    pixels = common.shape[1]
+    first_row = torch.arange(0, batch * (channels + 1), channels + 1, dtype=torch.int32)[:, None]
+    rows = torch.empty(batch, pixels, 4, dtype=torch.int32)
+    factors = torch.ones(batch, pixels, 4, dtype=weights.dtype)
     for sign, argument in enumerate((noise + common, noise - common)):
-        active = torch.searchsorted(threshold, argument) + first_row
-        rows += [4 * active + 2 * sign, 4 * active + 2 * sign + 1]
-        factors += [argument, torch.ones_like(argument)]
-    return functional.embedding_bag(
-        torch.stack(rows, dim=-1).view(-1, 4),
-        table,
-        per_sample_weights=torch.stack(factors, dim=-1).view(-1, 4),
-        mode="sum",
-    ).view(batch, -1, functions)
+        active = torch.searchsorted(threshold, argument, out_int32=True).add_(first_row).mul_(4)
+        torch.add(active, 2 * sign, out=rows[:, :, 2 * sign])
+        torch.add(active, 2 * sign + 1, out=rows[:, :, 2 * sign + 1])
+        factors[:, :, 2 * sign] = argument
+    sums = functional.embedding_bag(
+        rows.view(-1, 4), table, per_sample_weights=factors.view(-1, 4), mode="sum"
+    )  # slope · argument + intercept, for both signs, in one pass over the pixels
+    return sums.view(batch, pixels, functions)
 
 
 def fir_filter(maps: torch.Tensor) -> torch.Tensor:
@@ -119,16 +119,20 @@ def combine_taps(taps: torch.Tensor, size: int, upsamples: bool) -> torch.Tensor
 def upsample_rgb(image: torch.Tensor) -> torch.Tensor:
     """StyleGAN2's skip upsampling: zeros between the pixels, then the FIR filter. [B, 3, H, H] → [B, 3, 2H, 2H]."""
     batch, channels, size, _ = image.shape
-    grown = torch.zeros(batch * channels, 2 * size + 3, 2 * size + 3)
+    grown = image.new_zeros(batch * channels, 2 * size + 3, 2 * size + 3)
     grown[:, 2:-1:2, 2:-1:2] = image.reshape(-1, size, size)
     return fir_filter(grown).view(batch, channels, 2 * size, 2 * size)
 
 
 def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
-    """Run the networks up to the RGB image, before the colour step: float32 [B, 3, R, R]."""
+    """Run the networks up to the RGB image, before the colour step.
+
+    Returns:
+        [B, 3, R, R] in the precision of the draws: float32, unless a test asks for more.
+    """
     batch = draws.noise.shape[0]
     taps = network.constant.flatten(1).T @ tap_weights(draws.convs[0], upsamples=False)
-    image = torch.zeros(batch, 3, 2, 2)
+    image = network.constant.new_zeros(batch, 3, 2, 2)
     rgb_weights = iter(draws.rgb)
     size = network.shapes[0].resolution
     last = len(network.shapes) - 1

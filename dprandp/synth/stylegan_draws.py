@@ -122,8 +122,7 @@ def draw_network(random: np.random.Generator, resolution: int) -> Network:
     return Network(shapes, constant, conv_affines, rgb_affines)
 
 
-def _draw_style(random: np.random.Generator, affine: torch.Tensor, count: int) -> torch.Tensor:
-    latent = torch.nn.functional.leaky_relu(_normal(random, count, LATENT), LEAKY_SLOPE)
+def _style(latent: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
     return latent @ affine.T + 1.0
 
 
@@ -135,10 +134,11 @@ def draw_wavelet_choice(random: np.random.Generator, count: int, channels: int) 
     return np.take_along_axis(shuffled, random.integers(0, kept, size=(count, channels)), axis=1)
 
 
-def _draw_conv(random: np.random.Generator, shape: LayerShape, affine: torch.Tensor, count: int) -> ConvDraws:
+def _draw_conv(random: np.random.Generator, shape: LayerShape, style: torch.Tensor) -> ConvDraws:
+    count = len(style)
     out = (count, shape.out_channels)
     return ConvDraws(
-        style=_draw_style(random, affine, count),
+        style=style,
         wavelet=torch.from_numpy(draw_wavelet_choice(random, count, shape.in_channels)),
         negative=torch.from_numpy(random.integers(0, 2, size=out, dtype=bool)),
         bias=torch.from_numpy((random.random(out, dtype=np.float32) * 2.0 - 1.0) * np.float32(BIAS_RANGE)),
@@ -146,9 +146,8 @@ def _draw_conv(random: np.random.Generator, shape: LayerShape, affine: torch.Ten
     )
 
 
-def _draw_rgb(random: np.random.Generator, affine: torch.Tensor, count: int) -> torch.Tensor:
-    style = _draw_style(random, affine, count)
-    channels = style.shape[1]
+def _draw_rgb(random: np.random.Generator, style: torch.Tensor) -> torch.Tensor:
+    count, channels = style.shape
     return _normal(random, count, channels, 3) * (style / channels**0.5)[:, :, None]
 
 
@@ -158,14 +157,20 @@ def _draw_colour(random: np.random.Generator, count: int, law: tuple[tuple[float
 
 
 def draw_images(random: np.random.Generator, network: Network, count: int) -> ImageDraws:
-    """Draw `count` images of one network."""
-    convs = [
-        _draw_conv(random, shape, affine, count)
-        for shape, affine in zip(network.shapes, network.conv_affines, strict=True)
-    ]
+    """Draw `count` images of one network.
+
+    As in StyleGAN2 every convolution has a latent w of its own, and an RGB layer shares that of the next convolution.
+    """
+    rgb_affines = iter(network.rgb_affines)
+    latents = torch.nn.functional.leaky_relu(_normal(random, len(network.shapes) + 1, count, LATENT), LEAKY_SLOPE)
+    convs, rgb = [], []
+    for index, (shape, affine) in enumerate(zip(network.shapes, network.conv_affines, strict=True)):
+        convs.append(_draw_conv(random, shape, _style(latents[index], affine)))
+        if shape.feeds_rgb:
+            rgb.append(_draw_rgb(random, _style(latents[index + 1], next(rgb_affines))))
     return ImageDraws(
         convs=convs,
-        rgb=[_draw_rgb(random, affine, count) for affine in network.rgb_affines],
+        rgb=rgb,
         noise=draw_pink_noise(random, count, network.shapes[-1].resolution),
         colour_mean=_draw_colour(random, count, COLOUR_MEAN),
         colour_std=_draw_colour(random, count, COLOUR_STD),

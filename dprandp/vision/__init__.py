@@ -5,6 +5,7 @@ module         what it holds
 =============  ==========================================================================================
 wrn.py         the WideResNet of the published system and its throw-away projection head
 views.py       two contrastive views of a public image; K crop-and-flip views of a private one
+colour.py      batched colour changes, for views.py
 losses.py      alignment and uniformity on the unit sphere
 metrics.py     what is reported about a test split; k-nearest-neighbour accuracy of features
 =============  ==========================================================================================

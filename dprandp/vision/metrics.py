@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dprandp.errors import InputError, UsageError
 
-_SMALLEST_PROBABILITY = 1e-12  # a wrong answer given with certainty costs 27.6 nats, not infinity
+_LOSS_FLOOR = np.log(1e-12)  # a wrong answer given with certainty costs 27.6 nats, not infinity
 
 
 def classification_metrics(
     scores: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, kind: Literal["logits", "probabilities"] = "logits"
-) -> dict[str, float | None | list[list[int]]]:
+) -> dict[str, float | list[list[int]] | None]:
     """Accuracy, balanced accuracy, AUC, loss and the confusion matrix; plain Python values, ready for JSON.
 
     A class that does not occur among the labels has no recall and no ROC curve. It is left out of ``balanced_accuracy``
@@ -67,7 +67,7 @@ def classification_metrics(
         "accuracy": float(accuracy_score(labels, predicted)),
         "balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro")),
         "auc": auc,
-        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "loss": float(-np.maximum(log_probabilities[np.arange(len(labels)), labels], _LOSS_FLOOR).mean()),
         "confusion": confusion_matrix(labels, predicted, labels=np.arange(classes)).tolist(),
     }
 
@@ -131,11 +131,10 @@ def _array(values: Tensor | np.ndarray) -> np.ndarray:
 
 
 def _log_probabilities(scores: np.ndarray, kind: str) -> np.ndarray:
-    floor = np.log(_SMALLEST_PROBABILITY)
     if kind == "logits":
-        return np.maximum(log_softmax(scores, axis=1), floor)
+        return log_softmax(scores, axis=1)
     if kind == "probabilities":
         if scores.min() < 0 or not np.allclose(scores.sum(axis=1), 1, atol=1e-2):
-            raise UsageError("the scores are not probabilities: negative, or not summing to 1", fix="pass kind='logits'")
-        return np.log(np.maximum(scores, _SMALLEST_PROBABILITY))
+            raise UsageError("the scores are no probabilities: negative or not summing to 1", fix="pass kind='logits'")
+        return np.log(np.maximum(scores, np.finfo(np.float64).tiny))
     raise UsageError(f"scores of kind {kind!r} are unknown", fix="use 'logits' or 'probabilities'")

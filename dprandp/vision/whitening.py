@@ -70,3 +70,15 @@ def fit(features: Tensor, dims: int, floor: float = 0.1) -> Whitener:
     whitener.mean.copy_(mean)
     whitener.projection.copy_(scale[:, None] * axes * signs / (values.sqrt() + floor))
     return whitener
+
+
+class PooledOnly(nn.Module):
+    """No whitening: the features as they are, for a network trained from scratch (De et al. 2022)."""
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.dims = feature_dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float [..., D], unchanged."""
+        return features

@@ -1,11 +1,11 @@
 """The WideResNet of DP-RandP (Tang et al. 2023) with the refinements of De et al. 2022, and its projection head.
 
 Source of the shape: Zagoruyko & Komodakis 2016 (WRN), De et al. 2022 arXiv 2204.13650 (ReLU before GroupNorm, weight
-standardisation, convolutions with bias), Tang et al. 2023 arXiv 2306.06076 (the head). No layer mixes examples, so the
-network can be trained with per-example gradients: with a loop, with hooks, or with ``torch.func.vmap(grad)``.
+standardisation, convolutions with bias), Tang et al. 2023 arXiv 2306.06076 (the head). No layer mixes examples, so
+per-example gradients exist: by a loop, by hooks, or by ``torch.func.vmap(grad)``.
 
-Memory formats: call ``model.to(memory_format=torch.channels_last)`` and run it under bfloat16 autocast for speed; the
-standardised weights are computed in the parameters' own precision first.
+``model.to(memory_format=torch.channels_last)`` is faster everywhere, bfloat16 autocast only where the hardware has it
+(``precision.py``); weights are standardised in the parameters' own precision first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IMAGE_MEAN = 0.5
 IMAGE_STD = 0.25
 
 _STANDARDISATION_FLOOR = 1e-4  # De et al. 2022: keeps a filter whose weights are all equal from dividing by zero
-_TRUNCATION_STD = 0.87962566  # standard deviation of N(0, 1) cut off at ±2, so that the weights drawn have the std asked
+_TRUNCATION_STD = 0.87962566  # standard deviation of N(0, 1) cut off at ±2
 
 
 class LayerOrder(NamedTuple):
@@ -36,13 +36,12 @@ class LayerOrder(NamedTuple):
     final: str  # after the last block
 
 
-# The four orders compared by Sander et al. 2023 ("TAN without a burn", arXiv 2210.03403), under names that say what
-# they do; the number is that paper's own.
+# The orders of Sander et al. 2023 (TAN, arXiv 2210.03403), with their numbers, under names that say what they do.
 LAYER_ORDERS: dict[str, LayerOrder] = {
     "relu-norm-conv": LayerOrder("relu-norm", "relu-norm", "relu-norm"),  # 0: De et al. 2022, DP-RandP
     "norm-relu-conv": LayerOrder("norm-relu", "norm-relu", "norm-relu"),  # 1: the usual pre-activation block
     "norm-relu-conv+relu-norm-skip": LayerOrder("norm-relu", "relu-norm", "relu-norm"),  # 2
-    "relu-norm-conv+norm-relu-skip": LayerOrder("relu-norm", "norm-relu", "relu-norm"),  # 3: their best
+    "relu-norm-conv+norm-relu-skip": LayerOrder("relu-norm", "norm-relu", "relu-norm"),  # 3
 }
 
 
@@ -67,15 +66,13 @@ def parse_pooling(pooling: str) -> tuple[int, ...]:
         UsageError: a part is not a square number of cells between 1 and 64, or a part occurs twice.
     """
     parts = pooling.split("+")
-    sides = [math.isqrt(int(part)) if part.isascii() and part.isdigit() else 0 for part in parts]
-    if any(not 1 <= side <= 8 or str(side * side) != part for side, part in zip(sides, parts, strict=True)) or len(
-        set(sides)
-    ) != len(sides):
+    sides = {str(side * side): side for side in range(1, 9)}
+    if len(set(parts)) != len(parts) or not sides.keys() >= set(parts):
         raise UsageError(
             f"pooling {pooling!r} is not a sum of different square numbers of cells",
             fix="write for example 1 (global average), 4 (a 2×2 grid) or 1+4 (both)",
         )
-    return tuple(sides)
+    return tuple(sides[part] for part in parts)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -101,15 +98,15 @@ class StandardisedConv2d(nn.Conv2d):
     weights and a trained gain per filter that starts at 1. The bias is kept as it is.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+    def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(in_channels, out_channels, size, stride=stride, padding=padding)
         self.gain = nn.Parameter(torch.ones(out_channels))
 
     def standardised_weight(self) -> Tensor:
         """The filters in use, of the shape of ``weight``."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        fan_in = self.weight[0].numel()
-        scale = self.gain.view(-1, 1, 1, 1) * torch.rsqrt((variance * fan_in).clamp(min=_STANDARDISATION_FLOOR))
+        energy = variance * self.weight[0].numel()
+        scale = self.gain.view(-1, 1, 1, 1) * torch.rsqrt(energy.clamp(min=_STANDARDISATION_FLOOR))
         return (self.weight - mean) * scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,8 +127,7 @@ class _Block(nn.Module):
         self.conv1 = conv(wide_in, wide_out, 3, stride=stride, padding=1)
         self.norm2 = nn.GroupNorm(groups, wide_out)
         self.conv2 = conv(wide_out, wide_out, 3, padding=1)
-        # A stride needs the convolution too: a width factor of 1 keeps 16 channels in the first stage, whose stride is 1.
-        self.reshapes = wide_in != wide_out or stride != 1
+        self.reshapes = wide_in != wide_out  # every stage that strides widens as well
         if self.reshapes:
             self.skip_norm = nn.GroupNorm(groups, wide_in)
             self.skip_conv = conv(wide_in, wide_out, 1, stride=stride)
@@ -161,7 +157,7 @@ class WideResNet(nn.Module):
     Raises:
         UsageError: impossible depth, width, groups, order, channels or pooling.
 
-    WRN-16-4 has 2.75 million parameters (2,746,608, and 2,512 gains more with weight standardisation).
+    WRN-16-4 has 2.75 million parameters (2,748,992; weight standardisation adds 2,256 gains).
     """
 
     def __init__(
@@ -179,7 +175,7 @@ class WideResNet(nn.Module):
         super().__init__()
         _check_shape(depth, width)
         if norm_groups < 1 or 16 % norm_groups:
-            raise UsageError(f"{norm_groups} normalisation groups do not divide 16 channels", fix="use 1, 2, 4, 8 or 16")
+            raise UsageError(f"{norm_groups} groups do not divide 16 channels", fix="use 1, 2, 4, 8 or 16 groups")
         if layer_order not in LAYER_ORDERS:
             raise UsageError(f"layer order {layer_order!r} is unknown", fix=nearest(layer_order, LAYER_ORDERS))
         if channels not in (1, 3):
@@ -202,6 +198,11 @@ class WideResNet(nn.Module):
         self.feature_dim = wide_in * sum(side * side for side in self._pooling_sides)
         initialise(self, generator)
 
+    @staticmethod
+    def normalise(images: Tensor) -> Tensor:
+        """Pixels to this network's input: the module's :func:`normalise`."""
+        return normalise(images)
+
     def trunk(self, x: Tensor) -> Tensor:
         """The residual stream after the last block, without the final activation: what the published head reads.
 
@@ -209,7 +210,7 @@ class WideResNet(nn.Module):
             x: float [B, channels, H, W], normalised (see :func:`normalise`).
 
         Returns:
-            [B, 64k, H/4, W/4] (rounded up): 8×8 for 32×32 images.
+            [B, 64k, H/4, W/4], rounded up: 8×8 for 32×32 images.
         """
         return self.blocks(self.stem(x))
 
@@ -226,8 +227,7 @@ class WideResNet(nn.Module):
         feature_map = self.feature_map(x)
         return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._pooling_sides], dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x)
+    forward = features
 
 
 class ProjectionHead(nn.Module):
@@ -271,7 +271,7 @@ class ProjectionHead(nn.Module):
         initialise(self, generator)
 
     def first_layer(self, feature_map: Tensor) -> Tensor:
-        """[B, C, H, W] or [B, input_dim] -> [B, hidden_dim], at least 0: the features of the published probe baseline."""
+        """[B, C, H, W] or [B, input_dim] -> [B, hidden_dim], >= 0: the features of the published probe baseline."""
         # contiguous() first: flatten must list channel, row, column whatever the memory format
         return F.relu(self.norm1(self.linear1(feature_map.contiguous().flatten(1))))
 

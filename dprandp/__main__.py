@@ -1,0 +1,3 @@
+from dprandp.cli import main
+
+main()

@@ -1,0 +1,224 @@
+"""What every data set looks like to the rest of the package: a declared description, and two splits of uint8 images.
+
+Two rules make the privacy boundary easy to see:
+
+* ``DataSpec`` never comes from a pixel or a label. It is a constant, a flag, an array *header* or a folder listing, so
+  a plan, a σ and a refusal can all be worked out before one private value is read.
+* An error about private data says *what kind* of thing is wrong, never which example, value or file. Those go to
+  ``private_detail``, which only ``--debug`` prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dprandp.errors import InputError
+
+#: Splits every data set has. A third, official validation split (MedMNIST) stays unused: it is nobody's to tune on.
+SPLITS = ("train", "test")
+
+#: More classes than this is a mistake in the declaration, not a classifier.
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Public facts about a data set, known without reading a pixel or a label.
+
+    Attributes:
+        name: what ``--data`` was given.
+        title: the name people use.
+        classes: class names; label ``i`` means ``classes[i]``.
+        train_examples: N, the number of training examples. Treated as public, and said to be.
+        test_examples: number of test examples.
+        channels: 1 (grey) or 3 (RGB).
+        height: image height in pixels.
+        width: image width in pixels.
+        source: where it comes from, and its split where that is ours.
+        licence: the terms its authors state.
+        citation: whom to cite.
+        flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
+            carry meaning; also for sets nobody has declared.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    train_examples: int
+    test_examples: int
+    channels: int
+    height: int
+    width: int
+    source: str
+    licence: str
+    citation: str
+    flip_ok: bool
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.height, self.width, self.channels
+
+    def examples(self, split: str) -> int:
+        """Declared number of examples of ``"train"`` or ``"test"``."""
+        return {"train": self.train_examples, "test": self.test_examples}[split]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split.
+
+    Attributes:
+        images: uint8 [N, H, W, C], 0–255, C-contiguous.
+        labels: int64 [N], 0 … classes-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+#: Reads one split: ``"train"`` or ``"test"`` → (images, labels) as they come, checked afterwards by ``check_split``.
+SplitReader = Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+
+class Dataset:
+    """A data set that has been named but not read.
+
+    Args:
+        spec: its declared facts.
+        read: reads one split.
+        require: raises InputError when a file that ``read`` needs is absent (or fetches it, where that was allowed).
+    """
+
+    def __init__(self, spec: DataSpec, read: SplitReader, require: Callable[[], None] | None = None) -> None:
+        self.spec = spec
+        self._read = read
+        self._require = require
+        self._train: Split | None = None
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.spec.name!r})"
+
+    def require(self) -> None:
+        """Make sure the files of *both* splits are there, without reading them.
+
+        Call it before any budget is spent: a test file that is missing should not be noticed after the training.
+
+        Raises:
+            InputError: which file to put where.
+            StorageError: a download was allowed and the disk refused it.
+        """
+        if self._require is not None:
+            self._require()
+
+    def train(self) -> Split:
+        """The private training split; read once, then kept in memory.
+
+        Raises:
+            InputError: a file is missing or damaged, or its arrays contradict ``spec``.
+        """
+        if self._train is None:
+            self.require()
+            self._train = check_split(self.spec, "train", *self._read("train"))
+        return self._train
+
+    def test(self) -> Split:
+        """The test split; read afresh at each call and never kept, so nothing can look at it by accident.
+
+        Raises:
+            InputError: as ``train``.
+        """
+        self.require()
+        return check_split(self.spec, "test", *self._read("test"))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the training pixels and labels, in order: equal only for equal training data.
+
+        It notices that the data changed between a run and its resumption. It is itself a function of private data
+        (who has a guess at the whole set can confirm it), so it belongs under ``private/``.
+        """
+        train = self.train()
+        digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
+        digest.update(np.ascontiguousarray(train.images).data)
+        digest.update(np.ascontiguousarray(train.labels, dtype="<i8").data)
+        return digest.hexdigest()
+
+
+def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    """Hold what was read against what was declared.
+
+    A refusal here depends on private values (a label out of range, a class without examples), so it tells something
+    that ε does not pay for. It stops the run before anything is released, and its message says only that it happened.
+
+    Args:
+        spec: the declared facts.
+        split: ``"train"`` or ``"test"``.
+        images: uint8 [N, H, W, C] or, when ``spec.channels`` is 1, [N, H, W].
+        labels: integer [N] or [N, 1].
+
+    Raises:
+        InputError: wrong dtype, shape or count; a label outside the declared classes; a training class with no example.
+    """
+    if images.ndim == 3:
+        images = images[..., None]
+    expected = (spec.examples(split), *spec.image_shape)
+    if images.dtype != np.uint8 or images.shape != expected:
+        raise InputError(
+            f"the {split} images of {spec.name} are {images.dtype} {list(images.shape)}, not uint8 {list(expected)}",
+            fix="put the original file back; for a subset or a variant of your own use npz:PATH",
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != expected[:1]:
+        raise InputError(
+            f"the {split} labels of {spec.name} are {labels.dtype} {list(labels.shape)}, not integers [{expected[0]}]",
+            fix="give one integer class index per image, in the images' order",
+        )
+    known = len(spec.classes)
+    outside = (labels < 0) | (labels >= known)  # before the cast: a uint64 label could wrap around to a valid one
+    if outside.any():
+        first = int(outside.argmax())
+        raise InputError(
+            f"the {split} labels of {spec.name} hold values outside 0…{known - 1}",
+            fix=f"number the classes 0…{known - 1}, or declare the right number of classes",
+            private_detail=f"{int(outside.sum())} labels; the first at position {first} is {int(labels[first])}",
+        )
+    labels = labels.astype(np.int64)
+    if split == "train":
+        counts = np.bincount(labels, minlength=known)
+        empty = int((counts == 0).sum())
+        if empty:
+            raise InputError(
+                f"{empty} of the {known} declared classes of {spec.name} have no training example",
+                fix="declare only classes that have examples, or add examples of the others",
+                private_detail=f"classes without examples: {np.flatnonzero(counts == 0)[:20].tolist()}",
+            )
+    return Split(np.ascontiguousarray(images), labels)
+
+
+def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
+    """Refuse a class list that cannot be one.
+
+    Args:
+        classes: the declared names.
+        origin: what declared them, for the message.
+
+    Raises:
+        InputError: fewer than 2 or more than ``MAX_CLASSES`` names, a repeated, empty or unprintable name (they end up
+            in terminals, reports and file names).
+    """
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise InputError(
+            f"{origin} declares {len(classes)} classes; a classifier needs 2…{MAX_CLASSES}",
+            fix="declare every class once, also those that are rare",
+        )
+    if any(not name.strip() or not name.isprintable() for name in classes) or len(set(classes)) != len(classes):
+        raise InputError(
+            f"{origin} has class names that are empty, repeated or not printable",
+            fix="give each class its own plain-text name",
+        )
+    return classes

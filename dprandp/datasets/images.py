@@ -1,0 +1,104 @@
+"""One image file to one uint8 array: safely, and the same on every machine.
+
+Whatever would need a guess is refused instead of guessed: rotation flags, 16-bit values, transparency, printing
+colours, several frames. A silent conversion would be a silent change of the data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dprandp.errors import InputError
+
+#: Formats that Pillow may try; the extension only selects which files are meant to be images.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+#: Most pixels one image may have; more is taken for a decompression bomb.
+MAX_PIXELS = 50_000_000
+
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
+_PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
+
+
+def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
+    """Decode image files, each by itself: centre square, resized, RGB.
+
+    Nothing is measured over several images, so each result depends on its own file alone.
+
+    Args:
+        paths: the files, in the order of the result.
+        size: side of the resulting images in pixels, public.
+        what: what these are, for messages that must not name a file ("the training images").
+
+    Returns:
+        uint8 [len(paths), size, size, 3], 0–255.
+
+    Raises:
+        InputError: a file is damaged or of a kind that is refused; ``private_detail`` alone names it.
+    """
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+    with warnings.catch_warnings():
+        # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        for index, path in enumerate(paths):
+            images[index] = _read_image(path, size, what)
+    return images
+
+
+def _read_image(path: Path, size: int, what: str) -> np.ndarray:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            objection = _objection(image, path)
+            if objection is None:
+                side = min(image.size)
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                # Cut first: with resize(box=…) the filter would still see the pixels just outside the square.
+                square = image.convert("RGB").crop((left, top, left + side, top + side))
+                return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    except Exception as error:
+        # A decoder fed a hostile file may raise anything at all, and none of it is a bug of ours.
+        raise _refusal(what, "damaged or no image", "replace or remove it", path, f"{type(error).__name__}") from error
+    raise _refusal(what, *objection, path, "")
+
+
+def _refusal(what: str, kind: str, fix: str, path: Path, more: str) -> InputError:
+    return InputError(
+        f"one of {what} is {kind}",
+        fix=f"{fix}; --debug names the file (keep that output private)",
+        private_detail=f"{path} {more}".strip(),
+    )
+
+
+def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
+    """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
+    if image.width * image.height > MAX_PIXELS:
+        return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
+    if getattr(image, "n_frames", 1) != 1:
+        return "animated or has several pages", "keep one frame"
+    if image.mode not in ("1", "L", "P", "RGB"):
+        kinds = {"RGBA": "transparent", "LA": "transparent", "PA": "transparent", "CMYK": "in CMYK"}
+        return kinds.get(image.mode, f"of the kind {image.mode!r} (16-bit or float)"), "convert it to 8-bit RGB or grey"
+    if "transparency" in image.info:
+        return "transparent", "put it on a background and save it as 8-bit RGB"
+    if _bits_per_channel(image, path) > 8:
+        return "16-bit", "convert it to 8-bit RGB or grey with a fixed, public scale"
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return "marked as rotated (EXIF orientation)", "turn the pixels themselves and drop the mark"
+    return None
+
+
+def _bits_per_channel(image: Image.Image, path: Path) -> int:
+    """Bits in the file; Pillow shows 16-bit RGB as 8-bit and says nothing."""
+    if image.format == "PNG":
+        with path.open("rb") as stream:
+            return stream.read(_PNG_DEPTH_BYTE + 1)[_PNG_DEPTH_BYTE]
+    if image.format == "TIFF":
+        return int(np.max(image.tag_v2.get(_BITS_PER_SAMPLE, 1)))
+    return 8

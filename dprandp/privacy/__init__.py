@@ -1,0 +1,32 @@
+"""Everything that privacy rests on, in small pieces that do not know one another; ``plan`` alone couples them.
+
+================  =============================================================================================
+``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
+``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
+``prv``           the numerical accountant (sampled batches), both directions of add/remove
+``sampling``      true Poisson batches
+``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
+``noise``         randomness from the operating system, Gaussian noise
+``ledger``        the append-only record of what was paid, written before it is used
+``plan``          one plan that couples them: what runs is what was accounted
+================  =============================================================================================
+
+The one-letter notation of the papers, used in formulas only. Code uses the long names.
+
+======  ====================  ===================================================================================
+letter  name in the code      meaning
+======  ====================  ===================================================================================
+N       examples              number of private records; treated as public, and said to be
+q       sample_rate           probability that a record enters a step's batch, independently of all others
+B       expected_batch        q N, the public divisor (never the size of the batch that was drawn)
+T       steps                 noisy steps
+C       clip_norm             largest L2 norm of one record's contribution to a step's sum
+σ       noise_multiplier      standard deviation of the noise in one coordinate, divided by C
+K       views                 augmented views of one record, averaged before the clip
+ε, δ    epsilon, delta        the guarantee, for data sets that differ by adding or removing one record
+μ       mu                    the parameter of Gaussian differential privacy
+======  ====================  ===================================================================================
+
+This package imports nothing of dprandp but ``errors``, so that it can be read, tested and trusted alone. It re-exports
+nothing: ``from dprandp.privacy.plan import make_plan`` says where a name lives, and accounting needs no torch.
+"""

@@ -1,0 +1,301 @@
+"""What a list of noisy steps costs, and how much noise a budget needs.
+
+Events are plain data, saved with the run, so that anyone can account them again. Results are (lower, estimate, upper)
+and only ``upper`` is ever promised. The unit of privacy is one record; data sets are neighbours when one record was
+added or removed.
+
+===================  ======================================================  ===========================================
+events               accountant                                              error
+===================  ======================================================  ===========================================
+none                 nothing was spent                                       0
+all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
+some sampled         privacy random variables, both directions (``prv``)     about half a per cent, included in upper
+where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
+a step without noise infinite                                                0
+===================  ======================================================  ===========================================
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from importlib.metadata import version
+from typing import Any
+
+from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
+
+Warn = Callable[[str], None]
+_warn_by_log: Warn = logging.getLogger(__name__).warning
+
+# The half-width of the numerical bounds: this part of ε, but no less than the floor.
+_RELATIVE_ERROR, _ERROR_FLOOR = 0.005, 1e-4
+_COARSE_ERROR = 0.03
+_RDP_ORDERS = [1 + x / 20 for x in range(1, 200)] + list(range(11, 64)) + [72, 96, 128, 192, 256, 512]
+# Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
+_MAX_NOISE_MULTIPLIER = 1e6
+
+
+@dataclass(frozen=True)
+class GaussianEvent:
+    """``steps`` noisy sums, each over a Poisson sample, each with Gaussian noise of std noise_multiplier · clip_norm.
+
+    Args:
+        noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
+        sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
+        steps: T ≥ 0.
+
+    Raises:
+        UsageError: a value is outside its range, NaN or infinite.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise UsageError(
+                f"The noise multiplier is {self.noise_multiplier}.", fix="Give a finite number of at least 0."
+            )
+        if not 0 < self.sample_rate <= 1:
+            raise UsageError(f"The sample rate is {self.sample_rate}.", fix="Give a number above 0, at most 1.")
+        if isinstance(self.steps, bool) or self.steps != int(self.steps) or self.steps < 0:
+            raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number of at least 0.")
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GaussianEvent:
+        return cls(float(values["noise_multiplier"]), float(values["sample_rate"]), int(values["steps"]))
+
+
+@dataclass(frozen=True)
+class EpsilonBound:
+    """ε of a composition at one δ. Only ``upper`` may be promised; ``lower`` and ``estimate`` show the slack."""
+
+    lower: float
+    estimate: float
+    upper: float
+    delta: float
+    accountant: str
+
+
+def merge_events(events: Sequence[GaussianEvent]) -> list[GaussianEvent]:
+    """The same composition in canonical form: equal (q, σ) added up, no empty events, sorted."""
+    totals: dict[tuple[float, float], int] = {}
+    for event in events:
+        if event.steps:
+            key = (event.sample_rate, event.noise_multiplier)
+            totals[key] = totals.get(key, 0) + int(event.steps)
+    return [GaussianEvent(sigma, q, steps) for (q, sigma), steps in sorted(totals.items())]
+
+
+def gaussian_mu(events: Sequence[GaussianEvent]) -> float | None:
+    """μ of a composition of full-batch steps, √(Σ T/σ²); None when any step is sampled, inf when one has no noise."""
+    merged = merge_events(events)
+    if any(event.sample_rate < 1 for event in merged):
+        return None
+    if any(event.noise_multiplier == 0 for event in merged):
+        return math.inf
+    return math.sqrt(math.fsum(event.steps / event.noise_multiplier**2 for event in merged))
+
+
+def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = _warn_by_log) -> EpsilonBound:
+    """Bound ε of running all events on the same data, in any order, at ``delta``.
+
+    Args:
+        events: what was, or would be, run.
+        delta: δ in (0, 1).
+        warn: called with one sentence when the Rényi fallback is used or two accountants contradict each other.
+
+    Guarantee:
+        The composition is (``upper``, ``delta``)-DP under adding or removing one record, provided each step is a Poisson
+        sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC. The parameters may differ from
+        event to event (heterogeneous composition) but must not depend on the data, nor on earlier *results* that
+        somebody looked at: numerical composition is not a privacy filter (Rogers et al. 2016) for such choices.
+
+    Raises:
+        UsageError: δ is not between 0 and 1.
+        BudgetError: no accountant could give a bound.
+    """
+    if not 0 < delta < 1:
+        raise UsageError(f"delta is {delta}.", fix="Give a delta between 0 and 1, both excluded.")
+    merged = tuple(merge_events(events))
+    if not merged:
+        return EpsilonBound(0.0, 0.0, 0.0, delta, "none (nothing was spent)")
+    if any(event.noise_multiplier == 0 for event in merged):
+        return EpsilonBound(math.inf, math.inf, math.inf, delta, "none (a step without noise)")
+    mu = gaussian_mu(merged)
+    if mu is not None:
+        exact = gaussian_dp_epsilon(mu, delta)
+        return EpsilonBound(exact, exact, exact, delta, "exact Gaussian DP (closed form)")
+    bound, complaint = _compose_sampled(merged, delta)
+    if complaint:
+        warn(complaint)
+    return bound
+
+
+@lru_cache(maxsize=512)
+def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
+    from dprandp.privacy import prv  # loads most of scipy: only here, only when it is needed
+
+    components = _components(merged)
+    rough = prv.rough_epsilon(components, delta)
+    try:
+        _, estimate, _ = prv.prv_epsilon(components, delta, max(_COARSE_ERROR * rough, _ERROR_FLOOR), False)
+        fine = max(_RELATIVE_ERROR * estimate, _ERROR_FLOOR)
+        lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
+    except prv.AccountantRefused as refusal:
+        bound = _rdp_bound(merged, delta)
+        return bound, f"The PRV accountant refused ({refusal}); {bound.accountant} gives the looser ε ≤ {bound.upper:.4g}."
+    name = f"prv-accountant {version('prv-accountant')}"
+    if lower > rough * (1 + 1e-6):
+        # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
+        complaint = f"The PRV accountant (ε ≥ {lower:.6g}) contradicts Rényi DP (ε ≤ {rough:.6g}); the larger is kept."
+        return EpsilonBound(lower, estimate, max(upper, rough), delta, name), complaint
+    return EpsilonBound(lower, estimate, upper, delta, name), None
+
+
+def _components(events: Sequence[GaussianEvent]) -> list[Any]:
+    """Sampled events as they are; all full-batch events as one Gaussian of the same μ, which is exact and cheaper."""
+    from dprandp.privacy.prv import Component
+
+    full = [event for event in events if event.sample_rate == 1]
+    components = [Component(e.noise_multiplier, e.sample_rate, e.steps) for e in events if e.sample_rate < 1]
+    if full:
+        components.append(Component(1 / gaussian_mu(full), 1.0, 1))
+    return components
+
+
+def _rdp_bound(events: Sequence[GaussianEvent], delta: float) -> EpsilonBound:
+    """Rényi DP with the divergences of Opacus, converted by Balle et al. 2020, Theorem 21: loose, always defined."""
+    import numpy as np
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = np.array(_RDP_ORDERS)
+    total = np.zeros(len(orders))
+    for e in events:
+        total += compute_rdp(q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=_RDP_ORDERS)
+    epsilons = total - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
+    usable = epsilons[np.isfinite(epsilons)]
+    if not len(usable):
+        raise BudgetError(
+            "No accountant can bound the epsilon of these steps.", fix="Use a larger noise multiplier or a larger delta."
+        )
+    epsilon = max(0.0, float(usable.min()))
+    return EpsilonBound(0.0, epsilon, epsilon, delta, f"Rényi DP (opacus {version('opacus')})")
+
+
+def calibrate(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: Sequence[GaussianEvent] = (),
+    warn: Warn = _warn_by_log,
+) -> float:
+    """The smallest noise multiplier found whose steps, after everything in ``spent``, stay within the budget.
+
+    Args:
+        epsilon: total ε > 0 that ``spent`` and the new steps may cost together; inf gives 0 (no noise, not private).
+        delta: δ in (0, 1).
+        sample_rate: q in (0, 1] of the new steps.
+        steps: T ≥ 1 of the new steps.
+        spent: what the run paid before.
+        warn: as for ``compose``.
+
+    Guarantee:
+        ``compose([*spent, GaussianEvent(result, sample_rate, steps)], delta).upper <= epsilon``; it is within 0.5 % of
+        ``epsilon`` unless what is left of the budget is smaller than the accountant's own error.
+
+    Raises:
+        BudgetError: ``spent`` alone reaches ``epsilon``, or no noise below a multiplier of 1e6 fits into what is left.
+        UsageError: a value is outside its range.
+    """
+    if not epsilon > 0:
+        raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
+    event = GaussianEvent(1.0, sample_rate, steps)
+    if event.steps < 1:
+        raise UsageError("There are no steps to calibrate the noise for.", fix="Give at least one step.")
+    if math.isinf(epsilon):
+        return 0.0
+    before = compose(spent, delta, warn)
+    if before.upper >= epsilon:
+        raise BudgetError(
+            f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which reaches ε = {epsilon:g}.",
+            fix="Give a larger --eps, or start a new run and account for both.",
+        )
+    noise_multiplier, complaint = _calibrate(epsilon, delta, sample_rate, int(steps), tuple(merge_events(spent)))
+    if complaint:
+        warn(complaint)
+    return noise_multiplier
+
+
+@lru_cache(maxsize=128)
+def _calibrate(
+    epsilon: float, delta: float, sample_rate: float, steps: int, spent: tuple[GaussianEvent, ...]
+) -> tuple[float, str | None]:
+    from dprandp.privacy import calibration
+
+    complaints: list[str] = []
+
+    def upper(noise_multiplier: float) -> float:
+        complaints.clear()
+        return compose([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)], delta, complaints.append).upper
+
+    mu_spent = gaussian_mu(spent)
+    if sample_rate == 1 and mu_spent is not None:
+        # Gaussian DP adds in squares: what is left for the new steps is μ² − μ_spent².
+        room = gaussian_dp_mu(epsilon, delta) ** 2 - mu_spent**2
+        found = calibration.nudge(upper, epsilon, math.sqrt(steps / room)) if room > 0 else None
+    else:
+
+        def aimed(estimate: Callable[..., float], start: float) -> float:
+            goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
+            function = partial(_estimate_with, estimate, spent, sample_rate, steps, delta)
+            return calibration.solve(function, goal, start, _MAX_NOISE_MULTIPLIER)
+
+        start = aimed(_rough_estimate, 1.0)
+        guess = aimed(_quick_estimate, start if math.isfinite(start) else math.sqrt(steps))
+        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
+    if found is None:
+        raise BudgetError(
+            f"What is left of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any amount of noise.",
+            fix="Give a larger --eps, or fewer steps, or start a new run and account for both.",
+        )
+    upper(found)  # leave the complaint of the accepted value, if it has one
+    return found, complaints[-1] if complaints else None
+
+
+def _estimate_with(
+    estimate: Callable[..., float],
+    spent: tuple[GaussianEvent, ...],
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    noise_multiplier: float,
+) -> float:
+    events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
+    return estimate(_components(events), delta)
+
+
+def _rough_estimate(components: Sequence[Any], delta: float) -> float:
+    from dprandp.privacy import prv
+
+    return prv.rough_epsilon(components, delta)
+
+
+def _quick_estimate(components: Sequence[Any], delta: float) -> float:
+    """A fast, unpromised value of ε to aim with; the Rényi bound where the PRV accountant refuses."""
+    from dprandp.privacy import prv
+
+    rough = prv.rough_epsilon(components, delta)
+    try:
+        return max(0.0, prv.prv_epsilon(components, delta, max(_COARSE_ERROR * rough, _ERROR_FLOOR), False)[1])
+    except prv.AccountantRefused:
+        return rough

@@ -1,0 +1,232 @@
+"""Sums of clipped gradients whose L2 sensitivity to one record is ``clip_norm``.
+
+One record's gradient is the mean over its K views and is clipped once, over all parameters jointly. A record whose gradient
+is not finite counts as zero. Nothing is divided by the number of records: the public divisor is the plan's business.
+
+Guarantee (every function that takes ``clip_norm``):
+    Adding or removing one record changes the sum by at most ``clip_norm`` in L2, over all parameters jointly. Clipping
+    happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in one record's part, so that this
+    holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones float32 summation can add an error of
+    at most about 1e-7 of the norm of a block's sum, far below the noise (σ clip_norm in every coordinate); blocks and
+    microbatches are added in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.func import grad, vmap
+
+from dprandp.errors import UsageError
+
+LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
+
+ROUNDING_SLACK = 1e-5
+# A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close to the
+# smallest normal float32, where a product keeps too few bits to be certain of the norm.
+LONGEST = 1e30
+
+
+def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """The factor that brings each norm down to ``clip_norm`` (less the rounding slack), never up.
+
+    Args:
+        norms: float [B], at least 0; may hold inf or NaN.
+        clip_norm: C > 0, finite.
+
+    Returns:
+        [B], same dtype: min(1, C (1 − slack)/norm); 0 for a norm that is not finite or above 1e30 C. Where the factor is 0 the
+        gradient itself must be replaced by zeros as well, since 0 · NaN is NaN.
+
+    Raises:
+        UsageError: clip_norm is not a positive finite number.
+    """
+    _require_clip_norm(clip_norm)
+    usable = torch.isfinite(norms) & (norms <= LONGEST * clip_norm)
+    limit = clip_norm * (1 - ROUNDING_SLACK)
+    factors = torch.where(norms > limit, limit / norms, torch.ones_like(norms))
+    return torch.where(usable, factors, torch.zeros_like(norms))
+
+
+def clipped_sum(per_example: Mapping[str, torch.Tensor], clip_norm: float) -> dict[str, torch.Tensor]:
+    """Σ_i g_i · min(1, C/‖g_i‖) over the records of a batch, ‖·‖ over all parameters jointly.
+
+    Args:
+        per_example: parameter name -> [B, ...], any floating dtype; B may be 0.
+        clip_norm: C > 0.
+
+    Returns:
+        parameter name -> float64 [...] on the same device. See the module's Guarantee.
+    """
+    flat = {name: gradients.flatten(1) if gradients.ndim > 1 else gradients[:, None] for name, gradients in per_example.items()}
+    squared = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in flat.values()]
+    factors = clip_factors(torch.stack(squared).sum(0).sqrt(), clip_norm)
+    counted = factors > 0
+    everything_counts = bool(counted.all())
+    sums = {}
+    for name, gradients in flat.items():
+        precise = gradients if gradients.dtype == torch.float64 else gradients.to(torch.float32)
+        if not everything_counts:
+            precise = torch.where(counted[:, None], precise, torch.zeros_like(precise))
+        total = factors.to(precise.dtype) @ precise
+        sums[name] = total.to(torch.float64).reshape(per_example[name].shape[1:])
+    return sums
+
+
+def per_example_gradients(
+    loss_function: LossFunction,
+    parameters: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    microbatch: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Gradients of each record's loss, ``microbatch`` records at a time.
+
+    Args:
+        loss_function: (parameters, images [K, ...] of ONE record, its label) -> scalar, the mean loss over its K views.
+        parameters: name -> tensor, the trained ones only.
+        images: [B, K, ...], the K views of each record.
+        labels: int64 [B].
+        microbatch: records at a time, at least 1; memory only, never the result.
+
+    Yields:
+        name -> [b, ...], b ≤ microbatch, in the order of the records.
+
+    Guarantee:
+        The loss function sees one record at a time (by construction with ``vmap``), so no gradient depends on another record.
+    """
+    if microbatch < 1:
+        raise UsageError(f"The microbatch is {microbatch}.", fix="Give a whole number of at least 1.")
+    one = grad(loss_function)
+    many = vmap(one, in_dims=(None, 0, 0), randomness="different")
+    for start in range(0, len(images), microbatch):
+        part, part_labels = images[start : start + microbatch], labels[start : start + microbatch]
+        if len(part) == 1:  # without vmap's overhead: one record's K views are a batch already
+            yield {name: g[None] for name, g in one(parameters, part[0], part_labels[0]).items()}
+        else:
+            yield many(parameters, part, part_labels)
+
+
+def clipped_gradient_sum(
+    loss_function: LossFunction,
+    parameters: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    clip_norm: float,
+    microbatch: int,
+) -> dict[str, torch.Tensor]:
+    """The sum of clipped per-record gradients of any loss; arguments as for ``per_example_gradients``.
+
+    Returns:
+        name -> float64, shaped like the parameter; zeros for an empty batch. Equal, to float tolerance, for every microbatch.
+        See the module's Guarantee.
+    """
+    _require_clip_norm(clip_norm)
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+    for gradients in per_example_gradients(loss_function, parameters, images, labels, microbatch):
+        for name, value in clipped_sum(gradients, clip_norm).items():
+            total[name] += value
+    return total
+
+
+@torch.no_grad()
+def clipped_softmax_sum(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int = 512
+) -> torch.Tensor:
+    """The sum of clipped gradients of the softmax cross-entropy of a linear head without bias, in closed form.
+
+    A view's gradient is the outer product x rᵀ of its features and its residual r = softmax(xW) − onehot(y), so
+
+        mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
+
+    and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache: memory
+    is read once.
+
+    Args:
+        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0.
+        labels: int64 [B], values in 0 … classes−1.
+        weight: [D, classes].
+        clip_norm: C > 0.
+        block: records at a time; speed only, never the result.
+
+    Returns:
+        float32 [D, classes] (float64 for float64 features). See the module's Guarantee.
+
+    Raises:
+        UsageError: shapes, labels or values do not fit. The message holds no label.
+    """
+    _require_clip_norm(clip_norm)
+    views_given = features.ndim == 3
+    if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
+        raise UsageError(
+            f"Features {tuple(features.shape)}, labels {tuple(labels.shape)} and weight {tuple(weight.shape)} do not fit.",
+            fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
+        )
+    classes = weight.shape[1]
+    if len(labels) and not bool(((labels >= 0) & (labels < classes)).all()):
+        raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
+    if block < 1:
+        raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
+    precision = torch.float64 if features.dtype == torch.float64 else torch.float32
+    weight = weight.to(precision)
+    views = features.shape[1] if views_given else 1
+    block = max(1, block // views)
+    total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
+    for start in range(0, len(features), block):
+        x = features[start : start + block].to(precision)
+        rows = x.reshape(-1, x.shape[-1])
+        residual = torch.softmax(rows @ weight, dim=1).view(len(x), views, classes)
+        chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
+        residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
+        factors = clip_factors(_outer_norms(x.view(len(x), views, -1), residual), clip_norm)
+        counted = factors > 0
+        residual.mul_((factors / views).view(-1, 1, 1))
+        if not bool(counted.all()):
+            residual = torch.where(counted.view(-1, 1, 1), residual, torch.zeros_like(residual))
+            rows = torch.where(counted.repeat_interleave(views)[:, None], rows, torch.zeros_like(rows))
+        total += residual.view(-1, classes).T @ rows  # [classes, D]: the faster orientation of the two
+    return total.T.to(precision).contiguous()
+
+
+def _outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """‖(1/K) Σ_k x_k r_kᵀ‖ of each record, from x [b, K, D] and r [b, K, classes]; never too small by more than the slack."""
+    lengths = torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(residual, dim=2)
+    if x.shape[1] == 1:
+        return lengths[:, 0]
+    gram = (x @ x.mT) * (residual @ residual.mT)
+    # Where long views cancel, the Gram sum is a small difference of large numbers and rounding could hide a long gradient.
+    # 64 units in the last place of the largest possible sum are added: 2e-6 of the norm where nothing cancels.
+    doubt = 64 * torch.finfo(x.dtype).eps / 2 * lengths.sum(1).square()
+    return (gram.sum((1, 2)).clamp_min(0) + doubt).sqrt() / x.shape[1]
+
+
+def refuse_cross_example_layers(module: nn.Module) -> None:
+    """Refuse a network in which one record's output depends on other records.
+
+    Guarantee:
+        None beyond the named layers. Gradients are taken one record at a time in any case; what this prevents is a network
+        whose batch statistics would silently become view statistics, and running statistics of private pixels.
+
+    Raises:
+        UsageError: names the layer: any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps
+            running statistics.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.instancenorm import _InstanceNorm
+
+    for name, layer in module.named_modules():
+        kind = type(layer).__name__
+        is_batch = (isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)) or "batchnorm" in kind.lower()
+        if is_batch or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
+            raise UsageError(
+                f"Layer {name or '(the module itself)'!r} is a {kind}, which mixes examples or keeps statistics of them.",
+                fix="Use GroupNorm, LayerNorm, or InstanceNorm without running statistics.",
+            )
+
+
+def _require_clip_norm(clip_norm: float) -> None:
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise UsageError(f"The clip norm is {clip_norm}.", fix="Give a positive, finite number.")

@@ -1,0 +1,265 @@
+"""What must be said beside every privacy claim: one list, shared by the report and the model card.
+
+A number ε without its mechanism, its neighbours, its unit and its limits says nothing. ``disclosure`` is that list;
+nothing in it is computed from private data. All of it comes from the result that a private stage recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.special import ndtr, ndtri
+
+from dprandp.errors import CheckpointError
+from dprandp.privacy.gaussian_dp import equivalent_mu
+
+Facts = Mapping[str, Any]
+
+NEEDED = (
+    "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy",
+    "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
+    "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
+    "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
+)  # fmt: skip
+"""Keys that the result of a private stage must have. A disclosure with a gap is worse than none."""
+
+RELEASED = {
+    "average": "the mean of the second half of the iterates",
+    "ema": "the exponential moving average of the iterates",
+    "last": "the last iterate",
+}
+
+# What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
+DEFAULTS_CHOSEN_ON = (
+    "This run chose nothing by looking at results: one configuration, one training, no selection among epochs or runs. "
+    "The package's default learning rates, steps and sizes were chosen on public benchmark data sets; on such a set the "
+    "accuracy is therefore slightly optimistic. Trying several configurations on the private data and keeping the best "
+    "one spends privacy that ε does not count, unless all of them were run in this run directory."
+)
+
+LIMITS = (
+    (
+        "Limit: floating-point noise (severity low)",
+        "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed and "
+        "added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, because "
+        "what is published is a trained model and not single noisy sums.",
+    ),
+    (
+        "Limit: N is treated as public",
+        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. Where the size of "
+        "the data set is itself a secret, this guarantee does not cover it.",
+    ),
+    (
+        "Limit: test split",
+        "Read once, at the end of the stage, with the final weights; nothing was selected on it. Its metrics are published "
+        "without noise: ε covers the training images, not the test images.",
+    ),
+    (
+        "Limit: other copies",
+        "ε counts what this run directory released. Other runs on the same images add to it. Images of the same person, or "
+        "duplicates, are protected one by one and not as a group.",
+    ),
+)
+
+
+def check(result: Facts) -> None:
+    """Refuse a result that cannot be disclosed in full.
+
+    Raises:
+        CheckpointError: a key is missing; the message names it.
+    """
+    missing = [key for key in NEEDED if key not in result]
+    if missing:
+        raise CheckpointError(
+            f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",
+            fix="make the stage again with --overwrite; what it has spent stays spent",
+        )
+
+
+def disclosure(
+    result: Facts,
+    pretrain: Facts | None = None,
+    generate: Facts | None = None,
+    *,
+    earlier: Sequence[Facts] = (),
+    changed: Sequence[str] | None = None,
+) -> list[tuple[str, str]]:
+    """Everything a reader needs to judge the guarantee of one private stage.
+
+    Args:
+        result: the stage's result, with the keys ``NEEDED``.
+        pretrain, generate: results of the public stages, None or empty where there are none.
+        earlier: results of private stages of the same run that came before; their cost is in ε already.
+        changed: settings other than the defaults, as ``"steps = 300 (default 120)"``; None if not known.
+
+    Returns:
+        (label, value) pairs of plain text, always the same labels in the same order (but for ``earlier``).
+
+    Raises:
+        CheckpointError: the result lacks a key.
+    """
+    check(result)
+    rows = [
+        ("Mechanism", _mechanism(result)),
+        ("ε (privacy loss)", _epsilon(result)),
+        ("δ", number(result["delta"])),
+        ("Adjacency", f"{result['adjacency']}: two training sets are neighbours if one results from the other that way"),
+        ("Unit of privacy", f"{result['unit']}"),
+        ("N (training examples)", f"{result['train_examples']}, treated as public"),
+        (
+            "q (sampling rate)",
+            f"{number(result['sample_rate'])} per step, expected batch qN = {number(result['expected_batch'])}",
+        ),
+        ("T (noisy steps)", _steps(result)),
+        ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
+        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one example's gradient)"),
+        ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("Accountant", f"{result['accountant']}, upper bound"),
+        ("Random numbers", _random(result)),
+        ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
+        ("Tuned, and on what", _tuned(changed)),
+        ("Public inputs", _public(result, pretrain or {}, generate or {})),
+        *LIMITS,
+    ]
+    if earlier:
+        rows.insert(2, ("Also counted in ε", "; ".join(_in_short(before) for before in earlier)))
+    return rows
+
+
+def why_not_private(result: Facts) -> str | None:
+    """The reason for the stamp NOT PRIVATE, or None for a private result."""
+    if math.isinf(result["epsilon"]) or result["noise_multiplier"] == 0:
+        return "It was trained without noise (ε = ∞): there is no guarantee at all."
+    if result["random"] != "os-entropy":
+        return (
+            "Its noise came from a seed (--insecure-seed): whoever knows or guesses the seed can take the noise away "
+            "again, so the computed ε is void."
+        )
+    if not result["private"]:
+        return "An earlier step of this run had no noise, or noise from a seed (see privacy/ledger.jsonl): ε is void."
+    return None
+
+
+def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.01) -> float:
+    """Best true-positive rate of a membership test at a false-positive rate, for the equivalent Gaussian mechanism.
+
+    Φ(Φ⁻¹(FPR) + μ), Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation (6). Exact for full-batch Gaussian
+    steps; for sampled ones the equivalent Gaussian stands in for the true trade-off curve.
+
+    Args:
+        epsilon: ε ≥ 0; infinite gives 1.
+        delta: δ in (0, 1).
+        false_positive_rate: in (0, 1).
+    """
+    if math.isinf(epsilon):
+        return 1.0
+    return float(ndtr(ndtri(false_positive_rate) + equivalent_mu(epsilon, delta)))
+
+
+def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool | None = None) -> str:
+    """What the guarantee means, in one or two plain sentences.
+
+    Args:
+        result: of a private stage.
+        epsilon: the ε to explain, if more was spent than the result says.
+        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default judged by
+            the result's own sampling rate.
+    """
+    reason = why_not_private(result)
+    if reason is not None:
+        return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
+    epsilon = result["epsilon"] if epsilon is None else epsilon
+    rate = detection_rate(epsilon, result["delta"])
+    exact = result["sample_rate"] == 1 if exact is None else exact
+    bound = "at most" if exact else "at most about"
+    return (
+        f"Somebody who knows all training images but one, sees everything this run released and may raise a false alarm "
+        f"in 1 % of cases, would find out that the last image took part in {bound} {percent(rate, up=True)} of cases; "
+        f"guessing gives 1 %."
+    )
+
+
+def epsilon_text(epsilon: float) -> str:
+    """ε to three decimals, rounded up: what is printed is never below the truth."""
+    if math.isinf(epsilon):
+        return "∞"
+    return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def number(value: float | None) -> str:
+    """A number for people: at most six significant digits, ∞ for infinity, – for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float) and math.isinf(value):
+        return "∞"
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def percent(value: float, up: bool = False) -> str:
+    """``0.4312`` as ``43.1 %``; ``up`` rounds up."""
+    tenths = math.ceil(value * 1000 - 1e-9) if up else round(value * 1000)
+    return f"{tenths / 10:g} %"
+
+
+def _mechanism(result: Facts) -> str:
+    if result["noise_multiplier"] == 0:
+        return "None: clipped gradient sums without noise. This is no private mechanism."
+    full = result["sample_rate"] == 1
+    name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
+    batch = "all examples take part in every step" if full else "each example joins a step's batch independently with q"
+    return (
+        f"{name} (DP-SGD): {batch}; each example's gradient is clipped to L2 norm C; the sum gets noise N(0, (σC)²) per "
+        f"coordinate, once per step, and is divided by the public qN."
+    )
+
+
+def _epsilon(result: Facts) -> str:
+    if math.isinf(result["epsilon"]):
+        return "∞: NOT PRIVATE, no noise was added"
+    void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
+    return (
+        f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this stage "
+        f"has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
+        f"{number(result['epsilon_total'])}.{void}"
+    )
+
+
+def _steps(result: Facts) -> str:
+    text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
+    if result["lost_steps"]:
+        text += f"; {result['lost_steps']} of these were lost in interruptions: paid for, not part of the model"
+    return text
+
+
+def _random(result: Facts) -> str:
+    if result["random"] == "os-entropy":
+        return "os-entropy: noise and batches from the operating system, never seeded, stored or repeated"
+    return f"{result['random']}: noise and batches from a seed that can be repeated. NOT PRIVATE."
+
+
+def _tuned(changed: Sequence[str] | None) -> str:
+    if changed is None:
+        return DEFAULTS_CHOSEN_ON
+    given = f"Set by whoever ran it: {', '.join(changed)}." if changed else "All settings of this stage are defaults."
+    return f"{DEFAULTS_CHOSEN_ON} {given}"
+
+
+def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
+    declared = (
+        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
+        f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
+    )
+    if result.get("source") == "scratch" or not pretrain:
+        return f"A randomly initialised network; {declared}"
+    images = f"{generate['count']} synthetic images of the random process {generate['process']}" if generate else "images"
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
+    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
+
+
+def _in_short(result: Facts) -> str:
+    return (
+        f"{result['stage']}: q = {number(result['sample_rate'])}, T = {result['charged_steps']}, "
+        f"σ = {number(result['noise_multiplier'])}, C = {number(result['clip_norm'])}, K = {result['views']}"
+    )

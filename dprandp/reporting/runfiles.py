@@ -1,0 +1,193 @@
+"""Reads what the report needs from a run directory. Public files only: never ``private/``, never a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dprandp import __version__, config
+from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.files import storage_errors
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.reporting.disclosure import check
+from dprandp.rundir import RunDir
+
+PRIVATE_STAGES = ("probe", "finetune")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What the run has spent, its unfinished stages included.
+
+    Attributes:
+        epsilon: upper bound; 0 if nothing was charged.
+        delta: None if nothing was planned.
+        total: the run's budget; None if nothing was planned.
+        insecure: some charge was made with noise from a seed.
+        unfinished: charges exist that no finished stage reports.
+    """
+
+    epsilon: float
+    delta: float | None
+    total: float | None
+    insecure: bool
+    unfinished: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """The public facts of a run.
+
+    Attributes:
+        name: the folder's name.
+        rows: one per stage, see ``RunDir.status``.
+        results: stage -> result, of the stages that have one.
+        metrics: stage -> the lines of metrics.jsonl.
+        preview: preview.png of the synthetic images, if it is there.
+        spending: of the whole run.
+        environment: env.json.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    results: dict[str, dict[str, Any]]
+    metrics: dict[str, list[dict[str, Any]]]
+    preview: Path | None
+    spending: Spending
+    environment: dict[str, Any]
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The result of the last private stage that is done, stale ones only where no other is; None if there is none."""
+        done = [row for row in self.rows if row["stage"] in PRIVATE_STAGES and row["stage"] in self.results]
+        fresh = [row for row in done if row["state"] == "done"]
+        return (fresh or done)[-1]["result"] if done else None
+
+    def row(self, stage: str) -> dict[str, Any]:
+        """The row of one stage."""
+        return next(row for row in self.rows if row["stage"] == stage)
+
+
+def read_run(rundir: RunDir) -> Run:
+    """Read a run.
+
+    Raises:
+        InputError: nothing is finished yet.
+        CheckpointError: a file of the run is corrupt or incomplete.
+        StorageError: a file cannot be read.
+    """
+    rows = rundir.status()
+    results = {row["stage"]: row["result"] for row in rows if row["result"]}
+    if not results:
+        raise InputError(
+            f"{rundir.path} has no finished stage, so there is nothing to report",
+            fix=f"run: dprandp generate --run {shlex.quote(str(rundir.path))}",
+        )
+    for stage in PRIVATE_STAGES:
+        if stage in results:
+            check(results[stage])
+    preview = rundir.stage_dir("generate") / "preview.png"
+    return Run(
+        name=rundir.path.resolve().name,
+        rows=rows,
+        results=results,
+        metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
+        preview=preview if preview.is_file() and "generate" in results else None,
+        spending=_spending(rundir, rows, results),
+        environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
+    )
+
+
+def changed_settings(row: dict[str, Any]) -> list[str]:
+    """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
+    recorded = row["config"] or {}
+    try:
+        default = config.as_dict(config.resolve(row["stage"], recorded.get("size", "tiny"), None, {}))
+    except DprandpError:  # a size this version does not know: everything counts as set
+        default = {}
+    return [
+        f"{key} = {value} (default {default.get(key, 'automatic')})"
+        for key, value in recorded.items()
+        if key != "size" and value != default.get(key)
+    ]
+
+
+def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> Spending:
+    """The largest ε any finished stage reports; where charges may have come after it, the ledger accounted again."""
+    private = [results[stage] for stage in PRIVATE_STAGES if stage in results]
+    plan = _read_object(rundir.path / "privacy" / "plan.json")
+    delta = private[-1]["delta"] if private else plan.get("delta")
+    total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
+    epsilon = max((result["epsilon"] for result in private), default=0.0)
+    charges = [line for line in _read_lines(rundir.path / "privacy" / "ledger.jsonl", strict=True) if "steps" in line]
+    open_stages = any(row["stage"] in PRIVATE_STAGES and row["state"] in ("partial", "stale") for row in rows)
+    unfinished = False
+    if open_stages and charges and delta is not None:
+        events = [GaussianEvent.from_dict(charge) for charge in charges]
+        composed = compose(events, float(delta)).upper
+        unfinished = composed > epsilon * (1 + 1e-6)
+        epsilon = max(epsilon, composed)
+    return Spending(
+        epsilon=epsilon,
+        delta=None if delta is None else float(delta),
+        total=None if total is None else float(total),
+        insecure=any(charge.get("random") != "os-entropy" for charge in charges),
+        unfinished=unfinished,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file is missing."""
+    if not path.exists():
+        return {}
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, "it is no valid JSON") from error
+    if not isinstance(value, dict):
+        raise _corrupt(path, "it is no JSON object")
+    return value
+
+
+def _read_lines(path: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """JSON objects, one a line; none if the file is missing.
+
+    A crash may tear the last line of metrics.jsonl, which is then left out. ``strict`` refuses it: a ledger line that
+    is left out would be ε that is left out.
+    """
+    if not path.exists():
+        return []
+    with storage_errors(path, "read"):
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    values = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and not strict:
+                break
+            raise _corrupt(path, f"line {number} is no valid JSON") from error
+        if not isinstance(value, dict):
+            raise _corrupt(path, f"line {number} is no JSON object")
+        values.append(value)
+    return values
+
+
+def _corrupt(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is corrupt: {why}",
+        fix="go on with the interrupted stage (--resume), which repairs what a crash tore; else restore the file",
+    )
+
+
+def is_number(value: object) -> bool:
+    """A finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,60 @@
+"""What a stage is given beside its configuration: where to write, how to report, and what only affects speed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dprandp.console import Console
+from dprandp.errors import UsageError
+from dprandp.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage needs that is not part of the experiment: none of it changes a public stage's result.
+
+    Attributes:
+        rundir: opened and locked.
+        console: progress to stderr.
+        device: where tensors live.
+        data_dir: data root.
+        workers: processes for image generation.
+        microbatch: examples whose gradients are held together; None lets the stage choose. Memory only.
+        resume: keep the recorded configuration, fall back to the last good checkpoint.
+        overwrite: start the stage afresh.
+        insecure_seed: seed of the noise for tests; makes the run NOT PRIVATE. None is OS entropy.
+    """
+
+    rundir: RunDir
+    console: Console
+    device: torch.device
+    data_dir: Path
+    workers: int = 1
+    microbatch: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    insecure_seed: int | None = None
+
+
+def prepare_device(name: str) -> torch.device:
+    """The device that a ``--device`` flag names, and the process-wide settings that every stage wants.
+
+    Raises:
+        UsageError: unknown name, or a device that is not there.
+    """
+    # Softmax tails are denormal numbers, on which a CPU is a hundred times slower; they add nothing to any sum.
+    torch.set_flush_denormal(True)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name!r} is unknown", fix="use auto, cpu, cuda or cuda:0")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
+        )
+    return device

@@ -1,0 +1,224 @@
+"""Phase III: every parameter with DP-SGD, on the budget that the probe left; or from scratch (De et al. 2022).
+
+    step-NNNNNN.safetensors   parameters, momentum and EMA, for resuming (removed when the training is done)
+    model.safetensors         the released parameters (EMA)
+    metrics.jsonl             norms of the noisy updates: functions of what is released anyway
+
+One loop for every architecture: Poisson batch -> K views of each example -> the mean of their gradients -> clip -> sum
+-> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor s (``extractor_scale``): the
+gradient of φ is s times that of θ, so s decides how much of the joint clip norm and of the noise the extractor takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from dprandp import checkpoint, faults
+from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
+from dprandp.console import MetricsLog
+from dprandp.errors import UsageError
+from dprandp.privacy.clipping import clipped_gradient_sum, refuse_cross_example_layers
+from dprandp.signals import graceful_stop
+from dprandp.stages import probe, release
+from dprandp.stages.context import Context
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.private import PrivateStage, open_private_stage
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.images import to_input
+from dprandp.vision.precision import autocast
+from dprandp.vision.views import keyed_uniforms, private_views
+from dprandp.vision.whitening import PooledOnly
+
+STAGE = "finetune"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of an architecture that the configuration leaves open.
+
+    Attributes:
+        lr: learning rate of the head. extractor_scale: see the module's docstring.
+        batch_part: expected batch as a part of N.
+    """
+
+    lr: float
+    extractor_scale: float
+    batch_part: float
+
+
+RECIPES: dict[str, Recipe] = {
+    "patchnet": Recipe(lr=40.0, extractor_scale=0.1, batch_part=0.02),
+    "wrn": Recipe(lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # Tang et al. 2023
+    "scratch": Recipe(lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # De et al. 2022
+}
+
+
+def recipe_for(arch: str, source: str) -> Recipe:
+    """Defaults for an architecture; 'scratch' has its own."""
+    return RECIPES["scratch" if source == "scratch" else "patchnet" if arch == "patchnet" else "wrn"]
+
+
+def run(config: FinetuneConfig, context: Context) -> dict:
+    """Train every parameter and write the model.
+
+    Returns:
+        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, lr, extractor_scale, seconds.
+
+    Raises:
+        InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
+        UsageError: the network has a layer that mixes examples.
+    """
+    scratch = config.source == "scratch"
+    if not scratch:
+        context.rundir.require("probe", STAGE)
+    elif not config.arch.startswith("wrn-"):
+        raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
+    arch = config.arch if scratch else context.rundir.result("pretrain")["arch"]
+    recipe = recipe_for(arch, config.source)
+    stage = open_private_stage(STAGE, config, context, batch_part=recipe.batch_part)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        {} if scratch else context.rundir.inputs_from("generate", "pretrain", "probe"),
+        resume=context.resume,
+        overwrite=context.overwrite,
+        private_inputs=stage.private_inputs(),
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = FinetuneConfig(**begun.config)
+    started = time.perf_counter()
+    stage.fix_plan()
+    model, mirror = _scratch_model(config, stage) if scratch else _probed_model(context, stage)
+    model = model.to(context.device)
+    refuse_cross_example_layers(model)
+    lr = config.lr or recipe.lr
+    scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
+    with graceful_stop() as stop:
+        parameters = _train(config, stage, model, lr, scale, stop)
+    model.load_state_dict(parameters, strict=False)
+    result = {
+        "stage": STAGE,
+        **release.evaluate(model, stage, mirror),
+        **stage.disclosure(),
+        "source": config.source,
+        "arch": arch,
+        "lr": lr,
+        "momentum": config.momentum,
+        "extractor_scale": scale,
+        "released": f"EMA, decay {config.ema}",
+        "mirror": mirror,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    release.write_model(context.rundir, model, result)
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, [f"{MODEL}.safetensors"]), result)
+    return result
+
+
+def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
+    extractor, _ = load_extractor(context)
+    model = Classifier(extractor, probe.load_whitener(context), len(stage.spec.classes))
+    model.head.data.copy_(probe.load_head(context))
+    return model, context.rundir.result("probe")["mirror"]
+
+
+def _scratch_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifier, bool]:
+    generator = torch.Generator().manual_seed(config.seed)
+    extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
+    return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)), False
+
+
+def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
+    """The loss of one example as ``privacy.clipping`` wants it.
+
+    Returns:
+        f(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views.
+    """
+
+    def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
+        parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
+        with autocast(device):
+            scores = functional_call(model, parameters, (model.extractor.normalise(views),))
+        return functional.cross_entropy(scores.float(), label.expand(len(views)))
+
+    return loss
+
+
+def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
+    """θ = s φ for the extractor's parameters, unchanged for the head."""
+    return value * scale if name.startswith("extractor.") else value
+
+
+def _train(config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop) -> dict:
+    """DP-SGD; returns the released parameters by name.
+
+    A scale of 0 freezes the extractor.
+    """
+    folder = stage.context.rundir.stage_dir(STAGE)
+    device = stage.context.device
+    trained = {
+        name: value.detach().clone() / (scale if name.startswith("extractor.") else 1)
+        for name, value in model.named_parameters()
+        if scale > 0 or not name.startswith("extractor.")
+    }
+    state = {f"parameters.{name}": value for name, value in trained.items()}
+    state |= {f"velocity.{name}": torch.zeros_like(value) for name, value in trained.items()}
+    state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
+    first_step = 0
+    saved = checkpoint.resume(folder, warn=stage.context.console.warn)
+    if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
+        return saved.tensors
+    if saved is not None:
+        state = {name: value.to(device) for name, value in saved.tensors.items()}
+        first_step = saved.meta["step"]
+
+    images, labels = _resident(stage, device)
+    loss = loss_function(model, scale, device)
+    microbatch = stage.context.microbatch or (1 if device.type == "cpu" else 32)
+    log = MetricsLog(folder / "metrics.jsonl", first_step)
+    with stage.context.console.progress(config.steps, "fine-tuning steps", done=first_step) as progress:
+        for step in stage.mechanism(first_step).steps():
+            # ----------------------------------------------------------------------------- private: a clipped sum
+            batch = torch.from_numpy(step.indices).to(device)
+            draws = keyed_uniforms(step.indices, step.number, config.seed, config.views)
+            views = private_views(images[batch], config.views, draws, flip=stage.spec.flip_ok)
+            parameters = {name: state[f"parameters.{name}"] for name in trained}
+            clipped = clipped_gradient_sum(loss, parameters, views, labels[batch], config.clip_norm, microbatch)
+            # ------------------------------------------------------------------- from here on: post-processing of noise
+            update = step.release(clipped)
+            decay = min(config.ema, (1 + step.number) / (10 + step.number))
+            for name, gradient in update.items():
+                velocity = state[f"velocity.{name}"].mul_(config.momentum).add_(gradient)
+                value = state[f"parameters.{name}"].sub_(velocity, alpha=lr)
+                state[f"ema.{name}"].lerp_(value, 1 - decay)
+            faults.point("update-applied")
+            log.write(
+                step=step.number,
+                update_norm=float(torch.stack([u.norm() for u in update.values()]).norm()),
+                weight_norm=float(state["parameters.head"].norm()),
+            )
+            progress.advance(1)
+            done = step.number + 1
+            if stop.requested or done % config.checkpoint_every == 0 or done == config.steps:
+                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done})
+            stop.raise_if_requested()
+    released = {name: unscaled(name, state[f"ema.{name}"], scale).cpu() for name in trained}
+    checkpoint.save(folder, MODEL, released, {"steps": config.steps}, keep=1)
+    return released
+
+
+def _resident(stage: PrivateStage, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The private training split on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
+    split = stage.dataset.train()
+    return to_input(split.images).to(device), torch.from_numpy(np.asarray(split.labels)).to(device)
+

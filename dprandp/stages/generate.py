@@ -1,0 +1,196 @@
+"""Phase I, first half: images of a random process, as shards on disk. No data is read; no privacy is spent.
+
+    shard-00000.npy ...   uint8 [<= block, R, R, 3], one block of the process each
+    manifest.json         process, seed, count, resolution, and every shard's SHA-256
+    preview.png           a contact sheet of the first images
+
+A shard is a function of (process, seed, block, resolution) alone: any number of workers writes the same bytes, and a
+resumed run makes only the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dprandp import faults
+from dprandp.config import GenerateConfig, as_dict
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.files import atomic_path, atomic_write, file_sha256
+from dprandp.signals import graceful_stop
+from dprandp.stages.context import Context
+from dprandp.synth import RESOLUTIONS, process_named, render_block
+from dprandp.vision.images import contact_sheet
+
+STAGE = "generate"
+PREVIEW_IMAGES = 96
+PREVIEW_COLUMNS = 16
+
+
+def run(config: GenerateConfig, context: Context) -> dict:
+    """Write the images of ``config`` into the run directory.
+
+    Returns:
+        process, count, resolution, images_per_second, seconds.
+
+    Raises:
+        UsageError: unknown process, or a configuration other than the one the directory holds.
+        StorageError: the disk refuses.
+    """
+    spec = process_named(config.process)
+    if config.resolution not in RESOLUTIONS:
+        raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
+    begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = GenerateConfig(**begun.config)
+    folder = context.rundir.stage_dir(STAGE)
+    started = time.perf_counter()
+    blocks = {
+        block: min(spec.block_size, config.count - block * spec.block_size)
+        for block in range(-(-config.count // spec.block_size))
+    }
+    missing = [block for block, count in blocks.items() if not _is_whole(folder, block, count, config.resolution)]
+    made = _render_all(config, folder, {block: blocks[block] for block in missing}, context)
+    seconds = time.perf_counter() - started
+
+    manifest = {
+        "process": config.process,
+        "seed": config.seed,
+        "count": config.count,
+        "resolution": config.resolution,
+        "shards": [
+            {"file": shard_name(block), "count": count, "sha256": file_sha256(folder / shard_name(block))}
+            for block, count in blocks.items()
+        ],
+    }
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    with atomic_path(folder / "preview.png") as temporary:
+        Image.fromarray(contact_sheet(load_images(folder, PREVIEW_IMAGES), PREVIEW_COLUMNS)).save(temporary)
+    result = {
+        "process": config.process,
+        "count": config.count,
+        "resolution": config.resolution,
+        "images_per_second": round(made / seconds, 1) if made else None,
+        "seconds": round(seconds, 2),
+    }
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, ["manifest.json"]), result)
+    return result
+
+
+def load_images(folder: Path, limit: int | None = None) -> np.ndarray:
+    """The images of a finished ``generate`` stage, spread evenly over its shards.
+
+    Args:
+        folder: the stage's folder.
+        limit: at most this many (None: all). As many images are taken from every shard, from its beginning.
+
+    Returns:
+        uint8 [N, R, R, 3].
+
+    Raises:
+        CheckpointError: a shard is missing or its bytes are not those of the manifest.
+    """
+    shards = _shards(folder)
+    per_shard = None if limit is None else -(-limit // len(shards))
+    return np.concatenate([shard[:per_shard] for shard in shards])[:limit]
+
+
+def load_classes(folder: Path, classes: int, per_class: int) -> np.ndarray | None:
+    """The last images of the first shards, as classes: all images of a block come from one random network.
+
+    Returns:
+        uint8 [classes, per_class, R, R, 3]; fewer classes where there are fewer shards of that size, and None where
+        fewer than two are left or the blocks of the process do not differ from one another.
+
+    Raises:
+        CheckpointError: a shard is missing or its bytes are not those of the manifest.
+    """
+    manifest = read_manifest(folder)
+    large = [shard for shard in _shards(folder) if len(shard) >= per_class][:classes]
+    if len(large) < 2 or not process_named(manifest["process"]).blocks_are_classes:
+        return None
+    return np.stack([shard[-per_class:] for shard in large])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a finished ``generate`` stage.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"
+        ) from error
+
+
+def _shards(folder: Path) -> list[np.ndarray]:
+    """All shards, memory-mapped, their bytes checked."""
+    shards = []
+    for shard in read_manifest(folder)["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or file_sha256(path) != shard["sha256"]:
+            raise CheckpointError(
+                f"{path} is missing or not as it was written (its SHA-256 differs from the manifest's)",
+                fix="run `dprandp generate --overwrite` to make the images again",
+            )
+        shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return shards
+
+
+def shard_name(block: int) -> str:
+    """File name of a block's shard."""
+    return f"shard-{block:05d}.npy"
+
+
+def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], context: Context) -> int:
+    """Render the given blocks (block -> images) and return how many images that were."""
+    total = sum(blocks.values())
+    jobs = [(config.process, config.seed, block, count, config.resolution, folder) for block, count in blocks.items()]
+    with graceful_stop() as stop, context.console.progress(total, "images") as progress:
+        if context.workers == 1 or len(jobs) <= 1:
+            for job in jobs:
+                progress.advance(_write_shard(*job))
+                stop.raise_if_requested()
+            return total
+        # spawn: a fork of a process whose torch has started threads may hang
+        with ProcessPoolExecutor(min(context.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+            pending = {pool.submit(_write_shard, *job) for job in jobs}
+            try:
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        progress.advance(future.result())
+                    stop.raise_if_requested()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    return total
+
+
+def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:
+    images = render_block(process, seed, block, count, resolution)
+    with atomic_path(folder / shard_name(block)) as temporary:
+        np.save(temporary, images, allow_pickle=False)
+    faults.point("shard-written")
+    return count
+
+
+def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:
+    """Whether the block's shard is there with the right shape (it took its name only once it was whole)."""
+    path = folder / shard_name(block)
+    if not path.is_file():
+        return False
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).shape == (count, resolution, resolution, 3)
+    except (ValueError, OSError, EOFError):
+        return False

@@ -1,0 +1,125 @@
+"""Answers that train nothing: status, the account calculator, the list of data sets, and ``--plan``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dprandp.config import StageConfig
+from dprandp.datasets import list_datasets
+from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
+from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.rundir import RunDir
+from dprandp.stages import finetune
+from dprandp.stages.context import Context
+from dprandp.stages.private import open_private_stage, read_budget
+
+
+def status(rundir: RunDir) -> dict[str, Any]:
+    """Stage table and budget of a run.
+
+    Returns:
+        run (path), stages (rows of ``RunDir.status``), budget (epsilon, delta, spent, private) or None.
+    """
+    return {"run": str(rundir.path), "stages": rundir.status(), "budget": read_budget(rundir)}
+
+
+def status_lines(table: dict[str, Any]) -> str:
+    """``status`` for people."""
+    lines = [f"run {table['run']}"]
+    for row in table["stages"]:
+        accuracy = (row["result"] or {}).get("accuracy")
+        extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+        why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""
+        lines.append(f"  {row['stage']:<9} {row['state']:<8}{extra}{why}")
+    budget = table["budget"]
+    if budget is not None:
+        stamp = "" if budget["private"] else "  NOT PRIVATE"
+        lines.append(
+            f"  budget    ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}{stamp}"
+        )
+    return "\n".join(lines)
+
+
+def account(
+    epsilon: float | None, noise_multiplier: float | None, sample_rate: float, steps: int, delta: float
+) -> dict[str, Any]:
+    """σ for an ε, or ε for a σ.
+
+    Returns:
+        noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
+        accountant, equivalent_mu (of Gaussian DP; None without privacy), adjacency.
+
+    Raises:
+        UsageError: a value out of its range. BudgetError: no noise is enough.
+    """
+    if noise_multiplier is None:
+        noise_multiplier = calibrate(epsilon, delta, sample_rate, steps)
+    bound = compose([GaussianEvent(noise_multiplier, sample_rate, steps)], delta)
+    finite = math.isfinite(bound.upper)
+    return {
+        "noise_multiplier": noise_multiplier,
+        "sample_rate": sample_rate,
+        "steps": steps,
+        "delta": delta,
+        "epsilon": bound.upper,
+        "epsilon_estimate": bound.estimate,
+        "epsilon_lower": bound.lower,
+        "accountant": bound.accountant,
+        "equivalent_mu": equivalent_mu(bound.upper, delta) if finite else None,
+        "adjacency": "add/remove one record",
+    }
+
+
+def account_lines(result: dict[str, Any]) -> str:
+    """``account`` for people."""
+    sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
+    mu = "" if result["equivalent_mu"] is None else f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}"
+    return (
+        f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
+        f"ε = {result['epsilon']:.4f} at δ = {result['delta']:g} "
+        f"({result['adjacency']}; {result['accountant']}{mu})"
+    )
+
+
+def datasets(data_dir: Path) -> list[dict[str, Any]]:
+    """The known data sets as plain rows."""
+    return [asdict(row) for row in list_datasets(data_dir)]
+
+
+def dataset_lines(rows: list[dict[str, Any]]) -> str:
+    """``datasets`` for people."""
+    lines = [f"{'name':<16} {'N':>7} {'classes':>7}  {'size':<10} here"]
+    lines += [
+        f"{row['name']:<16} {row['train_examples']:>7} {row['classes']:>7}  {row['size']:<10} "
+        + ("yes" if row["available"] else f"no: {row['how_to_get']}")
+        for row in rows
+    ]
+    lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
+    return "\n".join(lines)
+
+
+def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
+    """What a private stage would run, from public facts alone: no pixel is read and nothing is written.
+
+    Returns:
+        the plan's fields, and epsilon_after (the run's ε when it is done).
+    """
+    batch_part = None
+    if name == "finetune":
+        arch = config.arch if config.source == "scratch" else context.rundir.result("pretrain").get("arch", "wrn-16-4")
+        batch_part = finetune.recipe_for(arch, config.source).batch_part
+    stage = open_private_stage(name, config, context, batch_part=batch_part, write=False)
+    after = compose([*stage.ledger_events(), stage.plan.event], stage.plan.delta)
+    return {"stage": name, "data": stage.spec.name, **stage.plan.to_dict(), "epsilon_after": after.upper}
+
+
+def plan_lines(result: dict[str, Any]) -> str:
+    """``plan`` for people."""
+    return (
+        f"{result['stage']} on {result['data']} (N = {result['examples']}): T = {result['steps']} steps, "
+        f"q = {result['sample_rate']:.4g}, σ = {result['noise_multiplier']:.4g}, C = {result['clip_norm']:g}, "
+        f"K = {result['views']}; the run's ε afterwards: {result['epsilon_after']:.4f} at δ = {result['delta']:g}"
+    )

@@ -1,0 +1,65 @@
+"""The four stages by name, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dprandp import report
+from dprandp.config import StageConfig
+from dprandp.signals import graceful_stop
+from dprandp.stages import finetune, generate, pretrain, probe
+from dprandp.stages.context import Context
+
+RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
+    "generate": generate.run,
+    "pretrain": pretrain.run,
+    "probe": probe.run,
+    "finetune": finetune.run,
+}
+
+
+def run_stage(name: str, config: StageConfig, context: Context) -> dict:
+    """Run one stage, or return the recorded result of a finished one. The result begins with ``stage``."""
+    return {"stage": name, **RUNNERS[name](config, context)}
+
+
+def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
+    """Run all four stages and write the report.
+
+    Args:
+        resolve: stage name to configuration, called when its turn comes.
+        context: shared by all stages.
+
+    Returns:
+        The last private stage's result, with ``report`` (path) and ``results`` (one per stage).
+    """
+    results = {}
+    with graceful_stop() as stop:
+        for name in RUNNERS:
+            if name == "finetune" and results["probe"]["share"] == 1:
+                context.console.say("finetune: skipped, the probe was given the whole budget (--share 1)")
+                continue
+            results[name] = run_stage(name, resolve(name), context)
+            context.console.say(stage_line(name, results[name]))
+            stop.raise_if_requested()
+    path = report.write(context.rundir)
+    last = results.get("finetune", results["probe"])
+    return {**last, "report": str(path), "results": results}
+
+
+def line(result: dict) -> str:
+    """The last line of ``dprandp run``."""
+    return f"{stage_line(result['stage'], result)}; report: {result['report']}"
+
+
+def stage_line(name: str, result: dict) -> str:
+    """One line for people, from a stage's result."""
+    seconds = f"{result['seconds']:.0f} s"
+    if name == "generate":
+        return f"generate: {result['count']} images of {result['process']} at {result['resolution']} px in {seconds}"
+    if name == "pretrain":
+        quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
+        return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}, in {seconds}"
+    privacy = f"ε = {result['epsilon']:.3f}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
+    return f"{name}: {result['data']} test accuracy {100 * result['accuracy']:.2f} % at {privacy}, in {seconds}"

@@ -1,0 +1,224 @@
+"""Phase I, second half: a feature extractor from synthetic images. No data is read; no privacy is spent.
+
+    step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
+    extractor.safetensors     the finished extractor, with its configuration in extractor.json
+    metrics.jsonl             loss or dictionary similarity, step by step
+
+Two ways to learn, chosen by ``arch``:
+
+* ``patchnet``: a dictionary of whitened patches (``vision/dictionary.py``), a laptop's minute;
+* ``wrn-D-K``: contrastive learning (``vision/contrastive.py``), the published recipe at ``--size paper``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from dprandp import checkpoint
+from dprandp.config import PretrainConfig, as_dict
+from dprandp.console import MetricsLog
+from dprandp.errors import UsageError
+from dprandp.signals import graceful_stop
+from dprandp.stages.context import Context
+from dprandp.stages.generate import load_classes, load_images
+from dprandp.vision import dictionary
+from dprandp.vision.contrastive import ContrastiveTrainer, train
+from dprandp.vision.extractors import build_extractor, extract, load_weights
+from dprandp.vision.images import INPUT_SIZE, random_crops, resize, to_grey
+from dprandp.vision.metrics import knn_accuracy
+from dprandp.vision.patchnet import PatchNet
+
+STAGE = "pretrain"
+EXTRACTOR = "extractor"
+KNN_CLASSES = 40
+KNN_TRAIN, KNN_TEST = 15, 5
+"""Per class; they are the last images of their shards, which the training leaves out where there are enough."""
+
+
+def run(config: PretrainConfig, context: Context) -> dict:
+    """Learn an extractor from the run's synthetic images.
+
+    Returns:
+        arch, steps, views_per_second, loss (None where nothing was trained by gradients), knn_accuracy, seconds.
+
+    Raises:
+        InputError: there are no images yet.
+        UsageError: unknown architecture, or a configuration other than the one the directory holds.
+    """
+    build_extractor(config)  # refuses an unknown architecture before anything is written
+    context.rundir.require("generate", STAGE)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from("generate"),
+        resume=context.resume,
+        overwrite=context.overwrite,
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = PretrainConfig(**begun.config)
+    started = time.perf_counter()
+    with graceful_stop() as stop:
+        done = checkpoint.resume(begun.directory, warn=context.console.warn)
+        if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
+            network, steps, views_per_second, loss = load_extractor(context)[0], done.meta["steps"], None, None
+        elif config.random_init:
+            network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
+        elif config.arch == "patchnet":
+            network = _learn_dictionary(config, context, stop)
+            steps, views_per_second, loss = config.dictionary_iterations, None, None
+        else:
+            network, views_per_second, loss = _learn_contrastively(config, context, stop)
+            steps = config.steps
+    checkpoint.save(
+        begun.directory, EXTRACTOR, network.state_dict(), {"config": as_dict(config), "steps": steps}, keep=1
+    )
+    result = {
+        "arch": config.arch,
+        "random_init": config.random_init,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "feature_dim": network.feature_dim,
+        "steps": steps,
+        "views_per_second": views_per_second,
+        "loss": loss,
+        "knn_accuracy": _knn(network, config, context),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    context.rundir.finish(
+        STAGE, context.rundir.hash_outputs(STAGE, [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]), result
+    )
+    return result
+
+
+def load_extractor(context: Context) -> tuple[nn.Module, PretrainConfig]:
+    """The run's finished extractor on the context's device, and the configuration that made it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit.
+    """
+    loaded = checkpoint.load(context.rundir.stage_dir(STAGE), EXTRACTOR)
+    config = PretrainConfig(**loaded.meta["config"])
+    network = build_extractor(config)
+    load_weights(network, loaded.tensors)
+    return network.to(context.device).eval(), config
+
+
+def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
+    """Random crops of the run's synthetic images at the extractor's input size.
+
+    Returns:
+        uint8 [count, 3, 32, 32] (fewer where there are fewer images), shuffled.
+    """
+    images = load_images(context.rundir.stage_dir("generate"), count)
+    generator = torch.Generator().manual_seed(seed)
+    crops = random_crops(torch.from_numpy(images).permute(0, 3, 1, 2), generator)
+    return crops[torch.randperm(len(crops), generator=generator)]
+
+
+def colour_mode(images: Tensor, mode: str) -> Tensor:
+    """'rgb' leaves uint8 [N, 3, H, W] as it is, 'grey' removes the colour, 'mixed' does so for every second image."""
+    if mode == "rgb":
+        return images
+    if mode == "grey":
+        return to_grey(images)
+    if mode == "mixed":
+        images = images.clone()
+        images[::2] = to_grey(images[::2])
+        return images
+    raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or mixed")
+
+
+# ---------------------------------------------------------------------------------------------------------- patchnet
+
+
+def _learn_dictionary(config: PretrainConfig, context: Context, stop) -> PatchNet:
+    log = MetricsLog(context.rundir.stage_dir(STAGE) / "metrics.jsonl", 0)
+    generator = _generator(config)
+    crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
+    patches = dictionary.sample_patches(crops, config.dictionary_patches, config.patch_size, generator)
+    mean, whitening = dictionary.zca(patches)
+    with context.console.progress(config.dictionary_iterations, "dictionary passes") as progress:
+
+        def on_iteration(iteration: int, similarity: float) -> None:
+            log.write(step=iteration + 1, similarity=similarity)
+            progress.advance(1)
+            stop.raise_if_requested()  # a minute's work with nothing to save half-way: a rerun repeats it
+
+        atoms = dictionary.spherical_kmeans(
+            (patches - mean) @ whitening, config.filters, config.dictionary_iterations, generator, on_iteration
+        )
+    network = build_extractor(config)
+    weight, bias = dictionary.fold(atoms, mean, whitening)
+    network.load_state_dict({"weight": weight, "bias": bias})
+    return network.to(context.device)
+
+
+# --------------------------------------------------------------------------------------------------------- wrn-D-K
+
+
+def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tuple[nn.Module, float | None, float]:
+    folder = context.rundir.stage_dir(STAGE)
+    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"))).permute(0, 3, 1, 2)
+    images = colour_mode(images.contiguous(), config.colour).to(context.device)
+    trainer = ContrastiveTrainer(build_extractor(config, _generator(config)), config, images)
+    first_step, loss = 0, math.nan
+    saved = checkpoint.resume(folder, warn=context.console.warn)
+    if saved is not None:
+        trainer.load_state(saved.tensors)
+        first_step, loss = saved.meta["step"], saved.meta["loss"]
+        context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
+    log = MetricsLog(folder / "metrics.jsonl", first_step)
+    started = time.perf_counter()
+    with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
+
+        def on_step(done: int, mean_loss: float | None) -> None:
+            nonlocal loss
+            progress.advance(1)
+            if mean_loss is not None:
+                loss = mean_loss
+                log.write(step=done, loss=mean_loss)
+            if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
+                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), {"step": done, "loss": loss})
+            stop.raise_if_requested()
+
+        loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
+    done = config.steps - first_step
+    rate = 2 * config.batch_size * done / (time.perf_counter() - started) if done else None
+    return trainer.network, round(rate, 1) if rate else None, round(loss, 5)
+
+
+# ------------------------------------------------------------------------------------------------- public evaluation
+
+
+def _knn(network: nn.Module, config: PretrainConfig, context: Context) -> float | None:
+    """k-NN accuracy at telling the generator's networks apart; None where that has no meaning.
+
+    The classes are shards: all images of one ``stylegan-oriented`` shard come from one random network. A public measure
+    of the features, not of how well they serve a particular data set.
+    """
+    images = load_classes(context.rundir.stage_dir("generate"), KNN_CLASSES, KNN_TRAIN + KNN_TEST)
+    if images is None:
+        return None
+    classes, per_class = images.shape[:2]
+    pixels = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2)
+    crops = resize(pixels, INPUT_SIZE, INPUT_SIZE)
+    features = extract(network.eval(), crops, mirror=False).view(classes, per_class, -1)
+    features = features - features.mean(dim=(0, 1))
+    labels = torch.arange(classes)[:, None]
+    train_set, test_set = features[:, :KNN_TRAIN], features[:, KNN_TRAIN:]
+    accuracy = knn_accuracy(
+        train_set.flatten(0, 1),
+        labels.expand(-1, KNN_TRAIN).flatten(),
+        test_set.flatten(0, 1),
+        labels.expand(-1, KNN_TEST).flatten(),
+        k=5,
+    )
+    return round(float(accuracy), 4)
+
+
+def _generator(config: PretrainConfig) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed)

@@ -1,0 +1,141 @@
+"""Contrastive pretraining of a network on synthetic images: alignment and uniformity (Wang & Isola 2020).
+
+The loop of Tang et al. 2023, Phase I: two views of each image, a projection head that is thrown away afterwards, SGD
+with momentum. All randomness of step t is a function of (seed, t), so a state of weights and momentum resumes exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config import PretrainConfig
+from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.losses import align_uniformity
+from dprandp.vision.precision import autocast
+from dprandp.vision.views import ContrastiveViews
+from dprandp.vision.wrn import ProjectionHead
+
+STEP_SCHEDULE = (155 / 200, 170 / 200, 185 / 200)
+"""Published: learning rate x 0.1 after these parts of the training."""
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Learning rate of a step, 0-based: 'cosine' to zero after a warm-up of 5 %, or 'step' as published."""
+    progress = step / config.steps
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(progress >= boundary for boundary in STEP_SCHEDULE)
+    warm_up = min(1.0, (step + 1) / max(1.0, 0.05 * config.steps))
+    return config.lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ContrastiveTrainer:
+    """Network, projection head and optimiser of Phase I, one ``step`` at a time.
+
+    Args:
+        network: a WRN with ``trunk`` and ``normalise``; trained in place.
+        config: steps, batch_size, lr, momentum, weight_decay, schedule, projection_*.
+        images: uint8 [N, 3, R, R] synthetic, on the device that trains.
+    """
+
+    def __init__(self, network: nn.Module, config: PretrainConfig, images: Tensor) -> None:
+        self.config, self.images, self.device = config, images, images.device
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        positions = math.prod(self._map_shape())
+        self.head = ProjectionHead(
+            positions,
+            hidden_dim=config.projection_hidden,
+            embedding_dim=config.projection_dim,
+            generator=torch.Generator().manual_seed(config.seed + 1),
+        ).to(self.device)
+        self.views = ContrastiveViews(INPUT_SIZE)
+        self.optimiser = torch.optim.SGD(
+            [*self.network.parameters(), *self.head.parameters()],
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    @torch.no_grad()
+    def _map_shape(self) -> tuple[int, ...]:
+        probe = torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, device=self.device)
+        return tuple(self.network.trunk(probe).shape[1:])
+
+    def step(self, step: int) -> Tensor:
+        """One update on two views of a batch; returns the loss (a 0-d tensor, not yet synchronised)."""
+        generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, step))
+        chosen = torch.randint(
+            len(self.images), (self.config.batch_size,), generator=generator, device=self.device
+        )  # with replacement: an image more or less often costs nothing, and no epoch has to be remembered
+        first, second = self.views(self.images[chosen], generator)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        with autocast(self.device):
+            both = self.network.normalise(torch.cat([first, second])).to(memory_format=torch.channels_last)
+            x, y = self.head(self.network.trunk(both)).chunk(2)  # published: without the final activation
+        loss = align_uniformity(x, y)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as named tensors."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        for index, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
+            if parameter in self.optimiser.state:
+                tensors[f"momentum.{index}"] = self.optimiser.state[parameter]["momentum_buffer"]
+        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        self.network.load_state_dict(_with_prefix(tensors, "network."))
+        self.head.load_state_dict(_with_prefix(tensors, "head."))
+        for index, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
+            if f"momentum.{index}" in tensors:
+                buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
+                self.optimiser.state[parameter]["momentum_buffer"] = buffer
+
+
+def train(
+    trainer: ContrastiveTrainer,
+    first_step: int,
+    *,
+    on_step: Callable[[int, float | None], None],
+    log_every: int = 10,
+) -> float:
+    """Run the steps from ``first_step`` to the end of the configuration.
+
+    Args:
+        trainer: with the state that ``first_step`` needs.
+        first_step: 0 for a fresh start.
+        on_step: called after every step with the number of steps done and, every ``log_every`` steps, the mean loss
+            since the last time (None otherwise: reading it would make an accelerator wait).
+
+    Returns:
+        The mean loss of the last ``log_every`` steps.
+    """
+    losses: list[Tensor] = []
+    mean = math.nan
+    for step in range(first_step, trainer.config.steps):
+        losses.append(trainer.step(step))
+        done = step + 1
+        if done % log_every == 0 or done == trainer.config.steps:
+            mean = float(torch.stack(losses).mean())
+            losses = []
+            on_step(done, mean)
+        else:
+            on_step(done, None)
+    return mean
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step * 7_919 + 17) % 2**63
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

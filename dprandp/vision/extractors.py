@@ -1,0 +1,118 @@
+"""The architectures by name, behind one interface.
+
+An extractor is an ``nn.Module`` with
+
+* ``feature_dim``: int;
+* ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
+* ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time.
+
+To add one: write its module, give it a name here, and say in ``stages/pretrain.py`` how it learns from images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config import PretrainConfig
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.patchnet import PatchNet
+from dprandp.vision.precision import autocast
+from dprandp.vision.wrn import WideResNet, parse_wrn
+
+ARCHITECTURES = "patchnet, or wrn-DEPTH-WIDTH such as wrn-16-4"
+
+
+def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
+    """An untrained extractor.
+
+    Args:
+        config: ``arch`` and the fields of that architecture.
+        generator: public randomness for the initial weights.
+
+    Raises:
+        UsageError: unknown architecture.
+    """
+    if config.arch == "patchnet":
+        net = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride)
+        net.weight.data.normal_(generator=generator)
+        # contrast-normalised patches have norm up to sqrt(d): unit-norm filters answer with unit variance
+        net.weight.data.div_(net.weight.data.norm(dim=1, keepdim=True))
+        return net
+    if config.arch.startswith("wrn-"):
+        depth, width = parse_wrn(config.arch)
+        return WideResNet(
+            depth,
+            width,
+            layer_order=config.layer_order,
+            weight_standardisation=config.weight_standardisation,
+            generator=generator,
+        )
+    raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
+
+
+def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill an extractor with the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; all are named.
+    """
+    own = extractor.state_dict()
+    wrong = [f"{name}: missing" for name in own.keys() - tensors.keys()]
+    wrong += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
+    wrong += [
+        f"{name}: {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint does not fit the architecture: " + "; ".join(sorted(wrong)),
+            fix="use the configuration that the checkpoint was made with",
+        )
+    extractor.load_state_dict(tensors)
+
+
+@torch.inference_mode()
+def extract(
+    extractor: nn.Module,
+    images: Tensor,
+    *,
+    mirror: bool,
+    batch_size: int = 256,
+    after: Callable[[Tensor], Tensor] = lambda features: features,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """Features of many images, each image on its own.
+
+    Args:
+        extractor: an extractor, on the device that computes.
+        images: uint8 [N, 3, 32, 32].
+        mirror: average the features of each image and its mirror image.
+        batch_size: images at a time.
+        after: applied to each batch of features [b, feature_dim]; its results are what is collected.
+        on_batch: called with the number of images done, for progress.
+
+    Returns:
+        float32 [N, ...] on the CPU.
+    """
+    if images.shape[1:] != (3, INPUT_SIZE, INPUT_SIZE):
+        raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {INPUT_SIZE}, {INPUT_SIZE})")
+    device = next(extractor.parameters()).device
+    compute = getattr(extractor, "extract", None) or (lambda batch: extractor.features(extractor.normalise(batch)))
+    out: Tensor | None = None
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device)
+        with autocast(device):
+            features = compute(batch)
+            if mirror:
+                features = (features + compute(batch.flip(-1))) / 2
+        values = after(features.to(torch.float32)).to("cpu")
+        if out is None:
+            out = torch.empty(len(images), *values.shape[1:])
+        out[start : start + len(values)] = values
+        on_batch(len(values))
+    return out if out is not None else torch.empty(0, extractor.feature_dim)

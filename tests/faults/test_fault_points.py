@@ -1,0 +1,264 @@
+"""kill -9 at every fault point of the storage layer, and at random times: the old state or the new, never a part."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import dprandp
+from dprandp import checkpoint, faults
+from dprandp.errors import UsageError
+from dprandp.files import remove_leftovers
+from dprandp.rundir import RunDir
+
+KILLED = -signal.SIGKILL
+
+
+def python(script: str, *arguments: object, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != faults.VARIABLE}
+    if fault is not None:
+        environment[faults.VARIABLE] = fault
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+# Imports torch once and forks a child per request. A request is a folder and saves [name, value, fault or null];
+# the answer is the child's process id and, when it has ended, how.
+SERVER = """
+import json, os, sys
+import torch
+from dprandp import checkpoint, faults
+
+torch.set_num_threads(1)
+
+def save(folder, name, value, fault=None):
+    faults._hits.clear()
+    os.environ[faults.VARIABLE] = fault or ""
+    tensors = {"weight": torch.full((64, 64), float(value)), "step": torch.tensor(value)}
+    checkpoint.save(folder, name, tensors, {"value": value})
+
+for line in sys.stdin:
+    folder, saves = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for arguments in saves:
+            save(folder, *arguments)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Saver:
+    """Checkpoints saved in processes that may die."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def start(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([str(folder), saves]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> int:
+        return self._answer()
+
+    def save(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
+        self.start(folder, *saves)
+        return self.end()
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def saver() -> Iterator[Saver]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        yield Saver(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def assert_whole(folder: Path) -> int:
+    """The folder's newest checkpoint loads without fallback, tensors and meta of one piece; returns its value."""
+    loaded = checkpoint.load(folder)
+    value = loaded.meta["value"]
+    assert int(loaded.tensors["step"]) == value
+    assert torch.equal(loaded.tensors["weight"], torch.full((64, 64), float(value)))
+    return value
+
+
+def every_fault(files: int) -> list[str]:
+    """All faults of a save that writes so many files, in the order in which it passes them."""
+    return [f"{name}:{hit}" for hit in range(1, files + 1) for name in ("temp-written", "renamed")] + [
+        "pointer-moved:1"
+    ]
+
+
+# Under a new name three files are written; over the same name four, as the description is written twice.
+@pytest.mark.parametrize(("after", "files"), [("step-2", 3), ("step-1", 4)])
+def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver, after: str, files: int) -> None:
+    found = []
+    for fault in every_fault(files):
+        folder = tmp_path / fault
+        folder.mkdir()
+        assert saver.save(folder, ("step-1", 1, None), (after, 2, fault)) == KILLED
+        value = assert_whole(folder)
+        found.append(value)
+        said: list[str] = []
+        assert checkpoint.resume(folder, warn=said.append).meta["value"] == value
+        assert said == []
+        # and the run goes on: the same checkpoint again, nothing left behind
+        remove_leftovers(folder)
+        assert saver.save(folder, (after, 3, None)) == 0
+        assert assert_whole(folder) == 3
+        names = {"step-1", after}
+        assert set(os.listdir(folder)) == {"LATEST"} | {f"{n}.{s}" for n in names for s in ("json", "safetensors")}
+    # The new state is there from one rename on: that of LATEST, or that of the tensors replaced in place.
+    turn = {"step-2": 5, "step-1": 3}[after]
+    assert found == [1] * turn + [2] * (len(found) - turn)
+
+
+def test_a_kill_within_the_repair_of_a_kill(tmp_path: Path, saver: Saver) -> None:
+    """Twice killed while replacing the same checkpoint: the description must still fit the tensors on the disk."""
+    found = set()
+    for first in range(1, 5):
+        for second in range(1, 5):
+            folder = tmp_path / f"{first}-{second}"
+            folder.mkdir()
+            assert saver.save(folder, ("step-1", 1, None), ("step-1", 2, f"renamed:{first}")) == KILLED
+            assert saver.save(folder, ("step-1", 3, f"renamed:{second}")) == KILLED
+            found.add(assert_whole(folder))
+    assert found == {1, 2, 3}
+
+
+def test_first_checkpoint_killed_means_start_again(tmp_path: Path, saver: Saver) -> None:
+    found = []
+    for fault in every_fault(3):
+        folder = tmp_path / fault
+        folder.mkdir()
+        assert saver.save(folder, ("step-1", 1, fault)) == KILLED
+        found.append(checkpoint.resume(folder, warn=lambda text: None) is not None)
+    assert found == [False] * 3 + [True] * 4  # whole from the moment its description is in place
+
+
+def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, saver: Saver) -> None:
+    draw = random.Random()
+    reached = 0
+    for _ in range(8):
+        child = saver.start(tmp_path, *((f"step-{value // 3}", value, None) for value in range(reached + 1, 5000)))
+        while not (tmp_path / "LATEST").exists():
+            time.sleep(0.01)
+        time.sleep(0.15 * draw.random())
+        os.kill(child, signal.SIGKILL)
+        assert saver.end() == KILLED
+        now = assert_whole(tmp_path)
+        assert now >= reached
+        reached = now
+    assert reached > 3  # the kills interrupted real work
+
+
+@pytest.mark.parametrize(("fault", "content"), [("temp-written:1", "old"), ("renamed:1", "new")])
+def test_atomic_write(tmp_path: Path, fault: str, content: str) -> None:
+    (tmp_path / "a.json").write_text("old")
+    script = "import sys; from dprandp.files import atomic_write; atomic_write(sys.argv[1], 'new')"
+    done = python(script, tmp_path / "a.json", fault=fault)
+    assert done.returncode == KILLED
+    assert "killing this process now" in done.stderr
+    assert (tmp_path / "a.json").read_text() == content
+    assert len(remove_leftovers(tmp_path)) == (1 if fault == "temp-written:1" else 0)
+    assert python(script, tmp_path / "a.json").returncode == 0
+    assert (tmp_path / "a.json").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+OVERWRITE = """
+import sys
+from dprandp.rundir import RunDir
+run = RunDir.open(sys.argv[1], create=True)
+with run.lock():
+    begun = run.begin("generate", {"seed": 2}, {}, overwrite=True)
+    (begun.directory / "out.bin").write_text("2")
+    run.finish("generate", run.hash_outputs("generate", ["out.bin"]), {})
+"""
+
+
+@pytest.mark.parametrize("hit", [1, 2, 3])
+@pytest.mark.parametrize("name", ["temp-written", "renamed"])
+def test_overwrite_never_mixes_two_configurations(tmp_path: Path, name: str, hit: int) -> None:
+    """run.json, config.toml, run.json: wherever it dies, files, recorded settings and state belong together."""
+    run = RunDir.open(tmp_path / "x", create=True)
+    with run.lock():
+        begun = run.begin("generate", {"seed": 1}, {})
+        (begun.directory / "out.bin").write_text("1")
+        run.finish("generate", run.hash_outputs("generate", ["out.bin"]), {})
+    assert python(OVERWRITE, run.path, fault=f"{name}:{hit}").returncode == KILLED
+    with run.lock():
+        row = run.status()[0]
+        output = run.stage_dir("generate") / "out.bin"
+        if output.exists():
+            assert output.read_text() == str(row["config"]["seed"])
+        else:
+            assert row["state"] in ("partial", "stale")
+        assert (row["state"] == "done") == (name == "renamed" and hit == 3)
+    assert python(OVERWRITE, run.path).returncode == 0
+    assert (run.status()[0]["state"], run.status()[0]["config"]) == ("done", {"seed": 2})
+
+
+def test_nothing_happens_without_the_variable_or_before_the_nth_hit() -> None:
+    script = "from dprandp import faults\nfor _ in range(3): faults.point('renamed'); print('passed', flush=True)"
+    assert python(script).stdout.count("passed") == 3
+    done = python(script, fault="renamed:3")
+    assert (done.returncode, done.stdout.count("passed")) == (KILLED, 2)
+    done = python(script, fault="pointer-moved:1")
+    assert (done.returncode, done.stdout.count("passed"), done.stderr) == (0, 3, "")
+
+
+@pytest.mark.parametrize("request_", ["renamed", "renamed:0", "renamed:-1", "renamed:x", "renamed:1:2", ":1"])
+def test_malformed_request_is_refused(monkeypatch: pytest.MonkeyPatch, request_: str) -> None:
+    monkeypatch.setenv(faults.VARIABLE, request_)
+    for call in (lambda: faults.point("renamed"), faults.announce):
+        with pytest.raises(UsageError, match="NAME:N"):
+            call()
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="'renammed' is not a fault point"):
+        faults.point("renammed")
+    monkeypatch.setenv(faults.VARIABLE, "ledger-fsynk:2")
+    with pytest.raises(UsageError, match="did you mean 'ledger-fsynced'"):
+        faults.point("renamed")
+    monkeypatch.setenv(faults.VARIABLE, "ledger-fsynced:2")
+    faults.announce()
+    assert "will be killed at hit 2 of 'ledger-fsynced'" in capsys.readouterr().err
+
+
+def test_every_fault_point_in_the_code_is_known() -> None:
+    """A misspelt name in a rarely reached line would otherwise surface as a ValueError in the middle of a run."""
+    names = set()
+    for path in Path(dprandp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("faults.point", "point"):
+                assert isinstance(node.args[0], ast.Constant), f"{path.name} line {node.lineno}: name it literally"
+                names.add(node.args[0].value)
+    assert {"temp-written", "renamed", "pointer-moved"} <= names <= set(faults.POINTS)

@@ -1,0 +1,243 @@
+"""stylegan-oriented: the rank-one renderer against a dense StyleGAN2 with the same draws, and the laws of the draws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional
+
+from dprandp.synth import stylegan, stylegan_draws
+from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, Network
+from dprandp.synth.wavelets import wavelets
+
+FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 4.0
+FIR_2D = FIR[:, None] * FIR[None, :]
+
+
+def filter_padded(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    channels = x.shape[1]
+    padded = functional.pad(x, (left, right, left, right))
+    return functional.conv2d(padded, FIR_2D.expand(channels, 1, 4, 4), groups=channels)
+
+
+def dense_synthesise(network: Network, draws: ImageDraws, image_index: int, epsilon: float) -> torch.Tensor:
+    """One image, the obvious way: full [O, I, 3, 3] weights W = s_o · wavelet, modulated, demodulated, convolved.
+
+    The magnitude |s_o|, which the draws leave out, is made up here: the result must not depend on it.
+    """
+    magnitudes = np.random.default_rng(99)
+    x = network.constant.double()[None]
+    image = None
+    rgb_layers = iter(draws.rgb)
+    for shape, conv in zip(network.shapes, draws.convs, strict=True):
+        sign = 1.0 - 2.0 * conv.negative[image_index].double()
+        s = sign * torch.from_numpy(np.abs(magnitudes.standard_normal(shape.out_channels)))
+        filters = torch.from_numpy(wavelets())[conv.wavelet[image_index]]
+        weight = s[:, None, None, None] * filters[None]
+        weight = weight * conv.style[image_index].double()[None, :, None, None]
+        weight = weight * torch.rsqrt(weight.square().sum(dim=(1, 2, 3), keepdim=True) + epsilon)
+        if shape.upsamples:
+            y = functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+            y = filter_padded(y, 1, 1)
+        else:
+            y = functional.conv2d(x, weight, padding=1)
+        size = (shape.resolution, shape.resolution)
+        noise = functional.interpolate(draws.noise[image_index].double()[None, None], size, mode="area")
+        y = y + noise * conv.noise_scale[image_index].double()
+        y = y + conv.bias[image_index].double()[None, :, None, None]
+        x = 2.0**0.5 * functional.relu(y)
+        if shape.feeds_rgb:
+            rgb = functional.conv2d(x, next(rgb_layers)[image_index].double().T[:, :, None, None])
+            if image is not None:
+                zeros = torch.zeros(1, 3, *size, dtype=torch.float64)
+                zeros[:, :, ::2, ::2] = image
+                image = filter_padded(zeros, 2, 1) + rgb
+            else:
+                image = rgb
+    assert image is not None
+    return image[0]
+
+
+def in_float64(network: Network, draws: ImageDraws) -> tuple[Network, ImageDraws]:
+    def widen(value: object) -> object:
+        if isinstance(value, list):
+            return [widen(entry) for entry in value]
+        if isinstance(value, ConvDraws | Network | ImageDraws):
+            return replace(value, **{name: widen(entry) for name, entry in vars(value).items()})
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return widen(network), widen(draws)  # type: ignore[return-value]
+
+
+def drawn(seed: int, resolution: int, count: int) -> tuple[Network, ImageDraws]:
+    random = np.random.default_rng(seed)
+    network = stylegan_draws.draw_network(random, resolution)
+    return network, stylegan_draws.draw_images(random, network, count)
+
+
+def error_in_deviations(image: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((image - wanted).abs().max() / wanted.std())
+
+
+@pytest.fixture
+def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {4: 40, 8: 32, 16: 24, 32: 20, 64: 12}
+    monkeypatch.setattr(stylegan_draws, "channels_at", counts.__getitem__)
+
+
+def check_against_dense(seed: int, resolution: int, count: int) -> None:
+    network, draws = drawn(seed, resolution, count)
+    images = stylegan.synthesise(network, draws)
+    exact_images = stylegan.synthesise(*in_float64(network, draws))
+    assert images.dtype == torch.float32
+    for index in range(count):
+        assert error_in_deviations(exact_images[index], dense_synthesise(network, draws, index, epsilon=0.0)) < 1e-9
+        # StyleGAN2 guards its demodulation with 1e-8: no difference that single precision would show.
+        assert error_in_deviations(images[index], dense_synthesise(network, draws, index, epsilon=1e-8)) < 1e-4
+
+
+def test_equals_dense_network_at_full_width() -> None:
+    check_against_dense(seed=0, resolution=8, count=1)
+
+
+@pytest.mark.usefixtures("few_channels")
+def test_equals_dense_network_at_full_depth_with_unequal_widths() -> None:
+    for seed in range(5):
+        check_against_dense(seed, resolution=64, count=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_equals_dense_network_at_full_size(resolution: int) -> None:
+    check_against_dense(seed=1, resolution=resolution, count=2)
+
+
+@pytest.mark.usefixtures("few_channels")
+@pytest.mark.parametrize("field", ["style", "wavelet", "negative", "bias", "noise_scale"])
+def test_every_draw_matters(field: str) -> None:
+    """Control of the comparison: draws of another image in any one field of any one layer are noticed."""
+    network, draws = drawn(0, 64, 2)
+    wanted = stylegan.synthesise(network, draws)[0]
+    for layer, conv in enumerate(draws.convs):
+        convs = list(draws.convs)
+        convs[layer] = replace(conv, **{field: getattr(conv, field).flip(0)})
+        changed = stylegan.synthesise(network, replace(draws, convs=convs))[0]
+        assert error_in_deviations(changed, wanted) > 1e-3, (field, layer)
+
+
+def test_activation_sums_equal_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch, channels, pixels, functions = 3, 17, 200, 5
+    draws = ConvDraws(
+        style=torch.zeros(0),
+        wavelet=torch.zeros(0),
+        negative=torch.rand(batch, channels, generator=generator) < 0.5,
+        bias=(torch.rand(batch, channels, generator=generator, dtype=torch.float64) - 0.5) * 0.4,
+        noise_scale=torch.zeros(0),
+    )
+    draws.negative[1] = True  # one image without a positive channel
+    # From far below the breakpoints to far above them, and exactly on some of them.
+    common = torch.randn(batch, pixels, generator=generator, dtype=torch.float64)
+    common *= 10.0 ** torch.linspace(-3, 4, pixels, dtype=torch.float64)
+    common[:, :channels] = -draws.bias
+    noise = 0.1 * torch.randn(batch, pixels, generator=generator, dtype=torch.float64)
+    noise[:, :channels] = 0.0
+    weights = torch.randn(batch, channels, functions, generator=generator, dtype=torch.float64)
+
+    wanted = torch.zeros(batch, pixels, functions, dtype=torch.float64)
+    for image in range(batch):
+        for channel in range(channels):
+            sign = -1.0 if draws.negative[image, channel] else 1.0
+            activation = 2.0**0.5 * torch.relu(sign * common[image] + noise[image] + draws.bias[image, channel])
+            wanted[image] += activation[:, None] * weights[image, channel]
+    result = stylegan.activation_sums(common, noise, draws, weights)
+    torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_layer_shapes_at_256() -> None:
+    shapes = stylegan_draws.layer_shapes(256)
+    assert [shape.resolution for shape in shapes] == [4, 8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256, 256]
+    assert [shape.out_channels for shape in shapes][-6:] == [512, 512, 256, 256, 128, 128]
+    assert [shape.in_channels for shape in shapes][-6:] == [512, 512, 512, 256, 256, 128]
+    assert [shape.upsamples for shape in shapes] == [False, *[True, False] * 6]
+    assert [shape.feeds_rgb for shape in shapes] == [True, *[False, True] * 6]
+
+
+def test_laws_of_the_draws() -> None:
+    network, draws = drawn(5, 8, 200)
+    for conv in draws.convs:
+        bias, scale = conv.bias.numpy().ravel(), conv.noise_scale.numpy()
+        assert stats.kstest(bias, stats.uniform(-0.2, 0.4).cdf).pvalue > 1e-3
+        assert stats.kstest(bias, stats.uniform(-0.21, 0.42).cdf).pvalue < 1e-3  # control
+        assert stats.kstest(scale, stats.uniform(0.0, 0.3).cdf).pvalue > 1e-3
+        assert abs(conv.negative.float().mean() - 0.5) < 0.01
+        # style = A w + 1 with E w² = (1 + .2²)/2 per coordinate of w.
+        assert abs(conv.style.mean() - 1.0) < 0.05
+        assert conv.style.std().item() == pytest.approx(0.52**0.5, rel=0.1)
+    # RGB weights: N(0, 1) · style / √512.
+    assert draws.rgb[0].std().item() == pytest.approx((1.52 / 512) ** 0.5, rel=0.1)
+    assert network.constant.shape == (512, 4, 4)
+
+
+def test_number_of_wavelets_is_uniform_from_5_to_40() -> None:
+    choice = stylegan_draws.draw_wavelet_choice(np.random.default_rng(0), 3000, 2000)
+    counts = np.array([len(np.unique(row)) for row in choice])
+    assert counts.min() == 5
+    assert counts.max() == 40
+    assert stats.chisquare(np.bincount(counts)[5:]).pvalue > 0.01
+    assert stats.chisquare(np.bincount(np.minimum(counts + 1, 40))[5:]).pvalue < 1e-3  # control
+    # Every wavelet is drawn equally often.
+    frequency = np.bincount(np.concatenate([np.unique(row) for row in choice]), minlength=40) / counts.sum()
+    np.testing.assert_allclose(frequency, 1 / 40, rtol=0.06)
+
+
+def test_colour_sets_mean_and_deviation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = 1e6 * torch.rand(2, 3, 16, 16, generator=generator) - 5.0
+    mean = torch.tensor([[0.5, 0.45, 0.4], [0.5, 0.5, 0.9]])
+    std = torch.tensor([[0.1, 0.15, 0.2], [0.1, 0.1, 0.3]])
+    result = stylegan.colour(image, mean, std)
+    torch.testing.assert_close(result.mean(dim=(2, 3))[0], mean[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.std(dim=(2, 3), correction=0)[0], std[0], atol=1e-4, rtol=0)
+    assert result[1, 2].max() == 1.0  # clipped
+    flat = stylegan.colour(torch.full((1, 3, 4, 4), 7.0), mean[:1], std[:1])
+    torch.testing.assert_close(flat, mean[:1, :, None, None].expand(1, 3, 4, 4))
+
+
+def test_colour_law() -> None:
+    _, draws = drawn(2, 8, 1000)
+    laws = [*stylegan_draws.COLOUR_MEAN, *stylegan_draws.COLOUR_STD]
+    assert laws == [(0.483, 0.145), (0.455, 0.142), (0.401, 0.161), (0.219, 0.063), (0.213, 0.062), (0.213, 0.069)]
+    values = torch.cat([draws.colour_mean, draws.colour_std], dim=1).numpy()
+    for column, (centre, spread) in zip(values.T, laws, strict=True):
+        assert stats.kstest(column, stats.norm(centre, spread).cdf).pvalue > 1e-3
+        assert stats.kstest(column, stats.norm(centre + 0.3 * spread, spread).cdf).pvalue < 1e-3  # control
+
+
+def neighbour_correlation(images: np.ndarray) -> np.ndarray:
+    grey = images.astype(np.float64).mean(axis=3)
+    return np.array([np.corrcoef(image[:, 1:].ravel(), image[:, :-1].ravel())[0, 1] for image in grey])
+
+
+def test_images_are_structured_and_varied() -> None:
+    images = stylegan.render(np.random.default_rng(0), 40, 64)
+    correlation = neighbour_correlation(images)
+    noise = np.random.default_rng(0).integers(256, size=images.shape, dtype=np.uint8)
+    assert np.median(correlation) > 0.6
+    assert np.median(neighbour_correlation(noise)) < 0.1  # control
+    assert np.median(images.std(axis=(1, 2))) > 25.0  # not flat
+    assert np.median(np.abs(images[..., 0].astype(float) - images[..., 1]).mean(axis=(1, 2))) > 15.0  # not grey
+    flat = images.reshape(40, -1).astype(float)
+    assert np.abs(np.corrcoef(flat) - np.eye(40)).max() < 0.95  # no image twice
+
+
+def test_fewer_images_are_a_prefix() -> None:
+    many = stylegan.render(np.random.default_rng(4), stylegan.CHUNK + 3, 8)
+    few = stylegan.render(np.random.default_rng(4), 7, 8)
+    assert many.shape == (stylegan.CHUNK + 3, 8, 8, 3)
+    assert many.dtype == np.uint8
+    np.testing.assert_array_equal(few, many[:7])

@@ -1,0 +1,162 @@
+"""Test-split metrics against hand counting and scikit-learn's own multi-class AUC; k-NN against a slow loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from dprandp.errors import InputError, UsageError
+from dprandp.vision.metrics import classification_metrics, knn_accuracy
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def scored(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), random.integers(classes, size=rows - classes)])
+    logits = random.normal(size=(rows, classes)) + 1.0 * np.eye(classes)[labels]
+    return logits, labels
+
+
+def pairwise_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Share of (positive, negative) pairs ranked right; a tie counts one half."""
+    wins = [float(p > n) + 0.5 * float(p == n) for p in scores[positive] for n in scores[~positive]]
+    return sum(wins) / len(wins)
+
+
+def test_against_hand_counting():
+    logits, labels = scored(60, 4)
+    result = classification_metrics(torch.tensor(logits), torch.tensor(labels))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    confusion = [[0] * 4 for _ in range(4)]
+    for row, label in zip(logits, labels, strict=True):
+        confusion[label][int(np.argmax(row))] += 1
+    assert result["confusion"] == confusion
+    assert result["accuracy"] == pytest.approx(sum(confusion[c][c] for c in range(4)) / 60)
+    assert result["balanced_accuracy"] == pytest.approx(
+        np.mean([confusion[c][c] / sum(confusion[c]) for c in range(4)])
+    )
+    assert result["loss"] == pytest.approx(
+        -np.mean([math.log(p[c]) for p, c in zip(probabilities, labels, strict=True)])
+    )
+    by_hand = np.mean([pairwise_auc(probabilities[:, c], labels == c) for c in range(4)])
+    assert result["auc"] == pytest.approx(by_hand)
+    assert result["auc"] == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    other = classification_metrics(probabilities, labels, kind="probabilities")
+    assert other.pop("confusion") == result.pop("confusion")
+    assert other == pytest.approx(result)
+
+
+def test_two_classes_give_the_plain_auc():
+    logits, labels = scored(50, 2)
+    result = classification_metrics(logits, labels)
+    assert result["auc"] == pytest.approx(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+
+
+def test_absent_class_is_left_out_of_the_averages():
+    logits, labels = scored(60, 4)
+    kept = labels != 2
+    result = classification_metrics(logits[kept], labels[kept])
+    assert result["confusion"][2] == [0, 0, 0, 0]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    by_hand = np.mean([pairwise_auc(probabilities[kept, c], labels[kept] == c) for c in (0, 1, 3)])
+    assert result["auc"] == pytest.approx(by_hand)
+    recalls = [np.mean(logits[labels == c].argmax(1) == c) for c in (0, 1, 3)]
+    assert result["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
+def test_single_class_has_no_auc():
+    result = classification_metrics(np.eye(3)[[0, 0, 1]], np.array([0, 0, 0]))
+    assert result["auc"] is None
+    assert result["accuracy"] == result["balanced_accuracy"] == pytest.approx(2 / 3)
+    json.dumps(result, allow_nan=False)
+
+
+def test_certain_and_wrong_costs_a_finite_loss():
+    result = classification_metrics(np.array([[1000.0, 0.0], [0.0, 1000.0]]), np.array([1, 1]))
+    assert result["loss"] == pytest.approx(-math.log(1e-12) / 2)
+    zero = classification_metrics(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 0]), kind="probabilities")
+    assert zero["loss"] == pytest.approx(-math.log(1e-12))
+
+
+def test_bfloat16_scores_are_accepted():
+    logits, labels = scored(40, 3)
+    result = classification_metrics(torch.tensor(logits).bfloat16(), torch.tensor(labels))
+    assert result["auc"] == pytest.approx(classification_metrics(logits, labels)["auc"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "kind", "error"),
+    [
+        (np.zeros((0, 3)), np.zeros(0, int), "logits", InputError),
+        (np.zeros((2, 3)), np.zeros(3, int), "logits", InputError),
+        (np.zeros((2, 1)), np.zeros(2, int), "logits", InputError),
+        (np.zeros((2, 3)), np.array([0, 3]), "logits", InputError),
+        (np.zeros((2, 3)), np.array([0, -1]), "logits", InputError),
+        (np.zeros((2, 3)), np.array([0.0, 1.0]), "logits", InputError),
+        (np.array([[0.0, np.nan]]), np.array([0]), "logits", UsageError),
+        (np.array([[0.0, np.inf]]), np.array([0]), "logits", UsageError),
+        (np.array([[2.0, 3.0]]), np.array([0]), "probabilities", UsageError),
+        (np.array([[0.5, 0.5]]), np.array([0]), "odds", UsageError),
+    ],
+)
+def test_bad_input_is_refused(scores, labels, kind, error):
+    with pytest.raises(error):
+        classification_metrics(scores, labels, kind=kind)
+
+
+def slow_knn(features, labels, test_features, test_labels, k):
+    right = 0
+    for query, truth in zip(test_features, test_labels, strict=True):
+        cosines = [float(query @ row / (query.norm() * row.norm())) for row in features]
+        nearest = sorted(range(len(features)), key=lambda i: -cosines[i])[:k]
+        votes: dict[int, list[float]] = {}
+        for index in nearest:
+            votes.setdefault(int(labels[index]), []).append(cosines[index])
+        winner = max(sorted(votes), key=lambda c: (len(votes[c]), sum(votes[c])))
+        right += winner == int(truth)
+    return right / len(test_features)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 40])
+def test_knn_equals_the_slow_loop(k):
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.randint(5, (40,), generator=generator)
+    test_labels = torch.randint(5, (33,), generator=generator)
+    centres = torch.randn(5, 6, generator=generator)
+    features = centres[labels] + torch.randn(40, 6, generator=generator)
+    test_features = (centres[test_labels] + torch.randn(33, 6, generator=generator)) * 7
+    expected = slow_knn(features, labels, test_features, test_labels, k)
+    for block in (1, 8, 1024):
+        assert knn_accuracy(features, labels, test_features, test_labels, k, block=block) == pytest.approx(expected)
+
+
+def test_knn_tie_goes_to_the_closer_class():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1])
+    query = torch.tensor([[1.0, 1.5]])
+    assert knn_accuracy(features, labels, query, torch.tensor([1]), k=2) == 1
+    assert knn_accuracy(features, labels, query, torch.tensor([0]), k=2) == 0
+
+
+def test_knn_refuses_what_does_not_fit():
+    features, labels = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    for k in (0, 5):
+        with pytest.raises(UsageError):
+            knn_accuracy(features, labels, features, labels, k=k)
+    with pytest.raises(UsageError):
+        knn_accuracy(features, labels, torch.randn(4, 2), labels, k=1)
+    with pytest.raises(UsageError):
+        knn_accuracy(features, labels[:3], features, labels, k=1)

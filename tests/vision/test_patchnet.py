@@ -1,0 +1,194 @@
+"""PatchNet, its dictionary, and the whitening, each against a slow and obvious computation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from dprandp.vision import dictionary, whitening
+from dprandp.vision.patchnet import CONTRAST_FLOOR, PatchNet, normalise_patches, pooling_matrix
+
+
+def random_net(filters=10, **options):
+    generator = torch.Generator().manual_seed(0)
+    net = PatchNet(filters, **options)
+    net.weight.data.normal_(generator=generator)
+    net.bias.data.normal_(generator=generator)
+    return net
+
+
+def random_images(count, size=32, seed=1):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def features_by_loops(net, image):
+    """One uint8 image [3, H, W] -> features, patch by patch and filter by filter, in float64."""
+    x = image.double().numpy() / 255
+    p, s, g = net.patch_size, net.stride, net.grid
+    positions = (x.shape[1] - p) // s + 1
+    weight, bias = net.weight.detach().double().numpy(), net.bias.detach().double().numpy()
+    sums, counts = np.zeros((2, g * g, len(weight))), np.zeros(g * g)
+    chunk = math.ceil(positions / g)
+    for row in range(positions):
+        for column in range(positions):
+            patch = x[:, row * s : row * s + p, column * s : column * s + p].reshape(-1)
+            patch = (patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)
+            cell = (row // chunk) * g + column // chunk
+            counts[cell] += 1
+            for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
+                response = w @ patch + b
+                sums[0, cell, index] += max(response - net.threshold, 0)
+                sums[1, cell, index] += max(-response - net.threshold, 0)
+    return (sums / counts[None, :, None]).reshape(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"grid": 3, "patch_size": 8, "threshold": 0.5}])
+def test_features_equal_the_loops(options):
+    net, images = random_net(**options), random_images(2)
+    expected = np.stack([features_by_loops(net, image) for image in images])
+    assert expected.std() > 0.1  # the filters do answer: equality to zero would prove nothing
+    np.testing.assert_allclose(net.features(net.normalise(images)).detach().numpy(), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("filters", [7, 400, 401])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_extract_equals_features_for_any_tile_and_thread_count(filters, threads):
+    net, images = random_net(filters), random_images(5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast = net.extract(images)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(fast, net.features(net.normalise(images)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_extract_treats_each_image_alone():
+    net, images = random_net(50), random_images(6)
+    changed = images.clone()
+    changed[3] = 255 - changed[3]
+    difference = (net.extract(images) - net.extract(changed)).abs().amax(dim=1)
+    assert difference[3] > 0
+    assert difference[[0, 1, 2, 4, 5]].eq(0).all()
+
+
+def test_per_example_gradients_by_vmap_equal_a_loop():
+    net, images = random_net(6), PatchNet.normalise(random_images(3))
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+
+    def loss(parameters, image):
+        return functional_call(net, parameters, (image[None],)).square().sum()
+
+    net.forward = net.features
+    fast = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    for index in range(len(images)):
+        slow = grad(loss)(parameters, images[index])
+        for name in slow:
+            assert slow[name].abs().max() > 0
+            torch.testing.assert_close(fast[name][index], slow[name], rtol=1e-4, atol=1e-5)
+
+
+def test_flat_patches_have_finite_gradients():
+    net = random_net(4)
+    net.features(torch.full((1, 3, 32, 32), 0.5)).sum().backward()
+    assert net.weight.grad.isfinite().all()
+
+
+def test_pooling_matrix_averages():
+    matrix = pooling_matrix(27, 2)
+    assert matrix.shape == (4, 729)
+    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(4))
+    torch.testing.assert_close((matrix > 0).sum(dim=1), torch.tensor([14 * 14, 14 * 13, 13 * 14, 13 * 13]))
+    assert (matrix > 0).sum(dim=0).eq(1).all()
+
+
+# -------------------------------------------------------------------------------------------------------- dictionary
+
+
+def test_sampled_patches_are_patches_of_the_images():
+    images = random_images(3, size=9)
+    patches = dictionary.sample_patches(images, 40, 4, torch.Generator().manual_seed(0))
+    every = normalise_patches(functional.unfold(images.float() / 255, 4)).transpose(1, 2).reshape(-1, 48)
+    assert patches.shape == (40, 48)
+    distances = (patches[:, None] - every[None]).abs().amax(dim=2)
+    assert distances.min(dim=1).values.max() < 1e-5 < distances.median()
+
+
+def test_zca_makes_the_covariance_white_up_to_its_floor():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator)
+    vectors = torch.randn(20_000, 12, generator=generator) @ mixing + 3
+    mean, matrix = dictionary.zca(vectors)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-4, atol=1e-5)
+    covariance = ((vectors - mean) @ matrix).T.cov(correction=0).double()
+    eigenvalues = torch.linalg.eigvalsh(vectors.T.cov(correction=0).double())
+    expected = (eigenvalues / (eigenvalues + dictionary.ZCA_FLOOR)).sort().values
+    torch.testing.assert_close(torch.linalg.eigvalsh(covariance), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_kmeans_finds_planted_directions_and_their_negatives():
+    generator = torch.Generator().manual_seed(0)
+    planted = functional.normalize(torch.randn(5, 16, generator=generator))
+    which = torch.randint(5, (4000,), generator=generator)
+    sign = torch.randint(2, (4000, 1), generator=generator) * 2 - 1
+    vectors = sign * planted[which] * 3 + 0.1 * torch.randn(4000, 16, generator=generator)
+    similarities = []
+    # more atoms than directions: k-means may not give two atoms to one direction and none to another
+    atoms = dictionary.spherical_kmeans(vectors, 15, 20, generator, lambda _, s: similarities.append(s))
+    torch.testing.assert_close(atoms.norm(dim=1), torch.ones(15))
+    assert (planted @ atoms.T).abs().max(dim=1).values.min() > 0.99
+    assert similarities[-1] > similarities[0]
+
+
+def test_fold_is_whitening_then_atoms():
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(50, 8, generator=generator)
+    mean, matrix = dictionary.zca(patches)
+    atoms = torch.randn(3, 8, generator=generator)
+    weight, bias = dictionary.fold(atoms, mean, matrix)
+    torch.testing.assert_close(patches @ weight.T + bias, (patches - mean) @ matrix @ atoms.T, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- whitening
+
+
+def correlated_features(count, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(1, -1, width)
+    return (torch.randn(count, width, generator=generator) * scales) @ torch.randn(width, width, generator=generator) + 5
+
+
+@pytest.mark.parametrize(("count", "width"), [(400, 30), (40, 90)])
+def test_whitener_equals_an_svd(count, width):
+    features, dims = correlated_features(count, width), 20
+    whitener = whitening.fit(features.clone(), dims, floor=0.1)
+    x = features.double()
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+    standard = (x - mean) / (deviation + whitening.DEVIATION_FLOOR * deviation.mean())
+    _, s, v = torch.linalg.svd(standard, full_matrices=False)
+    expected = standard @ (v[:dims].T / (s[:dims] / math.sqrt(count) + 0.1))
+    expected = functional.normalize(expected, dim=1)
+    got = whitener(features).double()
+    torch.testing.assert_close(got.norm(dim=1), torch.ones(count, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    # axes are unique up to sign: inner products between images are what must agree
+    torch.testing.assert_close(got @ got.T, expected @ expected.T, rtol=2e-3, atol=2e-3)
+
+
+def test_whitener_is_a_function_of_one_image():
+    whitener = whitening.fit(correlated_features(200, 10), 5)
+    other = correlated_features(7, 10, seed=1)
+    torch.testing.assert_close(whitener(other)[3], whitener(other[3:4])[0])
+
+
+def test_whitener_keeps_no_more_dimensions_than_there_are():
+    assert whitening.fit(correlated_features(9, 30), 100).dims == 8
+
+
+def test_a_feature_that_never_moves_stays_finite():
+    features = correlated_features(100, 6)
+    features[:, 2] = 1.0
+    assert whitening.fit(features.clone(), 4)(features).isfinite().all()
