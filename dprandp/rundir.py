@@ -216,7 +216,7 @@ class RunDir(RunFolder):
         if directory.exists():
             with storage_errors(directory, "empty"):
                 os.replace(directory, self.path / f".trash-{secrets.token_hex(4)}")
-            self._sweep()
+        self._sweep()
 
     def _prepared(self, action: Literal["fresh", "resume"], config: dict[str, Any], directory: Path) -> Begin:
         thawed = runtable.thawed(config)

@@ -1,0 +1,54 @@
+"""The command line.
+
+    flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune, run
+    session.py   flags -> configuration, context   about.py    status, report, account, datasets
+
+Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dprandp import __version__, faults
+from dprandp.cli import about, session, stages
+from dprandp.errors import DprandpError
+
+app = typer.Typer(
+    name="dprandp",
+    help="Train an image classifier under differential privacy, with a prior learned from random processes alone.",
+    epilog="Start with: dprandp run --data digits --eps 1",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.add_typer(stages.app)
+app.add_typer(about.app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"dprandp {__version__}")
+        raise typer.Exit
+    faults.announce()
+
+
+def main() -> None:
+    """Entry point of the console script: run a command, turn errors into messages and exit codes."""
+    try:
+        app(standalone_mode=True)
+    except DprandpError as error:
+        sys.exit(session.current.error(error))
+    except KeyboardInterrupt as error:
+        sys.exit(session.current.error(error))
+    except Exception as error:
+        sys.exit(session.current.error(error))

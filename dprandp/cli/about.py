@@ -1,0 +1,93 @@
+"""Commands that look at a run, or at nothing: status, report, account, datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dprandp.cli import flags, session
+from dprandp.cli.session import DEFAULT_RUN
+from dprandp.errors import UsageError
+from dprandp.rundir import RunDir
+
+app = typer.Typer()
+
+@app.command(rich_help_panel="About a run")
+def status(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.Debug = False) -> None:
+    """Which stages are done, partial, stale or missing, and what was spent.
+
+    [dim]dprandp status[/dim]
+    [dim]dprandp status --run runs/cifar --json[/dim]
+    """
+    console = session.console(json=json, debug=debug)
+    from dprandp.stages import overview
+
+    table = overview.status(RunDir.open(run, create=False))
+    console.result(table, overview.status_lines(table))
+
+
+@app.command(rich_help_panel="About a run")
+def report(
+    run: flags.Run = DEFAULT_RUN, json: flags.Json = False, quiet: flags.Quiet = False, debug: flags.Debug = False
+) -> None:
+    """Write report.html (one self-contained page) from the run's files.
+
+    [dim]dprandp report[/dim]
+    [dim]dprandp report --run runs/cifar[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    from dprandp import report as report_module
+
+    with session.opened(run) as rundir:
+        path = report_module.write(rundir)
+    console.result({"report": str(path)}, f"report: {path}")
+
+
+@app.command(rich_help_panel="About a run")
+def account(
+    eps: Annotated[
+        float | None, typer.Option("--eps", help="Find the noise for this ε.", rich_help_panel=flags.PRIVACY)
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(help="Find the ε of this σ (noise std over clip norm).", rich_help_panel=flags.PRIVACY),
+    ] = None,
+    sample_rate: Annotated[
+        float, typer.Option(help="q in (0, 1]; 1 is full batch.", rich_help_panel=flags.PRIVACY)
+    ] = 1.0,
+    steps: Annotated[int, typer.Option(help="Noisy steps T.", rich_help_panel=flags.PRIVACY)] = 1,
+    delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """The calculator: σ from ε, or ε from σ. Reads no data.
+
+    [dim]dprandp account --eps 1 --sample-rate 0.08192 --steps 875[/dim]
+    [dim]dprandp account --noise-multiplier 40.9 --steps 120[/dim]
+    """
+    console = session.console(json=json, debug=debug)
+    from dprandp.stages import overview
+
+    if (eps is None) == (noise_multiplier is None):
+        raise UsageError(
+            "account needs exactly one of --eps and --noise-multiplier",
+            fix="give --eps to find σ, or --noise-multiplier to find ε",
+        )
+    result = overview.account(eps, noise_multiplier, sample_rate, steps, delta)
+    console.result(result, overview.account_lines(result))
+
+
+@app.command(rich_help_panel="About a run")
+def datasets(data_dir: flags.DataDir = Path("data"), json: flags.Json = False, debug: flags.Debug = False) -> None:
+    """The data sets that --data knows, and which of them are at hand.
+
+    [dim]dprandp datasets[/dim]
+    [dim]dprandp datasets --data-dir /data --json[/dim]
+    """
+    console = session.console(json=json, debug=debug)
+    from dprandp.stages import overview
+
+    rows = overview.datasets(data_dir)
+    console.result({"datasets": rows}, overview.dataset_lines(rows))

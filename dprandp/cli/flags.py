@@ -1,0 +1,120 @@
+"""The command line's flags: names, units, defaults and help, each declared once and shared by the commands.
+
+``None`` always means "not given": ``config.resolve`` then takes the value of the size, or of the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dprandp.config import DEFAULT_DATA, SIZES
+
+DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
+
+Run = Annotated[Path, typer.Option("--run", help="Run directory.", rich_help_panel=OUTPUT, metavar="DIR")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. "
+                 "Default: that of the stage before, else tiny.", rich_help_panel=TRAINING, metavar="|".join(SIZES)),
+]  # fmt: skip
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML with a table per stage; flags win over it.", rich_help_panel=TRAINING, metavar="FILE"),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Public randomness only; never the noise. Default 0.", rich_help_panel=TRAINING)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.", rich_help_panel=PERFORMANCE)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Keep the recorded settings; use the last good checkpoint.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Start the stage afresh. What was spent on privacy stays spent.", rich_help_panel=OUTPUT
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but errors on stderr.", rich_help_panel=OUTPUT)]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Tracebacks and private details of errors; not for publication.",
+                 rich_help_panel=OUTPUT),
+]  # fmt: skip
+Plan = Annotated[
+    bool,
+    typer.Option("--plan", help="Print what would run and what it would cost; read no data.", rich_help_panel=OUTPUT),
+]
+DataName = Annotated[
+    str | None,
+    typer.Option("--data", help=f"Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH. "
+                 f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
+]  # fmt: skip
+DataDir = Annotated[Path, typer.Option(help="Data root.", rich_help_panel=DATA, metavar="DIR")]
+Classes = Annotated[
+    int | None,
+    typer.Option(help="Number of classes, for npz: files that do not declare it.", rich_help_panel=DATA, metavar="C"),
+]
+Epsilon = Annotated[
+    float | None,
+    typer.Option("--eps", help="Total ε for everything this run releases about the data; inf = NOT PRIVATE. "
+                 "Default: the run's, else 1.", rich_help_panel=PRIVACY),
+]  # fmt: skip
+Delta = Annotated[
+    float | None,
+    typer.Option(help="δ. Default: 1e-5, or 1/(2N) where that is smaller.", rich_help_panel=PRIVACY),
+]
+Share = Annotated[
+    float | None,
+    typer.Option(help="Part of ε for the probe, in (0, 1]; 1 leaves nothing for finetune. "
+                 "Default: measured for the architecture (see README).", rich_help_panel=PRIVACY),
+]  # fmt: skip
+Clip = Annotated[
+    float | None,
+    typer.Option("--clip", help="Clip norm C of one example's gradient. Default 1.", rich_help_panel=PRIVACY),
+]
+InsecureSeed = Annotated[
+    int | None,
+    typer.Option(help="Seed the noise, for tests. The run is stamped NOT PRIVATE.", rich_help_panel=PRIVACY),
+]
+Views = Annotated[
+    int | None,
+    typer.Option(help="Augmented views K of each example, averaged before the clip.", rich_help_panel=TRAINING),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Expected batch B = qN of Poisson sampling. Probe default: N (every example, q = 1).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Steps = Annotated[int | None, typer.Option(help="Updates T.", rich_help_panel=TRAINING)]
+Lr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate. Default: set by the noise and the data's size.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Microbatch = Annotated[
+    str,
+    typer.Option(help="Examples whose gradients are in memory together: auto or n. Never changes the result.",
+                 rich_help_panel=PERFORMANCE, metavar="auto|n"),
+]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that make images. Default: one per core. Never changes the images.",
+                 rich_help_panel=PERFORMANCE),
+]  # fmt: skip
+Process = Annotated[
+    str | None,
+    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default stylegan-oriented.",
+                 rich_help_panel=DATA, metavar="NAME"),
+]  # fmt: skip
+Count = Annotated[int | None, typer.Option(help="Number of images.", rich_help_panel=DATA)]
+Resolution = Annotated[int | None, typer.Option(help="Pixels per side.", rich_help_panel=DATA)]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "
+                 "wrn-16-4 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip

@@ -1,0 +1,112 @@
+"""From flags to a stage: the console, the locked run directory, the configuration, the context."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dprandp.config import SIZES
+from dprandp.config import resolve as resolve_config
+from dprandp.console import Console
+from dprandp.errors import InputError, UsageError
+from dprandp.rundir import STAGES, RunDir
+
+DEFAULT_RUN = Path("runs/default")
+
+current = Console()
+"""The console of the command under way; errors raised before a command has parsed its flags go to this plain one."""
+
+
+def console(*, json: bool = False, quiet: bool = False, debug: bool = False) -> Console:
+    """Set up the command's console."""
+    global current
+    current = Console(quiet=quiet, json=json, debug=debug)
+    current.route_logging()
+    return current
+
+
+@contextlib.contextmanager
+def opened(path: Path, create: bool = False) -> Iterator[RunDir]:
+    """The run directory, locked."""
+    if not create and not path.exists():
+        raise InputError(f"there is no run at {path}", fix=f"start one: {command('generate', path)}")
+    rundir = RunDir.open(path, create=True)
+    with rundir.lock():
+        yield rundir
+
+
+def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, given: dict[str, Any]):
+    """Configuration from flags, with what the run already decided (size, data, budget) as defaults."""
+    recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
+    order = list(STAGES)
+    before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
+    if size is None and before:
+        size = before[-1]["size"]
+    inherited: dict[str, Any] = {}
+    if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
+        inherited = {k: v for k, v in recorded["probe"].items() if k in ("data", "epsilon", "delta", "classes")}
+    elif stage in recorded:
+        inherited = {k: v for k, v in recorded[stage].items() if k in ("data", "epsilon", "delta", "classes", "arch")}
+    values = inherited | {key: value for key, value in given.items() if value is not None}
+    return resolve_config(stage, size or SIZES[0], file, values)
+
+
+def context(
+    rundir: RunDir,
+    console: Console,
+    *,
+    device: str = "cpu",
+    data_dir: Path = Path("data"),
+    workers: int | None = None,
+    microbatch: int | None = None,
+    insecure_seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+):
+    from dprandp.stages.context import Context, prepare_device
+
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
+    if insecure_seed is not None:
+        console.warn("--insecure-seed makes the noise predictable: this run is NOT PRIVATE")
+    return Context(
+        rundir=rundir,
+        console=console,
+        device=prepare_device(device),
+        data_dir=data_dir,
+        workers=workers or len(os.sched_getaffinity(0)),
+        microbatch=microbatch,
+        resume=resume,
+        overwrite=overwrite,
+        insecure_seed=insecure_seed,
+    )
+
+
+def run_stage(name: str, config, context) -> dict:
+    from dprandp.stages import pipeline
+
+    result = pipeline.run_stage(name, config, context)
+    context.console.result(result, pipeline.stage_line(name, result))
+    return result
+
+
+def print_plan(stage: str, config, context) -> None:
+    from dprandp.stages import overview
+
+    plan = overview.plan(stage, config, context)
+    context.console.result(plan, overview.plan_lines(plan))
+
+
+def microbatch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--microbatch {text!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
+    return int(text)
+
+
+def command(stage: str, run: Path) -> str:
+    return f"dprandp {stage}" + ("" if run == DEFAULT_RUN else f" --run {run}")

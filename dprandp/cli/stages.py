@@ -1,0 +1,241 @@
+"""The stages as commands: flags to configuration to one stage. No logic of a stage lives here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dprandp.cli import flags, session
+from dprandp.cli.session import DEFAULT_RUN
+
+app = typer.Typer()
+
+@app.command(rich_help_panel="Stages")
+def generate(
+    process: flags.Process = None,
+    count: flags.Count = None,
+    resolution: flags.Resolution = None,
+    run: flags.Run = DEFAULT_RUN,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    workers: flags.Workers = None,
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Phase I: make images with a random process. No data, no privacy cost.
+
+    [dim]dprandp generate[/dim]
+    [dim]dprandp generate --process dead-leaves --count 20000 --resolution 64 --run runs/leaves[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    given = {"process": process, "count": count, "resolution": resolution, "seed": seed}
+    with session.opened(run, create=True) as rundir:
+        stage = session.resolve(rundir, "generate", size, config, given)
+        context = session.context(rundir, console, workers=workers, resume=resume, overwrite=overwrite)
+        session.run_stage("generate", stage, context)
+    console.next(session.command("pretrain", run))
+
+
+@app.command(rich_help_panel="Stages")
+def pretrain(
+    arch: flags.Arch = None,
+    steps: flags.Steps = None,
+    batch_size: flags.BatchSize = None,
+    lr: flags.Lr = None,
+    colour: Annotated[
+        str | None,
+        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default mixed.",
+                     rich_help_panel=flags.DATA),
+    ] = None,
+    random_init: Annotated[
+        bool | None,
+        typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=flags.TRAINING),
+    ] = None,
+    run: flags.Run = DEFAULT_RUN,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:  # fmt: skip
+    """Phase I: learn a feature extractor from those images. No data, no privacy cost.
+
+    [dim]dprandp pretrain[/dim]
+    [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    given = {
+        "arch": arch, "steps": steps, "batch_size": batch_size, "lr": lr, "colour": colour,
+        "random_init": random_init, "seed": seed,
+    }  # fmt: skip
+    with session.opened(run) as rundir:
+        stage = session.resolve(rundir, "pretrain", size, config, given)
+        context = session.context(rundir, console, device=device, resume=resume, overwrite=overwrite)
+        session.run_stage("pretrain", stage, context)
+    console.next(session.command("probe", run) + " --data NAME --eps 1")
+
+
+@app.command(rich_help_panel="Stages")
+def probe(
+    data: flags.DataName = None,
+    data_dir: flags.DataDir = Path("data"),
+    classes: flags.Classes = None,
+    eps: flags.Epsilon = None,
+    delta: flags.Delta = None,
+    share: flags.Share = None,
+    clip: flags.Clip = None,
+    insecure_seed: flags.InsecureSeed = None,
+    steps: flags.Steps = None,
+    batch_size: flags.BatchSize = None,
+    lr: flags.Lr = None,
+    views: flags.Views = None,
+    run: flags.Run = DEFAULT_RUN,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+    plan: flags.Plan = False,
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Phase II: fit a linear head on the frozen features with DP-SGD.
+
+    [dim]dprandp probe --eps 1[/dim]
+    [dim]dprandp probe --data npz:scans.npz --classes 3 --eps 2 --share 1[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    given = {
+        "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
+        "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+    }  # fmt: skip
+    with session.opened(run) as rundir:
+        stage = session.resolve(rundir, "probe", size, config, given)
+        context = session.context(
+            rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
+            resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        if plan:
+            return session.print_plan("probe", stage, context)
+        result = session.run_stage("probe", stage, context)
+    console.next(session.command("report" if result.get("share") == 1 else "finetune", run))
+    return None
+
+
+@app.command(rich_help_panel="Stages")
+def finetune(
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="probe, or scratch: a random WRN without Phases I and II (De et al. 2022).",
+                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default wrn-16-4.", rich_help_panel=flags.TRAINING),
+    ] = None,
+    data: flags.DataName = None,
+    data_dir: flags.DataDir = Path("data"),
+    classes: flags.Classes = None,
+    eps: flags.Epsilon = None,
+    delta: flags.Delta = None,
+    clip: flags.Clip = None,
+    insecure_seed: flags.InsecureSeed = None,
+    steps: flags.Steps = None,
+    batch_size: flags.BatchSize = None,
+    lr: flags.Lr = None,
+    views: flags.Views = None,
+    run: flags.Run = DEFAULT_RUN,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+    microbatch: flags.Microbatch = "auto",
+    plan: flags.Plan = False,
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:  # fmt: skip
+    """Phase III: train every parameter with DP-SGD, on the budget that the probe left.
+
+    [dim]dprandp finetune[/dim]
+    [dim]dprandp finetune --from scratch --data cifar10 --eps 8 --run runs/scratch[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    given = {
+        "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
+        "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+    }  # fmt: skip
+    with session.opened(run, create=source == "scratch") as rundir:
+        stage = session.resolve(rundir, "finetune", size, config, given)
+        context = session.context(
+            rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
+            microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        if plan:
+            return session.print_plan("finetune", stage, context)
+        session.run_stage("finetune", stage, context)
+    console.next(session.command("report", run))
+    return None
+
+
+@app.command("run", rich_help_panel="Stages")
+def run_all(
+    data: flags.DataName = None,
+    data_dir: flags.DataDir = Path("data"),
+    classes: flags.Classes = None,
+    eps: flags.Epsilon = None,
+    delta: flags.Delta = None,
+    share: flags.Share = None,
+    insecure_seed: flags.InsecureSeed = None,
+    process: flags.Process = None,
+    arch: flags.Arch = None,
+    run: flags.Run = DEFAULT_RUN,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+    workers: flags.Workers = None,
+    microbatch: flags.Microbatch = "auto",
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """All four stages and the report. Finished stages are skipped; with --share 1 there is no fine-tune.
+
+    [dim]dprandp run --data digits --eps 1[/dim]
+    [dim]dprandp run --data cifar10 --eps 8 --size small --run runs/cifar[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    everywhere = {"seed": seed}
+    private = {"data": data, "classes": classes, "epsilon": eps, "delta": delta}
+    given = {
+        "generate": everywhere | {"process": process},
+        "pretrain": everywhere | {"arch": arch},
+        "probe": everywhere | private | {"share": share},
+        "finetune": everywhere | private,
+    }
+    with session.opened(run, create=True) as rundir:
+        context = session.context(
+            rundir, console, device=device, data_dir=data_dir, workers=workers, insecure_seed=insecure_seed,
+            microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        from dprandp.stages import pipeline
+
+        result = pipeline.run(lambda stage: session.resolve(rundir, stage, size, config, given[stage]), context)
+    console.result(result, pipeline.line(result))

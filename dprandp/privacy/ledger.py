@@ -1,0 +1,300 @@
+"""The record of what a run has paid: append-only, chained by hashes, on disk before anything paid for is used.
+
+One JSON object a line. The first is the header, every other is a charge for a block of steps. Each line carries the hash of
+the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file is
+opened. The chain has no key: it finds accidents and careless edits. Cutting whole lines off the end is found by what refers
+to them: ``includes(head)`` for a head kept in a checkpoint, and the plan's check that no checkpoint holds more updates than
+were paid for.
+
+Guarantee:
+    ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the file,
+    also after ``kill -9`` or a power cut, so the file never shows less than was used. A charge whose use was lost stays paid.
+
+A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it pays for was ever
+used. It is still counted as one full charge when everything that costs can be read from it, and dropped only when it breaks off
+before that; both aloud.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, merge_events
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, Charge, seal, storage_error, sync_folder, unseal
+
+_warn_by_log: Warn = logging.getLogger(__name__).warning
+
+
+class Ledger:
+    """The privacy ledger of one run, opened with ``Ledger.create`` or ``Ledger.open``.
+
+    Attributes:
+        path: the file.
+        header: ``format, data_unit, adjacency, examples, created``.
+        charges: everything paid so far, in order.
+        head: hash of the last line, to be kept by whatever depends on it.
+    """
+
+    def __init__(self, path: Path, read_only: bool, warn: Warn, fault_point: Callable[[str], None]) -> None:
+        self.path = path
+        self.header: dict[str, Any] = {}
+        self.charges: list[Charge] = []
+        self.head = FIRST_PREVIOUS
+        self._hashes: set[str] = set()
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._size = 0  # bytes of the file that were verified; -1 after a failed write
+        self._read_only = read_only
+        self._warn = warn
+        self._fault_point = fault_point
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        examples: int,
+        data_unit: str = "image",
+        warn: Warn = _warn_by_log,
+        fault_point: Callable[[str], None] = lambda name: None,
+    ) -> Ledger:
+        """Start a ledger: the header is written and fsynced. Raises StorageError if the file exists or cannot be written."""
+        path = Path(path)
+        body = {
+            "kind": "header",
+            "format": FORMAT,
+            "data_unit": data_unit,
+            "adjacency": "add-remove",
+            "examples": int(examples),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        temporary = path.with_name(path.name + ".new")
+        try:
+            if path.exists():
+                raise FileExistsError(f"{path.name} exists already")
+            with open(temporary, "wb") as file:
+                file.write(seal(body, FIRST_PREVIOUS)[0])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        return cls.open(path, warn=warn, fault_point=fault_point)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        read_only: bool = False,
+        warn: Warn = _warn_by_log,
+        fault_point: Callable[[str], None] = lambda name: None,
+    ) -> Ledger:
+        """Read and verify a ledger; repair a torn last line unless ``read_only`` (which counts it all the same).
+
+        Args:
+            path: the file.
+            read_only: never write; ``charge`` is refused. For reports while a run goes on.
+            warn: called with one sentence when a torn line is met.
+            fault_point: called with "ledger.appended" and "ledger.fsynced" at these moments (crash tests).
+
+        Raises:
+            CheckpointError: the file is missing, empty, of a newer format, or a line was edited, moved or removed; the message
+                names the line.
+            StorageError: the disk refused.
+        """
+        ledger = cls(Path(path), read_only, warn, fault_point)
+        try:
+            data = ledger.path.read_bytes()
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"The privacy ledger {path} is missing.", fix="Restore it: without it nobody knows what this run has spent."
+            ) from error
+        except OSError as error:
+            raise storage_error(ledger.path, error) from error
+        lines = data.split(b"\n")
+        torn = lines.pop()
+        for number, line in enumerate(lines, start=1):
+            ledger._read(line, number)
+        ledger._size = len(data) - len(torn)
+        if not ledger.header:
+            raise ledger._damaged(1, "there is no complete header")
+        if torn:
+            ledger._repair(torn, len(lines) + 1)
+        return ledger
+
+    @property
+    def examples(self) -> int:
+        return self.header["examples"]
+
+    @property
+    def private(self) -> bool:
+        """False when any step ran without noise or on repeatable randomness: then no epsilon means anything."""
+        return all(charge.random == "os-entropy" and charge.noise_multiplier > 0 for charge in self.charges)
+
+    def includes(self, head: str) -> bool:
+        """Whether a line with this hash is in the file: False means the ledger is older than what refers to it."""
+        return head in self._hashes
+
+    def charge(
+        self,
+        *,
+        stage: str,
+        attempt: int,
+        steps: int,
+        noise_multiplier: float,
+        sample_rate: float,
+        clip_norm: float,
+        random: str,
+    ) -> Charge:
+        """Pay for a block of steps. Use nothing it pays for before this has returned.
+
+        Guarantee:
+            On return the line is on disk. If this raises, the block must be taken as paid and must not be used.
+
+        Raises:
+            UsageError: a value is outside its range, or the ledger was opened read-only.
+            StorageError: the disk refused, or somebody else wrote to the file.
+        """
+        if self._read_only:
+            raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
+        if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or random not in ("os-entropy", "insecure-seed"):
+            raise UsageError(
+                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r} makes no sense.",
+                fix="Give a lower-case stage, attempt and steps of at least 1, and a known random mode.",
+            )
+        first = self.charged_steps(stage, attempt)
+        values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
+        charge = Charge(stage, int(attempt), first, int(steps), *values, random)
+        _ = charge.event  # refuses impossible values before they are written
+        self._append(charge, {})
+        return charge
+
+    def events(self) -> list[GaussianEvent]:
+        """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
+        return merge_events([charge.event for charge in self.charges])
+
+    def events_for(self, stage: str, attempt: int | None = None) -> list[GaussianEvent]:
+        """What one stage (one attempt of it, or all) has paid."""
+        return merge_events([c.event for c in self.charges if c.stage == stage and attempt in (None, c.attempt)])
+
+    def events_besides(self, stage: str, attempt: int) -> list[GaussianEvent]:
+        """What everything but one attempt of one stage has paid."""
+        return merge_events([c.event for c in self.charges if (c.stage, c.attempt) != (stage, attempt)])
+
+    def charged_steps(self, stage: str, attempt: int) -> int:
+        """Steps paid in one attempt of a stage, used or lost."""
+        return self._counts[stage, attempt]
+
+    def last_attempt(self, stage: str) -> int:
+        """The highest attempt of a stage that has paid anything; 0 for none."""
+        return max((c.attempt for c in self.charges if c.stage == stage), default=0)
+
+    def spent(self, delta: float) -> EpsilonBound:
+        """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well."""
+        return compose(self.events(), delta, self._warn)
+
+    def _read(self, line: bytes, number: int) -> None:
+        """Verify one complete line and take it in."""
+        try:
+            body, previous, digest = unseal(line)
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from error
+        kind = body.pop("kind", None)
+        if previous != self.head:
+            raise self._damaged(number, "the line before it was changed, moved or removed")
+        if kind == "header" and number == 1:
+            if body.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
+                    fix="Use the version of dprandp that wrote it.",
+                )
+            self.header = body
+        elif kind == "charge" and number > 1:
+            self._take(self._checked(body, number))
+        else:
+            raise self._damaged(number, f"a line of kind {kind!r} does not belong here")
+        self._note(digest)
+
+    def _checked(self, body: dict[str, Any], number: int) -> Charge:
+        try:
+            charge = Charge.from_record(body)
+        except (KeyError, TypeError, ValueError, UsageError) as error:
+            raise self._damaged(number, "its values make no sense") from error
+        if charge.step != self.charged_steps(charge.stage, charge.attempt):
+            raise self._damaged(number, "its step does not follow the steps paid before")
+        return charge
+
+    def _take(self, charge: Charge) -> None:
+        self.charges.append(charge)
+        self._counts[charge.stage, charge.attempt] += charge.steps
+
+    def _note(self, digest: str) -> None:
+        self.head = digest
+        self._hashes.add(digest)
+
+    def _repair(self, torn: bytes, number: int) -> None:
+        """Deal with what follows the last newline (see the top of this file)."""
+        restored: Charge | None = None
+        keep = 0
+        if torn.endswith(b"}"):  # whole but for its newline; if it does not verify, it was edited
+            self._read(torn, number)
+            outcome, keep = "only its end of line was missing; it is kept", len(torn)
+        elif (restored := Charge.from_torn(torn)) is not None:
+            outcome = f"it is counted as paid in full ({restored.steps} steps of stage {restored.stage})"
+        else:
+            outcome = "nothing it would have paid for was used; it is dropped"
+        self._warn(f"Line {number} of the privacy ledger was cut off while it was written: {outcome}.")
+        if self._read_only:
+            if restored:
+                self._take(restored)
+            return
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self._size + keep)
+                if keep:
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        self._size += keep + 1 if keep else 0
+        if restored:
+            self._append(restored, {"repaired": True})
+
+    def _append(self, charge: Charge, notes: dict[str, Any]) -> None:
+        body = {**charge.record(), "time": datetime.now(UTC).isoformat(timespec="seconds"), **notes}
+        line, digest = seal(body, self.head)
+        expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_size != expected:
+                    raise OSError("somebody else wrote to it, or an earlier write failed")
+                if os.write(descriptor, line) != len(line):
+                    raise OSError("the line could not be written whole")
+                self._fault_point("ledger.appended")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        self._size = expected + len(line)
+        self._note(digest)
+        self._take(charge)
+        self._fault_point("ledger.fsynced")
+
+    def _damaged(self, number: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"Line {number} of the privacy ledger {self.path} cannot be trusted: {reason}.",
+            fix="Restore the file from a copy; without it nobody knows what this run has spent.",
+        )
