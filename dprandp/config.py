@@ -226,7 +226,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the configuration file {file}: {error.strerror}", fix="check the path") from error
+        raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
 

@@ -1,7 +1,7 @@
 """The search behind ``accounting.calibrate``: where a falling function of the noise meets the budget.
 
-Coarse to fine: ``solve`` aims with a cheap function, ``settle`` checks with the promised one and corrects. Neither trusts
-the other, so an error in the cheap function costs time, never privacy.
+Coarse to fine: ``solve`` aims with a cheap function, ``settle`` checks with the promised one and corrects. Neither
+trusts the other, so an error in the cheap function costs time, never privacy.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
 
 
 def nudge(promised: Falling, budget: float, guess: float) -> float | None:
-    """The smallest step above ``guess`` (at most 0.001 %) at which ``promised`` fits: for guesses exact but for rounding."""
+    """The first step above ``guess`` (at most 0.001 %) that fits: for guesses that are exact but for rounding."""
     for exponent in range(-14, -4):
         argument = guess * (1 + 10.0**exponent)
         if promised(argument) <= budget:

@@ -1,19 +1,19 @@
 """Sums of clipped gradients whose L2 sensitivity to one record is ``clip_norm``.
 
-One record's gradient is the mean over its K views and is clipped once, over all parameters jointly. A record whose gradient
-is not finite counts as zero. Nothing is divided by the number of records: the public divisor is the plan's business.
+One record's gradient is the mean over its K views and is clipped once, over all parameters jointly. A record whose
+gradient is not finite counts as zero. Nothing is divided by the number of records: the public divisor is the plan's
+business.
 
 Guarantee (every function that takes ``clip_norm``):
     Adding or removing one record changes the sum by at most ``clip_norm`` in L2, over all parameters jointly. Clipping
-    happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in one record's part, so that this
-    holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones float32 summation can add an error of
-    at most about 1e-7 of the norm of a block's sum, far below the noise (σ clip_norm in every coordinate); blocks and
-    microbatches are added in float64.
+    happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in one record's part, so that
+    this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones float32 summation can
+    add an error of at most about 1e-7 of the norm of a block's sum, far below the noise (σ clip_norm in every
+    coordinate); blocks and microbatches are added in float64.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -25,8 +25,8 @@ from dprandp.errors import UsageError
 LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
 
 ROUNDING_SLACK = 1e-5
-# A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close to the
-# smallest normal float32, where a product keeps too few bits to be certain of the norm.
+# A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close
+# to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
 LONGEST = 1e30
 
 
@@ -35,14 +35,14 @@ def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
 
     Args:
         norms: float [B], at least 0; may hold inf or NaN.
-        clip_norm: C > 0, finite.
+        clip_norm: C from 1e-8 to 1e8.
 
     Returns:
-        [B], same dtype: min(1, C (1 − slack)/norm); 0 for a norm that is not finite or above 1e30 C. Where the factor is 0 the
-        gradient itself must be replaced by zeros as well, since 0 · NaN is NaN.
+        [B], same dtype: min(1, C (1 − slack)/norm); 0 for a norm that is not finite or above 1e30 C. Where the factor
+        is 0 the gradient itself must be replaced by zeros as well, since 0 · NaN is NaN.
 
     Raises:
-        UsageError: clip_norm is not a positive finite number.
+        UsageError: clip_norm is outside its range or NaN.
     """
     _require_clip_norm(clip_norm)
     usable = torch.isfinite(norms) & (norms <= LONGEST * clip_norm)
@@ -56,12 +56,15 @@ def clipped_sum(per_example: Mapping[str, torch.Tensor], clip_norm: float) -> di
 
     Args:
         per_example: parameter name -> [B, ...], any floating dtype; B may be 0.
-        clip_norm: C > 0.
+        clip_norm: C from 1e-8 to 1e8.
 
     Returns:
         parameter name -> float64 [...] on the same device. See the module's Guarantee.
     """
-    flat = {name: gradients.flatten(1) if gradients.ndim > 1 else gradients[:, None] for name, gradients in per_example.items()}
+    flat = {
+        name: gradients.flatten(1) if gradients.ndim > 1 else gradients[:, None]
+        for name, gradients in per_example.items()
+    }
     squared = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in flat.values()]
     factors = clip_factors(torch.stack(squared).sum(0).sqrt(), clip_norm)
     counted = factors > 0
@@ -96,7 +99,8 @@ def per_example_gradients(
         name -> [b, ...], b ≤ microbatch, in the order of the records.
 
     Guarantee:
-        The loss function sees one record at a time (by construction with ``vmap``), so no gradient depends on another record.
+        The loss function sees one record at a time (by construction with ``vmap``), so no gradient depends on another
+        record.
     """
     if microbatch < 1:
         raise UsageError(f"The microbatch is {microbatch}.", fix="Give a whole number of at least 1.")
@@ -121,8 +125,8 @@ def clipped_gradient_sum(
     """The sum of clipped per-record gradients of any loss; arguments as for ``per_example_gradients``.
 
     Returns:
-        name -> float64, shaped like the parameter; zeros for an empty batch. Equal, to float tolerance, for every microbatch.
-        See the module's Guarantee.
+        name -> float64, shaped like the parameter; zeros for an empty batch. Equal, to float tolerance, for every
+        microbatch. See the module's Guarantee.
     """
     _require_clip_norm(clip_norm)
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
@@ -142,14 +146,14 @@ def clipped_softmax_sum(
 
         mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
 
-    and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache: memory
-    is read once.
+    and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache:
+    memory is read once.
 
     Args:
         features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0.
         labels: int64 [B], values in 0 … classes−1.
         weight: [D, classes].
-        clip_norm: C > 0.
+        clip_norm: C from 1e-8 to 1e8.
         block: records at a time; speed only, never the result.
 
     Returns:
@@ -162,7 +166,7 @@ def clipped_softmax_sum(
     views_given = features.ndim == 3
     if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
         raise UsageError(
-            f"Features {tuple(features.shape)}, labels {tuple(labels.shape)} and weight {tuple(weight.shape)} do not fit.",
+            f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
             fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
         )
     classes = weight.shape[1]
@@ -192,13 +196,14 @@ def clipped_softmax_sum(
 
 
 def _outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """‖(1/K) Σ_k x_k r_kᵀ‖ of each record, from x [b, K, D] and r [b, K, classes]; never too small by more than the slack."""
+    """‖(1/K) Σ_k x_k r_kᵀ‖ of each record, from x [b, K, D] and r [b, K, classes], safe against rounding."""
     lengths = torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(residual, dim=2)
     if x.shape[1] == 1:
         return lengths[:, 0]
     gram = (x @ x.mT) * (residual @ residual.mT)
-    # Where long views cancel, the Gram sum is a small difference of large numbers and rounding could hide a long gradient.
-    # 64 units in the last place of the largest possible sum are added: 2e-6 of the norm where nothing cancels.
+    # Where long views cancel, the Gram sum is a small difference of large numbers and rounding could hide a long
+    # gradient. 64 units in the last place of the largest possible sum are added: 2e-6 of the norm where nothing
+    # cancels.
     doubt = 64 * torch.finfo(x.dtype).eps / 2 * lengths.sum(1).square()
     return (gram.sum((1, 2)).clamp_min(0) + doubt).sqrt() / x.shape[1]
 
@@ -207,26 +212,29 @@ def refuse_cross_example_layers(module: nn.Module) -> None:
     """Refuse a network in which one record's output depends on other records.
 
     Guarantee:
-        None beyond the named layers. Gradients are taken one record at a time in any case; what this prevents is a network
-        whose batch statistics would silently become view statistics, and running statistics of private pixels.
+        None beyond the named layers. Gradients are taken one record at a time in any case; what this prevents is a
+        network whose batch statistics would silently become view statistics, and running statistics of private
+        pixels.
 
     Raises:
-        UsageError: names the layer: any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps
-            running statistics.
+        UsageError: names the layer: any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm
+            that keeps running statistics.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.instancenorm import _InstanceNorm
 
     for name, layer in module.named_modules():
         kind = type(layer).__name__
-        is_batch = (isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)) or "batchnorm" in kind.lower()
+        is_batch = (
+            isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)
+        ) or "batchnorm" in kind.lower()
         if is_batch or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
             raise UsageError(
-                f"Layer {name or '(the module itself)'!r} is a {kind}, which mixes examples or keeps statistics of them.",
+                f"Layer {name or '(the module itself)'!r} is a {kind}: it mixes examples or keeps statistics of them.",
                 fix="Use GroupNorm, LayerNorm, or InstanceNorm without running statistics.",
             )
 
 
 def _require_clip_norm(clip_norm: float) -> None:
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise UsageError(f"The clip norm is {clip_norm}.", fix="Give a positive, finite number.")
+    if not 1e-8 <= clip_norm <= 1e8:  # float32 norms and factors are sound in this range
+        raise UsageError(f"The clip norm is {clip_norm}.", fix="Give a number from 1e-8 to 1e8.")

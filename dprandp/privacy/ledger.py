@@ -1,18 +1,19 @@
 """The record of what a run has paid: append-only, chained by hashes, on disk before anything paid for is used.
 
-One JSON object a line. The first is the header, every other is a charge for a block of steps. Each line carries the hash of
-the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file is
-opened. The chain has no key: it finds accidents and careless edits. Cutting whole lines off the end is found by what refers
-to them: ``includes(head)`` for a head kept in a checkpoint, and the plan's check that no checkpoint holds more updates than
-were paid for.
+One JSON object a line. The first is the header, every other is a charge for a block of steps. Each line carries the
+hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found
+when the file is opened. The chain has no key: it finds accidents and careless edits. Cutting whole lines off the end
+is found by what refers to them: ``includes(head)`` for a head kept in a checkpoint, and the plan's check that no
+checkpoint holds more updates than were paid for.
 
 Guarantee:
-    ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the file,
-    also after ``kill -9`` or a power cut, so the file never shows less than was used. A charge whose use was lost stays paid.
+    ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the
+    file, also after ``kill -9`` or a power cut, so the file never shows less than was used. A charge whose use was
+    lost stays paid.
 
-A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it pays for was ever
-used. It is still counted as one full charge when everything that costs can be read from it, and dropped only when it breaks off
-before that; both aloud.
+A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it pays for
+was ever used. It is still counted as one full charge when everything that costs can be read from it, and dropped only
+when it breaks off before that; both aloud.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Ledger:
         warn: Warn = _warn_by_log,
         fault_point: Callable[[str], None] = lambda name: None,
     ) -> Ledger:
-        """Start a ledger: the header is written and fsynced. Raises StorageError if the file exists or cannot be written."""
+        """Start a ledger: write and fsync its header. Raises StorageError if the file exists or cannot be written."""
         path = Path(path)
         body = {
             "kind": "header",
@@ -106,8 +107,8 @@ class Ledger:
             fault_point: called with "ledger.appended" and "ledger.fsynced" at these moments (crash tests).
 
         Raises:
-            CheckpointError: the file is missing, empty, of a newer format, or a line was edited, moved or removed; the message
-                names the line.
+            CheckpointError: the file is missing, empty, of a newer format, or a line was edited, moved or removed;
+                the message names the line.
             StorageError: the disk refused.
         """
         ledger = cls(Path(path), read_only, warn, fault_point)
@@ -115,7 +116,8 @@ class Ledger:
             data = ledger.path.read_bytes()
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"The privacy ledger {path} is missing.", fix="Restore it: without it nobody knows what this run has spent."
+                f"The privacy ledger {path} is missing.",
+                fix="Restore it: without it nobody knows what this run has spent.",
             ) from error
         except OSError as error:
             raise storage_error(ledger.path, error) from error
@@ -165,14 +167,18 @@ class Ledger:
         """
         if self._read_only:
             raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
-        if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or random not in ("os-entropy", "insecure-seed"):
+        if (
+            not re.fullmatch(r"[a-z0-9._-]+", stage)
+            or attempt < 1
+            or steps < 1
+            or random not in ("os-entropy", "insecure-seed")
+        ):
             raise UsageError(
                 f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r} makes no sense.",
                 fix="Give a lower-case stage, attempt and steps of at least 1, and a known random mode.",
             )
-        first = self.charged_steps(stage, attempt)
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
-        charge = Charge(stage, int(attempt), first, int(steps), *values, random)
+        charge = Charge(stage, int(attempt), self.charged_steps(stage, attempt), int(steps), *values, random)
         _ = charge.event  # refuses impossible values before they are written
         self._append(charge, {})
         return charge
@@ -232,6 +238,13 @@ class Ledger:
             raise self._damaged(number, "its step does not follow the steps paid before")
         return charge
 
+    def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
+        try:
+            charge = Charge.from_torn(torn)
+        except (ValueError, TypeError, UsageError) as error:
+            raise self._damaged(number, "its values make no sense") from error
+        return self._checked(charge.record(), number) if charge else None
+
     def _take(self, charge: Charge) -> None:
         self.charges.append(charge)
         self._counts[charge.stage, charge.attempt] += charge.steps
@@ -247,7 +260,7 @@ class Ledger:
         if torn.endswith(b"}"):  # whole but for its newline; if it does not verify, it was edited
             self._read(torn, number)
             outcome, keep = "only its end of line was missing; it is kept", len(torn)
-        elif (restored := Charge.from_torn(torn)) is not None:
+        elif (restored := self._torn_charge(torn, number)) is not None:
             outcome = f"it is counted as paid in full ({restored.steps} steps of stage {restored.stage})"
         else:
             outcome = "nothing it would have paid for was used; it is dropped"

@@ -1,17 +1,18 @@
 """Randomness that privacy rests on, and the Gaussian noise made of it.
 
 Guarantee:
-    ``SystemRandom`` takes every bit from the operating system (``os.urandom``). It keeps no state, so nothing can be saved,
-    restored, seeded, forked or repeated: a resumed or a second process draws other values.
+    ``SystemRandom`` takes every bit from the operating system (``os.urandom``). It keeps no state, so nothing can be
+    saved, restored, seeded, forked or repeated: a resumed or a second process draws other values.
 
 Known limits (each is part of a run's disclosure):
-    * *Floating point.* A Gaussian in double precision has gaps, and gaps can show which value was released (Mironov 2012,
-      "On significance of the least significant bits for differential privacy"; Haney et al. 2022, "Precision-based attacks
-      and interval refining"). The noise is computed and added in float64 and the result rounded to float32, which hides the
-      29 lowest bits, so that the known attacks do not apply directly; this is a mitigation, not a proof. Severity: low for
-      trained models, where single noisy sums are not published; use a discrete mechanism where they are.
-    * *Tail.* Box-Muller from 53-bit uniforms never exceeds 8.6 standard deviations. What is cut off has probability 1e-17
-      a coordinate, 3e-8 in all for 875 steps of 3 million parameters: it may be thought of as added to δ.
+    * *Floating point.* A Gaussian in double precision has gaps, and gaps can show which value was released (Mironov
+      2012, "On significance of the least significant bits for differential privacy"; Haney et al. 2022,
+      "Precision-based attacks and interval refining"). The noise is computed and added in float64 and the result
+      rounded to float32, which hides the 29 lowest bits, so that the known attacks do not apply directly; this is a
+      mitigation, not a proof. Severity: low for trained models, where single noisy sums are not published; use a
+      discrete mechanism where they are.
+    * *Tail.* Box-Muller from 53-bit uniforms never exceeds 8.6 standard deviations. What is cut off has probability
+      1e-17 a coordinate, 3e-8 in all for 875 steps of 3 million parameters: it may be thought of as added to δ.
     * *Time.* Nothing here runs in constant time.
 """
 
@@ -73,7 +74,7 @@ class SystemRandom(_WordSource):
 
 
 class InsecureSeed(_WordSource):
-    """Repeatable values for tests. Whoever knows the seed can subtract the noise: NOT PRIVATE, stamped wherever it is used.
+    """Repeatable values for tests. Whoever knows the seed can subtract the noise: NOT PRIVATE.
 
     Args:
         seed: a whole number of at least 0.
@@ -92,19 +93,23 @@ class InsecureSeed(_WordSource):
         return self._generator.integers(0, 2**64, size=count, dtype=np.uint64)
 
 
-def add_gaussian_noise(tensors: Tensors, std: float, random: RandomSource) -> dict[str, torch.Tensor] | list[torch.Tensor]:
+def add_gaussian_noise(
+    tensors: Tensors, std: float, random: RandomSource
+) -> dict[str, torch.Tensor] | list[torch.Tensor]:
     """Each coordinate plus independent N(0, std²), in a structure like ``tensors``.
 
     Args:
         tensors: name -> tensor, or a list of tensors; any floating dtype, any device, any shape.
-        std: standard deviation of the noise in one coordinate, in the tensors' unit; finite, at least 0. 0 adds nothing.
+        std: standard deviation of the noise in one coordinate, in the tensors' unit; finite, at least 0. 0 adds
+            nothing.
         random: where the noise comes from.
 
     Returns:
         New float32 tensors on the devices of the old ones.
 
     Guarantee:
-        Noise is drawn afresh for every coordinate of every tensor in every call; noise and sum are float64 until the end.
+        Noise is drawn afresh for every coordinate of every tensor in every call; noise and sum are float64 until the
+        end.
 
     Raises:
         UsageError: std is negative, infinite or NaN.

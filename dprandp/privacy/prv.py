@@ -24,8 +24,9 @@ from prv_accountant import GaussianMechanism, PoissonSubsampledGaussianMechanism
 from prv_accountant.accountant import compute_safe_domain_size
 from scipy.special import gammaln, log_ndtr
 
-# Grid points of all privacy random variables together: the bound on time and memory, known before anything is allocated.
-# 400,000 points of 16 bytes take about 2 s and 100 MiB for both directions; the coarse grid serves searches only.
+# Grid points of all privacy random variables together: the bound on time and memory, known before anything is
+# allocated. 400,000 points of 16 bytes take about 2 s and 100 MiB for both directions; the coarse grid serves
+# searches only.
 FINE_POINTS, COARSE_POINTS = 400_000, 30_000
 # The accountant's error in δ, as a part of δ: it is added to δ in every bound.
 DELTA_ERROR_SHARE = 1e-3

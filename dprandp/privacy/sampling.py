@@ -19,8 +19,9 @@ class PoissonSampler:
         random: where the coins come from.
 
     Guarantee:
-        In every draw each record is included with probability q (to 2⁻⁵³), independently of the other records and of all
-        other draws. There is no shuffling, no cap, no minimum, no fixed size: the accountant's assumption, literally.
+        In every draw each record is included with probability q (to 2⁻⁵³), independently of the other records and of
+        all other draws. There is no shuffling, no cap, no minimum, no fixed size: the accountant's assumption,
+        literally.
 
     Raises:
         UsageError: a value is outside its range.
@@ -36,7 +37,7 @@ class PoissonSampler:
         self._random = random
 
     def draw(self) -> np.ndarray:
-        """int64 [b], rising, b anywhere from 0 to ``examples``. Private: which records were drawn must never be released."""
+        """int64 [b], rising, b from 0 to ``examples``. Private: which records were drawn must never be released."""
         if self.sample_rate == 1:
             return np.arange(self.examples, dtype=np.int64)
         return np.flatnonzero(self._random.uniform(self.examples) < self.sample_rate).astype(np.int64)

@@ -7,6 +7,7 @@ nothing in it is computed from private data. All of it comes from the result tha
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,33 +34,33 @@ RELEASED = {
 
 # What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
 DEFAULTS_CHOSEN_ON = (
-    "This run chose nothing by looking at results: one configuration, one training, no selection among epochs or runs. "
-    "The package's default learning rates, steps and sizes were chosen on public benchmark data sets; on such a set the "
-    "accuracy is therefore slightly optimistic. Trying several configurations on the private data and keeping the best "
-    "one spends privacy that ε does not count, unless all of them were run in this run directory."
+    "This run chose nothing by looking at results: one configuration, one training, no selection among epochs or "
+    "runs. The package's default learning rates, steps and sizes were chosen on public benchmark data sets; on such a "
+    "set the accuracy is therefore slightly optimistic. Trying several configurations on the private data and keeping "
+    "the best one spends privacy that ε does not count, unless all of them were run in this run directory."
 )
 
 LIMITS = (
     (
         "Limit: floating-point noise (severity low)",
-        "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed and "
-        "added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, because "
-        "what is published is a trained model and not single noisy sums.",
+        "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed "
+        "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, "
+        "because what is published is a trained model and not single noisy sums.",
     ),
     (
         "Limit: N is treated as public",
-        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. Where the size of "
-        "the data set is itself a secret, this guarantee does not cover it.",
+        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. Where the size "
+        "of the data set is itself a secret, this guarantee does not cover it.",
     ),
     (
         "Limit: test split",
-        "Read once, at the end of the stage, with the final weights; nothing was selected on it. Its metrics are published "
-        "without noise: ε covers the training images, not the test images.",
+        "Read once, at the end of the stage, with the final weights; nothing was selected on it. Its metrics are "
+        "published without noise: ε covers the training images, not the test images.",
     ),
     (
         "Limit: other copies",
-        "ε counts what this run directory released. Other runs on the same images add to it. Images of the same person, or "
-        "duplicates, are protected one by one and not as a group.",
+        "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
+        "person, or duplicates, are protected one by one and not as a group.",
     ),
 )
 
@@ -105,7 +106,7 @@ def disclosure(
         ("Mechanism", _mechanism(result)),
         ("ε (privacy loss)", _epsilon(result)),
         ("δ", number(result["delta"])),
-        ("Adjacency", f"{result['adjacency']}: two training sets are neighbours if one results from the other that way"),
+        ("Adjacency", f"{result['adjacency']}: neighbours are training sets of which one becomes the other that way"),
         ("Unit of privacy", f"{result['unit']}"),
         ("N (training examples)", f"{result['train_examples']}, treated as public"),
         (
@@ -164,8 +165,8 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     Args:
         result: of a private stage.
         epsilon: the ε to explain, if more was spent than the result says.
-        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default judged by
-            the result's own sampling rate.
+        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default judged
+            by the result's own sampling rate.
     """
     reason = why_not_private(result)
     if reason is not None:
@@ -175,9 +176,9 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     exact = result["sample_rate"] == 1 if exact is None else exact
     bound = "at most" if exact else "at most about"
     return (
-        f"Somebody who knows all training images but one, sees everything this run released and may raise a false alarm "
-        f"in 1 % of cases, would find out that the last image took part in {bound} {percent(rate, up=True)} of cases; "
-        f"guessing gives 1 %."
+        f"Somebody who knows all training images but one, sees everything this run released and may raise a false "
+        f"alarm in 1 % of cases, would find out that the last image took part in {bound} {percent(rate, up=True)} of "
+        f"cases; guessing gives 1 %."
     )
 
 
@@ -194,13 +195,15 @@ def number(value: float | None) -> str:
         return "–"
     if isinstance(value, float) and math.isinf(value):
         return "∞"
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    if isinstance(value, int):
+        return str(value)
+    return re.sub(r"e([+-])0+", r"e\1", f"{value:.6g}").replace("e+", "e")
 
 
 def percent(value: float, up: bool = False) -> str:
-    """``0.4312`` as ``43.1 %``; ``up`` rounds up."""
+    """``0.4312`` as ``43.1 %`` with a space that does not break; ``up`` rounds up."""
     tenths = math.ceil(value * 1000 - 1e-9) if up else round(value * 1000)
-    return f"{tenths / 10:g} %"
+    return f"{tenths / 10:g}\u00a0%"
 
 
 def _mechanism(result: Facts) -> str:
@@ -210,8 +213,8 @@ def _mechanism(result: Facts) -> str:
     name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
     batch = "all examples take part in every step" if full else "each example joins a step's batch independently with q"
     return (
-        f"{name} (DP-SGD): {batch}; each example's gradient is clipped to L2 norm C; the sum gets noise N(0, (σC)²) per "
-        f"coordinate, once per step, and is divided by the public qN."
+        f"{name} (DP-SGD): {batch}; each example's gradient is clipped to L2 norm C; the sum gets noise N(0, (σC)²) "
+        f"per coordinate, once per step, and is divided by the public qN."
     )
 
 
@@ -220,8 +223,8 @@ def _epsilon(result: Facts) -> str:
         return "∞: NOT PRIVATE, no noise was added"
     void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
     return (
-        f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this stage "
-        f"has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
+        f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this "
+        f"stage has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
         f"{number(result['epsilon_total'])}.{void}"
     )
 
@@ -253,7 +256,9 @@ def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
     )
     if result.get("source") == "scratch" or not pretrain:
         return f"A randomly initialised network; {declared}"
-    images = f"{generate['count']} synthetic images of the random process {generate['process']}" if generate else "images"
+    images = "synthetic images"
+    if generate:
+        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
     learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
     return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
 

@@ -17,8 +17,6 @@ class Markup(str):
     __slots__ = ()
 
 
-Child = "Markup | str | int | float | None | Iterable[Child]"
-
 
 def raw(text: str) -> Markup:
     """Declare text to be HTML. For constants and for what a drawing library wrote."""
@@ -69,7 +67,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str
         tag("tr", tag("th", row[0], scope="row"), [c if _is_cell(c) else tag("td", c) for c in row[1:]]) for row in rows
     )
     header = tag("thead", tag("tr", (tag("th", cell, scope="col") for cell in head))) if head else None
-    inner = tag("table", tag("caption", caption), header, tag("tbody", body), class_=class_)
+    inner = tag("table", tag("caption", tag("span", caption)), header, tag("tbody", body), class_=class_)
     # focusable: without a mouse, only a focused box can be scrolled
     return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption)
 

@@ -12,7 +12,7 @@ from typing import Any
 from dprandp import __version__, config
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.files import storage_errors
-from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.ledger import Ledger
 from dprandp.reporting.disclosure import check
 from dprandp.rundir import RunDir
 
@@ -27,7 +27,7 @@ class Spending:
         epsilon: upper bound; 0 if nothing was charged.
         delta: None if nothing was planned.
         total: the run's budget; None if nothing was planned.
-        insecure: some charge was made with noise from a seed.
+        insecure: some charge was made without noise or with noise from a seed.
         unfinished: charges exist that no finished stage reports.
     """
 
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def final(self) -> dict[str, Any] | None:
-        """The result of the last private stage that is done, stale ones only where no other is; None if there is none."""
+        """The result of the last private stage that is done (of a stale one only where no other is), or None."""
         done = [row for row in self.rows if row["stage"] in PRIVATE_STAGES and row["stage"] in self.results]
         fresh = [row for row in done if row["state"] == "done"]
         return (fresh or done)[-1]["result"] if done else None
@@ -123,19 +123,20 @@ def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dic
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
     epsilon = max((result["epsilon"] for result in private), default=0.0)
-    charges = [line for line in _read_lines(rundir.path / "privacy" / "ledger.jsonl", strict=True) if "steps" in line]
+    ledger_file = rundir.path / "privacy" / "ledger.jsonl"
+    # A result without its ledger proves nothing: Ledger.open refuses a missing file, and one whose lines were changed.
+    ledger = Ledger.open(ledger_file, read_only=True) if private or ledger_file.exists() else None
     open_stages = any(row["stage"] in PRIVATE_STAGES and row["state"] in ("partial", "stale") for row in rows)
     unfinished = False
-    if open_stages and charges and delta is not None:
-        events = [GaussianEvent.from_dict(charge) for charge in charges]
-        composed = compose(events, float(delta)).upper
+    if open_stages and ledger is not None and ledger.charges and delta is not None:
+        composed = ledger.spent(float(delta)).upper
         unfinished = composed > epsilon * (1 + 1e-6)
         epsilon = max(epsilon, composed)
     return Spending(
         epsilon=epsilon,
         delta=None if delta is None else float(delta),
         total=None if total is None else float(total),
-        insecure=any(charge.get("random") != "os-entropy" for charge in charges),
+        insecure=ledger is not None and not ledger.private,
         unfinished=unfinished,
     )
 
@@ -155,11 +156,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path, strict: bool = False) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON objects, one a line; none if the file is missing.
 
-    A crash may tear the last line of metrics.jsonl, which is then left out. ``strict`` refuses it: a ledger line that
-    is left out would be ε that is left out.
+    A crash may tear the last line of metrics.jsonl, which is then left out.
     """
     if not path.exists():
         return []
@@ -172,7 +172,7 @@ def _read_lines(path: Path, strict: bool = False) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines) and not strict:
+            if number == len(lines):
                 break
             raise _corrupt(path, f"line {number} is no valid JSON") from error
         if not isinstance(value, dict):

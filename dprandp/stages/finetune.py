@@ -26,7 +26,7 @@ from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import clipped_gradient_sum, refuse_cross_example_layers
-from dprandp.signals import graceful_stop
+from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
 from dprandp.stages.context import Context
 from dprandp.stages.pretrain import load_extractor
@@ -72,7 +72,8 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     """Train every parameter and write the model.
 
     Returns:
-        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, lr, extractor_scale, seconds.
+        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, arch, lr, momentum,
+        extractor_scale, released, mirror, seconds.
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
@@ -105,12 +106,12 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     lr = config.lr or recipe.lr
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
-        parameters = _train(config, stage, model, lr, scale, stop)
+        parameters, updates = _train(config, stage, model, lr, scale, stop)
     model.load_state_dict(parameters, strict=False)
     result = {
         "stage": STAGE,
         **release.evaluate(model, stage, mirror),
-        **stage.disclosure(),
+        **stage.disclosure(updates),
         "source": config.source,
         "arch": arch,
         "lr": lr,
@@ -159,10 +160,13 @@ def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
     return value * scale if name.startswith("extractor.") else value
 
 
-def _train(config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop) -> dict:
-    """DP-SGD; returns the released parameters by name.
+def _train(
+    config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
+) -> tuple[dict[str, Tensor], int]:
+    """DP-SGD on everything; a scale of 0 freezes the extractor.
 
-    A scale of 0 freezes the extractor.
+    Returns:
+        The released parameters by name, and the number of updates they have seen.
     """
     folder = stage.context.rundir.stage_dir(STAGE)
     device = stage.context.device
@@ -177,7 +181,7 @@ def _train(config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: f
     first_step = 0
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
-        return saved.tensors
+        return saved.tensors, saved.meta["updates"]
     if saved is not None:
         state = {name: value.to(device) for name, value in saved.tensors.items()}
         first_step = saved.meta["step"]
@@ -186,8 +190,9 @@ def _train(config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: f
     loss = loss_function(model, scale, device)
     microbatch = stage.context.microbatch or (1 if device.type == "cpu" else 32)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
+    mechanism = stage.mechanism(first_step)
     with stage.context.console.progress(config.steps, "fine-tuning steps", done=first_step) as progress:
-        for step in stage.mechanism(first_step).steps():
+        for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
             batch = torch.from_numpy(step.indices).to(device)
             draws = keyed_uniforms(step.indices, step.number, config.seed, config.views)
@@ -209,12 +214,12 @@ def _train(config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: f
             )
             progress.advance(1)
             done = step.number + 1
-            if stop.requested or done % config.checkpoint_every == 0 or done == config.steps:
+            if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
                 checkpoint.save(folder, f"step-{done:06d}", state, {"step": done})
             stop.raise_if_requested()
     released = {name: unscaled(name, state[f"ema.{name}"], scale).cpu() for name in trained}
-    checkpoint.save(folder, MODEL, released, {"steps": config.steps}, keep=1)
-    return released
+    checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)
+    return released, mechanism.next_step
 
 
 def _resident(stage: PrivateStage, device: torch.device) -> tuple[Tensor, Tensor]:

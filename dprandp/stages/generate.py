@@ -84,12 +84,13 @@ def run(config: GenerateConfig, context: Context) -> dict:
     return result
 
 
-def load_images(folder: Path, limit: int | None = None) -> np.ndarray:
+def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
     """The images of a finished ``generate`` stage, spread evenly over its shards.
 
     Args:
         folder: the stage's folder.
         limit: at most this many (None: all). As many images are taken from every shard, from its beginning.
+        from_end: take them from the shards' ends instead.
 
     Returns:
         uint8 [N, R, R, 3].
@@ -98,25 +99,8 @@ def load_images(folder: Path, limit: int | None = None) -> np.ndarray:
         CheckpointError: a shard is missing or its bytes are not those of the manifest.
     """
     shards = _shards(folder)
-    per_shard = None if limit is None else -(-limit // len(shards))
-    return np.concatenate([shard[:per_shard] for shard in shards])[:limit]
-
-
-def load_classes(folder: Path, classes: int, per_class: int) -> np.ndarray | None:
-    """The last images of the first shards, as classes: all images of a block come from one random network.
-
-    Returns:
-        uint8 [classes, per_class, R, R, 3]; fewer classes where there are fewer shards of that size, and None where
-        fewer than two are left or the blocks of the process do not differ from one another.
-
-    Raises:
-        CheckpointError: a shard is missing or its bytes are not those of the manifest.
-    """
-    manifest = read_manifest(folder)
-    large = [shard for shard in _shards(folder) if len(shard) >= per_class][:classes]
-    if len(large) < 2 or not process_named(manifest["process"]).blocks_are_classes:
-        return None
-    return np.stack([shard[-per_class:] for shard in large])
+    per_shard = max(map(len, shards)) if limit is None else -(-limit // len(shards))
+    return np.concatenate([shard[-per_shard:] if from_end else shard[:per_shard] for shard in shards])[:limit]
 
 
 def read_manifest(folder: Path) -> dict:

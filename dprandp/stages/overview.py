@@ -107,13 +107,15 @@ def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
     Returns:
         the plan's fields, and epsilon_after (the run's ε when it is done).
     """
-    batch_part = None
+    batch_part = 1.0
     if name == "finetune":
         arch = config.arch if config.source == "scratch" else context.rundir.result("pretrain").get("arch", "wrn-16-4")
         batch_part = finetune.recipe_for(arch, config.source).batch_part
     stage = open_private_stage(name, config, context, batch_part=batch_part, write=False)
-    after = compose([*stage.ledger_events(), stage.plan.event], stage.plan.delta)
-    return {"stage": name, "data": stage.spec.name, **stage.plan.to_dict(), "epsilon_after": after.upper}
+    budget = read_budget(context.rundir)
+    spent = stage.ledger.events_besides(name, stage.attempt) if budget else []
+    after = compose([*spent, stage.plan.event], stage.plan.delta)
+    return {**stage.plan.to_dict(), "data": stage.spec.name, "epsilon_after": after.upper}
 
 
 def plan_lines(result: dict[str, Any]) -> str:

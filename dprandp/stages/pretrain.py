@@ -24,19 +24,18 @@ from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context
-from dprandp.stages.generate import load_classes, load_images
+from dprandp.stages.generate import load_images
 from dprandp.vision import dictionary
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor, extract, load_weights
-from dprandp.vision.images import INPUT_SIZE, random_crops, resize, to_grey
+from dprandp.vision.images import random_crops, to_grey
 from dprandp.vision.metrics import knn_accuracy
 from dprandp.vision.patchnet import PatchNet
 
 STAGE = "pretrain"
 EXTRACTOR = "extractor"
-KNN_CLASSES = 40
-KNN_TRAIN, KNN_TEST = 15, 5
-"""Per class; they are the last images of their shards, which the training leaves out where there are enough."""
+KNN_IMAGES = 400
+"""The last images of their shards; training takes others where it does not need all."""
 
 
 def run(config: PretrainConfig, context: Context) -> dict:
@@ -194,30 +193,21 @@ def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tupl
 # ------------------------------------------------------------------------------------------------- public evaluation
 
 
-def _knn(network: nn.Module, config: PretrainConfig, context: Context) -> float | None:
-    """k-NN accuracy at telling the generator's networks apart; None where that has no meaning.
+def _knn(network: nn.Module, config: PretrainConfig, context: Context) -> float:
+    """How often a crop of a synthetic image is nearest to another crop of the same image, among ``KNN_IMAGES``.
 
-    The classes are shards: all images of one ``stylegan-oriented`` shard come from one random network. A public measure
-    of the features, not of how well they serve a particular data set.
+    Every held-out image is a class of its own. A public measure of the features, not of how well they serve a
+    particular data set; chance is one in ``KNN_IMAGES``.
     """
-    images = load_classes(context.rundir.stage_dir("generate"), KNN_CLASSES, KNN_TRAIN + KNN_TEST)
-    if images is None:
-        return None
-    classes, per_class = images.shape[:2]
-    pixels = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2)
-    crops = resize(pixels, INPUT_SIZE, INPUT_SIZE)
-    features = extract(network.eval(), crops, mirror=False).view(classes, per_class, -1)
-    features = features - features.mean(dim=(0, 1))
-    labels = torch.arange(classes)[:, None]
-    train_set, test_set = features[:, :KNN_TRAIN], features[:, KNN_TRAIN:]
-    accuracy = knn_accuracy(
-        train_set.flatten(0, 1),
-        labels.expand(-1, KNN_TRAIN).flatten(),
-        test_set.flatten(0, 1),
-        labels.expand(-1, KNN_TEST).flatten(),
-        k=5,
+    images = load_images(context.rundir.stage_dir("generate"), KNN_IMAGES, from_end=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    first, second = (
+        extract(network.eval(), random_crops(pixels, generator), mirror=False) for _ in range(2)
     )
-    return round(float(accuracy), 4)
+    centre = first.mean(dim=0)
+    labels = torch.arange(len(pixels))
+    return round(knn_accuracy(first - centre, labels, second - centre, labels, k=1), 4)
 
 
 def _generator(config: PretrainConfig) -> torch.Generator:

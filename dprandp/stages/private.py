@@ -2,70 +2,299 @@
 
 The order matters and is the same in both stages:
 
-    1. name the data set (declared facts only)      4. fix the plan in privacy/plan.json
-    2. open the budget and the ledger               5. read the private pixels
-    3. plan: σ from what is left, or refuse         6. train through ``PrivateMechanism`` alone
+    1. name the data set (declared facts only)      4. write the plan to privacy/plan.json (``fix_plan``)
+    2. read the run's budget and ledger             5. read the private pixels
+    3. plan: σ from what is left, or refuse         6. train through ``mechanism()`` alone
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from dprandp import faults
+from dprandp.config import DEFAULT_DELTA, FinetuneConfig, ProbeConfig
+from dprandp.datasets import Dataset, DataSpec, open_dataset
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.files import atomic_write, to_json
+from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan
-
-from dprandp.datasets import Dataset, DataSpec
-from dprandp.privacy.accounting import EpsilonBound
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
+from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.rundir import RunDir
 from dprandp.stages.context import Context
 
+DEFAULT_SHARE = 0.3
+"""Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
 
-@dataclass
+ADJACENCY, UNIT = "add/remove one record", "one image"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
+
+    A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
+    that is accounted here, so a changed one is refused.
+    """
+
+    data: str
+    epsilon: float
+    delta: float
+    examples: int
+
+    def refuse_other(self, other: Budget) -> None:
+        """Raise if a command asks for another budget than the run has.
+
+        Raises:
+            BudgetError: ε or δ differ. UsageError: the data set does.
+        """
+        if (self.data, self.examples) != (other.data, other.examples):
+            raise UsageError(
+                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
+                fix="give another --run for other data",
+            )
+        if (self.epsilon, self.delta) != (other.epsilon, other.delta):
+            raise BudgetError(
+                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before its first look at the "
+                f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
+                fix="leave --eps and --delta out, or start a new --run and add up what both release",
+            )
+
+
 class PrivateStage:
-    """A private stage that may begin: its plan fits the budget. No private pixel has been read yet.
+    """A private stage that may begin: its plan fits the budget, and no private pixel has been read.
 
     Attributes:
         name: 'probe' or 'finetune'.
         dataset: named, not read.
+        budget: the run's.
         plan: accepted.
-        ledger: the run's.
+        attempt: 1, or one more for every time the stage was started afresh.
     """
 
-    name: str
-    dataset: Dataset
-    plan: PrivatePlan
-    ledger: Ledger
-    context: Context
+    def __init__(self, name: str, dataset: Dataset, budget: Budget, context: Context) -> None:
+        self.name, self.dataset, self.budget, self.context = name, dataset, budget, context
+        self.plan: PrivatePlan
+        self.attempt = 1
+        self._ledger: Ledger | None = None
 
     @property
     def spec(self) -> DataSpec:
         """Declared facts about the data."""
         return self.dataset.spec
 
-    def mechanism(self, steps_done: int) -> PrivateMechanism:
-        """The only way to the data's gradients: charges before it hands out a batch.
-
-        Args:
-            steps_done: steps whose updates the caller's checkpoint holds. Steps charged beyond it were lost in a crash;
-                they stay paid and are not repeated.
-        """
-        return PrivateMechanism(self.plan, self.ledger, self.random(), start_step=self.charged_steps())
-
-    def charged_steps(self) -> int:
-        """Steps of this attempt that the ledger holds."""
-        return self.ledger.charged_steps(self.name, self.plan.attempt)
-
-    def random(self) -> RandomSource:
-        """OS entropy, or the insecure seed of a test."""
-        seed = self.context.insecure_seed
-        return SystemRandom() if seed is None else InsecureSeed(seed)
-
-    def spent(self) -> EpsilonBound:
-        """What the whole run has spent so far."""
-        return self.ledger.spent(self.plan.delta)
+    @property
+    def ledger(self) -> Ledger:
+        """The run's ledger, opened (and, for the run's first private stage, created) on first use."""
+        if self._ledger is None:
+            path = self.context.rundir.privacy_dir / "ledger.jsonl"
+            warn = self.context.console.warn
+            options = {"warn": warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
+            first = not path.exists() and not _plan_file(self.context.rundir).exists()
+            self._ledger = (
+                Ledger.create(path, self.spec.train_examples, **options) if first else Ledger.open(path, **options)
+            )
+        return self._ledger
 
     @property
-    def private(self) -> bool:
-        """Whether the run deserves to be called private: finite ε and noise from OS entropy, in every charge."""
-        return self.ledger.private and math.isfinite(self.plan.epsilon_total)
+    def epsilon_alone(self) -> float:
+        """ε of this stage's plan by itself; what its learning rate may be chosen by, being public."""
+        return compose([self.plan.event], self.plan.delta, self.context.console.warn).upper
+
+    def private_inputs(self) -> dict[str, str]:
+        """Hash of the training data, by which a resumed stage notices other data. It is private, and stays so."""
+        return {"train": self.dataset.fingerprint()}
+
+    def fix_plan(self) -> None:
+        """Write budget and plan to ``privacy/plan.json``, before the first charge."""
+        ledger = self.ledger  # the ledger first: a plan without a ledger would look like a lost ledger
+        document = _read_plan_file(self.context.rundir) or {
+            "format": 1,
+            "data": self.budget.data,
+            "epsilon": self.budget.epsilon,
+            "delta": self.budget.delta,
+            "examples": ledger.examples,
+            "adjacency": ADJACENCY,
+            "unit": UNIT,
+            "stages": {},
+        }
+        document["stages"][self.name] = {"attempt": self.attempt, "plan": self.plan.to_dict()}
+        atomic_write(_plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
+
+    def mechanism(self, updates_done: int) -> PrivateMechanism:
+        """The only way to gradients of the data: it pays before it hands out a batch, and returns noise.
+
+        Args:
+            updates_done: updates that the caller's checkpoint holds. Steps paid beyond it were lost in a crash; they
+                stay paid and are not made up for.
+        """
+        return PrivateMechanism(
+            self.plan, self.ledger, self._random(), self.attempt, updates_done, warn=self.context.console.warn
+        )
+
+    def _random(self) -> RandomSource:
+        seed = self.context.insecure_seed
+        if seed is None:
+            return SystemRandom()
+        paid = self.ledger.charged_steps(self.name, self.attempt)
+        return InsecureSeed(seed, self.attempt, paid, len(self.name))
+
+    def disclosure(self, updates: int) -> dict[str, Any]:
+        """What the run has spent by now and how: the privacy part of a stage's result.
+
+        Args:
+            updates: updates that the released parameters have seen; steps paid beyond them were lost in crashes.
+        """
+        bound = self.ledger.spent(self.plan.delta)
+        paid = self.ledger.charged_steps(self.name, self.attempt)
+        return {
+            "epsilon": bound.upper,
+            "delta": self.plan.delta,
+            "epsilon_target": self.plan.epsilon_target,
+            "epsilon_total": self.budget.epsilon,
+            "accountant": bound.accountant,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "sample_rate": self.plan.sample_rate,
+            "steps": self.plan.steps,
+            "charged_steps": paid,
+            "lost_steps": paid - updates,
+            "clip_norm": self.plan.clip_norm,
+            "views": self.plan.views,
+            "expected_batch": self.plan.expected_batch,
+            "adjacency": ADJACENCY,
+            "unit": UNIT,
+            "random": "insecure-seed" if any(c.random != "os-entropy" for c in self.ledger.charges) else "os-entropy",
+            "private": self.ledger.private and math.isfinite(bound.upper),
+            "device": self.context.device.type,
+        }
+
+
+def open_private_stage(
+    name: str,
+    config: ProbeConfig | FinetuneConfig,
+    context: Context,
+    *,
+    batch_part: float = 1.0,
+    write: bool = True,
+) -> PrivateStage:
+    """Plan a private stage from public facts, or refuse.
+
+    Args:
+        name: 'probe' or 'finetune'.
+        config: the stage's configuration.
+        batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
+        write: False for ``--plan``: nothing is created.
+
+    Guarantee:
+        No pixel and no label has been read when this returns or raises.
+
+    Raises:
+        InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
+        BudgetError: what is left does not allow the stage.
+    """
+    options = {"num_classes": config.classes} if config.data.startswith("npz:") and config.classes else {}
+    dataset = open_dataset(config.data, context.data_dir, **options)
+    examples = dataset.spec.train_examples
+    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
+    validate_budget(budget.epsilon, budget.delta, examples)
+    document = _read_plan_file(context.rundir)
+    if document is not None:
+        Budget(**{key: document[key] for key in ("data", "epsilon", "delta", "examples")}).refuse_other(budget)
+    dataset.require()
+    stage = PrivateStage(name, dataset, budget, context)
+    recorded = (document or {}).get("stages", {}).get(name)
+    begun = next(row["state"] for row in context.rundir.status() if row["stage"] == name) != "missing"
+    if recorded and begun and not context.overwrite:
+        stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
+        return stage
+    spent = stage.ledger.events() if write or document is not None else []
+    stage.attempt = stage.ledger.last_attempt(name) + 1 if write or document is not None else 1
+    stage.plan = _plan(name, config, budget, _sample_rate(config, examples, batch_part), spent, context)
+    return stage
+
+
+def default_delta(examples: int) -> float:
+    """1e-5, or half of 1/N where that is smaller: a δ of 1/N would allow publishing a record outright."""
+    return min(DEFAULT_DELTA, 0.5 / examples)
+
+
+def read_budget(rundir: RunDir) -> dict[str, Any] | None:
+    """Budget and expense of a run, read-only; None before its first private stage.
+
+    Returns:
+        data, epsilon, delta, examples, spent (upper bound of ε), private.
+    """
+    document = _read_plan_file(rundir)
+    if document is None:
+        return None
+    ledger = Ledger.open(rundir.privacy_dir / "ledger.jsonl", read_only=True)
+    spent = ledger.spent(document["delta"]).upper
+    keys = ("data", "epsilon", "delta", "examples")
+    return {key: document[key] for key in keys} | {
+        "spent": spent,
+        "private": ledger.private and math.isfinite(document["epsilon"]),
+    }
+
+
+def _plan(
+    name: str,
+    config: ProbeConfig | FinetuneConfig,
+    budget: Budget,
+    sample_rate: float,
+    spent: list[GaussianEvent],
+    context: Context,
+) -> PrivatePlan:
+    """The probe takes its share, alone; the fine-tune takes what is left."""
+    steps = {"sample_rate": sample_rate, "steps": config.steps, "clip_norm": config.clip_norm, "views": config.views}
+    share = config.share if isinstance(config, ProbeConfig) else 1.0
+    own = budget.epsilon * (DEFAULT_SHARE if share is None else share)
+    public = {"stage": name, "delta": budget.delta, "examples": budget.examples}
+    warn = context.console.warn
+    if name == "finetune" or not spent:
+        return make_plan(
+            **public, **steps, epsilon_total=budget.epsilon, spend_epsilon=own, spent=spent, warn=warn
+        )
+    # A probe that is run again costs its share again, on top of all that was paid before.
+    sigma = calibrate(own, budget.delta, sample_rate, config.steps, warn=warn)
+    total = compose([*spent, GaussianEvent(sigma, sample_rate, config.steps)], budget.delta, warn).upper
+    if total > budget.epsilon:
+        raise BudgetError(
+            f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
+            f"{budget.epsilon:g}",
+            fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
+        )
+    return PrivatePlan(**public, **steps, noise_multiplier=sigma, epsilon_target=budget.epsilon)
+
+
+def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:
+    if config.batch_size is None:
+        return batch_part
+    if config.batch_size > examples:
+        raise UsageError(
+            f"--batch-size {config.batch_size} exceeds the {examples} training examples",
+            fix=f"give at most {examples}, which is full batch",
+        )
+    return config.batch_size / examples
+
+
+def _plan_file(rundir: RunDir):
+    return rundir.path / "privacy" / "plan.json"
+
+
+def _read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
+    path = _plan_file(rundir)
+    if not path.exists():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
+        if document["format"] != 1:
+            raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
+        return document
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+        ) from error

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dprandp.model_card import model_card
 from safetensors.torch import save as to_safetensors
 
 from dprandp.files import atomic_write, to_json
+from dprandp.model_card import model_card
 from dprandp.rundir import RunDir
 from dprandp.stages.private import PrivateStage
 from dprandp.vision.classifier import Classifier

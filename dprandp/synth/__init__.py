@@ -33,7 +33,6 @@ class ProcessSpec:
         summary: one line.
         source: paper.
         default_resolution: pixels per side.
-        blocks_are_classes: whether images of one block look alike, so that telling blocks apart measures features.
     """
 
     name: str
@@ -42,7 +41,6 @@ class ProcessSpec:
     summary: str
     source: str
     default_resolution: int
-    blocks_are_classes: bool = False
 
 
 _SOURCE = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"
@@ -57,7 +55,6 @@ PROCESSES: dict[str, ProcessSpec] = {
             summary="untrained StyleGAN2 networks with oriented wavelets as filters, a new network every 400 images",
             source=_SOURCE,
             default_resolution=64,
-            blocks_are_classes=True,
         ),
         ProcessSpec(
             name="dead-leaves",

@@ -52,7 +52,9 @@ def to_grey(images: Tensor) -> Tensor:
     return grey.round_().clamp_(0, 255).to(torch.uint8).expand_as(images).contiguous()
 
 
-def random_crops(images: Tensor, generator: torch.Generator, *, size: int = INPUT_SIZE, min_area: float = 0.25) -> Tensor:
+def random_crops(
+    images: Tensor, generator: torch.Generator, *, size: int = INPUT_SIZE, min_area: float = 0.25
+) -> Tensor:
     """One random square crop of each image, resized: objects of many scales at the size the extractor sees.
 
     Args:

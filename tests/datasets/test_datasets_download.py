@@ -21,7 +21,7 @@ def test_missing_files_are_named_without_a_network(tmp_path, name, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("nobody asked for a download"))
     dataset = open_dataset(name, tmp_path)
     for ask in (dataset.require, dataset.train, dataset.test, dataset.fingerprint):
-        with pytest.raises(InputError, match="missing") as caught:
+        with pytest.raises(InputError, match=r" missing\n") as caught:
             ask()
         assert str(tmp_path) in str(caught.value)
         assert KNOWN[name].missing(tmp_path)[0] in caught.value.problem

@@ -119,6 +119,8 @@ def write_bad(path: Path, kind: str) -> None:
         path.write_text("hello")
     elif kind == "script":
         path.with_suffix(".jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    elif kind == "other-format":
+        image.save(path, format="PPM")  # one that Pillow could read, behind a name that promises another
     elif kind == "truncated":
         image.save(path)
         path.write_bytes(path.read_bytes()[:-600])
@@ -132,8 +134,8 @@ def write_bad(path: Path, kind: str) -> None:
     [("rotated", "rotated"), ("rotated-png", "rotated"), ("grey-16", "16-bit"), ("rgb-16", "16-bit"),
      ("float", "float"), ("cmyk", "CMYK"), ("alpha", "transparent"), ("palette-transparent", "transparent"),
      ("animated", "animated"), ("pages", "pages"), ("bomb", "damaged"), ("large", "50 million"),
-     ("corrupt", "damaged"), ("text", "damaged"), ("script", "damaged"), ("truncated", "damaged"),
-     ("truncated-jpeg", "damaged")],
+     ("corrupt", "damaged"), ("text", "damaged"), ("script", "damaged"), ("other-format", "damaged"),
+     ("truncated", "damaged"), ("truncated-jpeg", "damaged")],
 )  # fmt: skip
 def test_refused_image_is_not_named(root, kind, says):
     write_bad(root / "train" / "wren" / f"{SECRET}.png", kind)

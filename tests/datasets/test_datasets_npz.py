@@ -180,7 +180,7 @@ def test_pickle_is_refused_and_not_run(tmp_path, name):
     mark = tmp_path / "executed"
     content = {**arrays(), "num_classes": 3, name: np.array([Payload(mark)] * 6, dtype=object)}
     np.savez(tmp_path / "set.npz", **content)
-    with pytest.raises(InputError, match="pickle"):
+    with pytest.raises(InputError, match="which is a pickle and could run code"):
         opened(tmp_path / "set.npz")
     assert not mark.exists()
     np.load(tmp_path / "set.npz", allow_pickle=True)[name]  # positive control: the payload does work
@@ -206,7 +206,7 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "set.npz"
     flat = np.zeros((3000, 32, 32), np.uint8)
     np.savez_compressed(path, **{**arrays(), "num_classes": 3, "x_train": flat, "y_train": np.arange(3000) % 3})
-    with pytest.raises(InputError, match="bomb"):
+    with pytest.raises(InputError, match=r"\(a decompression bomb\)"):
         opened(path)
     np.savez(path, **{**arrays(shape=(32, 32)), "num_classes": 3, "x_train": flat, "y_train": np.arange(3000) % 3})
     assert opened(path).train().images.shape == (3000, 32, 32, 1)  # the same arrays, stored plainly, are no bomb

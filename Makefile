@@ -1,0 +1,59 @@
+# Each target makes .venv when it is missing. Settings: make probe RUN=runs/x DATA=cifar10 EPS=8 SIZE=small
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+RUN     ?= runs/default
+SIZE    ?= tiny
+DATA    ?= digits
+EPS     ?= 1
+FLAGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup generate pretrain probe finetune report demo test test-slow lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv and install dprandp with its test tools
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(READY)
+
+# Finished stages are skipped, so each target may name the one before it.
+generate: $(READY)  ## Phase I: synthetic images
+	$(BIN)/dprandp generate --run $(RUN) --size $(SIZE) $(FLAGS)
+
+pretrain: generate  ## Phase I: the feature extractor
+	$(BIN)/dprandp pretrain --run $(RUN) --size $(SIZE) $(FLAGS)
+
+probe: pretrain  ## Phase II: a private head
+	$(BIN)/dprandp probe --run $(RUN) --size $(SIZE) --data $(DATA) --eps $(EPS) $(FLAGS)
+
+finetune: probe  ## Phase III: everything, privately
+	$(BIN)/dprandp finetune --run $(RUN) --size $(SIZE) $(FLAGS)
+
+report: $(READY)  ## the page about a run
+	$(BIN)/dprandp report --run $(RUN)
+
+demo: finetune report  ## all of it on real handwritten digits, with a report at the end
+	@$(BIN)/dprandp status --run $(RUN)
+	@echo "report: $(RUN)/report.html"
+
+test: $(READY)  ## the fast tests, under six minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## speed of the parts, as ratios against plain alternatives
+	$(BIN)/python scripts/bench.py
+
+clean:  ## remove runs and caches; .venv and data stay
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find dprandp tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,296 @@
+"""Promises 10 and 12, the part inside ``privacy``: charged before used, and a ledger that cannot be edited unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from dprandp.errors import CheckpointError, StorageError, UsageError
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.ledger import Ledger
+
+VALUES = {"noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+@pytest.fixture
+def filled(path):
+    ledger = Ledger.create(path, examples=50_000)
+    ledger.charge(stage="probe", attempt=1, steps=60, **{**VALUES, "sample_rate": 1.0, "noise_multiplier": 40.0})
+    for _ in range(3):
+        ledger.charge(stage="finetune", attempt=1, steps=2, **VALUES)
+    ledger.charge(stage="finetune", attempt=2, steps=5, **VALUES)
+    return ledger
+
+
+def lines_of(path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_reopened_ledger_holds_what_was_paid(filled, path):
+    again = Ledger.open(path)
+    assert again.charges == filled.charges
+    assert again.head == filled.head
+    assert again.events() == [GaussianEvent(9.25, 0.08192, 11), GaussianEvent(40.0, 1.0, 60)]
+    assert again.events_for("finetune") == [GaussianEvent(9.25, 0.08192, 11)]
+    assert again.events_for("finetune", 2) == [GaussianEvent(9.25, 0.08192, 5)]
+    assert again.events_besides("finetune", 2) == [GaussianEvent(9.25, 0.08192, 6), GaussianEvent(40.0, 1.0, 60)]
+    assert (again.charged_steps("finetune", 1), again.charged_steps("finetune", 2)) == (6, 5)
+    assert (again.last_attempt("finetune"), again.last_attempt("audit")) == (2, 0)
+    assert again.examples == 50_000
+    assert again.header["adjacency"] == "add-remove"
+    assert again.header["data_unit"] == "image"
+
+
+def test_spending_is_the_composition_of_everything(filled):
+    expected = compose([GaussianEvent(40.0, 1.0, 60), GaussianEvent(9.25, 0.08192, 11)], 1e-5)
+    assert filled.spent(1e-5) == expected
+
+
+def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
+    ledger = Ledger.create(path, examples=10)
+    order = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        order.append(("fsync", path.read_bytes().count(b"\n")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
+    order.append(("returned", len(ledger.charges)))
+    assert order == [("fsync", 2), ("returned", 1)]
+
+
+def test_fault_points_are_passed_in_order(path):
+    seen = []
+    ledger = Ledger.create(path, examples=10, fault_point=seen.append)
+    ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
+    assert seen == ["ledger.appended", "ledger.fsynced"]
+
+
+def test_the_stamp_of_repeatable_randomness_or_missing_noise_never_goes_away(path):
+    ledger = Ledger.create(path, examples=10)
+    assert ledger.private
+    ledger.charge(stage="probe", attempt=1, steps=1, **{**VALUES, "random": "insecure-seed"})
+    ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
+    assert not ledger.private
+    assert not Ledger.open(path).private
+
+
+def test_steps_without_noise_are_recorded_and_cost_everything(path):
+    ledger = Ledger.create(path, examples=10)
+    ledger.charge(stage="probe", attempt=1, steps=1, **{**VALUES, "noise_multiplier": 0.0})
+    assert not ledger.private
+    assert ledger.spent(1e-5).upper == float("inf")
+
+
+# ---------------------------------------------------------------- edits
+
+
+def edited(text: bytes, number: int) -> list[bytes]:
+    rows = text.splitlines(keepends=True)
+    rows[number - 1] = rows[number - 1].replace(b"9.25", b"19.25").replace(b"40.0", b"41.0").replace(b"50000", b"60000")
+    return rows
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_an_edited_line_is_named(filled, path, number):
+    changed = edited(path.read_bytes(), number)
+    assert b"".join(changed) != path.read_bytes()
+    path.write_bytes(b"".join(changed))
+    with pytest.raises(CheckpointError, match=f"Line {number} ") as caught:
+        Ledger.open(path)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_removed_line_is_named(filled, path, number):
+    rows = lines_of(path)
+    del rows[number - 1]
+    path.write_bytes(b"".join(rows))
+    with pytest.raises(CheckpointError, match=f"Line {number} "):
+        Ledger.open(path)
+
+
+@pytest.mark.parametrize("number", range(2, 6))
+def test_swapped_lines_are_named(filled, path, number):
+    rows = lines_of(path)
+    rows[number - 1], rows[number] = rows[number], rows[number - 1]
+    path.write_bytes(b"".join(rows))
+    with pytest.raises(CheckpointError, match=f"Line {number} "):
+        Ledger.open(path)
+
+
+def test_a_line_repeated_or_taken_from_another_ledger_is_named(filled, path, tmp_path):
+    rows = lines_of(path)
+    path.write_bytes(b"".join([*rows, rows[-1]]))
+    with pytest.raises(CheckpointError, match="Line 7 "):
+        Ledger.open(path)
+    other = Ledger.create(tmp_path / "other.jsonl", examples=9)
+    other.charge(stage="probe", attempt=1, steps=60, **VALUES)
+    path.write_bytes(b"".join([*rows, lines_of(other.path)[1]]))
+    with pytest.raises(CheckpointError, match="Line 7 "):
+        Ledger.open(path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\n", b"{}\n", b"not json\n", b"\xff\xfe\n", b"[1]\n", b"NaN\n", b'{"kind":"header"']
+)
+def test_what_is_no_ledger_is_refused(path, text):
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match="Line 1 "):
+        Ledger.open(path)
+
+
+def test_every_flipped_byte_of_a_complete_line_is_found(filled, path):
+    data = path.read_bytes()
+    for position in range(0, len(data) - 1, 7):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(CheckpointError):
+            Ledger.open(path)
+
+
+def test_a_missing_ledger_and_a_newer_format_are_refused(path):
+    with pytest.raises(CheckpointError, match="missing"):
+        Ledger.open(path)
+    from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
+
+    path.write_bytes(seal({"kind": "header", "format": 99, "examples": 5}, FIRST_PREVIOUS)[0])
+    with pytest.raises(CheckpointError, match="format 99"):
+        Ledger.open(path)
+
+
+def test_lines_cut_off_the_end_are_found_by_the_head_kept_elsewhere(filled, path):
+    head = filled.head
+    assert Ledger.open(path).includes(head)
+    path.write_bytes(b"".join(lines_of(path)[:-1]))
+    assert not Ledger.open(path).includes(head)
+
+
+# ---------------------------------------------------------------- torn lines
+
+
+def test_a_line_torn_anywhere_is_repaired_aloud_and_never_counts_more_than_it_cost(filled, path):
+    data = path.read_bytes()
+    start = data.rindex(b"\n", 0, len(data) - 1) + 1
+    before = data.count(b"\n") - 2
+    outcomes = set()
+    for cut in range(start + 1, len(data)):
+        path.write_bytes(data[:cut])
+        said: list[str] = []
+        if data[:cut].endswith(b"}") and cut < len(data) - 1:
+            continue  # no such place inside a charge
+        ledger = Ledger.open(path, warn=said.append)
+        assert len(said) == 1
+        assert "Line 6" in said[0]
+        counted = len(ledger.charges) - before
+        outcomes.add(counted)
+        assert ledger.charged_steps("finetune", 2) == (5 if counted else 0)
+        assert counted == ("counted" in said[0] or "kept" in said[0])
+        if b'"random":"os-entropy",' in data[start:cut]:
+            assert counted == 1  # everything that costs can be read: it is paid
+        quiet: list[str] = []
+        again = Ledger.open(path, warn=quiet.append)
+        assert quiet == []
+        assert again.charges == ledger.charges
+        again.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+        assert len(Ledger.open(path).charges) == len(ledger.charges) + 1
+    assert outcomes == {0, 1}
+
+
+def test_reading_only_repairs_nothing_but_counts(filled, path):
+    data = path.read_bytes()[:-10]
+    path.write_bytes(data)
+    said: list[str] = []
+    ledger = Ledger.open(path, read_only=True, warn=said.append)
+    assert said
+    assert path.read_bytes() == data
+    assert ledger.charged_steps("finetune", 2) == 5
+    with pytest.raises(UsageError, match="reading only"):
+        ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
+
+
+def test_a_torn_line_with_senseless_values_is_refused(filled, path):
+    torn = lines_of(path)[-1].replace(b'"step":0', b'"step":3')[:-80]
+    path.write_bytes(b"".join(lines_of(path)[:-1]) + torn)
+    with pytest.raises(CheckpointError, match="Line 6 "):
+        Ledger.open(path)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_an_existing_ledger_is_never_replaced(filled, path):
+    data = path.read_bytes()
+    with pytest.raises(StorageError, match="exists"):
+        Ledger.create(path, examples=1)
+    assert path.read_bytes() == data
+
+
+def test_a_second_writer_is_noticed(filled, path):
+    other = Ledger.open(path)
+    other.charge(stage="probe", attempt=2, steps=1, **VALUES)
+    with pytest.raises(StorageError, match="somebody else") as caught:
+        filled.charge(stage="probe", attempt=2, steps=1, **VALUES)
+    assert caught.value.exit_code == 6
+    assert len(Ledger.open(path).charges) == 6
+
+
+def test_a_full_disk_stops_everything_until_the_ledger_is_opened_again(filled, path, monkeypatch):
+    real = os.write
+
+    def full(descriptor, line):
+        real(descriptor, line[:30])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+    monkeypatch.undo()
+    with pytest.raises(StorageError):
+        filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+    said: list[str] = []
+    assert Ledger.open(path, warn=said.append).charged_steps("finetune", 2) == 5
+    assert "dropped" in said[0]
+
+
+def test_a_failed_fsync_means_no_charge_was_confirmed(filled, path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StorageError, match="Input/output error"):
+        filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+    monkeypatch.undo()
+    assert Ledger.open(path).charged_steps("finetune", 2) == 6  # paid, though it was not used
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": 'a"b'},
+        {"attempt": 0},
+        {"steps": 0},
+        {"random": "luck"},
+        {"sample_rate": 0.0},
+        {"noise_multiplier": -1.0},
+    ],
+)
+def test_senseless_charges_are_refused_and_not_written(filled, path, change):
+    data = path.read_bytes()
+    with pytest.raises(UsageError):
+        filled.charge(**{"stage": "probe", "attempt": 1, "steps": 1, **VALUES, **change})
+    assert path.read_bytes() == data
+
+
+def test_lines_are_plain_json(filled, path):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["header"] + ["charge"] * 5
+    assert records[1]["previous"] == records[0]["hash"]

@@ -1,0 +1,256 @@
+"""Promises 3, 5, 13: true Poisson batches, fresh Gaussian noise of the right size, honest stamps.
+
+Statistical tests draw from the operating system, so they cannot be seeded. Each rejects at p < 1e-6: with the tests
+below, a false alarm about once in 60,000 runs of this file. Each has a positive control: a plausible mistake that the
+same statistic must reject.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dprandp.errors import UsageError
+from dprandp.privacy import noise
+from dprandp.privacy.noise import InsecureSeed, SystemRandom, add_gaussian_noise
+from dprandp.privacy.sampling import PoissonSampler
+
+ALPHA = 1e-6
+
+# ---------------------------------------------------------------- batches
+
+
+def memberships(sampler: PoissonSampler, draws: int) -> np.ndarray:
+    """bool [draws, examples]."""
+    drawn = np.zeros((draws, sampler.examples), dtype=bool)
+    for row in drawn:
+        row[sampler.draw()] = True
+    return drawn
+
+
+def shuffled_fixed_batches(examples: int, batch: int, draws: int) -> np.ndarray:
+    """What most training loops do instead: shuffle, then cut into equal batches."""
+    generator = np.random.default_rng(0)
+    drawn = np.zeros((draws, examples), dtype=bool)
+    for start in range(0, draws, examples // batch):
+        order = generator.permutation(examples)
+        for offset in range(min(examples // batch, draws - start)):
+            drawn[start + offset, order[offset * batch : (offset + 1) * batch]] = True
+    return drawn
+
+
+def two_sided(statistic: float, distribution) -> float:
+    return 2 * min(distribution.cdf(statistic), distribution.sf(statistic))
+
+
+def inclusion_p(drawn: np.ndarray, q: float) -> float:
+    """Every record in a share q of the batches: Σ z² over records is χ² with N degrees of freedom."""
+    draws, examples = drawn.shape
+    z = (drawn.sum(0) - draws * q) / math.sqrt(draws * q * (1 - q))
+    return two_sided(float((z**2).sum()), stats.chi2(examples))
+
+
+def batch_size_p(drawn: np.ndarray, q: float) -> float:
+    """Batch sizes vary by N q (1 − q)."""
+    draws, examples = drawn.shape
+    z = (drawn.sum(1) - examples * q) / math.sqrt(examples * q * (1 - q))
+    return two_sided(float((z**2).sum()), stats.chi2(draws))
+
+
+def pairs_p(drawn: np.ndarray, q: float) -> float:
+    """Records of one batch are pairwise independent: Σ z² over pairs; products of independent coins are uncorrelated."""
+    draws, examples = drawn.shape
+    centred = (drawn - q) / math.sqrt(q * (1 - q))
+    z = (centred.T @ centred)[np.triu_indices(examples, 1)] / math.sqrt(draws)
+    return two_sided(float((z**2).sum()), stats.chi2(len(z)))
+
+
+def succession_p(drawn: np.ndarray, q: float) -> float:
+    """A record's next batch does not depend on this one."""
+    centred = (drawn - q) / math.sqrt(q * (1 - q))
+    z = (centred[1:] * centred[:-1]).sum() / math.sqrt(centred[1:].size)
+    return float(2 * stats.norm.sf(abs(z)))
+
+
+STATISTICS = [inclusion_p, batch_size_p, pairs_p, succession_p]
+N, Q, DRAWS = 40, 0.25, 8000
+
+
+@pytest.fixture(scope="module")
+def poisson() -> np.ndarray:
+    return memberships(PoissonSampler(N, Q, SystemRandom()), DRAWS)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_batches_are_true_poisson_samples(statistic, poisson):
+    assert statistic(poisson, Q) > ALPHA
+
+
+@pytest.mark.parametrize("statistic", [batch_size_p, pairs_p, succession_p])
+def test_shuffled_fixed_batches_are_rejected(statistic):
+    assert statistic(shuffled_fixed_batches(N, int(N * Q), DRAWS), Q) < ALPHA
+
+
+def test_another_rate_is_rejected(poisson):
+    assert inclusion_p(poisson, Q * 1.1) < ALPHA
+
+
+def test_records_that_enter_together_are_rejected(poisson):
+    tied = poisson.copy()
+    tied[:, 1] = tied[:, 0]
+    assert pairs_p(tied, Q) < ALPHA
+
+
+def test_one_favoured_record_is_rejected(poisson):
+    favoured = poisson.copy()
+    favoured[:, 3] |= SystemRandom().uniform(DRAWS) < 0.15
+    assert inclusion_p(favoured, Q) < ALPHA
+
+
+def test_a_capped_batch_is_rejected(poisson):
+    capped = poisson.copy()
+    for row in capped:
+        row[np.flatnonzero(row)[int(N * Q) :]] = False
+    assert batch_size_p(capped, Q) < ALPHA
+
+
+def test_batches_may_be_empty_rise_and_are_int64():
+    sampler = PoissonSampler(5, 0.05, SystemRandom())
+    batches = [sampler.draw() for _ in range(200)]
+    assert any(len(batch) == 0 for batch in batches)
+    assert all(batch.dtype == np.int64 and (np.diff(batch) > 0).all() for batch in batches)
+
+
+def test_full_batches_take_everybody():
+    assert PoissonSampler(7, 1.0, SystemRandom()).draw().tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(("examples", "rate"), [(0, 0.5), (5, 0.0), (5, 1.5), (5, math.nan)])
+def test_senseless_sampling_is_refused(examples, rate):
+    with pytest.raises(UsageError):
+        PoissonSampler(examples, rate, SystemRandom())
+
+
+# ---------------------------------------------------------------- noise
+
+SIGMA, CLIP = 9.2, 0.5
+
+
+def ks_p(values: torch.Tensor, std: float) -> float:
+    return float(stats.kstest(values.double().flatten().numpy(), stats.norm(scale=std).cdf).pvalue)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> torch.Tensor:
+    return add_gaussian_noise([torch.zeros(120, 201)], SIGMA * CLIP, SystemRandom())[0]
+
+
+def test_noise_is_gaussian_with_std_sigma_times_clip_norm(noisy):
+    assert ks_p(noisy, SIGMA * CLIP) > ALPHA
+
+
+@pytest.mark.parametrize("factor", [2 / 3, 3 / 2, 0.95, 1.05])
+def test_noise_of_another_size_is_rejected(noisy, factor):
+    assert ks_p(noisy * factor, SIGMA * CLIP) < ALPHA
+
+
+@pytest.mark.parametrize("source", [SystemRandom(), InsecureSeed(7)], ids=["system", "insecure"])
+def test_neighbouring_values_are_uncorrelated(source):
+    """Both halves of a Box-Muller pair, and neighbours, at the size where 1 in a million fails."""
+    z = source.gaussian([40_000]).numpy()
+    for shift in (1, 20_000):
+        correlation = float((z[:-shift] * z[shift:]).sum()) / math.sqrt(len(z) - shift)
+        assert 2 * stats.norm.sf(abs(correlation)) > ALPHA
+    assert 2 * stats.norm.sf(abs(float((z[:-1] * z[:-1]).sum() - len(z)) / math.sqrt(2 * len(z)))) > ALPHA
+
+
+def test_uniforms_are_uniform_with_53_bits():
+    u = SystemRandom().uniform(50_000)
+    assert stats.kstest(u, "uniform").pvalue > ALPHA
+    assert ((u >= 0) & (u < 1)).all()
+    assert (u * 2.0**53 == np.floor(u * 2.0**53)).all()
+    assert stats.kstest(u * 0.97, "uniform").pvalue < ALPHA
+
+
+def test_extreme_uniforms_give_finite_noise():
+    class Extremes(SystemRandom):
+        def _words(self, count):
+            return np.where(np.arange(count) % 2 == 0, 0, 2**64 - 1).astype(np.uint64)
+
+    z = Extremes().gaussian([10])
+    assert bool(torch.isfinite(z).all())
+    assert float(z.abs().max()) == pytest.approx(8.57, abs=0.01)
+
+
+def test_noise_never_repeats_over_calls_tensors_and_sources():
+    zeros = {"a": torch.zeros(300), "b": torch.zeros(300)}
+    sources = [SystemRandom(), SystemRandom()]
+    values = [add_gaussian_noise(zeros, 1.0, source)[name] for source in sources for _ in range(3) for name in zeros]
+    assert len(torch.unique(torch.cat(values).double())) > 0.999 * 12 * 300
+    distances = torch.cdist(torch.stack(values), torch.stack(values)) + 1e9 * torch.eye(12)
+    assert float(distances.min()) > 15  # two independent draws of 300 values are about 24 apart
+
+
+def test_noise_is_added_in_float64_and_keeps_the_structure():
+    class Constant(SystemRandom):
+        def gaussian(self, shape):
+            return torch.full(tuple(shape), 1.0, dtype=torch.float64)
+
+    sums = {"a": torch.full((2, 3), 1e8, dtype=torch.float64), "b": torch.tensor(1.0, dtype=torch.bfloat16)}
+    out = add_gaussian_noise(sums, 8.0, Constant())
+    assert list(out) == ["a", "b"]
+    assert torch.equal(out["a"], torch.full((2, 3), 1e8 + 8))
+    assert out["b"].item() == 9.0
+    assert {v.dtype for v in out.values()} == {torch.float32}
+    assert isinstance(add_gaussian_noise([torch.zeros(2)], 1.0, Constant()), list)
+
+
+def test_no_noise_copies():
+    total = torch.ones(3)
+    out = add_gaussian_noise([total], 0.0, SystemRandom())[0]
+    assert torch.equal(out, total)
+    assert out.data_ptr() != total.data_ptr()
+
+
+@pytest.mark.parametrize("std", [-1.0, math.nan, math.inf])
+def test_senseless_noise_is_refused(std):
+    with pytest.raises(UsageError, match="standard deviation"):
+        add_gaussian_noise([torch.zeros(1)], std, SystemRandom())
+
+
+# ---------------------------------------------------------------- stamps
+
+
+def test_sources_say_what_they_are():
+    assert (SystemRandom().mode, SystemRandom().private) == ("os-entropy", True)
+    assert (InsecureSeed(1).mode, InsecureSeed(1).private) == ("insecure-seed", False)
+
+
+def test_the_insecure_seed_repeats_and_its_streams_differ():
+    def first(*key):
+        return InsecureSeed(*key).gaussian([4]).tolist()
+
+    assert first(3) == first(3)
+    assert len({tuple(first(*key)) for key in ((3,), (4,), (3, 1), (3, 2), (3, 1, 0))}) >= 4
+    with pytest.raises(UsageError):
+        InsecureSeed(-1)
+
+
+def test_system_randomness_ignores_every_seed():
+    draws = []
+    for _ in range(2):
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        draws.append(SystemRandom().gaussian([4]).tolist())
+    assert draws[0] != draws[1]
+
+
+def test_the_floating_point_limit_is_stated_with_its_severity():
+    text = Path(noise.__file__).read_text(encoding="utf-8")
+    assert "Floating point" in text
+    assert "Severity" in text
