@@ -24,6 +24,9 @@ SIZES = ("tiny", "small", "paper")
 DEFAULT_DATA = "digits"
 DEFAULT_DELTA = 1e-5
 
+LARGEST = 2**63 - 1
+"""Of any whole number, as in TOML: what the random generators take for a seed."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -105,7 +108,7 @@ class FinetuneConfig:
     data: str = DEFAULT_DATA
     epsilon: float = 1.0
     delta: float | None = None
-    steps: int = 20
+    steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
     extractor_scale: float | None = None
@@ -114,6 +117,10 @@ class FinetuneConfig:
     clip_norm: float = 1.0
     views: int = 1
     ema: float = 0.9999
+    refit_steps: int | None = None
+    """Full-batch steps of the head on the tuned features at the end; 0 for none. None: as the architecture's recipe."""
+    refit_part: float = 0.85
+    """Part of the remaining ε that the refit takes, where there is one."""
     arch: str = "wrn-16-4"
     """Used by source = 'scratch' alone."""
     checkpoint_every: int = 10
@@ -145,7 +152,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "checkpoint_every": 100,
         },
         "probe": {"dims": 2048, "statistics_images": 8000},
-        "finetune": {"steps": 40},
+        "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
     "paper": {
@@ -187,7 +194,13 @@ def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> 
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
     values = {"size": size, **SIZE_DEFAULTS[size][stage]}
     if file is not None:
-        values |= _section(read_toml(file), stage, file)
+        section = _section(read_toml(file), stage, file)
+        if section.get("size", size) != size:  # its other defaults would not be those of the size it names
+            raise UsageError(
+                f"{file} says size = {section['size']!r} for {stage}, the command says {size!r}",
+                fix="give that size with --size, or take the line out of the file",
+            )
+        values |= section
     values |= {key: value for key, value in flags.items() if value is not None}
     return build(stage, values)
 
@@ -203,6 +216,8 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     for key, value in values.items():
         if key not in hints:
             raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"[{stage}] {key} has more than 64 bits", fix=f"give a {key} of at most {LARGEST}")
         if not _fits(value, hints[key]):
             expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")
             raise UsageError(f"[{stage}] {key} = {value!r} is not of type {expected}", fix=f"give {key} as {expected}")
@@ -227,7 +242,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
 
 
@@ -271,12 +286,15 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
-    for key, (low, high) in {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf)}.items():
+    ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
+    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf)}
+    for key, (low, high) in ranges.items():
         value = values.get(key)
         if value is not None and not low <= value < high:
             raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
-    if values.get("seed", 0) < 0:
-        raise UsageError(f"seed = {values['seed']} is negative", fix="give a seed of 0 or more")
+    for key in ("seed", "refit_steps"):
+        if values.get(key, 0) < 0:
+            raise UsageError(f"{key} = {values[key]} is negative", fix=f"give a {key} of 0 or more")
     if "epsilon" in values and not values["epsilon"] > 0:
         raise UsageError(
             f"epsilon = {values['epsilon']!r} is no privacy budget",

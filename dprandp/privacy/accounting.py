@@ -224,7 +224,8 @@ def calibrate(
         ``epsilon`` unless what is left of the budget is smaller than the accountant's own error.
 
     Raises:
-        BudgetError: ``spent`` alone reaches ``epsilon``, or no noise below a multiplier of 1e6 fits into what is left.
+        BudgetError: ``spent`` alone reaches 99.5 % of ``epsilon``, or no noise below a multiplier of 1e6 fits into what
+            is left.
         UsageError: a value is outside its range.
     """
     if not epsilon > 0:
@@ -235,9 +236,10 @@ def calibrate(
     if math.isinf(epsilon):
         return 0.0
     before = compose(spent, delta, warn)
-    if before.upper >= epsilon:
+    if before.upper >= epsilon * (1 - _RELATIVE_ERROR):
+        # Less than the accountant can resolve is left: it would buy steps of nothing but noise.
         raise BudgetError(
-            f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which reaches ε = {epsilon:g}.",
+            f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
             fix="Give a larger --eps, or start a new run and account for both.",
         )
     noise_multiplier, complaint = _calibrate(epsilon, delta, sample_rate, int(steps), tuple(merge_events(spent)))

@@ -49,9 +49,9 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
         The smallest argument that was seen to fit; None when none up to ``largest`` does.
     """
     fits, exceeds = math.inf, 0.0
-    argument, slope = min(guess, largest), -1.0
+    argument, slope, stride = min(guess, largest), -1.0, 0.0
     previous: tuple[float, float] | None = None
-    for _ in range(20):
+    for _ in range(24):
         value = promised(argument)
         if value <= budget:
             fits = min(fits, argument)
@@ -67,12 +67,12 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
         if previous and previous[0] != here[0]:
             slope = min(-0.05, (here[1] - previous[1]) / (here[0] - previous[0]))
         previous = here
-        stride = (math.log(AIM * budget) - here[1]) / slope
-        argument = math.exp(here[0] + max(-1.0, min(1.0, stride)))
+        last, stride = stride, max(-1.0, min(1.0, (math.log(AIM * budget) - here[1]) / slope))
+        if value > budget and math.isinf(fits):
+            stride = max(stride, 2 * last, 2e-4)  # nothing fits yet: strides double, since the function may flatten out
+        argument = math.exp(here[0] + stride)
         if exceeds and math.isfinite(fits) and not exceeds < argument < fits:
             argument = math.sqrt(exceeds * fits)
-        elif value > budget:
-            argument = max(argument, exceeds * 1.0002)
         argument = min(argument, largest)
     return fits if math.isfinite(fits) else None
 

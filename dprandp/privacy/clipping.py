@@ -14,7 +14,7 @@ Guarantee (every function that takes ``clip_norm``):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -128,9 +128,26 @@ def clipped_gradient_sum(
         name -> float64, shaped like the parameter; zeros for an empty batch. Equal, to float tolerance, for every
         microbatch. See the module's Guarantee.
     """
+    gradients = per_example_gradients(loss_function, parameters, images, labels, microbatch)
+    return sum_of_clipped(gradients, parameters, clip_norm)
+
+
+def sum_of_clipped(
+    microbatches: Iterable[Mapping[str, torch.Tensor]], parameters: Mapping[str, torch.Tensor], clip_norm: float
+) -> dict[str, torch.Tensor]:
+    """The clipped sums of all microbatches of a batch, added up; for gradients that come from elsewhere.
+
+    Args:
+        microbatches: each name -> [b, ...], row i the gradient of one record alone, the same names in each.
+        parameters: name -> tensor of the shape of the sum.
+        clip_norm: C > 0.
+
+    Returns:
+        name -> float64, shaped like the parameter; zeros where there are no microbatches. See the module's Guarantee.
+    """
     _require_clip_norm(clip_norm)
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
-    for gradients in per_example_gradients(loss_function, parameters, images, labels, microbatch):
+    for gradients in microbatches:
         for name, value in clipped_sum(gradients, clip_norm).items():
             total[name] += value
     return total

@@ -34,10 +34,10 @@ RELEASED = {
 
 # What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
 DEFAULTS_CHOSEN_ON = (
-    "This run chose nothing by looking at results: one configuration, one training, no selection among epochs or "
-    "runs. The package's default learning rates, steps and sizes were chosen on public benchmark data sets; on such a "
-    "set the accuracy is therefore slightly optimistic. Trying several configurations on the private data and keeping "
-    "the best one spends privacy that ε does not count, unless all of them were run in this run directory."
+    "The program selects nothing by results: no choice among epochs, runs or settings. Its default learning rates, "
+    "steps and sizes were chosen on public benchmark data sets; on such a set the accuracy is therefore slightly "
+    "optimistic. Trying several settings on the private data and keeping the best spends privacy that ε does not "
+    "count, unless all were tried in this run directory."
 )
 
 LIMITS = (
@@ -46,6 +46,12 @@ LIMITS = (
         "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed "
         "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, "
         "because what is published is a trained model and not single noisy sums.",
+    ),
+    (
+        "Limit: tails and timing",
+        "Noise values never exceed 8.6 standard deviations; what is cut off has probability 1e-17 per coordinate and "
+        "step, to be added to δ in thought. Nothing runs in constant time: who can time the training may learn from "
+        "that.",
     ),
     (
         "Limit: N is treated as public",
@@ -106,7 +112,7 @@ def disclosure(
         ("Mechanism", _mechanism(result)),
         ("ε (privacy loss)", _epsilon(result)),
         ("δ", number(result["delta"])),
-        ("Adjacency", f"{result['adjacency']}: neighbours are training sets of which one becomes the other that way"),
+        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed)"),
         ("Unit of privacy", f"{result['unit']}"),
         ("N (training examples)", f"{result['train_examples']}, treated as public"),
         (
@@ -176,9 +182,9 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     exact = result["sample_rate"] == 1 if exact is None else exact
     bound = "at most" if exact else "at most about"
     return (
-        f"Somebody who knows all training images but one, sees everything this run released and may raise a false "
-        f"alarm in 1 % of cases, would find out that the last image took part in {bound} {percent(rate, up=True)} of "
-        f"cases; guessing gives 1 %."
+        f"Suppose an attacker knows every training image but one, sees all that this run released, and accepts "
+        f"1\u00a0% false alarms: the presence of that image is then detected {bound} {percent(rate, up=True)} of the "
+        f"time, where guessing gives 1\u00a0%."
     )
 
 

@@ -120,13 +120,12 @@ def _svg(figure, name: str, title: str) -> Markup:
         )
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", drawing)
-    drawing = drawing.replace("xlink:href=", "href=")
     drawing = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
     view = re.search(r'viewBox="[^"]*"', drawing).group()
     for placeholder, variable in _COLOURS.items():
         drawing = drawing.replace(placeholder, variable)
     drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", drawing)
+    # a new opening tag: without the namespaces, which HTML does not need, and without a fixed size
     inner = drawing[drawing.index(">") + 1 :].rstrip().removesuffix("</svg>")
     opening = f'<svg {view} role="img" aria-labelledby="{name}-title">'
     return raw(opening + tag("title", title, id_=f"{name}-title") + inner + "</svg>")

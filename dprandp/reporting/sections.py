@@ -9,6 +9,7 @@ from typing import Any
 from dprandp import toml
 from dprandp.reporting.disclosure import disclosure, epsilon_text, number, percent
 from dprandp.reporting.figures import curve, heat_picture, preview_image
+from dprandp.reporting.headline import not_private_reason
 from dprandp.reporting.markup import Markup, section, table, tag
 from dprandp.reporting.runfiles import PRIVATE_STAGES, Run, changed_settings, is_number
 
@@ -24,7 +25,7 @@ PHASES = {
 
 CURVES = {
     "loss": ("loss", "contrastive loss on synthetic images"),
-    "similarity": ("similarity", "mean similarity of synthetic patches to their dictionary atom"),
+    "similarity": ("similarity", "mean projection of whitened synthetic patches on their dictionary atom"),
     "update_norm": ("norm", "norm of the noisy update (signal and noise)"),
     "weight_norm": ("norm", "norm of the head's weights"),
 }
@@ -97,7 +98,8 @@ def budget(run: Run) -> Markup:
     label = f"{epsilon_text(spent.epsilon)} of {number(total)} spent"
     bar = tag("div", parts, class_="bar", role="img", aria_label=label)
     note = tag("p", "ε is cumulative and does not add up: stages compose to less than their sum.", class_="soft")
-    return section("Budget", bar, tag("ul", items, class_="legend"), note, id_="budget")
+    void = tag("p", "NOT PRIVATE: these figures do not hold.") if not_private_reason(run) else None
+    return section("Budget", void, bar, tag("ul", items, class_="legend"), note, id_="budget")
 
 
 def confusion(run: Run) -> Markup:

@@ -26,13 +26,14 @@ p { margin: .5rem 0; max-width: 46rem; }
   background: var(--good-panel); color: var(--good); border: 1px solid var(--good); }
 .note { margin: 1rem 0; padding: .7rem 1rem; border-left: .3rem solid #d95f02;
   background: var(--panel); }
-.numbers { display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; margin: 1.25rem 0; }
+.numbers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .numbers div { background: var(--panel); border-radius: .5rem; padding: .75rem .9rem; }
 .numbers dt { font-size: .875rem; }
 .numbers dd { margin: 0; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .numbers .big dd { font-size: 2.3rem; line-height: 1.15; font-weight: 700; white-space: nowrap; }
 .numbers sup { line-height: 0; font-size: .6em; }
-.numbers small { display: block; font-size: .8125rem; font-weight: 400; color: var(--soft); line-height: 1.35; }
+.numbers small { display: block; white-space: normal;
+  font-size: .8125rem; font-weight: 400; color: var(--soft); line-height: 1.35; }
 ol.stages { list-style: none; margin: 0; padding: 0; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fit, minmax(13.5rem, 1fr)); }
 ol.stages li { background: var(--panel); border-top: .25rem solid var(--accent); border-radius: .25rem;
@@ -70,6 +71,7 @@ thead th { border-bottom: 2px solid var(--line); }
 .confusion td { text-align: right; min-width: 2.6rem; border: 1px solid var(--paper); }
 .confusion thead th { text-align: right; vertical-align: bottom; font-weight: 500; max-width: 8rem; }
 .confusion tbody th { font-weight: 500; max-width: 14rem; position: sticky; left: 0; background: var(--paper); }
+.confusion tbody th { border-bottom: 0; }
 .confusion thead th:first-child { text-align: left; min-width: 5rem; }
 .hit { background: rgb(var(--hit) / var(--share)); }
 .miss { background: rgb(var(--miss) / var(--share)); }
@@ -97,7 +99,11 @@ footer { margin-top: 3rem; font-size: .875rem; color: var(--soft); }
   --accent: #1f6fb5;
     --good: #14633a; --good-panel: #e3f4ea; --hit: 47 127 196; --miss: 217 95 2; }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  html { font-size: 9.5pt; }
+  body { max-width: none; padding: 0; }
+  ol.stages { grid-template-columns: repeat(4, 1fr); }
+  details::details-content { content-visibility: visible; height: auto; }
+  .confusion tbody th { position: static; }
   .scroll, pre { overflow: visible; white-space: pre-wrap; }
   table { white-space: normal; }
   figure, li, tr, .banner, .numbers { break-inside: avoid; }

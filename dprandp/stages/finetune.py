@@ -1,21 +1,24 @@
 """Phase III: every parameter with DP-SGD, on the budget that the probe left; or from scratch (De et al. 2022).
 
     step-NNNNNN.safetensors   parameters, momentum and EMA, for resuming (removed when the training is done)
-    model.safetensors         the released parameters (EMA)
+    model.safetensors         the tuned parameters (EMA)
+    refit/                    the head fitted once more on the tuned features, where the recipe says so
     metrics.jsonl             norms of the noisy updates: functions of what is released anyway
 
 One loop for every architecture: Poisson batch -> K views of each example -> the mean of their gradients -> clip -> sum
 -> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor s (``extractor_scale``): the
 gradient of φ is s times that of θ, so s decides how much of the joint clip norm and of the noise the extractor takes.
+
+Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
+cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -25,21 +28,27 @@ from dprandp import checkpoint, faults
 from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import clipped_gradient_sum, refuse_cross_example_layers
+from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
 from dprandp.stages.context import Context
+from dprandp.stages.features import private_features
+from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage, open_private_stage
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
+from dprandp.vision.patchnet import PatchNet
+from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.precision import autocast
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import PooledOnly
 
 STAGE = "finetune"
 MODEL = "model"
+CLOSED_FORM_MICROBATCH = 16
+"""Examples whose gradients are in memory together: 16 x 1600 filters x 108 weights x 4 bytes = 11 MB."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,21 @@ class Recipe:
     """Defaults of an architecture that the configuration leaves open.
 
     Attributes:
-        lr: learning rate of the head. extractor_scale: see the module's docstring.
-        batch_part: expected batch as a part of N.
+        steps: of the joint training. lr: learning rate of the head. extractor_scale: see the module's docstring.
+        batch_part: expected batch as a part of N. refit_steps: 0 for no refit.
     """
 
+    steps: int
     lr: float
     extractor_scale: float
     batch_part: float
+    refit_steps: int = 0
 
 
 RECIPES: dict[str, Recipe] = {
-    "patchnet": Recipe(lr=40.0, extractor_scale=0.1, batch_part=0.02),
-    "wrn": Recipe(lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # Tang et al. 2023
-    "scratch": Recipe(lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # De et al. 2022
+    "patchnet": Recipe(steps=8, lr=4.0, extractor_scale=0.1, batch_part=0.02, refit_steps=120),
+    "wrn": Recipe(steps=40, lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # rates of Tang et al. 2023
+    "scratch": Recipe(steps=100, lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # rates of De et al. 2022
 }
 
 
@@ -86,7 +97,15 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
     arch = config.arch if scratch else context.rundir.result("pretrain")["arch"]
     recipe = recipe_for(arch, config.source)
-    stage = open_private_stage(STAGE, config, context, batch_part=recipe.batch_part)
+    refit_steps = recipe.refit_steps if config.refit_steps is None else config.refit_steps
+    stage = open_private_stage(
+        STAGE,
+        config,
+        context,
+        steps=recipe.steps,
+        batch_part=recipe.batch_part,
+        budget_part=1 - config.refit_part if refit_steps else 1.0,
+    )
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
@@ -107,11 +126,13 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
         parameters, updates = _train(config, stage, model, lr, scale, stop)
-    model.load_state_dict(parameters, strict=False)
+        model.load_state_dict(parameters, strict=False)
+        refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     result = {
         "stage": STAGE,
         **release.evaluate(model, stage, mirror),
         **stage.disclosure(updates),
+        "refit": refit,
         "source": config.source,
         "arch": arch,
         "lr": lr,
@@ -122,7 +143,8 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "seconds": round(time.perf_counter() - started, 2),
     }
     release.write_model(context.rundir, model, result)
-    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, [f"{MODEL}.safetensors"]), result)
+    outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 
 
@@ -137,6 +159,31 @@ def _scratch_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classif
     generator = torch.Generator().manual_seed(config.seed)
     extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
     return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)), False
+
+
+GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
+
+
+def _gradient_source(model: Classifier, scale: float, context: Context) -> GradientSource:
+    """How per-example gradients are computed: (scaled parameters, uint8 [B, K, 3, 32, 32], labels) -> microbatches.
+
+    In closed form for patchnet on a CPU, by automatic differentiation for everything else. Both give gradients with
+    respect to the scaled parameters.
+    """
+    if isinstance(model.extractor, PatchNet) and context.device.type == "cpu":
+        microbatch = context.microbatch or CLOSED_FORM_MICROBATCH
+
+        def closed_form(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+            model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
+            for start in range(0, len(views), microbatch):
+                part = slice(start, start + microbatch)
+                gradients = patchnet_gradients(model, views[part], labels[part])
+                yield {name: unscaled(name, gradients[name], scale) for name in parameters}
+
+        return closed_form
+    loss = loss_function(model, scale, context.device)
+    microbatch = context.microbatch or (1 if context.device.type == "cpu" else 32)
+    return lambda parameters, views, labels: per_example_gradients(loss, parameters, views, labels, microbatch)
 
 
 def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
@@ -163,7 +210,7 @@ def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
 def _train(
     config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
 ) -> tuple[dict[str, Tensor], int]:
-    """DP-SGD on everything; a scale of 0 freezes the extractor.
+    """The joint training; a scale of 0 freezes the extractor.
 
     Returns:
         The released parameters by name, and the number of updates they have seen.
@@ -186,19 +233,20 @@ def _train(
         state = {name: value.to(device) for name, value in saved.tensors.items()}
         first_step = saved.meta["step"]
 
-    images, labels = _resident(stage, device)
-    loss = loss_function(model, scale, device)
-    microbatch = stage.context.microbatch or (1 if device.type == "cpu" else 32)
+    split = stage.dataset.train()
+    images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
+    gradients_of = _gradient_source(model, scale, stage.context)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     mechanism = stage.mechanism(first_step)
-    with stage.context.console.progress(config.steps, "fine-tuning steps", done=first_step) as progress:
+    with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
             batch = torch.from_numpy(step.indices).to(device)
             draws = keyed_uniforms(step.indices, step.number, config.seed, config.views)
             views = private_views(images[batch], config.views, draws, flip=stage.spec.flip_ok)
             parameters = {name: state[f"parameters.{name}"] for name in trained}
-            clipped = clipped_gradient_sum(loss, parameters, views, labels[batch], config.clip_norm, microbatch)
+            gradients = gradients_of(parameters, views, labels[batch])
+            clipped = sum_of_clipped(gradients, parameters, config.clip_norm)
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
@@ -222,8 +270,24 @@ def _train(
     return released, mechanism.next_step
 
 
-def _resident(stage: PrivateStage, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The private training split on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
-    split = stage.dataset.train()
-    return to_input(split.images).to(device), torch.from_numpy(np.asarray(split.labels)).to(device)
-
+def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict:
+    """Fit the head once more, full batch, on the tuned features, with all that is left; returns its disclosure."""
+    context = stage.context
+    folder = context.rundir.stage_dir(STAGE) / "refit"
+    folder.mkdir(exist_ok=True)
+    further = stage.following(f"{STAGE}.head", sample_rate=1.0, steps=steps, clip_norm=1.0)
+    features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
+    lr = default_lr(further.epsilon_alone, further.plan.delta, stage.spec.train_examples)
+    settings = HeadSettings(lr, momentum=0.9, released="average")
+    head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
+    model.head.data.copy_(head)
+    plan = further.plan
+    return {
+        "noise_multiplier": plan.noise_multiplier,
+        "sample_rate": plan.sample_rate,
+        "steps": plan.steps,
+        "lost_steps": further.ledger.charged_steps(further.name, further.attempt) - updates,
+        "clip_norm": plan.clip_norm,
+        "lr": lr,
+        "momentum": settings.momentum,
+    }

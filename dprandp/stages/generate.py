@@ -11,9 +11,13 @@ resumed run makes only the shards that are missing.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from PIL import Image
 
 from dprandp import faults
 from dprandp.config import GenerateConfig, as_dict
-from dprandp.errors import CheckpointError, UsageError
+from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.files import atomic_path, atomic_write, file_sha256
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context
@@ -43,13 +47,14 @@ def run(config: GenerateConfig, context: Context) -> dict:
         UsageError: unknown process, or a configuration other than the one the directory holds.
         StorageError: the disk refuses.
     """
-    spec = process_named(config.process)
+    process_named(config.process)
     if config.resolution not in RESOLUTIONS:
         raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     config = GenerateConfig(**begun.config)
+    spec = process_named(config.process)  # of the recorded configuration, which --resume keeps
     folder = context.rundir.stage_dir(STAGE)
     started = time.perf_counter()
     blocks = {
@@ -89,7 +94,8 @@ def load_images(folder: Path, limit: int | None = None, *, from_end: bool = Fals
 
     Args:
         folder: the stage's folder.
-        limit: at most this many (None: all). As many images are taken from every shard, from its beginning.
+        limit: at most this many (None: all). As many images are taken from every shard, from its beginning, give or
+            take one; where a shard is too short, the others make up for it.
         from_end: take them from the shards' ends instead.
 
     Returns:
@@ -99,8 +105,21 @@ def load_images(folder: Path, limit: int | None = None, *, from_end: bool = Fals
         CheckpointError: a shard is missing or its bytes are not those of the manifest.
     """
     shards = _shards(folder)
-    per_shard = max(map(len, shards)) if limit is None else -(-limit // len(shards))
-    return np.concatenate([shard[-per_shard:] if from_end else shard[:per_shard] for shard in shards])[:limit]
+    counts = _spread([len(shard) for shard in shards], limit)
+    parts = zip(shards, counts, strict=True)
+    return np.concatenate([shard[len(shard) - count :] if from_end else shard[:count] for shard, count in parts])
+
+
+def _spread(sizes: list[int], limit: int | None) -> list[int]:
+    """How many images to take from shards of these sizes: min(limit, all there are), as evenly as the sizes allow."""
+    left = sum(sizes) if limit is None else min(limit, sum(sizes))
+    counts = [0] * len(sizes)
+    while left:
+        open_shards = [index for index, size in enumerate(sizes) if counts[index] < size]
+        for index in open_shards[:left]:
+            counts[index] += 1
+        left -= min(left, len(open_shards))
+    return counts
 
 
 def read_manifest(folder: Path) -> dict:
@@ -147,18 +166,40 @@ def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], co
                 stop.raise_if_requested()
             return total
         # spawn: a fork of a process whose torch has started threads may hang
-        with ProcessPoolExecutor(min(context.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-            pending = {pool.submit(_write_shard, *job) for job in jobs}
+        workers = min(context.workers, len(jobs))
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
+            # Workers start at a submission and inherit this mask: Ctrl-C reaches them too, but it is for us to obey.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending = {pool.submit(_write_shard, *job) for job in jobs}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     for future in done:
                         progress.advance(future.result())
                     stop.raise_if_requested()
+            except BrokenProcessPool as error:
+                stop.raise_if_requested()  # the signal that stopped us has ended a worker as well
+                raise StorageError(
+                    "a worker process died while it made images, most likely for want of memory",
+                    fix="run the same command again with fewer --workers; whole shards are kept",
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return total
+
+
+def _end_with_parent() -> None:
+    """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:

@@ -108,7 +108,7 @@ class PrivateStage:
         """Hash of the training data, by which a resumed stage notices other data. It is private, and stays so."""
         return {"train": self.dataset.fingerprint()}
 
-    def fix_plan(self) -> None:
+    def fix_plan(self, **notes: int) -> None:
         """Write budget and plan to ``privacy/plan.json``, before the first charge."""
         ledger = self.ledger  # the ledger first: a plan without a ledger would look like a lost ledger
         document = _read_plan_file(self.context.rundir) or {
@@ -121,8 +121,43 @@ class PrivateStage:
             "unit": UNIT,
             "stages": {},
         }
-        document["stages"][self.name] = {"attempt": self.attempt, "plan": self.plan.to_dict()}
+        document["stages"][self.name] = {"attempt": self.attempt, **notes, "plan": self.plan.to_dict()}
         atomic_write(_plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
+
+    def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
+        """A further mechanism of the same stage, planned with everything that is left of the run's budget.
+
+        Args:
+            name: as the ledger will call it, such as 'finetune.head'.
+            sample_rate, steps, clip_norm: of the further mechanism; one view.
+
+        Returns:
+            A stage with its plan written. After a crash it is the plan that was written then.
+
+        Raises:
+            BudgetError: nothing is left.
+        """
+        further = PrivateStage(name, self.dataset, self.budget, self.context)
+        further._ledger = self.ledger
+        recorded = (_read_plan_file(self.context.rundir) or {"stages": {}})["stages"].get(name)
+        if recorded and recorded.get("parent_attempt") == self.attempt:
+            further.plan, further.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
+            return further
+        further.attempt = self.ledger.last_attempt(name) + 1
+        further.plan = make_plan(
+            stage=name,
+            epsilon_total=self.budget.epsilon,
+            delta=self.budget.delta,
+            spend_epsilon=self.budget.epsilon,
+            spent=self.ledger.events(),
+            examples=self.budget.examples,
+            sample_rate=sample_rate,
+            steps=steps,
+            clip_norm=clip_norm,
+            warn=self.context.console.warn,
+        )
+        further.fix_plan(parent_attempt=self.attempt)
+        return further
 
     def mechanism(self, updates_done: int) -> PrivateMechanism:
         """The only way to gradients of the data: it pays before it hands out a batch, and returns noise.
@@ -177,7 +212,9 @@ def open_private_stage(
     config: ProbeConfig | FinetuneConfig,
     context: Context,
     *,
+    steps: int | None = None,
     batch_part: float = 1.0,
+    budget_part: float = 1.0,
     write: bool = True,
 ) -> PrivateStage:
     """Plan a private stage from public facts, or refuse.
@@ -185,7 +222,9 @@ def open_private_stage(
     Args:
         name: 'probe' or 'finetune'.
         config: the stage's configuration.
+        steps: where the configuration names none.
         batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
+        budget_part: part of what is left that a fine-tune may spend on its first mechanism (see ``following``).
         write: False for ``--plan``: nothing is created.
 
     Guarantee:
@@ -212,7 +251,26 @@ def open_private_stage(
         return stage
     spent = stage.ledger.events() if write or document is not None else []
     stage.attempt = stage.ledger.last_attempt(name) + 1 if write or document is not None else 1
-    stage.plan = _plan(name, config, budget, _sample_rate(config, examples, batch_part), spent, context)
+    public = {
+        "stage": name,
+        "examples": examples,
+        "delta": budget.delta,
+        "sample_rate": _sample_rate(config, examples, batch_part),
+        "steps": config.steps or steps,
+        "clip_norm": config.clip_norm,
+        "views": config.views,
+    }
+    if isinstance(config, ProbeConfig):
+        share = DEFAULT_SHARE if config.share is None else config.share
+        stage.plan = _plan_probe(public, budget.epsilon, share, spent, context)
+    else:
+        before = compose(spent, budget.delta, context.console.warn).upper
+        target = before + budget_part * (budget.epsilon - before) if math.isfinite(budget.epsilon) else math.inf
+        if before >= budget.epsilon:
+            target = budget.epsilon  # let the planner refuse, with its own words
+        stage.plan = make_plan(
+            **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
+        )
     return stage
 
 
@@ -239,34 +297,24 @@ def read_budget(rundir: RunDir) -> dict[str, Any] | None:
     }
 
 
-def _plan(
-    name: str,
-    config: ProbeConfig | FinetuneConfig,
-    budget: Budget,
-    sample_rate: float,
-    spent: list[GaussianEvent],
-    context: Context,
+def _plan_probe(
+    public: dict[str, Any], epsilon: float, share: float, spent: list[GaussianEvent], context: Context
 ) -> PrivatePlan:
-    """The probe takes its share, alone; the fine-tune takes what is left."""
-    steps = {"sample_rate": sample_rate, "steps": config.steps, "clip_norm": config.clip_norm, "views": config.views}
-    share = config.share if isinstance(config, ProbeConfig) else 1.0
-    own = budget.epsilon * (DEFAULT_SHARE if share is None else share)
-    public = {"stage": name, "delta": budget.delta, "examples": budget.examples}
+    """The probe takes its share; run again, it takes it again, on top of all that was paid before."""
     warn = context.console.warn
-    if name == "finetune" or not spent:
-        return make_plan(
-            **public, **steps, epsilon_total=budget.epsilon, spend_epsilon=own, spent=spent, warn=warn
-        )
-    # A probe that is run again costs its share again, on top of all that was paid before.
-    sigma = calibrate(own, budget.delta, sample_rate, config.steps, warn=warn)
-    total = compose([*spent, GaussianEvent(sigma, sample_rate, config.steps)], budget.delta, warn).upper
-    if total > budget.epsilon:
+    own = epsilon * share
+    if not spent:
+        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=[], warn=warn)
+    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn)
+    event = GaussianEvent(sigma, public["sample_rate"], public["steps"])
+    total = compose([*spent, event], public["delta"], warn).upper
+    if total > epsilon:
         raise BudgetError(
             f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
-            f"{budget.epsilon:g}",
+            f"{epsilon:g}",
             fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
         )
-    return PrivatePlan(**public, **steps, noise_multiplier=sigma, epsilon_target=budget.epsilon)
+    return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
 
 
 def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:

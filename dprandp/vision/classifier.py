@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         Returns:
             float32 [N, classes] on the CPU.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             return extract(
                 self.extractor,
                 images,

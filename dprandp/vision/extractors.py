@@ -34,9 +34,15 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
         generator: public randomness for the initial weights.
 
     Raises:
-        UsageError: unknown architecture.
+        UsageError: unknown architecture, or sizes that do not fit together.
     """
     if config.arch == "patchnet":
+        if (INPUT_SIZE - config.patch_size) // config.stride < 1:  # the 2 x 2 grid needs two patches a side
+            raise UsageError(
+                f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
+                f"of a {INPUT_SIZE}-pixel image",
+                fix="give a smaller patch_size or stride",
+            )
         net = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride)
         net.weight.data.normal_(generator=generator)
         # contrast-normalised patches have norm up to sqrt(d): unit-norm filters answer with unit variance
@@ -58,7 +64,7 @@ def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Fill an extractor with the weights of a checkpoint.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; all are named.
+        CheckpointError: a tensor is missing, unknown, or of another shape or type; all are named.
     """
     own = extractor.state_dict()
     wrong = [f"{name}: missing" for name in own.keys() - tensors.keys()]
@@ -68,6 +74,11 @@ def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
         for name in own.keys() & tensors.keys()
         if own[name].shape != tensors[name].shape
     ]
+    wrong += [
+        f"{name}: {tensors[name].dtype} instead of {own[name].dtype}"
+        for name in own.keys() & tensors.keys()
+        if own[name].dtype != tensors[name].dtype
+    ]
     if wrong:
         raise CheckpointError(
             "the checkpoint does not fit the architecture: " + "; ".join(sorted(wrong)),
@@ -76,7 +87,7 @@ def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
     extractor.load_state_dict(tensors)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(
     extractor: nn.Module,
     images: Tensor,
@@ -115,4 +126,4 @@ def extract(
             out = torch.empty(len(images), *values.shape[1:])
         out[start : start + len(values)] = values
         on_batch(len(values))
-    return out if out is not None else torch.empty(0, extractor.feature_dim)
+    return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")

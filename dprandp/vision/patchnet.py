@@ -93,7 +93,7 @@ class PatchNet(nn.Module):
         negative = self.pooling @ functional.relu(-responses - self.threshold)
         return torch.stack([positive, negative], dim=1).flatten(1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
         """The same numbers as ``features``, several times faster, without gradients.
 
@@ -126,7 +126,7 @@ class PatchNet(nn.Module):
 
     def _extract_slice(self, images: Tensor, columns: Tensor, out: Tensor) -> None:
         """Fill ``out`` [b, 2, grid**2, F] with the features of ``images`` uint8 [b, C, H, W]."""
-        with torch.inference_mode():
+        with torch.no_grad():
             positions, filters = self.pooling.shape[1], columns.shape[1]
             tile = min(TILE, filters)
             responses, excess = torch.empty(positions, tile), torch.empty(positions, tile)

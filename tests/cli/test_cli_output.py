@@ -1,0 +1,212 @@
+"""What the commands print: JSON, help, exit codes, and the NOT PRIVATE stamp."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from cli_process import Dprandp, refused, subprocess_dprandp
+
+from dprandp.cli import app
+
+RunAfter = Callable[[str], Path]
+
+PRIVATE_KEYS = set(
+    "stage data accuracy balanced_accuracy auc loss epsilon delta epsilon_target noise_multiplier sample_rate steps "
+    "clip_norm views train_examples seconds device private".split()
+)
+KEYS = {
+    "generate": {"stage", "process", "count", "resolution", "images_per_second", "seconds"},
+    "pretrain": {"stage", "steps", "views_per_second", "loss", "knn_accuracy", "seconds"},
+    "probe": PRIVATE_KEYS,
+    "finetune": PRIVATE_KEYS,
+}
+
+
+@pytest.mark.parametrize("stage", KEYS)
+def test_json_of_a_stage(dprandp: Dprandp, stages: dict[str, Path], stage: str) -> None:
+    first = (stages[stage].parent / f"{stage}.json").read_text()
+    assert first.count("\n") == 1
+    result = json.loads(first)
+    assert KEYS[stage] <= set(result)
+    assert result["stage"] == stage
+    skipped = dprandp(stage, "--config", "small.toml", "--run", stages[stage], "--json", "--quiet")
+    assert (skipped.code, skipped.json, skipped.err) == (0, result, "")
+    line = dprandp(stage, "--config", "small.toml", "--run", stages[stage])
+    assert re.fullmatch(rf"{stage}: .+\n", line.out)
+    assert "next: dprandp " in line.err
+    if stage in ("probe", "finetune"):
+        assert result["private"] is True
+        assert 0 < result["epsilon"] <= result["epsilon_target"] <= 2
+        assert f"ε = {result['epsilon']:.3f}" in line.out
+
+
+def test_json_of_the_others(dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter) -> None:
+    status = dprandp("status", "--run", stages["finetune"], "--json").json
+    assert [row["stage"] for row in status["stages"]] == ["generate", "pretrain", "probe", "finetune"]
+    assert {row["state"] for row in status["stages"]} == {"done"}
+    assert status["budget"]["epsilon"] == 2
+    assert 0 < status["budget"]["spent"] <= 2
+    account = dprandp("account", "--eps", "inf", "--json").json
+    assert (account["epsilon"], account["noise_multiplier"]) == ("inf", 0)
+    account = dprandp("account", "--noise-multiplier", 40.9, "--steps", 120, "--json").json
+    assert account["epsilon_lower"] <= account["epsilon"] == pytest.approx(1.0, abs=0.01)
+    rows = dprandp("datasets", "--json", "--data-dir", "nowhere").json["datasets"]
+    assert {row["name"]: row["available"] for row in rows}["digits"] is True
+    assert all(row["how_to_get"] for row in rows if not row["available"])
+    run = run_after("finetune")
+    report = dprandp("report", "--run", run, "--json").json["report"]
+    assert Path(report) == run / "report.html"
+
+
+def test_account_never_shows_a_zero_that_is_none(dprandp: Dprandp) -> None:
+    assert "ε = 0.0000" not in dprandp("account", "--eps", "1e-9").out
+
+
+def test_the_whole_run(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """``dprandp run`` on a finished run repeats nothing; a refusal in the middle keeps what was made."""
+    run = run_after("finetune")
+    done = dprandp("run", "--config", "small.toml", "--run", run, "--json", "--quiet")
+    assert done.code == 0, done.err
+    assert set(done.json["results"]) == set(KEYS)
+    assert done.err == ""
+    run = run_after("pretrain")
+    refused(dprandp("run", "--config", "small.toml", "--run", run, "--data", "npz:none.npz", "--workers", 1), 3, "none")
+    states = {row["stage"]: row["state"] for row in dprandp("status", "--run", run, "--json").json["stages"]}
+    assert states == {"generate": "done", "pretrain": "done", "probe": "missing", "finetune": "missing"}
+
+
+@pytest.mark.parametrize("flags", [["--eps", "inf"], ["--eps", 2, "--insecure-seed", 3]], ids=lambda flags: flags[-2])
+def test_not_private_is_stamped_everywhere(dprandp: Dprandp, run_after: RunAfter, flags: list) -> None:
+    run = run_after("pretrain")
+    probe = ("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", *flags)
+    done = dprandp(*probe, "--json")
+    assert done.code == 0, done.err
+    assert done.json["private"] is False
+    if "inf" in flags:
+        assert done.json["epsilon"] == "inf"
+    else:
+        assert "NOT PRIVATE" in done.err
+    assert "NOT PRIVATE" in dprandp(*probe).out
+    assert "NOT PRIVATE" in dprandp("status", "--run", run).out
+    assert dprandp("status", "--run", run, "--json").json["budget"]["private"] is False
+    assert dprandp("report", "--run", run).code == 0
+    assert "NOT PRIVATE" in (run / "report.html").read_text()
+    assert "NOT PRIVATE" in (run / "model" / "MODEL_CARD.md").read_text()
+    assert json.loads((run / "model" / "config.json").read_text())["result"]["private"] is False
+    # one careless stage marks the run for good: a proper stage after it cannot wash it clean
+    if "inf" not in flags:
+        done = dprandp("finetune", "--config", "small.toml", "--run", run, "--json")
+        assert (done.code, done.json["private"]) == (0, False), done.err
+
+
+def test_private_is_not_stamped(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
+    assert dprandp("report", "--run", run).code == 0
+    for text in (
+        dprandp("status", "--run", run).out,
+        (run / "report.html").read_text(),
+        (run / "model" / "MODEL_CARD.md").read_text(),
+    ):
+        assert "NOT PRIVATE" not in text
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PANELS = {"Data", "Privacy", "Training", "Performance", "Output"}
+
+
+def options(command: object) -> Iterator:
+    yield from (entry for entry in command.params if entry.name != "help")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(dprandp: Dprandp, name: str) -> None:
+    done = dprandp(name, "--help")
+    assert (done.code, done.err) == (0, "")
+    flat = " ".join(done.out.replace("│", " ").split())
+    assert len(re.findall(rf"dprandp {name}\b", flat)) >= 3, "the usage line and two examples"
+    for panel in {entry.rich_help_panel for entry in options(COMMANDS[name])}:
+        assert f"─ {panel} ─" in done.out
+    assert done.out == dprandp(name, "-h").out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_in_its_panel(name: str) -> None:
+    for entry in options(COMMANDS[name]):
+        assert entry.rich_help_panel in PANELS, entry.name
+        assert entry.help, entry.name
+        # a value that the option has if it is not given: shown by typer, or said in words
+        if entry.default is None and not entry.is_flag and entry.name not in ("config", "classes", "insecure_seed"):
+            assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
+
+
+def test_fixed_options_exist() -> None:
+    """The options that other people's scripts rely on."""
+    common = {"--run", "--size", "--seed", "--resume", "--overwrite", "--config", "--json", "--quiet", "--debug"}
+    private = common | set("--data --data-dir --eps --delta --views --batch-size --steps --clip --lr --device --plan".split())
+    wanted = {
+        "generate": common | {"--process", "--count", "--resolution"},
+        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device"},
+        "probe": private | {"--share"},
+        "finetune": private | {"--microbatch"},
+        "run": common | {"--data", "--data-dir", "--eps", "--delta", "--share", "--device", "--microbatch"},
+        "status": {"--run", "--json"},
+        "report": {"--run"},
+        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta"},
+        "datasets": {"--data-dir", "--json"},
+    }
+    for name, names in wanted.items():
+        assert names <= {spelling for entry in options(COMMANDS[name]) for spelling in entry.opts}, name
+
+
+# -------------------------------------------------------------------------------------------------------- exit codes
+
+BUG = """
+from dprandp.stages import overview
+def status(rundir): raise KeyError("patient 4711")
+overview.status = status
+"""
+
+
+def test_a_bug_shows_nothing_private(dprandp: Dprandp, stages: dict[str, Path]) -> None:
+    done = dprandp("status", "--run", stages["probe"], before=BUG)
+    refused(done, 1, "this is a bug in dprandp: KeyError", "--debug")
+    assert "4711" not in done.err
+    done = dprandp("status", "--run", stages["probe"], "--debug", before=BUG)
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert "patient 4711" in done.err
+
+
+def test_exit_codes_of_real_processes(run_after: RunAfter, folder: Path, tmp_path: Path) -> None:
+    """``python -m dprandp`` for each code; 130 and 143 are in the tests of signals."""
+    done = subprocess_dprandp("--version", folder=folder)
+    assert (done.code, done.err) == (0, "")
+    refused(subprocess_dprandp("generate", "--size", "huge", "--run", tmp_path / "x", folder=folder), 2, "'huge'")
+    refused(subprocess_dprandp("pretrain", "--run", tmp_path / "no", folder=folder), 3, "there is no run at")
+    run = run_after("probe")
+    command = ("finetune", "--config", "small.toml", "--run", run)
+    refused(subprocess_dprandp(*command, "--eps", 7, folder=folder), 5, "fixed at ε = 2")
+    (run / "run.json").write_text("{")
+    refused(subprocess_dprandp(*command, folder=folder), 4, "run.json is corrupt")
+    refused(subprocess_dprandp("generate", "--run", folder / "tiny.npz" / "x", folder=folder), 6, "cannot")
+
+
+def test_no_arguments_shows_the_help(dprandp: Dprandp) -> None:
+    done = dprandp()
+    assert done.code in (0, 2)
+    assert all(name in done.out for name in COMMANDS)
+    assert "dprandp run --data digits --eps 1" in done.out
+
+
+def test_armed_fault_is_announced_and_a_malformed_one_refused(dprandp: Dprandp) -> None:
+    done = dprandp("account", "--eps", 1, DPRANDP_FAULT="renamed:3")
+    assert done.code == 0
+    assert "will be killed at hit 3 of 'renamed'" in done.err
+    refused(dprandp("account", "--eps", 1, DPRANDP_FAULT="renamd:3"), 2, "did you mean 'renamed'")

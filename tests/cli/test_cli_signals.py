@@ -1,0 +1,136 @@
+"""Ctrl-C and SIGTERM in every stage: exit 130 or 143, and the same command then finishes the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_process import ENVIRONMENT, TIMEOUT, Dprandp, refused
+
+RunAfter = Callable[[str], Path]
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# (run it starts from, command, file to watch, lines to wait for)
+STAGES = {
+    "generate": ("", ["generate", "--workers", 1, "--count", 300], "1-generate/shard-00000.npy", 0),
+    "pretrain": ("generate", ["pretrain"], "2-pretrain/metrics.jsonl", 1),
+    "pretrain-wrn": (
+        "generate",
+        ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 4],
+        "2-pretrain/metrics.jsonl",
+        1,
+    ),
+    "probe": ("pretrain", ["probe", "--data", "npz:tiny.npz", "--steps", 300], "3-probe/metrics.jsonl", 5),
+    "finetune": ("probe", ["finetune", "--steps", 12], "4-finetune/metrics.jsonl", 2),
+}
+
+LONG = """
+[pretrain]
+filters = 400
+dictionary_patches = 20000
+dictionary_iterations = 5
+"""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path, name: str) -> None:
+    after, command, file, count = STAGES[name]
+    run = run_after(after) if after else tmp_path / "new"
+    settings = (folder / "small.toml").read_text()
+    if name == "pretrain":
+        settings = settings.partition("[pretrain]")[0] + LONG
+    (tmp_path / "long.toml").write_text(settings)
+    command = [*command, "--config", tmp_path / "long.toml", "--run", run]
+    stage = str(command[0])
+    running = dprandp.start(*command)
+    running.wait_until(lambda: (run / file).exists() and lines(run / file) >= count)
+    if name == "generate":  # a second process on the same run
+        refused(dprandp("pretrain", "--run", run), 6, f"another dprandp process (pid {running.pid})")
+    running.signal(signal.SIGINT)
+    done = running.end()
+    refused(done, 130, "SIGINT", "saved", "run the same command again")
+    states = {row["stage"]: row["state"] for row in dprandp("status", "--run", run, "--json").json["stages"]}
+    assert states[stage] == "partial"
+    assert not list(run.rglob("*.partial*"))
+
+    done = dprandp(*command, "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert result["stage"] == stage
+    if stage in ("probe", "finetune"):
+        # stopped between two steps, so nothing that was paid for was lost
+        assert (result["charged_steps"], result["lost_steps"]) == (command[command.index("--steps") + 1], 0)
+        assert result["epsilon"] <= result["epsilon_target"] * (1 + 1e-9)
+    assert dprandp(*command, "--json").json == result  # and now it is finished
+
+
+STOPPED_OUTSIDE_THE_LOOP = """
+import os, signal, time
+from dprandp.vision import whitening
+def fit(*arguments):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(10)
+whitening.fit = fit
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_while_nothing_can_be_saved(dprandp: Dprandp, run_after: RunAfter, name: str, code: int) -> None:
+    """Before the first step, too, the exit code says what happened, and the command can be repeated."""
+    run = run_after("pretrain")
+    command = ["probe", "--config", "small.toml", "--data", "npz:tiny.npz", "--run", run]
+    done = dprandp(*command, before=STOPPED_OUTSIDE_THE_LOOP.format(name=name))
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    assert "error: " in done.err
+    assert dprandp(*command, "--json").json["charged_steps"] == 5
+
+
+def test_ctrl_c_and_sigterm_in_a_real_process(run_after: RunAfter, folder: Path) -> None:
+    """One run, stopped by SIGINT, resumed, stopped by SIGTERM: ``python -m dprandp`` itself, no server."""
+    run = run_after("pretrain")
+    command = [sys.executable, "-m", "dprandp", "probe", "--config", "small.toml", "--data", "npz:tiny.npz"]
+    command += ["--run", str(run), "--steps", "100000"]
+    paid = []
+    metrics = run / "3-probe" / "metrics.jsonl"
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        had = lines(metrics)
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        end = time.monotonic() + TIMEOUT
+        while lines(metrics) <= had and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == code, said
+        assert f"stopped by {signum.name}; the state was saved" in said
+        assert "Traceback" not in said
+        saved = json.loads((run / "3-probe" / f"{(run / '3-probe' / 'LATEST').read_text().strip()}.json").read_text())
+        paid.append(lines(run / "privacy" / "ledger.jsonl") - 1)
+        assert saved["meta"]["step"] == paid[-1] == lines(metrics)
+    assert 0 < paid[0] < paid[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_many_workers_render(dprandp: Dprandp, tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    command = ["generate", "--process", "dead-leaves", "--count", 1500, "--resolution", 32, "--workers", 2, "--run", run]
+    running = dprandp.start(*command)
+    running.wait_until(lambda: (run / "1-generate" / "shard-00001.npy").exists())
+    running.signal(signal.SIGINT)
+    refused(running.end(), 130, "SIGINT")
+    assert dprandp(*command).code == 0
+    assert len(list((run / "1-generate").glob("shard-*.npy"))) == 15

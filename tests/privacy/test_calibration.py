@@ -1,0 +1,149 @@
+"""Promises 1 and 12: calibration never above its target. First the search alone, on functions whose answer is known."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy import accounting, calibration
+from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
+from dprandp.privacy.calibration import ACCEPT, nudge, settle, solve
+
+
+@pytest.mark.parametrize("start", [1e-3, 1.0, 5.0, 900.0])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_solve_finds_the_crossing_from_anywhere(start, power):
+    assert solve(lambda x: 10 / x**power, 2.0, start, 1e6) == pytest.approx(5 ** (1 / power), rel=2e-4)
+
+
+def test_solve_says_when_there_is_none():
+    assert solve(lambda x: 3.0 + 1 / x, 2.0, 1.0, 1e6) == math.inf
+    assert solve(lambda x: 1.0 / (1 + x), 2.0, 1.0, 1e6) == 1e-6
+    assert solve(lambda x: 0.0, 2.0, 1.0, 1e6) == 1e-6
+
+
+@pytest.mark.parametrize("guess", [0.5, 4.9, 5.0, 5.3, 80.0])
+def test_settle_lands_at_or_just_below_the_budget(guess):
+    asked: list[float] = []
+
+    def promised(x: float) -> float:
+        asked.append(x)
+        return 10 / x
+
+    found = settle(promised, 2.0, guess, 1e6)
+    assert ACCEPT * 2.0 <= 10 / found <= 2.0
+    assert len(asked) <= 16
+
+
+def test_settle_respects_a_function_with_steps():
+    found = settle(lambda x: math.ceil(10 / x), 2.0, 3.0, 1e6)
+    assert math.ceil(10 / found) <= 2
+
+
+def test_settle_with_a_floor_just_under_the_budget():
+    """What is left is small: the function falls to 1.99 however large the argument."""
+    found = settle(lambda x: 1.99 + 1 / x, 2.0, 3.0, 1e6)
+    assert found is not None
+    assert 1.99 + 1 / found <= 2.0
+
+
+def test_settle_never_returns_what_does_not_fit():
+    assert settle(lambda x: 2.5 + 1 / x, 2.0, 3.0, 1e6) is None
+    assert settle(lambda x: 2.5, 2.0, math.inf, 1e6) is None
+
+
+def test_nudge_takes_the_first_value_that_fits():
+    assert nudge(lambda x: 10 / x, 2.0, 5.0) == pytest.approx(5.0, rel=1e-12)
+    assert 10 / nudge(lambda x: 10 / x, 2.0, 5.0 * (1 - 1e-9)) <= 2.0
+    assert nudge(lambda x: 10 / x, 2.0, 4.0) is None
+
+
+# ---------------------------------------------------------------- with the accountants
+
+CALIBRATIONS = [
+    (1.0, 1e-5, 4096 / 50000, 875, ()),
+    (8.0, 1e-5, 0.08192, 2500, ()),
+    (1.0, 1e-5, 0.08192, 779, (GaussianEvent(40.0, 1.0, 60),)),
+    (1.0, 1e-5, 1.0, 60, (GaussianEvent(9.3, 0.08192, 96),)),
+    (3.0, 1e-6, 0.5, 60, ()),
+    (0.3, 1e-5, 0.02, 50, ()),
+    (20.0, 1e-5, 0.1, 20, ()),
+]
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "q", "steps", "spent"), CALIBRATIONS)
+def test_calibration_stays_within_half_a_percent_below_its_target(epsilon, delta, q, steps, spent):
+    sigma = calibrate(epsilon, delta, q, steps, spent)
+    upper = compose([*spent, GaussianEvent(sigma, q, steps)], delta).upper
+    assert 0.995 * epsilon <= upper <= epsilon
+
+
+@pytest.mark.parametrize(("epsilon", "steps", "spent"), [(1, 60, ()), (8, 150, (GaussianEvent(20.0, 1.0, 40),))])
+def test_calibration_of_full_batches_is_exact(epsilon, steps, spent):
+    sigma = calibrate(epsilon, 1e-5, 1.0, steps, spent)
+    upper = compose([*spent, GaussianEvent(sigma, 1.0, steps)], 1e-5).upper
+    assert epsilon * (1 - 1e-8) <= upper <= epsilon
+
+
+def test_calibration_knows_the_published_setting_and_is_quick():
+    accounting._calibrate.cache_clear()
+    accounting._compose_sampled.cache_clear()
+    start = time.process_time()
+    sigma = calibrate(1.0, 1e-5, 4096 / 50000, 875)
+    assert 9.12 < sigma < 9.21
+    assert time.process_time() - start < 8.0  # about 1.3 s on an idle core; the promise is that it cannot run away
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "sigma"), [(2, 1125, 5.59), (3, 1593, 4.65), (4, 1687, 3.75), (6, 1843, 2.81)]
+)
+def test_calibration_is_near_the_values_known_for_this_method(epsilon, steps, sigma):
+    assert calibrate(epsilon, 1e-5, 0.08192, steps) == pytest.approx(sigma, rel=0.01)
+
+
+def test_calibration_survives_the_fallback_aloud():
+    said: list[str] = []
+    sigma = calibrate(1.0, 1e-18, 0.01, 100, warn=said.append)
+    assert said
+    assert compose([GaussianEvent(sigma, 0.01, 100)], 1e-18, said.append).upper <= 1.0
+
+
+def test_an_exhausted_budget_is_refused_with_both_numbers():
+    spent = [GaussianEvent(9.0, 0.1, 800)]
+    with pytest.raises(BudgetError, match=r"already spent ε = 1\.\d+ .* uses up ε = 1") as caught:
+        calibrate(1.0, 1e-5, 0.1, 10, spent)
+    assert caught.value.exit_code == 5
+    assert "--eps" in caught.value.fix
+
+
+def test_a_sliver_of_budget_is_respected():
+    spent = [GaussianEvent(9.3, 0.08192, 96)]
+    target = compose(spent, 1e-5).upper * 1.02
+    sigma = calibrate(target, 1e-5, 0.08192, 20, spent)
+    assert compose([*spent, GaussianEvent(sigma, 0.08192, 20)], 1e-5).upper <= target
+
+
+@pytest.mark.parametrize("rate", [0.08192, 1.0])
+def test_less_than_the_accountant_resolves_is_refused(rate):
+    spent = [GaussianEvent(9.3, rate, 10)]
+    with pytest.raises(BudgetError, match="already spent"):
+        calibrate(compose(spent, 1e-5).upper * 1.004, 1e-5, rate, 500, spent)
+
+
+def test_when_no_noise_fits_the_budget_refuses(monkeypatch):
+    monkeypatch.setattr(calibration, "settle", lambda *arguments: None)
+    with pytest.raises(BudgetError, match="too little"):
+        calibrate(1.2345, 1e-5, 0.5, 3)
+
+
+def test_infinite_epsilon_means_no_noise():
+    assert calibrate(math.inf, 1e-5, 0.1, 10) == 0.0
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan])
+def test_senseless_epsilon_is_refused(epsilon):
+    with pytest.raises(UsageError, match="epsilon is"):
+        calibrate(epsilon, 1e-5, 0.1, 10)

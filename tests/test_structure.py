@@ -1,0 +1,432 @@
+"""The shape of the package, read from its syntax trees: who imports whom, and what must not occur at all.
+
+Every checker below is first shown a few lines that it must flag: one that flags nothing would pass on any package.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dprandp
+from dprandp import faults
+
+PACKAGE = Path(dprandp.__file__).parent
+LONGEST_FILE = 350
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(textwrap.dedent(source))
+
+
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def imported_modules(tree: ast.Module, name: str, is_package: bool = False) -> set[str]:
+    """Every module that the source names in an import, at any depth (in functions and under TYPE_CHECKING too)."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = name.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, base] if base else parts)
+            found.add(base)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+@cache
+def package_imports(name: str) -> frozenset[str]:
+    """The package's own modules that a module imports, with the packages they lie in (their __init__ runs as well)."""
+    names = imported_modules(TREES[name], name, FILES[name].name == "__init__.py")
+    own = {found for found in names if found in FILES}
+    own |= {parent for found in own for parent in parents(found) if parent in FILES}
+    return frozenset(own - {name, "dprandp"})
+
+
+def parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@cache
+def reached(name: str) -> frozenset[str]:
+    """Everything that an import of a module loads, directly or not."""
+    seen, waiting = set(), [name]
+    while waiting:
+        new = package_imports(waiting.pop()) - seen
+        seen |= new
+        waiting += new
+    return frozenset(seen)
+
+
+def below(package: str, names) -> set[str]:
+    return {name for name in names if name == package or name.startswith(package + ".")}
+
+
+def test_imports_are_found_however_they_are_written():
+    source = """
+        from __future__ import annotations
+        import dprandp.privacy.noise as noise
+        from . import whitening
+        from ..privacy.plan import make_plan
+        def later():
+            from dprandp.datasets import open_dataset
+        if TYPE_CHECKING:
+            from dprandp import stages
+    """
+    found = imported_modules(tree_of(source), "dprandp.vision.images")
+    assert {
+        "dprandp.privacy.noise", "dprandp.vision.whitening", "dprandp.privacy.plan", "dprandp.datasets",
+        "dprandp.stages",
+    } <= found  # fmt: skip
+    assert "dprandp.vision.images" in imported_modules(tree_of("from .images import f"), "dprandp.vision", True)
+    assert len(FILES) > 50
+    assert "dprandp.privacy.plan" in reached("dprandp.stages.probe")  # through stages.private
+    assert "dprandp.privacy.plan" not in package_imports("dprandp.stages.features")
+    assert "dprandp.privacy.plan" in reached("dprandp.stages.features")
+
+
+FOUNDATIONS = {
+    "errors": set(),
+    "environment": set(),
+    "toml": set(),
+    "config": {"errors"},
+    "faults": {"errors"},
+    "signals": {"errors"},
+    "tensorfile": {"errors"},
+    "files": {"errors", "faults"},
+    "console": {"errors", "files"},
+    "locking": {"errors", "files"},
+    "runtable": {"errors", "files"},
+    "checkpoint": {"errors", "faults", "files", "tensorfile"},
+    "runfolder": {"errors", "files", "locking", "runtable"},
+    "rundir": {"environment", "errors", "files", "runfolder", "runtable", "toml"},
+}
+
+
+@pytest.mark.parametrize("name", FOUNDATIONS)
+def test_the_foundations_import_nothing_above_them(name):
+    assert package_imports(f"dprandp.{name}") <= {f"dprandp.{other}" for other in FOUNDATIONS[name]}
+
+
+LEDGER_AND_NUMBERS = {"privacy", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger"}
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("synth", {"errors"}),
+        ("privacy", {"errors"}),  # so that it can be read, tested and trusted alone
+        ("datasets", {"errors"}),
+        ("vision", {"errors", "config"}),
+        # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
+        ("reporting", {"errors", "config", "files", "rundir", "toml", *LEDGER_AND_NUMBERS}),
+        ("report", {"faults", "files", "rundir", "reporting.*"}),
+        ("model_card", {"reporting.*"}),
+    ],
+)
+def test_a_part_of_the_package_knows_only_what_it_needs(package, others):
+    inside = below(f"dprandp.{package}", FILES)
+    assert inside
+    allowed = inside | {f"dprandp.{other}" for other in others}
+    allowed = allowed.union(*(below(name.removesuffix(".*"), FILES) for name in allowed if name.endswith(".*")))
+    for module in inside:
+        assert package_imports(module) <= allowed, module
+
+
+def test_nothing_imports_the_command_line_and_only_it_imports_the_stages():
+    for module in FILES:
+        used = package_imports(module)
+        if module != "dprandp.__main__" and module not in below("dprandp.cli", FILES):
+            assert not below("dprandp.cli", used), module
+            if module not in below("dprandp.stages", FILES):
+                assert not below("dprandp.stages", used), module
+
+
+def circles(imports: dict[str, frozenset[str]]) -> list[set[str]]:
+    """Groups of modules that import one another, directly or in a round. A package's __init__, which gathers its
+    modules, is left out: a module under it is loaded with it anyway."""
+    reach = {name: set() for name in imports}
+    for name in imports:
+        waiting = [name]
+        while waiting:
+            here = waiting.pop()
+            new = {other for other in imports[here] if other not in parents(here)} - reach[name]
+            reach[name] |= new
+            waiting += new
+    groups = [{other for other in reach[name] if name in reach[other]} for name in imports if name in reach[name]]
+    return [group for index, group in enumerate(groups) if group not in groups[:index]]
+
+
+def test_imports_go_in_no_circles():
+    assert circles({"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("a"), "d": frozenset("a")}) == [set("abc")]
+    found = circles({name: package_imports(name) for name in FILES})
+    # accounting calls its two heavy helpers from inside functions, so that importing it loads no scipy
+    accountants = {f"dprandp.privacy.{name}" for name in ("accounting", "calibration", "prv")}
+    assert [group for group in found if not group <= accountants] == []
+
+
+@pytest.mark.parametrize("stage", ["generate", "pretrain"])
+def test_public_stages_reach_neither_privacy_nor_data(stage):
+    loaded = reached(f"dprandp.stages.{stage}")
+    assert below("dprandp.vision", loaded)  # the closure is not empty
+    assert not below("dprandp.privacy", loaded)
+    assert not below("dprandp.datasets", loaded)
+    assert "dprandp.stages.private" not in loaded
+
+
+# Who may even name the data sets, and who may hold what leads to them: a PrivateStage with its ``dataset``.
+MAY_IMPORT_DATASETS = {
+    "dprandp.stages.private",  # opens them by name; reads the fingerprint, which stays in private/
+    "dprandp.stages.overview",  # lists their names and declared facts
+}
+MAY_IMPORT_PRIVATE_STAGE = {
+    "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
+    "dprandp.stages.release",
+    "dprandp.stages.overview",  # plans and budgets, without pixels
+}  # fmt: skip
+MAY_READ_PIXELS = {
+    "train": {"dprandp.stages.features", "dprandp.stages.finetune"},
+    "test": {"dprandp.stages.release"},
+    "fingerprint": {"dprandp.stages.private", "dprandp.stages.features"},
+}
+
+
+def pixel_reads(tree: ast.Module) -> set[str]:
+    """Which of train(), test(), fingerprint() are looked up on something that is called a dataset."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in MAY_READ_PIXELS:
+            if "dataset" in ast.unparse(node.value):
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "attrgetter", "methodcaller"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and arg.value in MAY_READ_PIXELS}
+    return found
+
+
+def test_pixel_reads_are_found():
+    assert pixel_reads(tree_of("split = stage.dataset.train()")) == {"train"}
+    assert pixel_reads(tree_of("open_dataset(name, folder).test()")) == {"test"}
+    assert pixel_reads(tree_of("read = dataset.train\nread()")) == {"train"}
+    assert pixel_reads(tree_of("getattr(stage.data, 'fingerprint')()")) == {"fingerprint"}
+    assert pixel_reads(tree_of("model.train(); network.eval()")) == set()
+
+
+def test_private_pixels_are_read_in_few_places():
+    outside = [name for name in FILES if name not in below("dprandp.datasets", FILES)]
+    assert {name for name in outside if below("dprandp.datasets", package_imports(name))} == MAY_IMPORT_DATASETS
+    for method, allowed in MAY_READ_PIXELS.items():
+        assert {name for name in outside if method in pixel_reads(TREES[name])} <= allowed, method
+    users = {name for name in FILES if "dprandp.stages.private" in package_imports(name)}
+    assert users <= MAY_IMPORT_PRIVATE_STAGE
+
+
+def test_the_pixel_allow_list_has_no_dead_entries():
+    outside = [name for name in FILES if name not in below("dprandp.datasets", FILES)]
+    found = {method: {name for name in outside if method in pixel_reads(TREES[name])} for method in MAY_READ_PIXELS}
+    assert "dprandp.stages.features" in found["train"]
+    assert found["test"] == {"dprandp.stages.release"}
+
+
+# ------------------------------------------------------------------------------------------------ what must not occur
+
+CODE_FROM_FILES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pickletools"}
+FORBIDDEN_CALLS = {
+    "torch.load", "torch.jit.load", "torch.package.PackageImporter", "eval", "exec", "compile", "__import__",
+    "builtins.eval", "builtins.exec", "importlib.import_module",
+}  # fmt: skip
+
+
+def full_names(tree: ast.Module) -> dict[str, str]:
+    """Local name -> what it was imported as."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                names[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """``t.load`` under ``import torch as t`` -> ``torch.load``."""
+    text = ast.unparse(node)
+    head, _, tail = text.partition(".")
+    head = names.get(head, head)
+    return f"{head}.{tail}" if tail else head
+
+
+def forbidden(tree: ast.Module) -> list[str]:
+    """Everything of promise 14 that occurs in a module, with line numbers."""
+    names, found = full_names(tree), []
+    for node in ast.walk(tree):
+        what = None
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            roots = {name.split(".")[0] for name in imported_modules(ast.Module([node], []), "")}
+            what = "imports " + ", ".join(sorted(roots & CODE_FROM_FILES)) if roots & CODE_FROM_FILES else None
+        elif isinstance(node, ast.Name | ast.Attribute) and dotted(node, names) in FORBIDDEN_CALLS:
+            what = dotted(node, names)
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            what = None if ast.unparse(node.value) == "False" else "allow_pickle"
+        elif isinstance(node, ast.keyword) and node.arg == "weights_only":
+            what = "weights_only"
+        elif isinstance(node, ast.ExceptHandler) and node.type is None:
+            what = "bare except"
+        elif isinstance(node, ast.Assert):
+            what = "assert"
+        elif isinstance(node, ast.Call):
+            name = dotted(node.func, names)
+            values = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "action")]
+            if name in ("warnings.simplefilter", "warnings.filterwarnings"):
+                action = ast.unparse(values[0]) if values else "?"
+                what = None if action in ("'error'", "'always'") else f"warnings are ignored: {action}"
+            elif name == "numpy.load" and not any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+                what = "numpy.load that does not say allow_pickle=False"
+            elif name in ("warnings.catch_warnings",) and any(keyword.arg == "action" for keyword in node.keywords):
+                what = "warnings are caught"
+        if what:
+            found.append(f"line {getattr(node, 'lineno', '?')}: {what}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "import torch as t\nt.load('x')",
+        "from torch import load\nload('x')",
+        "import torch\nread = torch.load",
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import joblib",
+        "eval('1')",
+        "run = exec",
+        "__import__('os')",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import numpy as np\nnp.load('x', allow_pickle=flag)",
+        "import numpy as np\nnp.load('x')",
+        "from numpy import load\nload('x')",
+        "try:\n    f()\nexcept:\n    pass",
+        "assert 1",
+        "import warnings\nwarnings.simplefilter('ignore')",
+        "import warnings\nwarnings.filterwarnings('ignore', message='x')",
+        "from warnings import filterwarnings\nfilterwarnings(action='ignore')",
+    ],
+)
+def test_forbidden_things_are_found(source):
+    assert forbidden(tree_of(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import safetensors.torch\nsafetensors.torch.load(data)",
+        "model.eval()",
+        "import numpy as np\nnp.load('x', allow_pickle=False)",
+        "import re\nre.compile('x')",
+        "import warnings\nwarnings.simplefilter('error')",
+        "try:\n    f()\nexcept ValueError:\n    pass",
+        "import json\njson.load(f)",
+    ],
+)
+def test_harmless_things_are_not(source):
+    assert not forbidden(tree_of(source))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_code_from_files_and_no_silenced_failures(name):
+    assert forbidden(TREES[name]) == []
+
+
+def test_the_only_unpickling_is_torchvisions_of_files_with_the_publishers_checksum():
+    """CIFAR's official batches are pickles. torchvision unpickles a batch only after its MD5 matched the official one;
+    that it does is tried in tests/datasets. Here: no other module of the package touches those classes, and the class
+    is used as it is (a subclass might leave the check out)."""
+    users = {name for name, source in SOURCES.items() if "CIFAR10" in source and "torchvision" in source}
+    assert users == {"dprandp.datasets.builtin"}
+    bases = {ast.unparse(base) for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+             for base in node.bases}  # fmt: skip
+    assert not {base for base in bases if "CIFAR" in base}
+    import torchvision
+
+    source = Path(torchvision.datasets.cifar.__file__).read_text(encoding="utf-8")
+    assert source.index("if not self._check_integrity():") < source.index("pickle.load(")
+
+
+# ---------------------------------------------------------------------------------------------- length and docstrings
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_can_be_read_in_one_sitting(name):
+    assert SOURCES[name].count("\n") <= LONGEST_FILE
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """Public functions and classes at the top of a module that have no docstring (and the module, if it has none)."""
+    found = [] if ast.get_docstring(tree) else ["the module"]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    return found + [node.name for node in nodes if not ast.get_docstring(node)]
+
+
+def test_missing_docstrings_are_found():
+    source = """
+        '''Module.'''
+        def bare(): pass
+        def fine():
+            '''Fine.'''
+        def _private(): pass
+        class Thing: pass
+    """
+    assert undocumented(tree_of(source)) == ["bare", "Thing"]
+    assert undocumented(tree_of("x = 1")) == ["the module"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "dprandp.__main__"])
+def test_everything_public_has_a_docstring(name):
+    assert undocumented(TREES[name]) == []
+
+
+# -------------------------------------------------------------------------------------------------------- fault points
+
+
+def fault_points(tree: ast.Module) -> set[str]:
+    """Names passed to ``faults.point`` or to a hook named like it; the ledger's dots become dashes on the way."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("faults.point", "fault_point")):
+            found |= {arg.value.replace(".", "-") for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+def test_fault_points_are_found():
+    source = "faults.point('renamed')\nself._fault_point('ledger.appended')\npoint('no')\nfaults.point(name)"
+    assert fault_points(tree_of(source)) == {"renamed", "ledger-appended"}
+
+
+def test_every_fault_point_is_used_and_every_used_one_is_known():
+    used = set().union(*(fault_points(tree) for tree in TREES.values()))
+    assert used == set(faults.POINTS)
+    assert len(set(faults.POINTS)) == len(faults.POINTS)

@@ -1,0 +1,241 @@
+"""Pixels to the extractor's input, against Pillow or a loop over single images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from dprandp.vision.images import as_declared, contact_sheet, random_crops, resize, to_grey, to_input
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def pillow_resize(plane, height, width):
+    """One [H, W] plane by Pillow's bilinear filter, in floating point: no rounding between its two passes."""
+    image = Image.fromarray(plane.astype(np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def assert_rounds_to(result, exact):
+    """uint8 ``result`` is ``exact`` rounded; a value near .5 may go either way."""
+    assert result.dtype == np.uint8
+    assert np.abs(result.astype(np.float64) - exact).max() <= 0.5 + 1e-3
+
+
+def each_alone(function, images):
+    """Changing one image changes its own result and no other's."""
+    changed = images.copy() if isinstance(images, np.ndarray) else images.clone()
+    changed[2] = 255 - changed[2]
+    differs = (function(images) != function(changed)).flatten(1).any(dim=1)
+    assert differs.tolist() == [index == 2 for index in range(len(images))]
+
+
+# ------------------------------------------------------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (32, 32), (64, 64), (33, 50), (100, 20)])
+def test_to_input_equals_pillow_image_by_image(channels, height, width):
+    images = pixels(3, height, width, channels)
+    out = to_input(images)
+    assert out.shape == (3, 3, 32, 32)
+    for index in range(3):
+        for channel in range(3):
+            plane = images[index, :, :, channel if channels == 3 else 0]
+            assert_rounds_to(out[index, channel].numpy(), pillow_resize(plane, 32, 32))
+
+
+def test_shrinking_is_antialiased():
+    """Every pixel counts. Positive control: plain interpolation steps over all of the stripes."""
+    stripes = np.zeros((1, 128, 128, 3), np.uint8)
+    stripes[:, :, ::4] = 255
+    assert abs(to_input(stripes).float()[..., 1:-1].mean() - 255 / 4) < 1
+    plain = torch.nn.functional.interpolate(torch.from_numpy(stripes).permute(0, 3, 1, 2).float(), 32, mode="bilinear")
+    assert plain.mean() == 0
+
+
+def test_to_input_goes_in_blocks_without_a_seam():
+    images = pixels(1030, 8, 8, 1)
+    torch.testing.assert_close(to_input(images)[1020:], to_input(images[1020:]), rtol=0, atol=0)
+
+
+def test_to_input_of_no_images_and_of_strided_ones():
+    assert to_input(pixels(0, 8, 8, 1)).shape == (0, 3, 32, 32)
+    images = pixels(2, 16, 16, 3)
+    assert torch.equal(to_input(images[:, ::2, ::-1]), to_input(np.ascontiguousarray(images[:, ::2, ::-1])))
+
+
+def test_to_input_sees_each_image_alone():
+    each_alone(to_input, pixels(5, 28, 28, 1))
+
+
+def test_resize_leaves_a_fitting_size_alone_and_handles_each_plane_alone():
+    images = torch.from_numpy(pixels(4, 3, 20, 30))
+    assert torch.equal(resize(images, 20, 30), images)
+    each_alone(lambda batch: resize(batch, 7, 41), images)
+    for height, width in [(7, 41), (40, 10), (20, 15)]:
+        for index in range(4):
+            for channel in range(3):
+                exact = pillow_resize(images[index, channel].numpy(), height, width)
+                assert_rounds_to(resize(images, height, width)[index, channel].numpy(), exact)
+
+
+def test_resize_reaches_both_ends_of_the_range():
+    for value in (0, 255):
+        flat = torch.full((1, 1, 30, 30), value, dtype=torch.uint8)
+        assert resize(flat, 11, 47).eq(value).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- colour
+
+
+def test_grey_is_pillows_luma():
+    images = torch.from_numpy(pixels(4, 3, 16, 16))
+    grey = to_grey(images)
+    assert grey.shape == images.shape
+    assert grey.is_contiguous()
+    for index in range(4):
+        expected = np.asarray(Image.fromarray(images[index].permute(1, 2, 0).numpy()).convert("L")).astype(int)
+        for channel in range(3):
+            assert np.abs(grey[index, channel].numpy().astype(int) - expected).max() <= 1  # Pillow's is fixed-point
+    exact = (images[0].permute(1, 2, 0).double().numpy() * [0.299, 0.587, 0.114]).sum(axis=2)
+    assert_rounds_to(grey[0, 0].numpy(), exact)
+
+
+def test_grey_keeps_every_grey_and_the_input():
+    greys = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
+    assert torch.equal(to_grey(greys), greys)
+    images = torch.from_numpy(pixels(5, 3, 8, 8))
+    before = images.clone()
+    each_alone(to_grey, images)
+    assert torch.equal(images, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- crops
+
+
+def test_random_crops_equal_a_loop_over_images():
+    """The same draws, applied image by image with slicing and Pillow."""
+    side, size, count = 64, 32, 40
+    images = torch.from_numpy(pixels(count, 3, side, side))
+    out = random_crops(images, torch.Generator().manual_seed(5), size=size, min_area=0.25)
+    generator = torch.Generator().manual_seed(5)
+    areas = 0.25 + 0.75 * torch.rand(count, generator=generator)
+    corners = torch.rand(count, 2, generator=generator)
+    seen = set()
+    for index in range(count):
+        crop = min(side, max(size, round(float((side * areas[index].sqrt()).double()))))
+        top, left = (int(corners[index, axis] * (side - crop + 1)) for axis in (0, 1))
+        seen.add(crop)
+        for channel in range(3):
+            plane = images[index, channel, top : top + crop, left : left + crop].numpy()
+            assert_rounds_to(out[index, channel].numpy(), pillow_resize(plane, size, size))
+    assert len(seen) > 10  # crops of many sizes were compared
+
+
+def crop_boxes(count, seed, *, side=64, **options):
+    """Where crops lie, read off images whose pixels are their own coordinates: top, height, left, width, in pixels."""
+    ramp = torch.arange(side) * 2
+    rows = ramp[:, None].expand(side, side)
+    image = torch.stack([rows, rows.t(), torch.zeros_like(rows)]).to(torch.uint8)
+    out = random_crops(image.expand(count, -1, -1, -1), torch.Generator().manual_seed(seed), **options).double() / 2
+    size = out.shape[-1]
+    boxes = []
+    for axis in (0, 1):
+        line = out[:, axis].mean(dim=2 - axis)
+        inner = line[:, 4 : size - 4]  # away from the edges, where the filter is cut off
+        step = (inner[:, -1] - inner[:, 0]) / (inner.shape[1] - 1)  # pixels of the image per pixel of the crop
+        start = inner[:, 0] - step * 4.5 + 0.5
+        boxes += [start, step * size]
+    return [box.numpy() for box in boxes]
+
+
+def test_crops_lie_inside_are_square_and_of_uniform_area():
+    """Kolmogorov and Smirnov's test at 1e-4. Positive control: it does reject sides, rather than areas, as uniform."""
+    top, height, left, width = crop_boxes(2000, seed=1)
+    assert np.abs(height - width).max() < 0.7
+    assert height.min() > 31
+    assert height.max() < 65
+    for start, length in ((top, height), (left, width)):
+        assert start.min() > -0.7
+        assert (start + length).max() < 64.7
+    areas = (height / 64) ** 2
+    assert stats.kstest(areas, stats.uniform(0.25, 0.75).cdf).pvalue > 1e-4
+    assert stats.kstest(height / 64, stats.uniform(0.5, 0.5).cdf).pvalue < 1e-4
+    room = 65 - np.round(height)
+    for start in (top, left):
+        places = ((np.round(start) + np.random.default_rng(0).random(len(start))) / room)[room > 4]
+        assert stats.kstest(places, "uniform").pvalue > 1e-4
+    assert abs(np.corrcoef(top / room, left / room)[0, 1]) < 0.1
+
+
+def test_crops_are_not_smaller_than_the_output_unless_the_image_is():
+    images = torch.from_numpy(pixels(6, 3, 32, 32))
+    assert torch.equal(random_crops(images, torch.Generator().manual_seed(0)), images)  # 32 of 32: the whole image
+    small = torch.from_numpy(pixels(6, 3, 8, 8))
+    assert torch.equal(random_crops(small, torch.Generator().manual_seed(0)), resize(small, 32, 32))
+    whole = torch.from_numpy(pixels(6, 3, 64, 64))
+    assert torch.equal(random_crops(whole, torch.Generator().manual_seed(0), min_area=1.0), resize(whole, 32, 32))
+
+
+def test_crops_see_each_image_alone_and_are_the_generators():
+    images = torch.from_numpy(pixels(6, 3, 64, 64))
+    each_alone(lambda batch: random_crops(batch, torch.Generator().manual_seed(3)), images)
+    first, again, other = (random_crops(images, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# ---------------------------------------------------------------------------------------------------------- as_declared
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(1, 28, 28), (3, 8, 8), (1, 64, 64), (3, 20, 30), (3, 32, 32)]
+)
+def test_as_declared_equals_a_loop(channels, height, width):
+    images = torch.from_numpy(pixels(4, 3, 32, 32))
+    before = images.clone()
+    out = as_declared(images, channels=channels, height=height, width=width)
+    assert torch.equal(images, before)
+    side = min(height, width)
+    for index in range(4):
+        image = images[index : index + 1]
+        image = to_grey(image) if channels == 1 else image
+        planes = [plane.numpy() for plane in image[0]]
+        if side < 32:
+            planes = [np.rint(pillow_resize(plane, side, side)) for plane in planes]
+            planes = [pillow_resize(plane, 32, 32) for plane in planes]
+        # a tie in the first rounding moves the second result by at most one level
+        assert np.abs(out[index].numpy().astype(float) - np.stack(planes)).max() <= 1.5
+    each_alone(lambda batch: as_declared(batch, channels=channels, height=height, width=width), images)
+
+
+def test_as_declared_is_a_bottleneck():
+    images = torch.from_numpy(pixels(4, 3, 32, 32))
+    assert torch.equal(as_declared(images, channels=3, height=32, width=32), images)
+    assert as_declared(images, channels=3, height=8, width=8).float().std() < 0.5 * images.float().std()
+    grey = as_declared(images, channels=1, height=100, width=100)
+    assert torch.equal(grey[:, 0], grey[:, 1])
+    assert torch.equal(grey[:, 0], grey[:, 2])
+
+
+# --------------------------------------------------------------------------------------------------------------- sheets
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (6, 3), (7, 3), (2, 5), (17, 16)])
+def test_contact_sheet_equals_a_loop_over_pixels(count, columns):
+    images = pixels(count, 4, 4, 3) // 2  # never white
+    sheet = contact_sheet(images, columns)
+    rows = (count + columns - 1) // columns
+    assert sheet.shape == (rows * 5 - 1, columns * 5 - 1, 3)
+    for y in range(sheet.shape[0]):
+        for x in range(sheet.shape[1]):
+            index = (y // 5) * columns + x // 5
+            inside = y % 5 < 4 and x % 5 < 4 and index < count
+            expected = images[index, y % 5, x % 5] if inside else [255, 255, 255]
+            assert sheet[y, x].tolist() == list(expected)
