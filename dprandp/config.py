@@ -3,9 +3,9 @@
 Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
 directory and the report as they are.
 
-A stage's configuration is resolved in this order, later wins: the size's defaults, a ``--config`` file's section of
-the stage's name, the flags given on the command line. ``None`` means "decided by the stage from public facts" (the
-data set's declared size, ε), and the stage's docstring says how.
+A stage's configuration is resolved in this order, later wins: the size's defaults, what the run decided before (its
+data and budget), a ``--config`` file's section of the stage's name, the flags given on the command line. ``None`` means
+"decided by the stage from public facts" (the data set's declared size, ε), and the stage's docstring says how.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> StageConfig:
+def resolve(
+    stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
+) -> StageConfig:
     """Build one stage's configuration.
 
     Args:
@@ -182,6 +184,7 @@ def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> 
         size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
+        inherited: what the run decided before; file and flags win over it.
 
     Returns:
         The validated configuration.
@@ -192,7 +195,7 @@ def resolve(stage: str, size: str, file: Path | None, flags: dict[str, Any]) -> 
     """
     if size not in SIZES:
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
-    values = {"size": size, **SIZE_DEFAULTS[size][stage]}
+    values = {"size": size, **SIZE_DEFAULTS[size][stage], **(inherited or {})}
     if file is not None:
         section = _section(read_toml(file), stage, file)
         if section.get("size", size) != size:  # its other defaults would not be those of the size it names

@@ -27,7 +27,14 @@ from dprandp.errors import StorageError
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.[^.]+)?")
 
+_SHORT_WRITE = 0
+"""In place of the error number that numpy does not give when the disk took only a part of an array."""
+
 _ADVICE = {
+    _SHORT_WRITE: (
+        "not all of it could be written or read",
+        "free some space or raise the limit on file sizes (ulimit -f), then run the same command again",
+    ),
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space within the quota, then run the same command again"),
     errno.EFBIG: (
@@ -52,7 +59,7 @@ def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         reason, fix = _ADVICE.get(
-            error.errno or 0,
+            error.errno or _SHORT_WRITE,
             (error.strerror or type(error).__name__, "check the disk and the path, then run the same command again"),
         )
         raise StorageError(f"cannot {action} {path}: {reason}", fix=fix) from error

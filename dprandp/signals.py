@@ -71,6 +71,27 @@ class Stop:
 _active: Stop | None = None
 
 
+def end_on_signals() -> None:
+    """Outside a ``graceful_stop``, let SIGINT and SIGTERM end the program with a word and exit code 130 or 143.
+
+    There is no step to finish there, and nothing to save: what is on the disk is whole at any moment. Ends by
+    ``SystemExit``, so that temporary files are removed and locks given back on the way.
+    """
+    for signum in _SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _end)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    for held in _SIGNALS:
+        if signal.getsignal(held) is _end:
+            signal.signal(held, signal.SIG_DFL)  # a second one ends the process at once
+    name = signal.Signals(signum).name
+    message = f"error: stopped by {name}; what was saved before is safe\n  fix: run the same command again to go on\n"
+    os.write(2, message.encode())
+    raise SystemExit(128 + signum)
+
+
 @contextmanager
 def graceful_stop() -> Iterator[Stop]:
     """Hold SIGINT and SIGTERM back until the next step boundary.

@@ -16,6 +16,7 @@ import typer
 from dprandp import __version__, faults
 from dprandp.cli import about, session, stages
 from dprandp.errors import DprandpError
+from dprandp.signals import end_on_signals
 
 app = typer.Typer(
     name="dprandp",
@@ -44,6 +45,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script: run a command, turn errors into messages and exit codes."""
+    end_on_signals()
     try:
         app(standalone_mode=True)
     except DprandpError as error:

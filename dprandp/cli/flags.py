@@ -83,14 +83,18 @@ InsecureSeed = Annotated[
 ]
 Views = Annotated[
     int | None,
-    typer.Option(help="Augmented views K of each example, averaged before the clip.", rich_help_panel=TRAINING),
+    typer.Option(help="Augmented views K of each example, averaged before the clip. Default: 1, or 16 for finetune (paper).",
+                 rich_help_panel=TRAINING),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Expected batch B = qN of Poisson sampling. Probe default: N (every example, q = 1).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
-Steps = Annotated[int | None, typer.Option(help="Updates T.", rich_help_panel=TRAINING)]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Updates T. Default: that of the size and the architecture.", rich_help_panel=TRAINING),
+]
 Lr = Annotated[
     float | None,
     typer.Option("--lr", help="Learning rate. Default: set by the noise and the data's size.",
@@ -111,8 +115,13 @@ Process = Annotated[
     typer.Option("--process", help="stylegan-oriented or dead-leaves. Default stylegan-oriented.",
                  rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
-Count = Annotated[int | None, typer.Option(help="Number of images.", rich_help_panel=DATA)]
-Resolution = Annotated[int | None, typer.Option(help="Pixels per side.", rich_help_panel=DATA)]
+Count = Annotated[
+    int | None,
+    typer.Option(help="Number of images. Default: 4000 (tiny), 24000 (small), 105000 (paper).", rich_help_panel=DATA),
+]
+Resolution = Annotated[
+    int | None, typer.Option(help="Pixels per side. Default: 64, or 256 (paper).", rich_help_panel=DATA)
+]
 Arch = Annotated[
     str | None,
     typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "

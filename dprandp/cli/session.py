@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def opened(path: Path, create: bool = False) -> Iterator[RunDir]:
         yield rundir
 
 
+@contextlib.contextmanager
+def looked_at(path: Path, create: bool = False) -> Iterator[RunDir]:
+    """The run directory for ``--plan``: neither locked nor written to. A run yet to be made is an empty folder."""
+    if path.exists() or not create:
+        yield RunDir.open(path, create=False)
+        return
+    with tempfile.TemporaryDirectory() as empty:
+        yield RunDir.open(empty, create=False)
+
+
 def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, given: dict[str, Any]):
     """Configuration from flags, with what the run already decided (size, data, budget) as defaults."""
     recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
@@ -50,8 +61,17 @@ def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, giv
         inherited = {k: v for k, v in recorded["probe"].items() if k in ("data", "epsilon", "delta", "classes")}
     elif stage in recorded:
         inherited = {k: v for k, v in recorded[stage].items() if k in ("data", "epsilon", "delta", "classes", "arch")}
-    values = inherited | {key: value for key, value in given.items() if value is not None}
-    return resolve_config(stage, size or SIZES[0], file, values)
+    return resolve_config(stage, size or SIZES[0], file, given, inherited)
+
+
+def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> str | None:
+    """'rgb' or 'grey' as a data set declares its channels; None where none is named. Reads no pixel."""
+    if data is None:
+        return None
+    from dprandp.datasets import open_dataset
+
+    options = {"num_classes": classes} if data.startswith("npz:") and classes else {}
+    return "grey" if open_dataset(data, data_dir, **options).spec.channels == 1 else "rgb"
 
 
 def context(
@@ -70,6 +90,8 @@ def context(
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
+    if insecure_seed is not None and insecure_seed < 0:
+        raise UsageError(f"--insecure-seed {insecure_seed} is negative", fix="give 0 or more")
     if insecure_seed is not None:
         console.warn("--insecure-seed makes the noise predictable: this run is NOT PRIVATE")
     return Context(
@@ -103,7 +125,7 @@ def print_plan(stage: str, config, context) -> None:
 def microbatch(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--microbatch {text!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
     return int(text)
 

@@ -53,6 +53,11 @@ def pretrain(
         typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default mixed.",
                      rich_help_panel=flags.DATA),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Choose the colour by what this data set declares; reads none of its files.",
+                     rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
     random_init: Annotated[
         bool | None,
         typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=flags.TRAINING),
@@ -75,7 +80,8 @@ def pretrain(
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
-        "arch": arch, "steps": steps, "batch_size": batch_size, "lr": lr, "colour": colour,
+        "arch": arch, "steps": steps, "batch_size": batch_size, "lr": lr,
+        "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
     with session.opened(run) as rundir:
@@ -121,7 +127,7 @@ def probe(
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
         "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
     }  # fmt: skip
-    with session.opened(run) as rundir:
+    with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
@@ -138,7 +144,7 @@ def probe(
 def finetune(
     source: Annotated[
         str | None,
-        typer.Option("--from", help="probe, or scratch: a random WRN without Phases I and II (De et al. 2022).",
+        typer.Option("--from", help="probe (default), or scratch: a random WRN without Phases I and II (De et al. 2022).",
                      rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
     ] = None,
     arch: Annotated[
@@ -179,7 +185,7 @@ def finetune(
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
     }  # fmt: skip
-    with session.opened(run, create=source == "scratch") as rundir:
+    with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
@@ -226,7 +232,7 @@ def run_all(
     private = {"data": data, "classes": classes, "epsilon": eps, "delta": delta}
     given = {
         "generate": everywhere | {"process": process},
-        "pretrain": everywhere | {"arch": arch},
+        "pretrain": everywhere | {"arch": arch, "colour": session.colour_of(data, data_dir, classes)},
         "probe": everywhere | private | {"share": share},
         "finetune": everywhere | private,
     }

@@ -44,7 +44,10 @@ def private_features(
     folder = stage.context.rundir.private_dir
     cache, tag = folder / "features.npy", folder / "features.key"
     if cache.exists() and tag.exists() and tag.read_text(encoding="utf-8") == key:
-        return torch.from_numpy(np.load(cache, allow_pickle=False)), labels
+        try:
+            return torch.from_numpy(np.load(cache, allow_pickle=False)), labels
+        except (OSError, ValueError, EOFError):
+            stage.context.console.warn(f"{cache} is damaged; the features are computed again")
 
     images = to_input(split.images)
     per_view = []

@@ -91,21 +91,8 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         UsageError: the network has a layer that mixes examples.
     """
     scratch = config.source == "scratch"
-    if not scratch:
-        context.rundir.require("probe", STAGE)
-    elif not config.arch.startswith("wrn-"):
-        raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
-    arch = config.arch if scratch else context.rundir.result("pretrain")["arch"]
-    recipe = recipe_for(arch, config.source)
+    stage, recipe, arch = open_stage(config, context)
     refit_steps = recipe.refit_steps if config.refit_steps is None else config.refit_steps
-    stage = open_private_stage(
-        STAGE,
-        config,
-        context,
-        steps=recipe.steps,
-        batch_part=recipe.batch_part,
-        budget_part=1 - config.refit_part if refit_steps else 1.0,
-    )
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
@@ -146,6 +133,35 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
+
+
+def open_stage(
+    config: FinetuneConfig, context: Context, *, write: bool = True
+) -> tuple[PrivateStage, Recipe, str]:
+    """Plan the joint training from public facts; returns the stage, the architecture's recipe and its name.
+
+    Raises:
+        As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
+    """
+    if config.source != "scratch":
+        context.rundir.require("probe", STAGE)
+        arch = context.rundir.result("pretrain")["arch"]
+    elif config.arch.startswith("wrn-"):
+        arch = config.arch
+    else:
+        raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
+    recipe = recipe_for(arch, config.source)
+    refit_steps = recipe.refit_steps if config.refit_steps is None else config.refit_steps
+    stage = open_private_stage(
+        STAGE,
+        config,
+        context,
+        steps=recipe.steps,
+        batch_part=recipe.batch_part,
+        budget_part=1 - config.refit_part if refit_steps else 1.0,
+        write=write,
+    )
+    return stage, recipe, arch
 
 
 def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:

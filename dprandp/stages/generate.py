@@ -126,24 +126,35 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a finished ``generate`` stage.
 
     Raises:
-        CheckpointError: missing or not JSON.
+        CheckpointError: missing, not JSON, or not a manifest.
     """
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"
-        ) from error
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        listed = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]]
+        if listed and [name for name, _ in listed] == [shard_name(block) for block in range(len(listed))]:
+            return manifest
+        problem = None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = error
+    raise CheckpointError(
+        f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"
+    ) from problem
 
 
 def _shards(folder: Path) -> list[np.ndarray]:
     """All shards, memory-mapped, their bytes checked."""
+    manifest = read_manifest(folder)
     shards = []
-    for shard in read_manifest(folder)["shards"]:
+    for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or file_sha256(path) != shard["sha256"]:
             raise CheckpointError(
                 f"{path} is missing or not as it was written (its SHA-256 differs from the manifest's)",
+                fix="run `dprandp generate --overwrite` to make the images again",
+            )
+        if not _is_whole(folder, len(shards), shard.get("count"), manifest.get("resolution")):
+            raise CheckpointError(
+                f"{path} does not hold the images that the manifest describes",
                 fix="run `dprandp generate --overwrite` to make the images again",
             )
         shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
@@ -211,11 +222,12 @@ def _write_shard(process: str, seed: int, block: int, count: int, resolution: in
 
 
 def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:
-    """Whether the block's shard is there with the right shape (it took its name only once it was whole)."""
+    """Whether the block's shard is there with the right shape and type (it took its name only once it was whole)."""
     path = folder / shard_name(block)
     if not path.is_file():
         return False
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).shape == (count, resolution, resolution, 3)
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        return images.dtype == np.uint8 and images.shape == (count, resolution, resolution, 3)
     except (ValueError, OSError, EOFError):
         return False

@@ -13,8 +13,9 @@ from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.rundir import RunDir
 from dprandp.stages import finetune
+from dprandp.stages.budget import read_budget
 from dprandp.stages.context import Context
-from dprandp.stages.private import open_private_stage, read_budget
+from dprandp.stages.private import open_private_stage
 
 
 def status(rundir: RunDir) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def account_lines(result: dict[str, Any]) -> str:
     mu = "" if result["equivalent_mu"] is None else f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}"
     return (
         f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
-        f"ε = {result['epsilon']:.4f} at δ = {result['delta']:g} "
+        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
         f"({result['adjacency']}; {result['accountant']}{mu})"
     )
 
@@ -107,11 +108,10 @@ def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
     Returns:
         the plan's fields, and epsilon_after (the run's ε when it is done).
     """
-    batch_part = 1.0
     if name == "finetune":
-        arch = config.arch if config.source == "scratch" else context.rundir.result("pretrain").get("arch", "wrn-16-4")
-        batch_part = finetune.recipe_for(arch, config.source).batch_part
-    stage = open_private_stage(name, config, context, batch_part=batch_part, write=False)
+        stage, _, _ = finetune.open_stage(config, context, write=False)
+    else:
+        stage = open_private_stage(name, config, context, write=False)
     budget = read_budget(context.rundir)
     spent = stage.ledger.events_besides(name, stage.attempt) if budget else []
     after = compose([*spent, stage.plan.event], stage.plan.delta)

@@ -9,60 +9,23 @@ The order matters and is the same in both stages:
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from dprandp import faults
-from dprandp.config import DEFAULT_DELTA, FinetuneConfig, ProbeConfig
+from dprandp.config import FinetuneConfig, ProbeConfig
 from dprandp.datasets import Dataset, DataSpec, open_dataset
-from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.errors import BudgetError, UsageError
 from dprandp.files import atomic_write, to_json
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
-from dprandp.rundir import RunDir
+from dprandp.stages.budget import ADJACENCY, UNIT, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
 
 DEFAULT_SHARE = 0.3
 """Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
-
-ADJACENCY, UNIT = "add/remove one record", "one image"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
-
-    A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
-    that is accounted here, so a changed one is refused.
-    """
-
-    data: str
-    epsilon: float
-    delta: float
-    examples: int
-
-    def refuse_other(self, other: Budget) -> None:
-        """Raise if a command asks for another budget than the run has.
-
-        Raises:
-            BudgetError: ε or δ differ. UsageError: the data set does.
-        """
-        if (self.data, self.examples) != (other.data, other.examples):
-            raise UsageError(
-                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
-                fix="give another --run for other data",
-            )
-        if (self.epsilon, self.delta) != (other.epsilon, other.delta):
-            raise BudgetError(
-                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before its first look at the "
-                f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
-                fix="leave --eps and --delta out, or start a new --run and add up what both release",
-            )
-
 
 class PrivateStage:
     """A private stage that may begin: its plan fits the budget, and no private pixel has been read.
@@ -93,7 +56,7 @@ class PrivateStage:
             path = self.context.rundir.privacy_dir / "ledger.jsonl"
             warn = self.context.console.warn
             options = {"warn": warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
-            first = not path.exists() and not _plan_file(self.context.rundir).exists()
+            first = not path.exists() and not plan_file(self.context.rundir).exists()
             self._ledger = (
                 Ledger.create(path, self.spec.train_examples, **options) if first else Ledger.open(path, **options)
             )
@@ -111,7 +74,7 @@ class PrivateStage:
     def fix_plan(self, **notes: int) -> None:
         """Write budget and plan to ``privacy/plan.json``, before the first charge."""
         ledger = self.ledger  # the ledger first: a plan without a ledger would look like a lost ledger
-        document = _read_plan_file(self.context.rundir) or {
+        document = read_plan_file(self.context.rundir) or {
             "format": 1,
             "data": self.budget.data,
             "epsilon": self.budget.epsilon,
@@ -122,7 +85,7 @@ class PrivateStage:
             "stages": {},
         }
         document["stages"][self.name] = {"attempt": self.attempt, **notes, "plan": self.plan.to_dict()}
-        atomic_write(_plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
+        atomic_write(plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
 
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
         """A further mechanism of the same stage, planned with everything that is left of the run's budget.
@@ -139,7 +102,7 @@ class PrivateStage:
         """
         further = PrivateStage(name, self.dataset, self.budget, self.context)
         further._ledger = self.ledger
-        recorded = (_read_plan_file(self.context.rundir) or {"stages": {}})["stages"].get(name)
+        recorded = (read_plan_file(self.context.rundir) or {"stages": {}})["stages"].get(name)
         if recorded and recorded.get("parent_attempt") == self.attempt:
             further.plan, further.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
             return further
@@ -239,7 +202,7 @@ def open_private_stage(
     examples = dataset.spec.train_examples
     budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
     validate_budget(budget.epsilon, budget.delta, examples)
-    document = _read_plan_file(context.rundir)
+    document = read_plan_file(context.rundir)
     if document is not None:
         Budget(**{key: document[key] for key in ("data", "epsilon", "delta", "examples")}).refuse_other(budget)
     dataset.require()
@@ -274,29 +237,6 @@ def open_private_stage(
     return stage
 
 
-def default_delta(examples: int) -> float:
-    """1e-5, or half of 1/N where that is smaller: a δ of 1/N would allow publishing a record outright."""
-    return min(DEFAULT_DELTA, 0.5 / examples)
-
-
-def read_budget(rundir: RunDir) -> dict[str, Any] | None:
-    """Budget and expense of a run, read-only; None before its first private stage.
-
-    Returns:
-        data, epsilon, delta, examples, spent (upper bound of ε), private.
-    """
-    document = _read_plan_file(rundir)
-    if document is None:
-        return None
-    ledger = Ledger.open(rundir.privacy_dir / "ledger.jsonl", read_only=True)
-    spent = ledger.spent(document["delta"]).upper
-    keys = ("data", "epsilon", "delta", "examples")
-    return {key: document[key] for key in keys} | {
-        "spent": spent,
-        "private": ledger.private and math.isfinite(document["epsilon"]),
-    }
-
-
 def _plan_probe(
     public: dict[str, Any], epsilon: float, share: float, spent: list[GaussianEvent], context: Context
 ) -> PrivatePlan:
@@ -326,23 +266,3 @@ def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part
             fix=f"give at most {examples}, which is full batch",
         )
     return config.batch_size / examples
-
-
-def _plan_file(rundir: RunDir):
-    return rundir.path / "privacy" / "plan.json"
-
-
-def _read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
-    path = _plan_file(rundir)
-    if not path.exists():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
-        if document["format"] != 1:
-            raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
-        return document
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
-        ) from error

@@ -11,13 +11,16 @@ only thing learned from them comes out of ``PrivateMechanism``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dprandp import checkpoint
 from dprandp.config import ProbeConfig, as_dict
+from dprandp.datasets import DataSpec
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
 from dprandp.stages.context import Context
@@ -109,15 +112,36 @@ def load_head(context: Context) -> Tensor:
     return checkpoint.load(context.rundir.stage_dir(STAGE), HEAD).tensors[HEAD]
 
 
-def _fit_whitener(config: ProbeConfig, context: Context, extractor, mirror: bool, spec) -> whitening.Whitener:
-    folder = context.rundir.stage_dir(STAGE) / "statistics"
-    folder.mkdir(exist_ok=True)
-    if checkpoint.latest(folder) == WHITENER:
+def _fit_whitener(
+    config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
+) -> whitening.Whitener:
+    """Statistics of synthetic features, as declared facts of the data shape them; public.
+
+    A copy is kept beside the extractor, for other probes of the same run.
+    """
+    wanted = {
+        "dims": config.dims,
+        "images": config.statistics_images,
+        "floor": config.whitening_floor,
+        "seed": config.seed,
+        "mirror": mirror,
+        "shape": list(spec.image_shape),
+    }
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    own = context.rundir.stage_dir(STAGE) / "statistics"
+    beside_extractor = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
+    for folder in (own, beside_extractor):
+        folder.mkdir(exist_ok=True)
+    if checkpoint.latest(own) == WHITENER:
         return load_whitener(context)
-    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
-    crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
-    with context.console.progress(len(crops), "synthetic features") as progress:
-        features = extract(extractor, crops, mirror=mirror, on_batch=progress.advance)
-    whitener = whitening.fit(features, config.dims, config.whitening_floor)
-    checkpoint.save(folder, WHITENER, whitener.state_dict(), {"images": len(crops), "mirror": mirror}, keep=1)
-    return whitener
+    if checkpoint.latest(beside_extractor) == WHITENER:
+        tensors = checkpoint.load(beside_extractor, WHITENER).tensors
+    else:
+        crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+        crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
+        with context.console.progress(len(crops), "synthetic features") as progress:
+            features = extract(extractor, crops, mirror=mirror, on_batch=progress.advance)
+        tensors = whitening.fit(features, config.dims, config.whitening_floor).state_dict()
+        checkpoint.save(beside_extractor, WHITENER, tensors, wanted, keep=1)
+    checkpoint.save(own, WHITENER, tensors, wanted, keep=1)
+    return load_whitener(context)

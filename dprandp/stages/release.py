@@ -51,17 +51,24 @@ def write_model(rundir: RunDir, model: Classifier, result: dict[str, Any]) -> No
     """
     folder: Path = rundir.model_dir
     recorded = {row["stage"]: row for row in rundir.status()}
-    pretrain = recorded["pretrain"]["result"] or {}
-    generate = recorded["generate"]["result"] or {}
+    if result.get("source") == "scratch":  # whatever else the run holds, this model was not made from it
+        pretrain, generate, arch = {}, {}, result["arch"]
+        extractor = recorded[result["stage"]]["config"]
+    else:
+        pretrain, generate = (recorded[stage]["result"] or {} for stage in ("pretrain", "generate"))
+        arch, extractor = pretrain["arch"], recorded["pretrain"]["config"]
+    # their cost is part of this result's epsilon, also where the model was not made from them
+    others = [recorded[stage]["result"] for stage in ("probe", "finetune") if stage != result["stage"]]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = {
         "format": 1,
-        "arch": pretrain.get("arch", result.get("arch")),
-        "extractor": recorded["pretrain"]["config"] or recorded["finetune"]["config"],
+        "arch": arch,
+        "extractor": extractor,
         "classes": result["classes"],
         "input": {"size": INPUT_SIZE, "mirror": result["mirror"]},
         "result": result,
     }
     atomic_write(folder / "model.safetensors", to_safetensors(tensors))
     atomic_write(folder / "config.json", to_json(config, indent=1) + "\n")
-    atomic_write(folder / "MODEL_CARD.md", model_card(result, pretrain, generate))
+    card = model_card(result, pretrain, generate, earlier=[other for other in others if other])
+    atomic_write(folder / "MODEL_CARD.md", card)

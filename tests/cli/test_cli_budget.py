@@ -44,8 +44,8 @@ def test_probe_again(dprandp: Dprandp, run_after: RunAfter) -> None:
     assert (states["probe"], states["finetune"]) == ("done", "missing")
 
 
-def test_other_budget(dprandp: Dprandp, stages: dict[str, Path]) -> None:
-    run = stages["finetune"]
+def test_other_budget(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
     before = state_of(run)
     for stage in ("probe", "finetune"):
         for flags in (["--eps", 3], ["--eps", 1], ["--eps", "inf"], ["--delta", 1e-6], ["--eps", 3, "--overwrite"]):
@@ -54,20 +54,20 @@ def test_other_budget(dprandp: Dprandp, stages: dict[str, Path]) -> None:
     assert state_of(run) == before
 
 
-def test_finished_run_has_nothing_left(dprandp: Dprandp, stages: dict[str, Path]) -> None:
-    run = stages["finetune"]
+def test_finished_run_has_nothing_left(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
     before = state_of(run)
     for stage in ("probe", "finetune"):
         done = dprandp(stage, "--config", "small.toml", "--run", run, "--overwrite", before=NO_PIXELS)
-        refused(done, 5, "ε = 2")
+        refused(done, 5, "already spent ε = 1.99", "start a new run")
     assert state_of(run) == before
 
 
-def test_plan_reads_no_data_and_writes_nothing(dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path) -> None:
+def test_plan_reads_no_data_and_writes_nothing(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     for run, stage, flags in (
-        (stages["pretrain"], "probe", ["--data", "npz:tiny.npz", "--eps", 2]),
-        (stages["probe"], "finetune", []),
-        (stages["finetune"], "finetune", []),
+        (run_after("pretrain"), "probe", ["--data", "npz:tiny.npz", "--eps", 2]),
+        (run_after("probe"), "finetune", []),
+        (run_after("finetune"), "finetune", []),
     ):
         before = state_of(run), sorted(run.rglob("*"))
         done = dprandp(stage, "--config", "small.toml", "--run", run, "--plan", "--json", *flags, before=NO_PIXELS)
@@ -83,7 +83,7 @@ def test_plan_reads_no_data_and_writes_nothing(dprandp: Dprandp, stages: dict[st
     assert not (tmp_path / "new").exists()
 
 
-def test_plan_refuses_what_the_stage_would_refuse(dprandp: Dprandp, stages: dict[str, Path]) -> None:
-    run = stages["finetune"]
+def test_plan_refuses_what_the_stage_would_refuse(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
     refused(dprandp("probe", "--run", run, "--eps", 9, "--plan"), 5, "fixed at ε = 2")
     refused(dprandp("probe", "--run", run, "--data", "npz:none.npz", "--plan"), 3, "there is no file none.npz")

@@ -62,7 +62,7 @@ def test_damaged_input(
     assert states[stage] != "done"
 
 
-def test_the_advice_of_a_damaged_extractor_works(dprandp: Dprandp, run_after: RunAfter) -> None:
+def test_advice_after_a_damaged_extractor_names_the_stage_that_makes_it(dprandp: Dprandp, run_after: RunAfter) -> None:
     """The message must send to the stage that makes the file, not to the one that reads it."""
     run = run_after("pretrain")
     truncate(run / "2-pretrain" / "extractor.safetensors")
@@ -75,7 +75,7 @@ def test_the_advice_of_a_damaged_extractor_works(dprandp: Dprandp, run_after: Ru
 def test_missing_files(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("probe")
     (run / "3-probe" / "head.safetensors").unlink()
-    refused(dprandp("finetune", "--config", "small.toml", "--run", run), 3, "head.safetensors is missing", "--overwrite")
+    refused(dprandp("finetune", "--run", run), 3, "its file head.safetensors is missing", "--overwrite")
     assert "stale" in dprandp("status", "--run", run).out
     (run / "1-generate" / "manifest.json").unlink()
     refused(dprandp("pretrain", "--config", "small.toml", "--run", run), 3, "manifest.json is missing", "generate")
@@ -140,7 +140,7 @@ def test_file_size_limit(
     run = run_after(after) if after else tmp_path / "new"
     flags = {"generate": ["--workers", 1], "probe": ["--data", "npz:tiny.npz"]}.get(stage, [])
     command = (stage, "--config", "small.toml", "--run", run, *flags)
-    refused(dprandp(*command, largest_file=bytes_), 6, "larger than the limit", "ulimit -f")
+    refused(dprandp(*command, largest_file=bytes_), 6, "cannot write", "ulimit -f")
     assert not list(run.rglob("*.partial*"))
     assert b'"charge"' not in ledger_of(run)
     done = dprandp(*command)
@@ -221,7 +221,7 @@ def test_locked_run(dprandp: Dprandp, run_after: RunAfter) -> None:
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in ("generate", "pretrain", "probe", "finetune", "run", "report"):
-            refused(dprandp(command, "--run", run), 6, "another dprandp process (pid 4711)", "wait until it has finished")
+            refused(dprandp(command, "--run", run), 6, "another dprandp process (pid 4711)", "wait until")
         assert json.loads(dprandp("status", "--run", run, "--json").out)["budget"]["private"]
         assert dprandp("finetune", "--run", run, "--resume", "--plan").code == 0  # reads, so needs no lock
     assert state_of(run) == before

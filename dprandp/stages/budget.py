@@ -1,0 +1,97 @@
+"""The run's privacy budget: fixed before the first look at the data, kept with the plans in ``privacy/plan.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dprandp.config import DEFAULT_DELTA
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.privacy.ledger import Ledger
+from dprandp.rundir import RunDir
+
+ADJACENCY, UNIT = "add/remove one record", "one image"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
+
+    A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
+    that is accounted here, so a changed one is refused.
+    """
+
+    data: str
+    epsilon: float
+    delta: float
+    examples: int
+
+    def refuse_other(self, other: Budget) -> None:
+        """Raise if a command asks for another budget than the run has.
+
+        Raises:
+            BudgetError: ε or δ differ. UsageError: the data set does.
+        """
+        if (self.data, self.examples) != (other.data, other.examples):
+            raise UsageError(
+                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
+                fix="give another --run for other data",
+            )
+        if (self.epsilon, self.delta) != (other.epsilon, other.delta):
+            raise BudgetError(
+                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before its first look at the "
+                f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
+                fix="leave --eps and --delta out, or start a new --run and add up what both release",
+            )
+
+
+def default_delta(examples: int) -> float:
+    """1e-5, or half of 1/N where that is smaller: a δ of 1/N would allow publishing a record outright."""
+    return min(DEFAULT_DELTA, 0.5 / examples)
+
+
+def read_budget(rundir: RunDir) -> dict[str, Any] | None:
+    """Budget and expense of a run, read-only; None before its first private stage.
+
+    Returns:
+        data, epsilon, delta, examples, spent (upper bound of ε), private.
+    """
+    document = read_plan_file(rundir)
+    if document is None:
+        return None
+    ledger = Ledger.open(rundir.privacy_dir / "ledger.jsonl", read_only=True)
+    spent = ledger.spent(document["delta"]).upper
+    keys = ("data", "epsilon", "delta", "examples")
+    return {key: document[key] for key in keys} | {
+        "spent": spent,
+        "private": ledger.private and math.isfinite(document["epsilon"]),
+    }
+
+
+def plan_file(rundir: RunDir) -> Path:
+    """Where budget and plans are kept."""
+    return rundir.path / "privacy" / "plan.json"
+
+
+def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
+    """Budget and plans of a run; None before its first private stage.
+
+    Raises:
+        CheckpointError: the file is damaged. InputError: it is of another format.
+    """
+    path = plan_file(rundir)
+    if not path.exists():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
+        if document["format"] != 1:
+            raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
+        return document
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+        ) from error

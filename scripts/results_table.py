@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""The README's table: the probe on real data, against the majority class, a random extractor and no privacy.
+
+    python scripts/results_table.py --out runs/results --size small --seeds 3 digits pneumoniamnist
+    python scripts/results_table.py --out runs/results --table          # print the table of what is there
+
+Every cell is a run of the command line with ``--share 1`` (the whole budget for the probe) or, with ``--finetune``, of
+probe and fine-tune with the default share. Seeds change images, extractor, whitener and (from the operating system)
+the noise. Nothing is chosen on a test split: each run reads it once, at its end. Finished runs are kept in
+``results.jsonl`` and skipped, so the script can be stopped and started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+EPSILONS = ("1", "8", "inf")
+EXTRACTORS = ("learned", "random")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("datasets", nargs="*", help="names as for --data")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs and results.jsonl")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "paper"))
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
+    parser.add_argument("--epsilons", nargs="+", default=EPSILONS)
+    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, choices=EXTRACTORS)
+    parser.add_argument("--finetune", action="store_true", help="probe and fine-tune with the default share")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "results.jsonl"
+    if not args.table:
+        for data in args.datasets:
+            for seed in range(args.seeds):
+                for extractor in args.extractors:
+                    for epsilon in args.epsilons:
+                        run_cell(args, log, data, seed, extractor, epsilon)
+    print_table(read(log))
+
+
+def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extractor: str, epsilon: str) -> None:
+    """One run, unless its result is there already."""
+    stage = "finetune" if args.finetune else "probe"
+    key = {
+        "data": data, "size": args.size, "seed": seed, "extractor": extractor, "epsilon": epsilon, "stage": stage,
+    }  # fmt: skip
+    if any(all(row[name] == value for name, value in key.items()) for row in read(log)):
+        return
+    public = public_run(args, data, seed, extractor)
+    run = args.out / "-".join([data, args.size, extractor, f"s{seed}", f"eps{epsilon}", stage])
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(public, run, copy_function=os.link)  # files are replaced, never changed, so links are safe
+    common = ["--run", run, "--data", data, "--data-dir", args.data_dir, "--eps", epsilon, "--seed", seed]
+    share = [] if args.finetune else ["--share", "1"]
+    result = dprandp("probe", *common, *share)
+    keep_features(run, public)
+    if args.finetune:
+        result = dprandp("finetune", "--run", run, "--data-dir", args.data_dir)
+    names = ("accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy", "seconds")
+    spent = {"spent": result["epsilon"], "delta": result["delta"]}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**key, **spent, **{name: result[name] for name in names}}) + "\n")
+    shutil.rmtree(run)
+
+
+def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -> Path:
+    """A run with Phase I done: images shared by all data sets, an extractor for the colour that the data declare."""
+    images = args.out / f"public-{args.size}-s{seed}"
+    dprandp("generate", "--run", images, "--size", args.size, "--seed", seed)
+    run = args.out / f"public-{data}-{args.size}-{extractor}-s{seed}"
+    if not run.exists():
+        shutil.copytree(images, run, copy_function=os.link)
+    random_init = ["--random-init"] if extractor == "random" else []
+    dprandp("pretrain", "--run", run, "--size", args.size, "--data", data, "--seed", seed, *random_init)
+    return run
+
+
+def keep_features(run: Path, public: Path) -> None:
+    """Let the other budgets reuse the features of the private images (their key says what they were made from)."""
+    folder = public / "private"
+    if (run / "private" / "features.key").exists() and not (folder / "features.key").exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name in ("features.npy", "features.key"):
+            os.link(run / "private" / name, folder / name)
+
+
+def dprandp(*arguments: object) -> dict:
+    """Run a command of the package and return its JSON."""
+    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json"]
+    print("+ dprandp", *map(str, arguments), file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        sys.exit(f"dprandp {arguments[0]} ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def read(log: Path) -> list[dict]:
+    """All finished rows."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def print_table(rows: list[dict]) -> None:
+    """Markdown: a line per data set, stage and ε; mean ± sample standard deviation over seeds, in per cent."""
+    print("| data | stage | ε | test accuracy | random extractor | majority | AUC | seeds |")
+    print("|---|---|---|---|---|---|---|---|")
+    cells = sorted({(row["data"], row["size"], row["stage"], float(row["epsilon"])) for row in rows})
+    for data, size, stage, epsilon in cells:
+        wanted = (data, size, stage, epsilon)
+        chosen = [r for r in rows if (r["data"], r["size"], r["stage"], float(r["epsilon"])) == wanted]
+        by = {name: [r for r in chosen if r["extractor"] == name] for name in EXTRACTORS}
+        learned = by["learned"] or chosen
+        print(
+            f"| {data} ({size}) | {stage} | {epsilon:g} | {spread(by['learned'], 'accuracy')} "
+            f"| {spread(by['random'], 'accuracy')} | {100 * learned[0]['majority_accuracy']:.1f} "
+            f"| {spread(by['learned'], 'auc')} | {len(by['learned'])} |"
+        )
+
+
+def spread(rows: list[dict], name: str) -> str:
+    """'68.1 ± 0.2', or a dash for no rows."""
+    values = [100 * row[name] for row in rows if row[name] is not None]
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Promises 1, 2, 3, 5, 10 and 12 on whole stages: what runs is planned, paid for first, and accounted as it ran."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import (
+    TRAIN,
+    NothingRead,
+    Recorder,
+    forbid_reading,
+    ledger_of,
+    plans_of,
+    run_finetune,
+    run_probe,
+    run_scratch,
+    write_blobs,
+)
+
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.privacy import plan as plan_module
+from dprandp.privacy.accounting import compose, merge_events
+from dprandp.privacy.plan import PrivatePlan
+from dprandp.privacy.sampling import PoissonSampler
+
+Copy = Callable[[Path], Path]
+Record = Callable[[Path], Recorder]
+Patch = pytest.MonkeyPatch
+
+
+def assert_accounted(run: Path, seen: Recorder, result: dict[str, Any], *mechanisms: str) -> None:
+    """What was seen, the plan, the ledger and the reported ε say the same of these mechanisms."""
+    plans = {name: PrivatePlan.from_dict(entry["plan"]) for name, entry in plans_of(run).items()}
+    for name in mechanisms:
+        plan, event = plans[name], seen.observed_event(name)
+        assert (event.sample_rate, event.steps) == (plan.sample_rate, plan.steps)
+        values = sum(release.noise.numel() for release in seen.of(name))
+        assert event.noise_multiplier == pytest.approx(plan.noise_multiplier, rel=5.5 / math.sqrt(2 * values))
+        assert ledger_of(run).events_for(name) == [plan.event]
+        places = [i for i, release in enumerate(seen.releases) if release.mechanism == name]
+        for i in places:
+            assert seen.draws[i][0] == plan.examples == TRAIN
+            assert seen.clips[i] == (plan.clip_norm, len(seen.draws[i][2]))
+            assert bool((seen.releases[i].noise != 0).all())
+    # seen order: every draw was clipped once and released once
+    assert len(seen.draws) == len(seen.clips) == len(seen.releases)
+    assert {release.mechanism for release in seen.releases} == set(mechanisms)
+    # the ledger holds these mechanisms and what was there before, and the report is its account
+    events = [plan.event for plan in plans.values()]
+    assert ledger_of(run).events() == merge_events(events)
+    assert result["epsilon"] == compose(merge_events(events), result["delta"]).upper
+    assert result["epsilon"] <= result["epsilon_target"] <= result["epsilon_total"] or "refit" in result
+    assert result["epsilon"] <= result["epsilon_total"]
+
+
+@pytest.mark.parametrize("batch_size", [None, 30])
+def test_2_probe_runs_what_was_accounted(
+    copy: Copy, public_run: Path, data: str, record: Record, batch_size: int | None
+) -> None:
+    run = copy(public_run)
+    seen = record(run)
+    result = run_probe(run, data, steps=40, batch_size=batch_size, clip_norm=0.5)
+    assert_accounted(run, seen, result, "probe")
+    assert seen.observed_event("probe").sample_rate == (1 if batch_size is None else 30 / TRAIN)
+    assert result["steps"] == result["charged_steps"] == 40
+    assert result["lost_steps"] == 0
+    sizes = {len(indices) for _, _, indices in seen.draws}
+    assert sizes == {TRAIN} if batch_size is None else len(sizes) > 3
+    # no record's part exceeds the clip norm; with unit features and a head at zero it reaches it
+    assert 0.999 * 0.5 < max(seen.lengths) <= 0.5
+
+
+def test_2_finetune_composes_three_mechanisms(copy: Copy, probed_run: Path, data: str, record: Record) -> None:
+    run = copy(probed_run)
+    seen = record(run)
+    result = run_finetune(run, data, refit_steps=40)
+    assert_accounted(run, seen, result, "finetune", "finetune.head")
+    assert set(plans_of(run)) == {"probe", "finetune", "finetune.head"}
+    assert result["refit"]["noise_multiplier"] == plans_of(run)["finetune.head"]["plan"]["noise_multiplier"]
+    assert result["epsilon"] > 0.98 * result["epsilon_total"]  # the budget is used, not hoarded
+
+
+def test_2_wrn_without_refit(copy: Copy, wide_run: Path, data: str, record: Record) -> None:
+    run = copy(wide_run)
+    run_probe(run, data)
+    seen = record(run)
+    result = run_finetune(run, data, refit_steps=0, batch_size=12, steps=3)
+    assert_accounted(run, seen, result, "finetune")
+    assert result["refit"] is None
+    assert set(plans_of(run)) == {"probe", "finetune"}
+
+
+def test_2_scratch(tmp_path: Path, data: str, record: Record) -> None:
+    seen = record(tmp_path / "run")
+    result = run_scratch(tmp_path / "run", data)
+    assert_accounted(tmp_path / "run", seen, result, "finetune")
+    card = (tmp_path / "run/model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "random weights" in card
+    released = json.loads((tmp_path / "run/model/config.json").read_text(encoding="utf-8"))
+    assert released["arch"] == released["extractor"]["arch"] == "wrn-10-1"
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_2_control_other_noise_is_seen(
+    copy: Copy, public_run: Path, data: str, record: Record, monkeypatch: Patch, factor: float
+) -> None:
+    honest = plan_module.add_gaussian_noise
+    monkeypatch.setattr(plan_module, "add_gaussian_noise", lambda sums, std, random: honest(sums, factor * std, random))
+    run = copy(public_run)
+    seen = record(run)
+    result = run_probe(run, data, steps=80)
+    with pytest.raises(AssertionError, match="noise_multiplier|approx"):
+        assert_accounted(run, seen, result, "probe")
+
+
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
+def test_10_every_batch_is_paid_for_before_it_is_drawn(
+    copy: Copy, public_run: Path, probed_run: Path, data: str, record: Record, stage: str
+) -> None:
+    run = copy(public_run if stage == "probe" else probed_run)
+    before = 0 if stage == "probe" else 8
+    seen = record(run)
+    (run_probe if stage == "probe" else run_finetune)(run, data)
+    assert seen.paid == list(range(before + 1, before + 1 + len(seen.draws)))
+
+
+def test_3_an_empty_batch_is_a_charged_and_noisy_step(
+    copy: Copy, probed_run: Path, public_run: Path, data: str, record: Record, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(PoissonSampler, "draw", lambda sampler: np.zeros(0, dtype=np.int64))
+    probe_run, tune_run = copy(public_run), copy(probed_run)
+    seen = record(probe_run)
+    run_probe(probe_run, data, batch_size=5, steps=3)
+    seen.run = tune_run
+    run_finetune(tune_run, data, refit_steps=0, views=2)
+    assert [len(release.indices) for release in seen.releases] == [0] * 7
+    for release in seen.releases:
+        assert all(not total.any() for total in release.sums.values())
+        assert all(bool((update != 0).all()) for update in release.released.values())
+    assert ledger_of(probe_run).charged_steps("probe", 1) == 3
+    assert ledger_of(tune_run).charged_steps("finetune", 1) == 4
+
+
+def released_head(run: Path) -> bytes:
+    return (run / "3-probe/head.safetensors").read_bytes()
+
+
+def test_5_the_same_seed_never_repeats_the_noise(copy: Copy, public_run: Path, data: str, record: Record) -> None:
+    first, second = copy(public_run), copy(public_run)
+    seen = record(first)
+    run_probe(first, data, seed=7, batch_size=30)
+    run_probe(second, data, seed=7, batch_size=30)
+    assert released_head(first) != released_head(second)
+    noise = torch.cat([release.noise for release in seen.releases])
+    assert len(noise.unique()) > 0.999 * len(noise)
+    assert abs(float(torch.corrcoef(noise.view(2, -1))[0, 1])) < 5.5 / math.sqrt(noise.numel() / 2)
+    batches = [tuple(indices) for _, _, indices in seen.draws]
+    assert len(set(batches)) == len(batches) == 16
+    # the whitener, the views and all else that the seed decides are the same
+    whitener = "3-probe/statistics/whitener.safetensors"
+    assert (first / whitener).read_bytes() == (second / whitener).read_bytes()
+
+
+def test_13_insecure_seed_repeats_and_is_stamped_everywhere(copy: Copy, public_run: Path, data: str) -> None:
+    runs = [copy(public_run), copy(public_run)]
+    results = [run_probe(run, data, {"insecure_seed": 3}, batch_size=30) for run in runs]
+    assert released_head(runs[0]) == released_head(runs[1])
+    run, result = runs[0], results[0]
+    assert result["private"] is False
+    assert result["random"] == "insecure-seed"
+    assert {charge.random for charge in ledger_of(run).charges} == {"insecure-seed"}
+    assert ledger_of(run).private is False
+    assert "NOT PRIVATE" in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    released = json.loads((run / "model/config.json").read_text(encoding="utf-8"))["result"]
+    assert (released["private"], released["random"]) == (False, "insecure-seed")
+    # one insecure stage stains what follows, whatever randomness that uses
+    tuned = run_finetune(run, data, refit_steps=0)
+    assert tuned["private"] is False
+    assert "NOT PRIVATE" in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_infinite_epsilon_goes_the_same_way_without_noise(
+    copy: Copy, public_run: Path, data: str, record: Record
+) -> None:
+    run = copy(public_run)
+    seen = record(run)
+    probed = run_probe(run, data, epsilon=math.inf, batch_size=30)
+    tuned = run_finetune(run, data, epsilon=math.inf)
+    assert [release.mechanism for release in seen.releases] == ["probe"] * 8 + ["finetune"] * 4 + ["finetune.head"] * 6
+    assert len(ledger_of(run).charges) == 18
+    for release in seen.releases:
+        assert float(release.noise.abs().max()) < 1e-5  # float32 of the sum, no more
+    for result in (probed, tuned):
+        assert (result["epsilon"], result["noise_multiplier"], result["private"]) == (math.inf, 0, False)
+    assert tuned["accuracy"] > 0.6
+    assert "NOT PRIVATE" in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------- 12: one budget
+
+
+def test_12_probe_finetune_and_reruns_compose(copy: Copy, tuned_run: Path, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    first = run_probe(run, data)
+    again = run_probe(run, data, {"overwrite": True})
+    charged = ledger_of(run)
+    assert charged.charged_steps("probe", 1) == charged.charged_steps("probe", 2) == 8
+    assert first["epsilon"] < again["epsilon"] == compose(charged.events(), again["delta"]).upper <= 4
+    single = compose(charged.events_for("probe", 2), again["delta"]).upper
+    assert single == pytest.approx(1.2, rel=0.01)  # the share once more, on top
+    tuned = run_finetune(run, data)
+    assert again["epsilon"] < tuned["epsilon"] <= 4
+    # the same fine-tune after one probe had more left, and needed less noise
+    noise = {path: plans_of(path)["finetune"]["plan"]["noise_multiplier"] for path in (run, tuned_run)}
+    assert noise[run] > noise[tuned_run]
+
+
+def test_12_over_budget_reads_nothing(copy: Copy, tuned_run: Path, data: str, monkeypatch: Patch) -> None:
+    run = copy(tuned_run)
+    ledger = (run / "privacy/ledger.jsonl").read_bytes()
+    forbid_reading(monkeypatch)
+    for stage in (run_probe, run_finetune):
+        with pytest.raises(BudgetError) as refusal:
+            stage(run, data, {"overwrite": True})
+        assert refusal.value.exit_code == 5
+    assert (run / "privacy/ledger.jsonl").read_bytes() == ledger
+    assert (run / "4-finetune/model.safetensors").exists()  # the overwrite that was refused has deleted nothing
+    assert (run / "3-probe/head.safetensors").exists()
+
+
+def test_12_control_a_stage_within_budget_does_read(
+    copy: Copy, public_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    run = copy(public_run)
+    forbid_reading(monkeypatch)
+    with pytest.raises(NothingRead):
+        run_probe(run, data)
+
+
+def test_12_share_one_leaves_nothing(copy: Copy, public_run: Path, data: str, monkeypatch: Patch) -> None:
+    run = copy(public_run)
+    result = run_probe(run, data, share=1.0)
+    assert 0.99 * 4 < result["epsilon"] <= 4
+    forbid_reading(monkeypatch)
+    with pytest.raises(BudgetError):
+        run_finetune(run, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"), [({"epsilon": 5.0}, BudgetError), ({"epsilon": 3.0}, BudgetError),
+                           ({"epsilon": math.inf}, BudgetError), ({"delta": 1e-6}, BudgetError)]
+)  # fmt: skip
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_12_another_budget_is_refused(
+    probed_run: Path, copy: Copy, data: str, monkeypatch: Patch, changes: dict, error: type, flags: dict
+) -> None:
+    run = copy(probed_run)
+    forbid_reading(monkeypatch)
+    for stage in (run_probe, run_finetune):
+        with pytest.raises(error, match="fixed at ε = 4"):
+            stage(run, data, flags, **changes)
+
+
+def test_12_other_data_are_refused(probed_run: Path, copy: Copy, tmp_path: Path, monkeypatch: Patch) -> None:
+    run = copy(probed_run)
+    names = [write_blobs(tmp_path / "other.npz"), write_blobs(tmp_path / "larger.npz", train=TRAIN + 1)]
+    forbid_reading(monkeypatch)
+    for name in names:
+        for stage in (run_probe, run_finetune):
+            with pytest.raises(UsageError, match="this run is about"):
+                stage(run, name, {"overwrite": True})
+
+
+def test_12_the_ledger_cannot_be_lost(probed_run: Path, copy: Copy, data: str) -> None:
+    """Without its ledger, or with one that was cut short, a run does not start counting from zero."""
+    lost, cut = copy(probed_run), copy(probed_run)
+    (lost / "privacy/ledger.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="ledger"):
+        run_finetune(lost, data)
+    lines = (cut / "privacy/ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (cut / "privacy/ledger.jsonl").write_bytes(b"".join(lines[:3] + lines[4:]))
+    with pytest.raises(CheckpointError, match="Line 4"):
+        run_finetune(cut, data)
+
+
+def test_1_epsilon_is_an_upper_bound_within_the_target(tuned_run: Path) -> None:
+    """Recomputed by another accountant (Rényi, looser) and by the exact Gaussian part alone (smaller)."""
+    from opacus.accountants.analysis import rdp
+
+    events = [PrivatePlan.from_dict(entry["plan"]).event for entry in plans_of(tuned_run).values()]
+    orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))
+    total = sum(
+        rdp.compute_rdp(q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=orders)
+        for e in events
+    )
+    loose = rdp.get_privacy_spent(orders=orders, rdp=total, delta=1e-5)[0]
+    exact = compose([event for event in events if event.sample_rate == 1], 1e-5).upper
+    reported = compose(events, 1e-5).upper
+    assert exact < reported <= 4.0
+    assert reported <= loose < 1.5 * reported
+
+
+def test_plan_counts_from_public_facts_alone(copy: Copy, public_run: Path, tmp_path: Path) -> None:
+    """Two data sets with the same declaration and other contents have the same plan, to the last digit."""
+    plans = []
+    for seed in (1, 2):
+        run = copy(public_run)
+        name = write_blobs(tmp_path / "same-name.npz", seed=seed)
+        run_probe(run, name, batch_size=30)
+        plans.append(plans_of(run))
+    assert plans[0] == plans[1]
