@@ -83,9 +83,9 @@ InsecureSeed = Annotated[
 ]
 Views = Annotated[
     int | None,
-    typer.Option(help="Augmented views K of each example, averaged before the clip. Default: 1, or 16 for finetune (paper).",
-                 rich_help_panel=TRAINING),
-]
+    typer.Option(help="Augmented views K of each example, averaged before the clip. "
+                 "Default: 1, or 16 for finetune (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Expected batch B = qN of Poisson sampling. Probe default: N (every example, q = 1).",

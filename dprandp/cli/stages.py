@@ -144,7 +144,7 @@ def probe(
 def finetune(
     source: Annotated[
         str | None,
-        typer.Option("--from", help="probe (default), or scratch: a random WRN without Phases I and II (De et al. 2022).",
+        typer.Option("--from", help="probe (default), or scratch: a random WRN, no Phase I or II (De et al. 2022).",
                      rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
     ] = None,
     arch: Annotated[

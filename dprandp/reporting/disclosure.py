@@ -123,6 +123,7 @@ def disclosure(
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one example's gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
@@ -232,6 +233,17 @@ def _epsilon(result: Facts) -> str:
         f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this "
         f"stage has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
         f"{number(result['epsilon_total'])}.{void}"
+    )
+
+
+def _refit(refit: Facts | None) -> str:
+    if not refit:
+        return "none"
+    lost = f", {refit['lost_steps']} of them lost in interruptions" if refit["lost_steps"] else ""
+    return (
+        f"then the head alone, on the features of the tuned extractor, with all that was left of ε: "
+        f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
+        f"C = {number(refit['clip_norm'])}, K = 1"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dprandp import report
 from dprandp.config import StageConfig
+from dprandp.reporting.disclosure import epsilon_text
 from dprandp.signals import graceful_stop
 from dprandp.stages import finetune, generate, pretrain, probe
 from dprandp.stages.context import Context
@@ -61,5 +62,5 @@ def stage_line(name: str, result: dict) -> str:
     if name == "pretrain":
         quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
         return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}, in {seconds}"
-    privacy = f"ε = {result['epsilon']:.3f}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
+    privacy = f"ε = {epsilon_text(result['epsilon'])}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
     return f"{name}: {result['data']} test accuracy {100 * result['accuracy']:.2f} % at {privacy}, in {seconds}"

@@ -204,8 +204,8 @@ def test_config_file_is_not_overruled_by_the_run(
     """A file that asks for another budget or architecture than the run's is refused, not passed over in silence."""
     run = run_after("finetune")
     settings = (folder / "small.toml").read_text()
-    settings = settings.replace("[probe]", "[probe]\nepsilon = 3").replace("[pretrain]", "[pretrain]\narch = 'wrn-10-1'")
-    (tmp_path / "other.toml").write_text(settings)
+    settings = settings.replace("[probe]", "[probe]\nepsilon = 3")
+    (tmp_path / "other.toml").write_text(settings.replace("[pretrain]", "[pretrain]\narch = 'wrn-10-1'"))
     refused(dprandp("probe", "--config", tmp_path / "other.toml", "--run", run), 5, "fixed at ε = 2", "ε = 3")
     refused(dprandp("pretrain", "--config", tmp_path / "other.toml", "--run", run), 2, 'is now "wrn-10-1"')
 

@@ -57,9 +57,12 @@ def test_other_budget(dprandp: Dprandp, run_after: RunAfter) -> None:
 def test_finished_run_has_nothing_left(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("finetune")
     before = state_of(run)
-    for stage in ("probe", "finetune"):
+    for stage, *fragments in (
+        ("probe", "above its budget of 2", "start a new --run"),
+        ("finetune", "already spent ε = 1.99", "start a new run"),
+    ):
         done = dprandp(stage, "--config", "small.toml", "--run", run, "--overwrite", before=NO_PIXELS)
-        refused(done, 5, "already spent ε = 1.99", "start a new run")
+        refused(done, 5, *fragments)
     assert state_of(run) == before
 
 

@@ -40,6 +40,9 @@ SLOW_GRID = [
     for q in (1e-3, 0.02, 0.3, 0.99)
     for steps in (1, 30, 1000)
     for delta in (1e-3, 1e-7)
+    if not (
+        sigma <= 1 and q >= 0.3 and steps == 1000
+    )  # epsilon in the hundreds: nobody runs it, the oracle takes minutes
 ]
 
 
@@ -47,8 +50,9 @@ def events_of(rows) -> list[GaussianEvent]:
     return [GaussianEvent(*row) for row in rows]
 
 
-def pld_epsilon(rows, delta: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=1e-4)
+def pld_epsilon(rows, delta: float, interval: float = 1e-4) -> float:
+    """ε by privacy loss distributions; pessimistic, and more so the coarser the interval."""
+    accountant = PLDAccountant(value_discretization_interval=interval)
     for sigma, q, steps in rows:
         gaussian = dp_event.GaussianDpEvent(sigma)
         accountant.compose(gaussian if q == 1 else dp_event.PoissonSampledDpEvent(q, gaussian), steps)
@@ -63,11 +67,14 @@ def rdp_epsilon(rows, delta: float) -> float:
 def check_against_pld(rows, delta):
     bound = compose(events_of(rows), delta)
     oracle = pld_epsilon(rows, delta)
-    # The oracle's own discretisation makes it up to 1e-3 pessimistic.
-    assert bound.upper >= oracle - 1e-3 * max(1.0, oracle) * (bound.lower == bound.upper) - 2e-4
+    if oracle < 0.1:
+        oracle = pld_epsilon(rows, delta, 1e-5)
+    pessimism = 2e-4 + 1e-3 * oracle  # of the oracle, by its own rounding up
+    assert bound.upper >= oracle - pessimism
     assert bound.lower <= oracle
-    assert bound.estimate == pytest.approx(oracle, rel=2e-3, abs=3e-4)
-    assert bound.upper - bound.lower <= 0.06 * oracle + 0.01
+    if "opacus" not in bound.accountant:  # the announced fallback is an upper bound and no more
+        assert bound.estimate == pytest.approx(oracle, rel=2e-3, abs=3e-4)
+        assert bound.upper - bound.lower <= 0.03 * oracle + 0.01
 
 
 @pytest.mark.parametrize(("rows", "delta"), GRID)

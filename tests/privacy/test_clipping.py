@@ -259,7 +259,7 @@ def test_block_size_changes_nothing(block, views):
     assert torch.allclose(clipped_softmax_sum(features, labels, weight, 0.5, block=block), reference, atol=1e-5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     names=kinds,
     views=st.integers(1, 4),

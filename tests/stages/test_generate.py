@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from stage_processes import Stages, stage_server
 
 from dprandp.errors import CheckpointError
 from dprandp.files import file_sha256
@@ -29,6 +30,11 @@ def shards(run: Path) -> dict[str, bytes]:
     """Every lasting file of the stage but its configuration."""
     folder = run / "1-generate"
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "config.toml"}
+
+
+@pytest.fixture(scope="module")
+def stages() -> Stages:
+    return stage_server()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def test_the_public_stages_load_neither_privacy_nor_data_sets(stages):
     assert [name for name in loaded if name.startswith(("dprandp.privacy", "dprandp.datasets"))] == []
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_workers_writes_the_same_bytes(stages, whole, tmp_path, workers):
     stages.must("generate", tmp_path, LEAVES, workers=workers)
     assert shards(tmp_path) == whole[1]
@@ -121,10 +127,12 @@ def test_killed_and_resumed_is_uninterrupted_byte_for_byte(stages, whole, tmp_pa
     assert result["images_per_second"] > 0
 
 
-def test_a_finished_stage_is_skipped_and_a_removed_shard_is_made_again_alone(stages, whole, tmp_path):
-    first = stages.must("generate", tmp_path, LEAVES)
-    assert stages.must("generate", tmp_path, LEAVES) == first
-    assert shards(tmp_path) == whole[1]
+def test_a_finished_stage_is_skipped(stages, whole):
+    run, files, result = whole
+    before = {path: path.stat().st_mtime_ns for path in (run / "1-generate").iterdir()}
+    assert stages.must("generate", run, LEAVES) == result
+    assert {path: path.stat().st_mtime_ns for path in (run / "1-generate").iterdir()} == before
+    assert shards(run) == files
 
 
 def test_a_torn_shard_is_made_again(stages, whole, tmp_path):
@@ -150,6 +158,7 @@ def test_resume_keeps_the_recorded_process_and_its_blocks(stages, whole, tmp_pat
     assert shards(tmp_path) == whole[1]
 
 
+@pytest.mark.slow  # every worker imports torch
 def test_a_worker_that_dies_is_an_error_with_a_way_out(stages, whole, tmp_path):
     outcome = stages.run("generate", tmp_path, LEAVES, workers=2, fault="shard-written:2")
     assert outcome.code == 6
@@ -189,7 +198,8 @@ def group_of(leader: int) -> list[int]:
     return members
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent_and_ctrl_c_is_the_parents_to_obey(tmp_path, how):
     """Ctrl-C in a terminal reaches all processes of the group; kill -9 reaches the parent alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -253,11 +263,16 @@ def test_a_shard_that_is_a_pickle_is_not_opened(copied):
     manifest = read_manifest(copied)
     manifest["shards"][1]["sha256"] = file_sha256(path)
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises((ValueError, CheckpointError), match="object|Object|pickle"):
+    with pytest.raises(CheckpointError, match=r"shard-00001\.npy does not hold the images"):
         load_images(copied)
+    np.load(path, allow_pickle=True)  # positive control: it is one
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2]", b"{}", b"\xff\xfe", b'{"shards": [1]}', b'{"shards": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[1, 2]", b"{}", b"\xff\xfe", b'{"shards": [1]}', b'{"shards": []}',
+     b'{"shards": [{"file": "../x.npy", "sha256": "0"}]}'],
+)  # fmt: skip
 def test_a_damaged_manifest_is_named(copied, content):
     path = copied / "manifest.json"
     path.unlink() if content is None else path.write_bytes(content)

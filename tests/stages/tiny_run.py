@@ -1,4 +1,4 @@
-"""A run of seconds: tiny data, tiny stages called in this process, and a recorder of everything private that happens."""
+"""A run of seconds: tiny data, tiny stages called in this process, a recorder of everything private that happens."""
 
 from __future__ import annotations
 

@@ -1,0 +1,377 @@
+"""Promises 4, 6, 7, 8 and the fine-tune's own arithmetic: released parameters are a function of noisy updates alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import (
+    CLASSES,
+    Recorder,
+    blobs,
+    context,
+    metrics_of,
+    plans_of,
+    read_json,
+    run_finetune,
+    run_probe,
+    run_scratch,
+)
+from torch import Tensor, nn
+
+from dprandp.config import PretrainConfig
+from dprandp.errors import UsageError
+from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
+from dprandp.privacy.sampling import PoissonSampler
+from dprandp.stages import finetune
+from dprandp.vision import extractors, patchnet_gradients, whitening
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import to_input
+
+Copy = Callable[[Path], Path]
+Record = Callable[[Path], Recorder]
+Patch = pytest.MonkeyPatch
+CPU = torch.device("cpu")
+CLIP = 0.05
+
+
+@pytest.fixture
+def exact(monkeypatch: Patch) -> None:
+    """float32 everywhere: no bfloat16 where the processor has it."""
+    monkeypatch.setattr(finetune, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(extractors, "autocast", lambda device: contextlib.nullcontext())
+
+
+def model_of(arch: str) -> Classifier:
+    """A classifier with random weights, a random whitener and a random head."""
+    generator = torch.Generator().manual_seed(1)
+    settings = PretrainConfig(arch=arch, filters=16)
+    extractor = extractors.build_extractor(settings, generator)
+    whitener = whitening.Whitener(extractor.feature_dim, 20)
+    whitener.projection.normal_(generator=generator)
+    model = Classifier(extractor, whitener, CLASSES)
+    model.head.data.normal_(generator=generator)
+    return model
+
+
+def views_of(count: int, views: int = 2) -> tuple[Tensor, Tensor]:
+    """Different views: the image and its mirror image."""
+    made = blobs(3)
+    images = to_input(made["x_train"][:count])
+    return torch.stack([images, images.flip(-1)], dim=1)[:, :views], torch.from_numpy(made["y_train"][:count])
+
+
+def scaled_parameters(model: Classifier, scale: float) -> dict[str, Tensor]:
+    return {
+        name: value.detach().clone() / (scale if name.startswith("extractor.") else 1)
+        for name, value in model.named_parameters()
+    }
+
+
+def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor], tolerance: float) -> None:
+    """Equal up to a part of the joint norm."""
+    assert left.keys() == right.keys()
+    joint = math.sqrt(sum(float(value.square().sum()) for value in right.values()))
+    apart = math.sqrt(sum(float((left[name] - right[name]).square().sum()) for name in right))
+    assert joint > 0
+    assert apart <= tolerance * joint
+
+
+def norm_of(sums: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in sums.values()))
+
+
+# -------------------------------------------------------------------------------------- 6: memory flags change nothing
+
+
+@pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])
+def test_6_the_clipped_sum_is_the_same_for_every_microbatch(tmp_path: Path, exact: None, arch: str) -> None:
+    views, labels = views_of(7)
+    sums = []
+    for microbatch in (None, 1, 3, 16):
+        model = model_of(arch)
+        with context(tmp_path / "run", microbatch=microbatch) as given:
+            source = finetune._gradient_source(model, 0.1, given)
+            parameters = scaled_parameters(model, 0.1)
+            sums.append(sum_of_clipped(source(parameters, views, labels), parameters, CLIP))
+    for other in sums[1:]:
+        assert_close(other, sums[0], 1e-5)
+    assert norm_of(sums[0]) <= 7 * CLIP
+
+
+def test_6_closed_form_and_automatic_gradients_agree(exact: None) -> None:
+    views, labels = views_of(6)
+    scale = 0.3
+    model = model_of("patchnet")
+    parameters = scaled_parameters(model, scale)
+    automatic = sum_of_clipped(
+        per_example_gradients(finetune.loss_function(model, scale, CPU), parameters, views, labels, 3), parameters, CLIP
+    )
+    closed = patchnet_gradients.per_example_gradients(model, views, labels)
+    closed = {name: finetune.unscaled(name, closed[name], scale) for name in parameters}
+    assert_close(sum_of_clipped([closed], parameters, CLIP), automatic, 1e-4)
+    # the scale matters: with the wrong one the two are far apart
+    wrong = {name: finetune.unscaled(name, closed[name], 2.0) for name in parameters}
+    with pytest.raises(AssertionError):
+        assert_close(sum_of_clipped([wrong], parameters, CLIP), automatic, 1e-2)
+
+
+def test_6_the_whole_stage_with_another_microbatch(
+    copy: Copy, probed_run: Path, data: str, exact: None, monkeypatch: Patch
+) -> None:
+    """Same batches and noise (a seed, for once): the released parameters agree."""
+    released = []
+    for microbatch, closed_form in ((1, True), (16, True), (3, False)):
+        if not closed_form:
+            monkeypatch.setattr(finetune, "PatchNet", type(None))  # so that no extractor has a closed form
+        run = copy(probed_run)
+        run_finetune(run, data, {"insecure_seed": 1, "microbatch": microbatch}, views=2, steps=3, refit_steps=2)
+        released.append(load_file(run / "model/model.safetensors"))
+    for other in released[1:]:
+        assert_close(other, released[0], 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ 8: isolated examples
+
+
+@pytest.mark.parametrize(("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("wrn-10-1", False)])
+def test_8_no_gradient_moves_when_another_example_does(exact: None, arch: str, closed_form: bool) -> None:
+    views, labels = views_of(5)
+    model = model_of(arch)
+    loss = finetune.loss_function(model, 1.0, CPU)
+    parameters = scaled_parameters(model, 1.0)
+
+    def gradients(images: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        if closed_form:
+            return patchnet_gradients.per_example_gradients(model, images, answers)
+        (rows,) = per_example_gradients(loss, parameters, images, answers, 5)
+        return rows
+
+    before = {name: value.clone() for name, value in gradients(views, labels).items()}
+    changed = views.clone()
+    changed[3] = 255 - changed[3]
+    after = gradients(changed, torch.where(torch.arange(5) == 3, (labels + 1) % CLASSES, labels))
+    others = [0, 1, 2, 4]
+    for name in before:
+        assert torch.allclose(before[name][others], after[name][others], rtol=1e-4, atol=1e-6)
+    assert max(float((before[name][3] - after[name][3]).abs().max()) for name in before) > 1e-3
+    # and each row is what the example gives alone
+    one_by_one = [gradients(views[i : i + 1], labels[i : i + 1]) for i in range(5)]
+    alone = {name: torch.cat([rows[name] for rows in one_by_one]) for name in before}
+    for name in before:
+        assert torch.allclose(before[name], alone[name], rtol=1e-3, atol=1e-5)
+
+
+class Mixing(nn.Module):
+    """An extractor with a layer that mixes examples."""
+
+    feature_dim = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normaliser = nn.BatchNorm2d(3)
+        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 12))
+
+    @staticmethod
+    def normalise(images: Tensor) -> Tensor:
+        return images.float() / 255
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.normaliser(images).flatten(1) @ self.weight
+
+
+def test_8_batch_norm_is_refused_by_name(tmp_path: Path, data: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(finetune, "build_extractor", lambda config, generator: Mixing())
+    with pytest.raises(UsageError, match=r"extractor\.normaliser.*BatchNorm2d"):
+        run_scratch(tmp_path / "run", data)
+    ledger = tmp_path / "run/privacy/ledger.jsonl"
+    assert len(ledger.read_text(encoding="utf-8").splitlines()) == 1  # the header: nothing was paid for
+    assert not (tmp_path / "run/model/model.safetensors").exists()
+
+
+# ----------------------------------------------------------- 4 and 7: one record less changes the sum only
+
+
+def replay(run: Path, data: str, without: int | None, stage: Callable[..., dict], **changes) -> None:
+    """Run a stage on given batches and given noise, with or without one record in the batches."""
+    draw = PoissonSampler.draw
+    with pytest.MonkeyPatch.context() as patch:
+        if without is not None:
+            patch.setattr(PoissonSampler, "draw", lambda sampler: (found := draw(sampler))[found != without])
+        stage(run, data, {"insecure_seed": 5}, **changes)
+
+
+@pytest.mark.parametrize("kind", ["probe", "patchnet", "wrn"])
+def test_7_one_record_less_moves_nothing_but_the_sum(
+    copy: Copy, public_run: Path, probed_run: Path, wide_run: Path, data: str, record: Record, kind: str
+) -> None:
+    """D against D without record 11: same noise and same other records in the batches (record and replay)."""
+    source, stage = {"probe": (public_run, run_probe), "patchnet": (probed_run, run_finetune)}.get(kind, (None, None))
+    changes = {"clip_norm": CLIP, "batch_size": 40}
+    if kind == "wrn":
+        source, stage = copy(wide_run), run_finetune
+        run_probe(source, data, {"insecure_seed": 5})
+        changes |= {"refit_steps": 0, "batch_size": 30, "steps": 3}
+    runs = [copy(source), copy(source)]
+    seen = [Recorder(run) for run in runs]
+    member = 11
+    for run, recorder, without in zip(runs, seen, (None, member), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            recorder.install(patch)
+            replay(run, data, without, stage, **changes)
+    first = next(i for i, release in enumerate(seen[0].releases) if member in release.indices)
+    left, right = (recorder.releases[first] for recorder in seen)
+    assert set(left.indices) - set(right.indices) == {member}
+    # 4: the first sum that holds the record differs by its clipped gradient: of norm C, as C is small
+    moved = norm_of({name: left.sums[name] - right.sums[name] for name in left.sums})
+    assert 0.98 * CLIP < moved <= CLIP * (1 + 1e-4)
+    # the noise did not move, and neither did the divisor
+    assert torch.allclose(left.noise, right.noise, atol=1e-4)
+    assert len(seen[0].releases) == len(seen[1].releases)
+    assert [release.divisor for release in seen[0].releases] == [release.divisor for release in seen[1].releases]
+    # what is written has the same names and sizes
+    assert plans_of(runs[0]) == plans_of(runs[1])
+    configs = [read_json(run / "model/config.json") for run in runs]
+    assert list(configs[0]) == list(configs[1])
+    assert list(configs[0]["result"]) == list(configs[1]["result"])
+    for key in ("steps", "charged_steps", "expected_batch", "sample_rate", "lr", "noise_multiplier", "train_examples"):
+        assert configs[0]["result"][key] == configs[1]["result"][key]
+    assert len({(run / "model/model.safetensors").stat().st_size for run in runs}) == 1
+    folder = "3-probe" if kind == "probe" else "4-finetune"
+    assert len({len(metrics_of(run / folder)) for run in runs}) == 1
+    names = [sorted(str(path.relative_to(run)) for path in (run / folder).rglob("*")) for run in runs]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetune"])
+def test_7_the_divisor_is_the_expected_batch(
+    copy: Copy, public_run: Path, probed_run: Path, data: str, record: Record, kind: str
+) -> None:
+    """Without noise the update is the sum over qN, for whatever number of records was drawn."""
+    if kind == "probe":
+        run = copy(public_run)
+        seen = record(run)
+        run_probe(run, data, epsilon=math.inf, batch_size=30)
+        expected = 30
+    else:
+        run = copy(public_run)
+        run_probe(run, data, epsilon=math.inf)
+        seen = record(run)
+        run_finetune(run, data, epsilon=math.inf, batch_size=24, refit_steps=0)
+        expected = 24
+    assert len({len(release.indices) for release in seen.releases}) > 1
+    for release in seen.releases:
+        for name, update in release.released.items():
+            assert torch.allclose(update.double(), release.sums[name].double() / expected, rtol=1e-5, atol=1e-9)
+
+
+# ------------------------------------------------- what is released is computed from the noisy updates alone
+
+
+def test_9_the_released_head_is_a_function_of_the_noisy_updates(
+    copy: Copy, public_run: Path, data: str, record: Record
+) -> None:
+    for released in ("average", "ema", "last"):
+        run = copy(public_run)
+        seen = record(run)
+        result = run_probe(run, data, batch_size=30, released=released)
+        head = velocity = average = torch.zeros_like(seen.releases[0].released["head"])
+        for step, release in enumerate(seen.releases):
+            velocity = 0.9 * velocity + release.released["head"]
+            head = head - result["lr"] * velocity
+            if released == "average" and step >= 4:
+                average = average + (head - average) / (step - 3)
+            elif released == "ema":
+                decay = min(0.97, (1 + step) / (10 + step))
+                average = decay * average + (1 - decay) * head
+        expected = head if released == "last" else average
+        stored = load_file(run / "3-probe/head.safetensors")["head"]
+        assert torch.allclose(stored, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(load_file(run / "model/model.safetensors")["head"], stored)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_9_the_tuned_parameters_are_a_function_of_the_noisy_updates(
+    copy: Copy, probed_run: Path, data: str, record: Record, momentum: float
+) -> None:
+    """Momentum SGD and EMA redone by hand from what ``release`` returned, then the refit from there."""
+    run = copy(probed_run)
+    before = load_file(run / "model/model.safetensors")
+    seen = record(run)
+    scale = 0.2
+    result = run_finetune(run, data, extractor_scale=scale, momentum=momentum, ema=0.9)
+    assert [release.mechanism for release in seen.releases] == ["finetune"] * 4 + ["finetune.head"] * 6
+    names = list(seen.releases[0].released)
+    assert sorted(names) == ["extractor.bias", "extractor.weight", "head"]
+    for name in names:
+        s = scale if name.startswith("extractor.") else 1.0
+        value = before[name].double() / s
+        average, velocity = value, torch.zeros_like(value)
+        for step, release in enumerate(seen.of("finetune")):
+            velocity = momentum * velocity + release.released[name].double()
+            value = value - result["lr"] * velocity
+            decay = min(0.9, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * value
+        stored = load_file(run / "4-finetune/model.safetensors")[name].double()
+        assert torch.allclose(stored, average * s, rtol=1e-4, atol=1e-5)
+        if name == "head":
+            head, velocity, mean = average, torch.zeros_like(average), torch.zeros_like(average)
+            for step, release in enumerate(seen.of("finetune.head")):
+                velocity = result["refit"]["momentum"] * velocity + release.released["head"].double()
+                head = head - result["refit"]["lr"] * velocity
+                if step >= 3:
+                    mean = mean + (head - mean) / (step - 2)
+            stored = load_file(run / "4-finetune/refit/head.safetensors")["head"].double()
+            assert torch.allclose(stored, mean, rtol=1e-4, atol=1e-5)
+        out = load_file(run / "model/model.safetensors")[name].double()
+        assert torch.equal(out, stored)
+    # nothing else of the model moved
+    after = load_file(run / "model/model.safetensors")
+    for name in before.keys() - set(names):
+        assert torch.equal(before[name], after[name])
+
+
+def test_the_card_of_a_finetune_names_the_probe(tuned_run: Path, probed_run: Path) -> None:
+    """Its ε holds the probe's cost; a reader must be able to add it up."""
+    card = (tuned_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    (row,) = [line for line in card.splitlines() if "Also counted in ε" in line]
+    plan = plans_of(tuned_run)["probe"]["plan"]
+    assert "probe: q = 1, T = 8" in row
+    assert f"{plan['noise_multiplier']:.6g}" in row
+    assert "Also counted" not in (probed_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_frozen_extractor_stays_as_it_was(copy: Copy, probed_run: Path, data: str) -> None:
+    run = copy(probed_run)
+    before = load_file(run / "model/model.safetensors")
+    run_finetune(run, data, extractor_scale=0.0)
+    after = load_file(run / "model/model.safetensors")
+    assert torch.equal(before["extractor.weight"], after["extractor.weight"])
+    assert not torch.equal(before["head"], after["head"])
+
+
+def test_views_of_an_example_do_not_depend_on_the_batch(
+    copy: Copy, probed_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    """Leaving out a record hands its random crops to nobody else."""
+    draw, seen = PoissonSampler.draw, []
+    views = finetune.private_views
+
+    def recorded(images: Tensor, count: int, draws: Tensor, **options) -> Tensor:
+        made = views(images, count, draws, **options)
+        seen[-1].append({tuple(image.flatten().tolist()[:200]): view for image, view in zip(images, made, strict=True)})
+        return made
+
+    monkeypatch.setattr(finetune, "private_views", recorded)
+    for keep in (slice(None), slice(1, None)):
+        monkeypatch.setattr(PoissonSampler, "draw", lambda sampler, keep=keep: draw(sampler)[keep])
+        seen.append([])
+        run_finetune(copy(probed_run), data, {"insecure_seed": 2}, views=3, steps=2, refit_steps=0)
+    for whole, fewer in zip(*seen, strict=True):
+        assert len(fewer) == len(whole) - 1
+        assert all(torch.equal(whole[key], fewer[key]) for key in fewer)

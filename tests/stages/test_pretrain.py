@@ -1,0 +1,291 @@
+"""An extractor from sixty tiny synthetic images, by both ways to learn: what is written, repeated, resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from stage_processes import Stages, stage_server
+
+from dprandp import checkpoint
+from dprandp.config import PretrainConfig
+from dprandp.console import Console
+from dprandp.rundir import RunDir
+from dprandp.stages.context import Context
+from dprandp.stages.pretrain import colour_mode, load_extractor, synthetic_crops
+from dprandp.vision.extractors import extract
+
+IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
+PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
+WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
+       "checkpoint_every": 4}  # fmt: skip
+RECIPES = {"patchnet": PATCHNET, "wrn": WRN}
+KILLED = -signal.SIGKILL
+TIMES = ("seconds", "views_per_second")
+
+
+@pytest.fixture(scope="module")
+def stages() -> Stages:
+    return stage_server()
+
+
+@pytest.fixture(scope="module")
+def images(stages, tmp_path_factory) -> Path:
+    """A run that has generated."""
+    run = tmp_path_factory.mktemp("images") / "run"
+    stages.must("generate", run, IMAGES)
+    return run
+
+
+@pytest.fixture
+def fresh(images, tmp_path) -> Path:
+    """A copy of it to go on from."""
+    return Path(shutil.copytree(images, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def learned(stages, images, tmp_path_factory):
+    """Each recipe in one go: name -> (run, result)."""
+    runs = {}
+    for name, recipe in RECIPES.items():
+        run = Path(shutil.copytree(images, tmp_path_factory.mktemp(name) / "run"))
+        runs[name] = run, stages.must("pretrain", run, recipe)
+    return runs
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "2-pretrain").iterdir())}
+
+
+def weights(run: Path) -> bytes:
+    return files(run)["extractor.safetensors"]
+
+
+def timeless(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in TIMES}
+
+
+def context_of(run: Path) -> Context:
+    return Context(RunDir.open(run, create=False), Console(quiet=True), torch.device("cpu"), run)
+
+
+# ------------------------------------------------------------------------------------------------------ what comes out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_result_and_the_files(learned, name):
+    run, result = learned[name]
+    assert set(result) == {
+        "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "knn_accuracy",
+        "seconds",
+    }  # fmt: skip
+    assert result["arch"] == RECIPES[name]["arch"]
+    assert result["random_init"] is False
+    assert result["seconds"] > 0
+    if name == "wrn":
+        assert result["steps"] == 12
+        assert result["views_per_second"] > 0
+        assert math.isfinite(result["loss"])
+        assert result["loss"] < 0
+    else:
+        assert (result["steps"], result["views_per_second"], result["loss"]) == (3, None, None)
+    assert sorted(files(run)) == [
+        "LATEST", "config.toml", "extractor.json", "extractor.safetensors", "metrics.jsonl"
+    ]  # fmt: skip  # the checkpoints on the way are gone
+    assert RunDir.open(run, create=False).result("pretrain") == result
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_extractor_loads_with_its_configuration(learned, name):
+    run, result = learned[name]
+    network, config = load_extractor(context_of(run))
+    assert config == PretrainConfig(**RECIPES[name])
+    assert not network.training
+    assert network.feature_dim == result["feature_dim"]
+    assert sum(parameter.numel() for parameter in network.parameters()) == result["parameters"]
+    crops = synthetic_crops(context_of(run), 60, 0)
+    features = extract(network, crops, mirror=False)
+    assert features.shape == (60, result["feature_dim"])
+    assert features.isfinite().all()
+    assert features.std(dim=0).max() > 0
+
+
+def test_metrics_are_written_step_by_step(learned):
+    lines = [json.loads(line) for line in files(learned["wrn"][0])["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in lines] == [10, 12]
+    assert learned["wrn"][1]["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-5)
+    passes = [json.loads(line) for line in files(learned["patchnet"][0])["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in passes] == [1, 2, 3]
+    similarities = [line["similarity"] for line in passes]
+    assert similarities == sorted(similarities)  # k-means gets nearer
+    assert similarities[0] > 0
+
+
+def test_neighbours_are_found_well_above_chance(learned):
+    """Another crop of the same image among 60: one in 60 by chance, 6 of 60 with probability below 1e-3."""
+    assert learned["patchnet"][1]["knn_accuracy"] > 6 / 60
+    assert 0 <= learned["wrn"][1]["knn_accuracy"] <= 1
+
+
+def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):
+    result = stages.must("pretrain", fresh, {**PATCHNET, "random_init": True})
+    assert result["random_init"] is True
+    assert result["steps"] == 0
+    assert 0 <= result["knn_accuracy"] <= 1
+    control, _ = load_extractor(context_of(fresh))
+    network, _ = load_extractor(context_of(learned["patchnet"][0]))
+    assert control.weight.shape == network.weight.shape
+    assert not torch.allclose(control.weight, network.weight, rtol=0.1)
+    torch.testing.assert_close(control.weight.norm(dim=1), torch.ones(24))
+    assert control.bias.eq(0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- repeating
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_seed_repeats_every_byte_and_another_does_not(stages, learned, images, tmp_path, name):
+    run, result = learned[name]
+    for folder in ("again", "other"):
+        shutil.copytree(images, tmp_path / folder)
+    again = stages.must("pretrain", tmp_path / "again", RECIPES[name])
+    assert files(tmp_path / "again") == files(run)
+    assert timeless(again) == timeless(result)
+    stages.must("pretrain", tmp_path / "other", {**RECIPES[name], "seed": 1})
+    assert weights(tmp_path / "other") != weights(run)
+
+
+@pytest.mark.parametrize("colour", ["rgb", "grey"])
+def test_the_colour_of_the_images_decides(stages, learned, fresh, colour):
+    stages.must("pretrain", fresh, {**PATCHNET, "colour": colour})
+    assert weights(fresh) != weights(learned["patchnet"][0])
+
+
+def test_colour_modes():
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    is_grey = {mode: (colour_mode(images, mode).float().std(dim=1) == 0).all(dim=(1, 2)).tolist()
+               for mode in ("rgb", "grey", "mixed")}  # fmt: skip
+    assert is_grey == {"rgb": [False] * 5, "grey": [True] * 5, "mixed": [True, False, True, False, True]}
+    assert torch.equal(colour_mode(images, "mixed")[1::2], images[1::2])
+    assert torch.equal(images, before)
+
+
+def test_crops_are_public_functions_of_the_seed(learned):
+    context = context_of(learned["patchnet"][0])
+    assert torch.equal(synthetic_crops(context, 20, 0), synthetic_crops(context, 20, 0))
+    assert not torch.equal(synthetic_crops(context, 20, 0), synthetic_crops(context, 20, 1))
+    assert synthetic_crops(context, 20, 0).shape == (20, 3, 32, 32)
+    assert len(synthetic_crops(context, 1000, 0)) == 60
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+# The checkpoints of 12 steps, one every 4, and the extractor: each moves LATEST once.
+@pytest.mark.parametrize("fault", ["pointer-moved:1", "pointer-moved:2", "pointer-moved:3", "temp-written:6"])
+def test_killed_and_resumed_weights_are_the_uninterrupted_ones(stages, learned, fresh, fault):
+    assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
+    assert RunDir.open(fresh, create=False).status()[1]["state"] == "partial"
+    result = stages.must("pretrain", fresh, WRN)
+    run, expected = learned["wrn"]
+    same = ["LATEST", "config.toml", "extractor.json", "extractor.safetensors"]
+    assert {name: files(fresh)[name] for name in same} == {name: files(run)[name] for name in same}
+    assert sorted(files(fresh)) == sorted(files(run))
+    assert {**timeless(result), "loss": None} == {**timeless(expected), "loss": None}
+
+
+def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
+    """It does not merely start again: a checkpoint that was swapped for another's state shows in the end."""
+    assert stages.run("pretrain", fresh, WRN, fault="pointer-moved:2").code == KILLED
+    folder = fresh / "2-pretrain"
+    saved = checkpoint.load(folder)
+    assert (saved.name, saved.meta["step"]) == ("step-0000008", 8)
+    moved = {name: tensor + 1e-3 if tensor.is_floating_point() else tensor for name, tensor in saved.tensors.items()}
+    checkpoint.save(folder, saved.name, moved, saved.meta)
+    stages.must("pretrain", fresh, WRN)
+    reference = fresh.parent / "reference"
+    shutil.copytree(fresh, reference)
+    stages.must("pretrain", reference, WRN, overwrite=True)
+    assert weights(reference) != weights(fresh)
+
+
+@pytest.mark.parametrize("fault", ["pointer-moved:1", "pointer-moved:2", "pointer-moved:3"])
+def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, learned, fresh, fault):
+    assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
+    result = stages.must("pretrain", fresh, WRN)
+    run, expected = learned["wrn"]
+    assert files(fresh)["metrics.jsonl"] == files(run)["metrics.jsonl"]
+    assert result["loss"] == expected["loss"]
+
+
+def test_the_line_of_a_checkpoints_own_step_survives_a_crash(stages, learned, fresh, images, tmp_path):
+    every_ten = {**WRN, "checkpoint_every": 10}
+    assert stages.run("pretrain", fresh, every_ten, fault="pointer-moved:1").code == KILLED
+    stages.must("pretrain", fresh, every_ten)
+    assert files(fresh)["metrics.jsonl"] == files(learned["wrn"][0])["metrics.jsonl"]
+
+
+def test_patchnet_killed_and_repeated(stages, learned, fresh):
+    assert stages.run("pretrain", fresh, PATCHNET, fault="pointer-moved:1").code == KILLED
+    result = stages.must("pretrain", fresh, PATCHNET)
+    assert files(fresh) == files(learned["patchnet"][0])
+    assert timeless(result) == timeless(learned["patchnet"][1])
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned, fresh):
+    assert stages.run("pretrain", fresh, WRN, fault="pointer-moved:2").code == KILLED
+    newest = fresh / "2-pretrain" / "step-0000008.safetensors"
+    data = newest.read_bytes()
+    newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    stages.must("pretrain", fresh, WRN)
+    assert weights(fresh) == weights(learned["wrn"][0])
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("recipe", "code", "said"),
+    [
+        ({"arch": "vit-b"}, 2, "unknown architecture 'vit-b'"),
+        ({"arch": "patchnet", "patch_size": 40}, 2, "patch_size = 40"),
+        ({**WRN, "layer_order": "conv-only"}, 2, "layer order 'conv-only'"),
+    ],
+)
+def test_an_impossible_extractor_is_refused_before_anything_is_written(stages, fresh, recipe, code, said):
+    outcome = stages.run("pretrain", fresh, recipe)
+    assert outcome.code == code
+    assert said in outcome.result["problem"]
+    assert not (fresh / "2-pretrain").exists()
+
+
+def test_without_images_it_says_what_to_run(stages, tmp_path):
+    outcome = stages.run("pretrain", tmp_path / "run", PATCHNET)
+    assert outcome.code == 3
+    assert "dprandp generate" in outcome.result["fix"]
+
+
+def test_other_images_are_not_mixed_with_what_was_learned(stages, fresh):
+    stages.must("pretrain", fresh, PATCHNET)
+    stages.must("generate", fresh, {**IMAGES, "seed": 9}, overwrite=True)
+    outcome = stages.run("pretrain", fresh, PATCHNET)
+    assert outcome.code == 2
+    assert "manifest.json changed" in outcome.result["problem"]
+    before = weights(fresh)
+    stages.must("pretrain", fresh, PATCHNET, overwrite=True)
+    assert weights(fresh) != before
+
+
+def test_images_damaged_since_are_noticed(stages, fresh):
+    path = fresh / "1-generate" / "shard-00000.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    outcome = stages.run("pretrain", fresh, PATCHNET)
+    assert outcome.code == 4
+    assert "shard-00000.npy" in outcome.result["problem"]
