@@ -57,8 +57,8 @@ class PretrainConfig:
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
     # wrn-D-K
-    steps: int = 300
-    batch_size: int = 64
+    steps: int = 100
+    batch_size: int = 32
     lr: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -67,7 +67,7 @@ class PretrainConfig:
     projection_dim: int = 128
     layer_order: str = "relu-norm-conv"
     weight_standardisation: bool = True
-    checkpoint_every: int = 50
+    checkpoint_every: int = 20
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "pretrain": {
             "filters": 1600,
             "dictionary_patches": 400_000,
-            "steps": 2500,
-            "batch_size": 128,
-            "lr": 0.06,
+            "steps": 600,
+            "batch_size": 64,
             "projection_hidden": 1024,
-            "checkpoint_every": 100,
         },
         "probe": {"dims": 2048, "statistics_images": 8000},
         "finetune": {},

@@ -196,8 +196,12 @@ def clipped_softmax_sum(
     views = features.shape[1] if views_given else 1
     block = max(1, block // views)
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
+    # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
+    buffer = None if features.dtype == precision else features.new_empty((block, *features.shape[1:]), dtype=precision)
     for start in range(0, len(features), block):
-        x = features[start : start + block].to(precision)
+        x = features[start : start + block]
+        if buffer is not None:
+            x = buffer[: len(x)].copy_(x)
         rows = x.reshape(-1, x.shape[-1])
         residual = torch.softmax(rows @ weight, dim=1).view(len(x), views, classes)
         chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)

@@ -27,12 +27,12 @@ STAGES = {
     "pretrain": ("generate", ["pretrain"], "2-pretrain/metrics.jsonl", 1),
     "pretrain-wrn": (
         "generate",
-        ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 4],
-        "2-pretrain/metrics.jsonl",
+        ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 2],
+        "2-pretrain/LATEST",
         1,
     ),
     "probe": ("pretrain", ["probe", "--data", "npz:tiny.npz", "--steps", 300], "3-probe/metrics.jsonl", 5),
-    "finetune": ("probe", ["finetune", "--steps", 12], "4-finetune/metrics.jsonl", 2),
+    "finetune": ("probe", ["finetune", "--steps", 8], "4-finetune/metrics.jsonl", 2),
 }
 
 LONG = """
@@ -50,6 +50,8 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
     settings = (folder / "small.toml").read_text()
     if name == "pretrain":
         settings = settings.partition("[pretrain]")[0] + LONG
+    if name == "pretrain-wrn":
+        settings = settings.replace("[pretrain]", "[pretrain]\ncheckpoint_every = 1")
     (tmp_path / "long.toml").write_text(settings)
     command = [*command, "--config", tmp_path / "long.toml", "--run", run]
     stage = str(command[0])
