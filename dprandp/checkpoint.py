@@ -195,6 +195,21 @@ def resume(
     return load(directory, None, expect, fallback=True, warn=warn)
 
 
+def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
+    """``load`` what a finished stage left, for a later stage: the advice then names the stage that made it.
+
+    Raises:
+        CheckpointError: as ``load``.
+    """
+    try:
+        return load(directory, name)
+    except DamagedCheckpointError as error:
+        cost = "; a private stage made again is paid for again" if stage in ("probe", "finetune") else ""
+        raise CheckpointError(
+            error.problem, fix=f"restore it from a copy, or make it again: dprandp {stage} --overwrite{cost}"
+        ) from error
+
+
 def _load_whole(path: Path) -> Checkpoint:
     sidecar = path.with_name(path.name.removesuffix(".safetensors") + ".json")
     for needed in (path, sidecar):

@@ -70,8 +70,7 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
         return None
     from dprandp.datasets import open_dataset
 
-    options = {"num_classes": classes} if data.startswith("npz:") and classes else {}
-    return "grey" if open_dataset(data, data_dir, **options).spec.channels == 1 else "rgb"
+    return "grey" if open_dataset(data, data_dir, num_classes=classes).spec.channels == 1 else "rgb"
 
 
 def context(

@@ -194,7 +194,7 @@ def clipped_softmax_sum(
     precision = torch.float64 if features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if views_given else 1
-    block = max(1, block // views)
+    block = max(1, min(block // views, len(features)))
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
     # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else features.new_empty((block, *features.shape[1:]), dtype=precision)
@@ -206,7 +206,7 @@ def clipped_softmax_sum(
         residual = torch.softmax(rows @ weight, dim=1).view(len(x), views, classes)
         chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
         residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
-        factors = clip_factors(_outer_norms(x.view(len(x), views, -1), residual), clip_norm)
+        factors = clip_factors(_outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
         counted = factors > 0
         residual.mul_((factors / views).view(-1, 1, 1))
         if not bool(counted.all()):

@@ -14,6 +14,7 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
 
 ADJACENCY, UNIT = "add/remove one record", "one image"
+BUDGET_KEYS = ("data", "epsilon", "delta", "examples")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def read_budget(rundir: RunDir) -> dict[str, Any] | None:
         return None
     ledger = Ledger.open(rundir.privacy_dir / "ledger.jsonl", read_only=True)
     spent = ledger.spent(document["delta"]).upper
-    keys = ("data", "epsilon", "delta", "examples")
-    return {key: document[key] for key in keys} | {
+    return {key: document[key] for key in BUDGET_KEYS} | {
         "spent": spent,
         "private": ledger.private and math.isfinite(document["epsilon"]),
     }
@@ -90,6 +90,9 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
         document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
         if document["format"] != 1:
             raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
+        Budget(**{key: document[key] for key in BUDGET_KEYS})
+        if not (isinstance(document["stages"], dict) and 0 < document["delta"] < 1 and document["examples"] >= 1):
+            raise ValueError("a value out of its range")
         return document
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -119,6 +119,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "stage": STAGE,
         **release.evaluate(model, stage, mirror),
         **stage.disclosure(updates),
+        **({"epsilon_target": stage.budget.epsilon} if refit else {}),
         "refit": refit,
         "source": config.source,
         "arch": arch,

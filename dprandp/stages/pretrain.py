@@ -99,7 +99,7 @@ def load_extractor(context: Context) -> tuple[nn.Module, PretrainConfig]:
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
     """
-    loaded = checkpoint.load(context.rundir.stage_dir(STAGE), EXTRACTOR)
+    loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), EXTRACTOR, STAGE)
     config = PretrainConfig(**loaded.meta["config"])
     network = build_extractor(config)
     load_weights(network, loaded.tensors)

@@ -2,26 +2,27 @@
 
 The order matters and is the same in both stages:
 
-    1. name the data set (declared facts only)      4. write the plan to privacy/plan.json (``fix_plan``)
-    2. read the run's budget and ledger             5. read the private pixels
+    1. name the data set (declared facts only)      4. read the private pixels: their hash, for a later resume
+    2. read the run's budget and ledger             5. write plan and ledger (``fix_plan``)
     3. plan: σ from what is left, or refuse         6. train through ``mechanism()`` alone
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from dprandp import faults
 from dprandp.config import FinetuneConfig, ProbeConfig
 from dprandp.datasets import Dataset, DataSpec, open_dataset
-from dprandp.errors import BudgetError, UsageError
-from dprandp.files import atomic_write, to_json
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.files import atomic_write, storage_errors, to_json
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
-from dprandp.stages.budget import ADJACENCY, UNIT, Budget, default_delta, plan_file, read_plan_file
+from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, UNIT, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
 
 DEFAULT_SHARE = 0.3
@@ -42,7 +43,7 @@ class PrivateStage:
         self.name, self.dataset, self.budget, self.context = name, dataset, budget, context
         self.plan: PrivatePlan
         self.attempt = 1
-        self._ledger: Ledger | None = None
+        self._ledger: Ledger | None = None  # None until the run's first plan is fixed
 
     @property
     def spec(self) -> DataSpec:
@@ -51,16 +52,40 @@ class PrivateStage:
 
     @property
     def ledger(self) -> Ledger:
-        """The run's ledger, opened (and, for the run's first private stage, created) on first use."""
+        """The run's ledger; it exists once a plan is fixed."""
         if self._ledger is None:
-            path = self.context.rundir.privacy_dir / "ledger.jsonl"
-            warn = self.context.console.warn
-            options = {"warn": warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
-            first = not path.exists() and not plan_file(self.context.rundir).exists()
-            self._ledger = (
-                Ledger.create(path, self.spec.train_examples, **options) if first else Ledger.open(path, **options)
-            )
+            raise RuntimeError("there is no ledger before fix_plan()")
         return self._ledger
+
+    def open_ledger(self, *, write: bool) -> list[GaussianEvent]:
+        """Open the ledger that the run has, if any, and count this attempt; returns what was paid so far.
+
+        Raises:
+            CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
+        """
+        path, planned = self._ledger_path, plan_file(self.context.rundir).exists()
+        if not path.exists() and not planned:
+            return []
+        ledger = Ledger.open(path, read_only=not write, **self._ledger_options)
+        if not planned:
+            if ledger.charges:
+                raise CheckpointError(
+                    f"{plan_file(self.context.rundir)} is missing, but the ledger beside it holds charges",
+                    fix="restore it from a copy: without it nobody knows this run's budget",
+                )
+            return []  # stopped between making the ledger and writing the plan: nothing was paid
+        self._ledger = ledger
+        self.attempt = ledger.last_attempt(self.name) + 1
+        return ledger.events()
+
+    @property
+    def _ledger_path(self) -> Path:
+        return self.context.rundir.path / "privacy" / "ledger.jsonl"
+
+    @property
+    def _ledger_options(self) -> dict[str, Any]:
+        warn = self.context.console.warn
+        return {"warn": warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
 
     @property
     def epsilon_alone(self) -> float:
@@ -73,13 +98,17 @@ class PrivateStage:
 
     def fix_plan(self, **notes: int) -> None:
         """Write budget and plan to ``privacy/plan.json``, before the first charge."""
-        ledger = self.ledger  # the ledger first: a plan without a ledger would look like a lost ledger
+        if self._ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
+            _ = self.context.rundir.privacy_dir  # makes the folder
+            with storage_errors(self._ledger_path, "replace"):
+                self._ledger_path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
+            self._ledger = Ledger.create(self._ledger_path, self.spec.train_examples, **self._ledger_options)
         document = read_plan_file(self.context.rundir) or {
             "format": 1,
             "data": self.budget.data,
             "epsilon": self.budget.epsilon,
             "delta": self.budget.delta,
-            "examples": ledger.examples,
+            "examples": self.ledger.examples,
             "adjacency": ADJACENCY,
             "unit": UNIT,
             "stages": {},
@@ -197,23 +226,21 @@ def open_private_stage(
         InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
         BudgetError: what is left does not allow the stage.
     """
-    options = {"num_classes": config.classes} if config.data.startswith("npz:") and config.classes else {}
-    dataset = open_dataset(config.data, context.data_dir, **options)
+    dataset = open_dataset(config.data, context.data_dir, num_classes=config.classes)
     examples = dataset.spec.train_examples
     budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
-        Budget(**{key: document[key] for key in ("data", "epsilon", "delta", "examples")}).refuse_other(budget)
+        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
     dataset.require()
     stage = PrivateStage(name, dataset, budget, context)
     recorded = (document or {}).get("stages", {}).get(name)
     begun = next(row["state"] for row in context.rundir.status() if row["stage"] == name) != "missing"
+    spent = stage.open_ledger(write=write)
     if recorded and begun and not context.overwrite:
         stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
         return stage
-    spent = stage.ledger.events() if write or document is not None else []
-    stage.attempt = stage.ledger.last_attempt(name) + 1 if write or document is not None else 1
     public = {
         "stage": name,
         "examples": examples,

@@ -101,7 +101,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 def load_whitener(context: Context) -> whitening.Whitener:
     """The whitener of a finished probe."""
-    tensors = checkpoint.load(context.rundir.stage_dir(STAGE) / "statistics", WHITENER).tensors
+    tensors = checkpoint.load_finished(context.rundir.stage_dir(STAGE) / "statistics", WHITENER, STAGE).tensors
     whitener = whitening.Whitener(*tensors["projection"].shape)
     whitener.load_state_dict(tensors)
     return whitener
@@ -109,7 +109,7 @@ def load_whitener(context: Context) -> whitening.Whitener:
 
 def load_head(context: Context) -> Tensor:
     """The released head of a finished probe, float32 [dims, classes]."""
-    return checkpoint.load(context.rundir.stage_dir(STAGE), HEAD).tensors[HEAD]
+    return checkpoint.load_finished(context.rundir.stage_dir(STAGE), HEAD, STAGE).tensors[HEAD]
 
 
 def _fit_whitener(

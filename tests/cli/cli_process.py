@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TIMEOUT = 60.0
 """Seconds after which a command is taken to hang."""
 
@@ -223,3 +225,14 @@ def state_of(run: Path) -> dict[str, bytes]:
         for path in sorted(run.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
+
+
+def arrays(train: int = 120, test: int = 30, side: int = 12) -> dict[str, np.ndarray]:
+    """Noise whose brightness tells the class, of three."""
+    random = np.random.default_rng(0)
+    made: dict[str, np.ndarray] = {"classes": np.array(["dark", "grey", "bright"])}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 3
+        noise = random.integers(0, 100, (count, side, side))
+        made |= {f"x_{split}": (noise + 50 * labels[:, None, None]).astype(np.uint8), f"y_{split}": labels}
+    return made

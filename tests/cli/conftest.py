@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import Dprandp
+from cli_process import Dprandp, arrays
 
 SETTINGS = """
 [generate]
@@ -29,17 +29,6 @@ steps = 5
 [finetune]
 steps = 3
 """
-
-
-def arrays(train: int = 120, test: int = 30, side: int = 12) -> dict[str, np.ndarray]:
-    """Noise whose brightness tells the class, of three."""
-    random = np.random.default_rng(0)
-    made: dict[str, np.ndarray] = {"classes": np.array(["dark", "grey", "bright"])}
-    for split, count in (("train", train), ("test", test)):
-        labels = np.arange(count) % 3
-        noise = random.integers(0, 100, (count, side, side))
-        made |= {f"x_{split}": (noise + 50 * labels[:, None, None]).astype(np.uint8), f"y_{split}": labels}
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_process import Dprandp, refused, state_of
-from conftest import arrays
+from cli_process import Dprandp, arrays, refused, state_of
 
 
 def charges(run: Path) -> list[dict[str, Any]]:

@@ -143,6 +143,9 @@ def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):
     assert not torch.allclose(control.weight, network.weight, rtol=0.1)
     torch.testing.assert_close(control.weight.norm(dim=1), torch.ones(24))
     assert control.bias.eq(0).all()
+    before = weights(fresh)
+    stages.must("pretrain", fresh, {**PATCHNET, "random_init": True, "seed": 1}, overwrite=True)
+    assert weights(fresh) != before
 
 
 # ---------------------------------------------------------------------------------------------------------- repeating
