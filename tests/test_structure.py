@@ -194,10 +194,12 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
     assert "dprandp.stages.private" not in loaded
 
 
-# Who may even name the data sets, and who may hold what leads to them: a PrivateStage with its ``dataset``.
+# What may be taken from dprandp.datasets, and by whom. Only open_dataset leads to pixels, by train() and test() below.
 MAY_IMPORT_DATASETS = {
-    "dprandp.stages.private",  # opens them by name; reads the fingerprint, which stays in private/
-    "dprandp.stages.overview",  # lists their names and declared facts
+    "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
+    "dprandp.stages.overview": {"list_datasets"},  # names and declared facts
+    "dprandp.stages.probe": {"DataSpec"},  # a type
+    "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
@@ -223,6 +225,24 @@ def pixel_reads(tree: ast.Module) -> set[str]:
     return found
 
 
+def names_from(package: str, tree: ast.Module) -> set[str]:
+    """What a source takes from a package; the whole of it counts as '*'."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names}
+        elif package in imported_modules(ast.Module([node], []), "") and isinstance(node, ast.Import | ast.ImportFrom):
+            found.add("*")
+    return found
+
+
+def test_names_taken_from_a_package_are_found():
+    assert names_from("p.datasets", tree_of("from p.datasets import a, b as c")) == {"a", "b"}
+    assert names_from("p.datasets", tree_of("def f():\n    import p.datasets")) == {"*"}
+    assert names_from("p.datasets", tree_of("from p import datasets")) == {"*"}
+    assert names_from("p.datasets", tree_of("from p import vision")) == set()
+
+
 def test_pixel_reads_are_found():
     assert pixel_reads(tree_of("split = stage.dataset.train()")) == {"train"}
     assert pixel_reads(tree_of("open_dataset(name, folder).test()")) == {"test"}
@@ -233,7 +253,10 @@ def test_pixel_reads_are_found():
 
 def test_private_pixels_are_read_in_few_places():
     outside = [name for name in FILES if name not in below("dprandp.datasets", FILES)]
-    assert {name for name in outside if below("dprandp.datasets", package_imports(name))} == MAY_IMPORT_DATASETS
+    for name in outside:
+        assert names_from("dprandp.datasets", TREES[name]) <= MAY_IMPORT_DATASETS.get(name, set()), name
+        by_any_door = below("dprandp.datasets", package_imports(name))
+        assert by_any_door == ({"dprandp.datasets"} if names_from("dprandp.datasets", TREES[name]) else set()), name
     for method, allowed in MAY_READ_PIXELS.items():
         assert {name for name in outside if method in pixel_reads(TREES[name])} <= allowed, method
     users = {name for name in FILES if "dprandp.stages.private" in package_imports(name)}

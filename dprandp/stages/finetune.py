@@ -242,19 +242,19 @@ def _train(
     state = {f"parameters.{name}": value for name, value in trained.items()}
     state |= {f"velocity.{name}": torch.zeros_like(value) for name, value in trained.items()}
     state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
-    first_step = 0
+    first_step, ledger_head = 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
         return saved.tensors, saved.meta["updates"]
     if saved is not None:
         state = {name: value.to(device) for name, value in saved.tensors.items()}
-        first_step = saved.meta["step"]
+        first_step, ledger_head = saved.meta["step"], saved.meta["ledger"]
 
     split = stage.dataset.train()
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
     gradients_of = _gradient_source(model, scale, stage.context)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
-    mechanism = stage.mechanism(first_step)
+    mechanism = stage.mechanism(first_step, ledger_head)
     with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
@@ -280,7 +280,7 @@ def _train(
             progress.advance(1)
             done = step.number + 1
             if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
-                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done})
+                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
             stop.raise_if_requested()
     released = {name: unscaled(name, state[f"ema.{name}"], scale).cpu() for name in trained}
     checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)

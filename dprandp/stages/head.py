@@ -81,13 +81,13 @@ def fit_head(
     if saved is not None and saved.name == HEAD:  # stopped between the last step and the end of the stage
         return saved.tensors[HEAD], saved.meta["updates"]
     state = {"head": start.clone(), "velocity": torch.zeros_like(start), "average": torch.zeros_like(start)}
-    first_step = 0
+    first_step, ledger_head = 0, None
     if saved is not None:
-        state, first_step = saved.tensors, saved.meta["step"]
+        state, first_step, ledger_head = saved.tensors, saved.meta["step"], saved.meta["ledger"]
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     every = max(1, plan.steps // CHECKPOINTS)
     averaged_from = plan.steps // 2
-    mechanism = stage.mechanism(first_step)
+    mechanism = stage.mechanism(first_step, ledger_head)
     with stage.context.console.progress(plan.steps, f"{stage.name} steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------------- private: a clipped sum
@@ -107,7 +107,7 @@ def fit_head(
             progress.advance(1)
             done = step.number + 1
             if stop.requested or done % every == 0 or mechanism.remaining_steps == 0:
-                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done})
+                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
             stop.raise_if_requested()
     averaged = settings.released != "last" and bool(state["average"].any())  # crashes may have eaten the second half
     released = state["average"] if averaged else state["head"]

@@ -151,13 +151,22 @@ class PrivateStage:
         further.fix_plan(parent_attempt=self.attempt)
         return further
 
-    def mechanism(self, updates_done: int) -> PrivateMechanism:
+    def mechanism(self, updates_done: int, ledger_head: str | None = None) -> PrivateMechanism:
         """The only way to gradients of the data: it pays before it hands out a batch, and returns noise.
 
         Args:
             updates_done: updates that the caller's checkpoint holds. Steps paid beyond it were lost in a crash; they
                 stay paid and are not made up for.
+            ledger_head: ``ledger.head`` as that checkpoint recorded it; None for a fresh start.
+
+        Raises:
+            CheckpointError: the ledger is older than the checkpoint: lines were cut off its end.
         """
+        if ledger_head is not None and not self.ledger.includes(ledger_head):
+            raise CheckpointError(
+                f"{self._ledger_path} is older than the checkpoint of stage {self.name!r}: charges are missing",
+                fix="restore the run's privacy folder as it was when the checkpoint was written",
+            )
         return PrivateMechanism(
             self.plan, self.ledger, self._random(), self.attempt, updates_done, warn=self.context.console.warn
         )

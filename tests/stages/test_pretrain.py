@@ -227,7 +227,7 @@ def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
 
 
 @pytest.mark.xfail(strict=True, reason="pretrain: mean loss of an interrupted stretch, loss of a saved end")
-@pytest.mark.parametrize("fault", ["pointer-moved:1", "pointer-moved:2", "pointer-moved:3"])
+@pytest.mark.parametrize("fault", ["pointer-moved:2", "pointer-moved:3"])
 def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, learned, fresh, fault):
     assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
     result = stages.must("pretrain", fresh, WRN)
@@ -251,6 +251,7 @@ def test_patchnet_killed_and_repeated(stages, learned, fresh):
     assert timeless(result) == timeless(learned["patchnet"][1])
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned, fresh):
     assert stages.run("pretrain", fresh, WRN, fault="pointer-moved:2").code == KILLED
     newest = fresh / "2-pretrain" / "step-0000008.safetensors"

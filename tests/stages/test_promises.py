@@ -274,10 +274,10 @@ def leaks(run: Path, indices: list[np.ndarray]) -> list[str]:
 def test_17_nothing_private_lies_outside_private(copy: Copy, public_run: Path, data: str, record: Record) -> None:
     run = copy(public_run)
     seen = record(run)
-    run_probe(run, data, batch_size=30)
+    run_probe(run, data)
     run_finetune(run, data)
     drawn = [indices for _, rate, indices in seen.draws if rate < 1]
-    assert len(drawn) == 12
+    assert len(drawn) == 4
     assert leaks(run, drawn) == []
     # the file that holds them is found when it lies elsewhere
     sample = blobs()
@@ -328,9 +328,9 @@ def test_17_the_test_split_decides_nothing(copy: Copy, public_run: Path, tmp_pat
         made |= {"x_test": other["x_test"], "y_test": other["y_test"]}
         np.savez(tmp_path / "blobs.npz", **made)
         run = copy(public_run)
-        result = run_probe(run, f"npz:{tmp_path / 'blobs.npz'}", {"insecure_seed": 1}, batch_size=30)
+        result = run_probe(run, f"npz:{tmp_path / 'blobs.npz'}", {"insecure_seed": 1})
         assert sum(map(sum, result["confusion"])) == TEST
-        run_finetune(run, f"npz:{tmp_path / 'blobs.npz'}", {"insecure_seed": 1}, steps=2, refit_steps=2)
+        run_finetune(run, f"npz:{tmp_path / 'blobs.npz'}", {"insecure_seed": 1})
         heads.append((run / "model/model.safetensors").read_bytes())
     assert heads[0] == heads[1]
 

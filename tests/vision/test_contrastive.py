@@ -126,8 +126,7 @@ def test_train_reports_the_mean_since_the_last_time(pictures):
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5])
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize(("stop", "momentum"), [(0, 0.9), (1, 0.9), (5, 0.9), (5, 0.0)])
 def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(pictures, stop, momentum):
     config = replace(TINY, steps=9, momentum=momentum)
     whole = trainer(pictures, config)
