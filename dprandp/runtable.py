@@ -178,4 +178,4 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -85,6 +85,11 @@ def context(
     resume: bool = False,
     overwrite: bool = False,
 ):
+    """What a stage is given beside its configuration, from flags.
+
+    Raises:
+        UsageError: a flag out of its range.
+    """
     from dprandp.stages.context import Context, prepare_device
 
     if workers is not None and workers < 1:
@@ -107,6 +112,7 @@ def context(
 
 
 def run_stage(name: str, config, context) -> dict:
+    """Run a stage and print its result."""
     from dprandp.stages import pipeline
 
     result = pipeline.run_stage(name, config, context)
@@ -115,6 +121,7 @@ def run_stage(name: str, config, context) -> dict:
 
 
 def print_plan(stage: str, config, context) -> None:
+    """Print what a private stage would run."""
     from dprandp.stages import overview
 
     plan = overview.plan(stage, config, context)
@@ -122,6 +129,7 @@ def print_plan(stage: str, config, context) -> None:
 
 
 def microbatch(text: str) -> int | None:
+    """The value of ``--microbatch``; None for auto."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
@@ -130,4 +138,5 @@ def microbatch(text: str) -> int | None:
 
 
 def command(stage: str, run: Path) -> str:
+    """A command line to suggest."""
     return f"dprandp {stage}" + ("" if run == DEFAULT_RUN else f" --run {run}")

@@ -85,6 +85,7 @@ def unseal(line: bytes) -> tuple[dict[str, Any], str, str]:
 
 
 def sync_folder(folder: Path) -> None:
+    """fsync of a folder: that of a file does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,6 +94,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
+    """What an ``OSError`` on the ledger means to the user."""
     return StorageError(
         f"The privacy ledger {path} could not be read or written: {error.strerror or error}.",
         fix="Free space or mend permissions, let one process at a time use the run, then start again with --resume.",

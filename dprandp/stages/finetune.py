@@ -263,7 +263,7 @@ def _train(
             views = private_views(images[batch], config.views, draws, flip=stage.spec.flip_ok)
             parameters = {name: state[f"parameters.{name}"] for name in trained}
             gradients = gradients_of(parameters, views, labels[batch])
-            clipped = sum_of_clipped(gradients, parameters, config.clip_norm)
+            clipped = sum_of_clipped(gradients, parameters, stage.plan.clip_norm)
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))

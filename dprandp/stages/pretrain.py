@@ -64,7 +64,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
     with graceful_stop() as stop:
         done = checkpoint.resume(begun.directory, warn=context.console.warn)
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, steps, views_per_second, loss = load_extractor(context)[0], done.meta["steps"], None, None
+            network, steps, views_per_second = load_extractor(context)[0], done.meta["steps"], None
+            loss = done.meta["loss"]
         elif config.random_init:
             network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
         elif config.arch == "patchnet":
@@ -73,9 +74,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
         else:
             network, views_per_second, loss = _learn_contrastively(config, context, stop)
             steps = config.steps
-    checkpoint.save(
-        begun.directory, EXTRACTOR, network.state_dict(), {"config": as_dict(config), "steps": steps}, keep=1
-    )
+    meta = {"config": as_dict(config), "steps": steps, "loss": loss}
+    checkpoint.save(begun.directory, EXTRACTOR, network.state_dict(), meta, keep=1)
     result = {
         "arch": config.arch,
         "random_init": config.random_init,
@@ -169,8 +169,9 @@ def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tupl
     if saved is not None:
         trainer.load_state(saved.tensors)
         first_step, loss = saved.meta["step"], saved.meta["loss"]
+        trainer.window = [torch.tensor(value, device=context.device) for value in saved.meta["window"]]
         context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
-    log = MetricsLog(folder / "metrics.jsonl", first_step)
+    log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
     started = time.perf_counter()
     with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
 
@@ -181,7 +182,8 @@ def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tupl
                 loss = mean_loss
                 log.write(step=done, loss=mean_loss)
             if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
-                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), {"step": done, "loss": loss})
+                meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
+                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
             stop.raise_if_requested()
 
         loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss

@@ -22,6 +22,7 @@ from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.rundir import RunDir
 from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, UNIT, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
 
@@ -113,7 +114,12 @@ class PrivateStage:
             "unit": UNIT,
             "stages": {},
         }
-        document["stages"][self.name] = {"attempt": self.attempt, **notes, "plan": self.plan.to_dict()}
+        document["stages"][self.name] = {
+            "attempt": self.attempt,
+            "started": _started(self.context.rundir, self.name),
+            **notes,
+            "plan": self.plan.to_dict(),
+        }
         atomic_write(plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
 
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
@@ -164,7 +170,8 @@ class PrivateStage:
         """
         if ledger_head is not None and not self.ledger.includes(ledger_head):
             raise CheckpointError(
-                f"{self._ledger_path} is older than the checkpoint of stage {self.name!r}: charges are missing",
+                f"{self._ledger_path} is older than the checkpoint of stage {self.name!r}, whose updates were paid "
+                "for by lines that it does not hold",
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
         return PrivateMechanism(
@@ -245,9 +252,8 @@ def open_private_stage(
     dataset.require()
     stage = PrivateStage(name, dataset, budget, context)
     recorded = (document or {}).get("stages", {}).get(name)
-    begun = next(row["state"] for row in context.rundir.status() if row["stage"] == name) != "missing"
     spent = stage.open_ledger(write=write)
-    if recorded and begun and not context.overwrite:
+    if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
         stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
         return stage
     public = {
@@ -291,6 +297,11 @@ def _plan_probe(
             fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
         )
     return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
+
+
+def _started(rundir: RunDir, name: str) -> str | None:
+    """When the stage was begun; a plan of an earlier beginning is not this one's."""
+    return next((row["started"] for row in rundir.status() if row["stage"] == name), None)
 
 
 def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:

@@ -52,6 +52,7 @@ class ContrastiveTrainer:
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
         self.views = ContrastiveViews(INPUT_SIZE)
+        self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
         self.optimiser = torch.optim.SGD(
             [*self.network.parameters(), *self.head.parameters()],
             lr=config.lr,
@@ -119,14 +120,13 @@ def train(
     Returns:
         The mean loss of the last ``log_every`` steps.
     """
-    losses: list[Tensor] = []
     mean = math.nan
     for step in range(first_step, trainer.config.steps):
-        losses.append(trainer.step(step))
+        trainer.window.append(trainer.step(step))
         done = step + 1
         if done % log_every == 0 or done == trainer.config.steps:
-            mean = float(torch.stack(losses).mean())
-            losses = []
+            mean = float(torch.stack(trainer.window).mean())
+            trainer.window.clear()
             on_step(done, mean)
         else:
             on_step(done, None)

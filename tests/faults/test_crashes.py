@@ -208,12 +208,11 @@ def kill_and_resume(made: Victim, fault: str) -> dict[str, Any]:
 # Files are written in this order: hashes of the inputs, run.json, configuration, plan, (whitener), (features), metrics,
 # then three a checkpoint; so 4 is the plan and what follows 14 lies among the checkpoints of the probe.
 PROBE_FAULTS = [
-    "ledger-appended:7", "ledger-fsynced:1", "ledger-fsynced:16", "update-applied:1", "update-applied:16",
-    "temp-written:4", "renamed:4", "renamed:19", "pointer-moved:8",
+    "ledger-appended:7", "ledger-fsynced:16", "update-applied:1", "update-applied:16", "temp-written:4", "renamed:19",
+    "pointer-moved:8",
 ]  # fmt: skip
 FINETUNE_FAULTS = [
-    "ledger-appended:2", "ledger-fsynced:9", "update-applied:4", "update-applied:13", "temp-written:7", "renamed:14",
-    "pointer-moved:3",
+    "ledger-appended:2", "ledger-fsynced:9", "update-applied:4", "temp-written:7", "renamed:14", "pointer-moved:3",
 ]  # fmt: skip
 
 
