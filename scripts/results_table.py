@@ -87,7 +87,11 @@ def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -
 
 
 def keep_features(run: Path, public: Path) -> None:
-    """Let the other budgets reuse the features of the private images (their key says what they were made from)."""
+    """Let the other budgets reuse the public statistics and the private features (their key says what they are of)."""
+    for statistics_folder in (run / "2-pretrain").glob("statistics-*"):
+        kept = public / "2-pretrain" / statistics_folder.name
+        if not kept.exists():
+            shutil.copytree(statistics_folder, kept, copy_function=os.link)
     folder = public / "private"
     if (run / "private" / "features.key").exists() and not (folder / "features.key").exists():
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -109,6 +109,7 @@ FOUNDATIONS = {
     "errors": set(),
     "environment": set(),
     "toml": set(),
+    "threads": set(),
     "config": {"errors"},
     "faults": {"errors"},
     "signals": {"errors"},
@@ -135,7 +136,7 @@ LEDGER_AND_NUMBERS = {"privacy", "privacy.accounting", "privacy.gaussian_dp", "p
     ("package", "others"),
     [
         ("synth", {"errors"}),
-        ("privacy", {"errors"}),  # so that it can be read, tested and trusted alone
+        ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
         ("datasets", {"errors"}),
         ("vision", {"errors", "config"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data

@@ -21,6 +21,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 from dprandp.errors import UsageError
+from dprandp.threads import in_parts
 
 LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -195,6 +196,23 @@ def clipped_softmax_sum(
     weight = weight.to(precision)
     views = features.shape[1] if views_given else 1
     block = max(1, min(block // views, len(features)))
+
+    def part(number: int, parts: int) -> torch.Tensor:
+        mine = slice(number * len(features) // parts, (number + 1) * len(features) // parts)
+        return _softmax_part(features[mine], labels[mine], weight, clip_norm, block)
+
+    many = features.device.type == "cpu" and len(features) >= 4 * block
+    total = sum(in_parts(part, None if many else 1))
+    return total.T.to(precision).contiguous()
+
+
+@torch.no_grad()
+def _softmax_part(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int
+) -> torch.Tensor:
+    """The sum over some of the records, float64 [classes, D]; arguments as for ``clipped_softmax_sum``, checked."""
+    precision, classes = weight.dtype, weight.shape[1]
+    views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
     # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else features.new_empty((block, *features.shape[1:]), dtype=precision)
@@ -213,7 +231,7 @@ def clipped_softmax_sum(
             residual = torch.where(counted.view(-1, 1, 1), residual, torch.zeros_like(residual))
             rows = torch.where(counted.repeat_interleave(views)[:, None], rows, torch.zeros_like(rows))
         total += residual.view(-1, classes).T @ rows  # [classes, D]: the faster orientation of the two
-    return total.T.to(precision).contiguous()
+    return total
 
 
 def _outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III. No layer l
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dprandp.threads import in_parts
 
 CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels: flat patches stay flat."""
@@ -110,18 +110,7 @@ class PatchNet(nn.Module):
             return self.features(self.normalise(images))
         out = torch.empty(len(images), 2, self.grid**2, len(self.weight))
         columns = self.weight.detach().t().contiguous()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the pool below is the parallelism; nested threads would fight over the cores
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                jobs = [
-                    pool.submit(self._extract_slice, images[start::threads], columns, out[start::threads])
-                    for start in range(threads)
-                ]
-                for job in jobs:
-                    job.result()
-        finally:
-            torch.set_num_threads(threads)
+        in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]))
         return out.flatten(1)
 
     def _extract_slice(self, images: Tensor, columns: Tensor, out: Tensor) -> None:

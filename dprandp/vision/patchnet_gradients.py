@@ -7,12 +7,11 @@ so one example costs two matrix products of the forward's size and stays in the 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dprandp.threads import in_parts
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.patchnet import TILE, PatchNet
 
@@ -52,18 +51,7 @@ def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> d
         "extractor.bias": torch.zeros(examples, filters),
         "head": head,
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # whole examples are the parallel work
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [
-                pool.submit(_filters_of, net, range(first, examples, threads), views, pooled, gradients)
-                for first in range(threads)
-            ]
-            for job in jobs:
-                job.result()
-    finally:
-        torch.set_num_threads(threads)
+    in_parts(lambda part, parts: _filters_of(net, range(part, examples, parts), views, pooled, gradients))
     return gradients
 
 

@@ -1,0 +1,37 @@
+"""Parallel work on a CPU without barriers: as many threads as torch is allowed, each doing single-threaded tensor work.
+
+torch splits every operation over its threads and waits for the slowest, which wastes much of a small machine when the
+operations are short or a core is busy elsewhere. Threads that each work through their own part wait once.
+
+Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def in_parts(work: Callable[[int, int], Result], parts: int | None = None) -> list[Result]:
+    """Call ``work(part, parts)`` for every part at once; results in the order of the parts.
+
+    Args:
+        work: does part number ``part`` of ``parts``; torch uses one thread inside. Gradient mode is the thread's own:
+            switch it off inside where it has to be off.
+        parts: how many; by default the number of threads torch is set to.
+    """
+    threads = torch.get_num_threads()
+    parts = parts or threads
+    if parts == 1:
+        return [work(0, 1)]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(parts) as pool:
+            return [job.result() for job in [pool.submit(work, part, parts) for part in range(parts)]]
+    finally:
+        torch.set_num_threads(threads)
