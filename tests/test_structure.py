@@ -138,7 +138,7 @@ LEDGER_AND_NUMBERS = {"privacy", "privacy.accounting", "privacy.gaussian_dp", "p
         ("synth", {"errors"}),
         ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
         ("datasets", {"errors"}),
-        ("vision", {"errors", "config"}),
+        ("vision", {"errors", "config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
         ("reporting", {"errors", "config", "files", "rundir", "toml", *LEDGER_AND_NUMBERS}),
         ("report", {"faults", "files", "rundir", "reporting.*"}),

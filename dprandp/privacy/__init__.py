@@ -27,6 +27,7 @@ K       views                 augmented views of one record, averaged before the
 μ       mu                    the parameter of Gaussian differential privacy
 ======  ====================  ===================================================================================
 
-This package imports nothing of dprandp but ``errors`` and ``threads``, so that it can be read, tested and trusted alone. It re-exports
-nothing: ``from dprandp.privacy.plan import make_plan`` says where a name lives, and accounting needs no torch.
+This package imports nothing of dprandp but ``errors`` and ``threads``, so that it can be read, tested and trusted
+alone. It re-exports nothing: ``from dprandp.privacy.plan import make_plan`` says where a name lives, and accounting
+needs no torch.
 """
