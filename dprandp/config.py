@@ -228,9 +228,19 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
+_PATCHNET_ONLY = {"filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations"}
+_WRN_ONLY = {
+    "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
+    "layer_order", "weight_standardisation", "checkpoint_every",
+}  # fmt: skip
+
+
 def as_dict(config: StageConfig) -> dict[str, Any]:
-    """Plain values of a configuration, None left out."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+    """Plain values of a configuration; None, and the settings of an architecture that is not used, left out."""
+    unused: set[str] = set()
+    if isinstance(config, PretrainConfig):
+        unused = _WRN_ONLY if config.arch == "patchnet" else _PATCHNET_ONLY
+    return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -282,7 +292,7 @@ def validate(stage: str, config: StageConfig) -> None:
     Raises:
         UsageError: always with exit code 2.
     """
-    values = as_dict(config)
+    values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     for key in _POSITIVE:
         value = values.get(key)
         if value is not None and not (math.isfinite(value) and value > 0):
