@@ -334,10 +334,7 @@ def test_10_overwrite_after_a_kill_pays_again(victim: Callable[..., Victim]) -> 
     assert result["lost_steps"] == 0
 
 
-UNFIXED = pytest.mark.xfail(strict=True, reason="the old attempt's plan is taken for the new one's")
-
-
-@pytest.mark.parametrize("hit", [1, pytest.param(2, marks=UNFIXED), pytest.param(3, marks=UNFIXED)])
+@pytest.mark.parametrize("hit", [1, 2, 3])
 def test_10_an_overwrite_killed_before_its_plan_is_fixed(victim: Callable[..., Victim], hit: int) -> None:
     """Then the old plan, spent to the last step, must not be taken for the new attempt's: it would train nothing."""
     made = victim("probe")
@@ -350,7 +347,6 @@ def test_10_an_overwrite_killed_before_its_plan_is_fixed(victim: Callable[..., V
     assert bool(load_file(made.run / "model/model.safetensors")["head"].any())
 
 
-@pytest.mark.xfail(strict=True, reason="the fine-tune clips at the configuration's norm, not at the plan's")
 def test_10_a_plan_that_was_not_fixed_is_not_mixed_with_other_settings(victim: Callable[..., Victim]) -> None:
     """Killed between run.json and plan.json, resumed with --resume and another clip norm: noise has to fit the clip."""
     made = victim("finetune")

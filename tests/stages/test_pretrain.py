@@ -226,7 +226,6 @@ def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
     assert weights(reference) != weights(fresh)
 
 
-@pytest.mark.xfail(strict=True, reason="pretrain: mean loss of an interrupted stretch, loss of a saved end")
 @pytest.mark.parametrize("fault", ["pointer-moved:2", "pointer-moved:3"])
 def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, learned, fresh, fault):
     assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
@@ -236,7 +235,6 @@ def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, 
     assert result["loss"] == expected["loss"]
 
 
-@pytest.mark.xfail(strict=True, reason="stages/pretrain.py: lines count steps done, the log drops them from there on")
 def test_the_line_of_a_checkpoints_own_step_survives_a_crash(stages, learned, fresh):
     every_ten = {**WRN, "checkpoint_every": 10}
     assert stages.run("pretrain", fresh, every_ten, fault="pointer-moved:1").code == KILLED

@@ -89,8 +89,9 @@ def ledger_of(run: Path) -> Ledger:
 
 
 def plans_of(run: Path) -> dict[str, dict[str, Any]]:
-    """Mechanism -> its entry in plan.json."""
-    return json.loads((run / "privacy/plan.json").read_text(encoding="utf-8"))["stages"]
+    """Mechanism -> its entry in plan.json, without the time."""
+    stages = json.loads((run / "privacy/plan.json").read_text(encoding="utf-8"))["stages"]
+    return {name: {key: value for key, value in entry.items() if key != "started"} for name, entry in stages.items()}
 
 
 def read_json(path: Path) -> Any:
