@@ -91,8 +91,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         UsageError: the network has a layer that mixes examples.
     """
     scratch = config.source == "scratch"
-    stage, recipe, arch = open_stage(config, context)
-    refit_steps = recipe.refit_steps if config.refit_steps is None else config.refit_steps
+    stage = open_stage(config, context)
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
@@ -103,7 +102,8 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = FinetuneConfig(**begun.config)
+    config = FinetuneConfig(**begun.config)  # the recorded one, after --resume
+    arch, recipe, refit_steps = _choices(config, context)
     started = time.perf_counter()
     stage.fix_plan()
     model, mirror = _scratch_model(config, stage) if scratch else _probed_model(context, stage)
@@ -136,24 +136,18 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     return result
 
 
-def open_stage(
-    config: FinetuneConfig, context: Context, *, write: bool = True
-) -> tuple[PrivateStage, Recipe, str]:
-    """Plan the joint training from public facts; returns the stage, the architecture's recipe and its name.
+def open_stage(config: FinetuneConfig, context: Context, *, write: bool = True) -> PrivateStage:
+    """Plan the joint training from public facts.
 
     Raises:
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     if config.source != "scratch":
         context.rundir.require("probe", STAGE)
-        arch = context.rundir.result("pretrain")["arch"]
-    elif config.arch.startswith("wrn-"):
-        arch = config.arch
-    else:
+    elif not config.arch.startswith("wrn-"):
         raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
-    recipe = recipe_for(arch, config.source)
-    refit_steps = recipe.refit_steps if config.refit_steps is None else config.refit_steps
-    stage = open_private_stage(
+    _, recipe, refit_steps = _choices(config, context)
+    return open_private_stage(
         STAGE,
         config,
         context,
@@ -162,7 +156,13 @@ def open_stage(
         budget_part=1 - config.refit_part if refit_steps else 1.0,
         write=write,
     )
-    return stage, recipe, arch
+
+
+def _choices(config: FinetuneConfig, context: Context) -> tuple[str, Recipe, int]:
+    """The architecture, its recipe, and the number of refit steps (0 for none)."""
+    arch = config.arch if config.source == "scratch" else context.rundir.result("pretrain")["arch"]
+    recipe = recipe_for(arch, config.source)
+    return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
 
 def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
@@ -259,8 +259,8 @@ def _train(
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
             batch = torch.from_numpy(step.indices).to(device)
-            draws = keyed_uniforms(step.indices, step.number, config.seed, config.views)
-            views = private_views(images[batch], config.views, draws, flip=stage.spec.flip_ok)
+            draws = keyed_uniforms(step.indices, step.number, config.seed, stage.plan.views)
+            views = private_views(images[batch], stage.plan.views, draws, flip=stage.spec.flip_ok)
             parameters = {name: state[f"parameters.{name}"] for name in trained}
             gradients = gradients_of(parameters, views, labels[batch])
             clipped = sum_of_clipped(gradients, parameters, stage.plan.clip_norm)

@@ -109,7 +109,7 @@ def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
         the plan's fields, and epsilon_after (the run's ε when it is done).
     """
     if name == "finetune":
-        stage, _, _ = finetune.open_stage(config, context, write=False)
+        stage = finetune.open_stage(config, context, write=False)
     else:
         stage = open_private_stage(name, config, context, write=False)
     budget = read_budget(context.rundir)

@@ -29,6 +29,12 @@ from dprandp.stages.context import Context
 DEFAULT_SHARE = 0.3
 """Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
 
+LEDGER_FAULTS = {
+    "ledger.appended": lambda: faults.point("ledger-appended"),
+    "ledger.fsynced": lambda: faults.point("ledger-fsynced"),
+}
+
+
 class PrivateStage:
     """A private stage that may begin: its plan fits the budget, and no private pixel has been read.
 
@@ -86,7 +92,7 @@ class PrivateStage:
     @property
     def _ledger_options(self) -> dict[str, Any]:
         warn = self.context.console.warn
-        return {"warn": warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
+        return {"warn": warn, "fault_point": lambda name: LEDGER_FAULTS[name]()}
 
     @property
     def epsilon_alone(self) -> float:

@@ -75,7 +75,9 @@ def run(config: ProbeConfig, context: Context) -> dict:
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
-    features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=config.views, seed=config.seed)
+    features, labels = private_features(
+        stage, extractor, whitener, mirror=mirror, views=stage.plan.views, seed=config.seed
+    )
     lr = config.lr or default_lr(stage.epsilon_alone, stage.plan.delta, spec.train_examples)
     with graceful_stop() as stop:
         settings = HeadSettings(lr, config.momentum, config.released)
