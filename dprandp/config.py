@@ -53,6 +53,7 @@ class PretrainConfig:
     # patchnet
     filters: int = 400
     patch_size: int = 6
+    patch_dims: int = 64
     stride: int = 1
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
@@ -228,7 +229,7 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
-_PATCHNET_ONLY = {"filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations"}
+_PATCHNET_ONLY = {"filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations"}
 _WRN_ONLY = {
     "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
     "layer_order", "weight_standardisation", "checkpoint_every",
@@ -280,8 +281,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 _POSITIVE = (
-    "count", "resolution", "filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations", "steps",
-    "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views", "dims", "statistics_images",
+    "count", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
+    "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views", "dims", "statistics_images",
     "lr", "clip_norm", "whitening_floor",
 )  # fmt: skip
 
