@@ -15,6 +15,10 @@ from dprandp.config import DEFAULT_DATA, SIZES
 DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", rich_help_panel=OUTPUT, metavar="DIR")]
+Model = Annotated[
+    Path | None,
+    typer.Option(help="A model/ folder or an export. Default: the run's.", rich_help_panel=DATA, metavar="DIR"),
+]
 Size = Annotated[
     str | None,
     typer.Option(help="One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. "

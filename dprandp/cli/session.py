@@ -128,6 +128,20 @@ def print_plan(stage: str, config, context) -> None:
     context.console.result(plan, overview.plan_lines(plan))
 
 
+def released_model(run: Path, folder: Path | None):
+    """The model of ``--model``, or of the run; says aloud when it has no guarantee.
+
+    Raises:
+        InputError: there is none. CheckpointError: it is damaged.
+    """
+    from dprandp.stages.released_model import load_model
+
+    model = load_model(run / "model" if folder is None else folder)
+    if model.not_private_because is not None:
+        current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
+    return model
+
+
 def microbatch(text: str) -> int | None:
     """The value of ``--microbatch``; None for auto."""
     if text == "auto":

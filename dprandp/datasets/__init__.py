@@ -21,10 +21,12 @@ from dprandp.datasets.folder import open_folder
 from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
+from dprandp.datasets.unlabelled import read_unlabelled
 from dprandp.errors import UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_split", "list_datasets", "open_dataset",
+    "read_unlabelled",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.

@@ -130,7 +130,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "mirror": mirror,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    release.write_model(context.rundir, model, result)
+    release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result

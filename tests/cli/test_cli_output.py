@@ -131,7 +131,8 @@ PANELS = {"Data", "Privacy", "Training", "Performance", "Output"}
 
 
 def options(command: object) -> Iterator:
-    yield from (entry for entry in command.params if entry.name != "help")  # type: ignore[attr-defined]
+    found = (entry for entry in command.params if entry.param_type_name == "option")  # type: ignore[attr-defined]
+    yield from (entry for entry in found if entry.name != "help")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
