@@ -80,14 +80,23 @@ def account(
 
 
 @app.command(rich_help_panel="About a run")
-def datasets(data_dir: flags.DataDir = Path("data"), json: flags.Json = False, debug: flags.Debug = False) -> None:
-    """The data sets that --data knows, and which of them are at hand.
+def datasets(
+    data: Annotated[
+        str | None,
+        typer.Option(help="This data set alone. Default: all.", rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
+    data_dir: flags.DataDir = Path("data"),
+    download: flags.Download = False,
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """The data sets that --data knows, and which of them are at hand; fetches one with --download.
 
     [dim]dprandp datasets[/dim]
-    [dim]dprandp datasets --data-dir /data --json[/dim]
+    [dim]dprandp datasets --data fashion-mnist --download --data-dir /data[/dim]
     """
     console = session.console(json=json, debug=debug)
     from dprandp.stages import overview
 
-    rows = overview.datasets(data_dir)
+    rows = overview.datasets(data_dir, data, download=download)
     console.result({"datasets": rows}, overview.dataset_lines(rows))

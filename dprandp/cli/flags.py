@@ -59,6 +59,11 @@ DataName = Annotated[
                  f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
 DataDir = Annotated[Path, typer.Option(help="Data root.", rich_help_panel=DATA, metavar="DIR")]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch the data set into the data root if it is not there. Without it nothing is "
+                 "fetched.", rich_help_panel=DATA),
+]  # fmt: skip
 Classes = Annotated[
     int | None,
     typer.Option(help="Number of classes, for npz: files that do not declare it.", rich_help_panel=DATA, metavar="C"),
@@ -75,7 +80,7 @@ Delta = Annotated[
 Share = Annotated[
     float | None,
     typer.Option(help="Part of ε for the probe, in (0, 1]; 1 leaves nothing for finetune. "
-                 "Default: measured for the architecture (see README).", rich_help_panel=PRIVACY),
+                 "Default: 0.3.", rich_help_panel=PRIVACY),
 ]  # fmt: skip
 Clip = Annotated[
     float | None,
@@ -130,4 +135,69 @@ Arch = Annotated[
     str | None,
     typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "
                  "wrn-16-4 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+RandomInit = Annotated[
+    bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)
+]
+
+PretrainSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps of a wrn. Default: 100 (tiny), 600 (small), 82000 (paper).", rich_help_panel=TRAINING),
+]
+PretrainBatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images of a wrn's step, two views of each. Default: 32 (tiny), 64 (small), 256 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+PretrainLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper).", rich_help_panel=TRAINING),
+]
+
+# ------------------------------------------------------------------- `run` alone: what goes to one of its four stages
+# Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from.
+
+RunSteps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Updates T of the fine-tune. Default: the architecture's.", rich_help_panel=TRAINING),
+]
+RunBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Expected batch B = qN of the fine-tune. Default: the architecture's.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate of the fine-tune. Default: the architecture's.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunViews = Annotated[
+    int | None,
+    typer.Option("--views", help="Augmented views K of each example in the fine-tune, averaged before the clip. "
+                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeSteps = Annotated[
+    int | None,
+    typer.Option("--probe-steps", help="Updates T of the probe. Default: 120, or 100 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeBatchSize = Annotated[
+    int | None,
+    typer.Option("--probe-batch-size", help="Expected batch B = qN of the probe. Default: N (every example, q = 1).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeLr = Annotated[
+    float | None,
+    typer.Option("--probe-lr", help="Learning rate of the probe. Default: set by the noise and the data's size.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeViews = Annotated[
+    int | None,
+    typer.Option("--probe-views", help="Augmented views K of each example in the probe. Default: 1.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunPretrainSteps = Annotated[
+    int | None,
+    typer.Option("--pretrain-steps", help="Pretraining steps of a wrn. Default: 100 (tiny), 600 (small), "
+                 "82000 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip

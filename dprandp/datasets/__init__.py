@@ -54,7 +54,8 @@ def open_dataset(
         flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
 
     Raises:
-        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
+        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
+            (``download`` too, for ``npz:`` and ``folder:``).
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
@@ -67,6 +68,8 @@ def open_dataset(
         if value is not None and not applies:
             raise UsageError(f"{option} does not apply to the data set {name}", fix=f"leave {option} out: it is known")
     if own:
+        if download:
+            raise UsageError(f"{name} is your own data: there is nothing to download", fix="leave --download out")
         if not rest:
             raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
         path = Path(rest).expanduser()
