@@ -199,6 +199,7 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
     "dprandp.stages.overview": {"list_datasets", "open_dataset"},  # names, declared facts, a download
+    "dprandp.stages.doctor": {"list_datasets"},
     "dprandp.stages.probe": {"DataSpec"},  # a type
     "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels

@@ -31,7 +31,7 @@ def export(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:  # fmt: skip
-    """Copy what may be released of a run (weights, configuration, model card), verified, with an example that loads it.
+    """Copy a run's model, verified, for others: weights, configuration, model card, and an example that loads them.
 
     [dim]dprandp export --out scans-classifier[/dim]
     [dim]dprandp export --run runs/cifar --out cifar.zip[/dim]

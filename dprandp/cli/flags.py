@@ -29,7 +29,7 @@ Config = Annotated[
     typer.Option(help="TOML with a table per stage; flags win over it.", rich_help_panel=TRAINING, metavar="FILE"),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Public randomness only; never the noise. Default 0.", rich_help_panel=TRAINING)
+    int | None, typer.Option(help="Public randomness only; never the noise. Default: 0.", rich_help_panel=TRAINING)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.", rich_help_panel=PERFORMANCE)]
 Resume = Annotated[
@@ -58,11 +58,11 @@ DataName = Annotated[
     typer.Option("--data", help=f"Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH. "
                  f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
-DataDir = Annotated[Path, typer.Option(help="Data root.", rich_help_panel=DATA, metavar="DIR")]
+DataDir = Annotated[Path, typer.Option(help="Folder that holds the files of the known data sets.", rich_help_panel=DATA, metavar="DIR")]
 Download = Annotated[
     bool,
-    typer.Option("--download", help="Fetch the data set into the data root if it is not there. Without it nothing is "
-                 "fetched.", rich_help_panel=DATA),
+    typer.Option("--download", help="Fetch a known data set's files where they are missing. Default: nothing is fetched.",
+                 rich_help_panel=DATA),
 ]  # fmt: skip
 Classes = Annotated[
     int | None,
@@ -75,7 +75,7 @@ Epsilon = Annotated[
 ]  # fmt: skip
 Delta = Annotated[
     float | None,
-    typer.Option(help="δ. Default: 1e-5, or 1/(2N) where that is smaller.", rich_help_panel=PRIVACY),
+    typer.Option(help="δ, the chance that ε fails. Default: 1e-5, or 1/(2N) where that is smaller.", rich_help_panel=PRIVACY),
 ]
 Share = Annotated[
     float | None,
@@ -84,7 +84,7 @@ Share = Annotated[
 ]  # fmt: skip
 Clip = Annotated[
     float | None,
-    typer.Option("--clip", help="Clip norm C of one example's gradient. Default 1.", rich_help_panel=PRIVACY),
+    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.", rich_help_panel=PRIVACY),
 ]
 InsecureSeed = Annotated[
     int | None,
@@ -92,21 +92,40 @@ InsecureSeed = Annotated[
 ]
 Views = Annotated[
     int | None,
-    typer.Option(help="Augmented views K of each example, averaged before the clip. "
-                 "Default: 1, or 16 for finetune (paper).", rich_help_panel=TRAINING),
+    typer.Option(help="Augmented views K of each example, averaged before the clip. Default: 1.",
+                 rich_help_panel=TRAINING),
 ]  # fmt: skip
 BatchSize = Annotated[
     int | None,
-    typer.Option(help="Expected batch B = qN of Poisson sampling. Probe default: N (every example, q = 1).",
+    typer.Option(help="Expected batch B = qN of Poisson sampling. Default: N (every example, q = 1).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Steps = Annotated[
-    int | None,
-    typer.Option(help="Updates T. Default: that of the size and the architecture.", rich_help_panel=TRAINING),
+    int | None, typer.Option(help="Updates T. Default: 120, or 100 (paper).", rich_help_panel=TRAINING)
 ]
 Lr = Annotated[
     float | None,
     typer.Option("--lr", help="Learning rate. Default: set by the noise and the data's size.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneViews = Annotated[
+    int | None,
+    typer.Option("--views", help="Augmented views K of each example, averaged before the clip. "
+                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Expected batch B = qN of Poisson sampling. Default: 0.02 N (patchnet), "
+                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneSteps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Updates T. Default: 8 (patchnet), 40 (wrn), 100 (from scratch), 779 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate. Default: 4 (patchnet), 0.4 (wrn), 2 (from scratch).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Microbatch = Annotated[
@@ -121,15 +140,15 @@ Workers = Annotated[
 ]  # fmt: skip
 Process = Annotated[
     str | None,
-    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default stylegan-oriented.",
+    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default: stylegan-oriented.",
                  rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
 Count = Annotated[
     int | None,
-    typer.Option(help="Number of images. Default: 4000 (tiny), 24000 (small), 105000 (paper).", rich_help_panel=DATA),
+    typer.Option(help="Number of images to make. Default: 4000 (tiny), 24000 (small), 105000 (paper).", rich_help_panel=DATA),
 ]
 Resolution = Annotated[
-    int | None, typer.Option(help="Pixels per side. Default: 64, or 256 (paper).", rich_help_panel=DATA)
+    int | None, typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA)
 ]
 Arch = Annotated[
     str | None,
@@ -159,16 +178,17 @@ PretrainLr = Annotated[
 
 RunSteps = Annotated[
     int | None,
-    typer.Option("--steps", help="Updates T of the fine-tune. Default: the architecture's.", rich_help_panel=TRAINING),
-]
+    typer.Option("--steps", help="Updates T of the fine-tune. Default: 8 (patchnet), 40 (wrn), 779 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
 RunBatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Expected batch B = qN of the fine-tune. Default: the architecture's.",
-                 rich_help_panel=TRAINING),
+    typer.Option("--batch-size", help="Expected batch B = qN of the fine-tune. Default: 0.02 N (patchnet), "
+                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip
 RunLr = Annotated[
     float | None,
-    typer.Option("--lr", help="Learning rate of the fine-tune. Default: the architecture's.",
+    typer.Option("--lr", help="Learning rate of the fine-tune. Default: 4 (patchnet), 0.4 (wrn).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 RunViews = Annotated[

@@ -40,7 +40,7 @@ def predict(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:  # fmt: skip
-    """Classify images with a run's model: class and probability of each. Reads the model/ folder and the images alone.
+    """Classify images with a run's model: reads its model/ folder and the images, nothing else of the run.
 
     [dim]dprandp predict scan1.png scan2.png[/dim]
     [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]

@@ -56,7 +56,7 @@ def run_all(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
-    """All four stages and the report; finished stages are skipped, and with --share 1 there is no fine-tune.
+    """Run all four stages and the report, skipping what is finished; with --share 1 there is no fine-tune.
 
     [dim]dprandp run --data digits --eps 1[/dim]
     [dim]dprandp run --data cifar10 --eps 8 --size small --run runs/cifar --plan[/dim]

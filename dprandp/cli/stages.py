@@ -17,11 +17,11 @@ def generate(
     process: flags.Process = None,
     count: flags.Count = None,
     resolution: flags.Resolution = None,
-    run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     workers: flags.Workers = None,
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
@@ -29,7 +29,7 @@ def generate(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Phase I: make images with a random process. No data, no privacy cost.
+    """Phase I: make images with a random process; no data, no privacy cost.
 
     [dim]dprandp generate[/dim]
     [dim]dprandp generate --process dead-leaves --count 20000 --resolution 64 --run runs/leaves[/dim]
@@ -48,13 +48,9 @@ def generate(
 
 @app.command(rich_help_panel="Stages")
 def pretrain(
-    arch: flags.Arch = None,
-    steps: flags.PretrainSteps = None,
-    batch_size: flags.PretrainBatchSize = None,
-    lr: flags.PretrainLr = None,
     colour: Annotated[
         str | None,
-        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default mixed.",
+        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default: mixed.",
                      rich_help_panel=flags.DATA),
     ] = None,
     data: Annotated[
@@ -62,12 +58,16 @@ def pretrain(
         typer.Option(help="Choose the colour by what this data set declares; reads none of its files.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
+    arch: flags.Arch = None,
+    steps: flags.PretrainSteps = None,
+    batch_size: flags.PretrainBatchSize = None,
+    lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
-    run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
@@ -75,7 +75,7 @@ def pretrain(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:  # fmt: skip
-    """Phase I: learn a feature extractor from those images. No data, no privacy cost.
+    """Phase I: learn a feature extractor from those images; no data, no privacy cost.
 
     [dim]dprandp pretrain[/dim]
     [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
@@ -111,11 +111,11 @@ def probe(
     batch_size: flags.BatchSize = None,
     lr: flags.Lr = None,
     views: flags.Views = None,
-    run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
@@ -148,15 +148,6 @@ def probe(
 
 @app.command(rich_help_panel="Stages")
 def finetune(
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="probe (default), or scratch: a random WRN, no Phase I or II (De et al. 2022).",
-                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default wrn-16-4.", rich_help_panel=flags.TRAINING),
-    ] = None,
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
     download: flags.Download = False,
@@ -165,16 +156,26 @@ def finetune(
     delta: flags.Delta = None,
     clip: flags.Clip = None,
     insecure_seed: flags.InsecureSeed = None,
-    steps: flags.Steps = None,
-    batch_size: flags.BatchSize = None,
-    lr: flags.Lr = None,
-    views: flags.Views = None,
-    run: flags.Run = DEFAULT_RUN,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Start from the probe, or from scratch: a random WRN, no Phase I or II "
+                     "(De et al. 2022). Default: probe.",
+                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default: wrn-16-4.", rich_help_panel=flags.TRAINING),
+    ] = None,
+    steps: flags.FinetuneSteps = None,
+    batch_size: flags.FinetuneBatchSize = None,
+    lr: flags.FinetuneLr = None,
+    views: flags.FinetuneViews = None,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
     microbatch: flags.Microbatch = "auto",
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
