@@ -58,11 +58,13 @@ DataName = Annotated[
     typer.Option("--data", help=f"Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH. "
                  f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
-DataDir = Annotated[Path, typer.Option(help="Folder that holds the files of the known data sets.", rich_help_panel=DATA, metavar="DIR")]
+DataDir = Annotated[
+    Path, typer.Option(help="Folder with the files of the known data sets.", rich_help_panel=DATA, metavar="DIR")
+]
 Download = Annotated[
     bool,
-    typer.Option("--download", help="Fetch a known data set's files where they are missing. Default: nothing is fetched.",
-                 rich_help_panel=DATA),
+    typer.Option("--download", help="Fetch a known data set's files where they are missing. "
+                 "Default: nothing is fetched.", rich_help_panel=DATA),
 ]  # fmt: skip
 Classes = Annotated[
     int | None,
@@ -75,8 +77,9 @@ Epsilon = Annotated[
 ]  # fmt: skip
 Delta = Annotated[
     float | None,
-    typer.Option(help="δ, the chance that ε fails. Default: 1e-5, or 1/(2N) where that is smaller.", rich_help_panel=PRIVACY),
-]
+    typer.Option(help="δ, the chance that ε fails. Default: 1e-5, or 1/(2N) where that is smaller.",
+                 rich_help_panel=PRIVACY),
+]  # fmt: skip
 Share = Annotated[
     float | None,
     typer.Option(help="Part of ε for the probe, in (0, 1]; 1 leaves nothing for finetune. "
@@ -84,8 +87,9 @@ Share = Annotated[
 ]  # fmt: skip
 Clip = Annotated[
     float | None,
-    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.", rich_help_panel=PRIVACY),
-]
+    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.",
+                 rich_help_panel=PRIVACY),
+]  # fmt: skip
 InsecureSeed = Annotated[
     int | None,
     typer.Option(help="Seed the noise, for tests. The run is stamped NOT PRIVATE.", rich_help_panel=PRIVACY),
@@ -145,10 +149,12 @@ Process = Annotated[
 ]  # fmt: skip
 Count = Annotated[
     int | None,
-    typer.Option(help="Number of images to make. Default: 4000 (tiny), 24000 (small), 105000 (paper).", rich_help_panel=DATA),
-]
+    typer.Option(help="Number of images to make. Default: 4000 (tiny), 24000 (small), 105000 (paper).",
+                 rich_help_panel=DATA),
+]  # fmt: skip
 Resolution = Annotated[
-    int | None, typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA)
+    int | None,
+    typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA),
 ]
 Arch = Annotated[
     str | None,
