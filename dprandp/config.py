@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +243,15 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
         unused = _WRN_ONLY if config.arch == "patchnet" else _PATCHNET_ONLY
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
+
+
+def public_data_name(name: str) -> str:
+    """A data set's name as it may be published: of ``npz:`` and ``folder:`` the last part of the path alone.
+
+    Where a file lies on somebody's disk (user names, project names) is nobody else's business.
+    """
+    kind, colon, path = name.partition(":")
+    return f"{kind}:{os.path.basename(os.path.abspath(os.path.expanduser(path)))}" if colon and path else name
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Context:
         console: progress to stderr.
         device: where tensors live.
         data_dir: data root.
+        download: fetch a known data set's files where they are missing; nothing is fetched otherwise.
         workers: processes for image generation.
         microbatch: examples whose gradients are held together; None lets the stage choose. Memory only.
         resume: keep the recorded configuration, fall back to the last good checkpoint.
@@ -33,6 +34,7 @@ class Context:
     console: Console
     device: torch.device
     data_dir: Path
+    download: bool = False
     workers: int = 1
     microbatch: int | None = None
     resume: bool = False

@@ -1,4 +1,4 @@
-"""Answers that train nothing: status, the account calculator, the list of data sets, and ``--plan``."""
+"""Answers that train nothing: status, the account calculator and the list of data sets."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dprandp.config import StageConfig
-from dprandp.datasets import list_datasets
+from dprandp.datasets import list_datasets, open_dataset
+from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.rundir import RunDir
-from dprandp.stages import finetune
 from dprandp.stages.budget import read_budget
-from dprandp.stages.context import Context
-from dprandp.stages.private import open_private_stage
 
 
 def status(rundir: RunDir) -> dict[str, Any]:
@@ -85,9 +82,26 @@ def account_lines(result: dict[str, Any]) -> str:
     )
 
 
-def datasets(data_dir: Path) -> list[dict[str, Any]]:
-    """The known data sets as plain rows."""
-    return [asdict(row) for row in list_datasets(data_dir)]
+def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:
+    """The known data sets as plain rows.
+
+    Args:
+        data_dir: the data root.
+        name: this one alone; None for all.
+        download: fetch its files if they are missing.
+
+    Raises:
+        UsageError: no such known set, or a download of all. InputError: the download failed.
+    """
+    if download and name is None:
+        raise UsageError("--download needs the name of one data set", fix="add --data NAME, such as --data cifar10")
+    if name is not None:
+        dataset = open_dataset(name, data_dir, download=download)
+        if name.partition(":")[1]:
+            raise UsageError(f"{name} is your own data, not a known set", fix="leave --data out to see the known sets")
+        if download:
+            dataset.require()
+    return [asdict(row) for row in list_datasets(data_dir) if name in (None, row.name)]
 
 
 def dataset_lines(rows: list[dict[str, Any]]) -> str:
@@ -101,27 +115,3 @@ def dataset_lines(rows: list[dict[str, Any]]) -> str:
     lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
     return "\n".join(lines)
 
-
-def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
-    """What a private stage would run, from public facts alone: no pixel is read and nothing is written.
-
-    Returns:
-        the plan's fields, and epsilon_after (the run's ε when it is done).
-    """
-    if name == "finetune":
-        stage = finetune.open_stage(config, context, write=False)
-    else:
-        stage = open_private_stage(name, config, context, write=False)
-    budget = read_budget(context.rundir)
-    spent = stage.ledger.events_besides(name, stage.attempt) if budget else []
-    after = compose([*spent, stage.plan.event], stage.plan.delta)
-    return {**stage.plan.to_dict(), "data": stage.spec.name, "epsilon_after": after.upper}
-
-
-def plan_lines(result: dict[str, Any]) -> str:
-    """``plan`` for people."""
-    return (
-        f"{result['stage']} on {result['data']} (N = {result['examples']}): T = {result['steps']} steps, "
-        f"q = {result['sample_rate']:.4g}, σ = {result['noise_multiplier']:.4g}, C = {result['clip_norm']:g}, "
-        f"K = {result['views']}; the run's ε afterwards: {result['epsilon_after']:.4f} at δ = {result['delta']:g}"
-    )

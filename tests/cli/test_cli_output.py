@@ -127,11 +127,12 @@ def test_private_is_not_stamped(dprandp: Dprandp, run_after: RunAfter) -> None:
 # -------------------------------------------------------------------------------------------------------------- help
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-PANELS = {"Data", "Privacy", "Training", "Performance", "Output"}
+PANELS = ["Data", "Privacy", "Training", "Performance", "Output"]
 
 
 def options(command: object) -> Iterator:
-    yield from (entry for entry in command.params if entry.name != "help")  # type: ignore[attr-defined]
+    found = (entry for entry in command.params if entry.param_type_name == "option")  # type: ignore[attr-defined]
+    yield from (entry for entry in found if entry.name != "help")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -152,8 +153,15 @@ def test_every_option_is_explained_in_its_panel(name: str) -> None:
         assert entry.help, entry.name
         # a value that the option has if it is not given: shown by typer, or said in words
         optional = entry.is_flag or entry.name in ("config", "classes", "insecure_seed", "data")
-        if entry.default is None and not optional:
+        if entry.default is None and not optional and not entry.required:
             assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_panels_come_in_one_order(name: str) -> None:
+    """The help shows them in the order of the parameters."""
+    panels = list(dict.fromkeys(entry.rich_help_panel for entry in options(COMMANDS[name])))
+    assert panels == [panel for panel in PANELS if panel in panels]
 
 
 def test_fixed_options_exist() -> None:
@@ -164,15 +172,21 @@ def test_fixed_options_exist() -> None:
         "--plan",
     }  # fmt: skip
     wanted = {
-        "generate": common | {"--process", "--count", "--resolution"},
-        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device"},
-        "probe": private | {"--share"},
-        "finetune": private | {"--microbatch"},
-        "run": common | {"--data", "--data-dir", "--eps", "--delta", "--share", "--device", "--microbatch"},
+        "generate": common | {"--process", "--count", "--resolution", "--plan"},
+        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device", "--plan"},
+        "probe": private | {"--share", "--download"},
+        "finetune": private | {"--microbatch", "--download"},
+        "run": private | {
+            "--share", "--microbatch", "--download", "--process", "--count", "--resolution", "--arch", "--probe-steps",
+            "--probe-batch-size", "--probe-lr", "--probe-views", "--pretrain-steps",
+        },
+        "predict": {"--run", "--model", "--data", "--out", "--json"},
+        "export": {"--run", "--out", "--allow-not-private", "--json"},
+        "doctor": {"--run", "--data-dir", "--json"},
         "status": {"--run", "--json"},
         "report": {"--run"},
         "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta"},
-        "datasets": {"--data-dir", "--json"},
+        "datasets": {"--data-dir", "--json", "--download"},
     }
     for name, names in wanted.items():
         assert names <= {spelling for entry in options(COMMANDS[name]) for spelling in entry.opts}, name
