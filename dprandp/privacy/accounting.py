@@ -9,7 +9,7 @@ events               accountant                                              err
 ===================  ======================================================  ===========================================
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
-some sampled         privacy random variables, both directions (``prv``)     a quarter per cent each way, included in upper
+some sampled         privacy random variables, both directions (``prv``)     a quarter per cent, included in upper
 where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
@@ -29,7 +29,7 @@ from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 
 Warn = Callable[[str], None]
-_warn_by_log: Warn = logging.getLogger(__name__).warning
+warn_by_log: Warn = logging.getLogger(__name__).warning
 
 # The half-width of the numerical bounds: this part of ε, and no less than the floor.
 _RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
@@ -39,6 +39,8 @@ _WHOLE_ORDERS = [*range(2, 65), 72, 96, 128, 192, 256, 512]
 _PART_ORDERS = [1 + x / 20 for x in range(1, 100) if x % 20]
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
 _MAX_NOISE_MULTIPLIER = 1e6
+# No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
+_FIXED = "A run's budget cannot grow once it has begun."
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def gaussian_mu(events: Sequence[GaussianEvent]) -> float | None:
     return math.sqrt(math.fsum(event.steps / event.noise_multiplier**2 for event in merged))
 
 
-def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = _warn_by_log) -> EpsilonBound:
+def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
     """Bound ε of running all events on the same data, in any order, at ``delta``.
 
     Args:
@@ -147,7 +149,7 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = _warn_by
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
     from dprandp.privacy import prv  # loads most of scipy: only here, only when it is needed
 
-    components = _components(merged)
+    components = components_of(merged)
     rough = prv.rough_epsilon(components, delta)
     try:
         fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
@@ -166,7 +168,7 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
     return EpsilonBound(lower, estimate, upper, delta, name), None
 
 
-def _components(events: Sequence[GaussianEvent]) -> list[Any]:
+def components_of(events: Sequence[GaussianEvent]) -> list[Any]:
     """Sampled events as they are; all full-batch events as one Gaussian of the same μ, which is exact and cheaper."""
     from dprandp.privacy.prv import Component
 
@@ -207,7 +209,7 @@ def calibrate(
     sample_rate: float,
     steps: int,
     spent: Sequence[GaussianEvent] = (),
-    warn: Warn = _warn_by_log,
+    warn: Warn = warn_by_log,
 ) -> float:
     """The smallest noise multiplier found whose steps, after everything in ``spent``, stay within the budget.
 
@@ -239,7 +241,7 @@ def calibrate(
     if before.upper >= epsilon * (1 - _LEAST_PART):
         raise BudgetError(
             f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
-            fix="Give a larger --eps, or start a new run and account for both.",
+            fix=f"{_FIXED} Start a new run, and add up what both release.",
         )
     noise_multiplier, complaint = _calibrate(epsilon, delta, sample_rate, int(steps), tuple(merge_events(spent)))
     if complaint:
@@ -268,15 +270,18 @@ def _calibrate(
 
         def sketch(noise_multiplier: float) -> float:
             events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
-            return _sketch(_components(events), delta)
+            return _sketch(components_of(events), delta)
 
         goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
         guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), _MAX_NOISE_MULTIPLIER)
         found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
     if found is None:
+        left = "What is left of " if spent else ""
         raise BudgetError(
-            f"What is left of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
-            fix="Give a larger --eps, or fewer steps, or start a new run and account for both.",
+            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
+            fix=f"{_FIXED} Give fewer steps, or start a new run and add up what both release."
+            if spent
+            else "Give a larger --eps, or fewer steps.",
         )
     upper(found)  # leave the complaint of the accepted value, if it has one
     return found, complaints[-1] if complaints else None

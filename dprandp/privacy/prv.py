@@ -35,11 +35,14 @@ from scipy.fft import irfft, next_fast_len, rfft
 
 from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
 
-# The bound on time and memory, known before anything is allocated: grid points, and grid points times different events.
-# 400,000 points take about 0.3 s and 100 MiB a direction; the coarse grid serves searches only.
-FINE_POINTS, COARSE_POINTS, ALL_POINTS = 400_000, 16_384, 4_000_000
+# The bound on time and memory, known before anything is allocated: grid points, grid points times different events, and
+# different events. 400,000 points take about 0.3 s and 100 MiB a direction; the coarse grid serves searches only.
+FINE_POINTS, COARSE_POINTS, ALL_POINTS, MOST_EVENTS = 400_000, 16_384, 4_000_000, 100
 # The accountant's error in δ, as a part of δ: it is added to δ in every bound.
 DELTA_ERROR_SHARE = 1e-3
+# A Fourier transform is wrong by about eps·√(log₂ N) of its input; this many times eps·log₂ N, once for each step, is
+# held to be enough for all arithmetic, and added to δ.
+_ROUNDING = 8
 # Rényi orders for the rough bound. Any order gives a valid bound; a longer list only makes it tighter.
 _ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**n for n in range(6, 14)])
 
@@ -71,7 +74,7 @@ class Grid:
     Attributes:
         mesh: h, distance of the points.
         points: N, even; they are h·(−N/2 … N/2 − 1).
-        epsilon_error, delta_error: see "The bound" above.
+        epsilon_error, delta_error: ε_error and η of "The bound" above.
         real: float64, or the longest float there is where δ is so small that the rounding of float64 could be seen.
     """
 
@@ -132,7 +135,7 @@ def prv_curve(
 
     Args:
         components: the mechanisms, each with its number of steps.
-        delta_error: what the numerical error may add to every δ.
+        delta_error: what the numerical error may add to every δ; more where floating point asks for it.
         epsilon_error: what it may add to every ε; wider when the number of grid points would be passed.
 
     Returns:
@@ -166,7 +169,7 @@ def plan_grid(components: Sequence[Component], delta_error: float, epsilon_error
     """
     most_points = min(FINE_POINTS, ALL_POINTS // len(components))
     steps = sum(component.steps for component in components)
-    share = delta_error / 4  # for each of: steps outside, sum outside, rounding to the grid, floating point
+    share = delta_error / 3  # for each of: steps outside, sum outside, rounding to the grid
     reach = _reach(components, share)
     if not math.isfinite(reach):
         raise AccountantRefused("the Rényi bracket is not finite")
@@ -179,10 +182,10 @@ def plan_grid(components: Sequence[Component], delta_error: float, epsilon_error
     points = next_fast_len(2 * (math.ceil((reach + epsilon_error) / mesh) + 3), real=True)
     while points % 2:
         points = next_fast_len(points + 1, real=True)
-    for real in (np.float64, np.longdouble):
-        # Eight times the usual error of a Fourier transform, once for each step.
-        if 8 * float(np.finfo(real).eps) * math.log2(points) * (steps + 2) <= share:
-            return Grid(mesh, points, epsilon_error, delta_error, real)
+    for real, most in ((np.float64, delta_error), (np.longdouble, 30 * delta_error)):
+        rounding = _ROUNDING * float(np.finfo(real).eps) * math.log2(points) * (steps + 2)
+        if rounding <= most:
+            return Grid(mesh, points, epsilon_error, 3 * share + rounding, real)
     raise AccountantRefused("floating point is too coarse for such a small delta")
 
 
@@ -192,6 +195,8 @@ def _reach(components: Sequence[Component], probability: float) -> float:
     Chernoff: P(Y ≥ L) ≤ exp((α − 1)(RDP(α) − L)) and P(Y ≤ −L) ≤ exp((α − 1) RDP'(α) − α L), where RDP' is the other
     direction's divergence. The first bound with the larger divergence covers both tails of both directions.
     """
+    if len(components) > MOST_EVENTS:
+        raise AccountantRefused(f"{len(components)} different events are more than {MOST_EVENTS}")
     divergences = [component.divergences() for component in components]
     total = sum(component.steps * each for component, each in zip(components, divergences, strict=True))
     steps = sum(component.steps for component in components)

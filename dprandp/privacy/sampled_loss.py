@@ -18,6 +18,7 @@ from scipy.special import gammaln, ndtr
 
 # Beyond this many standard deviations a normal distribution has no mass in double precision.
 _NORMAL_REACH = 39.0
+_MOST_PANELS = 20_000
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 
 
@@ -47,13 +48,19 @@ class SampledGaussianLoss:
         return np.maximum(masses, 0.0)
 
     def mean(self, low: float, high: float) -> float:
-        """E[Y | low < Y ≤ high], to about 14 digits: Gauss-Legendre panels in x, shorter than ℓ's bend and the bell."""
+        """E[Y | low < Y ≤ high], to about 14 digits: Gauss-Legendre panels in x, shorter than ℓ's bend and the bell.
+
+        NaN when the interval holds no mass; ValueError when σ is so small (about 0.002) that it would take too long.
+        """
         ends = self._place(np.array([-high, -low] if self.add else [low, high])) * self.sigma
         start, stop = np.clip(ends, -_NORMAL_REACH * self.sigma, 1 + _NORMAL_REACH * self.sigma)
         if not stop > start:
             return math.nan
         width = self.sigma if self.q == 1 else min(self.sigma, 2 * self.sigma**2)
-        edges = np.linspace(start, stop, max(2, math.ceil((stop - start) / width) + 1))
+        panels = math.ceil((stop - start) / width)
+        if panels > _MOST_PANELS:
+            raise ValueError(f"noise multiplier {self.sigma:g} is too small for the mean of its loss to be integrated")
+        edges = np.linspace(start, stop, panels + 1)
         half = np.diff(edges)[:, None] / 2
         x = edges[:-1, None] + half * (1 + _NODES)
         bells = np.exp(-((x / self.sigma) ** 2) / 2)
