@@ -36,7 +36,7 @@ _RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
 # A budget of which less than this part is left would buy steps of nothing but noise.
 _LEAST_PART = 0.005
 _WHOLE_ORDERS = [*range(2, 65), 72, 96, 128, 192, 256, 512]
-_PART_ORDERS = [1 + x / 20 for x in range(1, 100) if x % 20]
+_PART_ORDERS = [1 + x / 5 for x in range(1, 25) if x % 5]
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
 _MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.

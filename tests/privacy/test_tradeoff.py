@@ -1,4 +1,4 @@
-"""What an attacker gains, and replace-one. Oracles: Neyman-Pearson tests and hockey-stick areas by plain integration."""
+"""What an attacker gains, and replace-one. Oracles: most powerful tests and hockey-stick areas by integration."""
 
 from __future__ import annotations
 
