@@ -9,7 +9,7 @@ events               accountant                                              err
 ===================  ======================================================  ===========================================
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
-some sampled         privacy random variables, both directions (``prv``)     a quarter per cent, included in upper
+some sampled         privacy random variables, both directions (``prv``)     0.25 % (q ~ 1e-3: 1 %), included in upper
 where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
