@@ -68,7 +68,10 @@ FAST: list[tuple[Rows, float]] = [
 
 def interval_of(rows: Rows) -> float:
     """Fine for small ε, but not where little noise makes single losses large and the oracle take minutes."""
-    return 1e-5 if central_limit_mu(rows) < 0.3 and all(sigma >= 2 for sigma, _, _ in rows) else 1e-4
+    if any(sigma < 2 for sigma, _, _ in rows):
+        return 1e-4
+    mu = central_limit_mu(rows)
+    return 1e-6 if mu < 0.05 else 1e-5 if mu < 0.3 else 1e-4
 
 
 @cache
