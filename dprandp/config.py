@@ -151,7 +151,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_size": 64,
             "projection_hidden": 1024,
         },
-        "probe": {"dims": 2048, "statistics_images": 8000},
+        "probe": {"dims": 3072, "statistics_images": 8000},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
@@ -292,8 +292,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 _POSITIVE = (
     "count", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
-    "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views", "dims", "statistics_images",
-    "lr", "clip_norm", "whitening_floor",
+    "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views",
+    "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
 )  # fmt: skip
 
 

@@ -59,24 +59,33 @@ def account(
     ] = 1.0,
     steps: Annotated[int, typer.Option(help="Noisy steps T.", rich_help_panel=flags.PRIVACY)] = 1,
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
+    adjacency: Annotated[
+        str,
+        typer.Option(help="What must not be noticed: add-remove or replace-one.", rich_help_panel=flags.PRIVACY),
+    ] = "add-remove",
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
+    ] = False,
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Calculate σ from ε, or ε from σ; reads no data.
+    """Calculate σ from ε, or ε from σ, and what that leaves to an attacker; reads no data.
 
     [dim]dprandp account --eps 1 --sample-rate 0.08192 --steps 875[/dim]
-    [dim]dprandp account --noise-multiplier 40.9 --steps 120[/dim]
+    [dim]dprandp account --noise-multiplier 40.9 --steps 120 --curve[/dim]
     """
     console = session.console(json=json, debug=debug)
-    from dprandp.stages import overview
+    from dprandp.stages import calculator
 
     if (eps is None) == (noise_multiplier is None):
         raise UsageError(
             "account needs exactly one of --eps and --noise-multiplier",
             fix="give --eps to find σ, or --noise-multiplier to find ε",
         )
-    result = overview.account(eps, noise_multiplier, sample_rate, steps, delta)
-    console.result(result, overview.account_lines(result))
+    result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or json)
+    if not json:
+        console.say(calculator.attack_lines(result))
+    console.result(result, calculator.account_lines(result))
 
 
 @app.command(rich_help_panel="About a run")

@@ -1,16 +1,13 @@
-"""Answers that train nothing: status, the account calculator and the list of data sets."""
+"""Answers that train nothing: status and the list of data sets."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dprandp.datasets import list_datasets, open_dataset
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.rundir import RunDir
 from dprandp.stages.budget import read_budget
 
@@ -39,47 +36,6 @@ def status_lines(table: dict[str, Any]) -> str:
             f"  budget    ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}{stamp}"
         )
     return "\n".join(lines)
-
-
-def account(
-    epsilon: float | None, noise_multiplier: float | None, sample_rate: float, steps: int, delta: float
-) -> dict[str, Any]:
-    """σ for an ε, or ε for a σ.
-
-    Returns:
-        noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
-        accountant, equivalent_mu (of Gaussian DP; None without privacy), adjacency.
-
-    Raises:
-        UsageError: a value out of its range. BudgetError: no noise is enough.
-    """
-    if noise_multiplier is None:
-        noise_multiplier = calibrate(epsilon, delta, sample_rate, steps)
-    bound = compose([GaussianEvent(noise_multiplier, sample_rate, steps)], delta)
-    finite = math.isfinite(bound.upper)
-    return {
-        "noise_multiplier": noise_multiplier,
-        "sample_rate": sample_rate,
-        "steps": steps,
-        "delta": delta,
-        "epsilon": bound.upper,
-        "epsilon_estimate": bound.estimate,
-        "epsilon_lower": bound.lower,
-        "accountant": bound.accountant,
-        "equivalent_mu": equivalent_mu(bound.upper, delta) if finite else None,
-        "adjacency": "add/remove one record",
-    }
-
-
-def account_lines(result: dict[str, Any]) -> str:
-    """``account`` for people."""
-    sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
-    mu = "" if result["equivalent_mu"] is None else f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}"
-    return (
-        f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
-        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
-        f"({result['adjacency']}; {result['accountant']}{mu})"
-    )
 
 
 def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:

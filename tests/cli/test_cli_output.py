@@ -76,6 +76,23 @@ def test_account_never_shows_a_zero_that_is_none(dprandp: Dprandp) -> None:
     assert "ε = 0.0000" not in dprandp("account", "--eps", "1e-9").out
 
 
+def test_account_explains_itself_beside_its_one_line(dprandp: Dprandp) -> None:
+    """Scripts read stdout: one line, unless a table was asked for. People read the rest."""
+    asked = ("account", "--noise-multiplier", 40.9, "--steps", 120)
+    plain, table = dprandp(*asked), dprandp(*asked, "--curve")
+    assert plain.out.count("\n") == 1
+    assert table.out.startswith(plain.out)
+    assert [line.split()[0] for line in table.out.splitlines()[2:]] == [f"1e-{e:02d}" for e in range(3, 11)]
+    assert "at 0.1 / 1 / 5 % false alarms" in plain.err
+    assert "best advantage" in plain.err
+    replaced = dprandp(*asked, "--adjacency", "replace-one", "--json")
+    assert "attacker" not in replaced.err
+    assert replaced.json["adjacency"] == "replace one record"
+    assert "doubles μ (exact)" in replaced.json["adjacency_relation"]
+    assert replaced.json["equivalent_mu"] == pytest.approx(2 * 120**0.5 / 40.9)
+    assert len(replaced.json["curve"]["epsilon"]) == len(replaced.json["curve"]["delta"]) == 8
+
+
 def test_the_whole_run(dprandp: Dprandp, run_after: RunAfter) -> None:
     """``dprandp run`` on a finished run repeats nothing; a refusal in the middle keeps what was made."""
     run = run_after("finetune")
@@ -185,7 +202,7 @@ def test_fixed_options_exist() -> None:
         "doctor": {"--run", "--data-dir", "--json"},
         "status": {"--run", "--json"},
         "report": {"--run"},
-        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta"},
+        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta", "--adjacency", "--curve"},
         "datasets": {"--data-dir", "--json", "--download"},
     }
     for name, names in wanted.items():

@@ -55,7 +55,9 @@ def features_by_loops(net, image):
     return np.sqrt(sums / counts[None, :, None] + ROOT_FLOOR).reshape(-1)
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "patch_dims": 20}, {"grids": (3,), "patch_size": 8, "threshold": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "patch_dims": 20}, {"grids": (3,), "patch_size": 8, "threshold": 0.5}]
+)
 def test_features_equal_the_loops(options):
     net, images = random_net(**options), random_images(2)
     expected = np.stack([features_by_loops(net, image) for image in images])
