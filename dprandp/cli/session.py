@@ -57,10 +57,11 @@ def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, giv
     if size is None and before:
         size = before[-1]["size"]
     inherited: dict[str, Any] = {}
+    decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
-        inherited = {k: v for k, v in recorded["probe"].items() if k in ("data", "epsilon", "delta", "classes")}
+        inherited = {k: v for k, v in recorded["probe"].items() if k in decided}
     elif stage in recorded:
-        inherited = {k: v for k, v in recorded[stage].items() if k in ("data", "epsilon", "delta", "classes", "arch")}
+        inherited = {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
 
 

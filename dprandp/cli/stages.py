@@ -96,10 +96,12 @@ def probe(
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     share: flags.Share = None,
     clip: flags.Clip = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     steps: flags.Steps = None,
     batch_size: flags.BatchSize = None,
@@ -126,6 +128,7 @@ def probe(
     given = {
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
         "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "unit_column": unit_column, "noise": noise,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)
@@ -154,9 +157,11 @@ def finetune(
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     clip: flags.Clip = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     steps: flags.Steps = None,
     batch_size: flags.BatchSize = None,
@@ -184,6 +189,7 @@ def finetune(
     given = {
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "unit_column": unit_column, "noise": noise,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)
@@ -203,9 +209,11 @@ def run_all(
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     share: flags.Share = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     process: flags.Process = None,
     arch: flags.Arch = None,
@@ -230,6 +238,7 @@ def run_all(
     console = session.console(json=json, quiet=quiet, debug=debug)
     everywhere = {"seed": seed}
     private = {"data": data, "classes": classes, "epsilon": eps, "delta": delta}
+    private |= {"unit_column": unit_column, "noise": noise}
     given = {
         "generate": everywhere | {"process": process},
         "pretrain": everywhere | {"arch": arch, "colour": session.colour_of(data, data_dir, classes)},

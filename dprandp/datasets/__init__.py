@@ -26,7 +26,8 @@ from dprandp.datasets.units import EACH_IMAGE
 from dprandp.errors import UsageError, nearest
 
 __all__ = [
-    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets", "open_dataset",
+    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split",
+    "list_datasets", "open_dataset",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.

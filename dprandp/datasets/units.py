@@ -99,9 +99,8 @@ def read_units_file(path: Path, column: str) -> dict[str, str]:
             fix=f"write one with the header file,{column} and one line per image, such as train/CLASS/FILE,17",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text", fix="save it as UTF-8 and check its permissions") from (
-            error
-        )
+        fix = "save it as UTF-8 and check its permissions"
+        raise InputError(f"{path} cannot be read as UTF-8 text", fix=fix) from error
     try:
         header, *lines = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row] or [[]]
     except csv.Error as error:
@@ -119,9 +118,7 @@ def read_units_file(path: Path, column: str) -> dict[str, str]:
     return units
 
 
-def units_of_files(
-    path: Path, column: str, train: Iterable[str], test: Iterable[str]
-) -> Units:
+def units_of_files(path: Path, column: str, train: Iterable[str], test: Iterable[str]) -> Units:
     """The units of a folder's images, from its ``units.csv``.
 
     Args:
@@ -165,7 +162,7 @@ def _clean(values: np.ndarray, origin: str) -> np.ndarray:
     if absent.any():
         raise InputError(
             f"{origin} has missing values (negative numbers, empty text, nan and the like)",
-            fix="give each image its unit; images of unknown origin cannot be protected together with their unit's others",
+            fix="give each image its unit; an image of unknown origin cannot be protected together with its others",
             private_detail=f"{int(absent.sum())} values, the first at position {int(absent.argmax())}",
         )
     return values

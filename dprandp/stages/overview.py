@@ -106,7 +106,7 @@ def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
     """What a private stage would run, from public facts alone: no pixel is read and nothing is written.
 
     Returns:
-        the plan's fields, and epsilon_after (the run's ε when it is done).
+        the plan's fields, data, unit, train_examples (images), and epsilon_after (the run's ε when it is done).
     """
     if name == "finetune":
         stage = finetune.open_stage(config, context, write=False)
@@ -115,13 +115,20 @@ def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
     budget = read_budget(context.rundir)
     spent = stage.ledger.events_besides(name, stage.attempt) if budget else []
     after = compose([*spent, stage.plan.event], stage.plan.delta)
-    return {**stage.plan.to_dict(), "data": stage.spec.name, "epsilon_after": after.upper}
+    spec = stage.spec
+    facts = {"data": spec.name, "unit": spec.unit, "train_examples": spec.train_examples}
+    return {**stage.plan.to_dict(), **facts, "epsilon_after": after.upper}
 
 
 def plan_lines(result: dict[str, Any]) -> str:
     """``plan`` for people."""
+    size = f"N = {result['examples']}"
+    if result["unit"] != "one image":
+        size += f" units, each {result['unit']}, {result['train_examples']} images"
+    noise = ", discrete noise" if result["noise"] == "discrete" else ""
     return (
-        f"{result['stage']} on {result['data']} (N = {result['examples']}): T = {result['steps']} steps, "
+        f"{result['stage']} on {result['data']} ({size}): T = {result['steps']} steps, "
         f"q = {result['sample_rate']:.4g}, σ = {result['noise_multiplier']:.4g}, C = {result['clip_norm']:g}, "
-        f"K = {result['views']}; the run's ε afterwards: {result['epsilon_after']:.4f} at δ = {result['delta']:g}"
+        f"K = {result['views']}{noise}; the run's ε afterwards: {result['epsilon_after']:.4f} "
+        f"at δ = {result['delta']:g}"
     )
