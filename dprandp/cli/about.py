@@ -59,6 +59,10 @@ def account(
     ] = 1.0,
     steps: Annotated[int, typer.Option(help="Noisy steps T.", rich_help_panel=flags.PRIVACY)] = 1,
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
+    group_size: Annotated[
+        int,
+        typer.Option(help="Also the ε of so many records together (images of one person).", rich_help_panel=flags.PRIVACY),
+    ] = 1,
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
@@ -75,19 +79,38 @@ def account(
             "account needs exactly one of --eps and --noise-multiplier",
             fix="give --eps to find σ, or --noise-multiplier to find ε",
         )
-    result = overview.account(eps, noise_multiplier, sample_rate, steps, delta)
+    result = overview.account(eps, noise_multiplier, sample_rate, steps, delta) | {"group_size": group_size}
+    result |= overview.account_group(result)
     console.result(result, overview.account_lines(result))
 
 
 @app.command(rich_help_panel="About a run")
-def datasets(data_dir: flags.DataDir = Path("data"), json: flags.Json = False, debug: flags.Debug = False) -> None:
-    """The data sets that --data knows, and which of them are at hand.
+def datasets(
+    check: Annotated[
+        str | None,
+        typer.Option("--check", help="Count duplicates and units of this data set (known name, npz:PATH, folder:PATH). "
+                     "Reads private data; the answer is private and is written nowhere.",
+                     rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
+    unit_column: flags.UnitColumn = None,
+    classes: flags.Classes = None,
+    data_dir: flags.DataDir = Path("data"),
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:  # fmt: skip
+    """The data sets that --data knows, and which of them are at hand; or a private check of one.
 
     [dim]dprandp datasets[/dim]
-    [dim]dprandp datasets --data-dir /data --json[/dim]
+    [dim]dprandp datasets --check npz:scans.npz --unit-column patient[/dim]
     """
     console = session.console(json=json, debug=debug)
     from dprandp.stages import overview
 
+    if check is not None:
+        found = overview.check_dataset(check, data_dir, classes, unit_column)
+        console.say("what follows was counted in private data without noise: keep it, and do not publish it")
+        return console.result(found, overview.check_lines(found))
+    if unit_column is not None or classes is not None:
+        raise UsageError("--unit-column and --classes belong to --check", fix="name the data set with --check NAME")
     rows = overview.datasets(data_dir)
-    console.result({"datasets": rows}, overview.dataset_lines(rows))
+    return console.result({"datasets": rows}, overview.dataset_lines(rows))

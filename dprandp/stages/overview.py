@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dprandp.config import StageConfig
-from dprandp.datasets import list_datasets
+from dprandp.datasets import check_data, list_datasets, open_dataset
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.group import compose_group
 from dprandp.rundir import RunDir
 from dprandp.stages import finetune
 from dprandp.stages.budget import read_budget
@@ -74,6 +75,22 @@ def account(
     }
 
 
+def account_group(result: dict[str, Any]) -> dict[str, Any]:
+    """ε of ``group_size`` records together, for what ``account`` answered; empty for a size of 1.
+
+    Returns:
+        group_epsilon (upper bound at the same δ; infinite where no bound was found), group_accountant.
+
+    Raises:
+        UsageError: the size is below 1.
+    """
+    if result["group_size"] == 1:
+        return {}
+    event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
+    bound = compose_group([event], result["delta"], result["group_size"])
+    return {"group_epsilon": bound.upper, "group_accountant": bound.accountant}
+
+
 def account_lines(result: dict[str, Any]) -> str:
     """``account`` for people."""
     sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
@@ -81,8 +98,15 @@ def account_lines(result: dict[str, Any]) -> str:
     return (
         f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
         f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
-        f"({result['adjacency']}; {result['accountant']}{mu})"
+        f"({result['adjacency']}; {result['accountant']}{mu}){_group_line(result)}"
     )
+
+
+def _group_line(result: dict[str, Any]) -> str:
+    if "group_epsilon" not in result:
+        return ""
+    size, epsilon = result["group_size"], result["group_epsilon"]
+    return f"\n{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})"
 
 
 def datasets(data_dir: Path) -> list[dict[str, Any]]:
@@ -99,6 +123,36 @@ def dataset_lines(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
+    return "\n".join(lines)
+
+
+def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> dict[str, Any]:
+    """Duplicates and units of a data set: see ``check_data``. Private, and ``private_output`` says so."""
+    dataset = open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column)
+    return {"private_output": True, **check_data(dataset)}
+
+
+def check_lines(found: dict[str, Any]) -> str:
+    """``check_dataset`` for people."""
+    lines = [
+        f"{found['data']}: {found['train_examples']} training images, {found['train_units']} units of privacy, each "
+        f"{found['unit']}; PRIVATE from here on",
+        f"  images of the largest unit                          {found['largest_unit']}",
+        f"  images that repeat an earlier one exactly           {found['repeated_images']}",
+        f"  images with a copy in another unit                  {found['across_units']}",
+        f"  units that hold one and the same image, at most     {found['largest_copies']}",
+        f"  distinct images with contradicting labels           {found['contradicting_labels']}",
+        f"  training images with a copy in the test split       {found['in_test']}",
+    ]
+    if found["units_in_test"] is not None:
+        lines.append(f"  units with images in both splits                    {found['units_in_test']}")
+    if found["across_units"]:
+        lines.append(
+            f"An image in {found['largest_copies']} units is protected as a group of so many (dprandp account "
+            f"--group-size {found['largest_copies']}). Remove the copies, or give them one unit (--unit-column)."
+        )
+    if found["in_test"] or found["units_in_test"]:
+        lines.append("The test split is not protected: its metrics are published without noise. Keep the splits apart.")
     return "\n".join(lines)
 
 
