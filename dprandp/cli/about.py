@@ -61,7 +61,7 @@ def account(
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
     group_size: Annotated[
         int,
-        typer.Option(help="Also the ε of so many records together (images of one person).", rich_help_panel=flags.PRIVACY),
+        typer.Option(help="Also the ε of k records together, such as one person's.", rich_help_panel=flags.PRIVACY),
     ] = 1,
     json: flags.Json = False,
     debug: flags.Debug = False,

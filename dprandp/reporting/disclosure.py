@@ -86,7 +86,8 @@ def check(result: Facts) -> None:
     Raises:
         CheckpointError: a key is missing; the message names it.
     """
-    missing = [key for key in NEEDED if key not in result]
+    needed = [*NEEDED, "train_units"] if result.get("unit", "one image") != "one image" else NEEDED
+    missing = [key for key in needed if key not in result]
     if missing:
         raise CheckpointError(
             f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",

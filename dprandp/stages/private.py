@@ -25,6 +25,7 @@ from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, valid
 from dprandp.rundir import RunDir
 from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
+from dprandp.stages.unit_rows import unit_reminder
 
 DEFAULT_SHARE = 0.3
 """Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
@@ -271,6 +272,8 @@ def open_private_stage(
     stage = PrivateStage(name, dataset, budget, context)
     recorded = (document or {}).get("stages", {}).get(name)
     spent = stage.open_ledger(write=write)
+    if write and (reminder := unit_reminder(dataset.spec, config.unit_column)):
+        context.console.say(reminder)
     if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
         stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
         return stage

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dprandp.datasets import Dataset
+from dprandp.datasets import Dataset, DataSpec
 from dprandp.privacy.unit_clipping import clipped_softmax_sum_of_units
 
 
@@ -43,6 +43,19 @@ def unit_rows(dataset: Dataset) -> UnitRows | None:
         return None
     sizes = np.bincount(units.of_image, minlength=units.count)
     return UnitRows(np.argsort(units.of_image, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
+    """What to say before a run on somebody's own images without units; a function of declared facts alone.
+
+    How many duplicates there are, or persons with several images, is private: a run does not count them.
+    """
+    if asked is not None or spec.unit_column is not None or not spec.name.startswith(("npz:", "folder:")):
+        return None
+    return (
+        "note: one image is the unit of privacy. Where a person has several, or an image occurs twice, ε is too small: "
+        f"give --unit-column NAME, and see `dprandp datasets --check {spec.name}` (its answer is private)"
+    )
 
 
 class UnitFeatures:
