@@ -81,9 +81,8 @@ def test_units_that_make_no_sense(dprandp: Dprandp, run_after: RunAfter, tmp_pat
     for values, words in ((GROUPS * 1.0, "float64 [120]"), (GROUPS[:-1], "[119] for 120"), (GROUPS - 1, "missing")):
         np.savez(tmp_path / "bad.npz", **arrays(), patient_train=values)
         refused(dprandp(*probe, "--data", f"npz:{tmp_path}/bad.npz", "--unit-column", "patient"), 3, words)
-    refused(
-        dprandp(*probe, "--data", data, "--unit-column", "patient", "--batch-size", 31), 2, "exceeds the 30", "at most 30"
-    )
+    large = dprandp(*probe, "--data", data, "--unit-column", "patient", "--batch-size", 31)
+    refused(large, 2, "exceeds the 30", "at most 30")
     assert state_of(run) == before
 
 
