@@ -89,7 +89,7 @@ def datasets(
     check: Annotated[
         str | None,
         typer.Option("--check", help="Count duplicates and units of this data set (known name, npz:PATH, folder:PATH). "
-                     "Reads private data; the answer is private and is written nowhere.",
+                     "Reads private data; the answer is private and is written nowhere. Default: the list of sets.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
     unit_column: flags.UnitColumn = None,

@@ -71,7 +71,8 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
         return None
     from dprandp.datasets import open_dataset
 
-    return "grey" if open_dataset(data, data_dir, num_classes=classes).spec.channels == 1 else "rgb"
+    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
+    return "grey" if spec.channels == 1 else "rgb"
 
 
 def context(

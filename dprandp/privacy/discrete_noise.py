@@ -24,9 +24,10 @@ Guarantee:
     s√2π. The sum of these suprema is at most ∫|f″| + ∫|f‴| ≤ 2.43/s + 3.79/s². Half the sum of all differences is thus
     at most (2.43/s² + 3.79/s³) / (48 √2π) ≤ 0.0223/s² for s ≥ 16; the normaliser differs by less than exp(−2π²s²).
 
-What remains of floating point: the sum itself. For a linear head it is computed in float64 (``precise``), where
-rounding stays far below the slack of the clip; gradients of a whole network are computed in float32, batched, and their
-last bits may depend on the batch (as with continuous noise). Nothing runs in constant time.
+What remains of floating point: the sums before they are rounded. A linear head's are computed in float64 (``precise``),
+where summation stays far below the slack of the clip. Features and the gradients of a whole network are computed in
+float32; where that is done in batches, the last bits of one record's may depend on the records beside it, as with
+continuous noise. Severity: low, as the effect is of the size of float32 rounding. Nothing runs in constant time.
 """
 
 from __future__ import annotations
