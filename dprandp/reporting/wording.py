@@ -19,8 +19,8 @@ DISCRETE_LIMIT = (
     "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
     f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. What is "
     "left is the rounding of what is summed: a head's sums are made in float64, below the slack of the clip; features "
-    "and gradients of a whole network are float32, and where they are computed in batches their last bits may depend on "
-    "the images beside them."
+    "and gradients of a whole network are float32, and where they are computed in batches their last bits may depend "
+    "on the images beside them."
 )
 DISCRETE_TAILS = (
     "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
