@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_20_a_run_on_patients_draws_clips_and_charges_patients(
         assert (result["unit"], result["train_units"], result["train_examples"]) == (UNIT, UNITS, TRAIN)
     rundir = RunDir.open(run, create=False)
     with rundir.lock():
-        page = report.write(rundir).read_text(encoding="utf-8")
+        page = html.unescape(report.write(rundir).read_text(encoding="utf-8"))
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8").replace("\\", "")
     for text in (page, card):
         assert UNIT in text
