@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,14 +53,14 @@ def test_without_a_column_a_run_says_what_its_unit_is_and_counts_nothing(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
 ) -> None:
     """The reminder is the same for data with and without duplicates: how many there are is private."""
-    said = []
+    said, fresh = [], run_after("pretrain")
     for name in ("clean", "dirty"):
         made = arrays()
         if name == "dirty":
             made["x_train"][60:] = made["x_train"][:60]
             made["y_train"][60:] = made["y_train"][:60]
         np.savez(tmp_path / "set.npz", **made)
-        run = run_after("pretrain")
+        run = shutil.copytree(fresh, tmp_path / f"run-{name}")
         done = dprandp(
             "probe", "--config", "small.toml", "--run", run, "--data", f"npz:{tmp_path}/set.npz", "--share", 1
         )
