@@ -97,6 +97,9 @@ class ProbeConfig:
     """Average the features of an image and its mirror image; None follows the data set's declaration."""
     classes: int | None = None
     """Number of classes, for data that do not declare it."""
+    unit_column: str | None = None
+    """What says which images form one unit of privacy; 'image': each its own; None: as the data declare it."""
+    noise: str = "gaussian"
     seed: int = 0
 
 
@@ -127,6 +130,8 @@ class FinetuneConfig:
     """Used by source = 'scratch' alone."""
     checkpoint_every: int = 10
     classes: int | None = None
+    unit_column: str | None = None
+    noise: str = "gaussian"
     seed: int = 0
 
 
@@ -334,6 +339,7 @@ def validate(stage: str, config: StageConfig) -> None:
         "released": ("average", "ema", "last"),
         "source": ("probe", "scratch"),
         "colour": ("rgb", "grey", "mixed"),
+        "noise": ("gaussian", "discrete"),
         "size": SIZES,
     }
     for key, known in choices.items():

@@ -16,6 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
+from dprandp.reporting.wording import several_images
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -84,9 +85,15 @@ def _data(result: Mapping[str, Any]) -> str:
         names += f", and {len(classes) - MOST_CLASSES} more (see config.json)"
     return (
         f"## Data\n\n{_plain(result['title'])} (`{_code(result['data'])}`): {result['train_examples']} training "
-        f"images, {result['test_examples']} test images. Classes: {names}.\n\n"
+        f"images{_units(result)}, {result['test_examples']} test images. Classes: {names}.\n\n"
         "Licence of the data: not known to this program. Check the terms of the data set before you publish the model."
     )
+
+
+def _units(result: Mapping[str, Any]) -> str:
+    if not several_images(result):
+        return ""
+    return f" of {result['train_units']} units of privacy, each {_plain(result['unit'])}"
 
 
 def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: Mapping[str, Any]) -> str:

@@ -66,6 +66,10 @@ def account(
     curve: Annotated[
         bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
     ] = False,
+    group_size: Annotated[
+        int,
+        typer.Option(help="Also the ε of k records together, such as one person's.", rich_help_panel=flags.PRIVACY),
+    ] = 1,
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
@@ -83,6 +87,7 @@ def account(
             fix="give --eps to find σ, or --noise-multiplier to find ε",
         )
     result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or json)
+    result |= calculator.account_group(result, group_size)
     if not json:
         console.say(calculator.attack_lines(result))
     console.result(result, calculator.account_lines(result))
@@ -96,16 +101,30 @@ def datasets(
     ] = None,
     data_dir: flags.DataDir = Path("data"),
     download: flags.Download = False,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", help="Count duplicates and units of this data set (known name, npz:PATH, folder:PATH). "
+                     "Reads private data; the answer is private and is written nowhere. Default: none.",
+                     rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
+    unit_column: flags.UnitColumn = None,
+    classes: flags.Classes = None,
     json: flags.Json = False,
     debug: flags.Debug = False,
-) -> None:
-    """List the data sets that --data knows and which of them are at hand, or fetch one with --download.
+) -> None:  # fmt: skip
+    """List the data sets that --data knows and which are at hand; fetch one with --download, or --check your own.
 
-    [dim]dprandp datasets[/dim]
     [dim]dprandp datasets --data fashion-mnist --download --data-dir /data[/dim]
+    [dim]dprandp datasets --check npz:scans.npz --unit-column patient[/dim]
     """
     console = session.console(json=json, debug=debug)
     from dprandp.stages import overview
 
+    if check is not None:
+        found = overview.check_dataset(check, data_dir, classes, unit_column)
+        console.say("what follows was counted in private data without noise: keep it, and do not publish it")
+        return console.result(found, overview.check_lines(found))
+    if unit_column is not None or classes is not None:
+        raise UsageError("--unit-column and --classes belong to --check", fix="name the data set with --check NAME")
     rows = overview.datasets(data_dir, data, download=download)
-    console.result({"datasets": rows}, overview.dataset_lines(rows))
+    return console.result({"datasets": rows}, overview.dataset_lines(rows))

@@ -70,6 +70,18 @@ Classes = Annotated[
     int | None,
     typer.Option(help="Number of classes, for npz: files that do not declare it.", rich_help_panel=DATA, metavar="C"),
 ]
+UnitColumn = Annotated[
+    str | None,
+    typer.Option("--unit-column", help="What must be hidden as a whole: images with equal values in this array of npz: "
+                 "data (patient or patient_train), or column of units.csv in folder: data, are one unit of privacy. "
+                 "Default: groups_train, or unit, where the data have it; else each image. image: each image.",
+                 rich_help_panel=PRIVACY, metavar="NAME"),
+]  # fmt: skip
+Noise = Annotated[
+    str | None,
+    typer.Option("--noise", help="gaussian, or discrete: sums and noise on a lattice, without the gaps of floating "
+                 "point. Default gaussian.", rich_help_panel=PRIVACY, metavar="gaussian|discrete"),
+]  # fmt: skip
 Epsilon = Annotated[
     float | None,
     typer.Option("--eps", help="Total ε for everything this run releases about the data; inf = NOT PRIVATE. "

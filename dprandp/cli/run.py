@@ -23,6 +23,7 @@ def run_all(
     data_dir: flags.DataDir = Path("data"),
     download: flags.Download = False,
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     process: flags.Process = None,
     count: flags.Count = None,
     resolution: flags.Resolution = None,
@@ -30,6 +31,7 @@ def run_all(
     delta: flags.Delta = None,
     share: flags.Share = None,
     clip: flags.Clip = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     arch: flags.Arch = None,
     random_init: flags.RandomInit = None,
@@ -62,7 +64,10 @@ def run_all(
     [dim]dprandp run --data cifar10 --eps 8 --size small --run runs/cifar --plan[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
-    private = {"data": data, "classes": classes, "epsilon": eps, "delta": delta, "clip_norm": clip}
+    private = {
+        "data": data, "classes": classes, "unit_column": unit_column, "epsilon": eps, "delta": delta,
+        "clip_norm": clip, "noise": noise,
+    }  # fmt: skip
     tuning = {"steps": steps, "batch_size": batch_size, "lr": lr, "views": views}
     given = {
         "generate": {"process": process, "count": count, "resolution": resolution},
@@ -92,7 +97,10 @@ def run_all(
 
             made = planning.plan_run(resolve, context)
             return console.result(made, planning.plan_lines(made))
-        session.require_data(configs["probe"].data, data_dir, classes=configs["probe"].classes, download=download)
+        probe = configs["probe"]
+        session.require_data(
+            probe.data, data_dir, classes=probe.classes, unit_column=probe.unit_column, download=download
+        )
         from dprandp.stages import pipeline
 
         result = pipeline.run(resolve, context)

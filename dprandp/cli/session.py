@@ -68,10 +68,11 @@ def resolve(
     if size is None and before:
         size = before[-1]["size"]
     inherited: dict[str, Any] = {}
+    decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
-        inherited = {k: v for k, v in recorded["probe"].items() if k in ("data", "epsilon", "delta", "classes")}
+        inherited = {k: v for k, v in recorded["probe"].items() if k in decided}
     elif stage in recorded:
-        inherited = {k: v for k, v in recorded[stage].items() if k in ("data", "epsilon", "delta", "classes", "arch")}
+        inherited = {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
 
 
@@ -81,10 +82,13 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
         return None
     from dprandp.datasets import open_dataset
 
-    return "grey" if open_dataset(data, data_dir, num_classes=classes).spec.channels == 1 else "rgb"
+    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
+    return "grey" if spec.channels == 1 else "rgb"
 
 
-def require_data(data: str, data_dir: Path, *, classes: int | None, download: bool) -> None:
+def require_data(
+    data: str, data_dir: Path, *, classes: int | None, unit_column: str | None, download: bool
+) -> None:
     """Make sure that a data set's files are there, fetching them if allowed, before hours of public stages.
 
     Raises:
@@ -92,7 +96,7 @@ def require_data(data: str, data_dir: Path, *, classes: int | None, download: bo
     """
     from dprandp.datasets import open_dataset
 
-    open_dataset(data, data_dir, download=download, num_classes=classes).require()
+    open_dataset(data, data_dir, download=download, num_classes=classes, unit_column=unit_column).require()
 
 
 def context(

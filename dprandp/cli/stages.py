@@ -102,10 +102,12 @@ def probe(
     data_dir: flags.DataDir = Path("data"),
     download: flags.Download = False,
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     share: flags.Share = None,
     clip: flags.Clip = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     steps: flags.Steps = None,
     batch_size: flags.BatchSize = None,
@@ -132,6 +134,7 @@ def probe(
     given = {
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
         "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "unit_column": unit_column, "noise": noise,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)
@@ -152,9 +155,11 @@ def finetune(
     data_dir: flags.DataDir = Path("data"),
     download: flags.Download = False,
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     clip: flags.Clip = None,
+    noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     source: Annotated[
         str | None,
@@ -192,6 +197,7 @@ def finetune(
     given = {
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "unit_column": unit_column, "noise": noise,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)

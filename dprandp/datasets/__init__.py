@@ -7,7 +7,7 @@
 Naming a data set reads no pixel and no label; ``train()`` and ``test()`` do. Names: those of ``KNOWN``, ``folder:PATH``
 and ``npz:PATH``.
 
-There is no grouping of records here (several images of one patient, say): the unit of privacy is one image.
+The unit of privacy is one image, or, with a column that says which images belong together, one patient, say.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from pathlib import Path
 
 from dprandp.datasets.base import SPLITS, Dataset, DataSpec, Split, check_split
 from dprandp.datasets.builtin import BUILTIN
+from dprandp.datasets.duplicates import check_data
 from dprandp.datasets.folder import open_folder
 from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
+from dprandp.datasets.units import EACH_IMAGE
 from dprandp.datasets.unlabelled import read_unlabelled
 from dprandp.errors import UsageError, nearest
 
 __all__ = [
-    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_split", "list_datasets", "open_dataset",
-    "read_unlabelled",
+    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
+    "open_dataset", "read_unlabelled",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.
@@ -41,6 +43,7 @@ def open_dataset(
     num_classes: int | None = None,
     image_size: int | None = None,
     flip_ok: bool | None = None,
+    unit_column: str | None = None,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
 
@@ -52,6 +55,7 @@ def open_dataset(
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         image_size: for ``folder:`` alone, side in pixels after resizing (default 32).
         flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
+        unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
 
     Raises:
         UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
@@ -64,6 +68,7 @@ def open_dataset(
         ("num_classes", num_classes, own and kind == "npz"),
         ("image_size", image_size, own and kind == "folder"),
         ("flip_ok", flip_ok, own),
+        ("unit_column", None if unit_column == EACH_IMAGE else unit_column, own),
     ):
         if value is not None and not applies:
             raise UsageError(f"{option} does not apply to the data set {name}", fix=f"leave {option} out: it is known")
@@ -74,8 +79,8 @@ def open_dataset(
             raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
         path = Path(rest).expanduser()
         if kind == "npz":
-            return open_npz(path, num_classes=num_classes, flip_ok=flip_ok)
-        return open_folder(path, image_size=image_size, flip_ok=flip_ok)
+            return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
+        return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
     refuse_unsupported(name)
     if name not in KNOWN:
         raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dprandp.datasets.units import Units, unit_text
 from dprandp.errors import InputError
 
 #: Splits every data set has. A third, official validation split (MedMNIST) stays unused: it is nobody's to tune on.
@@ -43,6 +44,8 @@ class DataSpec:
         citation: whom to cite.
         flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
             carry meaning; also for sets nobody has declared.
+        unit_column: the column that says which images form one unit of privacy; None where each image is one.
+        unit_count: the number of those units; None where each image is one. Treated as public, and said to be.
     """
 
     name: str
@@ -57,6 +60,18 @@ class DataSpec:
     licence: str
     citation: str
     flip_ok: bool
+    unit_column: str | None = None
+    unit_count: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """The unit of privacy in words."""
+        return unit_text(self.unit_column)
+
+    @property
+    def train_units(self) -> int:
+        """The number of units of privacy in the training split: the N of the accounting."""
+        return self.train_examples if self.unit_count is None else self.unit_count
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,10 +107,18 @@ class Dataset:
         spec: its declared facts.
         read: reads one split.
         require: raises InputError when a file that ``read`` needs is absent (or fetches it, where that was allowed).
+        units: which images form one unit of privacy; None where each image is one.
     """
 
-    def __init__(self, spec: DataSpec, read: SplitReader, require: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        spec: DataSpec,
+        read: SplitReader,
+        require: Callable[[], None] | None = None,
+        units: Units | None = None,
+    ) -> None:
         self.spec = spec
+        self._units = units
         self._read = read
         self._require = require
         self._train: Split | None = None
@@ -135,8 +158,12 @@ class Dataset:
         self.require()
         return check_split(self.spec, "test", *self._read("test"))
 
+    def grouping(self) -> Units | None:
+        """Which training images form one unit of privacy (private); None where each image is one."""
+        return self._units
+
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the training pixels and labels, in order: equal only for equal training data.
+        """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
 
         It notices that the data changed between a run and its resumption. It is itself a function of private data
         (who has a guess at the whole set can confirm it), so it belongs under ``private/``.
@@ -145,6 +172,8 @@ class Dataset:
         digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
         digest.update(np.ascontiguousarray(train.images).data)
         digest.update(np.ascontiguousarray(train.labels, dtype="<i8").data)
+        if self._units is not None:
+            digest.update(np.ascontiguousarray(self._units.of_image, dtype="<i8").data)
         return digest.hexdigest()
 
 

@@ -5,6 +5,9 @@ Two layouts::
     PATH/train/CLASS/*.png   PATH/test/CLASS/*.png        two folders
     PATH/CLASS/*.png         PATH/test.txt                a declared split: test.txt lists the test files as CLASS/NAME
 
+``PATH/units.csv`` may say which images form one unit of privacy: a header ``file,unit`` and a line per image, with the
+file as in ``train/CLASS/NAME`` or ``CLASS/NAME``.
+
 The class list is the list of sub-folder names, which is thereby declared public; the number of files is the public N.
 File names, and which file has which content, are private.
 """
@@ -19,6 +22,7 @@ import numpy as np
 
 from dprandp.datasets.base import SPLITS, Dataset, DataSpec, check_class_names
 from dprandp.datasets.images import EXTENSIONS, read_images
+from dprandp.datasets.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
 from dprandp.errors import InputError, UsageError
 
 #: Left by file managers, never data; names that begin with a dot are skipped too.
@@ -34,14 +38,18 @@ class Listing:
     labels: tuple[int, ...]
 
 
-def open_folder(root: Path, *, image_size: int | None = None, flip_ok: bool | None = None) -> Dataset:
-    """A data set from a folder of images; only the listing is read.
+def open_folder(
+    root: Path, *, image_size: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
+) -> Dataset:
+    """A data set from a folder of images; only the listing and the table of units are read.
 
     Args:
         root: the folder, in one of the two layouts above.
         image_size: side in pixels that each image's centre square is resized to (default 32). Public: a flag, not
             something found in the images.
         flip_ok: whether mirroring keeps the label; unknown counts as no.
+        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. By default
+            ``unit`` where there is a ``units.csv``; ``image`` makes each image a unit all the same.
 
     Raises:
         InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
@@ -62,6 +70,7 @@ def open_folder(root: Path, *, image_size: int | None = None, flip_ok: bool | No
             fix="check its permissions",
             private_detail=f"{type(error).__name__}: {error}",
         ) from error
+    units = _units(root, listings, unit_column)
     spec = DataSpec(
         name=f"folder:{root}",
         title=root.resolve().name,
@@ -75,6 +84,8 @@ def open_folder(root: Path, *, image_size: int | None = None, flip_ok: bool | No
         licence="not stated",
         citation="not stated",
         flip_ok=bool(flip_ok),
+        unit_column=units and units.column,
+        unit_count=units and units.count,
     )
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +93,15 @@ def open_folder(root: Path, *, image_size: int | None = None, flip_ok: bool | No
         images = read_images(listing.paths, size, f"the {split} images of {spec.name}")
         return images, np.array(listing.labels, np.int64)
 
-    return Dataset(spec, read)
+    return Dataset(spec, read, units=units)
+
+
+def _units(root: Path, listings: dict[str, Listing], column: str | None) -> Units | None:
+    path = root / UNITS_FILE
+    if column == EACH_IMAGE or (column is None and not path.exists()):
+        return None
+    names = {split: [file.relative_to(root).as_posix() for file in listings[split].paths] for split in SPLITS}
+    return units_of_files(path, check_column_name(column or DEFAULT_COLUMN), names["train"], names["test"])
 
 
 def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
@@ -97,7 +116,7 @@ def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
         for entry in entries:
             _refuse_outside(root, entry)
     if has_list:
-        classes = class_folders(root, root, ignore=("test.txt",))
+        classes = class_folders(root, root, ignore=("test.txt", UNITS_FILE))
         return classes, _split_by_list(root, list_images(root, root, classes))
     classes = class_folders(root, root / "train")
     strange = set(class_folders(root, root / "test")) - set(classes)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dprandp.datasets.base import MAX_CLASSES, Dataset, DataSpec, check_class_names
+from dprandp.datasets.units import DEFAULT_ARRAY, EACH_IMAGE, Units, check_column_name, make_units
 from dprandp.errors import InputError, UsageError
 
 #: Members of the zip beyond this are no data set.
@@ -122,8 +123,10 @@ def _damaged(path: Path, error: BaseException) -> InputError:
     )
 
 
-def open_npz(path: Path, *, num_classes: int | None = None, flip_ok: bool | None = None) -> Dataset:
-    """A data set from one ``.npz`` file; only headers and the declared class list are read.
+def open_npz(
+    path: Path, *, num_classes: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
+) -> Dataset:
+    """A data set from one ``.npz`` file; only headers, the declared class list and the column of units are read.
 
     Args:
         path: file with ``x_train`` and ``x_test`` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), ``y_train`` and
@@ -132,6 +135,9 @@ def open_npz(path: Path, *, num_classes: int | None = None, flip_ok: bool | None
         num_classes: declares the number of classes when the file does not. The labels are never consulted for it:
             which classes occur is private.
         flip_ok: whether mirroring keeps the label; unknown counts as no.
+        unit_column: the array (integers or text, [N] or [N, 1]) whose equal values make images one unit of privacy,
+            with or without ``_train`` at its end. By default ``groups_train`` where the file has it; ``image`` makes
+            each image a unit all the same.
 
     Raises:
         InputError: an array is missing or has the wrong dtype or shape, or the classes are not declared.
@@ -154,6 +160,7 @@ def open_npz(path: Path, *, num_classes: int | None = None, flip_ok: bool | None
         )
     for split in ("train", "test"):
         _check_labels(path, headers, split)
+    units = _units(path, headers, unit_column)
     spec = DataSpec(
         name=f"npz:{path}",
         title=path.stem,
@@ -167,8 +174,36 @@ def open_npz(path: Path, *, num_classes: int | None = None, flip_ok: bool | None
         licence="not stated",
         citation="not stated",
         flip_ok=bool(flip_ok),
+        unit_column=units and units.column,
+        unit_count=units and units.count,
     )
-    return Dataset(spec, lambda split: (read_array(path, f"x_{split}"), read_array(path, f"y_{split}")))
+    return Dataset(spec, lambda split: (read_array(path, f"x_{split}"), read_array(path, f"y_{split}")), units=units)
+
+
+def _units(path: Path, headers: Mapping[str, ArrayHeader], column: str | None) -> Units | None:
+    """Units from an array of the file: what was asked for, else ``groups_train`` where the file has it."""
+    if column == EACH_IMAGE or (column is None and DEFAULT_ARRAY not in headers):
+        return None
+    asked = check_column_name(column or DEFAULT_ARRAY)
+    name = next((name for name in (asked, f"{asked}_train") if name in headers), None)
+    if name is None:
+        raise InputError(
+            f"{path} has no array {asked!r} that says which unit an image belongs to",
+            fix=f"save {asked.removesuffix('_train')}_train=… with one integer or text per training image",
+        )
+    columns = {"train": name} | ({"test": f"{name[:-6]}_test"} if name.endswith("_train") else {})
+    values: dict[str, np.ndarray] = {}
+    for split, array in columns.items():
+        if array not in headers:
+            continue  # units of the test split are not needed: it is not protected
+        header, count = headers[array], headers[f"x_{split}"].shape[0]
+        if header.dtype.kind not in "iuUS" or header.shape not in ((count,), (count, 1)):
+            raise InputError(
+                f"{path}: {array} is {header} for {count} images; units must be integers or text [{count}]",
+                fix="give one integer or text per image, and no missing values",
+            )
+        values[split] = read_array(path, array)
+    return make_units(name, values["train"], values.get("test"), str(path))
 
 
 def _image_shape(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> tuple[int, int, int]:

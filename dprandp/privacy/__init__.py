@@ -8,7 +8,10 @@
 ``tradeoff``      what a guarantee leaves to an attacker; replacing a record instead of adding or removing one
 ``sampling``      true Poisson batches
 ``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
+``unit_clipping`` the same where a record is several images, one patient's say
 ``noise``         randomness from the operating system, Gaussian noise
+``discrete_noise``  discrete Gaussian noise on a lattice; ``discrete_cost`` is what it takes of δ
+``group``         what ε says about several records together
 ``ledger``        the append-only record of what was paid, written before it is used
 ``plan``          one plan that couples them: what runs is what was accounted
 ================  =============================================================================================

@@ -13,6 +13,9 @@ some sampled         privacy random variables, both directions (``prv``)     0.2
 where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
+
+Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4, which pays for the distance between the
+two (``discrete_noise`` has the proof).
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
 from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 
 Warn = Callable[[str], None]
@@ -51,6 +55,7 @@ class GaussianEvent:
         noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
         sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
         steps: T ≥ 0.
+        discrete: the noise is a discrete Gaussian on the lattice of ``discrete_noise``.
 
     Raises:
         UsageError: a value is outside its range, NaN or infinite.
@@ -59,6 +64,7 @@ class GaussianEvent:
     noise_multiplier: float
     sample_rate: float
     steps: int
+    discrete: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -75,7 +81,8 @@ class GaussianEvent:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GaussianEvent:
-        return cls(float(values["noise_multiplier"]), float(values["sample_rate"]), int(values["steps"]))
+        required = float(values["noise_multiplier"]), float(values["sample_rate"]), int(values["steps"])
+        return cls(*required, bool(values.get("discrete", False)))
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,13 @@ class EpsilonBound:
 
 
 def merge_events(events: Sequence[GaussianEvent]) -> list[GaussianEvent]:
-    """The same composition in canonical form: equal (q, σ) added up, no empty events, sorted."""
-    totals: dict[tuple[float, float], int] = {}
+    """The same composition in canonical form: equal (q, σ, kind of noise) added up, no empty events, sorted."""
+    totals: dict[tuple[float, float, bool], int] = {}
     for event in events:
         if event.steps:
-            key = (event.sample_rate, event.noise_multiplier)
+            key = (event.sample_rate, event.noise_multiplier, event.discrete)
             totals[key] = totals.get(key, 0) + int(event.steps)
-    return [GaussianEvent(sigma, q, steps) for (q, sigma), steps in sorted(totals.items())]
+    return [GaussianEvent(sigma, q, steps, discrete) for (q, sigma, discrete), steps in sorted(totals.items())]
 
 
 def gaussian_mu(events: Sequence[GaussianEvent]) -> float | None:
@@ -119,17 +126,20 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under adding or removing one record, provided each step is a
-        Poisson sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC. The parameters may
+        Poisson sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC, or discrete noise as
+        ``discrete_noise`` adds it. The parameters may
         differ from event to event (heterogeneous composition) but must not depend on the data, nor on earlier
         *results* that somebody looked at: numerical composition is not a privacy filter (Rogers et al. 2016) for such
         choices.
 
     Raises:
         UsageError: δ is not between 0 and 1.
-        BudgetError: no accountant could give a bound.
+        BudgetError: no accountant could give a bound, or ε is too large for the lattice of discrete noise.
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta is {delta}.", fix="Give a delta between 0 and 1, both excluded.")
+    if any(event.discrete for event in events):
+        return _compose_discrete(events, delta, warn)
     merged = tuple(merge_events(events))
     if not merged:
         return EpsilonBound(0.0, 0.0, 0.0, delta, "none (nothing was spent)")
@@ -143,6 +153,18 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_
     if complaint:
         warn(complaint)
     return bound
+
+
+def _compose_discrete(events: Sequence[GaussianEvent], delta: float, warn: Warn) -> EpsilonBound:
+    """ε of the same steps with Gaussian noise, at the δ that is left after the distance between the two was paid."""
+    bound = compose(_continuous(events), delta * (1 - DELTA_SHARE), warn)
+    steps = sum(event.steps for event in events if event.discrete)
+    check_distance(max(1, steps), bound.upper, delta)
+    return replace(bound, delta=delta, accountant=f"{bound.accountant}, discrete noise")
+
+
+def _continuous(events: Sequence[GaussianEvent]) -> list[GaussianEvent]:
+    return [replace(event, discrete=False) for event in events]
 
 
 @lru_cache(maxsize=512)
@@ -210,6 +232,7 @@ def calibrate(
     steps: int,
     spent: Sequence[GaussianEvent] = (),
     warn: Warn = warn_by_log,
+    discrete: bool = False,
 ) -> float:
     """The smallest noise multiplier found whose steps, after everything in ``spent``, stay within the budget.
 
@@ -220,10 +243,11 @@ def calibrate(
         steps: T ≥ 1 of the new steps.
         spent: what the run paid before.
         warn: as for ``compose``.
+        discrete: the new steps have discrete noise.
 
     Guarantee:
-        ``compose([*spent, GaussianEvent(result, sample_rate, steps)], delta).upper <= epsilon``; it is within 0.5 % of
-        ``epsilon`` unless what is left of the budget is smaller than the accountant's own error.
+        ``compose([*spent, GaussianEvent(result, sample_rate, steps, discrete)], delta).upper <= epsilon``; it is
+        within 0.5 % of ``epsilon`` unless what is left of the budget is smaller than the accountant's own error.
 
     Raises:
         BudgetError: ``spent`` alone reaches 99.5 % of ``epsilon``, or no noise below a multiplier of 1e6 fits into what
@@ -232,6 +256,8 @@ def calibrate(
     """
     if not epsilon > 0:
         raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
+    if discrete or any(event.discrete for event in spent):
+        spent, delta = _continuous(spent), delta * (1 - DELTA_SHARE)
     event = GaussianEvent(1.0, sample_rate, steps)
     if event.steps < 1:
         raise UsageError("There are no steps to calibrate the noise for.", fix="Give at least one step.")

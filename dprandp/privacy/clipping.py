@@ -156,7 +156,12 @@ def sum_of_clipped(
 
 @torch.no_grad()
 def clipped_softmax_sum(
-    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int = 512
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    clip_norm: float,
+    block: int = 512,
+    precise: bool = False,
 ) -> torch.Tensor:
     """The sum of clipped gradients of the softmax cross-entropy of a linear head without bias, in closed form.
 
@@ -173,26 +178,17 @@ def clipped_softmax_sum(
         weight: [D, classes].
         clip_norm: C from 1e-8 to 1e8.
         block: records at a time; speed only, never the result.
+        precise: compute in float64 throughout, so that rounding cannot add to the sensitivity (for discrete noise).
 
     Returns:
-        float32 [D, classes] (float64 for float64 features). See the module's Guarantee.
+        float32 [D, classes] (float64 for float64 features, or where ``precise``). See the module's Guarantee.
 
     Raises:
         UsageError: shapes, labels or values do not fit. The message holds no label.
     """
-    _require_clip_norm(clip_norm)
+    check_softmax_inputs(features, labels, weight, clip_norm, block)
     views_given = features.ndim == 3
-    if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
-        raise UsageError(
-            f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
-            fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
-        )
-    classes = weight.shape[1]
-    if len(labels) and not bool(((labels >= 0) & (labels < classes)).all()):
-        raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
-    if block < 1:
-        raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
-    precision = torch.float64 if features.dtype == torch.float64 else torch.float32
+    precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if views_given else 1
     block = max(1, min(block // views, len(features)))
@@ -204,6 +200,23 @@ def clipped_softmax_sum(
     many = features.device.type == "cpu" and len(features) >= 4 * block
     total = sum(in_parts(part, None if many else 1))
     return total.T.to(precision).contiguous()
+
+
+def check_softmax_inputs(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int
+) -> None:
+    """Refuse what ``clipped_softmax_sum`` cannot take; arguments as there. No message holds a label."""
+    _require_clip_norm(clip_norm)
+    if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
+        raise UsageError(
+            f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
+            fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
+        )
+    classes = weight.shape[1]
+    if len(labels) and not bool(((labels >= 0) & (labels < classes)).all()):
+        raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
+    if block < 1:
+        raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
 
 
 @torch.no_grad()
@@ -224,7 +237,7 @@ def _softmax_part(
         residual = torch.softmax(rows @ weight, dim=1).view(len(x), views, classes)
         chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
         residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
-        factors = clip_factors(_outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
+        factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
         counted = factors > 0
         residual.mul_((factors / views).view(-1, 1, 1))
         if not bool(counted.all()):
@@ -234,7 +247,7 @@ def _softmax_part(
     return total
 
 
-def _outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """‖(1/K) Σ_k x_k r_kᵀ‖ of each record, from x [b, K, D] and r [b, K, classes], safe against rounding."""
     lengths = torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(residual, dim=2)
     if x.shape[1] == 1:

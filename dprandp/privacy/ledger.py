@@ -30,7 +30,7 @@ from typing import Any
 
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, merge_events
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, Charge, seal, storage_error, sync_folder, unseal
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, KINDS, Charge, seal, storage_error, sync_folder, unseal
 
 _warn_by_log: Warn = logging.getLogger(__name__).warning
 
@@ -137,6 +137,10 @@ class Ledger:
         return self.header["examples"]
 
     @property
+    def data_unit(self) -> str:
+        return self.header["data_unit"]
+
+    @property
     def private(self) -> bool:
         """False when any step ran without noise or on repeatable randomness: then no epsilon means anything."""
         return all(charge.random == "os-entropy" and charge.noise_multiplier > 0 for charge in self.charges)
@@ -155,6 +159,7 @@ class Ledger:
         sample_rate: float,
         clip_norm: float,
         random: str,
+        noise: str = "gaussian",
     ) -> Charge:
         """Pay for a block of steps. Use nothing it pays for before this has returned.
 
@@ -172,13 +177,16 @@ class Ledger:
             or attempt < 1
             or steps < 1
             or random not in ("os-entropy", "insecure-seed")
+            or noise not in KINDS
         ):
             raise UsageError(
-                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r} makes no sense.",
-                fix="Give a lower-case stage, attempt and steps of at least 1, and a known random mode.",
+                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
+                "makes no sense.",
+                fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
             )
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
-        charge = Charge(stage, int(attempt), self.charged_steps(stage, attempt), int(steps), *values, random)
+        before = self.charged_steps(stage, attempt)
+        charge = Charge(stage, int(attempt), before, int(steps), *values, random, noise=noise)
         _ = charge.event  # refuses impossible values before they are written
         self._append(charge, {})
         return charge

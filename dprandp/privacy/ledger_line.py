@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from dprandp.privacy.accounting import GaussianEvent
 
 FORMAT = 1
 FIRST_PREVIOUS = "0" * 64
+KINDS = ("gaussian", "discrete")
+"""Of noise; see ``noise`` and ``discrete_noise``."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,23 @@ class Charge:
     noise_multiplier: float
     sample_rate: float
     clip_norm: float
+    noise: str = field(default="gaussian", kw_only=True)
     random: str
 
     @property
     def event(self) -> GaussianEvent:
-        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps)
+        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError or UsageError for a record that is no charge."""
-        charge = cls(**{field.name: record[field.name] for field in fields(cls)})
+        """Raises KeyError, TypeError, ValueError or UsageError for a record that is no charge.
+
+        A record of a version that knew Gaussian noise alone does not name its kind.
+        """
+        charge = cls(**{name: record[name] for name in _NAMES if name != "noise" or name in record})
         _ = charge.event
+        if charge.noise not in KINDS:
+            raise ValueError("an unknown kind of noise")
         return charge
 
     @classmethod
@@ -47,14 +55,17 @@ class Charge:
         match = _TORN.match(line.decode("utf-8", errors="replace"))
         if not match:
             return None
-        return cls.from_record(dict(zip(_NAMES, (json.loads(value) for value in match.groups()), strict=True)))
+        values = zip(_NAMES, match.groups(), strict=True)
+        return cls.from_record({name: json.loads(value) for name, value in values if value is not None})
 
     def record(self) -> dict[str, Any]:
         return {"kind": "charge", **asdict(self)}
 
 
 _NAMES = [field.name for field in fields(Charge)]
-_TORN = re.compile(r'\{"kind":"charge",' + ",".join(rf'"{name}":("[^"\\]*"|[^",]+)' for name in _NAMES) + ",")
+_FIELDS = [rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES]
+_FIELDS[_NAMES.index("noise")] = f"(?:{_FIELDS[_NAMES.index('noise')]})?"  # older versions did not write it
+_TORN = re.compile(r'\{"kind":"charge",' + "".join(_FIELDS))
 
 
 def seal(body: dict[str, Any], previous: str) -> tuple[bytes, str]:

@@ -9,8 +9,8 @@ Known limits (each is part of a run's disclosure):
       2012, "On significance of the least significant bits for differential privacy"; Haney et al. 2022,
       "Precision-based attacks and interval refining"). The noise is computed and added in float64 and the result
       rounded to float32, which hides the 29 lowest bits, so that the known attacks do not apply directly; this is a
-      mitigation, not a proof. Severity: low for trained models, where single noisy sums are not published; use a
-      discrete mechanism where they are.
+      mitigation, not a proof. Severity: low for trained models, where single noisy sums are not published; where they
+      are, use ``discrete_noise``, which has no such gaps.
     * *Tail.* Box-Muller from 53-bit uniforms never exceeds 8.6 standard deviations. What is cut off has probability
       1e-17 a coordinate, 3e-8 in all for 875 steps of 3 million parameters: it may be thought of as added to δ.
     * *Time.* Nothing here runs in constant time.
@@ -28,6 +28,7 @@ import torch
 
 from dprandp.errors import UsageError
 
+NoiseKind = Literal["gaussian", "discrete"]
 RandomMode = Literal["os-entropy", "insecure-seed"]
 Tensors = TypeVar("Tensors", Mapping[str, torch.Tensor], Sequence[torch.Tensor])
 
@@ -44,12 +45,18 @@ class RandomSource(Protocol):
     def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
         """float64 tensor of ``shape`` on the CPU, independent standard normal values."""
 
+    def words(self, count: int) -> np.ndarray:
+        """uint64 [count], independent, uniform."""
+
 
 class _WordSource:
     """Uniform and Gaussian values from 64-bit random words."""
 
     def _words(self, count: int) -> np.ndarray:
         raise NotImplementedError
+
+    def words(self, count: int) -> np.ndarray:
+        return self._words(count)
 
     def uniform(self, count: int) -> np.ndarray:
         return (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

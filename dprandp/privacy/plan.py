@@ -23,8 +23,9 @@ import torch
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, Warn, calibrate, compose
+from dprandp.privacy.discrete_noise import add_discrete_noise
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.noise import RandomSource, add_gaussian_noise
+from dprandp.privacy.noise import NoiseKind, RandomSource, add_gaussian_noise
 from dprandp.privacy.sampling import PoissonSampler
 
 _warn_by_log: Warn = logging.getLogger(__name__).warning
@@ -36,7 +37,7 @@ class PrivatePlan:
 
     Args:
         stage: name of the stage, as in the ledger.
-        examples: N ≥ 1, the public number of records.
+        examples: N ≥ 1, the public number of records: of units of privacy, each one image or one patient, say.
         sample_rate: q in (0, 1].
         steps: T ≥ 1.
         noise_multiplier: σ ≥ 0; 0 means no privacy.
@@ -44,6 +45,7 @@ class PrivatePlan:
         views: K ≥ 1 views of a record, averaged before the clip.
         epsilon_target: what the run may have spent in total after this stage; inf means no privacy.
         delta: δ in (0, 1/N).
+        noise: 'gaussian', or 'discrete' (see ``discrete_noise``).
 
     Raises:
         UsageError: a value is outside its range.
@@ -58,8 +60,11 @@ class PrivatePlan:
     views: int
     epsilon_target: float
     delta: float
+    noise: NoiseKind = "gaussian"
 
     def __post_init__(self) -> None:
+        if self.noise not in ("gaussian", "discrete"):
+            raise UsageError(f"The noise is {self.noise!r}.", fix="Give gaussian or discrete.")
         validate_budget(self.epsilon_target, self.delta, self.examples)
         _ = self.event
         if self.steps < 1 or self.views < 1:
@@ -72,7 +77,7 @@ class PrivatePlan:
     @property
     def event(self) -> GaussianEvent:
         """What the accountant is asked about."""
-        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps)
+        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
 
     @property
     def expected_batch(self) -> float:
@@ -128,6 +133,7 @@ def make_plan(
     steps: int,
     clip_norm: float,
     views: int = 1,
+    noise: NoiseKind = "gaussian",
     warn: Warn = _warn_by_log,
 ) -> PrivatePlan:
     """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise that was found.
@@ -136,7 +142,7 @@ def make_plan(
         epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
         spend_epsilon: cumulative ε that may be spent once this stage is done, at most ``epsilon_total``.
         spent: ``ledger.events()``: everything the run has paid.
-        stage, delta, examples, sample_rate, steps, clip_norm, views: as in ``PrivatePlan``.
+        stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
         warn: see ``accounting.compose``.
 
     Guarantee:
@@ -152,8 +158,11 @@ def make_plan(
             f"The stage may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
             fix="Give a share of the budget above 0, at most 1.",
         )
-    sigma = calibrate(spend_epsilon, delta, sample_rate, steps, spent, warn)
-    return PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, spend_epsilon, delta)
+    sigma = calibrate(spend_epsilon, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
+    plan = PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, spend_epsilon, delta, noise)
+    if noise == "discrete":
+        compose([*spent, plan.event], delta, warn)  # refuses an ε for which the lattice is too coarse
+    return plan
 
 
 class PrivateStep:
@@ -167,7 +176,7 @@ class PrivateStep:
         self._random = random
 
     def release(self, clipped_sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """(sum + N(0, (σC)² I)) / (qN): the only thing that leaves a step.
+        """(sum + N(0, (σC)² I)) / (qN), or its discrete counterpart: the only thing that leaves a step.
 
         Args:
             clipped_sums: name -> sum of clipped gradients over ``indices``, sensitivity ``clip_norm`` over all names
@@ -187,8 +196,12 @@ class PrivateStep:
         if not clipped_sums or not all(bool(torch.isfinite(total).all()) for total in clipped_sums.values()):
             raise RuntimeError("the clipped sums of a step are missing or not finite: they were not clipped as planned")
         self.released = True
-        noisy = add_gaussian_noise(clipped_sums, self._plan.noise_std, self._random)
-        return {name: total / self._plan.expected_batch for name, total in noisy.items()}
+        plan = self._plan
+        if plan.noise == "discrete" and plan.noise_multiplier > 0:
+            noisy = add_discrete_noise(clipped_sums, plan.clip_norm, plan.noise_multiplier, self._random)
+        else:
+            noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)
+        return {name: (total / plan.expected_batch).to(torch.float32) for name, total in noisy.items()}
 
 
 class PrivateMechanism:
@@ -280,20 +293,21 @@ class PrivateMechanism:
             sample_rate=self.plan.sample_rate,
             clip_norm=self.plan.clip_norm,
             random=self._random.mode,
+            noise=self.plan.noise,
         )
         self._prepaid = steps
 
     def _refuse_mismatch(self, start_step: int) -> None:
         plan, ledger = self.plan, self._ledger
         charged = ledger.charged_steps(plan.stage, self.attempt)
-        wanted = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
+        wanted = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm, plan.noise)
         problem = None
         if ledger.examples != plan.examples:
             problem = f"The ledger is of {ledger.examples} examples, the plan of {plan.examples}."
         elif not ledger.last_attempt(plan.stage) <= self.attempt <= ledger.last_attempt(plan.stage) + 1:
             problem = f"Attempt {self.attempt} of stage {plan.stage} does not follow what the ledger holds."
         elif any(
-            (c.noise_multiplier, c.sample_rate, c.clip_norm) != wanted
+            (c.noise_multiplier, c.sample_rate, c.clip_norm, c.noise) != wanted
             for c in ledger.charges
             if (c.stage, c.attempt) == (plan.stage, self.attempt)
         ):

@@ -15,6 +15,15 @@ from scipy.special import ndtr, ndtri
 
 from dprandp.errors import CheckpointError
 from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.reporting.wording import (
+    clipped_gradient,
+    groups,
+    limits,
+    noise_in_words,
+    noun,
+    several_images,
+    units_and_images,
+)
 
 Facts = Mapping[str, Any]
 
@@ -77,7 +86,8 @@ def check(result: Facts) -> None:
     Raises:
         CheckpointError: a key is missing; the message names it.
     """
-    missing = [key for key in NEEDED if key not in result]
+    needed = [*NEEDED, "train_units"] if result.get("unit", "one image") != "one image" else NEEDED
+    missing = [key for key in needed if key not in result]
     if missing:
         raise CheckpointError(
             f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",
@@ -114,14 +124,15 @@ def disclosure(
         ("δ", number(result["delta"])),
         ("Adjacency", f"{result['adjacency']} (the change that must not be noticed)"),
         ("Unit of privacy", f"{result['unit']}"),
-        ("N (training examples)", f"{result['train_examples']}, treated as public"),
+        ("Several records together", groups(result)),
+        ("N (training examples)", units_and_images(result)),
         (
             "q (sampling rate)",
             f"{number(result['sample_rate'])} per step, expected batch qN = {number(result['expected_batch'])}",
         ),
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
-        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one example's gradient)"),
+        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
@@ -129,7 +140,7 @@ def disclosure(
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuned, and on what", _tuned(changed)),
         ("Public inputs", _public(result, pretrain or {}, generate or {})),
-        *LIMITS,
+        *limits(result, LIMITS),
     ]
     if earlier:
         rows.insert(2, ("Also counted in ε", "; ".join(_in_short(before) for before in earlier)))
@@ -182,9 +193,12 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     rate = detection_rate(epsilon, result["delta"])
     exact = result["sample_rate"] == 1 if exact is None else exact
     bound = "at most" if exact else "at most about"
+    known, hidden = "every training image but one", "that image"
+    if several_images(result):
+        known, hidden = f"every training image but those of one {noun(result)}", f"that {noun(result)}"
     return (
-        f"Suppose an attacker knows every training image but one, sees all that this run released, and accepts "
-        f"1\u00a0% false alarms: the presence of that image is then detected {bound} {percent(rate, up=True)} of the "
+        f"Suppose an attacker knows {known}, sees all that this run released, and accepts "
+        f"1\u00a0% false alarms: the presence of {hidden} is then detected {bound} {percent(rate, up=True)} of the "
         f"time, where guessing gives 1\u00a0%."
     )
 
@@ -218,11 +232,16 @@ def _mechanism(result: Facts) -> str:
         return "None: clipped gradient sums without noise. This is no private mechanism."
     full = result["sample_rate"] == 1
     name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
-    batch = "all examples take part in every step" if full else "each example joins a step's batch independently with q"
+    one = _record(result)
+    batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
     return (
-        f"{name} (DP-SGD): {batch}; each example's gradient is clipped to L2 norm C; the sum gets noise N(0, (σC)²) "
-        f"per coordinate, once per step, and is divided by the public qN."
+        f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} is clipped to L2 norm C; {noise_in_words(result)}, "
+        f"once per step, and is divided by the public qN."
     )
+
+
+def _record(result: Facts) -> str:
+    return noun(result) if several_images(result) else "example"
 
 
 def _epsilon(result: Facts) -> str:

@@ -94,7 +94,7 @@ def _numbers(run: Run, result: dict[str, Any], reason: str | None) -> Markup:
     cards = [
         ("Test accuracy", percent(result["accuracy"]), f"{result['test_examples']} images", True),
         ("ε, spent", shown, below, True),
-        ("δ", _power(delta), "chance that ε fails", True),
+        ("δ", _power(delta), f"chance that ε fails; unit: {result['unit']}", True),
         ("Majority baseline", percent(result["majority_accuracy"]), "most frequent class", False),
         ("Balanced accuracy", percent(result["balanced_accuracy"]), "mean over classes", False),
         ("AUC", "–" if result["auc"] is None else f"{result['auc']:.3f}", "one class against the rest", False),

@@ -13,8 +13,9 @@ from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
 
-ADJACENCY, UNIT = "add/remove one record", "one image"
-BUDGET_KEYS = ("data", "epsilon", "delta", "examples")
+ADJACENCY = "add/remove one record"
+"""A record is one unit of privacy: one image, or all images of one patient, say (``DataSpec.unit``)."""
+BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,20 @@ class Budget:
     epsilon: float
     delta: float
     examples: int
+    unit: str
 
     def refuse_other(self, other: Budget) -> None:
         """Raise if a command asks for another budget than the run has.
 
         Raises:
-            BudgetError: ε or δ differ. UsageError: the data set does.
+            BudgetError: ε, δ or the unit of privacy differ. UsageError: the data set does.
         """
+        if self.data == other.data and self.unit != other.unit:
+            raise BudgetError(
+                f"this run's unit of privacy was fixed as {self.unit} before its first look at the data; {other.unit} "
+                "was asked for",
+                fix="give the same --unit-column, or start a new --run and add up what both release",
+            )
         if (self.data, self.examples) != (other.data, other.examples):
             raise UsageError(
                 f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",

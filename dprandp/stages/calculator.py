@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dprandp.errors import BudgetError
+from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.group import compose_group
 from dprandp.privacy.tradeoff import ADD_REMOVE, calibrate_adjacency, compose_adjacency, trade_off
 
 CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))
@@ -80,6 +81,28 @@ def account(
     return result
 
 
+def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
+    """ε of ``size`` records together, for what ``account`` answered; nothing for a size of 1.
+
+    Returns:
+        group_size, and where it is above 1 group_epsilon (upper bound at the same δ; infinite where no bound was
+        found) and group_accountant.
+
+    Raises:
+        UsageError: the size is below 1, or groups of replaced records are asked for.
+    """
+    if size == 1:
+        return {"group_size": 1}
+    if result["adjacency"] != NEIGHBOURS[ADD_REMOVE]:
+        raise UsageError(
+            f"--group-size {size} is accounted for adding or removing records",
+            fix="leave --adjacency at add-remove",
+        )
+    event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
+    bound = compose_group([event], result["delta"], size)
+    return {"group_size": size, "group_epsilon": bound.upper, "group_accountant": bound.accountant}
+
+
 def account_lines(result: dict[str, Any]) -> str:
     """``account`` for people: one line, and the curve, if asked for, as a table below it."""
     sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
@@ -90,13 +113,20 @@ def account_lines(result: dict[str, Any]) -> str:
     line = (
         f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
         f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
-        f"({result['adjacency']}; {result['accountant']}{mu})"
+        f"({result['adjacency']}; {result['accountant']}{mu}){_group_line(result)}"
     )
     if "curve" not in result:
         return line
     rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
     table = [f"{delta:8.0e}  {'–' if epsilon is None else format(epsilon, '#.5g')}" for delta, epsilon in rows]
     return "\n".join([line, "       δ  ε", *table])
+
+
+def _group_line(result: dict[str, Any]) -> str:
+    if "group_epsilon" not in result:
+        return ""
+    size, epsilon = result["group_size"], result["group_epsilon"]
+    return f"\n{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})"
 
 
 def attack_lines(result: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@
     refit/                    the head fitted once more on the tuned features, where the recipe says so
     metrics.jsonl             norms of the noisy updates: functions of what is released anyway
 
-One loop for every architecture: Poisson batch -> K views of each example -> the mean of their gradients -> clip -> sum
--> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor s (``extractor_scale``): the
-gradient of φ is s times that of θ, so s decides how much of the joint clip norm and of the noise the extractor takes.
+One loop for every architecture: Poisson batch -> K views of each example -> the mean of their gradients (and over all
+images of a unit, where units have several) -> clip -> sum -> noise -> step. The extractor's parameters are trained as
+θ = s φ with a public factor s (``extractor_scale``): the gradient of φ is s times that of θ, so s decides how much of
+the joint clip norm and of the noise the extractor takes.
 
 Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
 cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.
@@ -30,6 +31,7 @@ from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
+from dprandp.privacy.unit_clipping import unit_means
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
 from dprandp.stages.context import Context
@@ -37,6 +39,7 @@ from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage, open_private_stage
+from dprandp.stages.unit_rows import unit_rows
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
@@ -271,16 +274,22 @@ def _train(
     split = stage.dataset.train()
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
     gradients_of = _gradient_source(model, scale, stage.context)
+    rows = unit_rows(stage.dataset)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     mechanism = stage.mechanism(first_step, ledger_head)
     with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
-            batch = torch.from_numpy(step.indices).to(device)
-            draws = keyed_uniforms(step.indices, step.number, config.seed, stage.plan.views)
+            members, sizes = (step.indices, None) if rows is None else rows.images(step.indices)
+            batch = torch.from_numpy(members).to(device)
+            draws = keyed_uniforms(members, step.number, config.seed, stage.plan.views)
             views = private_views(images[batch], stage.plan.views, draws, flip=stage.spec.flip_ok)
             parameters = {name: state[f"parameters.{name}"] for name in trained}
             gradients = gradients_of(parameters, views, labels[batch])
+            if sizes is not None:
+                gradients = unit_means(gradients, sizes.tolist())
+            if stage.plan.noise == "discrete":  # the sum's rounding must not add to the sensitivity
+                gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
             clipped = sum_of_clipped(gradients, parameters, stage.plan.clip_norm)
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
@@ -312,7 +321,7 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
     folder.mkdir(exist_ok=True)
     further = stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
-    lr = default_lr(further.epsilon_alone, further.plan.delta, stage.spec.train_examples)
+    lr = default_lr(further.epsilon_alone, further.plan.delta, further.plan.examples)
     settings = HeadSettings(lr, momentum=0.9, released="average")
     head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
     model.head.data.copy_(head)

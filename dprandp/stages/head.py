@@ -20,6 +20,7 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.signals import Stop
 from dprandp.stages.private import PrivateStage
+from dprandp.stages.unit_rows import UnitFeatures, unit_rows
 
 HEAD = "head"
 CHECKPOINTS = 8
@@ -42,7 +43,7 @@ class HeadSettings:
 
 
 def default_lr(epsilon: float, delta: float, examples: int) -> float:
-    """Learning rate from public numbers: proportional to μN, what N examples say above the noise.
+    """Learning rate from public numbers: proportional to μN, what N examples (or units) say above the noise.
 
     With momentum .9 and unit-norm features a rate of 10 at ε = 1 and N = 50,000 (μ = .268) and 60 at ε = 8 (μ = 1.67)
     serve; both lie on one line through zero. Without noise the rate is capped.
@@ -74,7 +75,8 @@ def fit_head(
         What is released, [d, classes], and the number of updates it has seen.
 
     Guarantee:
-        Features and labels enter only through sums of sensitivity ``clip_norm`` that ``step.release`` makes noisy.
+        Features and labels enter only through sums of sensitivity ``clip_norm``, to one record (an image, or a unit of
+        several), that ``step.release`` makes noisy.
     """
     plan = stage.plan
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
@@ -88,11 +90,19 @@ def fit_head(
     every = max(1, plan.steps // CHECKPOINTS)
     averaged_from = plan.steps // 2
     mechanism = stage.mechanism(first_step, ledger_head)
+    precise = plan.noise == "discrete"  # then rounding must not add to the sensitivity either
+    rows = unit_rows(stage.dataset)
+    units = None if rows is None else UnitFeatures(rows, features, labels)
     with stage.context.console.progress(plan.steps, f"{stage.name} steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------------- private: a clipped sum
-            batch = slice(None) if plan.sample_rate == 1 else torch.from_numpy(step.indices)
-            clipped = clipped_softmax_sum(features[batch], labels[batch], state["head"], plan.clip_norm)
+            if units is not None:
+                clipped = units.clipped_sum(step.indices, state["head"], plan.clip_norm, precise=precise)
+            else:
+                batch = slice(None) if plan.sample_rate == 1 else torch.from_numpy(step.indices)
+                clipped = clipped_softmax_sum(
+                    features[batch], labels[batch], state["head"], plan.clip_norm, precise=precise
+                )
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release({"head": clipped})["head"]
             state["velocity"] = settings.momentum * state["velocity"] + update

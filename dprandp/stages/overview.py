@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dprandp.datasets import list_datasets, open_dataset
+from dprandp.datasets import check_data, list_datasets, open_dataset
 from dprandp.errors import UsageError
 from dprandp.rundir import RunDir
 from dprandp.stages.budget import read_budget
@@ -71,3 +71,32 @@ def dataset_lines(rows: list[dict[str, Any]]) -> str:
     lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
     return "\n".join(lines)
 
+
+def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> dict[str, Any]:
+    """Duplicates and units of a data set: see ``check_data``. Private, and ``private_output`` says so."""
+    dataset = open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column)
+    return {"private_output": True, **check_data(dataset)}
+
+
+def check_lines(found: dict[str, Any]) -> str:
+    """``check_dataset`` for people."""
+    lines = [
+        f"{found['data']}: {found['train_examples']} training images, {found['train_units']} units of privacy, each "
+        f"{found['unit']}; PRIVATE from here on",
+        f"  images of the largest unit                          {found['largest_unit']}",
+        f"  images that repeat an earlier one exactly           {found['repeated_images']}",
+        f"  images with a copy in another unit                  {found['across_units']}",
+        f"  units that hold one and the same image, at most     {found['largest_copies']}",
+        f"  distinct images with contradicting labels           {found['contradicting_labels']}",
+        f"  training images with a copy in the test split       {found['in_test']}",
+    ]
+    if found["units_in_test"] is not None:
+        lines.append(f"  units with images in both splits                    {found['units_in_test']}")
+    if found["across_units"]:
+        lines.append(
+            f"An image in {found['largest_copies']} units is protected as a group of so many (dprandp account "
+            f"--group-size {found['largest_copies']}). Remove the copies, or give them one unit (--unit-column)."
+        )
+    if found["in_test"] or found["units_in_test"]:
+        lines.append("The test split is not protected: its metrics are published without noise. Keep the splits apart.")
+    return "\n".join(lines)

@@ -42,8 +42,8 @@ def plan(name: str, config: StageConfig, context: Context) -> Plan:
 
         * generate: process, count, resolution, seed, shards;
         * pretrain: arch, parameters, feature_dim, random_init, steps, and batch_size (wrn) or filters (patchnet);
-        * probe, finetune: the fields of ``PrivatePlan``, data, refit (of the fine-tune: a second mechanism, or None)
-          and epsilon_after (the run's ε when the stage is done).
+        * probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
+          fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
     Raises:
         As the stage, before it reads data.
@@ -127,11 +127,15 @@ def _line(made: Plan) -> str:
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
     refit = made["refit"]
     then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
+    size = f"N = {made['examples']}"
+    if made["unit"] != "one image":
+        size += f" units, each {made['unit']}, {made['train_examples']} images"
+    noise = ", discrete noise" if made["noise"] == "discrete" else ""
     return (
-        f"{made['stage']} on {made['data']} (N = {made['examples']}): T = {made['steps']} steps, "
+        f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
         f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
-        f"K = {made['views']}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at δ = {made['delta']:g}; "
-        f"{cost}"
+        f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
+        f"δ = {made['delta']:g}; {cost}"
     )
 
 
@@ -222,6 +226,7 @@ def _private(
             spent=[*before, stage.plan.event],
             examples=stage.budget.examples,
             steps=refit_steps,
+            noise=stage.plan.noise,
             warn=context.console.warn,
             **finetune.REFIT,
         )
@@ -237,6 +242,8 @@ def _private(
         "stage": name,
         "action": action,
         "data": stage.spec.name,
+        "unit": stage.spec.unit,
+        "train_examples": stage.spec.train_examples,
         "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
         "epsilon_after": after.upper,
         **_cost(stage, config, context, extractor, probe, refit_steps).rounded(),

@@ -24,8 +24,9 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
 from dprandp.rundir import RunDir
-from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, UNIT, Budget, default_delta, plan_file, read_plan_file
+from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
+from dprandp.stages.unit_rows import unit_reminder
 
 DEFAULT_SHARE = 0.3
 """Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
@@ -82,6 +83,11 @@ class PrivateStage:
                     fix="restore it from a copy: without it nobody knows this run's budget",
                 )
             return []  # stopped between making the ledger and writing the plan: nothing was paid
+        if ledger.data_unit != _data_unit(self.spec):
+            raise CheckpointError(
+                f"{path} is of another unit of privacy than {plan_file(self.context.rundir)}",
+                fix="restore the run's privacy folder from a copy",
+            )
         self._ledger = ledger
         self.attempt = ledger.last_attempt(self.name) + 1
         return ledger.events()
@@ -110,7 +116,9 @@ class PrivateStage:
             _ = self.context.rundir.privacy_dir  # makes the folder
             with storage_errors(self._ledger_path, "replace"):
                 self._ledger_path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
-            self._ledger = Ledger.create(self._ledger_path, self.spec.train_examples, **self._ledger_options)
+            self._ledger = Ledger.create(
+                self._ledger_path, self.spec.train_units, _data_unit(self.spec), **self._ledger_options
+            )
         document = read_plan_file(self.context.rundir) or {
             "format": 1,
             "data": self.budget.data,
@@ -118,7 +126,7 @@ class PrivateStage:
             "delta": self.budget.delta,
             "examples": self.ledger.examples,
             "adjacency": ADJACENCY,
-            "unit": UNIT,
+            "unit": self.budget.unit,
             "stages": {},
         }
         document["stages"][self.name] = {
@@ -159,6 +167,7 @@ class PrivateStage:
             sample_rate=sample_rate,
             steps=steps,
             clip_norm=clip_norm,
+            noise=self.plan.noise,
             warn=self.context.console.warn,
         )
         further.fix_plan(parent_attempt=self.attempt)
@@ -215,7 +224,9 @@ class PrivateStage:
             "views": self.plan.views,
             "expected_batch": self.plan.expected_batch,
             "adjacency": ADJACENCY,
-            "unit": UNIT,
+            "unit": self.budget.unit,
+            "train_units": self.plan.examples,
+            "noise": self.plan.noise,
             "random": "insecure-seed" if any(c.random != "os-entropy" for c in self.ledger.charges) else "os-entropy",
             "private": self.ledger.private and math.isfinite(bound.upper),
             "device": self.context.device.type,
@@ -252,10 +263,14 @@ def open_private_stage(
         BudgetError: what is left does not allow the stage.
     """
     dataset = open_dataset(
-        config.data, context.data_dir, download=context.download and write, num_classes=config.classes
+        config.data,
+        context.data_dir,
+        download=context.download and write,
+        num_classes=config.classes,
+        unit_column=config.unit_column,
     )
-    examples = dataset.spec.train_examples
-    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
+    examples = dataset.spec.train_units
+    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples, dataset.spec.unit)
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
@@ -265,6 +280,8 @@ def open_private_stage(
     stage = PrivateStage(name, dataset, budget, context)
     recorded = (document or {}).get("stages", {}).get(name)
     spent = [*stage.open_ledger(write=write), *planned]
+    if write and (reminder := unit_reminder(dataset.spec, config.unit_column)):
+        context.console.say(reminder)
     if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
         stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
         return stage
@@ -276,6 +293,7 @@ def open_private_stage(
         "steps": config.steps or steps,
         "clip_norm": config.clip_norm,
         "views": config.views,
+        "noise": config.noise,
     }
     if isinstance(config, ProbeConfig):
         share = DEFAULT_SHARE if config.share is None else config.share
@@ -299,8 +317,9 @@ def _plan_probe(
     own = epsilon * share
     if not spent:
         return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=[], warn=warn)
-    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn)
-    event = GaussianEvent(sigma, public["sample_rate"], public["steps"])
+    discrete = public["noise"] == "discrete"
+    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn, discrete=discrete)
+    event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)
     total = compose([*spent, event], public["delta"], warn).upper
     if total > epsilon:
         raise BudgetError(
@@ -309,6 +328,11 @@ def _plan_probe(
             fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
         )
     return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
+
+
+def _data_unit(spec: DataSpec) -> str:
+    """The unit as the ledger's header names it: ``image``, or ``patient (column patient_train)``."""
+    return spec.unit.removeprefix("one ")
 
 
 def _started(rundir: RunDir, name: str) -> str | None:
@@ -321,7 +345,7 @@ def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part
         return batch_part
     if config.batch_size > examples:
         raise UsageError(
-            f"--batch-size {config.batch_size} exceeds the {examples} training examples",
+            f"--batch-size {config.batch_size} exceeds the {examples} training examples (units of privacy)",
             fix=f"give at most {examples}, which is full batch",
         )
     return config.batch_size / examples

@@ -82,6 +82,8 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "released": "average" if full else "EMA, decay 0.9999",
         "adjacency": "add/remove one record",
         "unit": "one image",
+        "train_units": 1437,
+        "noise": "gaussian",
         "mirror": False,
     }
     result |= {"share": 0.3} if full else {"source": "probe", "arch": "patchnet", "extractor_scale": 0.1}

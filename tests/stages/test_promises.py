@@ -189,13 +189,14 @@ RESULT_KEYS = {
     "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "confusion",
     "majority_accuracy", "train_examples", "test_examples", "epsilon", "delta", "epsilon_target", "epsilon_total",
     "accountant", "noise_multiplier", "sample_rate", "steps", "charged_steps", "lost_steps", "clip_norm", "views",
-    "expected_batch", "adjacency", "unit", "random", "private", "device", "share", "lr", "momentum", "released",
-    "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
+    "expected_batch", "adjacency", "unit", "train_units", "noise", "random", "private", "device", "share", "lr",
+    "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}
 CHARGE_KEYS = {
-    "kind", "stage", "attempt", "step", "steps", "noise_multiplier", "sample_rate", "clip_norm", "random", "time",
+    "kind", "stage", "attempt", "step", "steps", "noise_multiplier", "sample_rate", "clip_norm", "noise", "random",
+    "time",
     "previous", "hash",
 }  # fmt: skip
 PLAN_KEYS = {"format", "data", "epsilon", "delta", "examples", "adjacency", "unit", "stages"}

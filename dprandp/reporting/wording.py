@@ -1,0 +1,109 @@
+"""Words that depend on what one record is (an image, or all images of a patient, say) and on the kind of noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dprandp.privacy.discrete_cost import DELTA_SHARE, LATTICE_BITS
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
+from dprandp.privacy.group import group_privacy
+
+Facts = Mapping[str, Any]
+
+GROUP_SIZES = (2, 5, 10)
+"""Of which the disclosure of an image-level guarantee says what is left of it."""
+
+DISCRETE_LIMIT = (
+    "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
+    f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. What is "
+    "left is the rounding of what is summed: a head's sums are made in float64, below the slack of the clip; features "
+    "and gradients of a whole network are float32, and where they are computed in batches their last bits may depend "
+    "on the images beside them."
+)
+DISCRETE_TAILS = (
+    "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
+    f"noise is paid for with a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: who can time the training "
+    "may learn from that."
+)
+
+
+def several_images(result: Facts) -> bool:
+    """Whether a unit of privacy may have several images."""
+    return result["unit"] != "one image"
+
+
+def noun(result: Facts) -> str:
+    """What one record is: ``image``, or ``patient``, as the column is called."""
+    return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
+
+
+def units_and_images(result: Facts) -> str:
+    """N in words."""
+    if not several_images(result):
+        return f"{result['train_examples']}, treated as public"
+    return (
+        f"{result['train_units']} units, which are this guarantee's N, with {result['train_examples']} images in all; "
+        "both numbers are treated as public"
+    )
+
+
+def clipped_gradient(result: Facts) -> str:
+    """Whose gradient is clipped."""
+    if not several_images(result):
+        return "each example's gradient"
+    return f"each {noun(result)}'s gradient, the mean over all its images,"
+
+
+def noise_in_words(result: Facts) -> str:
+    """What is added to a step's sum."""
+    if result.get("noise", "gaussian") == "discrete":
+        return (
+            "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
+            "σC per coordinate"
+        )
+    return "the sum gets noise N(0, (σC)²) per coordinate"
+
+
+def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The general limits, with what the kind of noise and the unit change about them; the labels stay the same."""
+    texts = dict(general)
+    if result.get("noise", "gaussian") == "discrete":
+        texts["Limit: floating-point noise (severity low)"] = DISCRETE_LIMIT
+        texts["Limit: tails and timing"] = DISCRETE_TAILS
+    if several_images(result):
+        one = noun(result)
+        texts["Limit: N is treated as public"] = (
+            f"The number of units ({one}) sets the sampling rate, the divisor and δ; it is printed here, as is the "
+            "number of images. Where these are themselves a secret, this guarantee does not cover them."
+        )
+        texts["Limit: other copies"] = (
+            f"ε counts what this run directory released. Other runs on the same images add to it. All images of one "
+            f"{one} are protected together where the column gives them the same value; those of the same person under "
+            "two values, or duplicates in two units, are not."
+        )
+    return list(texts.items())
+
+
+def groups(result: Facts) -> str:
+    """What the guarantee is worth for several records together."""
+    epsilon, delta = result["epsilon"], result["delta"]
+    one = noun(result)
+    if math.isinf(epsilon) or not result["private"]:
+        return f"no guarantee, as for one {one}"
+    exact = result["accountant"].startswith("exact Gaussian DP") and result.get("noise", "gaussian") == "gaussian"
+    parts = []
+    for size in GROUP_SIZES:
+        if exact:
+            bound = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta)
+            parts.append(f"{size}: ε = {_up(bound)}")
+        else:
+            bound, group_delta = group_privacy(epsilon, delta, size)
+            parts.append(f"{size}: ε = {_up(bound)} with δ = {min(1.0, group_delta):.2g}")
+    how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
+    return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."
+
+
+def _up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
