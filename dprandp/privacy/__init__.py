@@ -8,6 +8,8 @@
 ``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
 ``noise``         randomness from the operating system, Gaussian noise
 ``ledger``        the append-only record of what was paid, written before it is used
+``tuning``        what the best of a random number of private trials costs, in Rényi DP
+``selection``     one plan that couples them for such trials
 ``plan``          one plan that couples them: what runs is what was accounted
 ================  =============================================================================================
 
