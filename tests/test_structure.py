@@ -200,15 +200,17 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
     "dprandp.stages.overview": {"list_datasets"},  # names and declared facts
     "dprandp.stages.probe": {"DataSpec"},  # a type
+    "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
-    "dprandp.stages.release",
+    "dprandp.stages.release", "dprandp.stages.tune_private",
+    "dprandp.stages.tune_settings",  # a constant
     "dprandp.stages.overview",  # plans and budgets, without pixels
 }  # fmt: skip
 MAY_READ_PIXELS = {
-    "train": {"dprandp.stages.features", "dprandp.stages.finetune"},
+    "train": {"dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public"},
     "test": {"dprandp.stages.release"},
     "fingerprint": {"dprandp.stages.private", "dprandp.stages.features"},
 }

@@ -2,6 +2,7 @@
 
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune, run
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
+                                                   tune.py     tune
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, session, stages
+from dprandp.cli import about, session, stages, tune
 from dprandp.errors import DprandpError
 from dprandp.signals import end_on_signals
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
+app.add_typer(tune.app)
 app.add_typer(about.app)
 
 

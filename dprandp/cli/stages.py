@@ -108,6 +108,7 @@ def probe(
     run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
+    tuned_on: flags.TunedOn = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
     plan: flags.Plan = False,
@@ -125,7 +126,8 @@ def probe(
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
-        "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "steps": steps, "batch_size": batch_size, "lr": lr, "views": views,
+        "tuned_on": tuned_on, "seed": seed,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)

@@ -65,7 +65,7 @@ class TrialCount:
 
         lowest, highest = math.log(_GAMMA_SMALLEST), -1e-9
         if excess(lowest) < 0:
-            raise UsageError(f"With eta = {eta} no mean of {mean} is reached.", fix="Give a larger eta, or a smaller mean.")
+            raise UsageError(f"With eta = {eta} the mean never reaches {mean}.", fix="Give a larger eta or less mean.")
         return cls(eta, math.exp(brentq(excess, lowest, highest, xtol=1e-14)))
 
     @property

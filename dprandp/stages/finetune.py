@@ -36,6 +36,7 @@ from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage, open_private_stage
+from dprandp.stages.tuned import tuning_of
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
@@ -84,7 +85,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
 
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, arch, lr, momentum,
-        extractor_scale, released, mirror, seconds.
+        extractor_scale, released, mirror, tuned, tuned_on, seconds.
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
@@ -128,6 +129,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
+        **_tuning(config, stage),
         "seconds": round(time.perf_counter() - started, 2),
     }
     release.write_model(context.rundir, model, result)
@@ -156,6 +158,14 @@ def open_stage(config: FinetuneConfig, context: Context, *, write: bool = True) 
         budget_part=1 - config.refit_part if refit_steps else 1.0,
         write=write,
     )
+
+
+def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
+    """What was tuned: nothing of this stage, but what the probe says of the head that it starts from."""
+    rundir = stage.context.rundir
+    if config.source != "scratch":
+        return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
+    return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
 
 
 def _choices(config: FinetuneConfig, context: Context) -> tuple[str, Recipe, int]:

@@ -18,10 +18,12 @@ from dprandp.config import FinetuneConfig, ProbeConfig
 from dprandp.datasets import Dataset, DataSpec, open_dataset
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.files import atomic_write, storage_errors, to_json
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
+from dprandp.privacy.accounting import Event, GaussianEvent, calibrate, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.privacy.selection import SelectionPlan
+from dprandp.privacy.tuning import TuningEvent
 from dprandp.rundir import RunDir
 from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, UNIT, Budget, default_delta, plan_file, read_plan_file
 from dprandp.stages.context import Context
@@ -48,7 +50,7 @@ class PrivateStage:
 
     def __init__(self, name: str, dataset: Dataset, budget: Budget, context: Context) -> None:
         self.name, self.dataset, self.budget, self.context = name, dataset, budget, context
-        self.plan: PrivatePlan
+        self.plan: PrivatePlan | SelectionPlan
         self.attempt = 1
         self._ledger: Ledger | None = None  # None until the run's first plan is fixed
 
@@ -64,7 +66,7 @@ class PrivateStage:
             raise RuntimeError("there is no ledger before fix_plan()")
         return self._ledger
 
-    def open_ledger(self, *, write: bool) -> list[GaussianEvent]:
+    def open_ledger(self, *, write: bool) -> list[Event]:
         """Open the ledger that the run has, if any, and count this attempt; returns what was paid so far.
 
         Raises:
@@ -75,7 +77,7 @@ class PrivateStage:
             return []
         ledger = Ledger.open(path, read_only=not write, **self._ledger_options)
         if not planned:
-            if ledger.charges:
+            if ledger.events():
                 raise CheckpointError(
                     f"{plan_file(self.context.rundir)} is missing, but the ledger beside it holds charges",
                     fix="restore it from a copy: without it nobody knows this run's budget",
@@ -181,10 +183,11 @@ class PrivateStage:
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
         return PrivateMechanism(
-            self.plan, self.ledger, self._random(), self.attempt, updates_done, warn=self.context.console.warn
+            self.plan, self.ledger, self.random_source(), self.attempt, updates_done, warn=self.context.console.warn
         )
 
-    def _random(self) -> RandomSource:
+    def random_source(self) -> RandomSource:
+        """The operating system, unless --insecure-seed was given."""
         seed = self.context.insecure_seed
         if seed is None:
             return SystemRandom()
@@ -215,10 +218,29 @@ class PrivateStage:
             "expected_batch": self.plan.expected_batch,
             "adjacency": ADJACENCY,
             "unit": UNIT,
-            "random": "insecure-seed" if any(c.random != "os-entropy" for c in self.ledger.charges) else "os-entropy",
+            "random": self.ledger.random,
             "private": self.ledger.private and math.isfinite(bound.upper),
             "device": self.context.device.type,
         }
+
+
+def name_private_stage(
+    name: str, config: ProbeConfig | FinetuneConfig, context: Context
+) -> tuple[PrivateStage, dict[str, Any] | None]:
+    """A stage on named data within the run's budget, without a plan; and the document of the plans before it.
+
+    Raises:
+        As ``open_private_stage``; like that, it reads no pixel.
+    """
+    dataset = open_dataset(config.data, context.data_dir, num_classes=config.classes)
+    examples = dataset.spec.train_examples
+    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
+    validate_budget(budget.epsilon, budget.delta, examples)
+    document = read_plan_file(context.rundir)
+    if document is not None:
+        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
+    dataset.require()
+    return PrivateStage(name, dataset, budget, context), document
 
 
 def open_private_stage(
@@ -248,15 +270,8 @@ def open_private_stage(
         InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
         BudgetError: what is left does not allow the stage.
     """
-    dataset = open_dataset(config.data, context.data_dir, num_classes=config.classes)
-    examples = dataset.spec.train_examples
-    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
-    validate_budget(budget.epsilon, budget.delta, examples)
-    document = read_plan_file(context.rundir)
-    if document is not None:
-        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
-    dataset.require()
-    stage = PrivateStage(name, dataset, budget, context)
+    stage, document = name_private_stage(name, config, context)
+    budget, examples = stage.budget, stage.spec.train_examples
     recorded = (document or {}).get("stages", {}).get(name)
     spent = stage.open_ledger(write=write)
     if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
@@ -286,13 +301,13 @@ def open_private_stage(
 
 
 def _plan_probe(
-    public: dict[str, Any], epsilon: float, share: float, spent: list[GaussianEvent], context: Context
+    public: dict[str, Any], epsilon: float, share: float, spent: list[Event], context: Context
 ) -> PrivatePlan:
-    """The probe takes its share; run again, it takes it again, on top of all that was paid before."""
+    """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before."""
     warn = context.console.warn
     own = epsilon * share
-    if not spent:
-        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=[], warn=warn)
+    if all(isinstance(event, TuningEvent) for event in spent):
+        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=spent, warn=warn)
     sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn)
     event = GaussianEvent(sigma, public["sample_rate"], public["steps"])
     total = compose([*spent, event], public["delta"], warn).upper
