@@ -4,7 +4,7 @@
 public examples the noise of a step's sum is made n/N times smaller. The held-out public images decide, and the default
 is kept unless another setting is right on more of them by a standard error of the difference.
 
-**The synthetic task.** Classes are groups of synthetic images, ``INSTANCES`` each, drawn at random; the examples of an
+**The synthetic task.** Classes are groups of synthetic images, drawn at random, ``INSTANCES`` in all; the examples of an
 image are random crops of it, so a class is many different things that share a label and nothing else. (The networks
 behind the images are no classes to tell apart: linear heads stay at chance level.)
 """
@@ -35,8 +35,8 @@ from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
 from dprandp.vision.images import as_declared, random_crops, to_input
 
-INSTANCES = 16
-"""Synthetic images of one class."""
+INSTANCES = 40
+"""Synthetic images that a task is made of, in all classes together; at least two a class."""
 
 FIT, HELD_OUT = 2000, 500
 """Most public examples to fit on, and to decide by."""
@@ -163,7 +163,7 @@ def _public_task(
 def synthetic_task(
     context: Context, classes: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """A classification task of synthetic images: crops of ``INSTANCES`` images a class (fewer where there are fewer).
+    """A classification task of synthetic images: crops of some images a class.
 
     Returns:
         uint8 [count, 3, 32, 32], int64 [count] and the number of classes; in random order.
@@ -171,8 +171,9 @@ def synthetic_task(
     Raises:
         InputError: fewer images than classes.
     """
-    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), classes * INSTANCES))
-    instances = min(INSTANCES, len(images) // classes)
+    wanted = max(2, INSTANCES // classes)
+    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), classes * wanted))
+    instances = min(wanted, len(images) // classes)
     if instances < 1:
         raise InputError(
             f"{len(images)} synthetic images are too few for {classes} classes",
