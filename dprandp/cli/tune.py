@@ -30,7 +30,7 @@ def tune(
         float,
         typer.Option(help="With --on private: part of the probe's share of ε for tuning.",
                      rich_help_panel=flags.PRIVACY),
-    ] = 0.5,
+    ] = 0.3,
     held_out: Annotated[
         float,
         typer.Option(help="With --on private: chance of an image to be scored on, not fitted on, in a trial.",

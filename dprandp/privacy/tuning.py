@@ -153,12 +153,15 @@ class TuningEvent:
         """Rényi DP at orders λ > 1, float64 [n].
 
         For a Gaussian trial (1 − 1/λ̂) ε_λ̂ + log(1/γ)/λ̂ = (λ̂ − 1) μ²/2 + log(1/γ)/λ̂, least at λ̂² = 2 log(1/γ)/μ².
+        Rényi divergences rise with their order, so the value at a larger order serves a smaller one as well: the
+        theorem's is least at (λ − 1)² = 2 log(E K)/μ².
 
         Guarantee:
             The whole selection (which setting was best, and its score) is (λ, result)-RDP for each order, if K is drawn
             from ``trials``, is not revealed, and every trial was independent and μ-Gaussian in the sense above.
         """
         hat = max(1.0, math.sqrt(-2 * math.log(self.gamma)) / self.mu)
+        orders = np.maximum(orders, 1 + math.sqrt(2 * math.log(self.trials.mean)) / self.mu)
         return selection_rdp(orders, orders * self.mu**2 / 2, hat, hat * self.mu**2 / 2, self.trials)
 
     def to_dict(self) -> dict[str, float]:

@@ -4,8 +4,8 @@
 public examples the noise of a step's sum is made n/N times smaller. The held-out public images decide, and the default
 is kept unless another setting is right on more of them by a standard error of the difference.
 
-**The synthetic task.** Classes are groups of synthetic images, drawn at random, ``INSTANCES`` in all; the examples of an
-image are random crops of it, so a class is many different things that share a label and nothing else. (The networks
+**The synthetic task.** Classes are groups of synthetic images, drawn at random, ``INSTANCES`` in all; the examples of
+an image are random crops of it, so a class is many different things that share a label and nothing else. (The networks
 behind the images are no classes to tell apart: linear heads stay at chance level.)
 """
 

@@ -31,7 +31,7 @@ class TuneConfig:
 
     on: str = SYNTHETIC
     trials: int = 12
-    spend: float = 0.5
+    spend: float = 0.3
     held_out: float = 0.2
 
     def __post_init__(self) -> None:

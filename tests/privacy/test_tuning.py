@@ -152,7 +152,7 @@ def test_gaussian_trials_with_noisy_scores(mu: float, trials: TrialCount) -> Non
     assert hockey_stick(p, q, compose([GaussianEvent(1 / mu, 1.0, 1)], delta).upper) > delta
 
 
-@pytest.mark.parametrize("trials", COUNTS)
+@pytest.mark.parametrize("trials", [trials for trials in COUNTS if trials.eta >= 0])
 def test_against_dp_accounting(trials: TrialCount) -> None:
     orders = list(1 + np.geomspace(0.05, 500, 150))
     for mu in (0.03, 0.4):

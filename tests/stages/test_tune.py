@@ -167,7 +167,7 @@ def test_the_default_stays_unless_another_is_clearly_better() -> None:
 
 def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, data: str) -> None:
     run = copy(public_run)
-    result = run_tune(run, data, asked={"on": "private"}, share=0.5)
+    result = run_tune(run, data, asked={"on": "private", "spend": 0.5}, share=0.5)
     (charge,) = ledger_of(run).tunings
     target = 0.5 * 0.5 * PROBE["epsilon"]
     assert result["epsilon"] == result["charged_epsilon"] == compose([charge.event], result["delta"]).upper <= target
