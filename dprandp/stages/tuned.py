@@ -46,7 +46,7 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
         return None
     try:
         record = thawed(json.loads(path.read_text(encoding="utf-8")))
-        if record["format"] == FORMAT and all(isinstance(record[key], kind) for key, kind in _NEEDED.items()):
+        if record.pop("format") == FORMAT and all(isinstance(record[key], kind) for key, kind in _NEEDED.items()):
             return record
         problem = None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
