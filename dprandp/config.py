@@ -28,6 +28,8 @@ DEFAULT_DELTA = 1e-5
 LARGEST = 2**63 - 1
 """Of any whole number, as in TOML: what the random generators take for a seed."""
 
+LONGEST_TEXT = 500
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -100,6 +102,8 @@ class ProbeConfig:
     unit_column: str | None = None
     """What says which images form one unit of privacy; 'image': each its own; None: as the data declare it."""
     noise: str = "gaussian"
+    tuned_on: str | None = None
+    """What these settings were tuned on elsewhere, in the user's words: stored and shown, nothing else."""
     seed: int = 0
 
 
@@ -333,6 +337,10 @@ def validate(stage: str, config: StageConfig) -> None:
         raise UsageError(
             f"share = {values['share']!r} lies outside (0, 1]",
             fix="give the probe a part of epsilon such as 0.3, or 1 to fit nothing but the probe",
+        )
+    if "tuned_on" in values and not (values["tuned_on"].isprintable() and 0 < len(values["tuned_on"]) <= LONGEST_TEXT):
+        raise UsageError(
+            f"tuned_on is not one line of 1 to {LONGEST_TEXT} printable characters", fix="say it in one short line"
         )
     choices = {
         "schedule": ("cosine", "step"),

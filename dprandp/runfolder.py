@@ -17,7 +17,8 @@ from dprandp.errors import InputError, UsageError, nearest
 from dprandp.files import remove_leftovers, storage_errors
 from dprandp.runtable import STAGES
 
-_KNOWN = {*STAGES.values(), "run.json", "env.json", "privacy", "private", "model", "report.html"}
+_FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
+_KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model"}
 
 
 class RunFolder:

@@ -199,22 +199,26 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 
 # What may be taken from dprandp.datasets, and by whom. Only open_dataset leads to pixels, by train() and test() below.
 MAY_IMPORT_DATASETS = {
-    "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
+    "dprandp.stages.private": {"Dataset", "DataSpec"},  # types
+    "dprandp.stages.private_plan": {"open_dataset"},
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.stages.overview": {"list_datasets", "open_dataset", "check_data"},
     "dprandp.stages.doctor": {"list_datasets"},
     "dprandp.stages.unit_rows": {"Dataset", "DataSpec"},  # types
     "dprandp.stages.probe": {"DataSpec"},  # a type
     "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
+    "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
     "dprandp.stages.release",
-    "dprandp.stages.planning",  # plans, without pixels
+    "dprandp.stages.tune_private",
+    "dprandp.stages.tune_settings",  # a constant
+    "dprandp.stages.planning", "dprandp.stages.private_plan",  # plans, without pixels
 }  # fmt: skip
 MAY_READ_PIXELS = {
-    "train": {"dprandp.stages.features", "dprandp.stages.finetune"},
+    "train": {"dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public"},
     "test": {"dprandp.stages.release"},
     "fingerprint": {"dprandp.stages.private", "dprandp.stages.features"},
     "grouping": {"dprandp.stages.unit_rows"},

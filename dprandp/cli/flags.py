@@ -144,6 +144,11 @@ FinetuneLr = Annotated[
     typer.Option("--lr", help="Learning rate. Default: 4 (patchnet), 0.4 (wrn), 2 (from scratch).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
+TunedOn = Annotated[
+    str | None,
+    typer.Option(help="Say what these settings were tuned on, if you tuned elsewhere; stored and shown as it is.",
+                 rich_help_panel=OUTPUT, metavar="TEXT"),
+]  # fmt: skip
 Microbatch = Annotated[
     str,
     typer.Option(help="Examples whose gradients are in memory together: auto or n. Never changes the result.",

@@ -115,6 +115,7 @@ def probe(
     views: flags.Views = None,
     size: flags.Size = None,
     config: flags.Config = None,
+    tuned_on: flags.TunedOn = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
     run: flags.Run = DEFAULT_RUN,
@@ -134,7 +135,7 @@ def probe(
     given = {
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
         "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
-        "unit_column": unit_column, "noise": noise,
+        "unit_column": unit_column, "noise": noise, "tuned_on": tuned_on,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)

@@ -13,6 +13,8 @@
 ``discrete_noise``  discrete Gaussian noise on a lattice; ``discrete_cost`` is what it takes of δ
 ``group``         what ε says about several records together
 ``ledger``        the append-only record of what was paid, written before it is used
+``tuning``        what the best of a random number of private trials costs, in Rényi DP
+``selection``     one plan that couples them for such trials
 ``plan``          one plan that couples them: what runs is what was accounted
 ================  =============================================================================================
 

@@ -11,6 +11,7 @@ none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
 some sampled         privacy random variables, both directions (``prv``)     0.25 % (q ~ 1e-3: 1 %), included in upper
 where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
+some paid tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
 
@@ -31,6 +32,7 @@ from typing import Any
 from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
+from dprandp.privacy.tuning import TuningEvent
 
 Warn = Callable[[str], None]
 warn_by_log: Warn = logging.getLogger(__name__).warning
@@ -39,8 +41,6 @@ warn_by_log: Warn = logging.getLogger(__name__).warning
 _RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
 # A budget of which less than this part is left would buy steps of nothing but noise.
 _LEAST_PART = 0.005
-_WHOLE_ORDERS = [*range(2, 65), 72, 96, 128, 192, 256, 512]
-_PART_ORDERS = [1 + x / 5 for x in range(1, 25) if x % 5]
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
 _MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
@@ -85,6 +85,9 @@ class GaussianEvent:
         return cls(*required, bool(values.get("discrete", False)))
 
 
+Event = GaussianEvent | TuningEvent
+
+
 @dataclass(frozen=True)
 class EpsilonBound:
     """ε of a composition at one δ. Only ``upper`` may be promised; ``lower`` and ``estimate`` show the slack."""
@@ -96,27 +99,29 @@ class EpsilonBound:
     accountant: str
 
 
-def merge_events(events: Sequence[GaussianEvent]) -> list[GaussianEvent]:
-    """The same composition in canonical form: equal (q, σ, kind of noise) added up, no empty events, sorted."""
+def merge_events(events: Sequence[Event]) -> list[Event]:
+    """The same composition in canonical form: equal (q, σ, kind of noise) added up, sorted, none empty, tuning last."""
     totals: dict[tuple[float, float, bool], int] = {}
+    tuning = sorted((e for e in events if isinstance(e, TuningEvent)), key=lambda e: (e.mu, e.eta, e.gamma))
     for event in events:
-        if event.steps:
+        if isinstance(event, GaussianEvent) and event.steps:
             key = (event.sample_rate, event.noise_multiplier, event.discrete)
             totals[key] = totals.get(key, 0) + int(event.steps)
-    return [GaussianEvent(sigma, q, steps, discrete) for (q, sigma, discrete), steps in sorted(totals.items())]
+    steps = [GaussianEvent(sigma, q, steps, discrete) for (q, sigma, discrete), steps in sorted(totals.items())]
+    return [*steps, *tuning]
 
 
-def gaussian_mu(events: Sequence[GaussianEvent]) -> float | None:
-    """μ of a composition of full-batch steps, √(Σ T/σ²); None when any step is sampled, inf when one has no noise."""
+def gaussian_mu(events: Sequence[Event]) -> float | None:
+    """μ of a composition of full-batch steps, √(Σ T/σ²); None when any event is another, inf when one has no noise."""
     merged = merge_events(events)
-    if any(event.sample_rate < 1 for event in merged):
+    if any(isinstance(event, TuningEvent) or event.sample_rate < 1 for event in merged):
         return None
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
     return math.sqrt(math.fsum(event.steps / event.noise_multiplier**2 for event in merged))
 
 
-def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
+def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
     """Bound ε of running all events on the same data, in any order, at ``delta``.
 
     Args:
@@ -130,7 +135,8 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_
         ``discrete_noise`` adds it. The parameters may
         differ from event to event (heterogeneous composition) but must not depend on the data, nor on earlier
         *results* that somebody looked at: numerical composition is not a privacy filter (Rogers et al. 2016) for such
-        choices.
+        choices. Full-batch steps are free of that condition as far as Σ T/σ² is fixed: how it is split into steps
+        changes none of their curves. With a tuning event among them everything is composed in Rényi DP.
 
     Raises:
         UsageError: δ is not between 0 and 1.
@@ -138,13 +144,15 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta is {delta}.", fix="Give a delta between 0 and 1, both excluded.")
-    if any(event.discrete for event in events):
+    if _any_discrete(events):
         return _compose_discrete(events, delta, warn)
     merged = tuple(merge_events(events))
     if not merged:
         return EpsilonBound(0.0, 0.0, 0.0, delta, "none (nothing was spent)")
-    if any(event.noise_multiplier == 0 for event in merged):
+    if any(isinstance(event, GaussianEvent) and event.noise_multiplier == 0 for event in merged):
         return EpsilonBound(math.inf, math.inf, math.inf, delta, "none (a step without noise)")
+    if any(isinstance(event, TuningEvent) for event in merged):
+        return _compose_tuned(merged, delta)
     mu = gaussian_mu(merged)
     if mu is not None:
         exact = gaussian_dp_epsilon(mu, delta)
@@ -155,16 +163,31 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_
     return bound
 
 
-def _compose_discrete(events: Sequence[GaussianEvent], delta: float, warn: Warn) -> EpsilonBound:
+def _compose_discrete(events: Sequence[Event], delta: float, warn: Warn) -> EpsilonBound:
     """ε of the same steps with Gaussian noise, at the δ that is left after the distance between the two was paid."""
     bound = compose(_continuous(events), delta * (1 - DELTA_SHARE), warn)
-    steps = sum(event.steps for event in events if event.discrete)
+    steps = sum(event.steps for event in events if isinstance(event, GaussianEvent) and event.discrete)
     check_distance(max(1, steps), bound.upper, delta)
     return replace(bound, delta=delta, accountant=f"{bound.accountant}, discrete noise")
 
 
-def _continuous(events: Sequence[GaussianEvent]) -> list[GaussianEvent]:
-    return [replace(event, discrete=False) for event in events]
+def _any_discrete(events: Sequence[Event]) -> bool:
+    return any(isinstance(event, GaussianEvent) and event.discrete for event in events)
+
+
+def _continuous(events: Sequence[Event]) -> list[Event]:
+    return [replace(event, discrete=False) if isinstance(event, GaussianEvent) else event for event in events]
+
+
+@lru_cache(maxsize=512)
+def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
+    """Everything in Rényi DP: the only currency that paid tuning has."""
+    from dprandp.privacy import prv
+
+    steps = [event for event in merged if isinstance(event, GaussianEvent)]
+    tuning = [event for event in merged if isinstance(event, TuningEvent)]
+    epsilon = prv.rough_epsilon(components_of(steps), delta, tuning)
+    return EpsilonBound(0.0, epsilon, epsilon, delta, "Rényi DP, tuning by Papernot & Steinke 2022, Theorem 2")
 
 
 @lru_cache(maxsize=512)
@@ -177,7 +200,9 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
         fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
         lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
     except prv.AccountantRefused as refusal:
-        bound = _rdp_bound(merged, delta)
+        from dprandp.privacy.renyi_fallback import renyi_bound
+
+        bound = renyi_bound(merged, delta)
         return (
             bound,
             f"The PRV accountant refused ({refusal}); {bound.accountant} gives the looser ε ≤ {bound.upper:.4g}.",
@@ -201,36 +226,12 @@ def components_of(events: Sequence[GaussianEvent]) -> list[Any]:
     return components
 
 
-def _rdp_bound(events: Sequence[GaussianEvent], delta: float) -> EpsilonBound:
-    """Rényi DP with the divergences of Opacus, converted by Balle et al. 2020, Theorem 21: loose, always defined."""
-    import numpy as np
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    # Orders between integers only help where epsilon is large, and their series takes seconds where the noise is large.
-    quick = all(e.noise_multiplier < 4 for e in events)
-    orders = np.array([float(order) for order in [*(_PART_ORDERS if quick else []), *_WHOLE_ORDERS]])
-    total = np.zeros(len(orders))
-    for e in events:
-        total += compute_rdp(
-            q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=orders.tolist()
-        )
-    epsilons = total - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
-    usable = epsilons[np.isfinite(epsilons)]
-    if not len(usable):
-        raise BudgetError(
-            "No accountant can bound the epsilon of these steps.",
-            fix="Use a larger noise multiplier or a larger delta.",
-        )
-    epsilon = max(0.0, float(usable.min()))
-    return EpsilonBound(0.0, epsilon, epsilon, delta, f"Rényi DP (opacus {version('opacus')})")
-
-
 def calibrate(
     epsilon: float,
     delta: float,
     sample_rate: float,
     steps: int,
-    spent: Sequence[GaussianEvent] = (),
+    spent: Sequence[Event] = (),
     warn: Warn = warn_by_log,
     discrete: bool = False,
 ) -> float:
@@ -256,7 +257,7 @@ def calibrate(
     """
     if not epsilon > 0:
         raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
-    if discrete or any(event.discrete for event in spent):
+    if discrete or _any_discrete(spent):
         spent, delta = _continuous(spent), delta * (1 - DELTA_SHARE)
     event = GaussianEvent(1.0, sample_rate, steps)
     if event.steps < 1:
@@ -277,7 +278,7 @@ def calibrate(
 
 @lru_cache(maxsize=128)
 def _calibrate(
-    epsilon: float, delta: float, sample_rate: float, steps: int, spent: tuple[GaussianEvent, ...]
+    epsilon: float, delta: float, sample_rate: float, steps: int, spent: tuple[Event, ...]
 ) -> tuple[float, str | None]:
     from dprandp.privacy import calibration
 
@@ -292,6 +293,10 @@ def _calibrate(
         # Gaussian DP adds in squares: what is left for the new steps is μ² − μ_spent².
         room = gaussian_dp_mu(epsilon, delta) ** 2 - mu_spent**2
         found = calibration.nudge(upper, epsilon, math.sqrt(steps / room)) if room > 0 else None
+    elif any(isinstance(event, TuningEvent) for event in spent):
+        # One accountant for everything, and a quick one: the promised bound aims at itself.
+        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), _MAX_NOISE_MULTIPLIER)
+        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
     else:
 
         def sketch(noise_multiplier: float) -> float:

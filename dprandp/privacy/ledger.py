@@ -29,8 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, merge_events
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, KINDS, Charge, seal, storage_error, sync_folder, unseal
+from dprandp.privacy.accounting import EpsilonBound, Event, Warn, compose, merge_events
+from dprandp.privacy.ledger_line import (
+    FIRST_PREVIOUS,
+    FORMAT,
+    KINDS,
+    Charge,
+    TuningCharge,
+    seal,
+    storage_error,
+    sync_folder,
+    unseal,
+)
+from dprandp.privacy.tuning import TuningEvent
 
 _warn_by_log: Warn = logging.getLogger(__name__).warning
 
@@ -41,7 +52,8 @@ class Ledger:
     Attributes:
         path: the file.
         header: ``format, data_unit, adjacency, examples, created``.
-        charges: everything paid so far, in order.
+        charges: every block of steps paid so far, in order.
+        tunings: every selection among private trials paid so far, in order.
         head: hash of the last line, to be kept by whatever depends on it.
     """
 
@@ -49,6 +61,7 @@ class Ledger:
         self.path = path
         self.header: dict[str, Any] = {}
         self.charges: list[Charge] = []
+        self.tunings: list[TuningCharge] = []
         self.head = FIRST_PREVIOUS
         self._hashes: set[str] = set()
         self._counts: Counter[tuple[str, int]] = Counter()
@@ -143,7 +156,13 @@ class Ledger:
     @property
     def private(self) -> bool:
         """False when any step ran without noise or on repeatable randomness: then no epsilon means anything."""
-        return all(charge.random == "os-entropy" and charge.noise_multiplier > 0 for charge in self.charges)
+        return self.random == "os-entropy" and all(charge.noise_multiplier > 0 for charge in self.charges)
+
+    @property
+    def random(self) -> str:
+        """'insecure-seed' when anything paid used repeatable randomness, else 'os-entropy'."""
+        modes = {charge.random for charge in [*self.charges, *self.tunings]}
+        return "os-entropy" if modes <= {"os-entropy"} else "insecure-seed"
 
     def includes(self, head: str) -> bool:
         """Whether a line with this hash is in the file: False means the ledger is older than what refers to it."""
@@ -170,20 +189,7 @@ class Ledger:
             UsageError: a value is outside its range, or the ledger was opened read-only.
             StorageError: the disk refused, or somebody else wrote to the file.
         """
-        if self._read_only:
-            raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
-        if (
-            not re.fullmatch(r"[a-z0-9._-]+", stage)
-            or attempt < 1
-            or steps < 1
-            or random not in ("os-entropy", "insecure-seed")
-            or noise not in KINDS
-        ):
-            raise UsageError(
-                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
-                "makes no sense.",
-                fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
-            )
+        self._refuse_senseless(stage, attempt, steps, random, noise)
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
         before = self.charged_steps(stage, attempt)
         charge = Charge(stage, int(attempt), before, int(steps), *values, random, noise=noise)
@@ -191,17 +197,26 @@ class Ledger:
         self._append(charge, {})
         return charge
 
-    def events(self) -> list[GaussianEvent]:
+    def charge_tuning(self, *, stage: str, attempt: int, event: TuningEvent, random: str) -> TuningCharge:
+        """Pay for a selection among private trials; Guarantee and errors as for ``charge``."""
+        self._refuse_senseless(stage, attempt, 1, random, KINDS[0])
+        charge = TuningCharge(stage, int(attempt), event.mu, event.eta, event.gamma, random)
+        self._append(charge, {})
+        return charge
+
+    def events(self) -> list[Event]:
         """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
-        return merge_events([charge.event for charge in self.charges])
+        return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
 
-    def events_for(self, stage: str, attempt: int | None = None) -> list[GaussianEvent]:
+    def events_for(self, stage: str, attempt: int | None = None) -> list[Event]:
         """What one stage (one attempt of it, or all) has paid."""
-        return merge_events([c.event for c in self.charges if c.stage == stage and attempt in (None, c.attempt)])
+        paid = [*self.charges, *self.tunings]
+        return merge_events([c.event for c in paid if c.stage == stage and attempt in (None, c.attempt)])
 
-    def events_besides(self, stage: str, attempt: int) -> list[GaussianEvent]:
+    def events_besides(self, stage: str, attempt: int) -> list[Event]:
         """What everything but one attempt of one stage has paid."""
-        return merge_events([c.event for c in self.charges if (c.stage, c.attempt) != (stage, attempt)])
+        paid = [*self.charges, *self.tunings]
+        return merge_events([c.event for c in paid if (c.stage, c.attempt) != (stage, attempt)])
 
     def charged_steps(self, stage: str, attempt: int) -> int:
         """Steps paid in one attempt of a stage, used or lost."""
@@ -209,11 +224,22 @@ class Ledger:
 
     def last_attempt(self, stage: str) -> int:
         """The highest attempt of a stage that has paid anything; 0 for none."""
-        return max((c.attempt for c in self.charges if c.stage == stage), default=0)
+        return max((c.attempt for c in [*self.charges, *self.tunings] if c.stage == stage), default=0)
 
     def spent(self, delta: float) -> EpsilonBound:
         """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well."""
         return compose(self.events(), delta, self._warn)
+
+    def _refuse_senseless(self, stage: str, attempt: int, steps: int, random: str, noise: str) -> None:
+        if self._read_only:
+            raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
+        known = random in ("os-entropy", "insecure-seed") and noise in KINDS
+        if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or not known:
+            raise UsageError(
+                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
+                "makes no sense.",
+                fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
+            )
 
     def _read(self, line: bytes, number: int) -> None:
         """Verify one complete line and take it in."""
@@ -233,6 +259,11 @@ class Ledger:
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))
+        elif kind == "tuning" and number > 1:
+            try:
+                self._take(TuningCharge.from_record(body))
+            except (KeyError, TypeError, ValueError, UsageError) as error:
+                raise self._damaged(number, "its values make no sense") from error
         else:
             raise self._damaged(number, f"a line of kind {kind!r} does not belong here")
         self._note(digest)
@@ -253,7 +284,10 @@ class Ledger:
             raise self._damaged(number, "its values make no sense") from error
         return self._checked(charge.record(), number) if charge else None
 
-    def _take(self, charge: Charge) -> None:
+    def _take(self, charge: Charge | TuningCharge) -> None:
+        if isinstance(charge, TuningCharge):
+            self.tunings.append(charge)
+            return
         self.charges.append(charge)
         self._counts[charge.stage, charge.attempt] += charge.steps
 
@@ -291,7 +325,7 @@ class Ledger:
         if restored:
             self._append(restored, {"repaired": True})
 
-    def _append(self, charge: Charge, notes: dict[str, Any]) -> None:
+    def _append(self, charge: Charge | TuningCharge, notes: dict[str, Any]) -> None:
         body = {**charge.record(), "time": datetime.now(UTC).isoformat(timespec="seconds"), **notes}
         line, digest = seal(body, self.head)
         expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown

@@ -12,6 +12,7 @@ from typing import Any
 
 from dprandp.errors import StorageError
 from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.tuning import TuningEvent
 
 FORMAT = 1
 FIRST_PREVIOUS = "0" * 64
@@ -60,6 +61,32 @@ class Charge:
 
     def record(self) -> dict[str, Any]:
         return {"kind": "charge", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TuningCharge:
+    """One paid selection among private trials (``privacy/selection.py``), whatever number of trials it will take."""
+
+    stage: str
+    attempt: int
+    mu: float
+    eta: float
+    gamma: float
+    random: str
+
+    @property
+    def event(self) -> TuningEvent:
+        return TuningEvent(self.mu, self.eta, self.gamma)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> TuningCharge:
+        """Raises KeyError, TypeError or UsageError for a record that is no such charge."""
+        charge = cls(**{field.name: record[field.name] for field in fields(cls)})
+        _ = charge.event
+        return charge
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "tuning", **asdict(self)}
 
 
 _NAMES = [field.name for field in fields(Charge)]

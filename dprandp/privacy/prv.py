@@ -34,6 +34,7 @@ from prv_accountant.domain import Domain
 from scipy.fft import irfft, next_fast_len, rfft
 
 from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
+from dprandp.privacy.tuning import TuningEvent
 
 # The bound on time and memory, known before anything is allocated: grid points, grid points times different events, and
 # different events. 400,000 points take about 0.3 s and 100 MiB a direction; the coarse grid serves searches only.
@@ -45,6 +46,8 @@ DELTA_ERROR_SHARE = 1e-3
 _ROUNDING = 8
 # Rényi orders for the rough bound. Any order gives a valid bound; a longer list only makes it tighter.
 _ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**n for n in range(6, 14)])
+# Where no divergence needs a sum of many terms.
+_CLOSED_FORM_ORDERS = 1 + np.geomspace(1e-2, 1e5, 300)
 
 
 class AccountantRefused(Exception):
@@ -62,9 +65,9 @@ class Component:
     def loss(self, add: bool) -> SampledGaussianLoss:
         return SampledGaussianLoss(self.sample_rate, self.noise_multiplier, add)
 
-    def divergences(self) -> np.ndarray:
-        """Rényi divergences of one step at ``_ORDERS``, of either direction or above it."""
-        return np.array([renyi_divergence(self.sample_rate, self.noise_multiplier, order) for order in _ORDERS])
+    def divergences(self, orders: np.ndarray = _ORDERS) -> np.ndarray:
+        """Rényi divergences of one step at ``orders``, of either direction or above it."""
+        return np.array([renyi_divergence(self.sample_rate, self.noise_multiplier, order) for order in orders])
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,14 @@ class Grid:
     real: type[np.floating]
 
 
-def rough_epsilon(components: Sequence[Component], delta: float) -> float:
+def rough_epsilon(components: Sequence[Component], delta: float, tuning: Sequence[TuningEvent] = ()) -> float:
     """A valid but loose upper bound on ε through Rényi orders, in milliseconds (Balle et al. 2020, Theorem 21)."""
-    total = sum(component.steps * component.divergences() for component in components)
-    epsilon = total - np.log(delta * _ORDERS) / (_ORDERS - 1) + np.log1p(-1 / _ORDERS)
+    sampled = any(component.sample_rate < 1 for component in components)
+    orders = _CLOSED_FORM_ORDERS if tuning and not sampled else _ORDERS
+    total = sum((component.steps * component.divergences(orders) for component in components), np.zeros(len(orders)))
+    for event in tuning:
+        total = total + event.rdp(orders)
+    epsilon = total - np.log(delta * orders) / (orders - 1) + np.log1p(-1 / orders)
     return max(0.0, float(np.min(epsilon)))
 
 

@@ -43,10 +43,9 @@ RELEASED = {
 
 # What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
 DEFAULTS_CHOSEN_ON = (
-    "The program selects nothing by results: no choice among epochs, runs or settings. Its default learning rates, "
-    "steps and sizes were chosen on public benchmark data sets; on such a set the accuracy is therefore slightly "
-    "optimistic. Trying several settings on the private data and keeping the best spends privacy that ε does not "
-    "count, unless all were tried in this run directory."
+    "Default learning rates, steps and sizes were chosen on public benchmark data sets; on such a set the accuracy is "
+    "therefore slightly optimistic. Trying several settings on the private data and keeping the best spends privacy "
+    "that ε does not count, unless all were tried in this run directory."
 )
 
 LIMITS = (
@@ -138,7 +137,7 @@ def disclosure(
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
-        ("Tuned, and on what", _tuned(changed)),
+        ("Tuned, and on what", _tuned(result, changed)),
         ("Public inputs", _public(result, pretrain or {}, generate or {})),
         *limits(result, LIMITS),
     ]
@@ -191,7 +190,7 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
         return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
     epsilon = result["epsilon"] if epsilon is None else epsilon
     rate = detection_rate(epsilon, result["delta"])
-    exact = result["sample_rate"] == 1 if exact is None else exact
+    exact = (result["sample_rate"] == 1 if exact is None else exact) and not tuning_was_paid(result)
     bound = "at most" if exact else "at most about"
     known, hidden = "every training image but one", "that image"
     if several_images(result):
@@ -279,11 +278,41 @@ def _random(result: Facts) -> str:
     return f"{result['random']}: noise and batches from a seed that can be repeated. NOT PRIVATE."
 
 
-def _tuned(changed: Sequence[str] | None) -> str:
-    if changed is None:
-        return DEFAULTS_CHOSEN_ON
-    given = f"Set by whoever ran it: {', '.join(changed)}." if changed else "All settings of this stage are defaults."
-    return f"{DEFAULTS_CHOSEN_ON} {given}"
+def _tuned(result: Facts, changed: Sequence[str] | None) -> str:
+    parts = [_tuned_here(result.get("tuned")) + "."]
+    if result.get("tuned_on"):
+        parts.append(f"Declared by whoever ran it, of settings tuned elsewhere: tuned on “{result['tuned_on']}”.")
+    parts.append(DEFAULTS_CHOSEN_ON)
+    if changed is not None:
+        own = f"Set by whoever ran it: {', '.join(changed)}."
+        parts.append(own if changed else "All settings of this stage are defaults.")
+    return " ".join(parts)
+
+
+def _tuned_here(tuned: Facts | None) -> str:
+    """What `dprandp tune` did in this run: on what, how many trials, at which cost."""
+    if not tuned:
+        return "Nothing in this run, where the program selected nothing by results: no choice among epochs or settings"
+    names = ", ".join(tuned["settings"]) or "nothing that was finished"
+    cost = f"ε = {epsilon_text(tuned['charged_epsilon'])} by itself, part of the ε above"
+    if tuned["on"] == "private":
+        said = (
+            f"{names} of the probe, on the private data, paid for: the best of a random number of private trials "
+            f"({tuned['trials']} expected), {cost}"
+        )
+    else:
+        what = "synthetic images of this run" if tuned["on"] == "synthetic" else (
+            f"the training split of {tuned['on']}, declared public by whoever ran it"
+        )
+        said = f"{names} of the probe, on {what}: {tuned['trials']} settings tried under simulated noise, no cost in ε"
+        if tuned["charged_epsilon"] > 0:
+            said += f"; before that on the private data, {cost}"
+    return said if tuned["used"] else said + "; the stage ran with other settings"
+
+
+def tuning_was_paid(result: Facts) -> bool:
+    """Whether ε holds the cost of tuning on the private data."""
+    return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
 
 
 def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:

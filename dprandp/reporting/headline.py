@@ -148,7 +148,7 @@ def _without_classifier(run: Run) -> Markup:
         privacy = "No private data was read, and no privacy was spent."
     else:
         privacy = (
-            f"A private stage was begun and not finished. It has spent ε = {epsilon_text(spent.epsilon)} at "
+            f"No private stage is finished; tuning or a begun one has spent ε = {epsilon_text(spent.epsilon)} at "
             f"δ = {number(spent.delta)} of {number(spent.total)}."
         )
     reason = not_private_reason(run)

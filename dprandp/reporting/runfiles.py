@@ -112,7 +112,7 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
     return [
         f"{key} = {value} (default {default.get(key, 'automatic')})"
         for key, value in recorded.items()
-        if key != "size" and value != default.get(key)
+        if key not in ("size", "tuned_on") and value != default.get(key)
     ]
 
 
@@ -128,7 +128,8 @@ def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dic
     ledger = Ledger.open(ledger_file, read_only=True) if private or ledger_file.exists() else None
     open_stages = any(row["stage"] in PRIVATE_STAGES and row["state"] in ("partial", "stale") for row in rows)
     unfinished = False
-    if open_stages and ledger is not None and ledger.charges and delta is not None:
+    # tuning is no stage of the table, so nothing there tells whether it came after the last result
+    if ledger is not None and ((open_stages and ledger.charges) or ledger.tunings) and delta is not None:
         composed = ledger.spent(float(delta)).upper
         unfinished = composed > epsilon * (1 + 1e-6)
         epsilon = max(epsilon, composed)

@@ -90,7 +90,7 @@ def budget(run: Run) -> Markup:
     parts, items, reached = [], [], 0.0
     for name, epsilon in sorted(marks, key=lambda mark: mark[1]):
         parts.append(tag("span", class_=name, style=f"width: {100 * (epsilon - reached) / scale:.2f}%"))
-        after = "steps of unfinished stages" if name == "other" else name
+        after = "steps of unfinished stages or tuning" if name == "other" else name
         items.append(tag("li", tag("i", class_=name), f"ε = {epsilon_text(epsilon)} spent after {after}"))
         reached = epsilon
     at = tag("span", f"at δ = {number(spent.delta)}", class_="whole")

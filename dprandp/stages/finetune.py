@@ -38,7 +38,9 @@ from dprandp.stages.context import Context
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.private import PrivateStage, open_private_stage
+from dprandp.stages.private import PrivateStage
+from dprandp.stages.private_plan import open_private_stage
+from dprandp.stages.tuned import tuning_of
 from dprandp.stages.unit_rows import unit_rows
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
@@ -91,7 +93,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
 
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, arch, lr, momentum,
-        extractor_scale, released, mirror, seconds.
+        extractor_scale, released, mirror, tuned, tuned_on, seconds.
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
@@ -135,6 +137,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
+        **_tuning(config, stage),
         "seconds": round(time.perf_counter() - started, 2),
     }
     release.write_model(stage, model, result)
@@ -177,6 +180,14 @@ def open_stage(
         write=write,
         planned=planned,
     )
+
+
+def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
+    """What was tuned: nothing of this stage, but what the probe says of the head that it starts from."""
+    rundir = stage.context.rundir
+    if config.source != "scratch":
+        return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
+    return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
 
 
 def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:

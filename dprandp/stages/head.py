@@ -42,13 +42,51 @@ class HeadSettings:
     released: str
 
 
+State = dict[str, Tensor]
+
+
+def begin_head(start: Tensor) -> State:
+    """The state of a fit before its first update: head, velocity, average, each float32 [d, classes]."""
+    return {"head": start.clone(), "velocity": torch.zeros_like(start), "average": torch.zeros_like(start)}
+
+
+def update_head(state: State, update: Tensor, settings: HeadSettings, number: int, steps: int) -> None:
+    """Apply one noisy mean gradient, in place; the update rule of every head, real or simulated.
+
+    Args:
+        state: of ``begin_head``, or of a checkpoint.
+        update: [d, classes].
+        settings: learning rate, momentum, what is released.
+        number: of the update, from 0. steps: of all updates; their second half is averaged.
+    """
+    state["velocity"] = settings.momentum * state["velocity"] + update
+    state["head"] = state["head"] - settings.lr * state["velocity"]
+    averaged_from = steps // 2
+    if settings.released == "average" and number >= averaged_from:
+        state["average"] = torch.lerp(state["average"], state["head"], 1 / (number - averaged_from + 1))
+    elif settings.released == "ema":
+        decay = min(EMA_DECAY, (1 + number) / (10 + number))
+        state["average"] = torch.lerp(state["head"], state["average"], decay)
+
+
+def released_head(state: State, settings: HeadSettings) -> Tensor:
+    """What is released of a fit that has ended."""
+    averaged = settings.released != "last" and bool(state["average"].any())  # crashes may have eaten the second half
+    return state["average"] if averaged else state["head"]
+
+
 def default_lr(epsilon: float, delta: float, examples: int) -> float:
     """Learning rate from public numbers: proportional to μN, what N examples (or units) say above the noise.
 
     With momentum .9 and unit-norm features a rate of 10 at ε = 1 and N = 50,000 (μ = .268) and 60 at ε = 8 (μ = 1.67)
     serve; both lie on one line through zero. Without noise the rate is capped.
     """
-    return LR_MAX if math.isinf(epsilon) else min(LR_MAX, LR_PER_SIGNAL * equivalent_mu(epsilon, delta) * examples)
+    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples)
+
+
+def lr_at(mu: float, examples: int) -> float:
+    """``default_lr`` of a budget that is μ-Gaussian; inf without noise."""
+    return min(LR_MAX, LR_PER_SIGNAL * mu * examples)
 
 
 def fit_head(
@@ -82,13 +120,12 @@ def fit_head(
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == HEAD:  # stopped between the last step and the end of the stage
         return saved.tensors[HEAD], saved.meta["updates"]
-    state = {"head": start.clone(), "velocity": torch.zeros_like(start), "average": torch.zeros_like(start)}
+    state = begin_head(start)
     first_step, ledger_head = 0, None
     if saved is not None:
         state, first_step, ledger_head = saved.tensors, saved.meta["step"], saved.meta["ledger"]
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     every = max(1, plan.steps // CHECKPOINTS)
-    averaged_from = plan.steps // 2
     mechanism = stage.mechanism(first_step, ledger_head)
     precise = plan.noise == "discrete"  # then rounding must not add to the sensitivity either
     rows = unit_rows(stage.dataset)
@@ -105,13 +142,7 @@ def fit_head(
                 )
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release({"head": clipped})["head"]
-            state["velocity"] = settings.momentum * state["velocity"] + update
-            state["head"] = state["head"] - settings.lr * state["velocity"]
-            if settings.released == "average" and step.number >= averaged_from:
-                state["average"] = torch.lerp(state["average"], state["head"], 1 / (step.number - averaged_from + 1))
-            elif settings.released == "ema":
-                decay = min(EMA_DECAY, (1 + step.number) / (10 + step.number))
-                state["average"] = torch.lerp(state["head"], state["average"], decay)
+            update_head(state, update, settings, step.number, plan.steps)
             faults.point("update-applied")
             log.write(step=step.number, update_norm=float(update.norm()), weight_norm=float(state["head"].norm()))
             progress.advance(1)
@@ -119,7 +150,6 @@ def fit_head(
             if stop.requested or done % every == 0 or mechanism.remaining_steps == 0:
                 checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
             stop.raise_if_requested()
-    averaged = settings.released != "last" and bool(state["average"].any())  # crashes may have eaten the second half
-    released = state["average"] if averaged else state["head"]
+    released = released_head(state, settings)
     checkpoint.save(folder, HEAD, {HEAD: released}, {"updates": mechanism.next_step}, keep=1)
     return released, mechanism.next_step

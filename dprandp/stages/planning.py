@@ -26,7 +26,8 @@ from dprandp.stages import estimates, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context
 from dprandp.stages.generate import check as check_images
-from dprandp.stages.private import DEFAULT_SHARE, PrivateStage, open_private_stage
+from dprandp.stages.private import PrivateStage
+from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
 from dprandp.synth import process_named
 
 Plan = dict[str, Any]

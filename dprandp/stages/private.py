@@ -10,26 +10,21 @@ The order matters and is the same in both stages:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dprandp import faults
-from dprandp.config import FinetuneConfig, ProbeConfig
-from dprandp.datasets import Dataset, DataSpec, open_dataset
-from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.datasets import Dataset, DataSpec
+from dprandp.errors import CheckpointError
 from dprandp.files import atomic_write, storage_errors, to_json
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
+from dprandp.privacy.accounting import Event, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan
+from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
-from dprandp.stages.budget import ADJACENCY, BUDGET_KEYS, Budget, default_delta, plan_file, read_plan_file
+from dprandp.stages.budget import ADJACENCY, Budget, plan_file, read_plan_file
 from dprandp.stages.context import Context
-from dprandp.stages.unit_rows import unit_reminder
-
-DEFAULT_SHARE = 0.3
-"""Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
 
 LEDGER_FAULTS = {
     "ledger.appended": lambda: faults.point("ledger-appended"),
@@ -50,7 +45,7 @@ class PrivateStage:
 
     def __init__(self, name: str, dataset: Dataset, budget: Budget, context: Context) -> None:
         self.name, self.dataset, self.budget, self.context = name, dataset, budget, context
-        self.plan: PrivatePlan
+        self.plan: PrivatePlan | SelectionPlan
         self.attempt = 1
         self._ledger: Ledger | None = None  # None until the run's first plan is fixed
 
@@ -66,7 +61,7 @@ class PrivateStage:
             raise RuntimeError("there is no ledger before fix_plan()")
         return self._ledger
 
-    def open_ledger(self, *, write: bool) -> list[GaussianEvent]:
+    def open_ledger(self, *, write: bool) -> list[Event]:
         """Open the ledger that the run has, if any, and count this attempt; returns what was paid so far.
 
         Raises:
@@ -77,7 +72,7 @@ class PrivateStage:
             return []
         ledger = Ledger.open(path, read_only=not write, **self._ledger_options)
         if not planned:
-            if ledger.charges:
+            if ledger.events():
                 raise CheckpointError(
                     f"{plan_file(self.context.rundir)} is missing, but the ledger beside it holds charges",
                     fix="restore it from a copy: without it nobody knows this run's budget",
@@ -131,7 +126,7 @@ class PrivateStage:
         }
         document["stages"][self.name] = {
             "attempt": self.attempt,
-            "started": _started(self.context.rundir, self.name),
+            "started": started(self.context.rundir, self.name),
             **notes,
             "plan": self.plan.to_dict(),
         }
@@ -191,10 +186,11 @@ class PrivateStage:
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
         return PrivateMechanism(
-            self.plan, self.ledger, self._random(), self.attempt, updates_done, warn=self.context.console.warn
+            self.plan, self.ledger, self.random_source(), self.attempt, updates_done, warn=self.context.console.warn
         )
 
-    def _random(self) -> RandomSource:
+    def random_source(self) -> RandomSource:
+        """The operating system, unless --insecure-seed was given."""
         seed = self.context.insecure_seed
         if seed is None:
             return SystemRandom()
@@ -227,107 +223,10 @@ class PrivateStage:
             "unit": self.budget.unit,
             "train_units": self.plan.examples,
             "noise": self.plan.noise,
-            "random": "insecure-seed" if any(c.random != "os-entropy" for c in self.ledger.charges) else "os-entropy",
+            "random": self.ledger.random,
             "private": self.ledger.private and math.isfinite(bound.upper),
             "device": self.context.device.type,
         }
-
-
-def open_private_stage(
-    name: str,
-    config: ProbeConfig | FinetuneConfig,
-    context: Context,
-    *,
-    steps: int | None = None,
-    batch_part: float = 1.0,
-    budget_part: float = 1.0,
-    write: bool = True,
-    planned: Sequence[GaussianEvent] = (),
-) -> PrivateStage:
-    """Plan a private stage from public facts, or refuse.
-
-    Args:
-        name: 'probe' or 'finetune'.
-        config: the stage's configuration.
-        steps: where the configuration names none.
-        batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
-        budget_part: part of what is left that a fine-tune may spend on its first mechanism (see ``following``).
-        write: False for ``--plan``: nothing is created, and nothing is fetched.
-        planned: events of stages that are themselves only planned (``--plan``); they count as paid.
-
-    Guarantee:
-        No pixel and no label has been read when this returns or raises.
-
-    Raises:
-        InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
-        BudgetError: what is left does not allow the stage.
-    """
-    dataset = open_dataset(
-        config.data,
-        context.data_dir,
-        download=context.download and write,
-        num_classes=config.classes,
-        unit_column=config.unit_column,
-    )
-    examples = dataset.spec.train_units
-    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples, dataset.spec.unit)
-    validate_budget(budget.epsilon, budget.delta, examples)
-    document = read_plan_file(context.rundir)
-    if document is not None:
-        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
-    if write or not context.download:  # a plan fetches nothing, and does without what the stage will fetch
-        dataset.require()
-    stage = PrivateStage(name, dataset, budget, context)
-    recorded = (document or {}).get("stages", {}).get(name)
-    spent = [*stage.open_ledger(write=write), *planned]
-    if write and (reminder := unit_reminder(dataset.spec, config.unit_column)):
-        context.console.say(reminder)
-    if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
-        stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
-        return stage
-    public = {
-        "stage": name,
-        "examples": examples,
-        "delta": budget.delta,
-        "sample_rate": _sample_rate(config, examples, batch_part),
-        "steps": config.steps or steps,
-        "clip_norm": config.clip_norm,
-        "views": config.views,
-        "noise": config.noise,
-    }
-    if isinstance(config, ProbeConfig):
-        share = DEFAULT_SHARE if config.share is None else config.share
-        stage.plan = _plan_probe(public, budget.epsilon, share, spent, context)
-    else:
-        before = compose(spent, budget.delta, context.console.warn).upper
-        target = before + budget_part * (budget.epsilon - before) if math.isfinite(budget.epsilon) else math.inf
-        if before >= budget.epsilon:
-            target = budget.epsilon  # let the planner refuse, with its own words
-        stage.plan = make_plan(
-            **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
-        )
-    return stage
-
-
-def _plan_probe(
-    public: dict[str, Any], epsilon: float, share: float, spent: list[GaussianEvent], context: Context
-) -> PrivatePlan:
-    """The probe takes its share; run again, it takes it again, on top of all that was paid before."""
-    warn = context.console.warn
-    own = epsilon * share
-    if not spent:
-        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=[], warn=warn)
-    discrete = public["noise"] == "discrete"
-    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn, discrete=discrete)
-    event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)
-    total = compose([*spent, event], public["delta"], warn).upper
-    if total > epsilon:
-        raise BudgetError(
-            f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
-            f"{epsilon:g}",
-            fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
-        )
-    return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
 
 
 def _data_unit(spec: DataSpec) -> str:
@@ -335,17 +234,6 @@ def _data_unit(spec: DataSpec) -> str:
     return spec.unit.removeprefix("one ")
 
 
-def _started(rundir: RunDir, name: str) -> str | None:
+def started(rundir: RunDir, name: str) -> str | None:
     """When the stage was begun; a plan of an earlier beginning is not this one's."""
     return next((row["started"] for row in rundir.status() if row["stage"] == name), None)
-
-
-def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:
-    if config.batch_size is None:
-        return batch_part
-    if config.batch_size > examples:
-        raise UsageError(
-            f"--batch-size {config.batch_size} exceeds the {examples} training examples (units of privacy)",
-            fix=f"give at most {examples}, which is full batch",
-        )
-    return config.batch_size / examples

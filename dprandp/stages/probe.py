@@ -27,7 +27,8 @@ from dprandp.stages.context import Context
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
-from dprandp.stages.private import DEFAULT_SHARE, open_private_stage
+from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
+from dprandp.stages.tuned import tuning_of
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import extract
@@ -46,7 +47,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
-        mirror, seconds.
+        mirror, tuned (see ``tuned.tuning_of``), tuned_on (as declared), seconds.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
@@ -71,7 +72,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     # ------------------------------------------------------------------------------------- public: extractor, whitener
     extractor, _ = load_extractor(context)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = _fit_whitener(config, context, extractor, mirror, spec)
+    whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec))
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
@@ -94,6 +95,10 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "momentum": config.momentum,
         "released": config.released,
         "mirror": mirror,
+        "tuned": tuning_of(
+            context.rundir, stage.ledger, stage.plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
+        ),
+        "tuned_on": config.tuned_on,
         "seconds": round(time.perf_counter() - started, 2),
     }
     release.write_model(stage, model, result)
@@ -103,10 +108,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 def load_whitener(context: Context) -> whitening.Whitener:
     """The whitener of a finished probe."""
-    tensors = checkpoint.load_finished(context.rundir.stage_dir(STAGE) / "statistics", WHITENER, STAGE).tensors
-    whitener = whitening.Whitener(*tensors["projection"].shape)
-    whitener.load_state_dict(tensors)
-    return whitener
+    folder = context.rundir.stage_dir(STAGE) / "statistics"
+    return _whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE).tensors)
 
 
 def load_head(context: Context) -> Tensor:
@@ -114,12 +117,12 @@ def load_head(context: Context) -> Tensor:
     return checkpoint.load_finished(context.rundir.stage_dir(STAGE), HEAD, STAGE).tensors[HEAD]
 
 
-def _fit_whitener(
+def public_whitener(
     config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
 ) -> whitening.Whitener:
     """Statistics of synthetic features, as declared facts of the data shape them; public.
 
-    A copy is kept beside the extractor, for other probes of the same run.
+    Kept beside the extractor, for other probes of the same run.
     """
     wanted = {
         "dims": config.dims,
@@ -130,20 +133,29 @@ def _fit_whitener(
         "shape": list(spec.image_shape),
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
+    folder.mkdir(exist_ok=True)
+    if checkpoint.latest(folder) == WHITENER:
+        return _whitener_of(checkpoint.load(folder, WHITENER).tensors)
+    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+    crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
+    with context.console.progress(len(crops), "synthetic features") as progress:
+        features = extract(extractor, crops, mirror=mirror, on_batch=progress.advance)
+    whitener = whitening.fit(features, config.dims, config.whitening_floor)
+    checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
+    return whitener
+
+
+def _keep_whitener(context: Context, whitener: whitening.Whitener) -> whitening.Whitener:
+    """The probe's own copy; the one it kept before, after a stop."""
     own = context.rundir.stage_dir(STAGE) / "statistics"
-    beside_extractor = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
-    for folder in (own, beside_extractor):
-        folder.mkdir(exist_ok=True)
-    if checkpoint.latest(own) == WHITENER:
-        return load_whitener(context)
-    if checkpoint.latest(beside_extractor) == WHITENER:
-        tensors = checkpoint.load(beside_extractor, WHITENER).tensors
-    else:
-        crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
-        crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
-        with context.console.progress(len(crops), "synthetic features") as progress:
-            features = extract(extractor, crops, mirror=mirror, on_batch=progress.advance)
-        tensors = whitening.fit(features, config.dims, config.whitening_floor).state_dict()
-        checkpoint.save(beside_extractor, WHITENER, tensors, wanted, keep=1)
-    checkpoint.save(own, WHITENER, tensors, wanted, keep=1)
+    own.mkdir(exist_ok=True)
+    if checkpoint.latest(own) != WHITENER:
+        checkpoint.save(own, WHITENER, whitener.state_dict(), {}, keep=1)
     return load_whitener(context)
+
+
+def _whitener_of(tensors: dict[str, Tensor]) -> whitening.Whitener:
+    whitener = whitening.Whitener(*tensors["projection"].shape)
+    whitener.load_state_dict(tensors)
+    return whitener

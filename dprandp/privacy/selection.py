@@ -1,0 +1,290 @@
+"""The one place that runs a selection among private trials: what runs is what ``TuningEvent`` accounts.
+
+A ``SelectionPlan`` is public data, saved with the run. A ``PrivateSelection`` carries it out: it pays, draws the number
+of trials and never shows it, and hands out the trials one by one. A trial can do what one trial of the theorem does and
+no more: it fits on one part of the records and is scored on the other.
+
+    selection = PrivateSelection(plan, ledger, SystemRandom(), attempt=1)
+    chosen, score = selection.run(one_trial)      # paid and on disk before ``one_trial`` is called
+
+    def one_trial(trial):
+        for _ in range(trial.steps):
+            gradient = trial.release(clipped_sum(records[trial.fitted]))     # zeros for an empty part
+        trial.score(is_right(records[trial.held_out]))
+
+One trial, as the theorem sees it, outputs (score, setting), in that order: tuples are totally ordered, the best is the
+largest. It is a Gaussian mechanism of parameter μ at most:
+
+* the setting is drawn at random, without the data, so it may be taken as fixed (quasi-convexity of the divergence);
+* each record is put into the fitted or the held-out part by a coin of its own, so given all coins it is in one of them;
+* a record of the fitted part is in T clipped sums with noise of multiplier σ = √T/μ: λ T/(2σ²) = λ μ²/2, exactly;
+* a record of the held-out part is in one count of right answers, sensitivity 1, noise of std 1/μ: λ μ²/2 again. The
+  head that is counted does not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.privacy.accounting import Event, Warn, compose
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.noise import RandomSource, add_gaussian_noise
+from dprandp.privacy.plan import validate_budget
+from dprandp.privacy.tuning import TrialCount, TuningEvent
+
+_warn_by_log: Warn = logging.getLogger(__name__).warning
+
+_SMALLEST_MU, _LARGEST_MU = 1e-4, 100.0
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """A selection among settings. Everything here is public and chosen before the data are read.
+
+    Args:
+        stage: name in the ledger.
+        examples: N ≥ 1, the public number of records.
+        mu: μ of one trial, see the top of this file.
+        eta, gamma: distribution of the number of trials, see ``tuning.TrialCount``.
+        held_out: chance of a record to be held out in a trial, in (0, 1).
+        clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
+        steps: T ≥ 1 of each setting; its length is the number of settings, at least 2.
+        epsilon_target: what the run may have spent in total after this; finite.
+        delta: δ in (0, 1/N).
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    stage: str
+    examples: int
+    mu: float
+    eta: float
+    gamma: float
+    held_out: float
+    clip_norm: float
+    steps: tuple[int, ...]
+    epsilon_target: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        validate_budget(self.epsilon_target, self.delta, self.examples)
+        _ = self.event
+        if math.isinf(self.epsilon_target):
+            raise UsageError("A selection without a budget is not private.", fix="Give a finite --eps.")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"The held-out part is {self.held_out}.", fix="Give a number between 0 and 1.")
+        if not 1e-8 <= self.clip_norm <= 1e8:
+            raise UsageError(f"The clip norm is {self.clip_norm}.", fix="Give a number from 1e-8 to 1e8.")
+        if len(self.steps) < 2 or min(self.steps) < 1:
+            raise UsageError(f"Settings with {list(self.steps)} steps.", fix="Give two settings or more, with steps.")
+
+    @property
+    def event(self) -> TuningEvent:
+        """What the accountant is asked about."""
+        return TuningEvent(self.mu, self.eta, self.gamma)
+
+    @property
+    def score_std(self) -> float:
+        """1/μ: standard deviation of the noise in a count of right answers."""
+        return 1 / self.mu
+
+    def noise_std(self, setting: int) -> float:
+        """σ C with σ = √T/μ: standard deviation of the noise in one coordinate of a step's sum."""
+        return math.sqrt(self.steps[setting]) / self.mu * self.clip_norm
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"steps": list(self.steps)}
+
+
+def make_selection_plan(
+    *,
+    stage: str,
+    epsilon_total: float,
+    delta: float,
+    spend_epsilon: float,
+    spent: Sequence[Event],
+    examples: int,
+    mean_trials: float,
+    eta: float,
+    held_out: float,
+    clip_norm: float,
+    steps: Sequence[int],
+    warn: Warn = _warn_by_log,
+) -> SelectionPlan:
+    """The plan after which the run has spent at most ``spend_epsilon``, with the largest μ that was found.
+
+    Args:
+        spend_epsilon: cumulative ε that may be spent once this is done, at most ``epsilon_total``, finite.
+        mean_trials: expected number of trials, above 1.
+        spent, warn: as for ``plan.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
+
+    Guarantee:
+        ``compose([*spent, plan.event], delta).upper <= spend_epsilon``. No data are read.
+
+    Raises:
+        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little.
+        UsageError: a value is outside its range.
+    """
+    validate_budget(epsilon_total, delta, examples)
+    if not 0 < spend_epsilon <= epsilon_total or math.isinf(spend_epsilon):
+        raise UsageError(
+            f"The selection may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
+            fix="Give a finite --eps and a part of it above 0, at most 1.",
+        )
+    trials = TrialCount.with_mean(mean_trials, eta)
+
+    def upper(mu: float) -> float:
+        return compose([*spent, TuningEvent(mu, trials.eta, trials.gamma)], delta, warn).upper
+
+    if upper(_SMALLEST_MU) > spend_epsilon:
+        raise BudgetError(
+            f"Tuning may bring this run to ε = {spend_epsilon:.4g}, which with what is spent already is too little.",
+            fix="Give tuning a larger part of the budget, or tune on synthetic images, which costs nothing.",
+        )
+    mu = _LARGEST_MU
+    if upper(mu) > spend_epsilon:
+        log_mu = brentq(
+            lambda value: upper(math.exp(value)) - spend_epsilon, math.log(_SMALLEST_MU), math.log(mu), xtol=1e-6
+        )
+        mu = math.exp(log_mu)
+        while upper(mu) > spend_epsilon:
+            mu *= 1 - 1e-6
+    return SelectionPlan(
+        stage, examples, mu, trials.eta, trials.gamma, held_out, clip_norm, tuple(steps), spend_epsilon, delta
+    )
+
+
+class Trial:
+    """One trial of a selection.
+
+    Attributes:
+        setting: index of the setting, drawn at random.
+        steps: noisy steps it has to make, all of them.
+        fitted, held_out: int64 arrays of record indices, rising: the two parts. Private.
+        expected_fitted: (1 − h) N, the public divisor of the steps' sums.
+    """
+
+    def __init__(self, plan: SelectionPlan, random: RandomSource) -> None:
+        self.setting = int(random.uniform(1)[0] * len(plan.steps))
+        self.steps = plan.steps[self.setting]
+        held = random.uniform(plan.examples) < plan.held_out
+        self.fitted, self.held_out = np.flatnonzero(~held), np.flatnonzero(held)
+        self.expected_fitted = (1 - plan.held_out) * plan.examples
+        self._plan, self._random = plan, random
+        self._steps_left = self.steps
+        self._score: float | None = None
+
+    def release(self, clipped_sum: torch.Tensor) -> torch.Tensor:
+        """(sum + N(0, (σC)² I)) / ((1 − h) N), at most ``steps`` times.
+
+        Args:
+            clipped_sum: over ``fitted`` alone, sensitivity ``clip_norm``.
+
+        Raises:
+            RuntimeError: more steps than planned, a step after the score, or a sum that is not finite.
+        """
+        if self._steps_left < 1 or self._score is not None:
+            raise RuntimeError("a trial made a step that was not planned")
+        if not bool(torch.isfinite(clipped_sum).all()):
+            raise RuntimeError("the clipped sum of a trial's step is not finite: it was not clipped as planned")
+        self._steps_left -= 1
+        (noisy,) = add_gaussian_noise([clipped_sum], self._plan.noise_std(self.setting), self._random)
+        return noisy / self.expected_fitted
+
+    def score(self, right: torch.Tensor) -> None:
+        """Count the held-out records that were answered right, with noise; once, after the last step.
+
+        Args:
+            right: bool [len(held_out)], entry i a function of record ``held_out[i]`` and of released things alone.
+
+        Raises:
+            RuntimeError: steps are missing, a second score, or a shape or type that is not that.
+        """
+        if self._steps_left or self._score is not None:
+            raise RuntimeError("a trial is scored once, after all of its steps")
+        if right.dtype != torch.bool or right.shape != (len(self.held_out),):
+            raise RuntimeError("a trial's score takes one bool for each held-out record")
+        self._score = float(right.sum()) + self._plan.score_std * float(self._random.gaussian((1,))[0])
+
+    @property
+    def outcome(self) -> tuple[float, int]:
+        """(score, setting): all that the theorem lets a trial hand over. Raises RuntimeError before the score."""
+        if self._score is None:
+            raise RuntimeError("a trial ended without a score")
+        return self._score, self.setting
+
+
+class PrivateSelection:
+    """Carries out a plan: pays once, runs the trials, returns the best.
+
+    Args:
+        plan: what was accounted.
+        ledger: the run's ledger, open for writing.
+        random: ``SystemRandom()``; anything else makes the run not private.
+        attempt: one more than the ledger's last of this stage: a selection is never resumed, only paid again.
+        warn: see ``accounting.compose``.
+
+    Guarantee:
+        The result of ``run`` costs ``plan.event``, paid before any trial is handed out, whatever the number of trials
+        turns out to be. That number is not returned, stored or logged; who can time the run learns something of it
+        (see ``noise.py``, *Time*).
+
+    Raises:
+        BudgetError: the plan does not fit into its target beside what the ledger holds.
+        CheckpointError: the ledger is of other data, or the attempt does not follow.
+    """
+
+    def __init__(
+        self, plan: SelectionPlan, ledger: Ledger, random: RandomSource, attempt: int, warn: Warn = _warn_by_log
+    ) -> None:
+        if ledger.examples != plan.examples or attempt != ledger.last_attempt(plan.stage) + 1:
+            raise CheckpointError(
+                f"The ledger is of {ledger.examples} examples and has {ledger.last_attempt(plan.stage)} selections; "
+                f"the plan is of {plan.examples} examples, attempt {attempt}.",
+                fix="Restore the run's privacy folder.",
+            )
+        total = compose([*ledger.events(), plan.event], plan.delta, warn).upper
+        if not total <= plan.epsilon_target:
+            raise BudgetError(
+                f"Stage {plan.stage} would bring this run to ε = {total:.4g}, above its {plan.epsilon_target:g}.",
+                fix="Give tuning a larger part of the budget, or tune on synthetic images.",
+            )
+        self._plan, self._ledger, self._random, self._attempt = plan, ledger, random, attempt
+
+    def run(self, one_trial: Callable[[Trial], None]) -> tuple[int, float]:
+        """Pay, run the trials, keep the best.
+
+        Args:
+            one_trial: makes the trial's steps and scores it. It must keep nothing of one trial for another.
+
+        Returns:
+            Index of the best setting, and its noisy number of right answers (of about h N).
+
+        Raises:
+            RuntimeError: a trial did not do what was planned; what was paid stays paid.
+        """
+        plan = self._plan
+        self._ledger.charge_tuning(
+            stage=plan.stage, attempt=self._attempt, event=plan.event, random=self._random.mode
+        )
+        count = plan.event.trials.draw(float(self._random.uniform(1)[0]))
+        best: tuple[float, int] | None = None
+        for _ in range(count):
+            trial = Trial(plan, self._random)
+            one_trial(trial)
+            best = trial.outcome if best is None else max(best, trial.outcome)
+        if best is None:
+            raise RuntimeError("the number of trials was zero")
+        return best[1], best[0]
+

@@ -1,0 +1,151 @@
+"""How a private stage comes to its plan: from the budget, the ledger and public facts, or not at all.
+
+The order matters: name the data set (declared facts only), read the run's budget and ledger, find σ from what is left,
+or refuse. No pixel is read in this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dprandp.config import FinetuneConfig, ProbeConfig
+from dprandp.datasets import open_dataset
+from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy.accounting import Event, GaussianEvent, calibrate, compose
+from dprandp.privacy.plan import PrivatePlan, make_plan, validate_budget
+from dprandp.privacy.tuning import TuningEvent
+from dprandp.stages.budget import BUDGET_KEYS, Budget, default_delta, read_plan_file
+from dprandp.stages.context import Context
+from dprandp.stages.private import PrivateStage, started
+from dprandp.stages.unit_rows import unit_reminder
+
+DEFAULT_SHARE = 0.3
+"""Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
+
+
+def name_private_stage(
+    name: str, config: ProbeConfig | FinetuneConfig, context: Context, *, fetch: bool = True
+) -> tuple[PrivateStage, dict[str, Any] | None]:
+    """A stage on named data within the run's budget, without a plan; and the document of the plans before it.
+
+    Args:
+        name: as the ledger will call it.
+        config: the stage's configuration.
+        context: whether downloads are allowed, among others.
+        fetch: False for ``--plan``: nothing is fetched, and what the stage will fetch may be absent.
+
+    Raises:
+        As ``open_private_stage``; like that, it reads no pixel.
+    """
+    dataset = open_dataset(
+        config.data,
+        context.data_dir,
+        download=context.download and fetch,
+        num_classes=config.classes,
+        unit_column=config.unit_column,
+    )
+    examples = dataset.spec.train_units
+    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples, dataset.spec.unit)
+    validate_budget(budget.epsilon, budget.delta, examples)
+    document = read_plan_file(context.rundir)
+    if document is not None:
+        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
+    if fetch or not context.download:
+        dataset.require()
+    return PrivateStage(name, dataset, budget, context), document
+
+
+def open_private_stage(
+    name: str,
+    config: ProbeConfig | FinetuneConfig,
+    context: Context,
+    *,
+    steps: int | None = None,
+    batch_part: float = 1.0,
+    budget_part: float = 1.0,
+    write: bool = True,
+    planned: Sequence[GaussianEvent] = (),
+) -> PrivateStage:
+    """Plan a private stage from public facts, or refuse.
+
+    Args:
+        name: 'probe' or 'finetune'.
+        config: the stage's configuration.
+        steps: where the configuration names none.
+        batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
+        budget_part: part of what is left that a fine-tune may spend on its first mechanism (see ``following``).
+        write: False for ``--plan``: nothing is created, and nothing is fetched.
+        planned: events of stages that are themselves only planned (``--plan``); they count as paid.
+
+    Guarantee:
+        No pixel and no label has been read when this returns or raises.
+
+    Raises:
+        InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
+        BudgetError: what is left does not allow the stage.
+    """
+    stage, document = name_private_stage(name, config, context, fetch=write)
+    dataset, budget, examples = stage.dataset, stage.budget, stage.budget.examples
+    recorded = (document or {}).get("stages", {}).get(name)
+    spent = [*stage.open_ledger(write=write), *planned]
+    if write and (reminder := unit_reminder(dataset.spec, config.unit_column)):
+        context.console.say(reminder)
+    if recorded and recorded["started"] == started(context.rundir, name) and not context.overwrite:
+        stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
+        return stage
+    public = {
+        "stage": name,
+        "examples": examples,
+        "delta": budget.delta,
+        "sample_rate": _sample_rate(config, examples, batch_part),
+        "steps": config.steps or steps,
+        "clip_norm": config.clip_norm,
+        "views": config.views,
+        "noise": config.noise,
+    }
+    if isinstance(config, ProbeConfig):
+        share = DEFAULT_SHARE if config.share is None else config.share
+        stage.plan = _plan_probe(public, budget.epsilon, share, spent, context)
+    else:
+        before = compose(spent, budget.delta, context.console.warn).upper
+        target = before + budget_part * (budget.epsilon - before) if math.isfinite(budget.epsilon) else math.inf
+        if before >= budget.epsilon:
+            target = budget.epsilon  # let the planner refuse, with its own words
+        stage.plan = make_plan(
+            **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
+        )
+    return stage
+
+
+def _plan_probe(
+    public: dict[str, Any], epsilon: float, share: float, spent: list[Event], context: Context
+) -> PrivatePlan:
+    """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before."""
+    warn = context.console.warn
+    own = epsilon * share
+    discrete = public["noise"] == "discrete"
+    if all(isinstance(event, TuningEvent) for event in spent):
+        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=spent, warn=warn)
+    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn, discrete=discrete)
+    event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)
+    total = compose([*spent, event], public["delta"], warn).upper
+    if total > epsilon:
+        raise BudgetError(
+            f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
+            f"{epsilon:g}",
+            fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
+        )
+    return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
+
+
+def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:
+    if config.batch_size is None:
+        return batch_part
+    if config.batch_size > examples:
+        raise UsageError(
+            f"--batch-size {config.batch_size} exceeds the {examples} training examples (units of privacy)",
+            fix=f"give at most {examples}, which is full batch",
+        )
+    return config.batch_size / examples

@@ -1,0 +1,81 @@
+"""Choose settings of the probe: free of charge on public images, or on the private data at a price.
+
+    --on synthetic   (default) a task made of the run's own synthetic images       tune_public.py
+    --on NAME        a data set that whoever runs this declares public             tune_public.py
+    --on private     the private data; the cost is charged to the run's budget     tune_private.py
+
+What is written: ``tune.json`` and ``tuned.toml`` (see ``tuned.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dprandp.config import ProbeConfig, as_dict
+from dprandp.errors import UsageError
+from dprandp.runtable import frozen
+from dprandp.stages.context import Context
+from dprandp.stages.tune_private import choose_privately
+from dprandp.stages.tune_public import choose_publicly
+from dprandp.stages.tune_settings import TuneConfig
+from dprandp.stages.tuned import PRIVATE, read_tuning, write_tuning
+
+STAGE = "tune"
+
+def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, Any]:
+    """Choose settings and write ``tune.json`` and ``tuned.toml``.
+
+    Args:
+        config: of the probe to tune for: data, ε, share, and the defaults of what is tuned.
+        tune: how.
+        context: an opened and locked run.
+
+    Returns:
+        The record (see ``tuned.py``), with ``stage``.
+
+    Raises:
+        UsageError: settings that are not simulated, or other tuning than the run has.
+        InputError: no extractor yet, or missing data. BudgetError: paid tuning does not fit (no pixel was read).
+    """
+    if config.batch_size is not None or config.views > 1:
+        raise UsageError(
+            "tune knows full batches of single views only", fix="leave --batch-size and --views out of what is tuned"
+        )
+    if tune.on == config.data:
+        raise UsageError(
+            f"--on {tune.on} is the private data set itself",
+            fix="give --on private, which is charged to the budget, or the name of public data",
+        )
+    context.rundir.require("pretrain", STAGE)
+    asked = frozen(
+        {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from("generate", "pretrain")}
+    )
+    before = read_tuning(context.rundir) if not context.overwrite else None
+    if before is not None:
+        if frozen(before["asked"]) == asked:
+            return {"stage": STAGE, **before}
+        raise UsageError(
+            f"this run was tuned before, on {before['on']}, for other settings",
+            fix="use its tuned.toml, or give --overwrite to tune again; what was paid stays paid",
+        )
+    choose = choose_privately if tune.on == PRIVATE else choose_publicly
+    record, lr, chosen = choose(config, tune, context)
+    settings = {"lr": lr, "steps": chosen.steps, "dims": chosen.dims}
+    record = {"on": tune.on, "trials": tune.trials, "chosen": settings, **record, "asked": asked}
+    kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
+    write_tuning(context.rundir, record, kept | settings)
+    return {"stage": STAGE, **record}
+
+
+def line(result: dict[str, Any]) -> str:
+    """The result for people."""
+    chosen = ", ".join(f"{name} = {value:.4g}" for name, value in result["chosen"].items())
+    if result["on"] == PRIVATE:
+        how = f"private data, {result['trials']} trials expected, ε = {result['charged_epsilon']:.4g} charged"
+    else:
+        how = (
+            f"{result['on']}, {len(result['tried'])} settings tried, {100 * result['accuracy']:.1f} % against "
+            f"{100 * result['default_accuracy']:.1f} % of the default, nothing charged"
+        )
+    return f"tune: {chosen} ({how})"

@@ -1,0 +1,88 @@
+"""``dprandp tune`` as a user runs it, and what the probe after it says."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from cli_process import Dprandp, refused, state_of
+
+RunAfter = Callable[[str], Path]
+
+NO_PIXELS = """
+from dprandp.datasets import Dataset
+def read(*arguments): raise SystemExit("private pixels were read")
+Dataset.train = Dataset.test = Dataset.fingerprint = read
+"""
+
+DATA = ("--data", "npz:tiny.npz", "--eps", 2)
+
+
+def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("pretrain")
+    tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 3, *DATA)
+    done = dprandp(*tune, "--json", before=NO_PIXELS)
+    assert done.code == 0, done.err
+    assert f"next: dprandp probe --run {run} --config {run / 'tuned.toml'}" in done.err
+    record = json.loads((run / "tune.json").read_text())
+    assert done.json["chosen"] == record["chosen"]
+    assert tomllib.loads((run / "tuned.toml").read_text())["probe"].items() >= record["chosen"].items()
+    before = state_of(run)
+    again = dprandp(*tune)
+    assert again.out.startswith("tune: lr = ")
+    assert "nothing charged" in again.out
+    refused(dprandp(*tune, "--seed", 5), 2, "was tuned before, on synthetic", "--overwrite")
+    assert state_of(run) == before
+    probed = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--json", "--tuned-on", "our <old> scans")
+    assert probed.code == 0, probed.err
+    assert probed.json["tuned"]["used"] is True
+    assert (probed.json["tuned"]["on"], probed.json["tuned"]["charged_epsilon"]) == ("synthetic", 0)
+    assert dprandp("report", "--run", run).code == 0
+    page = (run / "report.html").read_text()
+    assert "3 settings tried under simulated noise, no cost in ε" in page
+    assert "tuned on “our &lt;old&gt; scans”" in page
+
+
+def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("pretrain")
+    tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 2, "--on", "private", *DATA)
+    done = dprandp(*tune, "--json")
+    assert done.code == 0, done.err
+    charged = done.json["charged_epsilon"]
+    assert 0.178 < charged <= 2 * 0.3 * 0.3
+    assert dprandp("status", "--run", run, "--json").json["budget"]["spent"] == charged
+    dprandp("report", "--run", run)
+    assert "No privacy was spent" not in (run / "report.html").read_text()
+    assert "tuning or a begun one has spent ε = 0.18" in (run / "report.html").read_text()
+    refused(dprandp("probe", "--run", run, "--data", "npz:tiny.npz", "--eps", 3), 5, "fixed at ε = 2")
+    plan = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--plan", "--json", before=NO_PIXELS)
+    probed = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--json")
+    assert probed.code == 0, probed.err
+    assert charged < probed.json["epsilon"] == plan.json["epsilon_after"] <= 0.6
+    dprandp("report", "--run", run)
+    assert "the best of a random number of private trials (2 expected)" in (run / "report.html").read_text()
+    before = state_of(run)
+    refused(dprandp(*tune, "--overwrite", before=NO_PIXELS), 5, "too little", "tune on synthetic")
+    assert state_of(run) == before
+
+
+def test_what_tune_refuses(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    run = run_after("generate")
+    refused(dprandp("tune", "--run", run, *DATA), 3, "'tune' needs stage 'pretrain'")
+    refused(dprandp("tune", "--run", tmp_path / "none", *DATA), 3, "there is no run")
+    run = run_after("pretrain")
+    before = state_of(run)
+    small = ("tune", "--run", run, "--config", "small.toml", *DATA)
+    for flags, code, fragment in (
+        (["--on", "npz:tiny.npz"], 2, "is the private data set itself"),
+        (["--on", "fashion-mnits"], 2, "did you mean"),
+        (["--trials", 1], 2, "--trials 1 lies outside"),
+        (["--spend", 1], 2, "--spend 1.0 lies outside"),
+        (["--on", "private", "--eps", "inf"], 2, "finite --eps"),
+        (["--on", "private", "--held-out", 0], 2, "--held-out 0.0 lies outside"),
+    ):
+        refused(dprandp(*small, *flags, before=NO_PIXELS), code, fragment)
+    after = {name: content for name, content in state_of(run).items() if "statistics-" not in name}
+    assert after == before

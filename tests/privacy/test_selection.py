@@ -1,0 +1,183 @@
+"""A selection among private trials: paid first, run as it was accounted, and silent about the number of trials."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.noise import InsecureSeed, SystemRandom
+from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial, make_selection_plan
+
+N = 400
+PUBLIC = {
+    "stage": "tune", "epsilon_total": 2.0, "delta": 1e-5, "spend_epsilon": 1.0, "spent": [], "examples": N,
+    "mean_trials": 5.0, "eta": 0.0, "held_out": 0.25, "clip_norm": 0.5, "steps": [4, 9, 2],
+}  # fmt: skip
+
+
+def plan_of(**changes) -> SelectionPlan:
+    return make_selection_plan(**(PUBLIC | changes))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.create(tmp_path / "ledger.jsonl", examples=N)
+
+
+def honest(trial: Trial) -> None:
+    """A trial on nothing: zeros, and every held-out answer wrong."""
+    for _ in range(trial.steps):
+        trial.release(torch.zeros(3, 2))
+    trial.score(torch.zeros(len(trial.held_out), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("spent", [[], [GaussianEvent(40.0, 1.0, 20)], [GaussianEvent(5.0, 0.02, 20)]])
+def test_the_plan_uses_what_it_may_spend(spent: list) -> None:
+    plan = plan_of(spent=spent)
+    assert 0.999 < compose([*spent, plan.event], 1e-5).upper <= 1.0
+    assert plan.event.trials.mean == pytest.approx(5)
+    assert SelectionPlan(**(plan.to_dict() | {"steps": (4, 9, 2)})) == plan
+
+
+def test_a_plan_that_does_not_fit() -> None:
+    with pytest.raises(BudgetError, match="too little"):
+        plan_of(spent=[GaussianEvent(1.0, 1.0, 1)])
+    for changes in ({"spend_epsilon": 3.0}, {"epsilon_total": math.inf, "spend_epsilon": math.inf}, {"held_out": 0.0},
+                    {"steps": [3]}, {"steps": [3, 0]}, {"mean_trials": 1.0}, {"clip_norm": 0.0}):  # fmt: skip
+        with pytest.raises(UsageError):
+            plan_of(**changes)
+
+
+def test_paid_before_the_first_trial_and_once(ledger: Ledger) -> None:
+    plan, seen = plan_of(), []
+
+    def looking(trial: Trial) -> None:
+        seen.append(Ledger.open(ledger.path, read_only=True).events())
+        honest(trial)
+
+    for attempt in (1, 2):
+        try:
+            selection = PrivateSelection(plan, ledger, SystemRandom(), attempt)
+        except BudgetError:
+            assert attempt == 2  # paid again, it does not fit any more
+            break
+        selection.run(looking)
+    else:
+        raise AssertionError("the second selection was not refused")
+    assert seen
+    assert all(events == [plan.event] for events in seen)
+    again = Ledger.open(ledger.path)
+    assert again.tunings == ledger.tunings
+    assert again.spent(1e-5) == compose([plan.event], 1e-5)
+    assert (again.last_attempt("tune"), again.private, again.random) == (1, True, "os-entropy")
+
+
+def test_the_number_of_trials_follows_its_distribution_and_is_kept_nowhere(tmp_path: Path) -> None:
+    plan, counts, files = plan_of(), [], set()
+    for number in range(25):
+        ledger = Ledger.create(tmp_path / f"{number}.jsonl", examples=N)
+        made = []
+        PrivateSelection(plan, ledger, SystemRandom(), 1).run(lambda trial, made=made: (made.append(1), honest(trial)))
+        counts.append(len(made))
+        line = json.loads(ledger.path.read_text().splitlines()[1])
+        files.add(tuple(sorted((key, value) for key, value in line.items() if key not in ("time", "hash", "previous"))))
+    assert len(files) == 1  # whatever the number was
+    one = next(plan.event.trials.probabilities())
+    assert abs(counts.count(1) / 25 - one) < 5 * math.sqrt(one * (1 - one) / 25)
+    assert max(counts) > 2
+
+
+def test_noise_of_steps_and_scores_and_the_parts(ledger: Ledger) -> None:
+    plan = plan_of(held_out=0.25)
+    releases, scores, parts, settings = {0: [], 1: [], 2: []}, [], [], []
+    for _ in range(300):
+        trial = Trial(plan, SystemRandom())
+        settings.append(trial.setting)
+        parts.append(np.isin(np.arange(N), trial.held_out))
+        assert sorted([*trial.fitted, *trial.held_out]) == list(range(N))
+        for _ in range(trial.steps):
+            releases[trial.setting].append(trial.release(torch.zeros(10, 5)))
+        trial.score(torch.ones(len(trial.held_out), dtype=torch.bool))
+        scores.append(trial.outcome[0] - len(trial.held_out))
+    for setting, steps in enumerate(plan.steps):
+        noise = torch.stack(releases[setting]).flatten().double()
+        expected = math.sqrt(steps) / plan.mu * plan.clip_norm / (0.75 * N)
+        assert float(noise.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * len(noise)))
+        # T sums of sensitivity C: μ of one trial's steps, from what was seen
+        seen = math.sqrt(steps) * plan.clip_norm / (float(noise.std()) * 0.75 * N)
+        assert seen == pytest.approx(plan.mu, rel=0.03)
+    assert np.std(scores) == pytest.approx(1 / plan.mu, rel=5 / math.sqrt(600))
+    held = np.array(parts)
+    assert held.mean() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / held.size))
+    assert held.sum(axis=1).std() == pytest.approx(math.sqrt(N * 0.25 * 0.75), rel=5 / math.sqrt(600))
+    assert np.bincount(settings) == pytest.approx([100] * 3, abs=5 * math.sqrt(300 * 2 / 9))
+
+
+def test_the_best_is_returned(ledger: Ledger) -> None:
+    seen = []
+
+    def noted(trial: Trial) -> None:
+        honest(trial)
+        seen.append(trial.outcome)
+
+    chosen, score = PrivateSelection(plan_of(), ledger, SystemRandom(), 1).run(noted)
+    assert (score, chosen) == max(seen)
+
+
+def breaking(*actions: str):
+    def trial_of(trial: Trial) -> None:
+        zeros = torch.zeros(len(trial.held_out), dtype=torch.bool)
+        for action in actions:
+            if action == "steps":
+                for _ in range(trial.steps):
+                    trial.release(torch.zeros(3, 2))
+            elif action == "step":
+                trial.release(torch.zeros(3, 2))
+            elif action == "nan":
+                trial.release(torch.full((3, 2), math.nan))
+            else:
+                trial.score({"score": zeros, "weights": zeros.double(), "long": torch.cat([zeros, zeros[:1]])}[action])
+
+    return trial_of
+
+
+@pytest.mark.parametrize(
+    "actions", [(), ("steps",), ("score",), ("step", "score"), ("steps", "step"), ("steps", "score", "score"),
+                ("steps", "score", "step"), ("nan",), ("steps", "weights"), ("steps", "long")]
+)  # fmt: skip
+def test_a_trial_that_does_something_else_is_refused_and_stays_paid(ledger: Ledger, actions: tuple[str, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        PrivateSelection(plan_of(), ledger, SystemRandom(), 1).run(breaking(*actions))
+    assert len(Ledger.open(ledger.path).tunings) == 1
+
+
+def test_other_data_or_attempt(ledger: Ledger) -> None:
+    for plan, attempt in ((plan_of(examples=N + 1), 1), (plan_of(), 2)):
+        with pytest.raises(CheckpointError):
+            PrivateSelection(plan, ledger, SystemRandom(), attempt)
+
+
+def test_a_seed_is_never_private(ledger: Ledger) -> None:
+    PrivateSelection(plan_of(), ledger, InsecureSeed(1), 1).run(honest)
+    again = Ledger.open(ledger.path)
+    assert (again.private, again.random) == (False, "insecure-seed")
+
+
+def test_a_tuning_line_is_sealed_like_the_others(ledger: Ledger) -> None:
+    ledger.charge_tuning(stage="tune", attempt=1, event=plan_of().event, random="os-entropy")
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole.replace(b'"mu":0.', b'"mu":1.'))
+    with pytest.raises(CheckpointError, match="Line 2"):
+        Ledger.open(ledger.path)
+    said = []
+    ledger.path.write_bytes(whole[:-30])  # its call never returned, so nothing it pays for was used
+    assert Ledger.open(ledger.path, warn=said.append).events() == []
+    assert "dropped" in said[0]

@@ -1,0 +1,312 @@
+"""Tuning in whole runs: free where it reads nothing private, charged where it does, and said in either case."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import (
+    CLASSES,
+    GENERATE,
+    PROBE,
+    TRAIN,
+    context,
+    forbid_reading,
+    ledger_of,
+    plans_of,
+    read_json,
+    run_finetune,
+    run_probe,
+    write_blobs,
+)
+
+from dprandp import config, datasets
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.clipping import clipped_softmax_sum
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
+from dprandp.privacy.plan import PrivateStep
+from dprandp.privacy.selection import Trial
+from dprandp.rundir import RunDir
+from dprandp.stages import tune, tune_public
+from dprandp.stages.head import HeadSettings
+from dprandp.stages.tune_settings import TuneConfig, settings_for
+from dprandp.stages.tuned import read_tuning
+
+Copy = Callable[[Path], Path]
+Patch = pytest.MonkeyPatch
+
+
+def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
+    how = TuneConfig(**({"trials": 4} | (asked or {})))
+    with context(run, **(options or {})) as given:
+        return tune.run(config.build("probe", PROBE | {"data": data} | changes), how, given)
+
+
+def probe_as_tuned(run: Path, data: str, **changes: Any) -> dict[str, Any]:
+    with context(run) as given:
+        flags = {"data": data} | changes
+        resolved = config.resolve("probe", "tiny", run / "tuned.toml", flags)
+        from dprandp.stages import probe
+
+        return probe.run(resolved, given)
+
+
+# ---------------------------------------------------------------------------------------------------------------- free
+
+
+def test_synthetic_tuning_reads_nothing_private_and_costs_nothing(
+    copy: Copy, public_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    run = copy(public_run)
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)
+        result = run_tune(run, data)
+        assert run_tune(run, data) == result  # skipped
+    assert not (run / "privacy").exists()
+    assert not (run / "private").exists()
+    assert len(result["tried"]) == 4
+    listed = settings_for(config.build("probe", PROBE), PROBE["dims"])
+    assert result["tried"][0]["steps"] == PROBE["steps"]
+    assert len(listed) == len(set(listed)) == 30
+    probed = probe_as_tuned(run, data)
+    chosen = result["chosen"]
+    assert (probed["lr"], probed["steps"]) == (chosen["lr"], chosen["steps"])
+    assert probed["tuned"] == {
+        "on": "synthetic", "trials": 4, "charged_epsilon": 0.0, "settings": ["dims", "lr", "steps"], "used": True,
+    }  # fmt: skip
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "on synthetic images of this run: 4 settings tried under simulated noise, no cost in ε" in card
+    tuned = run_finetune(run, data)
+    assert tuned["tuned"] == probed["tuned"]
+
+
+def test_synthetic_tuning_repeats(copy: Copy, public_run: Path, data: str) -> None:
+    first, second = (run_tune(copy(public_run), data) for _ in range(2))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_public_data_are_read_from_their_training_split_alone(
+    copy: Copy, public_run: Path, data: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    public = write_blobs(tmp_path / "public.npz", seed=9)
+    read = []
+    train = datasets.Dataset.train
+    monkeypatch.setattr(datasets.Dataset, "train", lambda self: read.append(self.spec.name) or train(self))
+    for name in ("test", "fingerprint"):
+        monkeypatch.setattr(datasets.Dataset, name, None)
+    result = run_tune(copy(public_run), data, asked={"on": public})
+    assert read == [public]
+    assert (result["on"], result["fitted_examples"] + result["held_out_examples"]) == (public, TRAIN)
+    with pytest.raises(UsageError, match="private data set itself"):
+        run_tune(copy(public_run), data, asked={"on": data})
+
+
+def test_the_simulated_noise_is_that_of_the_private_fit_beside_its_signal(monkeypatch: Patch) -> None:
+    """n of N examples, noise n/N times as large: measured on a signal of nothing but zeros."""
+    n, examples, steps, mu = 50, 4000, 400, 0.3
+    seen = []
+    monkeypatch.setattr(tune_public, "clipped_softmax_sum", lambda *rest: torch.zeros(20, 3))
+    monkeypatch.setattr(tune_public, "update_head", lambda state, update, *rest: seen.append(update))
+    tune_public.simulate(
+        torch.zeros(n, 20), torch.zeros(n, dtype=torch.long), 3, steps, 0.5, mu, examples,
+        HeadSettings(1.0, 0.9, "average"), torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    noise = torch.stack(seen).double()
+    sigma = math.sqrt(steps) / mu  # of the private fit: σ C / N beside a mean gradient
+    assert compose([GaussianEvent(sigma, 1.0, steps)], 1e-5).upper == pytest.approx(
+        compose([GaussianEvent(1 / mu, 1.0, 1)], 1e-5).upper
+    )
+    assert float(noise.std()) == pytest.approx(sigma * 0.5 / examples, rel=5 / math.sqrt(2 * noise.numel()))
+
+
+def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: str, monkeypatch: Patch) -> None:
+    """Same features, no noise: the head that ``simulate`` makes is the head that the probe releases."""
+    run = copy(public_run)
+    run_probe(run, data, epsilon=math.inf, lr=3.0)
+    from dprandp.stages import probe
+
+    features = torch.from_numpy(np.load(run / "private/features.npy"))
+    labels = torch.from_numpy(datasets.open_dataset(data, run.parent).train().labels)
+    simulated = tune_public.simulate(
+        features, labels, CLASSES, PROBE["steps"], 1.0, math.inf, TRAIN, HeadSettings(3.0, 0.9, "average"),
+        torch.Generator(),
+    )  # fmt: skip
+    with context(run) as given:
+        assert torch.allclose(simulated, probe.load_head(given), atol=1e-6)
+
+
+def test_the_synthetic_task_is_many_instances_a_class(public_run: Path) -> None:
+    with context(public_run) as given:
+        crops, labels, classes = tune_public.synthetic_task(given, CLASSES, 90, torch.Generator().manual_seed(0))
+    assert (crops.shape, crops.dtype, classes) == ((90, 3, 32, 32), torch.uint8, CLASSES)
+    assert np.bincount(labels).max() - np.bincount(labels).min() <= 6
+    assert GENERATE["count"] >= tune_public.INSTANCES  # so that classes have all their instances here
+
+
+def rights(*rows: str) -> dict[int, torch.Tensor]:
+    return {index: torch.tensor([mark == "x" for mark in row]) for index, row in enumerate(rows)}
+
+
+def test_the_default_stays_unless_another_is_clearly_better() -> None:
+    assert tune_public.better_than_default(rights("xx..", "xx..", "x...")) == 0
+    assert tune_public.better_than_default(rights("xxxx....", "....xxxxx"[:8])) == 0
+    assert tune_public.better_than_default(rights("x.......", "xxxxx...", "xxx.....")) == 1  # 4 gained, none lost
+    assert tune_public.better_than_default(rights("xxxx......", ".xxxxx....")) == 0  # 2 gained, 1 lost: 1 < √3
+    assert tune_public.better_than_default(rights("xxxx......", "...xxxxxxx")) == 1  # 6 gained, 3 lost: 3 ≥ √9
+
+
+# ---------------------------------------------------------------------------------------------------------------- paid
+
+
+def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    result = run_tune(run, data, asked={"on": "private", "spend": 0.5}, share=0.5)
+    (charge,) = ledger_of(run).tunings
+    target = 0.5 * 0.5 * PROBE["epsilon"]
+    assert result["epsilon"] == result["charged_epsilon"] == compose([charge.event], result["delta"]).upper <= target
+    assert result["charged_epsilon"] > 0.99 * target
+    assert charge.event.trials.mean == pytest.approx(4)
+    # nothing but the best, and nothing that tells the number of trials
+    assert not {"seconds", "tried", "accuracy"} & set(read_json(run / "tune.json"))
+    probed = probe_as_tuned(run, data)
+    assert probed["epsilon_target"] == 0.5 * PROBE["epsilon"]
+    event = GaussianEvent(probed["noise_multiplier"], 1.0, probed["steps"])
+    assert probed["epsilon"] == compose([charge.event, event], probed["delta"]).upper
+    assert 0.99 * probed["epsilon_target"] < probed["epsilon"] <= probed["epsilon_target"]
+    assert probed["tuned"]["charged_epsilon"] == result["charged_epsilon"]
+    assert (probed["tuned"]["on"], probed["tuned"]["used"]) == ("private", True)
+    assert "Papernot" in probed["accountant"]
+    tuned = run_finetune(run, data)
+    assert probed["epsilon"] < tuned["epsilon"] <= PROBE["epsilon"]
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "paid for: the best of a random number of private trials (4 expected)" in card
+    assert "at most about" in card
+
+
+def test_every_private_look_of_a_trial_goes_through_it(
+    copy: Copy, public_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    """Rebuilt from outside: the sums of a trial are over its fitted part, at the plan's clip norm, as often as paid."""
+    run = copy(public_run)
+    seen: list[tuple] = []
+    release, score, clip = Trial.release, Trial.score, clipped_softmax_sum
+
+    def recorded_clip(features, labels, weight, clip_norm, **options):
+        seen.append(("sum", len(features), clip_norm))
+        return clip(features, labels, weight, clip_norm, **options)
+
+    def recorded_release(trial, clipped):
+        seen.append(("release", len(trial.fitted), trial.setting))
+        return release(trial, clipped)
+
+    def recorded_score(trial, right):
+        seen.append(("score", len(right), trial.steps))
+        return score(trial, right)
+
+    monkeypatch.setattr("dprandp.stages.tune_private.clipped_softmax_sum", recorded_clip)
+    monkeypatch.setattr(Trial, "release", recorded_release)
+    monkeypatch.setattr(Trial, "score", recorded_score)
+    monkeypatch.setattr(PrivateStep, "release", None)
+    run_tune(run, data, asked={"on": "private", "trials": 3}, clip_norm=0.5)
+    plan = plans_of(run)["tune"]["plan"]
+    ends = [place for place, row in enumerate(seen) if row[0] == "score"]
+    for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False):
+        steps, held = seen[end][2], seen[end][1]
+        assert seen[start:end] == [("sum", TRAIN - held, 0.5), seen[start + 1]] * steps
+        assert plan["steps"][seen[start + 1][2]] == steps
+
+
+def test_too_little_budget_reads_nothing(copy: Copy, public_run: Path, probed_run: Path, data: str, monkeypatch: Patch):
+    forbid_reading(monkeypatch)
+    for run, changes, error in (
+        (copy(probed_run), {}, BudgetError),  # tuning comes before what it is for
+        (copy(public_run), {"epsilon": math.inf}, UsageError),
+        (copy(public_run), {"batch_size": 30}, UsageError),
+        (copy(public_run), {"views": 2}, UsageError),
+    ):
+        ledger = run / "privacy/ledger.jsonl"
+        before = ledger.read_bytes() if ledger.exists() else None
+        with pytest.raises(error):
+            run_tune(run, data, asked={"on": "private"}, **changes)
+        assert (ledger.read_bytes() if ledger.exists() else None) == before
+        assert not (run / "tune.json").exists()
+
+
+def test_tuning_again(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    first = run_tune(run, data, asked={"on": "private"})
+    assert run_tune(run, data, asked={"on": "private"}) == first
+    assert len(ledger_of(run).tunings) == 1
+    with pytest.raises(UsageError, match="tuned before, on private"):
+        run_tune(run, data)
+    with pytest.raises(BudgetError):
+        run_tune(run, data, {"overwrite": True}, asked={"on": "private"})
+    run_tune(run, data, {"overwrite": True})  # on synthetic images now; what was paid is not forgotten
+    probed = probe_as_tuned(run, data)
+    assert (probed["tuned"]["on"], probed["tuned"]["charged_epsilon"]) == ("synthetic", first["charged_epsilon"])
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "before that on the private data" in card
+
+
+def test_a_lost_record_does_not_hide_what_was_paid(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    result = run_tune(run, data, asked={"on": "private"})
+    (run / "tune.json").unlink()
+    tuned = run_probe(run, data)["tuned"]
+    assert (tuned["on"], tuned["charged_epsilon"], tuned["used"]) == ("private", result["charged_epsilon"], False)
+
+
+def test_private_tuning_with_a_seed_is_not_private(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    assert run_tune(run, data, {"insecure_seed": 1}, asked={"on": "private"})["private"] is False
+    assert run_probe(run, data)["private"] is False
+
+
+def test_the_steps_of_the_settings_cost_the_same(data: str) -> None:
+    """What the theorem needs: every setting of the list is one and the same Gaussian mechanism."""
+    mu = gaussian_dp_mu(1.0, 1e-5)
+    steps = {setting.steps for setting in settings_for(config.build("probe", PROBE), 32)}
+    assert len(steps) == 3
+    costs = [compose([GaussianEvent(math.sqrt(t) / mu, 1.0, t)], 1e-5).upper for t in steps]
+    assert costs == pytest.approx([1.0] * 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_settings_of_others_are_not_called_tuned(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    run_tune(run, data)
+    result = run_probe(run, data, lr=0.123, tuned_on="another hospital's <scans>")
+    assert result["tuned"]["used"] is False
+    assert result["tuned_on"] == "another hospital's <scans>"
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "the stage ran with other settings" in card
+    assert "tuned on “another hospital's &lt;scans&gt;”" in card
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines", "x" * 501])
+def test_a_declaration_is_one_line(text: str) -> None:
+    with pytest.raises(UsageError, match="tuned_on"):
+        config.build("probe", {"tuned_on": text})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', json.dumps({"format": 1, "on": 3})])
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    run = RunDir.open(tmp_path / "run", create=True)
+    (run.path / "tune.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tune\.json"):
+        read_tuning(run)
+
+
+@pytest.mark.parametrize("values", [{"trials": 1}, {"spend": 0.0}, {"spend": 1.0}, {"held_out": math.nan}])
+def test_ways_to_tune_out_of_range(values: dict) -> None:
+    with pytest.raises(UsageError, match="lies outside"):
+        TuneConfig(**values)
