@@ -2,6 +2,7 @@
 
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune, run
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
+                                                   audit.py    audit
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, session, stages
+from dprandp.cli import about, audit, session, stages
 from dprandp.errors import DprandpError
 from dprandp.signals import end_on_signals
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(stages.app)
 app.add_typer(about.app)
+app.add_typer(audit.app)
 
 
 @app.callback(invoke_without_command=True)

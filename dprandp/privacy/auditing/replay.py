@@ -126,7 +126,7 @@ class Watch:
             return others
         return np.insert(others, np.searchsorted(others, self._watched), self._watched)
 
-    def note(self, step: WatchedStep, sums: Mapping[str, torch.Tensor], released: Mapping[str, torch.Tensor]) -> Tensors:
+    def note(self, step: WatchedStep, sums: Mapping[str, torch.Tensor], released: Tensors) -> Tensors:
         """Keep a release; returns what the loop is to be told."""
         for name, value in released.items():
             self.total[name] = self.total.get(name, 0) + value.double()
