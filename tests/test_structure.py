@@ -200,12 +200,14 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
     "dprandp.stages.overview": {"list_datasets"},  # names and declared facts
     "dprandp.stages.probe": {"DataSpec"},  # a type
+    "dprandp.stages.audit_loops": {"Dataset", "DataSpec"},  # to make up public records
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
     "dprandp.stages.release",
     "dprandp.stages.overview",  # plans and budgets, without pixels
+    "dprandp.stages.audit", "dprandp.stages.audit_loops",  # the same loops, watched
 }  # fmt: skip
 MAY_READ_PIXELS = {
     "train": {"dprandp.stages.features", "dprandp.stages.finetune"},

@@ -23,21 +23,22 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     mechanisms = result["mechanisms"]
     faults = [control["name"] for control in mechanisms[0]["controls"]]
-    figure = Figure(figsize=(11 if faults else 6, 1.8 + 0.7 * max(len(mechanisms), len(faults) / 2)),
+    figure = Figure(figsize=(11 if faults else 6, 2.2 + 0.7 * max(len(mechanisms), len(faults) / 2)),
                     layout="constrained")  # fmt: skip
     FigureCanvasAgg(figure)
     left, *right = figure.subplots(1, 2 if faults else 1, squeeze=False)[0]
     for place, found in enumerate(mechanisms):
         left.barh(place, found["epsilon_claimed"], height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
-        left.barh(place + 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
+        left.barh(place - 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
                   label="shown by two worlds")  # fmt: skip
-        left.barh(place - 0.17, found["one_run"]["epsilon_lower"], height=0.28, color="#d95f02",
+        left.barh(place + 0.17, found["one_run"]["epsilon_lower"], height=0.28, color="#d95f02",
                   label="shown by one run")  # fmt: skip
     left.set_yticks(range(len(mechanisms)), [found["name"] for found in mechanisms])
     left.set_xlabel("ε")
     left.set_title(f"{result['outcome']} (significance {result['significance']:g})", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[:3], labels[:3], fontsize=8, loc="lower right")
+    left.invert_yaxis()
+    figure.legend(handles[:3], labels[:3], fontsize=8, ncols=3, loc="outside lower left")
     if right:
         _controls(right[0], mechanisms, faults)
     with atomic_path(path) as temporary:
@@ -57,4 +58,5 @@ def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) ->
     axes.set_yticks(range(len(faults)), faults)
     axes.invert_yaxis()
     axes.set_xlabel("μ shown by two worlds / μ claimed")
-    axes.set_title("controls: full = by two worlds, hollow = by replay, × = missed", fontsize=10)
+    axes.set_xlim(left=0)
+    axes.set_title("faults: ● two worlds, ○ replay, × missed", fontsize=10)

@@ -8,6 +8,8 @@ compute is compared and forgotten.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,9 @@ EXPECTED_BATCH = 16
 """Records are made up until the expected batch is this large, so that the record is seldom alone in it."""
 
 MOST_RECORDS = 4096
+
+ROOM = 2**30
+"""Free bytes of memory from which on temporary files are kept there."""
 
 OTHERS = 64
 """Records beside the canaries in a whole run, and dimensions that they have."""
@@ -90,16 +95,25 @@ class Rehearsal(PrivateStage):
 
 
 @contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, in memory where there is room: hundreds of small ledgers need not reach a disk."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM
+    with tempfile.TemporaryDirectory(prefix="dprandp-audit-", dir=memory if roomy else None) as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def rehearsal_context(like: Context | None = None) -> Iterator[Context]:
     """A context of its own, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="dprandp-audit-") as folder:
-        rundir = RunDir.open(Path(folder), create=True)
+    with scratch_folder() as folder:
+        rundir = RunDir.open(folder, create=True)
         device = torch.device("cpu") if like is None else like.device
         yield Context(
             rundir=rundir,
             console=Console(quiet=True),
             device=device,
-            data_dir=Path(folder),
+            data_dir=folder,
             microbatch=None if like is None else like.microbatch,
         )
 

@@ -6,10 +6,8 @@ Everything here works on public records (``audit.py`` adds the replay on private
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from dprandp.privacy.auditing.one_run import choose_guesses, one_run_bound
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.auditing.two_world import largest_bound, two_world_bound, two_world_power
 from dprandp.privacy.plan import PrivatePlan
-from dprandp.stages.audit_loops import canary_run, make_head_records, replay_head
+from dprandp.stages.audit_loops import canary_run, make_head_records, replay_head, scratch_folder
 
 SIGNIFICANCE = 1e-3
 """Of each lower bound: how often a sound mechanism may be accused."""
@@ -135,8 +133,8 @@ def _two_world(plan: PrivatePlan, settings: AuditSettings) -> dict[str, Any]:
     """The test at full size, what it proves about ε, and what it could have seen."""
     steps = trial_steps(plan)
     claimed = trial_mu(plan, steps)
-    with tempfile.TemporaryDirectory(prefix="dprandp-audit-") as folder:
-        scores = dirac_scores(plan, settings.trials, steps, Path(folder))
+    with scratch_folder() as folder:
+        scores = dirac_scores(plan, settings.trials, steps, folder)
     bound = two_world_bound(*scores, SIGNIFICANCE)
     power = two_world_power(claimed, settings.trials, SIGNIFICANCE, FACTORS, settings.seed, repeats=20)
     return {
@@ -201,8 +199,8 @@ def _control(
     """Whether one fault is flagged, and by which test."""
     by = [] if passed(_replay(plan, features, classes, control, generator)) else ["replay"]
     steps = trial_steps(plan)
-    with tempfile.TemporaryDirectory(prefix="dprandp-audit-") as folder:
-        scores = dirac_scores(plan, CONTROL_TRIALS, steps, Path(folder), control)
+    with scratch_folder() as folder:
+        scores = dirac_scores(plan, CONTROL_TRIALS, steps, folder, control)
     mu_lower = two_world_bound(*scores, SIGNIFICANCE).mu_lower
     if mu_lower > trial_mu(plan, steps):
         by.append("two worlds")
