@@ -189,9 +189,8 @@ def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAIT
     features, labels, rows = records.features, records.labels, 1
     if control.separate_views:
         rows = control.views(plan)
-        if features.ndim == 2:
-            features = features[:, None].expand(-1, rows, -1)
-        features = features[:, :rows].reshape(-1, features.shape[-1])
+        features = features.reshape(count, -1, features.shape[-1])
+        features = features[:, torch.arange(rows) % features.shape[1]].flatten(0, 1)  # views come round again
         labels = labels.repeat_interleave(rows)
     settings = HeadSettings(lr=1.0, momentum=0.9, released="last")
     tape, notes = Tape(), None

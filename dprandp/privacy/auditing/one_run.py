@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import binom
+from scipy.special import bdtrc, expit, gammaln, log_expit
 
 from dprandp.errors import UsageError
 
@@ -42,12 +41,16 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
             f"{correct} right of {guesses} guesses about {canaries} canaries at ε = {epsilon}, δ = {delta}.",
             fix="Give 0 ≤ correct ≤ guesses ≤ canaries, ε ≥ 0 and δ in [0, 1].",
         )
-    rate = expit(epsilon)
-    tail = float(binom.sf(correct - 1, guesses, rate))
-    if correct == 0 or delta == 0:
+    if correct == 0:
+        return 1.0
+    tail = float(bdtrc(correct - 1, guesses, expit(epsilon)))
+    if delta == 0:
         return min(1.0, tail)
     # f(v − i) − f(v) is the sum of the i probabilities just below v; nothing is gained beyond i = v, where f is 1.
-    below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, rate))
+    count = np.arange(correct - 1, -1, -1)
+    log_ways = gammaln(guesses + 1) - gammaln(count + 1) - gammaln(guesses - count + 1)
+    log_odds = count * log_expit(epsilon) + (guesses - count) * log_expit(-epsilon)
+    below = np.cumsum(np.exp(log_ways + log_odds))
     steepest = float((below / np.arange(1, correct + 1)).max())
     return min(1.0, tail + 2 * canaries * delta * steepest)
 
