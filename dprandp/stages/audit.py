@@ -24,13 +24,17 @@ from dprandp.config import FinetuneConfig, PretrainConfig, ProbeConfig
 from dprandp.console import Console
 from dprandp.errors import AuditError, InputError
 from dprandp.files import atomic_write, to_json
+from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
+from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.stages import finetune, probe
 from dprandp.stages.audit_figure import draw
 from dprandp.stages.audit_loops import (
     HeadRecords,
+    hardened,
     made_up_images,
+    most_wrong,
     records_for,
     replay_finetune,
     replay_head,
@@ -50,6 +54,8 @@ IMAGES = 256
 """Synthetic images that records are made of."""
 
 FINETUNE_STEPS = 2
+FINETUNE_BATCH = 8
+FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
 PRIVATE_RECORDS = 3
 """Private records that are taken away, one at a time, in a replay on private data."""
 
@@ -77,7 +83,8 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
             found = try_mechanism(plan, spec.features, spec.classes, settings, lambda: progress.advance(1))
             found["attempt"] = document["stages"][name]["attempt"]
             if name == finetune.STAGE:
-                found["replay"]["finetune"] = _finetune_on_made_up(plan, spec, settings, context)
+                found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
+                found["controls"] += controls
             if settings.with_data and "." not in name:
                 raw[name] = _on_private_data(name, plan, spec, context)
                 found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
@@ -290,13 +297,26 @@ def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
 
 def _finetune_on_made_up(
     plan: PrivatePlan, spec: _Facts, settings: AuditSettings, context: Context
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
     config, lr, scale = _finetune_settings(context)
     generator = torch.Generator().manual_seed(settings.seed)
-    dataset = made_up_images(spec.images, spec.classes, records_for(plan), spec.mirror, generator)
-    watched = dataset.spec.train_examples // 2
-    checks = replay_finetune(plan, config, spec.model, lr, scale, dataset, watched, context, FINETUNE_STEPS)
-    return as_values(checks, "synthetic image")
+    dataset = made_up_images(spec.images, spec.classes, records_for(plan, FINETUNE_BATCH), spec.mirror, generator)
+    hard = hardened(spec.model, generator)
+    watched = most_wrong(hard, dataset)
+
+    def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
+        return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)
+
+    checks = as_values(replayed(spec.model, FINETUNE_STEPS), "synthetic image")
+    checks += as_values(replayed(hard, FINETUNE_STEPS), "synthetic image, long gradient")
+    controls = []
+    if settings.controls and scale > 0:  # with a frozen extractor no gradient exceeds √2: there is little to clip
+        for control in FINETUNE_CONTROLS:
+            seen = not passed(as_values(replayed(hard, 1, control), ""))
+            name = f"{control.name}, in the fine-tune"
+            controls.append({"name": name, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None})
+    return checks, controls
 
 
 def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Context) -> list[dict[str, Any]]:

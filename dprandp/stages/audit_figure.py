@@ -22,7 +22,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     mechanisms = result["mechanisms"]
-    faults = [control["name"] for control in mechanisms[0]["controls"]]
+    faults = list(dict.fromkeys(control["name"] for found in mechanisms for control in found["controls"]))
     figure = Figure(figsize=(11 if faults else 6, 2.2 + 0.7 * max(len(mechanisms), len(faults) / 2)),
                     layout="constrained")  # fmt: skip
     FigureCanvasAgg(figure)
@@ -50,9 +50,9 @@ def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) ->
     for found in mechanisms:
         claimed = found["two_world"]["mu_claimed"]
         for control in found["controls"]:
-            seen, place = control["by"], faults.index(control["name"]) if control["name"] in faults else len(faults)
+            seen, place = control["by"], faults.index(control["name"])
             shape = {"marker": "o" if seen else "x", "fillstyle": "full" if "two worlds" in seen else "none"}
-            axes.plot(control["mu_lower"] / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
+            axes.plot((control["mu_lower"] or 0) / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
     axes.axvline(1, color="#1c2127", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yticks(range(len(faults)), faults)

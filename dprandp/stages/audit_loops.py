@@ -7,6 +7,7 @@ compute is compared and forgotten.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -37,6 +38,7 @@ from dprandp.stages.context import Context
 from dprandp.stages.head import HeadSettings, fit_head
 from dprandp.stages.private import PrivateStage
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import to_input
 
 REPLAYED_STEPS = 3
 
@@ -118,9 +120,20 @@ def rehearsal_context(like: Context | None = None) -> Iterator[Context]:
         )
 
 
-def records_for(plan: PrivatePlan) -> int:
-    """How many records to make up for a replay."""
-    return min(MOST_RECORDS, max(48, math.ceil(EXPECTED_BATCH / plan.sample_rate)))
+def records_for(plan: PrivatePlan, batch: int = EXPECTED_BATCH) -> int:
+    """How many records to make up for a replay whose expected batch is to be ``batch``."""
+    return min(MOST_RECORDS, max(3 * batch, math.ceil(batch / plan.sample_rate)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: for many small operations, sharing each of them costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --------------------------------------------------------------------------------------------------------------- head
@@ -269,6 +282,28 @@ def made_up_images(images: Tensor, classes: int, count: int, flip: bool, generat
     return Dataset(spec, lambda split: (drawn, labels))
 
 
+HARD_HEAD = 100.0
+"""Standard deviation of a head at which most gradients are far longer than any clip norm."""
+
+
+def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
+    """A copy whose head is large and random: its scores are far apart and, for random labels, mostly wrong.
+
+    At a run's own head no gradient may reach the clip norm, and a clip that never acts is not tested.
+    """
+    hard = copy.deepcopy(model)
+    hard.head.data.copy_(HARD_HEAD * torch.randn(model.head.shape, generator=generator))
+    return hard
+
+
+def most_wrong(model: Classifier, dataset: Dataset) -> int:
+    """The record of a made-up data set whose label the model's scores are furthest from: a long gradient."""
+    split = dataset.train()
+    scores = model.predict(to_input(split.images), mirror=False)
+    own = scores.gather(1, torch.from_numpy(split.labels)[:, None])[:, 0]
+    return int((scores.amax(dim=1) - own).argmax())
+
+
 def replay_finetune(
     plan: PrivatePlan,
     config: FinetuneConfig,
@@ -279,6 +314,7 @@ def replay_finetune(
     watched: int,
     like: Context,
     most: int,
+    control: Control = FAITHFUL,
 ) -> list[Check]:
     """Run the fine-tune's joint training with and without one record, with the same random bits; compare.
 
@@ -291,6 +327,7 @@ def replay_finetune(
         watched: position of the record.
         like: the run's context, for device and microbatch.
         most: steps.
+        control: the fault to make, if any; the fine-tune makes its own views, which cannot be separated.
     """
     runnable = rehearsal_plan(plan, dataset.spec.train_examples)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -298,8 +335,8 @@ def replay_finetune(
     for present in (True, False):
         with rehearsal_context(like) as context:
             context.rundir.stage_dir(finetune.STAGE).mkdir()
-            stage = Rehearsal(runnable, context, dataset=dataset, tape=tape if present else tape.again(), most=most,
-                              watched=watched, present=present, follow=notes)  # fmt: skip
+            stage = Rehearsal(runnable, context, dataset=dataset, control=control, most=most, watched=watched,
+                              tape=tape if present else tape.again(), present=present, follow=notes)  # fmt: skip
             model.load_state_dict(before)  # the closed form of the gradients writes into the model
             finetune._train(config, stage, model, lr, scale, Stop())
         if present:

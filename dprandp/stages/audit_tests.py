@@ -22,7 +22,7 @@ from dprandp.privacy.auditing.one_run import choose_guesses, one_run_bound
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.auditing.two_world import largest_bound, two_world_bound, two_world_power
 from dprandp.privacy.plan import PrivatePlan
-from dprandp.stages.audit_loops import canary_run, make_head_records, replay_head, scratch_folder
+from dprandp.stages.audit_loops import canary_run, make_head_records, one_thread, replay_head, scratch_folder
 
 SIGNIFICANCE = 1e-3
 """Of each lower bound: how often a sound mechanism may be accused."""
@@ -79,6 +79,13 @@ def try_mechanism(
         name, plan, epsilon_claimed, delta, replay, two_world, one_run, controls: JSON values. ``flagged`` in each part
         says whether it contradicts the claim.
     """
+    with one_thread():
+        return _try_mechanism(plan, features, classes, settings, advance)
+
+
+def _try_mechanism(
+    plan: PrivatePlan, features: Tensor, classes: int, settings: AuditSettings, advance: Callable[[], None]
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(settings.seed)
     claimed = compose([plan.event], plan.delta).upper
     replay = _replay(plan, features, classes, FAITHFUL, generator)

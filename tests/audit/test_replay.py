@@ -7,8 +7,7 @@ two-world bound once in a thousand at most (far less in fact).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,18 +33,18 @@ BY_NAME = {control.name: control for control in CONTROLS}
 Gradients = Callable[[Tensor, Tensor], Tensor]
 
 
-def watched_loop(folder: Path, gradients: Gradients, plan: PrivatePlan = PLAN, **mechanism: object) -> list[Check]:
+def watched_loop(
+    folder: Path, gradients: Gradients, plan: PrivatePlan = PLAN, most: Callable[[Tensor], int] = lambda data: 4
+) -> list[Check]:
     """A training loop of five lines on 40 records, recorded and replayed without the last."""
     plan = rehearsal_plan(plan, 40)
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     tape, notes = Tape(), None
     for present in (True, False):
-        with contextmanager_of(folder / f"{present}.jsonl") as path:
-            source = mechanism.get("random", lambda source, data: source)(tape if present else tape.again(), rows)
-            real = PrivateMechanism(plan, Ledger.create(path, 40), source)
+        ledger = Ledger.create(folder / f"{present}.jsonl", 40)
+        real = PrivateMechanism(plan, ledger, tape if present else tape.again())
         data = rows if present else rows[:-1]
-        most = mechanism.get("most", lambda data: 4)(data)
-        watch = Watch(real, plan, most, watched=39, present=present, follow=notes)
+        watch = Watch(real, plan, most(data), watched=39, present=present, follow=notes)
         weight = torch.zeros(6)
         for step in watch.steps():
             batch = data[torch.from_numpy(step.indices)]
@@ -54,12 +53,6 @@ def watched_loop(folder: Path, gradients: Gradients, plan: PrivatePlan = PLAN, *
         if present:
             notes = watch.observed
     return compare(notes, watch.observed, plan, 39)
-
-
-@contextmanager
-def contextmanager_of(path: Path) -> Iterator[Path]:
-    path.unlink(missing_ok=True)
-    yield path
 
 
 def squared_error(batch: Tensor, weight: Tensor) -> Tensor:
@@ -80,6 +73,7 @@ def test_a_sound_loop_passes(tmp_path: Path, plan: PrivatePlan) -> None:
 
 def test_centred_gradients_are_flagged(tmp_path: Path) -> None:
     """Subtracting the batch's mean moves everybody else's gradient when one record leaves."""
+
     def centred(batch: Tensor, weight: Tensor) -> Tensor:
         gradients = squared_error(batch, weight)
         return 0.1 * (gradients - gradients.mean(dim=0)) + len(batch) * 0.01

@@ -24,7 +24,6 @@ from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan
-from dprandp.threads import in_parts
 
 BLOCK = 125
 """Trials of each world in one mechanism."""
@@ -66,15 +65,10 @@ def dirac_scores(
         (float64 [trials] without, float64 [trials] with) the canary, in units of the noise that was accounted: of
         variance 1 and means 0 and ``trial_mu`` if the mechanism is what it claims to be.
     """
-    starts = range(0, trials, BLOCK)
-
-    def some(part: int, parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [
-            _block(plan, min(BLOCK, trials - start), steps, folder / f"{control.name}-{start}.jsonl", control)
-            for start in starts[part::parts]
-        ]
-
-    blocks = [block for part in in_parts(some) for block in part]
+    blocks = [
+        _block(plan, min(BLOCK, trials - start), steps, folder / f"{control.name}-{start}.jsonl", control)
+        for start in range(0, trials, BLOCK)
+    ]
     return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
 
 
