@@ -200,7 +200,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
     "dprandp.stages.overview": {"list_datasets"},  # names and declared facts
     "dprandp.stages.probe": {"DataSpec"},  # a type
-    "dprandp.stages.audit_loops": {"Dataset", "DataSpec"},  # to make up public records
+    "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {

@@ -301,9 +301,10 @@ def _finetune_on_made_up(
     """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
     config, lr, scale = _finetune_settings(context)
     generator = torch.Generator().manual_seed(settings.seed)
-    dataset = made_up_images(spec.images, spec.classes, records_for(plan, FINETUNE_BATCH), spec.mirror, generator)
+    count = records_for(plan, FINETUNE_BATCH)
+    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator)
     hard = hardened(spec.model, generator)
-    watched = most_wrong(hard, dataset)
+    watched = most_wrong(hard, split)
 
     def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
         return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dprandp.config import FinetuneConfig
 from dprandp.console import Console
-from dprandp.datasets import Dataset, DataSpec
+from dprandp.datasets import Dataset, DataSpec, Split
 from dprandp.privacy.auditing.canaries import rehearsal_plan
 from dprandp.privacy.auditing.controls import FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check, Tape, Watch, compare
@@ -261,8 +261,10 @@ def canary_run(
 # ---------------------------------------------------------------------------------------------------------- fine-tune
 
 
-def made_up_images(images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator) -> Dataset:
-    """A data set of public images and random labels, with every class in it.
+def made_up_images(
+    images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator
+) -> tuple[Dataset, Split]:
+    """A data set of public images and random labels, with every class in it; and its records.
 
     Args:
         images: uint8 [n, 3, 32, 32].
@@ -279,7 +281,7 @@ def made_up_images(images: Tensor, classes: int, count: int, flip: bool, generat
         train_examples=count, test_examples=0, channels=3, height=drawn.shape[1], width=drawn.shape[2],
         source="the run's own synthetic images", licence="none", citation="none", flip_ok=flip,
     )  # fmt: skip
-    return Dataset(spec, lambda split: (drawn, labels))
+    return Dataset(spec, lambda split: (drawn, labels)), Split(drawn, labels)
 
 
 HARD_HEAD = 100.0
@@ -296,9 +298,8 @@ def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
     return hard
 
 
-def most_wrong(model: Classifier, dataset: Dataset) -> int:
-    """The record of a made-up data set whose label the model's scores are furthest from: a long gradient."""
-    split = dataset.train()
+def most_wrong(model: Classifier, split: Split) -> int:
+    """The made-up record whose label the model's scores are furthest from: a long gradient."""
     scores = model.predict(to_input(split.images), mirror=False)
     own = scores.gather(1, torch.from_numpy(split.labels)[:, None])[:, 0]
     return int((scores.amax(dim=1) - own).argmax())

@@ -42,14 +42,18 @@ datasets.Dataset.train = train
 """
 
 
-def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter) -> None:
-    run = run_after("finetune")
+MECHANISMS = {"probe": ["probe"], "finetune": ["probe", "finetune", "finetune.head"]}
+
+
+@pytest.mark.parametrize("stage", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> None:
+    run = run_after(stage)
     before = state_of(run)
     done = dprandp("audit", "--run", run, *QUICK, "--json", "--quiet", before=READING_FAILS)
     assert (done.code, done.err) == (0, "")
     result = done.json
     assert result["outcome"] == "nothing contradicts"
-    assert [found["name"] for found in result["mechanisms"]] == ["probe", "finetune", "finetune.head"]
+    assert [found["name"] for found in result["mechanisms"]] == MECHANISMS[stage]
     for found in result["mechanisms"]:
         assert found["two_world"]["mu_lower"] <= found["two_world"]["mu_claimed"]
         assert 0 <= found["one_run"]["epsilon_lower"] <= found["epsilon_claimed"] <= 2
@@ -68,17 +72,22 @@ def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter) -> None:
     assert "6 of 6 flagged" in (run / "report.html").read_text()
 
 
-def test_private_data_are_read_only_where_asked_and_publish_one_word(dprandp: Dprandp, run_after: RunAfter) -> None:
-    run = run_after("finetune")
+@pytest.mark.parametrize("stage", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_private_data_are_read_only_where_asked_and_publish_one_word(
+    dprandp: Dprandp, run_after: RunAfter, stage: str
+) -> None:
+    run = run_after(stage)
     gone = ("--data-dir", "nowhere")
     quick = ("audit", "--run", run, *QUICK, "--no-controls", "--json", *gone)
     assert dprandp(*quick, "--with-data", before=READING_FAILS).code == 1
     done = dprandp(*quick, "--with-data")
     assert done.code == 0, done.err
-    assert [found["replay"].get("private_data") for found in done.json["mechanisms"]] == ["passed", "passed", None]
+    assert [found["replay"].get("private_data") for found in done.json["mechanisms"]] == ["passed", "passed", None][
+        : len(MECHANISMS[stage])
+    ]
     assert "passed or failed alone is published" in done.json["data"]
     raw = json.loads((run / "private/audit.json").read_text())
-    assert set(raw) == {"probe", "finetune"}
+    assert set(raw) == {"probe", "finetune"} & set(MECHANISMS[stage])
     assert stat.S_IMODE((run / "private").stat().st_mode) == 0o700
     values = {check["value"] for checks in raw.values() for check in checks if "sums" in check["name"]}
     assert values
