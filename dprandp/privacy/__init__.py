@@ -9,6 +9,7 @@
 ``noise``         randomness from the operating system, Gaussian noise
 ``ledger``        the append-only record of what was paid, written before it is used
 ``plan``          one plan that couples them: what runs is what was accounted
+``auditing``      attacks on the mechanism, whose success is held against the claim; nothing here needs it
 ================  =============================================================================================
 
 The one-letter notation of the papers, used in formulas only. Code uses the long names.
