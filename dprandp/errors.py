@@ -6,6 +6,7 @@ Imports nothing of the package. ``cli.py`` turns each class into its exit code; 
 code  class                  meaning
 ====  =====================  =====================================================
 1     (any other exception)  a bug in dprandp
+1     AuditError             the audit contradicts the privacy claim, or missed a fault it was shown
 2     UsageError             a flag or a configuration value makes no sense
 3     InputError             an input is missing or invalid (data, shards, folders)
 4     CheckpointError        a checkpoint is corrupt or belongs to something else
@@ -71,6 +72,12 @@ class StorageError(DprandpError):
     """The disk refused: full, read-only, locked by another process (exit code 6)."""
 
     exit_code = 6
+
+
+class AuditError(DprandpError):
+    """The audit contradicts the privacy claim, or missed a fault that it was shown (exit code 1: a bug somewhere)."""
+
+    exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

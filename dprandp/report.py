@@ -47,6 +47,7 @@ def page(run: Run) -> Markup:
             sections.synthetic(run),
             sections.curves(run),
             sections.budget(run),
+            sections.audit(run),
             sections.confusion(run),
             sections.disclosures(run),
             sections.configuration(run),

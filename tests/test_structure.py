@@ -208,6 +208,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.probe": {"DataSpec"},  # a type
     "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
     "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
+    "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
@@ -216,6 +217,7 @@ MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.tune_private",
     "dprandp.stages.tune_settings",  # a constant
     "dprandp.stages.planning", "dprandp.stages.private_plan",  # plans, without pixels
+    "dprandp.stages.audit", "dprandp.stages.audit_loops",  # the same loops, watched
 }  # fmt: skip
 MAY_READ_PIXELS = {
     "train": {"dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public"},

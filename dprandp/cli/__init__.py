@@ -2,7 +2,7 @@
 
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
-    run.py, predict.py, export.py, doctor.py, tune.py       one command each
+    run.py, predict.py, export.py, doctor.py, tune.py, audit.py       one command each
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, doctor, export, predict, run, session, stages, tune
+from dprandp.cli import about, audit, doctor, export, predict, run, session, stages, tune
 from dprandp.errors import DprandpError
 from dprandp.signals import end_on_signals
 
@@ -36,6 +36,7 @@ app.add_typer(export.app)
 app.add_typer(tune.app)
 app.add_typer(about.app)
 app.add_typer(doctor.app)
+app.add_typer(audit.app)
 
 
 @app.callback(invoke_without_command=True)

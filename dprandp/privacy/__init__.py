@@ -16,6 +16,7 @@
 ``tuning``        what the best of a random number of private trials costs, in Rényi DP
 ``selection``     one plan that couples them for such trials
 ``plan``          one plan that couples them: what runs is what was accounted
+``auditing``      attacks on the mechanism, whose success is held against the claim; nothing here needs it
 ================  =============================================================================================
 
 The one-letter notation of the papers, used in formulas only. Code uses the long names.

@@ -50,6 +50,8 @@ class Run:
         preview: preview.png of the synthetic images, if it is there.
         spending: of the whole run.
         environment: env.json.
+        audit: audit.json; None if there was no audit.
+        audit_is_old: the audit is of other plans than the run has now.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Run:
     preview: Path | None
     spending: Spending
     environment: dict[str, Any]
+    audit: dict[str, Any] | None = None
+    audit_is_old: bool = False
 
     @property
     def final(self) -> dict[str, Any] | None:
@@ -91,6 +95,7 @@ def read_run(rundir: RunDir) -> Run:
         if stage in results:
             check(results[stage])
     preview = rundir.stage_dir("generate") / "preview.png"
+    audit, audit_is_old = _read_audit(rundir)
     return Run(
         name=rundir.path.resolve().name,
         rows=rows,
@@ -99,6 +104,8 @@ def read_run(rundir: RunDir) -> Run:
         preview=preview if preview.is_file() and "generate" in results else None,
         spending=_spending(rundir, rows, results),
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
+        audit=audit,
+        audit_is_old=audit_is_old,
     )
 
 
@@ -140,6 +147,32 @@ def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dic
         insecure=ledger is not None and not ledger.private,
         unfinished=unfinished,
     )
+
+
+def _read_audit(rundir: RunDir) -> tuple[dict[str, Any] | None, bool]:
+    """The audit, and whether the run's plans have changed since."""
+    path = rundir.path / "audit" / "audit.json"
+    audit = _read_object(path)
+    if not audit:
+        return None, False
+    try:
+        audited = {found["name"]: (found["attempt"], found["plan"]) for found in audit["mechanisms"]}
+        shown = [
+            (found["epsilon_claimed"] + found["two_world"]["epsilon_lower"] + found["one_run"]["epsilon_lower"],
+             found["replay"]["flagged"], [control["flagged"] for control in found["controls"]])
+            for found in audit["mechanisms"]
+        ]  # fmt: skip
+        complete = bool(shown) and audit["outcome"] and audit["data"] and audit["significance"] and "passed" in audit
+    except (KeyError, TypeError) as error:
+        raise _corrupt_audit(path) from error
+    if not complete:
+        raise _corrupt_audit(path)
+    stages = _read_object(rundir.path / "privacy" / "plan.json").get("stages", {})
+    return audit, audited != {name: (entry["attempt"], entry["plan"]) for name, entry in stages.items()}
+
+
+def _corrupt_audit(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is corrupt: entries are missing", fix="run `dprandp audit` again, or remove it")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -102,6 +102,39 @@ def budget(run: Run) -> Markup:
     return section("Budget", void, bar, tag("ul", items, class_="legend"), note, id_="budget")
 
 
+def audit(run: Run) -> Markup:
+    """What the audit showed, if there was one."""
+    if run.audit is None:
+        return Markup("")
+    rows = []
+    for found in run.audit["mechanisms"]:
+        two, one, controls = found["two_world"], found["one_run"], found["controls"]
+        caught = sum(control["flagged"] for control in controls)
+        rows.append(
+            [
+                found["name"],
+                f"≤ {epsilon_text(found['epsilon_claimed'])}",
+                f"≥ {number(two['epsilon_lower'])} ({two['trials']} trials a world)",
+                f"≥ {number(one['epsilon_lower'])} ({one['canaries']} canaries)",
+                "contradicts" if found["replay"]["flagged"] else "exact",
+                f"{caught} of {len(controls)} flagged" if controls else "not run",
+            ]
+        )
+    head = ["mechanism", "ε claimed", "ε shown by two worlds", "ε shown by one run", "record and replay", "controls"]
+    caption = f"Attacks on each mechanism against its claim, significance {number(run.audit['significance'])}"
+    outcome = {True: "Nothing contradicts the claims.", False: "THE AUDIT FAILED: do not rely on the claims."}
+    old = "The audit is of other plans than the run has now: run dprandp audit again." if run.audit_is_old else None
+    return section(
+        "Audit",
+        tag("p", outcome[run.audit["passed"] is True], f" Outcome: {run.audit['outcome']}."),
+        tag("p", old, class_="note") if old else None,
+        table(head, rows, caption),
+        tag("p", f"Data: {run.audit['data']}. A clean audit is no proof: it sees only gross faults, of the kinds that "
+            "its controls show.", class_="soft"),
+        id_="audit",
+    )  # fmt: skip
+
+
 def confusion(run: Run) -> Markup:
     """The confusion matrix of the final result: a table, or a picture where there are many classes."""
     result = run.final

@@ -1,0 +1,343 @@
+"""The audit of a run or of a bare plan: tries to contradict the claimed ε, and says what it could have seen.
+
+    audit/audit.json       every outcome; public
+    audit/audit.png        the lower bounds against the claims, and the controls
+    private/audit.json     raw numbers of the replay on private data, where that was asked for (``--with-data``)
+
+By default the records are synthetic images with random labels, so nothing private is read and everything may be
+published. With ``--with-data`` the replay also runs on the private records. Of that only *passed* or *failed* is
+published: that it passes is what the guarantee says of every data set, and so tells nothing about this one. That it
+fails may tell something about the data; keep it to yourself until the fault is mended.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dprandp.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from dprandp.console import Console
+from dprandp.errors import AuditError, InputError
+from dprandp.files import atomic_write, to_json
+from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
+from dprandp.privacy.auditing.replay import Check
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.stages import finetune, probe
+from dprandp.stages.audit_figure import draw
+from dprandp.stages.audit_loops import (
+    HeadRecords,
+    hardened,
+    made_up_images,
+    most_wrong,
+    records_for,
+    replay_finetune,
+    replay_head,
+)
+from dprandp.stages.audit_tests import SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
+from dprandp.stages.budget import default_delta, read_plan_file
+from dprandp.stages.context import Context
+from dprandp.stages.features import private_features
+from dprandp.stages.pretrain import load_extractor, synthetic_crops
+from dprandp.stages.private import open_private_stage
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor, extract
+from dprandp.vision.whitening import PooledOnly
+
+FOLDER = "audit"
+IMAGES = 256
+"""Synthetic images that records are made of."""
+
+FINETUNE_STEPS = 2
+FINETUNE_BATCH = 8
+FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
+PRIVATE_RECORDS = 3
+"""Private records that are taken away, one at a time, in a replay on private data."""
+
+PUBLIC_DATA = "synthetic records with random labels; nothing private was read"
+PRIVATE_DATA = "synthetic records, and the run's private records: of those, passed or failed alone is published"
+
+
+def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
+    """Audit every finished mechanism of a run, and write ``audit/``.
+
+    Returns:
+        run, outcome, passed, significance, data, trials, canaries, seed, accounts (ledger against plan), mechanisms
+        (see ``try_mechanism``), seconds.
+
+    Raises:
+        InputError: no private stage is finished, or the run makes no claim.
+    """
+    started = time.perf_counter()
+    document, plans = _claims(context)
+    spec = _Facts(context)
+    parts = sum(units(settings) for _ in plans) + len(plans)
+    mechanisms, raw = [], {}
+    with context.console.progress(parts, "audit") as progress:
+        for name, plan in plans.items():
+            found = try_mechanism(plan, spec.features, spec.classes, settings, lambda: progress.advance(1))
+            found["attempt"] = document["stages"][name]["attempt"]
+            if name == finetune.STAGE:
+                found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
+                found["controls"] += controls
+            if settings.with_data and "." not in name:
+                raw[name] = _on_private_data(name, plan, spec, context)
+                found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
+            found["replay"]["flagged"] = not _replays_pass(found["replay"])
+            mechanisms.append(found)
+            progress.advance(1)
+    if raw:
+        atomic_write(context.rundir.private_dir / "audit.json", to_json(raw, indent=1) + "\n")
+    result = _result(settings, mechanisms, _accounts(document, plans, context))
+    result |= {"run": str(context.rundir.path), "seconds": round(time.perf_counter() - started, 2)}
+    folder = context.rundir.path / FOLDER
+    folder.mkdir(exist_ok=True)
+    draw(result, folder / "audit.png")
+    atomic_write(folder / "audit.json", to_json(result, indent=1) + "\n")
+    return result
+
+
+def audit_plan(
+    epsilon: float,
+    delta: float | None,
+    sample_rate: float,
+    steps: int,
+    examples: int,
+    settings: AuditSettings,
+    console: Console,
+) -> dict[str, Any]:
+    """Audit the mechanism that a budget would get, without any run; writes nothing.
+
+    Returns:
+        As ``audit_run``, with run None.
+
+    Raises:
+        UsageError: a value out of its range. BudgetError: no noise is enough.
+    """
+    started = time.perf_counter()
+    if math.isinf(epsilon):
+        raise _no_claim("A plan with ε = inf")
+    plan = make_plan(
+        stage="plan", epsilon_total=epsilon, delta=delta or default_delta(examples), spend_epsilon=epsilon, spent=[],
+        examples=examples, sample_rate=sample_rate, steps=steps, clip_norm=1.0, warn=console.warn,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(settings.seed)
+    features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
+    with console.progress(units(settings), "audit") as progress:
+        found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1))
+    result = _result(settings, [found], [])
+    return result | {"run": None, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def line(result: dict[str, Any]) -> str:
+    """The result for people."""
+    shown = []
+    for found in result["mechanisms"]:
+        two, one = found["two_world"], found["one_run"]
+        caught = sum(control["flagged"] for control in found["controls"])
+        controls = f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run"
+        shown.append(
+            f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
+            f"replay {'FAILED' if found['replay']['flagged'] else 'exact'}, "
+            f"two worlds ε ≥ {two['epsilon_lower']:.3g} (n = {two['trials']}), "
+            f"one run ε ≥ {one['epsilon_lower']:.3g} (m = {one['canaries']}), {controls}"
+        )
+    return (
+        f"audit: {result['outcome']} (significance {result['significance']:g}). " + "; ".join(shown) + ". "
+        "A clean audit is no proof."
+    )
+
+
+def raise_unless_passed(result: dict[str, Any]) -> None:
+    """Turn a contradiction, or a control that was missed, into an error (exit code 1).
+
+    Raises:
+        AuditError: naming the mechanisms and tests.
+    """
+    if result["passed"]:
+        return
+    against = [
+        f"{found['name']}: {test.replace('_', ' ')}"
+        for found in result["mechanisms"]
+        for test in ("replay", "two_world", "one_run")
+        if found[test]["flagged"]
+    ] + [f"accounts: {entry['name']}" for entry in result["accounts"] if not entry["passed"]]
+    if against:
+        raise AuditError(
+            f"The audit contradicts the privacy claim ({'; '.join(against)}).",
+            fix="Do not release this model. Run the audit again: a sound mechanism is accused at most once in a "
+            f"thousand tests (significance {result['significance']:g}); if it stays, the mechanism has a fault.",
+        )
+    missed = [
+        f"{found['name']}: {control['name']}"
+        for found in result["mechanisms"]
+        for control in found["controls"]
+        if not control["flagged"]
+    ]
+    raise AuditError(
+        f"The audit failed to flag a fault that it was shown ({'; '.join(missed)}), so its silence means nothing.",
+        fix="Give more --trials; if that does not help, the audit itself is broken.",
+    )
+
+
+def _result(
+    settings: AuditSettings, mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    tests = [found[test]["flagged"] for found in mechanisms for test in ("replay", "two_world", "one_run")]
+    contradicted = any(tests) or not all(entry["passed"] for entry in accounts)
+    blind = any(not control["flagged"] for found in mechanisms for control in found["controls"])
+    outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
+    return {
+        "format": 1,
+        "outcome": outcome,
+        "passed": not (contradicted or blind),
+        "significance": SIGNIFICANCE,
+        "data": PRIVATE_DATA if settings.with_data else PUBLIC_DATA,
+        "trials": settings.trials,
+        "canaries": settings.canaries,
+        "seed": settings.seed,
+        "accounts": accounts,
+        "mechanisms": mechanisms,
+    }
+
+
+def _no_claim(what: str) -> InputError:
+    return InputError(
+        f"{what} is NOT PRIVATE: it claims nothing that an audit could contradict.",
+        fix="Audit a run with a finite --eps and without --insecure-seed.",
+    )
+
+
+def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
+    """The run's plan file, and the plans of the stages that are finished."""
+    done = {row["stage"] for row in context.rundir.status() if row["result"]}
+    document = read_plan_file(context.rundir)
+    entries = (document or {"stages": {}})["stages"]
+    plans = {
+        name: PrivatePlan.from_dict(entry["plan"]) for name, entry in entries.items() if name.split(".")[0] in done
+    }
+    if not plans:
+        raise InputError(
+            f"{context.rundir.path} has no finished private stage, so there is nothing to audit.",
+            fix=f"Run: dprandp probe --run {context.rundir.path}",
+        )
+    private = Ledger.open(context.rundir.privacy_dir / "ledger.jsonl", read_only=True).private
+    if not private or any(plan.noise_multiplier == 0 for plan in plans.values()):
+        raise _no_claim(f"The run {context.rundir.path}")
+    return document, plans
+
+
+def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: Context) -> list[dict[str, Any]]:
+    """What the ledger holds, against the plans and the budget."""
+    ledger = Ledger.open(context.rundir.privacy_dir / "ledger.jsonl", read_only=True)
+    found = []
+    for name, plan in plans.items():
+        attempt = document["stages"][name]["attempt"]
+        mine = [charge for charge in ledger.charges if (charge.stage, charge.attempt) == (name, attempt)]
+        planned = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
+        as_planned = all((c.noise_multiplier, c.sample_rate, c.clip_norm) == planned for c in mine)
+        count = sum(charge.steps for charge in mine)
+        good = bool(mine) and as_planned and count <= plan.steps and plan.examples == ledger.examples
+        found.append({"name": f"{name}: the ledger holds the steps of the plan", "passed": good})
+    spent = ledger.spent(document["delta"]).upper
+    found.append({"name": "the ledger stays within the budget", "passed": spent <= document["epsilon"]})
+    return found
+
+
+class _Facts:
+    """Public things of a run that records are made of.
+
+    Attributes:
+        classes: number of classes.
+        mirror: whether views may be mirrored.
+        images: uint8 [n, 3, 32, 32], synthetic (noise where the run has none).
+        features: float32 [n, d] of these images, from the run's extractor and whitener.
+        model: the classifier as the fine-tune finds it.
+    """
+
+    def __init__(self, context: Context) -> None:
+        rows = {row["stage"]: row for row in context.rundir.status()}
+        last = rows["finetune"]["result"] or rows["probe"]["result"]
+        self.classes, self.mirror = len(last["classes"]), last["mirror"]
+        generator = torch.Generator().manual_seed(0)
+        if rows["probe"]["result"]:
+            extractor, _ = load_extractor(context)
+            whitener = probe.load_whitener(context).to(context.device)
+            self.images = synthetic_crops(context, IMAGES, seed=0)
+            head = probe.load_head(context)
+        else:  # trained from scratch: no Phase I, no Phase II
+            config = FinetuneConfig(**rows["finetune"]["config"])
+            extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
+            whitener = PooledOnly(extractor.feature_dim)
+            self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
+            head = None
+        self.model = Classifier(extractor, whitener, self.classes).to(context.device)
+        if head is not None:
+            self.model.head.data.copy_(head)
+        self.features: Tensor = extract(
+            self.model.extractor, self.images, mirror=self.mirror, after=self.model.whitener
+        )
+
+
+def _replays_pass(replay: dict[str, Any]) -> bool:
+    checks = replay["head"] + replay.get("finetune", [])
+    return passed(checks) and replay.get("private_data", "passed") == "passed"
+
+
+def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
+    """The run's configuration, learning rate and factor of the extractor."""
+    row = next(row for row in context.rundir.status() if row["stage"] == finetune.STAGE)
+    return FinetuneConfig(**row["config"]), row["result"]["lr"], row["result"]["extractor_scale"]
+
+
+def _finetune_on_made_up(
+    plan: PrivatePlan, spec: _Facts, settings: AuditSettings, context: Context
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
+    config, lr, scale = _finetune_settings(context)
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = records_for(plan, FINETUNE_BATCH)
+    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator)
+    hard = hardened(spec.model, generator)
+    watched = most_wrong(hard, split)
+
+    def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
+        return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)
+
+    checks = as_values(replayed(spec.model, FINETUNE_STEPS), "synthetic image")
+    checks += as_values(replayed(hard, FINETUNE_STEPS), "synthetic image, long gradient")
+    controls = []
+    if settings.controls and scale > 0:  # with a frozen extractor no gradient exceeds √2: there is little to clip
+        for control in FINETUNE_CONTROLS:
+            seen = not passed(as_values(replayed(hard, 1, control), ""))
+            name = f"{control.name}, in the fine-tune"
+            controls.append({"name": name, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None})
+    return checks, controls
+
+
+def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Context) -> list[dict[str, Any]]:
+    """Replays on the run's private records; every value of what is returned is private."""
+    row = next(row for row in context.rundir.status() if row["stage"] == name)
+    found = []
+    watched = [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
+    if name == finetune.STAGE:
+        config, lr, scale = _finetune_settings(context)
+        dataset = finetune.open_stage(config, context, write=False).dataset
+        for record in watched[:1]:
+            checks = replay_finetune(plan, config, spec.model, lr, scale, dataset, record, context, FINETUNE_STEPS)
+            found += as_values(checks, "private record")
+        return found
+    config = ProbeConfig(**row["config"])
+    stage = open_private_stage(name, config, context, write=False)
+    features, labels = private_features(
+        stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
+    )
+    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context))
+    for record in watched:
+        found += as_values(replay_head(plan, records.ending_with(record)), "private record")
+    return found

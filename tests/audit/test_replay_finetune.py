@@ -1,0 +1,93 @@
+"""Record and replay of the fine-tune's own loop, on made-up images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dprandp import config
+from dprandp.config import PretrainConfig
+from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
+from dprandp.privacy.auditing.replay import Check
+from dprandp.privacy.plan import PrivatePlan
+from dprandp.stages import finetune
+from dprandp.stages.audit_loops import (
+    hardened,
+    made_up_images,
+    most_wrong,
+    records_for,
+    rehearsal_context,
+    replay_finetune,
+)
+from dprandp.vision import whitening
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor
+
+PLAN = PrivatePlan("finetune", 1000, 0.2, 4, 1.5, 1.0, 2, 10.0, 1e-5)
+CLASSES = 3
+BY_NAME = {control.name: control for control in CONTROLS}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def model_of(arch: str) -> Classifier:
+    generator = torch.Generator().manual_seed(1)
+    extractor = build_extractor(PretrainConfig(arch=arch, filters=8), generator)
+    whitener = whitening.Whitener(extractor.feature_dim, 10)
+    whitener.projection.normal_(generator=generator)
+    return Classifier(extractor, whitener, CLASSES)
+
+
+def replayed(arch: str, control: Control = FAITHFUL, steps: int = 2, plan: PrivatePlan = PLAN) -> list[Check]:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
+    dataset, split = made_up_images(images, CLASSES, records_for(plan, 3), True, generator)
+    model = hardened(model_of(arch), generator)
+    settings = config.build("finetune", {"checkpoint_every": 100})
+    with rehearsal_context() as context:
+        watched = most_wrong(model, split)
+        return replay_finetune(plan, settings, model, 1.0, 0.1, dataset, watched, context, steps, control)
+
+
+def failed(checks: list[Check]) -> list[str]:
+    assert len(checks) == 6
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])
+def test_a_sound_fine_tune_passes_with_its_clip_at_work(arch: str) -> None:
+    checks = replayed(arch)
+    assert failed(checks) == []
+    assert checks[2].value == pytest.approx(1, abs=1e-3)  # the record's gradient was clipped, to C
+
+
+@pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])
+def test_a_missing_clip_is_flagged(arch: str) -> None:
+    assert "the sums differ by at most the clip norm" in failed(replayed(arch, BY_NAME["clip off"], 1))
+
+
+@pytest.mark.parametrize("name", ["noise off", "noise reused", "divisor from the actual batch"])
+def test_faults_of_the_release_are_flagged(name: str) -> None:
+    assert failed(replayed("patchnet", BY_NAME[name])) != []
+
+
+def test_views_that_depend_on_the_batch_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random crops dealt along the batch: leaving out a record hands its crop to the next one."""
+    keyed = finetune.keyed_uniforms
+    wide = replace(PLAN, sample_rate=1.0)
+    assert failed(replayed("patchnet", plan=wide)) == []
+    monkeypatch.setattr(finetune, "keyed_uniforms", lambda records, *rest: keyed(torch.arange(len(records)), *rest))
+    assert "the sums differ by at most the clip norm" in failed(replayed("patchnet", plan=wide))
+
+
+def test_every_class_is_made_up() -> None:
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    dataset, split = made_up_images(images, 30, 5, False, torch.Generator().manual_seed(0))
+    assert dataset.spec.train_examples == len(split.labels) == 30
+    assert sorted(dataset.train().labels.tolist()) == list(range(30))
+    assert dataset.spec.flip_ok is False

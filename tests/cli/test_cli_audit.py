@@ -1,0 +1,136 @@
+"""``dprandp audit`` in real processes: on a run, on a bare plan, and on a package with a fault in it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_process import Dprandp, refused, state_of
+
+RunAfter = Callable[[str], Path]
+QUICK = ("--trials", 200, "--canaries", 40)
+
+# Faults in the package itself, as a careless change would make them.
+WEAK_NOISE = """
+from dprandp.privacy import plan
+add = plan.add_gaussian_noise
+plan.add_gaussian_noise = lambda sums, std, random: add(sums, std / 10, random)
+"""
+NO_CLIP = """
+from dprandp.stages import finetune
+clip = finetune.sum_of_clipped
+finetune.sum_of_clipped = lambda gradients, parameters, norm: clip(gradients, parameters, 1e6)
+"""
+BLIND = """
+from dprandp.privacy.auditing.controls import Control
+from dprandp.stages import audit_tests
+audit_tests.CONTROLS = (Control("no fault at all"),)
+"""
+
+
+READING_FAILS = """
+from dprandp import datasets
+read = datasets.Dataset.train
+def train(self):
+    if self.spec.name != "audit":
+        raise RuntimeError("private data were read")
+    return read(self)
+datasets.Dataset.train = train
+"""
+
+
+MECHANISMS = {"probe": ["probe"], "finetune": ["probe", "finetune", "finetune.head"]}
+
+
+@pytest.mark.parametrize("stage", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> None:
+    run = run_after(stage)
+    before = state_of(run)
+    done = dprandp("audit", "--run", run, *QUICK, "--json", "--quiet", before=READING_FAILS)
+    assert (done.code, done.err) == (0, "")
+    result = done.json
+    assert result["outcome"] == "nothing contradicts"
+    assert [found["name"] for found in result["mechanisms"]] == MECHANISMS[stage]
+    for found in result["mechanisms"]:
+        assert found["two_world"]["mu_lower"] <= found["two_world"]["mu_claimed"]
+        assert 0 <= found["one_run"]["epsilon_lower"] <= found["epsilon_claimed"] <= 2
+        assert len(found["controls"]) == (7 if found["name"] == "finetune" else 6)
+        assert all(control["flagged"] and control["by"] for control in found["controls"])
+        assert ("finetune" in found["replay"]) == (found["name"] == "finetune")
+        assert "private_data" not in found["replay"]
+    assert all(entry["passed"] for entry in result["accounts"])
+    assert "nothing private was read" in result["data"]
+    assert json.loads((run / "audit/audit.json").read_text()) == result
+    assert (run / "audit/audit.png").read_bytes().startswith(b"\x89PNG")
+    after = state_of(run)
+    assert set(after) - set(before) == {"audit/audit.json", "audit/audit.png"}
+    assert {name: after[name] for name in before} == before  # nothing was charged, nothing moved into model/
+    assert dprandp("report", "--run", run).code == 0
+    assert "6 of 6 flagged" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("stage", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_private_data_are_read_only_where_asked_and_publish_one_word(
+    dprandp: Dprandp, run_after: RunAfter, stage: str
+) -> None:
+    run = run_after(stage)
+    gone = ("--data-dir", "nowhere")
+    quick = ("audit", "--run", run, *QUICK, "--no-controls", "--json", *gone)
+    assert dprandp(*quick, "--with-data", before=READING_FAILS).code == 1
+    done = dprandp(*quick, "--with-data")
+    assert done.code == 0, done.err
+    assert [found["replay"].get("private_data") for found in done.json["mechanisms"]] == ["passed", "passed", None][
+        : len(MECHANISMS[stage])
+    ]
+    assert "passed or failed alone is published" in done.json["data"]
+    raw = json.loads((run / "private/audit.json").read_text())
+    assert set(raw) == {"probe", "finetune"} & set(MECHANISMS[stage])
+    assert stat.S_IMODE((run / "private").stat().st_mode) == 0o700
+    values = {check["value"] for checks in raw.values() for check in checks if "sums" in check["name"]}
+    assert values
+    assert not any(str(value) in done.out for value in values)
+
+
+@pytest.mark.parametrize(("stage", "fault"), [("probe", WEAK_NOISE), ("finetune", NO_CLIP)])
+def test_a_fault_in_the_package_ends_with_1(dprandp: Dprandp, run_after: RunAfter, stage: str, fault: str) -> None:
+    run = run_after(stage)
+    done = dprandp("audit", "--run", run, *QUICK, "--no-controls", before=fault)
+    assert done.code == 1
+    assert f"contradicts the privacy claim ({stage}: replay" in done.err
+    assert "fix: Do not release" in done.err
+    assert "contradiction" in done.out
+    assert json.loads((run / "audit/audit.json").read_text())["passed"] is False
+
+
+def test_a_control_that_is_missed_ends_with_1(dprandp: Dprandp) -> None:
+    done = dprandp("audit", "--eps", 1, "--steps", 4, *QUICK, before=BLIND)
+    assert done.code == 1
+    assert "failed to flag a fault that it was shown (plan: no fault at all)" in done.err
+
+
+def test_a_bare_plan(dprandp: Dprandp, folder: Path) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    done = dprandp("audit", "--eps", 8, "--steps", 6, "--sample-rate", 0.3, "--examples", 500, *QUICK)
+    assert done.code == 0, done.err
+    assert "plan claims ε ≤ " in done.out
+    assert "6 of 6 controls flagged" in done.out
+    assert "A clean audit is no proof" in done.out
+    assert done.out.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_cannot_be_audited_is_refused(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    refused(dprandp("audit", "--run", tmp_path / "no"), 3, "there is no run at")
+    refused(dprandp("audit", "--run", run_after("pretrain")), 3, "no finished private stage", "dprandp probe")
+    refused(dprandp("audit", "--eps", "inf"), 3, "NOT PRIVATE")
+    refused(dprandp("audit", "--steps", 5), 2, "--steps describes a plan")
+    refused(dprandp("audit", "--eps", 1, "--run", tmp_path), 2, "bare plan")
+    refused(dprandp("audit", "--eps", 1, "--trials", 5), 2, "--trials 5 is out of range")
+    refused(dprandp("audit", "--eps", 1, "--delta", 0.5), 2, "delta is 0.5")
+    run = run_after("pretrain")
+    flags = ("--data", "npz:tiny.npz", "--eps", 2, "--insecure-seed", 3)
+    assert dprandp("probe", "--config", "small.toml", "--run", run, *flags).code == 0
+    refused(dprandp("audit", "--run", run), 3, "NOT PRIVATE", "without --insecure-seed")
