@@ -145,12 +145,16 @@ def process_named(name: str) -> ProcessSpec:
                 fix="write --process mixture:stylegan-oriented,dead-leaves, say",
             )
         return _mixture([process_named(part) for part in parts])
-    known = [*PROCESSES, *ALIASES, *LEAVES, "mixture"]
-    listed = f"; known: {', '.join((*PROCESSES, *ALIASES, *SYNTAX))}"
-    suggestion = nearest(kind if colon else name, known)
+    if colon and kind in (*PROCESSES, *ALIASES):
+        raise UsageError(
+            f"{kind!r} takes no other process, {name!r} was asked for",
+            fix=f"write --process {kind}, or one of {', '.join(SYNTAX)}",
+        )
+    suggestion = nearest(kind, (*PROCESSES, *ALIASES, *LEAVES, "mixture"))
+    known = "known: " + ", ".join((*PROCESSES, *ALIASES, *SYNTAX))
     raise UsageError(
-        f"there is no random process called {kind if colon else name!r}",
-        fix=f"choose another --process; {suggestion if suggestion.startswith('did') else 'see below'}{listed}",
+        f"there is no random process called {kind!r}",
+        fix="choose another --process; " + (f"{suggestion} {known}" if suggestion.startswith("did") else known),
     )
 
 

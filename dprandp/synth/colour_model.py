@@ -55,6 +55,7 @@ def draw_colour_model(random: np.random.Generator, count: int, resolution: int) 
     pixels = np.stack([draw_reference(random, resolution).reshape(-1, 3) for _ in range(count)])
     mean = pixels.mean(axis=1)
     pixels -= mean[:, None]
-    _, vectors = np.linalg.eigh(pixels.transpose(0, 2, 1) @ pixels)
-    histogram = np.sort((pixels @ vectors).transpose(0, 2, 1).astype(np.float32), axis=2)
+    # einsum, not @: the sums of a threaded BLAS may depend on the number of threads, and the images must not
+    _, vectors = np.linalg.eigh(np.einsum("bpc,bpd->bcd", pixels, pixels))
+    histogram = np.sort(np.einsum("bpc,bck->bkp", pixels, vectors).astype(np.float32), axis=2)
     return ColourModel(vectors.transpose(0, 2, 1).astype(np.float32), mean.astype(np.float32), histogram)

@@ -31,7 +31,7 @@ SLOPE_RANGE = (0.5, 3.5)
 ANISOTROPY = 0.05
 SHAPE_RANGE = (0.4, 0.8)
 LARGEST_COEFFICIENT = 200.0
-_DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 2001) ** 2
+_DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 601) ** 2
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,16 @@ def match_ranks(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     count = rows.shape[1]
     steps, kind = (2.0**18, np.int32) if count <= 8192 else (2.0**40, np.int64)
     low = rows.min(axis=1, keepdims=True)
-    width = np.maximum(rows.max(axis=1, keepdims=True) - low, np.finfo(np.float32).tiny)
+    width = rows.max(axis=1, keepdims=True) - low
+    width[width < 1e-30] = 1.0
     scaled = (rows - low) * ((steps - 1.0) / width).astype(np.float32 if kind is np.int32 else np.float64)
     keys = scaled.astype(kind)
     keys *= count
     keys += np.arange(count, dtype=kind)
     keys.sort(axis=1)
-    order = torch.from_numpy(np.bitwise_and(keys, count - 1, out=keys)).long()
-    return torch.empty_like(values).scatter_(1, order, wanted)
+    order = np.empty(keys.shape, dtype=np.int64)
+    np.bitwise_and(keys, count - 1, out=order)
+    return torch.empty_like(values).scatter_(1, torch.from_numpy(order), wanted)
 
 
 class _Marginals:

@@ -18,8 +18,8 @@ _ANGULAR_GAIN = math.sqrt(4.0 / 5.0)  # Σ_k cos⁶(θ − kπ/4) = 5/4
 
 
 def levels_for(resolution: int) -> int:
-    """Scales of the pyramid: 3 at 128 px and 4 at 256 px as published, so that the low-pass band is 16 px wide."""
-    return max(1, round(math.log2(resolution)) - 4)
+    """Scales of the pyramid: 4 from 256 px on and 3 below, as published; fewer where a band would be 2 px wide."""
+    return min(4 if resolution >= 256 else 3, round(math.log2(resolution)) - 1)
 
 
 @dataclass(frozen=True)
