@@ -82,7 +82,8 @@ PROCESSES: dict[str, ProcessSpec] = {
         ),
         ProcessSpec(
             "dead-leaves", dead_leaves.render, 100,
-            "opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping", _BARADAD,
+            "opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping",
+            _BARADAD,
         ),
         ProcessSpec(
             "dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100,
@@ -110,7 +111,9 @@ PROCESSES: dict[str, ProcessSpec] = {
             "fractal", fractal.render, 400, "attractors of random iterated function systems",
             "Kataoka et al., Pre-training without Natural Images, ACCV 2020; Anderson and Farrell, WACV 2022",
         ),
-        ProcessSpec("perlin", perlin.render, 400, "octaves of gradient noise", "Perlin, Improving Noise, SIGGRAPH 2002"),
+        ProcessSpec(
+            "perlin", perlin.render, 400, "octaves of gradient noise", "Perlin, Improving Noise, SIGGRAPH 2002"
+        ),
     )
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Which colours the statistical processes use, and in which proportions.
 
 Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, the *color* constraint: 3 to 22 uniform
-random colours in random proportions, sorted into a striped reference image, blurred by a random box and sprinkled with a
-little noise. Its principal components are the colour basis, its values along each of them a histogram.
+random colours in random proportions, sorted into a striped reference image, blurred by a random box and sprinkled with
+a little noise. Its principal components are the colour basis, its values along each of them a histogram.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Images of untrained StyleGAN2 networks whose filters are wavelets.
 
-``stylegan-oriented``, ``stylegan-highfreq`` and ``stylegan-sparse`` differ in their draws alone (``stylegan_draws.py``);
-``stylegan-random``, whose filters are not wavelets, is in ``stylegan_random.py``.
+``stylegan-oriented``, ``stylegan-highfreq`` and ``stylegan-sparse`` differ in their draws alone
+(``stylegan_draws.py``); ``stylegan-random``, whose filters are not wavelets, is in ``stylegan_random.py``.
 
 Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021; skip architecture, filter [1, 3, 3, 1] and
 demodulation as in StyleGAN2 (Karras et al., CVPR 2020).

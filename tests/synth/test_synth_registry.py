@@ -124,7 +124,7 @@ def test_wrong_arguments_are_named() -> None:
         render_block("dead-leaves", 0, -1, 1, 16)
 
 
-# -------------------------------------------------------------------------------------------------------- composed names
+# ------------------------------------------------------------------------------------------------------- composed names
 
 
 def test_aliases_and_canonical_names() -> None:

@@ -107,7 +107,7 @@ def bands_of(channels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def band_errors(draws: statistical.Draws, channels: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Per group of bands: RMS difference between sorted values and quantiles over their deviation, and both kurtoses."""
+    """Per group of bands: RMS error of the sorted values over the deviation; kurtosis found and wanted."""
     first_band, results = 0, []
     for band in bands_of(channels):
         size, kinds = band.shape[-1], 1 if band.dim() == 4 else 4
@@ -208,7 +208,7 @@ def test_imposing_a_spectrum_twice_is_imposing_it_once() -> None:
     torch.testing.assert_close(impose_spectrum(once, wanted), once, rtol=1e-3, atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------- colours
+# -------------------------------------------------------------------------------------------------------------- colours
 
 
 def test_colour_model_is_the_pca_of_its_reference() -> None:
