@@ -80,7 +80,8 @@ def test_every_pixel_is_a_convex_combination_of_two_sources(leaves: int) -> None
 
 def test_mixtures_interleave_their_parts() -> None:
     def constant(value: int) -> compose.Process:
-        return lambda random, count, size: np.full((count, size, size, 3), value) + np.arange(count)[:, None, None, None]
+        numbers = value + np.arange(9)[:, None, None, None]
+        return lambda random, count, size: np.broadcast_to(numbers[:count], (count, size, size, 3))
 
     images = compose.mixture([constant(0), constant(100), constant(200)])(np.random.default_rng(0), 8, 4)
     assert images[:, 0, 0, 0].tolist() == [0, 100, 200, 1, 101, 201, 2, 102]
