@@ -15,7 +15,7 @@ from torch.nn import functional
 Process = Callable[[np.random.Generator, int, int], np.ndarray]
 
 CHUNK = 20  # images mixed together; part of the random stream: changing it changes every image
-SOURCES_PER_CHUNK = 24  # images that the three roles of a chunk are drawn from
+SOURCES_PER_CHUNK = 30  # images that the three roles of a chunk are drawn from
 KMEANS_STEPS = 10
 BLURS = 2
 
@@ -78,7 +78,7 @@ def draw_roles(random: np.random.Generator, count: int, sources: int, leaves: in
 def kmeans_leaves(source: Process, leaves: int) -> Process:
     """K-Means Leaves over a process.
 
-    The images of a chunk draw their three (or six) different sources from 24 images of the process: each of those
+    The images of a chunk draw their three (or six) different sources from 30 images of the process: each of those
     appears in several images, but hardly ever twice in the same role beside the same others.
 
     Args:
