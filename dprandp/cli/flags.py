@@ -161,8 +161,10 @@ Workers = Annotated[
 ]  # fmt: skip
 Process = Annotated[
     str | None,
-    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default: stylegan-oriented.",
-                 rich_help_panel=DATA, metavar="NAME"),
+    typer.Option("--process", help="stylegan-oriented (default), stylegan-random, stylegan-highfreq, stylegan-sparse, "
+                 "dead-leaves (or dead-leaves-shapes), dead-leaves-squares, dead-leaves-oriented, "
+                 "dead-leaves-textures, spectrum, spectrum-color, wmm, spectrum-color-wmm, fractal, perlin; over any "
+                 "of them kml:NAME, kml-mixup:NAME, mixture:NAME,NAME,...", rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
 Count = Annotated[
     int | None,

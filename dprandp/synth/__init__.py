@@ -3,21 +3,32 @@
 Nothing here reads data: an image is a function of (process, seed, block, position in the block, resolution) and of
 nothing else, so it costs no privacy, and any number of workers in any order makes the same bytes. (The bytes are those
 of one processor type and one version of NumPy and PyTorch: another may round differently in the last bit.)
+
+A process is a function (random generator, count, resolution) → uint8 [count, resolution, resolution, 3] of which a
+smaller count gives a prefix. To add one: write it in a file of its own and give it a line in :data:`PROCESSES`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from dprandp.errors import UsageError, nearest
-from dprandp.synth import dead_leaves, stylegan
-
-Process = Callable[[np.random.Generator, int, int], np.ndarray]
+from dprandp.synth import (
+    dead_leaves,
+    dead_leaves_textures,
+    fractal,
+    perlin,
+    statistical,
+    stylegan,
+    stylegan_random,
+)
+from dprandp.synth.compose import Process, kmeans_leaves, mixture
+from dprandp.synth.stylegan_draws import HIGHFREQ, SPARSE
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -40,46 +51,132 @@ class ProcessSpec:
     block_size: int
     summary: str
     source: str
-    default_resolution: int
+    default_resolution: int = 64
 
 
-_SOURCE = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"
+_BARADAD = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"
+_KML = "K-Means Leaves, ICML 2025"
+
+
+def _statistical(*, spectrum: bool = False, wmm: bool = False, colour: bool = False) -> Process:
+    return partial(statistical.render, spectrum=spectrum, wmm=wmm, colour=colour)
+
 
 PROCESSES: dict[str, ProcessSpec] = {
     spec.name: spec
     for spec in (
         ProcessSpec(
-            name="stylegan-oriented",
-            render=stylegan.render,
-            block_size=400,
-            summary="untrained StyleGAN2 networks with oriented wavelets as filters, a new network every 400 images",
-            source=_SOURCE,
-            default_resolution=64,
+            "stylegan-oriented", stylegan.render, 400,
+            "untrained StyleGAN2 networks with oriented wavelets as filters, a new network every 400 images", _BARADAD,
         ),
         ProcessSpec(
-            name="dead-leaves",
-            render=dead_leaves.render,
-            block_size=100,
-            summary="opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping",
-            source=_SOURCE,
-            default_resolution=64,
+            "stylegan-random", stylegan_random.render, 400, "the same with Gaussian filters, without noise", _BARADAD
+        ),
+        ProcessSpec(
+            "stylegan-highfreq", partial(stylegan.render, variant=HIGHFREQ), 400,
+            "the same with wavelets quantised to their signs and noise in every layer", _BARADAD,
+        ),
+        ProcessSpec(
+            "stylegan-sparse", partial(stylegan.render, variant=SPARSE), 400,
+            "stylegan-highfreq with noise under a Laplace envelope, and biases", _BARADAD,
+        ),
+        ProcessSpec(
+            "dead-leaves", dead_leaves.render, 100,
+            "opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping",
+            _BARADAD,
+        ),
+        ProcessSpec(
+            "dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100,
+            "overlapping squares along the axes", _BARADAD,
+        ),
+        ProcessSpec(
+            "dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100,
+            "overlapping turned squares", _BARADAD,
+        ),
+        ProcessSpec(
+            "dead-leaves-textures", dead_leaves_textures.render, 400,
+            "dead-leaves whose leaves show spectrum-color-wmm", _BARADAD,
+        ),
+        ProcessSpec("spectrum", _statistical(spectrum=True), 400, "noise with a power-law spectrum", _BARADAD),
+        ProcessSpec(
+            "spectrum-color", _statistical(spectrum=True, colour=True), 400,
+            "noise with a power-law spectrum and the colours of a small palette", _BARADAD,
+        ),
+        ProcessSpec("wmm", _statistical(wmm=True), 200, "noise with heavy-tailed wavelet coefficients", _BARADAD),
+        ProcessSpec(
+            "spectrum-color-wmm", _statistical(spectrum=True, wmm=True, colour=True), 200,
+            "noise with all three: spectrum, colours, wavelet coefficients", _BARADAD,
+        ),
+        ProcessSpec(
+            "fractal", fractal.render, 400, "attractors of random iterated function systems",
+            "Kataoka et al., Pre-training without Natural Images, ACCV 2020; Anderson and Farrell, WACV 2022",
+        ),
+        ProcessSpec(
+            "perlin", perlin.render, 400, "octaves of gradient noise", "Perlin, Improving Noise, SIGGRAPH 2002"
         ),
     )
-}
+}  # fmt: skip
+
+ALIASES = {"dead-leaves-shapes": "dead-leaves"}
+LEAVES = {"kml": 1, "kml-mixup": 2}
+KML_BLOCK = 200
+MIXTURE_BLOCK = 400
+SYNTAX = (*(f"{name}:PROCESS" for name in LEAVES), "mixture:PROCESS,PROCESS,...")
 
 
 def process_named(name: str) -> ProcessSpec:
-    """Look a process up.
+    """Look a process up, or put it together: ``kml:P``, ``kml-mixup:P``, ``mixture:P,Q,...``, P and Q likewise.
+
+    Commas always belong to the outermost mixture. What is put together has a canonical name, the same for an alias.
 
     Raises:
-        UsageError: no process has that name.
+        UsageError: a part of the name is no process, or something is missing.
     """
-    if name not in PROCESSES:
+    name = ALIASES.get(name, name)
+    if name in PROCESSES:
+        return PROCESSES[name]
+    kind, colon, rest = name.partition(":")
+    if kind in LEAVES:
+        if not rest:
+            raise UsageError(f"{kind} needs a process to mix", fix=f"write --process {kind}:stylegan-oriented, say")
+        return _kml(kind, process_named(rest))
+    if kind == "mixture":
+        parts = [part.strip() for part in rest.split(",")]
+        if len(parts) < 2 or not all(parts):
+            raise UsageError(
+                f"{name!r} does not name two or more processes",
+                fix="write --process mixture:stylegan-oriented,dead-leaves, say",
+            )
+        return _mixture([process_named(part) for part in parts])
+    if colon and kind in (*PROCESSES, *ALIASES):
         raise UsageError(
-            f"there is no random process called {name!r}",
-            fix=f"choose another --process; {nearest(name, PROCESSES)}",
+            f"{kind!r} takes no other process, {name!r} was asked for",
+            fix=f"write --process {kind}, or one of {', '.join(SYNTAX)}",
         )
-    return PROCESSES[name]
+    suggestion = nearest(kind, (*PROCESSES, *ALIASES, *LEAVES, "mixture"))
+    known = "known: " + ", ".join((*PROCESSES, *ALIASES, *SYNTAX))
+    raise UsageError(
+        f"there is no random process called {kind!r}",
+        fix="choose another --process; " + (f"{suggestion} {known}" if suggestion.startswith("did") else known),
+    )
+
+
+def _kml(kind: str, source: ProcessSpec) -> ProcessSpec:
+    return ProcessSpec(
+        f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK,
+        f"images of {source.name} mixed by blurred two-colour masks of another one", _KML,
+    )  # fmt: skip
+
+
+def _mixture(parts: list[ProcessSpec]) -> ProcessSpec:
+    count = len(parts)
+    each = min(MIXTURE_BLOCK // count or 1, *(part.block_size for part in parts))
+    name = "mixture:" + ",".join(part.name for part in parts)
+    sources = dict.fromkeys(part.source for part in parts)
+    return ProcessSpec(
+        name, mixture([part.render for part in parts]), count * each, "in turn: " + ", ".join(p.name for p in parts),
+        "; ".join(sources),
+    )  # fmt: skip
 
 
 def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
@@ -99,7 +196,7 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
     in every process, however many threads or workers there are. A smaller `count` gives a prefix.
 
     Args:
-        process: a name in :data:`PROCESSES`.
+        process: a name as :func:`process_named` takes it.
         seed: public seed, any integer.
         block: position of the block, from 0.
         count: images, 1 to the block size of the process.
@@ -127,6 +224,6 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return spec.render(block_generator(seed, process, block), count, resolution)
+        return spec.render(block_generator(seed, spec.name, block), count, resolution)
     finally:
         torch.set_num_threads(threads)

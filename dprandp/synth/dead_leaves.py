@@ -1,4 +1,7 @@
-"""``dead-leaves``: opaque shapes of power-law size that fall on one another until no pixel is bare (*shapes* variant).
+"""Dead leaves: opaque shapes of power-law size that fall on one another until no pixel is bare.
+
+``dead-leaves-squares`` and ``dead-leaves-oriented`` have squares along the axes resp. turned ones alone,
+``dead-leaves-shapes`` (or ``dead-leaves``) six kinds; ``dead-leaves-textures`` is in ``dead_leaves_textures.py``.
 
 Source: the dead-leaves process of Lee, Mumford and Huang (IJCV 2001) as Baradad et al., "Learning to See by Looking at
 Noise" (NeurIPS 2021), use it: circle, square, oriented square, rectangle, triangle or quadrilateral with equal
@@ -68,9 +71,11 @@ def draw_radii(random: np.random.Generator, count: int) -> np.ndarray:
     return RADIUS_GRID[np.minimum(position, len(RADIUS_GRID) - 1)]
 
 
-def draw_shapes(random: np.random.Generator, count: int, resolution: int) -> Shapes:
-    """Draw `count` independent shapes for an image of `resolution` × `resolution` pixels."""
-    kind = random.integers(len(KINDS), size=count)
+def draw_shapes(
+    random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS
+) -> Shapes:
+    """Draw `count` independent shapes of the given kinds for an image of `resolution` × `resolution` pixels."""
+    kind = np.array([KINDS.index(name) for name in kinds])[random.integers(len(kinds), size=count)]
     centre = random.random((count, 2)) * resolution
     radius = draw_radii(random, count) * resolution
     uniform = random.random((count, 4))
@@ -124,17 +129,19 @@ def covered_pixels(shapes: Shapes, resolution: int) -> tuple[np.ndarray, np.ndar
     return shape[span], row[span] * resolution + column
 
 
-def draw_image(random: np.random.Generator, resolution: int) -> tuple[np.ndarray, Shapes]:
-    """Let shapes fall until one covers the last bare pixel, at most 5000; a pixel that is bare even then is black.
+def let_fall(
+    random: np.random.Generator, resolution: int, kinds: tuple[str, ...] = KINDS
+) -> tuple[np.ndarray, Shapes]:
+    """Let shapes fall until one covers the last bare pixel, at most 5000.
 
     Returns:
-        the image, uint8 [R, R, 3], and the shapes that fell, the last one on top.
+        which shape is seen, int64 [R, R], −1 where a pixel is bare even then; and the shapes, the last one on top.
     """
     visible = np.full(resolution * resolution, -1)
     fallen: list[Shapes] = []
     count = 0
     while count < MAX_SHAPES and visible.min() < 0:
-        batch = draw_shapes(random, SHAPES_PER_DRAW, resolution)
+        batch = draw_shapes(random, SHAPES_PER_DRAW, resolution, kinds)
         shape, pixel = covered_pixels(batch, resolution)
         bare = visible < 0
         first = np.full(len(visible), len(batch))
@@ -145,22 +152,32 @@ def draw_image(random: np.random.Generator, resolution: int) -> tuple[np.ndarray
         fallen.append(batch[: finished_by + 1])
         count += len(batch)
     shapes = Shapes(*(np.concatenate([getattr(part, field.name) for part in fallen]) for field in fields(Shapes)))
-    pixels = np.where((visible >= 0)[:, None], shapes.colour[visible], 0).astype(np.uint8)
-    return pixels.reshape(resolution, resolution, 3), shapes
+    return visible.reshape(resolution, resolution), shapes
 
 
-def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+def draw_image(
+    random: np.random.Generator, resolution: int, kinds: tuple[str, ...] = KINDS
+) -> tuple[np.ndarray, Shapes]:
+    """One image, uint8 [R, R, 3], black where a pixel is bare; and the shapes that fell, the last one on top."""
+    visible, shapes = let_fall(random, resolution, kinds)
+    return np.where((visible >= 0)[:, :, None], shapes.colour[visible], 0).astype(np.uint8), shapes
+
+
+def render(
+    random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS
+) -> np.ndarray:
     """Independent dead-leaves images, drawn one after the other: a smaller `count` gives a prefix.
 
     Args:
         random: consumed; the same state gives the same bytes.
         count: images.
         resolution: pixels per side.
+        kinds: of shapes, names from :data:`KINDS`.
 
     Returns:
         uint8 [count, resolution, resolution, 3].
     """
     images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
     for index in range(count):
-        images[index], _ = draw_image(random, resolution)
+        images[index], _ = draw_image(random, resolution, kinds)
     return images

@@ -1,4 +1,4 @@
-"""Pink-noise maps under a coarse Laplace envelope: the additive noise of ``stylegan-oriented``."""
+"""Pink-noise maps under a coarse Laplace envelope: the additive noise of the wavelet StyleGANs."""
 
 from __future__ import annotations
 
@@ -64,12 +64,15 @@ def enveloped_pink_noise(white: torch.Tensor, exponent: torch.Tensor, envelope: 
     return noise / noise.std(dim=(1, 2), correction=0, keepdim=True)
 
 
-def draw_pink_noise(random: np.random.Generator, count: int, resolution: int) -> torch.Tensor:
-    """Draw `count` maps as :func:`enveloped_pink_noise` defines them: float32 [count, R, R]."""
-    white = random.standard_normal((count, resolution, resolution), dtype=np.float32)
-    exponent = random.uniform(*EXPONENT_RANGE, count).astype(np.float32)
-    envelope = random.laplace(size=(count, ENVELOPE_GRID, ENVELOPE_GRID)).astype(np.float32)
-    return enveloped_pink_noise(torch.from_numpy(white), torch.from_numpy(exponent), torch.from_numpy(envelope))
+def draw_pink_noise(random: np.random.Generator, count: int, resolution: int, envelope: bool = True) -> torch.Tensor:
+    """Draw `count` maps of standard deviation 1, with or without the envelope: float32 [count, R, R]."""
+    white = torch.from_numpy(random.standard_normal((count, resolution, resolution), dtype=np.float32))
+    exponent = torch.from_numpy(random.uniform(*EXPONENT_RANGE, count).astype(np.float32))
+    if envelope:
+        grid = random.laplace(size=(count, ENVELOPE_GRID, ENVELOPE_GRID)).astype(np.float32)
+        return enveloped_pink_noise(white, exponent, torch.from_numpy(grid))
+    noise = pink_spectrum_noise(white, exponent)
+    return noise / noise.std(dim=(1, 2), correction=0, keepdim=True)
 
 
 def area_resize(maps: torch.Tensor, resolution: int) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""``stylegan-oriented``: images of untrained StyleGAN2 networks whose filters are oriented wavelets.
+"""Images of untrained StyleGAN2 networks whose filters are wavelets.
+
+``stylegan-oriented``, ``stylegan-highfreq`` and ``stylegan-sparse`` differ in their draws alone
+(``stylegan_draws.py``); ``stylegan-random``, whose filters are not wavelets, is in ``stylegan_random.py``.
 
 Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021; skip architecture, filter [1, 3, 3, 1] and
 demodulation as in StyleGAN2 (Karras et al., CVPR 2020).
@@ -28,23 +31,22 @@ import torch
 from torch.nn import functional
 
 from dprandp.synth.pink_noise import area_resize
-from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, Network, draw_images, draw_network
-from dprandp.synth.wavelets import wavelets
+from dprandp.synth.stylegan_draws import ORIENTED, ConvDraws, ImageDraws, Network, Variant, draw_images, draw_network
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
 GAIN = math.sqrt(2.0)
 TAPS = 9
-_WAVELET_TAPS = torch.from_numpy(wavelets().reshape(-1, TAPS))
 
 
-def tap_weights(draws: ConvDraws, upsamples: bool) -> torch.Tensor:
+def tap_weights(draws: ConvDraws, variant: Variant, upsamples: bool) -> torch.Tensor:
     """Weight of every input channel in each of the nine tap maps, modulated and demodulated.
 
     Returns:
         float32 [B, in_channels, 9]; tap t of the result is what :func:`combine_taps` adds at offset (t // 3, t % 3).
         A correlation is a scatter with the taps in reverse order.
     """
-    taps = (_WAVELET_TAPS if upsamples else _WAVELET_TAPS.flip(1)).to(draws.style.dtype)
+    bank = torch.from_numpy(variant.bank).flatten(1)
+    taps = (bank if upsamples else bank.flip(1)).to(draws.style.dtype)
     weights = taps[draws.wavelet] * draws.style[:, :, None]
     energy = weights.square().sum(dim=(1, 2), keepdim=True)
     return weights * torch.rsqrt(energy)
@@ -130,8 +132,8 @@ def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
     Returns:
         [B, 3, R, R] in the precision of the draws: float32, unless a test asks for more.
     """
-    batch = draws.noise.shape[0]
-    taps = network.constant.flatten(1).T @ tap_weights(draws.convs[0], upsamples=False)
+    batch = draws.colour_mean.shape[0]
+    taps = network.constant.flatten(1).T @ tap_weights(draws.convs[0], network.variant, upsamples=False)
     image = network.constant.new_zeros(batch, 3, 2, 2)
     rgb_weights = iter(draws.rgb)
     size = network.shapes[0].resolution
@@ -139,10 +141,12 @@ def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
     for index, (shape, conv) in enumerate(zip(network.shapes, draws.convs, strict=True)):
         common = combine_taps(taps, size, shape.upsamples)
         size = shape.resolution
-        noise = area_resize(draws.noise, size) * conv.noise_scale[:, None, None]
+        noise = area_resize(draws.noise, size) if conv.noise is None else conv.noise
+        noise = noise * conv.noise_scale[:, None, None]
         weights = [next(rgb_weights)] if shape.feeds_rgb else []
         if index < last:
-            weights.append(tap_weights(draws.convs[index + 1], network.shapes[index + 1].upsamples))
+            upsamples = network.shapes[index + 1].upsamples
+            weights.append(tap_weights(draws.convs[index + 1], network.variant, upsamples))
         sums = activation_sums(common.flatten(1), noise.flatten(1), conv, torch.cat(weights, dim=2))
         if shape.feeds_rgb:
             rgb, sums = sums[:, :, :3], sums[:, :, 3:]
@@ -163,7 +167,12 @@ def colour(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.
     return ((image - centre) * scale + mean[:, :, None, None]).clamp_(0.0, 1.0)
 
 
-def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+def to_bytes(images: torch.Tensor) -> np.ndarray:
+    """Round images float32 [B, 3, R, R] in [0, 1] to uint8 [B, R, R, 3]; overwrites its argument."""
+    return images.mul_(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def render(random: np.random.Generator, count: int, resolution: int, variant: Variant = ORIENTED) -> np.ndarray:
     """Images of one network.
 
     The images are drawn in chunks of a fixed size and a chunk is always rendered whole, so a smaller `count` gives a
@@ -173,15 +182,15 @@ def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarr
         random: consumed; the same state gives the same bytes.
         count: images.
         resolution: pixels per side, a power of two, 4 to 1024.
+        variant: which of the three processes.
 
     Returns:
         uint8 [count, resolution, resolution, 3].
     """
-    network = draw_network(random, resolution)
+    network = draw_network(random, resolution, variant)
     images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
     for start in range(0, count, CHUNK):
         draws = draw_images(random, network, CHUNK)
         chunk = colour(synthesise(network, draws), draws.colour_mean, draws.colour_std)
-        pixels = chunk.mul_(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        images[start : start + CHUNK] = pixels[: count - start]
+        images[start : start + CHUNK] = to_bytes(chunk)[: count - start]
     return images

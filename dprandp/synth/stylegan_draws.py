@@ -1,7 +1,18 @@
-"""Everything random in ``stylegan-oriented``: the networks and the per-image draws, without any rendering.
+"""Everything random in the wavelet StyleGANs: the networks and the per-image draws, without any rendering.
 
 The renderer (``stylegan.py``) and the dense oracle of the tests read the same draws. Source: Baradad et al.,
 "Learning to See by Looking at Noise", NeurIPS 2021; the architecture is StyleGAN2's (Karras et al., CVPR 2020).
+
+==========================  ====================  =============================================  =============
+process                     wavelets              noise                                          bias
+==========================  ====================  =============================================  =============
+``stylegan-oriented``       5 to 40 of the forty  one map for all layers, under an envelope      U(−.2, .2)
+``stylegan-highfreq``       all forty signs       pink noise, a map of its own for every layer   0
+``stylegan-sparse``         all forty signs       the same under an envelope                     U(0, .2)
+==========================  ====================  =============================================  =============
+
+(The released code of the last two keeps 100 noise maps per layer and network and picks one per image; here every image
+has its own, which has the same law.)
 """
 
 from __future__ import annotations
@@ -12,18 +23,41 @@ import numpy as np
 import torch
 
 from dprandp.synth.pink_noise import draw_pink_noise
-from dprandp.synth.wavelets import wavelets
+from dprandp.synth.wavelets import sign_wavelets, wavelets
 
 LATENT = 512
 MAX_CHANNELS = 512
 START_RESOLUTION = 4
 WAVELETS = len(wavelets())
 WAVELETS_PER_LAYER = (5, 40)
-BIAS_RANGE = 0.2
 NOISE_SCALE_MAX = 0.3
 LEAKY_SLOPE = 0.2
 COLOUR_MEAN = ((0.483, 0.145), (0.455, 0.142), (0.401, 0.161))  # (mean, std) of the normal, per channel R, G, B
 COLOUR_STD = ((0.219, 0.063), (0.213, 0.062), (0.213, 0.069))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes the processes.
+
+    Attributes:
+        bank: float64 [40, 3, 3], the filters.
+        chooses: whether every image and layer draws its own 5 to 40 of them first.
+        one_noise_map: whether all layers of an image share one noise map.
+        envelope: whether noise maps lie under a Laplace envelope.
+        bias: lowest and highest bias, uniform in between.
+    """
+
+    bank: np.ndarray
+    chooses: bool
+    one_noise_map: bool
+    envelope: bool
+    bias: tuple[float, float]
+
+
+ORIENTED = Variant(wavelets(), chooses=True, one_noise_map=True, envelope=True, bias=(-0.2, 0.2))
+HIGHFREQ = Variant(sign_wavelets(), chooses=False, one_noise_map=False, envelope=False, bias=(0.0, 0.0))
+SPARSE = Variant(sign_wavelets(), chooses=False, one_noise_map=False, envelope=True, bias=(0.0, 0.2))
 
 
 @dataclass(frozen=True)
@@ -64,12 +98,14 @@ class Network:
         constant: float32 [512, 4, 4], the input of the first one, N(0, 1).
         conv_affines: per convolution float32 [in_channels, 512], N(0, 1)/√512: style = affine · w + 1.
         rgb_affines: the same per RGB layer, [channels, 512].
+        variant: of the process.
     """
 
     shapes: list[LayerShape]
     constant: torch.Tensor
     conv_affines: list[torch.Tensor]
     rgb_affines: list[torch.Tensor]
+    variant: Variant = ORIENTED
 
 
 @dataclass(frozen=True)
@@ -80,8 +116,9 @@ class ConvDraws:
         style: float32 [B, in_channels].
         wavelet: int64 [B, in_channels], which of the forty wavelets every input channel gets.
         negative: bool [B, out_channels], the sign of s_o; demodulation removes |s_o|, so it is never drawn.
-        bias: float32 [B, out_channels], U(−.2, .2).
+        bias: float32 [B, out_channels].
         noise_scale: float32 [B], U(0, .3).
+        noise: float32 [B, r, r], the noise map of this layer; None where the layers of an image share one.
     """
 
     style: torch.Tensor
@@ -89,6 +126,7 @@ class ConvDraws:
     negative: torch.Tensor
     bias: torch.Tensor
     noise_scale: torch.Tensor
+    noise: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +136,13 @@ class ImageDraws:
     Attributes:
         convs: one entry per convolution.
         rgb: per RGB layer float32 [B, channels, 3], weights that are already modulated and divided by √channels.
-        noise: float32 [B, R, R], pink noise of standard deviation 1.
+        noise: float32 [B, R, R], pink noise of standard deviation 1; None where every layer has its own.
         colour_mean, colour_std: float32 [B, 3].
     """
 
     convs: list[ConvDraws]
     rgb: list[torch.Tensor]
-    noise: torch.Tensor
+    noise: torch.Tensor | None
     colour_mean: torch.Tensor
     colour_std: torch.Tensor
 
@@ -113,13 +151,13 @@ def _normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
 
 
-def draw_network(random: np.random.Generator, resolution: int) -> Network:
+def draw_network(random: np.random.Generator, resolution: int, variant: Variant = ORIENTED) -> Network:
     """Draw the constant input and the style affines that the images of one block share."""
     shapes = layer_shapes(resolution)
     constant = _normal(random, shapes[0].in_channels, START_RESOLUTION, START_RESOLUTION)
     conv_affines = [_normal(random, shape.in_channels, LATENT) / LATENT**0.5 for shape in shapes]
     rgb_affines = [_normal(random, shape.out_channels, LATENT) / LATENT**0.5 for shape in shapes if shape.feeds_rgb]
-    return Network(shapes, constant, conv_affines, rgb_affines)
+    return Network(shapes, constant, conv_affines, rgb_affines, variant)
 
 
 def _style(latent: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
@@ -134,15 +172,24 @@ def draw_wavelet_choice(random: np.random.Generator, count: int, channels: int) 
     return np.take_along_axis(shuffled, random.integers(0, kept, size=(count, channels)), axis=1)
 
 
-def _draw_conv(random: np.random.Generator, shape: LayerShape, style: torch.Tensor) -> ConvDraws:
-    count = len(style)
+def _draw_conv(random: np.random.Generator, shape: LayerShape, style: torch.Tensor, variant: Variant) -> ConvDraws:
+    count, size = len(style), shape.resolution
     out = (count, shape.out_channels)
+    if variant.chooses:
+        choice = draw_wavelet_choice(random, count, shape.in_channels)
+    else:
+        choice = random.integers(0, WAVELETS, size=(count, shape.in_channels))
+    middle, spread = (sum(variant.bias) / 2.0, (variant.bias[1] - variant.bias[0]) / 2.0)
+    negative = random.integers(0, 2, size=out, dtype=bool)
+    bias = np.float32(middle) + (random.random(out, dtype=np.float32) * 2.0 - 1.0) * np.float32(spread)
+    noise_scale = random.random(count, dtype=np.float32) * np.float32(NOISE_SCALE_MAX)
     return ConvDraws(
         style=style,
-        wavelet=torch.from_numpy(draw_wavelet_choice(random, count, shape.in_channels)),
-        negative=torch.from_numpy(random.integers(0, 2, size=out, dtype=bool)),
-        bias=torch.from_numpy((random.random(out, dtype=np.float32) * 2.0 - 1.0) * np.float32(BIAS_RANGE)),
-        noise_scale=torch.from_numpy(random.random(count, dtype=np.float32) * np.float32(NOISE_SCALE_MAX)),
+        wavelet=torch.from_numpy(choice),
+        negative=torch.from_numpy(negative),
+        bias=torch.from_numpy(bias),
+        noise_scale=torch.from_numpy(noise_scale),
+        noise=None if variant.one_noise_map else draw_pink_noise(random, count, size, variant.envelope),
     )
 
 
@@ -151,9 +198,14 @@ def _draw_rgb(random: np.random.Generator, style: torch.Tensor) -> torch.Tensor:
     return _normal(random, count, channels, 3) * (style / channels**0.5)[:, :, None]
 
 
-def _draw_colour(random: np.random.Generator, count: int, law: tuple[tuple[float, float], ...]) -> torch.Tensor:
+def _draw_law(random: np.random.Generator, count: int, law: tuple[tuple[float, float], ...]) -> torch.Tensor:
     centre, spread = torch.tensor(law, dtype=torch.float32).T
     return centre + spread * _normal(random, count, 3)
+
+
+def draw_colour(random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the mean and the standard deviation of every channel: float32 [count, 3] each."""
+    return _draw_law(random, count, COLOUR_MEAN), _draw_law(random, count, COLOUR_STD)
 
 
 def draw_images(random: np.random.Generator, network: Network, count: int) -> ImageDraws:
@@ -165,13 +217,9 @@ def draw_images(random: np.random.Generator, network: Network, count: int) -> Im
     latents = torch.nn.functional.leaky_relu(_normal(random, len(network.shapes) + 1, count, LATENT), LEAKY_SLOPE)
     convs, rgb = [], []
     for index, (shape, affine) in enumerate(zip(network.shapes, network.conv_affines, strict=True)):
-        convs.append(_draw_conv(random, shape, _style(latents[index], affine)))
+        convs.append(_draw_conv(random, shape, _style(latents[index], affine), network.variant))
         if shape.feeds_rgb:
             rgb.append(_draw_rgb(random, _style(latents[index + 1], next(rgb_affines))))
-    return ImageDraws(
-        convs=convs,
-        rgb=rgb,
-        noise=draw_pink_noise(random, count, network.shapes[-1].resolution),
-        colour_mean=_draw_colour(random, count, COLOUR_MEAN),
-        colour_std=_draw_colour(random, count, COLOUR_STD),
-    )
+    one_noise_map = network.variant.one_noise_map
+    noise = draw_pink_noise(random, count, network.shapes[-1].resolution) if one_noise_map else None
+    return ImageDraws(convs, rgb, noise, *draw_colour(random, count))

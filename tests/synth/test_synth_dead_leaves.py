@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dprandp.synth import dead_leaves
+from dprandp.synth import dead_leaves, dead_leaves_textures
 from dprandp.synth.dead_leaves import KINDS, Shapes
 
 
@@ -158,3 +158,67 @@ def test_fewer_images_are_a_prefix() -> None:
     assert many.dtype == np.uint8
     np.testing.assert_array_equal(dead_leaves.render(np.random.default_rng(4), 2, 32), many[:2])
     assert (many[0] != many[1]).mean() > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------- one kind
+
+
+@pytest.mark.parametrize("kind", ["square", "oriented-square"])
+def test_one_kind_alone_equals_front_to_back(kind: str) -> None:
+    image, shapes = dead_leaves.draw_image(np.random.default_rng(2), 32, (kind,))
+    assert set(shapes.kind) == {KINDS.index(kind)}
+    np.testing.assert_array_equal(image, front_to_back(shapes, 32))
+
+
+def test_squares_have_edges_along_the_axes_and_oriented_ones_do_not() -> None:
+    """Corners of boundaries: a staircase of a turned edge has many, squares along the axes few per boundary pixel."""
+
+    def corners_per_edge(kind: str) -> float:
+        images = dead_leaves.render(np.random.default_rng(0), 6, 64, (kind,)).astype(int)
+        across, down = (np.abs(np.diff(images, axis=axis)).sum(axis=3) > 0 for axis in (2, 1))
+        corners = across[:, 1:] != across[:, :-1]
+        return corners.sum() / (across.sum() + down.sum())
+
+    assert corners_per_edge("oriented-square") > 1.8 * corners_per_edge("square")
+
+
+def test_leaf_sizes_follow_the_density() -> None:
+    """Sides of the squares that fall are r√2·R with r from the published density, a control with another exponent."""
+    shapes = dead_leaves.draw_shapes(np.random.default_rng(0), 8000, 400, ("square",))
+    inner = (np.abs(shapes.centre - 200) + shapes.radius[:, None] < 200).all(axis=1)
+    assert inner.sum() > 3000
+    owner, _ = dead_leaves.covered_pixels(shapes[:2000], 400)
+    area = np.bincount(owner, minlength=2000)[inner[:2000]]
+    np.testing.assert_allclose(np.sqrt(area), (shapes.radius * 2**0.5)[:2000][inner[:2000]], atol=1.5)
+
+
+# ----------------------------------------------------------------------------------------------------------- textures
+
+
+def test_textured_leaves_show_their_own_shifted_textures() -> None:
+    random = np.random.default_rng(0)
+    textures = random.integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
+    visible, shapes = dead_leaves.let_fall(np.random.default_rng(1), 16)
+    visible[3, 4] = -1  # bare
+    choice, shift = random.integers(5, size=len(shapes)), random.integers(16, size=(len(shapes), 2))
+    image = dead_leaves_textures.texture_leaves(visible, textures, choice, shift)
+    for y in range(16):
+        for x in range(16):
+            leaf = visible[y, x]
+            wanted = textures[choice[leaf], (y + shift[leaf, 0]) % 16, (x + shift[leaf, 1]) % 16]
+            np.testing.assert_array_equal(image[y, x], [0, 0, 0] if leaf < 0 else wanted)
+
+
+def test_textures_are_spectrum_color_wmm_and_leave_no_pixel_bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def pool(random: np.random.Generator, count: int, resolution: int, **constraints: bool) -> np.ndarray:
+        seen.append((count, constraints))
+        colours = np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None]
+        return np.broadcast_to(colours, (count, resolution, resolution, 3))
+
+    monkeypatch.setattr(dead_leaves_textures.statistical, "render", pool)
+    images = dead_leaves_textures.render(np.random.default_rng(0), 3, 32)
+    assert seen == [(dead_leaves_textures.TEXTURES, {"spectrum": True, "wmm": True, "colour": True})]
+    assert (images > 0).all()
+    assert len(np.unique(images)) > 20  # the leaves draw from the whole pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -11,18 +12,23 @@ import numpy as np
 import pytest
 import torch
 
+from dprandp.cli import flags
 from dprandp.errors import UsageError
-from dprandp.synth import PROCESSES, block_generator, process_named, render_block
+from dprandp.synth import ALIASES, LEAVES, PROCESSES, block_generator, process_named, render_block
 
-COUNT, RESOLUTION = 3, 16
-BLOCKS = [("stylegan-oriented", 0), ("stylegan-oriented", 1), ("dead-leaves", 0), ("dead-leaves", 1)]
+COUNT, RESOLUTION = 3, 8
+COMPOSED = ("kml:dead-leaves", "kml-mixup:spectrum", "mixture:perlin,kml:dead-leaves-squares")
+BLOCKS = [
+    *(("stylegan-oriented", 0), ("stylegan-oriented", 1), ("dead-leaves", 0), ("dead-leaves", 1)),
+    *((name, 0) for name in (*PROCESSES, *COMPOSED) if name not in ("stylegan-oriented", "dead-leaves")),
+]
 
 RENDER_ELSEWHERE = f"""
 import hashlib, sys, torch
 from dprandp.synth import render_block
 torch.set_num_threads(int(sys.argv[1]))
 for entry in sys.argv[2:]:
-    process, block = entry.split(":")
+    process, block = entry.rsplit(":", 1)
     images = render_block(process, 11, int(block), {COUNT}, {RESOLUTION})
     print(entry, hashlib.sha256(images.tobytes()).hexdigest())
     assert torch.get_num_threads() == int(sys.argv[1])
@@ -34,7 +40,11 @@ def digest(process: str, block: int, seed: int = 11) -> str:
 
 
 def test_the_registry() -> None:
-    assert set(PROCESSES) == {"stylegan-oriented", "dead-leaves"}
+    assert set(PROCESSES) == {
+        *(f"stylegan-{kind}" for kind in ("oriented", "random", "highfreq", "sparse")),
+        *("dead-leaves", "dead-leaves-squares", "dead-leaves-oriented", "dead-leaves-textures"),
+        *("spectrum", "spectrum-color", "wmm", "spectrum-color-wmm", "fractal", "perlin"),
+    }
     for name, spec in PROCESSES.items():
         assert spec.name == name
         assert spec.default_resolution == 64
@@ -42,17 +52,18 @@ def test_the_registry() -> None:
     assert PROCESSES["stylegan-oriented"].block_size == 400
 
 
-@pytest.mark.parametrize("process", sorted(PROCESSES))
-def test_shape_and_type(process: str) -> None:
-    images = render_block(process, 0, 0, 2, RESOLUTION)
-    assert images.shape == (2, RESOLUTION, RESOLUTION, 3)
+@pytest.mark.parametrize("process", [*sorted(PROCESSES), *COMPOSED])
+def test_shape_type_and_smallest_resolution(process: str) -> None:
+    images = render_block(process, 0, 0, 2, 8)
+    assert images.shape == (2, 8, 8, 3)
     assert images.dtype == np.uint8
+    assert images.std(axis=(1, 2)).max() > 5.0  # not flat
 
 
 def test_other_processes_threads_and_order_give_the_same_bytes() -> None:
     wanted = {f"{process}:{block}": digest(process, block) for process, block in BLOCKS}
     assert len(set(wanted.values())) == len(BLOCKS)
-    for threads, entries in ((1, list(wanted)), (2, list(reversed(wanted)))):
+    for threads, entries in ((1, list(wanted)[:4]), (2, list(reversed(wanted)))):
         result = subprocess.run(
             [sys.executable, "-c", RENDER_ELSEWHERE, str(threads), *entries],
             capture_output=True,
@@ -61,10 +72,11 @@ def test_other_processes_threads_and_order_give_the_same_bytes() -> None:
             timeout=120,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        assert dict(line.split() for line in result.stdout.splitlines()) == wanted
+        found = dict(line.split() for line in result.stdout.splitlines())
+        assert found == {entry: wanted[entry] for entry in entries}
 
 
-@pytest.mark.parametrize("process", sorted(PROCESSES))
+@pytest.mark.parametrize("process", [*sorted(PROCESSES), *COMPOSED])
 def test_seed_and_block_matter_and_a_smaller_count_is_a_prefix(process: str) -> None:
     assert digest(process, 0) == digest(process, 0)
     assert len({digest(process, 0), digest(process, 1), digest(process, 0, seed=12)}) == 3
@@ -110,3 +122,64 @@ def test_wrong_arguments_are_named() -> None:
         render_block("stylegan-oriented", 0, 0, 0, 16)
     with pytest.raises(UsageError, match="block -1"):
         render_block("dead-leaves", 0, -1, 1, 16)
+
+
+# ------------------------------------------------------------------------------------------------------- composed names
+
+
+def test_aliases_and_canonical_names() -> None:
+    assert process_named("dead-leaves-shapes") is process_named("dead-leaves")
+    assert digest("dead-leaves-shapes", 0) == digest("dead-leaves", 0)
+    assert process_named("kml:dead-leaves-shapes").name == "kml:dead-leaves"
+    assert digest("kml:dead-leaves-shapes", 1) == digest("kml:dead-leaves", 1)
+    assert process_named("mixture: perlin, dead-leaves-shapes").name == "mixture:perlin,dead-leaves"
+    nested = process_named("kml:mixture:perlin,wmm")
+    assert nested.name == "kml:mixture:perlin,wmm"
+    assert process_named("mixture:kml:perlin,wmm").name == "mixture:kml:perlin,wmm"
+
+
+def test_a_mixtures_blocks_keep_to_those_of_its_parts() -> None:
+    assert process_named("mixture:stylegan-oriented,perlin").block_size == 400
+    assert process_named("mixture:stylegan-oriented,dead-leaves").block_size == 200  # blocks of 100
+    assert process_named("mixture:perlin,perlin,perlin").block_size == 399
+    images = render_block("mixture:perlin,spectrum", 0, 0, 4, 8)
+    assert images.shape == (4, 8, 8, 3)
+
+
+def test_parts_differ_from_the_processes_alone() -> None:
+    """A part has a stream of its own: another mixture does not repeat its images."""
+    first = render_block("mixture:perlin,spectrum", 0, 0, 2, 16)[0]
+    assert (first != render_block("mixture:perlin,wmm", 0, 0, 2, 16)[0]).any()
+    assert (first != render_block("perlin", 0, 0, 1, 16)[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("spectum", r"'spectum'.*\n.*did you mean 'spectrum'"),
+        ("kml", r"kml needs a process.*\n.*kml:stylegan-oriented"),
+        ("kml:", r"kml needs a process"),
+        ("kml:perlim", r"'perlim'.*\n.*did you mean 'perlin'"),
+        ("kml-mixup:kml:fractl", r"'fractl'.*\n.*did you mean 'fractal'"),
+        ("mixture:perlin,stylegan-orientd", r"'stylegan-orientd'.*\n.*did you mean 'stylegan-oriented'"),
+        ("mixture:perlin", r"two or more processes"),
+        ("mixture:perlin,,wmm", r"two or more processes"),
+        ("mixture", r"two or more processes"),
+        ("mixtur:perlin,wmm", r"'mixtur'.*\n.*did you mean 'mixture'"),
+        ("perlin:wmm", r"'perlin' takes no other process"),
+        ("", r"no random process called ''.*\n.*known: .*wmm"),
+    ],
+)
+def test_wrong_parts_are_named(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        render_block(name, 0, 0, 1, 16)
+    assert caught.value.exit_code == 2
+
+
+def test_the_error_and_the_help_list_every_process() -> None:
+    with pytest.raises(UsageError) as caught:
+        process_named("no such thing")
+    helped = re.findall(r"[a-z][a-z-]+", flags.Process.__metadata__[0].help)
+    for name in (*PROCESSES, *ALIASES, *LEAVES, "mixture"):
+        assert name in caught.value.fix
+        assert name in helped

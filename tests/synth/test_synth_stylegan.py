@@ -1,4 +1,4 @@
-"""stylegan-oriented: the rank-one renderer against a dense StyleGAN2 with the same draws, and the laws of the draws."""
+"""The wavelet StyleGANs: the rank-one renderer against a dense StyleGAN2 with the same draws; laws of the draws."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from scipy import stats
 from torch.nn import functional
 
 from dprandp.synth import stylegan, stylegan_draws
-from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, Network
-from dprandp.synth.wavelets import wavelets
+from dprandp.synth.stylegan_draws import HIGHFREQ, ORIENTED, SPARSE, ConvDraws, ImageDraws, Network, Variant
+from dprandp.synth.wavelets import sign_wavelets
 
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 4.0
 FIR_2D = FIR[:, None] * FIR[None, :]
@@ -36,7 +36,7 @@ def dense_synthesise(network: Network, draws: ImageDraws, image_index: int, epsi
     for shape, conv in zip(network.shapes, draws.convs, strict=True):
         sign = 1.0 - 2.0 * conv.negative[image_index].double()
         s = sign * torch.from_numpy(np.abs(magnitudes.standard_normal(shape.out_channels)))
-        filters = torch.from_numpy(wavelets())[conv.wavelet[image_index]]
+        filters = torch.from_numpy(network.variant.bank)[conv.wavelet[image_index]]
         weight = s[:, None, None, None] * filters[None]
         weight = weight * conv.style[image_index].double()[None, :, None, None]
         weight = weight * torch.rsqrt(weight.square().sum(dim=(1, 2, 3), keepdim=True) + epsilon)
@@ -46,7 +46,10 @@ def dense_synthesise(network: Network, draws: ImageDraws, image_index: int, epsi
         else:
             y = functional.conv2d(x, weight, padding=1)
         size = (shape.resolution, shape.resolution)
-        noise = functional.interpolate(draws.noise[image_index].double()[None, None], size, mode="area")
+        if draws.noise is None:
+            noise = conv.noise[image_index].double()[None, None]
+        else:
+            noise = functional.interpolate(draws.noise[image_index].double()[None, None], size, mode="area")
         y = y + noise * conv.noise_scale[image_index].double()
         y = y + conv.bias[image_index].double()[None, :, None, None]
         x = 2.0**0.5 * functional.relu(y)
@@ -73,9 +76,11 @@ def in_float64(network: Network, draws: ImageDraws) -> tuple[Network, ImageDraws
     return widen(network), widen(draws)  # type: ignore[return-value]
 
 
-def drawn(seed: int, resolution: int, count: int) -> tuple[Network, ImageDraws]:
+def drawn(
+    seed: int, resolution: int, count: int, variant: Variant = ORIENTED
+) -> tuple[Network, ImageDraws]:
     random = np.random.default_rng(seed)
-    network = stylegan_draws.draw_network(random, resolution)
+    network = stylegan_draws.draw_network(random, resolution, variant)
     return network, stylegan_draws.draw_images(random, network, count)
 
 
@@ -89,8 +94,8 @@ def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stylegan_draws, "channels_at", counts.__getitem__)
 
 
-def check_against_dense(seed: int, resolution: int, count: int) -> None:
-    network, draws = drawn(seed, resolution, count)
+def check_against_dense(seed: int, resolution: int, count: int, variant: Variant = ORIENTED) -> None:
+    network, draws = drawn(seed, resolution, count, variant)
     images = stylegan.synthesise(network, draws)
     exact_images = stylegan.synthesise(*in_float64(network, draws))
     assert images.dtype == torch.float32
@@ -108,6 +113,54 @@ def test_equals_dense_network_at_full_width() -> None:
 def test_equals_dense_network_at_full_depth_with_unequal_widths() -> None:
     for seed in range(5):
         check_against_dense(seed, resolution=64, count=3)
+
+
+@pytest.mark.usefixtures("few_channels")
+@pytest.mark.parametrize("variant", [HIGHFREQ, SPARSE], ids=["highfreq", "sparse"])
+def test_siblings_equal_dense_networks(variant: Variant) -> None:
+    for seed in range(2):
+        check_against_dense(seed, resolution=64, count=2, variant=variant)
+
+
+@pytest.mark.usefixtures("few_channels")
+@pytest.mark.parametrize("variant", [HIGHFREQ, SPARSE], ids=["highfreq", "sparse"])
+def test_siblings_draw_noise_for_every_layer(variant: Variant) -> None:
+    network, draws = drawn(0, 64, 2, variant)
+    wanted = stylegan.synthesise(network, draws)[0]
+    assert draws.noise is None
+    for layer, (shape, conv) in enumerate(zip(network.shapes, draws.convs, strict=True)):
+        assert conv.noise.shape == (2, shape.resolution, shape.resolution)
+        np.testing.assert_allclose(conv.noise.std(dim=(1, 2), correction=0), 1.0, atol=1e-3)
+        convs = list(draws.convs)
+        convs[layer] = replace(conv, noise=conv.noise.flip(0))
+        changed = stylegan.synthesise(network, replace(draws, convs=convs))[0]
+        assert error_in_deviations(changed, wanted) > 1e-3, layer
+
+
+def test_laws_of_the_siblings() -> None:
+    for variant, bias_law in ((HIGHFREQ, None), (SPARSE, stats.uniform(0.0, 0.2))):
+        np.testing.assert_array_equal(variant.bank, sign_wavelets())
+        _, draws = drawn(5, 8, 100, variant)
+        for conv in draws.convs:
+            bias = conv.bias.numpy().ravel()
+            if bias_law is None:
+                assert (bias == 0.0).all()
+            else:
+                assert stats.kstest(bias, bias_law.cdf).pvalue > 1e-3
+                assert stats.kstest(bias, stats.uniform(-0.2, 0.4).cdf).pvalue < 1e-3  # control: stylegan-oriented's
+            counts = np.bincount(conv.wavelet.numpy().ravel(), minlength=40)
+            assert stats.chisquare(counts).pvalue > 1e-3  # every channel draws from all forty
+
+
+def test_envelope_makes_noise_uneven() -> None:
+    """Energy by quarter of the map: without the envelope (highfreq) far more even than with it (sparse)."""
+
+    def unevenness(envelope: bool) -> float:
+        maps = stylegan_draws.draw_pink_noise(np.random.default_rng(0), 200, 32, envelope).numpy()
+        energy = (maps**2).reshape(200, 2, 16, 2, 16).mean(axis=(2, 4)).reshape(200, 4)
+        return float(np.median(energy.std(axis=1) / energy.mean(axis=1)))
+
+    assert unevenness(True) > 1.5 * unevenness(False)
 
 
 @pytest.mark.slow

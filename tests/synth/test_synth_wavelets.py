@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dprandp.synth.wavelets import base_wavelets, wavelets
+from dprandp.synth.wavelets import base_wavelets, sign_wavelets, wavelets
 
 
 def rotated_centre(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -70,3 +70,23 @@ def test_the_four_unoriented_ones() -> None:
     np.testing.assert_array_equal(centre_against_rest, [[-1, -1, -1], [-1, 1, -1], [-1, -1, -1]])
     np.testing.assert_array_equal(plus, [[0, 1, 0], [1, 1, 1], [0, 1, 0]])
     np.testing.assert_array_equal(signed_plus, [[-1, 1, -1], [1, 1, 1], [-1, 1, -1]])
+
+
+def test_sign_wavelets_equal_the_signs_of_rotated_images() -> None:
+    """Sixteen edges round the circle, eight lines with both signs, four others with both signs: forty."""
+    everything = sign_wavelets()
+    assert everything.shape == (40, 3, 3)
+    assert set(np.unique(everything)) == {-1.0, 0.0, 1.0}
+    found = set()
+    for orientation in range(16):
+        edge = np.sign(np.round(rotated_centre(literal_step(), 22.5 * orientation), 6))
+        line = ndimage.rotate(literal_line(), 22.5 * orientation, reshape=False, order=1, mode="nearest")
+        line = np.sign(np.round(line[4:7, 4:7], 6))
+        for wanted in (edge, line, -line):
+            matches = np.flatnonzero((everything == wanted).all(axis=(1, 2)))
+            assert len(matches) >= 1
+            found |= set(matches)
+    assert found | {16, 17, 18, 19, 36, 37, 38, 39} == set(range(40))
+    np.testing.assert_array_equal(everything[20:], -everything[:20])
+    np.testing.assert_array_equal(everything[16:20], np.concatenate([base_wavelets()[16:]]))
+    assert not (everything == wavelets()).all()

@@ -1,0 +1,122 @@
+"""Processes made of other processes: ``kml:P``, ``kml-mixup:P`` and ``mixture:P,Q,...``.
+
+Source of the first two: K-Means Leaves (ICML 2025). Two clusters of the colours of one image make a mask; blurred, it
+mixes two further images. ``kml-mixup`` is the mean of two such images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+Process = Callable[[np.random.Generator, int, int], np.ndarray]
+
+CHUNK = 20  # images mixed together; part of the random stream: changing it changes every image
+SOURCES_PER_CHUNK = 30  # images that the three roles of a chunk are drawn from
+KMEANS_STEPS = 10
+BLURS = 2
+
+
+def fork(random: np.random.Generator) -> np.random.Generator:
+    """A generator whose stream does not depend on how much is taken from another one."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(random.bytes(16), "little")))
+
+
+def two_means(images: torch.Tensor) -> torch.Tensor:
+    """Cluster the colours of every image in two, by Lloyd's algorithm from a cut across the first principal component.
+
+    Args:
+        images: float32 [B, 3, P].
+
+    Returns:
+        bool [B, P], one of the clusters; neither is empty unless all pixels have the same colour.
+    """
+    centred = images - images.mean(dim=2, keepdim=True)
+    _, vectors = torch.linalg.eigh(centred @ centred.transpose(1, 2))
+    mask = (vectors[:, None, :, -1] @ centred)[:, 0] > 0.0
+    for _ in range(KMEANS_STEPS):
+        inside = mask[:, None].float()
+        size = inside.sum(dim=2)
+        first = (centred * inside).sum(dim=2) / size.clamp(min=1.0)
+        second = (centred * (1.0 - inside)).sum(dim=2) / (images.shape[2] - size).clamp(min=1.0)
+        # nearer to the first centre: on its side of the plane half-way between the two
+        normal = first - second
+        middle = 0.5 * ((first + second) * normal).sum(dim=1)
+        mask = (normal[:, None] @ centred)[:, 0] > middle[:, None]
+    return mask
+
+
+def soft_masks(images: torch.Tensor) -> torch.Tensor:
+    """Masks of K-Means Leaves: two clusters of the colours, a 3×3 box blur twice, edges repeated.
+
+    Args:
+        images: uint8 [B, R, R, 3].
+
+    Returns:
+        float32 [B, R, R, 1] in [0, 1].
+    """
+    batch, height, width, _ = images.shape
+    mask = two_means(images.float().flatten(1, 2).transpose(1, 2)).float().view(batch, 1, height, width)
+    for _ in range(BLURS):
+        mask = functional.avg_pool2d(functional.pad(mask, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return mask.permute(0, 2, 3, 1)
+
+
+def mix(masks: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """mask · first + (1 − mask) · second of uint8 [B, R, R, 3] images: float32 of that shape."""
+    return second.float() + masks * (first.float() - second.float())
+
+
+def draw_roles(random: np.random.Generator, count: int, sources: int, leaves: int) -> torch.Tensor:
+    """Which sources make the mask, the first and the second image of every leaf: int64 [count, 3·leaves], distinct."""
+    return torch.from_numpy(random.permuted(np.tile(np.arange(sources), (count, 1)), axis=1)[:, : 3 * leaves])
+
+
+def kmeans_leaves(source: Process, leaves: int) -> Process:
+    """K-Means Leaves over a process.
+
+    The images of a chunk draw their three (or six) different sources from 30 images of the process: each of those
+    appears in several images, but hardly ever twice in the same role beside the same others.
+
+    Args:
+        source: the process.
+        leaves: 1 for ``kml``, 2 for ``kml-mixup``, the mean of two.
+    """
+
+    def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+        chunks = -(-count // CHUNK)
+        roles_random = fork(random)
+        pool = torch.from_numpy(source(fork(random), SOURCES_PER_CHUNK * chunks, resolution))
+        images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
+        for chunk in range(chunks):
+            sources = pool[SOURCES_PER_CHUNK * chunk : SOURCES_PER_CHUNK * (chunk + 1)]
+            masks = soft_masks(sources)
+            roles = draw_roles(roles_random, CHUNK, SOURCES_PER_CHUNK, leaves)
+            parts = [
+                mix(masks[mask], sources[first], sources[second])
+                for mask, first, second in (roles[:, 3 * leaf : 3 * leaf + 3].T for leaf in range(leaves))
+            ]
+            mixed = torch.stack(parts).mean(dim=0).round_().to(torch.uint8)
+            start = CHUNK * chunk
+            images[start : start + CHUNK] = mixed.numpy()[: count - start]
+        return images
+
+    return render
+
+
+def mixture(parts: Sequence[Process]) -> Process:
+    """Images of several processes in turn: image j is one of process j mod n."""
+
+    def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+        generators = [fork(random) for _ in parts]
+        images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
+        for index, (part, generator) in enumerate(zip(parts, generators, strict=True)):
+            own = images[index :: len(parts)]
+            if len(own):
+                own[:] = part(generator, len(own), resolution)
+        return images
+
+    return render

@@ -1,0 +1,214 @@
+"""``spectrum``, ``wmm`` and their combinations with ``color``: noise made to obey statistics of natural images.
+
+Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, and its released code:
+
+* **spectrum**: amplitude 1/(|f_x|^(s+d) + |f_y|^(s−d)) with s ~ U(.5, 3.5), d ~ N(0, .05); the same for the three
+  channels, whose variances and phases stay as they are.
+* **wmm** (wavelet-marginal model): every band of a steerable pyramid, the low-pass band excepted, gets the marginal
+  density exp(−|x/4^z|^ρ) on [−200, 200], z the image's size over the band's, ρ ~ U(.4, .8) per band and channel.
+* **color**: every channel gets the histogram of a component of the colour model.
+
+From uniform noise in three channels the constraints are imposed in this order, ten times; then the channels are turned
+from the basis of the colour model into RGB (always, with or without **color**) and scaled together to [0, 255].
+
+Each constraint is met by a projection, the two on marginals by giving the k-th smallest value the k-th of the wanted
+ones: after **color**, which comes last, it holds exactly, the others approximately.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dprandp.synth import steerable
+from dprandp.synth.colour_model import ColourModel, draw_colour_model
+
+CHUNK = 8  # images drawn and rendered together; part of the random stream: changing it changes every image
+ITERATIONS = 10
+SLOPE_RANGE = (0.5, 3.5)
+ANISOTROPY = 0.05
+SHAPE_RANGE = (0.4, 0.8)
+LARGEST_COEFFICIENT = 200.0
+_DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 601) ** 2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about B images; a constraint that a process does not have is None.
+
+    Attributes:
+        noise: float32 [B, 3, R, R], U(0, 256): what the iteration starts from.
+        slope: float64 [B, 2], (s + d, s − d).
+        shape: float64 [B, 3, 1 + 4·levels], ρ of every band: high-pass, then scale by scale.
+        colours: the colour model.
+        imposes_colour: whether its histograms are imposed.
+    """
+
+    noise: torch.Tensor
+    slope: np.ndarray | None
+    shape: np.ndarray | None
+    colours: ColourModel
+    imposes_colour: bool
+
+
+def draw(
+    random: np.random.Generator, count: int, resolution: int, *, spectrum: bool, wmm: bool, colour: bool
+) -> Draws:
+    """Draw `count` images of the process with the given constraints."""
+    noise = 256.0 * random.random((count, 3, resolution, resolution), dtype=np.float32)
+    slope = shape = None
+    if spectrum:
+        middle, difference = random.uniform(*SLOPE_RANGE, count), ANISOTROPY * random.standard_normal(count)
+        slope = np.stack([middle + difference, middle - difference], axis=1)
+    if wmm:
+        bands = 1 + steerable.ORIENTATIONS * steerable.levels_for(resolution)
+        shape = random.uniform(*SHAPE_RANGE, (count, 3, bands))
+    colours = draw_colour_model(random, count, resolution)
+    return Draws(torch.from_numpy(noise), slope, shape, colours, colour)
+
+
+def amplitude(slope: np.ndarray, resolution: int) -> torch.Tensor:
+    """1/(|f_x|^(s+d) + |f_y|^(s−d)), 0 at frequency 0: float32 [B, R, R/2+1] for slopes [B, 2]."""
+    frequency_y, frequency_x = steerable.half_plane(resolution)
+    slope_x, slope_y = torch.from_numpy(slope).T[:, :, None, None]
+    denominator = frequency_x.abs() ** slope_x + frequency_y.abs() ** slope_y
+    denominator[:, 0, 0] = torch.inf
+    return (1.0 / denominator).float()
+
+
+def _energy(squared: torch.Tensor) -> torch.Tensor:
+    """Sum over the whole plane of a symmetric function given on the half plane, frequency 0 left out."""
+    total = 2.0 * squared.sum(dim=(-2, -1)) - squared[..., 0].sum(dim=-1) - squared[..., -1].sum(dim=-1)
+    return total - squared[..., 0, 0]
+
+
+def impose_spectrum(spectrum: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Give every channel an amplitude spectrum up to a factor that keeps its variance; phases and mean stay.
+
+    Args:
+        spectrum: complex64 [B, 3, R, R/2+1].
+        wanted: float32 [B, R, R/2+1].
+    """
+    magnitude = spectrum.abs().clamp_(min=torch.finfo(torch.float32).tiny)
+    gain = torch.sqrt(_energy(magnitude.square()) / _energy(wanted.double().square())[:, None]).float()
+    result = spectrum * (wanted[:, None] * gain[:, :, None, None] / magnitude)
+    result[..., 0, 0] = spectrum[..., 0, 0]
+    return result
+
+
+def band_quantiles(shape: np.ndarray, scale: int, count: int) -> np.ndarray:
+    """Quantiles (k + ½)/n of the density exp(−|x/4^scale|^ρ) on [−200, 200], ascending.
+
+    Args:
+        shape: float64 [N], ρ.
+        scale: z, the image's size over the band's.
+        count: n, even.
+
+    Returns:
+        float32 [N, n].
+    """
+    density = np.exp(-((_DENSITY_GRID / 4.0**scale) ** shape[:, None]))
+    mass = np.cumsum(0.5 * (density[:, 1:] + density[:, :-1]) * np.diff(_DENSITY_GRID), axis=1)
+    half = np.empty((len(shape), count // 2), dtype=np.float32)
+    probability = (np.arange(count // 2) + 0.5) * (2.0 / count)
+    for row, cumulated in zip(half, mass, strict=True):
+        row[:] = np.interp(probability * cumulated[-1], cumulated, _DENSITY_GRID[1:])
+    return np.concatenate([-half[:, ::-1], half], axis=1)
+
+
+def match_ranks(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Replace the k-th smallest value of every row by the k-th of `wanted`.
+
+    Value and position are packed into one integer and sorted together, several times faster than an argsort. Values are
+    rounded to 2^18 steps of a row's range for it (2^40 in rows of more than 8192); equal ones go by position.
+
+    Args:
+        values: float32 [N, n], n a power of two.
+        wanted: float32 [N, n], ascending rows.
+    """
+    rows = values.numpy()
+    count = rows.shape[1]
+    steps, kind = (2.0**18, np.int32) if count <= 8192 else (2.0**40, np.int64)
+    low = rows.min(axis=1, keepdims=True)
+    width = rows.max(axis=1, keepdims=True) - low
+    width[width < 1e-30] = 1.0
+    scaled = (rows - low) * ((steps - 1.0) / width).astype(np.float32 if kind is np.int32 else np.float64)
+    keys = scaled.astype(kind)
+    keys *= count
+    keys += np.arange(count, dtype=kind)
+    keys.sort(axis=1)
+    order = np.empty(keys.shape, dtype=np.int64)
+    np.bitwise_and(keys, count - 1, out=order)
+    return torch.empty_like(values).scatter_(1, torch.from_numpy(order), wanted)
+
+
+class _Marginals:
+    """The wavelet-marginal constraint of a batch, its quantiles computed once."""
+
+    def __init__(self, shape: np.ndarray, resolution: int) -> None:
+        self.masks = steerable.filters(resolution, steerable.levels_for(resolution))
+        sizes = [resolution, *(mask.shape[-2] for mask in self.masks.oriented)]
+        splits = np.cumsum([1, *[steerable.ORIENTATIONS] * len(self.masks.oriented)])[:-1]
+        self.quantiles = [
+            torch.from_numpy(band_quantiles(part.ravel(), resolution // size, size**2))
+            for part, size in zip(np.split(shape, splits, axis=2), sizes, strict=True)
+        ]
+
+    def impose(self, spectrum: torch.Tensor) -> torch.Tensor:
+        bands = steerable.analyse(spectrum, self.masks)
+        matched = [
+            match_ranks(band.reshape(wanted.shape), wanted).view(band.shape)
+            for band, wanted in zip(bands, self.quantiles, strict=True)
+        ]
+        return steerable.synthesise(matched, spectrum, self.masks)
+
+
+def impose(draws: Draws) -> torch.Tensor:
+    """Impose the constraints ten times, once where there is only one that holds for good: float32 [B, 3, R, R]."""
+    resolution = draws.noise.shape[-1]
+    wanted = None if draws.slope is None else amplitude(draws.slope, resolution)
+    marginals = None if draws.shape is None else _Marginals(draws.shape, resolution)
+    histogram = torch.from_numpy(draws.colours.histogram).reshape(-1, resolution**2)
+    spectrum = torch.fft.rfft2(draws.noise, norm="ortho")
+    channels = None
+    for _ in range(ITERATIONS if marginals or draws.imposes_colour else 1):
+        if wanted is not None:
+            spectrum = impose_spectrum(spectrum, wanted)
+        if marginals:
+            spectrum = marginals.impose(spectrum)
+        if draws.imposes_colour:
+            channels = torch.fft.irfft2(spectrum, norm="ortho")
+            channels = match_ranks(channels.reshape(histogram.shape), histogram).view(channels.shape)
+            spectrum = torch.fft.rfft2(channels, norm="ortho")
+    return torch.fft.irfft2(spectrum, norm="ortho") if channels is None else channels
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Scale every image [B, 3, R, R] to the full range, its channels together: uint8 [B, R, R, 3]."""
+    low = images.min(axis=(1, 2, 3), keepdims=True)
+    width = np.maximum(images.max(axis=(1, 2, 3), keepdims=True) - low, np.finfo(np.float32).tiny)
+    return np.rint((images - low) * (255.0 / width)).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def render(
+    random: np.random.Generator, count: int, resolution: int, *, spectrum: bool, wmm: bool, colour: bool
+) -> np.ndarray:
+    """Independent images; chunks are rendered whole, so a smaller `count` gives a prefix.
+
+    Args:
+        random: consumed; the same state gives the same bytes.
+        count: images.
+        resolution: pixels per side, a power of two, at least 8.
+        spectrum, wmm, colour: the constraints.
+
+    Returns:
+        uint8 [count, resolution, resolution, 3].
+    """
+    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
+    for start in range(0, count, CHUNK):
+        draws = draw(random, CHUNK, resolution, spectrum=spectrum, wmm=wmm, colour=colour)
+        channels = impose(draws).numpy()
+        images[start : start + CHUNK] = to_bytes(draws.colours.to_rgb(channels))[: count - start]
+    return images

@@ -1,0 +1,124 @@
+"""``stylegan-random``: images of untrained StyleGAN2 networks with Gaussian filters, as they are initialised.
+
+Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021: StyleGAN2 (Karras et al., CVPR 2020) with
+ReLU, without noise and bias; filters and RGB weights N(0, 1) are the network's, only the styles are an image's own.
+
+**Narrower than published.** Here the filters have full rank, so the shortcut of ``stylegan.py`` does not exist and a
+layer costs a dense convolution. The published network has 512 channels at 64 px, 32 billion operations an image; this
+one has at most :data:`MAX_CHANNELS`, which leaves the law of an output channel given the layer below it as it was
+(demodulation removes the width), and averages over fewer of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from dprandp.synth.stylegan import CHUNK, GAIN, colour, fir_filter, to_bytes, upsample_rgb
+from dprandp.synth.stylegan_draws import LATENT, LEAKY_SLOPE, START_RESOLUTION, channels_at, draw_colour
+
+MAX_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class RandomNetwork:
+    """One network, shared by the images of a block.
+
+    Attributes:
+        constant: float32 [C, 4, 4].
+        filters: per convolution float32 [out, in, 3, 3].
+        affines: per convolution float32 [in, 512], N(0, 1)/√512: style = affine · w + 1.
+        upsamples: per convolution, whether it doubles the resolution first. One that does not feeds an RGB layer.
+        rgb_weights: per RGB layer float32 [3, C].
+        rgb_affines: per RGB layer float32 [C, 512].
+    """
+
+    constant: torch.Tensor
+    filters: list[torch.Tensor]
+    affines: list[torch.Tensor]
+    upsamples: list[bool]
+    rgb_weights: list[torch.Tensor]
+    rgb_affines: list[torch.Tensor]
+
+
+def _normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+
+
+def draw_network(random: np.random.Generator, resolution: int, max_channels: int = MAX_CHANNELS) -> RandomNetwork:
+    """Draw a network that renders `resolution` (a power of two, at least 4)."""
+
+    def width(size: int) -> int:
+        return min(channels_at(size), max_channels)
+
+    size, channels = START_RESOLUTION, width(START_RESOLUTION)
+    network = RandomNetwork(_normal(random, channels, size, size), [], [], [], [], [])
+    while size <= resolution:
+        for upsamples in (True, False) if size > START_RESOLUTION else (False,):
+            network.filters.append(_normal(random, width(size), channels, 3, 3))
+            network.affines.append(_normal(random, channels, LATENT) / LATENT**0.5)
+            network.upsamples.append(upsamples)
+            channels = width(size)
+        network.rgb_weights.append(_normal(random, 3, channels))
+        network.rgb_affines.append(_normal(random, channels, LATENT) / LATENT**0.5)
+        size *= 2
+    return network
+
+
+def synthesise(network: RandomNetwork, latents: torch.Tensor) -> torch.Tensor:
+    """Run a network up to the RGB image, before the colour step.
+
+    The style multiplies the input and the demodulation the output of one convolution that all images share, which
+    equals a filter of its own for every image.
+
+    Args:
+        latents: float32 [L + 1, B, 512] for L convolutions; an RGB layer shares the latent of the next convolution.
+
+    Returns:
+        float32 [B, 3, R, R].
+    """
+    batch = latents.shape[1]
+    maps = network.constant.expand(batch, -1, -1, -1)
+    image = maps.new_zeros(batch, 3, START_RESOLUTION // 2, START_RESOLUTION // 2)
+    rgb_layers = zip(network.rgb_weights, network.rgb_affines, strict=True)
+    for index, (filters, affine) in enumerate(zip(network.filters, network.affines, strict=True)):
+        style = latents[index] @ affine.T + 1.0
+        demodulation = torch.rsqrt(style.square() @ filters.square().sum(dim=(2, 3)).T)
+        maps = maps * style[:, :, None, None]
+        if network.upsamples[index]:
+            maps = functional.conv_transpose2d(maps, filters.transpose(0, 1), stride=2)
+            maps = functional.pad(maps, (1, 1, 1, 1)).flatten(0, 1)
+            maps = fir_filter(maps).unflatten(0, (batch, -1))
+        else:
+            maps = functional.conv2d(maps, filters, padding=1)
+        maps = functional.relu_(maps * (GAIN * demodulation)[:, :, None, None])
+        if not network.upsamples[index]:
+            weights, rgb_affine = next(rgb_layers)
+            style = (latents[index + 1] @ rgb_affine.T + 1.0) / weights.shape[1] ** 0.5
+            rgb = (weights * style[:, None, :]) @ maps.flatten(2)
+            image = upsample_rgb(image) + rgb.unflatten(2, maps.shape[2:])
+    return image
+
+
+def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+    """Images of one network; chunks are rendered whole, so a smaller `count` gives a prefix.
+
+    Args:
+        random: consumed; the same state gives the same bytes.
+        count: images.
+        resolution: pixels per side, a power of two, 4 to 1024.
+
+    Returns:
+        uint8 [count, resolution, resolution, 3].
+    """
+    network = draw_network(random, resolution)
+    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
+    for start in range(0, count, CHUNK):
+        latents = functional.leaky_relu(_normal(random, len(network.filters) + 1, CHUNK, LATENT), LEAKY_SLOPE)
+        mean, std = draw_colour(random, CHUNK)
+        chunk = colour(synthesise(network, latents), mean, std)
+        images[start : start + CHUNK] = to_bytes(chunk)[: count - start]
+    return images
