@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import InputError, UsageError, nearest
+from .errors import CheckpointError, InputError, UsageError, nearest
 
 SIZES = ("tiny", "small", "paper")
 
@@ -226,6 +226,21 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
                      for key, v in values.items()})
     validate(stage, config)
     return config
+
+
+def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
+    """A stage's configuration as a run recorded it.
+
+    Raises:
+        CheckpointError: it has other settings than this version, or values out of range.
+    """
+    try:
+        return build(stage, values)
+    except UsageError as error:
+        raise CheckpointError(
+            f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
+            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+        ) from error
 
 
 _PATCHNET_ONLY = {"filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations"}

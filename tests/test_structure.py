@@ -117,7 +117,8 @@ FOUNDATIONS = {
     "files": {"errors", "faults"},
     "console": {"errors", "files"},
     "locking": {"errors", "files"},
-    "runtable": {"errors", "files"},
+    "runresults": {"errors"},
+    "runtable": {"errors", "files", "runresults"},
     "checkpoint": {"errors", "faults", "files", "tensorfile"},
     "runfolder": {"errors", "files", "locking", "runtable"},
     "rundir": {"environment", "errors", "files", "runfolder", "runtable", "toml"},
@@ -140,7 +141,7 @@ LEDGER_AND_NUMBERS = {"privacy", "privacy.accounting", "privacy.gaussian_dp", "p
         ("datasets", {"errors"}),
         ("vision", {"errors", "config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
-        ("reporting", {"errors", "config", "files", "rundir", "toml", *LEDGER_AND_NUMBERS}),
+        ("reporting", {"errors", "config", "files", "rundir", "runresults", "toml", *LEDGER_AND_NUMBERS}),
         ("report", {"faults", "files", "rundir", "reporting.*"}),
         ("model_card", {"reporting.*"}),
     ],

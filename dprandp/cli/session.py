@@ -55,7 +55,7 @@ def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, giv
     order = list(STAGES)
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
     if size is None and before:
-        size = before[-1]["size"]
+        size = before[-1].get("size")
     inherited: dict[str, Any] = {}
     if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
         inherited = {k: v for k, v in recorded["probe"].items() if k in ("data", "epsilon", "delta", "classes")}

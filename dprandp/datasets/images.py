@@ -80,7 +80,7 @@ def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
-    if getattr(image, "n_frames", 1) != 1:
+    if _has_second_frame(image):
         return "animated or has several pages", "keep one frame"
     if image.mode not in ("1", "L", "P", "RGB"):
         kinds = {"RGBA": "transparent", "LA": "transparent", "PA": "transparent", "CMYK": "in CMYK"}
@@ -102,3 +102,14 @@ def _bits_per_channel(image: Image.Image, path: Path) -> int:
     if image.format == "TIFF":
         return int(np.max(image.tag_v2.get(_BITS_PER_SAMPLE, 1)))
     return 8
+
+
+def _has_second_frame(image: Image.Image) -> bool:
+    """Whether there is more than one frame, without a walk to the last: a file can hold millions of tiny ones."""
+    if image.format in ("GIF", "TIFF"):
+        try:
+            image.seek(1)
+        except EOFError:
+            return False
+        return True
+    return getattr(image, "n_frames", 1) != 1

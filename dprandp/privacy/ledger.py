@@ -222,6 +222,8 @@ class Ledger:
                     f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
                     fix="Use the version of dprandp that wrote it.",
                 )
+            if type(body.get("examples")) is not int or body["examples"] < 1:
+                raise self._damaged(number, "its number of examples makes no sense")
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))
@@ -232,7 +234,7 @@ class Ledger:
     def _checked(self, body: dict[str, Any], number: int) -> Charge:
         try:
             charge = Charge.from_record(body)
-        except (KeyError, TypeError, ValueError, UsageError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
         if charge.step != self.charged_steps(charge.stage, charge.attempt):
             raise self._damaged(number, "its step does not follow the steps paid before")
@@ -241,7 +243,7 @@ class Ledger:
     def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
         try:
             charge = Charge.from_torn(torn)
-        except (ValueError, TypeError, UsageError) as error:
+        except (ValueError, TypeError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
         return self._checked(charge.record(), number) if charge else None
 

@@ -36,8 +36,19 @@ class Charge:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError or UsageError for a record that is no charge."""
+        """Raises KeyError, TypeError, OverflowError or UsageError for a record that is no charge."""
         charge = cls(**{field.name: record[field.name] for field in fields(cls)})
+        whole = (charge.attempt, charge.step, charge.steps)
+        real = (charge.noise_multiplier, charge.sample_rate, charge.clip_norm)
+        if not (
+            isinstance(charge.stage, str)
+            and isinstance(charge.random, str)
+            and all(type(value) is int for value in whole)
+            and all(type(value) in (int, float) for value in real)
+            and charge.attempt >= 1
+            and charge.steps >= 1
+        ):
+            raise TypeError("a value of a charge has another type or lies outside its range")
         _ = charge.event
         return charge
 

@@ -25,10 +25,11 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from dprandp import checkpoint, faults
-from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
+from dprandp.config import FinetuneConfig, PretrainConfig, as_dict, recorded
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
+from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
 from dprandp.stages.context import Context
@@ -36,6 +37,7 @@ from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage, open_private_stage
+from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
@@ -102,7 +104,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = FinetuneConfig(**begun.config)  # the recorded one, after --resume
+    config = recorded(STAGE, begun.config)  # the recorded one, after --resume
     arch, recipe, refit_steps = _choices(config, context)
     started = time.perf_counter()
     stage.fix_plan()
@@ -160,7 +162,12 @@ def open_stage(config: FinetuneConfig, context: Context, *, write: bool = True) 
 
 def _choices(config: FinetuneConfig, context: Context) -> tuple[str, Recipe, int]:
     """The architecture, its recipe, and the number of refit steps (0 for none)."""
-    arch = config.arch if config.source == "scratch" else context.rundir.result("pretrain")["arch"]
+    arch = config.arch
+    if config.source != "scratch":
+        results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
+        for earlier, result in results.items():  # before anything is paid
+            refuse_gaps(earlier, result)
+        arch = results["pretrain"]["arch"]
     recipe = recipe_for(arch, config.source)
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
@@ -168,7 +175,7 @@ def _choices(config: FinetuneConfig, context: Context) -> tuple[str, Recipe, int
 def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
     extractor, _ = load_extractor(context)
     model = Classifier(extractor, probe.load_whitener(context), len(stage.spec.classes))
-    model.head.data.copy_(probe.load_head(context))
+    model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]
 
 
@@ -245,10 +252,12 @@ def _train(
     first_step, ledger_head = 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
-        return saved.tensors, saved.meta["updates"]
+        check_tensors(saved.tensors, trained, saved.path)
+        return saved.tensors, saved.entry("updates", int)
     if saved is not None:
+        check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
-        first_step, ledger_head = saved.meta["step"], saved.meta["ledger"]
+        first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
