@@ -39,16 +39,39 @@ SCALARS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.floats(1e-6, 10),
     st.text(max_size=12),
-    st.sampled_from([*config.SIZES, "wrn-16-4", "wrn-10-1", "wrn-99999-1", "wrn-16-99999999", "wrn--1-1", "patchnet",
-                     "rgb", "cosine", "probe", "scratch", "npz:x.npz", "folder:x", "cifar10", "dead-leaves"]),
-)  # fmt: skip
-VALUES = st.one_of(SCALARS, SCALARS, SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2))
+    st.sampled_from(
+        [
+            *config.SIZES,
+            "wrn-16-4",
+            "wrn-10-1",
+            "wrn-99999-1",
+            "wrn-16-99999999",
+            "wrn--1-1",
+            "patchnet",
+            "rgb",
+            "cosine",
+            "probe",
+            "scratch",
+            "npz:x.npz",
+            "folder:x",
+            "cifar10",
+            "dead-leaves",
+        ]
+    ),
+)
+VALUES = st.one_of(
+    SCALARS, SCALARS, SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
+)
 TABLES = st.dictionaries(NAMES, VALUES, max_size=5)
-DOCUMENTS = st.dictionaries(st.sampled_from([*config.STAGE_CONFIGS, "generate", "probes", "size"]), st.one_of(TABLES, TABLES, VALUES), max_size=4)
+DOCUMENTS = st.dictionaries(
+    st.sampled_from([*config.STAGE_CONFIGS, "generate", "probes", "size"]),
+    st.one_of(TABLES, TABLES, VALUES),
+    max_size=4,
+)
 
 
 def toml_of(value: object) -> str:
-    """TOML of any value, unlike the package's own writer also of nested ones; None as a word that TOML does not know."""
+    """TOML of any value, unlike the package's own writer also of nested ones; None as a word that is no TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key_of(key)} = {toml_of(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -81,7 +104,9 @@ def test_documents(tmp_path: Path, cases: int, record_property) -> None:
 
     def check(drawn: tuple[dict, str, str]) -> None:
         document, stage, size = drawn
-        file.write_bytes("".join(f"{key_of(k)} = {toml_of(v)}\n" for k, v in document.items()).encode("utf-8", "surrogatepass"))
+        file.write_bytes(
+            "".join(f"{key_of(k)} = {toml_of(v)}\n" for k, v in document.items()).encode("utf-8", "surrogatepass")
+        )
         attempt(lambda: resolved(stage, file, size))
 
     strategy = st.tuples(DOCUMENTS, st.sampled_from(list(config.STAGE_CONFIGS)), st.sampled_from(config.SIZES))
@@ -102,13 +127,44 @@ def test_damaged_files(tmp_path: Path, cases: int, record_property) -> None:
 FLAGS = {
     "generate": ["--process", "--count", "--resolution", "--seed", "--size", "--workers"],
     "pretrain": ["--arch", "--steps", "--batch-size", "--lr", "--colour", "--data", "--seed", "--size", "--device"],
-    "probe": ["--data", "--data-dir", "--classes", "--eps", "--delta", "--share", "--clip", "--steps", "--batch-size",
-              "--lr", "--views", "--seed", "--size", "--device", "--insecure-seed"],
-    "finetune": ["--from", "--arch", "--data", "--classes", "--eps", "--delta", "--clip", "--steps", "--batch-size",
-                 "--lr", "--views", "--seed", "--size", "--device", "--microbatch"],
+    "probe": [
+        "--data",
+        "--data-dir",
+        "--classes",
+        "--eps",
+        "--delta",
+        "--share",
+        "--clip",
+        "--steps",
+        "--batch-size",
+        "--lr",
+        "--views",
+        "--seed",
+        "--size",
+        "--device",
+        "--insecure-seed",
+    ],
+    "finetune": [
+        "--from",
+        "--arch",
+        "--data",
+        "--classes",
+        "--eps",
+        "--delta",
+        "--clip",
+        "--steps",
+        "--batch-size",
+        "--lr",
+        "--views",
+        "--seed",
+        "--size",
+        "--device",
+        "--microbatch",
+    ],
     "account": ["--eps", "--noise-multiplier", "--delta", "--steps"],
-    "status": [], "datasets": ["--data-dir"],
-}  # fmt: skip
+    "status": [],
+    "datasets": ["--data-dir"],
+}
 
 
 @sizes(20, 700)
@@ -141,8 +197,19 @@ def test_flags(finished: Path, data: str, tmp_path: Path, cases: int, record_pro
     record_property("cases tried", explore(strategy, check, cases, cases < 500))
 
 
-@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\xff\xfe", b"[" * 50_000, b"a." * 20_000 + b"b = 1",
-                                     b"a = " + b"[" * 5000 + b"]" * 5000, b"a = " + b"9" * 10_000, b"[probe]\n" * 2])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b"a." * 20_000 + b"b = 1",
+        b"a = " + b"[" * 5000 + b"]" * 5000,
+        b"a = " + b"9" * 10_000,
+        b"[probe]\n" * 2,
+    ],
+)
 def test_odd_files(tmp_path: Path, content: bytes, record_property) -> None:
     (tmp_path / "a.toml").write_bytes(content)
     attempt(lambda: resolved("probe", tmp_path / "a.toml", "tiny"))

@@ -43,7 +43,12 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: by
 
 
 def frames(draw: random.Random, kind: str, count: int) -> bytes:
-    return saved(picture(draw, size=(8, 8)), kind, save_all=True, append_images=[picture(draw, size=(8, 8)) for _ in range(count - 1)])
+    return saved(
+        picture(draw, size=(8, 8)),
+        kind,
+        save_all=True,
+        append_images=[picture(draw, size=(8, 8)) for _ in range(count - 1)],
+    )
 
 
 def hostile(draw: random.Random) -> bytes:
@@ -64,10 +69,16 @@ def hostile(draw: random.Random) -> bytes:
         "WebP, animated": lambda: frames(draw, "WEBP", 3),
         "APNG": lambda: frames(draw, "PNG", 3),
         "TIFF, pages": lambda: frames(draw, "TIFF", 2),
-        "bomb": lambda: png(draw.choice([60_000, 2**31 - 1, 8_000]), draw.choice([60_000, 6_300, 2**31 - 1]), 8, 0, bytes(100)),
+        "bomb": lambda: png(
+            draw.choice([60_000, 2**31 - 1, 8_000]), draw.choice([60_000, 6_300, 2**31 - 1]), 8, 0, bytes(100)
+        ),
         "no area": lambda: png(0, draw.choice([0, 5]), 8, 0, b""),
-        "text bomb": lambda: png(4, 4, 8, 0, (b"\0" + bytes(4)) * 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 * 10**6)))),
-        "profile bomb": lambda: png(4, 4, 8, 0, (b"\0" + bytes(4)) * 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(3 * 10**6)))),
+        "text bomb": lambda: png(
+            4, 4, 8, 0, (b"\0" + bytes(4)) * 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 * 10**6)))
+        ),
+        "profile bomb": lambda: png(
+            4, 4, 8, 0, (b"\0" + bytes(4)) * 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(3 * 10**6)))
+        ),
         "pixels too many": lambda: png(4, 4, 8, 0, bytes(10**6)),
         "pixels too few": lambda: png(40, 40, 8, 2, bytes(100)),
         "empty": lambda: b"",
@@ -79,7 +90,7 @@ def hostile(draw: random.Random) -> bytes:
         "plain": lambda: saved(picture(draw, draw.choice(["RGB", "L", "1"])), draw.choice(["PNG", "BMP", "TIFF"])),
         "JPEG": lambda: saved(picture(draw), "JPEG", progressive=draw.random() < 0.5),
         "WebP": lambda: saved(picture(draw), "WEBP"),
-    }  # fmt: skip
+    }
     content = kinds[draw.choice(list(kinds))]()
     return mutated_bytes(draw, content) if content and draw.random() < 0.5 else content
 
@@ -134,7 +145,9 @@ def spoilt(draw: random.Random, root: Path) -> str:
     name = SECRET
     place = draw.choice([root, root / "train", root / "train/owl", root / "test/wren", root / "train/wren"])
     if draw.random() < 0.25:
-        (root / "test.txt").write_bytes(draw.choice([b"", b"train/owl\n", b"../../etc/passwd\n", b"\xff", b"a\0b\n", b"owl/0.png\n" * 3]))
+        (root / "test.txt").write_bytes(
+            draw.choice([b"", b"train/owl\n", b"../../etc/passwd\n", b"\xff", b"a\0b\n", b"owl/0.png\n" * 3])
+        )
         if draw.random() < 0.6:
             shutil.rmtree(root / "test")
     for _ in range(draw.randint(1, 3)):

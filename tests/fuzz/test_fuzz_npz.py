@@ -17,8 +17,28 @@ from dprandp.datasets import open_dataset
 SECRET = 173
 """A label that is out of range; no message may hold it."""
 
-DTYPES = ["|u1", "|b1", "|i1", "<u2", ">u2", "<i4", ">i8", "<u8", "<f2", "<f4", ">f8", "<c8", "<U3", "|S2", "<U0", "|S0",
-          "<M8[s]", "<m8[D]", "|V3", "|V0"]  # fmt: skip
+DTYPES = [
+    "|u1",
+    "|b1",
+    "|i1",
+    "<u2",
+    ">u2",
+    "<i4",
+    ">i8",
+    "<u8",
+    "<f2",
+    "<f4",
+    ">f8",
+    "<c8",
+    "<U3",
+    "|S2",
+    "<U0",
+    "|S0",
+    "<M8[s]",
+    "<m8[D]",
+    "|V3",
+    "|V0",
+]
 SIDES = st.sampled_from([0, 1, 2, 3, 4, 5, 33])
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([6, 6, 6, 0, 1, 5]), SIDES, SIDES, st.sampled_from([1, 3, 3, 4, 0])),
@@ -63,7 +83,9 @@ def test_arrays(tmp_path: Path, cases: int, record_property) -> None:
             if kind == "f":
                 array[...] = [np.nan, np.inf, -1.0, 0.5][fill % 4]
             elif kind in "iu" and name.startswith("y"):
-                array[...] = [0, 1, 2, SECRET % 128 if array.itemsize == 1 else SECRET, -1 if kind == "i" else 255][fill % 5]
+                array[...] = [0, 1, 2, SECRET % 128 if array.itemsize == 1 else SECRET, -1 if kind == "i" else 255][
+                    fill % 5
+                ]
             elif kind in "US" and array.size and array.itemsize:
                 array[...] = ["a", "\x1b[", " ", "é"][fill % 4] if kind == "U" else b"\xff"
                 array.flat[0] = "b" if kind == "U" else b"b"
@@ -75,9 +97,11 @@ def test_arrays(tmp_path: Path, cases: int, record_property) -> None:
 
     change = st.tuples(st.sampled_from(NAMES), st.sampled_from(DTYPES[:1] * 12 + DTYPES), SHAPES, st.integers(0, 20))
     strategy = st.tuples(
-        st.lists(change, max_size=3), st.lists(st.sampled_from(NAMES), max_size=1), st.booleans(),
+        st.lists(change, max_size=3),
+        st.lists(st.sampled_from(NAMES), max_size=1),
+        st.booleans(),
         st.sampled_from([None, None, 3, 2, 0, -1, 10**30]),
-    )  # fmt: skip
+    )
     record_property("cases tried", explore(strategy, check, cases, cases < 500))
 
 
@@ -101,20 +125,27 @@ def npy(draw: random.Random) -> bytes:
     stream = io.BytesIO()
     np.save(stream, plain()[draw.choice(["x_train", "y_train"])])
     content = stream.getvalue()
-    header = draw.choice([
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, 5, 3), }",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, -5, 3), }",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (999999999999, 99999, 3), }",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (6.0, 5, 5, 3), }",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (True, 5, 5, 3), }",
-        b"{'descr': '|O', 'fortran_order': False, 'shape': (6,), }",
-        b"{'descr': [('a', '|u1'), ('b', '|O')], 'fortran_order': False, 'shape': (6,), }",
-        b"{'descr': '|u1', 'fortran_order': 3, 'shape': (6, 5, 5, 3), }",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, 5, 3), 'more': 1}",
-        b"{'descr': '|u1', 'fortran_order': False, 'shape': " + b"(" * 300 + b")" * 300 + b", }",
-        b"__import__('os').system('false')",
-        b"[" * 5000, b"1" * 5000, b"{'descr': '|u1'}", b"", b"\xff\xfe", b" " * 70_000,
-    ])  # fmt: skip
+    header = draw.choice(
+        [
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, 5, 3), }",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, -5, 3), }",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (999999999999, 99999, 3), }",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (6.0, 5, 5, 3), }",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (True, 5, 5, 3), }",
+            b"{'descr': '|O', 'fortran_order': False, 'shape': (6,), }",
+            b"{'descr': [('a', '|u1'), ('b', '|O')], 'fortran_order': False, 'shape': (6,), }",
+            b"{'descr': '|u1', 'fortran_order': 3, 'shape': (6, 5, 5, 3), }",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 5, 5, 3), 'more': 1}",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': " + b"(" * 300 + b")" * 300 + b", }",
+            b"__import__('os').system('false')",
+            b"[" * 5000,
+            b"1" * 5000,
+            b"{'descr': '|u1'}",
+            b"",
+            b"\xff\xfe",
+            b" " * 70_000,
+        ]
+    )
     version = draw.choice([b"\x01\x00", b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"])
     if version == b"\x01\x00":
         size = struct.pack("<H", min(len(header), 65535))
@@ -132,7 +163,9 @@ def test_zips(tmp_path: Path, cases: int, record_property) -> None:
         members = {f"{name}.npy": io.BytesIO() for name in plain()}
         for name, array in plain().items():
             np.save(members[f"{name}.npy"], array)
-        with zipfile.ZipFile(path, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])) as archive:
+        with zipfile.ZipFile(
+            path, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+        ) as archive:
             for name, stream in members.items():
                 content = stream.getvalue()
                 if draw.random() < 0.35:
@@ -145,7 +178,9 @@ def test_zips(tmp_path: Path, cases: int, record_property) -> None:
             archive.comment = draw.randbytes(draw.choice([0, 0, 5, 300]))
         if draw.random() < 0.3:
             content = bytearray(path.read_bytes())
-            place = content.rfind(b"PK\x01\x02") + draw.choice([8, 10, 20, 24, 28, 42])  # flags, method, lengths, offset
+            place = content.rfind(b"PK\x01\x02") + draw.choice(
+                [8, 10, 20, 24, 28, 42]
+            )  # flags, method, lengths, offset
             content[place] ^= 1 << draw.randrange(8)
             path.write_bytes(content)
         attempt(lambda: read(path))

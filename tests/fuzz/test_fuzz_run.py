@@ -90,10 +90,12 @@ class Damaged:
             for path in sorted(tree(self.run).keys() - self.whole.keys(), reverse=True):
                 (self.run / path).rmdir() if (self.run / path).is_dir() else (self.run / path).unlink()
             for path, content in self.whole.items():
-                if isinstance(content, bytes) and ((self.run / path).read_bytes() if (self.run / path).is_file() else None) != content:
+                if (
+                    isinstance(content, bytes)
+                    and ((self.run / path).read_bytes() if (self.run / path).is_file() else None) != content
+                ):
                     (self.run / path).write_bytes(content)
         return told
-
 
     def looked(self, changes: dict[str, bytes], kind: str) -> DprandpError | None:
         """The same without a command line, many times as fast: what a reader of the run makes of it."""
@@ -314,7 +316,11 @@ def test_a_stage_on_damaged_results_of_others(
         changed = mutated_bytes(draw, content)
         if file.endswith(".json") and draw.random() < 0.8:
             try:
-                changed = resealed(content, draw) if "description_sha256" in json.loads(content) else text_of(mutated(draw, json.loads(content)))
+                changed = (
+                    resealed(content, draw)
+                    if "description_sha256" in json.loads(content)
+                    else text_of(mutated(draw, json.loads(content)))
+                )
             except (ValueError, TypeError):
                 return
         (run / file).write_bytes(changed)
