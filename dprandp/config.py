@@ -24,6 +24,7 @@ SIZES = ("tiny", "small", "paper")
 DEFAULT_DATA = "digits"
 DEFAULT_DELTA = 1e-5
 
+MOST_DOTS = 200  # in one line of TOML
 LARGEST = 2**63 - 1
 """Of any whole number, as in TOML: what the random generators take for a seed."""
 
@@ -265,7 +266,10 @@ def read_toml(file: Path) -> dict[str, Any]:
         InputError: missing, unreadable, or not TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):  # the parser's time grows with their square
+            raise ValueError(f"a line with more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
     except OSError as error:
         raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,11 +125,22 @@ class Console:
         return 1
 
     def route_logging(self) -> None:
-        """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called)."""
+        """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
+
+        A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
+        value. With ``--debug`` it is shown whole.
+        """
+        if not self.debug:
+            warnings.showwarning = self._show_warning
         logger = logging.getLogger("dprandp")
         for handler in [handler for handler in logger.handlers if isinstance(handler, _ToConsole)]:
             logger.removeHandler(handler)
         logger.addHandler(_ToConsole(self))
+
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
+    ) -> None:
+        self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
 
     @contextmanager
     def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Table:
 
     def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
         """Put a stage under way with nothing made yet; what was built on its former outputs becomes stale."""
-        self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(), None)
+        before = self.stages.get(stage)
+        self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
         self._refresh()
 
     def finish(self, stage: str, outputs: dict[str, str], result: dict[str, Any]) -> None:
@@ -195,5 +196,13 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+def _now(after: str | None = None) -> str:
+    """The time; where the clock stands still or went back, a microsecond after ``after``.
+
+    By ``started`` a plan is known to be of this beginning of a stage and not of an earlier one, so no two beginnings
+    may share it, whatever the clock says.
+    """
+    now = datetime.now(UTC)
+    if after is not None:
+        now = max(now, datetime.fromisoformat(after) + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")

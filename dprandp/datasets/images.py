@@ -6,6 +6,7 @@ colours, several frames. A silent conversion would be a silent change of the dat
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 #: Most pixels one image may have; more is taken for a decompression bomb.
 MAX_PIXELS = 50_000_000
+
+# What Pillow logs about a single private image would otherwise reach stderr, where nobody has set up logging.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4

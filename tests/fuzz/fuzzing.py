@@ -36,7 +36,7 @@ from dprandp.console import Console
 from dprandp.errors import DprandpError
 
 SECONDS = 20.0
-"""A case that takes longer hangs. Ordinary ones take milliseconds; the rest is for a busy machine."""
+"""A case that computes longer hangs; ordinary ones take milliseconds. So does one that waits ten times as long."""
 
 MEMORY = 2**30
 """Bytes of address space a case may add: an image of the largest size taken needs 400 MB."""
@@ -72,15 +72,18 @@ def limits() -> Iterator[None]:
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, late)
+    handlers = {signum: signal.signal(signum, late) for signum in (signal.SIGALRM, signal.SIGPROF)}
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.signal(signal.SIGALRM, handler)
+        for signum, before_it in handlers.items():
+            signal.signal(signum, before_it)
         torch.set_flush_denormal(False)  # a stage sets it for its process; hypothesis draws such numbers
 
 
