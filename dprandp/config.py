@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import CheckpointError, InputError, UsageError, nearest
+from .errors import CheckpointError, UsageError, nearest
+from .toml import read as read_toml
 
 SIZES = ("tiny", "small", "paper")
 
 DEFAULT_DATA = "digits"
 DEFAULT_DELTA = 1e-5
 
-MOST_DOTS = 200  # in one line of TOML
 LARGEST = 2**63 - 1
 """Of any whole number, as in TOML: what the random generators take for a seed."""
 
@@ -220,6 +219,8 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
             raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"[{stage}] {key} has more than 64 bits", fix=f"give a {key} of at most {LARGEST}")
+        if isinstance(value, str) and not value.isprintable():
+            raise UsageError(f"[{stage}] {key} = {value!r} holds what cannot be printed", fix=f"give a plain {key}")
         if not _fits(value, hints[key]):
             expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")
             raise UsageError(f"[{stage}] {key} = {value!r} is not of type {expected}", fix=f"give {key} as {expected}")
@@ -259,23 +260,6 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        InputError: missing, unreadable, or not TOML.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):  # the parser's time grows with their square
-            raise ValueError(f"a line with more than {MOST_DOTS} dots")
-        return tomllib.loads(text)
-    except OSError as error:
-        raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
-
-
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
     for key in document:
         if key not in STAGE_CONFIGS:
@@ -305,6 +289,14 @@ _POSITIVE = (
 )  # fmt: skip
 
 
+_AT_MOST = {
+    "count": 10**8, "filters": 10**5, "dictionary_patches": 10**8, "dictionary_iterations": 10**6, "steps": 10**9,
+    "refit_steps": 10**9, "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4,
+    "dims": 10**6, "statistics_images": 10**8, "classes": 10**5, "checkpoint_every": 10**9,
+}  # fmt: skip
+"""Beyond these no machine's memory or patience reaches: a slip of the finger."""
+
+
 def validate(stage: str, config: StageConfig) -> None:
     """Refuse values out of range, naming the value.
 
@@ -316,6 +308,9 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
+    for key, most in _AT_MOST.items():
+        if values.get(key, 0) > most:
+            raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
     ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
     ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf)}
     for key, (low, high) in ranges.items():

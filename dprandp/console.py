@@ -105,7 +105,7 @@ class Console:
         hold a private value (the key of a KeyError, a file name).
 
         Returns:
-            The exit code: the error's own, 130 for a KeyboardInterrupt, else 1.
+            The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
         """
         if self.debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
@@ -114,6 +114,11 @@ class Console:
             if self.debug and error.private_detail:
                 print(f"  private detail, do not publish: {error.private_detail}", file=sys.stderr)
             return error.exit_code
+        if isinstance(error, OSError) and error.errno:
+            # In the system's words for the number: the error's own may name a private file.
+            print(f"error: the system refused to read or write: {os.strerror(error.errno)}", file=sys.stderr)
+            print("  fix: check the paths, permissions and the disk; --debug shows the place", file=sys.stderr)
+            return 6
         if isinstance(error, KeyboardInterrupt):
             print("error: interrupted; what the last checkpoint holds is safe", file=sys.stderr)
             return 130

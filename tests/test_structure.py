@@ -108,9 +108,9 @@ def test_imports_are_found_however_they_are_written():
 FOUNDATIONS = {
     "errors": set(),
     "environment": set(),
-    "toml": set(),
+    "toml": {"errors"},
     "threads": set(),
-    "config": {"errors"},
+    "config": {"errors", "toml"},
     "faults": {"errors"},
     "signals": {"errors"},
     "tensorfile": {"errors"},

@@ -132,7 +132,7 @@ def microbatch(text: str) -> int | None:
     """The value of ``--microbatch``; None for auto."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise UsageError(f"--microbatch {text!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
     return int(text)
 

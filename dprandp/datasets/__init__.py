@@ -12,6 +12,8 @@ There is no grouping of records here (several images of one patient, say): the u
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from dprandp.datasets.folder import open_folder
 from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
-from dprandp.errors import UsageError, nearest
+from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_split", "list_datasets", "open_dataset",
@@ -67,10 +69,19 @@ def open_dataset(
     if own:
         if not rest:
             raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
-        path = Path(rest).expanduser()
-        if kind == "npz":
-            return open_npz(path, num_classes=num_classes, flip_ok=flip_ok)
-        return open_folder(path, image_size=image_size, flip_ok=flip_ok)
+        try:
+            path = Path(rest).expanduser()
+            if kind == "npz":
+                return open_npz(path, num_classes=num_classes, flip_ok=flip_ok)
+            return open_folder(path, image_size=image_size, flip_ok=flip_ok)
+        except RuntimeError as error:  # of expanduser
+            raise UsageError(f"{name} is in the home of nobody known here", fix="write the whole path") from error
+        except OSError as error:  # its file name may be that of a private example: the number alone is told
+            raise InputError(
+                f"the path of the {kind} data set cannot be read: {os.strerror(error.errno or errno.EIO)}",
+                fix="check the path and its permissions",
+                private_detail=str(error),
+            ) from error
     refuse_unsupported(name)
     if name not in KNOWN:
         raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))

@@ -93,7 +93,7 @@ def read_run(rundir: RunDir) -> Run:
             check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
     return Run(
-        name=rundir.path.resolve().name,
+        name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
         rows=rows,
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},

@@ -50,7 +50,7 @@ def prepare_device(name: str) -> torch.device:
     torch.set_flush_denormal(True)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"--device {name!r} is unknown", fix="use auto, cpu, cuda or cuda:0")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzzing import attempt
+from fuzzing import attempt, command
 
 from dprandp import checkpoint, config, runtable
 from dprandp.datasets import open_dataset
@@ -195,3 +195,45 @@ def test_a_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "train/owl/patient-4711.png").symlink_to("patient-4711.png")
     error = refused(lambda: open_dataset(f"folder:{tmp_path}", tmp_path), 3, "symbolic link")
     assert "4711" not in str(error)
+
+
+@pytest.mark.parametrize("name", [f"npz:{'a' * 300}", f"folder:{'a' * 300}"])
+def test_paths_too_long_for_the_system(tmp_path: Path, name: str) -> None:
+    refused(lambda: open_dataset(name, tmp_path), 3, "File name too long")
+
+
+@pytest.mark.parametrize("name", ["npz:~nobody-of-this-name/a.npz", "folder:~nobody-of-this-name/a"])
+def test_homes_of_nobody(tmp_path: Path, name: str) -> None:
+    refused(lambda: open_dataset(name, tmp_path), 2, "home of nobody")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", "--run", "a" * 300),
+        ("generate", "--run", "a" * 300),
+        ("datasets", "--data-dir", "a" * 300),
+        ("generate", "--config", "a" * 300),
+        ("finetune", "--from", "scratch", "--microbatch", "9" * 5000, "--run", "new"),
+        ("finetune", "--from", "scratch", "--device", "cuda:" + "9" * 20, "--run", "new"),
+        ("finetune", "--from", "scratch", "--data", "npz:\udcff", "--run", "new"),
+    ],
+)
+def test_flags_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments).code in (2, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"), [("generate", "count"), ("pretrain", "filters"), ("probe", "dims"), ("finetune", "refit_steps")]
+)
+def test_numbers_beyond_all_bounds(stage: str, key: str) -> None:
+    """A count of 10**15 would be a table of as many shards before the first one is made."""
+    refused(lambda: config.build(stage, {key: 10**15}), 2, "out of all bounds", key)
+
+
+def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("a." * 20_000 + "b = 1")
+    refused(lambda: config.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
+    (tmp_path / "a.toml").write_text(f'[probe]\ndata = "npz:{"../" * 40}a.npz"\n')
+    assert config.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")

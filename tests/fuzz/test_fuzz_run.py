@@ -159,7 +159,7 @@ def text_of(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
-@sizes(40, 1600)
+@sizes(40, 1000)
 def test_run_json(damaged: Damaged, cases: int, record_property) -> None:
     """Fields missing, of other types, unknown; the format and the version of others; bytes flipped."""
     content = (damaged.run / "run.json").read_bytes()
@@ -182,10 +182,10 @@ def test_run_json(damaged: Damaged, cases: int, record_property) -> None:
             changed = text_of(mutated(draw, document))
         try_on(damaged, draw, {"run.json": changed}, list(LOOKS))
 
-    record_property("cases tried", explore(dice, check, cases, cases < 1000))
+    record_property("cases tried", explore(dice, check, cases, cases < 400))
 
 
-@sizes(30, 1000)
+@sizes(30, 500)
 def test_plan(damaged: Damaged, cases: int, record_property) -> None:
     content = (damaged.run / "privacy/plan.json").read_bytes()
 
@@ -193,10 +193,10 @@ def test_plan(damaged: Damaged, cases: int, record_property) -> None:
         changed = mutated_bytes(draw, content) if draw.random() < 0.3 else text_of(mutated(draw, json.loads(content)))
         try_on(damaged, draw, {"privacy/plan.json": changed}, ABOUT_THE_BUDGET)
 
-    record_property("cases tried", explore(dice, check, cases, cases < 1000))
+    record_property("cases tried", explore(dice, check, cases, cases < 400))
 
 
-@sizes(30, 1000)
+@sizes(30, 500)
 def test_ledger(damaged: Damaged, cases: int, record_property) -> None:
     """Also lines that were edited and sealed anew, which the chain of hashes cannot tell from real ones.
 
@@ -241,7 +241,7 @@ def test_ledger(damaged: Damaged, cases: int, record_property) -> None:
             assert said or ledger.charges == charges
             assert len(ledger.charges) >= content[: len(changed)].count(b'"charge"') - 1
 
-    record_property("cases tried", explore(dice, check, cases, cases < 1000))
+    record_property("cases tried", explore(dice, check, cases, cases < 400))
 
 
 OTHERS = [
@@ -252,7 +252,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@sizes(20, 600)
+@sizes(20, 400)
 def test_other_files(damaged: Damaged, cases: int, record_property) -> None:
     """Any other file of the run."""
 
@@ -264,10 +264,10 @@ def test_other_files(damaged: Damaged, cases: int, record_property) -> None:
             changed = text_of(mutated(draw, json.loads(content)))
         try_on(damaged, draw, {file: changed}, list(LOOKS))
 
-    record_property("cases tried", explore(dice, check, cases, cases < 500))
+    record_property("cases tried", explore(dice, check, cases, cases < 400))
 
 
-@sizes(2, 40)
+@sizes(1, 30)
 def test_reports(damaged: Damaged, cases: int, record_property) -> None:
     """A report of damaged records is refused, or shows what they hold."""
     files = ["run.json", "run.json", "env.json", "3-probe/metrics.jsonl", "2-pretrain/metrics.jsonl",
@@ -303,7 +303,7 @@ NEEDED = [
 ]  # fmt: skip
 
 
-@sizes(4, 60)
+@sizes(2, 40)
 def test_a_stage_on_damaged_results_of_others(
     probed: Path, copy_of: Copy, settings_file: Path, data: str, cases: int, record_property
 ) -> None:
