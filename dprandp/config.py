@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -219,7 +220,7 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
             raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"[{stage}] {key} has more than 64 bits", fix=f"give a {key} of at most {LARGEST}")
-        if isinstance(value, str) and not value.isprintable():
+        if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UsageError(f"[{stage}] {key} = {value!r} holds what cannot be printed", fix=f"give a plain {key}")
         if not _fits(value, hints[key]):
             expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")

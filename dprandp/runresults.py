@@ -9,6 +9,7 @@ Imports nothing of the package but ``errors``.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def _fits(name: str, value: Any) -> bool:
     if name in _COUNTS:
         return type(value) is int and 0 <= value < 2**63
     if name in _TEXTS:
-        return isinstance(value, str) and value.isprintable()
+        return isinstance(value, str) and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
     if name in _FLAGS:
         return isinstance(value, bool)
     if name == "classes":

@@ -57,7 +57,7 @@ POINTS = {
     "wrn": ("temp-written", "renamed", "pointer-moved"),
     "report": ("temp-written", "renamed", "report-written"),
 }
-FAST = {("report", "temp-written"), ("report", "renamed"), ("report", "report-written")}
+FAST = {("report", "report-written")}
 
 
 class Bystander:
