@@ -23,8 +23,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 #: Most pixels one image may have; more is taken for a decompression bomb.
 MAX_PIXELS = 50_000_000
 
-# What Pillow logs about a single private image would otherwise reach stderr, where nobody has set up logging.
+# What Pillow logs about a single private image would otherwise reach stderr: Python's last resort prints it where
+# nobody has set up logging, and other libraries set it up for everybody.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+logging.getLogger("PIL").propagate = False
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4

@@ -278,4 +278,7 @@ def test_21_warnings_of_libraries_are_not_quoted(dprandp: Dprandp, run_after: Ru
     assert "UserWarning in" in done.err
     for secret in SECRETS:
         assert secret not in done.out + done.err
-    assert "patient-4711" in dprandp(*probe(run_after("pretrain")), "--debug", before=WARN).err
+    assert (
+        "UserWarning: pixel 0.618267 of patient-4711"
+        in dprandp(*probe(run_after("pretrain")), "--debug", before=WARN).err
+    )
