@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import CheckpointError, UsageError, nearest
+from .errors import UsageError, nearest
 from .toml import read as read_toml
 
 SIZES = ("tiny", "small", "paper")
@@ -54,6 +55,7 @@ class PretrainConfig:
     # patchnet
     filters: int = 400
     patch_size: int = 6
+    patch_dims: int = 64
     stride: int = 1
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
@@ -150,7 +152,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_size": 64,
             "projection_hidden": 1024,
         },
-        "probe": {"dims": 2048, "statistics_images": 8000},
+        "probe": {"dims": 3072, "statistics_images": 8000},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
@@ -231,22 +233,7 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
-def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
-    """A stage's configuration as a run recorded it.
-
-    Raises:
-        CheckpointError: it has other settings than this version, or values out of range.
-    """
-    try:
-        return build(stage, values)
-    except UsageError as error:
-        raise CheckpointError(
-            f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
-            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
-        ) from error
-
-
-_PATCHNET_ONLY = {"filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations"}
+_PATCHNET_ONLY = {"filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations"}
 _WRN_ONLY = {
     "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
     "layer_order", "weight_standardisation", "checkpoint_every",
@@ -259,6 +246,15 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
         unused = _WRN_ONLY if config.arch == "patchnet" else _PATCHNET_ONLY
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
+
+
+def public_data_name(name: str) -> str:
+    """A data set's name as it may be published: of ``npz:`` and ``folder:`` the last part of the path alone.
+
+    Where a file lies on somebody's disk (user names, project names) is nobody else's business.
+    """
+    kind, colon, path = name.partition(":")
+    return f"{kind}:{os.path.basename(os.path.abspath(os.path.expanduser(path)))}" if colon and path else name
 
 
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
@@ -284,9 +280,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 _POSITIVE = (
-    "count", "resolution", "filters", "patch_size", "stride", "dictionary_patches", "dictionary_iterations", "steps",
-    "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views", "dims", "statistics_images",
-    "lr", "clip_norm", "whitening_floor",
+    "count", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
+    "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views",
+    "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
 )  # fmt: skip
 
 

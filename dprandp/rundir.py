@@ -120,12 +120,8 @@ class RunDir(RunFolder):
                 f"stage {stage!r} in {self.path} was made from other inputs: {', '.join(changed)} changed",
                 fix="give --overwrite to start the stage afresh from the present inputs",
             )
-        differing = runtable.differences(record.config, wanted, ignore)
-        if differing and not resume:
-            raise UsageError(
-                f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(differing),
-                fix="give --resume to go on with the recorded settings, or --overwrite to start the stage afresh",
-            )
+        if not resume:
+            self._refuse_other(stage, record.config, wanted, ignore)
         kept = record.config | {key: value for key, value in wanted.items() if key in ignore}
         if record.state == "partial":
             return self._prepared("resume", kept, directory)
@@ -135,6 +131,32 @@ class RunDir(RunFolder):
                 f"stage {stage!r} in {self.path} is stale: {reasons[0]}", fix="give --overwrite to make it afresh"
             )
         return Begin("skip", runtable.thawed(kept), directory)
+
+    def foresee(
+        self,
+        stage: str,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        ignore: Collection[str] = IGNORED,
+    ) -> Begin:
+        """What ``begin`` would decide, as far as the configuration tells: writes nothing, needs no lock.
+
+        Inputs are not compared: for a private stage they would have to be read.
+
+        Raises:
+            UsageError: the configuration differs; both flags. CheckpointError: run.json is corrupt or newer.
+        """
+        directory = self.stage_dir(stage)
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
+        record, wanted = self._table().stages.get(stage), runtable.frozen(config)
+        if overwrite or record is None:
+            return Begin("fresh", runtable.thawed(wanted), directory)
+        if not resume:
+            self._refuse_other(stage, record.config, wanted, ignore)
+        return Begin("resume" if record.state == "partial" else "skip", runtable.thawed(record.config), directory)
 
     def finish(self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any]) -> None:
         """Record a stage as done.
@@ -209,6 +231,16 @@ class RunDir(RunFolder):
             f"stage {needed_by!r} needs stage {stage!r}, {why}",
             fix=f"run: dprandp {stage} --run {shlex.quote(str(self.path))}{flag}",
         )
+
+    def _refuse_other(
+        self, stage: str, recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]
+    ) -> None:
+        differing = runtable.differences(recorded, wanted, ignore)
+        if differing:
+            raise UsageError(
+                f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(differing),
+                fix="give --resume to go on with the recorded settings, or --overwrite to start the stage afresh",
+            )
 
     def _empty(self, directory: Path) -> None:
         # Out of the way in one step first: killed half-way through the deletion, old checkpoints must not stay behind

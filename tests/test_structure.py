@@ -199,14 +199,16 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 # What may be taken from dprandp.datasets, and by whom. Only open_dataset leads to pixels, by train() and test() below.
 MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"open_dataset", "Dataset", "DataSpec"},
-    "dprandp.stages.overview": {"list_datasets"},  # names and declared facts
+    "dprandp.stages.overview": {"list_datasets", "open_dataset"},  # names, declared facts, a download
+    "dprandp.stages.doctor": {"list_datasets"},
     "dprandp.stages.probe": {"DataSpec"},  # a type
+    "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
     "dprandp.stages.release",
-    "dprandp.stages.overview",  # plans and budgets, without pixels
+    "dprandp.stages.planning",  # plans, without pixels
 }  # fmt: skip
 MAY_READ_PIXELS = {
     "train": {"dprandp.stages.features", "dprandp.stages.finetune"},

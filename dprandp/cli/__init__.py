@@ -1,7 +1,8 @@
 """The command line.
 
-    flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune, run
+    flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
+    run.py, predict.py, export.py, doctor.py       one command each
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, session, stages
+from dprandp.cli import about, doctor, export, predict, run, session, stages
 from dprandp.errors import DprandpError
 from dprandp.signals import end_on_signals
 
@@ -30,7 +31,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
+app.add_typer(run.app)
+app.add_typer(predict.app)
+app.add_typer(export.app)
 app.add_typer(about.app)
+app.add_typer(doctor.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.command(rich_help_panel="About a run")
 def status(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.Debug = False) -> None:
-    """Which stages are done, partial, stale or missing, and what was spent.
+    """Show which stages are done, partial, stale or missing, and what was spent.
 
     [dim]dprandp status[/dim]
     [dim]dprandp status --run runs/cifar --json[/dim]
@@ -59,35 +59,53 @@ def account(
     ] = 1.0,
     steps: Annotated[int, typer.Option(help="Noisy steps T.", rich_help_panel=flags.PRIVACY)] = 1,
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
+    adjacency: Annotated[
+        str,
+        typer.Option(help="What must not be noticed: add-remove or replace-one.", rich_help_panel=flags.PRIVACY),
+    ] = "add-remove",
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
+    ] = False,
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
-    """The calculator: σ from ε, or ε from σ. Reads no data.
+    """Calculate σ from ε, or ε from σ, and what that leaves to an attacker; reads no data.
 
     [dim]dprandp account --eps 1 --sample-rate 0.08192 --steps 875[/dim]
-    [dim]dprandp account --noise-multiplier 40.9 --steps 120[/dim]
+    [dim]dprandp account --noise-multiplier 40.9 --steps 120 --curve[/dim]
     """
     console = session.console(json=json, debug=debug)
-    from dprandp.stages import overview
+    from dprandp.stages import calculator
 
     if (eps is None) == (noise_multiplier is None):
         raise UsageError(
             "account needs exactly one of --eps and --noise-multiplier",
             fix="give --eps to find σ, or --noise-multiplier to find ε",
         )
-    result = overview.account(eps, noise_multiplier, sample_rate, steps, delta)
-    console.result(result, overview.account_lines(result))
+    result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or json)
+    if not json:
+        console.say(calculator.attack_lines(result))
+    console.result(result, calculator.account_lines(result))
 
 
 @app.command(rich_help_panel="About a run")
-def datasets(data_dir: flags.DataDir = Path("data"), json: flags.Json = False, debug: flags.Debug = False) -> None:
-    """The data sets that --data knows, and which of them are at hand.
+def datasets(
+    data: Annotated[
+        str | None,
+        typer.Option(help="This data set alone. Default: all.", rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
+    data_dir: flags.DataDir = Path("data"),
+    download: flags.Download = False,
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """List the data sets that --data knows and which of them are at hand, or fetch one with --download.
 
     [dim]dprandp datasets[/dim]
-    [dim]dprandp datasets --data-dir /data --json[/dim]
+    [dim]dprandp datasets --data fashion-mnist --download --data-dir /data[/dim]
     """
     console = session.console(json=json, debug=debug)
     from dprandp.stages import overview
 
-    rows = overview.datasets(data_dir)
+    rows = overview.datasets(data_dir, data, download=download)
     console.result({"datasets": rows}, overview.dataset_lines(rows))

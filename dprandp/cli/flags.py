@@ -15,6 +15,10 @@ from dprandp.config import DEFAULT_DATA, SIZES
 DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", rich_help_panel=OUTPUT, metavar="DIR")]
+Model = Annotated[
+    Path | None,
+    typer.Option(help="A model/ folder or an export. Default: the run's.", rich_help_panel=DATA, metavar="DIR"),
+]
 Size = Annotated[
     str | None,
     typer.Option(help="One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. "
@@ -25,7 +29,7 @@ Config = Annotated[
     typer.Option(help="TOML with a table per stage; flags win over it.", rich_help_panel=TRAINING, metavar="FILE"),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Public randomness only; never the noise. Default 0.", rich_help_panel=TRAINING)
+    int | None, typer.Option(help="Public randomness only; never the noise. Default: 0.", rich_help_panel=TRAINING)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.", rich_help_panel=PERFORMANCE)]
 Resume = Annotated[
@@ -54,7 +58,14 @@ DataName = Annotated[
     typer.Option("--data", help=f"Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH. "
                  f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
-DataDir = Annotated[Path, typer.Option(help="Data root.", rich_help_panel=DATA, metavar="DIR")]
+DataDir = Annotated[
+    Path, typer.Option(help="Folder with the files of the known data sets.", rich_help_panel=DATA, metavar="DIR")
+]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a known data set's files where they are missing. "
+                 "Default: nothing is fetched.", rich_help_panel=DATA),
+]  # fmt: skip
 Classes = Annotated[
     int | None,
     typer.Option(help="Number of classes, for npz: files that do not declare it.", rich_help_panel=DATA, metavar="C"),
@@ -66,38 +77,59 @@ Epsilon = Annotated[
 ]  # fmt: skip
 Delta = Annotated[
     float | None,
-    typer.Option(help="δ. Default: 1e-5, or 1/(2N) where that is smaller.", rich_help_panel=PRIVACY),
-]
+    typer.Option(help="δ, the chance that ε fails. Default: 1e-5, or 1/(2N) where that is smaller.",
+                 rich_help_panel=PRIVACY),
+]  # fmt: skip
 Share = Annotated[
     float | None,
     typer.Option(help="Part of ε for the probe, in (0, 1]; 1 leaves nothing for finetune. "
-                 "Default: measured for the architecture (see README).", rich_help_panel=PRIVACY),
+                 "Default: 0.3.", rich_help_panel=PRIVACY),
 ]  # fmt: skip
 Clip = Annotated[
     float | None,
-    typer.Option("--clip", help="Clip norm C of one example's gradient. Default 1.", rich_help_panel=PRIVACY),
-]
+    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.",
+                 rich_help_panel=PRIVACY),
+]  # fmt: skip
 InsecureSeed = Annotated[
     int | None,
     typer.Option(help="Seed the noise, for tests. The run is stamped NOT PRIVATE.", rich_help_panel=PRIVACY),
 ]
 Views = Annotated[
     int | None,
-    typer.Option(help="Augmented views K of each example, averaged before the clip. "
-                 "Default: 1, or 16 for finetune (paper).", rich_help_panel=TRAINING),
+    typer.Option(help="Augmented views K of each example, averaged before the clip. Default: 1.",
+                 rich_help_panel=TRAINING),
 ]  # fmt: skip
 BatchSize = Annotated[
     int | None,
-    typer.Option(help="Expected batch B = qN of Poisson sampling. Probe default: N (every example, q = 1).",
+    typer.Option(help="Expected batch B = qN of Poisson sampling. Default: N (every example, q = 1).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Steps = Annotated[
-    int | None,
-    typer.Option(help="Updates T. Default: that of the size and the architecture.", rich_help_panel=TRAINING),
+    int | None, typer.Option(help="Updates T. Default: 120, or 100 (paper).", rich_help_panel=TRAINING)
 ]
 Lr = Annotated[
     float | None,
     typer.Option("--lr", help="Learning rate. Default: set by the noise and the data's size.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneViews = Annotated[
+    int | None,
+    typer.Option("--views", help="Augmented views K of each example, averaged before the clip. "
+                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Expected batch B = qN of Poisson sampling. Default: 0.02 N (patchnet), "
+                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneSteps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Updates T. Default: 8 (patchnet), 40 (wrn), 100 (from scratch), 779 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+FinetuneLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate. Default: 4 (patchnet), 0.4 (wrn), 2 (from scratch).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Microbatch = Annotated[
@@ -112,18 +144,86 @@ Workers = Annotated[
 ]  # fmt: skip
 Process = Annotated[
     str | None,
-    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default stylegan-oriented.",
+    typer.Option("--process", help="stylegan-oriented or dead-leaves. Default: stylegan-oriented.",
                  rich_help_panel=DATA, metavar="NAME"),
 ]  # fmt: skip
 Count = Annotated[
     int | None,
-    typer.Option(help="Number of images. Default: 4000 (tiny), 24000 (small), 105000 (paper).", rich_help_panel=DATA),
-]
+    typer.Option(help="Number of images to make. Default: 4000 (tiny), 24000 (small), 105000 (paper).",
+                 rich_help_panel=DATA),
+]  # fmt: skip
 Resolution = Annotated[
-    int | None, typer.Option(help="Pixels per side. Default: 64, or 256 (paper).", rich_help_panel=DATA)
+    int | None,
+    typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "
                  "wrn-16-4 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+RandomInit = Annotated[
+    bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)
+]
+
+PretrainSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps of a wrn. Default: 100 (tiny), 600 (small), 82000 (paper).", rich_help_panel=TRAINING),
+]
+PretrainBatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images of a wrn's step, two views of each. Default: 32 (tiny), 64 (small), 256 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+PretrainLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper).", rich_help_panel=TRAINING),
+]
+
+# ------------------------------------------------------------------- `run` alone: what goes to one of its four stages
+# Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from.
+
+RunSteps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Updates T of the fine-tune. Default: 8 (patchnet), 40 (wrn), 779 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Expected batch B = qN of the fine-tune. Default: 0.02 N (patchnet), "
+                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+RunLr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate of the fine-tune. Default: 4 (patchnet), 0.4 (wrn).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunViews = Annotated[
+    int | None,
+    typer.Option("--views", help="Augmented views K of each example in the fine-tune, averaged before the clip. "
+                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeSteps = Annotated[
+    int | None,
+    typer.Option("--probe-steps", help="Updates T of the probe. Default: 120, or 100 (paper).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeBatchSize = Annotated[
+    int | None,
+    typer.Option("--probe-batch-size", help="Expected batch B = qN of the probe. Default: N (every example, q = 1).",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeLr = Annotated[
+    float | None,
+    typer.Option("--probe-lr", help="Learning rate of the probe. Default: set by the noise and the data's size.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+ProbeViews = Annotated[
+    int | None,
+    typer.Option("--probe-views", help="Augmented views K of each example in the probe. Default: 1.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+RunPretrainSteps = Annotated[
+    int | None,
+    typer.Option("--pretrain-steps", help="Pretraining steps of a wrn. Default: 100 (tiny), 600 (small), "
+                 "82000 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip

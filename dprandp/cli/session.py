@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dprandp.config import SIZES
+from dprandp.config import SIZES, StageConfig, as_dict
 from dprandp.config import resolve as resolve_config
 from dprandp.console import Console
 from dprandp.errors import InputError, UsageError
@@ -49,9 +49,20 @@ def looked_at(path: Path, create: bool = False) -> Iterator[RunDir]:
         yield RunDir.open(empty, create=False)
 
 
-def resolve(rundir: RunDir, stage: str, size: str | None, file: Path | None, given: dict[str, Any]):
-    """Configuration from flags, with what the run already decided (size, data, budget) as defaults."""
+def resolve(
+    rundir: RunDir,
+    stage: str,
+    size: str | None,
+    file: Path | None,
+    given: dict[str, Any],
+    planned: Mapping[str, StageConfig] | None = None,
+):
+    """Configuration from flags, with what the run already decided (size, data, budget) as defaults.
+
+    ``planned`` stages count as decided by the run.
+    """
     recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
+    recorded |= {name: as_dict(config) for name, config in (planned or {}).items()}
     order = list(STAGES)
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
     if size is None and before:
@@ -73,12 +84,24 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     return "grey" if open_dataset(data, data_dir, num_classes=classes).spec.channels == 1 else "rgb"
 
 
+def require_data(data: str, data_dir: Path, *, classes: int | None, download: bool) -> None:
+    """Make sure that a data set's files are there, fetching them if allowed, before hours of public stages.
+
+    Raises:
+        InputError: they are not; which file to put where.
+    """
+    from dprandp.datasets import open_dataset
+
+    open_dataset(data, data_dir, download=download, num_classes=classes).require()
+
+
 def context(
     rundir: RunDir,
     console: Console,
     *,
     device: str = "cpu",
     data_dir: Path = Path("data"),
+    download: bool = False,
     workers: int | None = None,
     microbatch: int | None = None,
     insecure_seed: int | None = None,
@@ -103,6 +126,7 @@ def context(
         console=console,
         device=prepare_device(device),
         data_dir=data_dir,
+        download=download,
         workers=workers or len(os.sched_getaffinity(0)),
         microbatch=microbatch,
         resume=resume,
@@ -121,11 +145,25 @@ def run_stage(name: str, config, context) -> dict:
 
 
 def print_plan(stage: str, config, context) -> None:
-    """Print what a private stage would run."""
-    from dprandp.stages import overview
+    """Print what a stage would run."""
+    from dprandp.stages import planning
 
-    plan = overview.plan(stage, config, context)
-    context.console.result(plan, overview.plan_lines(plan))
+    plan = planning.plan(stage, config, context)
+    context.console.result(plan, planning.plan_lines(plan))
+
+
+def released_model(run: Path, folder: Path | None):
+    """The model of ``--model``, or of the run; says aloud when it has no guarantee.
+
+    Raises:
+        InputError: there is none. CheckpointError: it is damaged.
+    """
+    from dprandp.stages.released_model import load_model
+
+    model = load_model(run / "model" if folder is None else folder)
+    if model.not_private_because is not None:
+        current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
+    return model
 
 
 def microbatch(text: str) -> int | None:

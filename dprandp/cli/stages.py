@@ -17,40 +17,40 @@ def generate(
     process: flags.Process = None,
     count: flags.Count = None,
     resolution: flags.Resolution = None,
-    run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     workers: flags.Workers = None,
+    run: flags.Run = DEFAULT_RUN,
+    plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Phase I: make images with a random process. No data, no privacy cost.
+    """Phase I: make images with a random process; no data, no privacy cost.
 
     [dim]dprandp generate[/dim]
     [dim]dprandp generate --process dead-leaves --count 20000 --resolution 64 --run runs/leaves[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {"process": process, "count": count, "resolution": resolution, "seed": seed}
-    with session.opened(run, create=True) as rundir:
+    with (session.looked_at if plan else session.opened)(run, create=True) as rundir:
         stage = session.resolve(rundir, "generate", size, config, given)
         context = session.context(rundir, console, workers=workers, resume=resume, overwrite=overwrite)
+        if plan:
+            return session.print_plan("generate", stage, context)
         session.run_stage("generate", stage, context)
     console.next(session.command("pretrain", run))
+    return None
 
 
 @app.command(rich_help_panel="Stages")
 def pretrain(
-    arch: flags.Arch = None,
-    steps: flags.Steps = None,
-    batch_size: flags.BatchSize = None,
-    lr: flags.Lr = None,
     colour: Annotated[
         str | None,
-        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default mixed.",
+        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default: mixed.",
                      rich_help_panel=flags.DATA),
     ] = None,
     data: Annotated[
@@ -58,22 +58,24 @@ def pretrain(
         typer.Option(help="Choose the colour by what this data set declares; reads none of its files.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
-    random_init: Annotated[
-        bool | None,
-        typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=flags.TRAINING),
-    ] = None,
-    run: flags.Run = DEFAULT_RUN,
+    arch: flags.Arch = None,
+    steps: flags.PretrainSteps = None,
+    batch_size: flags.PretrainBatchSize = None,
+    lr: flags.PretrainLr = None,
+    random_init: flags.RandomInit = None,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
+    plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:  # fmt: skip
-    """Phase I: learn a feature extractor from those images. No data, no privacy cost.
+    """Phase I: learn a feature extractor from those images; no data, no privacy cost.
 
     [dim]dprandp pretrain[/dim]
     [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
@@ -84,17 +86,21 @@ def pretrain(
         "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
-    with session.opened(run) as rundir:
+    with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "pretrain", size, config, given)
         context = session.context(rundir, console, device=device, resume=resume, overwrite=overwrite)
+        if plan:
+            return session.print_plan("pretrain", stage, context)
         session.run_stage("pretrain", stage, context)
     console.next(session.command("probe", run) + " --data NAME --eps 1")
+    return None
 
 
 @app.command(rich_help_panel="Stages")
 def probe(
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
+    download: flags.Download = False,
     classes: flags.Classes = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
@@ -105,11 +111,11 @@ def probe(
     batch_size: flags.BatchSize = None,
     lr: flags.Lr = None,
     views: flags.Views = None,
-    run: flags.Run = DEFAULT_RUN,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
@@ -130,7 +136,7 @@ def probe(
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "probe", size, config, given)
         context = session.context(
-            rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
+            rundir, console, device=device, data_dir=data_dir, download=download, insecure_seed=insecure_seed,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip
         if plan:
@@ -142,32 +148,34 @@ def probe(
 
 @app.command(rich_help_panel="Stages")
 def finetune(
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="probe (default), or scratch: a random WRN, no Phase I or II (De et al. 2022).",
-                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default wrn-16-4.", rich_help_panel=flags.TRAINING),
-    ] = None,
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
+    download: flags.Download = False,
     classes: flags.Classes = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     clip: flags.Clip = None,
     insecure_seed: flags.InsecureSeed = None,
-    steps: flags.Steps = None,
-    batch_size: flags.BatchSize = None,
-    lr: flags.Lr = None,
-    views: flags.Views = None,
-    run: flags.Run = DEFAULT_RUN,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Start from the probe, or from scratch: a random WRN, no Phase I or II "
+                     "(De et al. 2022). Default: probe.",
+                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default: wrn-16-4.", rich_help_panel=flags.TRAINING),
+    ] = None,
+    steps: flags.FinetuneSteps = None,
+    batch_size: flags.FinetuneBatchSize = None,
+    lr: flags.FinetuneLr = None,
+    views: flags.FinetuneViews = None,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
     microbatch: flags.Microbatch = "auto",
+    run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
     overwrite: flags.Overwrite = False,
@@ -188,7 +196,7 @@ def finetune(
     with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)
         context = session.context(
-            rundir, console, device=device, data_dir=data_dir, insecure_seed=insecure_seed,
+            rundir, console, device=device, data_dir=data_dir, download=download, insecure_seed=insecure_seed,
             microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
         )  # fmt: skip
         if plan:
@@ -196,52 +204,3 @@ def finetune(
         session.run_stage("finetune", stage, context)
     console.next(session.command("report", run))
     return None
-
-
-@app.command("run", rich_help_panel="Stages")
-def run_all(
-    data: flags.DataName = None,
-    data_dir: flags.DataDir = Path("data"),
-    classes: flags.Classes = None,
-    eps: flags.Epsilon = None,
-    delta: flags.Delta = None,
-    share: flags.Share = None,
-    insecure_seed: flags.InsecureSeed = None,
-    process: flags.Process = None,
-    arch: flags.Arch = None,
-    run: flags.Run = DEFAULT_RUN,
-    size: flags.Size = None,
-    config: flags.Config = None,
-    seed: flags.Seed = None,
-    device: flags.Device = "auto",
-    workers: flags.Workers = None,
-    microbatch: flags.Microbatch = "auto",
-    resume: flags.Resume = False,
-    overwrite: flags.Overwrite = False,
-    json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    debug: flags.Debug = False,
-) -> None:
-    """All four stages and the report. Finished stages are skipped; with --share 1 there is no fine-tune.
-
-    [dim]dprandp run --data digits --eps 1[/dim]
-    [dim]dprandp run --data cifar10 --eps 8 --size small --run runs/cifar[/dim]
-    """
-    console = session.console(json=json, quiet=quiet, debug=debug)
-    everywhere = {"seed": seed}
-    private = {"data": data, "classes": classes, "epsilon": eps, "delta": delta}
-    given = {
-        "generate": everywhere | {"process": process},
-        "pretrain": everywhere | {"arch": arch, "colour": session.colour_of(data, data_dir, classes)},
-        "probe": everywhere | private | {"share": share},
-        "finetune": everywhere | private,
-    }
-    with session.opened(run, create=True) as rundir:
-        context = session.context(
-            rundir, console, device=device, data_dir=data_dir, workers=workers, insecure_seed=insecure_seed,
-            microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
-        )  # fmt: skip
-        from dprandp.stages import pipeline
-
-        result = pipeline.run(lambda stage: session.resolve(rundir, stage, size, config, given[stage]), context)
-    console.result(result, pipeline.line(result))

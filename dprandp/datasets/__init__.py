@@ -23,10 +23,12 @@ from dprandp.datasets.folder import open_folder
 from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
+from dprandp.datasets.unlabelled import read_unlabelled
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_split", "list_datasets", "open_dataset",
+    "read_unlabelled",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.
@@ -54,7 +56,8 @@ def open_dataset(
         flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
 
     Raises:
-        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
+        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
+            (``download`` too, for ``npz:`` and ``folder:``).
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
@@ -67,6 +70,8 @@ def open_dataset(
         if value is not None and not applies:
             raise UsageError(f"{option} does not apply to the data set {name}", fix=f"leave {option} out: it is known")
     if own:
+        if download:
+            raise UsageError(f"{name} is your own data: there is nothing to download", fix="leave --download out")
         if not rest:
             raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
         try:

@@ -49,25 +49,57 @@ def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
         InputError: a file is damaged or of a kind that is refused; ``private_detail`` alone names it.
     """
     images = np.empty((len(paths), size, size, 3), np.uint8)
+    for index, path in enumerate(paths):
+        images[index] = read_image(path, size, size, f"one of {what}")
+    return images
+
+
+def read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
+    """One image file: the largest centred part of the wanted proportions, resized, RGB.
+
+    Args:
+        path: the file.
+        height, width: of the result in pixels.
+        what: what this is, for the message ("one of the training images").
+
+    Returns:
+        uint8 [height, width, 3], 0–255.
+
+    Raises:
+        InputError: as ``read_images``.
+    """
     with warnings.catch_warnings():
         # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)
-        for index, path in enumerate(paths):
-            images[index] = _read_image(path, size, what)
-    return images
+        return _read_image(path, height, width, what)
 
 
-def _read_image(path: Path, size: int, what: str) -> np.ndarray:
+def centred(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centred part of an image that has the wanted proportions.
+
+    Args:
+        have: height and width of the image. want: height and width whose proportions count.
+
+    Returns:
+        top, left, height, width.
+    """
+    (height, width), (rows, columns) = have, want
+    cut = (height, max(1, height * columns // rows)) if height * columns <= width * rows else (
+        max(1, width * rows // columns), width
+    )  # fmt: skip
+    return (height - cut[0]) // 2, (width - cut[1]) // 2, *cut
+
+
+def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             objection = _objection(image, path)
             if objection is None:
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                # Cut first: with resize(box=…) the filter would still see the pixels just outside the square.
-                square = image.convert("RGB").crop((left, top, left + side, top + side))
-                return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+                top, left, rows, columns = centred((image.height, image.width), (height, width))
+                # Cut first: with resize(box=…) the filter would still see the pixels just outside the part.
+                part = image.convert("RGB").crop((left, top, left + columns, top + rows))
+                return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
     except Exception as error:
         # A decoder fed a hostile file may raise anything at all, and none of it is a bug of ours.
         raise _refusal(what, "damaged or no image", "replace or remove it", path, f"{type(error).__name__}") from error
@@ -76,7 +108,7 @@ def _read_image(path: Path, size: int, what: str) -> np.ndarray:
 
 def _refusal(what: str, kind: str, fix: str, path: Path, more: str) -> InputError:
     return InputError(
-        f"one of {what} is {kind}",
+        f"{what} is {kind}",
         fix=f"{fix}; --debug names the file (keep that output private)",
         private_detail=f"{path} {more}".strip(),
     )

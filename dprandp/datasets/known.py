@@ -60,7 +60,7 @@ class KnownSet:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             raise InputError(
                 f"{spec.name} is not in {data_dir}: {shown} missing",
-                fix=f"into {data_dir}, put {self.put}; or allow the download where there is a network",
+                fix=f"into {data_dir}, put {self.put}; or add --download where there is a network",
             )
 
 

@@ -4,6 +4,8 @@
 ``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
 ``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
 ``prv``           the numerical accountant (sampled batches), both directions of add/remove
+``sampled_loss``  the privacy loss of one sampled step: what ``prv`` composes
+``tradeoff``      what a guarantee leaves to an attacker; replacing a record instead of adding or removing one
 ``sampling``      true Poisson batches
 ``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
 ``noise``         randomness from the operating system, Gaussian noise

@@ -9,7 +9,7 @@ events               accountant                                              err
 ===================  ======================================================  ===========================================
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
-some sampled         privacy random variables, both directions (``prv``)     about half a per cent, included in upper
+some sampled         privacy random variables, both directions (``prv``)     0.25 % (q ~ 1e-3: 1 %), included in upper
 where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -29,15 +29,18 @@ from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 
 Warn = Callable[[str], None]
-_warn_by_log: Warn = logging.getLogger(__name__).warning
+warn_by_log: Warn = logging.getLogger(__name__).warning
 
-# The half-width of the numerical bounds: this part of ε, but no less than the floor.
-_RELATIVE_ERROR, _ERROR_FLOOR = 0.005, 1e-4
-_COARSE_ERROR = 0.03
+# The half-width of the numerical bounds: this part of ε, and no less than the floor.
+_RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
+# A budget of which less than this part is left would buy steps of nothing but noise.
+_LEAST_PART = 0.005
 _WHOLE_ORDERS = [*range(2, 65), 72, 96, 128, 192, 256, 512]
-_PART_ORDERS = [1 + x / 20 for x in range(1, 100) if x % 20]
+_PART_ORDERS = [1 + x / 5 for x in range(1, 25) if x % 5]
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
 _MAX_NOISE_MULTIPLIER = 1e6
+# No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
+_FIXED = "A run's budget cannot grow once it has begun."
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def gaussian_mu(events: Sequence[GaussianEvent]) -> float | None:
     return math.sqrt(math.fsum(event.steps / event.noise_multiplier**2 for event in merged))
 
 
-def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = _warn_by_log) -> EpsilonBound:
+def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
     """Bound ε of running all events on the same data, in any order, at ``delta``.
 
     Args:
@@ -146,11 +149,10 @@ def compose(events: Sequence[GaussianEvent], delta: float, warn: Warn = _warn_by
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
     from dprandp.privacy import prv  # loads most of scipy: only here, only when it is needed
 
-    components = _components(merged)
+    components = components_of(merged)
     rough = prv.rough_epsilon(components, delta)
     try:
-        _, estimate, _ = prv.prv_epsilon(components, delta, max(_COARSE_ERROR * rough, _ERROR_FLOOR), False)
-        fine = max(_RELATIVE_ERROR * estimate, _ERROR_FLOOR)
+        fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
         lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
     except prv.AccountantRefused as refusal:
         bound = _rdp_bound(merged, delta)
@@ -158,7 +160,7 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
             bound,
             f"The PRV accountant refused ({refusal}); {bound.accountant} gives the looser ε ≤ {bound.upper:.4g}.",
         )
-    name = f"prv-accountant {version('prv-accountant')}"
+    name = f"PRV (prv-accountant {version('prv-accountant')})"
     if lower > rough * (1 + 1e-6):
         # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
         complaint = f"The PRV accountant (ε ≥ {lower:.6g}) contradicts Rényi DP (ε ≤ {rough:.6g}); the larger is kept."
@@ -166,7 +168,7 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
     return EpsilonBound(lower, estimate, upper, delta, name), None
 
 
-def _components(events: Sequence[GaussianEvent]) -> list[Any]:
+def components_of(events: Sequence[GaussianEvent]) -> list[Any]:
     """Sampled events as they are; all full-batch events as one Gaussian of the same μ, which is exact and cheaper."""
     from dprandp.privacy.prv import Component
 
@@ -207,7 +209,7 @@ def calibrate(
     sample_rate: float,
     steps: int,
     spent: Sequence[GaussianEvent] = (),
-    warn: Warn = _warn_by_log,
+    warn: Warn = warn_by_log,
 ) -> float:
     """The smallest noise multiplier found whose steps, after everything in ``spent``, stay within the budget.
 
@@ -236,11 +238,10 @@ def calibrate(
     if math.isinf(epsilon):
         return 0.0
     before = compose(spent, delta, warn)
-    if before.upper >= epsilon * (1 - _RELATIVE_ERROR):
-        # Less than the accountant can resolve is left: it would buy steps of nothing but noise.
+    if before.upper >= epsilon * (1 - _LEAST_PART):
         raise BudgetError(
             f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
-            fix="Give a larger --eps, or start a new run and account for both.",
+            fix=f"{_FIXED} Start a new run, and add up what both release.",
         )
     noise_multiplier, complaint = _calibrate(epsilon, delta, sample_rate, int(steps), tuple(merge_events(spent)))
     if complaint:
@@ -267,47 +268,36 @@ def _calibrate(
         found = calibration.nudge(upper, epsilon, math.sqrt(steps / room)) if room > 0 else None
     else:
 
-        def aimed(estimate: Callable[..., float], start: float) -> float:
-            goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
-            function = partial(_estimate_with, estimate, spent, sample_rate, steps, delta)
-            return calibration.solve(function, goal, start, _MAX_NOISE_MULTIPLIER)
+        def sketch(noise_multiplier: float) -> float:
+            events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
+            return _sketch(components_of(events), delta)
 
-        start = aimed(_rough_estimate, 1.0)
-        guess = aimed(_quick_estimate, start if math.isfinite(start) else math.sqrt(steps))
+        goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
+        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), _MAX_NOISE_MULTIPLIER)
         found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
     if found is None:
+        left = "What is left of " if spent else ""
         raise BudgetError(
-            f"What is left of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
-            fix="Give a larger --eps, or fewer steps, or start a new run and account for both.",
+            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
+            fix=f"{_FIXED} Give fewer steps, or start a new run and add up what both release."
+            if spent
+            else "Give a larger --eps, or fewer steps.",
         )
     upper(found)  # leave the complaint of the accepted value, if it has one
     return found, complaints[-1] if complaints else None
 
 
-def _estimate_with(
-    estimate: Callable[..., float],
-    spent: tuple[GaussianEvent, ...],
-    sample_rate: float,
-    steps: int,
-    delta: float,
-    noise_multiplier: float,
-) -> float:
-    events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
-    return estimate(_components(events), delta)
+def _first_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Central limit: T steps at rate q are about μ-GDP with μ = q √(T (exp(1/σ²) − 1)) (Dong et al. 2022, §5.1)."""
+    square = (gaussian_dp_mu(epsilon, delta) / sample_rate) ** 2 / steps
+    return 1 / math.sqrt(math.log1p(square))
 
 
-def _rough_estimate(components: Sequence[Any], delta: float) -> float:
-    from dprandp.privacy import prv
-
-    return prv.rough_epsilon(components, delta)
-
-
-def _quick_estimate(components: Sequence[Any], delta: float) -> float:
+def _sketch(components: Sequence[Any], delta: float) -> float:
     """A fast, unpromised value of ε to aim with; the Rényi bound where the PRV accountant refuses."""
     from dprandp.privacy import prv
 
-    rough = prv.rough_epsilon(components, delta)
     try:
-        return max(0.0, prv.prv_epsilon(components, delta, max(_COARSE_ERROR * rough, _ERROR_FLOOR), False)[1])
+        return prv.sketch_epsilon(components, delta)
     except prv.AccountantRefused:
-        return rough
+        return prv.rough_epsilon(components, delta)

@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 Falling = Callable[[float], float]
 
 # ``settle`` aims at the first part of the budget and accepts anything from the second part up to the whole.
-AIM, ACCEPT = 0.999, 0.9975
+AIM, ACCEPT = 0.9995, 0.998
 _SMALLEST = 1e-6
 
 

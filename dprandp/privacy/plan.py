@@ -234,11 +234,14 @@ class PrivateMechanism:
         self._sampler = PoissonSampler(plan.examples, plan.sample_rate, random)
         self._refuse_mismatch(start_step)
         if math.isfinite(plan.epsilon_target):
-            total = compose([*ledger.events_besides(plan.stage, attempt), plan.event], plan.delta, warn).upper
+            others = ledger.events_besides(plan.stage, attempt)
+            total = compose([*others, plan.event], plan.delta, warn).upper
             if not total <= plan.epsilon_target:
                 raise BudgetError(
                     f"Stage {plan.stage} would bring this run to ε = {total:.4g}, above its {plan.epsilon_target:g}.",
-                    fix="Plan the stage again with what is left, or give a larger --eps.",
+                    fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
+                    if others
+                    else "Plan the stage again with more noise, or give a larger --eps.",
                 )
 
     @property

@@ -1,12 +1,22 @@
 """The privacy-random-variable accountant for sampled Gaussian steps, in both directions of add/remove.
 
-The numerical work is done by ``prv_accountant`` (Gopi, Lee & Wutschitz 2021, "Numerical composition of differential
-privacy", Theorem 5.5), whose error in ε and δ is bounded and included in ``upper``. Two things are added here:
+Gopi, Lee & Wutschitz 2021, "Numerical composition of differential privacy": the privacy loss of a step is a random
+variable Y, the loss of a composition is the sum of independent ones, and δ(ε) = E[(1 − exp(ε − Y))₊]. The sum is found
+on a grid by Fourier transform; how far the grid can be from the truth is bounded, and included in ``upper``. The curve
+is inverted by ``prv_accountant``, the library of that paper. Three things are different here:
 
 * *both directions.* That library composes log(P/Q) for P = "with the record", Q = "without it". Adding a record is the
   other direction, and under composition it is not covered by the first one in general (Lebeda, Regehr, Kamath & Steinke
   2024, "Avoiding pitfalls for privacy accounting of subsampled mechanisms under composition"), so both are computed.
+* *the window.* Remark 5.6 of the paper makes the grid reach 2 beyond the largest loss that matters, which for ε = 0.1
+  is fifteen times too wide. Here the reach comes from the Rényi divergences directly (``_reach``).
 * *bounded work.* The number of grid points is chosen before anything is allocated; time and memory follow from it.
+
+*The bound* (Theorem 5.5 of the paper, with these constants). Let Y be the sum of the k true losses and Ŷ what is on the
+grid of mesh h. They differ by more than ε_error only if (a) one of the losses falls outside the grid, (b) the sum does,
+so that the Fourier transform wraps it around, or (c) the k roundings, each of mean 0 and within an interval of length
+h, add up to more than ε_error: probability at most 2 exp(−2 ε_error² / (k h²)) by Hoeffding. If these and the rounding
+of the arithmetic have probability η together, then δ(ε) ≤ δ̂(ε − ε_error) + η and δ(ε) ≥ δ̂(ε + ε_error) − η.
 
 Imported only when an accountant is needed: it loads most of scipy.
 """
@@ -17,78 +27,28 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from prv_accountant import GaussianMechanism, PoissonSubsampledGaussianMechanism, PrivacyRandomVariable, PRVAccountant
-from prv_accountant.accountant import compute_safe_domain_size
-from scipy.special import gammaln, log_ndtr
+from prv_accountant.discrete_privacy_random_variable import DiscretePrivacyRandomVariable
+from prv_accountant.domain import Domain
+from scipy.fft import irfft, next_fast_len, rfft
 
-# Grid points of all privacy random variables together: the bound on time and memory, known before anything is
-# allocated. 400,000 points of 16 bytes take about 2 s and 100 MiB for both directions; the coarse grid serves
-# searches only.
-FINE_POINTS, COARSE_POINTS = 400_000, 30_000
+from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
+
+# The bound on time and memory, known before anything is allocated: grid points, grid points times different events, and
+# different events. 400,000 points take about 0.3 s and 100 MiB a direction; the coarse grid serves searches only.
+FINE_POINTS, COARSE_POINTS, ALL_POINTS, MOST_EVENTS = 400_000, 16_384, 4_000_000, 100
 # The accountant's error in δ, as a part of δ: it is added to δ in every bound.
 DELTA_ERROR_SHARE = 1e-3
+# A Fourier transform is wrong by about eps·√(log₂ N) of its input; this many times eps·log₂ N, once for each step, is
+# held to be enough for all arithmetic, and added to δ.
+_ROUNDING = 8
 # Rényi orders for the rough bound. Any order gives a valid bound; a longer list only makes it tighter.
-_ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [72, 96, 128, 192, 256, 512])
+_ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**n for n in range(6, 14)])
 
 
 class AccountantRefused(Exception):
     """The accountant cannot give a sound bound here; the caller names another one aloud."""
-
-
-class RemoveDirection(PoissonSubsampledGaussianMechanism):
-    """log(P/Q) under P = (1−q) N(0, σ²) + q N(1, σ²), Q = N(0, σ²): the record is there, or is not."""
-
-    def probability(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Mass of the adjacent cells [a_i, b_i]; one cdf evaluation for each edge, where the library makes two."""
-        return np.diff(self.cdf(np.append(a, b[-1:])))
-
-    def rdp(self, alpha: float) -> float:
-        """Rényi divergence of order alpha > 1: exact at integers, an upper bound between them.
-
-        log A(α) = (α − 1) RDP(α) is a cumulant generating function, hence convex in α, with log A(1) = 0: a straight
-        line between two integers lies above it. The library's own series for fractions takes seconds at large q.
-        """
-        if math.isinf(alpha):
-            return math.inf
-        below, q, sigma = math.floor(alpha), float(self.p), float(self.sigma)
-        part = alpha - below
-        log_moment = (1 - part) * _log_moment(q, sigma, below)
-        if part:
-            log_moment += part * _log_moment(q, sigma, below + 1)
-        return log_moment / (alpha - 1)
-
-
-@lru_cache(maxsize=10_000)
-def _log_moment(q: float, sigma: float, order: int) -> float:
-    """log A(order) = log Σ_k binom(order, k) (1−q)^(order−k) q^k exp((k² − k)/(2σ²)) (Mironov et al. 2019, §3.3)."""
-    if order == 1:
-        return 0.0
-    k = np.arange(order + 1)
-    log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-    terms = log_binomial + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / (2 * sigma**2)
-    largest = float(terms.max())
-    return max(0.0, largest + math.log(float(np.exp(terms - largest).sum())))
-
-
-class AddDirection(RemoveDirection):
-    """log(Q/P) under Q: the record is not there, or is.
-
-    With x ~ Q = N(0, σ²), the loss −log(1 − q + q exp((2x − 1)/(2σ²))) falls in x, so it is at most t exactly where
-    x ≥ σ² log((exp(−t) − 1 + q)/q) + 1/2. It never exceeds −log(1 − q).
-
-    Its Rényi divergences are at most those of the other direction (Mironov, Talwar & Zhang 2019, "Rényi differential
-    privacy of the sampled Gaussian mechanism", Theorem 5), so the inherited ``rdp`` gives a grid that is wide enough.
-    """
-
-    def cdf(self, t: np.ndarray) -> np.ndarray:
-        inside = (np.expm1(-np.asarray(t, dtype=np.longdouble)) + self.p) / self.p
-        reachable = inside > 0
-        z = np.log(np.where(reachable, inside, 1))
-        score = -(self.sigma * z + 1 / (2 * self.sigma))
-        return np.where(reachable, np.exp(log_ndtr(np.asarray(score, dtype=np.float64))), 1.0)
 
 
 @dataclass(frozen=True)
@@ -99,24 +59,56 @@ class Component:
     sample_rate: float
     steps: int
 
-    def variable(self, add: bool) -> PrivacyRandomVariable:
-        if self.sample_rate == 1:
-            return GaussianMechanism(self.noise_multiplier)  # symmetric: one variable serves both directions
-        return (AddDirection if add else RemoveDirection)(self.sample_rate, self.noise_multiplier)
+    def loss(self, add: bool) -> SampledGaussianLoss:
+        return SampledGaussianLoss(self.sample_rate, self.noise_multiplier, add)
+
+    def divergences(self) -> np.ndarray:
+        """Rényi divergences of one step at ``_ORDERS``, of either direction or above it."""
+        return np.array([renyi_divergence(self.sample_rate, self.noise_multiplier, order) for order in _ORDERS])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a composition is computed, and how wrong it may be there: decided before anything is allocated.
+
+    Attributes:
+        mesh: h, distance of the points.
+        points: N, even; they are h·(−N/2 … N/2 − 1).
+        epsilon_error, delta_error: ε_error and η of "The bound" above.
+        real: float64, or the longest float there is where δ is so small that the rounding of float64 could be seen.
+    """
+
+    mesh: float
+    points: int
+    epsilon_error: float
+    delta_error: float
+    real: type[np.floating]
 
 
 def rough_epsilon(components: Sequence[Component], delta: float) -> float:
-    """A valid but loose upper bound on ε through Rényi orders, in milliseconds."""
-    total = np.zeros(len(_ORDERS))
-    for component in components:
-        variable = component.variable(add=False)
-        total += component.steps * np.array([variable.rdp(order) for order in _ORDERS])
+    """A valid but loose upper bound on ε through Rényi orders, in milliseconds (Balle et al. 2020, Theorem 21)."""
+    total = sum(component.steps * component.divergences() for component in components)
     epsilon = total - np.log(delta * _ORDERS) / (_ORDERS - 1) + np.log1p(-1 / _ORDERS)
     return max(0.0, float(np.min(epsilon)))
 
 
+def sketch_epsilon(components: Sequence[Component], delta: float) -> float:
+    """ε to about 1 %, unpromised: a coarse grid and the remove direction alone, to aim a search with.
+
+    The means are right on any grid, so that this is much nearer to the truth than the bound for such a grid would be.
+
+    Raises:
+        AccountantRefused: as ``prv_epsilon``.
+    """
+    reach = _reach(components, delta * DELTA_ERROR_SHARE)
+    if not math.isfinite(reach):
+        raise AccountantRefused("the Rényi bracket is not finite")
+    grid = Grid(2.1 * reach / COARSE_POINTS, COARSE_POINTS, 0.0, 0.0, np.float64)
+    return max(0.0, _invert(_compose(components, grid, add=False), delta, grid)[1])
+
+
 def prv_epsilon(
-    components: Sequence[Component], delta: float, epsilon_error: float, promised: bool = True
+    components: Sequence[Component], delta: float, epsilon_error: float
 ) -> tuple[float, float, float]:
     """(lower, estimate, upper) bounds on ε of the composition; not clamped, so slightly negative where ε is about 0.
 
@@ -124,46 +116,159 @@ def prv_epsilon(
         components: the mechanisms, each with its number of steps.
         delta: δ of the guarantee, in (0, 1).
         epsilon_error: wanted half-width of the bounds; wider when the number of grid points would be passed.
-        promised: False takes the coarse grid and skips the add direction (to aim a search, never for a promise).
 
     Guarantee:
-        When ``promised``, ``upper`` is at least the ε of the composition at ``delta`` under add/remove.
+        ``upper`` is at least the ε of the composition at ``delta`` under add/remove.
 
     Raises:
         AccountantRefused: floating point or the bound on grid points does not allow a sound, useful answer.
     """
-    steps = [component.steps for component in components]
-    delta_error = delta * DELTA_ERROR_SHARE
-    removal = [component.variable(add=False) for component in components]
-    half_width = compute_safe_domain_size(removal, steps, epsilon_error, delta_error)
-    if not math.isfinite(half_width):
+    grid = plan_grid(components, delta * DELTA_ERROR_SHARE, epsilon_error)
+    bounds = [_invert(_compose(components, grid, add), delta, grid) for add in _directions(components)]
+    return tuple(max(values) for values in zip(*bounds, strict=True))
+
+
+def prv_curve(
+    components: Sequence[Component], delta_error: float, epsilon_error: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points of a valid privacy curve: the composition is (ε_i, δ_i)-DP under add/remove for every i.
+
+    Args:
+        components: the mechanisms, each with its number of steps.
+        delta_error: what the numerical error may add to every δ; more where floating point asks for it.
+        epsilon_error: what it may add to every ε; wider when the number of grid points would be passed.
+
+    Returns:
+        ε ascending from 0 and δ descending, float64 [n].
+
+    Raises:
+        AccountantRefused: as ``prv_epsilon``.
+    """
+    grid = plan_grid(components, delta_error, epsilon_error)
+    count = grid.points // 2 - 2
+    epsilons = grid.epsilon_error + grid.mesh * np.arange(-1 - int(grid.epsilon_error / grid.mesh), count)
+    deltas = np.zeros(len(epsilons))
+    for add in _directions(components):
+        losses, masses = _compose(components, grid, add)
+        from_here = np.flip(np.flip(masses).cumsum())
+        discounted = np.flip(np.flip(masses * np.exp(-losses)).cumsum())
+        # δ̂ at each point of the grid; δ̂ falls, so the point at or below ε − ε_error bounds it from above
+        curve = np.maximum(from_here - np.exp(losses) * discounted, 0) + grid.delta_error
+        nearest = np.searchsorted(losses, epsilons - grid.epsilon_error, side="right") - 1
+        deltas = np.maximum(deltas, np.asarray(curve[nearest], dtype=np.float64))
+    if not np.isfinite(deltas).all():
+        raise AccountantRefused("it returned NaN")
+    return np.maximum(epsilons, 0.0), np.minimum(deltas, 1.0)
+
+
+def plan_grid(components: Sequence[Component], delta_error: float, epsilon_error: float) -> Grid:
+    """The coarsest grid whose errors are as wanted, or the largest that is allowed and its larger ε error.
+
+    Raises:
+        AccountantRefused: that error would be a tenth of the range of the losses, or δ is beyond floating point.
+    """
+    most_points = min(FINE_POINTS, ALL_POINTS // len(components))
+    steps = sum(component.steps for component in components)
+    share = delta_error / 3  # for each of: steps outside, sum outside, rounding to the grid
+    reach = _reach(components, share)
+    if not math.isfinite(reach):
         raise AccountantRefused("the Rényi bracket is not finite")
-    work = 2 * half_width * math.sqrt(sum(steps) / 2 * math.log(12 / delta_error)) * len(components)
-    # Grid points = work / epsilon_error (Theorem 5.5 gives the mesh), so a bound on points is a bound on the error.
-    epsilon_error = max(epsilon_error, work / (FINE_POINTS if promised else COARSE_POINTS))
-    if epsilon_error > 0.1 * half_width:
-        raise AccountantRefused(f"it would need more than {FINE_POINTS} grid points")
-    bounds = _one_direction(removal, steps, delta, delta_error, epsilon_error)
-    if promised and any(component.sample_rate < 1 for component in components):
-        addition = [component.variable(add=True) for component in components]
-        other = _one_direction(addition, steps, delta, delta_error, epsilon_error)
-        bounds = tuple(max(pair) for pair in zip(bounds, other, strict=True))
-    return bounds
+    cells = math.sqrt(steps / 2 * math.log(2 / share))  # meshes in epsilon_error: Hoeffding, (c) above
+    room = most_points / 2 - cells - 8
+    if room <= 0 or reach * cells / room > 0.1 * reach:
+        raise AccountantRefused(f"it would need more than {most_points} grid points")
+    epsilon_error = max(epsilon_error, reach * cells / room)
+    mesh = epsilon_error / cells
+    points = next_fast_len(2 * (math.ceil((reach + epsilon_error) / mesh) + 3), real=True)
+    while points % 2:
+        points = next_fast_len(points + 1, real=True)
+    for real, most in ((np.float64, delta_error), (np.longdouble, 30 * delta_error)):
+        rounding = _ROUNDING * float(np.finfo(real).eps) * math.log2(points) * (steps + 2)
+        if rounding <= most:
+            return Grid(mesh, points, epsilon_error, 3 * share + rounding, real)
+    raise AccountantRefused("floating point is too coarse for such a small delta")
 
 
-def _one_direction(
-    variables: Sequence[PrivacyRandomVariable],
-    steps: Sequence[int],
-    delta: float,
-    delta_error: float,
-    epsilon_error: float,
-) -> tuple[float, float, float]:
+def _reach(components: Sequence[Component], probability: float) -> float:
+    """L such that the sum of the losses leaves [−L, L] with at most ``probability``, and so does any single step.
+
+    Chernoff: P(Y ≥ L) ≤ exp((α − 1)(RDP(α) − L)) and P(Y ≤ −L) ≤ exp((α − 1) RDP'(α) − α L), where RDP' is the other
+    direction's divergence. The first bound with the larger divergence covers both tails of both directions.
+    """
+    if len(components) > MOST_EVENTS:
+        raise AccountantRefused(f"{len(components)} different events are more than {MOST_EVENTS}")
+    divergences = [component.divergences() for component in components]
+    total = sum(component.steps * each for component, each in zip(components, divergences, strict=True))
+    steps = sum(component.steps for component in components)
+    whole = np.min(total + math.log(2 / probability) / (_ORDERS - 1))
+    single = (np.min(each + math.log(2 * steps / probability) / (_ORDERS - 1)) for each in divergences)
+    return float(max(whole, *single))
+
+
+def _directions(components: Sequence[Component]) -> tuple[bool, ...]:
+    """Both; the plain Gaussian is symmetric."""
+    return (False, True) if any(component.sample_rate < 1 for component in components) else (False,)
+
+
+Composed = tuple[np.ndarray, np.ndarray]
+"""Losses [N], ascending, and their masses [N]."""
+
+
+def _compose(components: Sequence[Component], grid: Grid, add: bool) -> Composed:
+    """The distribution of the sum of all losses, on the grid."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a numerical warning here is a doubt about the bound: refuse instead
         try:
-            accountant = PRVAccountant(variables, epsilon_error, delta_error, max_self_compositions=steps)
-            bounds = accountant.compute_epsilon(delta, steps)
-        except (ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError, Warning) as error:
+            return _fourier_sum([component.loss(add) for component in components], components, grid)
+        except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError, Warning) as error:
+            raise AccountantRefused(str(error) or type(error).__name__) from error
+
+
+def _fourier_sum(
+    losses: Sequence[SampledGaussianLoss], components: Sequence[Component], grid: Grid
+) -> Composed:
+    half = grid.points // 2
+    edges = grid.mesh * (np.arange(-half, half + 1) - 0.5)
+    lattice = np.arange(-half, half)
+    transform, shift = None, 0.0
+    for loss, component in zip(losses, components, strict=True):
+        masses = loss.masses(edges)
+        masses /= masses.sum()
+        # All cells move by what makes the mean right, or the roundings would not have mean 0.
+        own_shift = loss.mean(edges[0], edges[-1]) - grid.mesh * float(np.dot(lattice, masses))
+        if not abs(own_shift) <= grid.mesh / 2:
+            raise RuntimeError("a step's loss on the grid has not the mean that it should have")
+        shift += component.steps * own_shift
+        factor = _power(rfft(np.fft.ifftshift(masses.astype(grid.real))), component.steps)
+        transform = factor if transform is None else transform * factor
+    whole = round(shift / grid.mesh)
+    masses = np.fft.fftshift(np.roll(irfft(transform, grid.points), whole))
+    return grid.mesh * lattice + (shift - whole * grid.mesh), masses
+
+
+def _power(base: np.ndarray, exponent: int) -> np.ndarray:
+    """base ** exponent by repeated squaring: the library's complex power loses digits and time."""
+    result = None
+    with np.errstate(under="ignore"):  # frequencies that vanish
+        while exponent:
+            if exponent & 1:
+                result = base if result is None else result * base
+            exponent >>= 1
+            if exponent:
+                base = base * base
+    return result
+
+
+def _invert(composed: Composed, delta: float, grid: Grid) -> tuple[float, float, float]:
+    """(lower, estimate, upper) of ε at δ, by ``prv_accountant``."""
+    losses, masses = composed
+    domain = Domain(float(losses[0]), float(losses[-1]), len(losses))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            variable = DiscretePrivacyRandomVariable(masses, domain)
+            bounds = variable.compute_epsilon(delta, grid.delta_error, grid.epsilon_error)
+        except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError, Warning) as error:
             raise AccountantRefused(str(error) or type(error).__name__) from error
     if any(math.isnan(bound) for bound in bounds):
         raise AccountantRefused("it returned NaN")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dprandp.config import public_data_name
 from dprandp.reporting.disclosure import (
     epsilon_text,
     number,
@@ -22,11 +23,12 @@ def headline(run: Run) -> Markup:
     if result is None:
         return _without_classifier(run)
     reason = not_private_reason(run)
+    data = public_data_name(result["data"])
     title = f"{result['title']}: {'differentially private ' if reason is None else ''}image classifier"
     return tag(
         "header",
         tag("h1", title),
-        tag("p", f"Run {run.name}. Data set {result['data']}, after stage {result['stage']}.", class_="soft"),
+        tag("p", f"Run {run.name}. Data set {data}, after stage {result['stage']}.", class_="soft"),
         badge(reason),
         _notes(run, result),
         _numbers(run, result, reason),

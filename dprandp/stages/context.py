@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dprandp.config import StageConfig, build
 from dprandp.console import Console
-from dprandp.errors import UsageError
+from dprandp.errors import CheckpointError, UsageError
 from dprandp.rundir import RunDir
 
 
@@ -22,6 +24,7 @@ class Context:
         console: progress to stderr.
         device: where tensors live.
         data_dir: data root.
+        download: fetch a known data set's files where they are missing; nothing is fetched otherwise.
         workers: processes for image generation.
         microbatch: examples whose gradients are held together; None lets the stage choose. Memory only.
         resume: keep the recorded configuration, fall back to the last good checkpoint.
@@ -33,6 +36,7 @@ class Context:
     console: Console
     device: torch.device
     data_dir: Path
+    download: bool = False
     workers: int = 1
     microbatch: int | None = None
     resume: bool = False
@@ -58,3 +62,18 @@ def prepare_device(name: str) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
         )
     return device
+
+
+def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
+    """A stage's configuration as a run recorded it.
+
+    Raises:
+        CheckpointError: it has other settings than this version, or values out of range.
+    """
+    try:
+        return build(stage, values)
+    except UsageError as error:
+        raise CheckpointError(
+            f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
+            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+        ) from error

@@ -16,7 +16,7 @@ cheap full-batch steps of the head on the features of the tuned extractor, from 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +25,15 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from dprandp import checkpoint, faults
-from dprandp.config import FinetuneConfig, PretrainConfig, as_dict, recorded
+from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
+from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
@@ -49,6 +50,9 @@ from dprandp.vision.whitening import PooledOnly
 
 STAGE = "finetune"
 MODEL = "model"
+REFIT = {"sample_rate": 1.0, "clip_norm": 1.0}
+"""The mechanism of the refit, but for its steps and noise."""
+
 CLOSED_FORM_MICROBATCH = 16
 """Examples whose gradients are in memory together: 16 x 1600 filters x 108 weights x 4 bytes = 11 MB."""
 
@@ -105,7 +109,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     config = recorded(STAGE, begun.config)  # the recorded one, after --resume
-    arch, recipe, refit_steps = _choices(config, context)
+    arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
     stage.fix_plan()
     model, mirror = _scratch_model(config, stage) if scratch else _probed_model(context, stage)
@@ -132,23 +136,36 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "mirror": mirror,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    release.write_model(context.rundir, model, result)
+    release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 
 
-def open_stage(config: FinetuneConfig, context: Context, *, write: bool = True) -> PrivateStage:
+def open_stage(
+    config: FinetuneConfig,
+    context: Context,
+    *,
+    write: bool = True,
+    arch: str | None = None,
+    planned: Sequence[GaussianEvent] = (),
+) -> PrivateStage:
     """Plan the joint training from public facts.
+
+    Args:
+        write: False for ``--plan``: nothing is created.
+        arch: of an extractor that is itself only planned; no probe is then required.
+        planned: see ``open_private_stage``.
 
     Raises:
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     if config.source != "scratch":
-        context.rundir.require("probe", STAGE)
+        if arch is None:
+            context.rundir.require("probe", STAGE)
     elif not config.arch.startswith("wrn-"):
         raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
-    _, recipe, refit_steps = _choices(config, context)
+    _, recipe, refit_steps = choices(config, context, arch)
     return open_private_stage(
         STAGE,
         config,
@@ -157,13 +174,14 @@ def open_stage(config: FinetuneConfig, context: Context, *, write: bool = True) 
         batch_part=recipe.batch_part,
         budget_part=1 - config.refit_part if refit_steps else 1.0,
         write=write,
+        planned=planned,
     )
 
 
-def _choices(config: FinetuneConfig, context: Context) -> tuple[str, Recipe, int]:
-    """The architecture, its recipe, and the number of refit steps (0 for none)."""
-    arch = config.arch
-    if config.source != "scratch":
+def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:
+    """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
+    arch = config.arch if config.source == "scratch" else planned
+    if arch is None:
         results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
         for earlier, result in results.items():  # before anything is paid
             refuse_gaps(earlier, result)
@@ -301,7 +319,7 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
     context = stage.context
     folder = context.rundir.stage_dir(STAGE) / "refit"
     folder.mkdir(exist_ok=True)
-    further = stage.following(f"{STAGE}.head", sample_rate=1.0, steps=steps, clip_norm=1.0)
+    further = stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
     lr = default_lr(further.epsilon_alone, further.plan.delta, stage.spec.train_examples)
     settings = HeadSettings(lr, momentum=0.9, released="average")

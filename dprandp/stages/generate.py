@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 
 from dprandp import faults
-from dprandp.config import GenerateConfig, as_dict, recorded
+from dprandp.config import GenerateConfig, as_dict
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.files import atomic_path, atomic_write, file_sha256, from_json
 from dprandp.signals import graceful_stop
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
 
@@ -47,9 +47,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
         UsageError: unknown process, or a configuration other than the one the directory holds.
         StorageError: the disk refuses.
     """
-    process_named(config.process)
-    if config.resolution not in RESOLUTIONS:
-        raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
+    check(config)
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
         return context.rundir.result(STAGE)
@@ -87,6 +85,13 @@ def run(config: GenerateConfig, context: Context) -> dict:
     }
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, ["manifest.json"]), result)
     return result
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse an unknown process (UsageError) or a resolution that is not offered."""
+    process_named(config.process)
+    if config.resolution not in RESOLUTIONS:
+        raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
 
 
 def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:

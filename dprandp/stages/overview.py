@@ -1,21 +1,15 @@
-"""Answers that train nothing: status, the account calculator, the list of data sets, and ``--plan``."""
+"""Answers that train nothing: status and the list of data sets."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dprandp.config import StageConfig
-from dprandp.datasets import list_datasets
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.datasets import list_datasets, open_dataset
+from dprandp.errors import UsageError
 from dprandp.rundir import RunDir
-from dprandp.stages import finetune
 from dprandp.stages.budget import read_budget
-from dprandp.stages.context import Context
-from dprandp.stages.private import open_private_stage
 
 
 def status(rundir: RunDir) -> dict[str, Any]:
@@ -44,50 +38,26 @@ def status_lines(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def account(
-    epsilon: float | None, noise_multiplier: float | None, sample_rate: float, steps: int, delta: float
-) -> dict[str, Any]:
-    """σ for an ε, or ε for a σ.
+def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:
+    """The known data sets as plain rows.
 
-    Returns:
-        noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
-        accountant, equivalent_mu (of Gaussian DP; None without privacy), adjacency.
+    Args:
+        data_dir: the data root.
+        name: this one alone; None for all.
+        download: fetch its files if they are missing.
 
     Raises:
-        UsageError: a value out of its range. BudgetError: no noise is enough.
+        UsageError: no such known set, or a download of all. InputError: the download failed.
     """
-    if noise_multiplier is None:
-        noise_multiplier = calibrate(epsilon, delta, sample_rate, steps)
-    bound = compose([GaussianEvent(noise_multiplier, sample_rate, steps)], delta)
-    finite = math.isfinite(bound.upper)
-    return {
-        "noise_multiplier": noise_multiplier,
-        "sample_rate": sample_rate,
-        "steps": steps,
-        "delta": delta,
-        "epsilon": bound.upper,
-        "epsilon_estimate": bound.estimate,
-        "epsilon_lower": bound.lower,
-        "accountant": bound.accountant,
-        "equivalent_mu": equivalent_mu(bound.upper, delta) if finite else None,
-        "adjacency": "add/remove one record",
-    }
-
-
-def account_lines(result: dict[str, Any]) -> str:
-    """``account`` for people."""
-    sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
-    mu = "" if result["equivalent_mu"] is None else f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}"
-    return (
-        f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
-        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
-        f"({result['adjacency']}; {result['accountant']}{mu})"
-    )
-
-
-def datasets(data_dir: Path) -> list[dict[str, Any]]:
-    """The known data sets as plain rows."""
-    return [asdict(row) for row in list_datasets(data_dir)]
+    if download and name is None:
+        raise UsageError("--download needs the name of one data set", fix="add --data NAME, such as --data cifar10")
+    if name is not None:
+        dataset = open_dataset(name, data_dir, download=download)
+        if name.partition(":")[1]:
+            raise UsageError(f"{name} is your own data, not a known set", fix="leave --data out to see the known sets")
+        if download:
+            dataset.require()
+    return [asdict(row) for row in list_datasets(data_dir) if name in (None, row.name)]
 
 
 def dataset_lines(rows: list[dict[str, Any]]) -> str:
@@ -101,27 +71,3 @@ def dataset_lines(rows: list[dict[str, Any]]) -> str:
     lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
     return "\n".join(lines)
 
-
-def plan(name: str, config: StageConfig, context: Context) -> dict[str, Any]:
-    """What a private stage would run, from public facts alone: no pixel is read and nothing is written.
-
-    Returns:
-        the plan's fields, and epsilon_after (the run's ε when it is done).
-    """
-    if name == "finetune":
-        stage = finetune.open_stage(config, context, write=False)
-    else:
-        stage = open_private_stage(name, config, context, write=False)
-    budget = read_budget(context.rundir)
-    spent = stage.ledger.events_besides(name, stage.attempt) if budget else []
-    after = compose([*spent, stage.plan.event], stage.plan.delta)
-    return {**stage.plan.to_dict(), "data": stage.spec.name, "epsilon_after": after.upper}
-
-
-def plan_lines(result: dict[str, Any]) -> str:
-    """``plan`` for people."""
-    return (
-        f"{result['stage']} on {result['data']} (N = {result['examples']}): T = {result['steps']} steps, "
-        f"q = {result['sample_rate']:.4g}, σ = {result['noise_multiplier']:.4g}, C = {result['clip_norm']:g}, "
-        f"K = {result['views']}; the run's ε afterwards: {result['epsilon_after']:.4f} at δ = {result['delta']:g}"
-    )

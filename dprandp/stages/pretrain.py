@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dprandp import checkpoint
-from dprandp.config import PretrainConfig, as_dict, recorded
+from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.signals import graceful_stop
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
 from dprandp.vision import dictionary
 from dprandp.vision.contrastive import ContrastiveTrainer, train
@@ -139,7 +139,8 @@ def _learn_dictionary(config: PretrainConfig, context: Context, stop) -> PatchNe
     generator = _generator(config)
     crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
     patches = dictionary.sample_patches(crops, config.dictionary_patches, config.patch_size, generator)
-    mean, whitening = dictionary.zca(patches)
+    network = build_extractor(config)
+    basis, centre = dictionary.whitening(patches, len(network.basis))
     with context.console.progress(config.dictionary_iterations, "dictionary passes") as progress:
 
         def on_iteration(iteration: int, similarity: float) -> None:
@@ -148,11 +149,11 @@ def _learn_dictionary(config: PretrainConfig, context: Context, stop) -> PatchNe
             stop.raise_if_requested()  # a minute's work with nothing to save half-way: a rerun repeats it
 
         atoms = dictionary.spherical_kmeans(
-            (patches - mean) @ whitening, config.filters, config.dictionary_iterations, generator, on_iteration
+            patches @ basis.t() - centre, config.filters, config.dictionary_iterations, generator, on_iteration
         )
-    network = build_extractor(config)
-    weight, bias = dictionary.fold(atoms, mean, whitening)
-    network.load_state_dict({"weight": weight, "bias": bias})
+    network.load_state_dict(
+        {"basis": basis, "centre": centre, "weight": atoms, "bias": torch.zeros(config.filters)}
+    )
     return network.to(context.device)
 
 

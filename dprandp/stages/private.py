@@ -10,6 +10,7 @@ The order matters and is the same in both stages:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,7 @@ def open_private_stage(
     batch_part: float = 1.0,
     budget_part: float = 1.0,
     write: bool = True,
+    planned: Sequence[GaussianEvent] = (),
 ) -> PrivateStage:
     """Plan a private stage from public facts, or refuse.
 
@@ -239,7 +241,8 @@ def open_private_stage(
         steps: where the configuration names none.
         batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
         budget_part: part of what is left that a fine-tune may spend on its first mechanism (see ``following``).
-        write: False for ``--plan``: nothing is created.
+        write: False for ``--plan``: nothing is created, and nothing is fetched.
+        planned: events of stages that are themselves only planned (``--plan``); they count as paid.
 
     Guarantee:
         No pixel and no label has been read when this returns or raises.
@@ -248,17 +251,20 @@ def open_private_stage(
         InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
         BudgetError: what is left does not allow the stage.
     """
-    dataset = open_dataset(config.data, context.data_dir, num_classes=config.classes)
+    dataset = open_dataset(
+        config.data, context.data_dir, download=context.download and write, num_classes=config.classes
+    )
     examples = dataset.spec.train_examples
     budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples)
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
         Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
-    dataset.require()
+    if write or not context.download:  # a plan fetches nothing, and does without what the stage will fetch
+        dataset.require()
     stage = PrivateStage(name, dataset, budget, context)
     recorded = (document or {}).get("stages", {}).get(name)
-    spent = stage.open_ledger(write=write)
+    spent = [*stage.open_ledger(write=write), *planned]
     if recorded and recorded["started"] == _started(context.rundir, name) and not context.overwrite:
         stage.plan, stage.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
         return stage

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from dprandp import checkpoint
-from dprandp.config import ProbeConfig, as_dict, recorded
+from dprandp.config import ProbeConfig, as_dict
 from dprandp.datasets import DataSpec
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
@@ -100,7 +100,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "mirror": mirror,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    release.write_model(context.rundir, model, result)
+    release.write_model(stage, model, result)
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, [f"{HEAD}.safetensors", WHITENER_FILE]), result)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from dprandp.config import PretrainConfig, as_dict, public_data_name
 from dprandp.files import atomic_write, to_json
 from dprandp.model_card import model_card
-from dprandp.rundir import RunDir
 from dprandp.stages.private import PrivateStage
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.images import INPUT_SIZE, to_input
@@ -19,6 +20,8 @@ from dprandp.vision.metrics import classification_metrics
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``; a test holds it."""
+
+MODEL_FORMAT = 1
 
 
 def evaluate(model: Classifier, stage: PrivateStage, mirror: bool) -> dict[str, Any]:
@@ -44,31 +47,36 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool) -> dict[str, 
     }
 
 
-def write_model(rundir: RunDir, model: Classifier, result: dict[str, Any]) -> None:
-    """Write ``model/``: weights, how to use them, and the card.
+def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) -> None:
+    """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
-    The training split reaches these files only through the noisy updates that made ``model`` and ``result``.
+    The training split reaches these files only through the noisy updates that made ``model`` and ``result``. No file
+    says where the data lie. ``released_model.py`` reads them back.
     """
+    rundir = stage.context.rundir
     folder: Path = rundir.model_dir
     recorded = {row["stage"]: row for row in rundir.status()}
     if result.get("source") == "scratch":  # whatever else the run holds, this model was not made from it
         pretrain, generate, arch = {}, {}, result["arch"]
-        extractor = recorded[result["stage"]]["config"]
+        extractor = as_dict(PretrainConfig(arch=arch))
     else:
-        pretrain, generate = (recorded[stage]["result"] or {} for stage in ("pretrain", "generate"))
+        pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
         arch, extractor = pretrain["arch"], recorded["pretrain"]["config"]
     # their cost is part of this result's epsilon, also where the model was not made from them
-    others = [recorded[stage]["result"] for stage in ("probe", "finetune") if stage != result["stage"]]
+    others = [recorded[name]["result"] for name in ("probe", "finetune") if name != result["stage"]]
+    result = {**result, "data": public_data_name(result["data"])}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    card = model_card(result, pretrain, generate, earlier=[other for other in others if other])
+    content = {"model.safetensors": to_safetensors(tensors), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
-        "format": 1,
+        "format": MODEL_FORMAT,
         "arch": arch,
         "extractor": extractor,
         "classes": result["classes"],
-        "input": {"size": INPUT_SIZE, "mirror": result["mirror"]},
+        "input": {"size": INPUT_SIZE, "mirror": result["mirror"], "shape": list(stage.spec.image_shape)},
         "result": result,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
     }
-    atomic_write(folder / "model.safetensors", to_safetensors(tensors))
+    for name, data in content.items():
+        atomic_write(folder / name, data)
     atomic_write(folder / "config.json", to_json(config, indent=1) + "\n")
-    card = model_card(result, pretrain, generate, earlier=[other for other in others if other])
-    atomic_write(folder / "MODEL_CARD.md", card)

@@ -1,4 +1,4 @@
-"""Learn PatchNet's filters from synthetic images: ZCA whitening, then a spherical k-means dictionary.
+"""Learn PatchNet from synthetic images: whitening of patches, then a spherical k-means dictionary.
 
 Source: Coates & Ng 2012, "Learning feature representations with k-means", with synthetic patches in place of real ones.
 Only images of a random process come in here, so nothing in this file costs privacy.
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from .patchnet import normalise_patches
 
-ZCA_FLOOR = 0.1
+PATCH_FLOOR = 0.1
 """Added to the eigenvalues of the patch covariance: directions with less energy are noise and stay small."""
 
 
@@ -41,20 +41,24 @@ def sample_patches(images: Tensor, count: int, patch_size: int, generator: torch
     return patches[torch.randperm(len(patches), generator=generator)[:count]]
 
 
-def zca(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-phase whitening of a set of vectors.
+def whitening(patches: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """PCA whitening of a set of vectors, to the axes with the most energy.
 
     Args:
         patches: [N, d] float32.
+        dims: axes to keep, r, at most d.
 
     Returns:
-        mean [d] and the symmetric whitening matrix [d, d] = V (Λ + ``ZCA_FLOOR``)^(-1/2) Vᵀ.
+        basis [r, d] = (Λ + ``PATCH_FLOOR``)^(-1/2) Vᵀ, float32, and centre [r] = basis @ mean, so that
+        ``basis @ p - centre`` is the whitened patch. Eigenvectors' signs make their largest entry positive.
     """
     mean = patches.mean(dim=0)
     centred = (patches - mean).to(torch.float64)
     values, vectors = torch.linalg.eigh(centred.t() @ centred / len(patches))
-    matrix = (vectors / (values.clamp(min=0) + ZCA_FLOOR).sqrt()) @ vectors.t()
-    return mean, matrix.to(torch.float32)
+    values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    basis = (vectors / (values.clamp(min=0) + PATCH_FLOOR).sqrt()).t().to(torch.float32).contiguous()
+    return basis, basis @ mean
 
 
 def spherical_kmeans(
@@ -96,16 +100,3 @@ def spherical_kmeans(
         atoms = functional.normalize(sums + 1e-12)
         on_iteration(iteration, similarity / len(vectors))
     return atoms
-
-
-def fold(atoms: Tensor, mean: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
-    """Whitening followed by the dictionary, as one filter bank.
-
-    Args:
-        atoms: [F, d]. mean: [d]. whitening: [d, d].
-
-    Returns:
-        weight [F, d] and bias [F] with ``weight @ p + bias == atoms @ whitening @ (p - mean)``.
-    """
-    weight = atoms @ whitening
-    return weight, -(weight @ mean)

@@ -43,9 +43,12 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
                 f"of a {INPUT_SIZE}-pixel image",
                 fix="give a smaller patch_size or stride",
             )
-        net = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride)
+        width = 3 * config.patch_size**2
+        axes = min(config.patch_dims, width)
+        net = PatchNet(config.filters, patch_size=config.patch_size, patch_dims=axes, stride=config.stride)
+        net.basis.copy_(torch.linalg.qr(torch.randn(width, axes, generator=generator))[0].t())
         net.weight.data.normal_(generator=generator)
-        # contrast-normalised patches have norm up to sqrt(d): unit-norm filters answer with unit variance
+        # contrast-normalised patches have norm up to sqrt(width): unit-norm filters answer with unit variance
         net.weight.data.div_(net.weight.data.norm(dim=1, keepdim=True))
         return net
     if config.arch.startswith("wrn-"):

@@ -1,13 +1,17 @@
 """PatchNet: a one-layer convolutional network whose filters are a dictionary of synthetic patches.
 
 The classical patch pipeline (Coates & Ng 2011, "The importance of encoding versus training with sparse coding and
-vector quantization") with every learned part taken from images of a random process: ZCA whitening and a spherical
-k-means dictionary (``dictionary.py``) fold into one linear filter bank, so the network is
+vector quantization") with every learned part taken from images of a random process: whitening of patches and a
+spherical k-means dictionary (``dictionary.py``). The network is
 
-    local contrast normalisation -> filters -> two-sided thresholded ReLU -> average pooling on a 2 x 2 grid
+    local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
+    -> averages over quadrants and the whole image -> square root
 
-and has the same interface as the WRN: ``normalise``, ``features``, ``feature_dim``. Its parameters (filters and biases)
-are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III. No layer looks at more than one image.
+The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
+large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
+often a pattern occurs rather than where it happens to be strongest. The network has the same interface as the WRN:
+``normalise``, ``features``, ``feature_dim``. Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them
+in Phase III; the whitening of patches stays as it is. No layer looks at more than one image.
 """
 
 from __future__ import annotations
@@ -21,26 +25,32 @@ from dprandp.threads import in_parts
 CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels: flat patches stay flat."""
 
+ROOT_FLOOR = 0.01
+"""Added to an average before its root is taken, so that the slope at zero is 5 and not infinite."""
+
 TILE = 400
 """Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
 
 
 class PatchNet(nn.Module):
-    """Filters over contrast-normalised patches, rectified on both sides, pooled on a grid.
+    """Filters over contrast-normalised patches, rectified on both sides, pooled over regions of several sizes.
 
     Args:
         filters: size of the dictionary, F.
         patch_size: side of a patch in pixels.
+        patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        grid: the features are averaged over grid x grid regions.
+        grids: for each g the responses are averaged over g x g regions; (2, 1) is quadrants and the whole image.
         threshold: responses in [-threshold, threshold] count as zero.
         image_size: side of the (square) input in pixels.
         channels: 3.
 
     Attributes:
-        weight: [F, channels * patch_size**2] float32, the filters in the order of ``torch.nn.functional.unfold``.
-        bias: [F] float32.
-        feature_dim: 2 * F * grid**2.
+        basis: [r, channels * patch_size**2] float32, whitening of patches in the order of
+            ``torch.nn.functional.unfold``; centre: [r] float32, what it makes of the mean patch. Not trained.
+        weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
+        pooling: [R, L] float32, R regions as rows of weights over the L positions.
+        feature_dim: 2 * R * F.
     """
 
     def __init__(
@@ -48,20 +58,25 @@ class PatchNet(nn.Module):
         filters: int,
         *,
         patch_size: int = 6,
+        patch_dims: int | None = None,
         stride: int = 1,
-        grid: int = 2,
-        threshold: float = 1.0,
+        grids: tuple[int, ...] = (2, 1),
+        threshold: float = 0.25,
         image_size: int = 32,
         channels: int = 3,
     ) -> None:
         super().__init__()
-        self.patch_size, self.stride, self.grid = patch_size, stride, grid
+        self.patch_size, self.stride, self.grids = patch_size, stride, grids
         self.threshold, self.image_size = threshold, image_size
-        self.weight = nn.Parameter(torch.zeros(filters, channels * patch_size**2))
+        width = channels * patch_size**2
+        self.weight = nn.Parameter(torch.zeros(filters, patch_dims or width))
         self.bias = nn.Parameter(torch.zeros(filters))
+        self.register_buffer("basis", torch.eye(patch_dims or width, width))
+        self.register_buffer("centre", torch.zeros(patch_dims or width))
         positions = (image_size - patch_size) // stride + 1
-        self.register_buffer("pooling", pooling_matrix(positions, grid), persistent=False)
-        self.feature_dim = 2 * filters * grid**2
+        pooling = torch.cat([pooling_matrix(positions, grid) for grid in grids])
+        self.register_buffer("pooling", pooling, persistent=False)
+        self.feature_dim = 2 * len(pooling) * filters
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
@@ -69,15 +84,16 @@ class PatchNet(nn.Module):
         return images.to(torch.float32) / 255
 
     def patches(self, images: Tensor) -> Tensor:
-        """Contrast-normalised patches.
+        """Contrast-normalised and whitened patches.
 
         Args:
             images: float [B, C, H, W] in [0, 1].
 
         Returns:
-            [B, C * patch_size**2, L], each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``).
+            [B, r, L]: each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``), whitened.
         """
-        return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
+        patches = normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
+        return self.basis @ patches - self.centre[:, None]
 
     def features(self, images: Tensor) -> Tensor:
         """Differentiable features.
@@ -86,12 +102,13 @@ class PatchNet(nn.Module):
             images: float [B, C, image_size, image_size] in [0, 1].
 
         Returns:
-            [B, feature_dim] float: 2 signs x grid**2 regions x F filters, each the mean excess over the threshold.
+            [B, feature_dim] float: 2 signs x R regions x F filters, each √(mean excess over the threshold +
+            ``ROOT_FLOOR``).
         """
         responses = (self.weight @ self.patches(images) + self.bias[:, None]).transpose(1, 2)
         positive = self.pooling @ functional.relu(responses - self.threshold)
         negative = self.pooling @ functional.relu(-responses - self.threshold)
-        return torch.stack([positive, negative], dim=1).flatten(1)
+        return torch.stack([positive, negative], dim=1).add(ROOT_FLOOR).sqrt().flatten(1)
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
@@ -108,13 +125,13 @@ class PatchNet(nn.Module):
         """
         if images.device.type != "cpu":
             return self.features(self.normalise(images))
-        out = torch.empty(len(images), 2, self.grid**2, len(self.weight))
+        out = torch.empty(len(images), 2, len(self.pooling), len(self.weight))
         columns = self.weight.detach().t().contiguous()
         in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]))
         return out.flatten(1)
 
     def _extract_slice(self, images: Tensor, columns: Tensor, out: Tensor) -> None:
-        """Fill ``out`` [b, 2, grid**2, F] with the features of ``images`` uint8 [b, C, H, W]."""
+        """Fill ``out`` [b, 2, R, F] with the features of ``images`` uint8 [b, C, H, W]."""
         with torch.no_grad():
             positions, filters = self.pooling.shape[1], columns.shape[1]
             tile = min(TILE, filters)
@@ -132,6 +149,7 @@ class PatchNet(nn.Module):
                     out[index, 1, :, start:stop] = self.pooling @ e
             out[:, 0].sub_(self.threshold)
             out[:, 1].neg_().sub_(self.threshold)
+            out.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()  # rounding may leave a mean of zeros just below zero
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

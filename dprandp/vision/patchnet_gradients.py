@@ -1,6 +1,6 @@
 """Per-example gradients of a classifier on PatchNet, in closed form: several times faster than automatic ones.
 
-The chain is short: responses R = W P + b, features f = pooled excess of R over ±threshold, u = (f − mean) A,
+The chain is short: responses R = W P + b, features f = √(pooled excess of R over ±threshold), u = (f − mean) A,
 z = u / ‖u‖, scores = z H. Backwards, the gradient of R is a mask times a function that is constant on a pooling region,
 so one example costs two matrix products of the forward's size and stays in the cache. ``clipping`` does the clipping.
 """
@@ -44,7 +44,8 @@ def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> d
     head = torch.einsum("bkd,bkc->bdc", unit.view(examples, count, -1), residual.view(examples, count, -1))
     towards = residual @ model.head.t()
     towards = (towards - unit * (unit * towards).sum(dim=1, keepdim=True)) / length
-    pooled = (towards @ model.whitener.projection.t()).view(len(flat), 2, net.grid**2, filters)
+    slope = 1 / (2 * features)  # of the root: f = √m, df/dm = 1/(2f)
+    pooled = ((towards @ model.whitener.projection.t()) * slope).view(len(flat), 2, len(net.pooling), filters)
 
     gradients = {
         "extractor.weight": torch.zeros(examples, filters, width),

@@ -228,6 +228,7 @@ BAD_ACCOUNT = [
     (["--noise-multiplier", "-1"], "-1.0", "at least 0"),
     (["--noise-multiplier", "inf"], "inf", "finite"),
     (["--noise-multiplier", "1", "--steps", "-2"], "-2", "at least"),
+    (["--eps", "1", "--adjacency", "swap"], "adjacency is 'swap'", "add-remove or replace-one"),
 ]
 
 

@@ -76,6 +76,23 @@ def test_account_never_shows_a_zero_that_is_none(dprandp: Dprandp) -> None:
     assert "ε = 0.0000" not in dprandp("account", "--eps", "1e-9").out
 
 
+def test_account_explains_itself_beside_its_one_line(dprandp: Dprandp) -> None:
+    """Scripts read stdout: one line, unless a table was asked for. People read the rest."""
+    asked = ("account", "--noise-multiplier", 40.9, "--steps", 120)
+    plain, table = dprandp(*asked), dprandp(*asked, "--curve")
+    assert plain.out.count("\n") == 1
+    assert table.out.startswith(plain.out)
+    assert [line.split()[0] for line in table.out.splitlines()[2:]] == [f"1e-{e:02d}" for e in range(3, 11)]
+    assert "at 0.1 / 1 / 5 % false alarms" in plain.err
+    assert "best advantage" in plain.err
+    replaced = dprandp(*asked, "--adjacency", "replace-one", "--json")
+    assert "attacker" not in replaced.err
+    assert replaced.json["adjacency"] == "replace one record"
+    assert "doubles μ (exact)" in replaced.json["adjacency_relation"]
+    assert replaced.json["equivalent_mu"] == pytest.approx(2 * 120**0.5 / 40.9)
+    assert len(replaced.json["curve"]["epsilon"]) == len(replaced.json["curve"]["delta"]) == 8
+
+
 def test_the_whole_run(dprandp: Dprandp, run_after: RunAfter) -> None:
     """``dprandp run`` on a finished run repeats nothing; a refusal in the middle keeps what was made."""
     run = run_after("finetune")
@@ -127,11 +144,12 @@ def test_private_is_not_stamped(dprandp: Dprandp, run_after: RunAfter) -> None:
 # -------------------------------------------------------------------------------------------------------------- help
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-PANELS = {"Data", "Privacy", "Training", "Performance", "Output"}
+PANELS = ["Data", "Privacy", "Training", "Performance", "Output"]
 
 
 def options(command: object) -> Iterator:
-    yield from (entry for entry in command.params if entry.name != "help")  # type: ignore[attr-defined]
+    found = (entry for entry in command.params if entry.param_type_name == "option")  # type: ignore[attr-defined]
+    yield from (entry for entry in found if entry.name != "help")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -152,8 +170,15 @@ def test_every_option_is_explained_in_its_panel(name: str) -> None:
         assert entry.help, entry.name
         # a value that the option has if it is not given: shown by typer, or said in words
         optional = entry.is_flag or entry.name in ("config", "classes", "insecure_seed", "data")
-        if entry.default is None and not optional:
+        if entry.default is None and not optional and not entry.required:
             assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_panels_come_in_one_order(name: str) -> None:
+    """The help shows them in the order of the parameters."""
+    panels = list(dict.fromkeys(entry.rich_help_panel for entry in options(COMMANDS[name])))
+    assert panels == [panel for panel in PANELS if panel in panels]
 
 
 def test_fixed_options_exist() -> None:
@@ -164,15 +189,21 @@ def test_fixed_options_exist() -> None:
         "--plan",
     }  # fmt: skip
     wanted = {
-        "generate": common | {"--process", "--count", "--resolution"},
-        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device"},
-        "probe": private | {"--share"},
-        "finetune": private | {"--microbatch"},
-        "run": common | {"--data", "--data-dir", "--eps", "--delta", "--share", "--device", "--microbatch"},
+        "generate": common | {"--process", "--count", "--resolution", "--plan"},
+        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device", "--plan"},
+        "probe": private | {"--share", "--download"},
+        "finetune": private | {"--microbatch", "--download"},
+        "run": private | {
+            "--share", "--microbatch", "--download", "--process", "--count", "--resolution", "--arch", "--probe-steps",
+            "--probe-batch-size", "--probe-lr", "--probe-views", "--pretrain-steps",
+        },
+        "predict": {"--run", "--model", "--data", "--out", "--json"},
+        "export": {"--run", "--out", "--allow-not-private", "--json"},
+        "doctor": {"--run", "--data-dir", "--json"},
         "status": {"--run", "--json"},
         "report": {"--run"},
-        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta"},
-        "datasets": {"--data-dir", "--json"},
+        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta", "--adjacency", "--curve"},
+        "datasets": {"--data-dir", "--json", "--download"},
     }
     for name, names in wanted.items():
         assert names <= {spelling for entry in options(COMMANDS[name]) for spelling in entry.opts}, name

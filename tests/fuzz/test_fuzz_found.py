@@ -22,6 +22,7 @@ from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
 from dprandp.rundir import RunDir
 from dprandp.stages import overview
 from dprandp.stages.budget import read_plan_file
+from dprandp.stages.context import recorded
 from dprandp.stages.private import PrivatePlan
 
 
@@ -145,9 +146,9 @@ def test_nesting_without_end(tmp_path: Path) -> None:
 
 def test_a_configuration_of_another_version() -> None:
     values = config.as_dict(config.GenerateConfig())
-    assert config.recorded("generate", values) == config.GenerateConfig()
+    assert recorded("generate", values) == config.GenerateConfig()
     for change in ({"sharpness": 2}, {"count": "60"}, {"count": 0}):
-        refused(lambda change=change: config.recorded("generate", values | change), 4, "generate", "--overwrite")
+        refused(lambda change=change: recorded("generate", values | change), 4, "generate", "--overwrite")
 
 
 def test_a_checkpoint_without_what_is_looked_for(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fuzzing import Told, attempt, command, dice, explore, mutated, mutated_bytes, sizes, tree
 
@@ -19,7 +21,7 @@ from dprandp.files import to_json
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
 from dprandp.rundir import STAGES, RunDir
-from dprandp.stages import overview, pipeline
+from dprandp.stages import overview, pipeline, planning, released_model
 from dprandp.stages.context import Context
 
 Copy = Callable[[Path], Path]
@@ -123,7 +125,7 @@ class Damaged:
         self.stage(name, lambda config, context: pipeline.stage_line(name, pipeline.run_stage(name, config, context)))
 
     def plan(self, name: str) -> None:
-        self.stage(name, lambda config, context: overview.plan_lines(overview.plan(name, config, context)))
+        self.stage(name, lambda config, context: planning.plan_lines(planning.plan(name, config, context)))
 
 
 LOOKS: dict[str, Callable[[Damaged], None]] = {
@@ -266,6 +268,38 @@ def test_other_files(damaged: Damaged, cases: int, record_property) -> None:
         if file.endswith(".json") and draw.random() < 0.6:
             changed = text_of(mutated(draw, json.loads(content)))
         try_on(damaged, draw, {file: changed}, list(LOOKS))
+
+    record_property("cases tried", explore(dice, check, cases, cases < 400))
+
+
+@sizes(30, 600)
+def test_model_folders(damaged: Damaged, cases: int, record_property) -> None:
+    """A released model with damaged weights, another description, or one that was hashed anew: refused, or it works."""
+    folder = damaged.run / "model"
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    scores = released_model.load_model(folder).probabilities(pixels)
+    assert scores.shape == (1, 3)
+
+    def use() -> None:
+        model = released_model.load_model(folder)
+        _ = model.not_private_because
+        model.probabilities(np.zeros((1, *model.shape), np.uint8))
+
+    def check(draw: random.Random) -> None:
+        path = draw.choice(sorted(whole))
+        content = mutated_bytes(draw, whole[path])
+        if path.suffix == ".json" and draw.random() < 0.8:
+            content = text_of(mutated(draw, json.loads(whole[path])))
+        elif path.suffix != ".json" and draw.random() < 0.5:  # hashed anew
+            record = json.loads(whole[folder / "config.json"])
+            record["sha256"][path.name] = hashlib.sha256(content).hexdigest()
+            (folder / "config.json").write_bytes(text_of(record))
+        path.write_bytes(content)
+        error = attempt(use)
+        assert error is None or error.exit_code in (3, 4), error
+        for path, before in whole.items():
+            path.write_bytes(before)
 
     record_property("cases tried", explore(dice, check, cases, cases < 400))
 

@@ -1,99 +1,36 @@
-"""Promises 1, 12 and 19: reported ε ≥ spent ε, calibration never above its target, no silent failure.
+"""Promises 1 and 19: reported ε ≥ spent ε, no silent failure.
 
-Oracles: prv_accountant used directly, Opacus' Rényi accountant (an upper bracket) and dp_accounting's privacy loss
-distributions, which know both directions of add/remove and were written by other people.
+How the numbers compare with those of other people's accountants is in test_accountants_agree.py.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+from opacus.accountants.analysis.rdp import compute_rdp
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
 from dprandp.errors import UsageError
 from dprandp.privacy import accounting, prv
 from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events
-
-ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 128))
-
-# (events as (σ, q, T), δ): sampled, heterogeneous with full batches, large and small q, large and small ε.
-GRID = [
-    ([(9.2, 0.08192, 875)], 1e-5),
-    ([(1.0, 0.01, 1000)], 1e-5),
-    ([(40.0, 1.0, 60), (12.5, 0.08192, 779)], 1e-5),
-    ([(30.0, 1.0, 60), (20.0, 1.0, 10), (12.0, 0.05, 100), (2.0, 0.01, 50)], 1e-5),
-    ([(0.7, 0.1, 10)], 1e-6),
-    ([(20.0, 0.5, 100)], 1e-4),
-    ([(5.0, 0.9, 20)], 1e-3),
-    ([(0.6, 1e-3, 100)], 1e-6),
-    ([(0.8, 0.01, 1)], 1e-5),
-    ([(2.0, 1.0, 3)], 1e-5),
-]
-SLOW_GRID = [
-    ([(sigma, q, steps)], delta)
-    for sigma in (0.6, 1.0, 3.0, 20.0)
-    for q in (1e-3, 0.02, 0.3, 0.99)
-    for steps in (1, 30, 1000)
-    for delta in (1e-3, 1e-7)
-    if not (
-        sigma <= 1 and q >= 0.3 and steps == 1000
-    )  # epsilon in the hundreds: nobody runs it, the oracle takes minutes
-]
+from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
 
 
 def events_of(rows) -> list[GaussianEvent]:
     return [GaussianEvent(*row) for row in rows]
 
 
-def pld_epsilon(rows, delta: float, interval: float = 1e-4) -> float:
-    """ε by privacy loss distributions; pessimistic, and more so the coarser the interval."""
-    accountant = PLDAccountant(value_discretization_interval=interval)
-    for sigma, q, steps in rows:
-        gaussian = dp_event.GaussianDpEvent(sigma)
-        accountant.compose(gaussian if q == 1 else dp_event.PoissonSampledDpEvent(q, gaussian), steps)
-    return accountant.get_epsilon(delta)
-
-
-def rdp_epsilon(rows, delta: float) -> float:
-    rdp = sum(compute_rdp(q=q, noise_multiplier=s, steps=t, orders=ORDERS) for s, q, t in rows)
-    return float(get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)[0])
-
-
-def check_against_pld(rows, delta):
-    bound = compose(events_of(rows), delta)
-    oracle = pld_epsilon(rows, delta)
-    if oracle < 0.1:
-        oracle = pld_epsilon(rows, delta, 1e-5)
-    pessimism = 2e-4 + 1e-3 * oracle  # of the oracle, by its own rounding up
-    assert bound.upper >= oracle - pessimism
-    assert bound.lower <= oracle
-    if "opacus" not in bound.accountant:  # the announced fallback is an upper bound and no more
-        assert bound.estimate == pytest.approx(oracle, rel=2e-3, abs=3e-4)
-        assert bound.upper - bound.lower <= 0.03 * oracle + 0.01
-
-
-@pytest.mark.parametrize(("rows", "delta"), GRID)
-def test_bounds_enclose_the_privacy_loss_distribution_oracle(rows, delta):
-    check_against_pld(rows, delta)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rows", "delta"), SLOW_GRID)
-def test_bounds_enclose_the_oracle_on_a_wide_grid(rows, delta):
-    check_against_pld(rows, delta)
-
-
-@pytest.mark.parametrize(("rows", "delta"), [case for case in GRID if case[1] >= 1e-6][:7])
-def test_renyi_accounting_of_opacus_is_an_upper_bracket(rows, delta):
-    assert compose(events_of(rows), delta).estimate <= rdp_epsilon(rows, delta) * (1 + 1e-6)
-
-
-@pytest.mark.parametrize(("sigma", "q", "steps"), [(9.2, 0.08192, 875), (1.0, 0.01, 1000), (3.0, 0.5, 20)])
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps"),
+    [
+        (1.0, 0.01, 1000),
+        pytest.param(9.2, 0.08192, 875, marks=pytest.mark.slow),
+        pytest.param(3.0, 0.5, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_bounds_agree_with_prv_accountant_used_directly(sigma, q, steps):
     direct = PRVAccountant([PoissonSubsampledGaussianMechanism(q, sigma)], 0.01, 1e-8, max_self_compositions=[steps])
     low, estimate, high = direct.compute_epsilon(1e-5, [steps])
@@ -122,7 +59,7 @@ def test_loss_distribution_of_each_direction_equals_numerical_integration(q, sig
     p_mass = p / p.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         loss = np.log(p) - np.log(other)
-    variable = prv.Component(sigma, q, 1).variable(add=direction == "add")
+    variable = prv.Component(sigma, q, 1).loss(add=direction == "add")
     scale = abs(math.log1p(-q))
     for t in (-3 * scale, -0.5 * scale, -0.01 * scale, 0.0, 0.01 * scale, 0.5 * scale, 0.99 * scale, 3 * scale):
         assert float(variable.cdf(np.array([t]))[0]) == pytest.approx(float(p_mass[loss <= t].sum()), abs=2e-5)
@@ -133,11 +70,11 @@ def test_both_directions_enter_the_promise(monkeypatch):
     rows = [GaussianEvent(2.0, 0.1, 7)]
     honest = compose(rows, 1e-5).upper
 
-    class Louder(prv.RemoveDirection):
-        def __init__(self, q, sigma):
-            super().__init__(q, sigma / 2)
+    class Louder(SampledGaussianLoss):
+        def __init__(self, q, sigma, add):
+            super().__init__(q, sigma / 2 if add else sigma, add)
 
-    monkeypatch.setattr(prv, "AddDirection", Louder)
+    monkeypatch.setattr(prv, "SampledGaussianLoss", Louder)
     accounting._compose_sampled.cache_clear()
     assert compose(rows, 1e-5).upper > 1.2 * honest
     accounting._compose_sampled.cache_clear()
@@ -145,12 +82,12 @@ def test_both_directions_enter_the_promise(monkeypatch):
 
 @pytest.mark.parametrize("order", [1.5, 2, 2.3, 7, 31.5, 64])
 def test_renyi_divergence_equals_opacus_at_integers_and_lies_above_between(order):
-    variable = prv.Component(1.3, 0.07, 1).variable(add=False)
+    ours = renyi_divergence(0.07, 1.3, order)
     reference = float(compute_rdp(q=0.07, noise_multiplier=1.3, steps=1, orders=float(order)))
     if float(order).is_integer():
-        assert variable.rdp(order) == pytest.approx(reference, rel=1e-9)
+        assert ours == pytest.approx(reference, rel=1e-9)
     else:
-        assert reference * (1 - 1e-9) <= variable.rdp(order) <= 1.5 * reference
+        assert reference * (1 - 1e-9) <= ours <= 1.5 * reference
 
 
 def test_epsilon_falls_with_noise_and_rises_with_steps_and_rate():
@@ -207,36 +144,118 @@ def test_the_fallback_is_announced_named_and_an_upper_bound(rows, delta):
     assert len(said) == 2  # also when the answer comes from the cache
 
 
-def test_a_numerical_warning_inside_the_accountant_is_a_refusal(monkeypatch):
-    import warnings
-
-    def doubtful(*args, **kwargs):
-        warnings.warn("the integral may be wrong", RuntimeWarning, stacklevel=1)
-
-    monkeypatch.setattr(prv, "PRVAccountant", doubtful)
-    with pytest.raises(prv.AccountantRefused, match="integral may be wrong"):
-        prv.prv_epsilon([prv.Component(2.0, 0.1, 10)], 1e-5, 0.01)
-
-
-def test_nan_from_the_accountant_is_a_refusal(monkeypatch):
-    class Broken:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def compute_epsilon(self, delta, steps):
-            return math.nan, math.nan, math.nan
-
-    monkeypatch.setattr(prv, "PRVAccountant", Broken)
-    with pytest.raises(prv.AccountantRefused, match="NaN"):
-        prv.prv_epsilon([prv.Component(2.0, 0.1, 10)], 1e-5, 0.01)
-
-
-def test_contradicting_accountants_give_the_larger_bound_aloud(monkeypatch):
-    monkeypatch.setattr(prv, "rough_epsilon", lambda components, delta: 0.01)
+@pytest.fixture
+def forgetful():
+    """Broken accountants must neither be hidden by what is remembered, nor be remembered."""
     accounting._compose_sampled.cache_clear()
+    yield
+    accounting._compose_sampled.cache_clear()
+
+
+def falls_back(rows=((2.0, 0.1, 10),), delta=1e-5):
+    """Whatever the PRV accountant does: one sentence, a named fallback, and a finite upper bound."""
+    said: list[str] = []
+    bound = compose(events_of(rows), delta, said.append)
+    assert len(said) == 1
+    assert bound.accountant in said[0]
+    assert "Rényi" in bound.accountant
+    assert bound.upper == accounting._rdp_bound(events_of(rows), delta).upper
+    return said[0]
+
+
+class Broken:
+    """A curve that cannot be inverted, in the way that ``answer`` says."""
+
+    def __init__(self, *args):
+        pass
+
+    def compute_epsilon(self, delta, delta_error, epsilon_error):
+        return self.answer()
+
+
+def complain():
+    warnings.warn("the integral may be wrong", RuntimeWarning, stacklevel=1)
+
+
+def fail():
+    raise RuntimeError("Cannot compute epsilon")
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (complain, "integral may be wrong"),
+        (fail, "Cannot compute"),
+        (run_out_of_memory, "MemoryError"),
+        (lambda: (math.nan, math.nan, math.nan), "NaN"),
+        (lambda: (0.1, math.nan, 0.3), "NaN"),
+    ],
+    ids=["warning", "error", "memory", "nan", "one nan"],
+)
+def test_a_failing_inversion_is_a_refusal_and_a_named_fallback(monkeypatch, forgetful, answer, word):
+    monkeypatch.setattr(Broken, "answer", staticmethod(answer), raising=False)
+    monkeypatch.setattr(prv, "DiscretePrivacyRandomVariable", Broken)
+    assert word in falls_back()
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [("masses", lambda self, edges: np.full(len(edges) - 1, np.nan)), ("mean", lambda self, low, high: high)],
+    ids=["masses that are not numbers", "a wrong mean"],
+)
+def test_a_broken_random_variable_is_a_refusal_and_a_named_fallback(monkeypatch, forgetful, method, value):
+    monkeypatch.setattr(SampledGaussianLoss, method, value)
+    falls_back()
+
+
+def test_a_negative_epsilon_is_zero(monkeypatch, forgetful):
+    monkeypatch.setattr(Broken, "answer", staticmethod(lambda: (-3.0, -2.0, -1.0)), raising=False)
+    monkeypatch.setattr(prv, "DiscretePrivacyRandomVariable", Broken)
+    bound = compose(events_of([(2.0, 0.1, 10)]), 1e-5)
+    assert (bound.lower, bound.estimate, bound.upper) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1e5, 0.5, 10**9)],
+        [(1e3, 0.5, 10**15)],
+        [(1e-6, 0.5, 1)],
+        [(50.0 + i, 0.1, 100) for i in range(3000)],
+        [(2.0 + i / 100, 0.01, 10**4) for i in range(12)],
+    ],
+    ids=["many steps", "more steps than digits", "hardly any noise", "many events", "many events of many steps"],
+)
+def test_time_and_memory_are_bounded_before_anything_is_allocated(monkeypatch, rows):
+    """What would never end is not begun: no array is longer than the bound, whatever is asked."""
+    asked: list[tuple[int, int]] = []
+
+    def counted(components, grid, add):
+        asked.append((grid.points, grid.points * len(components)))
+        raise prv.AccountantRefused("counted, not computed")
+
+    monkeypatch.setattr(prv, "_compose", counted)
+    components = [prv.Component(*row) for row in rows]
+    for call in (
+        lambda: prv.prv_epsilon(components, 1e-5, 1e-12),
+        lambda: prv.prv_curve(components, 1e-8, 1e-12),
+        lambda: prv.sketch_epsilon(components, 1e-5),
+    ):
+        with pytest.raises(prv.AccountantRefused):
+            call()
+    for points, work in asked:
+        assert points <= 1.1 * prv.FINE_POINTS  # rounded up to a length that transforms quickly
+        assert work <= max(1.1 * prv.ALL_POINTS, len(rows) * prv.COARSE_POINTS)
+
+
+def test_contradicting_accountants_give_the_larger_bound_aloud(monkeypatch, forgetful):
+    monkeypatch.setattr(prv, "rough_epsilon", lambda components, delta: 0.01)
     said: list[str] = []
     bound = compose([GaussianEvent(1.0, 0.1, 50)], 1e-5, said.append)
-    accounting._compose_sampled.cache_clear()
     assert "contradicts" in said[0]
     assert bound.upper > 1
 

@@ -255,15 +255,18 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
             raise AssertionError("randomness was drawn")
 
     fits = compose([plan_of().event], 1e-4).upper
-    with pytest.raises(BudgetError, match="above its"):
+    with pytest.raises(BudgetError, match="above its") as fresh:
         PrivateMechanism(plan_of(epsilon_target=fits * 0.999), ledger, Untouched())
+    assert "larger --eps" in fresh.value.fix
     assert ledger.charges == []
     PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())
     ledger.charge(
         stage="finetune", attempt=1, steps=1, noise_multiplier=12.0, sample_rate=Q, clip_norm=1.0, random="os-entropy"
     )
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError) as begun:
         PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())
+    assert "larger --eps" not in begun.value.fix
+    assert "--overwrite" in begun.value.fix
 
 
 def test_after_a_step_without_noise_no_private_plan_fits(ledger):

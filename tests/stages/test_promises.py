@@ -193,7 +193,7 @@ RESULT_KEYS = {
     "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
-CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result"}
+CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}
 CHARGE_KEYS = {
     "kind", "stage", "attempt", "step", "steps", "noise_multiplier", "sample_rate", "clip_norm", "random", "time",
     "previous", "hash",
@@ -207,7 +207,7 @@ def test_17_model_holds_the_allow_list_and_nothing_else(probed_run: Path, tuned_
         assert sorted(path.name for path in (run / "model").iterdir()) == sorted(release.MODEL_FILES)
         config = read_json(run / "model/config.json")
         assert set(config) == CONFIG_KEYS
-        assert set(config["input"]) == {"size", "mirror"}
+        assert set(config["input"]) == {"size", "mirror", "shape"}
         assert set(config["result"]) <= RESULT_KEYS
         assert set(config["result"].get("refit") or {}) <= REFIT_KEYS
         assert config["extractor"]["arch"] == config["arch"] == "patchnet"

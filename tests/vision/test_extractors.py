@@ -112,8 +112,9 @@ def test_extract_in_the_machines_own_precision_stays_close(arch):
     net, batch = network(arch), images(6)
     expected = features_one_by_one(net, batch, False)
     got = extract(net, batch, mirror=False)
-    assert (got - expected).norm() < 0.03 * expected.norm()
-    assert (got[0] - expected[1]).norm() > 0.03 * expected.norm()  # the tolerance tells one image from another
+    spread = (expected - expected.mean(dim=0)).norm()
+    assert (got - expected).norm() < 0.1 * spread
+    assert (got[0] - expected[1]).norm() > 0.1 * spread  # the tolerance tells one image from another
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -192,13 +193,14 @@ def test_weights_survive_a_round_trip(arch):
 def test_weights_that_do_not_fit_are_refused_naming_every_tensor():
     net = network("patchnet")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    own = net.state_dict()
     cases = [
-        ({"weight": net.weight.data}, ["bias: missing"]),
-        ({"weight": net.weight.data, "bias": net.bias.data, "gain": torch.ones(1)}, ["gain: unknown"]),
-        ({"weight": torch.zeros(21, 108), "bias": torch.zeros(21)},
-         ["bias: (21,) instead of (20,)", "weight: (21, 108) instead of (20, 108)"]),
-        ({"weight": net.weight.data.half(), "bias": net.bias.data}, ["weight: torch.float16 instead of torch.float32"]),
-        ({}, ["bias: missing", "weight: missing"]),
+        ({name: own[name] for name in own.keys() - {"bias"}}, ["bias: missing"]),
+        ({**own, "gain": torch.ones(1)}, ["gain: unknown"]),
+        ({**own, "weight": torch.zeros(21, 64), "bias": torch.zeros(21)},
+         ["bias: (21,) instead of (20,)", "weight: (21, 64) instead of (20, 64)"]),
+        ({**own, "weight": net.weight.data.half()}, ["weight: torch.float16 instead of torch.float32"]),
+        ({}, ["basis: missing", "bias: missing", "centre: missing", "weight: missing"]),
     ]  # fmt: skip
     for tensors, named in cases:
         with pytest.raises(CheckpointError) as caught:

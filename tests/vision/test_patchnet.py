@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dprandp.vision import dictionary, whitening
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.patchnet import CONTRAST_FLOOR, PatchNet, normalise_patches, pooling_matrix
+from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, normalise_patches, pooling_matrix
 from dprandp.vision.patchnet_gradients import per_example_gradients
 
 
@@ -19,6 +19,8 @@ def random_net(filters=10, **options):
     net = PatchNet(filters, **options)
     net.weight.data.normal_(generator=generator)
     net.bias.data.normal_(generator=generator)
+    net.basis.normal_(std=0.2, generator=generator)
+    net.centre.normal_(generator=generator)
     return net
 
 
@@ -29,25 +31,33 @@ def random_images(count, size=32, seed=1):
 def features_by_loops(net, image):
     """One uint8 image [3, H, W] -> features, patch by patch and filter by filter, in float64."""
     x = image.double().numpy() / 255
-    p, s, g = net.patch_size, net.stride, net.grid
+    p, s = net.patch_size, net.stride
     positions = (x.shape[1] - p) // s + 1
-    weight, bias = net.weight.detach().double().numpy(), net.bias.detach().double().numpy()
-    sums, counts = np.zeros((2, g * g, len(weight))), np.zeros(g * g)
-    chunk = math.ceil(positions / g)
+    weight, bias, basis, centre = (
+        t.detach().double().numpy() for t in (net.weight, net.bias, net.basis, net.centre)
+    )
+    regions = sum(g * g for g in net.grids)
+    sums, counts = np.zeros((2, regions, len(weight))), np.zeros(regions)
     for row in range(positions):
         for column in range(positions):
             patch = x[:, row * s : row * s + p, column * s : column * s + p].reshape(-1)
-            patch = (patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)
-            cell = (row // chunk) * g + column // chunk
-            counts[cell] += 1
-            for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
-                response = w @ patch + b
-                sums[0, cell, index] += max(response - net.threshold, 0)
-                sums[1, cell, index] += max(-response - net.threshold, 0)
-    return (sums / counts[None, :, None]).reshape(-1)
+            patch = basis @ ((patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)) - centre
+            first = 0
+            for g in net.grids:
+                chunk = math.ceil(positions / g)
+                cell = first + (row // chunk) * g + column // chunk
+                first += g * g
+                counts[cell] += 1
+                for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
+                    response = w @ patch + b
+                    sums[0, cell, index] += max(response - net.threshold, 0)
+                    sums[1, cell, index] += max(-response - net.threshold, 0)
+    return np.sqrt(sums / counts[None, :, None] + ROOT_FLOOR).reshape(-1)
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"grid": 3, "patch_size": 8, "threshold": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "patch_dims": 20}, {"grids": (3,), "patch_size": 8, "threshold": 0.5}]
+)
 def test_features_equal_the_loops(options):
     net, images = random_net(**options), random_images(2)
     expected = np.stack([features_by_loops(net, image) for image in images])
@@ -120,16 +130,17 @@ def test_sampled_patches_are_patches_of_the_images():
     assert distances.min(dim=1).values.max() < 1e-5 < distances.median()
 
 
-def test_zca_makes_the_covariance_white_up_to_its_floor():
+@pytest.mark.parametrize("dims", [12, 5])
+def test_whitened_patches_are_white_up_to_the_floor(dims):
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(12, 12, generator=generator)
     vectors = torch.randn(20_000, 12, generator=generator) @ mixing + 3
-    mean, matrix = dictionary.zca(vectors)
-    torch.testing.assert_close(matrix, matrix.T, rtol=1e-4, atol=1e-5)
-    covariance = ((vectors - mean) @ matrix).T.cov(correction=0).double()
-    eigenvalues = torch.linalg.eigvalsh(vectors.T.cov(correction=0).double())
-    expected = (eigenvalues / (eigenvalues + dictionary.ZCA_FLOOR)).sort().values
-    torch.testing.assert_close(torch.linalg.eigvalsh(covariance), expected, rtol=1e-3, atol=1e-3)
+    basis, centre = dictionary.whitening(vectors, dims)
+    white = (vectors @ basis.T - centre).double()
+    torch.testing.assert_close(white.mean(dim=0), torch.zeros(dims, dtype=torch.float64), rtol=0, atol=1e-3)
+    eigenvalues = torch.linalg.eigvalsh(vectors.T.cov(correction=0).double()).flip(0)[:dims]
+    expected = torch.diag(eigenvalues / (eigenvalues + dictionary.PATCH_FLOOR))
+    torch.testing.assert_close(white.T.cov(correction=0), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_kmeans_finds_planted_directions_and_their_negatives():
@@ -144,15 +155,6 @@ def test_kmeans_finds_planted_directions_and_their_negatives():
     torch.testing.assert_close(atoms.norm(dim=1), torch.ones(15))
     assert (planted @ atoms.T).abs().max(dim=1).values.min() > 0.99
     assert similarities[-1] > similarities[0]
-
-
-def test_fold_is_whitening_then_atoms():
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(50, 8, generator=generator)
-    mean, matrix = dictionary.zca(patches)
-    atoms = torch.randn(3, 8, generator=generator)
-    weight, bias = dictionary.fold(atoms, mean, matrix)
-    torch.testing.assert_close(patches @ weight.T + bias, (patches - mean) @ matrix @ atoms.T, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- whitening

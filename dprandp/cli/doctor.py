@@ -1,0 +1,36 @@
+"""The command doctor: is this machine fit for a run, and is the run whole?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from dprandp.cli import flags, session
+from dprandp.cli.session import DEFAULT_RUN
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel="About a run")
+def doctor(
+    data_dir: flags.DataDir = Path("data"),
+    run: flags.Run = DEFAULT_RUN,
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Check this machine (libraries, threads, disk, data) and the run (hashes, ledger, lock, model); repairs nothing.
+
+    Exit code: 0 without a failure, else that of the first one: 3 a library, 4 a corrupt file, 5 ε, 6 disk or lock.
+
+    [dim]dprandp doctor[/dim]
+    [dim]dprandp doctor --run runs/cifar --json[/dim]
+    """
+    console = session.console(json=json, debug=debug)
+    from dprandp.stages import doctor as examination
+
+    checks = examination.examine(run, data_dir)
+    result = examination.as_result(run, checks)
+    console.result(result, examination.lines(checks))
+    if result["exit_code"]:
+        raise typer.Exit(result["exit_code"])

@@ -1,0 +1,65 @@
+"""The command predict: new images through a released model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dprandp.cli import flags, session
+from dprandp.cli.session import DEFAULT_RUN
+from dprandp.errors import UsageError
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel="A model")
+def predict(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files of any size.", metavar="IMAGE...", show_default=False,
+                       rich_help_panel=flags.DATA),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH (every image below "
+                     "it). Labels are not read.", rich_help_panel=flags.DATA, metavar="NAME"),
+    ] = None,
+    run: flags.Run = DEFAULT_RUN,
+    model: flags.Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write a table with the probability of every class. Default: print class and probability.",
+                     rich_help_panel=flags.OUTPUT, metavar="FILE.csv"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --out.", rich_help_panel=flags.OUTPUT)
+    ] = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:  # fmt: skip
+    """Classify images with a run's model: reads its model/ folder and the images, nothing else of the run.
+
+    [dim]dprandp predict scan1.png scan2.png[/dim]
+    [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    from dprandp.files import atomic_write
+    from dprandp.stages import predict as prediction
+
+    if out is not None and out.exists() and not overwrite:
+        raise UsageError(f"{out} exists", fix="give another name, or --overwrite")
+    loaded = session.released_model(run, model)
+    rows = prediction.predict(loaded, images or [], data)
+    if out is not None:
+        atomic_write(out, prediction.prediction_csv(rows))
+    result = {
+        "data": loaded.result["data"],
+        "private": loaded.not_private_because is None,
+        "out": None if out is None else str(out),
+        "predictions": rows,
+    }
+    line = prediction.prediction_lines(rows) if out is None else f"predict: {len(rows)} images, written to {out}"
+    console.result(result, line)

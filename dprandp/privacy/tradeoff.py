@@ -1,0 +1,264 @@
+"""What a guarantee leaves to an attacker, and what it says when a record is replaced instead of added or removed.
+
+*The attacker* decides from all that was released whether a record was there. At a false-positive rate α the best rate
+of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
+Differential Privacy", Propositions 2.4 and 2.12): each (ε, δ) on it allows at most
+
+    min(δ + exp(ε) α,  1 − exp(−ε) (1 − δ − α))
+
+and the least of these over the whole curve is the tightest bound that the curve gives. Full batches have the closed
+form Φ(Φ⁻¹(α) + μ). The advantage, the largest g(α) − α, is δ at ε = 0.
+
+*Replacing a record* is removing one and adding another. For full batches the sum then moves by up to 2C instead of C,
+which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under composition, and
+tables that assume one are not used here. What is proven is group privacy along the two moves: if the mechanism is
+(ε₁, δ₁)- and (ε₂, δ₂)-DP under add/remove, then
+
+    P(M(D) ∈ S) ≤ exp(ε₁) P(M(D₀) ∈ S) + δ₁ ≤ exp(ε₁ + ε₂) P(M(D′) ∈ S) + δ₁ + exp(ε₁) δ₂
+
+so it is (ε₁ + ε₂, δ₁ + exp(ε₁) δ₂)-DP under replace-one; the best split is searched along the whole curve. This equals
+g(g(α)) for trade-offs (Dong et al. 2022, Theorem 2.14), and where the mechanism is Gaussian it is again 2μ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy.accounting import (
+    EpsilonBound,
+    GaussianEvent,
+    Warn,
+    calibrate,
+    components_of,
+    compose,
+    gaussian_mu,
+    merge_events,
+    warn_by_log,
+)
+
+ADD_REMOVE, REPLACE_ONE = "add-remove", "replace-one"
+ADJACENCIES = (ADD_REMOVE, REPLACE_ONE)
+
+# What numerical error may add to a rate; and as a part of δ where the curve is read at one δ.
+_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-3
+# The same for ε, as a part of it. Rates need more: at ε = 0 an error of ε is one of the advantage.
+_EPSILON_SHARE, _EPSILON_SHARE_FOR_RATES = 0.0025, 0.0005
+_MOST_POINTS = 5000
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Best true-positive rates of an attacker.
+
+    Attributes:
+        mu: of the Gaussian whose trade-off it is exactly; None for sampled steps; inf without noise.
+        epsilons, deltas: points of the add/remove curve, ε ascending from 0, both valid upper bounds; empty when mu
+            is known.
+        moves: 1 for add/remove, 2 for replace-one.
+        source: how it was found.
+    """
+
+    mu: float | None
+    epsilons: np.ndarray
+    deltas: np.ndarray
+    moves: int
+    source: str
+
+    def true_positive_rate(self, false_positive_rate: float) -> float:
+        """g(α): no test with that false-positive rate, in [0, 1], finds the record more often than this.
+
+        Raises:
+            UsageError: the rate is outside [0, 1] or NaN.
+        """
+        if not 0 <= false_positive_rate <= 1:
+            raise UsageError(
+                f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1, such as 0.01."
+            )
+        if self.mu is not None:
+            return 1.0 if math.isinf(self.mu) else float(ndtr(ndtri(false_positive_rate) + self.mu))
+        rate = false_positive_rate
+        for _ in range(self.moves):
+            rate = self._one_move(rate)
+        return rate
+
+    def _one_move(self, rate: float) -> float:
+        rising = self.deltas + rate * np.exp(np.minimum(self.epsilons, 700))
+        falling = 1 - np.exp(-self.epsilons) * (1 - self.deltas - rate)
+        return float(min(1.0, rising.min(), falling.min()))
+
+    @property
+    def advantage(self) -> float:
+        """The largest difference of true- and false-positive rate: 0 for a guess, 1 when nothing is hidden.
+
+        For two moves: δ₁ + exp(ε₁) δ₂ at ε₁ = −ε₂, where δ(−ε) = 1 − exp(−ε) (1 − δ(ε)).
+        """
+        if self.mu is not None:
+            return 1.0 if math.isinf(self.mu) else math.erf(self.mu / (2 * math.sqrt(2)))
+        if self.moves == 1:
+            return float(self.deltas.min(where=self.epsilons == 0, initial=1.0))
+        return float(min(1.0, (1 - np.exp(-self.epsilons) * (1 - 2 * self.deltas)).min()))
+
+
+def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn: Warn = warn_by_log) -> TradeOff:
+    """The tightest trade-off that is known for a composition.
+
+    Args:
+        events: what was, or would be, run.
+        adjacency: ``ADD_REMOVE`` or ``REPLACE_ONE``.
+        warn: called with one sentence when the Rényi fallback is used.
+
+    Guarantee:
+        Every rate is an upper bound; see the module for the sources.
+
+    Raises:
+        UsageError: the adjacency is unknown.
+    """
+    moves = _moves(adjacency)
+    mu = math.inf if any(e.steps and e.noise_multiplier == 0 for e in events) else gaussian_mu(events)
+    none = np.zeros(0)
+    if mu is not None:
+        return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
+    epsilons, deltas, source = _curve(tuple(merge_events(events)), _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
+    return TradeOff(None, epsilons, deltas, moves, source + _path(moves))
+
+
+def compose_adjacency(
+    events: Sequence[GaussianEvent], delta: float, adjacency: str = ADD_REMOVE, warn: Warn = warn_by_log
+) -> EpsilonBound:
+    """``accounting.compose`` for either adjacency.
+
+    Guarantee:
+        The composition is (``upper``, ``delta``)-DP under ``adjacency``, on the conditions of ``compose``.
+
+    Raises:
+        UsageError: δ or the adjacency is senseless. BudgetError: no accountant could give a bound.
+    """
+    if _moves(adjacency) == 1:
+        return compose(events, delta, warn)
+    if gaussian_mu(events) is not None:
+        halved = [replace(event, noise_multiplier=event.noise_multiplier / 2) for event in events]
+        return compose(halved, delta, warn)
+    single = compose(events, delta, warn)
+    if not math.isfinite(single.upper):
+        return single
+    share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
+    epsilons, deltas, source = _curve(tuple(merge_events(events)), share, _EPSILON_SHARE, warn)
+    upper = _two_moves(epsilons, deltas, delta)
+    if upper is None:
+        raise BudgetError(
+            f"The curve of these steps does not reach a replace-one guarantee at δ = {delta:g}.",
+            fix="Use a larger delta, more noise, or --adjacency add-remove.",
+        )
+    # Replacing a record by one that changes nothing is removing it.
+    return EpsilonBound(single.lower, upper, upper, delta, source + _path(2))
+
+
+def calibrate_adjacency(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    adjacency: str = ADD_REMOVE,
+    warn: Warn = warn_by_log,
+) -> float:
+    """``accounting.calibrate`` (of a fresh budget) for either adjacency.
+
+    Guarantee:
+        ``compose_adjacency([GaussianEvent(result, sample_rate, steps)], delta, adjacency).upper <= epsilon``.
+
+    Raises:
+        BudgetError: no noise is enough. UsageError: a value is outside its range.
+    """
+    moves = _moves(adjacency)
+    if moves == 1 or math.isinf(epsilon):
+        return calibrate(epsilon, delta, sample_rate, steps, warn=warn)
+    if sample_rate == 1:
+        return 2 * calibrate(epsilon, delta, sample_rate, steps, warn=warn)
+    from dprandp.privacy import calibration
+
+    complaints: list[str] = []
+
+    def upper(noise_multiplier: float) -> float:
+        complaints.clear()
+        event = GaussianEvent(noise_multiplier, sample_rate, steps)
+        return compose_adjacency([event], delta, adjacency, complaints.append).upper
+
+    guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=warn)
+    found = calibration.settle(upper, epsilon, guess, 1e6)
+    if found is None:
+        raise BudgetError(
+            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps with any noise.",
+            fix="Give a larger --eps, or fewer steps.",
+        )
+    upper(found)
+    for complaint in complaints[:1]:
+        warn(complaint)
+    return found
+
+
+def _moves(adjacency: str) -> int:
+    if adjacency not in ADJACENCIES:
+        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {' or '.join(ADJACENCIES)}.")
+    return 1 + ADJACENCIES.index(adjacency)
+
+
+def _path(moves: int) -> str:
+    return "" if moves == 1 else ", group privacy of one removal and one addition"
+
+
+def _curve(
+    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
+) -> tuple[np.ndarray, np.ndarray, str]:
+    epsilons, deltas, source, complaint = _cached_curve(events, delta_error, epsilon_share)
+    if complaint:
+        warn(complaint)
+    return epsilons, deltas, source
+
+
+@lru_cache(maxsize=64)
+def _cached_curve(
+    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float
+) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    from dprandp.privacy import prv
+
+    components = components_of(events)
+    delta = delta_error / _DELTA_SHARE
+    try:
+        error = epsilon_share * prv.sketch_epsilon(components, delta)
+        epsilons, deltas = prv.prv_curve(components, delta_error, error)
+    except prv.AccountantRefused as refusal:
+        deltas = np.geomspace(0.9, 1e-3 * delta, 60)
+        epsilons = np.array([prv.rough_epsilon(components, each) for each in deltas])
+        # Total variation, at ε = 0, is at most 1; the list must start there.
+        epsilons, deltas = np.concatenate([[0.0], epsilons]), np.concatenate([[1.0], deltas])
+        return epsilons, deltas, "Rényi DP", f"The PRV accountant refused ({refusal}); Rényi DP gives a looser curve."
+    stride = -(-len(epsilons) // _MOST_POINTS)
+    return epsilons[::stride], deltas[::stride], "the whole PRV curve", None
+
+
+def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float | None:
+    """The least ε₁ + ε₂ along the curve with δ₁ + exp(ε₁) δ₂ ≤ δ; None when the curve ends before."""
+
+    def enough(epsilon: float) -> bool:
+        first = epsilons <= epsilon
+        rest = np.searchsorted(epsilons, epsilon - epsilons[first], side="right") - 1
+        with np.errstate(over="ignore"):
+            sums = deltas[first] + np.exp(epsilons[first]) * deltas[rest]
+        return bool(sums.min() <= delta)
+
+    low, high = 0.0, float(2 * epsilons[-1])
+    if enough(low):
+        return low
+    if not enough(high):
+        return None
+    while high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,154 @@
+"""What a stage will roughly cost in disk, memory and time, from its configuration and declared facts alone.
+
+Sizes are those of the largest arrays. Times are *estimates*: the rates below, taken once on two CPU cores with AVX-512
+and scaled by the work that the configuration names; another processor may be several times faster or slower. On an
+accelerator nothing is known, and nothing is said (None).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dprandp.config import GenerateConfig, PretrainConfig
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.wrn import parse_wrn
+
+FLOAT = 4
+PROGRAM_BYTES = 400e6
+"""A process that has loaded torch."""
+
+# Seconds of one core. An image: the same within a quarter for both processes at 32, 64 and 128 pixels.
+IMAGE_SECONDS, PIXEL_SECONDS = 0.003, 8e-7
+DICTIONARY_FLOPS = 6e9  # a second
+PATCHNET_FLOPS = 25e9
+WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE = 75.0, 38.0, 28.0  # views a second
+HEAD_FLOPS = 10e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that stay on disk, bytes in memory at the worst moment, and seconds (None where nothing is known)."""
+
+    disk_bytes: int
+    memory_bytes: int
+    seconds_estimate: float | None
+
+    def rounded(self) -> dict[str, Any]:
+        """Plain values, without digits that mean nothing."""
+        seconds = self.seconds_estimate
+        return {
+            "disk_bytes": int(float(f"{self.disk_bytes:.2g}")),
+            "memory_bytes": int(float(f"{self.memory_bytes:.2g}")),
+            "seconds_estimate": None if seconds is None else float(f"{max(1.0, seconds):.2g}"),
+        }
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Public facts about an architecture: its name, its parameters, the width of its features, work per image."""
+
+    arch: str
+    parameters: int
+    feature_dim: int
+    forward_seconds: float
+    training_seconds: float
+    per_example_seconds: float
+
+
+def extractor_facts(config: PretrainConfig) -> Extractor:
+    """Lay an extractor out without memory and look at it.
+
+    Raises:
+        UsageError: unknown architecture, or sizes that do not fit together.
+    """
+    with torch.device("meta"):
+        network = build_extractor(config)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if config.arch == "patchnet":
+        positions = ((INPUT_SIZE - config.patch_size) // config.stride + 1) ** 2
+        forward = 2 * positions * 3 * config.patch_size**2 * config.filters / PATCHNET_FLOPS
+        return Extractor(config.arch, parameters, network.feature_dim, forward, 0.0, 3 * forward)
+    depth, width = parse_wrn(config.arch)
+    work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
+    rates = (WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE)
+    return Extractor(config.arch, parameters, network.feature_dim, *(work / rate for rate in rates))
+
+
+def generate_cost(config: GenerateConfig, workers: int, block: int) -> Cost:
+    """Images on disk; every worker holds one block of them."""
+    image = 3 * config.resolution**2
+    seconds = config.count * (IMAGE_SECONDS + PIXEL_SECONDS * config.resolution**2)
+    workers = max(1, min(workers, -(-config.count // block)))
+    processes = workers + (workers > 1)
+    memory = processes * PROGRAM_BYTES + workers * 10 * min(block, config.count) * image
+    return Cost(config.count * image, int(memory), seconds / workers)
+
+
+def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cores: int) -> Cost:
+    """A dictionary of patches, or contrastive steps on all images."""
+    facts = extractor_facts(config)
+    weights = facts.parameters * FLOAT
+    if config.arch == "patchnet":
+        patches = config.dictionary_patches * 3 * config.patch_size**2
+        memory = 3 * patches * FLOAT + config.dictionary_patches * 3 * INPUT_SIZE**2
+        seconds = 2 * patches * config.filters * config.dictionary_iterations / DICTIONARY_FLOPS
+    else:
+        memory = images.count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
+        seconds = 2 * config.batch_size * config.steps * facts.training_seconds
+        weights *= 5  # two checkpoints with their momentum beside the result
+    if config.random_init:
+        memory, seconds = weights, 0.0
+    return Cost(weights, int(PROGRAM_BYTES + memory), seconds / cores if cpu else None)
+
+
+def probe_cost(
+    facts: Extractor, *, train: int, test: int, statistics: int, dims: int, classes: int, steps: int, views: int,
+    mirror: bool, cpu: bool, cores: int,
+) -> Cost:  # fmt: skip
+    """Features of all images once; then steps on the features."""
+    passes = (train * views + test + statistics) * (2 if mirror else 1)
+    features = train * views * dims * FLOAT
+    small = min(statistics, facts.feature_dim)
+    whitening = statistics * facts.feature_dim * FLOAT + 3 * small**2 * FLOAT
+    memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + max(whitening, features) + features / 4
+    seconds = passes * facts.forward_seconds + 4 * steps * train * views * dims * classes / HEAD_FLOPS
+    whitener = facts.feature_dim * dims * FLOAT
+    disk = features + 3 * whitener + facts.parameters * FLOAT
+    return Cost(int(disk), int(memory + whitener), seconds / cores if cpu else None)
+
+
+def finetune_cost(
+    facts: Extractor, *, train: int, test: int, dims: int, classes: int, expected_batch: float, steps: int, views: int,
+    refit_steps: int, mirror: bool, cpu: bool, cores: int,
+) -> Cost:  # fmt: skip
+    """Per-example gradients of every parameter; then, where there is a refit, features of all images again."""
+    parameters = (facts.parameters + dims * classes) * FLOAT
+    features = train * dims * FLOAT if refit_steps else 0
+    passes = test * (2 if mirror else 1) + (train * (2 if mirror else 1) if refit_steps else 0)
+    seconds = expected_batch * steps * views * facts.per_example_seconds + passes * facts.forward_seconds
+    seconds += 4 * refit_steps * train * dims * classes / HEAD_FLOPS
+    whitener = facts.feature_dim * dims * FLOAT
+    batch = expected_batch * views * 3 * INPUT_SIZE**2 * 5 + 16 * parameters
+    memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + whitener + features + 5 * parameters + batch
+    return Cost(int(8 * parameters + features + whitener), int(memory), seconds / cores if cpu else None)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``49 MB``."""
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB")
+    return f"{float(f'{count / unit:.2g}'):g} {name}"
+
+
+def time_text(seconds: float | None) -> str:
+    """Seconds for people, as the estimate that it is."""
+    if seconds is None:
+        return "time unknown on this device"
+    if seconds < 90:
+        return f"about {seconds:.0f} s (estimate)"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} min (estimate)"
+    return f"about {seconds / 3600:.1f} h (estimate)"

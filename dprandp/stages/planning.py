@@ -1,0 +1,301 @@
+"""``--plan``: what would run and what it would cost, from public facts alone. No pixel is read, nothing is written.
+
+A plan refuses what the stage would refuse, as far as that shows without reading data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dprandp.config import (
+    FinetuneConfig,
+    GenerateConfig,
+    PretrainConfig,
+    ProbeConfig,
+    StageConfig,
+    as_dict,
+)
+from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
+from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.stages import estimates, finetune
+from dprandp.stages.budget import read_plan_file
+from dprandp.stages.context import Context, recorded
+from dprandp.stages.generate import check as check_images
+from dprandp.stages.private import DEFAULT_SHARE, PrivateStage, open_private_stage
+from dprandp.synth import process_named
+
+Plan = dict[str, Any]
+
+ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
+
+
+def plan(name: str, config: StageConfig, context: Context) -> Plan:
+    """What one stage would run.
+
+    Returns:
+        stage, action (fresh | resume | skip), disk_bytes, memory_bytes, seconds_estimate (None where unknown), and
+
+        * generate: process, count, resolution, seed, shards;
+        * pretrain: arch, parameters, feature_dim, random_init, steps, and batch_size (wrn) or filters (patchnet);
+        * probe, finetune: the fields of ``PrivatePlan``, data, refit (of the fine-tune: a second mechanism, or None)
+          and epsilon_after (the run's ε when the stage is done).
+
+    Raises:
+        As the stage, before it reads data.
+    """
+    if name == "generate":
+        return _generate(config, context)
+    if name == "pretrain":
+        context.rundir.require("generate", name)
+        return _pretrain(config, context, recorded("generate", _recorded(context, "generate")))
+    public = _recorded(context, "pretrain")
+    return _private(name, config, context, recorded("pretrain", public) if public else None)[0]
+
+
+def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
+    """What ``dprandp run`` would do: each stage planned on top of those planned before it.
+
+    Args:
+        resolve: (stage, configurations planned so far) -> configuration.
+
+    Returns:
+        stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, stages (a plan each; no fine-tune
+        where the probe has the whole budget), disk_bytes, memory_bytes (of the largest), seconds_estimate (of what is
+        not finished; None where one is unknown).
+    """
+    configs: dict[str, StageConfig] = {}
+    plans: list[Plan] = []
+
+    def planned(name: str, make: Callable[[StageConfig], Plan]) -> None:
+        configs[name] = _effective(name, resolve(name, configs), context)
+        plans.append(make(configs[name]))
+
+    planned("generate", lambda config: _generate(config, context))
+    planned("pretrain", lambda config: _pretrain(config, context, configs["generate"]))
+    events: list[GaussianEvent] = []
+
+    def private(name: str) -> Callable[[StageConfig], Plan]:
+        def make(config: StageConfig) -> Plan:
+            made, left = _private(name, config, context, configs["pretrain"], configs.get("probe"), events)
+            events.extend(left)
+            return made
+
+        return make
+
+    planned("probe", private("probe"))
+    if _share(configs["probe"]) != 1:
+        planned("finetune", private("finetune"))
+    seconds = [made["seconds_estimate"] for made in plans if made["action"] != "skip"]
+    return {
+        "stage": "run",
+        **{key: plans[-1][key] for key in ("data", "examples", "delta", "epsilon_after")},
+        "epsilon": configs["probe"].epsilon,
+        "stages": plans,
+        "disk_bytes": sum(made["disk_bytes"] for made in plans),
+        "memory_bytes": max(made["memory_bytes"] for made in plans),
+        "seconds_estimate": None if None in seconds else sum(seconds),
+    }
+
+
+def plan_lines(result: Plan) -> str:
+    """``plan`` and ``plan_run`` for people."""
+    if result["stage"] == "run":
+        lines = [_line(made) for made in result["stages"]]
+        if result["stages"][-1]["stage"] == "probe":
+            lines.append("finetune: none, the probe is given the whole budget (--share 1)")
+        cost = f"disk {estimates.size_text(result['disk_bytes'])}, {estimates.time_text(result['seconds_estimate'])}"
+        return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
+                                  f"δ = {result['delta']:g}; {cost}"])  # fmt: skip
+    return _line(result)
+
+
+def _line(made: Plan) -> str:
+    cost = (
+        f"disk {estimates.size_text(made['disk_bytes'])}, memory about {estimates.size_text(made['memory_bytes'])}, "
+        f"{estimates.time_text(made['seconds_estimate'])}{ACTIONS[made['action']]}"
+    )
+    if made["stage"] == "generate":
+        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px; {cost}"
+    if made["stage"] == "pretrain":
+        how = f"{made['steps']} steps of {made['batch_size']}" if "batch_size" in made else f"{made['filters']} filters"
+        how = "random weights" if made["random_init"] else how
+        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
+    refit = made["refit"]
+    then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
+    return (
+        f"{made['stage']} on {made['data']} (N = {made['examples']}): T = {made['steps']} steps, "
+        f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
+        f"K = {made['views']}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at δ = {made['delta']:g}; "
+        f"{cost}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+
+def _generate(config: GenerateConfig, context: Context) -> Plan:
+    check_images(config)
+    action, config = _foreseen("generate", config, context)
+    block = process_named(config.process).block_size
+    return {
+        "stage": "generate",
+        "action": action,
+        "process": config.process,
+        "count": config.count,
+        "resolution": config.resolution,
+        "seed": config.seed,
+        "shards": -(-config.count // block),
+        **estimates.generate_cost(config, context.workers, block).rounded(),
+    }
+
+
+def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) -> Plan:
+    action, config = _foreseen("pretrain", config, context)
+    facts = estimates.extractor_facts(config)
+    kind = {"filters": config.filters} if config.arch == "patchnet" else {"batch_size": config.batch_size}
+    steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
+    return {
+        "stage": "pretrain",
+        "action": action,
+        "arch": config.arch,
+        "parameters": facts.parameters,
+        "feature_dim": facts.feature_dim,
+        "random_init": config.random_init,
+        "steps": 0 if config.random_init else steps,
+        **kind,
+        **estimates.pretrain_cost(config, images, _on_cpu(context), torch.get_num_threads()).rounded(),
+    }
+
+
+def _private(
+    name: str,
+    config: ProbeConfig | FinetuneConfig,
+    context: Context,
+    extractor: PretrainConfig | None,
+    probe: ProbeConfig | None = None,
+    planned: Sequence[GaussianEvent] = (),
+) -> tuple[Plan, list[GaussianEvent]]:
+    """A private stage on top of what was paid and what is planned before it.
+
+    Args:
+        extractor: configuration of the extractor; None where the run has none yet.
+        probe: of the planned probe; None to look at the run's own.
+        planned: unpaid events of the stages planned before.
+
+    Returns:
+        The plan, and the events of it that are not paid yet.
+    """
+    action, config = _foreseen(name, config, context)
+    refit_steps = 0
+    if name == "finetune":
+        arch = None if probe is None else extractor.arch
+        stage = finetune.open_stage(config, context, write=False, planned=planned, arch=arch)
+        refit_steps = finetune.choices(config, context, arch)[2]
+    else:
+        stage = open_private_stage(name, config, context, write=False)
+    document = read_plan_file(context.rundir)
+    ledger = stage.ledger if document else None
+    refit_name = f"{name}.{finetune.HEAD}"
+    recorded = (document or {"stages": {}})["stages"].get(refit_name, {})
+    refit_is_recorded = recorded.get("parent_attempt") == stage.attempt
+    refit_key = (refit_name, recorded["attempt"] if refit_is_recorded else 0)
+    others = [
+        charge.event
+        for charge in (ledger.charges if ledger else ())
+        if (charge.stage, charge.attempt) not in {(name, stage.attempt), refit_key}
+    ]
+    before = merge_events([*others, *planned])
+    mechanisms = {(name, stage.attempt): stage.plan}
+    if refit_is_recorded:
+        mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])
+    elif refit_steps:
+        mechanisms[refit_key] = make_plan(
+            stage=refit_name,
+            epsilon_total=stage.budget.epsilon,
+            delta=stage.budget.delta,
+            spend_epsilon=stage.budget.epsilon,
+            spent=[*before, stage.plan.event],
+            examples=stage.budget.examples,
+            steps=refit_steps,
+            warn=context.console.warn,
+            **finetune.REFIT,
+        )
+    after = compose([*before, *(made.event for made in mechanisms.values())], stage.plan.delta, context.console.warn)
+    left = []
+    for key, made in mechanisms.items():
+        steps = made.steps - (ledger.charged_steps(*key) if ledger else 0)
+        left += [dataclasses.replace(made.event, steps=steps)] if steps > 0 else []
+    refit = mechanisms.get(refit_key)
+    keys = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
+    return {
+        **stage.plan.to_dict(),
+        "stage": name,
+        "action": action,
+        "data": stage.spec.name,
+        "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
+        "epsilon_after": after.upper,
+        **_cost(stage, config, context, extractor, probe, refit_steps).rounded(),
+    }, left
+
+
+def _cost(
+    stage: PrivateStage,
+    config: ProbeConfig | FinetuneConfig,
+    context: Context,
+    extractor: PretrainConfig | None,
+    probe: ProbeConfig | None,
+    refit_steps: int,
+) -> estimates.Cost:
+    scratch = isinstance(config, FinetuneConfig) and config.source == "scratch"
+    facts = estimates.extractor_facts(
+        PretrainConfig(arch=config.arch) if scratch else extractor or PretrainConfig()
+    )
+    shared = {
+        "train": stage.spec.train_examples,
+        "test": stage.spec.test_examples,
+        "classes": len(stage.spec.classes),
+        "steps": stage.plan.steps,
+        "views": stage.plan.views,
+        "cpu": _on_cpu(context),
+        "cores": torch.get_num_threads(),
+    }
+    if isinstance(config, ProbeConfig):
+        mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
+        dims = min(config.dims, config.statistics_images - 1, facts.feature_dim)
+        return estimates.probe_cost(facts, **shared, statistics=config.statistics_images, dims=dims, mirror=mirror)
+    if scratch:
+        dims, mirror = facts.feature_dim, False
+    else:
+        probe = probe or recorded("probe", _recorded(context, "probe"))
+        mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
+        dims = min(probe.dims, probe.statistics_images - 1, facts.feature_dim)
+    batch = stage.plan.expected_batch
+    return estimates.finetune_cost(
+        facts, **shared, dims=dims, expected_batch=batch, refit_steps=refit_steps, mirror=mirror
+    )
+
+
+def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
+    begun = context.rundir.foresee(name, as_dict(config), resume=context.resume, overwrite=context.overwrite)
+    return begun.action, recorded(name, begun.config)
+
+
+def _effective(name: str, config: StageConfig, context: Context) -> StageConfig:
+    return _foreseen(name, config, context)[1]
+
+
+def _recorded(context: Context, name: str) -> dict[str, Any]:
+    row = next(row for row in context.rundir.status() if row["stage"] == name)
+    return row["config"] or {}
+
+
+def _share(config: ProbeConfig) -> float:
+    return DEFAULT_SHARE if config.share is None else config.share
+
+
+def _on_cpu(context: Context) -> bool:
+    return context.device.type == "cpu"

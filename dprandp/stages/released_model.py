@@ -1,0 +1,172 @@
+"""``model/`` read back: its bytes checked, its network built and filled.
+
+Nothing but the three files of ``model/`` is read: a released model works without the run that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dprandp import config as configuration
+from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.files import from_json, storage_errors
+from dprandp.reporting.disclosure import why_not_private
+from dprandp.runresults import wrong_entry
+from dprandp.stages.release import MODEL_FILES, MODEL_FORMAT
+from dprandp.tensorfile import check_tensors, tensors_from_bytes
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.images import INPUT_SIZE, to_input
+from dprandp.vision.whitening import PooledOnly, Whitener
+
+MAX_CONFIG_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A released model, ready to use.
+
+    Attributes:
+        network: on the CPU, in evaluation mode.
+        classes: names; score i is that of ``classes[i]``.
+        shape: height, width, channels of the images it was trained on, before they were resized for the network.
+        mirror: whether features are averaged over an image and its mirror image.
+        config: all of ``config.json``.
+        content: name -> bytes of the files, as they were verified.
+    """
+
+    network: Classifier
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    mirror: bool
+    config: dict[str, Any]
+    content: dict[str, bytes]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the stage that made the model reported: test metrics and the privacy disclosure."""
+        return self.config["result"]
+
+    @property
+    def not_private_because(self) -> str | None:
+        """The reason for the stamp NOT PRIVATE; None for a private model."""
+        return why_not_private({**self.result, "epsilon": float(self.result["epsilon"])})
+
+    def probabilities(self, images: np.ndarray) -> torch.Tensor:
+        """Classify images; each by itself.
+
+        Args:
+            images: uint8 [N, height, width, channels] of ``shape``.
+
+        Returns:
+            float32 [N, classes], rows sum to 1: the softmax of the scores. They are not calibrated.
+        """
+        return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
+
+
+def load_model(folder: Path | str) -> ReleasedModel:
+    """Read a ``model/`` folder (or an exported copy of one).
+
+    Raises:
+        InputError: there is no model. CheckpointError: a file is missing, damaged, not the one that was released, of a
+            newer format, or describes another network than the weights are of.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or not (folder / "config.json").exists():
+        raise InputError(
+            f"there is no model in {folder}", fix="finish a probe or a fine-tune first, or check --run or --model"
+        )
+    content = {}
+    for name in MODEL_FILES:
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is missing, or a link", fix="restore the folder from a copy")
+        with storage_errors(path, "read"):
+            content[name] = path.read_bytes()
+    config = _config(folder / "config.json", content["config.json"])
+    for name, digest in config["sha256"].items():
+        if hashlib.sha256(content[name]).hexdigest() != digest:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was released: its sha256 differs from that in config.json",
+                fix="restore the folder from a copy",
+            )
+    classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
+    network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
+    return ReleasedModel(network, classes, shape, config["input"]["mirror"], config, content)
+
+
+def _config(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse and check config.json, field by field, as far as the network is built from it."""
+    why = "it is no valid JSON"
+    try:
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError("too long")
+        config = from_json(data)
+        why = "it is no description of a model"
+        if isinstance(config, dict) and type(config.get("format")) is int and config["format"] > MODEL_FORMAT:
+            raise CheckpointError(
+                f"{path} has format {config['format']}; this version reads {MODEL_FORMAT}", fix="upgrade dprandp"
+            )
+        shape, classes, result = config["input"]["shape"], config["classes"], config["result"]
+        fits = (
+            config["format"] == MODEL_FORMAT
+            and config["input"]["size"] == INPUT_SIZE
+            and type(config["input"]["mirror"]) is bool
+            and len(shape) == 3
+            and all(type(side) is int and 1 <= side <= 10_000 for side in shape)
+            and shape[2] in (1, 3)
+            and len(classes) >= 2
+            and all(isinstance(name, str) for name in classes)
+            and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
+            and type(result["private"]) is bool
+            and isinstance(result["random"], str)
+            and wrong_entry(result) is None
+            and not math.isnan(float(result["epsilon"]) + float(result["noise_multiplier"]))
+        )
+        if not fits:
+            raise ValueError("a value out of its range")
+        return config
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {why}", fix="restore the folder from a copy") from error
+
+
+def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> Classifier:
+    """Build the network that the configuration describes, and fill it.
+
+    It is laid out without memory first and held against the file: a description cannot ask for more than is there.
+    """
+    tensors = tensors_from_bytes(data, path)
+    projection = tensors.get("whitener.projection")
+    if projection is not None and projection.ndim != 2:
+        raise CheckpointError(f"{path} holds a whitener that is no matrix", fix="restore the folder from a copy")
+
+    def build() -> Classifier:
+        extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
+        width = extractor.feature_dim
+        whitener = PooledOnly(width) if projection is None else Whitener(width, projection.shape[1])
+        return Classifier(extractor, whitener, classes)
+
+    try:
+        with torch.device("meta"):
+            layout = build().state_dict()
+    except (DprandpError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path.parent / 'config.json'} describes no network that this version can build",
+            fix="restore the folder from a copy, or upgrade dprandp",
+        ) from error
+    try:
+        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in layout.items()}, path)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, fix="restore the folder from a copy") from error
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds tensors that are not float32", fix="restore the folder from a copy")
+    network = build()
+    network.load_state_dict(tensors)
+    return network.eval()

@@ -1,0 +1,131 @@
+"""--plan: what is printed is what then runs; nothing is read, nothing is written. And where the flags of run go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_process import Dprandp, refused, state_of
+from test_cli_budget import NO_PIXELS
+
+RunAfter = Callable[[str], Path]
+
+PRIVATE = ("--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
+MECHANISM = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
+
+
+def planned(dprandp: Dprandp, *command: object) -> dict[str, Any]:
+    """The plan of a command that must read no pixel and change nothing."""
+    run = Path(str(command[command.index("--run") + 1]))
+    before = (state_of(run), sorted(run.rglob("*"))) if run.exists() else None
+    done = dprandp(*command, "--plan", "--json", before=NO_PIXELS)
+    assert done.code == 0, done.err
+    assert ((state_of(run), sorted(run.rglob("*"))) if run.exists() else None) == before
+    return done.json
+
+
+def result_of(stages: dict[str, Path], stage: str) -> dict[str, Any]:
+    return json.loads((stages[stage].parent / f"{stage}.json").read_text())
+
+
+def test_the_plan_of_a_new_run_is_what_the_stages_then_did(
+    dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path
+) -> None:
+    """The oracle: results of the same four stages, run one after another with the same settings."""
+    plan = planned(dprandp, "run", *PRIVATE, "--run", tmp_path / "deep" / "new", "--workers", 1)
+    assert list(tmp_path.iterdir()) == []
+    assert (plan["stage"], plan["data"], plan["examples"], plan["epsilon"]) == ("run", "npz:tiny.npz", 120, 2)
+    by_name = {made["stage"]: made for made in plan["stages"]}
+    assert list(by_name) == ["generate", "pretrain", "probe", "finetune"]
+    assert {made["action"] for made in plan["stages"]} == {"fresh"}
+    results = {stage: result_of(stages, stage) for stage in by_name}
+    for stage in ("probe", "finetune"):
+        made, result = by_name[stage], results[stage]
+        for key in (*MECHANISM, "views", "delta"):
+            assert made[key] == pytest.approx(result[key], rel=1e-9), (stage, key)
+        assert made["epsilon_after"] == pytest.approx(result["epsilon"], rel=1e-6)
+    for key in MECHANISM:
+        assert by_name["finetune"]["refit"][key] == pytest.approx(results["finetune"]["refit"][key], rel=1e-9)
+    assert plan["epsilon_after"] == by_name["finetune"]["epsilon_after"] <= 2
+    made = by_name["generate"]
+    assert (made["count"], made["resolution"], made["process"]) == (120, 32, "dead-leaves")
+    shards = sorted((stages["generate"] / "1-generate").glob("*.npy"))
+    assert made["shards"] == len(shards)
+    assert made["disk_bytes"] == pytest.approx(sum(path.stat().st_size for path in shards), rel=0.05)
+    for key in ("parameters", "feature_dim", "steps", "arch"):
+        assert by_name["pretrain"][key] == results["pretrain"][key]
+    for made in plan["stages"]:
+        assert made["memory_bytes"] > 1e8
+        assert 0 < made["seconds_estimate"] < 600
+    assert plan["disk_bytes"] == sum(made["disk_bytes"] for made in plan["stages"])
+
+
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
+def test_the_plan_goes_on_from_what_is_done(
+    dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter, stage: str
+) -> None:
+    """After the probe its events are paid and not planned: they count once, not twice."""
+    plan = planned(dprandp, "run", "--config", "small.toml", "--run", run_after(stage))
+    actions = ["skip", "skip", "skip", "fresh" if stage == "probe" else "skip"]
+    assert [made["action"] for made in plan["stages"]] == actions
+    last, result = plan["stages"][-1], result_of(stages, "finetune")
+    assert last["noise_multiplier"] == pytest.approx(result["noise_multiplier"], rel=1e-9)
+    assert last["refit"]["noise_multiplier"] == pytest.approx(result["refit"]["noise_multiplier"], rel=1e-9)
+    assert plan["epsilon_after"] == pytest.approx(result["epsilon"], rel=1e-6)
+    assert (plan["seconds_estimate"] == 0) == (stage == "finetune")
+
+
+def test_the_plan_of_a_public_stage(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    made = planned(dprandp, "generate", "--run", new, "--count", 1000, "--resolution", 128, "--workers", 2)
+    assert (made["stage"], made["count"], made["disk_bytes"]) == ("generate", 1000, 49_000_000)
+    assert not new.exists()
+    run = run_after("generate")
+    made = planned(dprandp, "pretrain", "--run", run, "--arch", "wrn-10-1", "--steps", 9, "--batch-size", 8)
+    assert (made["stage"], made["steps"], made["batch_size"], made["action"]) == ("pretrain", 9, 8, "fresh")
+    done = dprandp("generate", "--config", "small.toml", "--run", run, "--plan")
+    assert "generate: 120 images of dead-leaves at 32 px; disk 0.37 MB" in done.out
+    assert "(finished: nothing to do)" in done.out
+
+
+def test_a_plan_refuses_what_the_stage_would(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    refused(dprandp("generate", "--run", new, "--resolution", 33, "--plan"), 2, "resolution = 33 is not offered")
+    refused(dprandp("pretrain", "--run", new, "--plan"), 3, "there is no run at")
+    refused(dprandp("run", "--run", new, "--arch", "vit", "--plan"), 2, "unknown architecture 'vit'")
+    refused(dprandp("run", "--run", new, "--share", 1, "--steps", 3, "--lr", 1), 2, "--steps, --lr", "--probe-steps")
+    assert not new.exists() or list(new.iterdir()) == [new / ".lock"]
+    run = run_after("finetune")
+    for flags, said in (
+        (["--count", 130], "'generate' in {} was begun with other settings: count was 120, is now 130"),
+        (["--probe-lr", 3], "'probe' in {} was begun with other settings: lr was unset, is now 3.0"),
+        (["--lr", 3], "'finetune' in {} was begun with other settings: lr was unset, is now 3.0"),
+    ):
+        done = dprandp("run", "--config", "small.toml", "--run", run, "--plan", *flags)
+        refused(done, 2, said.format(run), "--resume", "--overwrite")
+    refused(dprandp("run", "--config", "small.toml", "--run", run, "--plan", "--overwrite"), 5, "above its budget of 2")
+
+
+def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: Path) -> None:
+    flags = {
+        "--count": 90, "--resolution": 64, "--process": "dead-leaves", "--arch": "wrn-10-1", "--pretrain-steps": 9,
+        "--probe-steps": 7, "--probe-batch-size": 100, "--probe-views": 3, "--steps": 2, "--batch-size": 60,
+        "--views": 2, "--clip": 0.5, "--eps": "inf", "--seed": 5,
+    }  # fmt: skip
+    given = [part for pair in flags.items() for part in pair]
+    plan = planned(dprandp, "run", "--data", "npz:tiny.npz", "--run", tmp_path / "new", *given)
+    generate, pretrain, probe, finetune = plan["stages"]
+    assert (generate["count"], generate["resolution"], generate["seed"]) == (90, 64, 5)
+    assert (pretrain["arch"], pretrain["steps"]) == ("wrn-10-1", 9)
+    assert (probe["steps"], probe["sample_rate"], probe["views"], probe["clip_norm"]) == (7, 100 / 120, 3, 0.5)
+    assert (finetune["steps"], finetune["sample_rate"], finetune["views"]) == (2, 0.5, 2)
+    assert (finetune["clip_norm"], finetune["refit"]) == (0.5, None)
+    assert (plan["epsilon_after"], finetune["noise_multiplier"]) == ("inf", 0)
+    done = dprandp("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new", "--share", 1, "--eps", 1, "--plan")
+    assert done.code == 0, done.err
+    assert "finetune: none, the probe is given the whole budget" in done.out
+    first = [line.split()[0] for line in done.out.splitlines()]
+    assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]

@@ -1,0 +1,128 @@
+"""Promise 1: independent accountants agree within their stated errors, on a wide grid.
+
+*Privacy loss distributions* of dp_accounting (connect-the-dots) know both directions of add/remove and bound ε from
+above: they must not lie below our lower bound, and our upper bound must not lie below them by more than their own
+rounding. *Rényi DP* of Opacus is an upper bracket of both.
+
+The fast test takes a dozen points; the slow one 114 compositions with 3 values of δ each.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+
+from dprandp.privacy.accounting import GaussianEvent, compose
+
+# Any order bounds ε; those between integers take Opacus seconds where the noise is large.
+ORDERS = [float(order) for order in [*range(2, 65), 96, 128, 256, 512]]
+DELTAS = (1e-3, 1e-5, 1e-8)
+
+Rows = tuple[tuple[float, float, int], ...]
+"""(σ, q, T) of each event."""
+
+
+def central_limit_mu(rows: Rows) -> float:
+    return math.sqrt(sum(t * (1 / s**2 if q == 1 else q**2 * math.expm1(1 / s**2)) for s, q, t in rows))
+
+
+HOMOGENEOUS = [
+    ((sigma, q, steps),)
+    for sigma in (0.6, 1.0, 2.0, 5.0, 20.0, 80.0)
+    for q in (1e-3, 0.01, 0.08192, 0.3, 0.9)
+    for steps in (1, 30, 400, 2500)
+]
+HETEROGENEOUS = [
+    *[
+        ((probe, 1.0, 60), (sigma, 0.08192, steps))
+        for probe in (40.0, 150.0)
+        for sigma in (4.0, 12.5)
+        for steps in (96, 779)
+    ],
+    *[((sigma, 0.01, 1000), (2 * sigma, 0.1, 100)) for sigma in (1.0, 3.0)],
+    ((30.0, 1.0, 60), (20.0, 1.0, 10), (12.0, 0.05, 100), (2.0, 0.01, 50)),
+    ((5.0, 1.0, 1), (0.8, 1e-3, 100)),
+]
+# μ above 4 is an ε beyond 20: nobody runs it, and the oracle takes minutes.
+COMPOSITIONS: list[Rows] = [rows for rows in [*HOMOGENEOUS, *HETEROGENEOUS] if central_limit_mu(rows) < 4]
+FAST: list[tuple[Rows, float]] = [
+    (((9.2, 0.08192, 875),), 1e-5),
+    (((1.0, 0.01, 1000),), 1e-5),
+    (((40.0, 1.0, 60), (12.5, 0.08192, 779)), 1e-5),
+    (((30.0, 1.0, 60), (20.0, 1.0, 10), (12.0, 0.05, 100), (2.0, 0.01, 50)), 1e-5),
+    (((0.7, 0.1, 10),), 1e-6),
+    (((20.0, 0.5, 100),), 1e-4),
+    (((5.0, 0.9, 20),), 1e-3),
+    (((0.6, 1e-3, 100),), 1e-6),
+    (((0.8, 0.01, 1),), 1e-5),
+    (((2.0, 1.0, 3),), 1e-5),
+    (((2.58, 0.08192, 2500),), 1e-10),
+]
+
+
+def interval_of(rows: Rows) -> float:
+    """Fine for small ε, but not where little noise makes single losses large and the oracle take minutes."""
+    if any(sigma < 2 for sigma, _, _ in rows):
+        return 1e-4
+    mu = central_limit_mu(rows)
+    return 1e-6 if mu < 0.05 else 1e-5 if mu < 0.3 else 1e-4
+
+
+@cache
+def privacy_loss_distribution(rows: Rows) -> PLDAccountant:
+    accountant = PLDAccountant(value_discretization_interval=interval_of(rows))
+    for sigma, q, steps in rows:
+        gaussian = dp_event.GaussianDpEvent(sigma)
+        accountant.compose(gaussian if q == 1 else dp_event.PoissonSampledDpEvent(q, gaussian), steps)
+    return accountant
+
+
+@cache
+def renyi_divergences(rows: Rows) -> np.ndarray:
+    return sum(compute_rdp(q=q, noise_multiplier=s, steps=t, orders=ORDERS) for s, q, t in rows)
+
+
+def renyi_epsilon(rows: Rows, delta: float) -> float:
+    return max(0.0, float(get_privacy_spent(orders=ORDERS, rdp=renyi_divergences(rows), delta=delta)[0]))
+
+
+def check(rows: Rows, delta: float) -> float:
+    """Raise unless the three agree; returns how far our estimate is from the oracle, as a part of ε."""
+    bound = compose([GaussianEvent(*row) for row in rows], delta)
+    oracle = privacy_loss_distribution(rows).get_epsilon(delta)
+    rounding = 2 * interval_of(rows) + 1e-3 * oracle  # of the oracle, upwards
+    assert bound.lower <= oracle
+    assert bound.upper >= oracle - rounding
+    assert bound.estimate <= renyi_epsilon(rows, delta) * (1 + 1e-6)
+    if "opacus" in bound.accountant:  # the announced fallback is an upper bound and no more
+        return 0.0
+    assert bound.upper - bound.lower <= 0.03 * oracle + 2e-5 + rounding  # half a per cent, but more where q is tiny
+    assert bound.estimate == pytest.approx(oracle, abs=rounding)
+    return abs(bound.estimate - oracle) / oracle if oracle > 0.01 else 0.0
+
+
+@pytest.mark.parametrize(("rows", "delta"), FAST)
+def test_three_accountants_agree(rows, delta):
+    check(rows, delta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", COMPOSITIONS)
+def test_three_accountants_agree_on_a_wide_grid(rows):
+    for delta in DELTAS:
+        check(rows, delta)
+
+
+def test_the_check_finds_a_wrong_accountant():
+    """Positive control: noise that is 2 % smaller than what is accounted for is noticed."""
+    rows = ((9.2, 0.08192, 875),)
+    smaller = ((9.2 * 0.98, 0.08192, 875),)
+    bound, oracle = compose([GaussianEvent(*rows[0])], 1e-5), privacy_loss_distribution(smaller).get_epsilon(1e-5)
+    assert bound.upper < oracle - 2e-4 - 1e-3 * oracle
+    assert len(COMPOSITIONS) * len(DELTAS) >= 200
