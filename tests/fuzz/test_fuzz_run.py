@@ -284,7 +284,8 @@ def test_model_folders(damaged: Damaged, cases: int, record_property) -> None:
     def use() -> None:
         model = released_model.load_model(folder)
         _ = model.not_private_because
-        model.probabilities(np.zeros((1, *model.shape), np.uint8))
+        if np.prod(model.shape) < 10**6:
+            model.probabilities(np.zeros((1, *model.shape), np.uint8))
 
     def check(draw: random.Random) -> None:
         path = draw.choice(sorted(whole))
