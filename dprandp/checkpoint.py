@@ -24,7 +24,7 @@ import torch
 
 from dprandp import faults
 from dprandp.errors import CheckpointError
-from dprandp.files import atomic_write, file_sha256, storage_errors, to_json
+from dprandp.files import atomic_write, file_sha256, from_json, storage_errors, to_json
 from dprandp.tensorfile import DamagedCheckpointError, check_tensors, tensors_from_bytes, tensors_to_bytes
 
 FORMAT = 1
@@ -50,6 +50,20 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return self.path.stem
+
+    def entry(self, name: str, kind: type) -> Any:
+        """``meta[name]``, of this very type.
+
+        Raises:
+            CheckpointError: it is missing or of another type: another version wrote this.
+        """
+        value = self.meta.get(name)
+        if type(value) is not kind:
+            raise CheckpointError(
+                f"the description of the checkpoint {self.path} has no usable entry {name!r}",
+                fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+            )
+        return value
 
 
 def save(
@@ -270,8 +284,8 @@ def _read_json_or_none(path: Path) -> dict[str, Any] | None:
     with storage_errors(path, "read"):
         content = path.read_bytes()
     try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
+        record = from_json(content)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tomllib
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import InputError, UsageError, nearest
-
-SIZES = ("tiny", "small", "paper")
+from .errors import UsageError, nearest
+from .sizes import SIZE_DEFAULTS, SIZES
+from .toml import read as read_toml
 
 DEFAULT_DATA = "digits"
 DEFAULT_DELTA = 1e-5
@@ -149,39 +149,6 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "finetune": FinetuneConfig,
 }
 
-SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"generate": {}, "pretrain": {}, "probe": {}, "finetune": {}},
-    "small": {
-        "generate": {"count": 24_000},
-        "pretrain": {
-            "filters": 1600,
-            "dictionary_patches": 400_000,
-            "steps": 600,
-            "batch_size": 64,
-            "projection_hidden": 1024,
-        },
-        "probe": {"dims": 3072, "statistics_images": 8000},
-        "finetune": {},
-    },
-    # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
-    "paper": {
-        "generate": {"count": 105_000, "resolution": 256},
-        "pretrain": {
-            "arch": "wrn-16-4",
-            "filters": 6400,
-            "dictionary_patches": 1_000_000,
-            "steps": 82_000,
-            "batch_size": 256,
-            "lr": 0.12,
-            "schedule": "step",
-            "projection_hidden": 4096,
-            "checkpoint_every": 1000,
-        },
-        "probe": {"dims": 4096, "statistics_images": 16_000, "steps": 100},
-        "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
-    },
-}
-
 
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
@@ -230,6 +197,8 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
             raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"[{stage}] {key} has more than 64 bits", fix=f"give a {key} of at most {LARGEST}")
+        if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            raise UsageError(f"[{stage}] {key} = {value!r} holds what cannot be printed", fix=f"give a plain {key}")
         if not _fits(value, hints[key]):
             expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")
             raise UsageError(f"[{stage}] {key} = {value!r} is not of type {expected}", fix=f"give {key} as {expected}")
@@ -263,20 +232,6 @@ def public_data_name(name: str) -> str:
     return f"{kind}:{os.path.basename(os.path.abspath(os.path.expanduser(path)))}" if colon and path else name
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        InputError: missing, unreadable, or not TOML.
-    """
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
-
-
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
     for key in document:
         if key not in STAGE_CONFIGS:
@@ -306,6 +261,14 @@ _POSITIVE = (
 )  # fmt: skip
 
 
+_AT_MOST = {
+    "count": 10**8, "filters": 10**5, "dictionary_patches": 10**8, "dictionary_iterations": 10**6, "steps": 10**9,
+    "refit_steps": 10**9, "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4,
+    "dims": 10**6, "statistics_images": 10**8, "classes": 10**5, "checkpoint_every": 10**9,
+}  # fmt: skip
+"""Beyond these no machine's memory or patience reaches: a slip of the finger."""
+
+
 def validate(stage: str, config: StageConfig) -> None:
     """Refuse values out of range, naming the value.
 
@@ -317,6 +280,9 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
+    for key, most in _AT_MOST.items():
+        if values.get(key, 0) > most:
+            raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
     ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
     ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf)}
     for key, (low, high) in ranges.items():

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,7 @@ class Console:
         hold a private value (the key of a KeyError, a file name).
 
         Returns:
-            The exit code: the error's own, 130 for a KeyboardInterrupt, else 1.
+            The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
         """
         if self.debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
@@ -113,6 +114,11 @@ class Console:
             if self.debug and error.private_detail:
                 print(f"  private detail, do not publish: {error.private_detail}", file=sys.stderr)
             return error.exit_code
+        if isinstance(error, OSError) and error.errno:
+            # In the system's words for the number: the error's own may name a private file.
+            print(f"error: the system refused to read or write: {os.strerror(error.errno)}", file=sys.stderr)
+            print("  fix: check the paths, permissions and the disk; --debug shows the place", file=sys.stderr)
+            return 6
         if isinstance(error, KeyboardInterrupt):
             print("error: interrupted; what the last checkpoint holds is safe", file=sys.stderr)
             return 130
@@ -124,11 +130,22 @@ class Console:
         return 1
 
     def route_logging(self) -> None:
-        """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called)."""
+        """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
+
+        A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
+        value. With ``--debug`` it is shown whole.
+        """
+        if not self.debug:
+            warnings.showwarning = self._show_warning
         logger = logging.getLogger("dprandp")
         for handler in [handler for handler in logger.handlers if isinstance(handler, _ToConsole)]:
             logger.removeHandler(handler)
         logger.addHandler(_ToConsole(self))
+
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
+    ) -> None:
+        self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
 
     @contextmanager
     def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:

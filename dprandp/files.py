@@ -153,6 +153,21 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
+def from_json(content: bytes | str) -> Any:
+    """Parse JSON from a file that may be damaged or hostile.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds text that is no valid Unicode (a lone surrogate),
+            which could be neither printed nor written again.
+    """
+    try:
+        value = json.loads(content)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

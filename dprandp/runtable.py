@@ -5,7 +5,7 @@
     {"format": 1, "dprandp": "0.1.0", "stages": {"generate": {"state": "done", "config": {...}, "inputs": {...},
      "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
 
-Imports nothing of the package but ``errors``, ``files`` and the version.
+Imports nothing of the package but ``errors``, ``files``, ``runresults`` and the version.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
 from dprandp.errors import CheckpointError
-from dprandp.files import storage_errors, to_json
+from dprandp.files import from_json, storage_errors, to_json
+from dprandp.runresults import wrong_entry
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
@@ -48,7 +49,8 @@ class Table:
 
     def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
         """Put a stage under way with nothing made yet; what was built on its former outputs becomes stale."""
-        self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(), None)
+        before = self.stages.get(stage)
+        self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
         self._refresh()
 
     def finish(self, stage: str, outputs: dict[str, str], result: dict[str, Any]) -> None:
@@ -98,10 +100,10 @@ def read(path: Path) -> Table:
     with storage_errors(path, "read"):
         content = path.read_bytes()
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        document = from_json(content)
+    except ValueError as error:
         raise _corrupt(path, "it is no valid JSON") from error
-    if not isinstance(document, dict) or type(document.get("format")) is not int:
+    if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] < 1:
         raise _corrupt(path, "it has no format number")
     if document["format"] > FORMAT:
         raise CheckpointError(
@@ -122,8 +124,8 @@ def read_hashes(path: Path) -> dict[str, str]:
         CheckpointError: it is missing or no such file, so nothing tells whether the inputs are still the same.
     """
     try:
-        hashes = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        hashes = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise _corrupt(path, "the recorded hashes of the inputs cannot be read") from error
     if not isinstance(hashes, dict):
         raise _corrupt(path, "it holds no table of hashes")
@@ -161,13 +163,30 @@ def _record(path: Path, stage: str, value: Any) -> Record:
     fields = {entry.name for entry in dataclasses.fields(Record)}
     if stage not in STAGES or not isinstance(value, dict) or set(value) != fields or value["state"] not in STATES:
         raise _corrupt(path, f"its record of stage {stage!r} is malformed")
-    tables = ("config", "inputs", "outputs", "result")
-    hashes = [
-        digest for name in ("inputs", "outputs") if isinstance(value[name], dict) for digest in value[name].values()
-    ]
-    if not all(isinstance(value[name], dict) for name in tables) or not all(isinstance(item, str) for item in hashes):
+    if not all(isinstance(value[name], dict) for name in ("config", "inputs", "outputs", "result")):
         raise _corrupt(path, f"its record of stage {stage!r} is malformed")
+    hashes = [digest for name in ("inputs", "outputs") for digest in value[name].values()]
+    if not all(isinstance(digest, str) for digest in hashes) or not all(map(_is_file_name, value["outputs"])):
+        raise _corrupt(path, f"the files in its record of stage {stage!r} are malformed")
+    if not _is_moment(value["started"]) or not (value["finished"] is None or _is_moment(value["finished"])):
+        raise _corrupt(path, f"the times in its record of stage {stage!r} are malformed")
+    wrong = wrong_entry(value["result"])
+    if wrong is not None:
+        raise _corrupt(path, f"{wrong!r} in its result of stage {stage!r} is of another kind")
     return Record(**value)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether this names a file below a stage's folder: nothing read from run.json may lead out of the run."""
+    parts = name.split("/")
+    return len(name) < 200 and name.isprintable() and all(part not in ("", ".", "..") for part in parts)
+
+
+def _is_moment(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _corrupt(path: Path, why: str) -> CheckpointError:
@@ -177,5 +196,13 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+def _now(after: str | None = None) -> str:
+    """The time; where the clock stands still or went back, a microsecond after ``after``.
+
+    By ``started`` a plan is known to be of this beginning of a stage and not of an earlier one, so no two beginnings
+    may share it, whatever the clock says.
+    """
+    now = datetime.now(UTC)
+    if after is not None:
+        now = max(now, datetime.fromisoformat(after) + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")

@@ -1,8 +1,10 @@
-"""Write TOML; the standard library's ``tomllib`` reads it back.
+"""Read TOML files, and write TOML; the standard library's ``tomllib`` reads it back.
 
 Only what configurations need: scalars, lists, and one level of tables. Whatever ``dumps`` accepts, ``tomllib.loads``
 returns unchanged (tuples as lists), infinities and NaN included; keys whose value is None are left out, as TOML has no
 null.
+
+Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations
@@ -10,10 +12,34 @@ from __future__ import annotations
 import json
 import math
 import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from dprandp.errors import InputError
+
+MOST_DOTS = 200
+"""In one line: the standard library's parser takes time that grows with their square."""
+
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        InputError: missing, unreadable, or not TOML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line with more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
+        raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
 
 
 def dumps(table: Mapping[str, Any]) -> str:

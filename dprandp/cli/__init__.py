@@ -9,6 +9,7 @@ Modules that import torch are imported inside the commands, so that ``--help`` a
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def _root(
 def main() -> None:
     """Entry point of the console script: run a command, turn errors into messages and exit codes."""
     end_on_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug
     try:
         app(standalone_mode=True)
     except DprandpError as error:

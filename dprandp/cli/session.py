@@ -66,7 +66,7 @@ def resolve(
     order = list(STAGES)
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
     if size is None and before:
-        size = before[-1]["size"]
+        size = before[-1].get("size")
     inherited: dict[str, Any] = {}
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
@@ -174,7 +174,7 @@ def microbatch(text: str) -> int | None:
     """The value of ``--microbatch``; None for auto."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise UsageError(f"--microbatch {text!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
     return int(text)
 

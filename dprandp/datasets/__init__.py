@@ -12,6 +12,8 @@ The unit of privacy is one image, or, with a column that says which images belon
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
 from dprandp.datasets.units import EACH_IMAGE
 from dprandp.datasets.unlabelled import read_unlabelled
-from dprandp.errors import UsageError, nearest
+from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
@@ -77,10 +79,19 @@ def open_dataset(
             raise UsageError(f"{name} is your own data: there is nothing to download", fix="leave --download out")
         if not rest:
             raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
-        path = Path(rest).expanduser()
-        if kind == "npz":
-            return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
-        return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
+        try:
+            path = Path(rest).expanduser()
+            if kind == "npz":
+                return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
+            return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
+        except RuntimeError as error:  # of expanduser
+            raise UsageError(f"{name} is in the home of nobody known here", fix="write the whole path") from error
+        except OSError as error:  # its file name may be that of a private example: the number alone is told
+            raise InputError(
+                f"the path of the {kind} data set cannot be read: {os.strerror(error.errno or errno.EIO)}",
+                fix="check the path and its permissions",
+                private_detail=str(error),
+            ) from error
     refuse_unsupported(name)
     if name not in KNOWN:
         raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))

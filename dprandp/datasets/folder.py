@@ -217,8 +217,11 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 def _refuse_outside(root: Path, entry: os.DirEntry) -> None:
     """A link may point elsewhere inside ``root``; one that leaves it could read any file of this machine."""
     if entry.is_symlink():
-        target = Path(entry.path).resolve()
-        if not target.exists() or not target.is_relative_to(root.resolve()):
+        try:
+            target = Path(entry.path).resolve(strict=True)
+        except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+            target = None
+        if target is None or not target.is_relative_to(root.resolve()):
             raise InputError(
                 f"{root} holds a symbolic link that leaves the folder or leads nowhere",
                 fix="copy the file into the folder instead of linking to it",

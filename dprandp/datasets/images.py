@@ -6,6 +6,7 @@ colours, several frames. A silent conversion would be a silent change of the dat
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,11 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 #: Most pixels one image may have; more is taken for a decompression bomb.
 MAX_PIXELS = 50_000_000
+
+# What Pillow logs about a single private image would otherwise reach stderr: Python's last resort prints it where
+# nobody has set up logging, and other libraries set it up for everybody.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+logging.getLogger("PIL").propagate = False
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
@@ -112,7 +118,7 @@ def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
-    if getattr(image, "n_frames", 1) != 1:
+    if _has_second_frame(image):
         return "animated or has several pages", "keep one frame"
     if image.mode not in ("1", "L", "P", "RGB"):
         kinds = {"RGBA": "transparent", "LA": "transparent", "PA": "transparent", "CMYK": "in CMYK"}
@@ -134,3 +140,14 @@ def _bits_per_channel(image: Image.Image, path: Path) -> int:
     if image.format == "TIFF":
         return int(np.max(image.tag_v2.get(_BITS_PER_SAMPLE, 1)))
     return 8
+
+
+def _has_second_frame(image: Image.Image) -> bool:
+    """Whether there is more than one frame, without a walk to the last: a file can hold millions of tiny ones."""
+    if image.format in ("GIF", "TIFF"):
+        try:
+            image.seek(1)
+        except EOFError:
+            return False
+        return True
+    return getattr(image, "n_frames", 1) != 1

@@ -9,8 +9,11 @@ its header, before it reads or allocates anything, so that
 
 from __future__ import annotations
 
+import io
+import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -26,13 +29,15 @@ from dprandp.errors import InputError, UsageError
 
 #: Members of the zip beyond this are no data set.
 MAX_ARRAYS = 1000
+#: Bytes of an array's header; numpy refuses longer ones too, but not before it has read them.
+MAX_HEADER_BYTES = 12_000
 #: Real images do not shrink 200-fold; larger members that did are taken for bombs.
 BOMB_RATIO, BOMB_BYTES = 200, 64 * 2**20
 
 #: What a damaged or hostile zip or npy header makes the standard library and numpy raise.
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, SyntaxError, TypeError, KeyError,
-    NotImplementedError, RuntimeError, MemoryError, OverflowError, RecursionError,
+    NotImplementedError, RuntimeError, MemoryError, OverflowError, RecursionError, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -95,7 +100,9 @@ def read_array(path: Path, name: str) -> np.ndarray:
 def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> ArrayHeader:
     if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
         raise _refusal(path, f"unpacks to more than {BOMB_RATIO} times its size (a decompression bomb)")
-    with archive.open(info) as stream:
+    with archive.open(info) as packed:
+        # numpy would first read all of a header that claims gigabytes, and only then find it too long
+        stream = io.BytesIO(packed.read(MAX_HEADER_BYTES))
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
             raise _refusal(path, f"has an array of npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")

@@ -19,9 +19,7 @@ when it breaks off before that; both aloud.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,21 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.privacy.accounting import EpsilonBound, Event, Warn, compose, merge_events
+from dprandp.privacy.accounting import EpsilonBound, Event, Warn, compose, merge_events, warn_by_log
 from dprandp.privacy.ledger_line import (
     FIRST_PREVIOUS,
     FORMAT,
     KINDS,
     Charge,
     TuningCharge,
+    refuse_senseless,
     seal,
     storage_error,
     sync_folder,
     unseal,
 )
 from dprandp.privacy.tuning import TuningEvent
-
-_warn_by_log: Warn = logging.getLogger(__name__).warning
 
 
 class Ledger:
@@ -76,7 +73,7 @@ class Ledger:
         path: Path,
         examples: int,
         data_unit: str = "image",
-        warn: Warn = _warn_by_log,
+        warn: Warn = warn_by_log,
         fault_point: Callable[[str], None] = lambda name: None,
     ) -> Ledger:
         """Start a ledger: write and fsync its header. Raises StorageError if the file exists or cannot be written."""
@@ -108,7 +105,7 @@ class Ledger:
         cls,
         path: Path,
         read_only: bool = False,
-        warn: Warn = _warn_by_log,
+        warn: Warn = warn_by_log,
         fault_point: Callable[[str], None] = lambda name: None,
     ) -> Ledger:
         """Read and verify a ledger; repair a torn last line unless ``read_only`` (which counts it all the same).
@@ -189,7 +186,8 @@ class Ledger:
             UsageError: a value is outside its range, or the ledger was opened read-only.
             StorageError: the disk refused, or somebody else wrote to the file.
         """
-        self._refuse_senseless(stage, attempt, steps, random, noise)
+        self._refuse_reader()
+        refuse_senseless(stage, attempt, steps, random, noise)
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
         before = self.charged_steps(stage, attempt)
         charge = Charge(stage, int(attempt), before, int(steps), *values, random, noise=noise)
@@ -199,7 +197,8 @@ class Ledger:
 
     def charge_tuning(self, *, stage: str, attempt: int, event: TuningEvent, random: str) -> TuningCharge:
         """Pay for a selection among private trials; Guarantee and errors as for ``charge``."""
-        self._refuse_senseless(stage, attempt, 1, random, KINDS[0])
+        self._refuse_reader()
+        refuse_senseless(stage, attempt, 1, random, KINDS[0])
         charge = TuningCharge(stage, int(attempt), event.mu, event.eta, event.gamma, random)
         self._append(charge, {})
         return charge
@@ -230,16 +229,9 @@ class Ledger:
         """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well."""
         return compose(self.events(), delta, self._warn)
 
-    def _refuse_senseless(self, stage: str, attempt: int, steps: int, random: str, noise: str) -> None:
+    def _refuse_reader(self) -> None:
         if self._read_only:
             raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
-        known = random in ("os-entropy", "insecure-seed") and noise in KINDS
-        if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or not known:
-            raise UsageError(
-                f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
-                "makes no sense.",
-                fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
-            )
 
     def _read(self, line: bytes, number: int) -> None:
         """Verify one complete line and take it in."""
@@ -256,6 +248,8 @@ class Ledger:
                     f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
                     fix="Use the version of dprandp that wrote it.",
                 )
+            if type(body.get("examples")) is not int or body["examples"] < 1:
+                raise self._damaged(number, "its number of examples makes no sense")
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))
@@ -271,7 +265,7 @@ class Ledger:
     def _checked(self, body: dict[str, Any], number: int) -> Charge:
         try:
             charge = Charge.from_record(body)
-        except (KeyError, TypeError, ValueError, UsageError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
         if charge.step != self.charged_steps(charge.stage, charge.attempt):
             raise self._damaged(number, "its step does not follow the steps paid before")
@@ -280,7 +274,7 @@ class Ledger:
     def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
         try:
             charge = Charge.from_torn(torn)
-        except (ValueError, TypeError, UsageError) as error:
+        except (ValueError, TypeError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
         return self._checked(charge.record(), number) if charge else None
 

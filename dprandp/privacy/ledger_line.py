@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dprandp.errors import StorageError
+from dprandp.errors import StorageError, UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.tuning import TuningEvent
 
@@ -40,11 +40,22 @@ class Charge:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError, ValueError or UsageError for a record that is no charge.
+        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is no charge.
 
         A record of a version that knew Gaussian noise alone does not name its kind.
         """
         charge = cls(**{name: record[name] for name in _NAMES if name != "noise" or name in record})
+        whole = (charge.attempt, charge.step, charge.steps)
+        real = (charge.noise_multiplier, charge.sample_rate, charge.clip_norm)
+        if not (
+            isinstance(charge.stage, str)
+            and isinstance(charge.random, str)
+            and all(type(value) is int for value in whole)
+            and all(type(value) in (int, float) for value in real)
+            and charge.attempt >= 1
+            and charge.steps >= 1
+        ):
+            raise TypeError("a value of a charge has another type or lies outside its range")
         _ = charge.event
         if charge.noise not in KINDS:
             raise ValueError("an unknown kind of noise")
@@ -141,3 +152,18 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 def _compact(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+
+
+def refuse_senseless(stage: str, attempt: int, steps: int, random: str, noise: str) -> None:
+    """Refuse a charge that no stage can have made.
+
+    Raises:
+        UsageError: names the values.
+    """
+    known = random in ("os-entropy", "insecure-seed") and noise in KINDS
+    if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or not known:
+        raise UsageError(
+            f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
+            "makes no sense.",
+            fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
+        )

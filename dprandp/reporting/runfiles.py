@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any
 
 from dprandp import __version__, config
 from dprandp.errors import CheckpointError, DprandpError, InputError
-from dprandp.files import storage_errors
+from dprandp.files import from_json, storage_errors
 from dprandp.privacy.ledger import Ledger
 from dprandp.reporting.disclosure import check
 from dprandp.rundir import RunDir
+from dprandp.runresults import refuse_gaps
 
 PRIVATE_STAGES = ("probe", "finetune")
 
@@ -91,13 +91,14 @@ def read_run(rundir: RunDir) -> Run:
             f"{rundir.path} has no finished stage, so there is nothing to report",
             fix=f"run: dprandp generate --run {shlex.quote(str(rundir.path))}",
         )
-    for stage in PRIVATE_STAGES:
-        if stage in results:
-            check(results[stage])
+    for stage, result in results.items():
+        refuse_gaps(stage, result)
+        if stage in PRIVATE_STAGES:
+            check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
     audit, audit_is_old = _read_audit(rundir)
     return Run(
-        name=rundir.path.resolve().name,
+        name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
         rows=rows,
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
@@ -182,8 +183,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     with storage_errors(path, "read"):
         content = path.read_bytes()
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        value = from_json(content)
+    except ValueError as error:
         raise _corrupt(path, "it is no valid JSON") from error
     if not isinstance(value, dict):
         raise _corrupt(path, "it is no JSON object")
@@ -204,8 +205,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = from_json(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise _corrupt(path, f"line {number} is no valid JSON") from error

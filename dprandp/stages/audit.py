@@ -269,7 +269,7 @@ class _Facts:
             extractor, _ = load_extractor(context)
             whitener = probe.load_whitener(context).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)
-            head = probe.load_head(context)
+            head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
         else:  # trained from scratch: no Phase I, no Phase II
             config = FinetuneConfig(**rows["finetune"]["config"])
             extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
@@ -337,7 +337,7 @@ def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Contex
     features, labels = private_features(
         stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
     )
-    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context))
+    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head))
     for record in watched:
         found += as_values(replay_head(plan, records.ending_with(record)), "private record")
     return found

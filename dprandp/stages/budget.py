@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from dprandp.config import DEFAULT_DELTA
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.plan import PrivatePlan, validate_budget
 from dprandp.rundir import RunDir
 
 ADJACENCY = "add/remove one record"
@@ -94,15 +95,30 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = from_json(path.read_bytes())
         document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
         if document["format"] != 1:
             raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
-        Budget(**{key: document[key] for key in BUDGET_KEYS})
-        if not (isinstance(document["stages"], dict) and 0 < document["delta"] < 1 and document["examples"] >= 1):
-            raise ValueError("a value out of its range")
+        _refuse_nonsense(document)
         return document
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
         raise CheckpointError(
             f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
         ) from error
+
+
+def _refuse_nonsense(document: dict[str, Any]) -> None:
+    """Raise (ValueError, KeyError, TypeError, UsageError, CheckpointError) for a plan file that was not written so."""
+    for key, kinds in (("data", str), ("epsilon", float), ("delta", float), ("examples", int), ("stages", dict)):
+        if not isinstance(document[key], kinds) or isinstance(document[key], bool):
+            raise TypeError(f"{key} has another type")
+    validate_budget(document["epsilon"], document["delta"], document["examples"])
+    for name, entry in document["stages"].items():
+        plan = PrivatePlan.from_dict(entry["plan"])
+        whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.steps, plan.views, plan.examples)
+        if any(type(value) is not int or value < 1 for value in whole):
+            raise TypeError(f"the plan of {name} counts in other than whole numbers")
+        if not isinstance(entry["started"], str | None):
+            raise TypeError(f"the plan of {name} has no time")
+        if (plan.stage, plan.examples, plan.delta) != (name, document["examples"], document["delta"]):
+            raise ValueError(f"the plan of {name} is of another budget")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dprandp.config import StageConfig, build
 from dprandp.console import Console
-from dprandp.errors import UsageError
+from dprandp.errors import CheckpointError, UsageError
 from dprandp.rundir import RunDir
 
 
@@ -52,7 +54,7 @@ def prepare_device(name: str) -> torch.device:
     torch.set_flush_denormal(True)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"--device {name!r} is unknown", fix="use auto, cpu, cuda or cuda:0")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -60,3 +62,18 @@ def prepare_device(name: str) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
         )
     return device
+
+
+def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
+    """A stage's configuration as a run recorded it.
+
+    Raises:
+        CheckpointError: it has other settings than this version, or values out of range.
+    """
+    try:
+        return build(stage, values)
+    except UsageError as error:
+        raise CheckpointError(
+            f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
+            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+        ) from error

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,16 +31,19 @@ from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
 from dprandp.privacy.unit_clipping import unit_means
+from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import open_private_stage
+from dprandp.stages.recipes import Recipe, recipe_for
 from dprandp.stages.tuned import tuning_of
 from dprandp.stages.unit_rows import unit_rows
+from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
@@ -58,34 +60,6 @@ REFIT = {"sample_rate": 1.0, "clip_norm": 1.0}
 
 CLOSED_FORM_MICROBATCH = 16
 """Examples whose gradients are in memory together: 16 x 1600 filters x 108 weights x 4 bytes = 11 MB."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Defaults of an architecture that the configuration leaves open.
-
-    Attributes:
-        steps: of the joint training. lr: learning rate of the head. extractor_scale: see the module's docstring.
-        batch_part: expected batch as a part of N. refit_steps: 0 for no refit.
-    """
-
-    steps: int
-    lr: float
-    extractor_scale: float
-    batch_part: float
-    refit_steps: int = 0
-
-
-RECIPES: dict[str, Recipe] = {
-    "patchnet": Recipe(steps=8, lr=4.0, extractor_scale=0.1, batch_part=0.02, refit_steps=120),
-    "wrn": Recipe(steps=40, lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # rates of Tang et al. 2023
-    "scratch": Recipe(steps=100, lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # rates of De et al. 2022
-}
-
-
-def recipe_for(arch: str, source: str) -> Recipe:
-    """Defaults for an architecture; 'scratch' has its own."""
-    return RECIPES["scratch" if source == "scratch" else "patchnet" if arch == "patchnet" else "wrn"]
 
 
 def run(config: FinetuneConfig, context: Context) -> dict:
@@ -111,7 +85,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = FinetuneConfig(**begun.config)  # the recorded one, after --resume
+    config = recorded(STAGE, begun.config)  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
     stage.fix_plan()
@@ -192,7 +166,12 @@ def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
 
 def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:
     """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
-    arch = config.arch if config.source == "scratch" else planned or context.rundir.result("pretrain")["arch"]
+    arch = config.arch if config.source == "scratch" else planned
+    if arch is None:
+        results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
+        for earlier, result in results.items():  # before anything is paid
+            refuse_gaps(earlier, result)
+        arch = results["pretrain"]["arch"]
     recipe = recipe_for(arch, config.source)
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
@@ -200,7 +179,7 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
 def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
     extractor, _ = load_extractor(context)
     model = Classifier(extractor, probe.load_whitener(context), len(stage.spec.classes))
-    model.head.data.copy_(probe.load_head(context))
+    model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]
 
 
@@ -277,10 +256,12 @@ def _train(
     first_step, ledger_head = 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
-        return saved.tensors, saved.meta["updates"]
+        check_tensors(saved.tensors, trained, saved.path)
+        return saved.tensors, saved.entry("updates", int)
     if saved is not None:
+        check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
-        first_step, ledger_head = saved.meta["step"], saved.meta["ledger"]
+        first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)

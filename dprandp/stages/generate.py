@@ -26,9 +26,9 @@ from PIL import Image
 from dprandp import faults
 from dprandp.config import GenerateConfig, as_dict
 from dprandp.errors import CheckpointError, StorageError, UsageError
-from dprandp.files import atomic_path, atomic_write, file_sha256
+from dprandp.files import atomic_path, atomic_write, file_sha256, from_json
 from dprandp.signals import graceful_stop
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
 
@@ -51,7 +51,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = GenerateConfig(**begun.config)
+    config = recorded(STAGE, begun.config)
     spec = process_named(config.process)  # of the recorded configuration, which --resume keeps
     folder = context.rundir.stage_dir(STAGE)
     started = time.perf_counter()
@@ -134,12 +134,12 @@ def read_manifest(folder: Path) -> dict:
         CheckpointError: missing, not JSON, or not a manifest.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = from_json((folder / "manifest.json").read_bytes())
         listed = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]]
         if listed and [name for name, _ in listed] == [shard_name(block) for block in range(len(listed))]:
             return manifest
         problem = None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         problem = error
     raise CheckpointError(
         f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"

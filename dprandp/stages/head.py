@@ -21,6 +21,7 @@ from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.signals import Stop
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.unit_rows import UnitFeatures, unit_rows
+from dprandp.tensorfile import check_tensors
 
 HEAD = "head"
 CHECKPOINTS = 8
@@ -119,11 +120,13 @@ def fit_head(
     plan = stage.plan
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == HEAD:  # stopped between the last step and the end of the stage
-        return saved.tensors[HEAD], saved.meta["updates"]
+        check_tensors(saved.tensors, {HEAD: start}, saved.path)
+        return saved.tensors[HEAD], saved.entry("updates", int)
     state = begin_head(start)
     first_step, ledger_head = 0, None
     if saved is not None:
-        state, first_step, ledger_head = saved.tensors, saved.meta["step"], saved.meta["ledger"]
+        check_tensors(saved.tensors, state, saved.path)
+        state, first_step, ledger_head = saved.tensors, saved.entry("step", int), saved.entry("ledger", str)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     every = max(1, plan.steps // CHECKPOINTS)
     mechanism = stage.mechanism(first_step, ledger_head)

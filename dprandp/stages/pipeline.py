@@ -8,6 +8,7 @@ from typing import Any
 from dprandp import report
 from dprandp.config import StageConfig
 from dprandp.reporting.disclosure import epsilon_text
+from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import finetune, generate, pretrain, probe
 from dprandp.stages.context import Context
@@ -22,7 +23,9 @@ RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
 
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
     """Run one stage, or return the recorded result of a finished one. The result begins with ``stage``."""
-    return {"stage": name, **RUNNERS[name](config, context)}
+    result = RUNNERS[name](config, context)
+    refuse_gaps(name, result)  # it may have been recorded long ago, by another version
+    return {"stage": name, **result}
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dprandp.config import (
-    STAGE_CONFIGS,
     FinetuneConfig,
     GenerateConfig,
     PretrainConfig,
@@ -24,7 +23,7 @@ from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.stages import estimates, finetune
 from dprandp.stages.budget import read_plan_file
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import check as check_images
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
@@ -53,9 +52,9 @@ def plan(name: str, config: StageConfig, context: Context) -> Plan:
         return _generate(config, context)
     if name == "pretrain":
         context.rundir.require("generate", name)
-        return _pretrain(config, context, GenerateConfig(**_recorded(context, "generate")))
+        return _pretrain(config, context, recorded("generate", _recorded(context, "generate")))
     public = _recorded(context, "pretrain")
-    return _private(name, config, context, PretrainConfig(**public) if public else None)[0]
+    return _private(name, config, context, recorded("pretrain", public) if public else None)[0]
 
 
 def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
@@ -279,7 +278,7 @@ def _cost(
     if scratch:
         dims, mirror = facts.feature_dim, False
     else:
-        probe = probe or ProbeConfig(**_recorded(context, "probe"))
+        probe = probe or recorded("probe", _recorded(context, "probe"))
         mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
         dims = min(probe.dims, probe.statistics_images - 1, facts.feature_dim)
     batch = stage.plan.expected_batch
@@ -290,7 +289,7 @@ def _cost(
 
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
     begun = context.rundir.foresee(name, as_dict(config), resume=context.resume, overwrite=context.overwrite)
-    return begun.action, STAGE_CONFIGS[name](**begun.config)
+    return begun.action, recorded(name, begun.config)
 
 
 def _effective(name: str, config: StageConfig, context: Context) -> StageConfig:

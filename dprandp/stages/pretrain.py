@@ -23,7 +23,7 @@ from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.signals import graceful_stop
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
 from dprandp.vision import dictionary
 from dprandp.vision.contrastive import ContrastiveTrainer, train
@@ -59,13 +59,13 @@ def run(config: PretrainConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = PretrainConfig(**begun.config)
+    config = recorded(STAGE, begun.config)
     started = time.perf_counter()
     with graceful_stop() as stop:
         done = checkpoint.resume(begun.directory, warn=context.console.warn)
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, steps, views_per_second = load_extractor(context)[0], done.meta["steps"], None
-            loss = done.meta["loss"]
+            network, steps, views_per_second = load_extractor(context)[0], done.entry("steps", int), None
+            loss = done.meta.get("loss")
         elif config.random_init:
             network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
         elif config.arch == "patchnet":
@@ -100,7 +100,7 @@ def load_extractor(context: Context) -> tuple[nn.Module, PretrainConfig]:
         CheckpointError: the checkpoint is damaged or does not fit.
     """
     loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), EXTRACTOR, STAGE)
-    config = PretrainConfig(**loaded.meta["config"])
+    config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
     return network.to(context.device).eval(), config
@@ -169,8 +169,8 @@ def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tupl
     saved = checkpoint.resume(folder, warn=context.console.warn)
     if saved is not None:
         trainer.load_state(saved.tensors)
-        first_step, loss = saved.meta["step"], saved.meta["loss"]
-        trainer.window = [torch.tensor(value, device=context.device) for value in saved.meta["window"]]
+        first_step, loss = saved.entry("step", int), saved.meta.get("loss")
+        trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
         context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
     log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
     started = time.perf_counter()

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from dprandp import checkpoint
 from dprandp.config import ProbeConfig, as_dict
 from dprandp.datasets import DataSpec
+from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
 from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
 from dprandp.stages.tuned import tuning_of
+from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import extract
@@ -53,6 +55,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
     """
     context.rundir.require("pretrain", STAGE)
+    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
+        refuse_gaps(earlier, context.rundir.result(earlier))
     stage = open_private_stage(STAGE, config, context)
     begun = context.rundir.begin(
         STAGE,
@@ -64,7 +68,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = ProbeConfig(**begun.config)
+    config = recorded(STAGE, begun.config)
     started = time.perf_counter()
     stage.fix_plan()
     spec = stage.spec
@@ -108,13 +112,14 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 def load_whitener(context: Context) -> whitening.Whitener:
     """The whitener of a finished probe."""
-    folder = context.rundir.stage_dir(STAGE) / "statistics"
-    return _whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE).tensors)
+    return _whitener_of(checkpoint.load_finished(context.rundir.stage_dir(STAGE) / "statistics", WHITENER, STAGE))
 
 
-def load_head(context: Context) -> Tensor:
-    """The released head of a finished probe, float32 [dims, classes]."""
-    return checkpoint.load_finished(context.rundir.stage_dir(STAGE), HEAD, STAGE).tensors[HEAD]
+def load_head(context: Context, like: Tensor) -> Tensor:
+    """The released head of a finished probe, float32 [dims, classes], of the shape and type of ``like``."""
+    loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), HEAD, STAGE)
+    check_tensors(loaded.tensors, {HEAD: like}, loaded.path)
+    return loaded.tensors[HEAD]
 
 
 def public_whitener(
@@ -136,7 +141,7 @@ def public_whitener(
     folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
     folder.mkdir(exist_ok=True)
     if checkpoint.latest(folder) == WHITENER:
-        return _whitener_of(checkpoint.load(folder, WHITENER).tensors)
+        return _whitener_of(checkpoint.load(folder, WHITENER))
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
     with context.console.progress(len(crops), "synthetic features") as progress:
@@ -155,7 +160,9 @@ def _keep_whitener(context: Context, whitener: whitening.Whitener) -> whitening.
     return load_whitener(context)
 
 
-def _whitener_of(tensors: dict[str, Tensor]) -> whitening.Whitener:
-    whitener = whitening.Whitener(*tensors["projection"].shape)
-    whitener.load_state_dict(tensors)
+def _whitener_of(loaded: checkpoint.Checkpoint) -> whitening.Whitener:
+    shape = tuple(loaded.tensors["projection"].shape) if "projection" in loaded.tensors else (1, 1)
+    whitener = whitening.Whitener(*(shape if len(shape) == 2 else (1, 1)))
+    check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
+    whitener.load_state_dict(loaded.tensors)
     return whitener

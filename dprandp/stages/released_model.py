@@ -6,7 +6,6 @@ Nothing but the three files of ``model/`` is read: a released model works withou
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 
 from dprandp import config as configuration
 from dprandp.errors import CheckpointError, DprandpError, InputError
-from dprandp.files import storage_errors
+from dprandp.files import from_json, storage_errors
 from dprandp.reporting.disclosure import why_not_private
+from dprandp.runresults import wrong_entry
 from dprandp.stages.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.tensorfile import check_tensors, tensors_from_bytes
 from dprandp.vision.classifier import Classifier
@@ -108,7 +108,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
     try:
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError("too long")
-        config = json.loads(data)
+        config = from_json(data)
         why = "it is no description of a model"
         if isinstance(config, dict) and type(config.get("format")) is int and config["format"] > MODEL_FORMAT:
             raise CheckpointError(
@@ -127,6 +127,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
             and type(result["private"]) is bool
             and isinstance(result["random"], str)
+            and wrong_entry(result) is None
             and not math.isnan(float(result["epsilon"]) + float(result["noise_multiplier"]))
         )
         if not fits:

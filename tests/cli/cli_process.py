@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 """Seconds after which a command is taken to hang."""
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}

@@ -139,7 +139,7 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
         torch.Generator(),
     )  # fmt: skip
     with context(run) as given:
-        assert torch.allclose(simulated, probe.load_head(given), atol=1e-6)
+        assert torch.allclose(simulated, probe.load_head(given, simulated), atol=1e-6)
 
 
 def test_the_synthetic_task_is_many_instances_a_class(public_run: Path) -> None:

@@ -1,0 +1,96 @@
+"""What a stage's recorded result may hold: types of what is known by name, and what a finished stage cannot lack.
+
+``run.json`` may come from another version, a careless edit or a damaged disk. What is read from it is checked once,
+here, so that no reader has to expect a text where a number belongs.
+
+Imports nothing of the package but ``errors``.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from dprandp.errors import CheckpointError
+
+_NUMBERS = {
+    "accuracy", "balanced_accuracy", "majority_accuracy", "auc", "loss", "epsilon", "delta", "epsilon_target",
+    "epsilon_total", "noise_multiplier", "sample_rate", "clip_norm", "expected_batch", "lr", "momentum", "share",
+    "seconds", "images_per_second", "views_per_second", "knn_accuracy", "extractor_scale",
+}  # fmt: skip
+_MAY_BE_MISSING = {"auc", "loss", "images_per_second", "views_per_second", "knn_accuracy", "refit"}
+_COUNTS = {
+    "count", "resolution", "steps", "charged_steps", "lost_steps", "views", "train_examples", "test_examples",
+    "parameters", "feature_dim",
+}  # fmt: skip
+_TEXTS = {
+    "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
+    "source",
+}  # fmt: skip
+_FLAGS = {"private", "mirror", "random_init"}
+_PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy"}
+"""Numbers from 0 to 1."""
+
+_PRIVATE = {"data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds"}
+NEEDED: dict[str, set[str]] = {
+    "generate": {"process", "count", "resolution", "seconds"},
+    "pretrain": {"arch", "feature_dim", "knn_accuracy", "seconds"},
+    "probe": _PRIVATE | {"share"},
+    "finetune": _PRIVATE,
+}
+
+
+def wrong_entry(result: Mapping[str, Any]) -> str | None:
+    """The name of an entry that cannot be what its name says, or None. Entries of unknown names may be anything.
+
+    Args:
+        result: as it stands in run.json: infinities are the strings "inf" and "-inf", NaN is null.
+    """
+    for name, value in result.items():
+        if value is None and name in _MAY_BE_MISSING:
+            continue
+        if not _fits(name, value):
+            return name
+    classes, confusion = result.get("classes"), result.get("confusion")
+    if classes is not None and confusion is not None and len(confusion) != len(classes):
+        return "confusion"
+    return None
+
+
+def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
+    """Refuse the result of a finished stage that lacks what its readers need.
+
+    Raises:
+        CheckpointError: the message names what is missing.
+    """
+    missing = sorted(NEEDED[stage] - result.keys())
+    if missing:
+        raise CheckpointError(
+            f"the recorded result of stage {stage!r} lacks {', '.join(missing)}",
+            fix="use the version of dprandp that wrote it, or make the stage again with --overwrite",
+        )
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _NUMBERS:
+        if value in ("inf", "-inf") and name not in _PARTS:
+            return True
+        if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
+            return False
+        return 0 <= value <= 1 if name in _PARTS else True
+    if name in _COUNTS:
+        return type(value) is int and 0 <= value < 2**63
+    if name in _TEXTS:
+        return isinstance(value, str) and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
+    if name in _FLAGS:
+        return isinstance(value, bool)
+    if name == "classes":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name == "confusion":
+        rows = isinstance(value, list) and all(isinstance(row, list) and len(row) == len(value) for row in value)
+        return rows and all(type(count) is int and 0 <= count < 2**63 for row in value for count in row)
+    if name == "refit":
+        return isinstance(value, dict) and all(_fits(key, item) for key, item in value.items())
+    return True

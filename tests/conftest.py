@@ -1,0 +1,23 @@
+"""What the suite adds up over its tests: hostile inputs tried, kills survived.
+
+A test counts with ``record_property``; the sums are printed below the outcome, also where the tests ran in several
+processes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+COUNTED = ("cases tried", "kills survived")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for name in COUNTED:
+        sums: Counter[str] = Counter()
+        for report in terminalreporter.getreports("passed"):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == name and report.when == "call":
+                    sums[report.nodeid.partition("::")[0].rpartition("/")[2]] += value
+        if sums:
+            parts = ", ".join(f"{file} {count}" for file, count in sorted(sums.items()))
+            terminalreporter.write_line(f"{name}: {sums.total()} ({parts})")

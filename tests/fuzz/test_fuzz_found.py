@@ -1,0 +1,240 @@
+"""What the generated cases found, each as one small case: a bug that was there once, and its refusal."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import attempt, command
+
+from dprandp import checkpoint, config, runtable
+from dprandp.datasets import open_dataset
+from dprandp.errors import DprandpError
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
+from dprandp.rundir import RunDir
+from dprandp.stages import overview
+from dprandp.stages.budget import read_plan_file
+from dprandp.stages.context import recorded
+from dprandp.stages.private import PrivatePlan
+
+
+def refused(call: Callable[[], object], code: int, *fragments: str) -> DprandpError:
+    error = attempt(call)
+    assert error is not None
+    assert error.exit_code == code
+    for fragment in fragments:
+        assert fragment in str(error)
+    return error
+
+
+CHARGE = {
+    "kind": "charge", "stage": "probe", "attempt": 1, "step": 0, "steps": 1, "noise_multiplier": 4.0,
+    "sample_rate": 1.0, "clip_norm": 1.0, "random": "os-entropy", "time": "now",
+}  # fmt: skip
+HEADER = {"kind": "header", "format": 1, "data_unit": "image", "adjacency": "add-remove", "examples": 100}
+
+
+def ledger_at(path: Path, *records: dict[str, Any]) -> Path:
+    """A ledger with these lines, sealed as real ones are."""
+    previous, content = FIRST_PREVIOUS, b""
+    for record in records:
+        line, previous = seal(record, previous)
+        content += line
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attempt": [1]}, {"attempt": "1"}, {"attempt": True}, {"attempt": 0}, {"stage": {"a": 1}}, {"stage": None},
+        {"noise_multiplier": 10**400}, {"noise_multiplier": "4"}, {"sample_rate": True}, {"steps": 1.0}, {"steps": 0},
+        {"clip_norm": "1"}, {"random": 3}, {"step": [0]},
+    ],
+)  # fmt: skip
+def test_ledger_lines_of_other_types(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = ledger_at(tmp_path / "ledger.jsonl", HEADER, CHARGE)
+    assert Ledger.open(path).charged_steps("probe", 1) == 1
+    ledger_at(path, HEADER, CHARGE | change)
+    refused(lambda: Ledger.open(path), 4, "Line 2", "its values make no sense")
+
+
+@pytest.mark.parametrize("examples", ["100", None, 0, -5, 1.5, True])
+def test_ledger_headers_of_other_types(tmp_path: Path, examples: object) -> None:
+    path = ledger_at(tmp_path / "ledger.jsonl", HEADER | {"examples": examples})
+    refused(lambda: Ledger.open(path), 4, "Line 1", "number of examples")
+
+
+PLAN = PrivatePlan("probe", 100, 1.0, 5, 4.0, 1.0, 1, 2.0, 1e-5).to_dict()
+ENTRY = {"attempt": 1, "started": "2026-01-01T00:00:00+00:00", "plan": PLAN}
+BUDGET = {"format": 1, "data": "digits", "epsilon": 2.0, "delta": 1e-5, "examples": 100, "stages": {"probe": ENTRY}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": {"probe": {key: value for key, value in ENTRY.items() if key != "started"}}},
+        {"stages": {"probe": []}}, {"stages": {"probe": ENTRY | {"attempt": "1"}}},
+        {"stages": {"probe": ENTRY | {"plan": PLAN | {"steps": "5"}}}},
+        {"stages": {"probe": ENTRY | {"plan": PLAN | {"examples": 99}}}},
+        {"stages": {"finetune": ENTRY}}, {"epsilon": -1}, {"epsilon": 10**400}, {"delta": 0.5}, {"data": 7},
+        {"data": "\ud800"}, {"examples": 1.5}, {"format": 2}, {"stages": [[]]},
+    ],
+)  # fmt: skip
+def test_plans_of_other_types(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = RunDir.open(tmp_path / "run", create=True)
+    file = run.privacy_dir / "plan.json"
+    file.write_text(json.dumps(BUDGET))
+    assert read_plan_file(run) == BUDGET
+    file.write_text(json.dumps(BUDGET | change))
+    error = attempt(lambda: read_plan_file(run))
+    assert error is not None
+    assert error.exit_code in (3, 4)
+
+
+RECORD = {
+    "state": "done", "config": {"size": "tiny", "seed": 1}, "inputs": {}, "outputs": {},
+    "result": {"count": 60, "process": "dead-leaves", "resolution": 32, "seconds": 1.5, "images_per_second": None},
+    "started": "2026-01-01T00:00:00.000001+00:00", "finished": "2026-01-01T00:00:01.000001+00:00",
+}  # fmt: skip
+
+
+def write_run(folder: Path, change: dict[str, Any], **top: Any) -> RunDir:
+    document = {"format": 1, "dprandp": "0.1.0", "stages": {"generate": RECORD | change}} | top
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(document))
+    return RunDir.open(folder, create=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"result": {"accuracy": "0.5"}}, "'accuracy'"), ({"result": {"accuracy": 7}}, "'accuracy'"),
+        ({"result": {"count": "60"}}, "'count'"), ({"result": {"private": "yes"}}, "'private'"),
+        ({"result": {"epsilon": 10**400}}, "'epsilon'"), ({"result": {"confusion": [[1], [2]]}}, "'confusion'"),
+        ({"result": {"classes": ["a"], "confusion": [[1, 0], [0, 1]]}}, "'confusion'"),
+        ({"result": {"process": "\x1b[2J"}}, "'process'"), ({"result": {"refit": {"lost_steps": "1"}}}, "'refit'"),
+        ({"outputs": {"x" * 300: "0"}}, "files"), ({"outputs": {"../../../etc/passwd": "0"}}, "files"),
+        ({"outputs": {"/etc/passwd": "0"}}, "files"), ({"outputs": {"a\0b": "0"}}, "files"),
+        ({"started": None}, "times"), ({"finished": "2026-13-45T99:99"}, "times"), ({"finished": 7}, "times"),
+        ({"config": {"data": "\ud800"}}, "no valid JSON"),
+    ],
+)  # fmt: skip
+def test_records_of_other_types(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    overview.status_lines(overview.status(write_run(tmp_path, {})))
+    run = write_run(tmp_path, change)
+    refused(run.status, 4, "run.json is corrupt", says)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
+def test_formats_that_are_none(tmp_path: Path, version: object) -> None:
+    refused(write_run(tmp_path, {}, format=version).status, 4, "no format number")
+
+
+def test_nesting_without_end(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b'{"format": 1, "stages": ' + b"[" * 100_000)
+    refused(lambda: runtable.read(tmp_path / "run.json"), 4, "no valid JSON")
+
+
+def test_a_configuration_of_another_version() -> None:
+    values = config.as_dict(config.GenerateConfig())
+    assert recorded("generate", values) == config.GenerateConfig()
+    for change in ({"sharpness": 2}, {"count": "60"}, {"count": 0}):
+        refused(lambda change=change: recorded("generate", values | change), 4, "generate", "--overwrite")
+
+
+def test_a_checkpoint_without_what_is_looked_for(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, "step-1", {"a": torch.zeros(2)}, {"step": 1, "ledger": None})
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.entry("step", int) == 1
+    for name, kind in (("ledger", str), ("config", dict), ("step", bool)):
+        refused(lambda name=name, kind=kind: loaded.entry(name, kind), 4, "step-1.safetensors", name)
+
+
+def npz_with(path: Path, header: bytes, version: bytes = b"\x01\x00") -> Path:
+    length = struct.pack("<H" if version == b"\x01\x00" else "<I", len(header))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train.npy", b"\x93NUMPY" + version + length + header)
+    return path
+
+
+@pytest.mark.parametrize("header", [b"(" * 300, b"[" * 5000, b"{'descr': '|u1'", b"'" * 3, b"1" * 5000])
+def test_array_headers_that_do_not_end(tmp_path: Path, header: bytes) -> None:
+    path = npz_with(tmp_path / "a.npz", header)
+    refused(lambda: open_dataset(f"npz:{path}", tmp_path), 3, "a.npz")
+
+
+def test_an_array_header_of_megabytes_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = npz_with(tmp_path / "a.npz", b" " * 6 * 10**6, b"\x02\x00")
+    asked: list[int] = []
+    original = zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda file, n=-1: (asked.append(n), original(file, n))[1])
+    refused(lambda: open_dataset(f"npz:{path}", tmp_path), 3, "a.npz")
+    assert asked
+    assert all(0 < count < 20_000 for count in asked)
+
+
+def test_the_longest_header_that_is_taken(tmp_path: Path) -> None:
+    made = {f"{kind}_{split}": np.zeros((2, 4, 4) if kind == "x" else 2, np.uint8) for kind in "xy" for split in
+            ("train", "test")}  # fmt: skip
+    np.savez(tmp_path / "a.npz", **made, num_classes=2)
+    assert open_dataset(f"npz:{tmp_path}/a.npz", tmp_path).spec.train_examples == 2
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in ("owl", "wren"):
+            (tmp_path / split / label).mkdir(parents=True)
+    (tmp_path / "train/owl/patient-4711.png").symlink_to("patient-4711.png")
+    error = refused(lambda: open_dataset(f"folder:{tmp_path}", tmp_path), 3, "symbolic link")
+    assert "4711" not in str(error)
+
+
+@pytest.mark.parametrize("name", [f"npz:{'a' * 300}", f"folder:{'a' * 300}"])
+def test_paths_too_long_for_the_system(tmp_path: Path, name: str) -> None:
+    refused(lambda: open_dataset(name, tmp_path), 3, "File name too long")
+
+
+@pytest.mark.parametrize("name", ["npz:~nobody-of-this-name/a.npz", "folder:~nobody-of-this-name/a"])
+def test_homes_of_nobody(tmp_path: Path, name: str) -> None:
+    refused(lambda: open_dataset(name, tmp_path), 2, "home of nobody")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", "--run", "a" * 300),
+        ("generate", "--run", "a" * 300),
+        ("datasets", "--data-dir", "a" * 300),
+        ("generate", "--config", "a" * 300),
+        ("finetune", "--from", "scratch", "--microbatch", "9" * 5000, "--run", "new"),
+        ("finetune", "--from", "scratch", "--device", "cuda:" + "9" * 20, "--run", "new"),
+        ("finetune", "--from", "scratch", "--data", "npz:\udcff", "--run", "new"),
+    ],
+)
+def test_flags_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments).code in (2, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"), [("generate", "count"), ("pretrain", "filters"), ("probe", "dims"), ("finetune", "refit_steps")]
+)
+def test_numbers_beyond_all_bounds(stage: str, key: str) -> None:
+    """A count of 10**15 would be a table of as many shards before the first one is made."""
+    refused(lambda: config.build(stage, {key: 10**15}), 2, "out of all bounds", key)
+
+
+def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("a." * 20_000 + "b = 1")
+    refused(lambda: config.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
+    (tmp_path / "a.toml").write_text(f'[probe]\ndata = "npz:{"../" * 40}a.npz"\n')
+    assert config.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
