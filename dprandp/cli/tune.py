@@ -39,6 +39,7 @@ def tune(
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
     classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     share: flags.Share = None,
@@ -63,8 +64,8 @@ def tune(
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
-        "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
-        "steps": steps, "lr": lr, "seed": seed,
+        "data": data, "classes": classes, "unit_column": unit_column, "epsilon": eps, "delta": delta, "share": share,
+        "clip_norm": clip, "steps": steps, "lr": lr, "seed": seed,
     }  # fmt: skip
     from dprandp.stages import tune as stage
     from dprandp.stages.tune_settings import TuneConfig

@@ -200,9 +200,10 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
         fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
         lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
     except prv.AccountantRefused as refusal:
-        from dprandp.privacy.renyi_fallback import renyi_bound
+        from dprandp.privacy.renyi_fallback import renyi_epsilon
 
-        bound = renyi_bound(merged, delta)
+        epsilon, name = renyi_epsilon([(e.sample_rate, e.noise_multiplier, e.steps) for e in merged], delta)
+        bound = EpsilonBound(0.0, epsilon, epsilon, delta, name)
         return (
             bound,
             f"The PRV accountant refused ({refusal}); {bound.accountant} gives the looser ε ≤ {bound.upper:.4g}.",

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,6 +105,16 @@ class SelectionPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {"steps": list(self.steps)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SelectionPlan:
+        """The inverse of ``to_dict``. Raises CheckpointError for missing or unknown keys, UsageError for bad values."""
+        try:
+            return cls(**{**values, "steps": tuple(values["steps"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "The plan of a tuning has missing, unknown or unreadable entries.", fix="Restore it from a copy."
+            ) from error
 
 
 def make_selection_plan(

@@ -12,6 +12,7 @@ from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, validate_budget
+from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
 
 ADJACENCY = "add/remove one record"
@@ -114,8 +115,10 @@ def _refuse_nonsense(document: dict[str, Any]) -> None:
             raise TypeError(f"{key} has another type")
     validate_budget(document["epsilon"], document["delta"], document["examples"])
     for name, entry in document["stages"].items():
-        plan = PrivatePlan.from_dict(entry["plan"])
-        whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.steps, plan.views, plan.examples)
+        selection = "mu" in entry["plan"]
+        plan = (SelectionPlan if selection else PrivatePlan).from_dict(entry["plan"])
+        counts = plan.steps if selection else (plan.steps, plan.views)
+        whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.examples, *counts)
         if any(type(value) is not int or value < 1 for value in whole):
             raise TypeError(f"the plan of {name} counts in other than whole numbers")
         if not isinstance(entry["started"], str | None):

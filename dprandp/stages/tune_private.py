@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dprandp.config import ProbeConfig
+from dprandp.errors import UsageError
 from dprandp.privacy.accounting import calibrate, compose
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
@@ -25,6 +26,8 @@ from dprandp.stages.probe import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, cut_dims, settings_for, share_of
 
 STAGE = "tune"
+
+ONE_IMAGE = "one image"
 
 ETA = 0.0
 """Logarithmic number of paid trials: of Papernot & Steinke's distributions a cheap one for its mean."""
@@ -39,6 +42,11 @@ def choose_privately(
     """
     stage, _ = name_private_stage(STAGE, config, context)
     spec, budget = stage.spec, stage.budget
+    if spec.unit != ONE_IMAGE:
+        raise UsageError(
+            f"tuning on private data counts single images, and one unit of these data is {spec.unit}",
+            fix="tune with --on synthetic or on a public set; the probe then protects whole units",
+        )
     spent = stage.open_ledger(write=True)
     extractor, _ = load_extractor(context)
     mirror = spec.flip_ok if config.mirror is None else config.mirror

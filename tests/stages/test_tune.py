@@ -239,6 +239,17 @@ def test_too_little_budget_reads_nothing(copy: Copy, public_run: Path, probed_ru
         assert not (run / "tune.json").exists()
 
 
+def test_units_of_several_images_are_not_tuned_on_privately(copy: Copy, public_run: Path, data: str, tmp_path: Path):
+    """A trial's coins and its score count single images: a patient with several would be counted several times."""
+    arrays = dict(np.load(data.removeprefix("npz:")))
+    arrays["patient_train"] = np.arange(len(arrays["y_train"])) // 2
+    np.savez(tmp_path / "grouped.npz", **arrays)
+    grouped, run = f"npz:{tmp_path / 'grouped.npz'}", copy(public_run)
+    with pytest.raises(UsageError, match="single images"):
+        run_tune(run, grouped, asked={"on": "private"}, unit_column="patient")
+    assert not (run / "privacy/ledger.jsonl").exists()
+
+
 def test_tuning_again(copy: Copy, public_run: Path, data: str) -> None:
     run = copy(public_run)
     first = run_tune(run, data, asked={"on": "private"})
