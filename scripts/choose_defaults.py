@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Where the probe's defaults come from: learning rate, steps, dimensions and whitening floor, on Fashion-MNIST.
+
+    python scripts/choose_defaults.py --out runs/defaults --data-dir data
+
+Only Fashion-MNIST's *training* split is read, as public data: 10,000 images are fitted, 4,000 others decide. The
+private set that a setting is meant for enters through two numbers, N and ε; what matters is μN, the weight of N images
+beside the noise, so n images with noise scaled by n/N stand for N. Finished rows are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dprandp.cli import session
+from dprandp.config import ProbeConfig
+from dprandp.datasets import open_dataset
+from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.stages.head import HeadSettings, lr_at
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.probe import public_whitener
+from dprandp.stages.tune_public import simulate
+from dprandp.stages.tune_settings import cut_dims
+from dprandp.vision.extractors import extract
+from dprandp.vision.images import to_input
+
+DATA = "fashion-mnist"
+FIT, HELD_OUT = 10_000, 4_000
+DELTA = 1e-5
+DEFAULT = {"lr_factor": 1.0, "steps": 120, "dims": 1024, "floor": 0.1}
+TARGETS = [(1_400, 1.0), (5_000, 1.0), (5_000, 8.0), (50_000, 1.0), (50_000, 8.0)]
+"""(N, ε): small and large data, little and much noise."""
+
+VARIATIONS = [
+    *({**DEFAULT, "lr_factor": lr, "steps": steps} for lr, steps in itertools.product((0.5, 1, 2), (60, 120))),
+    *({**DEFAULT, "dims": dims} for dims in (128, 512)),
+    *({**DEFAULT, "floor": floor} for floor in (0.03, 0.3, 1.0)),
+]
+
+
+def main() -> None:
+    """Fit what is missing, then print a line per setting and a column per target."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of the run and results.jsonl")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "results.jsonl"
+    if not args.table:
+        program = [sys.executable, "-m", "dprandp"]
+        for command in (["generate"], ["pretrain", "--data", DATA]):
+            subprocess.run([*program, *command, "--run", args.out / "run", "--quiet"], check=True)
+        for floor in sorted({setting["floor"] for setting in VARIATIONS}):
+            measure(args, log, floor)
+    print_table(read(log))
+
+
+def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
+    """All missing rows of one whitening floor."""
+    done = [(row["setting"], row["target"]) for row in read(log)]
+    wanted = [
+        (setting, target)
+        for setting in VARIATIONS
+        for target in TARGETS
+        if setting["floor"] == floor and (setting, list(target)) not in done
+    ]
+    if not wanted:
+        return
+    features, labels = public_features(args, floor)
+    for setting, (examples, epsilon) in wanted:
+        count = min(FIT, examples)
+        mu = equivalent_mu(epsilon, DELTA)
+        rule = HeadSettings(setting["lr_factor"] * lr_at(mu, examples), momentum=0.9, released="average")
+        seen = cut_dims(features, setting["dims"])
+        head = simulate(
+            seen[:count], labels[:count], 10, setting["steps"], 1.0, mu, examples, rule,
+            torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        right = (seen[FIT:] @ head).argmax(dim=1) == labels[FIT:]
+        row = {"setting": setting, "target": [examples, epsilon], "accuracy": float(right.float().mean())}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whitened features of the first images of the training split, and their labels."""
+    dataset = open_dataset(DATA, args.data_dir)
+    split = dataset.train()
+    images, labels = to_input(split.images[: FIT + HELD_OUT]), torch.from_numpy(split.labels[: FIT + HELD_OUT])
+    console = session.console(quiet=True)
+    with session.opened(args.out / "run") as rundir:
+        context = session.context(rundir, console, data_dir=args.data_dir)
+        extractor, _ = load_extractor(context)
+        config = ProbeConfig(data=DATA, dims=DEFAULT["dims"], whitening_floor=floor)
+        mirror = dataset.spec.flip_ok
+        whitener = public_whitener(config, context, extractor, mirror, dataset.spec)
+        return extract(extractor, images, mirror=mirror, after=whitener), labels
+
+
+def read(log: Path) -> list[dict]:
+    """All finished rows."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def print_table(rows: list[dict]) -> None:
+    """Markdown: held-out accuracy in per cent."""
+    print("| lr factor | steps | dims | floor | " + " | ".join(f"N = {n:,}, ε = {e:g}" for n, e in TARGETS) + " |")
+    print("|---" * (4 + len(TARGETS)) + "|")
+    for setting in VARIATIONS:
+        cells = []
+        for target in TARGETS:
+            found = [r["accuracy"] for r in rows if r["setting"] == setting and r["target"] == list(target)]
+            cells.append(f"{100 * found[0]:.1f}" if found else "–")
+        print("| " + " | ".join([*(f"{value:g}" for value in setting.values()), *cells]) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The README is true: its commands parse, and run in the order in which they stand, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from dprandp.cli import app
+from dprandp.synth import PROCESSES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [shlex.split(line, comments=True) for fence in FENCES for line in fence.splitlines() if line.strip()]
+OURS = [command[1:] for command in COMMANDS if command[0] == "dprandp"]
+SCRIPTS = [command[1:] for command in COMMANDS if command[0] == "python"]
+
+
+def test_there_are_commands_of_three_kinds_and_no_others() -> None:
+    assert {command[0] for command in COMMANDS} == {"dprandp", "python", "make"}
+    assert len(OURS) >= 10
+
+
+@pytest.mark.parametrize("command", OURS, ids=" ".join)
+def test_every_command_parses(command: list[str]) -> None:
+    """Flags exist and take such values; a flag that does not exist is the control."""
+    group = typer.main.get_command(app)
+    group.commands[command[0]].make_context(command[0], command[1:])
+    with pytest.raises(Exception, match="No such option"):
+        group.commands[command[0]].make_context(command[0], [*command[1:], "--no-such-flag"])
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
+def test_every_script_knows_its_flags(command: list[str]) -> None:
+    script, flags = ROOT / command[0], {word for word in command[1:] if word.startswith("--")}
+    shown = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, env=environment()
+    ).stdout
+    assert flags <= set(re.findall(r"--[a-z-]+", shown))
+
+
+@pytest.mark.parametrize("target", sorted({word for c in COMMANDS if c[0] == "make" for word in c[1:]}))
+def test_every_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+def test_every_link_and_picture_is_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_test_file_of_the_promise_table_is_there() -> None:
+    rows = [line for line in README.splitlines() if re.match(r"\| (\d+|\+) \|", line)]
+    assert len(rows) >= 24
+    known = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("*")}
+    names = {path.rsplit("/", 1)[-1] for path in known}
+    for row in rows:
+        for cited in re.findall(r"`([a-z_/]+(?:\.py|/))`", row.split("|")[3]):
+            assert cited.rstrip("/") in known or cited in names, cited
+
+
+def test_every_process_of_the_table_is_known() -> None:
+    section = README.split("## Random processes")[1].split("## ")[0]
+    shown = set(re.findall(r"^\| `([a-z][a-z-]*)[ `]", section, re.M))
+    assert shown == set(PROCESSES) - {"dead-leaves-shapes"}
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "scan.png")
+    for command in OURS:
+        done = subprocess.run(
+            [sys.executable, "-m", "dprandp", *command], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout.strip() or command[0] == "datasets"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
