@@ -93,10 +93,11 @@ def keep_features(run: Path, public: Path) -> None:
         if not kept.exists():
             shutil.copytree(statistics_folder, kept, copy_function=os.link)
     folder = public / "private"
-    if (run / "private" / "features.key").exists() and not (folder / "features.key").exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for name in ("features.npy", "features.key"):
-            os.link(run / "private" / name, folder / name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name in ("features", "test-features"):
+        if (run / "private" / f"{name}.key").exists() and not (folder / f"{name}.key").exists():
+            for kept in (f"{name}.npy", f"{name}.key"):
+                os.link(run / "private" / kept, folder / kept)
 
 
 def dprandp(*arguments: object) -> dict:

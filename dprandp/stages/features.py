@@ -7,6 +7,7 @@ are as private as the images, and one record still touches exactly one row.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,37 +41,65 @@ def private_features(
     """
     split = stage.dataset.train()
     labels = torch.from_numpy(split.labels)
-    key = _key(stage, extractor, whitener, mirror, views, seed)
+    facts = f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}"
+
+    def compute() -> Tensor:
+        images = to_input(split.images)
+        per_view = []
+        with stage.context.console.progress(len(images) * views, "private features") as progress:
+            for view in range(views):
+                if views > 1:
+                    draws = keyed_uniforms(np.arange(len(images)), view, seed, 1)
+                    seen = private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
+                else:
+                    seen = images
+                per_view.append(extract(extractor, seen, mirror=mirror, after=whitener, on_batch=progress.advance))
+        return per_view[0] if views == 1 else torch.stack(per_view, dim=1)
+
+    return cached(stage, "features", _key(facts, extractor, whitener), compute), labels
+
+
+def features_of_test(
+    stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool
+) -> Tensor:
+    """Whitened features of the test split, kept likewise: a probe that is run again has them.
+
+    Args:
+        images: uint8 [N, H, W, 1 or 3], the test split's. The rest: as for ``private_features``.
+
+    Returns:
+        float32 [N, dims].
+    """
+    facts = f"test {hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()} {images.shape} {mirror}"
+
+    def compute() -> Tensor:
+        with stage.context.console.progress(len(images), "test images") as progress:
+            return extract(extractor, to_input(images), mirror=mirror, after=whitener, on_batch=progress.advance)
+
+    return cached(stage, "test-features", _key(facts, extractor, whitener), compute)
+
+
+def cached(stage: PrivateStage, name: str, key: str, compute: Callable[[], Tensor]) -> Tensor:
+    """``private/NAME.npy`` if it was computed from what ``key`` is a hash of, else computed and kept."""
     folder = stage.context.rundir.private_dir
-    cache, tag = folder / "features.npy", folder / "features.key"
+    cache, tag = folder / f"{name}.npy", folder / f"{name}.key"
     if cache.exists() and tag.exists() and tag.read_text(encoding="utf-8") == key:
         try:
-            return torch.from_numpy(np.load(cache, allow_pickle=False)), labels
+            return torch.from_numpy(np.load(cache, allow_pickle=False))
         except (OSError, ValueError, EOFError):
             stage.context.console.warn(f"{cache} is damaged; the features are computed again")
-
-    images = to_input(split.images)
-    per_view = []
-    with stage.context.console.progress(len(images) * views, "private features") as progress:
-        for view in range(views):
-            if views > 1:
-                draws = keyed_uniforms(np.arange(len(images)), view, seed, 1)
-                seen = private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
-            else:
-                seen = images
-            per_view.append(extract(extractor, seen, mirror=mirror, after=whitener, on_batch=progress.advance))
-    features = per_view[0] if views == 1 else torch.stack(per_view, dim=1)
+    features = compute()
     if features.numel() * features.element_size() <= CACHE_BYTES:
         tag.unlink(missing_ok=True)  # the key is written last, so a torn cache is never believed
         with atomic_path(cache) as temporary:
             np.save(temporary, features.numpy(), allow_pickle=False)
         atomic_write(tag, key)
-    return features, labels
+    return features
 
 
-def _key(stage: PrivateStage, extractor: nn.Module, whitener: Whitener, mirror: bool, views: int, seed: int) -> str:
+def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:
     """A hash of everything the features are made from."""
-    digest = hashlib.sha256(f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}".encode())
+    digest = hashlib.sha256(facts.encode())
     for module in (extractor, whitener):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())

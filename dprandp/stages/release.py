@@ -13,9 +13,10 @@ from safetensors.torch import save as to_safetensors
 from dprandp.config import PretrainConfig, as_dict, public_data_name
 from dprandp.files import atomic_write, to_json
 from dprandp.model_card import model_card
+from dprandp.stages.features import features_of_test
 from dprandp.stages.private import PrivateStage
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.images import INPUT_SIZE, to_input
+from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
@@ -33,8 +34,8 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool) -> dict[str, 
     """
     spec = stage.spec
     test = stage.dataset.test()
-    with stage.context.console.progress(len(test.labels), "test images") as progress:
-        scores = model.eval().predict(to_input(test.images), mirror=mirror, on_batch=progress.advance)
+    features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror)
+    scores = features @ model.head.detach().cpu()
     metrics = classification_metrics(scores, torch.from_numpy(test.labels))
     return {
         "data": spec.name,

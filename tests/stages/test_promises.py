@@ -91,7 +91,7 @@ STATISTICS: dict[str, Callable[[], Any]] = {
     "class counts": lambda: torch.bincount(torch.arange(117) % 3),
     "class means": lambda: torch.zeros(3, 5).index_add_(0, torch.arange(117) % 3, numbers(117, 5)),
     "whitening": lambda: whitening.fit(numbers(117, 5), 4),
-    "zca": lambda: dictionary.zca(numbers(117, 5)),
+    "patch whitening": lambda: dictionary.whitening(numbers(117, 5), 4),
     "batch normalisation": lambda: torch.nn.BatchNorm1d(5)(numbers(29, 5)),
     "one number out": lambda: numbers(117).sum().item(),
     "numpy unique": lambda: np.unique((np.arange(117) % 3).view(tripwire.Watched)),
@@ -189,7 +189,7 @@ RESULT_KEYS = {
     "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "confusion",
     "majority_accuracy", "train_examples", "test_examples", "epsilon", "delta", "epsilon_target", "epsilon_total",
     "accountant", "noise_multiplier", "sample_rate", "steps", "charged_steps", "lost_steps", "clip_norm", "views",
-    "expected_batch", "adjacency", "unit", "train_units", "noise", "random", "private", "device", "share", "lr",
+    "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on", "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
@@ -347,10 +347,10 @@ def test_17_the_feature_cache_is_of_these_data_and_this_extractor(
     )
     run_probe(run, data)
     run_probe(run, data, {"overwrite": True})
-    assert len(computed) == 1
+    assert len(computed) == 2  # of the training and of the test split, once
     probed = np.load(run / "private/features.npy", allow_pickle=False)
     run_finetune(run, data)
-    assert len(computed) == 2
+    assert len(computed) == 4
     assert not np.allclose(probed, np.load(run / "private/features.npy", allow_pickle=False))
 
 
