@@ -30,6 +30,9 @@ from dprandp.files import atomic_write, storage_errors, to_json
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines of plain progress."""
 
+SHOW_WARNING = warnings.showwarning
+"""As Python shows warnings."""
+
 
 class Progress(Protocol):
     """What ``Console.progress`` yields."""
@@ -135,8 +138,7 @@ class Console:
         A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
         value. With ``--debug`` it is shown whole.
         """
-        if not self.debug:
-            warnings.showwarning = self._show_warning
+        warnings.showwarning = SHOW_WARNING if self.debug else self._show_warning
         logger = logging.getLogger("dprandp")
         for handler in [handler for handler in logger.handlers if isinstance(handler, _ToConsole)]:
             logger.removeHandler(handler)

@@ -16,6 +16,15 @@ app = typer.Typer()
 
 @app.command(rich_help_panel="About a run")
 def audit(
+    examples: Annotated[
+        int | None, typer.Option(help="With --eps: records N. Default 10000.", rich_help_panel=flags.DATA)
+    ] = None,
+    with_data: Annotated[
+        bool,
+        typer.Option("--with-data", help="Replay on the run's private data too. Reads them; publishes passed or "
+                     "failed alone.", rich_help_panel=flags.DATA),
+    ] = False,
+    data_dir: flags.DataDir = Path("data"),
     eps: Annotated[
         float | None,
         typer.Option("--eps", help="Audit the plan of this ε instead of a run. Default: audit the run.",
@@ -30,18 +39,6 @@ def audit(
         float | None,
         typer.Option(help="With --eps: q in (0, 1]. Default 1, full batch.", rich_help_panel=flags.PRIVACY),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="With --eps: noisy steps T. Default 120.", rich_help_panel=flags.TRAINING)
-    ] = None,
-    examples: Annotated[
-        int | None, typer.Option(help="With --eps: records N. Default 10000.", rich_help_panel=flags.DATA)
-    ] = None,
-    with_data: Annotated[
-        bool,
-        typer.Option("--with-data", help="Replay on the run's private data too. Reads them; publishes passed or "
-                     "failed alone.", rich_help_panel=flags.DATA),
-    ] = False,
-    data_dir: flags.DataDir = Path("data"),
     trials: Annotated[
         int, typer.Option(help="Trials of the two-world test, a world.", rich_help_panel=flags.PRIVACY)
     ] = 5000,
@@ -51,9 +48,12 @@ def audit(
         typer.Option("--controls/--no-controls", help="Run the positive controls: known faults that must be flagged.",
                      rich_help_panel=flags.PRIVACY),
     ] = True,
+    steps: Annotated[
+        int | None, typer.Option(help="With --eps: noisy steps T. Default 120.", rich_help_panel=flags.TRAINING)
+    ] = None,
     seed: flags.Seed = None,
-    run: flags.Run = DEFAULT_RUN,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,

@@ -146,7 +146,7 @@ FinetuneLr = Annotated[
 ]  # fmt: skip
 TunedOn = Annotated[
     str | None,
-    typer.Option(help="Say what these settings were tuned on, if you tuned elsewhere; stored and shown as it is.",
+    typer.Option(help="What these settings were tuned on, if you tuned elsewhere; stored and shown. Default: nothing.",
                  rich_help_panel=OUTPUT, metavar="TEXT"),
 ]  # fmt: skip
 Microbatch = Annotated[

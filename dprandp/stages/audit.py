@@ -44,7 +44,7 @@ from dprandp.stages.budget import default_delta, read_plan_file
 from dprandp.stages.context import Context
 from dprandp.stages.features import private_features
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
-from dprandp.stages.private import open_private_stage
+from dprandp.stages.private_plan import open_private_stage
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract
 from dprandp.vision.whitening import PooledOnly
@@ -74,7 +74,7 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
         InputError: no private stage is finished, or the run makes no claim.
     """
     started = time.perf_counter()
-    document, plans = _claims(context)
+    document, plans = _claims(context, settings.with_data)
     spec = _Facts(context)
     parts = sum(units(settings) for _ in plans) + len(plans)
     mechanisms, raw = [], {}
@@ -207,13 +207,11 @@ def _result(
 
 
 def _no_claim(what: str) -> InputError:
-    return InputError(
-        f"{what} is NOT PRIVATE: it claims nothing that an audit could contradict.",
-        fix="Audit a run with a finite --eps and without --insecure-seed.",
-    )
+    problem = f"{what} is NOT PRIVATE: it claims nothing that an audit could contradict."
+    return InputError(problem, fix="Audit a run with a finite --eps and without --insecure-seed.")
 
 
-def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
+def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
     """The run's plan file, and the plans of the stages that are finished."""
     done = {row["stage"] for row in context.rundir.status() if row["result"]}
     document = read_plan_file(context.rundir)
@@ -229,6 +227,14 @@ def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
     private = Ledger.open(context.rundir.privacy_dir / "ledger.jsonl", read_only=True).private
     if not private or any(plan.noise_multiplier == 0 for plan in plans.values()):
         raise _no_claim(f"The run {context.rundir.path}")
+    if any(plan.noise == "discrete" for plan in plans.values()):
+        raise InputError(
+            f"{context.rundir.path} used discrete noise, and the audit replays Gaussian noise alone.",
+            fix="Audit a run with --noise gaussian.",
+        )
+    if with_data and document["unit"] != "one image":
+        problem = f"One unit of these data is {document['unit']}, and the replay on private data leaves out one image."
+        raise InputError(problem, fix="Audit without --with-data.")
     return document, plans
 
 

@@ -80,7 +80,7 @@ class Rehearsal(PrivateStage):
         most: int = REPLAYED_STEPS,
         **watching: Any,
     ) -> None:
-        budget = Budget("an audit", math.inf, plan.delta, plan.examples)
+        budget = Budget("an audit", math.inf, plan.delta, plan.examples, "one record")
         super().__init__(plan.stage, dataset, budget, context)
         runnable = control.mechanism_plan(plan)
         self._ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)

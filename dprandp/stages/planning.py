@@ -26,7 +26,7 @@ from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import check as check_images
 from dprandp.stages.private import PrivateStage
-from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
+from dprandp.stages.private_plan import DEFAULT_SHARE, name_private_stage, open_private_stage
 from dprandp.synth import process_named
 
 Plan = dict[str, Any]
@@ -194,6 +194,7 @@ def _private(
     Returns:
         The plan, and the events of it that are not paid yet.
     """
+    name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":
@@ -213,7 +214,8 @@ def _private(
         for charge in (ledger.charges if ledger else ())
         if (charge.stage, charge.attempt) not in {(name, stage.attempt), refit_key}
     ]
-    before = merge_events([*others, *planned])
+    tunings = [charge.event for charge in (ledger.tunings if ledger else ())]
+    before = merge_events([*others, *tunings, *planned])
     mechanisms = {(name, stage.attempt): stage.plan}
     if refit_is_recorded:
         mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])

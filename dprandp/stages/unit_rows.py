@@ -36,9 +36,9 @@ class UnitRows:
         return self.order[places], sizes
 
 
-def unit_rows(dataset: Dataset) -> UnitRows | None:
-    """Which images each record of the sampler stands for; None where every image is a record."""
-    units = dataset.grouping()
+def unit_rows(dataset: Dataset | None) -> UnitRows | None:
+    """Which images each record of the sampler stands for; None where every image (or given row) is a record."""
+    units = None if dataset is None else dataset.grouping()
     if units is None:
         return None
     sizes = np.bincount(units.of_image, minlength=units.count)

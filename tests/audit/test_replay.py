@@ -153,7 +153,7 @@ def test_the_loop_that_is_replayed_is_that_of_the_stage(features: Tensor, monkey
     """A fault in the stage's clip is seen: nothing here is a copy of it."""
     from dprandp.stages import head
 
-    monkeypatch.setattr(head, "clipped_softmax_sum", lambda x, y, w, c: x.nan_to_num().T @ torch.eye(3)[y])
+    monkeypatch.setattr(head, "clipped_softmax_sum", lambda x, y, w, c, **how: x.nan_to_num().T @ torch.eye(3)[y])
     assert "the sums differ by at most the clip norm" in failed(replayed(PLAN, features, "long"))
 
 

@@ -99,8 +99,8 @@ def test_finetune_refuses(dprandp: Dprandp, run_after: RunAfter, case: tuple) ->
 
 
 BAD_PUBLIC = [
-    (["generate", "--process", "dead-leafs"], "'dead-leafs'", "did you mean 'dead-leaves'?"),
-    (["generate", "--process", "zzz"], "'zzz'", "known: dead-leaves, stylegan-oriented"),
+    (["generate", "--process", "dead-leafs"], "'dead-leafs'", "did you mean 'dead-leaves'"),
+    (["generate", "--process", "zzz"], "'zzz'", "known: stylegan-oriented, stylegan-random"),
     (["generate", "--count", "0"], "count = 0"),
     (["generate", "--count", "-3"], "count = -3"),
     (["generate", "--count", "many"], "Invalid value for '--count'"),

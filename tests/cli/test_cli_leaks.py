@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,12 +274,12 @@ features.extract = talkative
 
 
 def test_21_warnings_of_libraries_are_not_quoted(dprandp: Dprandp, run_after: RunAfter) -> None:
-    done = dprandp(*probe(run_after("pretrain")), before=WARN)
+    run = run_after("pretrain")
+    done = dprandp(*probe(run), before=WARN)
     assert done.code == 0, done.err
+    shutil.rmtree(run)
     assert "UserWarning in" in done.err
     for secret in SECRETS:
         assert secret not in done.out + done.err
-    assert (
-        "UserWarning: pixel 0.618267 of patient-4711"
-        in dprandp(*probe(run_after("pretrain")), "--debug", before=WARN).err
-    )
+    shown = dprandp(*probe(run_after("pretrain")), "--debug", before=WARN).err
+    assert "UserWarning: pixel 0.618267 of patient-4711" in shown, shown

@@ -189,7 +189,8 @@ RESULT_KEYS = {
     "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "confusion",
     "majority_accuracy", "train_examples", "test_examples", "epsilon", "delta", "epsilon_target", "epsilon_total",
     "accountant", "noise_multiplier", "sample_rate", "steps", "charged_steps", "lost_steps", "clip_norm", "views",
-    "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on", "noise", "random", "private", "device", "share", "lr",
+    "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on",
+    "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
