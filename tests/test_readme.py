@@ -90,3 +90,15 @@ def test_the_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_process_of_ten_lines_is_one() -> None:
+    """Pasted from the page: uint8 images, and a smaller count is a prefix of a larger."""
+    source = re.search(r"^```python\n# dprandp/synth/stripes.py\n(.*?)^```", README, re.M | re.S).group(1)
+    module: dict = {}
+    exec(source, module)
+    few, many = (module["render"](np.random.default_rng(0), count, 32) for count in (2, 5))
+    assert many.shape == (5, 32, 32, 3)
+    assert many.dtype == np.uint8
+    assert many.std() > 10
+    assert np.array_equal(few, many[:2])
