@@ -15,6 +15,9 @@ from typing import Any
 
 from dprandp.errors import CheckpointError
 
+ONE_IMAGE = "one image"
+"""How a result names its unit of privacy where each image is one."""
+
 _NUMBERS = {
     "accuracy", "balanced_accuracy", "majority_accuracy", "auc", "loss", "epsilon", "delta", "epsilon_target",
     "epsilon_total", "noise_multiplier", "sample_rate", "clip_norm", "expected_batch", "lr", "momentum", "share",

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dprandp.errors import InputError, UsageError
+from dprandp.runresults import ONE_IMAGE
 
 #: The value of ``--unit-column`` that makes every image a unit of its own, also where the data declare groups.
 EACH_IMAGE = "image"
@@ -48,7 +49,7 @@ class Units:
 def unit_text(column: str | None) -> str:
     """The unit of privacy in words: ``one image``, or ``one patient (column patient_train)``."""
     if column is None:
-        return "one image"
+        return ONE_IMAGE
     noun = column.removesuffix("_train")
     return f"one {'group' if noun == 'groups' else noun} (column {column})"
 

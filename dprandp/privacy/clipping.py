@@ -115,24 +115,6 @@ def per_example_gradients(
             yield many(parameters, part, part_labels)
 
 
-def clipped_gradient_sum(
-    loss_function: LossFunction,
-    parameters: Mapping[str, torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    clip_norm: float,
-    microbatch: int,
-) -> dict[str, torch.Tensor]:
-    """The sum of clipped per-record gradients of any loss; arguments as for ``per_example_gradients``.
-
-    Returns:
-        name -> float64, shaped like the parameter; zeros for an empty batch. Equal, to float tolerance, for every
-        microbatch. See the module's Guarantee.
-    """
-    gradients = per_example_gradients(loss_function, parameters, images, labels, microbatch)
-    return sum_of_clipped(gradients, parameters, clip_norm)
-
-
 def sum_of_clipped(
     microbatches: Iterable[Mapping[str, torch.Tensor]], parameters: Mapping[str, torch.Tensor], clip_norm: float
 ) -> dict[str, torch.Tensor]:

@@ -14,16 +14,13 @@ for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes n
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, gaussian_mu
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, gaussian_mu, warn_by_log
 from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
-
-_warn_by_log: Warn = logging.getLogger(__name__).warning
 
 # A δ' smaller than this is not tried.
 _SMALLEST_LOG_DELTA = -300 * math.log(10)
@@ -55,7 +52,7 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
 
 
 def compose_group(
-    events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = _warn_by_log
+    events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = warn_by_log
 ) -> EpsilonBound:
     """Bound ε of running all events, for groups of ``size`` records, at ``delta``.
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeVar
 
@@ -49,17 +50,15 @@ class RandomSource(Protocol):
         """uint64 [count], independent, uniform."""
 
 
-class _WordSource:
+class _WordSource(ABC):
     """Uniform and Gaussian values from 64-bit random words."""
 
-    def _words(self, count: int) -> np.ndarray:
-        raise NotImplementedError
-
+    @abstractmethod
     def words(self, count: int) -> np.ndarray:
-        return self._words(count)
+        """As in ``RandomSource``."""
 
     def uniform(self, count: int) -> np.ndarray:
-        return (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
         """Box & Muller 1958: √(−2 log(1−u)) times cosine and sine of 2πv, for u, v uniform in [0, 1)."""
@@ -76,7 +75,7 @@ class SystemRandom(_WordSource):
     mode: RandomMode = "os-entropy"
     private = True
 
-    def _words(self, count: int) -> np.ndarray:
+    def words(self, count: int) -> np.ndarray:
         return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
 
 
@@ -96,7 +95,7 @@ class InsecureSeed(_WordSource):
             raise UsageError(f"The insecure seed is {seed}.", fix="Give a whole number of at least 0.")
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *stream])))
 
-    def _words(self, count: int) -> np.ndarray:
+    def words(self, count: int) -> np.ndarray:
         return self._generator.integers(0, 2**64, size=count, dtype=np.uint64)
 
 

@@ -6,13 +6,12 @@ batch. It cannot be made to run more steps, at another rate, or with other noise
 
     mechanism = PrivateMechanism(plan, ledger, SystemRandom(), attempt=1)
     for step in mechanism.steps():                                   # paid and on disk before ``step`` exists
-        sums = clipped_gradient_sum(..., images[step.indices], ...)  # zeros for an empty batch
+        sums = sum_of_clipped(gradients_of(step.indices), ...)       # zeros for an empty batch
         gradient = step.release(sums)                                # exactly once a step
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +21,11 @@ import numpy as np
 import torch
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, Warn, calibrate, compose
+from dprandp.privacy.accounting import Event, GaussianEvent, Warn, calibrate, compose, warn_by_log
 from dprandp.privacy.discrete_noise import add_discrete_noise
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import NoiseKind, RandomSource, add_gaussian_noise
 from dprandp.privacy.sampling import PoissonSampler
-
-_warn_by_log: Warn = logging.getLogger(__name__).warning
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def make_plan(
     clip_norm: float,
     views: int = 1,
     noise: NoiseKind = "gaussian",
-    warn: Warn = _warn_by_log,
+    warn: Warn = warn_by_log,
 ) -> PrivatePlan:
     """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise that was found.
 
@@ -163,6 +160,26 @@ def make_plan(
     if noise == "discrete":
         compose([*spent, plan.event], delta, warn)  # refuses an ε for which the lattice is too coarse
     return plan
+
+
+def refuse_overspending(
+    stage: str, events: Sequence[Event], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
+) -> None:
+    """The last look at a plan, by whoever carries it out: everything the run will have paid is within the target.
+
+    Args:
+        stage: for the message. fix: likewise.
+        events: what the ledger holds and the whole of what is planned.
+        delta, warn: as for ``accounting.compose``.
+        epsilon_target: finite.
+
+    Raises:
+        BudgetError: it is not, or no bound was found.
+    """
+    total = compose(events, delta, warn).upper
+    if not total <= epsilon_target:
+        problem = f"Stage {stage} would bring this run to ε = {total:.4g}, above its {epsilon_target:g}."
+        raise BudgetError(problem, fix=fix)
 
 
 class PrivateStep:
@@ -236,7 +253,7 @@ class PrivateMechanism:
         attempt: int = 1,
         start_step: int = 0,
         charge_block: int = 1,
-        warn: Warn = _warn_by_log,
+        warn: Warn = warn_by_log,
     ) -> None:
         if charge_block < 1:
             raise UsageError(f"The charge block is {charge_block}.", fix="Give a whole number of at least 1.")
@@ -248,14 +265,16 @@ class PrivateMechanism:
         self._refuse_mismatch(start_step)
         if math.isfinite(plan.epsilon_target):
             others = ledger.events_besides(plan.stage, attempt)
-            total = compose([*others, plan.event], plan.delta, warn).upper
-            if not total <= plan.epsilon_target:
-                raise BudgetError(
-                    f"Stage {plan.stage} would bring this run to ε = {total:.4g}, above its {plan.epsilon_target:g}.",
-                    fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
-                    if others
-                    else "Plan the stage again with more noise, or give a larger --eps.",
-                )
+            refuse_overspending(
+                plan.stage,
+                [*others, plan.event],
+                plan.delta,
+                plan.epsilon_target,
+                fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
+                if others
+                else "Plan the stage again with more noise, or give a larger --eps.",
+                warn=warn,
+            )
 
     @property
     def remaining_steps(self) -> int:

@@ -24,7 +24,6 @@ largest. It is a Gaussian mechanism of parameter μ at most:
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,13 +34,11 @@ import torch
 from scipy.optimize import brentq
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import Event, Warn, compose
+from dprandp.privacy.accounting import Event, Warn, compose, warn_by_log
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import RandomSource, add_gaussian_noise
-from dprandp.privacy.plan import validate_budget
+from dprandp.privacy.plan import refuse_overspending, validate_budget
 from dprandp.privacy.tuning import TrialCount, TuningEvent
-
-_warn_by_log: Warn = logging.getLogger(__name__).warning
 
 _SMALLEST_MU, _LARGEST_MU = 1e-4, 100.0
 
@@ -130,7 +127,7 @@ def make_selection_plan(
     held_out: float,
     clip_norm: float,
     steps: Sequence[int],
-    warn: Warn = _warn_by_log,
+    warn: Warn = warn_by_log,
 ) -> SelectionPlan:
     """The plan after which the run has spent at most ``spend_epsilon``, with the largest μ that was found.
 
@@ -256,7 +253,7 @@ class PrivateSelection:
     """
 
     def __init__(
-        self, plan: SelectionPlan, ledger: Ledger, random: RandomSource, attempt: int, warn: Warn = _warn_by_log
+        self, plan: SelectionPlan, ledger: Ledger, random: RandomSource, attempt: int, warn: Warn = warn_by_log
     ) -> None:
         if ledger.examples != plan.examples or attempt != ledger.last_attempt(plan.stage) + 1:
             raise CheckpointError(
@@ -264,12 +261,14 @@ class PrivateSelection:
                 f"the plan is of {plan.examples} examples, attempt {attempt}.",
                 fix="Restore the run's privacy folder.",
             )
-        total = compose([*ledger.events(), plan.event], plan.delta, warn).upper
-        if not total <= plan.epsilon_target:
-            raise BudgetError(
-                f"Stage {plan.stage} would bring this run to ε = {total:.4g}, above its {plan.epsilon_target:g}.",
-                fix="Give tuning a larger part of the budget, or tune on synthetic images.",
-            )
+        refuse_overspending(
+            plan.stage,
+            [*ledger.events(), plan.event],
+            plan.delta,
+            plan.epsilon_target,
+            fix="Give tuning a larger part of the budget, or tune on synthetic images.",
+            warn=warn,
+        )
         self._plan, self._ledger, self._random, self._attempt = plan, ledger, random, attempt
 
     def run(self, one_trial: Callable[[Trial], None]) -> tuple[int, float]:

@@ -24,6 +24,7 @@ from dprandp.reporting.wording import (
     several_images,
     units_and_images,
 )
+from dprandp.runresults import ONE_IMAGE
 
 Facts = Mapping[str, Any]
 
@@ -85,7 +86,7 @@ def check(result: Facts) -> None:
     Raises:
         CheckpointError: a key is missing; the message names it.
     """
-    needed = [*NEEDED, "train_units"] if result.get("unit", "one image") != "one image" else NEEDED
+    needed = [*NEEDED, "train_units"] if result.get("unit", ONE_IMAGE) != ONE_IMAGE else NEEDED
     missing = [key for key in needed if key not in result]
     if missing:
         raise CheckpointError(

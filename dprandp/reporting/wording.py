@@ -9,6 +9,7 @@ from typing import Any
 from dprandp.privacy.discrete_cost import DELTA_SHARE, LATTICE_BITS
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 from dprandp.privacy.group import group_privacy
+from dprandp.runresults import ONE_IMAGE
 
 Facts = Mapping[str, Any]
 
@@ -31,7 +32,7 @@ DISCRETE_TAILS = (
 
 def several_images(result: Facts) -> bool:
     """Whether a unit of privacy may have several images."""
-    return result["unit"] != "one image"
+    return result["unit"] != ONE_IMAGE
 
 
 def noun(result: Facts) -> str:

@@ -28,6 +28,7 @@ from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.runresults import ONE_IMAGE
 from dprandp.stages import finetune, probe
 from dprandp.stages.audit_figure import draw
 from dprandp.stages.audit_loops import (
@@ -232,7 +233,7 @@ def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str
             f"{context.rundir.path} used discrete noise, and the audit replays Gaussian noise alone.",
             fix="Audit a run with --noise gaussian.",
         )
-    if with_data and document["unit"] != "one image":
+    if with_data and document["unit"] != ONE_IMAGE:
         problem = f"One unit of these data is {document['unit']}, and the replay on private data leaves out one image."
         raise InputError(problem, fix="Audit without --with-data.")
     return document, plans

@@ -60,22 +60,26 @@ def private_features(
 
 
 def features_of_test(
-    stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool
+    stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool, keep: bool
 ) -> Tensor:
-    """Whitened features of the test split, kept likewise: a probe that is run again has them.
+    """Whitened features of the test split.
 
     Args:
-        images: uint8 [N, H, W, 1 or 3], the test split's. The rest: as for ``private_features``.
+        images: uint8 [N, H, W, 1 or 3], the test split's.
+        keep: keep them like the training split's: a probe that is run again has them.
+        extractor, whitener, mirror: as for ``private_features``.
 
     Returns:
         float32 [N, dims].
     """
-    facts = f"test {hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()} {images.shape} {mirror}"
 
     def compute() -> Tensor:
         with stage.context.console.progress(len(images), "test images") as progress:
             return extract(extractor, to_input(images), mirror=mirror, after=whitener, on_batch=progress.advance)
 
+    if not keep:
+        return compute()
+    facts = f"test {hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()} {images.shape} {mirror}"
     return cached(stage, "test-features", _key(facts, extractor, whitener), compute)
 
 

@@ -21,6 +21,7 @@ from dprandp.config import (
 )
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.runresults import ONE_IMAGE
 from dprandp.stages import estimates, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
@@ -128,7 +129,7 @@ def _line(made: Plan) -> str:
     refit = made["refit"]
     then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
     size = f"N = {made['examples']}"
-    if made["unit"] != "one image":
+    if made["unit"] != ONE_IMAGE:
         size += f" units, each {made['unit']}, {made['train_examples']} images"
     noise = ", discrete noise" if made["noise"] == "discrete" else ""
     return (

@@ -92,7 +92,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     # -------------------------------------------------------------------------------------------------- test, once; out
     result = {
         "stage": STAGE,
-        **release.evaluate(model, stage, mirror),
+        **release.evaluate(model, stage, mirror, keep=True),
         **stage.disclosure(updates),
         "share": DEFAULT_SHARE if config.share is None else config.share,
         "lr": lr,

@@ -25,8 +25,11 @@ MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 MODEL_FORMAT = 1
 
 
-def evaluate(model: Classifier, stage: PrivateStage, mirror: bool) -> dict[str, Any]:
+def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> dict[str, Any]:
     """Measure the final model on the test split, which nothing else reads.
+
+    Args:
+        keep: keep the features in ``private/``; for an extractor that a further probe will have too.
 
     Returns:
         data, title, classes, accuracy, balanced_accuracy, auc, loss, confusion, majority_accuracy (of always answering
@@ -34,7 +37,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool) -> dict[str, 
     """
     spec = stage.spec
     test = stage.dataset.test()
-    features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror)
+    features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror, keep=keep)
     scores = features @ model.head.detach().cpu()
     metrics = classification_metrics(scores, torch.from_numpy(test.labels))
     return {

@@ -17,6 +17,7 @@ from dprandp.errors import UsageError
 from dprandp.privacy.accounting import calibrate, compose
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
+from dprandp.runresults import ONE_IMAGE
 from dprandp.stages.context import Context
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, update_head
@@ -26,8 +27,6 @@ from dprandp.stages.probe import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, cut_dims, settings_for, share_of
 
 STAGE = "tune"
-
-ONE_IMAGE = "one image"
 
 ETA = 0.0
 """Logarithmic number of paid trials: of Papernot & Steinke's distributions a cheap one for its mean."""

@@ -43,7 +43,6 @@ class ProcessSpec:
         block_size: images that are made from one random generator and share what the process shares (a network).
         summary: one line.
         source: paper.
-        default_resolution: pixels per side.
     """
 
     name: str
@@ -51,7 +50,6 @@ class ProcessSpec:
     block_size: int
     summary: str
     source: str
-    default_resolution: int = 64
 
 
 _BARADAD = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"

@@ -17,11 +17,11 @@ from torch.nn import functional
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import (
     clip_factors,
-    clipped_gradient_sum,
     clipped_softmax_sum,
     clipped_sum,
     per_example_gradients,
     refuse_cross_example_layers,
+    sum_of_clipped,
 )
 
 # How large one example's values are; what a hostile or broken record could hold.
@@ -160,11 +160,16 @@ def network_case(examples: int = 6, views: int = 3):
     return network, network_loss(network), parameters, images, labels
 
 
+def gradient_sum(loss, parameters, images, labels, clip_norm, microbatch):
+    gradients = per_example_gradients(loss, parameters, images, labels, microbatch)
+    return sum_of_clipped(gradients, parameters, clip_norm)
+
+
 @pytest.mark.parametrize("microbatch", [1, 2, 4, 6, 100])
 def test_gradient_sums_equal_an_autograd_loop_for_every_microbatch(microbatch):
     network, loss, parameters, images, labels = network_case()
     expected = clipped_loop(autograd_loop(network, images, labels), 0.4)
-    total = clipped_gradient_sum(loss, parameters, images, labels, 0.4, microbatch)
+    total = gradient_sum(loss, parameters, images, labels, 0.4, microbatch)
     assert distance(total, expected) < 5e-5
     assert set(total) == set(parameters)
 
@@ -177,7 +182,7 @@ def test_the_mean_over_views_is_clipped_and_not_each_view():
     def loss(p, images, label):
         return (images @ p["w"]).mean()
 
-    total = clipped_gradient_sum(loss, parameters, views, torch.zeros(1, dtype=torch.int64), 2.0, 1)
+    total = gradient_sum(loss, parameters, views, torch.zeros(1, dtype=torch.int64), 2.0, 1)
     assert total["w"][0].item() == pytest.approx(1.25)  # one by one: (2 − 1 − 1 − 1)/4 = −0.25
 
 
@@ -188,9 +193,9 @@ def test_gradient_sums_of_hostile_images_move_by_at_most_the_clip_norm(names, mi
     generator = torch.Generator().manual_seed(seed)
     images = scaled(torch.randn(len(names), 2, 1, 5, 5, generator=generator), names)
     labels = torch.randint(0, 3, (len(names),), generator=generator)
-    whole = clipped_gradient_sum(loss, parameters, images, labels, 0.1, microbatch)
+    whole = gradient_sum(loss, parameters, images, labels, 0.1, microbatch)
     for index in range(len(names)):
-        rest = clipped_gradient_sum(loss, parameters, *without(index, images, labels), 0.1, microbatch)
+        rest = gradient_sum(loss, parameters, *without(index, images, labels), 0.1, microbatch)
         assert distance(whole, rest) <= 0.1 * (1 + 1e-6)
 
 
@@ -208,7 +213,7 @@ def test_examples_are_isolated():
 
 def test_an_empty_batch_gives_zeros_of_every_parameter():
     _, loss, parameters, images, labels = network_case()
-    total = clipped_gradient_sum(loss, parameters, images[:0], labels[:0], 1.0, 4)
+    total = gradient_sum(loss, parameters, images[:0], labels[:0], 1.0, 4)
     assert {name: tuple(v.shape) for name, v in total.items()} == {
         name: tuple(v.shape) for name, v in parameters.items()
     }
@@ -218,7 +223,7 @@ def test_an_empty_batch_gives_zeros_of_every_parameter():
 def test_a_senseless_microbatch_is_refused():
     _, loss, parameters, images, labels = network_case()
     with pytest.raises(UsageError, match="microbatch"):
-        clipped_gradient_sum(loss, parameters, images, labels, 1.0, 0)
+        gradient_sum(loss, parameters, images, labels, 1.0, 0)
 
 
 # ---------------------------------------------------------------- the closed form of the linear head

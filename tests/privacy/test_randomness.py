@@ -179,7 +179,7 @@ def test_uniforms_are_uniform_with_53_bits():
 
 def test_extreme_uniforms_give_finite_noise():
     class Extremes(SystemRandom):
-        def _words(self, count):
+        def words(self, count):
             return np.where(np.arange(count) % 2 == 0, 0, 2**64 - 1).astype(np.uint64)
 
     z = Extremes().gaussian([10])

@@ -47,7 +47,6 @@ def test_the_registry() -> None:
     }
     for name, spec in PROCESSES.items():
         assert spec.name == name
-        assert spec.default_resolution == 64
         assert process_named(name) is spec
     assert PROCESSES["stylegan-oriented"].block_size == 400
 
