@@ -141,7 +141,7 @@ LEDGER_AND_NUMBERS = {
     [
         ("synth", {"errors"}),
         ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
-        ("datasets", {"errors"}),
+        ("datasets", {"errors", "runresults"}),  # how a result names the unit of privacy
         ("vision", {"errors", "config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
         ("reporting", {"errors", "config", "files", "rundir", "runresults", "toml", *LEDGER_AND_NUMBERS}),

@@ -47,6 +47,10 @@ _MAX_NOISE_MULTIPLIER = 1e6
 _FIXED = "A run's budget cannot grow once it has begun."
 
 
+_LEAST_NOISE, _LARGEST_EPSILON = 1e-100, 1e150
+"""Beyond these there is no privacy to speak of, and squares leave the range of doubles."""
+
+
 @dataclass(frozen=True)
 class GaussianEvent:
     """``steps`` noisy sums, each over a Poisson sample, each with Gaussian noise of std noise_multiplier · clip_norm.
@@ -67,9 +71,10 @@ class GaussianEvent:
     discrete: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+        if not (self.noise_multiplier == 0 or _LEAST_NOISE <= self.noise_multiplier < math.inf):
             raise UsageError(
-                f"The noise multiplier is {self.noise_multiplier}.", fix="Give a finite number of at least 0."
+                f"The noise multiplier is {self.noise_multiplier}.",
+                fix=f"Give a finite number of at least {_LEAST_NOISE:g}, or 0 for no noise.",
             )
         if not 0 < self.sample_rate <= 1:
             raise UsageError(f"The sample rate is {self.sample_rate}.", fix="Give a number above 0, at most 1.")
@@ -256,8 +261,9 @@ def calibrate(
             is left.
         UsageError: a value is outside its range.
     """
-    if not epsilon > 0:
-        raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
+    if not (0 < epsilon <= _LARGEST_EPSILON or math.isinf(epsilon)):
+        fix = f"Give a number above 0, at most {_LARGEST_EPSILON:g}, or inf for no privacy."
+        raise UsageError(f"epsilon is {epsilon}.", fix=fix)
     if discrete or _any_discrete(spent):
         spent, delta = _continuous(spent), delta * (1 - DELTA_SHARE)
     event = GaussianEvent(1.0, sample_rate, steps)

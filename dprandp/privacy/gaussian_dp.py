@@ -22,6 +22,9 @@ from dprandp.errors import UsageError
 # on which the promise holds, and then checked against the closed form.
 _OUTWARD = 1e-12
 
+# Beyond this μ (ε = 5e17) the closed form cancels to nothing in doubles, and ``_largest_epsilon`` is as good.
+_LARGEST_MU = 1e9
+
 
 def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
     """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP; −inf for μ = 0.
@@ -63,12 +66,18 @@ def gaussian_dp_epsilon(mu: float, delta: float) -> float:
     goal = math.log(delta)
     if gaussian_dp_log_delta(mu, 0.0) <= goal:
         return 0.0
-    # Dropping the negative term bounds δ(ε) by Φ(μ/2 − ε/μ) ≤ exp(−(ε/μ − μ/2)²/2), which gives this upper end.
-    high = mu * (mu / 2 + math.sqrt(-2 * goal)) + 1e-9
+    high = _largest_epsilon(mu, goal)
+    if mu > _LARGEST_MU:
+        return high
     epsilon = brentq(lambda e: gaussian_dp_log_delta(mu, e) - goal, 0.0, high, xtol=1e-300, rtol=1e-14, maxiter=500)
     while gaussian_dp_log_delta(mu, epsilon) > goal:
         epsilon = epsilon * (1 + _OUTWARD) + 1e-300
     return epsilon
+
+
+def _largest_epsilon(mu: float, log_delta: float) -> float:
+    """At least the ε of a μ-GDP mechanism: without its negative term δ(ε) is Φ(μ/2 − ε/μ) ≤ exp(−(ε/μ − μ/2)²/2)."""
+    return mu * (mu / 2 + math.sqrt(-2 * log_delta)) * (1 + _OUTWARD) + 1e-9
 
 
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:
@@ -83,6 +92,9 @@ def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     _require(math.isfinite(epsilon) and epsilon >= 0, "epsilon", epsilon, "a finite number of at least 0")
     _require(0 < delta < 1, "delta", delta, "between 0 and 1, both excluded")
     goal = math.log(delta)
+    if epsilon > _largest_epsilon(_LARGEST_MU, goal):  # its inverse, a little below
+        tail = math.sqrt(-2 * goal)
+        return (math.sqrt(2) * math.sqrt(epsilon + tail**2 / 2) - tail) * (1 - 3 * _OUTWARD)
     low, high = 0.0, 1.0
     while gaussian_dp_log_delta(high, epsilon) < goal:
         low, high = high, 2 * high

@@ -225,7 +225,7 @@ BAD_ACCOUNT = [
     (["--eps", "1", "--sample-rate", "1.5"], "1.5", "at most 1"),
     (["--eps", "1", "--sample-rate", "nan"], "nan", "at most 1"),
     (["--eps", "1", "--steps", "0"], "steps", "at least one"),
-    (["--noise-multiplier", "-1"], "-1.0", "at least 0"),
+    (["--noise-multiplier", "-1"], "-1.0", "at least 1e-100"),
     (["--noise-multiplier", "inf"], "inf", "finite"),
     (["--noise-multiplier", "1", "--steps", "-2"], "-2", "at least"),
     (["--eps", "1", "--adjacency", "swap"], "adjacency is 'swap'", "add-remove or replace-one"),

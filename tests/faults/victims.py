@@ -30,7 +30,7 @@ pause = float(os.environ.get("PAUSE", "0"))
 def write(**values):
     os.write(log, (json.dumps(values) + "\\n").encode())
 
-words, draw, release = noise.SystemRandom._words, sampling.PoissonSampler.draw, plan.PrivateStep.release
+words, draw, release = noise.SystemRandom.words, sampling.PoissonSampler.draw, plan.PrivateStep.release
 
 def recorded_words(self, count):
     made = words(self, count)
@@ -49,7 +49,7 @@ def recorded_release(self, sums):
     made = release(self, sums)
     return made
 
-noise.SystemRandom._words = recorded_words
+noise.SystemRandom.words = recorded_words
 sampling.PoissonSampler.draw = recorded_draw
 plan.PrivateStep.release = recorded_release
 """

@@ -88,8 +88,8 @@ class Words(SystemRandom):
     def __init__(self, *words: int) -> None:
         self._first = list(words)
 
-    def _words(self, count):
-        drawn = super()._words(count).copy()
+    def words(self, count):
+        drawn = super().words(count).copy()
         taken, self._first = self._first[:count], self._first[count:]
         drawn[: len(taken)] = np.array(taken, np.uint64)
         return drawn

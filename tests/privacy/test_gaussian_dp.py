@@ -70,6 +70,16 @@ def test_limits():
     assert gaussian_dp_delta(0.0, 1.0) == 0
 
 
+@pytest.mark.parametrize("mu", [1e8, 0.99e9, 1.01e9, 1e12, 1e50, 1e149])
+def test_where_nothing_is_private_the_bound_still_bounds(mu):
+    """Exact rational arithmetic would give ε = μ²/2 + zμ with Φ(−z) = δ, up to a term that vanishes like 1/μ."""
+    epsilon = gaussian_dp_epsilon(mu, 1e-5)
+    assert mu**2 / 2 + 4.26 * mu <= epsilon <= (mu**2 / 2 + 4.81 * mu) * (1 + 1e-11)
+    inverse = gaussian_dp_mu(epsilon, 1e-5)
+    assert mu * (1 - 1e-8) <= inverse <= mu * (1 + 1e-12)
+    assert gaussian_dp_epsilon(inverse, 1e-5) <= epsilon
+
+
 @pytest.mark.parametrize("mu", [-1.0, math.nan])
 def test_senseless_mu_is_refused(mu):
     with pytest.raises(UsageError, match="mu is"):

@@ -251,7 +251,7 @@ def test_probe_finetune_and_a_rerun_share_one_budget(ledger):
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
     class Untouched(SystemRandom):
-        def _words(self, count):
+        def words(self, count):
             raise AssertionError("randomness was drawn")
 
     fits = compose([plan_of().event], 1e-4).upper
