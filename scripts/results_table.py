@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=("tiny", "small", "paper"))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--epsilons", nargs="+", default=EPSILONS)
-    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, choices=EXTRACTORS)
+    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, help="learned, random, or an --arch: wrn-16-4")
     parser.add_argument("--finetune", action="store_true", help="probe and fine-tune with the default share")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
@@ -81,8 +81,8 @@ def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -
     run = args.out / f"public-{data}-{args.size}-{extractor}-s{seed}"
     if not run.exists():
         shutil.copytree(images, run, copy_function=os.link)
-    random_init = ["--random-init"] if extractor == "random" else []
-    dprandp("pretrain", "--run", run, "--size", args.size, "--data", data, "--seed", seed, *random_init)
+    how = {"learned": [], "random": ["--random-init"]}.get(extractor, ["--arch", extractor])
+    dprandp("pretrain", "--run", run, "--size", args.size, "--data", data, "--seed", seed, *how)
     return run
 
 
@@ -116,19 +116,17 @@ def read(log: Path) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Markdown: a line per data set, stage and ε; mean ± sample standard deviation over seeds, in per cent."""
-    print("| data | stage | ε | test accuracy | random extractor | majority | AUC | seeds |")
+    """Markdown: a line per data set, extractor, stage and ε; mean ± sample standard deviation over seeds, per cent."""
+    print("| data | extractor | stage | ε | test accuracy | AUC | majority | seeds |")
     print("|---|---|---|---|---|---|---|---|")
-    cells = sorted({(row["data"], row["size"], row["stage"], float(row["epsilon"])) for row in rows})
-    for data, size, stage, epsilon in cells:
-        wanted = (data, size, stage, epsilon)
-        chosen = [r for r in rows if (r["data"], r["size"], r["stage"], float(r["epsilon"])) == wanted]
-        by = {name: [r for r in chosen if r["extractor"] == name] for name in EXTRACTORS}
-        learned = by["learned"] or chosen
+    cells = sorted({(r["data"], r["size"], r["extractor"], r["stage"], float(r["epsilon"])) for r in rows})
+    for data, size, extractor, stage, epsilon in cells:
+        wanted = (data, size, extractor, stage, str(epsilon))
+        names = ("data", "size", "extractor", "stage")
+        chosen = [r for r in rows if (*(r[name] for name in names), str(float(r["epsilon"]))) == wanted]
         print(
-            f"| {data} ({size}) | {stage} | {epsilon:g} | {spread(by['learned'], 'accuracy')} "
-            f"| {spread(by['random'], 'accuracy')} | {100 * learned[0]['majority_accuracy']:.1f} "
-            f"| {spread(by['learned'], 'auc')} | {len(by['learned'])} |"
+            f"| {data} ({size}) | {extractor} | {stage} | {epsilon:g} | {spread(chosen, 'accuracy')} "
+            f"| {spread(chosen, 'auc')} | {100 * chosen[0]['majority_accuracy']:.1f} | {len(chosen)} |"
         )
 
 
