@@ -36,7 +36,10 @@ _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy"}
 """Numbers from 0 to 1."""
 
-_PRIVATE = {"data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds"}
+_PRIVATE = {
+    "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
+    "sample_rate", "charged_steps", "noise_multiplier", "clip_norm", "views",  # the card of a later stage names them
+}  # fmt: skip
 NEEDED: dict[str, set[str]] = {
     "generate": {"process", "count", "resolution", "seconds"},
     "pretrain": {"arch", "feature_dim", "knn_accuracy", "seconds"},

@@ -71,7 +71,8 @@ class GaussianEvent:
     discrete: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.noise_multiplier == 0 or _LEAST_NOISE <= self.noise_multiplier < math.inf):
+        noise = self.noise_multiplier
+        if not (math.isfinite(noise) and (noise == 0 or noise >= _LEAST_NOISE)):
             raise UsageError(
                 f"The noise multiplier is {self.noise_multiplier}.",
                 fix=f"Give a finite number of at least {_LEAST_NOISE:g}, or 0 for no noise.",

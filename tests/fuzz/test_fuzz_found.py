@@ -14,11 +14,12 @@ import pytest
 import torch
 from fuzzing import attempt, command
 
-from dprandp import checkpoint, config, runtable
+from dprandp import checkpoint, config, runresults, runtable
 from dprandp.datasets import open_dataset
 from dprandp.errors import DprandpError
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
+from dprandp.reporting import disclosure
 from dprandp.rundir import RunDir
 from dprandp.stages import overview
 from dprandp.stages.budget import read_plan_file
@@ -238,3 +239,15 @@ def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
     refused(lambda: config.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
     (tmp_path / "a.toml").write_text(f'[probe]\ndata = "npz:{"../" * 40}a.npz"\n')
     assert config.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
+
+
+def test_what_a_card_says_of_an_earlier_stage_is_asked_for_before_anything_is_paid() -> None:
+    class Watched(dict):
+        def __missing__(self, key: str) -> float:
+            asked.add(key)
+            return 1.0
+
+    asked: set[str] = set()
+    disclosure._in_short(Watched())
+    assert asked
+    assert asked <= runresults.NEEDED["probe"]
