@@ -102,7 +102,7 @@ def check(rows: Rows, delta: float) -> float:
     assert bound.estimate <= renyi_epsilon(rows, delta) * (1 + 1e-6)
     if "opacus" in bound.accountant:  # the announced fallback is an upper bound and no more
         return 0.0
-    assert bound.upper - bound.lower <= 0.03 * oracle + 2e-5 + rounding  # half a per cent, but more where q is tiny
+    assert bound.upper - bound.lower <= 0.03 * oracle + 1e-4 + rounding  # half a per cent, but more where q is tiny
     assert bound.estimate == pytest.approx(oracle, abs=rounding)
     return abs(bound.estimate - oracle) / oracle if oracle > 0.01 else 0.0
 
