@@ -33,17 +33,17 @@ class Tape(SystemRandom):
     """Entropy of the operating system that can be played again: kept in memory alone, and gone with the audit."""
 
     def __init__(self, words: list[np.ndarray] | None = None) -> None:
-        self.words: list[np.ndarray] = [] if words is None else words
+        self._kept: list[np.ndarray] = [] if words is None else words
         self._played = None if words is None else iter(words)
 
     def again(self) -> Tape:
         """The same bits from the beginning."""
-        return Tape(self.words)
+        return Tape(self._kept)
 
-    def _words(self, count: int) -> np.ndarray:
+    def words(self, count: int) -> np.ndarray:
         if self._played is None:
-            self.words.append(super()._words(count))
-            return self.words[-1]
+            self._kept.append(super().words(count))
+            return self._kept[-1]
         kept = next(self._played, None)
         if kept is None or len(kept) != count:
             raise RuntimeError("the second run asked for other randomness than the first")
