@@ -58,12 +58,10 @@ class SharedTrainer(ContrastiveTrainer):
         loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
         loss.backward()
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: no image of mine
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
         total = self.ranks.summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for parameter, gradient, part in zip(
-            parameters, gradients, total.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            parameter.grad = gradient.copy_(part.view_as(gradient))
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
         return loss.detach()
 
     def step(self, step: int) -> Tensor:
