@@ -1,4 +1,4 @@
-"""Promise 16, with the ranks in this process: whatever their number, sums, features, images and steps are one process's.
+"""Promise 16, with the ranks in this process: sums, features, images and steps are one process's, for any number.
 
 What needs processes of their own (a rank that dies, exit codes, torchrun) is in tests/faults/test_ranks_*.py.
 """
