@@ -14,46 +14,36 @@ In a task that is done *together* all ranks also exchange tensors among themselv
 ``ALONE``, the one process of an ordinary run, has no followers: ``tell`` and ``ask`` do nothing, ``answers`` is empty,
 and a stage reads the same for one process and for many.
 
-A message is JSON and tensors in the safetensors format: what a peer sends is data, never code (the object collectives
-of torch.distributed unpickle). Everything goes through gloo and the memory of the CPU, also where tensors live on
-accelerators: sums are float64, added in the order of the ranks, and needed where the noise is drawn. Messages are
-neither encrypted nor authenticated; they hold private images, labels and gradients. *The processes and the network
-between them are inside the trust boundary*, like the disk with the data.
+Messages (``rankwire.py``) are data, never code. Everything goes through gloo and the memory of the CPU, also where
+tensors live on accelerators: sums are float64, added in the order of the ranks, and needed where the noise is drawn.
+Messages are neither encrypted nor authenticated, and hold private images, labels and gradients. *The processes and the
+network between them are inside the trust boundary*, like the disk with the data.
 
-Imports nothing of the package but ``errors`` and ``tensorfile``.
+Imports nothing of the package but ``errors`` and ``rankwire``.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dprandp.errors import DprandpError, StorageError, UsageError
-from dprandp.tensorfile import tensors_from_bytes, tensors_to_bytes
+from dprandp.errors import DprandpError
+from dprandp.rankwire import RankLostError, Wire, pack, unpack
 
 Facts = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Task = Callable[[dict[str, Any], dict[str, Tensor]], Tensors | None]
 
-TIMEOUT = 1800.0
-"""Seconds that a process waits for another that gives no sign. One that dies is noticed at once: its sockets close."""
-
 SIGN_OF_LIFE = 60.0
 """Seconds between two signs that the leader gives to followers it has nothing to ask."""
 
 END, ALIVE = "end", "alive"
-_ENDED = "ended"
-
-AGAIN = "run the same command again, with as many processes as you like: it goes on from the last checkpoint"
 
 
 class RankError(DprandpError):
@@ -62,10 +52,6 @@ class RankError(DprandpError):
     def __init__(self, rank: int, size: int, told: Mapping[str, Any]) -> None:
         self.exit_code = int(told["exit_code"])
         super().__init__(f"rank {rank} of {size}: {told['problem']}", fix=told["fix"])
-
-
-class RankLostError(StorageError):
-    """A process is gone, or cannot be reached (exit code 6)."""
 
 
 class Ranks:
@@ -119,7 +105,7 @@ class _Together:
     """What all ranks do at the same time."""
 
     size: int
-    _wire: _Wire
+    _wire: Wire
 
     def gathered(self, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Every rank's rows, in the order of the ranks.
@@ -150,7 +136,7 @@ class _Together:
 class Leader(_Together, Ranks):
     """Rank 0 of several processes."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.size, self._wire = wire.size, wire
         self._speaking = threading.Lock()
         self._owed = False  # followers are at work, or a message was cut short: they listen to nothing else
@@ -158,7 +144,7 @@ class Leader(_Together, Ranks):
         threading.Thread(target=self._give_signs, daemon=True).start()
 
     def tell(self, task: str, facts: Facts | None = None, tensors: Tensors | None = None) -> None:
-        message = _pack({"task": task, "facts": dict(facts or {}), "answer": False}, tensors or {})
+        message = pack({"task": task, "facts": dict(facts or {}), "answer": False}, tensors or {})
         with self._speaking:
             self._owed = True
             for rank in range(1, self.size):
@@ -172,12 +158,12 @@ class Leader(_Together, Ranks):
         self._owed = True
         for rank, (facts, tensors) in enumerate(parts, 1):
             header = {"task": task, "facts": dict(facts), "answer": True, "together": together}
-            self._wire.send(rank, _pack(header, tensors))
+            self._wire.send(rank, pack(header, tensors))
 
     def answers(self) -> list[dict[str, Tensor]]:
         if not self._owed:
             raise RuntimeError("nothing was asked")
-        received = [_unpack(self._wire.receive(rank)) for rank in range(1, self.size)]
+        received = [unpack(self._wire.receive(rank)) for rank in range(1, self.size)]
         self._owed = False
         self._speaking.release()
         for rank, (header, _) in enumerate(received, 1):
@@ -190,7 +176,7 @@ class Leader(_Together, Ranks):
         self._wire.say_ended(exit_code)  # for those who are at work and will find nobody to answer to
         if self._owed or not self._speaking.acquire(timeout=SIGN_OF_LIFE):
             return
-        message = _pack({"task": END, "facts": {"exit_code": exit_code}, "answer": False}, {})
+        message = pack({"task": END, "facts": {"exit_code": exit_code}, "answer": False}, {})
         for rank in range(1, self.size):
             try:
                 self._wire.send(rank, message)
@@ -198,7 +184,7 @@ class Leader(_Together, Ranks):
                 continue  # it is gone already; the others are to be told all the same
 
     def _give_signs(self) -> None:
-        message = _pack({"task": ALIVE, "facts": {}, "answer": False}, {})
+        message = pack({"task": ALIVE, "facts": {}, "answer": False}, {})
         while not self._over.wait(SIGN_OF_LIFE):
             if self._speaking.acquire(blocking=False):
                 try:
@@ -213,7 +199,7 @@ class Leader(_Together, Ranks):
 class Follower(_Together):
     """One of the other ranks."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.rank, self.size, self._wire = wire.rank, wire.size, wire
 
     def serve(self, tasks: Mapping[str, Task], describe: Callable[[Exception], Mapping[str, Any]]) -> int:
@@ -233,7 +219,7 @@ class Follower(_Together):
         trouble: Mapping[str, Any] | None = None
         try:
             while True:
-                header, tensors = _unpack(self._wire.receive(0))
+                header, tensors = unpack(self._wire.receive(0))
                 if header["task"] == END:
                     return int(header["facts"]["exit_code"])
                 if header["task"] == ALIVE:
@@ -249,7 +235,7 @@ class Follower(_Together):
                             raise
                         trouble = describe(error)
                 if header["answer"]:
-                    self._wire.send(0, _pack({"error": trouble}, made or {}))
+                    self._wire.send(0, pack({"error": trouble}, made or {}))
         except RankLostError:
             ended = self._wire.ended()
             if ended is None:
@@ -263,91 +249,5 @@ def join() -> Leader | Follower:
     Raises:
         UsageError: the environment is not one that ``torchrun`` makes. RankLostError: they cannot be reached.
     """
-    wire = _Wire.from_environment()
+    wire = Wire.from_environment()
     return Leader(wire) if wire.rank == 0 else Follower(wire)
-
-
-class _Wire:
-    """Bytes between the leader and one follower, and a word that outlives the leader."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self.rank, self.size = store, rank, size
-
-    @classmethod
-    def from_environment(cls) -> _Wire:
-        wait = timedelta(seconds=TIMEOUT)
-        # a restarted job meets in the same store, where the words of the job before still stand
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-            store = dist.PrefixStore(f"dprandp/{attempt}", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
-        except ValueError as error:
-            raise UsageError(
-                f"RANK and WORLD_SIZE are set, but not as torchrun sets them: {error}",
-                fix="start several processes with `torchrun --nproc-per-node N -m dprandp ...`, or unset both for one",
-            ) from error
-        except RuntimeError as error:
-            raise RankLostError(
-                "the processes of this job could not reach one another",
-                fix="check torchrun's address and port; GLOO_SOCKET_IFNAME names the network interface to use",
-            ) from error
-        return cls(store, rank, size)
-
-    def send(self, rank: int, message: bytearray) -> None:
-        try:
-            dist.send(torch.tensor([len(message)]), dst=rank)
-            dist.send(torch.frombuffer(message, dtype=torch.uint8), dst=rank)
-        except RuntimeError as error:
-            self._lost(rank, error)
-
-    def receive(self, rank: int) -> bytes:
-        length = torch.zeros(1, dtype=torch.int64)
-        try:
-            dist.recv(length, src=rank)
-            message = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(message, src=rank)
-        except RuntimeError as error:
-            self._lost(rank, error)
-        return message.numpy().tobytes()
-
-    def together(self, exchange: Callable[[], Any]) -> None:
-        try:
-            exchange()
-        except RuntimeError as error:
-            raise RankLostError(
-                f"rank {self.rank} of {self.size} lost another, which ended or has not answered for "
-                f"{TIMEOUT / 60:.0f} minutes",
-                fix=AGAIN,
-            ) from error
-
-    def say_ended(self, exit_code: int) -> None:
-        try:
-            self._store.set(_ENDED, str(exit_code))
-        except RuntimeError:
-            return  # the store is gone: so are those who would look
-
-    def ended(self) -> int | None:
-        """The leader's exit code, if it has left one."""
-        try:
-            return int(self._store.get(_ENDED)) if self._store.check([_ENDED]) else None
-        except RuntimeError:
-            return None
-
-    def _lost(self, rank: int, error: RuntimeError) -> NoReturn:
-        raise RankLostError(
-            f"rank {self.rank} of {self.size} lost rank {rank}, which ended or has not answered for "
-            f"{TIMEOUT / 60:.0f} minutes",
-            fix=AGAIN,
-        ) from error
-
-
-def _pack(header: Mapping[str, Any], tensors: Tensors) -> bytearray:
-    """The length of the header in 8 bytes, the header, and a safetensors file."""
-    text = json.dumps(header).encode()
-    return bytearray(len(text).to_bytes(8, "little") + text + tensors_to_bytes(tensors))
-
-
-def _unpack(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    end = 8 + int.from_bytes(message[:8], "little")
-    return json.loads(message[8:end]), tensors_from_bytes(message[end:], "a message of another rank")

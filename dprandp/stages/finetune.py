@@ -26,7 +26,8 @@ from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import refuse_cross_example_layers
-from dprandp.ranks import RankError, RankLostError
+from dprandp.ranks import RankError
+from dprandp.rankwire import RankLostError
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp import ranks
+from dprandp import ranks, rankwire
 from dprandp.console import Console
 from dprandp.stages import followers
 
@@ -54,9 +54,9 @@ class Hand:
 
     def do(self, task: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._leader.sent.append((self.rank, task, sorted(tensors)))
-        header, received = ranks._unpack(bytes(ranks._pack({"facts": dict(facts)}, tensors)))
+        header, received = rankwire.unpack(bytes(rankwire.pack({"facts": dict(facts)}, tensors)))
         made = self.tasks[task](header["facts"], received)
-        return ranks._unpack(bytes(ranks._pack({}, made or {})))[1]
+        return rankwire.unpack(bytes(rankwire.pack({}, made or {})))[1]
 
 
 class ThreadRank:
