@@ -149,9 +149,8 @@ clipped_sums.sum_of_clipped = lambda gradients, parameters, norm: {
     assert not (probed / "4-finetune/LATEST").exists()
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_16_a_signal_to_all_saves_and_ends(
     dprandp: Dprandp, work: Work, probed: Path, signum: signal.Signals
 ) -> None:
