@@ -189,7 +189,8 @@ def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(monkeypatch: 
 # ----------------------------------------------------------------------------------------------------- whole stages
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_16_probe_and_fine_tune_of_several_ranks_equal_those_of_one(
     copy: Copy, public_run: Path, data: str, record: Record, size: int
 ) -> None:
