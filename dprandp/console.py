@@ -110,27 +110,36 @@ class Console:
         Returns:
             The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
         """
-        if self.debug:
-            sys.stderr.write("".join(traceback.format_exception(error)))
-        if isinstance(error, DprandpError):
-            print(f"error: {error}", file=sys.stderr)
-            if self.debug and error.private_detail:
-                print(f"  private detail, do not publish: {error.private_detail}", file=sys.stderr)
-            return error.exit_code
-        if isinstance(error, OSError) and error.errno:
-            # In the system's words for the number: the error's own may name a private file.
-            print(f"error: the system refused to read or write: {os.strerror(error.errno)}", file=sys.stderr)
-            print("  fix: check the paths, permissions and the disk; --debug shows the place", file=sys.stderr)
-            return 6
+        told = self.described(error)
         if isinstance(error, KeyboardInterrupt):
             print("error: interrupted; what the last checkpoint holds is safe", file=sys.stderr)
             return 130
+        print(f"error: {told['problem']}", file=sys.stderr)
+        if isinstance(error, DprandpError) or not self.debug or told["exit_code"] == 6:
+            print(f"  fix: {told['fix']}", file=sys.stderr)
+        if self.debug and isinstance(error, DprandpError) and error.private_detail:
+            print(f"  private detail, do not publish: {error.private_detail}", file=sys.stderr)
+        return told["exit_code"]
+
+    def described(self, error: BaseException) -> dict[str, Any]:
+        """What may be said of an error: exit_code, problem, fix. With ``--debug`` the traceback goes to stderr."""
+        if self.debug:
+            sys.stderr.write("".join(traceback.format_exception(error)))
+        if isinstance(error, DprandpError):
+            return {"exit_code": error.exit_code, "problem": error.problem, "fix": error.fix}
+        if isinstance(error, OSError) and error.errno:
+            # In the system's words for the number: the error's own may name a private file.
+            problem = f"the system refused to read or write: {os.strerror(error.errno)}"
+            return {
+                "exit_code": 6, "problem": problem,
+                "fix": "check the paths, permissions and the disk; --debug shows the place",
+            }  # fmt: skip
         frames = traceback.extract_tb(error.__traceback__)
         place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
-        print(f"error: this is a bug in dprandp: {type(error).__name__}{place}", file=sys.stderr)
-        if not self.debug:
-            print("  fix: run again with --debug for the traceback; it may show private values", file=sys.stderr)
-        return 1
+        return {
+            "exit_code": 1, "problem": f"this is a bug in dprandp: {type(error).__name__}{place}",
+            "fix": "run again with --debug for the traceback; it may show private values",
+        }  # fmt: skip
 
     def route_logging(self) -> None:
         """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).

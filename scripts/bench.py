@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from dprandp.privacy.clipping import clipped_softmax_sum, clipped_sum, per_example_gradients
-from dprandp.stages.finetune import loss_function
+from dprandp.stages.clipped_sums import loss_function
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.patchnet import PatchNet

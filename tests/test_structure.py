@@ -115,6 +115,8 @@ FOUNDATIONS = {
     "faults": {"errors"},
     "signals": {"errors"},
     "tensorfile": {"errors"},
+    "rankwire": {"errors", "tensorfile"},
+    "ranks": {"errors", "rankwire"},
     "files": {"errors", "faults"},
     "console": {"errors", "files"},
     "locking": {"errors", "files"},
@@ -292,6 +294,10 @@ CODE_FROM_FILES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "jobli
 FORBIDDEN_CALLS = {
     "torch.load", "torch.jit.load", "torch.package.PackageImporter", "eval", "exec", "compile", "__import__",
     "builtins.eval", "builtins.exec", "importlib.import_module",
+    *(f"torch.distributed.{name}" for name in (  # they unpickle what another rank sent
+        "all_gather_object", "broadcast_object_list", "gather_object", "recv_object_list", "scatter_object_list",
+        "send_object_list", "rpc",
+    )),
 }  # fmt: skip
 
 
@@ -357,6 +363,8 @@ def forbidden(tree: ast.Module) -> list[str]:
         "import torch as t\nt.load('x')",
         "from torch import load\nload('x')",
         "import torch\nread = torch.load",
+        "import torch.distributed as dist\ndist.broadcast_object_list(x)",
+        "from torch.distributed import recv_object_list\nrecv_object_list(x)",
         "import pickle",
         "from pickle import loads",
         "def f():\n    import joblib",

@@ -3,6 +3,7 @@
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
     run.py, predict.py, export.py, doctor.py, tune.py, audit.py       one command each
+    together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -16,8 +17,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, audit, doctor, export, predict, run, session, stages, tune
-from dprandp.errors import DprandpError
+from dprandp.cli import about, audit, doctor, export, predict, run, session, stages, together, tune
 from dprandp.signals import end_on_signals
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ def _root(
         print(f"dprandp {__version__}")
         raise typer.Exit
     faults.announce()
+    together.refuse_command(context.invoked_subcommand)
 
 
 def main() -> None:
@@ -56,11 +57,13 @@ def main() -> None:
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug
+    code: object = 0
     try:
+        together.join()  # under torchrun; only rank 0 comes back
         app(standalone_mode=True)
-    except DprandpError as error:
-        sys.exit(session.current.error(error))
-    except KeyboardInterrupt as error:
-        sys.exit(session.current.error(error))
-    except Exception as error:
-        sys.exit(session.current.error(error))
+    except SystemExit as end:
+        code = end.code
+    except (Exception, KeyboardInterrupt) as error:
+        code = session.current.error(error)
+    together.end(code)
+    sys.exit(code)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dprandp.cli import together
 from dprandp.config import SIZES, StageConfig, as_dict
 from dprandp.config import resolve as resolve_config
 from dprandp.console import Console
@@ -117,8 +118,12 @@ def context(
     Raises:
         UsageError: a flag out of its range.
     """
+    from dprandp.ranks import ALONE
     from dprandp.stages.context import Context, prepare_device
 
+    ranks = together.leader or ALONE
+    if ranks.size > 1:
+        together.refuse_flags(device, workers)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
     if insecure_seed is not None and insecure_seed < 0:
@@ -136,6 +141,7 @@ def context(
         resume=resume,
         overwrite=overwrite,
         insecure_seed=insecure_seed,
+        ranks=ranks,
     )
 
 

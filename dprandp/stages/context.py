@@ -12,6 +12,7 @@ import torch
 from dprandp.config import StageConfig, build
 from dprandp.console import Console
 from dprandp.errors import CheckpointError, UsageError
+from dprandp.ranks import ALONE, Ranks
 from dprandp.rundir import RunDir
 
 
@@ -30,6 +31,7 @@ class Context:
         resume: keep the recorded configuration, fall back to the last good checkpoint.
         overwrite: start the stage afresh.
         insecure_seed: seed of the noise for tests; makes the run NOT PRIVATE. None is OS entropy.
+        ranks: the processes that compute for this one, which leads them; by default none.
     """
 
     rundir: RunDir
@@ -42,6 +44,7 @@ class Context:
     resume: bool = False
     overwrite: bool = False
     insecure_seed: int | None = None
+    ranks: Ranks = ALONE
 
 
 def prepare_device(name: str) -> torch.device:

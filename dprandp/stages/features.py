@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.files import atomic_path, atomic_write
+from dprandp.stages.extraction import extract_by_ranks
 from dprandp.stages.private import PrivateStage
-from dprandp.vision.extractors import extract
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import Whitener
@@ -44,7 +44,7 @@ def private_features(
     facts = f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}"
 
     def compute() -> Tensor:
-        images = to_input(split.images)
+        images, ranks = to_input(split.images), stage.context.ranks
         per_view = []
         with stage.context.console.progress(len(images) * views, "private features") as progress:
             for view in range(views):
@@ -53,7 +53,7 @@ def private_features(
                     seen = private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
                 else:
                     seen = images
-                per_view.append(extract(extractor, seen, mirror=mirror, after=whitener, on_batch=progress.advance))
+                per_view.append(extract_by_ranks(ranks, extractor, seen, whitener, mirror, progress.advance))
         return per_view[0] if views == 1 else torch.stack(per_view, dim=1)
 
     return cached(stage, "features", _key(facts, extractor, whitener), compute), labels
@@ -75,7 +75,8 @@ def features_of_test(
 
     def compute() -> Tensor:
         with stage.context.console.progress(len(images), "test images") as progress:
-            return extract(extractor, to_input(images), mirror=mirror, after=whitener, on_batch=progress.advance)
+            ranks = stage.context.ranks
+            return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
 
     if not keep:
         return compute()

@@ -5,10 +5,8 @@
     refit/                    the head fitted once more on the tuned features, where the recipe says so
     metrics.jsonl             norms of the noisy updates: functions of what is released anyway
 
-One loop for every architecture: Poisson batch -> K views of each example -> the mean of their gradients (and over all
-images of a unit, where units have several) -> clip -> sum -> noise -> step. The extractor's parameters are trained as
-θ = s φ with a public factor s (``extractor_scale``): the gradient of φ is s times that of θ, so s decides how much of
-the joint clip norm and of the noise the extractor takes.
+One loop for every architecture: Poisson batch -> clipped sum (``clipped_sums.py``, by all ranks where there are
+several) -> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor s.
 
 Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
 cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.
@@ -17,24 +15,25 @@ cheap full-batch steps of the head on the features of the tuned extractor, from 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional
 
 from dprandp import checkpoint, faults
 from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
-from dprandp.privacy.clipping import per_example_gradients, refuse_cross_example_layers, sum_of_clipped
-from dprandp.privacy.unit_clipping import unit_means
+from dprandp.privacy.clipping import refuse_cross_example_layers
+from dprandp.ranks import RankError
+from dprandp.rankwire import RankLostError
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import probe, release
+from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
 from dprandp.stages.context import Context, recorded
+from dprandp.stages.extraction import tell_model
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
@@ -47,19 +46,12 @@ from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
-from dprandp.vision.patchnet import PatchNet
-from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
-from dprandp.vision.precision import autocast
-from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import PooledOnly
 
 STAGE = "finetune"
 MODEL = "model"
 REFIT = {"sample_rate": 1.0, "clip_norm": 1.0}
 """The mechanism of the refit, but for its steps and noise."""
-
-CLOSED_FORM_MICROBATCH = 16
-"""Examples whose gradients are in memory together: 16 x 1600 filters x 64 weights x 4 bytes = 6.6 MB."""
 
 
 def run(config: FinetuneConfig, context: Context) -> dict:
@@ -189,52 +181,6 @@ def _scratch_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classif
     return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)), False
 
 
-GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
-
-
-def _gradient_source(model: Classifier, scale: float, context: Context) -> GradientSource:
-    """How per-example gradients are computed: (scaled parameters, uint8 [B, K, 3, 32, 32], labels) -> microbatches.
-
-    In closed form for patchnet on a CPU, by automatic differentiation for everything else. Both give gradients with
-    respect to the scaled parameters.
-    """
-    if isinstance(model.extractor, PatchNet) and context.device.type == "cpu":
-        microbatch = context.microbatch or CLOSED_FORM_MICROBATCH
-
-        def closed_form(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
-            model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-            for start in range(0, len(views), microbatch):
-                part = slice(start, start + microbatch)
-                gradients = patchnet_gradients(model, views[part], labels[part])
-                yield {name: unscaled(name, gradients[name], scale) for name in parameters}
-
-        return closed_form
-    loss = loss_function(model, scale, context.device)
-    microbatch = context.microbatch or (1 if context.device.type == "cpu" else 32)
-    return lambda parameters, views, labels: per_example_gradients(loss, parameters, views, labels, microbatch)
-
-
-def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
-    """The loss of one example as ``privacy.clipping`` wants it.
-
-    Returns:
-        f(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views.
-    """
-
-    def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
-        parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
-        with autocast(device):
-            scores = functional_call(model, parameters, (model.extractor.normalise(views),))
-        return functional.cross_entropy(scores.float(), label.expand(len(views)))
-
-    return loss
-
-
-def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
-    """θ = s φ for the extractor's parameters, unchanged for the head."""
-    return value * scale if name.startswith("extractor.") else value
-
-
 def _train(
     config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
 ) -> tuple[dict[str, Tensor], int]:
@@ -265,24 +211,36 @@ def _train(
 
     split = stage.dataset.train()
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
-    gradients_of = _gradient_source(model, scale, stage.context)
+    settings = SumSettings(
+        scale=scale,
+        views=stage.plan.views,
+        seed=config.seed,
+        flip=stage.spec.flip_ok,
+        clip_norm=stage.plan.clip_norm,
+        precise=stage.plan.noise == "discrete",
+        microbatch=stage.context.microbatch,
+    )
+    sums, ranks = ClippedSums(model, settings), stage.context.ranks
+    tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
+    ranks.tell(SETTINGS, vars(settings))
     rows = unit_rows(stage.dataset)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     mechanism = stage.mechanism(first_step, ledger_head)
+
+    def save(done: int) -> None:
+        checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
+
     with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
-            members, sizes = (step.indices, None) if rows is None else rows.images(step.indices)
-            batch = torch.from_numpy(members).to(device)
-            draws = keyed_uniforms(members, step.number, config.seed, stage.plan.views)
-            views = private_views(images[batch], stage.plan.views, draws, flip=stage.spec.flip_ok)
             parameters = {name: state[f"parameters.{name}"] for name in trained}
-            gradients = gradients_of(parameters, views, labels[batch])
-            if sizes is not None:
-                gradients = unit_means(gradients, sizes.tolist())
-            if stage.plan.noise == "discrete":  # the sum's rounding must not add to the sensitivity
-                gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
-            clipped = sum_of_clipped(gradients, parameters, stage.plan.clip_norm)
+            shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
+            try:
+                clipped = sums.over_ranks(ranks, parameters, step.number, shares)
+            except (RankError, RankLostError):
+                if step.number > first_step:  # the step is lost and stays paid; the updates before it need not be
+                    save(step.number)
+                raise
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
@@ -299,7 +257,7 @@ def _train(
             progress.advance(1)
             done = step.number + 1
             if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
-                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
+                save(done)
             stop.raise_if_requested()
     released = {name: unscaled(name, state[f"ema.{name}"], scale).cpu() for name in trained}
     checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)

@@ -4,8 +4,9 @@
     manifest.json         process, seed, count, resolution, and every shard's SHA-256
     preview.png           a contact sheet of the first images
 
-A shard is a function of (process, seed, block, resolution) alone: any number of workers writes the same bytes, and a
-resumed run makes only the shards that are missing.
+A shard is a function of (process, seed, block, resolution) alone: any number of workers or ranks makes the same bytes,
+and a resumed run makes only the shards that are missing. Under several ranks each renders whole shards in its own
+process, and rank 0 writes them all.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dprandp import faults
 from dprandp.config import GenerateConfig, as_dict
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.files import atomic_path, atomic_write, file_sha256, from_json
+from dprandp.ranks import Ranks
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context, recorded
 from dprandp.synth import RESOLUTIONS, process_named, render_block
@@ -35,6 +38,8 @@ from dprandp.vision.images import contact_sheet
 STAGE = "generate"
 PREVIEW_IMAGES = 96
 PREVIEW_COLUMNS = 16
+RENDER = "render"
+"""Task of the other ranks."""
 
 
 def run(config: GenerateConfig, context: Context) -> dict:
@@ -176,6 +181,11 @@ def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], co
     total = sum(blocks.values())
     jobs = [(config.process, config.seed, block, count, config.resolution, folder) for block, count in blocks.items()]
     with graceful_stop() as stop, context.console.progress(total, "images") as progress:
+        if context.ranks.size > 1:
+            for start in range(0, len(jobs), context.ranks.size):
+                progress.advance(_render_round(jobs[start : start + context.ranks.size], context.ranks))
+                stop.raise_if_requested()
+            return total
         if context.workers == 1 or len(jobs) <= 1:
             for job in jobs:
                 progress.advance(_write_shard(*job))
@@ -208,6 +218,26 @@ def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], co
     return total
 
 
+Job = tuple[str, int, int, int, int, Path]
+"""Process, seed, block, count, resolution, folder."""
+
+
+def _render_round(jobs: list[Job], ranks: Ranks) -> int:
+    """One shard by each rank, as far as there are any; returns how many images that were."""
+    first, *others = jobs
+    asked = [({"job": job[:-1]}, {}) for job in others]
+    ranks.ask(RENDER, asked + [({"job": None}, {})] * (ranks.size - len(jobs)))
+    count = _write_shard(*first)
+    for job, made in zip(others, ranks.answers()[: len(others)], strict=True):
+        count += _write_images(made["images"].numpy(), job[2], job[-1])
+    return count
+
+
+def rendered_for(job: list | None) -> dict[str, torch.Tensor]:
+    """A shard's images, uint8 [count, R, R, 3], as another rank makes them for rank 0; nothing for no job."""
+    return {} if job is None else {"images": torch.from_numpy(render_block(*job))}
+
+
 def _end_with_parent() -> None:
     """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
 
@@ -219,11 +249,14 @@ def _end_with_parent() -> None:
 
 
 def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:
-    images = render_block(process, seed, block, count, resolution)
+    return _write_images(render_block(process, seed, block, count, resolution), block, folder)
+
+
+def _write_images(images: np.ndarray, block: int, folder: Path) -> int:
     with atomic_path(folder / shard_name(block)) as temporary:
         np.save(temporary, images, allow_pickle=False)
     faults.point("shard-written")
-    return count
+    return len(images)
 
 
 def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:

@@ -8,6 +8,8 @@ Two ways to learn, chosen by ``arch``:
 
 * ``patchnet``: a dictionary of whitened patches (``vision/dictionary.py``), a laptop's minute;
 * ``wrn-D-K``: contrastive learning (``vision/contrastive.py``), the published recipe at ``--size paper``.
+
+Under several ranks a WRN is learned by all of them (``data_parallel.py``), a dictionary by rank 0 alone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from dprandp import checkpoint
 from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.errors import UsageError
+from dprandp.ranks import Leader
 from dprandp.signals import graceful_stop
+from dprandp.stages import data_parallel
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
 from dprandp.vision import dictionary
@@ -163,8 +167,12 @@ def _learn_dictionary(config: PretrainConfig, context: Context, stop) -> PatchNe
 def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tuple[nn.Module, float | None, float]:
     folder = context.rundir.stage_dir(STAGE)
     images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"))).permute(0, 3, 1, 2)
-    images = colour_mode(images.contiguous(), config.colour).to(context.device)
-    trainer = ContrastiveTrainer(build_extractor(config, _generator(config)), config, images)
+    images, network = colour_mode(images.contiguous(), config.colour), build_extractor(config, _generator(config))
+    shared = isinstance(context.ranks, Leader)
+    if shared:
+        trainer = data_parallel.lead(context.ranks, network, config, images, context.device)
+    else:
+        trainer = ContrastiveTrainer(network, config, images.to(context.device))
     first_step, loss = 0, math.nan
     saved = checkpoint.resume(folder, warn=context.console.warn)
     if saved is not None:
@@ -172,6 +180,8 @@ def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tupl
         first_step, loss = saved.entry("step", int), saved.meta.get("loss")
         trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
         context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
+    if shared:
+        data_parallel.begin(trainer)
     log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
     started = time.perf_counter()
     with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:

@@ -25,6 +25,7 @@ from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
 from dprandp.stages.context import Context, recorded
+from dprandp.stages.extraction import extract_by_ranks
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
@@ -33,7 +34,6 @@ from dprandp.stages.tuned import tuning_of
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import extract
 from dprandp.vision.images import as_declared
 
 STAGE = "probe"
@@ -145,7 +145,7 @@ def public_whitener(
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
     with context.console.progress(len(crops), "synthetic features") as progress:
-        features = extract(extractor, crops, mirror=mirror, on_batch=progress.advance)
+        features = extract_by_ranks(context.ranks, extractor, crops, None, mirror, progress.advance)
     whitener = whitening.fit(features, config.dims, config.whitening_floor)
     checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
     return whitener

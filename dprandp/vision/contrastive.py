@@ -16,7 +16,7 @@ from dprandp.config import PretrainConfig
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.losses import align_uniformity
 from dprandp.vision.precision import autocast
-from dprandp.vision.views import ContrastiveViews
+from dprandp.vision.views import ContrastiveViews, ViewChoices
 from dprandp.vision.wrn import ProjectionHead
 
 STEP_SCHEDULE = (155 / 200, 170 / 200, 185 / 200)
@@ -39,10 +39,14 @@ class ContrastiveTrainer:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
         config: steps, batch_size, lr, momentum, weight_decay, schedule, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains.
+
+    Attributes:
+        count: of images to choose from.
     """
 
     def __init__(self, network: nn.Module, config: PretrainConfig, images: Tensor) -> None:
         self.config, self.images, self.device = config, images, images.device
+        self.count = len(images)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         positions = math.prod(self._map_shape())
         self.head = ProjectionHead(
@@ -67,21 +71,36 @@ class ContrastiveTrainer:
 
     def step(self, step: int) -> Tensor:
         """One update on two views of a batch; returns the loss (a 0-d tensor, not yet synchronised)."""
-        generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, step))
-        chosen = torch.randint(
-            len(self.images), (self.config.batch_size,), generator=generator, device=self.device
-        )  # with replacement: an image more or less often costs nothing, and no epoch has to be remembered
-        first, second = self.views(self.images[chosen], generator)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        with autocast(self.device):
-            both = self.network.normalise(torch.cat([first, second])).to(memory_format=torch.channels_last)
-            x, y = self.head(self.network.trunk(both)).chunk(2)  # published: without the final activation
-        loss = align_uniformity(x, y)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.backward(*self.draw(step))
         self.optimiser.step()
+        return loss
+
+    def draw(self, step: int) -> tuple[Tensor, ViewChoices, ViewChoices]:
+        """A step's images, int64 [batch_size], and the choices of their two views; a function of (seed, step)."""
+        generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, step))
+        chosen = torch.randint(
+            self.count, (self.config.batch_size,), generator=generator, device=self.device
+        )  # with replacement: an image more or less often costs nothing, and no epoch has to be remembered
+        like = self.images.new_empty(()).expand(len(chosen), *self.images.shape[1:])  # a draw looks at shapes alone
+        return chosen, self.views.draw(like, generator), self.views.draw(like, generator)
+
+    def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
+        """Leave the gradient of the loss of a batch in the parameters; returns the loss."""
+        loss = align_uniformity(*self.embed(chosen, first, second))
+        loss.backward()
         return loss.detach()
+
+    def embed(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> tuple[Tensor, Tensor]:
+        """Embeddings [b, projection_dim] of the two views of some images, with a gradient."""
+        images = self.images[chosen]
+        views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
+        with autocast(self.device):
+            both = self.network.normalise(views).to(memory_format=torch.channels_last)
+            x, y = self.head(self.network.trunk(both)).chunk(2)  # published: without the final activation
+        return x, y
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as named tensors."""

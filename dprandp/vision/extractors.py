@@ -4,7 +4,8 @@ An extractor is an ``nn.Module`` with
 
 * ``feature_dim``: int;
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
-* ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time.
+* ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
+* ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given, from which its like can be built.
 
 To add one: write its module, give it a name here, and say in ``stages/pretrain.py`` how it learns from images.
 """
@@ -36,6 +37,12 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
     Raises:
         UsageError: unknown architecture, or sizes that do not fit together.
     """
+    network = _build(config, generator)
+    network.built_from = config
+    return network
+
+
+def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
     if config.arch == "patchnet":
         if (INPUT_SIZE - config.patch_size) // config.stride < 1:  # the 2 x 2 grid needs two patches a side
             raise UsageError(

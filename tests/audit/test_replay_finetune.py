@@ -12,7 +12,7 @@ from dprandp.config import PretrainConfig
 from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.plan import PrivatePlan
-from dprandp.stages import finetune
+from dprandp.stages import clipped_sums
 from dprandp.stages.audit_loops import (
     hardened,
     made_up_images,
@@ -78,10 +78,10 @@ def test_faults_of_the_release_are_flagged(name: str) -> None:
 
 def test_views_that_depend_on_the_batch_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random crops dealt along the batch: leaving out a record hands its crop to the next one."""
-    keyed = finetune.keyed_uniforms
+    keyed = clipped_sums.keyed_uniforms
     wide = replace(PLAN, sample_rate=1.0)
     assert failed(replayed("patchnet", plan=wide)) == []
-    monkeypatch.setattr(finetune, "keyed_uniforms", lambda records, *rest: keyed(torch.arange(len(records)), *rest))
+    monkeypatch.setattr(clipped_sums, "keyed_uniforms", lambda records, *rest: keyed(torch.arange(len(records)), *rest))
     assert "the sums differ by at most the clip norm" in failed(replayed("patchnet", plan=wide))
 
 

@@ -20,9 +20,9 @@ add = plan.add_gaussian_noise
 plan.add_gaussian_noise = lambda sums, std, random: add(sums, std / 10, random)
 """
 NO_CLIP = """
-from dprandp.stages import finetune
-clip = finetune.sum_of_clipped
-finetune.sum_of_clipped = lambda gradients, parameters, norm: clip(gradients, parameters, 1e6)
+from dprandp.stages import clipped_sums
+clip = clipped_sums.sum_of_clipped
+clipped_sums.sum_of_clipped = lambda gradients, parameters, norm: clip(gradients, parameters, 1e6)
 """
 BLIND = """
 from dprandp.privacy.auditing.controls import Control

@@ -48,9 +48,9 @@ PLACES = {
     "a thread": "from dprandp.vision.patchnet import PatchNet; PatchNet.extract = broken",
 }
 IN_FINETUNE = {
-    "gradient of everything": "from dprandp.stages import finetune; finetune.patchnet_gradients = broken",
-    "private views": "from dprandp.stages import finetune; finetune.private_views = broken",
-    "sum": "from dprandp.stages import finetune; finetune.sum_of_clipped = broken",
+    "gradient of everything": "from dprandp.stages import clipped_sums; clipped_sums.patchnet_gradients = broken",
+    "private views": "from dprandp.stages import clipped_sums; clipped_sums.private_views = broken",
+    "sum": "from dprandp.stages import clipped_sums; clipped_sums.sum_of_clipped = broken",
 }
 ERRORS = {
     "value": "ValueError(f'pixel {pixel} of {path}, label {label}, class-of-shame')",

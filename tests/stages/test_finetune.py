@@ -14,7 +14,6 @@ from tiny_run import (
     CLASSES,
     Recorder,
     blobs,
-    context,
     metrics_of,
     plans_of,
     read_json,
@@ -28,7 +27,7 @@ from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
 from dprandp.privacy.sampling import PoissonSampler
-from dprandp.stages import finetune
+from dprandp.stages import clipped_sums, finetune
 from dprandp.vision import extractors, patchnet_gradients, whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.images import to_input
@@ -43,7 +42,7 @@ CLIP = 0.05
 @pytest.fixture
 def exact(monkeypatch: Patch) -> None:
     """float32 everywhere: no bfloat16 where the processor has it."""
-    monkeypatch.setattr(finetune, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(clipped_sums, "autocast", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(extractors, "autocast", lambda device: contextlib.nullcontext())
 
 
@@ -90,15 +89,14 @@ def norm_of(sums: Mapping[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])
-def test_6_the_clipped_sum_is_the_same_for_every_microbatch(tmp_path: Path, exact: None, arch: str) -> None:
+def test_6_the_clipped_sum_is_the_same_for_every_microbatch(exact: None, arch: str) -> None:
     views, labels = views_of(7)
     sums = []
     for microbatch in (None, 1, 3, 16):
         model = model_of(arch)
-        with context(tmp_path / "run", microbatch=microbatch) as given:
-            source = finetune._gradient_source(model, 0.1, given)
-            parameters = scaled_parameters(model, 0.1)
-            sums.append(sum_of_clipped(source(parameters, views, labels), parameters, CLIP))
+        source = clipped_sums.gradient_source(model, 0.1, CPU, microbatch)
+        parameters = scaled_parameters(model, 0.1)
+        sums.append(sum_of_clipped(source(parameters, views, labels), parameters, CLIP))
     for other in sums[1:]:
         assert_close(other, sums[0], 1e-5)
     assert norm_of(sums[0]) <= 7 * CLIP
@@ -109,14 +107,13 @@ def test_6_closed_form_and_automatic_gradients_agree(exact: None) -> None:
     scale = 0.3
     model = model_of("patchnet")
     parameters = scaled_parameters(model, scale)
-    automatic = sum_of_clipped(
-        per_example_gradients(finetune.loss_function(model, scale, CPU), parameters, views, labels, 3), parameters, CLIP
-    )
+    loss = clipped_sums.loss_function(model, scale, CPU)
+    automatic = sum_of_clipped(per_example_gradients(loss, parameters, views, labels, 3), parameters, CLIP)
     closed = patchnet_gradients.per_example_gradients(model, views, labels)
-    closed = {name: finetune.unscaled(name, closed[name], scale) for name in parameters}
+    closed = {name: clipped_sums.unscaled(name, closed[name], scale) for name in parameters}
     assert_close(sum_of_clipped([closed], parameters, CLIP), automatic, 1e-4)
     # the scale matters: with the wrong one the two are far apart
-    wrong = {name: finetune.unscaled(name, closed[name], 2.0) for name in parameters}
+    wrong = {name: clipped_sums.unscaled(name, closed[name], 2.0) for name in parameters}
     with pytest.raises(AssertionError):
         assert_close(sum_of_clipped([wrong], parameters, CLIP), automatic, 1e-2)
 
@@ -128,7 +125,7 @@ def test_6_the_whole_stage_with_another_microbatch(
     released = []
     for microbatch, closed_form in ((1, True), (16, True), (3, False)):
         if not closed_form:
-            monkeypatch.setattr(finetune, "PatchNet", type(None))  # so that no extractor has a closed form
+            monkeypatch.setattr(clipped_sums, "PatchNet", type(None))  # so that no extractor has a closed form
         run = copy(probed_run)
         run_finetune(run, data, {"insecure_seed": 1, "microbatch": microbatch}, views=2)
         released.append(load_file(run / "model/model.safetensors"))
@@ -143,7 +140,7 @@ def test_6_the_whole_stage_with_another_microbatch(
 def test_8_no_gradient_moves_when_another_example_does(exact: None, arch: str, closed_form: bool) -> None:
     views, labels = views_of(5)
     model = model_of(arch)
-    loss = finetune.loss_function(model, 1.0, CPU)
+    loss = clipped_sums.loss_function(model, 1.0, CPU)
     parameters = scaled_parameters(model, 1.0)
 
     def gradients(images: Tensor, answers: Tensor) -> dict[str, Tensor]:
@@ -361,14 +358,14 @@ def test_views_of_an_example_do_not_depend_on_the_batch(
 ) -> None:
     """Leaving out a record hands its random crops to nobody else."""
     draw, seen = PoissonSampler.draw, []
-    views = finetune.private_views
+    views = clipped_sums.private_views
 
     def recorded(images: Tensor, count: int, draws: Tensor, **options) -> Tensor:
         made = views(images, count, draws, **options)
         seen[-1].append({tuple(image.flatten().tolist()[:200]): view for image, view in zip(images, made, strict=True)})
         return made
 
-    monkeypatch.setattr(finetune, "private_views", recorded)
+    monkeypatch.setattr(clipped_sums, "private_views", recorded)
     for keep in (slice(None), slice(1, None)):
         monkeypatch.setattr(PoissonSampler, "draw", lambda sampler, keep=keep: draw(sampler)[keep])
         seen.append([])

@@ -17,7 +17,7 @@ from dprandp import report
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy import clipping
 from dprandp.rundir import RunDir
-from dprandp.stages import finetune, unit_rows
+from dprandp.stages import clipped_sums, unit_rows
 
 Copy = Callable[[Path], Path]
 Patch = pytest.MonkeyPatch
@@ -50,7 +50,7 @@ class Seen(Recorder):
         self.install(patch)
         self.images: list[list[torch.Tensor]] = []
         self.sizes: list[list[int]] = []
-        honest_means, honest_sum = finetune.unit_means, unit_rows.clipped_softmax_sum_of_units
+        honest_means, honest_sum = clipped_sums.unit_means, unit_rows.clipped_softmax_sum_of_units
 
         def means(microbatches: Iterator[Mapping[str, torch.Tensor]], sizes: list[int]):
             rows: list[torch.Tensor] = []
@@ -68,7 +68,7 @@ class Seen(Recorder):
             self.clips.append((clip_norm, len(offsets) - 1))
             return honest_sum(features, labels, offsets, weight, clip_norm, **options)
 
-        patch.setattr(finetune, "unit_means", means)
+        patch.setattr(clipped_sums, "unit_means", means)
         patch.setattr(unit_rows, "clipped_softmax_sum_of_units", softmax_sum)
         return self
 

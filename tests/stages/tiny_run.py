@@ -20,7 +20,7 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivateStep
 from dprandp.privacy.sampling import PoissonSampler
 from dprandp.rundir import RunDir
-from dprandp.stages import finetune, generate, head, pretrain, probe
+from dprandp.stages import clipped_sums, finetune, generate, head, pretrain, probe
 from dprandp.stages.context import Context
 
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
@@ -142,7 +142,7 @@ class Recorder:
 
     def install(self, patch: pytest.MonkeyPatch) -> Recorder:
         draw, release = PoissonSampler.draw, PrivateStep.release
-        softmax_sum, sum_of, test = head.clipped_softmax_sum, finetune.sum_of_clipped, datasets.Dataset.test
+        softmax_sum, sum_of, test = head.clipped_softmax_sum, clipped_sums.sum_of_clipped, datasets.Dataset.test
 
         def recorded_draw(sampler: PoissonSampler) -> np.ndarray:
             indices = draw(sampler)
@@ -183,7 +183,7 @@ class Recorder:
         patch.setattr(PoissonSampler, "draw", recorded_draw)
         patch.setattr(PrivateStep, "release", recorded_release)
         patch.setattr(head, "clipped_softmax_sum", recorded_softmax_sum)
-        patch.setattr(finetune, "sum_of_clipped", recorded_sum_of)
+        patch.setattr(clipped_sums, "sum_of_clipped", recorded_sum_of)
         patch.setattr(datasets.Dataset, "test", recorded_test)
         return self
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from dprandp import datasets
 from dprandp.privacy.sampling import PoissonSampler
-from dprandp.stages import finetune, head
+from dprandp.stages import clipped_sums, head
 
 EXAMPLES, BATCH = 117, 29
 """Sizes of the axes that are watched."""
@@ -109,7 +109,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
     Returns:
         The charged sums, as they are made.
     """
-    train, softmax_sum, sum_of = datasets.Dataset.train, head.clipped_softmax_sum, finetune.sum_of_clipped
+    train, softmax_sum, sum_of = datasets.Dataset.train, head.clipped_softmax_sum, clipped_sums.sum_of_clipped
     sums: list[str] = []
 
     def charged_sum(name: str, function):
@@ -126,7 +126,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
 
     patch.setattr(PoissonSampler, "draw", draw)
     patch.setattr(head, "clipped_softmax_sum", charged_sum("head", softmax_sum))
-    patch.setattr(finetune, "sum_of_clipped", charged_sum("all", sum_of))
+    patch.setattr(clipped_sums, "sum_of_clipped", charged_sum("all", sum_of))
     patch.setattr(datasets.Dataset, "train", lambda dataset: watch_numpy(train(dataset)))
     return sums
 

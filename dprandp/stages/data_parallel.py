@@ -1,0 +1,138 @@
+"""Contrastive pretraining by several ranks: each has a part of the images, and all take every step together.
+
+The loss compares all embeddings of a batch with one another. Each rank embeds the chosen images that it has; the
+embeddings are gathered; each rank takes the whole batch's loss and follows its gradient through its own embeddings
+alone; the ranks' gradients add up to that of one process with the same batch, as every embedding belongs to one rank.
+The ranks begin with the same weights and add the same sum, so they stay equal. Rank 0's state is what is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config import PretrainConfig, as_dict, build
+from dprandp.ranks import Follower, Leader
+from dprandp.vision.contrastive import ContrastiveTrainer
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.losses import align_uniformity
+from dprandp.vision.views import ViewChoices
+
+IMAGES, BEGIN, STEP = "contrastive.images", "contrastive.begin", "contrastive.step"
+"""Tasks of the other ranks."""
+
+MESSAGE_BYTES = 2**26
+"""Of images that are sent at a time."""
+
+
+class SharedTrainer(ContrastiveTrainer):
+    """One rank's part of a contrastive training.
+
+    Args:
+        network, config: as for ``ContrastiveTrainer``, equal on all ranks.
+        images: uint8 [n, 3, R, R], this rank's part of all, in the order of the ranks; n may be 0.
+        ranks: all of them.
+        count: of all images.
+    """
+
+    def __init__(
+        self, network: nn.Module, config: PretrainConfig, images: Tensor, ranks: Leader | Follower, count: int
+    ) -> None:
+        super().__init__(network, config, images)
+        self.ranks, self.count = ranks, count
+        self.starts = [share.start for share in _shares(count, ranks.size)]
+
+    def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
+        """As ``ContrastiveTrainer.backward``; all ranks end up with the gradient of the whole batch."""
+        starts = torch.tensor(self.starts[1:], device=chosen.device)
+        owner = torch.bucketize(chosen, starts, right=True)
+        rank = self.ranks.rank
+        mine = torch.nonzero(owner == rank)[:, 0]
+        x, y = self.embed(chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
+        counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
+        parts = self.ranks.gathered(torch.cat([x, y], dim=1).detach().float(), counts)
+        parts[rank] = torch.cat([x, y], dim=1).float()  # the same values, with their gradient
+        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
+        loss.backward()
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
+        total = self.ranks.summed(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return loss.detach()
+
+    def step(self, step: int) -> Tensor:
+        """As ``ContrastiveTrainer.step``; rank 0's makes the others take it as well."""
+        if self.ranks.rank:
+            return super().step(step)
+        self.ranks.ask(STEP, [({"step": step}, {})] * (self.ranks.size - 1), together=True)
+        loss = super().step(step)
+        self.ranks.answers()
+        return loss
+
+
+def lead(
+    ranks: Leader, network: nn.Module, config: PretrainConfig, images: Tensor, device: torch.device
+) -> SharedTrainer:
+    """The trainer of rank 0, with the images shared out; ``begin`` must follow.
+
+    Args:
+        network, config: as for ``ContrastiveTrainer``.
+        images: uint8 [N, 3, R, R] on the CPU, all of them.
+        device: of rank 0; the others use one of the same kind.
+    """
+    own, *others = _shares(len(images), ranks.size)
+    most = max(1, MESSAGE_BYTES // images[0].numel())
+    facts = {"device": device.type, "of": len(images)}
+    for start in range(0, max(share.stop - share.start for share in others), most):
+        parts = [images[share][start : start + most] for share in others]
+        ranks.ask(IMAGES, [(facts | {"start": start}, {"images": part}) for part in parts])
+        ranks.answers()
+    return SharedTrainer(network, config, images[own].to(device), ranks, len(images))
+
+
+def begin(trainer: SharedTrainer) -> None:
+    """Give the other ranks the state from which rank 0 is about to go on."""
+    trainer.ranks.ask(BEGIN, [({"config": as_dict(trainer.config)}, trainer.state())] * (trainer.ranks.size - 1))
+    trainer.ranks.answers()
+
+
+class SharedTraining:
+    """What another rank does for ``lead`` and ``begin``, by task."""
+
+    def __init__(self, ranks: Follower) -> None:
+        self._ranks = ranks
+        self._images: list[Tensor] = []
+        self._count = 0
+        self._trainer: SharedTrainer
+
+    def images(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Take a part of this rank's images; the first part makes it forget those of an earlier training."""
+        self._images = [*(self._images if facts["start"] else []), tensors["images"].to(device)]
+        self._count = facts["of"]
+        return {}
+
+    def begin(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the trainer."""
+        config = build("pretrain", facts["config"])
+        images = torch.cat(self._images)
+        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, self._count)
+        self._trainer.load_state(tensors)
+        return {}
+
+    def step(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take a step with the others."""
+        self._trainer.step(facts["step"])
+        return {}
+
+
+def _shares(count: int, size: int) -> list[slice]:
+    return [slice(rank * count // size, (rank + 1) * count // size) for rank in range(size)]
+
+
+def _rows(choices: ViewChoices, rows: Tensor) -> ViewChoices:
+    picked = {name: getattr(choices, name)[rows] for name in ("boxes", "flip", "factors", "grey")}
+    return replace(choices, **picked)
