@@ -22,15 +22,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [shlex.split(line, comments=True) for fence in FENCES for line in fence.splitlines() if line.strip()]
 OURS = [command[1:] for command in COMMANDS if command[0] == "dprandp"]
+UNDER_TORCHRUN = [command for command in COMMANDS if command[0] == "torchrun"]
 SCRIPTS = [command[1:] for command in COMMANDS if command[0] == "python"]
 
 
-def test_there_are_commands_of_three_kinds_and_no_others() -> None:
-    assert {command[0] for command in COMMANDS} == {"dprandp", "python", "make"}
+def test_there_are_commands_of_four_kinds_and_no_others() -> None:
+    assert {command[0] for command in COMMANDS} == {"dprandp", "python", "make", "torchrun"}
     assert len(OURS) >= 10
 
 
-@pytest.mark.parametrize("command", OURS, ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [*OURS, *(command[command.index("dprandp") + 1 :] for command in UNDER_TORCHRUN)], ids=" ".join
+)
 def test_every_command_parses(command: list[str]) -> None:
     """Flags exist and take such values; a flag that does not exist is the control."""
     group = typer.main.get_command(app)
@@ -79,13 +82,14 @@ def test_every_process_of_the_table_is_known() -> None:
 def test_the_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "scan.png")
-    for command in OURS:
+    ours = [["-m", "dprandp", *command] for command in OURS]
+    together = [["-m", "torch.distributed.run", *command[1:]] for command in UNDER_TORCHRUN]
+    for command in [*ours, *together]:
         done = subprocess.run(
-            [sys.executable, "-m", "dprandp", *command], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env=environment(),
-        )  # fmt: skip
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment()
+        )
         assert done.returncode == 0, (command, done.stderr)
-        assert done.stdout.strip() or command[0] == "datasets"
+        assert done.stdout.strip() or "datasets" in command
 
 
 def environment() -> dict[str, str]:

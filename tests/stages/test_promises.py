@@ -342,9 +342,9 @@ def test_17_the_feature_cache_is_of_these_data_and_this_extractor(
 ) -> None:
     """The cache is used when nothing changed, and never when the extractor did (as it has in the refit)."""
     run, computed = copy(public_run), []
-    honest = features_module.extract
+    honest = features_module.extract_by_ranks
     monkeypatch.setattr(
-        features_module, "extract", lambda *args, **options: (computed.append(1), honest(*args, **options))[1]
+        features_module, "extract_by_ranks", lambda *args, **options: (computed.append(1), honest(*args, **options))[1]
     )
     run_probe(run, data)
     run_probe(run, data, {"overwrite": True})
