@@ -27,7 +27,7 @@ generate: $(READY)  ## Phase I: synthetic images
 	$(BIN)/dprandp generate --run $(RUN) --size $(SIZE) $(FLAGS)
 
 pretrain: generate  ## Phase I: the feature extractor
-	$(BIN)/dprandp pretrain --run $(RUN) --size $(SIZE) $(FLAGS)
+	$(BIN)/dprandp pretrain --run $(RUN) --size $(SIZE) --data $(DATA) $(FLAGS)
 
 probe: pretrain  ## Phase II: a private head
 	$(BIN)/dprandp probe --run $(RUN) --size $(SIZE) --data $(DATA) --eps $(EPS) $(FLAGS)
