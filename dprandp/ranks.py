@@ -54,6 +54,17 @@ class RankError(DprandpError):
         super().__init__(f"rank {rank} of {size}: {told['problem']}", fix=told["fix"])
 
 
+def shares(count: int, size: int, block: int = 1) -> list[slice]:
+    """Cut ``count`` rows into ``size`` runs of rows, in order, as evenly as whole blocks of rows allow.
+
+    Guarantee:
+        Every row is in exactly one share. Shares may be empty.
+    """
+    blocks = -(-count // block)
+    ends = [min(count, block * (rank * blocks // size)) for rank in range(size + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
 class Ranks:
     """The leader of ``size`` processes, which may be 1.
 
@@ -65,14 +76,8 @@ class Ranks:
     rank, size = 0, 1
 
     def shares(self, count: int, block: int = 1) -> list[slice]:
-        """Cut ``count`` rows into one run of rows for each rank, in order, as evenly as whole blocks of rows allow.
-
-        Guarantee:
-            Every row is in exactly one share. Shares may be empty.
-        """
-        blocks = -(-count // block)
-        ends = [min(count, block * (rank * blocks // self.size)) for rank in range(self.size + 1)]
-        return [slice(start, end) for start, end in pairwise(ends)]
+        """One share of ``count`` rows for each rank; see the function of this name."""
+        return shares(count, self.size, block)
 
     def tell(self, task: str, facts: Facts | None = None, tensors: Tensors | None = None) -> None:
         """Send every follower the same; an error there is raised here by the next ``answers``."""

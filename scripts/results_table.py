@@ -119,11 +119,11 @@ def print_table(rows: list[dict]) -> None:
     """Markdown: a line per data set, extractor, stage and ε; mean ± sample standard deviation over seeds, per cent."""
     print("| data | extractor | stage | ε | test accuracy | AUC | majority | seeds |")
     print("|---|---|---|---|---|---|---|---|")
-    cells = sorted({(r["data"], r["size"], r["extractor"], r["stage"], float(r["epsilon"])) for r in rows})
-    for data, size, extractor, stage, epsilon in cells:
-        wanted = (data, size, extractor, stage, str(epsilon))
-        names = ("data", "size", "extractor", "stage")
-        chosen = [r for r in rows if (*(r[name] for name in names), str(float(r["epsilon"]))) == wanted]
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        cell = (row["data"], row["size"], row["extractor"], row["stage"], float(row["epsilon"]))
+        cells.setdefault(cell, []).append(row)
+    for (data, size, extractor, stage, epsilon), chosen in sorted(cells.items(), key=lambda item: item[0]):
         print(
             f"| {data} ({size}) | {extractor} | {stage} | {epsilon:g} | {spread(chosen, 'accuracy')} "
             f"| {spread(chosen, 'auc')} | {100 * chosen[0]['majority_accuracy']:.1f} | {len(chosen)} |"

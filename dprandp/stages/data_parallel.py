@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config import PretrainConfig, as_dict, build
-from dprandp.ranks import Follower, Leader
+from dprandp.ranks import Follower, Leader, shares
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.losses import align_uniformity
@@ -43,7 +43,7 @@ class SharedTrainer(ContrastiveTrainer):
     ) -> None:
         super().__init__(network, config, images)
         self.ranks, self.count = ranks, count
-        self.starts = [share.start for share in _shares(count, ranks.size)]
+        self.starts = [share.start for share in shares(count, ranks.size)]
 
     def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
         """As ``ContrastiveTrainer.backward``; all ranks end up with the gradient of the whole batch."""
@@ -84,7 +84,7 @@ def lead(
         images: uint8 [N, 3, R, R] on the CPU, all of them.
         device: of rank 0; the others use one of the same kind.
     """
-    own, *others = _shares(len(images), ranks.size)
+    own, *others = ranks.shares(len(images))
     most = max(1, MESSAGE_BYTES // images[0].numel())
     facts = {"device": device.type, "of": len(images)}
     for start in range(0, max(share.stop - share.start for share in others), most):
@@ -127,10 +127,6 @@ class SharedTraining:
         """Take a step with the others."""
         self._trainer.step(facts["step"])
         return {}
-
-
-def _shares(count: int, size: int) -> list[slice]:
-    return [slice(rank * count // size, (rank + 1) * count // size) for rank in range(size)]
 
 
 def _rows(choices: ViewChoices, rows: Tensor) -> ViewChoices:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dprandp.config import PretrainConfig, build
 from dprandp.privacy.clipping import sum_of_clipped
-from dprandp.ranks import ALONE, Ranks
+from dprandp.ranks import ALONE, Ranks, shares
 from dprandp.stages import clipped_sums, data_parallel, extraction, generate
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
 from dprandp.vision import contrastive
@@ -294,7 +294,7 @@ def trained(rank: ThreadRank | None, pictures: Tensor, config: PretrainConfig):
         trainer = contrastive.ContrastiveTrainer(network, config, pictures)
     else:
         rank.ask, rank.answers = lambda *given, together=False: None, lambda: []
-        own = data_parallel._shares(len(pictures), rank.size)[rank.rank]
+        own = shares(len(pictures), rank.size)[rank.rank]
         trainer = data_parallel.SharedTrainer(network, config, pictures[own], rank, len(pictures))
     losses = [float(trainer.step(step)) for step in range(config.steps)]
     return SimpleNamespace(losses=losses, state=trainer.state())
