@@ -73,13 +73,14 @@ def run_all(
         "generate": {"process": process, "count": count, "resolution": resolution},
         "pretrain": {
             "arch": arch, "steps": pretrain_steps, "random_init": random_init,
-            "colour": session.colour_of(data, data_dir, classes),
         },
         "probe": private | {
             "share": share, "steps": probe_steps, "batch_size": probe_batch_size, "lr": probe_lr, "views": probe_views,
         },
         "finetune": private | tuning,
     }  # fmt: skip
+    colour = session.colour_of(data, data_dir, classes)
+    fitting = {"pretrain": {"colour": colour}} if colour else {}
     with (session.looked_at if plan else session.opened)(run, create=True) as rundir:
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, download=download, workers=workers,
@@ -87,7 +88,8 @@ def run_all(
         )  # fmt: skip
 
         def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None):
-            return session.resolve(rundir, stage, size, config, given[stage] | {"seed": seed}, planned)
+            flags_of_stage = given[stage] | {"seed": seed}
+            return session.resolve(rundir, stage, size, config, flags_of_stage, planned, fitting.get(stage))
 
         configs = _all_stages(resolve, rundir, resume)
         if configs["probe"].share == 1:

@@ -57,10 +57,12 @@ def resolve(
     file: Path | None,
     given: dict[str, Any],
     planned: Mapping[str, StageConfig] | None = None,
+    fitting: Mapping[str, Any] | None = None,
 ):
     """Configuration from flags, with what the run already decided (size, data, budget) as defaults.
 
-    ``planned`` stages count as decided by the run.
+    ``planned`` stages count as decided by the run. ``fitting`` values suit the data, as they are declared: they stand
+    where neither a flag nor the configuration file says otherwise.
     """
     recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
     recorded |= {name: as_dict(config) for name, config in (planned or {}).items()}
@@ -68,12 +70,14 @@ def resolve(
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
     if size is None and before:
         size = before[-1].get("size")
-    inherited: dict[str, Any] = {}
+    inherited: dict[str, Any] = dict(fitting or {})
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
-        inherited = {k: v for k, v in recorded["probe"].items() if k in decided}
+        inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
     elif stage in recorded:
-        inherited = {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
+        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
+        if recorded[stage].get("colour") == "mixed":  # made before the data were known, and fit for either kind
+            inherited["colour"] = "mixed"
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
 
 

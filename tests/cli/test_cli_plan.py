@@ -11,6 +11,10 @@ import pytest
 from cli_process import Dprandp, refused, state_of
 from test_cli_budget import NO_PIXELS
 
+from dprandp.cli import session
+from dprandp.config import as_dict, build
+from dprandp.rundir import RunDir
+
 RunAfter = Callable[[str], Path]
 
 PRIVATE = ("--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
@@ -129,3 +133,23 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
     assert "finetune: none, the probe is given the whole budget" in done.out
     first = [line.split()[0] for line in done.out.splitlines()]
     assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "file", "resolved"),
+    [(None, None, "grey"), ("mixed", None, "mixed"), ("grey", None, "grey"), ("rgb", None, "grey"),
+     (None, "rgb", "rgb"), ("mixed", "rgb", "rgb")],
+)  # fmt: skip
+def test_the_colour_that_fits_the_data(
+    tmp_path: Path, recorded: str | None, file: str | None, resolved: str
+) -> None:
+    """Of grey data: an extractor for either kind stays, one for colours alone does not pass for it; the user wins."""
+    rundir = RunDir.open(tmp_path / "run", create=True)
+    if recorded:
+        with rundir.lock():
+            config = as_dict(build("pretrain", {"colour": recorded}))
+            rundir.begin("pretrain", config, {}, resume=False, overwrite=False)
+    toml = tmp_path / "c.toml"
+    toml.write_text(f'[pretrain]\ncolour = "{file}"\n' if file else "")
+    config = session.resolve(rundir, "pretrain", None, toml, {"colour": None}, fitting={"colour": "grey"})
+    assert config.colour == resolved
