@@ -7,7 +7,6 @@ gradients are averaged over the views before Opacus clips them, as published DP-
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +63,6 @@ class OpacusStep:
             from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
         except ImportError as error:
             raise PeerMissing(f"Opacus cannot be imported ({error}); {HOW}") from error
-        logging.getLogger("opacus").setLevel(logging.ERROR)
         self.model, self._device = model, next(model.parameters()).device
         inner = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
         noise = {
