@@ -10,7 +10,7 @@ EPS     ?= 1
 FLAGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate pretrain probe finetune report demo test test-slow lint bench clean
+.PHONY: help setup generate pretrain probe finetune report demo test test-slow lint bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,8 +51,11 @@ test-slow: $(READY)  ## the slow tests
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 
-bench: $(READY)  ## speed of the parts, as ratios against plain alternatives
-	$(BIN)/python scripts/bench.py
+bench: $(READY)  ## speed of each stage against what else could be used: a quarter of an hour
+	$(BIN)/dprandp bench
+
+bench-quick: $(READY)  ## the same in two minutes; fails if a ratio regressed
+	$(BIN)/dprandp bench --quick
 
 clean:  ## remove runs and caches; .venv and data stay
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -7,6 +7,7 @@ code  class                  meaning
 ====  =====================  =====================================================
 1     (any other exception)  a bug in dprandp
 1     AuditError             the audit contradicts the privacy claim, or missed a fault it was shown
+1     BenchmarkError         a ratio of speed regressed past its bound, or two ways to compute the same disagree
 2     UsageError             a flag or a configuration value makes no sense
 3     InputError             an input is missing or invalid (data, shards, folders)
 4     CheckpointError        a checkpoint is corrupt or belongs to something else
@@ -76,6 +77,12 @@ class StorageError(DprandpError):
 
 class AuditError(DprandpError):
     """The audit contradicts the privacy claim, or missed a fault that it was shown (exit code 1: a bug somewhere)."""
+
+    exit_code = 1
+
+
+class BenchmarkError(DprandpError):
+    """A ratio of speed regressed past its bound, or two ways to compute the same disagree (exit code 1: a bug)."""
 
     exit_code = 1
 

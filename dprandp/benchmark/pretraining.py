@@ -1,0 +1,77 @@
+"""Phase I, contrastive training: a whole step against nothing but forward and backward of the same networks.
+
+Both sides have the same network, projection head and precision; the pure side has its views ready, normalised and in
+the memory format that is faster, has no loss to speak of and makes no update: what it takes is the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dprandp.benchmark import generator
+from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, Side
+from dprandp.benchmark.pairs import agree
+from dprandp.config import PretrainConfig
+from dprandp.vision.contrastive import ContrastiveTrainer
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.precision import autocast
+
+PURE = "forward and backward alone"
+
+SIZES = {  # architecture, images of a step (two views each), hidden size of the head, resolution of the images
+    "full": ("wrn-16-4", 64, 1024, 64),
+    "quick": ("wrn-16-4", 8, 256, 64),
+    "tiny": ("wrn-10-1", 4, 16, 32),
+}
+
+
+def case(scale: str) -> Case:
+    """``ContrastiveTrainer.step`` against the pure rate."""
+    arch, batch, hidden, resolution = SIZES[scale]
+    config = PretrainConfig(arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000)
+
+    def trainer() -> ContrastiveTrainer:
+        network = build_extractor(config, torch.Generator().manual_seed(0))
+        return ContrastiveTrainer(network, config, generator.images(resolution, 2 * batch))
+
+    def ready(made: ContrastiveTrainer) -> Tensor:
+        chosen, first, second = made.draw(0)
+        views = torch.cat([made.views.apply(made.images[chosen], each) for each in (first, second)])
+        return made.network.normalise(views).to(memory_format=torch.channels_last)
+
+    def embedding(made: ContrastiveTrainer, views: Tensor) -> Tensor:
+        with autocast(made.device):
+            return made.head(made.network.trunk(views))
+
+    def ours():
+        made = trainer()
+        number = iter(range(config.steps))
+        return lambda: made.step(next(number))
+
+    def pure():
+        made = trainer()
+        views = ready(made)
+
+        def work() -> None:
+            made.optimiser.zero_grad(set_to_none=True)
+            embedding(made, views).float().square().mean().backward()
+
+        return work
+
+    def check() -> Mapping[str, float]:
+        made = trainer()
+        with torch.no_grad():
+            embedded = torch.cat(made.embed(*made.draw(0)))
+            return {PURE: agree(PURE, embedded, embedding(made, ready(made)), 1e-4)}
+
+    return Case(
+        ours=Side(OURS, ours, 2 * batch),
+        others=(Side(PURE, pure, 2 * batch),),
+        comparisons=(Comparison(PURE, "× the rate", target=Limit(0.9)),),
+        check=check,
+        sizes=f"{arch}, {2 * batch} views of {resolution} px images, head {hidden}",
+        unit="view",
+    )

@@ -1,0 +1,131 @@
+"""The whole benchmark in order, as plain values for JSON and for ``table.py``."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Collection
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dprandp.benchmark import bounds, curves, pairs, processes
+from dprandp.benchmark.cases import Findings
+from dprandp.benchmark.registry import PAIRS
+from dprandp.environment import facts
+from dprandp.errors import BenchmarkError, UsageError, nearest
+from dprandp.vision.precision import has_fast_bfloat16
+
+CURVES = "curves"
+QUICK = (
+    "generator", "pretraining", "patchnet", "patchnet-gradients", "probe", "finetune", "finetune-opacus", "one-view",
+    "accountant",
+)  # fmt: skip
+PEERS = ("opacus", "prv-accountant")
+FULL_ROUNDS, QUICK_ROUNDS = 5, 3
+
+
+def names() -> list[str]:
+    """Everything that ``--only`` takes, in the order in which it is measured."""
+    return [*PAIRS, processes.NAME, CURVES, *(f"{CURVES}:{name}" for name in curves.CURVES)]
+
+
+def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        only: names; none is everything (of ``--quick``: the pairs of ``QUICK``, without memory).
+        scale: full, quick or tiny.
+        rounds: of every pair.
+        say: for progress.
+
+    Returns:
+        machine, scale, rounds, figures, curves, left_out: plain values. ``regressions``: keys of the figures past their
+        bound, in quick runs.
+
+    Raises:
+        UsageError: an unknown name, or a curve in a quick run. BenchmarkError: two sides disagree.
+    """
+    for name in only:
+        if name not in names():
+            raise UsageError(f"the benchmark has no part {name!r}", fix=nearest(name, names()))
+    if rounds < 1:
+        raise UsageError(f"--rounds {rounds} is below 1", fix="give 1 or more")
+    findings, quick = Findings(), scale == "quick"
+    for name, pair in PAIRS.items():
+        if name in only if only else (not quick or name in QUICK):
+            found = pairs.measure(pair, scale, rounds, say, weigh=not quick)
+            findings.figures += found.figures
+            findings.left_out += found.left_out
+    if processes.NAME in only or not (only or quick):
+        _refuse_quick(quick, processes.NAME)
+        found = processes.measure(scale, rounds, say, processes.cores())
+        findings.figures += found.figures
+        findings.left_out += found.left_out
+    for name in curves.CURVES:
+        if not {CURVES, f"{CURVES}:{name}"}.isdisjoint(only) or not (only or quick):
+            _refuse_quick(quick, CURVES)
+            findings.curves.append(curves.measure(name, scale, min(rounds, 3), say))
+    figures = bounds.bounded(findings.figures) if quick else findings.figures
+    return {
+        "machine": machine(),
+        "scale": scale,
+        "rounds": rounds,
+        "figures": [figure.to_dict() for figure in figures],
+        "curves": findings.curves,
+        "left_out": [entry.to_dict() for entry in findings.left_out],
+        "regressions": [figure.key for figure in bounds.regressions(figures)],
+    }
+
+
+def raise_for(result: dict[str, Any]) -> None:
+    """End a quick run that regressed.
+
+    Raises:
+        BenchmarkError: a ratio is past its bound.
+    """
+    if result["regressions"]:
+        past = {_key(row): row for row in result["figures"] if row["held"] is False}
+        told = "; ".join(f"{key}: {row['ratio']:.3g}, bound {row['bound']}" for key, row in past.items())
+        raise BenchmarkError(
+            f"{len(past)} of the ratios regressed past a bound ({told})",
+            fix="measure it again alone with --only; if it stays, the change that slowed it down has to be found",
+        )
+
+
+def _key(row: dict[str, Any]) -> str:
+    """As ``Figure.key``."""
+    return f"{row['pair']} {row['quantity']} {row['against']}"
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions; nothing that identifies anybody."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        **facts(),
+        "processor": _processor(),
+        "cores": processes.cores(),
+        "threads": torch.get_num_threads(),
+        "bfloat16": has_fast_bfloat16("cpu"),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo")
+    if lines.is_file():
+        for line in lines.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _refuse_quick(quick: bool, name: str) -> None:
+    if quick:
+        raise UsageError(f"--quick has no {name}", fix="leave --quick out")
