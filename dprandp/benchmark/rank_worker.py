@@ -52,8 +52,7 @@ def images_of(ranks: Ranks, sizes: dict) -> Sides:
 
 def features_of(ranks: Ranks, sizes: dict) -> Sides:
     """PatchNet features, as the probe extracts them."""
-    net = patchnet.random_net(sizes["filters"])
-    net.built_from = PretrainConfig(filters=sizes["filters"])
+    net = build_extractor(PretrainConfig(filters=sizes["filters"]), torch.Generator().manual_seed(0))
     count = sizes["batches"] * BATCH  # whole batches are what is shared out
     pixels = patchnet.pixels(count, 3, 32, 32)
 

@@ -39,6 +39,7 @@ def without_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opacus", None)  # an import of it fails
 
 
+@pytest.mark.slow
 def test_a_tiny_run_is_plain_values_and_a_table() -> None:
     result = suite.run(["generator", "probe"], "tiny", 2, silent)
     assert json.loads(json.dumps(result)) == result
@@ -65,6 +66,7 @@ def test_a_missing_peer_is_named_in_both_outputs(without_opacus: None) -> None:
     assert table.lines(result).count("LEFT OUT: Opacus") == 3
 
 
+@pytest.mark.slow
 def test_ghost_clipping_is_left_out_where_views_are_averaged() -> None:
     found = pairs.measure(registry.PAIRS["finetune-opacus"], "tiny", 1, silent, weigh=False)
     assert [(entry.peer, "each view by itself" in entry.reason) for entry in found.left_out] == [(GHOST, True)]
@@ -102,6 +104,7 @@ def test_another_clip_norm_shows_in_the_check_of_the_probe(monkeypatch: pytest.M
         registry.PAIRS["probe"].build("tiny").check()
 
 
+@pytest.mark.slow
 def test_the_dense_network_makes_the_same_bytes_but_for_rounding() -> None:
     renders = (stylegan.render, peer_stylegan.render)
     ours, theirs = (render(np.random.default_rng(5), stylegan.CHUNK, 16).astype(int) for render in renders)

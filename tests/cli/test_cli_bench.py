@@ -13,6 +13,7 @@ bounds.BOUNDS = {key: Limit(1e6) for key in bounds.BOUNDS}
 """
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_passed_ends_with_1(dprandp: Dprandp) -> None:
     done = dprandp("bench", "--quick", "--rounds", 1, "--json", before=SLOW_PROBE)
     assert done.code == 1
