@@ -36,6 +36,9 @@ _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy"}
 """Numbers from 0 to 1."""
 
+_REFIT = {"sample_rate", "steps", "lost_steps", "noise_multiplier", "clip_norm"}
+"""What a refit of the head must hold: its mechanism is disclosed."""
+
 _PRIVATE = {
     "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
     "sample_rate", "charged_steps", "noise_multiplier", "clip_norm", "views",  # the card of a later stage names them
@@ -98,5 +101,5 @@ def _fits(name: str, value: Any) -> bool:
         rows = isinstance(value, list) and all(isinstance(row, list) and len(row) == len(value) for row in value)
         return rows and all(type(count) is int and 0 <= count < 2**63 for row in value for count in row)
     if name == "refit":
-        return isinstance(value, dict) and all(_fits(key, item) for key, item in value.items())
+        return isinstance(value, dict) and value.keys() >= _REFIT and all(_fits(*entry) for entry in value.items())
     return True

@@ -248,8 +248,8 @@ class Ledger:
                     f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
                     fix="Use the version of dprandp that wrote it.",
                 )
-            if type(body.get("examples")) is not int or body["examples"] < 1:
-                raise self._damaged(number, "its number of examples makes no sense")
+            if type(body.get("examples")) is not int or body["examples"] < 1 or type(body.get("data_unit")) is not str:
+                raise self._damaged(number, "its number of examples, or the unit they are of, makes no sense")
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))

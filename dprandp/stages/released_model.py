@@ -119,6 +119,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             config["format"] == MODEL_FORMAT
             and config["input"]["size"] == INPUT_SIZE
             and type(config["input"]["mirror"]) is bool
+            and isinstance(config["extractor"], dict)
             and len(shape) == 3
             and all(type(side) is int and 1 <= side <= 10_000 for side in shape)
             and shape[2] in (1, 3)

@@ -21,10 +21,11 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
 from dprandp.reporting import disclosure
 from dprandp.rundir import RunDir
-from dprandp.stages import overview
+from dprandp.stages import overview, released_model
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import recorded
 from dprandp.stages.private import PrivatePlan
+from dprandp.vision.images import INPUT_SIZE
 
 
 def refused(call: Callable[[], object], code: int, *fragments: str) -> DprandpError:
@@ -72,6 +73,13 @@ def test_ledger_lines_of_other_types(tmp_path: Path, change: dict[str, Any]) -> 
 def test_ledger_headers_of_other_types(tmp_path: Path, examples: object) -> None:
     path = ledger_at(tmp_path / "ledger.jsonl", HEADER | {"examples": examples})
     refused(lambda: Ledger.open(path), 4, "Line 1", "number of examples")
+
+
+@pytest.mark.parametrize("unit", [None, 3, ["image"]])
+def test_ledger_headers_of_no_unit(tmp_path: Path, unit: object) -> None:
+    path = ledger_at(tmp_path / "ledger.jsonl", HEADER | {"data_unit": unit})
+    refused(lambda: Ledger.open(path), 4, "Line 1", "the unit")
+    Ledger.open(ledger_at(path, HEADER))
 
 
 PLAN = PrivatePlan("probe", 100, 1.0, 5, 4.0, 1.0, 1, 2.0, 1e-5).to_dict()
@@ -123,6 +131,7 @@ def write_run(folder: Path, change: dict[str, Any], **top: Any) -> RunDir:
         ({"result": {"epsilon": 10**400}}, "'epsilon'"), ({"result": {"confusion": [[1], [2]]}}, "'confusion'"),
         ({"result": {"classes": ["a"], "confusion": [[1, 0], [0, 1]]}}, "'confusion'"),
         ({"result": {"process": "\x1b[2J"}}, "'process'"), ({"result": {"refit": {"lost_steps": "1"}}}, "'refit'"),
+        ({"result": {"refit": {"lost_steps": 0, "steps": 3, "sample_rate": 1.0, "noise_multiplier": 4.0}}}, "'refit'"),
         ({"outputs": {"x" * 300: "0"}}, "files"), ({"outputs": {"../../../etc/passwd": "0"}}, "files"),
         ({"outputs": {"/etc/passwd": "0"}}, "files"), ({"outputs": {"a\0b": "0"}}, "files"),
         ({"started": None}, "times"), ({"finished": "2026-13-45T99:99"}, "times"), ({"finished": 7}, "times"),
@@ -251,3 +260,18 @@ def test_what_a_card_says_of_an_earlier_stage_is_asked_for_before_anything_is_pa
     disclosure._in_short(Watched())
     assert asked
     assert asked <= runresults.NEEDED["probe"]
+
+
+@pytest.mark.parametrize("extractor", [None, [], "wrn-16-4"])
+def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None:
+    described = {
+        "format": released_model.MODEL_FORMAT,
+        "input": {"shape": [32, 32, 3], "size": INPUT_SIZE, "mirror": True},
+        "classes": ["a", "b"],
+        "sha256": {name: "0" for name in released_model.MODEL_FILES if name != "config.json"},
+        "result": {"private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
+        "extractor": {},
+    }
+    assert released_model._config(tmp_path, json.dumps(described).encode()) == described
+    damaged = json.dumps(described | {"extractor": extractor}).encode()
+    refused(lambda: released_model._config(tmp_path, damaged), 4, "no description of a model")
