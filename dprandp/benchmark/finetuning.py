@@ -23,7 +23,7 @@ from torch.nn import functional
 from dprandp.benchmark import generator
 from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, MemoryComparison, PeerMissing, Side
 from dprandp.benchmark.pairs import agree
-from dprandp.benchmark.peer_opacus import FUNCTORCH, GHOST, HOOKS, DpSgd, OpacusStep
+from dprandp.benchmark.peer_opacus import FUNCTORCH, GHOST, HOOKS, DpSgd, OpacusStep, refuse_views
 from dprandp.benchmark.timing import Work
 from dprandp.config import PretrainConfig
 from dprandp.privacy.noise import SystemRandom
@@ -148,8 +148,7 @@ class Bench:
 
     def opacus(self, mode: str, sigma: float = SIGMA) -> tuple[Work, nn.Sequential]:
         """Opacus' step, and the model that it moves: extractor and a linear layer."""
-        if mode == GHOST and self.shape.views > 1:
-            raise PeerMissing("clips each view by itself: it never has the gradients whose mean is to be clipped")
+        refuse_views(mode, self.shape.views)  # before the network is built for nothing
         model = self.model()
         linear = nn.Linear(*model.head.shape, bias=False)
         linear.weight.data.copy_(model.head.detach().T)

@@ -33,6 +33,12 @@ class DpSgd:
     batch: int
 
 
+def refuse_views(mode: str, views: int) -> None:
+    """Refuse (PeerMissing) to average views in a mode that never has the gradients whose mean is to be clipped."""
+    if mode == GHOST and views > 1:
+        raise PeerMissing("clips each view by itself: it never has the gradients whose mean is to be clipped")
+
+
 def preload() -> None:
     """Load the library where it is installed, so that its own size does not count as memory of a step."""
     try:
@@ -81,7 +87,7 @@ class OpacusStep:
             self._wrapped = GradSampleModule(model, force_functorch=mode == FUNCTORCH)
             self._optimiser = DPOptimizer(inner, **noise)
             self._criterion = criterion
-        self._ghost = mode == GHOST
+        self._mode = mode
 
     def __call__(self, parts: Sequence[tuple[Tensor, Tensor]], views: int = 1) -> None:
         """One update.
@@ -91,8 +97,7 @@ class OpacusStep:
                 other; their gradients are in memory together, part after part.
             views: K. Ghost clipping cannot average views before the clip: 1 only.
         """
-        if self._ghost and views > 1:
-            raise PeerMissing("clips each view by itself: it never has the gradients whose mean is to be clipped")
+        refuse_views(self._mode, views)
         for number, (inputs, labels) in enumerate(parts, 1):
             self._optimiser.signal_skip_step(do_skip=number < len(parts))
             self._optimiser.zero_grad(set_to_none=True)

@@ -86,17 +86,12 @@ def raise_for(result: dict[str, Any]) -> None:
         BenchmarkError: a ratio is past its bound.
     """
     if result["regressions"]:
-        past = {_key(row): row for row in result["figures"] if row["held"] is False}
-        told = "; ".join(f"{key}: {row['ratio']:.3g}, bound {row['bound']}" for key, row in past.items())
+        past = zip(result["regressions"], (row for row in result["figures"] if row["held"] is False), strict=True)
+        told = "; ".join(f"{key}: {row['ratio']:.3g}, bound {row['bound']}" for key, row in past)
         raise BenchmarkError(
-            f"{len(past)} of the ratios regressed past a bound ({told})",
+            f"{len(result['regressions'])} of the ratios regressed past a bound ({told})",
             fix="measure it again alone with --only; if it stays, the change that slowed it down has to be found",
         )
-
-
-def _key(row: dict[str, Any]) -> str:
-    """As ``Figure.key``."""
-    return f"{row['pair']} {row['quantity']} {row['against']}"
 
 
 def machine() -> dict[str, Any]:
