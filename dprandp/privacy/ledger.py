@@ -13,7 +13,8 @@ Guarantee:
 
 A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it pays for
 was ever used. It is still counted as one full charge when everything that costs can be read from it, and dropped only
-when it breaks off before that; both aloud.
+when it breaks off before that; both aloud. What follows the last line and is no beginning of a line (other bytes, or
+more of them than a line has) was not left by a cut: it may stand where paid lines were, and is refused.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dprandp.privacy.ledger_line import (
     KINDS,
     Charge,
     TuningCharge,
+    begins_a_line,
     refuse_senseless,
     seal,
     storage_error,
@@ -207,11 +209,6 @@ class Ledger:
         """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
         return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
 
-    def events_for(self, stage: str, attempt: int | None = None) -> list[Event]:
-        """What one stage (one attempt of it, or all) has paid."""
-        paid = [*self.charges, *self.tunings]
-        return merge_events([c.event for c in paid if c.stage == stage and attempt in (None, c.attempt)])
-
     def events_besides(self, stage: str, attempt: int) -> list[Event]:
         """What everything but one attempt of one stage has paid."""
         paid = [*self.charges, *self.tunings]
@@ -272,6 +269,8 @@ class Ledger:
         return charge
 
     def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
+        if not begins_a_line(torn):
+            raise self._damaged(number, "it is not the beginning of a line, so more may be lost than one")
         try:
             charge = Charge.from_torn(torn)
         except (ValueError, TypeError, OverflowError, UsageError) as error:

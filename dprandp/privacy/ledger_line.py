@@ -104,6 +104,9 @@ _NAMES = [field.name for field in fields(Charge)]
 _FIELDS = [rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES]
 _FIELDS[_NAMES.index("noise")] = f"(?:{_FIELDS[_NAMES.index('noise')]})?"  # older versions did not write it
 _TORN = re.compile(r'\{"kind":"charge",' + "".join(_FIELDS))
+_START = b'{"kind":"'
+_LONGEST_LINE = 700
+"""Bytes: a charge has under 500 with every number written out to its last digit."""
 
 
 def seal(body: dict[str, Any], previous: str) -> tuple[bytes, str]:
@@ -131,6 +134,16 @@ def unseal(line: bytes) -> tuple[dict[str, Any], str, str]:
     if sealed != line + b"\n":
         raise ValueError("it was changed after it was written")
     return body, record["previous"], digest
+
+
+def begins_a_line(torn: bytes) -> bool:
+    """Whether a write cut short can have left this: the first bytes of one line, and zeros where the rest never came.
+
+    A file system that had noted the new length of the file, but not yet its content, shows zeros after a power cut.
+    """
+    written = torn.rstrip(b"\0")
+    start = written[: len(_START)]
+    return len(torn) <= _LONGEST_LINE and _START.startswith(start) and all(32 <= byte < 127 for byte in written)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from dprandp.errors import CheckpointError, StorageError, UsageError
+from dprandp.privacy import ledger_line
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
 
@@ -38,8 +39,6 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
     assert again.charges == filled.charges
     assert again.head == filled.head
     assert again.events() == [GaussianEvent(9.25, 0.08192, 11), GaussianEvent(40.0, 1.0, 60)]
-    assert again.events_for("finetune") == [GaussianEvent(9.25, 0.08192, 11)]
-    assert again.events_for("finetune", 2) == [GaussianEvent(9.25, 0.08192, 5)]
     assert again.events_besides("finetune", 2) == [GaussianEvent(9.25, 0.08192, 6), GaussianEvent(40.0, 1.0, 60)]
     assert (again.charged_steps("finetune", 1), again.charged_steps("finetune", 2)) == (6, 5)
     assert (again.last_attempt("finetune"), again.last_attempt("audit")) == (2, 0)
@@ -222,6 +221,52 @@ def test_a_torn_line_with_senseless_values_is_refused(filled, path):
     path.write_bytes(b"".join(lines_of(path)[:-1]) + torn)
     with pytest.raises(CheckpointError, match="Line 6 "):
         Ledger.open(path)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(lambda line: bytes(len(line)), id="zeros where the whole line was to come"),
+        pytest.param(lambda line: line[:90] + bytes(len(line) - 90), id="zeros where the rest was to come"),
+    ],
+)
+def test_zeros_after_a_power_cut_are_a_torn_line(filled, path, left):
+    *whole, last = lines_of(path)
+    path.write_bytes(b"".join(whole) + left(last))
+    said: list[str] = []
+    assert len(Ledger.open(path, warn=said.append).charges) == len(whole) - 1
+    assert "cut off" in said[0]
+    assert path.read_bytes() == b"".join(whole)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda lines: b"\x07\xfe" * 50, id="other bytes over paid lines"),
+        pytest.param(lambda lines: lines[-1][:90] + b"\xff", id="other bytes in the line"),
+        pytest.param(lambda lines: lines[-1][1:90], id="the middle of a line"),
+        pytest.param(lambda lines: bytes(len(lines[-1]) + len(lines[-2])), id="zeros over two lines"),
+        pytest.param(lambda lines: lines[-2][:90] + lines[-2][:90] * 10, id="longer than a line"),
+    ],
+)
+def test_an_end_that_no_cut_can_have_left_is_refused(filled, path, end):
+    lines = lines_of(path)
+    path.write_bytes(b"".join(lines[:-2]) + end(lines))
+    with pytest.raises(CheckpointError, match=r"Line 5 .* not the beginning of a line"):
+        Ledger.open(path)
+
+
+def test_no_charge_is_longer_than_a_torn_line_may_be(path):
+    ledger = Ledger.create(path, examples=2**53)
+    lengthy = {
+        "noise_multiplier": 1.2345678901234567e-100,
+        "sample_rate": 1.2345678901234567e-100,
+        "clip_norm": 1.2345678901234567e-100,
+    }
+    ledger.charge(
+        stage="finetune", attempt=2**53, steps=2**53, random="insecure-seed", noise="discrete", **lengthy
+    )
+    assert len(lines_of(path)[-1]) + len(b',"repaired":true') < ledger_line._LONGEST_LINE
 
 
 # ---------------------------------------------------------------- writing
