@@ -330,8 +330,7 @@ def _finetune_on_made_up(
 def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Context) -> list[dict[str, Any]]:
     """Replays on the run's private records; every value of what is returned is private."""
     row = next(row for row in context.rundir.status() if row["stage"] == name)
-    found = []
-    watched = [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
+    found, watched = [], [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
     if name == finetune.STAGE:
         config, lr, scale = _finetune_settings(context)
         dataset = finetune.open_stage(config, context, write=False).dataset
