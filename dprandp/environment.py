@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 
@@ -18,3 +19,15 @@ def facts() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
     }
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may still take without swapping, as Linux estimates it; None where nobody says."""
+    listed = Path("/proc/meminfo")
+    if not listed.is_file():
+        return None
+    for line in listed.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None

@@ -82,12 +82,25 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     with storage_errors(path):
         try:
             yield temporary
-            _fsync(temporary, os.O_RDWR)
-            faults.point("temp-written")
-            os.replace(temporary, path)
+            move_into_place(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a file that is written to its end its real name, bytes and name forced to the disk.
+
+    Args:
+        temporary: in the same folder as ``path``; nobody has it open for writing.
+
+    Raises:
+        StorageError: any ``OSError``.
+    """
+    with storage_errors(path):
+        _fsync(temporary, os.O_RDWR)
+        faults.point("temp-written")
+        os.replace(temporary, path)
         fsync_directory(path.parent)
         faults.point("renamed")
 

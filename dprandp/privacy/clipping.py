@@ -144,6 +144,7 @@ def clipped_softmax_sum(
     clip_norm: float,
     block: int = 512,
     precise: bool = False,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of clipped gradients of the softmax cross-entropy of a linear head without bias, in closed form.
 
@@ -152,15 +153,18 @@ def clipped_softmax_sum(
         mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
 
     and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache:
-    memory is read once.
+    memory is read once, in order, and nothing as large as the features is made. So they may lie in a memory-mapped
+    file that is larger than memory.
 
     Args:
-        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0.
+        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0. Only read.
         labels: int64 [B], values in 0 … classes−1.
         weight: [D, classes].
         clip_norm: C from 1e-8 to 1e8.
         block: records at a time; speed only, never the result.
         precise: compute in float64 throughout, so that rounding cannot add to the sensitivity (for discrete noise).
+        rows: int64 [b], positions of the records of the batch, each at most once; they are gathered block by block.
+            None for all B records.
 
     Returns:
         float32 [D, classes] (float64 for float64 features, or where ``precise``). See the module's Guarantee.
@@ -169,17 +173,22 @@ def clipped_softmax_sum(
         UsageError: shapes, labels or values do not fit. The message holds no label.
     """
     check_softmax_inputs(features, labels, weight, clip_norm, block)
+    if rows is not None:
+        check_rows(rows, len(features))
     views_given = features.ndim == 3
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if views_given else 1
-    block = max(1, min(block // views, len(features)))
+    count = len(features) if rows is None else len(rows)
+    block = max(1, min(block // views, count))
 
     def part(number: int, parts: int) -> torch.Tensor:
-        mine = slice(number * len(features) // parts, (number + 1) * len(features) // parts)
-        return _softmax_part(features[mine], labels[mine], weight, clip_norm, block)
+        mine = slice(number * count // parts, (number + 1) * count // parts)
+        if rows is None:
+            return _softmax_part(features[mine], labels[mine], weight, clip_norm, block)
+        return _softmax_part(features, labels[rows[mine]], weight, clip_norm, block, rows[mine])
 
-    many = features.device.type == "cpu" and len(features) >= 4 * block
+    many = features.device.type == "cpu" and count >= 4 * block
     total = sum(in_parts(part, None if many else 1))
     return total.T.to(precision).contiguous()
 
@@ -201,22 +210,39 @@ def check_softmax_inputs(
         raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
 
 
+def check_rows(rows: torch.Tensor, count: int) -> None:
+    """Refuse positions int64 [b] outside 0 … count−1, or given twice: a record that came twice would weigh twice."""
+    inside = bool(((rows >= 0) & (rows < count)).all())
+    if not inside or (len(rows) and int(torch.bincount(rows, minlength=count).max()) > 1):
+        raise UsageError(
+            f"The rows are not different positions in 0 … {count - 1}.", fix="Give each record's position at most once."
+        )
+
+
 @torch.no_grad()
 def _softmax_part(
-    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    clip_norm: float,
+    block: int,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum over some of the records, float64 [classes, D]; arguments as for ``clipped_softmax_sum``, checked."""
+    """The sum over some of the records, float64 [classes, D]; arguments as for ``clipped_softmax_sum``, checked.
+
+    ``labels``, int64 [b], are those of ``rows`` where these are given.
+    """
     precision, classes = weight.dtype, weight.shape[1]
     views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
     # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else features.new_empty((block, *features.shape[1:]), dtype=precision)
-    for start in range(0, len(features), block):
-        x = features[start : start + block]
+    for start in range(0, len(labels), block):
+        x = features[start : start + block] if rows is None else features[rows[start : start + block]]
         if buffer is not None:
             x = buffer[: len(x)].copy_(x)
-        rows = x.reshape(-1, x.shape[-1])
-        residual = torch.softmax(rows @ weight, dim=1).view(len(x), views, classes)
+        flat = x.reshape(-1, x.shape[-1])
+        residual = torch.softmax(flat @ weight, dim=1).view(len(x), views, classes)
         chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
         residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
         factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
@@ -224,8 +250,8 @@ def _softmax_part(
         residual.mul_((factors / views).view(-1, 1, 1))
         if not bool(counted.all()):
             residual = torch.where(counted.view(-1, 1, 1), residual, torch.zeros_like(residual))
-            rows = torch.where(counted.repeat_interleave(views)[:, None], rows, torch.zeros_like(rows))
-        total += residual.view(-1, classes).T @ rows  # [classes, D]: the faster orientation of the two
+            flat = torch.where(counted.repeat_interleave(views)[:, None], flat, torch.zeros_like(flat))
+        total += residual.view(-1, classes).T @ flat  # [classes, D]: the faster orientation of the two
     return total
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import check_softmax_inputs, clip_factors, clipped_softmax_sum, outer_norms
+from dprandp.privacy.clipping import check_rows, check_softmax_inputs, clip_factors, clipped_softmax_sum, outer_norms
 
 BLOCK_BYTES = 2**22
 """Of the rows, or of the units' gradients, that are in memory together."""
@@ -30,6 +30,7 @@ def clipped_softmax_sum_of_units(
     clip_norm: float,
     block_bytes: int = BLOCK_BYTES,
     precise: bool = False,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum over units of clipped gradients of the softmax cross-entropy of a linear head without bias.
 
@@ -41,14 +42,19 @@ def clipped_softmax_sum_of_units(
     formed and its norm is that of what is added; where it is smaller, ‖G_u‖ comes from the Gram matrices of the rows,
     as in ``clipped_softmax_sum``, through which units of a single image go.
 
+    Rows are gathered block by block, so that the features may lie in a memory-mapped file larger than memory.
+
     Args:
         features: [M, D] or [M, K, D], the images' rows, those of one unit next to each other; any floating dtype.
+            Only read.
         labels: int64 [M], values in 0 … classes−1.
         offsets: int64 [U+1] on the CPU, rising strictly from 0 to M: unit u has the rows offsets[u] … offsets[u+1]−1.
         weight: [D, classes].
         clip_norm: C from 1e-8 to 1e8.
         block_bytes: memory only, never the result.
         precise: compute in float64 throughout.
+        rows: int64 [m], positions of images, each at most once; the offsets then cut *these* into units, and run to m.
+            None where the images lie unit by unit already.
 
     Returns:
         float32 [D, classes]; float64 for float64 features, or where ``precise``.
@@ -57,10 +63,13 @@ def clipped_softmax_sum_of_units(
         UsageError: shapes, labels, offsets or values do not fit. The message holds no label and no size of a unit.
     """
     check_softmax_inputs(features, labels, weight, clip_norm, 1)
+    if rows is not None:
+        check_rows(rows, len(features))
     sizes = offsets.diff()
-    if len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(features) or bool((sizes < 1).any()):
+    count = len(features) if rows is None else len(rows)
+    if len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((sizes < 1).any()):
         raise UsageError(
-            f"The {len(offsets)} offsets do not cut {len(features)} rows into units.",
+            f"The {len(offsets)} offsets do not cut {count} rows into units.",
             fix="Give offsets that rise strictly from 0 to the number of rows.",
         )
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
@@ -70,12 +79,14 @@ def clipped_softmax_sum_of_units(
     for size in sizes.unique().tolist():
         starts = offsets[:-1][sizes == size]
         if size == 1:
-            total += clipped_softmax_sum(features[starts], labels[starts], weight, clip_norm, precise=precise)
+            single = (starts if rows is None else rows[starts]).to(features.device)
+            total += clipped_softmax_sum(features, labels, weight, clip_norm, precise=precise, rows=single)
             continue
         width = max(size * views * weight.shape[0], weight.numel()) * weight.element_size()
         for first in starts.split(max(1, block_bytes // width)):
-            rows = (first[:, None] + torch.arange(size)).to(features.device)
-            total += _equal_units(features[rows].to(precision), labels[rows], weight, clip_norm)
+            places = first[:, None] + torch.arange(size)
+            places = (places if rows is None else rows[places]).to(features.device)
+            total += _equal_units(features[places].to(precision), labels[places], weight, clip_norm)
     return total.to(precision)
 
 

@@ -43,7 +43,7 @@ from dprandp.stages.audit_loops import (
 from dprandp.stages.audit_tests import SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
 from dprandp.stages.budget import default_delta, read_plan_file
 from dprandp.stages.context import Context
-from dprandp.stages.features import private_features
+from dprandp.stages.features import private_features, require_room
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
 from dprandp.stages.private_plan import open_private_stage
 from dprandp.vision.classifier import Classifier
@@ -330,8 +330,7 @@ def _finetune_on_made_up(
 def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Context) -> list[dict[str, Any]]:
     """Replays on the run's private records; every value of what is returned is private."""
     row = next(row for row in context.rundir.status() if row["stage"] == name)
-    found = []
-    watched = [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
+    found, watched = [], [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
     if name == finetune.STAGE:
         config, lr, scale = _finetune_settings(context)
         dataset = finetune.open_stage(config, context, write=False).dataset
@@ -344,6 +343,7 @@ def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Contex
     features, labels = private_features(
         stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
     )
+    require_room(2 * features.numel() * features.element_size(), "replaying on the private records")
     records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head))
     for record in watched:
         found += as_values(replay_head(plan, records.ending_with(record)), "private record")

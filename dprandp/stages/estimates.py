@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dprandp.config import GenerateConfig, PretrainConfig
+from dprandp.stages.extraction import BATCH, BLOCK_BYTES
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.wrn import parse_wrn
@@ -109,15 +110,20 @@ def probe_cost(
     facts: Extractor, *, train: int, test: int, statistics: int, dims: int, classes: int, steps: int, views: int,
     mirror: bool, cpu: bool, cores: int,
 ) -> Cost:  # fmt: skip
-    """Features of all images once; then steps on the features."""
+    """Features of all images once; then steps on the features, which stay on the disk.
+
+    They are read through a memory map: beside ``memory_bytes`` the operating system uses what memory is free for them,
+    and needs none. Where all of them fit, steps run at the speed of memory; where they do not, at that of the disk.
+    """
     passes = (train * views + test + statistics) * (2 if mirror else 1)
     features = train * views * dims * FLOAT
     small = min(statistics, facts.feature_dim)
     whitening = statistics * facts.feature_dim * FLOAT + 3 * small**2 * FLOAT
-    memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + max(whitening, features) + features / 4
+    blocks = 4 * max(BLOCK_BYTES, BATCH * views * max(dims, facts.feature_dim) * FLOAT)
+    memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + max(whitening, blocks)
     seconds = passes * facts.forward_seconds + 4 * steps * train * views * dims * classes / HEAD_FLOPS
     whitener = facts.feature_dim * dims * FLOAT
-    disk = features + 3 * whitener + facts.parameters * FLOAT
+    disk = features + test * dims * FLOAT + 3 * whitener + facts.parameters * FLOAT
     return Cost(int(disk), int(memory + whitener), seconds / cores if cpu else None)
 
 
@@ -125,7 +131,7 @@ def finetune_cost(
     facts: Extractor, *, train: int, test: int, dims: int, classes: int, expected_batch: float, steps: int, views: int,
     refit_steps: int, mirror: bool, cpu: bool, cores: int,
 ) -> Cost:  # fmt: skip
-    """Per-example gradients of every parameter; then, where there is a refit, features of all images again."""
+    """Per-example gradients of every parameter; then, where there is a refit, features of all images again, on disk."""
     parameters = (facts.parameters + dims * classes) * FLOAT
     features = train * dims * FLOAT if refit_steps else 0
     passes = test * (2 if mirror else 1) + (train * (2 if mirror else 1) if refit_steps else 0)
@@ -133,7 +139,8 @@ def finetune_cost(
     seconds += 4 * refit_steps * train * dims * classes / HEAD_FLOPS
     whitener = facts.feature_dim * dims * FLOAT
     batch = expected_batch * views * 3 * INPUT_SIZE**2 * 5 + 16 * parameters
-    memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + whitener + features + 5 * parameters + batch
+    pixels, tested = (train + test) * 3 * INPUT_SIZE**2, test * dims * FLOAT
+    memory = PROGRAM_BYTES + pixels + tested + whitener + 5 * parameters + batch
     return Cost(int(8 * parameters + features + whitener), int(memory), seconds / cores if cpu else None)
 
 

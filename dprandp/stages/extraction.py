@@ -6,7 +6,7 @@ same others: equal threads and processors give equal features, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ MODEL, FEATURES = "model", "features"
 BATCH = 256
 ROUND = 16 * BATCH
 """Rows that a rank is asked for at a time: 13 MB of pixels."""
+BLOCK_BYTES = 2**26
+"""Of features in memory before they go to the disk."""
 
 
 def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes: int) -> None:
@@ -70,19 +72,44 @@ def extract_by_ranks(
     """
     if ranks.size == 1 or len(images) == 0:
         return share_of_features(extractor, images, whitener, mirror, on_batch)
-    tell_model(ranks, extractor, PooledOnly(extractor.feature_dim) if whitener is None else whitener, 1)
     out: Tensor | None = None
-    for start in range(0, len(images), ROUND * ranks.size):
-        rows = images[start : start + ROUND * ranks.size]
-        shares = ranks.shares(len(rows), BATCH)
-        facts = {"mirror": mirror, "whiten": whitener is not None}
-        ranks.ask(FEATURES, [(facts, {"images": rows[share]}) for share in shares[1:]])
-        own = share_of_features(extractor, rows[shares[0]], whitener, mirror, on_batch)
-        out = torch.empty(len(images), *own.shape[1:]) if out is None else out
-        for share, part in zip(shares, [own, *(made["features"] for made in ranks.answers())], strict=True):
-            out[start + share.start : start + share.stop] = part
-        on_batch(len(rows) - len(own))
+    done = 0
+    for part in features_of_blocks(
+        ranks, extractor, images.split(ROUND * ranks.size), whitener, mirror, on_batch
+    ):
+        out = torch.empty(len(images), *part.shape[1:]) if out is None else out
+        out[done : done + len(part)] = part
+        done += len(part)
     return out
+
+
+def features_of_blocks(
+    ranks: Ranks,
+    extractor: nn.Module,
+    blocks: Iterable[Tensor],
+    whitener: nn.Module | None,
+    mirror: bool,
+    on_batch: Callable[[int], None],
+) -> Iterator[Tensor]:
+    """``extract_by_ranks`` of each block of images in turn; the other ranks are given the model once.
+
+    Args:
+        blocks: uint8 [b, 3, 32, 32] each, b ≥ 1, at most ``ROUND`` for each rank.
+
+    Yields:
+        float32 [b, ...] on the CPU for each block.
+    """
+    if ranks.size > 1:
+        tell_model(ranks, extractor, PooledOnly(extractor.feature_dim) if whitener is None else whitener, 1)
+    for images in blocks:
+        shares = ranks.shares(len(images), BATCH)
+        facts = {"mirror": mirror, "whiten": whitener is not None}
+        ranks.ask(FEATURES, [(facts, {"images": images[share]}) for share in shares[1:]])
+        own = share_of_features(extractor, images[shares[0]], whitener, mirror, on_batch)
+        others = [made["features"] for made in ranks.answers()]
+        if others:
+            on_batch(len(images) - len(own))
+        yield torch.cat([own, *others]) if others else own
 
 
 def share_of_features(

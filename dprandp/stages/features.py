@@ -1,27 +1,29 @@
 """Features of the private images: computed once, kept in ``private/``, never released.
 
 Each row is a function of one private image and of public things (extractor, whitener, seed of the views), so the rows
-are as private as the images, and one record still touches exactly one row.
+are as private as the images, and one record still touches exactly one row. They are written block by block and read
+through a memory map (``feature_file.py``): they need not fit in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dprandp.files import atomic_path, atomic_write
-from dprandp.stages.extraction import extract_by_ranks
+from dprandp.environment import available_memory
+from dprandp.errors import StorageError, UsageError
+from dprandp.stages.extraction import BATCH, BLOCK_BYTES, ROUND, extract_by_ranks, features_of_blocks
+from dprandp.stages.feature_file import FeatureFile
 from dprandp.stages.private import PrivateStage
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import Whitener
 
-CACHE_BYTES = 8 * 2**30
-"""Larger features are not cached on disk."""
+LABELS = {"features": "private features", "test-features": "test images"}
 
 
 def private_features(
@@ -37,26 +39,20 @@ def private_features(
         seed: public randomness of the views.
 
     Returns:
-        float32 [N, dims], or [N, K, dims] for K > 1, and int64 [N].
+        float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N].
     """
     split = stage.dataset.train()
     labels = torch.from_numpy(split.labels)
     facts = f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}"
 
-    def compute() -> Tensor:
-        images, ranks = to_input(split.images), stage.context.ranks
-        per_view = []
-        with stage.context.console.progress(len(images) * views, "private features") as progress:
-            for view in range(views):
-                if views > 1:
-                    draws = keyed_uniforms(np.arange(len(images)), view, seed, 1)
-                    seen = private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
-                else:
-                    seen = images
-                per_view.append(extract_by_ranks(ranks, extractor, seen, whitener, mirror, progress.advance))
-        return per_view[0] if views == 1 else torch.stack(per_view, dim=1)
+    def view(images: Tensor, first: int, number: int) -> Tensor:
+        if views == 1:
+            return images
+        draws = keyed_uniforms(np.arange(first, first + len(images)), number, seed, 1)
+        return private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
 
-    return cached(stage, "features", _key(facts, extractor, whitener), compute), labels
+    key = _key(facts, extractor, whitener)
+    return _kept(stage, "features", key, split.images, extractor, whitener, mirror, view, views), labels
 
 
 def features_of_test(
@@ -73,33 +69,81 @@ def features_of_test(
         float32 [N, dims].
     """
 
-    def compute() -> Tensor:
+    if not keep:
         with stage.context.console.progress(len(images), "test images") as progress:
             ranks = stage.context.ranks
             return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
-
-    if not keep:
-        return compute()
-    facts = f"test {hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()} {images.shape} {mirror}"
-    return cached(stage, "test-features", _key(facts, extractor, whitener), compute)
+    facts = f"test {hashlib.sha256(np.ascontiguousarray(images)).hexdigest()} {images.shape} {mirror}"
+    return _kept(stage, "test-features", _key(facts, extractor, whitener), images, extractor, whitener, mirror)
 
 
-def cached(stage: PrivateStage, name: str, key: str, compute: Callable[[], Tensor]) -> Tensor:
-    """``private/NAME.npy`` if it was computed from what ``key`` is a hash of, else computed and kept."""
-    folder = stage.context.rundir.private_dir
-    cache, tag = folder / f"{name}.npy", folder / f"{name}.key"
-    if cache.exists() and tag.exists() and tag.read_text(encoding="utf-8") == key:
-        try:
-            return torch.from_numpy(np.load(cache, allow_pickle=False))
-        except (OSError, ValueError, EOFError):
-            stage.context.console.warn(f"{cache} is damaged; the features are computed again")
-    features = compute()
-    if features.numel() * features.element_size() <= CACHE_BYTES:
-        tag.unlink(missing_ok=True)  # the key is written last, so a torn cache is never believed
-        with atomic_path(cache) as temporary:
-            np.save(temporary, features.numpy(), allow_pickle=False)
-        atomic_write(tag, key)
-    return features
+def _kept(
+    stage: PrivateStage,
+    name: str,
+    key: str,
+    images: np.ndarray,
+    extractor: nn.Module,
+    whitener: nn.Module,
+    mirror: bool,
+    view: Callable[[Tensor, int, int], Tensor] = lambda images, first, number: images,
+    views: int = 1,
+) -> Tensor:
+    """``private/NAME.npy`` if it was computed from what ``key`` is a hash of, else computed; memory-mapped.
+
+    Args:
+        images: uint8 [N, H, W, 1 or 3].
+        view: (uint8 [b, 3, 32, 32], position of the first of these images, number of the view) -> their views.
+        views: K; more than one have an axis of their own.
+
+    Returns:
+        float32 [N, dims] or [N, K, dims], read-only.
+    """
+    context = stage.context
+    file = FeatureFile(context.rundir.private_dir, name, len(images))
+    found = file.read(key, context.console.warn)
+    if found is not None:
+        return found
+    rows = rows_at_once(views, whitener.dims) * context.ranks.size
+    label = LABELS[name]
+
+    def blocks(begun: int) -> Iterator[Tensor]:
+        starts = range(begun, len(images), rows)
+
+        def seen() -> Iterator[Tensor]:
+            for start in starts:
+                block = to_input(images[start : start + rows])
+                yield from (view(block, start, number) for number in range(views))
+
+        with context.console.progress(len(images) * views, label, done=begun * views) as progress:
+            made = features_of_blocks(context.ranks, extractor, seen(), whitener, mirror, progress.advance)
+            for _ in starts:
+                yield next(made) if views == 1 else torch.stack([next(made) for _ in range(views)], dim=1)
+
+    file.write(key, blocks)
+    written = file.read(key, context.console.warn)
+    if written is None:
+        raise StorageError(f"{file.path} cannot be read back", fix="check the disk, then run the same command again")
+    return written
+
+
+def rows_at_once(views: int, dims: int) -> int:
+    """Images of one rank whose features are computed before they go to the disk; whole batches, whoever resumes."""
+    most = BLOCK_BYTES // (4 * views * dims)
+    return max(BATCH, min(ROUND, most // BATCH * BATCH))
+
+
+def require_room(needed: int, what: str) -> None:
+    """Refuse work that takes ``needed`` bytes of memory beside the features where there are fewer.
+
+    Raises:
+        UsageError: exit code 2; nothing was paid for it.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise UsageError(
+            f"{what} would take {needed / 1e9:.3g} GB of memory, and {available / 1e9:.3g} GB are available",
+            fix="use a machine with more memory, or fewer dims; the probe itself reads features from the disk",
+        )
 
 
 def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:

@@ -103,7 +103,7 @@ def fit_head(
 
     Args:
         stage: an accepted stage whose plan is fixed.
-        features: float [N, d] or [N, K, d], unit norm (private).
+        features: float [N, d] or [N, K, d], unit norm (private); memory-mapped or not, and never copied as a whole.
         labels: int64 [N] (private).
         start: float32 [d, classes], where the head begins: zero, or the released head of an earlier stage.
         settings: learning rate, momentum, what is released.
@@ -139,9 +139,9 @@ def fit_head(
             if units is not None:
                 clipped = units.clipped_sum(step.indices, state["head"], plan.clip_norm, precise=precise)
             else:
-                batch = slice(None) if plan.sample_rate == 1 else torch.from_numpy(step.indices)
+                batch = None if plan.sample_rate == 1 else torch.from_numpy(step.indices)
                 clipped = clipped_softmax_sum(
-                    features[batch], labels[batch], state["head"], plan.clip_norm, precise=precise
+                    features, labels, state["head"], plan.clip_norm, precise=precise, rows=batch
                 )
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release({"head": clipped})["head"]

@@ -19,7 +19,7 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
 from dprandp.runresults import ONE_IMAGE
 from dprandp.stages.context import Context
-from dprandp.stages.features import private_features
+from dprandp.stages.features import private_features, require_room
 from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private_plan import name_private_stage
@@ -30,6 +30,8 @@ STAGE = "tune"
 
 ETA = 0.0
 """Logarithmic number of paid trials: of Papernot & Steinke's distributions a cheap one for its mean."""
+
+ROWS_AT_ONCE = 1024
 
 
 def choose_privately(
@@ -63,6 +65,7 @@ def choose_privately(
     selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, context.console.warn)
     # ------------------------------------------------------------------------------------------------ private from here
     features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)
+    require_room(features.numel() * features.element_size() // 2, "tune's candidates with half the dimensions")
     context.console.say("tune: a random number of private trials, about which nothing is said")
 
     def one_trial(trial: Trial) -> None:
@@ -74,12 +77,13 @@ def choose_privately(
         )
         fitted, held_out = torch.from_numpy(trial.fitted), torch.from_numpy(trial.held_out)
         seen = cut_dims(features, setting.dims)
-        mine, answers = seen[fitted], labels[fitted]
         state = begin_head(torch.zeros(setting.dims, len(spec.classes)))
         for number in range(trial.steps):
-            clipped = clipped_softmax_sum(mine, answers, state["head"], plan.clip_norm)
+            clipped = clipped_softmax_sum(seen, labels, state["head"], plan.clip_norm, rows=fitted)
             update_head(state, trial.release(clipped), rule, number, trial.steps)
-        trial.score((seen[held_out] @ released_head(state, rule)).argmax(dim=1) == labels[held_out])
+        head = released_head(state, rule)
+        answers = [(seen[part] @ head).argmax(dim=1) for part in held_out.split(ROWS_AT_ONCE)]  # never all of them
+        trial.score(torch.cat(answers) == labels[held_out])
 
     best, score = selection.run(one_trial)
     # ------------------------------------------------------------------------------------------ from here on: paid for

@@ -59,7 +59,7 @@ def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
 
 
 class UnitFeatures:
-    """Features and labels of all images, sorted by unit, from which clipped sums over units are taken.
+    """Features and labels of all images, from which clipped sums over units are taken; nothing large is copied.
 
     Args:
         rows: which images a unit has.
@@ -68,20 +68,12 @@ class UnitFeatures:
     """
 
     def __init__(self, rows: UnitRows, features: Tensor, labels: Tensor) -> None:
-        order = torch.from_numpy(rows.order)
-        sorted_already = bool((rows.order == np.arange(len(rows.order))).all())
-        self._rows = rows
-        self._features = features if sorted_already else features[order]
-        self._labels = labels[order]
+        self._rows, self._features, self._labels = rows, features, labels
 
     def clipped_sum(self, units: np.ndarray, weight: Tensor, clip_norm: float, *, precise: bool) -> Tensor:
         """See ``clipped_softmax_sum_of_units``; ``units``, int64 [U], maybe none, are the members of the batch."""
-        if len(units) == len(self._rows.offsets) - 1:  # all of them: nothing is copied
-            return clipped_softmax_sum_of_units(
-                self._features, self._labels, torch.from_numpy(self._rows.offsets), weight, clip_norm, precise=precise
-            )
-        places, sizes = self._rows.places(units)
-        chosen, offsets = torch.from_numpy(places), torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+        images, sizes = self._rows.images(units)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
         return clipped_softmax_sum_of_units(
-            self._features[chosen], self._labels[chosen], offsets, weight, clip_norm, precise=precise
+            self._features, self._labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images)
         )

@@ -330,3 +330,24 @@ def test_layers_that_mix_examples_are_refused_by_name(layer):
 
 def test_layers_that_keep_examples_apart_are_accepted():
     refuse_cross_example_layers(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2), nn.Dropout()))
+
+
+@pytest.mark.parametrize("views", [None, 3])
+@pytest.mark.parametrize("block", [1, 3, 512])
+def test_rows_are_the_same_as_a_copy_of_them(views: int | None, block: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(40, *(() if views is None else (views,)), 6, generator=generator)
+    features[7] = float("nan")
+    labels, weight = torch.randint(0, 3, (40,), generator=generator), torch.randn(6, 3, generator=generator)
+    for rows in (torch.arange(0, 40, 3), torch.tensor([31, 7, 2]), torch.arange(40), torch.arange(0)):
+        gathered = clipped_softmax_sum(features, labels, weight, 0.5, block, rows=rows)
+        copied = clipped_softmax_sum(features[rows], labels[rows], weight, 0.5, block)
+        assert torch.allclose(gathered, copied, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 0], [4], [-1]], ids=["twice", "beyond", "negative"])
+def test_a_record_that_would_count_twice_is_refused(rows: list[int]) -> None:
+    with pytest.raises(UsageError, match=r"not different positions in 0 … 3"):
+        clipped_softmax_sum(
+            torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.ones(2, 2), 1.0, rows=torch.tensor(rows)
+        )

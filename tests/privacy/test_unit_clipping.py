@@ -186,3 +186,18 @@ def test_an_empty_batch_has_no_means():
 def test_gradients_of_other_images_than_the_units_have_are_refused(sizes):
     with pytest.raises(RuntimeError, match="images than the units"):
         list(unit_means(in_microbatches(image_gradients(), 4), sizes))
+
+
+def test_rows_of_units_are_the_same_as_a_copy_of_them() -> None:
+    generator = torch.Generator().manual_seed(6)
+    features, labels = torch.randn(20, 5, generator=generator), torch.randint(0, 3, (20,), generator=generator)
+    weight, order = torch.randn(5, 3, generator=generator), torch.randperm(20, generator=generator)
+    for taken, offsets in ((20, [0, 1, 4, 5, 8, 20]), (6, [0, 3, 6]), (2, [0, 1, 2]), (0, [0])):
+        rows, cuts = order[:taken], torch.tensor(offsets)
+        gathered = clipped_softmax_sum_of_units(features, labels, cuts, weight, 0.5, rows=rows)
+        copied = clipped_softmax_sum_of_units(features[rows], labels[rows], cuts, weight, 0.5)
+        assert torch.allclose(gathered, copied, atol=1e-6)
+    with pytest.raises(UsageError, match="different positions"):
+        clipped_softmax_sum_of_units(features, labels, torch.tensor([0, 2]), weight, 0.5, rows=torch.tensor([3, 3]))
+    with pytest.raises(UsageError, match="do not cut 3 rows"):
+        clipped_softmax_sum_of_units(features, labels, torch.tensor([0, 2]), weight, 0.5, rows=order[:3])

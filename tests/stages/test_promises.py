@@ -342,10 +342,14 @@ def test_17_the_feature_cache_is_of_these_data_and_this_extractor(
 ) -> None:
     """The cache is used when nothing changed, and never when the extractor did (as it has in the refit)."""
     run, computed = copy(public_run), []
-    honest = features_module.extract_by_ranks
-    monkeypatch.setattr(
-        features_module, "extract_by_ranks", lambda *args, **options: (computed.append(1), honest(*args, **options))[1]
-    )
+    honest = {name: getattr(features_module, name) for name in ("extract_by_ranks", "features_of_blocks")}
+    for name in honest:
+
+        def counted(*arguments, name=name):
+            computed.append(1)
+            return honest[name](*arguments)
+
+        monkeypatch.setattr(features_module, name, counted)
     run_probe(run, data)
     run_probe(run, data, {"overwrite": True})
     assert len(computed) == 2  # of the training and of the test split, once

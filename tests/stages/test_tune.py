@@ -198,9 +198,9 @@ def test_every_private_look_of_a_trial_goes_through_it(
     seen: list[tuple] = []
     release, score, clip = Trial.release, Trial.score, clipped_softmax_sum
 
-    def recorded_clip(features, labels, weight, clip_norm, **options):
-        seen.append(("sum", len(features), clip_norm))
-        return clip(features, labels, weight, clip_norm, **options)
+    def recorded_clip(features, labels, weight, clip_norm, *, rows, **options):
+        seen.append(("sum", len(rows), clip_norm))
+        return clip(features, labels, weight, clip_norm, rows=rows, **options)
 
     def recorded_release(trial, clipped):
         seen.append(("release", len(trial.fitted), trial.setting))

@@ -158,7 +158,9 @@ class Recorder:
             self.releases.append(Release(plan.stage, step.indices, before, kept, plan.sample_rate * plan.examples))
             return released
 
-        def recorded_softmax_sum(features, labels, weight, clip_norm, **options):
+        def recorded_softmax_sum(features, labels, weight, clip_norm, rows=None, **options):
+            if rows is not None:
+                features, labels = features[rows], labels[rows]
             self.clips.append((clip_norm, len(features)))
             singles = [softmax_sum(features[i : i + 1], labels[i : i + 1], weight, clip_norm) for i in range(5)]
             self.lengths.append(max((float(one.norm()) for one in singles[: len(features)]), default=0.0))

@@ -1,0 +1,236 @@
+"""Features on the disk: whole or not believed, resumed where they stopped, and never all in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dprandp.errors import StorageError, UsageError
+from dprandp.stages import features as features_module
+from dprandp.stages.feature_file import FeatureFile
+
+ROWS, CUT = 10, 4
+ROOT = Path(__file__).parents[2]
+
+
+class Source:
+    """Blocks of four rows; stops after some of them, and remembers where it was asked to begin."""
+
+    def __init__(self, rows: Tensor, stop_after: int | None = None) -> None:
+        self.rows, self.stop_after, self.begun = rows, stop_after, []
+
+    def __call__(self, begun: int) -> Iterator[Tensor]:
+        self.begun.append(begun)
+        for number, block in enumerate(self.rows[begun:].split(CUT)):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            yield block
+
+
+def warned() -> tuple[list[str], callable]:
+    said: list[str] = []
+    return said, said.append
+
+
+@pytest.fixture(params=[(3,), (2, 3)], ids=["one view", "two views"])
+def rows(request: pytest.FixtureRequest) -> Tensor:
+    return torch.randn(ROWS, *request.param, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_is_written_is_read_and_nothing_else(tmp_path: Path, rows: Tensor) -> None:
+    said, warn = warned()
+    file, source = FeatureFile(tmp_path, "features", ROWS), Source(rows)
+    assert file.read("key", warn) is None
+    file.write("key", source)
+    assert torch.equal(file.read("key", warn), rows)
+    assert np.array_equal(np.load(tmp_path / "features.npy", allow_pickle=False), rows.numpy())
+    assert file.read("another", warn) is None
+    assert FeatureFile(tmp_path, "test-features", ROWS).read("key", warn) is None
+    assert (source.begun, said) == ([0], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.key", "features.npy"]
+
+
+@pytest.mark.parametrize("tail", [b"", b"\xff" * 7, b"\xff" * 10**4], ids=["as synced", "torn", "unsynced blocks"])
+def test_a_stopped_extraction_goes_on_after_its_last_synced_block(tmp_path: Path, rows: Tensor, tail: bytes) -> None:
+    file, _ = FeatureFile(tmp_path, "features", ROWS), None
+    with pytest.raises(KeyboardInterrupt):
+        file.write("key", Source(rows, stop_after=2))
+    assert file.read("key", pytest.fail) is None
+    assert (file.begun("key"), file.begun("another")) == (2 * CUT, 0)
+    with open(tmp_path / "features.partial", "ab") as partial:
+        partial.write(tail)
+    source = Source(rows)
+    file.write("key", source)
+    assert source.begun == [2 * CUT]
+    assert torch.equal(file.read("key", pytest.fail), rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.key", "features.npy"]
+
+
+def _shorten(folder: Path) -> None:
+    os.truncate(folder / "features.partial", (folder / "features.partial").stat().st_size - 1)
+
+
+def _lie(**changes: object) -> callable:
+    def change(folder: Path) -> None:
+        journal = folder / "features.partial.json"
+        journal.write_text(json.dumps(json.loads(journal.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [_shorten, _lie(key="x"), _lie(rows=-4), _lie(rows=ROWS), _lie(rows="4"), _lie(shape=[0]), _lie(shape=[99]),
+     lambda folder: (folder / "features.partial.json").write_text("{"),
+     lambda folder: (folder / "features.partial").write_bytes(b"no array at all" * 99),
+     lambda folder: (folder / "features.partial").unlink()],
+)  # fmt: skip
+def test_half_an_extraction_that_is_in_doubt_is_begun_again(tmp_path: Path, harm: callable) -> None:
+    rows = torch.arange(30.0).view(ROWS, 3)
+    file, source = FeatureFile(tmp_path, "features", ROWS), Source(rows)
+    with pytest.raises(KeyboardInterrupt):
+        file.write("key", Source(rows + 1, stop_after=2))
+    harm(tmp_path)
+    file.write("key", source)
+    assert source.begun == [0]
+    assert torch.equal(file.read("key", pytest.fail), rows)
+
+
+def test_the_last_extraction_makes_room_for_another(tmp_path: Path) -> None:
+    """Two of them need not fit on the disk, and what is half done is not taken for what was there."""
+    rows = torch.arange(30.0).view(ROWS, 3)
+    file = FeatureFile(tmp_path, "features", ROWS)
+    file.write("old", Source(rows))
+    mapped = file.read("old", pytest.fail)
+    with pytest.raises(KeyboardInterrupt):
+        file.write("new", Source(-rows, stop_after=1))
+    assert not (tmp_path / "features.npy").exists()
+    assert file.read("old", pytest.fail) is None
+    assert torch.equal(mapped, rows)  # whoever still has it mapped keeps it
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: b"", lambda data: data.replace(b"<f4", b"<i4")])
+def test_a_damaged_file_is_not_believed(tmp_path: Path, harm: callable) -> None:
+    said, warn = warned()
+    file = FeatureFile(tmp_path, "features", ROWS)
+    file.write("key", Source(torch.ones(ROWS, 3)))
+    path = tmp_path / "features.npy"
+    path.write_bytes(harm(path.read_bytes()))
+    assert file.read("key", warn) is None
+    assert "features.npy is damaged" in said[0]
+    assert FeatureFile(tmp_path, "features", ROWS + 1).read("key", warn) is None
+
+
+def test_a_disk_without_room_is_refused_at_the_first_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 119}))
+    source = Source(torch.ones(ROWS, 3))
+    with pytest.raises(StorageError, match=r"10 images take 1\.2e-07 GB"):
+        FeatureFile(tmp_path, "features", ROWS).write("key", source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 120}))
+    FeatureFile(tmp_path, "features", ROWS).write("key", source)
+
+
+def test_blocks_are_whole_batches_that_do_not_grow_with_the_features() -> None:
+    for views, dims in ((1, 1024), (1, 36_864), (16, 4096), (1, 8)):
+        rows = features_module.rows_at_once(views, dims)
+        assert rows % features_module.BATCH == 0
+        assert 1 <= rows // features_module.BATCH <= 16
+        assert rows == features_module.BATCH or rows * views * dims * 4 <= features_module.BLOCK_BYTES
+
+
+def test_copies_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "available_memory", lambda: 10**9)
+    features_module.require_room(10**9, "this")
+    with pytest.raises(UsageError, match=r"this would take 1\.5 GB of memory, and 1 GB are available"):
+        features_module.require_room(3 * 10**9 // 2, "this")
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+import numpy as np, torch
+from dprandp.privacy.clipping import clipped_softmax_sum
+from dprandp.stages.feature_file import FeatureFile
+from dprandp.stages.unit_rows import UnitFeatures, UnitRows
+
+def data():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+
+folder, rows, dims, room, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+torch.set_num_threads(1)
+labels, weight = torch.zeros(rows, dtype=torch.int64), torch.ones(dims, 3)
+clipped_softmax_sum(torch.ones(600, dims), labels[:600], weight, 1.0)  # whatever the libraries load, they load now
+resource.setrlimit(resource.RLIMIT_DATA, (data() + room, -1))
+file = FeatureFile(folder, "features", rows)
+def blocks(begun):
+    for start in range(0, rows, 1024):
+        yield torch.full((min(1024, rows - start), dims), dims ** -0.5)
+file.write("key", blocks)
+features = file.read("key", print)
+if how == "all":
+    total = clipped_softmax_sum(features, labels, weight, 1.0)
+elif how == "drawn":
+    total = clipped_softmax_sum(features, labels, weight, 1.0, rows=torch.arange(0, rows, 1))
+elif how == "units":
+    whose = UnitRows(np.arange(rows)[::-1].copy(), np.arange(0, rows + 1, 2))
+    total = 2 * UnitFeatures(whose, features, labels).clipped_sum(np.arange(rows // 2), weight, 1.0, precise=False)
+elif how == "copied":
+    total = clipped_softmax_sum(features.clone(), labels, weight, 1.0)
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(json.dumps({"total": total.double().sum(0).tolist(), "anonymous": int(status["RssAnon"].split()[0]) * 1024,
+                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def in_a_child(folder: Path, rows: int, dims: int, room: int, how: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(folder), str(rows), str(dims), str(room), how]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def check(done: subprocess.CompletedProcess, rows: int, dims: int) -> dict:
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    part = dims**0.5 / 3  # of a record: its features' sum times softmax - one-hot, not clipped
+    assert found["total"] == pytest.approx([-2 * part * rows, part * rows, part * rows], rel=1e-3)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
+def test_steps_on_features_beyond_a_memory_limit(tmp_path: Path) -> None:
+    """128 MB of features, and the process may have 60 MB more than it begins with."""
+    check(in_a_child(tmp_path, 32_768, 1024, 60_000_000, "all"), 32_768, 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
+@pytest.mark.parametrize("how", ["all", "drawn", "units"])
+def test_a_gigabyte_of_features_in_a_tenth_of_it(tmp_path: Path, how: str) -> None:
+    rows, dims = 262_144, 1024
+    found = check(in_a_child(tmp_path, rows, dims, 100_000_000, how), rows, dims)
+    size = 4 * rows * dims
+    assert found["anonymous"] < 0.7 * size
+    assert found["peak"] < 1.2 * size + 400_000_000  # mapped pages, and a process that has loaded torch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
+def test_the_limit_is_one(tmp_path: Path) -> None:
+    """Control: the same limit stops a step that copies the features."""
+    done = in_a_child(tmp_path, 262_144, 1024, 100_000_000, "copied")
+    assert done.returncode != 0
+    assert "alloc" in done.stderr or "memory" in done.stderr.lower()
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY  # it was the child's
