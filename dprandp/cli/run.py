@@ -33,6 +33,7 @@ def run_all(
     clip: flags.Clip = None,
     noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
+    prior: flags.Prior = None,
     arch: flags.Arch = None,
     random_init: flags.RandomInit = None,
     pretrain_steps: flags.RunPretrainSteps = None,
@@ -81,12 +82,21 @@ def run_all(
         "finetune": private | tuning,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=True) as rundir:
+        public: dict[str, StageConfig] = {}
+        if prior is not None:
+            session.refuse_made(
+                prior, process=process, count=count, resolution=resolution, arch=arch, random_init=random_init,
+                pretrain_steps=pretrain_steps,
+            )  # fmt: skip
+            public = session.public_stages(rundir, prior, size, config, given["probe"])
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, download=download, workers=workers,
             insecure_seed=insecure_seed, microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
         )  # fmt: skip
 
         def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None):
+            if stage in public:
+                return public[stage]
             return session.resolve(rundir, stage, size, config, given[stage] | {"seed": seed}, planned)
 
         configs = _all_stages(resolve, rundir, resume)
