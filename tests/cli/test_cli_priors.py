@@ -61,6 +61,7 @@ def test_the_list_and_its_check(shelf: Shelf) -> None:
     assert shelf("priors").code == 0  # the list alone passes no judgement
 
 
+@pytest.mark.slow
 def test_a_probe_from_nothing_but_a_prior(shelf: Shelf, stages: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     probe = ("probe", "--prior", "little", *DATA, "--run", run, "--config", tmp_path / "short.toml")
@@ -86,6 +87,7 @@ def test_a_probe_from_nothing_but_a_prior(shelf: Shelf, stages: dict[str, Path],
     assert "the prior little that dprandp ships" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_run_and_pretrain_take_a_prior_too(shelf: Shelf, tmp_path: Path) -> None:
     config = ("--config", tmp_path / "short.toml")
     plan = shelf("run", "--prior", "little", *DATA, "--run", tmp_path / "a", *config, "--plan", "--json").json
