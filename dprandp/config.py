@@ -40,6 +40,8 @@ class GenerateConfig:
     count: int = 4000
     resolution: int = 64
     seed: int = 0
+    sample: int | None = None
+    """Make only so many of the ``count`` images: those that a later stage takes of all as a sample. None: all."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PretrainConfig:
     """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
     colour: str = "mixed"
     """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
+    prior: str | None = None
+    """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
     # patchnet
     filters: int = 400
     patch_size: int = 6
@@ -255,16 +259,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 _POSITIVE = (
-    "count", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
+    "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views",
     "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
 )  # fmt: skip
 
 
 _AT_MOST = {
-    "count": 10**8, "filters": 10**5, "dictionary_patches": 10**8, "dictionary_iterations": 10**6, "steps": 10**9,
-    "refit_steps": 10**9, "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4,
-    "dims": 10**6, "statistics_images": 10**8, "classes": 10**5, "checkpoint_every": 10**9,
+    "count": 10**8, "sample": 10**8, "filters": 10**5, "dictionary_patches": 10**8, "dictionary_iterations": 10**6,
+    "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6,
+    "views": 10**4, "dims": 10**6, "statistics_images": 10**8, "classes": 10**5, "checkpoint_every": 10**9,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 

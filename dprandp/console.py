@@ -8,7 +8,6 @@ Imports nothing of the package but ``errors`` and ``files``.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ import rich.progress
 from rich.text import Text
 
 from dprandp.errors import DprandpError
-from dprandp.files import atomic_write, storage_errors, to_json
+from dprandp.files import atomic_write, from_json, storage_errors, to_json
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines of plain progress."""
@@ -281,8 +280,8 @@ class MetricsLog:
 def _step(line: str, otherwise: int) -> float:
     """The step of a line of metrics.jsonl; ``otherwise`` for a line that is none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = from_json(line)
+    except ValueError:
         return otherwise
     step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int | float) else otherwise

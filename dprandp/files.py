@@ -171,13 +171,23 @@ def from_json(content: bytes | str) -> Any:
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or holds text that is no valid Unicode (a lone surrogate),
-            which could be neither printed nor written again.
+            which could be neither printed nor written again, or a whole number beyond the range of a float, which
+            no arithmetic could take.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_int=_whole)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def _whole(digits: str) -> int:
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"it holds a whole number of {len(digits)} digits") from error
     return value
 
 

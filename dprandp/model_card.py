@@ -16,7 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.reporting.wording import several_images
+from dprandp.reporting.wording import several_images, shipped_prior
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -103,6 +103,8 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
         images = f"{generate['count']} images of the random process {_plain(generate['process'])}" if generate else ""
         kind = "left as initialised (a control experiment)" if pretrain.get("random_init") else f"learned from {images}"
         prior = f"The feature extractor ({_plain(pretrain['arch'])}) was {kind}; no data was used for it."
+        if pretrain.get("prior"):
+            prior = f"The feature extractor is {_plain(shipped_prior(pretrain, generate))}."
     stage = "A linear head" if result["stage"] == "probe" else "All parameters"
     learner = "DP-SGD" if why_not_private(result) is None else "DP-SGD's procedure, without its guarantee"
     return (

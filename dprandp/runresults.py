@@ -26,11 +26,11 @@ _NUMBERS = {
 _MAY_BE_MISSING = {"auc", "loss", "images_per_second", "views_per_second", "knn_accuracy", "refit"}
 _COUNTS = {
     "count", "resolution", "steps", "charged_steps", "lost_steps", "views", "train_examples", "test_examples",
-    "parameters", "feature_dim",
+    "parameters", "feature_dim", "prior_images",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source",
+    "source", "prior", "prior_sha256",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy"}
@@ -74,7 +74,8 @@ def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the message names what is missing.
     """
-    missing = sorted(NEEDED[stage] - result.keys())
+    needed = NEEDED[stage] | ({"prior_sha256", "prior_images"} if "prior" in result else set())
+    missing = sorted(needed - result.keys())
     if missing:
         raise CheckpointError(
             f"the recorded result of stage {stage!r} lacks {', '.join(missing)}",

@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=("tiny", "small", "paper"))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--epsilons", nargs="+", default=EPSILONS)
-    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, help="learned, random, or an --arch: wrn-16-4")
+    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, help="learned, random, an --arch (wrn-16-4), "
+                        "or a shipped prior (prior:patchnet-tiny)")  # fmt: skip
     parser.add_argument("--finetune", action="store_true", help="probe and fine-tune with the default share")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
@@ -57,11 +58,13 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
     }  # fmt: skip
     if any(all(row[name] == value for name, value in key.items()) for row in read(log)):
         return
+    prior = extractor.removeprefix("prior:") if extractor.startswith("prior:") else None
     public = public_run(args, data, seed, extractor)
-    run = args.out / "-".join([data, args.size, extractor, f"s{seed}", f"eps{epsilon}", stage])
+    run = args.out / "-".join([data, args.size, extractor.replace(":", "-"), f"s{seed}", f"eps{epsilon}", stage])
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(public, run, copy_function=os.link)  # files are replaced, never changed, so links are safe
     common = ["--run", run, "--data", data, "--data-dir", args.data_dir, "--eps", epsilon, "--seed", seed]
+    common += ["--size", args.size]
     share = [] if args.finetune else ["--share", "1"]
     result = dprandp("probe", *common, *share)
     keep_features(run, public)
@@ -69,6 +72,9 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
         result = dprandp("finetune", "--run", run, "--data-dir", args.data_dir)
     names = ("accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy", "seconds")
     spent = {"spent": result["epsilon"], "delta": result["delta"]}
+    if prior:
+        made = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["pretrain"]["result"]
+        spent["prior_sha256"] = made["prior_sha256"]
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**key, **spent, **{name: result[name] for name in names}}) + "\n")
     shutil.rmtree(run)
@@ -76,6 +82,10 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
 
 def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -> Path:
     """A run with Phase I done: images shared by all data sets, an extractor for the colour that the data declare."""
+    if extractor.startswith("prior:"):
+        run = args.out / f"public-{data}-{args.size}-{extractor.replace(':', '-')}-s{seed}"
+        dprandp("pretrain", "--run", run, "--size", args.size, "--prior", extractor.removeprefix("prior:"))
+        return run
     images = args.out / f"public-{args.size}-s{seed}"
     dprandp("generate", "--run", images, "--size", args.size, "--seed", seed)
     run = args.out / f"public-{data}-{args.size}-{extractor}-s{seed}"

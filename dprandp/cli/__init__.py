@@ -2,7 +2,7 @@
 
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
-    run.py, predict.py, export.py, doctor.py, tune.py, audit.py, bench.py   one command each
+    run.py, predict.py, export.py, doctor.py, tune.py, audit.py, bench.py, priors.py   one command each
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, audit, bench, doctor, export, predict, run, session, stages, together, tune
+from dprandp.cli import about, audit, bench, doctor, export, predict, priors, run, session, stages, together, tune
 from dprandp.signals import end_on_signals
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.add_typer(export.app)
 app.add_typer(tune.app)
 app.add_typer(about.app)
 app.add_typer(doctor.app)
+app.add_typer(priors.app)
 app.add_typer(audit.app)
 app.add_typer(bench.app)
 

@@ -175,6 +175,11 @@ Resolution = Annotated[
     int | None,
     typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA),
 ]
+Prior = Annotated[
+    str | None,
+    typer.Option("--prior", help="Use a shipped extractor (see `dprandp priors`) instead of making one. "
+                 "Default: none, or the run's.", rich_help_panel=TRAINING, metavar="NAME"),
+]  # fmt: skip
 Arch = Annotated[
     str | None,
     typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "

@@ -33,6 +33,7 @@ def run_all(
     clip: flags.Clip = None,
     noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
+    prior: flags.Prior = None,
     arch: flags.Arch = None,
     random_init: flags.RandomInit = None,
     pretrain_steps: flags.RunPretrainSteps = None,
@@ -82,12 +83,21 @@ def run_all(
     colour = session.colour_of(data, data_dir, classes)
     fitting = {"pretrain": {"colour": colour}} if colour else {}
     with (session.looked_at if plan else session.opened)(run, create=True) as rundir:
+        public: dict[str, StageConfig] = {}
+        if prior is not None:
+            session.refuse_made(
+                prior, process=process, count=count, resolution=resolution, arch=arch, random_init=random_init,
+                pretrain_steps=pretrain_steps,
+            )  # fmt: skip
+            public = session.public_stages(rundir, prior, size, config, given["probe"])
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, download=download, workers=workers,
             insecure_seed=insecure_seed, microbatch=session.microbatch(microbatch), resume=resume, overwrite=overwrite,
         )  # fmt: skip
 
         def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None):
+            if stage in public:
+                return public[stage]
             flags_of_stage = given[stage] | {"seed": seed}
             return session.resolve(rundir, stage, size, config, flags_of_stage, planned, fitting.get(stage))
 

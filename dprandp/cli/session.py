@@ -15,6 +15,7 @@ from dprandp.config import resolve as resolve_config
 from dprandp.console import Console
 from dprandp.errors import InputError, UsageError
 from dprandp.rundir import STAGES, RunDir
+from dprandp.toml import read as read_toml
 
 DEFAULT_RUN = Path("runs/default")
 
@@ -79,6 +80,37 @@ def resolve(
         if recorded[stage].get("colour") == "mixed":  # made before the data were known, and fit for either kind
             inherited["colour"] = "mixed"
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
+
+
+def public_stages(
+    rundir: RunDir, prior: str, size: str | None, file: Path | None, given: dict[str, Any]
+) -> dict[str, StageConfig]:
+    """What ``generate`` and ``pretrain`` are with a shipped prior; as many images as the probe takes statistics of.
+
+    Raises:
+        UsageError: no such prior, or a configuration file that sets one of the two stages.
+        CheckpointError: the prior's files are damaged.
+    """
+    from dprandp.stages.prior import public_stages
+
+    if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):
+        raise UsageError(
+            f"{file} sets {tables[0]}, and the prior {prior} brings its own",
+            fix=f"take the table [{tables[0]}] out of the file, or leave --prior out",
+        )
+    probe = resolve(rundir, "probe", size, file, given, public_stages(prior))
+    return public_stages(prior, probe.statistics_images)
+
+
+def refuse_made(prior: str, **given: Any) -> None:
+    """Raise UsageError for a flag that sets how an extractor is made: a prior is made already."""
+    for name, value in given.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} sets how an extractor is made, and the prior {prior} is made already",
+                fix=f"leave {flag} or --prior out",
+            )
 
 
 def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> str | None:
@@ -149,20 +181,24 @@ def context(
     )
 
 
-def run_stage(name: str, config, context) -> dict:
-    """Run a stage and print its result."""
+def run_stage(name: str, config, context, public: Mapping[str, StageConfig] | None = None) -> dict:
+    """Run a stage, after the ``public`` stages that come before it, and print its result."""
     from dprandp.stages import pipeline
 
+    if name == "probe" and public:  # before minutes of images
+        facts = {"classes": config.classes, "unit_column": config.unit_column, "download": context.download}
+        require_data(config.data, context.data_dir, **facts)
+    pipeline.adopt({stage: made for stage, made in (public or {}).items() if stage != name}, context)
     result = pipeline.run_stage(name, config, context)
     context.console.result(result, pipeline.stage_line(name, result))
     return result
 
 
-def print_plan(stage: str, config, context) -> None:
-    """Print what a stage would run."""
+def print_plan(stage: str, config, context, public: Mapping[str, StageConfig] | None = None) -> None:
+    """Print what a stage would run; ``public`` stages are themselves only planned."""
     from dprandp.stages import planning
 
-    plan = planning.plan(stage, config, context)
+    plan = planning.plan(stage, config, context, public or {})
     context.console.result(plan, planning.plan_lines(plan))
 
 

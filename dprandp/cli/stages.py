@@ -9,6 +9,7 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.session import DEFAULT_RUN
+from dprandp.config import StageConfig
 
 app = typer.Typer()
 
@@ -63,6 +64,7 @@ def pretrain(
     batch_size: flags.PretrainBatchSize = None,
     lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
+    prior: flags.Prior = None,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
@@ -79,6 +81,7 @@ def pretrain(
 
     [dim]dprandp pretrain[/dim]
     [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
+    [dim]dprandp pretrain --prior patchnet-tiny --run runs/quick[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
@@ -86,12 +89,16 @@ def pretrain(
         "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
-    with (session.looked_at if plan else session.opened)(run) as rundir:
-        stage = session.resolve(rundir, "pretrain", size, config, given)
+    with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
+        public: dict[str, StageConfig] = {}
+        if prior is not None:
+            session.refuse_made(prior, data=data, **given)
+            public = session.public_stages(rundir, prior, size, config, {})
+        stage = public.get("pretrain") or session.resolve(rundir, "pretrain", size, config, given)
         context = session.context(rundir, console, device=device, resume=resume, overwrite=overwrite)
         if plan:
-            return session.print_plan("pretrain", stage, context)
-        session.run_stage("pretrain", stage, context)
+            return session.print_plan("pretrain", stage, context, public)
+        session.run_stage("pretrain", stage, context, public)
     console.next(session.command("probe", run) + " --data NAME --eps 1")
     return None
 
@@ -109,6 +116,7 @@ def probe(
     clip: flags.Clip = None,
     noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
+    prior: flags.Prior = None,
     steps: flags.Steps = None,
     batch_size: flags.BatchSize = None,
     lr: flags.Lr = None,
@@ -129,6 +137,7 @@ def probe(
     """Phase II: fit a linear head on the frozen features with DP-SGD.
 
     [dim]dprandp probe --eps 1[/dim]
+    [dim]dprandp probe --prior patchnet-tiny --run runs/quick[/dim]
     [dim]dprandp probe --data npz:scans.npz --classes 3 --eps 2 --share 1[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
@@ -137,15 +146,16 @@ def probe(
         "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
         "unit_column": unit_column, "noise": noise, "tuned_on": tuned_on,
     }  # fmt: skip
-    with (session.looked_at if plan else session.opened)(run) as rundir:
-        stage = session.resolve(rundir, "probe", size, config, given)
+    with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
+        public = {} if prior is None else session.public_stages(rundir, prior, size, config, given)
+        stage = session.resolve(rundir, "probe", size, config, given, public)
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, download=download, insecure_seed=insecure_seed,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip
         if plan:
-            return session.print_plan("probe", stage, context)
-        result = session.run_stage("probe", stage, context)
+            return session.print_plan("probe", stage, context, public)
+        result = session.run_stage("probe", stage, context, public)
     console.next(session.command("report" if result.get("share") == 1 else "finetune", run))
     return None
 

@@ -22,6 +22,7 @@ from dprandp.reporting.wording import (
     noise_in_words,
     noun,
     several_images,
+    shipped_prior,
     units_and_images,
 )
 from dprandp.runresults import ONE_IMAGE
@@ -326,6 +327,8 @@ def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
     images = "synthetic images"
     if generate:
         images = f"{generate['count']} synthetic images of the random process {generate['process']}"
+    if pretrain.get("prior"):
+        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
     learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
     return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
 

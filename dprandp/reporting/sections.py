@@ -219,6 +219,8 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "pretrain":
         quality = result.get("knn_accuracy")
         learned = "random" if result.get("random_init") else "learned"
+        if result.get("prior"):
+            learned = f"the shipped prior {result['prior']}"
         neighbours = "" if quality is None else f", k-NN {percent(quality)} on synthetic classes"
         return f"{result['arch']}, {learned}, {number(result.get('feature_dim'))} features{neighbours}"
     privacy = f"ε = {epsilon_text(result['epsilon'])}" if result["private"] else "NOT PRIVATE"

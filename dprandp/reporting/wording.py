@@ -1,4 +1,5 @@
-"""Words that depend on what one record is (an image, or all images of a patient, say) and on the kind of noise."""
+"""Words that depend on what one record is (an image, or all images of a patient, say), on the kind of noise, and on
+whether the extractor was learned in the run or shipped."""
 
 from __future__ import annotations
 
@@ -108,3 +109,12 @@ def groups(result: Facts) -> str:
 
 def _up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
+
+
+def shipped_prior(pretrain: Facts, generate: Facts) -> str:
+    """Which prior a run took instead of learning an extractor; that it saw no data; what to compare it with."""
+    process = f" of the random process {generate['process']}" if generate else ""
+    return (
+        f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
+        f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
+    )

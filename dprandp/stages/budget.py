@@ -110,8 +110,9 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
 
 def _refuse_nonsense(document: dict[str, Any]) -> None:
     """Raise (ValueError, KeyError, TypeError, UsageError, CheckpointError) for a plan file that was not written so."""
-    for key, kinds in (("data", str), ("epsilon", float), ("delta", float), ("examples", int), ("stages", dict)):
-        if not isinstance(document[key], kinds) or isinstance(document[key], bool):
+    kinds = {"data": str, "epsilon": float, "delta": float, "examples": int, "unit": str, "stages": dict}
+    for key, kind in kinds.items():
+        if not isinstance(document[key], kind) or isinstance(document[key], bool):
             raise TypeError(f"{key} has another type")
     validate_budget(document["epsilon"], document["delta"], document["examples"])
     for name, entry in document["stages"].items():

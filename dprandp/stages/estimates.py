@@ -101,7 +101,7 @@ def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cor
         memory = images.count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
         seconds = 2 * config.batch_size * config.steps * facts.training_seconds
         weights *= 5  # two checkpoints with their momentum beside the result
-    if config.random_init:
+    if config.random_init or config.prior:
         memory, seconds = weights, 0.0
     return Cost(weights, int(PROGRAM_BYTES + memory), seconds / cores if cpu else None)
 

@@ -57,13 +57,9 @@ def run(config: GenerateConfig, context: Context) -> dict:
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     config = recorded(STAGE, begun.config)
-    spec = process_named(config.process)  # of the recorded configuration, which --resume keeps
+    blocks = blocks_of(config)  # of the recorded configuration, which --resume keeps
     folder = context.rundir.stage_dir(STAGE)
     started = time.perf_counter()
-    blocks = {
-        block: min(spec.block_size, config.count - block * spec.block_size)
-        for block in range(-(-config.count // spec.block_size))
-    }
     missing = [block for block, count in blocks.items() if not _is_whole(folder, block, count, config.resolution)]
     made = _render_all(config, folder, {block: blocks[block] for block in missing}, context)
     seconds = time.perf_counter() - started
@@ -71,7 +67,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
     manifest = {
         "process": config.process,
         "seed": config.seed,
-        "count": config.count,
+        "count": sum(blocks.values()),
         "resolution": config.resolution,
         "shards": [
             {"file": shard_name(block), "count": count, "sha256": file_sha256(folder / shard_name(block))}
@@ -83,7 +79,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
         Image.fromarray(contact_sheet(load_images(folder, PREVIEW_IMAGES), PREVIEW_COLUMNS)).save(temporary)
     result = {
         "process": config.process,
-        "count": config.count,
+        "count": sum(blocks.values()),
         "resolution": config.resolution,
         "images_per_second": round(made / seconds, 1) if made else None,
         "seconds": round(seconds, 2),
@@ -93,10 +89,28 @@ def run(config: GenerateConfig, context: Context) -> dict:
 
 
 def check(config: GenerateConfig) -> None:
-    """Refuse an unknown process (UsageError) or a resolution that is not offered."""
+    """Refuse an unknown process (UsageError), a resolution that is not offered, or a sample of more than there are."""
     process_named(config.process)
+    if config.sample is not None and config.sample > config.count:
+        raise UsageError(
+            f"a sample of {config.sample} cannot be taken of {config.count} images", fix="give a smaller sample"
+        )
     if config.resolution not in RESOLUTIONS:
         raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
+
+
+def blocks_of(config: GenerateConfig) -> dict[int, int]:
+    """Which blocks of the process are rendered, and how many images of each.
+
+    With ``sample`` these are the images, and no others, that ``load_images(folder, sample)`` would return if all
+    ``count`` were there: the first of every block, as evenly as the blocks allow.
+
+    Raises:
+        UsageError: unknown process.
+    """
+    size = process_named(config.process).block_size
+    sizes = [min(size, config.count - start) for start in range(0, config.count, size)]
+    return {block: count for block, count in enumerate(_spread(sizes, config.sample)) if count}
 
 
 def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from dprandp import report
-from dprandp.config import StageConfig
+from dprandp.config import StageConfig, as_dict
 from dprandp.reporting.disclosure import epsilon_text
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
@@ -26,6 +27,20 @@ def run_stage(name: str, config: StageConfig, context: Context) -> dict:
     result = RUNNERS[name](config, context)
     refuse_gaps(name, result)  # it may have been recorded long ago, by another version
     return {"stage": name, **result}
+
+
+def adopt(public: dict[str, StageConfig], context: Context) -> None:
+    """Bring a run to where a probe may begin, with a shipped prior: its images, then its extractor.
+
+    Args:
+        public: of ``prior.public_stages``. What the run holds already is skipped.
+        context: ``overwrite`` is meant for the probe; of these two stages it starts afresh only what is another.
+    """
+    for name, config in public.items():
+        recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
+        afresh = context.overwrite and recorded is not None and recorded != as_dict(config)
+        result = run_stage(name, config, replace(context, overwrite=afresh))
+        context.console.say(stage_line(name, result))
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
@@ -62,6 +77,8 @@ def stage_line(name: str, result: dict) -> str:
     seconds = f"{result['seconds']:.0f} s"
     if name == "generate":
         return f"generate: {result['count']} images of {result['process']} at {result['resolution']} px in {seconds}"
+    if name == "pretrain" and "prior" in result:
+        return f"pretrain: the prior {result['prior']} ({result['arch']}, {result['feature_dim']} features)"
     if name == "pretrain":
         quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
         return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}, in {seconds}"

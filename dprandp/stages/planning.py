@@ -25,18 +25,22 @@ from dprandp.runresults import ONE_IMAGE
 from dprandp.stages import estimates, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
+from dprandp.stages.generate import blocks_of
 from dprandp.stages.generate import check as check_images
+from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, name_private_stage, open_private_stage
-from dprandp.synth import process_named
 
 Plan = dict[str, Any]
 
 ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
 
 
-def plan(name: str, config: StageConfig, context: Context) -> Plan:
+def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
     """What one stage would run.
+
+    Args:
+        public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
 
     Returns:
         stage, action (fresh | resume | skip), disk_bytes, memory_bytes, seconds_estimate (None where unknown), and
@@ -51,11 +55,15 @@ def plan(name: str, config: StageConfig, context: Context) -> Plan:
     """
     if name == "generate":
         return _generate(config, context)
+    if name == "pretrain" and public:
+        return _pretrain(config, context, public["generate"])
     if name == "pretrain":
         context.rundir.require("generate", name)
         return _pretrain(config, context, recorded("generate", _recorded(context, "generate")))
-    public = _recorded(context, "pretrain")
-    return _private(name, config, context, recorded("pretrain", public) if public else None)[0]
+    if public:
+        return _private(name, config, context, public["pretrain"])[0]
+    made = _recorded(context, "pretrain")
+    return _private(name, config, context, recorded("pretrain", made) if made else None)[0]
 
 
 def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
@@ -123,6 +131,8 @@ def _line(made: Plan) -> str:
     if made["stage"] == "generate":
         return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px; {cost}"
     if made["stage"] == "pretrain":
+        if "prior" in made:
+            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features); {cost}"
         how = f"{made['steps']} steps of {made['batch_size']}" if "batch_size" in made else f"{made['filters']} filters"
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
@@ -146,16 +156,17 @@ def _line(made: Plan) -> str:
 def _generate(config: GenerateConfig, context: Context) -> Plan:
     check_images(config)
     action, config = _foreseen("generate", config, context)
-    block = process_named(config.process).block_size
+    blocks = blocks_of(config)
+    made = dataclasses.replace(config, count=sum(blocks.values()))
     return {
         "stage": "generate",
         "action": action,
         "process": config.process,
-        "count": config.count,
+        "count": made.count,
         "resolution": config.resolution,
         "seed": config.seed,
-        "shards": -(-config.count // block),
-        **estimates.generate_cost(config, context.workers, block).rounded(),
+        "shards": len(blocks),
+        **estimates.generate_cost(made, context.workers, max(blocks.values())).rounded(),
     }
 
 
@@ -164,6 +175,9 @@ def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) 
     facts = estimates.extractor_facts(config)
     kind = {"filters": config.filters} if config.arch == "patchnet" else {"batch_size": config.batch_size}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
+    if config.prior:
+        shipped(config)  # refuses a damaged one
+        kind, steps = {"prior": config.prior}, 0
     return {
         "stage": "pretrain",
         "action": action,

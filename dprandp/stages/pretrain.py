@@ -9,6 +9,8 @@ Two ways to learn, chosen by ``arch``:
 * ``patchnet``: a dictionary of whitened patches (``vision/dictionary.py``), a laptop's minute;
 * ``wrn-D-K``: contrastive learning (``vision/contrastive.py``), the published recipe at ``--size paper``.
 
+With ``prior`` nothing is learned: a shipped extractor takes its place (``prior.py``).
+
 Under several ranks a WRN is learned by all of them (``data_parallel.py``), a dictionary by rank 0 alone.
 """
 
@@ -29,6 +31,7 @@ from dprandp.signals import graceful_stop
 from dprandp.stages import data_parallel
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
+from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor, extract, load_weights
@@ -46,7 +49,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
     """Learn an extractor from the run's synthetic images.
 
     Returns:
-        arch, steps, views_per_second, loss (None where nothing was trained by gradients), knn_accuracy, seconds.
+        arch, steps, views_per_second, loss (None where nothing was trained by gradients), knn_accuracy, seconds; with a
+        prior also prior, prior_sha256 and prior_images (that it was learned from).
 
     Raises:
         InputError: there are no images yet.
@@ -54,12 +58,14 @@ def run(config: PretrainConfig, context: Context) -> dict:
     """
     build_extractor(config)  # refuses an unknown architecture before anything is written
     context.rundir.require("generate", STAGE)
+    flags = {"resume": context.resume, "overwrite": context.overwrite}
+    foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
+    ready, known, from_outside = shipped(foreseen) if foreseen.prior else (None, {}, {})
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
-        context.rundir.inputs_from("generate"),
-        resume=context.resume,
-        overwrite=context.overwrite,
+        context.rundir.inputs_from("generate") | from_outside,
+        **flags,
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
@@ -70,6 +76,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
             network, steps, views_per_second = load_extractor(context)[0], done.entry("steps", int), None
             loss = done.meta.get("loss")
+        elif ready is not None:
+            network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
         elif config.random_init:
             network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
         elif config.arch == "patchnet":
@@ -88,7 +96,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "steps": steps,
         "views_per_second": views_per_second,
         "loss": loss,
-        "knn_accuracy": _knn(network, config, context),
+        **({} if known else {"knn_accuracy": _knn(network, config, context)}),
+        **known,  # a prior was evaluated when it was made
         "seconds": round(time.perf_counter() - started, 2),
     }
     context.rundir.finish(

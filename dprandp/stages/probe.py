@@ -75,6 +75,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
     # ------------------------------------------------------------------------------------- public: extractor, whitener
     extractor, _ = load_extractor(context)
+    if warning := colour_warning(extractor.built_from.colour, spec):
+        context.console.warn(warning)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec))
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
@@ -108,6 +110,17 @@ def run(config: ProbeConfig, context: Context) -> dict:
     release.write_model(stage, model, result)
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, [f"{HEAD}.safetensors", WHITENER_FILE]), result)
     return result
+
+
+def colour_warning(colour: str, spec: DataSpec) -> str | None:
+    """What to say where an extractor has only seen images of the other kind; None where it fits the data."""
+    data = "grey" if spec.channels == 1 else "rgb"
+    if colour in ("mixed", data):
+        return None
+    return (
+        f"this extractor was learned from {colour} images, and {spec.name} declares {data} ones: it works, less well; "
+        f"`dprandp pretrain --colour {data}`, or a prior made so (`dprandp priors`), fits"
+    )
 
 
 def load_whitener(context: Context) -> whitening.Whitener:

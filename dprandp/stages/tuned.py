@@ -11,7 +11,7 @@ from typing import Any
 
 from dprandp import toml
 from dprandp.errors import CheckpointError
-from dprandp.files import atomic_write, to_json
+from dprandp.files import atomic_write, from_json, to_json
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
@@ -45,11 +45,11 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = thawed(json.loads(path.read_text(encoding="utf-8")))
+        record = thawed(from_json(path.read_bytes()))
         if record.pop("format") == FORMAT and all(isinstance(record[key], kind) for key, kind in _NEEDED.items()):
             return record
         problem = None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         problem = error
     raise CheckpointError(
         f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was paid stays paid"

@@ -113,7 +113,7 @@ BAD_PUBLIC = [
     (["pretrain", "--colour", "blue"], "'blue'", "rgb"),
     (["pretrain", "--lr", "nan"], "lr = nan"),
     (["pretrain", "--steps", "0"], "steps = 0"),
-    (["prob", "--eps", "1"], "No such command 'prob'", "Did you mean 'probe'?"),
+    (["prob", "--eps", "1"], "No such command 'prob'", "Did you mean 'probe'"),
 ]
 
 

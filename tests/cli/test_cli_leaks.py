@@ -36,7 +36,7 @@ def broken(*arguments, **options):
     raise {error}
 """
 PLACES = {
-    "features": "from dprandp.stages import features; features.extract_by_ranks = broken",
+    "features": "from dprandp.stages import features; features.features_of_blocks = broken",
     "views": "from dprandp.stages import features; features.to_input = broken",
     "labels": "from dprandp.datasets import base; base.check_split = broken; "
     "import dprandp.datasets.base as b; b.Dataset.train = broken",
@@ -264,12 +264,12 @@ def test_21_in_a_real_process(run_after: RunAfter, folder: Path, place: str, err
 WARN = """
 import logging, warnings
 from dprandp.stages import features
-extract = features.extract_by_ranks
+extract = features.features_of_blocks
 def talkative(*arguments, **options):
     warnings.warn("pixel 0.618267 of patient-4711", UserWarning)
     logging.getLogger("PIL.TiffImagePlugin").warning("pixel %s of patient-4711", 0.618267)
     return extract(*arguments, **options)
-features.extract_by_ranks = talkative
+features.features_of_blocks = talkative
 """
 
 

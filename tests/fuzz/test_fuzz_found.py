@@ -17,6 +17,7 @@ from fuzzing import attempt, command
 from dprandp import checkpoint, config, runresults, runtable
 from dprandp.datasets import open_dataset
 from dprandp.errors import DprandpError
+from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
 from dprandp.reporting import disclosure
@@ -84,7 +85,10 @@ def test_ledger_headers_of_no_unit(tmp_path: Path, unit: object) -> None:
 
 PLAN = PrivatePlan("probe", 100, 1.0, 5, 4.0, 1.0, 1, 2.0, 1e-5).to_dict()
 ENTRY = {"attempt": 1, "started": "2026-01-01T00:00:00+00:00", "plan": PLAN}
-BUDGET = {"format": 1, "data": "digits", "epsilon": 2.0, "delta": 1e-5, "examples": 100, "stages": {"probe": ENTRY}}
+BUDGET = {
+    "format": 1, "data": "digits", "epsilon": 2.0, "delta": 1e-5, "examples": 100, "unit": "image",
+    "stages": {"probe": ENTRY},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,7 @@ BUDGET = {"format": 1, "data": "digits", "epsilon": 2.0, "delta": 1e-5, "example
         {"stages": {"probe": ENTRY | {"plan": PLAN | {"examples": 99}}}},
         {"stages": {"finetune": ENTRY}}, {"epsilon": -1}, {"epsilon": 10**400}, {"delta": 0.5}, {"data": 7},
         {"data": "\ud800"}, {"examples": 1.5}, {"format": 2}, {"stages": [[]]},
+        {"unit": None}, {"unit": 1},
     ],
 )  # fmt: skip
 def test_plans_of_other_types(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -107,6 +112,20 @@ def test_plans_of_other_types(tmp_path: Path, change: dict[str, Any]) -> None:
     error = attempt(lambda: read_plan_file(run))
     assert error is not None
     assert error.exit_code in (3, 4)
+
+
+def test_a_plan_without_its_unit(tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path / "run", create=True)
+    (run.privacy_dir / "plan.json").write_text(json.dumps({key: BUDGET[key] for key in BUDGET if key != "unit"}))
+    refused(lambda: read_plan_file(run), 4, "plan.json is damaged")
+
+
+@pytest.mark.parametrize("digits", [309, 4000, 5000])
+def test_whole_numbers_beyond_all_floats(digits: int) -> None:
+    """Every file's JSON: no arithmetic could take such a number, and nothing writes one."""
+    assert from_json(b'{"examples": %d}' % 10**300) == {"examples": 10**300}
+    with pytest.raises(ValueError, match="digits"):
+        from_json(b'{"examples": 1%s}' % (b"0" * digits))
 
 
 RECORD = {
@@ -128,7 +147,7 @@ def write_run(folder: Path, change: dict[str, Any], **top: Any) -> RunDir:
     [
         ({"result": {"accuracy": "0.5"}}, "'accuracy'"), ({"result": {"accuracy": 7}}, "'accuracy'"),
         ({"result": {"count": "60"}}, "'count'"), ({"result": {"private": "yes"}}, "'private'"),
-        ({"result": {"epsilon": 10**400}}, "'epsilon'"), ({"result": {"confusion": [[1], [2]]}}, "'confusion'"),
+        ({"result": {"epsilon": 10**400}}, "no valid JSON"), ({"result": {"confusion": [[1], [2]]}}, "'confusion'"),
         ({"result": {"classes": ["a"], "confusion": [[1, 0], [0, 1]]}}, "'confusion'"),
         ({"result": {"process": "\x1b[2J"}}, "'process'"), ({"result": {"refit": {"lost_steps": "1"}}}, "'refit'"),
         ({"result": {"refit": {"lost_steps": 0, "steps": 3, "sample_rate": 1.0, "noise_multiplier": 4.0}}}, "'refit'"),
