@@ -82,7 +82,7 @@ def measure(rows: int, args: argparse.Namespace) -> dict[str, float]:
             "later_steps_s": round(min(steps[1:], default=steps[0]), 2),
             "tenth_s": round(sampled, 2),
             "own_memory_gb": round(memory("RssAnon") / 1e9, 3),
-            "peak_with_mapped_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+            "peak_with_mapped_gb": round(memory("VmHWM") / 1e9, 3),
         }
 
 

@@ -79,6 +79,18 @@ class FeatureFile:
             if not done:
                 self._journal.unlink(missing_ok=True)
                 self._partial.unlink(missing_ok=True)
+        try:
+            self._append(key, blocks, done, shape)
+        except BaseException:
+            if not self.begun(key):  # rows that no later call could go on from only take room
+                with storage_errors(self._partial, "remove"):
+                    self._partial.unlink(missing_ok=True)
+            raise
+        with storage_errors(self._journal, "remove"):
+            self._journal.unlink(missing_ok=True)
+        atomic_write(self._tag, key)
+
+    def _append(self, key: str, blocks: Blocks, done: int, shape: list[int]) -> None:
         source = blocks(done)
         with storage_errors(self._partial), open(self._partial, "r+b" if done else "wb") as file:
             if done:
@@ -98,9 +110,6 @@ class FeatureFile:
         if done != self._rows:
             raise RuntimeError(f"{done} rows were computed instead of {self._rows}")
         move_into_place(self._partial, self.path)
-        with storage_errors(self._journal, "remove"):
-            self._journal.unlink(missing_ok=True)
-        atomic_write(self._tag, key)
 
     def _resumable(self, key: str) -> tuple[int, list[int]]:
         try:

@@ -107,6 +107,16 @@ def test_half_an_extraction_that_is_in_doubt_is_begun_again(tmp_path: Path, harm
     assert torch.equal(file.read("key", pytest.fail), rows)
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_what_nobody_could_go_on_from_is_not_left(tmp_path: Path, blocks: int) -> None:
+    """Control: after one synced block there is something to go on from, and it stays."""
+    file = FeatureFile(tmp_path, "features", ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        file.write("key", Source(torch.ones(ROWS, 3), stop_after=blocks))
+    left = ["features.partial", "features.partial.json"] if blocks else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
 def test_the_last_extraction_makes_room_for_another(tmp_path: Path) -> None:
     """Two of them need not fit on the disk, and what is half done is not taken for what was there."""
     rows = torch.arange(30.0).view(ROWS, 3)
@@ -191,7 +201,7 @@ elif how == "copied":
     total = clipped_softmax_sum(features.clone(), labels, weight, 1.0)
 status = dict(line.split(":") for line in open("/proc/self/status"))
 print(json.dumps({"total": total.double().sum(0).tolist(), "anonymous": int(status["RssAnon"].split()[0]) * 1024,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+                  "peak": int(status["VmHWM"].split()[0]) * 1024}))
 """
 
 
