@@ -120,15 +120,15 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 def lines(rows: list[dict[str, Any]]) -> str:
     """``table`` for people."""
-    head = f"{'name':<16} {'process':<20} {'images':>7} {'features':>8} {'bytes':>7}  {'licence':<8} results"
+    head = f"{'name':<19} {'process':<20} {'images':>7} {'features':>8} {'bytes':>7}  {'licence':<8} results"
     said = [head]
     for row in rows:
         if "process" not in row:
-            said.append(f"{row['name']:<16} DAMAGED: {row['problem']}")
+            said.append(f"{row['name']:<19} DAMAGED: {row['problem']}")
             continue
         stamp = "" if row["problem"] is None else f"  DAMAGED: {row['problem']}"
         said.append(
-            f"{row['name']:<16} {row['process']:<20} {row['images']:>7} {row['feature_dim']:>8} "
+            f"{row['name']:<19} {row['process']:<20} {row['images']:>7} {row['feature_dim']:>8} "
             f"{size_text(row['bytes']):>7}  {row['licence']:<8} {_results(row)}{stamp}"
         )
     said.append(f"cards: {priors.FOLDER}; use one with: dprandp probe --prior NAME --data DATA --eps 1")
