@@ -22,7 +22,7 @@ BOUNDS: dict[str, Limit] = {
     f"pretraining time {PURE}": Limit(0.4),
     f"patchnet time {LAYERS}": Limit(2),
     f"patchnet-gradients time {AUTOGRAD}": Limit(0.8),
-    f"probe time {HOOKS}": Limit(3),
+    f"probe time {HOOKS}": Limit(1.5),
     f"probe time {GHOST}": Limit(0.6),
     f"finetune time {PLAIN}": Limit(2.5, at_most=True),
     f"finetune-opacus time {HOOKS}": Limit(0.6),
