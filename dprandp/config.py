@@ -64,6 +64,9 @@ class PretrainConfig:
     stride: int = 1
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
+    layers: int = 1
+    """2: beside the features of patches of pixels, those of patches of their responses."""
+    second_filters: int = 400
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -97,6 +100,7 @@ class ProbeConfig:
     released: str = "average"
     """What is released: the 'average' of the second half of the iterates, the 'ema', or the 'last' one."""
     dims: int = 1024
+    """Axes that each part of the features is whitened to (one part; with two layers of patches, two)."""
     statistics_images: int = 4000
     whitening_floor: float = 0.1
     mirror: bool | None = None
@@ -129,6 +133,20 @@ class FinetuneConfig:
     momentum: float = 0.0
     clip_norm: float = 1.0
     views: int = 1
+    clipping: str = "norm"
+    """'norm' shortens gradients longer than the clip norm; 'automatic' brings all of them to just below it."""
+    freeze: str | None = None
+    """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``)."""
+    select: str | None = None
+    """The same, chosen anew every ``every`` steps."""
+    keep: float | None = None
+    """The part that is trained."""
+    prune: str | None = None
+    """With freeze: 'hold' leaves the other weights as they are (None: so), 'zero' removes them."""
+    every: int | None = None
+    """With select. None: 10."""
+    scope: str | None = None
+    """The part is taken of all weights together ('global'; None: so) or of each tensor ('layer')."""
     ema: float = 0.9999
     refit_steps: int | None = None
     """Full-batch steps of the head on the tuned features at the end; 0 for none. None: as the architecture's recipe."""
@@ -212,7 +230,10 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
-_PATCHNET_ONLY = {"filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations"}
+_SECOND_LAYER_ONLY = {"layers", "second_filters"}
+_PATCHNET_ONLY = _SECOND_LAYER_ONLY | {
+    "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
+}  # fmt: skip
 _WRN_ONLY = {
     "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
     "layer_order", "weight_standardisation", "checkpoint_every",
@@ -220,10 +241,12 @@ _WRN_ONLY = {
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:
-    """Plain values of a configuration; None, and the settings of an architecture that is not used, left out."""
+    """Plain values of a configuration; None, and the settings of an architecture or layer not used, left out."""
     unused: set[str] = set()
     if isinstance(config, PretrainConfig):
         unused = _WRN_ONLY if config.arch == "patchnet" else _PATCHNET_ONLY
+        if config.layers == 1:
+            unused = unused | _SECOND_LAYER_ONLY
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
@@ -260,15 +283,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
-    "dictionary_iterations", "steps", "batch_size", "projection_hidden", "projection_dim", "checkpoint_every", "views",
-    "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
+    "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
+    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
 )  # fmt: skip
 
 
 _AT_MOST = {
-    "count": 10**8, "sample": 10**8, "filters": 10**5, "dictionary_patches": 10**8, "dictionary_iterations": 10**6,
-    "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6,
-    "views": 10**4, "dims": 10**6, "statistics_images": 10**8, "classes": 10**5, "checkpoint_every": 10**9,
+    "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
+    "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
+    "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
+    "classes": 10**5, "checkpoint_every": 10**9,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 
@@ -288,7 +312,7 @@ def validate(stage: str, config: StageConfig) -> None:
         if values.get(key, 0) > most:
             raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
     ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
-    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf)}
+    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 3)}
     for key, (low, high) in ranges.items():
         value = values.get(key)
         if value is not None and not low <= value < high:
@@ -318,6 +342,7 @@ def validate(stage: str, config: StageConfig) -> None:
         "source": ("probe", "scratch"),
         "colour": ("rgb", "grey", "mixed"),
         "noise": ("gaussian", "discrete"),
+        "clipping": ("norm", "automatic"),
         "size": SIZES,
     }
     for key, known in choices.items():

@@ -12,12 +12,14 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "generate": {"count": 24_000},
         "pretrain": {
             "filters": 1600,
+            "layers": 2,
+            "second_filters": 1600,
             "dictionary_patches": 400_000,
             "steps": 600,
             "batch_size": 64,
             "projection_hidden": 1024,
         },
-        "probe": {"dims": 3072, "statistics_images": 8000},
+        "probe": {"dims": 2048, "statistics_images": 8000},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
@@ -26,6 +28,8 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "pretrain": {
             "arch": "wrn-16-4",
             "filters": 6400,
+            "layers": 2,
+            "second_filters": 6400,
             "dictionary_patches": 1_000_000,
             "steps": 82_000,
             "batch_size": 256,

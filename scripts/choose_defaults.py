@@ -27,9 +27,9 @@ from dprandp.stages.head import HeadSettings, lr_at
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.probe import public_whitener
 from dprandp.stages.tune_public import simulate
-from dprandp.stages.tune_settings import cut_dims
 from dprandp.vision.extractors import extract
 from dprandp.vision.images import to_input
+from dprandp.vision.whitening import Whitener
 
 DATA = "fashion-mnist"
 FIT, HELD_OUT = 10_000, 4_000
@@ -74,12 +74,12 @@ def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
     ]
     if not wanted:
         return
-    features, labels = public_features(args, floor)
+    features, labels, whitener = public_features(args, floor)
     for setting, (examples, epsilon) in wanted:
         count = min(FIT, examples)
         mu = equivalent_mu(epsilon, DELTA)
         rule = HeadSettings(setting["lr_factor"] * lr_at(mu, examples), momentum=0.9, released="average")
-        seen = cut_dims(features, setting["dims"])
+        seen = whitener.cut(features, setting["dims"])
         head = simulate(
             seen[:count], labels[:count], 10, setting["steps"], 1.0, mu, examples, rule,
             torch.Generator().manual_seed(0),
@@ -91,8 +91,8 @@ def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
         print(json.dumps(row), file=sys.stderr, flush=True)
 
 
-def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whitened features of the first images of the training split, and their labels."""
+def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tensor, torch.Tensor, Whitener]:
+    """Whitened features of the first images of the training split, their labels, and the whitener."""
     dataset = open_dataset(DATA, args.data_dir)
     split = dataset.train()
     images, labels = to_input(split.images[: FIT + HELD_OUT]), torch.from_numpy(split.labels[: FIT + HELD_OUT])
@@ -103,7 +103,7 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
         config = ProbeConfig(data=DATA, dims=DEFAULT["dims"], whitening_floor=floor)
         mirror = dataset.spec.flip_ok
         whitener = public_whitener(config, context, extractor, mirror, dataset.spec)
-        return extract(extractor, images, mirror=mirror, after=whitener), labels
+        return extract(extractor, images, mirror=mirror, after=whitener), labels, whitener
 
 
 def read(log: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What the suite adds up over its tests: hostile inputs tried, kills survived.
+"""What the suite adds up over its tests (hostile inputs tried, kills survived), and the processor's mode between files.
 
 A test counts with ``record_property``; the sums are printed below the outcome, also where the tests ran in several
 processes.
@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+import torch
+
 COUNTED = ("cases tried", "kills survived")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def subnormal_numbers():
+    """A stage flushes them to zero for its process; the next file of tests has them again."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

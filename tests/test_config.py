@@ -90,9 +90,10 @@ def test_toml_round_trip_for_every_size(tmp_path, stage, size):
 
 
 def test_settings_of_the_other_architecture_are_not_recorded():
-    patchnet, wrn = (as_dict(build("pretrain", {"arch": arch})) for arch in ("patchnet", "wrn-16-4"))
+    patchnet, wrn = (as_dict(build("pretrain", {"arch": arch, "layers": 2})) for arch in ("patchnet", "wrn-16-4"))
     shared = {"size", "arch", "seed", "random_init", "colour"}
     assert set(patchnet) & set(wrn) == shared
+    assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
     unset = {"prior"}  # None unless one is named
     assert set(patchnet) | set(wrn) | unset == {field.name for field in dataclasses.fields(PretrainConfig)}
 

@@ -32,10 +32,12 @@ import os, sys, time
 from dprandp.rundir import RunDir
 with RunDir.open(sys.argv[1], create=True).lock():
     worker = os.fork() if "fork" in sys.argv else None
-    if worker == 0:
+    if worker == 0:  # the worker itself speaks: whoever reads it knows that it has let go of the lock
+        print(os.getpid(), flush=True)
         os.close(1)
         time.sleep(60)
-    print(worker, flush=True)
+    if worker is None:
+        print("no worker", flush=True)
     time.sleep(60)
 """
 

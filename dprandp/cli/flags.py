@@ -102,6 +102,41 @@ Clip = Annotated[
     typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.",
                  rich_help_panel=PRIVACY),
 ]  # fmt: skip
+Clipping = Annotated[
+    str | None,
+    typer.Option(help="norm: gradients longer than C are cut to C; automatic: all are scaled to just below C, so that "
+                 "C need not be tuned. Default: norm.", rich_help_panel=PRIVACY),
+]  # fmt: skip
+Freeze = Annotated[
+    str | None,
+    typer.Option(help="Train a part of the extractor's weights, chosen once: random or magnitude. Needs --keep. "
+                 "Default: all are trained.",
+                 rich_help_panel=TRAINING, metavar="HOW"),
+]  # fmt: skip
+Select = Annotated[
+    str | None,
+    typer.Option(help="The same, chosen anew every --every steps. Default: all are trained.",
+                 rich_help_panel=TRAINING, metavar="HOW"),
+]  # fmt: skip
+Keep = Annotated[
+    float | None,
+    typer.Option(help="The part that --freeze or --select trains, such as 0.1; head, norms and biases always are. "
+                 "Default: 1.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Prune = Annotated[
+    str | None,
+    typer.Option(help="What --freeze does to the other weights: hold or zero. Default: hold.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Every = Annotated[
+    int | None, typer.Option(help="Steps between two choices of --select. Default: 10.", rich_help_panel=TRAINING)
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(help="--keep is a part of all weights (global) or of each tensor (layer). Default: global.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
 InsecureSeed = Annotated[
     int | None,
     typer.Option(help="Seed the noise, for tests. The run is stamped NOT PRIVATE.", rich_help_panel=PRIVACY),
@@ -185,6 +220,10 @@ Arch = Annotated[
     typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "
                  "wrn-16-4 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip
+Layers = Annotated[
+    int | None,
+    typer.Option(help="Layers of a patchnet, 1 or 2. Default: 1, or 2 (small).", rich_help_panel=TRAINING),
+]
 RandomInit = Annotated[
     bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)
 ]

@@ -60,6 +60,7 @@ def pretrain(
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
     arch: flags.Arch = None,
+    layers: flags.Layers = None,
     steps: flags.PretrainSteps = None,
     batch_size: flags.PretrainBatchSize = None,
     lr: flags.PretrainLr = None,
@@ -85,7 +86,7 @@ def pretrain(
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
-        "arch": arch, "steps": steps, "batch_size": batch_size, "lr": lr,
+        "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
         "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
@@ -170,6 +171,7 @@ def finetune(
     eps: flags.Epsilon = None,
     delta: flags.Delta = None,
     clip: flags.Clip = None,
+    clipping: flags.Clipping = None,
     noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
     source: Annotated[
@@ -186,6 +188,12 @@ def finetune(
     batch_size: flags.FinetuneBatchSize = None,
     lr: flags.FinetuneLr = None,
     views: flags.FinetuneViews = None,
+    freeze: flags.Freeze = None,
+    select: flags.Select = None,
+    keep: flags.Keep = None,
+    prune: flags.Prune = None,
+    every: flags.Every = None,
+    scope: flags.Scope = None,
     size: flags.Size = None,
     config: flags.Config = None,
     seed: flags.Seed = None,
@@ -208,7 +216,8 @@ def finetune(
     given = {
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
-        "unit_column": unit_column, "noise": noise,
+        "unit_column": unit_column, "noise": noise, "clipping": clipping,
+        "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)

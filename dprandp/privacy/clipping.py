@@ -10,6 +10,10 @@ Guarantee (every function that takes ``clip_norm``):
     this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones float32 summation can
     add an error of at most about 1e-7 of the norm of a block's sum, far below the noise (σ clip_norm in every
     coordinate); blocks and microbatches are added in float64.
+
+Automatic clipping (``automatic=True``; Bu, Wang, Zha & Karypis 2023, "Automatic Clipping", arXiv 2206.07136) scales
+every gradient to C ‖g‖/(‖g‖ + .01) instead: also those that are shorter than C. C is then nothing but the unit of sum
+and noise, so it is no longer a setting to tune. Each part stays shorter than C: the Guarantee is the same.
 """
 
 from __future__ import annotations
@@ -30,17 +34,22 @@ ROUNDING_SLACK = 1e-5
 # to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
 LONGEST = 1e30
 
+AUTOMATIC_STABILISER = 0.01
+"""γ of automatic clipping, as published: keeps gradients that vanish from being blown up to full length."""
 
-def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """The factor that brings each norm down to ``clip_norm`` (less the rounding slack), never up.
+
+def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = False) -> torch.Tensor:
+    """The factor that brings each norm down to ``clip_norm`` (less the rounding slack), never up unless ``automatic``.
 
     Args:
         norms: float [B], at least 0; may hold inf or NaN.
         clip_norm: C from 1e-8 to 1e8.
+        automatic: scale each norm to just below C, short ones too.
 
     Returns:
-        [B], same dtype: min(1, C (1 − slack)/norm); 0 for a norm that is not finite or above 1e30 C. Where the factor
-        is 0 the gradient itself must be replaced by zeros as well, since 0 · NaN is NaN.
+        [B], same dtype: min(1, C (1 − slack)/norm), or C (1 − slack)/(norm + .01) if ``automatic``; 0 for a norm that
+        is not finite or above 1e30 C. Where the factor is 0 the gradient itself must be replaced by zeros as well,
+        since 0 · NaN is NaN.
 
     Raises:
         UsageError: clip_norm is outside its range or NaN.
@@ -48,16 +57,22 @@ def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     _require_clip_norm(clip_norm)
     usable = torch.isfinite(norms) & (norms <= LONGEST * clip_norm)
     limit = clip_norm * (1 - ROUNDING_SLACK)
-    factors = torch.where(norms > limit, limit / norms, torch.ones_like(norms))
+    if automatic:
+        factors = limit / (norms + AUTOMATIC_STABILISER)
+    else:
+        factors = torch.where(norms > limit, limit / norms, torch.ones_like(norms))
     return torch.where(usable, factors, torch.zeros_like(norms))
 
 
-def clipped_sum(per_example: Mapping[str, torch.Tensor], clip_norm: float) -> dict[str, torch.Tensor]:
+def clipped_sum(
+    per_example: Mapping[str, torch.Tensor], clip_norm: float, *, automatic: bool = False
+) -> dict[str, torch.Tensor]:
     """Σ_i g_i · min(1, C/‖g_i‖) over the records of a batch, ‖·‖ over all parameters jointly.
 
     Args:
         per_example: parameter name -> [B, ...], any floating dtype; B may be 0.
         clip_norm: C from 1e-8 to 1e8.
+        automatic: Σ_i g_i · C/(‖g_i‖ + .01) instead.
 
     Returns:
         parameter name -> float64 [...] on the same device. See the module's Guarantee.
@@ -67,7 +82,7 @@ def clipped_sum(per_example: Mapping[str, torch.Tensor], clip_norm: float) -> di
         for name, gradients in per_example.items()
     }
     squared = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in flat.values()]
-    factors = clip_factors(torch.stack(squared).sum(0).sqrt(), clip_norm)
+    factors = clip_factors(torch.stack(squared).sum(0).sqrt(), clip_norm, automatic=automatic)
     counted = factors > 0
     everything_counts = bool(counted.all())
     sums = {}
@@ -116,7 +131,11 @@ def per_example_gradients(
 
 
 def sum_of_clipped(
-    microbatches: Iterable[Mapping[str, torch.Tensor]], parameters: Mapping[str, torch.Tensor], clip_norm: float
+    microbatches: Iterable[Mapping[str, torch.Tensor]],
+    parameters: Mapping[str, torch.Tensor],
+    clip_norm: float,
+    *,
+    automatic: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The clipped sums of all microbatches of a batch, added up; for gradients that come from elsewhere.
 
@@ -124,6 +143,7 @@ def sum_of_clipped(
         microbatches: each name -> [b, ...], row i the gradient of one record alone, the same names in each.
         parameters: name -> tensor of the shape of the sum.
         clip_norm: C > 0.
+        automatic: see ``clipped_sum``.
 
     Returns:
         name -> float64, shaped like the parameter; zeros where there are no microbatches. See the module's Guarantee.
@@ -131,7 +151,7 @@ def sum_of_clipped(
     _require_clip_norm(clip_norm)
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
     for gradients in microbatches:
-        for name, value in clipped_sum(gradients, clip_norm).items():
+        for name, value in clipped_sum(gradients, clip_norm, automatic=automatic).items():
             total[name] += value
     return total
 

@@ -16,6 +16,7 @@ from scipy.special import ndtr, ndtri
 from dprandp.errors import CheckpointError
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.reporting.wording import (
+    clip_in_words,
     clipped_gradient,
     groups,
     limits,
@@ -135,6 +136,7 @@ def disclosure(
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("Trained weights", result.get("trained_weights", "the head alone" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
@@ -236,7 +238,7 @@ def _mechanism(result: Facts) -> str:
     one = _record(result)
     batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
     return (
-        f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} is clipped to L2 norm C; {noise_in_words(result)}, "
+        f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
         f"once per step, and is divided by the public qN."
     )
 

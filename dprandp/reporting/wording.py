@@ -58,6 +58,13 @@ def clipped_gradient(result: Facts) -> str:
     return f"each {noun(result)}'s gradient, the mean over all its images,"
 
 
+def clip_in_words(result: Facts) -> str:
+    """What is done to it."""
+    if result.get("clipping", "norm") == "automatic":
+        return "is scaled to just below L2 norm C, whatever its length (automatic clipping, Bu et al. 2023)"
+    return "is clipped to L2 norm C"
+
+
 def noise_in_words(result: Facts) -> str:
     """What is added to a step's sum."""
     if result.get("noise", "gaussian") == "discrete":

@@ -274,7 +274,7 @@ class _Facts:
         generator = torch.Generator().manual_seed(0)
         if rows["probe"]["result"]:
             extractor, _ = load_extractor(context)
-            whitener = probe.load_whitener(context).to(context.device)
+            whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
         else:  # trained from scratch: no Phase I, no Phase II

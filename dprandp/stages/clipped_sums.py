@@ -19,17 +19,21 @@ from torch.nn import functional
 from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
 from dprandp.privacy.unit_clipping import unit_means
 from dprandp.ranks import Ranks
+from dprandp.stages import masks as masking
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.patchnet import PatchNet
+from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.precision import autocast
 from dprandp.vision.views import keyed_uniforms, private_views
 
 CLOSED_FORM_MICROBATCH = 16
-"""Examples whose gradients are in memory together: 16 x 1600 filters x 64 weights x 4 bytes = 6.6 MB."""
+"""Examples whose gradients are in memory together: 16 x 1600 filters x (64 + 192) weights x 4 bytes = 26 MB."""
 
 SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
 """Tasks of the other ranks."""
+
+MASK = "mask:"
+"""Before the names of the masks that go with the parameters."""
 
 GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
 
@@ -44,6 +48,7 @@ class SumSettings:
         seed: public randomness of the views.
         flip: mirror half of the views.
         clip_norm: C.
+        automatic: automatic clipping, see ``privacy.clipping``.
         precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
         microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
     """
@@ -53,6 +58,7 @@ class SumSettings:
     seed: int
     flip: bool
     clip_norm: float
+    automatic: bool = False
     precise: bool = False
     microbatch: int | None = None
 
@@ -95,16 +101,19 @@ class ClippedSums:
         self.settings, self.device = settings, model.head.device
         self._gradients = gradient_source(model, settings.scale, self.device, settings.microbatch)
 
-    def of(self, parameters: Mapping[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
+    def of(
+        self, parameters: Mapping[str, Tensor], step: int, batch: Batch, masks: masking.Masks | None = None
+    ) -> dict[str, Tensor]:
         """The sum over one batch, or over one rank's share of it.
 
         Args:
             parameters: the trained ones by name, scaled.
             step: number of the step, by which views are drawn.
             batch: its records; may be empty.
+            masks: gradients are cut down to the chosen weights before they are clipped.
 
         Returns:
-            name -> float64, shaped like the parameter; zeros for an empty batch.
+            name -> float64, shaped like the parameter; zeros for an empty batch, and where nothing was chosen.
 
         Guarantee:
             As ``privacy.clipping``: one record (an image with its K views, or a unit with its images) adds at most
@@ -114,20 +123,27 @@ class ClippedSums:
         draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)
         views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
         gradients = self._gradients(parameters, views, batch.labels.to(self.device))
+        if masks:
+            gradients = _masked(gradients, masks)
         if batch.sizes is not None:
             gradients = unit_means(gradients, batch.sizes.tolist())
         if settings.precise:
             gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
-        return sum_of_clipped(gradients, parameters, settings.clip_norm)
+        return sum_of_clipped(gradients, parameters, settings.clip_norm, automatic=settings.automatic)
 
     def over_ranks(
-        self, ranks: Ranks, parameters: Mapping[str, Tensor], step: int, shares: Sequence[Batch]
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, Tensor],
+        step: int,
+        shares: Sequence[Batch],
+        masks: masking.Masks | None = None,
     ) -> dict[str, Tensor]:
         """The sum over a batch whose records are shared out; the ranks know model and settings already.
 
         Args:
             ranks: this process leads them; the first share is its own.
-            parameters, step: as for ``of``.
+            parameters, step, masks: as for ``of``.
             shares: one for each rank. Every record of the batch is in exactly one of them; they may be empty.
 
         Returns:
@@ -144,9 +160,10 @@ class ClippedSums:
             RankLostError, RankError: a rank did not answer; nothing of the step is released.
             RuntimeError: a rank sent something that is no sum of clipped gradients.
         """
-        ranks.tell(PARAMETERS, {"step": step}, parameters)
+        named = {f"{MASK}{name}": mask for name, mask in (masks or {}).items()}
+        ranks.tell(PARAMETERS, {"step": step}, {**parameters, **named})
         ranks.ask(SHARE, [({}, share.tensors()) for share in shares[1:]])
-        total = self.of(parameters, step, shares[0])
+        total = self.of(parameters, step, shares[0], masks)
         for share, answer in zip(shares[1:], ranks.answers(), strict=True):
             self._refuse_other_than_sums(answer, total, share.records)
             for name, value in total.items():
@@ -160,6 +177,12 @@ class ClippedSums:
         most = self.settings.clip_norm * records * (1 + 1e-6)
         if not fits or not float(torch.stack([value.norm() for value in answer.values()]).norm()) <= most:
             raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or no sum at all")
+
+
+def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Iterator[dict[str, Tensor]]:
+    for each in gradients:
+        masking.apply(masks, each)
+        yield each
 
 
 def shares_of(
@@ -190,7 +213,7 @@ def gradient_source(model: Classifier, scale: float, device: torch.device, micro
     In closed form for patchnet on a CPU, by automatic differentiation for everything else. Both give gradients with
     respect to the scaled parameters.
     """
-    if isinstance(model.extractor, PatchNet) and device.type == "cpu":
+    if patch_layers(model.extractor) and device.type == "cpu":
         together = microbatch or CLOSED_FORM_MICROBATCH
 
         def closed_form(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:

@@ -14,8 +14,10 @@ import torch
 
 from dprandp.config import GenerateConfig, PretrainConfig
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES
+from dprandp.vision.dictionary import PATCHES_OF_A_CROP, SECOND_LAYER_CROPS
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.response_layer import ResponseLayer
 from dprandp.vision.wrn import parse_wrn
 
 FLOAT = 4
@@ -26,6 +28,7 @@ PROGRAM_BYTES = 400e6
 IMAGE_SECONDS, PIXEL_SECONDS = 0.003, 8e-7
 DICTIONARY_FLOPS = 6e9  # a second
 PATCHNET_FLOPS = 25e9
+SECOND_LAYER_FLOPS = 25e9
 WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE = 75.0, 38.0, 28.0  # views a second
 HEAD_FLOPS = 10e9
 
@@ -50,14 +53,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class Extractor:
-    """Public facts about an architecture: its name, its parameters, the width of its features, work per image."""
+    """Public facts about an architecture: its parameters, all its tensors, its features and their parts, its work."""
 
     arch: str
     parameters: int
+    state_bytes: int
     feature_dim: int
+    part_widths: tuple[int, ...]
     forward_seconds: float
     training_seconds: float
     per_example_seconds: float
+
+    def whitened(self, dims: int, statistics: int) -> int:
+        """Dimensions after whitening: ``dims`` axes of each part, or as many as ``statistics`` images allow."""
+        return len(self.part_widths) * min(dims, statistics - 1, *self.part_widths)
+
+    def whitener_bytes(self, dims: int) -> int:
+        """Of a whitener to so many dimensions in all."""
+        return self.feature_dim * dims // len(self.part_widths) * FLOAT
 
 
 def extractor_facts(config: PretrainConfig) -> Extractor:
@@ -69,14 +82,26 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
     with torch.device("meta"):
         network = build_extractor(config)
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    state = sum(tensor.numel() for tensor in network.state_dict().values()) * FLOAT
     if config.arch == "patchnet":
-        positions = ((INPUT_SIZE - config.patch_size) // config.stride + 1) ** 2
-        forward = 2 * positions * 3 * config.patch_size**2 * config.filters / PATCHNET_FLOPS
-        return Extractor(config.arch, parameters, network.feature_dim, forward, 0.0, 3 * forward)
+        pixels = 3 * config.patch_size**2
+        side = (INPUT_SIZE - config.patch_size) // config.stride + 1
+        forward = 2 * side**2 * pixels * config.filters / PATCHNET_FLOPS
+        if config.layers == 2:
+            forward += _second_layer_products(network.second, side**2 * pixels) / SECOND_LAYER_FLOPS
+        widths = tuple(part.width for part in network.parts)
+        return Extractor(config.arch, parameters, state, network.feature_dim, widths, forward, 0.0, 3 * forward)
     depth, width = parse_wrn(config.arch)
     work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
     rates = (WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE)
-    return Extractor(config.arch, parameters, network.feature_dim, *(work / rate for rate in rates))
+    width = network.feature_dim
+    return Extractor(config.arch, parameters, state, width, (width,), *(work / rate for rate in rates))
+
+
+def _second_layer_products(layer: ResponseLayer, pixels: int) -> int:
+    """Floating-point operations in the matrix products of one image; ``pixels``: numbers in all of its patches."""
+    places, (axes, width) = layer.pooling.shape[1], layer.basis.shape
+    return 2 * (pixels * len(layer.map_weight) + places * axes * (width + len(layer.weight)))
 
 
 def generate_cost(config: GenerateConfig, workers: int, block: int) -> Cost:
@@ -92,11 +117,17 @@ def generate_cost(config: GenerateConfig, workers: int, block: int) -> Cost:
 def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cores: int) -> Cost:
     """A dictionary of patches, or contrastive steps on all images."""
     facts = extractor_facts(config)
-    weights = facts.parameters * FLOAT
+    weights = facts.state_bytes
     if config.arch == "patchnet":
         patches = config.dictionary_patches * 3 * config.patch_size**2
         memory = 3 * patches * FLOAT + config.dictionary_patches * 3 * INPUT_SIZE**2
         seconds = 2 * patches * config.filters * config.dictionary_iterations / DICTIONARY_FLOPS
+        if config.layers == 2:
+            with torch.device("meta"):
+                axes, width = build_extractor(config).second.basis.shape
+            second = min(SECOND_LAYER_CROPS, images.count) * PATCHES_OF_A_CROP
+            memory = max(memory, 3 * second * width * FLOAT)
+            seconds += 2 * second * axes * config.second_filters * config.dictionary_iterations / SECOND_LAYER_FLOPS
     else:
         memory = images.count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
         seconds = 2 * config.batch_size * config.steps * facts.training_seconds
@@ -122,8 +153,8 @@ def probe_cost(
     blocks = 4 * max(BLOCK_BYTES, BATCH * views * max(dims, facts.feature_dim) * FLOAT)
     memory = PROGRAM_BYTES + (train + test) * 3 * INPUT_SIZE**2 + max(whitening, blocks)
     seconds = passes * facts.forward_seconds + 4 * steps * train * views * dims * classes / HEAD_FLOPS
-    whitener = facts.feature_dim * dims * FLOAT
-    disk = features + test * dims * FLOAT + 3 * whitener + facts.parameters * FLOAT
+    whitener = facts.whitener_bytes(dims)
+    disk = features + test * dims * FLOAT + 3 * whitener + facts.state_bytes
     return Cost(int(disk), int(memory + whitener), seconds / cores if cpu else None)
 
 
@@ -132,12 +163,12 @@ def finetune_cost(
     refit_steps: int, mirror: bool, cpu: bool, cores: int,
 ) -> Cost:  # fmt: skip
     """Per-example gradients of every parameter; then, where there is a refit, features of all images again, on disk."""
-    parameters = (facts.parameters + dims * classes) * FLOAT
+    parameters = facts.state_bytes + dims * classes * FLOAT
     features = train * dims * FLOAT if refit_steps else 0
     passes = test * (2 if mirror else 1) + (train * (2 if mirror else 1) if refit_steps else 0)
     seconds = expected_batch * steps * views * facts.per_example_seconds + passes * facts.forward_seconds
     seconds += 4 * refit_steps * train * dims * classes / HEAD_FLOPS
-    whitener = facts.feature_dim * dims * FLOAT
+    whitener = facts.whitener_bytes(dims)
     batch = expected_batch * views * 3 * INPUT_SIZE**2 * 5 + 16 * parameters
     pixels, tested = (train + test) * 3 * INPUT_SIZE**2, test * dims * FLOAT
     memory = PROGRAM_BYTES + pixels + tested + whitener + 5 * parameters + batch

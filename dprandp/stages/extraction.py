@@ -29,10 +29,10 @@ BLOCK_BYTES = 2**26
 
 def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes: int) -> None:
     """Give the other ranks a copy of extractor and whitener, with a head of zeros."""
-    dims = list(whitener.projection.shape) if isinstance(whitener, Whitener) else None
+    axes = whitener.axes if isinstance(whitener, Whitener) else None
     facts = {
         "extractor": as_dict(extractor.built_from),
-        "whitener": dims,
+        "whitener": axes,
         "classes": classes,
         "device": next(extractor.parameters()).device.type,
     }
@@ -44,7 +44,8 @@ def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes:
 def told_model(facts: dict, tensors: dict[str, Tensor], device: torch.device) -> Classifier:
     """The model that ``tell_model`` described, on this rank's device."""
     extractor = build_extractor(build("pretrain", facts["extractor"]))
-    whitener = PooledOnly(extractor.feature_dim) if facts["whitener"] is None else Whitener(*facts["whitener"])
+    width, axes = extractor.feature_dim, facts["whitener"]
+    whitener = PooledOnly(width) if axes is None else Whitener(width, axes, extractor.parts)
     model = Classifier(extractor, whitener, facts["classes"])
     model.load_state_dict(tensors | {"head": model.head.detach()})
     return model.to(device).eval()

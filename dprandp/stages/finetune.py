@@ -30,6 +30,7 @@ from dprandp.ranks import RankError
 from dprandp.rankwire import RankLostError
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
+from dprandp.stages import masks as masking
 from dprandp.stages import probe, release
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
 from dprandp.stages.context import Context, recorded
@@ -63,7 +64,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
-        UsageError: the network has a layer that mixes examples.
+        UsageError: the network has a layer that mixes examples, or options contradict each other.
     """
     scratch = config.source == "scratch"
     stage = open_stage(config, context)
@@ -87,7 +88,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     lr = config.lr or recipe.lr
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
-        parameters, updates = _train(config, stage, model, lr, scale, stop)
+        parameters, updates, trained_weights = _train(config, stage, model, lr, scale, stop)
         model.load_state_dict(parameters, strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     result = {
@@ -100,6 +101,8 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "arch": arch,
         "lr": lr,
         "momentum": config.momentum,
+        "clipping": config.clipping,
+        "trained_weights": trained_weights,
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
@@ -130,6 +133,7 @@ def open_stage(
     Raises:
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
+    masking.rule_of(config)  # refuses options that contradict each other
     if config.source != "scratch":
         if arch is None:
             context.rundir.require("probe", STAGE)
@@ -170,7 +174,7 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
 
 def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
     extractor, _ = load_extractor(context)
-    model = Classifier(extractor, probe.load_whitener(context), len(stage.spec.classes))
+    model = Classifier(extractor, probe.load_whitener(context, extractor), len(stage.spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]
 
@@ -183,27 +187,34 @@ def _scratch_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classif
 
 def _train(
     config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], int, str]:
     """The joint training; a scale of 0 freezes the extractor.
 
     Returns:
-        The released parameters by name, and the number of updates they have seen.
+        The released parameters by name, the number of updates they have seen, and which weights were trained, in words.
     """
+    rule = masking.rule_of(config)
     folder = stage.context.rundir.stage_dir(STAGE)
     device = stage.context.device
-    trained = {
-        name: value.detach().clone() / (scale if name.startswith("extractor.") else 1)
+    start = {
+        name: value.detach().clone()
         for name, value in model.named_parameters()
         if scale > 0 or not name.startswith("extractor.")
     }
+    masks = {} if rule is None else rule.choose(start, 0)
+    if rule is not None and rule.zero:
+        masking.apply(masks, start)
+    trained = {name: _scaled(name, value, scale) for name, value in start.items()}
+    trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
     state = {f"parameters.{name}": value for name, value in trained.items()}
     state |= {f"velocity.{name}": torch.zeros_like(value) for name, value in trained.items()}
     state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
+    state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
     first_step, ledger_head = 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
         check_tensors(saved.tensors, trained, saved.path)
-        return saved.tensors, saved.entry("updates", int)
+        return saved.tensors, saved.entry("updates", int), trained_weights
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
@@ -217,6 +228,7 @@ def _train(
         seed=config.seed,
         flip=stage.spec.flip_ok,
         clip_norm=stage.plan.clip_norm,
+        automatic=config.clipping == "automatic",
         precise=stage.plan.noise == "discrete",
         microbatch=stage.context.microbatch,
     )
@@ -234,19 +246,24 @@ def _train(
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
             parameters = {name: state[f"parameters.{name}"] for name in trained}
+            if rule is not None and rule.due(step.number):
+                state |= {f"mask.{name}": mask for name, mask in rule.choose(parameters, step.number).items()}
+            masks = {name: state[f"mask.{name}"] for name in masks}
             shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
             try:
-                clipped = sums.over_ranks(ranks, parameters, step.number, shares)
+                clipped = sums.over_ranks(ranks, parameters, step.number, shares, masks)
             except (RankError, RankLostError):
                 if step.number > first_step:  # the step is lost and stays paid; the updates before it need not be
                     save(step.number)
                 raise
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
+            masking.apply(masks, update)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
             for name, gradient in update.items():
                 velocity = state[f"velocity.{name}"].mul_(config.momentum).add_(gradient)
-                value = state[f"parameters.{name}"].sub_(velocity, alpha=lr)
+                moved = velocity * masks[name] if name in masks else velocity
+                value = state[f"parameters.{name}"].sub_(moved, alpha=lr)
                 state[f"ema.{name}"].lerp_(value, 1 - decay)
             faults.point("update-applied")
             log.write(
@@ -259,9 +276,16 @@ def _train(
             if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
                 save(done)
             stop.raise_if_requested()
-    released = {name: unscaled(name, state[f"ema.{name}"], scale).cpu() for name in trained}
+    released = {}
+    for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
+        ema = state[f"ema.{name}"]
+        released[name] = torch.where(ema == _scaled(name, value, scale), value, unscaled(name, ema, scale)).cpu()
     checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)
-    return released, mechanism.next_step
+    return released, mechanism.next_step, trained_weights
+
+
+def _scaled(name: str, value: Tensor, scale: float) -> Tensor:
+    return value / (scale if name.startswith("extractor.") else 1)
 
 
 def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict:

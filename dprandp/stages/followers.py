@@ -71,6 +71,7 @@ class _Work:
         self._model: Classifier
         self._sums: clipped_sums.ClippedSums
         self._parameters: Tensors
+        self._masks: Tensors
         self._step: int
 
     def render(self, facts: Facts, tensors: Tensors) -> Tensors:
@@ -89,8 +90,11 @@ class _Work:
 
     def take_parameters(self, facts: Facts, tensors: Tensors) -> None:
         device = self._model.head.device
-        self._parameters = {name: value.to(device) for name, value in tensors.items()}
+        given = {name: value.to(device) for name, value in tensors.items()}
+        named = [name for name in given if name.startswith(clipped_sums.MASK)]
+        self._masks = {name.removeprefix(clipped_sums.MASK): given.pop(name) for name in named}
+        self._parameters = given
         self._step = facts["step"]
 
     def share_of_sum(self, facts: Facts, tensors: Tensors) -> Tensors:
-        return self._sums.of(self._parameters, self._step, clipped_sums.Batch(**tensors))
+        return self._sums.of(self._parameters, self._step, clipped_sums.Batch(**tensors), self._masks)

@@ -290,14 +290,14 @@ def _cost(
     }
     if isinstance(config, ProbeConfig):
         mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
-        dims = min(config.dims, config.statistics_images - 1, facts.feature_dim)
+        dims = facts.whitened(config.dims, config.statistics_images)
         return estimates.probe_cost(facts, **shared, statistics=config.statistics_images, dims=dims, mirror=mirror)
     if scratch:
         dims, mirror = facts.feature_dim, False
     else:
         probe = probe or recorded("probe", _recorded(context, "probe"))
         mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
-        dims = min(probe.dims, probe.statistics_images - 1, facts.feature_dim)
+        dims = facts.whitened(probe.dims, probe.statistics_images)
     batch = stage.plan.expected_batch
     return estimates.finetune_cost(
         facts, **shared, dims=dims, expected_batch=batch, refit_steps=refit_steps, mirror=mirror

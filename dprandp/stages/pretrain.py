@@ -6,7 +6,7 @@
 
 Two ways to learn, chosen by ``arch``:
 
-* ``patchnet``: a dictionary of whitened patches (``vision/dictionary.py``), a laptop's minute;
+* ``patchnet``: dictionaries of whitened patches, in one layer or two (``vision/dictionary.py``), a laptop's minutes;
 * ``wrn-D-K``: contrastive learning (``vision/contrastive.py``), the published recipe at ``--size paper``.
 
 With ``prior`` nothing is learned: a shipped extractor takes its place (``prior.py``).
@@ -37,7 +37,6 @@ from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.images import random_crops, to_grey
 from dprandp.vision.metrics import knn_accuracy
-from dprandp.vision.patchnet import PatchNet
 
 STAGE = "pretrain"
 EXTRACTOR = "extractor"
@@ -81,7 +80,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
         elif config.random_init:
             network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
         elif config.arch == "patchnet":
-            network = _learn_dictionary(config, context, stop)
+            network = _learn_dictionaries(config, context, stop)
             steps, views_per_second, loss = config.dictionary_iterations, None, None
         else:
             network, views_per_second, loss = _learn_contrastively(config, context, stop)
@@ -147,26 +146,23 @@ def colour_mode(images: Tensor, mode: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- patchnet
 
 
-def _learn_dictionary(config: PretrainConfig, context: Context, stop) -> PatchNet:
+def _learn_dictionaries(config: PretrainConfig, context: Context, stop) -> nn.Module:
     log = MetricsLog(context.rundir.stage_dir(STAGE) / "metrics.jsonl", 0)
     generator = _generator(config)
     crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
-    patches = dictionary.sample_patches(crops, config.dictionary_patches, config.patch_size, generator)
     network = build_extractor(config)
-    basis, centre = dictionary.whitening(patches, len(network.basis))
-    with context.console.progress(config.dictionary_iterations, "dictionary passes") as progress:
+    layers = (network, None) if config.layers == 1 else (network.first, network.second)
+    passes = config.dictionary_iterations * (1 if config.layers == 1 else 3)
+    with context.console.progress(passes, "dictionary passes") as progress:
 
         def on_iteration(iteration: int, similarity: float) -> None:
             log.write(step=iteration + 1, similarity=similarity)
             progress.advance(1)
-            stop.raise_if_requested()  # a minute's work with nothing to save half-way: a rerun repeats it
+            stop.raise_if_requested()  # minutes of work with nothing to save half-way: a rerun repeats it
 
-        atoms = dictionary.spherical_kmeans(
-            patches @ basis.t() - centre, config.filters, config.dictionary_iterations, generator, on_iteration
+        dictionary.learn(
+            layers, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration
         )
-    network.load_state_dict(
-        {"basis": basis, "centre": centre, "weight": atoms, "bias": torch.zeros(config.filters)}
-    )
     return network.to(context.device)
 
 

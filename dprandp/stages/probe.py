@@ -78,7 +78,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     if warning := colour_warning(extractor.built_from.colour, spec):
         context.console.warn(warning)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec))
+    whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec), extractor)
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
@@ -123,9 +123,10 @@ def colour_warning(colour: str, spec: DataSpec) -> str | None:
     )
 
 
-def load_whitener(context: Context) -> whitening.Whitener:
-    """The whitener of a finished probe."""
-    return _whitener_of(checkpoint.load_finished(context.rundir.stage_dir(STAGE) / "statistics", WHITENER, STAGE))
+def load_whitener(context: Context, extractor: nn.Module) -> whitening.Whitener:
+    """The whitener of a finished probe, for the run's extractor."""
+    folder = context.rundir.stage_dir(STAGE) / "statistics"
+    return _whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE), extractor)
 
 
 def load_head(context: Context, like: Tensor) -> Tensor:
@@ -154,28 +155,29 @@ def public_whitener(
     folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
     folder.mkdir(exist_ok=True)
     if checkpoint.latest(folder) == WHITENER:
-        return _whitener_of(checkpoint.load(folder, WHITENER))
+        return _whitener_of(checkpoint.load(folder, WHITENER), extractor)
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
     with context.console.progress(len(crops), "synthetic features") as progress:
         features = extract_by_ranks(context.ranks, extractor, crops, None, mirror, progress.advance)
-    whitener = whitening.fit(features, config.dims, config.whitening_floor)
+    whitener = whitening.fit(features, config.dims, config.whitening_floor, extractor.parts)
     checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
     return whitener
 
 
-def _keep_whitener(context: Context, whitener: whitening.Whitener) -> whitening.Whitener:
+def _keep_whitener(context: Context, whitener: whitening.Whitener, extractor: nn.Module) -> whitening.Whitener:
     """The probe's own copy; the one it kept before, after a stop."""
     own = context.rundir.stage_dir(STAGE) / "statistics"
     own.mkdir(exist_ok=True)
     if checkpoint.latest(own) != WHITENER:
         checkpoint.save(own, WHITENER, whitener.state_dict(), {}, keep=1)
-    return load_whitener(context)
+    return load_whitener(context, extractor)
 
 
-def _whitener_of(loaded: checkpoint.Checkpoint) -> whitening.Whitener:
-    shape = tuple(loaded.tensors["projection"].shape) if "projection" in loaded.tensors else (1, 1)
-    whitener = whitening.Whitener(*(shape if len(shape) == 2 else (1, 1)))
+def _whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
+    projection = loaded.tensors.get("projection")
+    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
+    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
     check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
     whitener.load_state_dict(loaded.tensors)
     return whitener

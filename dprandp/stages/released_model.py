@@ -151,7 +151,9 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
     def build() -> Classifier:
         extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
         width = extractor.feature_dim
-        whitener = PooledOnly(width) if projection is None else Whitener(width, projection.shape[1])
+        whitener = PooledOnly(width)
+        if projection is not None:
+            whitener = Whitener(width, projection.shape[1], extractor.parts)
         return Classifier(extractor, whitener, classes)
 
     try:

@@ -24,7 +24,7 @@ from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, 
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private_plan import name_private_stage
 from dprandp.stages.probe import public_whitener
-from dprandp.stages.tune_settings import Setting, TuneConfig, cut_dims, settings_for, share_of
+from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
 
 STAGE = "tune"
 
@@ -52,7 +52,7 @@ def choose_privately(
     extractor, _ = load_extractor(context)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
-    settings = settings_for(config, whitener.dims)
+    settings = settings_for(config, whitener.axes)
     stage.plan = plan = make_selection_plan(
         stage=STAGE, epsilon_total=budget.epsilon, delta=budget.delta, spend_epsilon=tune.spend * share_of(config),
         spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
@@ -76,8 +76,8 @@ def choose_privately(
             config.released,
         )
         fitted, held_out = torch.from_numpy(trial.fitted), torch.from_numpy(trial.held_out)
-        seen = cut_dims(features, setting.dims)
-        state = begin_head(torch.zeros(setting.dims, len(spec.classes)))
+        seen = whitener.cut(features, setting.dims)
+        state = begin_head(torch.zeros(seen.shape[1], len(spec.classes)))
         for number in range(trial.steps):
             clipped = clipped_softmax_sum(seen, labels, state["head"], plan.clip_norm, rows=fitted)
             update_head(state, trial.release(clipped), rule, number, trial.steps)

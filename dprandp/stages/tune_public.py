@@ -30,10 +30,11 @@ from dprandp.stages.generate import load_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.probe import public_whitener
-from dprandp.stages.tune_settings import Setting, TuneConfig, cut_dims, settings_for, share_of
+from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
 from dprandp.vision.images import as_declared, random_crops, to_input
+from dprandp.vision.whitening import Whitener
 
 INSTANCES = 40
 """Synthetic images that a task is made of, in all classes together; at least two a class."""
@@ -55,15 +56,15 @@ def choose_publicly(
     delta = config.delta or default_delta(spec.train_examples)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
     default = config.lr or default_lr(epsilon, delta, spec.train_examples)
-    features, labels, classes, cut = _public_task(config, tune, context, spec)
-    settings = settings_for(config, features.shape[1])
+    features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)
+    settings = settings_for(config, whitener.axes)
     generator = torch.Generator().manual_seed(config.seed + SEED)
     order = [0, *(1 + torch.randperm(len(settings) - 1, generator=generator)).tolist()][: tune.trials]
     rights: dict[int, Tensor] = {}
     with context.console.progress(len(order), "settings") as progress:
         for index in order:
             setting = settings[index]
-            seen = cut_dims(features, setting.dims)
+            seen = whitener.cut(features, setting.dims)
             head = simulate(
                 seen[:cut], labels[:cut], classes, setting.steps, config.clip_norm, mu, spec.train_examples,
                 HeadSettings(default * setting.lr_factor, config.momentum, config.released), generator,
@@ -138,8 +139,8 @@ def simulate(
 
 def _public_task(
     config: ProbeConfig, tune: TuneConfig, context: Context, spec: DataSpec
-) -> tuple[Tensor, Tensor, int, int]:
-    """Whitened unit-norm features [n, dims], labels [n], number of classes, and how many come first to be fitted."""
+) -> tuple[Tensor, Tensor, int, int, Whitener]:
+    """Whitened unit-norm features [n, dims], labels [n], number of classes, how many of n to fit, whitener."""
     generator = torch.Generator().manual_seed(config.seed + SEED)
     fitted = min(FIT, spec.train_examples)
     if tune.on == SYNTHETIC:
@@ -157,7 +158,7 @@ def _public_task(
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     with context.console.progress(len(images), "public features") as progress:
         features = extract(extractor, images, mirror=mirror, after=whitener, on_batch=progress.advance)
-    return features, labels, classes, fitted
+    return features, labels, classes, fitted, whitener.cpu()
 
 
 def synthetic_task(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn import functional
-
 from dprandp.config import ProbeConfig
 from dprandp.errors import UsageError
 from dprandp.stages.private_plan import DEFAULT_SHARE
@@ -44,7 +41,7 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: factor on the default learning rate, steps, whitened dimensions."""
+    """One candidate: factor on the default learning rate, steps, axes that each part of the features is whitened to."""
 
     lr_factor: float
     steps: int
@@ -61,8 +58,3 @@ def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
 def share_of(config: ProbeConfig) -> float:
     """ε of the probe by its configuration, inf for none."""
     return config.epsilon * (DEFAULT_SHARE if config.share is None else config.share)
-
-
-def cut_dims(features: Tensor, dims: int) -> Tensor:
-    """The features that a whitener of fewer dimensions would give: its axes are the first ones."""
-    return features if dims == features.shape[1] else functional.normalize(features[:, :dims], dim=-1)

@@ -4,6 +4,7 @@ An extractor is an ``nn.Module`` with
 
 * ``feature_dim``: int;
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
+* ``parts``: ``whitening.Part``s, which of the features are whitened together;
 * ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
 * ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given, from which its like can be built.
 
@@ -22,6 +23,7 @@ from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.patchnet import PatchNet
 from dprandp.vision.precision import autocast
+from dprandp.vision.response_layer import ResponseLayer, TwoLayerPatchNet, map_side
 from dprandp.vision.wrn import WideResNet, parse_wrn
 
 ARCHITECTURES = "patchnet, or wrn-DEPTH-WIDTH such as wrn-16-4"
@@ -44,20 +46,7 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
 
 def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
     if config.arch == "patchnet":
-        if (INPUT_SIZE - config.patch_size) // config.stride < 1:  # the 2 x 2 grid needs two patches a side
-            raise UsageError(
-                f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
-                f"of a {INPUT_SIZE}-pixel image",
-                fix="give a smaller patch_size or stride",
-            )
-        width = 3 * config.patch_size**2
-        axes = min(config.patch_dims, width)
-        net = PatchNet(config.filters, patch_size=config.patch_size, patch_dims=axes, stride=config.stride)
-        net.basis.copy_(torch.linalg.qr(torch.randn(width, axes, generator=generator))[0].t())
-        net.weight.data.normal_(generator=generator)
-        # contrast-normalised patches have norm up to sqrt(width): unit-norm filters answer with unit variance
-        net.weight.data.div_(net.weight.data.norm(dim=1, keepdim=True))
-        return net
+        return _patchnet(config, generator)
     if config.arch.startswith("wrn-"):
         depth, width = parse_wrn(config.arch)
         return WideResNet(
@@ -68,6 +57,41 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             generator=generator,
         )
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
+
+
+def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
+    patches = (INPUT_SIZE - config.patch_size) // config.stride + 1
+    if config.layers == 2:
+        patches = map_side(config.patch_size, config.stride, INPUT_SIZE) - 2  # of 3 x 3 responses
+    if patches < 2:  # the 2 x 2 grid needs two patches a side
+        raise UsageError(
+            f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
+            f"of a {INPUT_SIZE}-pixel image" + (", after two layers" if config.layers == 2 else ""),
+            fix="give a smaller patch_size or stride" + (", or layers = 1" if config.layers == 2 else ""),
+        )
+    shape = {"patch_size": config.patch_size, "stride": config.stride}
+    first = PatchNet(config.filters, patch_dims=min(config.patch_dims, 3 * config.patch_size**2), **shape)
+    _random_rows(first.basis, generator)
+    _random_unit_rows(first.weight.data, generator)
+    if config.layers == 1:
+        return first
+    second = ResponseLayer(config.second_filters, **shape)
+    _random_unit_rows(second.map_weight, generator)
+    for rows in (second.channel_basis, second.basis):
+        _random_rows(rows, generator)
+    _random_unit_rows(second.weight.data, generator)
+    return TwoLayerPatchNet(first, second)
+
+
+def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:
+    """Orthonormal rows."""
+    basis.copy_(torch.linalg.qr(torch.randn(*reversed(basis.shape), generator=generator))[0].t())
+
+
+def _random_unit_rows(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Patches have length up to √d or near it: unit-norm filters answer with unit variance."""
+    weight.normal_(generator=generator)
+    weight.div_(weight.norm(dim=1, keepdim=True))
 
 
 def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:

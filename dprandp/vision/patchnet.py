@@ -1,4 +1,4 @@
-"""PatchNet: a one-layer convolutional network whose filters are a dictionary of synthetic patches.
+"""Patch layers: convolutional layers whose filters are a dictionary of synthetic patches; ``PatchNet`` has one.
 
 The classical patch pipeline (Coates & Ng 2011, "The importance of encoding versus training with sparse coding and
 vector quantization") with every learned part taken from images of a random process: whitening of patches and a
@@ -9,9 +9,9 @@ spherical k-means dictionary (``dictionary.py``). The network is
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
 large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
-often a pattern occurs rather than where it happens to be strongest. The network has the same interface as the WRN:
-``normalise``, ``features``, ``feature_dim``. Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them
-in Phase III; the whitening of patches stays as it is. No layer looks at more than one image.
+often a pattern occurs rather than where it happens to be strongest. The network has the same interface as the WRN
+(``extractors.py``). Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III; the
+whitening of patches stays as it is. No layer looks at more than one image.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.threads import in_parts
+from dprandp.vision.whitening import Part
 
 CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels: flat patches stay flat."""
@@ -32,56 +33,49 @@ TILE = 400
 """Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
 
 
-class PatchNet(nn.Module):
-    """Filters over contrast-normalised patches, rectified on both sides, pooled over regions of several sizes.
+class PatchLayer(nn.Module):
+    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions of several sizes.
+
+    What the patches are of is said by ``unwhitened``: pixels for ``PatchNet``, responses for ``ResponseLayer``.
 
     Args:
         filters: size of the dictionary, F.
-        patch_size: side of a patch in pixels.
-        patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
-        stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
+        width: numbers in a patch, d.
+        patch_dims: axes r that patches are whitened to.
+        positions: patches per side; there are L = positions**2 of them.
         grids: for each g the responses are averaged over g x g regions; (2, 1) is quadrants and the whole image.
         threshold: responses in [-threshold, threshold] count as zero.
-        image_size: side of the (square) input in pixels.
-        channels: 3.
 
     Attributes:
-        basis: [r, channels * patch_size**2] float32, whitening of patches in the order of
-            ``torch.nn.functional.unfold``; centre: [r] float32, what it makes of the mean patch. Not trained.
+        basis: [r, d] float32, whitening of patches in the order of ``torch.nn.functional.unfold``; centre: [r] float32,
+            what it makes of the mean patch. Not trained.
         weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
         pooling: [R, L] float32, R regions as rows of weights over the L positions.
-        feature_dim: 2 * R * F.
+        feature_dim: 2 * R * F. parts: all features are whitened together.
     """
 
     def __init__(
-        self,
-        filters: int,
-        *,
-        patch_size: int = 6,
-        patch_dims: int | None = None,
-        stride: int = 1,
-        grids: tuple[int, ...] = (2, 1),
-        threshold: float = 0.25,
-        image_size: int = 32,
-        channels: int = 3,
+        self, filters: int, *, width: int, patch_dims: int, positions: int, grids: tuple[int, ...], threshold: float
     ) -> None:
         super().__init__()
-        self.patch_size, self.stride, self.grids = patch_size, stride, grids
-        self.threshold, self.image_size = threshold, image_size
-        width = channels * patch_size**2
-        self.weight = nn.Parameter(torch.zeros(filters, patch_dims or width))
+        self.grids, self.threshold = grids, threshold
+        self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
-        self.register_buffer("basis", torch.eye(patch_dims or width, width))
-        self.register_buffer("centre", torch.zeros(patch_dims or width))
-        positions = (image_size - patch_size) // stride + 1
+        self.register_buffer("basis", torch.eye(patch_dims, width))
+        self.register_buffer("centre", torch.zeros(patch_dims))
         pooling = torch.cat([pooling_matrix(positions, grid) for grid in grids])
         self.register_buffer("pooling", pooling, persistent=False)
         self.feature_dim = 2 * len(pooling) * filters
+        self.parts = (Part(self.feature_dim, 1.0),)
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 in [0, 1]. The patches' own contrast normalisation does the rest."""
         return images.to(torch.float32) / 255
+
+    def unwhitened(self, images: Tensor) -> Tensor:
+        """Float [B, C, H, W] in [0, 1] to patches [B, d, L], contrast-normalised."""
+        raise NotImplementedError
 
     def patches(self, images: Tensor) -> Tensor:
         """Contrast-normalised and whitened patches.
@@ -90,10 +84,9 @@ class PatchNet(nn.Module):
             images: float [B, C, H, W] in [0, 1].
 
         Returns:
-            [B, r, L]: each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``), whitened.
+            [B, r, L].
         """
-        patches = normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
-        return self.basis @ patches - self.centre[:, None]
+        return self.basis @ self.unwhitened(images) - self.centre[:, None]
 
     def features(self, images: Tensor) -> Tensor:
         """Differentiable features.
@@ -150,6 +143,47 @@ class PatchNet(nn.Module):
             out[:, 0].sub_(self.threshold)
             out[:, 1].neg_().sub_(self.threshold)
             out.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()  # rounding may leave a mean of zeros just below zero
+
+
+class PatchNet(PatchLayer):
+    """A dictionary over patches of pixels.
+
+    Args:
+        filters: size of the dictionary, F.
+        patch_size: side of a patch in pixels.
+        patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
+        stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
+        grids, threshold: see ``PatchLayer``.
+        image_size: side of the (square) input in pixels.
+        channels: 3.
+    """
+
+    def __init__(
+        self,
+        filters: int,
+        *,
+        patch_size: int = 6,
+        patch_dims: int | None = None,
+        stride: int = 1,
+        grids: tuple[int, ...] = (2, 1),
+        threshold: float = 0.25,
+        image_size: int = 32,
+        channels: int = 3,
+    ) -> None:
+        width = channels * patch_size**2
+        super().__init__(
+            filters,
+            width=width,
+            patch_dims=patch_dims or width,
+            positions=(image_size - patch_size) // stride + 1,
+            grids=grids,
+            threshold=threshold,
+        )
+        self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
+
+    def unwhitened(self, images: Tensor) -> Tensor:
+        """Each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``): [B, C patch_size**2, L]."""
+        return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ so it costs no privacy. Nothing in this file may ever be called with private fea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,45 +19,110 @@ DEVIATION_FLOOR = 1e-3
 """Relative to the mean deviation: a feature that hardly moves on synthetic images is not blown up."""
 
 
+class Part(NamedTuple):
+    """Features that are whitened by themselves.
+
+    Attributes:
+        width: how many.
+        share: of the squared length of the whole that this part is given; the shares of all parts sum to 1.
+    """
+
+    width: int
+    share: float
+
+
 class Whitener(nn.Module):
-    """Linear map followed by division by the Euclidean norm, one image at a time.
+    """Each part of the features: a linear map, then division by the Euclidean norm. One image at a time.
+
+    Parts whitened apart and put side by side serve a private head better than one whitening of all: the axes with the
+    least energy, where one part would be lost in the other's noise, stay with the part that they belong to.
+
+    Args:
+        feature_dim: D. dims: axes of each part, d.
+        parts: widths and shares of the P parts, which sum to D and 1; None: all features are one part.
 
     Attributes:
         mean: [D] float32, feature means over synthetic images.
-        projection: [D, d] float32: 1 / deviation, principal axes, and a weight 1 / (s + floor) for each axis.
+        projection: [D, d] float32: 1 / deviation, principal axes, and a weight 1 / (s + floor) for each axis. The rows
+            of a part are its own map.
     """
 
-    def __init__(self, feature_dim: int, dims: int) -> None:
+    def __init__(self, feature_dim: int, dims: int, parts: Sequence[Part] | None = None) -> None:
         super().__init__()
+        self.parts = tuple(parts or [Part(feature_dim, 1.0)])
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("projection", torch.zeros(feature_dim, dims))
 
     @property
-    def dims(self) -> int:
-        """Dimensions after whitening."""
+    def axes(self) -> int:
+        """Dimensions of a part after whitening, d."""
         return self.projection.shape[1]
 
+    @property
+    def dims(self) -> int:
+        """Dimensions after whitening, P d."""
+        return len(self.parts) * self.axes
+
+    def rows(self) -> Iterator[tuple[slice, float]]:
+        """Of each part: which features are its own, and the length √share that its whitened features have."""
+        start = 0
+        for part in self.parts:
+            yield slice(start, start + part.width), math.sqrt(part.share)
+            start += part.width
+
     def forward(self, features: Tensor) -> Tensor:
-        """Float [..., D] to [..., d] of unit norm (a feature vector equal to the mean stays zero)."""
-        whitened = (features - self.mean) @ self.projection
-        return functional.normalize(whitened, dim=-1)
+        """Float [..., D] to [..., P d] of unit norm (a part equal to its mean stays zero)."""
+        return torch.cat(
+            [
+                length * functional.normalize((features[..., own] - self.mean[own]) @ self.projection[own], dim=-1)
+                for own, length in self.rows()
+            ],
+            dim=-1,
+        )
+
+    def cut(self, whitened: Tensor, axes: int) -> Tensor:
+        """What a whitener of fewer axes would have made: its axes are the first ones of each part.
+
+        Args:
+            whitened: float [N, P d], results of ``forward``.
+            axes: at most d.
+
+        Returns:
+            Float [N, P axes] of unit norm.
+        """
+        if axes == self.axes:
+            return whitened
+        lengths = whitened.new_tensor([length for _, length in self.rows()])
+        first = whitened.unflatten(-1, (len(self.parts), self.axes))[..., :axes]
+        return (lengths[:, None] * functional.normalize(first, dim=-1)).flatten(-2)
 
 
 @torch.no_grad()
-def fit(features: Tensor, dims: int, floor: float = 0.1) -> Whitener:
+def fit(features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] | None = None) -> Whitener:
     """Fit a whitener to the features of synthetic images.
 
     Args:
         features: [n, D] float32 of *synthetic* images (changed in place to save memory).
-        dims: dimensions to keep; at most min(n - 1, D), fewer are kept where there are no more.
+        dims: axes to keep of each part; at most min(n - 1, width), fewer are kept where there are no more.
         floor: added to the standard deviation s of each principal axis before its inverse is taken; axes with s far
             below it are damped rather than amplified.
+        parts: as for ``Whitener``.
 
     Returns:
         The whitener. Deterministic: eigenvectors' signs are fixed by making their largest entry positive.
     """
     count, width = features.shape
-    dims = min(dims, count - 1, width)
+    parts = tuple(parts or [Part(width, 1.0)])
+    whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts)
+    for own, _ in whitener.rows():
+        mean, projection = _principal_axes(features[:, own], whitener.axes, floor)
+        whitener.mean[own], whitener.projection[own] = mean, projection
+    return whitener
+
+
+def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor]:
+    """Mean [w] and projection [w, dims] of one part's features [n, w], which are changed in place."""
+    count, width = features.shape
     mean = features.mean(dim=0)
     features -= mean
     deviation = features.square().mean(dim=0).sqrt()
@@ -66,10 +135,7 @@ def fit(features: Tensor, dims: int, floor: float = 0.1) -> Whitener:
     values, vectors = values[-dims:].flip(0).clamp(min=1e-12), vectors[:, -dims:].flip(1)
     axes = features.t() @ vectors / (values * count).sqrt() if wide else vectors
     signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    whitener = Whitener(width, dims)
-    whitener.mean.copy_(mean)
-    whitener.projection.copy_(scale[:, None] * axes * signs / (values.sqrt() + floor))
-    return whitener
+    return mean, scale[:, None] * axes * signs / (values.sqrt() + floor)
 
 
 class PooledOnly(nn.Module):

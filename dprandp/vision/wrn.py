@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dprandp.errors import UsageError, nearest
+from dprandp.vision.whitening import Part
 
 # Public constants, the same for every data set: a mean or a deviation taken from private pixels would cost budget.
 IMAGE_MEAN = 0.5
@@ -196,6 +197,7 @@ class WideResNet(nn.Module):
         self.final_norm = nn.GroupNorm(norm_groups, wide_in)
         self.map_channels = wide_in
         self.feature_dim = wide_in * sum(side * side for side in self._pooling_sides)
+        self.parts = (Part(self.feature_dim, 1.0),)
         initialise(self, generator)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +44,14 @@ def model_of(arch: str) -> Classifier:
     return Classifier(extractor, whitener, CLASSES)
 
 
-def replayed(arch: str, control: Control = FAITHFUL, steps: int = 2, plan: PrivatePlan = PLAN) -> list[Check]:
+def replayed(
+    arch: str, control: Control = FAITHFUL, steps: int = 2, plan: PrivatePlan = PLAN, **changes: Any
+) -> list[Check]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
     dataset, split = made_up_images(images, CLASSES, records_for(plan, 3), True, generator)
     model = hardened(model_of(arch), generator)
-    settings = config.build("finetune", {"checkpoint_every": 100})
+    settings = config.build("finetune", {"checkpoint_every": 100, **changes})
     with rehearsal_context() as context:
         watched = most_wrong(model, split)
         return replay_finetune(plan, settings, model, 1.0, 0.1, dataset, watched, context, steps, control)
@@ -64,6 +67,22 @@ def test_a_sound_fine_tune_passes_with_its_clip_at_work(arch: str) -> None:
     checks = replayed(arch)
     assert failed(checks) == []
     assert checks[2].value == pytest.approx(1, abs=1e-3)  # the record's gradient was clipped, to C
+
+
+def test_automatic_clipping_passes_and_its_absence_does_not() -> None:
+    checks = replayed("patchnet", clipping="automatic")
+    assert failed(checks) == []
+    assert 0.9 < checks[2].value <= 1
+    missing = failed(replayed("patchnet", BY_NAME["clip off"], 1, clipping="automatic"))
+    assert "the sums differ by at most the clip norm" in missing
+
+
+@pytest.mark.parametrize("mode", ["freeze", "select"])
+def test_a_part_of_the_weights_passes_and_without_a_clip_does_not(mode: str) -> None:
+    settings = {mode: "magnitude", "keep": 0.2}
+    assert failed(replayed("patchnet", **settings)) == []
+    unclipped = failed(replayed("patchnet", BY_NAME["clip off"], 1, **settings))
+    assert "the sums differ by at most the clip norm" in unclipped
 
 
 @pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])

@@ -22,7 +22,7 @@ plan.add_gaussian_noise = lambda sums, std, random: add(sums, std / 10, random)
 NO_CLIP = """
 from dprandp.stages import clipped_sums
 clip = clipped_sums.sum_of_clipped
-clipped_sums.sum_of_clipped = lambda gradients, parameters, norm: clip(gradients, parameters, 1e6)
+clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: clip(gradients, parameters, 1e6, **how)
 """
 BLIND = """
 from dprandp.privacy.auditing.controls import Control

@@ -171,8 +171,8 @@ def test_10_a_plan_that_was_not_fixed_is_not_mixed_with_other_settings(victim: C
     assert made.command("--clip", 2, fault="renamed:3").code == KILLED  # run.json and config.toml say 2
     assert "finetune" not in plans_of(made.run)
     clips = "from dprandp.stages import clipped_sums\nhonest = clipped_sums.sum_of_clipped\n"
-    clips += "def recorded(rows, parameters, clip_norm):\n"
-    clips += "    write(kind='clip', clip_norm=clip_norm)\n    return honest(rows, parameters, clip_norm)\n"
+    clips += "def recorded(rows, parameters, clip_norm, **how):\n"
+    clips += "    write(kind='clip', clip_norm=clip_norm)\n    return honest(rows, parameters, clip_norm, **how)\n"
     clips += "clipped_sums.sum_of_clipped = recorded\n"
     done = made.dprandp(*made.arguments("--resume", "--clip", 1), before=RECORD + clips, **made.environment("", 0))
     assert done.code == 0, done.err

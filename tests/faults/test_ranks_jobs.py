@@ -23,10 +23,10 @@ DIE = """
 import os
 from dprandp.stages import clipped_sums
 honest, steps = clipped_sums.ClippedSums.of, []
-def dying(sums, parameters, step, batch):
+def dying(sums, parameters, step, batch, *more):
     if step == 2:
         os.kill(os.getpid(), 9)
-    return honest(sums, parameters, step, batch)
+    return honest(sums, parameters, step, batch, *more)
 clipped_sums.ClippedSums.of = dying
 """
 
@@ -139,8 +139,9 @@ def test_16_noise_on_a_rank_is_refused_before_it_is_released(dprandp: Dprandp, w
 import torch
 from dprandp.stages import clipped_sums
 honest = clipped_sums.sum_of_clipped
-clipped_sums.sum_of_clipped = lambda gradients, parameters, norm: {
-    name: value + norm * torch.randn(value.shape) for name, value in honest(gradients, parameters, norm).items()
+clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: {
+    name: value + norm * torch.randn(value.shape)
+    for name, value in honest(gradients, parameters, norm, **how).items()
 }
 """
     jobs = ranks_of(dprandp, 2, *finetune(work, probed), before={1: noisy})

@@ -83,6 +83,48 @@ def test_factors_bring_norms_down_never_up():
     assert torch.equal(factors[4:], torch.zeros(3))
 
 
+def test_automatic_factors_bring_every_norm_just_below_the_clip_norm():
+    norms = torch.tensor([0.0, 1e-3, 0.5, 2.0, 8.0, 1e35, math.inf, math.nan], dtype=torch.float64)
+    factors = clip_factors(norms, 2.0, automatic=True)
+    for norm, factor in zip(norms[:5].tolist(), factors[:5].tolist(), strict=True):
+        assert factor == pytest.approx(2 / (norm + 0.01), rel=2e-5)
+    assert (factors * norms)[:5].max() < 2.0
+    assert factors[2] * norms[2] == pytest.approx(2 * 0.5 / 0.51, rel=2e-5)  # longer than before, unlike a clip
+    assert torch.equal(factors[5:], torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(UsageError, match="clip norm"):
+        clip_factors(norms, 0.0, automatic=True)
+
+
+def test_an_automatic_sum_is_that_of_a_textbook_loop():
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([1e-4, 0.02, 1.0, 50.0, math.inf])
+    batch = {name: torch.randn(5, *shape, generator=generator) for name, shape in (("a", (4, 3)), ("b", (2,)))}
+    batch = {name: value * lengths.view(-1, *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    expected = {name: torch.zeros(value.shape[1:], dtype=torch.float64) for name, value in batch.items()}
+    for row in range(4):  # the fifth is not finite
+        norm = math.sqrt(sum(float(value[row].double().square().sum()) for value in batch.values()))
+        for name, value in batch.items():
+            expected[name] += value[row].double() * 0.7 / (norm + 0.01)
+    total = sum_of_clipped([batch], {name: value[0] for name, value in batch.items()}, 0.7, automatic=True)
+    assert distance(total, expected) < 1e-4
+    assert distance(clipped_sum(batch, 0.7), expected) > 0.1  # what it is compared with could tell the two apart
+
+
+@settings(max_examples=100, deadline=None)
+@given(names=kinds, dtype=floats, seed=seeds, clip_norm=st.sampled_from([1e-3, 1.0, 50.0]))
+def test_automatic_sums_move_by_at_most_the_clip_norm(names, dtype, seed, clip_norm):
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        "weight": scaled(torch.randn(len(names), 4, 3, generator=generator), names).to(dtype),
+        "scale": scaled(torch.randn(len(names), generator=generator), names).to(dtype),
+    }
+    whole = clipped_sum(batch, clip_norm, automatic=True)
+    for index in range(len(names)):
+        rest = clipped_sum({n: without(index, value)[0] for n, value in batch.items()}, clip_norm, automatic=True)
+        assert distance(whole, rest) <= clip_norm * (1 + 1e-6)
+    assert all(bool(torch.isfinite(value).all()) for value in whole.values())
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan, math.inf, 1e-9])
 def test_a_senseless_clip_norm_is_refused(clip_norm):
     with pytest.raises(UsageError, match="clip norm"):

@@ -49,9 +49,9 @@ def exact(monkeypatch: Patch) -> None:
 def model_of(arch: str) -> Classifier:
     """A classifier with random weights, a random whitener and a random head."""
     generator = torch.Generator().manual_seed(1)
-    settings = PretrainConfig(arch=arch, filters=16)
-    extractor = extractors.build_extractor(settings, generator)
-    whitener = whitening.Whitener(extractor.feature_dim, 20)
+    settings = {"arch": "patchnet", "layers": 2, "second_filters": 12} if arch == "two-layer" else {"arch": arch}
+    extractor = extractors.build_extractor(PretrainConfig(filters=16, **settings), generator)
+    whitener = whitening.Whitener(extractor.feature_dim, 20, extractor.parts)
     whitener.projection.normal_(generator=generator)
     model = Classifier(extractor, whitener, CLASSES)
     model.head.data.normal_(generator=generator)
@@ -125,7 +125,7 @@ def test_6_the_whole_stage_with_another_microbatch(
     released = []
     for microbatch, closed_form in ((1, True), (16, True), (3, False)):
         if not closed_form:
-            monkeypatch.setattr(clipped_sums, "PatchNet", type(None))  # so that no extractor has a closed form
+            monkeypatch.setattr(clipped_sums, "patch_layers", lambda extractor: {})  # none has a closed form
         run = copy(probed_run)
         run_finetune(run, data, {"insecure_seed": 1, "microbatch": microbatch}, views=2)
         released.append(load_file(run / "model/model.safetensors"))
@@ -136,7 +136,9 @@ def test_6_the_whole_stage_with_another_microbatch(
 # ------------------------------------------------------------------------------------------------ 8: isolated examples
 
 
-@pytest.mark.parametrize(("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("wrn-10-1", False)])
+@pytest.mark.parametrize(
+    ("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("two-layer", True), ("wrn-10-1", False)]
+)
 def test_8_no_gradient_moves_when_another_example_does(exact: None, arch: str, closed_form: bool) -> None:
     views, labels = views_of(5)
     model = model_of(arch)
@@ -203,13 +205,14 @@ def replay(run: Path, data: str, without: int | None, stage: Callable[..., dict]
         stage(run, data, {"insecure_seed": 5}, **changes)
 
 
-@pytest.mark.parametrize("kind", ["probe", "patchnet", "wrn"])
+@pytest.mark.parametrize("kind", ["probe", "patchnet", "automatic", "wrn"])
 def test_7_one_record_less_moves_nothing_but_the_sum(
     copy: Copy, public_run: Path, probed_run: Path, wide_run: Path, data: str, record: Record, kind: str
 ) -> None:
     """D against D without one record: same noise and same other records in the batches (record and replay)."""
-    source, stage = {"probe": (public_run, run_probe), "patchnet": (probed_run, run_finetune)}.get(kind, (None, None))
-    changes = {"clip_norm": CLIP, "batch_size": 24 if kind == "patchnet" else 30}
+    source, stage = {"probe": (public_run, run_probe), "wrn": (None, None)}.get(kind, (probed_run, run_finetune))
+    changes = {"clip_norm": CLIP, "batch_size": 30 if kind == "probe" else 24}
+    changes |= {"clipping": "automatic"} if kind == "automatic" else {}
     if kind == "wrn":
         source, stage = copy(wide_run), run_finetune
         run_probe(source, data, {"insecure_seed": 5})
@@ -245,6 +248,40 @@ def test_7_one_record_less_moves_nothing_but_the_sum(
     assert len({len(metrics_of(run / folder)) for run in runs}) == 1
     names = [sorted(str(path.relative_to(run)) for path in (run / folder).rglob("*")) for run in runs]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_4_a_record_weighs_what_its_kind_of_clip_says(exact: None, automatic: bool) -> None:
+    """The oracle: the gradient of one record by autograd, and its length scaled by hand."""
+    (views, labels), model = views_of(1), model_of("patchnet")
+    parameters = scaled_parameters(model, 0.3)
+    draws = clipped_sums.keyed_uniforms(torch.tensor([0]), 3, 5, 2)
+    seen = clipped_sums.private_views(views[:, 0], 2, draws, flip=False)
+    (rows,) = per_example_gradients(
+        clipped_sums.loss_function(model, 0.3, CPU), parameters, seen, labels, 1
+    )
+    length = norm_of(rows)
+    for clip_norm in (length / 3, length * 3):
+        settings = clipped_sums.SumSettings(0.3, 2, 5, False, clip_norm, automatic=automatic)
+        batch = clipped_sums.Batch(views[:, 0], labels, torch.tensor([0]))
+        total = norm_of(clipped_sums.ClippedSums(model_of("patchnet"), settings).of(parameters, 3, batch))
+        expected = clip_norm * length / (length + 0.01) if automatic else min(length, clip_norm)
+        assert total == pytest.approx(expected, rel=1e-3)
+        assert total <= clip_norm
+
+
+def test_automatic_clipping_is_used_and_disclosed(copy: Copy, probed_run: Path, data: str) -> None:
+    released = []
+    for clipping in ("norm", "automatic"):
+        run = copy(probed_run)
+        result = run_finetune(run, data, {"insecure_seed": 1}, clipping=clipping, clip_norm=30.0)
+        assert result["clipping"] == clipping
+        card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+        assert ("automatic clipping" in card) == (clipping == "automatic")
+        assert ("is clipped to L2 norm C" in card) == (clipping == "norm")
+        released.append(load_file(run / "model/model.safetensors"))
+    with pytest.raises(AssertionError):  # with C = 30 hardly a gradient is cut, and every one is lengthened
+        assert_close(released[0], released[1], 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["probe", "finetune"])

@@ -24,7 +24,8 @@ IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
-RECIPES = {"patchnet": PATCHNET, "wrn": WRN}
+TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
+RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
 KILLED = -signal.SIGKILL
 TIMES = ("seconds", "views_per_second")
 
@@ -121,6 +122,9 @@ def test_metrics_are_written_step_by_step(learned):
     assert learned["wrn"][1]["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-5)
     passes = [json.loads(line) for line in files(learned["patchnet"][0])["metrics.jsonl"].splitlines()]
     assert [line["step"] for line in passes] == [1, 2, 3]
+    twice = [json.loads(line) for line in files(learned["two layers"][0])["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in twice] == list(range(1, 10))  # three dictionaries
+    assert twice[:3] == passes
     similarities = [line["similarity"] for line in passes]
     assert similarities == sorted(similarities)  # k-means gets nearer
     assert similarities[0] > 0
@@ -130,6 +134,12 @@ def test_neighbours_are_found_well_above_chance(learned):
     """Another crop of the same image among 60: one in 60 by chance, 6 of 60 with probability below 1e-3."""
     assert learned["patchnet"][1]["knn_accuracy"] > 6 / 60
     assert 0 <= learned["wrn"][1]["knn_accuracy"] <= 1
+
+
+def test_a_second_layer_leaves_the_first_as_it_is(learned):
+    one, two = (load_extractor(context_of(learned[name][0]))[0] for name in ("patchnet", "two layers"))
+    assert all(torch.equal(value, two.first.state_dict()[name]) for name, value in one.state_dict().items())
+    assert two.feature_dim > one.feature_dim
 
 
 def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):

@@ -191,7 +191,8 @@ RESULT_KEYS = {
     "accountant", "noise_multiplier", "sample_rate", "steps", "charged_steps", "lost_steps", "clip_norm", "views",
     "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on",
     "noise", "random", "private", "device", "share", "lr",
-    "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale",
+    "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
+    "trained_weights",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}

@@ -39,8 +39,9 @@ SETTING = SumSettings(scale=0.3, views=2, seed=5, flip=True, clip_norm=CLIP)
 
 def model_of(arch: str) -> Classifier:
     generator = torch.Generator().manual_seed(1)
-    extractor = build_extractor(PretrainConfig(arch=arch, filters=16), generator)
-    whitener = Whitener(extractor.feature_dim, 20)
+    settings = {"arch": "patchnet", "layers": 2, "second_filters": 12} if arch == "two-layer" else {"arch": arch}
+    extractor = build_extractor(PretrainConfig(filters=16, **settings), generator)
+    whitener = Whitener(extractor.feature_dim, 20, extractor.parts)
     whitener.projection.normal_(generator=generator)
     model = Classifier(extractor, whitener, 3)
     model.head.data.normal_(generator=generator)
@@ -157,10 +158,10 @@ def test_4_sensitivity_over_ranks(precise: bool) -> None:
 def broken_sum(kind: str) -> Callable:
     honest = sum_of_clipped
 
-    def broken(gradients, parameters, clip_norm):
+    def broken(gradients, parameters, clip_norm, **options):
         if kind == "not clipped":
             return honest(gradients, parameters, 1e6)
-        total = honest(gradients, parameters, clip_norm)
+        total = honest(gradients, parameters, clip_norm, **options)
         if kind == "noise of its own":
             return {name: value + clip_norm * torch.randn(value.shape) for name, value in total.items()}
         if kind == "not a number":
@@ -177,9 +178,10 @@ def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(monkeypatch: 
     honest, broken = sum_of_clipped, broken_sum(kind)
     calls = []
 
-    def on_rank_1(gradients, parameters, clip_norm):
+    def on_rank_1(gradients, parameters, clip_norm, **options):
         calls.append(1)
-        return (broken if len(calls) % 2 else honest)(gradients, parameters, clip_norm)  # the other rank is first
+        one = broken if len(calls) % 2 else honest  # the other rank is first
+        return one(gradients, parameters, clip_norm, **options)
 
     monkeypatch.setattr(clipped_sums, "sum_of_clipped", on_rank_1)
     with pytest.raises(RuntimeError, match="a rank's sum"):
@@ -222,8 +224,8 @@ def test_16_noise_on_every_rank_would_be_noticed(
     """The comparison above sees a rank that adds a little noise, too little to be refused."""
     honest, released = sum_of_clipped, []
 
-    def faulty(*given):
-        return {name: value + 1e-3 * torch.randn(value.shape) for name, value in honest(*given).items()}
+    def faulty(*given, **options):
+        return {name: value + 1e-3 * torch.randn(value.shape) for name, value in honest(*given, **options).items()}
 
     for used in (honest, faulty):
         monkeypatch.setattr(clipped_sums, "sum_of_clipped", used)

@@ -166,7 +166,7 @@ class Recorder:
             self.lengths.append(max((float(one.norm()) for one in singles[: len(features)]), default=0.0))
             return softmax_sum(features, labels, weight, clip_norm, **options)
 
-        def recorded_sum_of(microbatches, parameters, clip_norm):
+        def recorded_sum_of(microbatches, parameters, clip_norm, **options):
             seen: list[int] = []
 
             def counted():
@@ -174,7 +174,7 @@ class Recorder:
                     seen.append(len(gradients["head"]))
                     yield gradients
 
-            total = sum_of(counted(), parameters, clip_norm)
+            total = sum_of(counted(), parameters, clip_norm, **options)
             self.clips.append((clip_norm, sum(seen)))
             return total
 

@@ -20,7 +20,8 @@ from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.whitening import PooledOnly, Whitener
 from dprandp.vision.wrn import LAYER_ORDERS
 
-ARCHITECTURES = ["patchnet", "wrn-10-1"]
+ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1"]
+TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def full_precision(monkeypatch):
 
 
 def network(arch, seed=0, **options):
-    config = PretrainConfig(arch=arch, **({"filters": 20} | options))
+    named = TWO_LAYERS if arch == "two-layer" else {"arch": arch}
+    config = PretrainConfig(**({"filters": 20} | named | options))
     return build_extractor(config, torch.Generator().manual_seed(seed)).eval()
 
 
@@ -90,6 +92,13 @@ def test_patches_that_do_not_fill_the_grid_are_refused(patch_size, stride):
         network("patchnet", patch_size=patch_size, stride=stride)
     for fitting in ({"patch_size": 31}, {"patch_size": 6, "stride": 26}, {"patch_size": 30, "stride": 2}):
         assert extract(network("patchnet", **fitting), images(2), mirror=False).isfinite().all()
+
+
+def test_two_layers_need_a_larger_image():
+    with pytest.raises(UsageError, match=r"patch_size = 25 .* after two layers") as caught:
+        network("two-layer", patch_size=25)
+    assert "layers = 1" in caught.value.fix
+    assert extract(network("two-layer", patch_size=24), images(2), mirror=False).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- extraction
@@ -222,7 +231,7 @@ def test_a_wrn_does_not_take_another_ones_weights():
 
 def classifier(arch, whiten=True, classes=4, **options):
     net = network(arch, **options)
-    whitener = Whitener(net.feature_dim, 12) if whiten else PooledOnly(net.feature_dim)
+    whitener = Whitener(net.feature_dim, 12, net.parts) if whiten else PooledOnly(net.feature_dim)
     if whiten:
         whitener.projection.normal_(generator=torch.Generator().manual_seed(7))
     model = Classifier(net, whitener, classes)
@@ -233,8 +242,14 @@ def classifier(arch, whiten=True, classes=4, **options):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_scores_are_whitened_features_times_the_head(arch, full_precision):
     model, batch = classifier(arch), images(4)
-    whitened = (features_one_by_one(model.extractor, batch, True) - model.whitener.mean) @ model.whitener.projection
-    expected = whitened / whitened.norm(dim=1, keepdim=True) @ model.head.detach()
+    centred, start, parts = features_one_by_one(model.extractor, batch, True) - model.whitener.mean, 0, []
+    for width, share in model.extractor.parts:
+        own = slice(start, start + width)
+        whitened = centred[:, own] @ model.whitener.projection[own]
+        parts.append(share**0.5 * whitened / whitened.norm(dim=1, keepdim=True))
+        start += width
+    assert start == model.extractor.feature_dim
+    expected = torch.cat(parts, dim=1) @ model.head.detach()
     torch.testing.assert_close(model.predict(batch, mirror=True), expected, rtol=1e-4, atol=1e-5)
     plain = model(model.extractor.normalise(batch)).detach()
     torch.testing.assert_close(model.predict(batch, mirror=False), plain, rtol=1e-4, atol=1e-5)
@@ -255,7 +270,7 @@ def examples_that_move_score(model, batch, index):
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize(
     ("arch", "options"),
-    [("patchnet", {})]
+    [("patchnet", {}), ("two-layer", {})]
     + [("wrn-10-1", {"layer_order": order}) for order in LAYER_ORDERS]
     + [("wrn-10-1", {"weight_standardisation": False})],
 )

@@ -8,8 +8,10 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from dprandp.config import PretrainConfig
 from dprandp.vision import dictionary, whitening
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor
 from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, normalise_patches, pooling_matrix
 from dprandp.vision.patchnet_gradients import per_example_gradients
 
@@ -193,6 +195,35 @@ def test_whitener_keeps_no_more_dimensions_than_there_are():
     assert whitening.fit(correlated_features(9, 30), 100).dims == 8
 
 
+PARTS = (whitening.Part(10, 0.6), whitening.Part(20, 0.4))
+
+
+def test_parts_are_whitened_apart_and_put_side_by_side():
+    features, other = correlated_features(200, 30), correlated_features(7, 30, seed=1)
+    whitener = whitening.fit(features.clone(), 8, parts=PARTS)
+    apart = [whitening.fit(features[:, own].clone(), 8) for own in (slice(10), slice(10, 30))]
+    expected = torch.cat(
+        [math.sqrt(0.6) * apart[0](other[:, :10]), math.sqrt(0.4) * apart[1](other[:, 10:])], dim=1
+    )
+    assert (whitener.axes, whitener.dims) == (8, 16)
+    torch.testing.assert_close(whitener(other), expected)
+    torch.testing.assert_close(whitener(other).norm(dim=1), torch.ones(7))
+    together = whitening.fit(features.clone(), 16)(other)
+    assert (whitener(other) @ whitener(other).T - together @ together.T).abs().max() > 0.05
+
+
+def test_no_part_keeps_more_axes_than_the_smallest_has():
+    assert whitening.fit(correlated_features(200, 30), 25, parts=PARTS).axes == 10
+
+
+@pytest.mark.parametrize("parts", [None, PARTS])
+def test_cut_features_are_those_of_a_whitener_of_fewer_axes(parts):
+    features, other = correlated_features(200, 30), correlated_features(7, 30, seed=1)
+    many, few = (whitening.fit(features.clone(), axes, parts=parts) for axes in (9, 4))
+    torch.testing.assert_close(many.cut(many(other), 4), few(other))
+    assert many.cut(many(other), 9).equal(many(other))
+
+
 def test_a_feature_that_never_moves_stays_finite():
     features = correlated_features(100, 6)
     features[:, 2] = 1.0
@@ -202,21 +233,28 @@ def test_a_feature_that_never_moves_stays_finite():
 # -------------------------------------------------------------------------------------------- closed-form gradients
 
 
-def small_classifier(filters):
-    net = random_net(filters)
+def two_layers(filters):
+    config = PretrainConfig(filters=filters, layers=2, second_filters=filters + 1)
+    return build_extractor(config, torch.Generator().manual_seed(3))
+
+
+def small_classifier(filters, made=random_net):
+    net = made(filters)
     generator = torch.Generator().manual_seed(5)
-    whitener = whitening.fit(torch.rand(60, net.feature_dim, generator=generator), 12)
+    whitener = whitening.fit(torch.rand(60, net.feature_dim, generator=generator), 12, parts=net.parts)
     model = Classifier(net, whitener, 3)
     model.head.data.normal_(generator=generator)
     return model
 
 
 @pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("made", [random_net, two_layers])
 @pytest.mark.parametrize("filters", [5, 401])
-def test_closed_form_gradients_equal_automatic_ones(views, filters):
-    model = small_classifier(filters)
+def test_closed_form_gradients_equal_automatic_ones(views, filters, made):
+    model = small_classifier(filters, made)
     images, labels = random_images(4 * views).view(4, views, 3, 32, 32), torch.tensor([0, 2, 1, 2])
     fast = per_example_gradients(model, images, labels)
+    assert fast.keys() == dict(model.named_parameters()).keys()
     for index in range(4):
         model.zero_grad()
         scores = model(PatchNet.normalise(images[index]))
@@ -226,8 +264,9 @@ def test_closed_form_gradients_equal_automatic_ones(views, filters):
             torch.testing.assert_close(fast[name][index], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_closed_form_gradients_treat_each_example_alone():
-    model = small_classifier(20)
+@pytest.mark.parametrize("made", [random_net, two_layers])
+def test_closed_form_gradients_treat_each_example_alone(made):
+    model = small_classifier(20, made)
     images, labels = random_images(4).view(4, 1, 3, 32, 32), torch.tensor([0, 2, 1, 2])
     before = per_example_gradients(model, images, labels)
     images[1] = 255 - images[1]
