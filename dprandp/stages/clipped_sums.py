@@ -25,9 +25,13 @@ from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.precision import autocast
 from dprandp.vision.views import keyed_uniforms, private_views
+from dprandp.vision.wrn_gradients import WrnGradients, has_layer_gradients
 
 CLOSED_FORM_MICROBATCH = 16
 """Examples whose gradients are in memory together: 16 x 1600 filters x (64 + 192) weights x 4 bytes = 26 MB."""
+
+GRADIENT_BYTES = 2**27
+"""Of the gradients of a WideResNet on a CPU that are in memory together: 12 records of wrn-16-4."""
 
 SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
 """Tasks of the other ranks."""
@@ -210,23 +214,39 @@ def shares_of(
 def gradient_source(model: Classifier, scale: float, device: torch.device, microbatch: int | None) -> GradientSource:
     """How per-example gradients are computed: (scaled parameters, uint8 [B, K, 3, 32, 32], labels) -> microbatches.
 
-    In closed form for patchnet on a CPU, by automatic differentiation for everything else. Both give gradients with
-    respect to the scaled parameters.
+    In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for everything
+    else. All give gradients with respect to the scaled parameters.
     """
+    refresh = lambda: None  # noqa: E731
     if patch_layers(model.extractor) and device.type == "cpu":
         together = microbatch or CLOSED_FORM_MICROBATCH
 
-        def closed_form(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
-            model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-            for start in range(0, len(views), together):
-                part = slice(start, start + together)
-                gradients = patchnet_gradients(model, views[part], labels[part])
-                yield {name: unscaled(name, gradients[name], scale) for name in parameters}
+        def of(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return patchnet_gradients(model, views, labels)
 
-        return closed_form
-    loss = loss_function(model, scale, device)
-    together = microbatch or (1 if device.type == "cpu" else 32)
-    return lambda parameters, views, labels: per_example_gradients(loss, parameters, views, labels, together)
+    elif has_layer_gradients(model.extractor):
+        numbers = sum(value.numel() for value in model.parameters())
+        together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
+        layers = WrnGradients(model)
+        refresh = layers.refresh
+
+        def of(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return layers.of(views, labels, head_only=parameters.keys() == {"head"})
+
+    else:
+        loss = loss_function(model, scale, device)
+        together = microbatch or (1 if device.type == "cpu" else 32)
+        return lambda parameters, views, labels: per_example_gradients(loss, parameters, views, labels, together)
+
+    def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+        model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
+        refresh()
+        for start in range(0, len(views), together):
+            part = slice(start, start + together)
+            gradients = of(parameters, views[part], labels[part])
+            yield {name: unscaled(name, gradients[name], scale) for name in parameters}
+
+    return source
 
 
 def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
@@ -247,4 +267,4 @@ def loss_function(model: Classifier, scale: float, device: torch.device) -> Call
 
 def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
     """θ = s φ for the extractor's parameters, unchanged for the head."""
-    return value * scale if name.startswith("extractor.") else value
+    return value * scale if name.startswith("extractor.") and scale != 1 else value

@@ -25,7 +25,7 @@ from dprandp.vision.whitening import Part
 IMAGE_MEAN = 0.5
 IMAGE_STD = 0.25
 
-_STANDARDISATION_FLOOR = 1e-4  # De et al. 2022: keeps a filter whose weights are all equal from dividing by zero
+STANDARDISATION_FLOOR = 1e-4  # De et al. 2022: keeps a filter whose weights are all equal from dividing by zero
 _TRUNCATION_STD = 0.87962566  # standard deviation of N(0, 1) cut off at ±2
 
 
@@ -107,7 +107,7 @@ class StandardisedConv2d(nn.Conv2d):
         """The filters in use, of the shape of ``weight``."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
         energy = variance * self.weight[0].numel()
-        scale = self.gain.view(-1, 1, 1, 1) * torch.rsqrt(energy.clamp(min=_STANDARDISATION_FLOOR))
+        scale = self.gain.view(-1, 1, 1, 1) * torch.rsqrt(energy.clamp(min=STANDARDISATION_FLOOR))
         return (self.weight - mean) * scale
 
     def forward(self, x: Tensor) -> Tensor:
