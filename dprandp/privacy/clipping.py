@@ -18,7 +18,6 @@ and noise, so it is no longer a setting to tune. Each part stays shorter than C:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 from dprandp.errors import UsageError
+from dprandp.privacy.gradient_rows import as_rows, like_one, squared_norms
 from dprandp.threads import in_parts
 
 LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,9 +34,6 @@ ROUNDING_SLACK = 1e-5
 # A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close
 # to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
 LONGEST = 1e30
-
-NORM_PIECE = 128
-"""Numbers of a gradient whose squares are added in float32."""
 
 AUTOMATIC_STABILISER = 0.01
 """γ of automatic clipping, as published: keeps gradients that vanish from being blown up to full length."""
@@ -81,8 +78,8 @@ def clipped_sum(
     Returns:
         parameter name -> float64 [...] on the same device. See the module's Guarantee.
     """
-    flat = {name: _rows(gradients) for name, gradients in per_example.items()}
-    squared = torch.stack([_squared_norms(rows) for rows in flat.values()]).sum(0)
+    flat = {name: as_rows(gradients) for name, gradients in per_example.items()}
+    squared = torch.stack([squared_norms(rows) for rows in flat.values()]).sum(0)
     factors = clip_factors(squared.sqrt(), clip_norm, automatic=automatic)
     counted = factors > 0
     # asking an accelerator would make the processor wait for it
@@ -93,39 +90,8 @@ def clipped_sum(
         if not everything_counts:
             precise = torch.where(counted[:, None], precise, torch.zeros_like(precise))
         total = factors.to(precise.dtype) @ precise
-        sums[name] = _like_one(total.to(torch.float64), per_example[name])
+        sums[name] = like_one(total.to(torch.float64), per_example[name])
     return sums
-
-
-def _order(gradients: torch.Tensor) -> list[int]:
-    """The dimensions after the first in the order of memory, slowest first."""
-    return sorted(range(1, gradients.ndim), key=gradients.stride, reverse=True)
-
-
-def _rows(gradients: torch.Tensor) -> torch.Tensor:
-    """[B, ...] as [B, numbers] in the order of memory: no copy where each row is dense, whatever its layout."""
-    return gradients.permute(0, *_order(gradients)).reshape(len(gradients), math.prod(gradients.shape[1:]))
-
-
-def _like_one(total: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """The way back from ``_rows``, for one row."""
-    order = _order(gradients)
-    inverse = [order.index(axis) for axis in range(1, gradients.ndim)]
-    return total.view([gradients.shape[axis] for axis in order]).permute(inverse)
-
-
-def _squared_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Squared norms of [B, numbers], float64 [B]; infinite for float32 numbers above 1e19.
-
-    float32 norms of short pieces, added up in float64, which costs a tenth of float64 throughout: even in the worst
-    order of additions a piece's norm is off by less than half of ``ROUNDING_SLACK``.
-    """
-    if rows.dtype != torch.float32 or rows.shape[1] < 2 * NORM_PIECE:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-    whole = rows.shape[1] // NORM_PIECE * NORM_PIECE
-    pieces = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, NORM_PIECE)), dim=2).to(torch.float64)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64)
-    return pieces.square().sum(1) + rest.square()
 
 
 def per_example_gradients(
@@ -186,8 +152,10 @@ def sum_of_clipped(
     for gradients in microbatches:
         for name, value in clipped_sum(gradients, clip_norm, automatic=automatic).items():
             total[name] = total[name].add_(value) if name in total else value
-    zeros = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
-    return {name: total[name].contiguous() if name in total else value for name, value in zeros.items()}
+    return {
+        name: total[name].contiguous() if name in total else torch.zeros_like(value, dtype=torch.float64)
+        for name, value in parameters.items()
+    }
 
 
 @torch.no_grad()

@@ -39,7 +39,11 @@ SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clippe
 MASK = "mask:"
 """Before the names of the masks that go with the parameters."""
 
+EXTRACTOR = "extractor."
+"""Before the names of the parameters that are scaled."""
+
 GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
+"""(parameters, views, labels) -> microbatches of per-example gradients; each may overwrite the one before."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,11 @@ def gradient_source(model: Classifier, scale: float, device: torch.device, micro
         for start in range(0, len(views), together):
             part = slice(start, start + together)
             gradients = of(parameters, views[part], labels[part])
-            yield {name: unscaled(name, gradients[name], scale) for name in parameters}
+            if scale != 1:
+                for name in parameters:
+                    if name.startswith(EXTRACTOR):
+                        gradients[name].mul_(scale)
+            yield {name: gradients[name] for name in parameters}
 
     return source
 
@@ -267,4 +275,4 @@ def loss_function(model: Classifier, scale: float, device: torch.device) -> Call
 
 def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
     """θ = s φ for the extractor's parameters, unchanged for the head."""
-    return value * scale if name.startswith("extractor.") and scale != 1 else value
+    return value * scale if name.startswith(EXTRACTOR) else value

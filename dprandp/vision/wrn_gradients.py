@@ -3,18 +3,21 @@
 All views of several records go through the network as one ordinary batch, forwards and backwards. Only the gradients
 of the parameters are kept apart: each convolution and each norm computes them record by record from its input and the
 gradient of its output (the book-keeping of Bu, Wang, Zha & Karypis 2023, "Differentially Private Optimization on Large
-Model at Small Cost", arXiv 2210.00038, with the gradients themselves instead of their norms). What is linear and the
-same for all records is done once a step: filters are standardised once, and the gradient of the standardised filter is
-carried back through that map (a projection and a factor per filter).
+Foundation Models at Small Cost", arXiv 2210.00038, but with gradients where that has their norms). What is linear and
+the same for all records is done once a step: filters are standardised once, and the gradient of a standardised filter
+is carried back through that map, a projection and a factor. ``clipping`` does the clipping.
 
-``clipping`` does the clipping. Guarantee: row i of every result is a function of record i alone, since no layer of the
-network mixes the members of a batch and every sum below runs over one record's views.
+Guarantee:
+    Row i of every result is a function of record i and the parameters alone: no layer of the network mixes the members
+    of a batch, and every sum below runs over one record's views.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,8 +32,8 @@ from dprandp.vision.wrn import STANDARDISATION_FLOOR, StandardisedConv2d, WideRe
 CACHED_VIEWS = 16
 """Views that one thread of a CPU works on at a time: their activations stay in its cache."""
 
-PLAIN, LAST = (0, 1, 2, 3), (0, 2, 3, 1)
-"""Order in memory of a filter's dimensions: as declared, or with the channels last."""
+PATCH_BYTES = 2**21
+"""Of patches that one thread of a CPU copies out at a time."""
 
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
@@ -41,17 +44,10 @@ def has_layer_gradients(extractor: nn.Module) -> bool:
 
 
 class _Place(NamedTuple):
-    """Where the gradients of some records go.
-
-    Attributes:
-        records: how many.
-        rows: which rows of ``into``.
-        into: parameter name -> [B, ...].
-    """
+    """The records that a pass works on: how many, and from which row of the gradients on."""
 
     records: int
-    rows: slice
-    into: dict[str, Tensor]
+    first: int
 
 
 class _Tape(threading.local):
@@ -65,33 +61,29 @@ class WrnGradients:
 
     Args:
         model: a classifier whose extractor ``has_layer_gradients``; its parameters are read by ``refresh``.
-        together: compute all records of a call at once, without a loop over them, as an accelerator wants it; the
-            default on a CPU is a loop in as many threads as torch is set to.
+        together: compute all records of a call at once, without a loop over them, as an accelerator wants it. The
+            default on a CPU is a loop over records, in as many threads as torch is set to.
     """
 
     def __init__(self, model: Classifier, *, together: bool | None = None) -> None:
-        self._model, device = model, model.head.device
-        self._together = device.type != "cpu" if together is None else together
-        self._order = PLAIN if self._together else LAST
+        self._model = model
+        self._together = model.head.device.type != "cpu" if together is None else together
         self._tape = _Tape()
         self._network = copy.deepcopy(model.extractor)
-        self._layers: list[_Conv | _Norm] = []
-        self._replace(self._network, model.extractor, "extractor")
+        self._layers = list(self._replaced(self._network, "extractor"))
         self.refresh()
 
-    def _replace(self, twin: nn.Module, module: nn.Module, prefix: str) -> None:
-        """Put layers that keep records apart in the places of the twin's own."""
-        for name, child in module.named_children():
+    def _replaced(self, module: nn.Module, prefix: str) -> Iterator[_Conv | _Norm]:
+        """Put layers that keep records apart in the places of a network's own; the new ones."""
+        for name, child in list(module.named_children()):
             path = f"{prefix}.{name}"
-            if isinstance(child, nn.Conv2d):
-                layer = _Conv(child, path, self._tape, self._together, self._order)
-            elif isinstance(child, nn.GroupNorm):
-                layer = _Norm(child, path, self._tape, self._together)
+            if isinstance(child, nn.Conv2d | nn.GroupNorm):
+                kind = _Conv if isinstance(child, nn.Conv2d) else _Norm
+                layer = kind(child, self._model.get_submodule(path), path, self._tape, self._together)
+                setattr(module, name, layer)
+                yield layer
             else:
-                self._replace(getattr(twin, name), child, path)
-                continue
-            setattr(twin, name, layer)
-            self._layers.append(layer)
+                yield from self._replaced(child, path)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -104,69 +96,93 @@ class WrnGradients:
         """The gradients of some records.
 
         Args:
-            views: uint8 [B, K, channels, H, W]. B at a time are in memory.
+            views: uint8 [B, K, channels, H, W].
             labels: int64 [B].
             head_only: skip the extractor.
 
         Returns:
-            float32 by the model's names, each [B, ...]; filters with their channels last in memory on a CPU. NaN or
-            infinite in a row, and nowhere else, where a record's gradient is.
+            float32 by the model's names, each [B, ...]; filters with their channels last in memory. Where a record's
+            gradient is not finite, its rows are not, and no others. The next call overwrites them: memory asked for
+            anew every time would cost as much as the arithmetic on a single view.
         """
-        into = {"head": torch.empty(len(views), *self._model.head.shape, device=views.device)}
-        if not head_only:
-            for layer in self._layers:
-                into |= layer.empty_rows(len(views))
-        if self._together:
-            self._part(views, labels, slice(0, len(views)), into)
-        else:
-            threads = torch.get_num_threads()
-            step = max(1, min(CACHED_VIEWS // views.shape[1], -(-len(views) // threads)))
-            starts = range(0, len(views), step)
+        head = torch.empty(len(views), *self._model.head.shape, device=views.device)
+        layers = [] if head_only else self._layers
+        for layer in layers:
+            layer.make_room(len(views))
+        threads = 1 if self._together else torch.get_num_threads()
+        most = len(views) if self._together else CACHED_VIEWS // views.shape[1]
+        step = max(1, min(most, -(-len(views) // threads)))
+        starts = range(0, len(views), step)
 
-            def work(part: int, parts: int) -> None:
-                for start in starts[part::parts]:
-                    self._part(views, labels, slice(start, start + step), into)
+        def work(part: int, parts: int) -> None:
+            for first in starts[part::parts]:
+                some = slice(first, first + step)
+                head[some] = self._some(views[some], labels[some], first, head_only)
 
-            in_parts(work, max(1, min(threads, len(starts))))
-        return into
+        in_parts(work, max(1, min(threads, len(starts))))
+        return {"head": head} | {name: rows[: len(views)] for layer in layers for name, rows in layer.rows.items()}
 
     @torch.no_grad()
-    def _part(self, views: Tensor, labels: Tensor, rows: slice, into: dict[str, Tensor]) -> None:
-        mine, answers = views[rows], labels[rows]
-        records, count = mine.shape[:2]
-        self._tape.place = _Place(records, rows, into)
-        format_ = torch.contiguous_format if self._together else torch.channels_last
-        images = self._network.normalise(mine.flatten(0, 1)).contiguous(memory_format=format_)
-        model, learns = self._model, len(into) > 1
-        with torch.set_grad_enabled(learns):
-            with autocast(images.device):
-                features = self._network.features(images)
-            unit = model.whitener(features.float())
-        fixed = unit.detach()
-        residual = functional.softmax(fixed @ model.head, dim=1)
-        chosen = answers.repeat_interleave(count)[:, None]
+    def _some(self, views: Tensor, labels: Tensor, first: int, head_only: bool) -> Tensor:
+        """Gradients of the head for a few records; those of the layers go to their rows from ``first`` on."""
+        model, (records, count) = self._model, views.shape[:2]
+        self._tape.place = _Place(records, first)
+        with torch.set_grad_enabled(not head_only):
+            with autocast(views.device):
+                images = self._network.normalise(views.flatten(0, 1))
+                features = self._network.features(images.contiguous(memory_format=torch.channels_last))
+            unit = model.whitener(features)  # float32 again: the last layers are a norm and a mean
+        x = unit.detach()
+        residual = functional.softmax(x @ model.head, dim=1)
+        chosen = labels.repeat_interleave(count)[:, None]
         residual = residual.scatter_add(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen)) / count
-        by_record = (value.view(records, count, -1) for value in (fixed, residual))
-        into["head"][rows] = torch.einsum("bkd,bkc->bdc", *by_record)
-        if learns:
+        if not head_only:
             unit.backward(residual @ model.head.t())
-        del self._tape.place  # and with it the activations
+        return torch.einsum("bkd,bkc->bdc", *(value.view(records, count, -1) for value in (x, residual)))
 
 
-class _Conv(nn.Module):
-    """A convolution of the twin network; its filters are those of ``source``, standardised where that does so."""
+class _Layer(nn.Module):
+    """A layer of the twin network that keeps records apart.
 
-    def __init__(self, source: nn.Conv2d, name: str, tape: _Tape, together: bool, order: tuple[int, ...]) -> None:
+    Args:
+        like: the layer in whose place it is. source: the one whose parameters it has.
+        name: of the source in the classifier.
+
+    Attributes:
+        rows: gradients by parameter name, [records, ...].
+    """
+
+    def __init__(self, like: nn.Module, source: nn.Module, name: str, tape: _Tape, together: bool) -> None:
         super().__init__()
-        self._source = (source,)  # in a tuple: not a part of this module
-        self.name, self.tape, self.together, self.order = name, tape, together, order
-        self.inverse = [order.index(axis) for axis in range(4)]
-        self.stride, self.padding = source.stride, source.padding
+        self.source, self.name, self.tape, self.together = (source,), name, tape, together  # a tuple: no submodule
         self.anchor = torch.zeros((), requires_grad=True)  # so that the first layer has a backward pass as well
+        self.rows: dict[str, Tensor] = {}
+
+    def make_room(self, records: int) -> None:
+        """Have rows for so many records, or more."""
+        if not self.rows or len(next(iter(self.rows.values()))) < records:
+            self.rows = {}
+            self.rows = self.empty_rows(records)
+
+    def _vectors(self, records: int, *kinds: str) -> dict[str, Tensor]:
+        return {f"{self.name}.{kind}": self.bias.new_empty((records, len(self.bias))) for kind in kinds}
+
+    def keep(self, place: _Place, **values: Tensor) -> None:
+        """Store vectors, each [records, numbers]."""
+        for kind, value in values.items():
+            self.rows[f"{self.name}.{kind}"][place.first : place.first + place.records] = value
+
+
+class _Conv(_Layer):
+    """A convolution; its filters are those of ``source``, standardised where that does so."""
+
+    def __init__(self, like: nn.Conv2d, *others) -> None:
+        super().__init__(like, *others)
+        self.size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
 
     def refresh(self) -> None:
         """Take the parameters as they are now."""
-        source = self._source[0]
+        (source,) = self.source
         weight, self.bias = source.weight.detach(), source.bias.detach()
         self.factor = None
         if isinstance(source, StandardisedConv2d):
@@ -174,47 +190,47 @@ class _Conv(nn.Module):
             energy = variance * weight[0].numel()
             root = torch.rsqrt(energy.clamp(min=STANDARDISATION_FLOOR))
             unit = (weight - mean) * root
-            gain = source.gain.detach()
-            weight = unit * gain.view(-1, 1, 1, 1)
-            self.unit = unit.permute(self.order).flatten(1).contiguous()
-            self.factor = gain[:, None] * root.flatten(1)
+            weight = unit * source.gain.detach().view(-1, 1, 1, 1)
+            self.unit = unit.permute(0, 2, 3, 1).flatten(1)
+            self.factor = source.gain.detach()[:, None] * root.flatten(1)
             # where the floor holds, the root is a constant: the filter's own direction is not projected out
-            self.turn = -self.factor * (energy.flatten(1) >= STANDARDISATION_FLOOR)
-        self.weight = weight.permute(self.order).contiguous().permute(self.inverse)
+            self.turn = self.factor * (energy.flatten(1) >= STANDARDISATION_FLOOR)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
 
     def empty_rows(self, records: int) -> dict[str, Tensor]:
-        """Room for the gradients of so many records, by name."""
-        shape = [self.weight.shape[axis] for axis in self.order]
-        rows = self.weight.new_empty((records, *shape)).permute(0, *(axis + 1 for axis in self.inverse))
-        made = {f"{self.name}.weight": rows, f"{self.name}.bias": self.bias.new_empty((records, len(self.bias)))}
-        if self.factor is not None:
-            made[f"{self.name}.gain"] = self.bias.new_empty((records, len(self.bias)))
-        return made
+        out, channels, *size = self.weight.shape
+        weight = self.weight.new_empty((records, out, *size, channels))
+        self.flat_rows = weight.flatten(2)
+        kinds = ("bias",) if self.factor is None else ("bias", "gain")
+        return {f"{self.name}.weight": weight.permute(0, 1, 4, 2, 3)} | self._vectors(records, *kinds)
 
     def forward(self, x: Tensor) -> Tensor:
         return _ConvFunction.apply(x, self.anchor, self)
 
-    def keep(self, into: dict[str, Tensor], record: int | slice, weight: Tensor, bias: Tensor) -> None:
-        """Store gradients of the filters in use, [..., O, fan_in] in the order of memory, and of the biases."""
-        into[f"{self.name}.bias"][record] = bias
-        rows = into[f"{self.name}.weight"]
-        rows = rows.permute(0, *(axis + 1 for axis in self.order)).flatten(2)[record]
+    def keep_weight(self, place: _Place, weight: Tensor) -> None:
+        """Store gradients of the filters in use, [records, O, height · width · channels]."""
+        rows = self.flat_rows[place.first : place.first + place.records]
         if self.factor is None:
             rows.copy_(weight)
             return
         weight = weight.to(rows.dtype)
-        along = torch.linalg.vecdot(weight, self.unit)
-        into[f"{self.name}.gain"][record] = along
-        torch.mul(weight - weight.mean(dim=-1, keepdim=True), self.factor, out=rows)
-        rows.addcmul_(self.unit, self.turn * along[..., None])
+        along, mean = torch.mul(weight, self.unit, out=rows).sum(dim=2), weight.mean(dim=2)
+        torch.mul(weight, self.factor, out=rows)
+        rows.sub_((mean * self.factor[:, 0])[..., None])
+        rows.addcmul_(self.unit, (along * self.turn[:, 0])[..., None], value=-1)
+        self.keep(place, gain=along)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What each output sees: [B, channels, H, W] -> [B, positions, height · width · channels]."""
+        (high, wide), (down, right), (above, left) = self.size, self.stride, self.padding
+        x = functional.pad(x, (left, left, above, above)) if above or left else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        windows = x.unfold(2, high, down).unfold(3, wide, right)  # [B, channels, rows, columns, high, wide]
+        return windows.permute(0, 2, 3, 4, 5, 1).reshape(len(x), -1, high * wide * x.shape[1])
 
 
 class _ConvFunction(torch.autograd.Function):
-    """A convolution whose backward pass gives the gradient of its input and puts those of its parameters on the tape.
-
-    ``together``: patches of all records as matrices, and one batched product. Otherwise record by record, by the
-    library's own gradient of a filter.
-    """
+    """A convolution whose backward pass gives the gradient of its input and leaves those of its parameters in rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, layer: _Conv) -> Tensor:
@@ -229,56 +245,70 @@ class _ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, towards: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), layer, (records, rows, into) = ctx.saved_tensors, ctx.layer, ctx.place
-        towards, wanted = towards.to(x.dtype), ctx.needs_input_grad[0]
+        (x,), layer, place = ctx.saved_tensors, ctx.layer, ctx.place
+        towards = towards.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        shift = towards.sum(dim=(2, 3), dtype=torch.float32)
+        layer.keep(place, bias=shift.unflatten(0, (place.records, -1)).sum(dim=1))
 
-        def gradients(given: Tensor, outcome: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        def library(x: Tensor, towards: Tensor, *mask: bool) -> tuple[Tensor, Tensor, Tensor]:
             return torch.ops.aten.convolution_backward(
-                outcome, given, ctx.weight, [len(layer.bias)], layer.stride, layer.padding, [1, 1], False, [0, 0], 1,
-                mask,
-            )  # fmt: skip
+                towards, x, ctx.weight, None, layer.stride, layer.padding, [1, 1], False, [0, 0], 1, [*mask, False]
+            )
 
+        wanted = ctx.needs_input_grad[0]
+        slopes = towards.permute(0, 2, 3, 1).flatten(1, 2)  # [B, positions, O]
         if layer.together:
-            before = gradients(x, towards, [True, False, False])[0] if wanted else None
-            layer.keep(into, rows, *_patch_products(x, towards, ctx.weight, layer, records))
-            return None if before is None else before.to(ctx.given), None, None
-        towards = towards.contiguous(memory_format=torch.channels_last)
-        alone = records == 1
-        before = gradients(x, towards, [wanted, alone, alone]) if wanted or alone else (None,)
-        for record, (given, outcome) in enumerate(zip(x.chunk(records), towards.chunk(records), strict=True)):
-            _, weight, bias = before if alone else gradients(given, outcome, [False, True, True])
-            layer.keep(into, rows.start + record, weight.permute(layer.order).flatten(1), bias)
-        return before[0].to(ctx.given) if wanted else None, None, None
+            patches = layer.patches(x).unflatten(0, (place.records, -1)).flatten(1, 2)
+            layer.keep_weight(place, slopes.unflatten(0, (place.records, -1)).flatten(1, 2).mT @ patches)
+            return library(x, towards, True, False)[0].to(ctx.given) if wanted else None, None, None
+        # The library is slow where a record has few positions, or where filters stride.
+        bytes_ = x.element_size() * slopes.shape[1] * ctx.weight[0].numel()
+        views = len(x) // place.records
+        by_patches = max(layer.stride) > 1 or views * bytes_ <= PATCH_BYTES
+        if by_patches or place.records > 1:
+            before = library(x, towards, True, False)[0] if wanted else None
+        for number in range(place.records):
+            own, some = _Place(1, place.first + number), slice(number * views, (number + 1) * views)
+            if by_patches:
+                weight = _product(layer, x[some], slopes[some], max(1, PATCH_BYTES // bytes_))
+            else:
+                only = wanted and place.records == 1
+                found, weight, _ = library(x[some], towards[some], only, True)
+                before = found if only else before
+                weight = weight.permute(0, 2, 3, 1).flatten(1)
+            layer.keep_weight(own, weight[None])
+        return before.to(ctx.given) if wanted else None, None, None
 
 
-def _patch_products(x: Tensor, towards: Tensor, weight: Tensor, layer: _Conv, records: int) -> tuple[Tensor, Tensor]:
-    """Gradients of each record's filters [records, O, fan_in] and biases [records, O], without a loop over records."""
-    patches = functional.unfold(x, weight.shape[2:], padding=layer.padding, stride=layer.stride)
-    patches = patches.unflatten(0, (records, -1))  # [records, K, fan_in, positions]
-    slopes = towards.flatten(2).unflatten(0, (records, -1))  # [records, K, O, positions]
-    return torch.einsum("bkop,bkip->boi", slopes, patches), slopes.sum(dim=(1, 3))
+def _product(layer: _Conv, x: Tensor, slopes: Tensor, views: int) -> Tensor:
+    """Gradient of one record's filters, [O, height · width · channels], patches of a few views at a time."""
+    weight = None
+    for some, towards in zip(x.split(views), slopes.split(views), strict=True):
+        patches, towards = layer.patches(some).flatten(0, 1), towards.flatten(0, 1).t()
+        weight = towards @ patches if weight is None else weight.addmm_(towards, patches)
+    return weight
 
 
-class _Norm(nn.Module):
-    """A GroupNorm of the twin network, with the scale and shift of ``source``."""
+class _Norm(_Layer):
+    """A GroupNorm with the scale and shift of ``source``."""
 
-    def __init__(self, source: nn.GroupNorm, name: str, tape: _Tape, together: bool) -> None:
-        super().__init__()
-        self._source = (source,)
-        self.name, self.tape, self.together = name, tape, together
-        self.groups, self.eps = source.num_groups, source.eps
-        self.anchor = torch.zeros((), requires_grad=True)
+    def __init__(self, like: nn.GroupNorm, *others) -> None:
+        super().__init__(like, *others)
+        self.groups, self.eps = like.num_groups, like.eps
 
     def refresh(self) -> None:
         """As for ``_Conv``."""
-        self.weight, self.bias = (value.detach() for value in (self._source[0].weight, self._source[0].bias))
+        self.weight, self.bias = (value.detach() for value in (self.source[0].weight, self.source[0].bias))
 
     def empty_rows(self, records: int) -> dict[str, Tensor]:
-        """As for ``_Conv``."""
-        return {f"{self.name}.{kind}": self.weight.new_empty((records, len(self.weight))) for kind in ("weight", "bias")}
+        return self._vectors(records, "weight", "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         return _NormFunction.apply(x, self.anchor, self)
+
+    def sizes(self, x: Tensor) -> tuple[int, int, int, int]:
+        """As the library wants them: members, channels, positions, groups."""
+        return *x.shape[:2], math.prod(x.shape[2:]), self.groups
 
 
 class _NormFunction(torch.autograd.Function):
@@ -287,37 +317,34 @@ class _NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, layer: _Norm) -> Tensor:
         ctx.given = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        sizes = (*x.shape[:2], x.shape[2:].numel(), layer.groups)
-        out, mean, rate = torch.native_group_norm(x, layer.weight, layer.bias, *sizes, layer.eps)
+        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        out, mean, rate = torch.native_group_norm(x, layer.weight, layer.bias, *layer.sizes(x), layer.eps)
         ctx.save_for_backward(x, mean, rate)
         ctx.layer, ctx.place = layer, layer.tape.place
         return out
 
     @staticmethod
     def backward(ctx, towards: Tensor) -> tuple[Tensor, None, None]:
-        layer, saved, (records, rows, into) = ctx.layer, ctx.saved_tensors, ctx.place
-        kept = [into[f"{layer.name}.{kind}"] for kind in ("weight", "bias")]
+        layer, place, saved = ctx.layer, ctx.place, ctx.saved_tensors
 
-        def gradients(towards: Tensor, x: Tensor, mean: Tensor, rate: Tensor, mask: list[bool]) -> tuple:
-            sizes = (*x.shape[:2], x.shape[2:].numel(), layer.groups)
-            return torch.ops.aten.native_group_norm_backward(towards, x, mean, rate, layer.weight, *sizes, mask)
+        def library(towards: Tensor, x: Tensor, mean: Tensor, rate: Tensor, parameters: bool) -> tuple:
+            return torch.ops.aten.native_group_norm_backward(
+                towards, x, mean, rate, layer.weight, *layer.sizes(x), [True, parameters, parameters]
+            )
 
+        towards = towards.contiguous(memory_format=torch.channels_last)
         if layer.together:
             x, mean, rate = saved
-            each = torch.stack([(towards * x).sum(dim=(2, 3)), towards.sum(dim=(2, 3))])
-            of_group = torch.arange(x.shape[1], device=x.device) // (x.shape[1] // layer.groups)
-            scales = (each[0] - each[1] * mean[:, of_group]) * rate[:, of_group]
-            for gradient, value in zip(kept, (scales, each[1]), strict=True):
-                gradient[rows] = value.unflatten(0, (records, -1)).sum(dim=1)
-            return gradients(towards, *saved, [True, False, False])[0].to(ctx.given), None, None
-        towards = towards.contiguous(memory_format=torch.channels_last)
+            group = torch.arange(x.shape[1], device=x.device) // (x.shape[1] // layer.groups)
+            shift = towards.sum(dim=(2, 3))
+            scale = ((towards * x).sum(dim=(2, 3)) - shift * mean[:, group]) * rate[:, group]
+            scale, shift = (value.unflatten(0, (place.records, -1)).sum(dim=1) for value in (scale, shift))
+            layer.keep(place, weight=scale, bias=shift)
+            return library(towards, *saved, False)[0].to(ctx.given), None, None
         before = []
-        for record, parts in enumerate(zip(*(value.chunk(records) for value in (towards, *saved)), strict=True)):
-            x, *own = gradients(*parts, [True, True, True])
+        for number, parts in enumerate(zip(*(value.chunk(place.records) for value in (towards, *saved)), strict=True)):
+            x, scale, shift = library(*parts, True)
+            layer.keep(_Place(1, place.first + number), weight=scale, bias=shift)
             before.append(x)
-            for gradient, value in zip(kept, own, strict=True):
-                gradient[rows.start + record] = value
-        whole = before[0] if records == 1 else torch.cat(before)
+        whole = before[0] if place.records == 1 else torch.cat(before)
         return whole.to(ctx.given), None, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import (
+    ROUNDING_SLACK,
     clip_factors,
     clipped_softmax_sum,
     clipped_sum,
@@ -23,6 +25,7 @@ from dprandp.privacy.clipping import (
     refuse_cross_example_layers,
     sum_of_clipped,
 )
+from dprandp.privacy.gradient_rows import squared_norms
 
 # How large one example's values are; what a hostile or broken record could hold.
 KINDS = {
@@ -166,6 +169,37 @@ def test_clipping_each_parameter_alone_would_be_too_much():
 def test_an_empty_batch_sums_to_zeros():
     total = clipped_sum({"a": torch.zeros(0, 3, 2)}, 1.0)
     assert torch.equal(total["a"], torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2), (1, 2, 3, 0)])
+def test_the_layout_in_memory_changes_nothing(order):
+    generator = torch.Generator().manual_seed(7)
+    gradients = torch.randn(4, 5, 6, 7, generator=generator)
+    inverse = [order.index(axis) for axis in range(4)]
+    laid_out = gradients.permute(order).contiguous().permute(inverse)
+    assert laid_out.is_contiguous() == (order == (0, 1, 2, 3))
+    batch = {"a": laid_out, "b": torch.randn(4, generator=generator)}
+    expected = clipped_loop([{name: value[i] for name, value in batch.items()} for i in range(4)], 3.0)
+    assert distance(clipped_sum(batch, 3.0), expected) < 1e-3
+    total = sum_of_clipped([batch, batch], {name: value[0] for name, value in batch.items()}, 3.0)
+    assert distance(total, {name: 2 * value for name, value in expected.items()}) < 1e-3
+    assert all(value.is_contiguous() for value in total.values())
+
+
+@pytest.mark.parametrize("numbers", [1, 128, 255, 256, 257, 100_000])
+@pytest.mark.parametrize("kind", ["normal", "equal", "falling"])
+def test_norms_of_long_rows_are_precise(numbers, kind):
+    """Far within the slack that clipping keeps for rounding."""
+    rows = torch.randn(3, numbers, generator=torch.Generator().manual_seed(8))
+    if kind == "equal":  # roundings of equal numbers all go the same way
+        rows = torch.tensor([1 / 3, 0.7, 1.1])[:, None].expand(3, numbers).contiguous()
+    elif kind == "falling":
+        rows = rows / torch.arange(1, numbers + 1)
+    precise = rows.double().square().sum(1)
+    assert torch.allclose(squared_norms(rows), precise, rtol=2 * ROUNDING_SLACK / 4, atol=0)
+    one_by_one = torch.tensor([np.cumsum(row, dtype=np.float32)[-1] for row in rows.square().numpy()]).double()
+    if (numbers, kind) == (100_000, "equal"):  # the control: float32 all the way would not be precise
+        assert not torch.allclose(one_by_one, precise, rtol=2 * ROUNDING_SLACK / 4, atol=0)
 
 
 # ---------------------------------------------------------------- any loss, by per-example gradients

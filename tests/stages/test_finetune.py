@@ -118,6 +118,32 @@ def test_6_closed_form_and_automatic_gradients_agree(exact: None) -> None:
         assert_close(sum_of_clipped([wrong], parameters, CLIP), automatic, 1e-2)
 
 
+@pytest.mark.parametrize("precise", [False, True])
+def test_6_sums_layer_by_layer_and_automatic_ones_agree(exact: None, monkeypatch: Patch, precise: bool) -> None:
+    """A WideResNet's clipped sums with units of several images and with masks, whatever makes the gradients."""
+    made, parameters = blobs(3), scaled_parameters(model_of("wrn-10-1"), 0.3)
+    images, labels = to_input(made["x_train"][:6]), torch.from_numpy(made["y_train"][:6])
+    batch = clipped_sums.Batch(images, labels, torch.arange(6), torch.tensor([1, 3, 2]))
+    generator = torch.Generator().manual_seed(4)
+    masks = {name: torch.rand(value.shape, generator=generator) < 0.5 for name, value in parameters.items()}
+    masks = {name: mask.float() for name, mask in masks.items() if mask.ndim > 1}
+
+    def total(microbatch: int | None, masks: Mapping[str, Tensor] | None = masks) -> dict[str, Tensor]:
+        settings = clipped_sums.SumSettings(0.3, 2, 5, False, CLIP, precise=precise, microbatch=microbatch)
+        sums = clipped_sums.ClippedSums(model_of("wrn-10-1"), settings)
+        return sums.of(parameters, 3, batch, masks)
+
+    by_layers = [total(microbatch) for microbatch in (None, 1, 4)]
+    monkeypatch.setattr(clipped_sums, "has_layer_gradients", lambda extractor: False)
+    automatic = total(2)
+    for found in by_layers:
+        assert_close(found, automatic, 1e-4)
+        assert norm_of(found) <= 3 * CLIP
+    assert not any(bool(found[name][mask == 0].any()) for name, mask in masks.items())
+    with pytest.raises(AssertionError):  # what is compared could tell masked from unmasked
+        assert_close(total(2, None), automatic, 1e-2)
+
+
 def test_6_the_whole_stage_with_another_microbatch(
     copy: Copy, probed_run: Path, data: str, exact: None, monkeypatch: Patch
 ) -> None:
