@@ -15,14 +15,13 @@ from torch.nn import functional
 
 from dprandp.synth.pink_noise import area_resize
 from dprandp.synth.stylegan import GAIN, colour, to_bytes
-from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images, draw_network
+from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images
 
 DEMODULATION_FLOOR = 1e-8
 
 
-def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
-    """As ``synth.stylegan.render``, for the same state of ``random`` (``count`` images drawn together)."""
-    network = draw_network(random, resolution)
+def render(random: np.random.Generator, network: Network, count: int) -> np.ndarray:
+    """As ``synth.stylegan.render``, but for a network that is drawn already (``count`` images drawn together)."""
     draws = draw_images(random, network, count)
     return to_bytes(colour(synthesise(network, draws), draws.colour_mean, draws.colour_std))
 

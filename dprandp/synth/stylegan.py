@@ -52,6 +52,21 @@ def tap_weights(draws: ConvDraws, variant: Variant, upsamples: bool) -> torch.Te
     return weights * torch.rsqrt(energy)
 
 
+def ascending(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort each row of [B, C], equal values by position: the sorted values, and where they were (int64).
+
+    float32 goes as whole numbers that hold value and position, which are sorted several times faster.
+    """
+    if values.dtype != torch.float32:
+        return torch.sort(values, dim=1, stable=True)
+    bits = (values + 0.0).numpy().view(np.int32).astype(np.int64)  # + 0.0: there are two zeros, one value
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # of negative numbers: the larger bits, the smaller the number
+    keys = (bits << 32) | np.arange(values.shape[1])
+    keys.sort(axis=1)
+    order = torch.from_numpy(keys & 0xFFFFFFFF)
+    return values.gather(1, order), order
+
+
 def activation_sums(common: torch.Tensor, noise: torch.Tensor, draws: ConvDraws, weights: torch.Tensor) -> torch.Tensor:
     """Σ_o weights[o, f] · √2·ReLU(±S + noise + bias_o), for every pixel and every f.
 
@@ -66,8 +81,9 @@ def activation_sums(common: torch.Tensor, noise: torch.Tensor, draws: ConvDraws,
     """
     batch, channels, functions = weights.shape
     # A channel is active where ±S + noise > −bias: by descending bias, the active ones of a sign are a prefix.
-    threshold, order = torch.sort(-draws.bias, dim=1)
-    weights = weights.gather(1, order[:, :, None].expand(-1, -1, functions))
+    threshold, order = ascending(-draws.bias)
+    from_row = (order + torch.arange(0, batch * channels, channels)[:, None]).view(-1)
+    weights = weights.reshape(-1, functions).index_select(0, from_row).view(weights.shape)
     negative = draws.negative.gather(1, order).to(weights.dtype)
     gain = GAIN * torch.stack([1.0 - negative, negative], dim=-1)
     gain = torch.stack([gain, gain * -threshold[:, :, None]], dim=-1).view(batch, channels, 4, 1)

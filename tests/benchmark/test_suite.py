@@ -106,8 +106,10 @@ def test_another_clip_norm_shows_in_the_check_of_the_probe(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_the_dense_network_makes_the_same_bytes_but_for_rounding() -> None:
-    renders = (stylegan.render, peer_stylegan.render)
-    ours, theirs = (render(np.random.default_rng(5), stylegan.CHUNK, 16).astype(int) for render in renders)
+    ours = stylegan.render(np.random.default_rng(5), stylegan.CHUNK, 16).astype(int)
+    random = np.random.default_rng(5)
+    network = stylegan_draws.draw_network(random, 16)
+    theirs = peer_stylegan.render(random, network, stylegan.CHUNK).astype(int)
     assert np.abs(ours - theirs).max() <= 1
     network = stylegan_draws.draw_network(np.random.default_rng(0), 16)
     draws = stylegan_draws.draw_images(np.random.default_rng(1), network, 3)

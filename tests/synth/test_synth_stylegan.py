@@ -182,6 +182,18 @@ def test_every_draw_matters(field: str) -> None:
         assert error_in_deviations(changed, wanted) > 1e-3, (field, layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ascending_sorts_each_row_and_keeps_equal_values_in_order(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
+    values[1] = 0.0
+    values[2, ::2], values[2, 1::4] = 0.0, -0.0
+    values[3, 5:20] = values[3, 4]
+    found, order = stylegan.ascending(values)
+    for row, places, original in zip(found.tolist(), order.tolist(), values.tolist(), strict=True):
+        assert places == sorted(range(40), key=lambda place: original[place])  # Python's sort is stable
+        assert row == [original[place] for place in places]
+
+
 def test_activation_sums_equal_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     batch, channels, pixels, functions = 3, 17, 200, 5
