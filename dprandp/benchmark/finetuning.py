@@ -1,4 +1,4 @@
-"""Phase III: a whole DP-SGD step of a WRN against a plain step on the same views, and against Opacus.
+"""Phase III: a whole DP-SGD step of a WRN against a plain step on the same views, Opacus and jax-privacy.
 
 Our side is what ``stages/finetune.py`` does in a step: views, clipped sum, noise, momentum, EMA. The plain side makes
 the same views and takes an ordinary SGD step in the same precision; once as torch does by default, once with channels
@@ -24,6 +24,7 @@ from torch.nn import functional
 from dprandp.benchmark import generator
 from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, MemoryComparison, PeerMissing, Side
 from dprandp.benchmark.pairs import agree
+from dprandp.benchmark.peer_jax import JAX, JaxStep, as_array, wrn_loss
 from dprandp.benchmark.peer_opacus import FUNCTORCH, GHOST, HOOKS, DpSgd, OpacusStep, refuse_views
 from dprandp.benchmark.timing import Work
 from dprandp.config import PretrainConfig
@@ -165,6 +166,20 @@ class Bench:
 
         return work, network
 
+    def jax(self, sigma: float = SIGMA) -> tuple[Work, JaxStep]:
+        """jax-privacy's step, and what holds its parameters."""
+        model, views = self.model(), self.shape.views
+        settings = DpSgd(LR, MOMENTUM, sigma, CLIP_NORM, self.shape.examples)
+        together = math.gcd(max(1, 16 // views), self.shape.examples)
+        step = JaxStep(wrn_loss(model.extractor), dict(model.named_parameters()), settings, together)
+        answers = as_array(self.batch.labels)
+
+        def work() -> None:
+            made, _ = self.views()
+            step(as_array(model.extractor.normalise(made).unflatten(0, (-1, views))), answers)
+
+        return work, step
+
     def check(self, modes: tuple[str, ...]) -> Mapping[str, float]:
         """Sums of unclipped gradients against the plain gradient, of clipped ones against Opacus."""
         # float32 itself is up to 3e-3 away from float64 here: at this depth some ReLUs open on the other side
@@ -190,6 +205,16 @@ class Bench:
             moved = {name: (before[name] - value.detach()) / LR for name, value in network.named_parameters()}
             theirs = torch.cat([moved["1.weight"].flatten(), *(moved[name].flatten() for name in names.values())])
             found[mode] = agree(mode, ours / self.shape.examples, theirs, tolerance)
+        if modes:
+            try:
+                work, step = self.jax(sigma=0.0)
+            except PeerMissing:
+                return found
+            work()
+            after = step.parameters()
+            theirs = torch.cat([((state[name] - after[name]) / LR).flatten() for name in state])
+            ours = torch.cat([clipped[name].flatten() for name in state])
+            found[JAX] = agree(JAX, ours / self.shape.examples, theirs, tolerance)
         return found
 
 
@@ -224,18 +249,19 @@ def plain_case(pair: str, time_target: float, memory_target: float | None) -> Ca
 
 
 def opacus_case(pair: str, target: float | None) -> Callable[[str], Case]:
-    """Our step against Opacus' modes; the target is for its hooks."""
+    """Our step against Opacus' modes and jax-privacy; the target is for Opacus' hooks."""
 
     def build(scale: str) -> Case:
         bench = Bench(SHAPES[pair, scale])
         modes = (HOOKS, FUNCTORCH, GHOST)
         return Case(
             ours=Side(OURS, bench.ours, bench.shape.examples),
-            others=tuple(
-                Side(mode, lambda mode=mode: bench.opacus(mode)[0], bench.shape.examples) for mode in modes
+            others=(
+                *(Side(mode, lambda mode=mode: bench.opacus(mode)[0], bench.shape.examples) for mode in modes),
+                Side(JAX, lambda: bench.jax()[0], bench.shape.examples),
             ),
             comparisons=tuple(
-                Comparison(mode, target=Limit(target) if target and mode == HOOKS else None) for mode in modes
+                Comparison(mode, target=Limit(target) if target and mode == HOOKS else None) for mode in (*modes, JAX)
             ),
             check=lambda: bench.check(modes),
             sizes=str(bench.shape),

@@ -1,7 +1,7 @@
-"""Phase II: a full-batch step of the head, clipped, noisy and applied, against Opacus on the same linear layer.
+"""Phase II: a full-batch step of the head, clipped, noisy and applied, against Opacus and jax-privacy.
 
-One step is timed (a probe makes about a hundred equal ones). Opacus cannot hold the per-sample gradients of 50,000 rows
-at once (8 GB), so it takes them in parts, as its own memory manager would.
+One step is timed (a probe makes about a hundred equal ones). The peers cannot hold the per-sample gradients of 50,000
+rows at once (8 GB), so they take them in parts, as Opacus' own memory manager would.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, MemoryComparison, PeerMissing, Side
 from dprandp.benchmark.pairs import agree
+from dprandp.benchmark.peer_jax import JAX, JaxStep, as_array, linear_loss
 from dprandp.benchmark.peer_opacus import GHOST, HOOKS, DpSgd, OpacusStep
 from dprandp.benchmark.timing import Work
 from dprandp.privacy.clipping import clipped_softmax_sum
@@ -70,8 +71,17 @@ def opacus_step(mode: str, features: Tensor, labels: Tensor, sigma: float = SIGM
     return lambda: step(parts), linear
 
 
+def jax_step(features: Tensor, labels: Tensor, sigma: float = SIGMA) -> tuple[Work, JaxStep]:
+    """jax-privacy's step, and what holds its parameters; the features are copied."""
+    settings = DpSgd(LR, MOMENTUM, sigma, CLIP_NORM, len(features))
+    zeros = {"head": torch.zeros(features.shape[1], CLASSES)}
+    step = JaxStep(linear_loss, zeros, settings, math.gcd(PART, len(features)))
+    inputs, answers = as_array(features), as_array(labels)
+    return lambda: step(inputs, answers), step
+
+
 def case(scale: str) -> Case:
-    """The product's step against two of Opacus' modes."""
+    """The product's step against two of Opacus' modes, and jax-privacy's."""
     count, dims = SIZES[scale]
     data: list[tuple[Tensor, Tensor]] = []
 
@@ -94,12 +104,22 @@ def case(scale: str) -> Case:
                 continue
             work()
             found[mode] = agree(mode, state["head"].T, linear.weight, 1e-4)
-        return found
+        try:
+            work, step = jax_step(features, labels, sigma=0.0)
+        except PeerMissing:
+            return found
+        work()
+        return found | {JAX: agree(JAX, state["head"], step.parameters()["head"], 1e-4)}
 
     return Case(
         ours=Side(OURS, lambda: our_step(*shared())[0]),
-        others=tuple(Side(mode, lambda mode=mode: opacus_step(mode, *shared())[0]) for mode in (HOOKS, GHOST)),
-        comparisons=(Comparison(HOOKS, target=Limit(20)), Comparison(GHOST, target=Limit(20))),
+        others=(
+            *(Side(mode, lambda mode=mode: opacus_step(mode, *shared())[0]) for mode in (HOOKS, GHOST)),
+            Side(JAX, lambda: jax_step(*shared())[0]),
+        ),
+        comparisons=(
+            Comparison(HOOKS, target=Limit(20)), Comparison(GHOST, target=Limit(20)), Comparison(JAX)
+        ),
         check=check,
         sizes=f"{count:,} x {dims:,} features, {CLASSES} classes, full batch",
         unit="step",

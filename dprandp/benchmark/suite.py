@@ -22,7 +22,7 @@ QUICK = (
     "generator", "pretraining", "patchnet", "patchnet-gradients", "probe", "finetune", "finetune-opacus", "one-view",
     "accountant",
 )  # fmt: skip
-PEERS = ("opacus", "prv-accountant")
+PEERS = ("opacus", "prv-accountant", "jax-privacy")
 FULL_ROUNDS, QUICK_ROUNDS = 5, 3
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dprandp.benchmark import bounds, curves, memory, pairs, peer_stylegan, probe, registry, suite, table
 from dprandp.benchmark.cases import Case, Comparison, Figure, Limit, Side
+from dprandp.benchmark.peer_jax import JAX
 from dprandp.benchmark.peer_opacus import GHOST, HOOKS
 from dprandp.benchmark.timing import spread
 from dprandp.errors import BenchmarkError, UsageError
@@ -33,10 +34,12 @@ def figure(ratio: float, **values) -> Figure:
 
 
 @pytest.fixture
-def without_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "opacus"]:
+def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = ("opacus", "jax_privacy")
+    for name in [name for name in sys.modules if name.partition(".")[0] in peers]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "opacus", None)  # an import of it fails
+    for name in peers:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
 
 
 @pytest.mark.slow
@@ -58,19 +61,23 @@ def test_a_tiny_run_is_plain_values_and_a_table() -> None:
     assert "≥ 20" in text
 
 
-def test_a_missing_peer_is_named_in_both_outputs(without_opacus: None) -> None:
+def test_a_missing_peer_is_named_in_both_outputs(without_peers: None) -> None:
     result = suite.run(["one-view-opacus"], "tiny", 1, silent)
     assert [row["against"] for row in result["figures"] if row["quantity"] == "time"] == []
-    assert [entry["peer"] for entry in result["left_out"]] == ["Opacus hooks", "Opacus functorch", "Opacus ghost"]
-    assert all("pip install 'dprandp[bench]'" in entry["reason"] for entry in result["left_out"])
-    assert table.lines(result).count("LEFT OUT: Opacus") == 3
+    missing = {entry["peer"]: entry["reason"] for entry in result["left_out"]}
+    assert list(missing) == ["Opacus hooks", "Opacus functorch", "Opacus ghost", "jax-privacy"]
+    assert "pip install jax-privacy" in missing.pop("jax-privacy")
+    assert all("pip install 'dprandp[bench]'" in reason for reason in missing.values())
+    assert table.lines(result).count("LEFT OUT: ") == 4
 
 
 @pytest.mark.slow
 def test_ghost_clipping_is_left_out_where_views_are_averaged() -> None:
     found = pairs.measure(registry.PAIRS["finetune-opacus"], "tiny", 1, silent, weigh=False)
-    assert [(entry.peer, "each view by itself" in entry.reason) for entry in found.left_out] == [(GHOST, True)]
-    assert len(found.figures) == 2
+    left_out = {entry.peer: entry.reason for entry in found.left_out if entry.peer != JAX}  # it is in no extra
+    assert list(left_out) == [GHOST]
+    assert "each view by itself" in left_out[GHOST]
+    assert len([figure for figure in found.figures if figure.against != JAX]) == 2
 
 
 @pytest.mark.parametrize("name", ["pretraining", "finetune", "one-view", "patchnet", "patchnet-gradients"])
