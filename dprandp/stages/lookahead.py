@@ -19,6 +19,7 @@ Guarantee:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ class Kalman(Plain):
         super().__init__()
         self.kappa, self.reach = kappa, reach
         self.weight = (1 - kappa) / (kappa * reach)
-        self.passes = 1 if self.weight == 1 else 2
+        self.passes = 1 if math.isclose(self.weight, 1, rel_tol=1e-9) else 2
         self.state = {f"kalman.{name}": torch.zeros_like(value) for name, value in parameters.items()}
         self.state |= {f"move.{name}": torch.zeros_like(value) for name, value in parameters.items()}
         self.state["kalman-steps"] = torch.zeros((), dtype=torch.int64)

@@ -3,7 +3,7 @@
 De et al. 2022 train it on ImageNet with DP-SGD. No layer mixes examples, and none keeps statistics. In place of norms:
 
 * scaled weight standardisation in every convolution (``wrn.StandardisedConv2d``: gain and bias per filter);
-* ReLUs scaled by γ = √(2/(1 − 1/π)), so that a unit Gaussian input leaves with unit variance;
+* ReLUs scaled by γ ≈ √(2/(1 − 1/π)), so that a unit Gaussian input leaves with unit variance;
 * a residual block h + α · s · f(β γ ReLU(h)) with α = .2, β = 1/(the standard deviation that h has at the start), and
   a trained scalar s that starts at 0 (SkipInit): at the start the branches are silent.
 
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from dprandp.vision.whitening import Part
 from dprandp.vision.wrn import StandardisedConv2d, initialise, normalise, pad_same, parse_pooling
 
-RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+RELU_GAIN = 1.7139588594436646
+"""The authors' number, by which their weights were trained; their formula √(2/(1 − 1/π)) gives 1.71286."""
+
 ALPHA = 0.2
 DEPTHS = (3, 4, 6, 3)
 WIDTHS = (256, 512, 1024, 2048)
@@ -74,6 +76,7 @@ class NFResNet50(nn.Module):
     """The network as a feature extractor; see the module's docstring.
 
     Args:
+        thinner: divide all widths by this; 1 is the published network.
         pooling: grids of ``features``, see ``wrn.parse_pooling``; published: ``"1"``.
         generator: of the initial weights (public randomness); None means torch's global one.
 
@@ -84,13 +87,14 @@ class NFResNet50(nn.Module):
     without its classifier (23,508,032, a gain and a bias per filter for the two of a norm) and 16 skip gains.
     """
 
-    def __init__(self, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:
+    def __init__(self, thinner: int = 1, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:
         super().__init__()
         self._pooling_sides = parse_pooling(pooling)
-        self.stem = StandardisedConv2d(3, STEM_WIDTH, 7, stride=2)
+        wide_in, variance = STEM_WIDTH // thinner, 1.0
+        self.stem = StandardisedConv2d(3, wide_in, 7, stride=2)
         blocks: list[nn.Module] = []
-        wide_in, variance = STEM_WIDTH, 1.0
-        for depth, wide_out, stride in zip(DEPTHS, WIDTHS, (1, 2, 2, 2), strict=True):
+        for depth, width, stride in zip(DEPTHS, WIDTHS, (1, 2, 2, 2), strict=True):
+            wide_out = width // thinner
             for place in range(depth):
                 blocks.append(NFBlock(wide_in, wide_out, stride if place == 0 else 1, 1 / math.sqrt(variance)))
                 variance = (1.0 if place == 0 else variance) + ALPHA**2
