@@ -32,6 +32,7 @@ from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, name_private_stage, open_private_stage
 from dprandp.stages.scratch import network_config, without_phase_one
 from dprandp.stages.update_facts import gradients_per_record
+from dprandp.vision.extractors import refuse_unlearnable
 
 Plan = dict[str, Any]
 
@@ -174,6 +175,7 @@ def _generate(config: GenerateConfig, context: Context) -> Plan:
 
 def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) -> Plan:
     action, config = _foreseen("pretrain", config, context)
+    refuse_unlearnable(config)
     facts = estimates.extractor_facts(config)
     kind = {"filters": config.filters} if config.arch == "patchnet" else {"batch_size": config.batch_size}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps

@@ -65,6 +65,19 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 
+def refuse_unlearnable(config: PretrainConfig) -> None:
+    """Refuse an architecture that Phase I has no way to teach; random weights need none.
+
+    Raises:
+        UsageError: naming what does.
+    """
+    if config.arch == NF_RESNET and not config.random_init:
+        raise UsageError(
+            f"{NF_RESNET} is not learned from synthetic images",
+            fix=f"pretrain patchnet or a wrn, or train it without: dprandp finetune --from scratch --arch {NF_RESNET}",
+        )
+
+
 def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
     patches = (INPUT_SIZE - config.patch_size) // config.stride + 1
     if config.layers == 2:

@@ -123,7 +123,7 @@ def test_outputs_are_kept_where_views_do_not_change(monkeypatch):
 def test_nothing_goes_back_through_frozen_blocks():
     """No operation of a frozen block is recorded for a backward pass: its outputs ask for no gradient."""
     model = model_of()
-    blocks = chosen(model, freeze="random", seed=0, keep=0.5)
+    blocks = chosen(model)
     sums = ClippedSums(model, SumSettings(**SETTINGS, frozen_first=blocks.first))
     asked = {}
     for name, unit in model.extractor.units():

@@ -94,7 +94,7 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
         assert not torch.allclose(stored[each], before[each], atol=1e-5)
     if name != "kalman":
         return
-    plain = copy(probed_run)  # σ, C and q are what a fine-tune without it would have been given: two gradients, one clip
+    plain = copy(probed_run)  # σ, C and q are those of a fine-tune without it: two gradients, one clip
     run_finetune(plain, data, refit_steps=0)
     plans = [read_json(path / "privacy/plan.json")["stages"]["finetune"]["plan"] for path in (run, plain)]
     assert plans[0] == plans[1]
