@@ -82,3 +82,8 @@ Kalman = Annotated[
     typer.Option(help="DiSK: gain in (0, 1) of a Kalman filter on noisy gradients, such as 0.7; two gradients per "
                  "example, and noise for one. Default: no filter.", rich_help_panel=TRAINING),
 ]  # fmt: skip
+Ema = Annotated[
+    float | None,
+    typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "
+                 "ones. Default: 0.9999, less in the first steps.", rich_help_panel=TRAINING),
+]  # fmt: skip

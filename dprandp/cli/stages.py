@@ -192,6 +192,7 @@ def finetune(
     optimizer: own.Optimizer = None,
     momentum: own.Momentum = None,
     low_pass: own.LowPass = None,
+    ema: own.Ema = None,
     sharpness: own.Sharpness = None,
     kalman: own.Kalman = None,
     freeze: flags.Freeze = None,
@@ -228,6 +229,7 @@ def finetune(
         "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
         "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,
         "optimizer": optimizer, "momentum": momentum, "low_pass": low_pass, "sharpness": sharpness, "kalman": kalman,
+        "ema": ema,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source in WITHOUT_PHASE_ONE) as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)
