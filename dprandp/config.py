@@ -4,8 +4,9 @@ Everything here is public: configuration fields hold nothing that depends on pri
 directory and the report as they are.
 
 A stage's configuration is resolved in this order, later wins: the size's defaults, what the run decided before (its
-data and budget), a ``--config`` file's section of the stage's name, the flags given on the command line. ``None`` means
-"decided by the stage from public facts" (the data set's declared size, ε), and the stage's docstring says how.
+data and budget), a published recipe, a ``--config`` file's section of the stage's name, the flags given on the command
+line. ``None`` means "decided by the stage from public facts" (the data set's declared size, ε), and the stage's
+docstring says how.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from . import published
 from .errors import UsageError, nearest
+from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, FinetuneOptions, validate_options
 from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
 
@@ -27,8 +30,6 @@ DEFAULT_DELTA = 1e-5
 
 LARGEST = 2**63 - 1
 """Of any whole number, as in TOML: what the random generators take for a seed."""
-
-LONGEST_TEXT = 500
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class PretrainConfig:
     projection_dim: int = 128
     layer_order: str = "relu-norm-conv"
     weight_standardisation: bool = True
+    padding: str | None = None
+    """Of convolutions with stride 2: 'symmetric' (None: so), or 'same' as De et al. 2022."""
+    pooling: str | None = None
+    """Grids that features are averaged over; None: '1+4'."""
     checkpoint_every: int = 20
 
 
@@ -116,12 +121,12 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(FinetuneOptions):
     """Phase III: every parameter, with DP-SGD."""
 
     size: str = "tiny"
     source: str = "probe"
-    """'probe' starts from Phases I and II; 'scratch' from a random WRN (De et al. 2022)."""
+    """'probe' starts from Phases I and II, 'scratch' from random weights (De et al. 2022), 'init' from public ones."""
     data: str = DEFAULT_DATA
     epsilon: float = 1.0
     delta: float | None = None
@@ -130,30 +135,18 @@ class FinetuneConfig:
     lr: float | None = None
     extractor_scale: float | None = None
     """Factor on the extractor's gradient before the joint clip, and on its update: its share of clip and noise."""
-    momentum: float = 0.0
     clip_norm: float = 1.0
     views: int = 1
     clipping: str = "norm"
-    """'norm' shortens gradients longer than the clip norm; 'automatic' brings all of them to just below it."""
-    freeze: str | None = None
-    """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``)."""
-    select: str | None = None
-    """The same, chosen anew every ``every`` steps."""
-    keep: float | None = None
-    """The part that is trained."""
-    prune: str | None = None
-    """With freeze: 'hold' leaves the other weights as they are (None: so), 'zero' removes them."""
-    every: int | None = None
-    """With select. None: 10."""
-    scope: str | None = None
-    """The part is taken of all weights together ('global'; None: so) or of each tensor ('layer')."""
+    """'norm' shortens gradients longer than the clip norm; 'automatic' brings all of them to just below it; 'rescaled'
+    is 'norm' with sum and noise divided by the clip norm (De et al. 2022), so that it does not scale the rate."""
     ema: float = 0.9999
     refit_steps: int | None = None
     """Full-batch steps of the head on the tuned features at the end; 0 for none. None: as the architecture's recipe."""
     refit_part: float = 0.85
     """Part of the remaining ε that the refit takes, where there is one."""
     arch: str = "wrn-16-4"
-    """Used by source = 'scratch' alone."""
+    """Used by the sources 'scratch' and 'init' alone."""
     checkpoint_every: int = 10
     classes: int | None = None
     unit_column: str | None = None
@@ -194,6 +187,7 @@ def resolve(
     if size not in SIZES:
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
     values = {"size": size, **SIZE_DEFAULTS[size][stage], **(inherited or {})}
+    given: dict[str, Any] = {}
     if file is not None:
         section = _section(read_toml(file), stage, file)
         if section.get("size", size) != size:  # its other defaults would not be those of the size it names
@@ -201,9 +195,11 @@ def resolve(
                 f"{file} says size = {section['size']!r} for {stage}, the command says {size!r}",
                 fix="give that size with --size, or take the line out of the file",
             )
-        values |= section
-    values |= {key: value for key, value in flags.items() if value is not None}
-    return build(stage, values)
+        given = section
+    given = given | {key: value for key, value in flags.items() if value is not None}
+    if stage == "finetune":
+        values |= published.settings(values | given)
+    return build(stage, values | given)
 
 
 def build(stage: str, values: dict[str, Any]) -> StageConfig:
@@ -236,7 +232,7 @@ _PATCHNET_ONLY = _SECOND_LAYER_ONLY | {
 }  # fmt: skip
 _WRN_ONLY = {
     "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
-    "layer_order", "weight_standardisation", "checkpoint_every",
+    "layer_order", "weight_standardisation", "checkpoint_every", "padding", "pooling",
 }  # fmt: skip
 
 
@@ -339,12 +335,15 @@ def validate(stage: str, config: StageConfig) -> None:
     choices = {
         "schedule": ("cosine", "step"),
         "released": ("average", "ema", "last"),
-        "source": ("probe", "scratch"),
+        "source": ("probe", "scratch", "init"),
         "colour": ("rgb", "grey", "mixed"),
         "noise": ("gaussian", "discrete"),
-        "clipping": ("norm", "automatic"),
+        "clipping": ("norm", "automatic", "rescaled"),
         "size": SIZES,
+        **OPTION_CHOICES,
     }
     for key, known in choices.items():
         if key in values and values[key] not in known:
             raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
+    if stage == "finetune":
+        validate_options(values)

@@ -16,7 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.reporting.wording import several_images, shipped_prior
+from dprandp.reporting.wording import public_weights, several_images, shipped_prior
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -97,7 +97,9 @@ def _units(result: Mapping[str, Any]) -> str:
 
 
 def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: Mapping[str, Any]) -> str:
-    if result.get("source") == "scratch" or not pretrain:
+    if weights := public_weights(result):
+        prior = f"The network started from {_plain(weights)}."
+    elif result.get("source") == "scratch" or not pretrain:
         prior = "The network started from random weights."
     else:
         images = f"{generate['count']} images of the random process {_plain(generate['process'])}" if generate else ""

@@ -26,11 +26,12 @@ _NUMBERS = {
 _MAY_BE_MISSING = {"auc", "loss", "images_per_second", "views_per_second", "knn_accuracy", "refit"}
 _COUNTS = {
     "count", "resolution", "steps", "charged_steps", "lost_steps", "views", "train_examples", "test_examples",
-    "parameters", "feature_dim", "prior_images",
+    "parameters", "feature_dim", "prior_images", "mixtures",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "clipping",
+    "source", "prior", "prior_sha256", "clipping", "optimiser", "gradient_point", "recipe",
+    "init_sha256", "init_source",
     "trained_weights",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Ways to train on the same data, ε and seeds: DP-RandP's phases, training from scratch, parts of the weights.
+"""Ways to train on the same data, ε and seeds: DP-RandP's phases, De et al. 2022, parts of the weights, ingredients.
 
     python scripts/compare_systems.py digits --out runs/systems
-    python scripts/compare_systems.py digits --systems probe "all phases" --epsilons 1 --seeds 3
+    python scripts/compare_systems.py digits --groups de2022 --epsilons 8 --seeds 3
+    python scripts/compare_systems.py digits --systems probe "all phases" --epsilons 1
     python scripts/compare_systems.py --table
 
 A system is a list of commands of the package, each with the flags that make the difference; Phase I is made once for a
 seed and shared. Each run has a budget of its own, and reads the test split once, at its end; nothing is chosen by it.
-Finished rows are kept in results.jsonl. Seconds are of the private stages, on whatever else the machine was doing.
+Finished rows are kept in results.jsonl, and a run goes on where it was stopped: at the next row. Table and plot
+(systems.png) are made of all rows. Seconds are of the private stages, on whatever else the machine was doing.
+
+Training from scratch is done with a small network and few steps, so that a cell is a minute on a CPU. What De et al.
+and others found is looked for as *differences* between cells that share everything else; no cell is tuned.
 """
 
 from __future__ import annotations
@@ -21,51 +26,95 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRATCH = ["finetune", "--from", "scratch", "--arch", "wrn-10-1"]
+SCRATCH = [
+    "finetune", "--from", "scratch", "--arch", "wrn-10-1", "--padding", "same", "--pooling", "1",
+    "--clipping", "rescaled", "--steps", "60", "--batch-size", "128", "--lr", "2", "--microbatch", "16",
+]  # fmt: skip
+"""De et al. 2022 at CPU scale; a flag given again wins."""
 
-SYSTEMS: dict[str, list[list[str]]] = {
-    "probe": [["probe", "--share", "1"]],
-    "all phases": [["probe"], ["finetune"]],
-    "all phases, automatic clipping": [["probe"], ["finetune", "--clipping", "automatic"]],
-    "from scratch, K = 1": [SCRATCH],
-    "from scratch, K = 4": [[*SCRATCH, "--views", "4"]],
-    "from scratch, automatic clipping": [[*SCRATCH, "--clipping", "automatic"]],
-    **{
-        f"all phases, {mode} {how} {keep:g}": [["probe"], ["finetune", f"--{mode}", how, "--keep", str(keep), *more]]
-        for mode, more in (("freeze", ()), ("select", ("--every", "2")))
-        for how in ("random", "magnitude")
-        for keep in (0.1, 0.3, 0.6)
+MASKS = [
+    (mode, how, keep, more)
+    for mode, more in (("freeze", ()), ("select", ("--every", "2")))
+    for how in ("random", "magnitude")
+    for keep in ("0.1", "0.3", "0.6")
+]
+
+
+def scratch(*flags: str) -> list[list[str]]:
+    """The one command of a system from scratch."""
+    return [[*SCRATCH, *flags]]
+
+
+GROUPS: dict[str, dict[str, list[list[str]]]] = {
+    "phases": {
+        "probe": [["probe", "--share", "1"]],
+        "all phases": [["probe"], ["finetune"]],
+        "all phases, automatic clipping": [["probe"], ["finetune", "--clipping", "automatic"]],
     },
-    **{
-        f"from scratch, freeze {how} {keep:g}": [[*SCRATCH, "--freeze", how, "--keep", str(keep)]]
-        for how in ("random", "magnitude")
-        for keep in (0.1, 0.3, 0.6)
+    "de2022": {
+        "scratch, K = 1": scratch(),
+        "scratch, K = 2": scratch("--views", "2"),
+        "scratch, K = 4": scratch("--views", "4"),
+        "scratch, K = 8": scratch("--views", "8"),
+        "scratch, K = 4, no EMA": scratch("--views", "4", "--ema", "0"),
+        "scratch, K = 4, batch 32": scratch("--views", "4", "--batch-size", "32"),
+        "scratch, K = 4, batch 64": scratch("--views", "4", "--batch-size", "64"),
+        "scratch, K = 4, batch 256": scratch("--views", "4", "--batch-size", "256"),
+    },
+    "pruning": {
+        **{
+            f"scratch, K = 1, {mode} {how} {keep}": scratch(f"--{mode}", how, "--keep", keep, *more)
+            for mode, how, keep, more in MASKS
+        },
+        **{
+            f"all phases, {mode} {how} {keep}": [["probe"], ["finetune", f"--{mode}", how, "--keep", keep, *more]]
+            for mode, how, keep, more in MASKS
+        },
+        "scratch, K = 1, last half of the blocks": scratch("--freeze", "last", "--scope", "block", "--keep", "0.5"),
+    },
+    "ingredients": {
+        "scratch, K = 2": scratch("--views", "2"),
+        "+ automatic clipping": scratch("--views", "2", "--clipping", "automatic"),
+        "+ layer order 3": scratch("--views", "2", "--layer-order", "relu-norm-conv+norm-relu-skip"),
+        "+ 2 mixtures (DP-MixSelf)": scratch("--views", "2", "--mixself", "2"),
+        "+ momentum 0.8": scratch("--views", "2", "--momentum", "0.8", "--lr", "0.4"),
+        "+ low-pass 0.8 (DOPPLER)": scratch("--views", "2", "--low-pass", "0.8"),
+        "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
+        "+ Muon": scratch("--views", "2", "--optimizer", "muon", "--lr", "0.05"),
+        "+ DP-SAT 0.1": scratch("--views", "2", "--sharpness", "0.1"),
+        "+ DiSK 0.7": scratch("--views", "2", "--kalman", "0.7"),
     },
 }
-"""Name -> commands after Phase I."""
+"""Group -> name -> commands after Phase I. A further system is a further entry."""
+
+SYSTEMS = {name: commands for group in GROUPS.values() for name, commands in group.items()}
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("datasets", nargs="*", help="names as for --data")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME",
-                        help="; ".join(SYSTEMS))  # fmt: skip
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME",
+                        help="instead of groups: " + "; ".join(SYSTEMS))  # fmt: skip
     parser.add_argument("--epsilons", nargs="+", default=["1", "8"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--table", action="store_true", help="only print the table and draw the plot")
     args = parser.parse_args()
+    chosen = args.systems or list(dict.fromkeys(name for group in args.groups for name in GROUPS[group]))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "results.jsonl"
     for data in () if args.table else args.datasets:
         for seed in range(args.seeds):
             for epsilon in args.epsilons:
-                for system in args.systems:
+                for system in chosen:
                     measure(args, log, {"data": data, "system": system, "epsilon": float(epsilon), "seed": seed})
     print_table(read(log))
+    if rows := read(log):
+        draw(rows, args.out / "systems.png")
 
 
 def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
@@ -123,6 +172,41 @@ def print_table(rows: list[dict]) -> None:
         seconds = statistics.mean(row["seconds"] for row in group)
         seeds = len({row["seed"] for row in group})
         print("| " + " | ".join([f"{data} ({size})", system, *columns, f"{seconds:.0f}", f"{seeds}"]) + " |")
+
+
+COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#666666")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A panel per data set: systems from top to bottom, mean accuracy with the seeds' standard deviation, by ε."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row["data"], row["size"]) for row in rows))
+    tallest = max(len({row["system"] for row in rows if (row["data"], row["size"]) == panel}) for panel in panels)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 1.2 + 0.26 * tallest), squeeze=False)
+    for axis, (data, size) in zip(axes[0], panels, strict=True):
+        here = [row for row in rows if (row["data"], row["size"]) == (data, size)]
+        systems = [name for name in SYSTEMS if any(row["system"] == name for row in here)]
+        for number, epsilon in enumerate(sorted({row["epsilon"] for row in here})):
+            color = COLOURS[number % len(COLOURS)]
+            for place, system in enumerate(systems):
+                values = [100 * r["accuracy"] for r in here if (r["system"], r["epsilon"]) == (system, epsilon)]
+                if values:
+                    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                    style = {"fmt": "o", "ms": 4, "color": color, "capsize": 2}
+                    axis.errorbar(statistics.mean(values), -place, xerr=deviation, **style)
+            axis.plot([], [], "o", ms=4, color=color, label=f"ε = {epsilon:g}")
+        axis.set_yticks([-place for place in range(len(systems))], systems, fontsize=8)
+        axis.set_xlabel("test accuracy, %, mean ± standard deviation over seeds")
+        axis.set_title(f"{data} ({size})")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"plot: {path}", file=sys.stderr)
 
 
 def spread(values: list[float]) -> str:

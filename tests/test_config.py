@@ -94,7 +94,7 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     shared = {"size", "arch", "seed", "random_init", "colour"}
     assert set(patchnet) & set(wrn) == shared
     assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    unset = {"prior"}  # None unless one is named
+    unset = {"prior", "padding", "pooling"}  # None unless one is named
     assert set(patchnet) | set(wrn) | unset == {field.name for field in dataclasses.fields(PretrainConfig)}
 
 

@@ -105,12 +105,12 @@ Clip = Annotated[
 Clipping = Annotated[
     str | None,
     typer.Option(help="norm: gradients longer than C are cut to C; automatic: all are scaled to just below C, so that "
-                 "C need not be tuned. Default: norm.", rich_help_panel=PRIVACY),
+                 "C need not be tuned; rescaled: norm, then divided by C. Default: norm.", rich_help_panel=PRIVACY),
 ]  # fmt: skip
 Freeze = Annotated[
     str | None,
-    typer.Option(help="Train a part of the extractor's weights, chosen once: random or magnitude. Needs --keep. "
-                 "Default: all are trained.",
+    typer.Option(help="Train a part of the extractor's weights, chosen once: random or magnitude; with --scope block "
+                 "also last. Needs --keep. Default: all are trained.",
                  rich_help_panel=TRAINING, metavar="HOW"),
 ]  # fmt: skip
 Select = Annotated[
@@ -134,8 +134,8 @@ Every = Annotated[
 ]
 Scope = Annotated[
     str | None,
-    typer.Option(help="--keep is a part of all weights (global) or of each tensor (layer). Default: global.",
-                 rich_help_panel=TRAINING),
+    typer.Option(help="--keep is a part of all weights (global), of each tensor (layer), or, with --freeze, of whole "
+                 "blocks (block), which saves time and memory. Default: global.", rich_help_panel=TRAINING),
 ]  # fmt: skip
 InsecureSeed = Annotated[
     int | None,

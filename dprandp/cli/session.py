@@ -14,6 +14,7 @@ from dprandp.config import SIZES, StageConfig, as_dict
 from dprandp.config import resolve as resolve_config
 from dprandp.console import Console
 from dprandp.errors import InputError, UsageError
+from dprandp.finetune_options import WITHOUT_PHASE_ONE
 from dprandp.rundir import STAGES, RunDir
 from dprandp.toml import read as read_toml
 
@@ -73,7 +74,7 @@ def resolve(
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
-    if stage == "finetune" and given.get("source") != "scratch" and "probe" in recorded:
+    if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
     elif stage in recorded:
         inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}

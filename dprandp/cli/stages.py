@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dprandp.cli import finetune_flags as own
 from dprandp.cli import flags, session
 from dprandp.cli.session import DEFAULT_RUN
 from dprandp.config import StageConfig
+from dprandp.finetune_options import WITHOUT_PHASE_ONE
 
 app = typer.Typer()
 
@@ -174,20 +176,25 @@ def finetune(
     clipping: flags.Clipping = None,
     noise: flags.Noise = None,
     insecure_seed: flags.InsecureSeed = None,
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="Start from the probe, or from scratch: a random WRN, no Phase I or II "
-                     "(De et al. 2022). Default: probe.",
-                     rich_help_panel=flags.TRAINING, metavar="probe|scratch"),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="With --from scratch: wrn-DEPTH-WIDTH. Default: wrn-16-4.", rich_help_panel=flags.TRAINING),
-    ] = None,
+    source: own.Source = None,
+    arch: own.Arch = None,
+    recipe: own.Recipe = None,
+    init: own.Init = None,
+    init_source: own.InitSource = None,
+    layer_order: own.LayerOrder = None,
+    padding: own.Padding = None,
+    pooling: own.Pooling = None,
     steps: flags.FinetuneSteps = None,
     batch_size: flags.FinetuneBatchSize = None,
     lr: flags.FinetuneLr = None,
     views: flags.FinetuneViews = None,
+    mixself: own.Mixself = None,
+    optimizer: own.Optimizer = None,
+    momentum: own.Momentum = None,
+    low_pass: own.LowPass = None,
+    ema: own.Ema = None,
+    sharpness: own.Sharpness = None,
+    kalman: own.Kalman = None,
     freeze: flags.Freeze = None,
     select: flags.Select = None,
     keep: flags.Keep = None,
@@ -210,16 +217,21 @@ def finetune(
     """Phase III: train every parameter with DP-SGD, on the budget that the probe left.
 
     [dim]dprandp finetune[/dim]
-    [dim]dprandp finetune --from scratch --data cifar10 --eps 8 --run runs/scratch[/dim]
+    [dim]dprandp finetune --from scratch --recipe de2022 --data cifar10 --eps 8 --run runs/scratch[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
+    source = "init" if source is None and init is not None else source
     given = {
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
         "unit_column": unit_column, "noise": noise, "clipping": clipping,
         "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
+        "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
+        "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,
+        "optimizer": optimizer, "momentum": momentum, "low_pass": low_pass, "sharpness": sharpness, "kalman": kalman,
+        "ema": ema,
     }  # fmt: skip
-    with (session.looked_at if plan else session.opened)(run, create=source == "scratch") as rundir:
+    with (session.looked_at if plan else session.opened)(run, create=source in WITHOUT_PHASE_ONE) as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)
         context = session.context(
             rundir, console, device=device, data_dir=data_dir, download=download, insecure_seed=insecure_seed,

@@ -22,9 +22,12 @@ from dprandp.reporting.wording import (
     limits,
     noise_in_words,
     noun,
+    public_weights,
     several_images,
     shipped_prior,
     units_and_images,
+    update_in_words,
+    views_in_words,
 )
 from dprandp.runresults import ONE_IMAGE
 
@@ -135,7 +138,8 @@ def disclosure(
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
-        ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("K (views per example)", views_in_words(result)),
+        ("Update", update_in_words(result)),
         ("Trained weights", result.get("trained_weights", "the head alone" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
@@ -324,6 +328,8 @@ def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
         f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
         f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
     )
+    if weights := public_weights(result):
+        return f"{weights[0].upper()}{weights[1:]}; {declared}"
     if result.get("source") == "scratch" or not pretrain:
         return f"A randomly initialised network; {declared}"
     images = "synthetic images"

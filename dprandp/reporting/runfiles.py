@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +119,15 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
     except DprandpError:  # a size this version does not know: everything counts as set
         default = {}
     return [
-        f"{key} = {value} (default {default.get(key, 'automatic')})"
+        f"{key} = {_shown(key, value)} (default {default.get(key, 'automatic')})"
         for key, value in recorded.items()
         if key not in ("size", "tuned_on") and value != default.get(key)
     ]
+
+
+def _shown(key: str, value: Any) -> Any:
+    """Where a file lies on somebody's disk is nobody else's business."""
+    return os.path.basename(value) if key == "init" else value
 
 
 def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> Spending:

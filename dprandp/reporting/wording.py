@@ -62,7 +62,36 @@ def clip_in_words(result: Facts) -> str:
     """What is done to it."""
     if result.get("clipping", "norm") == "automatic":
         return "is scaled to just below L2 norm C, whatever its length (automatic clipping, Bu et al. 2023)"
+    if result.get("clipping", "norm") == "rescaled":
+        return "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)"
     return "is clipped to L2 norm C"
+
+
+def views_in_words(result: Facts) -> str:
+    """K, and what else is averaged before the clip."""
+    mixed = result.get("mixtures", 0)
+    if mixed:
+        return f"{result['views']} and {mixed} mixtures of two of them (DP-MixSelf), gradients averaged before the clip"
+    return f"{result['views']}, their gradients averaged before the clip"
+
+
+def update_in_words(result: Facts) -> str:
+    """What becomes of a noisy sum, and at which point gradients are taken: none of it costs privacy."""
+    done = result.get("optimiser") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
+    where = result.get("gradient_point", "at the parameters")
+    recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
+    return f"{done}; gradients are taken {where}{recipe}"
+
+
+def public_weights(result: Facts) -> str | None:
+    """Where a network's first weights came from, if from a file; that they are public was declared, not checked."""
+    if not result.get("init_sha256"):
+        return None
+    return (
+        f"weights from a file (sha256 {result['init_sha256']}), declared public by whoever ran this, in these words: "
+        f"“{result['init_source']}”. This program cannot check that: where the file was made from the private images, "
+        "or from anything else that must stay hidden, ε does not cover it"
+    )
 
 
 def noise_in_words(result: Facts) -> str:

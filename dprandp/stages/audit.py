@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from dprandp.config import FinetuneConfig, ProbeConfig
 from dprandp.console import Console
 from dprandp.errors import AuditError, InputError
 from dprandp.files import atomic_write, to_json
@@ -46,6 +46,7 @@ from dprandp.stages.context import Context
 from dprandp.stages.features import private_features, require_room
 from dprandp.stages.pretrain import load_extractor, synthetic_crops
 from dprandp.stages.private_plan import open_private_stage
+from dprandp.stages.scratch import network_config
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract
 from dprandp.vision.whitening import PooledOnly
@@ -277,12 +278,11 @@ class _Facts:
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
-        else:  # trained from scratch: no Phase I, no Phase II
+        else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
             config = FinetuneConfig(**rows["finetune"]["config"])
-            extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
+            extractor, head = build_extractor(network_config(config), generator), None
             whitener = PooledOnly(extractor.feature_dim)
             self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
-            head = None
         self.model = Classifier(extractor, whitener, self.classes).to(context.device)
         if head is not None:
             self.model.head.data.copy_(head)

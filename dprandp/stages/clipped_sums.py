@@ -20,7 +20,10 @@ from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
 from dprandp.privacy.unit_clipping import unit_means
 from dprandp.ranks import Ranks
 from dprandp.stages import masks as masking
+from dprandp.stages.frozen_blocks import FrozenPrefix, rest_gradients
+from dprandp.stages.lookahead import Ahead
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.mixself import with_mixtures
 from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.precision import autocast
@@ -33,11 +36,14 @@ CLOSED_FORM_MICROBATCH = 16
 GRADIENT_BYTES = 2**27
 """Of the gradients of a WideResNet on a CPU that are in memory together: 12 records of wrn-16-4."""
 
+COMBINED_RECORDS = 4
+"""Records whose gradients at a first point wait for those at a second."""
+
 SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
 """Tasks of the other ranks."""
 
-MASK = "mask:"
-"""Before the names of the masks that go with the parameters."""
+MASK, AHEAD = "mask:", "ahead:"
+"""Before the names of the masks, and of the parameters of a second point, that go with the parameters."""
 
 EXTRACTOR = "extractor."
 """Before the names of the parameters that are scaled."""
@@ -59,6 +65,8 @@ class SumSettings:
         automatic: automatic clipping, see ``privacy.clipping``.
         precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
         microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
+        mixtures: further views, mixed of two of an example's own (``vision.mixself``).
+        frozen_first: units of the extractor before the first that is trained (``frozen_blocks``).
     """
 
     scale: float
@@ -69,6 +77,8 @@ class SumSettings:
     automatic: bool = False
     precise: bool = False
     microbatch: int | None = None
+    mixtures: int = 0
+    frozen_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,16 +111,30 @@ class ClippedSums:
     """Sums of clipped gradients of one model.
 
     Args:
-        model: on the device that computes; its parameters may be overwritten.
+        model: on the device that computes; its parameters may be overwritten, and no longer ask for gradients (those
+            that are trained are handed in).
         settings: public.
     """
 
     def __init__(self, model: Classifier, settings: SumSettings) -> None:
         self.settings, self.device = settings, model.head.device
-        self._gradients = gradient_source(model, settings.scale, self.device, settings.microbatch)
+        model.requires_grad_(False)
+        shared = (settings.scale, self.device, settings.microbatch)
+        self._prefix = None
+        if settings.frozen_first:
+            never_changes = settings.views == 1 and not settings.mixtures
+            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=never_changes)
+            self._gradients = rest_gradients(model, settings.frozen_first, *shared)
+        else:
+            self._gradients = gradient_source(model, *shared)
 
     def of(
-        self, parameters: Mapping[str, Tensor], step: int, batch: Batch, masks: masking.Masks | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        step: int,
+        batch: Batch,
+        masks: masking.Masks | None = None,
+        ahead: Ahead | None = None,
     ) -> dict[str, Tensor]:
         """The sum over one batch, or over one rank's share of it.
 
@@ -119,6 +143,8 @@ class ClippedSums:
             step: number of the step, by which views are drawn.
             batch: its records; may be empty.
             masks: gradients are cut down to the chosen weights before they are clipped.
+            ahead: a second point; a record's gradient is then (1 − a) of that at ``parameters`` and a of that at the
+                second one, combined before the clip.
 
         Returns:
             name -> float64, shaped like the parameter; zeros for an empty batch, and where nothing was chosen.
@@ -128,9 +154,18 @@ class ClippedSums:
             ``clip_norm`` in L2, over all parameters jointly. A record's views depend on (seed, step, position) alone.
         """
         settings = self.settings
-        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)
-        views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
-        gradients = self._gradients(parameters, views, batch.labels.to(self.device))
+        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views + settings.mixtures)
+        own, mixed = draws.split([settings.views, settings.mixtures], dim=1)
+        views = private_views(batch.images.to(self.device), settings.views, own, flip=settings.flip)
+        if settings.mixtures:
+            views = with_mixtures(views, mixed)
+        if self._prefix is not None:
+            views = self._prefix.outputs(views, batch.members)
+        labels = batch.labels.to(self.device)
+        if ahead is None:
+            gradients = self._gradients(parameters, views, labels)
+        else:
+            gradients = self._combined(parameters, ahead, views, labels)
         if masks:
             gradients = _masked(gradients, masks)
         if batch.sizes is not None:
@@ -139,6 +174,21 @@ class ClippedSums:
             gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
         return sum_of_clipped(gradients, parameters, settings.clip_norm, automatic=settings.automatic)
 
+    def _combined(
+        self, parameters: Mapping[str, Tensor], ahead: Ahead, views: Tensor, labels: Tensor
+    ) -> Iterator[dict[str, Tensor]]:
+        """Each record's two gradients as one. Record by record of a block: a source may keep its point in the model."""
+        block = self.settings.microbatch or COMBINED_RECORDS
+        for start in range(0, len(views), block):
+            part = slice(start, start + block)
+            here = [  # copies: a source may overwrite what it gave
+                {name: value.clone() for name, value in each.items()}
+                for each in self._gradients(parameters, views[part], labels[part])
+            ]
+            there = self._gradients(ahead.parameters, views[part], labels[part])
+            for one, other in zip(here, there, strict=True):
+                yield {name: torch.lerp(one[name], other[name], ahead.weight) for name in one}
+
     def over_ranks(
         self,
         ranks: Ranks,
@@ -146,12 +196,13 @@ class ClippedSums:
         step: int,
         shares: Sequence[Batch],
         masks: masking.Masks | None = None,
+        ahead: Ahead | None = None,
     ) -> dict[str, Tensor]:
         """The sum over a batch whose records are shared out; the ranks know model and settings already.
 
         Args:
             ranks: this process leads them; the first share is its own.
-            parameters, step, masks: as for ``of``.
+            parameters, step, masks, ahead: as for ``of``.
             shares: one for each rank. Every record of the batch is in exactly one of them; they may be empty.
 
         Returns:
@@ -169,9 +220,12 @@ class ClippedSums:
             RuntimeError: a rank sent something that is no sum of clipped gradients.
         """
         named = {f"{MASK}{name}": mask for name, mask in (masks or {}).items()}
-        ranks.tell(PARAMETERS, {"step": step}, {**parameters, **named})
+        if ahead is not None:
+            named |= {f"{AHEAD}{name}": value for name, value in ahead.parameters.items()}
+        facts = {"step": step, "weight": 0.0 if ahead is None else ahead.weight}
+        ranks.tell(PARAMETERS, facts, {**parameters, **named})
         ranks.ask(SHARE, [({}, share.tensors()) for share in shares[1:]])
-        total = self.of(parameters, step, shares[0], masks)
+        total = self.of(parameters, step, shares[0], masks, ahead)
         for share, answer in zip(shares[1:], ranks.answers(), strict=True):
             self._refuse_other_than_sums(answer, total, share.records)
             for name, value in total.items():

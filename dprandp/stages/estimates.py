@@ -15,7 +15,7 @@ import torch
 from dprandp.config import GenerateConfig, PretrainConfig
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES
 from dprandp.vision.dictionary import PATCHES_OF_A_CROP, SECOND_LAYER_CROPS
-from dprandp.vision.extractors import build_extractor
+from dprandp.vision.extractors import NF_RESNET, build_extractor
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.response_layer import ResponseLayer
 from dprandp.vision.wrn import parse_wrn
@@ -30,6 +30,7 @@ DICTIONARY_FLOPS = 6e9  # a second
 PATCHNET_FLOPS = 25e9
 SECOND_LAYER_FLOPS = 25e9
 WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE = 75.0, 38.0, 28.0  # views a second
+NF_RESNET_WORK = 0.21  # of wrn-16-4's, at 32 pixels: products of a forward pass
 HEAD_FLOPS = 10e9
 
 
@@ -91,8 +92,11 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
             forward += _second_layer_products(network.second, side**2 * pixels) / SECOND_LAYER_FLOPS
         widths = tuple(part.width for part in network.parts)
         return Extractor(config.arch, parameters, state, network.feature_dim, widths, forward, 0.0, 3 * forward)
-    depth, width = parse_wrn(config.arch)
-    work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
+    if config.arch == NF_RESNET:
+        work = NF_RESNET_WORK
+    else:
+        depth, width = parse_wrn(config.arch)
+        work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
     rates = (WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE)
     width = network.feature_dim
     return Extractor(config.arch, parameters, state, width, (width,), *(work / rate for rate in rates))
@@ -159,8 +163,8 @@ def probe_cost(
 
 
 def finetune_cost(
-    facts: Extractor, *, train: int, test: int, dims: int, classes: int, expected_batch: float, steps: int, views: int,
-    refit_steps: int, mirror: bool, cpu: bool, cores: int,
+    facts: Extractor, *, train: int, test: int, dims: int, classes: int, expected_batch: float, steps: int,
+    views: float, refit_steps: int, mirror: bool, cpu: bool, cores: int,
 ) -> Cost:  # fmt: skip
     """Per-example gradients of every parameter; then, where there is a refit, features of all images again, on disk."""
     parameters = facts.state_bytes + dims * classes * FLOAT

@@ -21,33 +21,35 @@ import torch
 from torch import Tensor
 
 from dprandp import checkpoint, faults
-from dprandp.config import FinetuneConfig, PretrainConfig, as_dict
+from dprandp.config import FinetuneConfig, as_dict
 from dprandp.console import MetricsLog
-from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import refuse_cross_example_layers
+from dprandp.published import note
 from dprandp.ranks import RankError
 from dprandp.rankwire import RankLostError
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import masks as masking
-from dprandp.stages import probe, release
+from dprandp.stages import probe, release, scratch
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.extraction import tell_model
 from dprandp.stages.features import private_features
+from dprandp.stages.frozen_blocks import FrozenBlocks, choose_blocks
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
+from dprandp.stages.lookahead import make_lookahead
+from dprandp.stages.optimisers import make_optimiser
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import open_private_stage
 from dprandp.stages.recipes import Recipe, recipe_for
 from dprandp.stages.tuned import tuning_of
 from dprandp.stages.unit_rows import unit_rows
+from dprandp.stages.update_facts import settings_of, update_facts
 from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
-from dprandp.vision.whitening import PooledOnly
 
 STAGE = "finetune"
 MODEL = "model"
@@ -59,19 +61,19 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     """Train every parameter and write the model.
 
     Returns:
-        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, source, arch, lr, momentum,
+        The keys of ``release.evaluate``, ``PrivateStage.disclosure`` and ``update_facts``, and stage, source, arch, lr,
         extractor_scale, released, mirror, tuned, tuned_on, seconds.
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
         UsageError: the network has a layer that mixes examples, or options contradict each other.
     """
-    scratch = config.source == "scratch"
+    alone = scratch.without_phase_one(config)
     stage = open_stage(config, context)
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
-        {} if scratch else context.rundir.inputs_from("generate", "pretrain", "probe"),
+        scratch.init_hash(config) if alone else context.rundir.inputs_from("generate", "pretrain", "probe"),
         resume=context.resume,
         overwrite=context.overwrite,
         private_inputs=stage.private_inputs(),
@@ -81,8 +83,9 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     config = recorded(STAGE, begun.config)  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
+    start = _start_alone(config, stage) if alone else None  # refuses a file before anything is paid
     stage.fix_plan()
-    model, mirror = _scratch_model(config, stage) if scratch else _probed_model(context, stage)
+    model, mirror = (start, False) if start is not None else _probed_model(context, stage)
     model = model.to(context.device)
     refuse_cross_example_layers(model)
     lr = config.lr or recipe.lr
@@ -100,9 +103,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "source": config.source,
         "arch": arch,
         "lr": lr,
-        "momentum": config.momentum,
-        "clipping": config.clipping,
-        "trained_weights": trained_weights,
+        **update_facts(config, trained_weights),
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
@@ -134,11 +135,13 @@ def open_stage(
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     masking.rule_of(config)  # refuses options that contradict each other
-    if config.source != "scratch":
-        if arch is None:
-            context.rundir.require("probe", STAGE)
-    elif not config.arch.startswith("wrn-"):
-        raise UsageError(f"--from scratch cannot train {config.arch!r}", fix="use --arch wrn-16-4 or another wrn")
+    settings_of(config)
+    if scratch.without_phase_one(config):
+        scratch.network_config(config)
+    elif arch is None:
+        context.rundir.require("probe", STAGE)
+    if (said := note(config.recipe, config.arch, config.source, config.epsilon)) is not None:
+        context.console.say(f"recipe {said}")
     _, recipe, refit_steps = choices(config, context, arch)
     return open_private_stage(
         STAGE,
@@ -155,14 +158,14 @@ def open_stage(
 def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
     """What was tuned: nothing of this stage, but what the probe says of the head that it starts from."""
     rundir = stage.context.rundir
-    if config.source != "scratch":
+    if not scratch.without_phase_one(config):
         return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
     return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
 
 
 def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:
     """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
-    arch = config.arch if config.source == "scratch" else planned
+    arch = config.arch if scratch.without_phase_one(config) else planned
     if arch is None:
         results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
         for earlier, result in results.items():  # before anything is paid
@@ -179,10 +182,11 @@ def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bo
     return model, context.rundir.result("probe")["mirror"]
 
 
-def _scratch_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifier, bool]:
-    generator = torch.Generator().manual_seed(config.seed)
-    extractor = build_extractor(PretrainConfig(arch=config.arch, seed=config.seed), generator)
-    return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)), False
+def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
+    model, left_out = scratch.start_model(config, len(stage.spec.classes))
+    if left_out:
+        stage.context.console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
+    return model
 
 
 def _train(
@@ -194,20 +198,24 @@ def _train(
         The released parameters by name, the number of updates they have seen, and which weights were trained, in words.
     """
     rule = masking.rule_of(config)
+    blocks: FrozenBlocks | None = None
+    if rule is not None and rule.scope == "block":
+        blocks, rule = choose_blocks(rule, model), None
     folder = stage.context.rundir.stage_dir(STAGE)
     device = stage.context.device
     start = {
         name: value.detach().clone()
         for name, value in model.named_parameters()
-        if scale > 0 or not name.startswith("extractor.")
+        if (scale > 0 or not name.startswith("extractor.")) and (blocks is None or blocks.trains(name))
     }
     masks = {} if rule is None else rule.choose(start, 0)
     if rule is not None and rule.zero:
         masking.apply(masks, start)
     trained = {name: _scaled(name, value, scale) for name, value in start.items()}
     trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
-    state = {f"parameters.{name}": value for name, value in trained.items()}
-    state |= {f"velocity.{name}": torch.zeros_like(value) for name, value in trained.items()}
+    trained_weights = trained_weights if blocks is None else blocks.in_words()
+    optimiser, lookahead = make_optimiser(settings_of(config), trained), make_lookahead(config, trained)
+    state = {f"parameters.{name}": value for name, value in trained.items()} | optimiser.state | lookahead.state
     state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
     first_step, ledger_head = 0, None
@@ -218,6 +226,8 @@ def _train(
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
+        optimiser.load_state(state)
+        lookahead.load_state(state)
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
@@ -231,6 +241,8 @@ def _train(
         automatic=config.clipping == "automatic",
         precise=stage.plan.noise == "discrete",
         microbatch=stage.context.microbatch,
+        mixtures=config.mixself or 0,
+        frozen_first=0 if blocks is None else blocks.first,
     )
     sums, ranks = ClippedSums(model, settings), stage.context.ranks
     tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
@@ -250,8 +262,9 @@ def _train(
                 state |= {f"mask.{name}": mask for name, mask in rule.choose(parameters, step.number).items()}
             masks = {name: state[f"mask.{name}"] for name in masks}
             shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
+            point, ahead = lookahead.points(parameters)
             try:
-                clipped = sums.over_ranks(ranks, parameters, step.number, shares, masks)
+                clipped = sums.over_ranks(ranks, point, step.number, shares, masks, ahead)
             except (RankError, RankLostError):
                 if step.number > first_step:  # the step is lost and stays paid; the updates before it need not be
                     save(step.number)
@@ -259,11 +272,14 @@ def _train(
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release(clipped)
             masking.apply(masks, update)
+            if config.clipping == "rescaled":
+                update = {name: value / stage.plan.clip_norm for name, value in update.items()}
+            before = {name: value.clone() for name, value in parameters.items()} if lookahead.follows_moves else {}
+            optimiser.step(parameters, lookahead.filtered(update), lr, masks)
+            if lookahead.follows_moves:
+                lookahead.moved(before, parameters)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
-            for name, gradient in update.items():
-                velocity = state[f"velocity.{name}"].mul_(config.momentum).add_(gradient)
-                moved = velocity * masks[name] if name in masks else velocity
-                value = state[f"parameters.{name}"].sub_(moved, alpha=lr)
+            for name, value in parameters.items():
                 state[f"ema.{name}"].lerp_(value, 1 - decay)
             faults.point("update-applied")
             log.write(

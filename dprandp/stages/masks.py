@@ -27,7 +27,9 @@ from torch import Tensor
 from dprandp.config import FinetuneConfig
 from dprandp.errors import UsageError, nearest
 
-CRITERIA, SCOPES, PRUNES = ("random", "magnitude"), ("global", "layer"), ("hold", "zero")
+CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
+SCOPES = ("global", "layer", "block")
+BLOCK_CRITERIA = (*CRITERIA, "last")
 DEFAULT_EVERY = 10
 
 Masks = dict[str, Tensor]
@@ -39,8 +41,9 @@ class MaskRule:
     """How weights are chosen; public.
 
     Attributes:
-        mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude'.
-        keep: part of the weights that is chosen, in (0, 1). scope: 'global' or 'layer', of what it is a part.
+        mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
+        keep: part of the weights that is chosen, in (0, 1).
+        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (``frozen_blocks`` chooses them).
         every: steps between two choices of select. seed: public randomness.
         zero: weights that freeze does not choose become zero.
     """
@@ -113,7 +116,11 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
                 "the data, which epsilon does not count",
                 fix=f"give --{name} random, or --{name} magnitude: both cost nothing",
             )
-    for name, known in (("freeze", CRITERIA), ("select", CRITERIA), ("scope", SCOPES), ("prune", PRUNES)):
+    blocks = config.scope == "block"
+    freeze = BLOCK_CRITERIA if blocks else CRITERIA
+    if config.freeze == "last" and not blocks:
+        raise UsageError("--freeze last chooses whole blocks", fix="give --scope block with it")
+    for name, known in (("freeze", freeze), ("select", CRITERIA), ("scope", SCOPES), ("prune", PRUNES)):
         value = getattr(config, name)
         if value is not None and value not in known:
             raise UsageError(f"--{name} {value!r} is unknown", fix=nearest(value, known))
@@ -132,6 +139,10 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
         raise UsageError(f"--keep {config.keep:g} lies outside (0, 1)", fix="give a part such as --keep 0.1")
     if config.every is not None and not 1 <= config.every <= 10**9:
         raise UsageError(f"--every {config.every} is no number of steps", fix="give one of 1 or more")
+    if blocks and config.select is not None:
+        raise UsageError("--select chooses single weights, not blocks", fix="give --freeze with --scope block")
+    if blocks and config.prune == "zero":
+        raise UsageError("a network without whole blocks computes nothing", fix="give --prune hold with --scope block")
     if config.extractor_scale == 0:
         raise UsageError("extractor_scale = 0 freezes the extractor whole", fix="leave it out, or --keep")
     return MaskRule(

@@ -30,6 +30,9 @@ from dprandp.stages.generate import check as check_images
 from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, name_private_stage, open_private_stage
+from dprandp.stages.scratch import network_config, without_phase_one
+from dprandp.stages.update_facts import gradients_per_record
+from dprandp.vision.extractors import refuse_unlearnable
 
 Plan = dict[str, Any]
 
@@ -172,6 +175,7 @@ def _generate(config: GenerateConfig, context: Context) -> Plan:
 
 def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) -> Plan:
     action, config = _foreseen("pretrain", config, context)
+    refuse_unlearnable(config)
     facts = estimates.extractor_facts(config)
     kind = {"filters": config.filters} if config.arch == "patchnet" else {"batch_size": config.batch_size}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
@@ -275,10 +279,8 @@ def _cost(
     probe: ProbeConfig | None,
     refit_steps: int,
 ) -> estimates.Cost:
-    scratch = isinstance(config, FinetuneConfig) and config.source == "scratch"
-    facts = estimates.extractor_facts(
-        PretrainConfig(arch=config.arch) if scratch else extractor or PretrainConfig()
-    )
+    scratch = isinstance(config, FinetuneConfig) and without_phase_one(config)
+    facts = estimates.extractor_facts(network_config(config) if scratch else extractor or PretrainConfig())
     shared = {
         "train": stage.spec.train_examples,
         "test": stage.spec.test_examples,
@@ -299,6 +301,7 @@ def _cost(
         mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
         dims = facts.whitened(probe.dims, probe.statistics_images)
     batch = stage.plan.expected_batch
+    shared["views"] = gradients_per_record(config)
     return estimates.finetune_cost(
         facts, **shared, dims=dims, expected_batch=batch, refit_steps=refit_steps, mirror=mirror
     )

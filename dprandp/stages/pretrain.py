@@ -34,7 +34,7 @@ from dprandp.stages.generate import load_images
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.contrastive import ContrastiveTrainer, train
-from dprandp.vision.extractors import build_extractor, extract, load_weights
+from dprandp.vision.extractors import build_extractor, extract, load_weights, refuse_unlearnable
 from dprandp.vision.images import random_crops, to_grey
 from dprandp.vision.metrics import knn_accuracy
 
@@ -56,6 +56,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
         UsageError: unknown architecture, or a configuration other than the one the directory holds.
     """
     build_extractor(config)  # refuses an unknown architecture before anything is written
+    refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)

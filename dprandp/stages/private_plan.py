@@ -144,8 +144,11 @@ def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part
     if config.batch_size is None:
         return batch_part
     if config.batch_size > examples:
+        recipe = isinstance(config, FinetuneConfig) and config.recipe
         raise UsageError(
-            f"--batch-size {config.batch_size} exceeds the {examples} training examples (units of privacy)",
-            fix=f"give at most {examples}, which is full batch",
+            f"--batch-size {config.batch_size} exceeds the {examples} training examples (units of privacy)"
+            + (f": the recipe {config.recipe} is for a larger data set" if recipe else ""),
+            fix=f"give at most {examples}, which is full batch"
+            + (f"; {max(1, round(0.08192 * examples))} is its sampling rate for CIFAR-10" if recipe else ""),
         )
     return config.batch_size / examples

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from dprandp.config import PretrainConfig, as_dict, public_data_name
+from dprandp.config import as_dict, public_data_name
 from dprandp.files import atomic_write, to_json
+from dprandp.finetune_options import WITHOUT_PHASE_ONE
 from dprandp.model_card import model_card
 from dprandp.stages.features import features_of_test
 from dprandp.stages.private import PrivateStage
@@ -60,9 +61,9 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
     rundir = stage.context.rundir
     folder: Path = rundir.model_dir
     recorded = {row["stage"]: row for row in rundir.status()}
-    if result.get("source") == "scratch":  # whatever else the run holds, this model was not made from it
+    if result.get("source") in WITHOUT_PHASE_ONE:  # whatever else the run holds, this model was not made from it
         pretrain, generate, arch = {}, {}, result["arch"]
-        extractor = as_dict(PretrainConfig(arch=arch))
+        extractor = as_dict(model.extractor.built_from)
     else:
         pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
         arch, extractor = pretrain["arch"], recorded["pretrain"]["config"]

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from dprandp.config import PretrainConfig
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.nf_resnet import NFResNet50
 from dprandp.vision.patchnet import PatchNet
 from dprandp.vision.precision import autocast
 from dprandp.vision.response_layer import ResponseLayer, TwoLayerPatchNet, map_side
 from dprandp.vision.wrn import WideResNet, parse_wrn
 
-ARCHITECTURES = "patchnet, or wrn-DEPTH-WIDTH such as wrn-16-4"
+NF_RESNET = "nf-resnet-50"
+ARCHITECTURES = f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or {NF_RESNET}"
 
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
@@ -54,9 +56,26 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             width,
             layer_order=config.layer_order,
             weight_standardisation=config.weight_standardisation,
+            pooling=config.pooling or "1+4",
+            padding=config.padding or "symmetric",
             generator=generator,
         )
+    if config.arch == NF_RESNET:
+        return NFResNet50(pooling=config.pooling or "1", generator=generator)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
+
+
+def refuse_unlearnable(config: PretrainConfig) -> None:
+    """Refuse an architecture that Phase I has no way to teach; random weights need none.
+
+    Raises:
+        UsageError: naming what does.
+    """
+    if config.arch == NF_RESNET and not config.random_init:
+        raise UsageError(
+            f"{NF_RESNET} is not learned from synthetic images",
+            fix=f"pretrain patchnet or a wrn, or train it without: dprandp finetune --from scratch --arch {NF_RESNET}",
+        )
 
 
 def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:

@@ -92,6 +92,26 @@ def normalise(images: Tensor) -> Tensor:
     raise UsageError(f"images of type {images.dtype} cannot be normalised", fix="pass uint8, or floats in [0, 1]")
 
 
+PADDINGS = ("symmetric", "same")
+
+
+def pad_same(x: Tensor, size: int, stride: int, value: float = 0.0) -> Tensor:
+    """Pad as the framework of De et al. 2022 does: ⌈side/stride⌉ places, what is odd goes below and right.
+
+    Args:
+        x: [..., H, W]. size: of the filter. stride: of the filter. value: what to pad with.
+
+    For an even side, size 3 and stride 2 that is nothing above and left and one row below and right, where symmetric
+    padding has one on each side: the filters then see places shifted by a pixel, so weights trained with one padding
+    are not those of the other.
+    """
+    widths: list[int] = []
+    for side in (x.shape[-1], x.shape[-2]):
+        total = max((-(-side // stride) - 1) * stride + size - side, 0)
+        widths += [total // 2, total - total // 2]
+    return F.pad(x, widths, value=value) if any(widths) else x
+
+
 class StandardisedConv2d(nn.Conv2d):
     """A convolution whose filters are standardised on every forward pass (De et al. 2022; Qiao et al. 2019).
 
@@ -121,11 +141,14 @@ def _activate(x: Tensor, norm: nn.GroupNorm, order: str) -> Tensor:
 class _Block(nn.Module):
     """Two activated 3×3 convolutions beside a shortcut, which is a 1×1 convolution where the width changes."""
 
-    def __init__(self, wide_in: int, wide_out: int, stride: int, groups: int, order: LayerOrder, conv: type) -> None:
+    def __init__(
+        self, wide_in: int, wide_out: int, stride: int, groups: int, order: LayerOrder, conv: type, padding: str
+    ) -> None:
         super().__init__()
         self.order = order
         self.norm1 = nn.GroupNorm(groups, wide_in)
-        self.conv1 = conv(wide_in, wide_out, 3, stride=stride, padding=1)
+        self.pads = padding == "same" and stride > 1  # with stride 1 the two paddings are one
+        self.conv1 = conv(wide_in, wide_out, 3, stride=stride, padding=0 if self.pads else 1)
         self.norm2 = nn.GroupNorm(groups, wide_out)
         self.conv2 = conv(wide_out, wide_out, 3, padding=1)
         self.reshapes = wide_in != wide_out  # every stage that strides widens as well
@@ -135,7 +158,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.skip_conv(_activate(x, self.skip_norm, self.order.skip)) if self.reshapes else x
-        out = self.conv1(_activate(x, self.norm1, self.order.branch))
+        out = _activate(x, self.norm1, self.order.branch)
+        out = self.conv1(pad_same(out, 3, self.conv1.stride[0]) if self.pads else out)
         return skip + self.conv2(_activate(out, self.norm2, self.order.branch))
 
 
@@ -149,6 +173,8 @@ class WideResNet(nn.Module):
         layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
         channels: of the input, 1 or 3.
         pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see :func:`parse_pooling`.
+        padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022), see
+            :func:`pad_same`.
         generator: of the initial weights (public randomness); None means torch's global one.
 
     Attributes:
@@ -171,10 +197,13 @@ class WideResNet(nn.Module):
         layer_order: str = "relu-norm-conv",
         channels: int = 3,
         pooling: str = "1+4",
+        padding: str = "symmetric",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         _check_shape(depth, width)
+        if padding not in PADDINGS:
+            raise UsageError(f"padding {padding!r} is unknown", fix=nearest(padding, PADDINGS))
         if norm_groups < 1 or 16 % norm_groups:
             raise UsageError(f"{norm_groups} groups do not divide 16 channels", fix="use 1, 2, 4, 8 or 16 groups")
         if layer_order not in LAYER_ORDERS:
@@ -191,7 +220,8 @@ class WideResNet(nn.Module):
         wide_in = 16
         for wide_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for position in range((depth - 4) // 6):
-                blocks.append(_Block(wide_in, wide_out, stride if position == 0 else 1, norm_groups, order, conv))
+                step = stride if position == 0 else 1
+                blocks.append(_Block(wide_in, wide_out, step, norm_groups, order, conv, padding))
                 wide_in = wide_out
         self.blocks = nn.Sequential(*blocks)
         self.final_norm = nn.GroupNorm(norm_groups, wide_in)
@@ -204,6 +234,10 @@ class WideResNet(nn.Module):
     def normalise(images: Tensor) -> Tensor:
         """Pixels to this network's input: the module's :func:`normalise`."""
         return normalise(images)
+
+    def units(self) -> list[tuple[str, nn.Module]]:
+        """Name and module of what the input passes in turn: the stem, then each block."""
+        return [("stem", self.stem), *((f"blocks.{place}", block) for place, block in enumerate(self.blocks))]
 
     def trunk(self, x: Tensor) -> Tensor:
         """The residual stream after the last block, without the final activation: what the published head reads.
@@ -226,7 +260,11 @@ class WideResNet(nn.Module):
         The grids follow each other as in ``pooling``; within a grid the order is channel, row, column. With ``"1+4"``
         the first 64k entries are the global averages and the next 256k the averages of the four quarters.
         """
-        feature_map = self.feature_map(x)
+        return self.head_of(self.trunk(x))
+
+    def head_of(self, trunk: Tensor) -> Tensor:
+        """The features of images whose :meth:`trunk` is given."""
+        feature_map = _activate(trunk, self.final_norm, self.final_order)
         return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._pooling_sides], dim=1)
 
     forward = features

@@ -27,7 +27,7 @@ from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
 from dprandp.privacy.sampling import PoissonSampler
-from dprandp.stages import clipped_sums, finetune
+from dprandp.stages import clipped_sums, scratch
 from dprandp.vision import extractors, patchnet_gradients, whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.images import to_input
@@ -211,7 +211,7 @@ class Mixing(nn.Module):
 
 
 def test_8_batch_norm_is_refused_by_name(tmp_path: Path, data: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(finetune, "build_extractor", lambda config, generator: Mixing())
+    monkeypatch.setattr(scratch, "build_extractor", lambda config, generator: Mixing())
     with pytest.raises(UsageError, match=r"extractor\.normaliser.*BatchNorm2d"):
         run_scratch(tmp_path / "run", data)
     ledger = tmp_path / "run/privacy/ledger.jsonl"

@@ -1,0 +1,144 @@
+"""Options of the fine-tune beyond the plain DP-SGD: published recipes, public weights, masks, ingredients.
+
+Everything is public and None by default: not used. ``config.FinetuneConfig`` inherits these fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+LONGEST_TEXT = 500
+
+OPTION_CHOICES = {
+    "recipe": ("de2022",),
+    "optimizer": ("sgd", "adam", "muon"),
+    "padding": ("symmetric", "same"),
+    "pooling": ("1", "4", "1+4"),
+    "layer_order": (
+        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip",
+    ),
+}  # fmt: skip
+
+WITHOUT_PHASE_ONE = ("scratch", "init")
+"""Sources that need neither Phase I nor Phase II: random weights, or public ones from a file."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Fields that ``FinetuneConfig`` has beside its own."""
+
+    recipe: str | None = None
+    """'de2022': the hyper-parameters of De et al. 2022 for this architecture and ε (see ``published.py``)."""
+    init: str | None = None
+    """safetensors file with public weights of the network, for source = 'init'."""
+    init_source: str | None = None
+    """What they were learned from, in the user's words: she declares them public."""
+    layer_order: str | None = None
+    """Of a network that is not pretrained here; a key of ``vision.wrn.LAYER_ORDERS``. None: relu-norm-conv."""
+    padding: str | None = None
+    """'same': convolutions with stride 2 pad as De et al.'s do (below and right); None: 'symmetric'."""
+    pooling: str | None = None
+    """Grids that features are averaged over. None: '1+4'; '1' is the published global average."""
+    mixself: int | None = None
+    """Further views of each example, each a mixture of two of its own K views (DP-MixSelf)."""
+    optimizer: str | None = None
+    """What is done with noisy gradients: 'sgd' (None: so), 'adam' or 'muon'."""
+    momentum: float | None = None
+    """None: 0 for sgd, 0.9 for adam, 0.95 for muon."""
+    low_pass: float | None = None
+    """Coefficient of a low-pass filter on the noisy gradients (DOPPLER)."""
+    sharpness: float | None = None
+    """ρ of DP-SAT: gradients are taken this far along the previous noisy gradient."""
+    kalman: float | None = None
+    """κ of DiSK: weight of a new noisy gradient in the filter, in (0, 1)."""
+    kalman_reach: float | None = None
+    """γ of DiSK: how far ahead, in previous moves, the second gradient is taken. None: 0.5."""
+    freeze: str | None = None
+    """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``); with
+    scope = 'block' also 'last'."""
+    select: str | None = None
+    """The same, chosen anew every ``every`` steps."""
+    keep: float | None = None
+    """The part that is trained."""
+    prune: str | None = None
+    """With freeze: 'hold' leaves the other weights as they are (None: so), 'zero' removes them."""
+    every: int | None = None
+    """With select. None: 10."""
+    scope: str | None = None
+    """The part is taken of all weights together ('global'; None: so), of each tensor ('layer'), or of whole blocks
+    ('block'; see ``stages/frozen_blocks.py``)."""
+
+
+def validate_options(values: Mapping[str, Any]) -> None:
+    """Refuse values out of range, and combinations that make no sense, in words.
+
+    Args:
+        values: settings of a fine-tune that are not None.
+
+    Raises:
+        UsageError: naming the value.
+    """
+    if not 0 <= values.get("low_pass", 0) < 1:
+        raise UsageError(f"low_pass = {values['low_pass']!r} lies outside [0, 1)", fix="choose one, such as 0.9")
+    if not 0 < values.get("kalman", 0.5) < 1:
+        raise UsageError(f"kalman = {values['kalman']!r} lies outside (0, 1)", fix="give the published 0.7, say")
+    for key in ("sharpness", "kalman_reach"):
+        value = values.get(key)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
+    mixed = values.get("mixself")
+    if mixed is not None and not 1 <= mixed <= 10**4:
+        raise UsageError(f"mixself = {mixed} is no number of views", fix="give 1 or more, or leave it out")
+    if mixed is not None and values.get("views", 1) < 2:
+        raise UsageError("--mixself mixes two of an example's views, and there is one", fix="give --views 2 or more")
+    _refuse_contradictions(values)
+    _validate_start(values)
+
+
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    given = values.keys()
+    for one, other, why in (
+        ("sharpness", "kalman", "both move the point where gradients are taken"),
+        ("low_pass", "kalman", "both filter the noisy gradients, and DiSK's filter is matched to its second gradient"),
+    ):
+        if {one, other} <= given:
+            flags = f"--{one.replace('_', '-')} and --{other}"
+            raise UsageError(f"{flags} exclude each other: {why}", fix="give one of them")
+    if "kalman_reach" in given and "kalman" not in given:
+        raise UsageError("kalman_reach belongs to --kalman, which was not given", fix="give --kalman, or drop it")
+    masked = {"freeze", "select"} & given and values.get("scope") != "block"
+    if values.get("optimizer") == "muon" and masked:
+        raise UsageError(
+            "--optimizer muon orthogonalises whole matrices, and --freeze or --select trains single weights of them",
+            fix="give --scope block, which trains whole blocks, or another optimizer",
+        )
+
+
+def _validate_start(values: Mapping[str, Any]) -> None:
+    source = values.get("source", "probe")
+    if source == "init" and "init" not in values:
+        raise UsageError("--from init needs a file of public weights", fix="give --init FILE.safetensors")
+    if "init" in values and source != "init":
+        raise UsageError(f"--init brings public weights, and --from {source} does not use them", fix="drop one of them")
+    if ("init" in values) != ("init_source" in values):
+        problem = "--init-source without --init says nothing"
+        if "init" in values:
+            problem = "nobody said where the weights of --init come from: that they are public is yours to declare"
+        raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
+    text = values.get("init_source")
+    if text is not None and not (text.isprintable() and 0 < len(text) <= LONGEST_TEXT):
+        raise UsageError(
+            f"init_source is not one line of 1 to {LONGEST_TEXT} printable characters", fix="say it in one short line"
+        )
+    if source not in WITHOUT_PHASE_ONE:
+        for key in ("layer_order", "padding", "pooling", "recipe"):
+            if key in values:
+                raise UsageError(
+                    f"--{key.replace('_', '-')} is for a network that is made here; --from {source} has one already",
+                    fix="give --from scratch or --init FILE with it, or drop it",
+                )

@@ -1,0 +1,52 @@
+"""What a fine-tune does with its noisy sums, in the words and numbers that its disclosure shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dprandp.config import FinetuneConfig
+from dprandp.published import note
+from dprandp.stages.lookahead import make_lookahead
+from dprandp.stages.optimisers import OptimiserSettings
+from dprandp.stages.scratch import init_hash
+
+
+def settings_of(config: FinetuneConfig) -> OptimiserSettings:
+    """The optimiser that a configuration asks for.
+
+    Raises:
+        UsageError: values out of range.
+    """
+    return OptimiserSettings(config.optimizer or "sgd", config.momentum, low_pass=config.low_pass)
+
+
+def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]:
+    """Part of the result.
+
+    Args:
+        config: the run's.
+        trained_weights: which weights were trained, in words.
+
+    Returns:
+        momentum, clipping, trained_weights, optimiser, gradient_point, mixtures; recipe, where one was used; for public
+        weights init_sha256 and init_source.
+    """
+    settings = settings_of(config)
+    facts = {
+        "momentum": settings.beta,
+        "clipping": config.clipping,
+        "trained_weights": trained_weights,
+        "optimiser": settings.in_words(),
+        "gradient_point": make_lookahead(config, {}).in_words(),
+        "mixtures": config.mixself or 0,
+    }
+    if config.recipe is not None:
+        facts["recipe"] = note(config.recipe, config.arch, config.source, config.epsilon)
+    if config.init is not None:
+        facts |= {"init_sha256": init_hash(config)["public weights"], "init_source": config.init_source}
+    return facts
+
+
+def gradients_per_record(config: FinetuneConfig) -> float:
+    """How many views' gradients a record costs in a step, for estimates."""
+    return (config.views + (config.mixself or 0)) * make_lookahead(config, {}).passes

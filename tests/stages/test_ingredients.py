@@ -1,0 +1,213 @@
+"""Ingredients of the fine-tune in the whole stage: releases redone by hand, disclosed, audited, resumed, shared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_threads import DoneAtOnce
+from safetensors.torch import load_file
+from tiny_run import Recorder, blobs, context, read_json, run_finetune
+from torch import Tensor
+
+from dprandp import checkpoint, config
+from dprandp.privacy.auditing.controls import CONTROLS
+from dprandp.privacy.plan import PrivatePlan
+from dprandp.ranks import ALONE, Ranks
+from dprandp.stages import audit_loops, clipped_sums, extraction, finetune
+from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
+from dprandp.stages.lookahead import Ahead
+from dprandp.stages.optimisers import OptimiserSettings, make_optimiser
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.images import to_input
+from dprandp.vision.whitening import Whitener
+
+Copy = Callable[[Path], Path]
+Record = Callable[[Path], Recorder]
+
+INGREDIENTS = {
+    "adam": {"optimizer": "adam", "lr": 0.01},
+    "muon": {"optimizer": "muon", "lr": 0.01},
+    "low-pass": {"low_pass": 0.8},
+    "sharpness": {"sharpness": 0.5},
+    "kalman": {"kalman": 0.7},
+    "mixself": {"views": 2, "mixself": 2},
+    "rescaled": {"clipping": "rescaled", "clip_norm": 0.25},
+}
+
+
+@pytest.fixture
+def gradient_points(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], Ahead | None]]:
+    """Where each step's gradients were taken."""
+    seen, of = [], ClippedSums.of
+
+    def recorded(self, parameters, step, batch, masks=None, ahead=None):
+        seen.append(({name: value.clone() for name, value in parameters.items()}, ahead))
+        return of(self, parameters, step, batch, masks, ahead)
+
+    monkeypatch.setattr(ClippedSums, "of", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("name", INGREDIENTS)
+def test_9_the_parameters_are_a_function_of_the_noisy_updates(
+    copy: Copy, probed_run: Path, data: str, record: Record, gradient_points: list, name: str
+) -> None:
+    run, settings = copy(probed_run), INGREDIENTS[name]
+    before = load_file(run / "model/model.safetensors")
+    seen = record(run)
+    result = run_finetune(run, data, refit_steps=0, extractor_scale=1.0, ema=0.0, **settings)
+    names = sorted(seen.releases[0].released)
+    parameters = {each: before[each].clone() for each in names}
+    optimiser = make_optimiser(
+        OptimiserSettings(settings.get("optimizer", "sgd"), low_pass=settings.get("low_pass")), parameters
+    )
+    estimate, move, previous = None, None, None
+    for step, release in enumerate(seen.of("finetune")):
+        point, ahead = gradient_points[step]
+        expected = parameters
+        if name == "sharpness" and previous is not None:
+            norm = math.sqrt(sum(float(value.square().sum()) for value in previous.values()))
+            expected = {each: value + 0.5 * previous[each] / norm for each, value in parameters.items()}
+        assert all(torch.allclose(point[each], expected[each], atol=1e-5) for each in names)
+        assert (ahead is not None) == (name == "kalman" and step > 0)
+        if ahead is not None:
+            assert ahead.weight == pytest.approx(0.3 / 0.35)
+            for each, value in ahead.parameters.items():
+                assert torch.allclose(value, parameters[each] + 0.5 * move[each], atol=1e-5)
+        noisy = {each: release.released[each] / settings.get("clip_norm", 1.0) for each in names}
+        previous = noisy
+        if name == "kalman":
+            estimate = noisy if step == 0 else {n: 0.3 * estimate[n] + 0.7 * noisy[n] for n in names}
+            noisy = estimate
+        start = {each: value.clone() for each, value in parameters.items()}
+        optimiser.step(parameters, noisy, result["lr"])
+        move = {each: parameters[each] - start[each] for each in names}
+    stored = load_file(run / "4-finetune/model.safetensors")
+    for each in names:
+        assert torch.allclose(stored[each], parameters[each], rtol=1e-4, atol=1e-5), each
+        assert not torch.allclose(stored[each], before[each], atol=1e-5)
+    if name != "kalman":
+        return
+    plain = copy(probed_run)  # σ, C and q are those of a fine-tune without it: two gradients, one clip
+    run_finetune(plain, data, refit_steps=0)
+    plans = [read_json(path / "privacy/plan.json")["stages"]["finetune"]["plan"] for path in (run, plain)]
+    assert plans[0] == plans[1]
+
+
+SAID = {
+    "adam": "Adam on the noisy gradients",
+    "muon": "Muon on the noisy gradients, momentum 0.95",
+    "low-pass": "after a low-pass filter (0.8)",
+    "sharpness": "0.5 along the previous noisy gradient (DP-SAT)",
+    "kalman": "weights 0.143 and 0.857",
+    "mixself": "2 and 2 mixtures of two of them (DP-MixSelf)",
+    "rescaled": "sum and noise are then divided by C",
+}
+
+
+SELDOM = ("adam", "muon", "low-pass", "rescaled")
+"""They come after the noise, where the replay follows recorded releases."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in INGREDIENTS]
+)
+def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str, name: str) -> None:
+    """The card names it; the replay of the loop passes, and still sees a clip that was left out."""
+    run = copy(probed_run)
+    result = run_finetune(run, data, steps=2, refit_steps=0, **INGREDIENTS[name])
+    assert SAID[name] in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    settings = config.build("finetune", {"data": data, "epsilon": 4.0} | INGREDIENTS[name])
+    values = read_json(run / "privacy/plan.json")["stages"]["finetune"]["plan"]
+    plan = PrivatePlan.from_dict(values)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 3, 32, 32), generator=generator).to(torch.uint8)
+    dataset, split = audit_loops.made_up_images(images, 3, 40, False, generator)
+    with context(run) as given:
+        hard = audit_loops.hardened(finetune._probed_model(given, finetune.open_stage(settings, given, write=False))[0],
+                                    generator)  # fmt: skip
+        watched = audit_loops.most_wrong(hard, split)
+
+        def replayed(**options) -> list[str]:
+            checks = audit_loops.replay_finetune(
+                plan, settings, hard, result["lr"], 1.0, dataset, watched, given, 2, **options
+            )
+            return [check.name for check in checks if not check.passed]
+
+        assert replayed() == []
+        off = next(control for control in CONTROLS if control.name == "clip off")
+        assert "the sums differ by at most the clip norm" in replayed(control=off)
+
+
+@pytest.mark.parametrize("name", ["adam", "sharpness", "kalman"])
+def test_11_a_stopped_run_goes_on_with_the_state_it_had(
+    copy: Copy, probed_run: Path, data: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run, hits = copy(probed_run), []
+
+    def stop_at_third(point: str) -> None:
+        hits.append(point)
+        if hits.count("update-applied") == 3:
+            raise KeyboardInterrupt
+
+    settings = INGREDIENTS[name] | {"refit_steps": 0, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.faults, "point", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            run_finetune(run, data, **settings)
+    saved = checkpoint.load(run / "4-finetune").tensors
+    began, make = [], finetune.make_optimiser
+
+    def spied(*arguments):
+        optimiser = make(*arguments)
+        step = optimiser.step
+        optimiser.step = lambda *given: began.append({n: v.clone() for n, v in optimiser.state.items()}) or step(*given)
+        return optimiser
+
+    monkeypatch.setattr(finetune, "make_optimiser", spied)
+    points, find = [], clipped_sums.ClippedSums.of
+    monkeypatch.setattr(ClippedSums, "of", lambda self, parameters, *more: points.append((parameters, *more[3:]))
+                        or find(self, parameters, *more))  # fmt: skip
+    run_finetune(run, data, **settings)
+    assert began[0].keys() <= saved.keys()
+    for key, value in began[0].items():
+        assert torch.equal(value, saved[key]), key
+    point, ahead = points[0]
+    if name == "sharpness":
+        ascent = {n.removeprefix("ascent."): v for n, v in saved.items() if n.startswith("ascent.")}
+        norm = torch.stack([value.norm() for value in ascent.values()]).norm()
+        assert torch.allclose(point["head"], saved["parameters.head"] + 0.5 * ascent["head"] / norm, atol=1e-6)
+    if name == "kalman":
+        assert torch.allclose(ahead.parameters["head"], saved["parameters.head"] + 0.5 * saved["move.head"])
+
+
+@pytest.mark.parametrize("settings", [{"mixtures": 2}, {}, {"frozen_first": 2}], ids=["mixself", "kalman", "blocks"])
+def test_16_several_ranks_make_the_same_sums(settings: dict) -> None:
+    arch = "wrn-10-1" if settings.get("frozen_first") else "patchnet"
+    records, setting = np.arange(5), SumSettings(scale=0.5, views=2, seed=5, flip=True, clip_norm=0.05, **settings)
+
+    def total(ranks: Ranks) -> dict[str, Tensor]:
+        generator, made = torch.Generator().manual_seed(1), blobs(3)
+        extractor = build_extractor(config.PretrainConfig(arch=arch, filters=16), generator)
+        model = Classifier(extractor, Whitener(extractor.feature_dim, 20, extractor.parts), 3)
+        for value in (model.whitener.projection, model.head.data):
+            value.normal_(generator=generator)
+        frozen = tuple(f"extractor.{name}." for name, _ in extractor.units()[:2]) if arch != "patchnet" else ()
+        here = {n: v.detach().clone() for n, v in model.named_parameters() if not n.startswith(frozen or "none")}
+        ahead = None if settings else Ahead(1.6, {name: 1.1 * value for name, value in here.items()})
+        extraction.tell_model(ranks, extractor, model.whitener, 3)
+        ranks.tell(SETTINGS, vars(setting))
+        images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
+        shares = shares_of(ranks, records, images, labels, None)
+        return ClippedSums(model, setting).over_ranks(ranks, here, 4, shares, None, ahead)
+
+    alone, two = total(ALONE), total(DoneAtOnce(2))
+    for name, value in alone.items():
+        assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6), name
+    assert float(alone["head"].norm()) > 0

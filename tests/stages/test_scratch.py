@@ -1,0 +1,132 @@
+"""Public weights from a file: what fits is taken, what does not is named; who declares them public is disclosed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import forbid_reading, ledger_of, read_json, run_scratch
+from torch import Tensor
+
+from dprandp.config import build
+from dprandp.errors import CheckpointError, InputError, UsageError
+from dprandp.stages import scratch
+from dprandp.stages.released_model import load_model
+
+SOURCE = {"source": "init", "init_source": "made-up weights, drawn in a test"}
+
+
+def network(**given) -> scratch.FinetuneConfig:
+    return build("finetune", {"source": "scratch", "arch": "wrn-10-1"} | given)
+
+
+def weights(**given) -> dict[str, Tensor]:
+    model, _ = scratch.start_model(network(seed=7, **given), 3)
+    return {name: value.clone() for name, value in model.extractor.state_dict().items()}
+
+
+def loaded(path: Path, **given) -> tuple[dict[str, Tensor], list[str]]:
+    model, left_out = scratch.start_model(network(**(SOURCE | {"init": str(path)} | given)), 3)
+    return model.extractor.state_dict(), left_out
+
+
+@pytest.mark.parametrize("prefix", ["", "extractor."])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_weights_that_fit_are_taken(tmp_path, prefix, kind):
+    path = tmp_path / "w.safetensors"
+    given = {name: value.to(kind) for name, value in weights().items()}
+    another_task = {"head": torch.zeros(4, 10), "fc.bias": torch.zeros(10)}
+    save_file({f"{prefix}{name}": value for name, value in given.items()} | another_task, path)
+    found, left_out = loaded(path)
+    assert left_out == ["fc.bias", "head"]
+    for name, value in given.items():
+        assert torch.equal(found[name], value.float())
+    assert not torch.equal(weights()["stem.weight"], scratch.start_model(network(seed=0), 3)[0].extractor.stem.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("stem.gain"), "stem.gain: missing"),
+        (lambda w: w.update({"bn1.running_mean": torch.zeros(3)}), "bn1.running_mean: unknown to wrn-10-1"),
+        (lambda w: w.update({"final_norm.bias": torch.zeros(65)}), r"final_norm.bias: shape \(65,\) instead of"),
+        (lambda w: w.update({"stem.bias": torch.zeros(16).double()}), "stem.bias: torch.float64"),
+        (lambda w: w["stem.bias"].fill_(float("nan")), "stem.bias: holds what is no finite number"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, change, said):
+    given = weights()
+    change(given)
+    save_file(given, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        loaded(tmp_path / "w.safetensors")
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        loaded(tmp_path / "absent.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        loaded(tmp_path / "w.safetensors")
+    save_file(weights(), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="instead of"):
+        loaded(tmp_path / "w.safetensors", arch="wrn-10-2")
+
+
+def test_architectures_that_gradients_do_not_make_are_refused():
+    with pytest.raises(UsageError, match="patchnet"):
+        scratch.network_config(network(arch="patchnet"))
+    with pytest.raises(UsageError, match="one layer order"):
+        scratch.network_config(network(arch="nf-resnet-50", padding="same"))
+
+
+def test_the_networks_shape_is_that_of_the_configuration():
+    order = "relu-norm-conv+norm-relu-skip"
+    extractor = scratch.start_model(network(layer_order=order, padding="same", pooling="1"), 3)[0].extractor
+    assert extractor.blocks[0].order.skip == "norm-relu"
+    assert extractor.blocks[1].pads
+    assert not extractor.blocks[0].pads
+    assert extractor.feature_dim == 64
+
+
+def test_a_run_from_public_weights_discloses_who_says_so(tmp_path: Path, data: str) -> None:
+    path, run = tmp_path / "weights.safetensors", tmp_path / "run"
+    save_file(weights(padding="same", pooling="1"), path)
+    shape = SOURCE | {"init": str(path), "padding": "same", "pooling": "1"}
+    result = run_scratch(run, data, **shape, freeze="last", scope="block", keep=0.3)
+    (digest,) = scratch.init_hash(network(**shape)).values()
+    assert (result["init_sha256"], result["init_source"]) == (digest, SOURCE["init_source"])
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert digest in card
+    assert "declared public by whoever ran this" in card
+    assert SOURCE["init_source"] in card
+    assert str(tmp_path) not in (run / "model/config.json").read_text(encoding="utf-8") + card
+    # frozen weights are those of the file, the others are not
+    released = load_file(run / "model/model.safetensors")
+    assert torch.equal(released["extractor.stem.weight"], weights(padding="same", pooling="1")["stem.weight"])
+    assert not torch.equal(released["extractor.blocks.2.conv1.weight"], weights()["blocks.2.conv1.weight"])
+    assert load_model(run / "model").network.extractor.blocks[1].pads
+    assert read_json(run / "run.json")["stages"]["finetune"]["inputs"] == {"public weights": digest}
+    # other weights under the same name are another run's
+    save_file(weights(padding="same", pooling="1", layer_order="norm-relu-conv") | {"head": torch.ones(1)}, path)
+    with pytest.raises(UsageError, match="public weights changed"):
+        run_scratch(run, data, **shape, freeze="last", scope="block", keep=0.3)
+
+
+def test_weights_that_do_not_fit_cost_nothing(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(weights(), path)
+    with pytest.raises(CheckpointError, match="wrn-10-2"):
+        run_scratch(tmp_path / "run", data, **SOURCE, init=str(path), arch="wrn-10-2")
+    ledger = tmp_path / "run/privacy/ledger.jsonl"
+    assert not ledger.exists() or not ledger_of(tmp_path / "run").charges
+
+
+def test_an_absent_file_is_noticed_before_a_pixel_is_read(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_reading(monkeypatch)
+    with pytest.raises(InputError, match="there is no file"):
+        run_scratch(tmp_path / "run", data, **SOURCE, init=str(tmp_path / "absent"))
