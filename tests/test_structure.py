@@ -111,7 +111,8 @@ FOUNDATIONS = {
     "toml": {"errors"},
     "threads": set(),
     "sizes": set(),
-    "config": {"errors", "sizes", "toml"},
+    "config": {"errors", "pretrain_config", "sizes", "toml"},
+    "pretrain_config": {"errors"},
     "faults": {"errors"},
     "signals": {"errors"},
     "tensorfile": {"errors"},
@@ -144,7 +145,7 @@ LEDGER_AND_NUMBERS = {
         ("synth", {"errors"}),
         ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
         ("datasets", {"errors", "runresults"}),  # how a result names the unit of privacy
-        ("vision", {"errors", "config", "threads"}),
+        ("vision", {"errors", "config", "pretrain_config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
         ("reporting", {"errors", "config", "files", "rundir", "runresults", "toml", *LEDGER_AND_NUMBERS}),
         ("report", {"faults", "files", "rundir", "reporting.*"}),

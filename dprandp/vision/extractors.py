@@ -28,6 +28,9 @@ from dprandp.vision.wrn import WideResNet, parse_wrn
 
 ARCHITECTURES = "patchnet, or wrn-DEPTH-WIDTH such as wrn-16-4"
 
+EARLIER_GRIDS = ("4+16", "1+9")
+"""Of a WRN's first two stages. Each has half the channels of the next stage and twice its cells: equally wide parts."""
+
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
     """An untrained extractor.
@@ -54,6 +57,7 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             width,
             layer_order=config.layer_order,
             weight_standardisation=config.weight_standardisation,
+            earlier=EARLIER_GRIDS if config.pooling == "all" else (),
             generator=generator,
         )
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
