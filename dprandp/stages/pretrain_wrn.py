@@ -65,7 +65,7 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
     """
     folder = context.rundir.stage_dir(STAGE)
     saved = checkpoint.resume(folder, warn=context.console.warn)
-    with _trainer(config, context, stop, fresh_start=saved is None) as trainer:
+    with begun_trainer(config, context, stop, fresh_start=saved is None) as trainer:
         first_step, loss = 0, math.nan
         if saved is not None:
             trainer.load_state(saved.tensors)
@@ -141,8 +141,8 @@ def _held_out(context: Context) -> int:
 
 
 @contextmanager
-def _trainer(
-    config: PretrainConfig, context: Context, stop: Stop, *, fresh_start: bool
+def begun_trainer(
+    config: PretrainConfig, context: Context, stop: Stop, *, fresh_start: bool = True
 ) -> Iterator[ContrastiveTrainer]:
     """The trainer as the configuration begins it; ``fresh_start``: nothing will be loaded into it."""
     network = build_extractor(config, torch.Generator().manual_seed(config.seed))
