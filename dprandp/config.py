@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from . import published
+from . import pretrain_config, published
 from .errors import UsageError, nearest
 from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, FinetuneOptions, validate_options
+from .pretrain_config import PretrainConfig
 from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
 
@@ -43,47 +44,6 @@ class GenerateConfig:
     seed: int = 0
     sample: int | None = None
     """Make only so many of the ``count`` images: those that a later stage takes of all as a sample. None: all."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Phase I, second half: a feature extractor from those images. Fields of the other architecture are unused."""
-
-    size: str = "tiny"
-    arch: str = "patchnet"
-    seed: int = 0
-    random_init: bool = False
-    """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
-    colour: str = "mixed"
-    """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
-    prior: str | None = None
-    """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
-    # patchnet
-    filters: int = 400
-    patch_size: int = 6
-    patch_dims: int = 64
-    stride: int = 1
-    dictionary_patches: int = 100_000
-    dictionary_iterations: int = 8
-    layers: int = 1
-    """2: beside the features of patches of pixels, those of patches of their responses."""
-    second_filters: int = 400
-    # wrn-D-K
-    steps: int = 100
-    batch_size: int = 32
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    projection_hidden: int = 512
-    projection_dim: int = 128
-    layer_order: str = "relu-norm-conv"
-    weight_standardisation: bool = True
-    padding: str | None = None
-    """Of convolutions with stride 2: 'symmetric' (None: so), or 'same' as De et al. 2022."""
-    pooling: str | None = None
-    """Grids that features are averaged over; None: '1+4'."""
-    checkpoint_every: int = 20
 
 
 @dataclass(frozen=True)
@@ -226,23 +186,9 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
-_SECOND_LAYER_ONLY = {"layers", "second_filters"}
-_PATCHNET_ONLY = _SECOND_LAYER_ONLY | {
-    "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
-}  # fmt: skip
-_WRN_ONLY = {
-    "steps", "batch_size", "lr", "momentum", "weight_decay", "schedule", "projection_hidden", "projection_dim",
-    "layer_order", "weight_standardisation", "checkpoint_every", "padding", "pooling",
-}  # fmt: skip
-
-
 def as_dict(config: StageConfig) -> dict[str, Any]:
     """Plain values of a configuration; None, and the settings of an architecture or layer not used, left out."""
-    unused: set[str] = set()
-    if isinstance(config, PretrainConfig):
-        unused = _WRN_ONLY if config.arch == "patchnet" else _PATCHNET_ONLY
-        if config.layers == 1:
-            unused = unused | _SECOND_LAYER_ONLY
+    unused = pretrain_config.unused(config) if isinstance(config, PretrainConfig) else set()
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
@@ -280,7 +226,8 @@ def _fits(value: Any, hint: Any) -> bool:
 _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
-    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
+    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor", "pool", "uses",
+    "instances",
 )  # fmt: skip
 
 
@@ -288,7 +235,7 @@ _AT_MOST = {
     "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
     "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
-    "classes": 10**5, "checkpoint_every": 10**9,
+    "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6, "instances": 10**7,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 
@@ -347,3 +294,5 @@ def validate(stage: str, config: StageConfig) -> None:
             raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
     if stage == "finetune":
         validate_options(values)
+    if isinstance(config, PretrainConfig):
+        pretrain_config.check(config)

@@ -22,20 +22,24 @@ _NUMBERS = {
     "accuracy", "balanced_accuracy", "majority_accuracy", "auc", "loss", "epsilon", "delta", "epsilon_target",
     "epsilon_total", "noise_multiplier", "sample_rate", "clip_norm", "expected_batch", "lr", "momentum", "share",
     "seconds", "images_per_second", "views_per_second", "knn_accuracy", "extractor_scale",
+    "linear_accuracy", "alignment", "uniformity", "effective_rank",
 }  # fmt: skip
-_MAY_BE_MISSING = {"auc", "loss", "images_per_second", "views_per_second", "knn_accuracy", "refit"}
+_MAY_BE_MISSING = {
+    "auc", "loss", "images_per_second", "views_per_second", "refit",
+    "knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank",
+}  # fmt: skip
 _COUNTS = {
     "count", "resolution", "steps", "charged_steps", "lost_steps", "views", "train_examples", "test_examples",
-    "parameters", "feature_dim", "prior_images", "mixtures",
+    "parameters", "feature_dim", "prior_images", "fresh_images", "mixtures",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
     "source", "prior", "prior_sha256", "clipping", "optimiser", "gradient_point", "recipe",
     "init_sha256", "init_source",
-    "trained_weights",
+    "trained_weights", "objective",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
-_PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy"}
+_PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}
 """Numbers from 0 to 1."""
 
 _REFIT = {"sample_rate", "steps", "lost_steps", "noise_multiplier", "clip_norm"}

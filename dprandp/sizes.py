@@ -33,7 +33,6 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "dictionary_patches": 1_000_000,
             "steps": 82_000,
             "batch_size": 256,
-            "lr": 0.12,
             "schedule": "step",
             "projection_hidden": 4096,
             "checkpoint_every": 1000,

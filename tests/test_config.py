@@ -94,8 +94,14 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     shared = {"size", "arch", "seed", "random_init", "colour"}
     assert set(patchnet) & set(wrn) == shared
     assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    unset = {"prior", "padding", "pooling"}  # None unless one is named
-    assert set(patchnet) | set(wrn) | unset == {field.name for field in dataclasses.fields(PretrainConfig)}
+    flying = as_dict(build("pretrain", {"arch": "wrn-16-4", "images": "fly"}))
+    assert set(flying) - set(wrn) == {"pool", "uses"}
+    telling = as_dict(build("pretrain", {"arch": "wrn-16-4", "objective": "instances"}))
+    assert set(telling) - set(wrn) == {"instances"}
+    assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimiser": "adamw"}))) == {"momentum"}
+    unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
+    known = set(patchnet) | set(flying) | set(telling) | unset
+    assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
 
 
 def test_toml_round_trip_keeps_infinity_and_odd_names(tmp_path):
@@ -182,6 +188,9 @@ RANGES = [  # stage, key, refused, accepted next to the bounds
     ("pretrain", "momentum", [-0.1, 1.0, NAN], [0.0, 0.999]),
     ("pretrain", "weight_decay", [-1e-9, NAN, INF], [0.0, 0.1]),
     ("pretrain", "checkpoint_every", [0], [1]),
+    ("pretrain", "pool", [0, 10**9], [1]),
+    ("pretrain", "uses", [0], [1]),
+    ("pretrain", "instances", [0], [1]),
     ("probe", "epsilon", [0.0, -1.0, NAN, -INF], [1e-9, INF]),
     ("probe", "delta", [0.0, 1.0, -1e-5, NAN, INF], [1e-300, 0.999]),
     ("probe", "share", [0.0, 1.001, NAN, -0.1], [1e-9, 1.0]),
@@ -210,6 +219,10 @@ def test_ranges(stage, key, refused, accepted):
     [
         ("pretrain", "schedule", "cosin", "'cosine'"),
         ("pretrain", "colour", "gray", "'grey'"),
+        ("pretrain", "objective", "vic-reg", "'vicreg'"),
+        ("pretrain", "optimiser", "adam", "'adamw'"),
+        ("pretrain", "images", "dis", "'disk'"),
+        ("pretrain", "pooling", "al", "'all'"),
         ("probe", "released", "Last", "'last'"),
         ("finetune", "source", "scrach", "'scratch'"),
         ("generate", "size", "smal", "'small'"),
@@ -220,6 +233,12 @@ def test_choices_offer_the_nearest(stage, key, wrong, offered):
         build(stage, {key: wrong})
     assert repr(wrong) in caught.value.problem
     assert offered in caught.value.fix
+
+
+def test_images_that_do_not_stay_cannot_be_told_apart():
+    with pytest.raises(UsageError, match="'instances' tells images apart that stay") as caught:
+        build("pretrain", {"arch": "wrn-16-4", "objective": "instances", "images": "fly"})
+    assert "--images disk" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ FOUNDATIONS = {
     "sizes": set(),
     "published": {"errors"},
     "finetune_options": {"errors"},
-    "config": {"errors", "finetune_options", "published", "sizes", "toml"},
+    "pretrain_config": {"errors"},
+    "config": {"errors", "finetune_options", "pretrain_config", "published", "sizes", "toml"},
     "faults": {"errors"},
     "signals": {"errors"},
     "tensorfile": {"errors"},
@@ -146,7 +147,7 @@ LEDGER_AND_NUMBERS = {
         ("synth", {"errors"}),
         ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
         ("datasets", {"errors", "runresults"}),  # how a result names the unit of privacy
-        ("vision", {"errors", "config", "threads"}),
+        ("vision", {"errors", "config", "pretrain_config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
         ("reporting", {"errors", "config", "files", "rundir", "runresults", "toml", *LEDGER_AND_NUMBERS}),
         ("report", {"faults", "files", "rundir", "reporting.*"}),

@@ -194,6 +194,11 @@ Workers = Annotated[
     typer.Option(help="Processes that make images. Default: one per core. Never changes the images.",
                  rich_help_panel=PERFORMANCE),
 ]  # fmt: skip
+PretrainWorkers = Annotated[
+    int | None,
+    typer.Option("--workers", help="With --images fly: processes that make images. Default: one per core. Never "
+                 "changes the images.", rich_help_panel=PERFORMANCE),
+]  # fmt: skip
 Process = Annotated[
     str | None,
     typer.Option("--process", help="stylegan-oriented (default), stylegan-random, stylegan-highfreq, stylegan-sparse, "
@@ -239,8 +244,25 @@ PretrainBatchSize = Annotated[
 ]  # fmt: skip
 PretrainLr = Annotated[
     float | None,
-    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper).", rich_help_panel=TRAINING),
+    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper); 0.001 for adamw and muon.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Objective = Annotated[
+    str | None,
+    typer.Option(help="What a wrn is asked of two views of an image: align-uniformity, vicreg, instances (which image "
+                 "it was) or patches (what a dictionary of patches says of it). Default: align-uniformity.",
+                 rich_help_panel=TRAINING, metavar="NAME"),
+]  # fmt: skip
+Optimiser = Annotated[
+    str | None,
+    typer.Option(help="Of a wrn: sgd, adamw or muon. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
 ]
+PretrainImages = Annotated[
+    str | None,
+    typer.Option("--images", help="What a wrn learns from: disk, the images that generate wrote; or fly, others of the "
+                 "same process, made meanwhile and hardly ever seen again. Default: disk.",
+                 rich_help_panel=DATA, metavar="disk|fly"),
+]  # fmt: skip
 
 # ------------------------------------------------------------------- `run` alone: what goes to one of its four stages
 # Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from.

@@ -63,8 +63,11 @@ def pretrain(
     ] = None,
     arch: flags.Arch = None,
     layers: flags.Layers = None,
+    objective: flags.Objective = None,
+    images: flags.PretrainImages = None,
     steps: flags.PretrainSteps = None,
     batch_size: flags.PretrainBatchSize = None,
+    optimiser: flags.Optimiser = None,
     lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
     prior: flags.Prior = None,
@@ -72,6 +75,7 @@ def pretrain(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    workers: flags.PretrainWorkers = None,
     run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
@@ -83,12 +87,13 @@ def pretrain(
     """Phase I: learn a feature extractor from those images; no data, no privacy cost.
 
     [dim]dprandp pretrain[/dim]
-    [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
+    [dim]dprandp pretrain --arch wrn-16-4 --images fly --steps 2000[/dim]
     [dim]dprandp pretrain --prior patchnet-tiny --run runs/quick[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
+        "objective": objective, "images": images, "optimiser": optimiser,
         "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
@@ -98,7 +103,9 @@ def pretrain(
             session.refuse_made(prior, data=data, **given)
             public = session.public_stages(rundir, prior, size, config, {})
         stage = public.get("pretrain") or session.resolve(rundir, "pretrain", size, config, given)
-        context = session.context(rundir, console, device=device, resume=resume, overwrite=overwrite)
+        context = session.context(
+            rundir, console, device=device, workers=workers, resume=resume, overwrite=overwrite
+        )
         if plan:
             return session.print_plan("pretrain", stage, context, public)
         session.run_stage("pretrain", stage, context, public)

@@ -19,6 +19,7 @@ from dprandp.reporting.wording import (
     clip_in_words,
     clipped_gradient,
     groups,
+    learned_from,
     limits,
     noise_in_words,
     noun,
@@ -337,7 +338,8 @@ def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
         images = f"{generate['count']} synthetic images of the random process {generate['process']}"
     if pretrain.get("prior"):
         return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
-    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
+    learned = f"an extractor learned from {learned_from(pretrain)}"
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else learned
     return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
 
 

@@ -24,8 +24,13 @@ PHASES = {
 }
 
 CURVES = {
-    "loss": ("loss", "contrastive loss on synthetic images"),
+    "loss": ("loss", "loss on synthetic images"),
     "similarity": ("similarity", "mean projection of whitened synthetic patches on their dictionary atom"),
+    "knn_accuracy": ("accuracy", "held-out synthetic images recognised by the nearest neighbour of another crop"),
+    "linear_accuracy": ("accuracy", "held-out synthetic images recognised by a linear classifier of another crop"),
+    "alignment": ("distance²", "alignment: mean squared distance of two crops of a held-out synthetic image"),
+    "uniformity": ("log mean", "uniformity of held-out synthetic images on the sphere; lower is more spread"),
+    "effective_rank": ("rank", "effective rank of the features of held-out synthetic images"),
     "update_norm": ("norm", "norm of the noisy update (signal and noise)"),
     "weight_norm": ("norm", "norm of the head's weights"),
 }
@@ -222,6 +227,10 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         if result.get("prior"):
             learned = f"the shipped prior {result['prior']}"
         neighbours = "" if quality is None else f", k-NN {percent(quality)} on synthetic classes"
+        if is_number(result.get("effective_rank")):  # results of older versions have none
+            neighbours += f", effective rank {number(round(result['effective_rank']))}"
+        if result.get("objective"):
+            learned += f" by {result['objective']}"
         return f"{result['arch']}, {learned}, {number(result.get('feature_dim'))} features{neighbours}"
     privacy = f"ε = {epsilon_text(result['epsilon'])}" if result["private"] else "NOT PRIVATE"
     return f"test accuracy {percent(result['accuracy'])}, {privacy}, {result['steps']} steps"

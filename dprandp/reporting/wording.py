@@ -147,6 +147,13 @@ def _up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
 
 
+def learned_from(pretrain: Facts) -> str:
+    """What an extractor was learned from, said after the images of ``generate``: them, or others made on the fly."""
+    if not pretrain.get("fresh_images"):
+        return "them"
+    return f"{pretrain['fresh_images']} further images of the same process, made during the training and not kept"
+
+
 def shipped_prior(pretrain: Facts, generate: Facts) -> str:
     """Which prior a run took instead of learning an extractor; that it saw no data; what to compare it with."""
     process = f" of the random process {generate['process']}" if generate else ""

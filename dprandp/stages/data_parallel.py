@@ -18,7 +18,7 @@ from dprandp.config import PretrainConfig, as_dict, build
 from dprandp.ranks import Follower, Leader, shares
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
-from dprandp.vision.losses import align_uniformity
+from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.views import ViewChoices
 
 IMAGES, BEGIN, STEP = "contrastive.images", "contrastive.begin", "contrastive.step"
@@ -36,12 +36,19 @@ class SharedTrainer(ContrastiveTrainer):
         images: uint8 [n, 3, R, R], this rank's part of all, in the order of the ranks; n may be 0.
         ranks: all of them.
         count: of all images.
+        objective: equal on all ranks; None: as for ``ContrastiveTrainer``.
     """
 
     def __init__(
-        self, network: nn.Module, config: PretrainConfig, images: Tensor, ranks: Leader | Follower, count: int
+        self,
+        network: nn.Module,
+        config: PretrainConfig,
+        images: Tensor,
+        ranks: Leader | Follower,
+        count: int,
+        objective: Objective | None = None,
     ) -> None:
-        super().__init__(network, config, images)
+        super().__init__(network, config, images, objective or build_objective(config, count))
         self.ranks, self.count = ranks, count
         self.starts = [share.start for share in shares(count, ranks.size)]
 
@@ -51,13 +58,20 @@ class SharedTrainer(ContrastiveTrainer):
         owner = torch.bucketize(chosen, starts, right=True)
         rank = self.ranks.rank
         mine = torch.nonzero(owner == rank)[:, 0]
-        x, y = self.embed(chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
+        own = (chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
+        x, y = self.embed(*own)
+        targets = self.targets(*own)
+        known = [] if targets is None else [targets]
         counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
-        parts = self.ranks.gathered(torch.cat([x, y], dim=1).detach().float(), counts)
-        parts[rank] = torch.cat([x, y], dim=1).float()  # the same values, with their gradient
-        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
+        parts = self.ranks.gathered(torch.cat([x.detach().float(), y.detach().float(), *known], dim=1), counts)
+        parts[rank] = torch.cat([x.float(), y.float(), *known], dim=1)  # the same values, with their gradient
+        outputs = self.objective.outputs
+        x, y, *rest = torch.cat(parts).split([outputs, outputs, *([2 * outputs] if known else [])], dim=1)
+        by_rank = chosen[torch.argsort(owner, stable=True)]
+        loss = self.objective(x, y, by_rank, rest[0] if rest else None)
         loss.backward()
-        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        # the objective's own parameters see all embeddings on every rank: their gradient is whole already
+        parameters = [*self.network.parameters(), *self.head.parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
         total = self.ranks.summed(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
@@ -75,7 +89,12 @@ class SharedTrainer(ContrastiveTrainer):
 
 
 def lead(
-    ranks: Leader, network: nn.Module, config: PretrainConfig, images: Tensor, device: torch.device
+    ranks: Leader,
+    network: nn.Module,
+    config: PretrainConfig,
+    images: Tensor,
+    device: torch.device,
+    objective: Objective | None = None,
 ) -> SharedTrainer:
     """The trainer of rank 0, with the images shared out; ``begin`` must follow.
 
@@ -83,6 +102,7 @@ def lead(
         network, config: as for ``ContrastiveTrainer``.
         images: uint8 [N, 3, R, R] on the CPU, all of them.
         device: of rank 0; the others use one of the same kind.
+        objective: ready to ask; None builds it.
     """
     own, *others = ranks.shares(len(images))
     most = max(1, MESSAGE_BYTES // images[0].numel())
@@ -91,12 +111,13 @@ def lead(
         parts = [images[share][start : start + most] for share in others]
         ranks.ask(IMAGES, [(facts | {"start": start}, {"images": part}) for part in parts])
         ranks.answers()
-    return SharedTrainer(network, config, images[own].to(device), ranks, len(images))
+    return SharedTrainer(network, config, images[own].to(device), ranks, len(images), objective)
 
 
 def begin(trainer: SharedTrainer) -> None:
     """Give the other ranks the state from which rank 0 is about to go on."""
-    trainer.ranks.ask(BEGIN, [({"config": as_dict(trainer.config)}, trainer.state())] * (trainer.ranks.size - 1))
+    facts = {"config": as_dict(trainer.config), "outputs": trainer.objective.outputs}
+    trainer.ranks.ask(BEGIN, [(facts, trainer.state())] * (trainer.ranks.size - 1))
     trainer.ranks.answers()
 
 
@@ -119,7 +140,8 @@ class SharedTraining:
         """Make the trainer."""
         config = build("pretrain", facts["config"])
         images = torch.cat(self._images)
-        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, self._count)
+        objective = build_objective(config, self._count, outputs=facts["outputs"])
+        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, self._count, objective)
         self._trainer.load_state(tensors)
         return {}
 

@@ -98,8 +98,8 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
         depth, width = parse_wrn(config.arch)
         work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
     rates = (WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE)
-    width = network.feature_dim
-    return Extractor(config.arch, parameters, state, width, (width,), *(work / rate for rate in rates))
+    widths = tuple(part.width for part in network.parts)
+    return Extractor(config.arch, parameters, state, network.feature_dim, widths, *(work / rate for rate in rates))
 
 
 def _second_layer_products(layer: ResponseLayer, pixels: int) -> int:
@@ -133,7 +133,8 @@ def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cor
             memory = max(memory, 3 * second * width * FLOAT)
             seconds += 2 * second * axes * config.second_filters * config.dictionary_iterations / SECOND_LAYER_FLOPS
     else:
-        memory = images.count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
+        count = images.count if config.images == "disk" else config.pool
+        memory = count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
         seconds = 2 * config.batch_size * config.steps * facts.training_seconds
         weights *= 5  # two checkpoints with their momentum beside the result
     if config.random_init or config.prior:

@@ -78,6 +78,11 @@ def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
     """
     if not hasattr(model.extractor, "units"):
         raise UsageError("this network has no blocks to freeze", fix="give --scope global or layer, or a wrn")
+    if model.extractor.reads_earlier_stages:
+        raise UsageError(
+            "this network's features come from earlier blocks too, so none of them can be left out",
+            fix="give --scope global or layer, or an extractor made with feature_stages = last",
+        )
     units = model.extractor.units()
     count = max(1, int(rule.keep * len(units) + 0.5))
     if rule.criterion == "random":

@@ -12,13 +12,9 @@ process, and rank 0 writes them all.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +23,12 @@ from PIL import Image
 
 from dprandp import faults
 from dprandp.config import GenerateConfig, as_dict
-from dprandp.errors import CheckpointError, StorageError, UsageError
+from dprandp.errors import CheckpointError, UsageError
 from dprandp.files import atomic_path, atomic_write, file_sha256, from_json
 from dprandp.ranks import Ranks
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context, recorded
+from dprandp.stages.workers import interrupts_left_to_us, lost_worker, worker_pool
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
 
@@ -113,7 +110,9 @@ def blocks_of(config: GenerateConfig) -> dict[int, int]:
     return {block: count for block, count in enumerate(_spread(sizes, config.sample)) if count}
 
 
-def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
+def load_images(
+    folder: Path, limit: int | None = None, *, from_end: bool = False, without_end: int = 0
+) -> np.ndarray:
     """The images of a finished ``generate`` stage, spread evenly over its shards.
 
     Args:
@@ -121,6 +120,7 @@ def load_images(folder: Path, limit: int | None = None, *, from_end: bool = Fals
         limit: at most this many (None: all). As many images are taken from every shard, from its beginning, give or
             take one; where a shard is too short, the others make up for it.
         from_end: take them from the shards' ends instead.
+        without_end: leave out those that ``from_end`` takes for this limit.
 
     Returns:
         uint8 [N, R, R, 3].
@@ -129,6 +129,8 @@ def load_images(folder: Path, limit: int | None = None, *, from_end: bool = Fals
         CheckpointError: a shard is missing or its bytes are not those of the manifest.
     """
     shards = _shards(folder)
+    held_out = _spread([len(shard) for shard in shards], without_end)
+    shards = [shard[: len(shard) - held] for shard, held in zip(shards, held_out, strict=True)]
     counts = _spread([len(shard) for shard in shards], limit)
     parts = zip(shards, counts, strict=True)
     return np.concatenate([shard[len(shard) - count :] if from_end else shard[:count] for shard, count in parts])
@@ -205,15 +207,9 @@ def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], co
                 progress.advance(_write_shard(*job))
                 stop.raise_if_requested()
             return total
-        # spawn: a fork of a process whose torch has started threads may hang
-        workers = min(context.workers, len(jobs))
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
-            # Workers start at a submission and inherit this mask: Ctrl-C reaches them too, but it is for us to obey.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+        with worker_pool(min(context.workers, len(jobs))) as pool:
+            with interrupts_left_to_us():
                 pending = {pool.submit(_write_shard, *job) for job in jobs}
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -222,10 +218,7 @@ def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], co
                     stop.raise_if_requested()
             except BrokenProcessPool as error:
                 stop.raise_if_requested()  # the signal that stopped us has ended a worker as well
-                raise StorageError(
-                    "a worker process died while it made images, most likely for want of memory",
-                    fix="run the same command again with fewer --workers; whole shards are kept",
-                ) from error
+                raise lost_worker() from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -250,16 +243,6 @@ def _render_round(jobs: list[Job], ranks: Ranks) -> int:
 def rendered_for(job: list | None) -> dict[str, torch.Tensor]:
     """A shard's images, uint8 [count, R, R, 3], as another rank makes them for rank 0; nothing for no job."""
     return {} if job is None else {"images": torch.from_numpy(render_block(*job))}
-
-
-def _end_with_parent() -> None:
-    """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:

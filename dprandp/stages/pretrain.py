@@ -2,12 +2,12 @@
 
     step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
     extractor.safetensors     the finished extractor, with its configuration in extractor.json
-    metrics.jsonl             loss or dictionary similarity, step by step
+    metrics.jsonl             loss and public evaluation, or dictionary similarity, step by step
 
 Two ways to learn, chosen by ``arch``:
 
 * ``patchnet``: dictionaries of whitened patches, in one layer or two (``vision/dictionary.py``), a laptop's minutes;
-* ``wrn-D-K``: contrastive learning (``vision/contrastive.py``), the published recipe at ``--size paper``.
+* ``wrn-D-K``: steps on two views of each image (``pretrain_wrn.py``), by default the published contrastive recipe.
 
 With ``prior`` nothing is learned: a shipped extractor takes its place (``prior.py``).
 
@@ -16,8 +16,8 @@ Under several ranks a WRN is learned by all of them (``data_parallel.py``), a di
 
 from __future__ import annotations
 
-import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,31 +25,27 @@ from torch import Tensor, nn
 from dprandp import checkpoint
 from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
-from dprandp.errors import UsageError
-from dprandp.ranks import Leader
 from dprandp.signals import graceful_stop
-from dprandp.stages import data_parallel
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
+from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
-from dprandp.vision.contrastive import ContrastiveTrainer, train
-from dprandp.vision.extractors import build_extractor, extract, load_weights, refuse_unlearnable
-from dprandp.vision.images import random_crops, to_grey
-from dprandp.vision.metrics import knn_accuracy
+from dprandp.vision.extractors import build_extractor, load_weights, refuse_unlearnable
+from dprandp.vision.images import colour_mode, random_crops
+from dprandp.vision.public_evaluation import MEASURES, evaluate
 
 STAGE = "pretrain"
 EXTRACTOR = "extractor"
-KNN_IMAGES = 400
-"""The last images of their shards; training takes others where it does not need all."""
 
 
 def run(config: PretrainConfig, context: Context) -> dict:
     """Learn an extractor from the run's synthetic images.
 
     Returns:
-        arch, steps, views_per_second, loss (None where nothing was trained by gradients), knn_accuracy, seconds; with a
-        prior also prior, prior_sha256 and prior_images (that it was learned from).
+        arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
+        ``vision/public_evaluation.py`` (None where there are too few images to hold some out), and those of
+        ``pretrain_wrn.facts_of``; with a prior also prior, prior_sha256 and prior_images (that it was learned from).
 
     Raises:
         InputError: there are no images yet.
@@ -84,8 +80,9 @@ def run(config: PretrainConfig, context: Context) -> dict:
             network = _learn_dictionaries(config, context, stop)
             steps, views_per_second, loss = config.dictionary_iterations, None, None
         else:
-            network, views_per_second, loss = _learn_contrastively(config, context, stop)
-            steps = config.steps
+            learned = learn(config, context, stop)
+            network, steps = learned.network, config.steps
+            views_per_second, loss = learned.views_per_second, learned.loss
     meta = {"config": as_dict(config), "steps": steps, "loss": loss}
     checkpoint.save(begun.directory, EXTRACTOR, network.state_dict(), meta, keep=1)
     result = {
@@ -96,8 +93,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "steps": steps,
         "views_per_second": views_per_second,
         "loss": loss,
-        **({} if known else {"knn_accuracy": _knn(network, config, context)}),
-        **known,  # a prior was evaluated when it was made
+        **(known or facts_of(config, context) | _evaluation(network, config, context)),  # a prior's is on its card
         "seconds": round(time.perf_counter() - started, 2),
     }
     context.rundir.finish(
@@ -131,19 +127,6 @@ def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
     return crops[torch.randperm(len(crops), generator=generator)]
 
 
-def colour_mode(images: Tensor, mode: str) -> Tensor:
-    """'rgb' leaves uint8 [N, 3, H, W] as it is, 'grey' removes the colour, 'mixed' does so for every second image."""
-    if mode == "rgb":
-        return images
-    if mode == "grey":
-        return to_grey(images)
-    if mode == "mixed":
-        images = images.clone()
-        images[::2] = to_grey(images[::2])
-        return images
-    raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or mixed")
-
-
 # ---------------------------------------------------------------------------------------------------------- patchnet
 
 
@@ -167,66 +150,12 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, stop) -> nn.Mo
     return network.to(context.device)
 
 
-# --------------------------------------------------------------------------------------------------------- wrn-D-K
-
-
-def _learn_contrastively(config: PretrainConfig, context: Context, stop) -> tuple[nn.Module, float | None, float]:
-    folder = context.rundir.stage_dir(STAGE)
-    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"))).permute(0, 3, 1, 2)
-    images, network = colour_mode(images.contiguous(), config.colour), build_extractor(config, _generator(config))
-    shared = isinstance(context.ranks, Leader)
-    if shared:
-        trainer = data_parallel.lead(context.ranks, network, config, images, context.device)
-    else:
-        trainer = ContrastiveTrainer(network, config, images.to(context.device))
-    first_step, loss = 0, math.nan
-    saved = checkpoint.resume(folder, warn=context.console.warn)
-    if saved is not None:
-        trainer.load_state(saved.tensors)
-        first_step, loss = saved.entry("step", int), saved.meta.get("loss")
-        trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
-        context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
-    if shared:
-        data_parallel.begin(trainer)
-    log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
-    started = time.perf_counter()
-    with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
-
-        def on_step(done: int, mean_loss: float | None) -> None:
-            nonlocal loss
-            progress.advance(1)
-            if mean_loss is not None:
-                loss = mean_loss
-                log.write(step=done, loss=mean_loss)
-            if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
-                meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
-                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
-            stop.raise_if_requested()
-
-        loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
-    done = config.steps - first_step
-    rate = 2 * config.batch_size * done / (time.perf_counter() - started) if done else None
-    return trainer.network, round(rate, 1) if rate else None, round(loss, 5)
-
-
 # ------------------------------------------------------------------------------------------------- public evaluation
 
 
-def _knn(network: nn.Module, config: PretrainConfig, context: Context) -> float:
-    """How often a crop of a synthetic image is nearest to another crop of the same image, among ``KNN_IMAGES``.
-
-    Every held-out image is a class of its own. A public measure of the features, not of how well they serve a
-    particular data set; chance is one in ``KNN_IMAGES``.
-    """
-    images = load_images(context.rundir.stage_dir("generate"), KNN_IMAGES, from_end=True)
-    generator = torch.Generator().manual_seed(config.seed)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    first, second = (
-        extract(network.eval(), random_crops(pixels, generator), mirror=False) for _ in range(2)
-    )
-    centre = first.mean(dim=0)
-    labels = torch.arange(len(pixels))
-    return round(knn_accuracy(first - centre, labels, second - centre, labels, k=1), 4)
+def _evaluation(network: nn.Module, config: PretrainConfig, context: Context) -> dict[str, Any]:
+    images = held_out_images(context)
+    return evaluate(network, images, _generator(config)) if len(images) else dict.fromkeys(MEASURES)
 
 
 def _generator(config: PretrainConfig) -> torch.Generator:

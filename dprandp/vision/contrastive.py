@@ -1,7 +1,7 @@
-"""Contrastive pretraining of a network on synthetic images: alignment and uniformity (Wang & Isola 2020).
+"""Pretraining of a network on two views of each synthetic image, by any of the ``objectives``.
 
-The loop of Tang et al. 2023, Phase I: two views of each image, a projection head that is thrown away afterwards, SGD
-with momentum. All randomness of step t is a function of (seed, t), so a state of weights and momentum resumes exactly.
+The loop of Tang et al. 2023, Phase I: two views of each image and a projection head that is thrown away afterwards. All
+randomness of step t is a function of (seed, t), so a state of weights and optimiser resumes exactly.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dprandp.config import PretrainConfig
+from dprandp.pretrain_config import lr_of
+from dprandp.vision import optimisers
 from dprandp.vision.images import INPUT_SIZE
-from dprandp.vision.losses import align_uniformity
+from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.precision import autocast
 from dprandp.vision.views import ContrastiveViews, ViewChoices
 from dprandp.vision.wrn import ProjectionHead
@@ -25,43 +28,51 @@ STEP_SCHEDULE = (155 / 200, 170 / 200, 185 / 200)
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Learning rate of a step, 0-based: 'cosine' to zero after a warm-up of 5 %, or 'step' as published."""
-    progress = step / config.steps
+    progress, lr = step / config.steps, lr_of(config)
     if config.schedule == "step":
-        return config.lr * 0.1 ** sum(progress >= boundary for boundary in STEP_SCHEDULE)
+        return lr * 0.1 ** sum(progress >= boundary for boundary in STEP_SCHEDULE)
     warm_up = min(1.0, (step + 1) / max(1.0, 0.05 * config.steps))
-    return config.lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+    return lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ContrastiveTrainer:
-    """Network, projection head and optimiser of Phase I, one ``step`` at a time.
+    """Network, projection head, objective and optimiser of Phase I, one ``step`` at a time.
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
-        config: steps, batch_size, lr, momentum, weight_decay, schedule, projection_*.
+        config: steps, batch_size, optimiser, lr, momentum, weight_decay, schedule, grow, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains.
+        objective: what is asked; None builds the one that ``config`` names, where it has nothing to learn beforehand.
+        fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
 
     Attributes:
         count: of images to choose from.
     """
 
-    def __init__(self, network: nn.Module, config: PretrainConfig, images: Tensor) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        config: PretrainConfig,
+        images: Tensor,
+        objective: Objective | None = None,
+        fresh: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.config, self.images, self.device = config, images, images.device
-        self.count = len(images)
+        self.count, self.fresh = len(images), fresh
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        positions = math.prod(self._map_shape())
+        self.objective = (objective or build_objective(config, len(images))).to(self.device)
+        self._map = self._map_shape()
         self.head = ProjectionHead(
-            positions,
+            math.prod(self._map),
             hidden_dim=config.projection_hidden,
-            embedding_dim=config.projection_dim,
+            embedding_dim=self.objective.outputs,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
-        self.optimiser = torch.optim.SGD(
-            [*self.network.parameters(), *self.head.parameters()],
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
+        trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        self.optimiser = optimisers.build_optimiser(
+            config, [*self.network.parameters(), *self.head.parameters(), *trained]
         )
 
     @torch.no_grad()
@@ -74,6 +85,10 @@ class ContrastiveTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.optimiser.zero_grad(set_to_none=True)
+        if self.fresh is not None:
+            self.images = self.fresh(step)
+        small = self.config.grow and 2 * step < self.config.steps
+        self.views.size = INPUT_SIZE // 2 if small else INPUT_SIZE
         loss = self.backward(*self.draw(step))
         self.optimiser.step()
         return loss
@@ -89,36 +104,44 @@ class ContrastiveTrainer:
 
     def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
         """Leave the gradient of the loss of a batch in the parameters; returns the loss."""
-        loss = align_uniformity(*self.embed(chosen, first, second))
+        loss = self.objective(*self.embed(chosen, first, second), chosen, self.targets(chosen, first, second))
         loss.backward()
         return loss.detach()
 
     def embed(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> tuple[Tensor, Tensor]:
-        """Embeddings [b, projection_dim] of the two views of some images, with a gradient."""
+        """Embeddings [b, outputs] of the two views of some images, with a gradient."""
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
         with autocast(self.device):
             both = self.network.normalise(views).to(memory_format=torch.channels_last)
-            x, y = self.head(self.network.trunk(both)).chunk(2)  # published: without the final activation
+            feature_map = self.network.trunk(both)  # published: without the final activation
+            if feature_map.shape[1:] != self._map:  # of small views; the head has a weight for every place
+                feature_map = functional.interpolate(feature_map, self._map[1:], mode="nearest")
+            x, y = self.head(feature_map).chunk(2)
         return x, y
+
+    def targets(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor | None:
+        """What the objective wants predicted of the two views, float32 [b, 2 outputs]; None where it wants nothing."""
+        if not self.objective.needs_crops:
+            return None
+        images = self.images[chosen]
+        crops = torch.cat([self.views.crop(images, each, INPUT_SIZE) for each in (first, second)])
+        return torch.cat(self.objective.targets(crops).chunk(2), dim=1)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as named tensors."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        for index, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
-            if parameter in self.optimiser.state:
-                tensors[f"momentum.{index}"] = self.optimiser.state[parameter]["momentum_buffer"]
+        tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
+        tensors |= optimisers.state_of(self.optimiser)
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what ``state`` returned."""
         self.network.load_state_dict(_with_prefix(tensors, "network."))
         self.head.load_state_dict(_with_prefix(tensors, "head."))
-        for index, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
-            if f"momentum.{index}" in tensors:
-                buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
-                self.optimiser.state[parameter]["momentum_buffer"] = buffer
+        self.objective.load_state_dict(_with_prefix(tensors, "objective."))
+        optimisers.load_state(self.optimiser, tensors)
 
 
 def train(

@@ -30,6 +30,9 @@ from dprandp.vision.wrn import WideResNet, parse_wrn
 NF_RESNET = "nf-resnet-50"
 ARCHITECTURES = f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or {NF_RESNET}"
 
+EARLIER_GRIDS = ("4+16", "1+9")
+"""Of a WRN's first two stages. Each has half the channels of the next stage and twice its cells: equally wide parts."""
+
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
     """An untrained extractor.
@@ -58,6 +61,7 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             weight_standardisation=config.weight_standardisation,
             pooling=config.pooling or "1+4",
             padding=config.padding or "symmetric",
+            earlier=EARLIER_GRIDS if config.feature_stages == "all" else (),
             generator=generator,
         )
     if config.arch == NF_RESNET:

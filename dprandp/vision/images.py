@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dprandp.errors import UsageError
+
 INPUT_SIZE = 32
 """Side of every extractor's input in pixels."""
 
@@ -50,6 +52,19 @@ def to_grey(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] to uint8 [N, 3, H, W] with three equal channels."""
     grey = (images.to(torch.float32) * _GREY.to(images.device)).sum(dim=1, keepdim=True)
     return grey.round_().clamp_(0, 255).to(torch.uint8).expand_as(images).contiguous()
+
+
+def colour_mode(images: Tensor, mode: str) -> Tensor:
+    """'rgb' leaves uint8 [N, 3, H, W] as it is, 'grey' removes the colour, 'mixed' does so for every second image."""
+    if mode == "rgb":
+        return images
+    if mode == "grey":
+        return to_grey(images)
+    if mode == "mixed":
+        images = images.clone()
+        images[::2] = to_grey(images[::2])
+        return images
+    raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or mixed")
 
 
 def random_crops(

@@ -105,6 +105,8 @@ class NFResNet50(nn.Module):
         self.parts = (Part(self.feature_dim, 1.0),)
         initialise(self, generator)
 
+    reads_earlier_stages = False
+
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
         """Pixels to this network's input: as for the WideResNets."""

@@ -175,11 +175,14 @@ class WideResNet(nn.Module):
         pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see :func:`parse_pooling`.
         padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022), see
             :func:`pad_same`.
+        earlier: grids for the maps after the first and the second stage, whose averages are features too; none
+            (published) or two.
         generator: of the initial weights (public randomness); None means torch's global one.
 
     Attributes:
         map_channels: 64k, the channels of the feature map.
-        feature_dim: the length of a feature vector, 64k times the number of pooling cells.
+        feature_dim: the length of a feature vector, 64k times the number of pooling cells, and what ``earlier`` adds.
+        parts: the features of a stage are whitened by themselves.
 
     Raises:
         UsageError: impossible depth, width, groups, order, channels or pooling.
@@ -198,6 +201,7 @@ class WideResNet(nn.Module):
         channels: int = 3,
         pooling: str = "1+4",
         padding: str = "symmetric",
+        earlier: tuple[str, ...] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -210,7 +214,10 @@ class WideResNet(nn.Module):
             raise UsageError(f"layer order {layer_order!r} is unknown", fix=nearest(layer_order, LAYER_ORDERS))
         if channels not in (1, 3):
             raise UsageError(f"images of {channels} channels are not supported", fix="use 1 or 3 channels")
+        if len(earlier) not in (0, 2):
+            raise UsageError(f"{len(earlier)} pooling grids for two earlier stages", fix="give none or two")
         self._pooling_sides = parse_pooling(pooling)
+        self._earlier_sides = [parse_pooling(grids) for grids in earlier]
         order = LAYER_ORDERS[layer_order]
         conv = StandardisedConv2d if weight_standardisation else nn.Conv2d
 
@@ -226,8 +233,14 @@ class WideResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.final_norm = nn.GroupNorm(norm_groups, wide_in)
         self.map_channels = wide_in
-        self.feature_dim = wide_in * sum(side * side for side in self._pooling_sides)
-        self.parts = (Part(self.feature_dim, 1.0),)
+        self._stage_blocks = (depth - 4) // 6
+        widths = [
+            channels * sum(side * side for side in sides)
+            for channels, sides in zip((16 * width, 32 * width), self._earlier_sides, strict=False)
+        ]
+        widths.append(wide_in * sum(side * side for side in self._pooling_sides))
+        self.feature_dim = sum(widths)
+        self.parts = tuple(Part(size, 1 / len(widths)) for size in widths)
         initialise(self, generator)
 
     @staticmethod
@@ -255,19 +268,37 @@ class WideResNet(nn.Module):
         return _activate(self.trunk(x), self.final_norm, self.final_order)
 
     def features(self, x: Tensor) -> Tensor:
-        """Average-pooled feature map, float [B, feature_dim].
+        """Average-pooled feature maps, float [B, feature_dim].
 
         The grids follow each other as in ``pooling``; within a grid the order is channel, row, column. With ``"1+4"``
-        the first 64k entries are the global averages and the next 256k the averages of the four quarters.
+        the first 64k entries are the global averages and the next 256k the averages of the four quarters. Features of
+        ``earlier`` stages come before them: of a stage's map as the next block's first convolution sees it.
         """
-        return self.head_of(self.trunk(x))
+        if not self._earlier_sides:
+            return self.head_of(self.trunk(x))
+        x, parts = self.stem(x), []
+        for index, block in enumerate(self.blocks):
+            stage, position = divmod(index, self._stage_blocks)
+            if stage and position == 0:
+                seen = _activate(x, block.norm1, block.order.branch)
+                parts.append(_pooled(seen, self._earlier_sides[stage - 1]))
+            x = block(x)
+        return torch.cat([*parts, self.head_of(x)], dim=1)
 
     def head_of(self, trunk: Tensor) -> Tensor:
-        """The features of images whose :meth:`trunk` is given."""
-        feature_map = _activate(trunk, self.final_norm, self.final_order)
-        return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._pooling_sides], dim=1)
+        """The last stage's features of images whose :meth:`trunk` is given."""
+        return _pooled(_activate(trunk, self.final_norm, self.final_order), self._pooling_sides)
+
+    @property
+    def reads_earlier_stages(self) -> bool:
+        """Whether earlier stages' maps are features too, so that a block's output goes to more than the next block."""
+        return bool(self._earlier_sides)
 
     forward = features
+
+
+def _pooled(feature_map: Tensor, sides: tuple[int, ...]) -> Tensor:
+    return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in sides], dim=1)
 
 
 class ProjectionHead(nn.Module):

@@ -37,10 +37,12 @@ PATCH_BYTES = 2**21
 
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
-    """Whether ``WrnGradients`` knows every layer of an extractor that has parameters."""
+    """Whether ``WrnGradients`` knows every layer of an extractor that has parameters, each of them used once."""
     kinds = {nn.Conv2d, StandardisedConv2d, nn.GroupNorm}
     owners = [layer for layer in extractor.modules() if next(layer.parameters(recurse=False), None) is not None]
-    return type(extractor) is WideResNet and all(type(layer) in kinds for layer in owners)
+    if type(extractor) is not WideResNet or extractor.reads_earlier_stages:  # such a network uses norms twice
+        return False
+    return all(type(layer) in kinds for layer in owners)
 
 
 class _Place(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from itertools import pairwise
@@ -80,6 +81,17 @@ def test_curves_are_text_and_public(full: str) -> None:
     }
     assert "step" in page.texts
     assert "12321" not in full
+
+
+def test_a_training_by_gradients_shows_what_was_seen_of_its_features(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stages=2)
+    lines = [{"step": 10, "loss": -1.0}, {"step": 20, "knn_accuracy": 0.1, "effective_rank": 5.0},
+             {"step": 40, "knn_accuracy": 0.4, "effective_rank": 9.0}]  # fmt: skip
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (run.stage_dir("pretrain") / "metrics.jsonl").write_text(text, encoding="utf-8")
+    drawings = [drawing for drawing in Page(written(run)).all("svg") if drawing.get("role") == "img"]
+    titles = {drawing["aria-labelledby"] for drawing in drawings}
+    assert titles == {"pretrain-knn_accuracy-title", "pretrain-effective_rank-title"}  # one loss makes no curve
 
 
 def test_self_contained(full: str) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,23 @@ import torch
 from stage_processes import Stages, stage_server
 
 from dprandp import checkpoint
-from dprandp.config import PretrainConfig
+from dprandp.config import PretrainConfig, build
 from dprandp.console import Console
 from dprandp.rundir import RunDir
+from dprandp.signals import graceful_stop
+from dprandp.stages import pretrain_wrn
 from dprandp.stages.context import Context
+from dprandp.stages.generate import load_images
 from dprandp.stages.pretrain import colour_mode, load_extractor, synthetic_crops
 from dprandp.vision.extractors import extract
+from dprandp.vision.public_evaluation import MEASURES
 
 IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
+PATCHES = {**WRN, "objective": "patches", "optimiser": "adamw", "feature_stages": "all"}
+FLY = {**WRN, "images": "fly", "pool": 24, "uses": 1, "batch_size": 6}  # a block of 6 images every step
 TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
 RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
 KILLED = -signal.SIGKILL
@@ -82,8 +90,8 @@ def context_of(run: Path) -> Context:
 def test_the_result_and_the_files(learned, name):
     run, result = learned[name]
     assert set(result) == {
-        "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "knn_accuracy",
-        "seconds",
+        "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "seconds", *MEASURES,
+        *({"objective", "optimiser"} if name == "wrn" else set()),
     }  # fmt: skip
     assert result["arch"] == RECIPES[name]["arch"]
     assert result["random_init"] is False
@@ -131,8 +139,8 @@ def test_metrics_are_written_step_by_step(learned):
 
 
 def test_neighbours_are_found_well_above_chance(learned):
-    """Another crop of the same image among 60: one in 60 by chance, 6 of 60 with probability below 1e-3."""
-    assert learned["patchnet"][1]["knn_accuracy"] > 6 / 60
+    """Another crop of the same image among the 15 held out: by chance one is right, 6 with probability below 1e-3."""
+    assert learned["patchnet"][1]["knn_accuracy"] > 6 / 15
     assert 0 <= learned["wrn"][1]["knn_accuracy"] <= 1
 
 
@@ -267,6 +275,100 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
     newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     stages.must("pretrain", fresh, WRN)
     assert weights(fresh) == weights(learned["wrn"][0])
+
+
+# ------------------------------------------------------------------------------ other objectives, images on the fly
+
+
+class StopAfter:
+    """A request to stop that comes with the n-th step; None: never."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    @property
+    def requested(self):
+        self.left = None if self.left is None else self.left - 1
+        return self.left == 0
+
+    def raise_if_requested(self):
+        if self.left == 0:
+            raise InterruptedError
+
+
+def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_wrn, "worker_pool", lambda workers, polite: ThreadPoolExecutor(workers))
+    settings = build("pretrain", FLY)
+    states = []
+    for name, stops in (("whole", [None]), ("stopped", [5, None])):
+        context = context_of(Path(shutil.copytree(fresh, tmp_path / name)))
+        context.rundir.stage_dir("pretrain").mkdir()
+        for steps in stops:
+            with nullcontext() if steps is None else pytest.raises(InterruptedError):
+                states.append(pretrain_wrn.learn(settings, context, StopAfter(steps)).network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert pretrain_wrn.facts_of(settings, context)["fresh_images"] == 24 + 11 * 6
+
+
+@pytest.mark.slow  # every worker process loads torch
+def test_images_made_on_the_fly_are_the_same_however_it_went(stages, fresh, images, tmp_path):
+    """One worker or three, stopped or not: the same bytes; and neither those from disk nor another seed's."""
+    twin = Path(shutil.copytree(images, tmp_path / "twin"))
+    result = stages.must("pretrain", fresh, FLY, workers=1)
+    assert (result["objective"], result["optimiser"]) == ("align-uniformity", "sgd")
+    assert result["fresh_images"] == 24 + 11 * 6
+    assert stages.run("pretrain", twin, FLY, fault="pointer-moved:2", workers=3).code == KILLED
+    stages.must("pretrain", twin, FLY, workers=2)
+    assert files(twin) == files(fresh)
+    stages.must("pretrain", twin, {**FLY, "images": "disk"}, overwrite=True)
+    assert weights(twin) != weights(fresh)
+
+
+@pytest.mark.slow
+def test_what_patches_taught_is_repeated_and_resumed_to_the_byte(stages, fresh, images, tmp_path):
+    twin = Path(shutil.copytree(images, tmp_path / "twin"))
+    result = stages.must("pretrain", fresh, PATCHES)
+    assert result["objective"] == "patches"
+    assert load_extractor(context_of(fresh))[0].feature_dim == 3 * 320
+    assert stages.run("pretrain", twin, PATCHES, fault="pointer-moved:1").code == KILLED
+    stages.must("pretrain", twin, PATCHES)
+    assert files(twin) == files(fresh)
+
+
+def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
+    """Steps that the configuration alone decides, for little of the time; lines like those of the end."""
+    assert pretrain_wrn.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
+    assert pretrain_wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
+    assert pretrain_wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=100)) == 5
+    looking = {**WRN, "batch_size": 400, "steps": 6, "checkpoint_every": 10}  # every third step
+    context, lines = context_of(fresh), []
+    steps = range(1, 7)
+    monkeypatch.setattr(pretrain_wrn, "train", lambda trainer, first, on_step: sum(on_step(s, 0.5) or 1 for s in steps))
+    monkeypatch.setattr(pretrain_wrn.MetricsLog, "write", lambda self, **line: lines.append(line))
+    context.rundir.stage_dir("pretrain").mkdir()
+    with graceful_stop() as stop:
+        learned = pretrain_wrn.learn(build("pretrain", looking), context, stop)
+    assert learned.loss == 6  # our stand-in's
+    seen = [line for line in lines if "knn_accuracy" in line]
+    assert [line["step"] for line in seen] == [3]  # at the end the result says it
+    assert set(seen[0]) == {"step", *MEASURES}
+
+
+def test_no_image_that_features_are_judged_by_was_trained_on(images):
+    context = context_of(images)
+    held = pretrain_wrn.held_out_images(context)
+    with pretrain_wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context, None) as trainer:
+        trained = {image.numpy().tobytes() for image in trainer.images}
+    assert (len(held), len(trained)) == (15, 45)
+    assert not trained & {image.numpy().tobytes() for image in held}
+    everything = load_images(images / "1-generate")
+    assert len({image.transpose(2, 0, 1).tobytes() for image in everything} - trained) == 15
+
+
+def test_of_few_images_none_is_held_out(stages, tmp_path):
+    stages.must("generate", tmp_path / "run", {**IMAGES, "count": 7})
+    result = stages.must("pretrain", tmp_path / "run", {**WRN, "steps": 1})
+    assert {result[name] for name in MEASURES} == {None}
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -79,7 +79,15 @@ def test_the_step_schedule_has_the_published_boundaries():
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_schedules_of_a_few_steps_are_positive(schedule, steps):
     config = PretrainConfig(steps=steps, schedule=schedule)
-    assert all(0 < learning_rate(config, step) <= config.lr for step in range(steps))
+    assert all(0 < learning_rate(config, step) <= 0.03 for step in range(steps))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [({}, 0.03), ({"size": "paper"}, 0.12), ({"optimiser": "adamw"}, 1e-3), ({"optimiser": "muon", "lr": 0.5}, 0.5)],
+)
+def test_the_rate_that_was_not_given_is_the_optimisers(settings, rate):
+    assert max(learning_rate(PretrainConfig(**settings), step) for step in range(100)) == pytest.approx(rate, rel=0.02)
 
 
 def test_the_optimiser_gets_the_schedules_rate(pictures):

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.vision import wrn
+from dprandp.vision.extractors import build_extractor
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -280,3 +282,37 @@ def test_published_projection_head_shape():
         head = wrn.ProjectionHead(256 * 8 * 8)
     shapes = [tuple(layer.weight.shape) for layer in (head.linear1, head.linear2, head.linear3)]
     assert shapes == [(4096, 16384), (4096, 4096), (128, 4096)]
+
+
+# ------------------------------------------------------------------------------------------------------ earlier stages
+
+
+def test_averages_of_earlier_stages_come_before_the_last_ones_and_are_parts_of_their_own():
+    """Against hooks on the blocks: what the next block's first convolution sees, averaged by hand."""
+    plain, wide = (wrn.WideResNet(16, 1, earlier=earlier, generator=torch.Generator().manual_seed(0))
+                   for earlier in ((), ("4+16", "1+9")))  # fmt: skip
+    assert plain.state_dict().keys() == wide.state_dict().keys()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for block in (wide.blocks[2], wide.blocks[4]):
+        block.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    features = wide.features(x)
+    assert [part.width for part in wide.parts] == [20 * 16, 10 * 32, 5 * 64]
+    assert sum(part.share for part in wide.parts) == pytest.approx(1)
+    assert features.shape == (3, wide.feature_dim)
+    torch.testing.assert_close(features[:, 640:], plain.features(x))
+    first, second = seen
+    for image in range(3):
+        quarter = first[image, 5, 16:, :16].mean()  # channel 5, row 1, column 0 of the 2 x 2 grid
+        torch.testing.assert_close(features[image, 5 * 4 + 2], quarter)
+        cell = first[image, 7, 24:, 8:16].mean()  # row 3, column 1 of the 4 x 4 grid
+        torch.testing.assert_close(features[image, 16 * 4 + 7 * 16 + 3 * 4 + 1], cell)
+        torch.testing.assert_close(features[image, 320 + 9], second[image, 9].mean())
+    with pytest.raises(UsageError, match="1 pooling grids for two"):
+        wrn.WideResNet(16, 1, earlier=("1",))
+
+
+def test_pooling_all_stages_gives_parts_of_one_width():
+    network = build_extractor(PretrainConfig(arch="wrn-10-2", feature_stages="all"))
+    assert [part.width for part in network.parts] == [640, 640, 640]
+    assert build_extractor(PretrainConfig(arch="wrn-10-2")).feature_dim == 640

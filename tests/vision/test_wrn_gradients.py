@@ -169,3 +169,9 @@ def test_other_networks_have_no_layer_gradients() -> None:
     model.extractor.blocks.append(torch.nn.PReLU())
     assert not has_layer_gradients(model.extractor)
     assert not has_layer_gradients(torch.nn.Conv2d(3, 4, 3))
+
+
+def test_a_network_that_reads_earlier_stages_is_left_to_automatic_differentiation():
+    """Its norms answer twice in a pass, and rows that are kept once would hold half of their gradient."""
+    assert has_layer_gradients(WideResNet(10, 1))
+    assert not has_layer_gradients(WideResNet(10, 1, earlier=("1", "1")))

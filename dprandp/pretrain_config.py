@@ -1,0 +1,129 @@
+"""Settings of Phase I's second half, and which of them belong to which way of learning.
+
+Imports nothing of the package but ``errors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dprandp.errors import UsageError, nearest
+
+OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
+"""See ``vision/objectives.py``."""
+
+OPTIMISERS = ("sgd", "adamw", "muon")
+"""See ``vision/optimisers.py``."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Phase I, second half: a feature extractor from those images. Fields of the other architecture are unused."""
+
+    size: str = "tiny"
+    arch: str = "patchnet"
+    seed: int = 0
+    random_init: bool = False
+    """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
+    colour: str = "mixed"
+    """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
+    prior: str | None = None
+    """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
+    # patchnet
+    filters: int = 400
+    patch_size: int = 6
+    patch_dims: int = 64
+    stride: int = 1
+    dictionary_patches: int = 100_000
+    dictionary_iterations: int = 8
+    layers: int = 1
+    """2: beside the features of patches of pixels, those of patches of their responses."""
+    second_filters: int = 400
+    # wrn-D-K
+    steps: int = 100
+    batch_size: int = 32
+    objective: str = "align-uniformity"
+    """What is asked of the two views of an image, one of ``OBJECTIVES``."""
+    instances: int = 500
+    """Images that the objective 'instances' tells apart."""
+    optimiser: str = "sgd"
+    lr: float | None = None
+    """None: by optimiser and size, see ``lr_of``."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    grow: bool = False
+    """Views of half the side in the first half of the steps: a quarter of the time each."""
+    images: str = "disk"
+    """'disk': those that ``generate`` wrote. 'fly': others of the same process and seed, made during the training."""
+    pool: int = 4000
+    """With images = 'fly': how many are there to choose from at any time."""
+    uses: int = 4
+    """With images = 'fly': how often an image is chosen on average before others replace it."""
+    projection_hidden: int = 512
+    projection_dim: int = 128
+    layer_order: str = "relu-norm-conv"
+    weight_standardisation: bool = True
+    padding: str | None = None
+    """Of convolutions with stride 2: 'symmetric' (None: so), or 'same' as De et al. 2022."""
+    pooling: str | None = None
+    """Grids that the last stage's map is averaged over; None: '1+4'."""
+    feature_stages: str = "last"
+    """Features: averages of the 'last' stage's map, or of those of 'all' three stages."""
+    checkpoint_every: int = 20
+
+
+CHOICES = {
+    "objective": OBJECTIVES, "optimiser": OPTIMISERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
+}  # fmt: skip
+
+_SECOND_LAYER = {"layers", "second_filters"}
+_PATCHNET = _SECOND_LAYER | {
+    "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
+}  # fmt: skip
+_FLY = {"pool", "uses"}
+_WRN = _FLY | {
+    "steps", "batch_size", "objective", "instances", "optimiser", "lr", "momentum", "weight_decay", "schedule", "grow",
+    "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
+    "pooling", "feature_stages", "checkpoint_every",
+}  # fmt: skip
+
+
+def unused(config: PretrainConfig) -> set[str]:
+    """Settings that have no say in what a configuration describes; they are not recorded."""
+    if config.arch == "patchnet":
+        return _WRN | (_SECOND_LAYER if config.layers == 1 else set())
+    return (
+        _PATCHNET
+        | (_FLY if config.images == "disk" else set())
+        | ({"instances"} if config.objective != "instances" else set())
+        | ({"momentum"} if config.optimiser == "adamw" else set())
+    )
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        UsageError: a choice that is unknown, or two that exclude each other.
+    """
+    values: dict[str, Any] = dataclasses.asdict(config)
+    for key, known in CHOICES.items():
+        if values[key] not in known:
+            raise UsageError(f"[pretrain] {key} = {values[key]!r} is unknown", fix=nearest(values[key], known))
+    if config.objective == "instances" and config.images == "fly":
+        raise UsageError(
+            "the objective 'instances' tells images apart that stay, and images made on the fly do not",
+            fix="use --images disk, or another --objective",
+        )
+
+
+def lr_of(config: PretrainConfig) -> float:
+    """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for the others."""
+    if config.lr is not None:
+        return config.lr
+    if config.optimiser != "sgd":
+        return 1e-3
+    return 0.12 if config.size == "paper" else 0.03

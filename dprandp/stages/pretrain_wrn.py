@@ -1,0 +1,200 @@
+"""How a WRN learns in ``pretrain``: steps on two views of synthetic images, from disk or made on the fly.
+
+Some images, at the ends of their shards, are held out: what ``vision/public_evaluation.py`` says about the features is
+said of images that were not trained on. It is said during the training too, at steps that the configuration alone
+decides, rarely enough to cost no more than a few per cent of the time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dprandp import checkpoint
+from dprandp.config import PretrainConfig
+from dprandp.console import MetricsLog
+from dprandp.errors import UsageError
+from dprandp.ranks import Leader
+from dprandp.signals import Stop
+from dprandp.stages import data_parallel
+from dprandp.stages.context import Context
+from dprandp.stages.fresh_images import FreshImages, Supply, supply_for
+from dprandp.stages.generate import load_images, read_manifest
+from dprandp.stages.workers import worker_pool
+from dprandp.vision.contrastive import ContrastiveTrainer, train
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.images import colour_mode, random_crops
+from dprandp.vision.objectives import TEACHER_CROPS, Objective, Patches, build_objective, patches_axes
+from dprandp.vision.public_evaluation import evaluate
+
+STAGE = "pretrain"
+
+HELD_OUT = 400
+"""Most images that are held out for the evaluation; a quarter of all, where there are few."""
+
+WATCHED = 128
+"""Of them, those that are looked at during the training."""
+
+WATCHING_PART = 0.04
+"""Part of the work that looking may take: a view that is looked at costs a third of one that is trained on."""
+
+MOST_LOOKS = 50
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A network, the views that it saw a second (None: no step was left), and the mean loss of the last steps."""
+
+    network: nn.Module
+    views_per_second: float | None
+    loss: float
+
+
+def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
+    """Train from the last checkpoint to the end of the configuration; writes checkpoints and metrics.jsonl.
+
+    Raises:
+        UsageError: settings that cannot be met. StorageError: a worker that makes images died.
+    """
+    folder = context.rundir.stage_dir(STAGE)
+    saved = checkpoint.resume(folder, warn=context.console.warn)
+    with begun_trainer(config, context, stop, fresh_start=saved is None) as trainer:
+        first_step, loss = 0, math.nan
+        if saved is not None:
+            trainer.load_state(saved.tensors)
+            first_step, loss = saved.entry("step", int), saved.meta.get("loss")
+            trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
+            context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
+        if isinstance(trainer, data_parallel.SharedTrainer):
+            data_parallel.begin(trainer)
+        log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
+        watched = held_out_images(context, WATCHED)
+        every = steps_between_looks(config)
+        note = ""
+        started = time.perf_counter()
+        with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
+
+            def on_step(done: int, mean_loss: float | None) -> None:
+                nonlocal loss, note
+                if mean_loss is not None:
+                    loss = mean_loss
+                    log.write(step=done, loss=mean_loss)
+                    note = f"loss {mean_loss:.3g}"
+                if done % every == 0 and len(watched) and done < config.steps:
+                    seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
+                    log.write(step=done, **seen)
+                    note = f"loss {loss:.3g}, {seen_text(seen)}"
+                progress.advance(1, note)
+                if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
+                    meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
+                    checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
+                stop.raise_if_requested()
+
+            loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
+    done = config.steps - first_step
+    rate = 2 * config.batch_size * done / (time.perf_counter() - started) if done else None
+    return Learned(trainer.network, round(rate, 1) if rate else None, round(loss, 5))
+
+
+def steps_between_looks(config: PretrainConfig) -> int:
+    """Steps between two evaluations: ``WATCHING_PART`` of the work, and no more than ``MOST_LOOKS`` of them."""
+    looked = 2 * WATCHED / 3
+    return max(math.ceil(looked / (WATCHING_PART * 2 * config.batch_size)), math.ceil(config.steps / MOST_LOOKS))
+
+
+def seen_text(seen: dict[str, Any]) -> str:
+    """An evaluation in a few words."""
+    return f"k-NN {100 * seen['knn_accuracy']:.0f} % (synthetic), rank {seen['effective_rank']:.0f}"
+
+
+def held_out_images(context: Context, limit: int = HELD_OUT) -> Tensor:
+    """The images, or the first ``limit`` of them, that no WRN is trained on: uint8 [n, 3, R, R].
+
+    A dictionary of patches takes a few patches of every image, of these too.
+    """
+    folder = context.rundir.stage_dir("generate")
+    images = load_images(folder, _held_out(context), from_end=True)
+    return torch.from_numpy(images[:limit]).permute(0, 3, 1, 2)
+
+
+def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
+    """What a result says of a training by gradients: objective, optimiser, and how many images were made on the fly."""
+    if config.arch == "patchnet" or config.random_init:
+        return {}
+    facts: dict[str, Any] = {"objective": config.objective, "optimiser": config.optimiser}
+    if config.images == "fly":
+        facts["fresh_images"] = _supply(config, context).made(config.steps)
+    return facts
+
+
+def _held_out(context: Context) -> int:
+    total = read_manifest(context.rundir.stage_dir("generate"))["count"]
+    held = min(HELD_OUT, total // 4)
+    return held if held >= 2 else 0
+
+
+@contextmanager
+def begun_trainer(
+    config: PretrainConfig, context: Context, stop: Stop, *, fresh_start: bool = True
+) -> Iterator[ContrastiveTrainer]:
+    """The trainer as the configuration begins it; ``fresh_start``: nothing will be loaded into it."""
+    network = build_extractor(config, torch.Generator().manual_seed(config.seed))
+    with _images(config, context, stop) as (images, fresh):
+        objective = _objective(config, context, len(images), fresh_start)
+        if isinstance(context.ranks, Leader):
+            yield data_parallel.lead(context.ranks, network, config, images, context.device, objective)
+        else:
+            yield ContrastiveTrainer(network, config, images.to(context.device), objective, fresh)
+
+
+@contextmanager
+def _images(
+    config: PretrainConfig, context: Context, stop: Stop
+) -> Iterator[tuple[Tensor, Callable[[int], Tensor] | None]]:
+    """Images to choose from, uint8 [N, 3, R, R], and where they change: step -> those of that step."""
+    if config.images == "disk":
+        limit = config.instances if config.objective == "instances" else None
+        images = load_images(context.rundir.stage_dir("generate"), limit, without_end=_held_out(context))
+        yield colour_mode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), config.colour), None
+        return
+    if isinstance(context.ranks, Leader):
+        raise UsageError(
+            "images made on the fly serve one process, and this is a training of several",
+            fix="give --images disk, after `dprandp generate --count N`",
+        )
+    supply = _supply(config, context)
+    workers = worker_pool(max(1, min(context.workers, supply.blocks)), polite=True)
+    try:
+        pool = FreshImages(supply, context.device, workers, stop.raise_if_requested)
+        yield pool.images, pool.at
+    finally:
+        workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _supply(config: PretrainConfig, context: Context) -> Supply:
+    """Blocks of the process, seed and resolution that ``generate`` took, from behind those that it wrote."""
+    made = read_manifest(context.rundir.stage_dir("generate"))
+    return supply_for(
+        made["process"], made["seed"], made["resolution"], len(made["shards"]),
+        pool=config.pool, uses=config.uses, batch_size=config.batch_size, colour=config.colour,
+    )  # fmt: skip
+
+
+def _objective(config: PretrainConfig, context: Context, count: int, fresh_start: bool) -> Objective:
+    if config.objective != "patches":
+        return build_objective(config, count)
+    folder = context.rundir.stage_dir("generate")
+    images = load_images(folder, TEACHER_CROPS, without_end=_held_out(context))
+    objective = build_objective(config, count, patches_axes(len(images)))
+    if isinstance(objective, Patches) and fresh_start:
+        pixels = colour_mode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), config.colour)
+        generator = torch.Generator().manual_seed(config.seed)
+        objective.learn(random_crops(pixels, generator), generator)
+    return objective

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Objectives, processes and features of a WRN compared at a fixed budget of CPU seconds.
+
+    python scripts/compare_objectives.py --data cifar10 --cpu-seconds 900 --out runs/objectives
+    python scripts/compare_objectives.py --arch wrn-16-2 --cpu-seconds 100 --seeds 1 --fit 4000 --held-out 2000
+    python scripts/compare_objectives.py --table
+
+A cell is a process, an objective (with its optimiser) and a seed. The steps are those that fit into the budget, by the
+CPU time of a few steps in this process; cosine schedule. Then, as in ``compare_priors.py``: the whitener is fitted to
+synthetic images, heads to images of the *training* split with the noise that the whole split would have at each ε, and
+other images of the training split decide. No test split is read. Finished cells are kept.
+
+The features of a cell are tried in three ways: averages of the last stage's map; of all three stages' maps, each
+whitened by itself; and the same whitened together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from compare_priors import DELTA, dprandp, read, spread
+
+from dprandp import toml
+from dprandp.cli import session
+from dprandp.config import build, resolve
+from dprandp.datasets import open_dataset
+from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.signals import graceful_stop
+from dprandp.stages import pretrain_wrn
+from dprandp.stages.head import HeadSettings, default_lr
+from dprandp.stages.pretrain import load_extractor, synthetic_crops
+from dprandp.stages.tune_public import simulate
+from dprandp.vision import whitening
+from dprandp.vision.extractors import build_extractor, extract, load_weights
+from dprandp.vision.images import as_declared, to_input
+from dprandp.vision.whitening import Part
+
+EPSILONS = (1.0, 8.0, math.inf)
+TIMED_STEPS = 6
+
+OBJECTIVES: dict[str, dict] = {
+    "random weights": {"random_init": True},
+    "align-uniformity, sgd": {},
+    "align-uniformity, adamw": {"optimiser": "adamw"},
+    "align-uniformity, muon": {"optimiser": "muon"},
+    "align-uniformity, adamw, growing": {"optimiser": "adamw", "grow": True},
+    "align-uniformity, adamw, fly": {"optimiser": "adamw", "images": "fly"},
+    "vicreg, adamw": {"objective": "vicreg", "optimiser": "adamw"},
+    "instances, adamw": {"objective": "instances", "optimiser": "adamw"},
+    "patches, adamw": {"objective": "patches", "optimiser": "adamw"},
+    "patches, muon": {"objective": "patches", "optimiser": "muon"},
+    "patches, adamw, growing": {"objective": "patches", "optimiser": "adamw", "grow": True},
+    "patches, adamw, fly": {"objective": "patches", "optimiser": "adamw", "images": "fly"},
+}
+"""Name -> settings of pretrain that differ from those of ``--size tiny``."""
+
+DEFAULT = ["random weights", "align-uniformity, sgd", "align-uniformity, adamw", "vicreg, adamw", "instances, adamw",
+           "patches, adamw", "patches, muon"]  # fmt: skip
+FEATURES = ("last stage", "all, whitened apart", "all, whitened together")
+
+
+def main() -> None:
+    """Make what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="cifar10", help="whose training split is taken as public")
+    parser.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
+    parser.add_argument("--objectives", nargs="+", default=DEFAULT, help="; ".join(OBJECTIVES), metavar="NAME",
+                        choices=OBJECTIVES)  # fmt: skip
+    parser.add_argument("--arch", default="wrn-16-4")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--cpu-seconds", type=float, default=600.0, help="of all cores together, for the training")
+    parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
+    parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of runs and results.jsonl")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "results.jsonl"
+    if not args.table:
+        torch.set_flush_denormal(True)
+        for seed in range(args.seeds):
+            for process in args.processes:
+                for objective in args.objectives:
+                    cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
+                            "budget": args.cpu_seconds, "objective": objective, "seed": seed}  # fmt: skip
+                    if not any(cell.items() <= row.items() for row in read(log)):
+                        measure(args, cell, log)
+    print_table(read(log))
+
+
+def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
+    """One cell."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
+    run = args.out / name
+    dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
+    changes = {"arch": cell["arch"], "batch_size": args.batch_size} | OBJECTIVES[cell["objective"]]
+    if not changes.get("random_init"):
+        changes["steps"] = steps_within(args, run, changes)
+    file = args.out / "pretrain.toml"
+    file.write_text(toml.dumps({"pretrain": changes}), encoding="utf-8")
+    started = time.perf_counter()
+    dprandp("pretrain", "--run", run, "--data", cell["data"], "--seed", cell["seed"], "--config", file, "--overwrite")
+    seconds = time.perf_counter() - started
+    with session.opened(run) as rundir:
+        result = rundir.result("pretrain")
+    row = {
+        **cell, "steps": result["steps"], "views": 2 * args.batch_size * result["steps"],
+        **{key: result[key] for key in ("loss", "knn_accuracy", "linear_accuracy", "effective_rank")},
+        "pretraining_seconds": round(seconds, 1), "accuracy": accuracies(args, run, cell),
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    with log.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
+    """Steps that the budget pays for, what an objective learns beforehand included."""
+    config = build("pretrain", {"size": "tiny", "steps": 10**6, **changes})
+    with session.opened(run) as rundir, graceful_stop() as stop:
+        context = session.context(rundir, session.console(quiet=True))
+        before = time.process_time()
+        with pretrain_wrn.begun_trainer(replace(config, images="disk"), context, stop) as trainer:
+            trainer.step(0)
+            begun = time.process_time()
+            for step in range(1, 1 + TIMED_STEPS):
+                trainer.step(step)
+            each = (time.process_time() - begun) / TIMED_STEPS
+            fixed = begun - before - each
+            if config.grow:  # the first half is timed above; the second has views of full size
+                trainer.config = replace(config, grow=False)
+                begun = time.process_time()
+                trainer.step(TIMED_STEPS + 1)
+                each = (each + time.process_time() - begun) / 2
+    return max(10, int((args.cpu_seconds - fixed) / each))
+
+
+def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dict[str, float]]:
+    """Held-out accuracy for each kind of features and each ε."""
+    dataset = open_dataset(cell["data"], args.data_dir)
+    spec, split, count = dataset.spec, dataset.train(), args.fit + args.held_out
+    if len(split.labels) < count:
+        sys.exit(f"{cell['data']} has {len(split.labels)} training images; {count} are needed")
+    images, labels = to_input(split.images[:count]), torch.from_numpy(split.labels[:count])
+    probe = resolve("probe", "tiny", None, {"data": cell["data"]})
+    with session.opened(run) as rundir:
+        context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
+        trained, config = load_extractor(context)
+        extractor = build_extractor(replace(config, feature_stages="all"))
+        load_weights(extractor, trained.state_dict())
+        crops = synthetic_crops(context, probe.statistics_images, cell["seed"] + 1)
+    crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
+    synthetic, real = (extract(extractor.eval(), pixels, mirror=spec.flip_ok) for pixels in (crops, images))
+    width = extractor.feature_dim
+    last = slice(width - extractor.parts[-1].width, width)
+    kinds = zip(FEATURES, (last, slice(width), slice(width)), (None, extractor.parts, [Part(width, 1.0)]), strict=True)
+    found = {}
+    for name, own, parts in kinds:
+        whitener = whitening.fit(synthetic[:, own].clone(), probe.dims, probe.whitening_floor, parts)
+        features = whitener(real[:, own])
+        found[name] = {f"{e:g}": fitted(args, cell, spec, features, labels, e) for e in EPSILONS}
+    return found
+
+
+def fitted(args: argparse.Namespace, cell: dict, spec, features, labels, epsilon: float) -> float:
+    """Held-out accuracy of a head fitted under the noise of one ε."""
+    mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
+    rule = HeadSettings(default_lr(epsilon, DELTA, spec.train_examples), momentum=0.9, released="average")
+    generator = torch.Generator().manual_seed(cell["seed"])
+    fit, classes = args.fit, len(spec.classes)
+    head = simulate(features[:fit], labels[:fit], classes, 120, 1.0, mu, spec.train_examples, rule, generator)
+    return float(((features[fit:] @ head).argmax(dim=1) == labels[fit:]).float().mean())
+
+
+def print_table(rows: list[dict]) -> None:
+    """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds."""
+    head = ["data", "fitted to", "process", "network", "CPU s", "objective", "features",
+            *(f"ε = {e:g}" for e in EPSILONS), "views", "k-NN", "linear", "rank", "seeds"]  # fmt: skip
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row["data"], f"{row['fit']:,}", row["process"], row["arch"], f"{row['budget']:g}", row["objective"])
+        cells.setdefault(key, []).append(row)
+    for key, chosen in cells.items():
+        public = [f"{statistics.mean(row['views'] for row in chosen):,.0f}"]
+        public += [f"{100 * statistics.mean(row[name] for row in chosen):.1f}"
+                   for name in ("knn_accuracy", "linear_accuracy")]  # fmt: skip
+        public += [f"{statistics.mean(row['effective_rank'] for row in chosen):.0f}", f"{len(chosen)}"]
+        for kind in FEATURES:
+            columns = [spread([100 * row["accuracy"][kind][f"{e:g}"] for row in chosen]) for e in EPSILONS]
+            print("| " + " | ".join([*key, kind, *columns, *public]) + " |")
+
+
+if __name__ == "__main__":
+    main()
