@@ -222,7 +222,7 @@ def test_ranges(stage, key, refused, accepted):
         ("pretrain", "objective", "vic-reg", "'vicreg'"),
         ("pretrain", "optimiser", "adam", "'adamw'"),
         ("pretrain", "images", "dis", "'disk'"),
-        ("pretrain", "pooling", "al", "'all'"),
+        ("pretrain", "feature_stages", "al", "'all'"),
         ("probe", "released", "Last", "'last'"),
         ("finetune", "source", "scrach", "'scratch'"),
         ("generate", "size", "smal", "'small'"),

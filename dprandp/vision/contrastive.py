@@ -19,8 +19,8 @@ from dprandp.vision import optimisers
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.precision import autocast
+from dprandp.vision.projection_head import ProjectionHead
 from dprandp.vision.views import ContrastiveViews, ViewChoices
-from dprandp.vision.wrn import ProjectionHead
 
 STEP_SCHEDULE = (155 / 200, 170 / 200, 185 / 200)
 """Published: learning rate x 0.1 after these parts of the training."""

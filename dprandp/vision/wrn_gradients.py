@@ -38,11 +38,10 @@ PATCH_BYTES = 2**21
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
     """Whether ``WrnGradients`` knows every layer of an extractor that has parameters, each of them used once."""
-    kinds = {nn.Conv2d, StandardisedConv2d, nn.GroupNorm}
-    owners = [layer for layer in extractor.modules() if next(layer.parameters(recurse=False), None) is not None]
     if type(extractor) is not WideResNet or extractor.reads_earlier_stages:  # such a network uses norms twice
         return False
-    return all(type(layer) in kinds for layer in owners)
+    owners = [layer for layer in extractor.modules() if next(layer.parameters(recurse=False), None) is not None]
+    return all(type(layer) in (nn.Conv2d, StandardisedConv2d, nn.GroupNorm) for layer in owners)
 
 
 class _Place(NamedTuple):
@@ -348,5 +347,4 @@ class _NormFunction(torch.autograd.Function):
             x, scale, shift = library(*parts, True)
             layer.keep(_Place(1, place.first + number), weight=scale, bias=shift)
             before.append(x)
-        whole = before[0] if place.records == 1 else torch.cat(before)
-        return whole.to(ctx.given), None, None
+        return (before[0] if place.records == 1 else torch.cat(before)).to(ctx.given), None, None

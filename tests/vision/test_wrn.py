@@ -14,6 +14,7 @@ from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.vision import wrn
 from dprandp.vision.extractors import build_extractor
+from dprandp.vision.projection_head import ProjectionHead
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -262,7 +263,7 @@ def test_normalise():
 
 
 def test_projection_head():
-    head = wrn.ProjectionHead(4 * 2 * 2, hidden_dim=32, embedding_dim=6, norm_groups=8, generator=seeded())
+    head = ProjectionHead(4 * 2 * 2, hidden_dim=32, embedding_dim=6, norm_groups=8, generator=seeded())
     feature_map = torch.randn(3, 4, 2, 2, generator=seeded(1))
     hidden = head.first_layer(feature_map)
     assert hidden.shape == (3, 32)
@@ -274,12 +275,12 @@ def test_projection_head():
     last = feature_map.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(head(last), head(feature_map))
     with pytest.raises(UsageError):
-        wrn.ProjectionHead(16, hidden_dim=30, norm_groups=16)
+        ProjectionHead(16, hidden_dim=30, norm_groups=16)
 
 
 def test_published_projection_head_shape():
     with torch.device("meta"):
-        head = wrn.ProjectionHead(256 * 8 * 8)
+        head = ProjectionHead(256 * 8 * 8)
     shapes = [tuple(layer.weight.shape) for layer in (head.linear1, head.linear2, head.linear3)]
     assert shapes == [(4096, 16384), (4096, 4096), (128, 4096)]
 
