@@ -24,9 +24,10 @@ from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.patchnet import PatchNet
 from dprandp.vision.precision import autocast
 from dprandp.vision.response_layer import ResponseLayer, TwoLayerPatchNet, map_side
+from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
 
-ARCHITECTURES = "patchnet, or wrn-DEPTH-WIDTH such as wrn-16-4"
+ARCHITECTURES = "patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4"
 
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
@@ -56,6 +57,8 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             weight_standardisation=config.weight_standardisation,
             generator=generator,
         )
+    if config.arch.startswith("vit-"):
+        return VisionTransformer(*parse_vit(config.arch), generator=generator)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 
