@@ -16,8 +16,10 @@ import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
+from .continual_config import ContinueConfig
+from .continual_config import validate as validate_continue
 from .errors import UsageError, nearest
 from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
@@ -161,12 +163,12 @@ class FinetuneConfig:
     seed: int = 0
 
 
-StageConfig = GenerateConfig | PretrainConfig | ProbeConfig | FinetuneConfig
-Config = TypeVar("Config", GenerateConfig, PretrainConfig, ProbeConfig, FinetuneConfig)
+StageConfig = GenerateConfig | PretrainConfig | ContinueConfig | ProbeConfig | FinetuneConfig
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
     "pretrain": PretrainConfig,
+    "continue": ContinueConfig,
     "probe": ProbeConfig,
     "finetune": FinetuneConfig,
 }
@@ -178,7 +180,7 @@ def resolve(
     """Build one stage's configuration.
 
     Args:
-        stage: 'generate', 'pretrain', 'probe' or 'finetune'.
+        stage: a key of ``STAGE_CONFIGS``.
         size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
@@ -284,7 +286,8 @@ def _fits(value: Any, hint: Any) -> bool:
 _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
-    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor",
+    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor", "check_every",
+    "public_batch_size", "public_lr", "instances",
 )  # fmt: skip
 
 
@@ -292,17 +295,13 @@ _AT_MOST = {
     "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
     "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
-    "classes": 10**5, "checkpoint_every": 10**9,
+    "classes": 10**5, "checkpoint_every": 10**9, "check_every": 10**9, "public_batch_size": 10**6, "instances": 10**5,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 
 
 def validate(stage: str, config: StageConfig) -> None:
-    """Refuse values out of range, naming the value.
-
-    Raises:
-        UsageError: always with exit code 2.
-    """
+    """Refuse values out of range (UsageError), naming the value."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     for key in _POSITIVE:
         value = values.get(key)
@@ -348,3 +347,5 @@ def validate(stage: str, config: StageConfig) -> None:
     for key, known in choices.items():
         if key in values and values[key] not in known:
             raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
+    if isinstance(config, ContinueConfig):
+        validate_continue(config)

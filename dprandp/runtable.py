@@ -25,7 +25,15 @@ from dprandp.runresults import wrong_entry
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
-STAGES = {"generate": "1-generate", "pretrain": "2-pretrain", "probe": "3-probe", "finetune": "4-finetune"}
+STAGES = {
+    "generate": "1-generate",
+    "pretrain": "2-pretrain",
+    "continue": "2b-continue",
+    "probe": "3-probe",
+    "finetune": "4-finetune",
+}
+OPTIONAL_STAGES = ("continue",)
+"""Of which a run need not have one, and nobody is told that it is missing."""
 
 
 @dataclass
