@@ -177,7 +177,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
 ) -> StageConfig:
-    """Build one stage's configuration.
+    """Build one stage's configuration, validated.
 
     Args:
         stage: a key of ``STAGE_CONFIGS``.
@@ -185,9 +185,6 @@ def resolve(
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
         inherited: what the run decided before; file and flags win over it.
-
-    Returns:
-        The validated configuration.
 
     Raises:
         UsageError: unknown size, key or value out of range.

@@ -16,7 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.reporting.wording import several_images, shipped_prior
+from dprandp.reporting.wording import public_steps, several_images, shipped_prior
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -105,6 +105,12 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
         prior = f"The feature extractor ({_plain(pretrain['arch'])}) was {kind}; no data was used for it."
         if pretrain.get("prior"):
             prior = f"The feature extractor is {_plain(shipped_prior(pretrain, generate))}."
+        continued = result if "public_training" in result else pretrain.get("continued")
+        if continued:
+            further = _plain(public_steps(continued["public_training"]))
+            prior = f"{prior.removesuffix('.')} so far. It went on learning: {further}."
+        if continued and continued is not result and "epsilon" in continued:
+            prior += f" Private steps on {_plain(continued['title'])} followed, whose cost is part of ε."
     stage = "A linear head" if result["stage"] == "probe" else "All parameters"
     learner = "DP-SGD" if why_not_private(result) is None else "DP-SGD's procedure, without its guarantee"
     return (

@@ -84,6 +84,9 @@ class Table:
                 reasons.append(f"it was made from another {name}")
             elif source != stage and self.stale_because(source):
                 reasons.append(f"stage {source!r}, which it was made from, is stale")
+        made_from = {name.partition("/")[0] for name in record.inputs}
+        if "continue" in self.stages and "pretrain" in made_from and "continue" not in made_from | {stage}:
+            reasons.append("the extractor was continued since")
         return sorted(set(reasons))
 
     def to_json(self) -> str:

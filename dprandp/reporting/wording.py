@@ -118,6 +118,26 @@ def _up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
 
 
+def public_steps(training: Facts) -> str:
+    """What ``continue`` did with public images, from ``public_training`` of its result."""
+    mixed = {
+        "cosine": "; a public gradient was mixed into every private step, with a weight that rose from 0 towards 1",
+        "ratio": "; a public gradient was mixed into every private step, by the ratio of the numbers of examples",
+    }.get(training["mix"], "")
+    began = "" if training["mix"] == "public" else f"; private steps began {training['switch']}"
+    if training["mix"] in ("cosine", "ratio", "private"):
+        began = f"; {training['switch']}"
+    return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
+
+
+def continued(result: Facts) -> str:
+    """How an extractor was continued before a later stage took it, from the result of ``continue``."""
+    private = "without private images"
+    if "epsilon" in result:
+        private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
+    return f"continued: {public_steps(result['public_training'])}; {private}"
+
+
 def shipped_prior(pretrain: Facts, generate: Facts) -> str:
     """Which prior a run took instead of learning an extractor; that it saw no data; what to compare it with."""
     process = f" of the random process {generate['process']}" if generate else ""

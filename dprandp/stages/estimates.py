@@ -43,6 +43,11 @@ class Cost:
     memory_bytes: int
     seconds_estimate: float | None
 
+    def plus(self, seconds: float | None) -> Cost:
+        """The same with further work."""
+        known = self.seconds_estimate is not None and seconds is not None
+        return Cost(self.disk_bytes, self.memory_bytes, self.seconds_estimate + seconds if known else None)
+
     def rounded(self) -> dict[str, Any]:
         """Plain values, without digits that mean nothing."""
         seconds = self.seconds_estimate

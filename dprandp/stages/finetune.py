@@ -71,7 +71,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
-        {} if scratch else context.rundir.inputs_from("generate", "pretrain", "probe"),
+        {} if scratch else context.rundir.inputs_from("generate", "pretrain", "continue", "probe"),
         resume=context.resume,
         overwrite=context.overwrite,
         private_inputs=stage.private_inputs(),

@@ -8,7 +8,7 @@ from typing import Any
 
 from dprandp.datasets import check_data, list_datasets, open_dataset
 from dprandp.errors import UsageError
-from dprandp.rundir import RunDir
+from dprandp.rundir import OPTIONAL_STAGES, RunDir
 from dprandp.stages.budget import read_budget
 
 
@@ -25,6 +25,8 @@ def status_lines(table: dict[str, Any]) -> str:
     """``status`` for people."""
     lines = [f"run {table['run']}"]
     for row in table["stages"]:
+        if row["state"] == "missing" and row["stage"] in OPTIONAL_STAGES:
+            continue
         accuracy = (row["result"] or {}).get("accuracy")
         extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""

@@ -38,7 +38,9 @@ from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.images import random_crops, to_grey
 from dprandp.vision.metrics import knn_accuracy
 
-STAGE = "pretrain"
+STAGE, CONTINUE = "pretrain", "continue"
+EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
+"""What an extractor is made by; the last one need not be there."""
 EXTRACTOR = "extractor"
 KNN_IMAGES = 400
 """The last images of their shards; training takes others where it does not need all."""
@@ -73,7 +75,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     with graceful_stop() as stop:
         done = checkpoint.resume(begun.directory, warn=context.console.warn)
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, steps, views_per_second = load_extractor(context)[0], done.entry("steps", int), None
+            network, steps, views_per_second = load_extractor(context, STAGE)[0], done.entry("steps", int), None
             loss = done.meta.get("loss")
         elif ready is not None:
             network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
@@ -105,13 +107,24 @@ def run(config: PretrainConfig, context: Context) -> dict:
     return result
 
 
-def load_extractor(context: Context) -> tuple[nn.Module, PretrainConfig]:
-    """The run's finished extractor on the context's device, and the configuration that made it.
+def require_extractor(context: Context, needed_by: str) -> None:
+    """Refuse (InputError) unless the run has a finished extractor, and a finished ``continue`` where that was begun."""
+    context.rundir.require(STAGE, needed_by)
+    if any(row["stage"] == CONTINUE and row["state"] != "missing" for row in context.rundir.status()):
+        context.rundir.require(CONTINUE, needed_by)
+
+
+def load_extractor(context: Context, made_by: str | None = None) -> tuple[nn.Module, PretrainConfig]:
+    """The run's finished extractor on the context's device, and the configuration that laid it out.
+
+    Args:
+        made_by: 'pretrain' or 'continue'; None for the one that later stages take, the continued one if there is one.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
     """
-    loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), EXTRACTOR, STAGE)
+    made_by = made_by or (CONTINUE if context.rundir.result(CONTINUE) else STAGE)
+    loaded = checkpoint.load_finished(context.rundir.stage_dir(made_by), EXTRACTOR, made_by)
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
