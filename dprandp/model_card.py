@@ -85,7 +85,7 @@ def _data(result: Mapping[str, Any]) -> str:
         names += f", and {len(classes) - MOST_CLASSES} more (see config.json)"
     return (
         f"## Data\n\n{_plain(result['title'])} (`{_code(result['data'])}`): {result['train_examples']} training "
-        f"images{_units(result)}, {result['test_examples']} test images. Classes: {names}.\n\n"
+        f"images{_units(result)}{_public_part(result)}, {result['test_examples']} test images. Classes: {names}.\n\n"
         "Licence of the data: not known to this program. Check the terms of the data set before you publish the model."
     )
 
@@ -94,6 +94,12 @@ def _units(result: Mapping[str, Any]) -> str:
     if not several_images(result):
         return ""
     return f" of {result['train_units']} units of privacy, each {_plain(result['unit'])}"
+
+
+def _public_part(result: Mapping[str, Any]) -> str:
+    if "public_part" not in result:
+        return ""
+    return f" (without those declared public: {_plain(result['public_part'])})"
 
 
 def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ _COUNTS = {
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "clipping",
+    "source", "prior", "prior_sha256", "clipping", "optimiser", "public_part",
     "trained_weights",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}

@@ -31,7 +31,7 @@ ContinueShare = Annotated[
 Switch = Annotated[
     str | None,
     typer.Option(help="Where private steps begin: plateau of the loss of held-out public images; decelerator, when "
-                 "noise costs less than half of a step, estimated on public images; or a step. Default: plateau.",
+                 "noise costs less than a tenth of a step, estimated on public images; or a step. Default: plateau.",
                  rich_help_panel=flags.TRAINING, metavar="plateau|decelerator|STEP"),
 ]  # fmt: skip
 Mix = Annotated[
@@ -127,4 +127,51 @@ def continue_extractor(
             return session.print_plan("continue", stage, context)
         result = session.run_stage("continue", stage, context)
     console.next(session.command("report" if result.get("share") == 1 else "probe", run))
+    return None
+
+
+@app.command(rich_help_panel="About a run")
+def diagnose(
+    public: Public = None,
+    instances: Instances = None,
+    data: flags.DataName = None,
+    data_dir: flags.DataDir = Path("data"),
+    download: flags.Download = False,
+    classes: flags.Classes = None,
+    unit_column: flags.UnitColumn = None,
+    eps: flags.Epsilon = None,
+    delta: flags.Delta = None,
+    share: ContinueShare = None,
+    switch: Switch = None,
+    steps: ContinueSteps = None,
+    batch_size: ContinueBatchSize = None,
+    public_batch_size: PublicBatchSize = None,
+    public_lr: PublicLr = None,
+    size: flags.Size = None,
+    config: flags.Config = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """What privacy would cost a step of `continue`, term by term, from public images alone; nothing is charged.
+
+    [dim]dprandp diagnose --public fraction:0.1 --data digits --eps 2[/dim]
+    [dim]dprandp diagnose --steps 500 --batch-size 512 --json[/dim]
+    """
+    console = session.console(json=json, quiet=quiet, debug=debug)
+    given = {
+        "public": public, "instances": instances, "data": data, "classes": classes, "unit_column": unit_column,
+        "epsilon": eps, "delta": delta, "share": share, "switch": switch, "steps": steps, "batch_size": batch_size,
+        "public_batch_size": public_batch_size, "public_lr": public_lr, "seed": seed,
+    }  # fmt: skip
+    from dprandp.stages import diagnose as stage
+
+    with session.opened(run) as rundir:
+        settings = session.resolve(rundir, "continue", size, config, given)
+        context = session.context(rundir, console, device=device, data_dir=data_dir, download=download)
+        result = stage.run(settings, context)
+    console.result(result, stage.line(result))
     return None

@@ -78,7 +78,7 @@ def resolve(
     elif stage in ("continue", "probe") and stage not in recorded and (other := _private_before(recorded)):
         inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:
-        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
+        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
         if recorded[stage].get("colour") == "mixed":  # made before the data were known, and fit for either kind
             inherited["colour"] = "mixed"
     return resolve_config(stage, size or SIZES[0], file, given, inherited)

@@ -54,12 +54,7 @@ def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset
         whole = dataset.train()
         return whole.images[kept], whole.labels[kept]
 
-    rest = dataclasses.replace(
-        spec,
-        title=f"{spec.title}, without {len(chosen)} training images declared public",
-        train_examples=len(kept),
-    )
-    return Dataset(rest, read, dataset.require)
+    return Dataset(dataclasses.replace(spec, train_examples=len(kept)), read, dataset.require)
 
 
 def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:

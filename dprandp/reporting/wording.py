@@ -44,10 +44,20 @@ def noun(result: Facts) -> str:
 def units_and_images(result: Facts) -> str:
     """N in words."""
     if not several_images(result):
-        return f"{result['train_examples']}, treated as public"
+        return f"{result['train_examples']}, treated as public{_declared(result)}"
     return (
         f"{result['train_units']} units, which are this guarantee's N, with {result['train_examples']} images in all; "
         "both numbers are treated as public"
+    )
+
+
+def _declared(result: Facts) -> str:
+    """Of training images that nobody promises to hide."""
+    if "public_part" not in result:
+        return ""
+    return (
+        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it is "
+        "not among them, and not protected"
     )
 
 

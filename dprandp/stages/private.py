@@ -255,6 +255,7 @@ class PrivateStage:
             "adjacency": ADJACENCY,
             "unit": self.budget.unit,
             "train_units": self.plan.examples,
+            **({} if self.budget.public_part == NO_PUBLIC_PART else {"public_part": self.budget.public_part}),
             "noise": self.plan.noise,
             "random": self.ledger.random,
             "private": self.ledger.private and math.isfinite(bound.upper),

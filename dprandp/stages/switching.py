@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dprandp.config import ContinueConfig
 from dprandp.continual_config import switch_step
@@ -22,9 +23,9 @@ PATIENCE = 3
 PROGRESS = 0.01
 """Relative: what the loss has to fall below the best before, to count as progress."""
 
-FEW = 1.0
-"""The decelerator over the other terms (``LossTerms.slowdown``) at which private steps begin: at 1 such a step does
-half of what it could without noise."""
+FEW = 0.1
+"""The decelerator over the other terms (``LossTerms.slowdown``) at which private steps begin: such a step then does
+nine tenths of what it could without noise. The median of the last ``PATIENCE`` looks counts: one estimate may err."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ def plateau(losses: Sequence[float]) -> bool:
     return not any(loss < before * (1 - PROGRESS) for loss in losses[-PATIENCE:])
 
 
+def few(looks: Sequence[Look]) -> bool:
+    """Whether noise costs a private step little, by the last ``PATIENCE`` looks; an estimate that is NaN says no."""
+    if len(looks) < PATIENCE:
+        return False
+    ratios = [math.inf if look.slowdown is None else look.slowdown for look in looks[-PATIENCE:]]
+    return median(math.inf if math.isnan(ratio) else ratio for ratio in ratios) <= FEW
+
+
 def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str | None:
     """Whether private steps begin, before step ``step`` (counted from 0); why, in words, or None.
 
@@ -77,10 +86,8 @@ def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str 
     fresh = bool(looks) and looks[-1].step == step
     if fresh and config.switch == "plateau" and plateau([look.loss for look in looks]):
         return f"at step {step}: the public validation loss has come to a plateau"
-    if fresh and config.switch == "decelerator":
-        slowdown = looks[-1].slowdown
-        if slowdown is not None and slowdown <= FEW:
-            return f"at step {step}: the decelerator is {slowdown:.2g} of the other terms, on public images"
+    if fresh and config.switch == "decelerator" and few(looks):
+        return f"at step {step}: the decelerator has become small, on public images ({looks[-1].slowdown:.2g})"
     latest = latest_switch(config)
     if step >= latest:
         return f"at step {latest}, the latest: the rule ({config.switch}) did not ask for it before"
@@ -105,7 +112,7 @@ def most_private_steps(config: ContinueConfig) -> int:
 
 def first_look(config: ContinueConfig) -> int:
     """The first step at which a rule may ask for the switch."""
-    looks = PATIENCE if config.switch == "plateau" else 0  # beside the one at step 0
+    looks = PATIENCE if config.switch == "plateau" else PATIENCE - 1  # beside the one at step 0
     return min(looks * config.check_every, latest_switch(config))
 
 
