@@ -56,8 +56,8 @@ def _declared(result: Facts) -> str:
     if "public_part" not in result:
         return ""
     return (
-        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it is "
-        "not among them, and not protected"
+        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it "
+        "is not among them, and not protected"
     )
 
 

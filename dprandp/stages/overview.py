@@ -16,17 +16,17 @@ def status(rundir: RunDir) -> dict[str, Any]:
     """Stage table and budget of a run.
 
     Returns:
-        run (path), stages (rows of ``RunDir.status``), budget (epsilon, delta, spent, private) or None.
+        run (path), stages (rows of ``RunDir.status``, without those that a run need not have), budget (epsilon, delta,
+        spent, private) or None.
     """
-    return {"run": str(rundir.path), "stages": rundir.status(), "budget": read_budget(rundir)}
+    rows = [row for row in rundir.status() if row["state"] != "missing" or row["stage"] not in OPTIONAL_STAGES]
+    return {"run": str(rundir.path), "stages": rows, "budget": read_budget(rundir)}
 
 
 def status_lines(table: dict[str, Any]) -> str:
     """``status`` for people."""
     lines = [f"run {table['run']}"]
     for row in table["stages"]:
-        if row["state"] == "missing" and row["stage"] in OPTIONAL_STAGES:
-            continue
         accuracy = (row["result"] or {}).get("accuracy")
         extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""

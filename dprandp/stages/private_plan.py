@@ -86,7 +86,7 @@ def open_private_stage(
     Args:
         name: 'continue', 'probe' or 'finetune'.
         config: the stage's configuration.
-        steps: where the configuration names none.
+        steps: where the configuration names none; of ``continue``, whose own count holds public ones too, always.
         batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
         budget_part: part of what is left that another stage than a probe may spend on its first mechanism (see
             ``following``).
@@ -114,7 +114,7 @@ def open_private_stage(
         "examples": examples,
         "delta": budget.delta,
         "sample_rate": _sample_rate(config, examples, batch_part),
-        "steps": config.steps or steps,
+        "steps": steps if isinstance(config, ContinueConfig) else config.steps or steps,
         "clip_norm": config.clip_norm,
         "views": config.views,
         "noise": config.noise,

@@ -21,7 +21,7 @@ from dprandp.vision.classifier import Classifier
 from dprandp.vision.precision import autocast
 
 PUBLIC_HEAD = "public_head"
-TERM_EXAMPLES = 64
+TERM_EXAMPLES = 32
 """Public examples that loss terms are estimated on."""
 TERM_PROBES = 4
 HELD_OUT_BATCH = 256
