@@ -17,9 +17,11 @@ import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from . import pretrain_config, published
+from .continual_config import ContinueConfig
+from .continual_config import validate as validate_continue
 from .errors import UsageError, nearest
 from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, FinetuneOptions, validate_options
 from .pretrain_config import PretrainConfig
@@ -114,12 +116,12 @@ class FinetuneConfig(FinetuneOptions):
     seed: int = 0
 
 
-StageConfig = GenerateConfig | PretrainConfig | ProbeConfig | FinetuneConfig
-Config = TypeVar("Config", GenerateConfig, PretrainConfig, ProbeConfig, FinetuneConfig)
+StageConfig = GenerateConfig | PretrainConfig | ContinueConfig | ProbeConfig | FinetuneConfig
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
     "pretrain": PretrainConfig,
+    "continue": ContinueConfig,
     "probe": ProbeConfig,
     "finetune": FinetuneConfig,
 }
@@ -128,17 +130,14 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
 ) -> StageConfig:
-    """Build one stage's configuration.
+    """Build one stage's configuration, validated.
 
     Args:
-        stage: 'generate', 'pretrain', 'probe' or 'finetune'.
+        stage: a key of ``STAGE_CONFIGS``.
         size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
         inherited: what the run decided before; file and flags win over it.
-
-    Returns:
-        The validated configuration.
 
     Raises:
         UsageError: unknown size, key or value out of range.
@@ -227,7 +226,7 @@ _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
     "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor", "pool", "uses",
-    "instances",
+    "instances", "check_every", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
@@ -236,16 +235,13 @@ _AT_MOST = {
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
     "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
     "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6, "instances": 10**7,
+    "check_every": 10**9, "public_batch_size": 10**6,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 
 
 def validate(stage: str, config: StageConfig) -> None:
-    """Refuse values out of range, naming the value.
-
-    Raises:
-        UsageError: always with exit code 2.
-    """
+    """Refuse values out of range (UsageError), naming the value."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     for key in _POSITIVE:
         value = values.get(key)
@@ -296,3 +292,5 @@ def validate(stage: str, config: StageConfig) -> None:
         validate_options(values)
     if isinstance(config, PretrainConfig):
         pretrain_config.check(config)
+    if isinstance(config, ContinueConfig):
+        validate_continue(config)

@@ -16,7 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.reporting.wording import public_weights, several_images, shipped_prior
+from dprandp.reporting.wording import public_steps, public_weights, several_images, shipped_prior
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -85,7 +85,7 @@ def _data(result: Mapping[str, Any]) -> str:
         names += f", and {len(classes) - MOST_CLASSES} more (see config.json)"
     return (
         f"## Data\n\n{_plain(result['title'])} (`{_code(result['data'])}`): {result['train_examples']} training "
-        f"images{_units(result)}, {result['test_examples']} test images. Classes: {names}.\n\n"
+        f"images{_units(result)}{_public_part(result)}, {result['test_examples']} test images. Classes: {names}.\n\n"
         "Licence of the data: not known to this program. Check the terms of the data set before you publish the model."
     )
 
@@ -94,6 +94,12 @@ def _units(result: Mapping[str, Any]) -> str:
     if not several_images(result):
         return ""
     return f" of {result['train_units']} units of privacy, each {_plain(result['unit'])}"
+
+
+def _public_part(result: Mapping[str, Any]) -> str:
+    if "public_part" not in result:
+        return ""
+    return f" (without those declared public: {_plain(result['public_part'])})"
 
 
 def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: Mapping[str, Any]) -> str:
@@ -108,6 +114,12 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
         prior = f"The feature extractor ({_plain(pretrain['arch'])}) was {kind}; no data was used for it."
         if pretrain.get("prior"):
             prior = f"The feature extractor is {_plain(shipped_prior(pretrain, generate))}."
+        continued = result if "public_training" in result else pretrain.get("continued")
+        if continued:
+            further = _plain(public_steps(continued["public_training"]))
+            prior = f"{prior.removesuffix('.')} so far. It went on learning: {further}."
+        if continued and continued is not result and "epsilon" in continued:
+            prior += f" Private steps on {_plain(continued['title'])} followed, whose cost is part of ε."
     stage = "A linear head" if result["stage"] == "probe" else "All parameters"
     learner = "DP-SGD" if why_not_private(result) is None else "DP-SGD's procedure, without its guarantee"
     return (

@@ -24,9 +24,9 @@ from dprandp import environment, runtable, toml
 from dprandp.errors import InputError, UsageError
 from dprandp.files import atomic_path, atomic_write, file_sha256, storage_errors, to_json
 from dprandp.runfolder import RunFolder, known_stage
-from dprandp.runtable import STAGES, Table
+from dprandp.runtable import OPTIONAL_STAGES, STAGES, Table
 
-__all__ = ["STAGES", "Begin", "RunDir", "atomic_path", "atomic_write"]
+__all__ = ["OPTIONAL_STAGES", "STAGES", "Begin", "RunDir", "atomic_path", "atomic_write"]
 
 IGNORED = ("device", "microbatch", "workers")
 """Settings that decide where and how fast a stage runs and never what comes out."""

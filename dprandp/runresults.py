@@ -35,8 +35,7 @@ _COUNTS = {
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
     "source", "prior", "prior_sha256", "clipping", "optimiser", "gradient_point", "recipe",
-    "init_sha256", "init_source",
-    "trained_weights", "objective",
+    "init_sha256", "init_source", "public_part", "trained_weights", "objective",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}
@@ -45,6 +44,9 @@ _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accu
 _REFIT = {"sample_rate", "steps", "lost_steps", "noise_multiplier", "clip_norm"}
 """What a refit of the head must hold: its mechanism is disclosed."""
 
+_PUBLIC_TRAINING = {"images": str, "examples": int, "steps": int, "mix": str, "switch": str, "head": str}
+"""What ``continue`` must say of its public part."""
+
 _PRIVATE = {
     "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
     "sample_rate", "charged_steps", "noise_multiplier", "clip_norm", "views",  # the card of a later stage names them
@@ -52,6 +54,7 @@ _PRIVATE = {
 NEEDED: dict[str, set[str]] = {
     "generate": {"process", "count", "resolution", "seconds"},
     "pretrain": {"arch", "feature_dim", "knn_accuracy", "seconds"},
+    "continue": {"arch", "public_training", "seconds"},  # and as the others, where it was private: see refuse_gaps
     "probe": _PRIVATE | {"share"},
     "finetune": _PRIVATE,
 }
@@ -81,6 +84,8 @@ def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
         CheckpointError: the message names what is missing.
     """
     needed = NEEDED[stage] | ({"prior_sha256", "prior_images"} if "prior" in result else set())
+    if stage == "continue" and "epsilon" in result:
+        needed |= _PRIVATE
     missing = sorted(needed - result.keys())
     if missing:
         raise CheckpointError(
@@ -107,6 +112,8 @@ def _fits(name: str, value: Any) -> bool:
     if name == "confusion":
         rows = isinstance(value, list) and all(isinstance(row, list) and len(row) == len(value) for row in value)
         return rows and all(type(count) is int and 0 <= count < 2**63 for row in value for count in row)
+    if name == "public_training":
+        return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in _PUBLIC_TRAINING.items())
     if name == "refit":
         return isinstance(value, dict) and value.keys() >= _REFIT and all(_fits(*entry) for entry in value.items())
     return True

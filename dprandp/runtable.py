@@ -25,7 +25,15 @@ from dprandp.runresults import wrong_entry
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
-STAGES = {"generate": "1-generate", "pretrain": "2-pretrain", "probe": "3-probe", "finetune": "4-finetune"}
+STAGES = {
+    "generate": "1-generate",
+    "pretrain": "2-pretrain",
+    "continue": "2b-continue",
+    "probe": "3-probe",
+    "finetune": "4-finetune",
+}
+OPTIONAL_STAGES = ("continue",)
+"""Of which a run need not have one, and nobody is told that it is missing."""
 
 
 @dataclass
@@ -76,6 +84,9 @@ class Table:
                 reasons.append(f"it was made from another {name}")
             elif source != stage and self.stale_because(source):
                 reasons.append(f"stage {source!r}, which it was made from, is stale")
+        made_from = {name.partition("/")[0] for name in record.inputs}
+        if "continue" in self.stages and "pretrain" in made_from and "continue" not in made_from | {stage}:
+            reasons.append("the extractor was continued since")
         return sorted(set(reasons))
 
     def to_json(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 SIZES = ("tiny", "small", "paper")
 
 SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"generate": {}, "pretrain": {}, "probe": {}, "finetune": {}},
+    "tiny": {"generate": {}, "pretrain": {}, "continue": {}, "probe": {}, "finetune": {}},
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
@@ -19,6 +19,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_size": 64,
             "projection_hidden": 1024,
         },
+        "continue": {"steps": 600, "instances": 2000},
         "probe": {"dims": 2048, "statistics_images": 8000},
         "finetune": {},
     },
@@ -37,6 +38,8 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "projection_hidden": 4096,
             "checkpoint_every": 1000,
         },
+        # Bu et al. 2024 train with B = 4096; steps and sizes are ours
+        "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
         "probe": {"dims": 4096, "statistics_images": 16_000, "steps": 100},
         "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
     },

@@ -183,9 +183,21 @@ def test_later_stages_become_stale_and_fresh_again(run: RunDir) -> None:
     complete(run, "generate", "a")
     complete(run, "pretrain", inputs=run.inputs_from("generate"))
     complete(run, "probe", inputs=run.inputs_from("pretrain") | {"data": "digits"})
-    assert states(run) == {"generate": "done", "pretrain": "done", "probe": "done", "finetune": "missing"}
+    assert states(run) == {
+        "generate": "done",
+        "pretrain": "done",
+        "continue": "missing",
+        "probe": "done",
+        "finetune": "missing",
+    }
     run.begin("generate", CONFIG, {}, overwrite=True)
-    assert states(run) == {"generate": "partial", "pretrain": "stale", "probe": "stale", "finetune": "missing"}
+    assert states(run) == {
+        "generate": "partial",
+        "pretrain": "stale",
+        "continue": "missing",
+        "probe": "stale",
+        "finetune": "missing",
+    }
     assert json.loads((run.path / "run.json").read_text())["stages"]["probe"]["state"] == "stale"
 
     (run.stage_dir("generate") / "out.bin").write_text("b")
@@ -201,8 +213,26 @@ def test_later_stages_become_stale_and_fresh_again(run: RunDir) -> None:
     assert "--overwrite" in caught.value.fix
 
     complete(run, "generate", "a", overwrite=True)  # the same bytes again
-    assert states(run) == {"generate": "done", "pretrain": "done", "probe": "done", "finetune": "missing"}
+    assert states(run) == {
+        "generate": "done",
+        "pretrain": "done",
+        "continue": "missing",
+        "probe": "done",
+        "finetune": "missing",
+    }
     assert run.begin("probe", CONFIG, run.inputs_from("pretrain") | {"data": "digits"}).action == "skip"
+
+
+def test_what_was_made_before_the_extractor_was_continued_is_stale(run: RunDir) -> None:
+    complete(run, "generate")
+    complete(run, "pretrain", inputs=run.inputs_from("generate"))
+    complete(run, "probe", inputs=run.inputs_from("pretrain") | {"data": "digits"})
+    assert states(run)["probe"] == "done"
+    run.begin("continue", CONFIG, run.inputs_from("pretrain"))
+    assert (states(run)["pretrain"], states(run)["continue"], states(run)["probe"]) == ("done", "partial", "stale")
+    run.finish("continue", {}, {})
+    with pytest.raises(InputError, match="continued since"):
+        run.require("probe", "finetune")
 
 
 def test_a_vanished_output_makes_a_stage_stale(run: RunDir) -> None:
@@ -241,6 +271,7 @@ def test_folders(run: RunDir) -> None:
     assert {stage: run.stage_dir(stage).name for stage in STAGES} == {
         "generate": "1-generate",
         "pretrain": "2-pretrain",
+        "continue": "2b-continue",
         "probe": "3-probe",
         "finetune": "4-finetune",
     }

@@ -114,7 +114,8 @@ FOUNDATIONS = {
     "published": {"errors"},
     "finetune_options": {"errors"},
     "pretrain_config": {"errors"},
-    "config": {"errors", "finetune_options", "pretrain_config", "published", "sizes", "toml"},
+    "continual_config": {"errors"},
+    "config": {"continual_config", "errors", "finetune_options", "pretrain_config", "published", "sizes", "toml"},
     "faults": {"errors"},
     "signals": {"errors"},
     "tensorfile": {"errors"},
@@ -208,7 +209,8 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 # What may be taken from dprandp.datasets, and by whom. Only open_dataset leads to pixels, by train() and test() below.
 MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"Dataset", "DataSpec"},  # types
-    "dprandp.stages.private_plan": {"open_dataset"},
+    "dprandp.stages.private_plan": {"open_dataset", "without_public_part"},
+    "dprandp.stages.public_tasks": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.stages.overview": {"list_datasets", "open_dataset", "check_data"},
     "dprandp.stages.doctor": {"list_datasets"},
@@ -220,6 +222,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {
+    "dprandp.stages.continual", "dprandp.stages.continual_loop",
     "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
     "dprandp.stages.release",
     "dprandp.stages.tune_private",
@@ -228,7 +231,10 @@ MAY_IMPORT_PRIVATE_STAGE = {
     "dprandp.stages.audit", "dprandp.stages.audit_loops",  # the same loops, watched
 }  # fmt: skip
 MAY_READ_PIXELS = {
-    "train": {"dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public"},
+    "train": {
+        "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public",
+        "dprandp.stages.continual_loop", "dprandp.stages.public_tasks",
+    },
     "test": {"dprandp.stages.release"},
     "fingerprint": {"dprandp.stages.private", "dprandp.stages.features"},
     "grouping": {"dprandp.stages.unit_rows"},

@@ -2,6 +2,7 @@
 
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
+    continual.py   continue, diagnose
     run.py, predict.py, export.py, doctor.py, tune.py, audit.py, bench.py, priors.py   one command each
     together.py  the same command on several processes
 
@@ -17,7 +18,21 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__, faults
-from dprandp.cli import about, audit, bench, doctor, export, predict, priors, run, session, stages, together, tune
+from dprandp.cli import (
+    about,
+    audit,
+    bench,
+    continual,
+    doctor,
+    export,
+    predict,
+    priors,
+    run,
+    session,
+    stages,
+    together,
+    tune,
+)  # fmt: skip
 from dprandp.signals import end_on_signals
 
 app = typer.Typer(
@@ -31,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
+app.add_typer(continual.app)
 app.add_typer(run.app)
 app.add_typer(predict.app)
 app.add_typer(export.app)

@@ -222,8 +222,8 @@ Prior = Annotated[
 ]  # fmt: skip
 Arch = Annotated[
     str | None,
-    typer.Option(help="patchnet or wrn-DEPTH-WIDTH, such as wrn-16-4. Default: patchnet (tiny, small), "
-                 "wrn-16-4 (paper).", rich_help_panel=TRAINING),
+    typer.Option(help="patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4. "
+                 "Default: patchnet (tiny, small), wrn-16-4 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip
 Layers = Annotated[
     int | None,

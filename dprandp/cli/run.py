@@ -12,7 +12,7 @@ from dprandp.cli import flags, session
 from dprandp.cli.session import DEFAULT_RUN
 from dprandp.config import StageConfig
 from dprandp.errors import UsageError
-from dprandp.rundir import STAGES, RunDir
+from dprandp.rundir import OPTIONAL_STAGES, STAGES, RunDir
 
 app = typer.Typer()
 
@@ -127,10 +127,12 @@ def _all_stages(resolve, rundir: RunDir, resume: bool) -> dict[str, Any]:
     """
     configs: dict[str, Any] = {}
     for stage in STAGES:
+        if stage in OPTIONAL_STAGES:
+            continue
         configs[stage] = resolve(stage, configs)
     if resume:
         for row in rundir.status():
-            if row["config"]:
+            if row["config"] and row["stage"] in configs:
                 configs[row["stage"]] = type(configs[row["stage"]])(**row["config"])
     return configs
 

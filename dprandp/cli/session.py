@@ -76,11 +76,21 @@ def resolve(
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
+    elif stage in ("continue", "probe") and stage not in recorded and (other := _private_before(recorded)):
+        inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:
-        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch")}
+        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
         if recorded[stage].get("colour") == "mixed":  # made before the data were known, and fit for either kind
             inherited["colour"] = "mixed"
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
+
+
+def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The configuration of another private stage of the run, by which its data and its budget are known."""
+    found = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
+    if found.get("mix") == "public":  # it had no budget
+        return {key: value for key, value in found.items() if key not in ("epsilon", "delta", "noise")}
+    return found
 
 
 def public_stages(

@@ -18,11 +18,13 @@ from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.reporting.wording import (
     clip_in_words,
     clipped_gradient,
+    continued,
     groups,
     learned_from,
     limits,
     noise_in_words,
     noun,
+    public_steps,
     public_weights,
     several_images,
     shipped_prior,
@@ -333,6 +335,10 @@ def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
         return f"{weights[0].upper()}{weights[1:]}; {declared}"
     if result.get("source") == "scratch" or not pretrain:
         return f"A randomly initialised network; {declared}"
+    if "public_training" in result:
+        declared = f"{public_steps(result['public_training'])}; {declared}"
+    if pretrain.get("continued"):
+        declared = f"{continued(pretrain['continued'])}; {declared}"
     images = "synthetic images"
     if generate:
         images = f"{generate['count']} synthetic images of the random process {generate['process']}"

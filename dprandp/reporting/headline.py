@@ -119,7 +119,7 @@ def _power(value: float) -> Markup:
 
 
 def _privacy_sentence(run: Run, result: dict[str, Any]) -> str:
-    exact = all(run.results[stage]["sample_rate"] == 1 for stage in PRIVATE_STAGES if stage in run.results)
+    exact = all(run.results[stage]["sample_rate"] == 1 for stage in run.private_stages)
     return privacy_sentence(result, run.spending.epsilon, exact=exact and not run.spending.unfinished)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from dprandp.reporting.disclosure import check
 from dprandp.rundir import RunDir
 from dprandp.runresults import refuse_gaps
 
-PRIVATE_STAGES = ("probe", "finetune")
+PRIVATE_STAGES = ("continue", "probe", "finetune")
+"""That may have touched private images; ``Run.private_stages`` are those that did, and are finished."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,23 @@ class Run:
     audit_is_old: bool = False
 
     @property
+    def private_stages(self) -> list[str]:
+        """Finished stages that paid for private images, in order."""
+        return paying(self.results)
+
+    @property
     def final(self) -> dict[str, Any] | None:
         """The result of the last private stage that is done (of a stale one only where no other is), or None."""
-        done = [row for row in self.rows if row["stage"] in PRIVATE_STAGES and row["stage"] in self.results]
+        done = [row for row in self.rows if row["stage"] in self.private_stages]
         fresh = [row for row in done if row["state"] == "done"]
         return (fresh or done)[-1]["result"] if done else None
+
+    def extractor_of(self, stage: str) -> dict[str, Any] | None:
+        """What is known of the extractor that a stage began with: pretrain's result, and ``continued``, if it was."""
+        pretrain, continued = self.results.get("pretrain"), self.results.get("continue")
+        if pretrain is None or continued is None or stage == "continue":
+            return pretrain
+        return {**pretrain, "continued": continued}
 
     def row(self, stage: str) -> dict[str, Any]:
         """The row of one stage."""
@@ -94,7 +108,7 @@ def read_run(rundir: RunDir) -> Run:
         )
     for stage, result in results.items():
         refuse_gaps(stage, result)
-        if stage in PRIVATE_STAGES:
+        if stage in paying(results):
             check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
     audit, audit_is_old = _read_audit(rundir)
@@ -109,6 +123,11 @@ def read_run(rundir: RunDir) -> Run:
         audit=audit,
         audit_is_old=audit_is_old,
     )
+
+
+def paying(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Stages, of those with results, that paid for private images; ``continue`` may have read public ones alone."""
+    return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
 
 
 def changed_settings(row: dict[str, Any]) -> list[str]:
@@ -132,7 +151,7 @@ def _shown(key: str, value: Any) -> Any:
 
 def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> Spending:
     """The largest ε any finished stage reports; where charges may have come after it, the ledger accounted again."""
-    private = [results[stage] for stage in PRIVATE_STAGES if stage in results]
+    private = [results[stage] for stage in paying(results)]
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")

@@ -11,7 +11,8 @@ from dprandp.reporting.disclosure import disclosure, epsilon_text, number, perce
 from dprandp.reporting.figures import curve, heat_picture, preview_image
 from dprandp.reporting.headline import not_private_reason
 from dprandp.reporting.markup import Markup, section, table, tag
-from dprandp.reporting.runfiles import PRIVATE_STAGES, Run, changed_settings, is_number
+from dprandp.reporting.runfiles import Run, changed_settings, is_number
+from dprandp.rundir import OPTIONAL_STAGES
 
 TABLE_CLASSES = 20
 """Most classes of a confusion matrix that is shown as a table."""
@@ -19,6 +20,7 @@ TABLE_CLASSES = 20
 PHASES = {
     "generate": "synthetic images",
     "pretrain": "feature extractor",
+    "continue": "public, then private steps on the extractor",
     "probe": "private head",
     "finetune": "private fine-tune",
 }
@@ -31,14 +33,17 @@ CURVES = {
     "alignment": ("distance²", "alignment: mean squared distance of two crops of a held-out synthetic image"),
     "uniformity": ("log mean", "uniformity of held-out synthetic images on the sphere; lower is more spread"),
     "effective_rank": ("rank", "effective rank of the features of held-out synthetic images"),
+    "public_loss": ("loss", "loss of held-out public images"),
+    "slowdown": ("ratio", "the decelerator over the other terms, on public images"),
     "update_norm": ("norm", "norm of the noisy update (signal and noise)"),
     "weight_norm": ("norm", "norm of the head's weights"),
 }
 
 
 def timeline(run: Run) -> Markup:
-    """The four stages: state, time, outcome."""
-    return section("Stages", tag("ol", (_stage(run, row) for row in run.rows), class_="stages"), id_="stages")
+    """The stages: state, time, outcome."""
+    told = (row for row in run.rows if row["state"] != "missing" or row["stage"] not in OPTIONAL_STAGES)
+    return section("Stages", tag("ol", (_stage(run, row) for row in told), class_="stages"), id_="stages")
 
 
 def synthetic(run: Run) -> Markup:
@@ -76,14 +81,14 @@ def curves(run: Run) -> Markup:
         "training accuracy on private images are not published.",
         class_="soft",
     )
-    private = any(stage in run.metrics for stage in PRIVATE_STAGES)
+    private = any(stage in run.metrics for stage in run.private_stages)
     return section("Learning curves", note if private else None, tag("div", figures, class_="curves"), id_="curves")
 
 
 def budget(run: Run) -> Markup:
     """How much of the run's ε was spent, and by which stage."""
     spent, total = run.spending, run.spending.total
-    stages = [run.results[stage] for stage in PRIVATE_STAGES if stage in run.results]
+    stages = [run.results[stage] for stage in run.private_stages]
     if total is None or (not stages and spent.epsilon == 0):
         return Markup("")
     if math.isinf(total) or math.isinf(spent.epsilon):
@@ -155,13 +160,13 @@ def confusion(run: Run) -> Markup:
 
 def disclosures(run: Run) -> Markup:
     """Every fact a privacy claim needs, a column per private stage."""
-    stages = [stage for stage in PRIVATE_STAGES if stage in run.results]
+    stages = run.private_stages
     if not stages:
         return Markup("")
-    pretrain, generate = run.results.get("pretrain"), run.results.get("generate")
+    generate = run.results.get("generate")
     columns = [
-        dict(disclosure(run.results[stage], pretrain, generate, changed=changed_settings(run.row(stage))))
-        for stage in stages
+        dict(disclosure(run.results[stage], run.extractor_of(stage), generate, changed=changed_settings(row)))
+        for stage, row in ((stage, run.row(stage)) for stage in stages)
     ]
     rows = []
     for label in columns[0]:
@@ -197,9 +202,8 @@ def configuration(run: Run) -> Markup:
 def environment(run: Run) -> Markup:
     """Versions and machine."""
     facts = dict(run.environment)
-    for stage in PRIVATE_STAGES:
-        if stage in run.results:
-            facts[f"device of {stage}"] = run.results[stage]["device"]
+    for stage in run.private_stages:
+        facts[f"device of {stage}"] = run.results[stage]["device"]
     rows = [(name, _plain(value)) for name, value in facts.items()]
     return section("Environment", table([], rows, "Where the run was made", class_="facts"), id_="environment")
 
@@ -232,8 +236,14 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         if result.get("objective"):
             learned += f" by {result['objective']}"
         return f"{result['arch']}, {learned}, {number(result.get('feature_dim'))} features{neighbours}"
+    before = ""
+    if stage == "continue":
+        public = result["public_training"]
+        before = f"{result['arch']}; {public['steps']} steps on {public['images']}; {public['switch']}; "
+        if "epsilon" not in result:
+            return before + "nothing private was read"
     privacy = f"ε = {epsilon_text(result['epsilon'])}" if result["private"] else "NOT PRIVATE"
-    return f"test accuracy {percent(result['accuracy'])}, {privacy}, {result['steps']} steps"
+    return f"{before}test accuracy {percent(result['accuracy'])}, {privacy}, {result['steps']} steps"
 
 
 def _moment(stamp: str) -> str:

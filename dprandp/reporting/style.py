@@ -54,6 +54,7 @@ svg { width: 100%; height: auto; display: block; }
 .bar span { display: block; min-width: 2px; }
 .probe { background: var(--accent); }
 .finetune { background: #d95f02; }
+.continue { background: #7570b3; }
 .other { background: var(--soft); }
 ul.legend { list-style: none; padding: 0; margin: .5rem 0; }
 ul.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .5rem;

@@ -44,10 +44,20 @@ def noun(result: Facts) -> str:
 def units_and_images(result: Facts) -> str:
     """N in words."""
     if not several_images(result):
-        return f"{result['train_examples']}, treated as public"
+        return f"{result['train_examples']}, treated as public{_declared(result)}"
     return (
         f"{result['train_units']} units, which are this guarantee's N, with {result['train_examples']} images in all; "
         "both numbers are treated as public"
+    )
+
+
+def _declared(result: Facts) -> str:
+    """Of training images that nobody promises to hide."""
+    if "public_part" not in result:
+        return ""
+    return (
+        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it "
+        "is not among them, and not protected"
     )
 
 
@@ -152,6 +162,26 @@ def learned_from(pretrain: Facts) -> str:
     if not pretrain.get("fresh_images"):
         return "them"
     return f"{pretrain['fresh_images']} further images of the same process, made during the training and not kept"
+
+
+def public_steps(training: Facts) -> str:
+    """What ``continue`` did with public images, from ``public_training`` of its result."""
+    mixed = {
+        "cosine": "; a public gradient was mixed into every private step, with a weight that rose from 0 towards 1",
+        "ratio": "; a public gradient was mixed into every private step, by the ratio of the numbers of examples",
+    }.get(training["mix"], "")
+    began = "" if training["mix"] == "public" else f"; private steps began {training['switch']}"
+    if training["mix"] in ("cosine", "ratio", "private"):
+        began = f"; {training['switch']}"
+    return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
+
+
+def continued(result: Facts) -> str:
+    """How an extractor was continued before a later stage took it, from the result of ``continue``."""
+    private = "without private images"
+    if "epsilon" in result:
+        private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
+    return f"continued: {public_steps(result['public_training'])}; {private}"
 
 
 def shipped_prior(pretrain: Facts, generate: Facts) -> str:

@@ -18,6 +18,7 @@ from dprandp.rundir import RunDir
 ADJACENCY = "add/remove one record"
 """A record is one unit of privacy: one image, or all images of one patient, say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
+NO_PUBLIC_PART = "none"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Budget:
     """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
 
     A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
-    that is accounted here, so a changed one is refused.
+    that is accounted here, so a changed one is refused. So is a changed choice of the training images that were
+    declared public (``public_part``): what was private once in a run stays private, and the other way round.
     """
 
     data: str
@@ -33,6 +35,7 @@ class Budget:
     delta: float
     examples: int
     unit: str
+    public_part: str = NO_PUBLIC_PART
 
     def refuse_other(self, other: Budget) -> None:
         """Raise if a command asks for another budget than the run has.
@@ -46,6 +49,12 @@ class Budget:
                 "was asked for",
                 fix="give the same --unit-column, or start a new --run and add up what both release",
             )
+        if self.data == other.data and self.public_part != other.public_part:
+            raise BudgetError(
+                f"of this run's training images, the public part was fixed as {self.public_part} before the first look "
+                f"at the private ones; {other.public_part} was asked for",
+                fix="give the same --public and --seed, or start a new --run and add up what both release",
+            )
         if (self.data, self.examples) != (other.data, other.examples):
             raise UsageError(
                 f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
@@ -57,6 +66,12 @@ class Budget:
                 f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
                 fix="leave --eps and --delta out, or start a new --run and add up what both release",
             )
+
+
+def budget_of(document: dict[str, Any]) -> Budget:
+    """The budget that a plan file holds."""
+    part = document.get("public_part", NO_PUBLIC_PART)
+    return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
 
 
 def default_delta(examples: int) -> float:
@@ -114,6 +129,8 @@ def _refuse_nonsense(document: dict[str, Any]) -> None:
     for key, kind in kinds.items():
         if not isinstance(document[key], kind) or isinstance(document[key], bool):
             raise TypeError(f"{key} has another type")
+    if not isinstance(document.get("public_part", NO_PUBLIC_PART), str):
+        raise TypeError("public_part has another type")
     validate_budget(document["epsilon"], document["delta"], document["examples"])
     for name, entry in document["stages"].items():
         selection = "mu" in entry["plan"]

@@ -18,6 +18,7 @@ from dprandp.vision.dictionary import PATCHES_OF_A_CROP, SECOND_LAYER_CROPS
 from dprandp.vision.extractors import NF_RESNET, build_extractor
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.response_layer import ResponseLayer
+from dprandp.vision.vit import EXPANSION, parse_vit
 from dprandp.vision.wrn import parse_wrn
 
 FLOAT = 4
@@ -31,6 +32,7 @@ PATCHNET_FLOPS = 25e9
 SECOND_LAYER_FLOPS = 25e9
 WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE = 75.0, 38.0, 28.0  # views a second
 NF_RESNET_WORK = 0.21  # of wrn-16-4's, at 32 pixels: products of a forward pass
+WRN_16_4_OPERATIONS = 0.8e9  # of one image
 HEAD_FLOPS = 10e9
 
 
@@ -41,6 +43,11 @@ class Cost:
     disk_bytes: int
     memory_bytes: int
     seconds_estimate: float | None
+
+    def plus(self, seconds: float | None) -> Cost:
+        """The same with further work."""
+        known = self.seconds_estimate is not None and seconds is not None
+        return Cost(self.disk_bytes, self.memory_bytes, self.seconds_estimate + seconds if known else None)
 
     def rounded(self) -> dict[str, Any]:
         """Plain values, without digits that mean nothing."""
@@ -92,14 +99,23 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
             forward += _second_layer_products(network.second, side**2 * pixels) / SECOND_LAYER_FLOPS
         widths = tuple(part.width for part in network.parts)
         return Extractor(config.arch, parameters, state, network.feature_dim, widths, forward, 0.0, 3 * forward)
-    if config.arch == NF_RESNET:
-        work = NF_RESNET_WORK
-    else:
-        depth, width = parse_wrn(config.arch)
-        work = (depth - 4) / 12 * (width / 4) ** 2  # in units of wrn-16-4
+    work = _work(config.arch)
     rates = (WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE)
     widths = tuple(part.width for part in network.parts)
     return Extractor(config.arch, parameters, state, network.feature_dim, widths, *(work / rate for rate in rates))
+
+
+def _work(arch: str) -> float:
+    """Operations of one image, in units of those of wrn-16-4."""
+    if arch.startswith("vit-"):
+        depth, width, patch = parse_vit(arch)
+        patches = (INPUT_SIZE // patch) ** 2
+        block = 2 * patches * width**2 * (4 + 2 * EXPANSION) + 4 * patches**2 * width
+        return (depth * block + 2 * patches * width * 3 * patch**2) / WRN_16_4_OPERATIONS
+    if arch == NF_RESNET:
+        return NF_RESNET_WORK
+    depth, width = parse_wrn(arch)
+    return (depth - 4) / 12 * (width / 4) ** 2
 
 
 def _second_layer_products(layer: ResponseLayer, pixels: int) -> int:

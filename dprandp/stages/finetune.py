@@ -73,7 +73,9 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
-        scratch.init_hash(config) if alone else context.rundir.inputs_from("generate", "pretrain", "probe"),
+        scratch.init_hash(config)
+        if alone
+        else context.rundir.inputs_from("generate", "pretrain", "continue", "probe"),
         resume=context.resume,
         overwrite=context.overwrite,
         private_inputs=stage.private_inputs(),

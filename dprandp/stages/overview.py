@@ -8,7 +8,7 @@ from typing import Any
 
 from dprandp.datasets import check_data, list_datasets, open_dataset
 from dprandp.errors import UsageError
-from dprandp.rundir import RunDir
+from dprandp.rundir import OPTIONAL_STAGES, RunDir
 from dprandp.stages.budget import read_budget
 
 
@@ -16,9 +16,11 @@ def status(rundir: RunDir) -> dict[str, Any]:
     """Stage table and budget of a run.
 
     Returns:
-        run (path), stages (rows of ``RunDir.status``), budget (epsilon, delta, spent, private) or None.
+        run (path), stages (rows of ``RunDir.status``, without those that a run need not have), budget (epsilon, delta,
+        spent, private) or None.
     """
-    return {"run": str(rundir.path), "stages": rundir.status(), "budget": read_budget(rundir)}
+    rows = [row for row in rundir.status() if row["state"] != "missing" or row["stage"] not in OPTIONAL_STAGES]
+    return {"run": str(rundir.path), "stages": rows, "budget": read_budget(rundir)}
 
 
 def status_lines(table: dict[str, Any]) -> str:

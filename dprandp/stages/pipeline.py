@@ -11,15 +11,20 @@ from dprandp.config import StageConfig, as_dict
 from dprandp.reporting.disclosure import epsilon_text
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
-from dprandp.stages import finetune, generate, pretrain, probe
+from dprandp.stages import continual, finetune, generate, pretrain, probe
 from dprandp.stages.context import Context
 
 RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
     "generate": generate.run,
     "pretrain": pretrain.run,
+    "continue": continual.run,
     "probe": probe.run,
     "finetune": finetune.run,
 }
+
+
+IN_ORDER = ("generate", "pretrain", "probe", "finetune")
+"""The stages of ``dprandp run``; an extractor is continued by whoever asks for it."""
 
 
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
@@ -55,7 +60,7 @@ def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
     """
     results = {}
     with graceful_stop() as stop:
-        for name in RUNNERS:
+        for name in IN_ORDER:
             if name == "finetune" and results["probe"]["share"] == 1:
                 context.console.say("finetune: skipped, the probe was given the whole budget (--share 1)")
                 continue
@@ -82,5 +87,11 @@ def stage_line(name: str, result: dict) -> str:
     if name == "pretrain":
         quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
         return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}, in {seconds}"
+    if name == "continue":
+        done = result["public_training"]
+        said = f"continue: {result['arch']}, {done['images']}; {done['switch']}"
+        if "epsilon" not in result:
+            return f"{said}; nothing private was read, in {seconds}"
+        name = f"{said}; then"
     privacy = f"ε = {epsilon_text(result['epsilon'])}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
     return f"{name}: {result['data']} test accuracy {100 * result['accuracy']:.2f} % at {privacy}, in {seconds}"

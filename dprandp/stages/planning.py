@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dprandp.config import (
+    ContinueConfig,
     FinetuneConfig,
     GenerateConfig,
     PretrainConfig,
@@ -22,14 +23,14 @@ from dprandp.config import (
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.runresults import ONE_IMAGE
-from dprandp.stages import estimates, finetune
+from dprandp.stages import continual, continual_plan, estimates, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import blocks_of
 from dprandp.stages.generate import check as check_images
 from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
-from dprandp.stages.private_plan import DEFAULT_SHARE, name_private_stage, open_private_stage
+from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
 from dprandp.stages.scratch import network_config, without_phase_one
 from dprandp.stages.update_facts import gradients_per_record
 from dprandp.vision.extractors import refuse_unlearnable
@@ -50,7 +51,7 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
 
         * generate: process, count, resolution, seed, shards;
         * pretrain: arch, parameters, feature_dim, random_init, steps, and batch_size (wrn) or filters (patchnet);
-        * probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
+        * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
           fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
     Raises:
@@ -66,6 +67,9 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
     if public:
         return _private(name, config, context, public["pretrain"])[0]
     made = _recorded(context, "pretrain")
+    if name == "continue" and config.mix == "public":
+        action, config = _foreseen(name, config, context)
+        return continual_plan.public_alone(config, context, recorded("pretrain", made or {}), action, _on_cpu(context))
     return _private(name, config, context, recorded("pretrain", made) if made else None)[0]
 
 
@@ -139,12 +143,17 @@ def _line(made: Plan) -> str:
         how = f"{made['steps']} steps of {made['batch_size']}" if "batch_size" in made else f"{made['filters']} filters"
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
+    if "epsilon_after" not in made:
+        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε; {cost}"
     refit = made["refit"]
     then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
     size = f"N = {made['examples']}"
     if made["unit"] != ONE_IMAGE:
         size += f" units, each {made['unit']}, {made['train_examples']} images"
     noise = ", discrete noise" if made["noise"] == "discrete" else ""
+    if made["stage"] == "continue":
+        noise += ", after public ones" if made["public_steps"] else ""
+        noise += "; T and σ at most these: the switch decides" if made["switch"] else ""
     return (
         f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
         f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
@@ -197,7 +206,7 @@ def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) 
 
 def _private(
     name: str,
-    config: ProbeConfig | FinetuneConfig,
+    config: PrivateConfig,
     context: Context,
     extractor: PretrainConfig | None,
     probe: ProbeConfig | None = None,
@@ -220,6 +229,8 @@ def _private(
         arch = None if probe is None else extractor.arch
         stage = finetune.open_stage(config, context, write=False, planned=planned, arch=arch)
         refit_steps = finetune.choices(config, context, arch)[2]
+    elif name == "continue":
+        stage = continual.open_stage(config, context, write=False)
     else:
         stage = open_private_stage(name, config, context, write=False)
     document = read_plan_file(context.rundir)
@@ -265,6 +276,7 @@ def _private(
         "data": stage.spec.name,
         "unit": stage.spec.unit,
         "train_examples": stage.spec.train_examples,
+        **(continual_plan.facts(config) if name == "continue" else {}),
         "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
         "epsilon_after": after.upper,
         **_cost(stage, config, context, extractor, probe, refit_steps).rounded(),
@@ -273,7 +285,7 @@ def _private(
 
 def _cost(
     stage: PrivateStage,
-    config: ProbeConfig | FinetuneConfig,
+    config: PrivateConfig,
     context: Context,
     extractor: PretrainConfig | None,
     probe: ProbeConfig | None,
@@ -294,6 +306,8 @@ def _cost(
         mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
         dims = facts.whitened(config.dims, config.statistics_images)
         return estimates.probe_cost(facts, **shared, statistics=config.statistics_images, dims=dims, mirror=mirror)
+    if isinstance(config, ContinueConfig):
+        return continual_plan.cost(config, facts, stage.plan.expected_batch, shared)
     if scratch:
         dims, mirror = facts.feature_dim, False
     else:

@@ -35,7 +35,9 @@ from dprandp.vision.extractors import build_extractor, load_weights, refuse_unle
 from dprandp.vision.images import colour_mode, random_crops
 from dprandp.vision.public_evaluation import MEASURES, evaluate
 
-STAGE = "pretrain"
+STAGE, CONTINUE = "pretrain", "continue"
+EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
+"""What an extractor is made by; the last one need not be there."""
 EXTRACTOR = "extractor"
 
 
@@ -70,7 +72,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     with graceful_stop() as stop:
         done = checkpoint.resume(begun.directory, warn=context.console.warn)
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, steps, views_per_second = load_extractor(context)[0], done.entry("steps", int), None
+            network, steps, views_per_second = load_extractor(context, STAGE)[0], done.entry("steps", int), None
             loss = done.meta.get("loss")
         elif ready is not None:
             network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
@@ -102,13 +104,24 @@ def run(config: PretrainConfig, context: Context) -> dict:
     return result
 
 
-def load_extractor(context: Context) -> tuple[nn.Module, PretrainConfig]:
-    """The run's finished extractor on the context's device, and the configuration that made it.
+def require_extractor(context: Context, needed_by: str) -> None:
+    """Refuse (InputError) unless the run has a finished extractor, and a finished ``continue`` where that was begun."""
+    context.rundir.require(STAGE, needed_by)
+    if any(row["stage"] == CONTINUE and row["state"] != "missing" for row in context.rundir.status()):
+        context.rundir.require(CONTINUE, needed_by)
+
+
+def load_extractor(context: Context, made_by: str | None = None) -> tuple[nn.Module, PretrainConfig]:
+    """The run's finished extractor on the context's device, and the configuration that laid it out.
+
+    Args:
+        made_by: 'pretrain' or 'continue'; None for the one that later stages take, the continued one if there is one.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
     """
-    loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), EXTRACTOR, STAGE)
+    made_by = made_by or (CONTINUE if context.rundir.result(CONTINUE) else STAGE)
+    loaded = checkpoint.load_finished(context.rundir.stage_dir(made_by), EXTRACTOR, made_by)
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)

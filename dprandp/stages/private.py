@@ -23,7 +23,7 @@ from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
-from dprandp.stages.budget import ADJACENCY, Budget, plan_file, read_plan_file
+from dprandp.stages.budget import ADJACENCY, NO_PUBLIC_PART, Budget, plan_file, read_plan_file
 from dprandp.stages.context import Context
 
 LEDGER_FAULTS = {
@@ -36,7 +36,7 @@ class PrivateStage:
     """A private stage that may begin: its plan fits the budget, and no private pixel has been read.
 
     Attributes:
-        name: 'probe' or 'finetune'.
+        name: 'continue', 'probe' or 'finetune'.
         dataset: named, not read.
         budget: the run's.
         plan: accepted.
@@ -122,6 +122,7 @@ class PrivateStage:
             "examples": self.ledger.examples,
             "adjacency": ADJACENCY,
             "unit": self.budget.unit,
+            **({} if self.budget.public_part == NO_PUBLIC_PART else {"public_part": self.budget.public_part}),
             "stages": {},
         }
         document["stages"][self.name] = {
@@ -131,6 +132,38 @@ class PrivateStage:
             "plan": self.plan.to_dict(),
         }
         atomic_write(plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
+
+    def replan(self, steps: int) -> None:
+        """Another number of steps for the same part of the budget, with the noise that they need.
+
+        For a stage that learns from public images when its private steps begin; before anything of it is paid.
+
+        Raises:
+            BudgetError: too little is left. CheckpointError: steps of the plan were paid already.
+        """
+        if steps == self.plan.steps:
+            return
+        if self._ledger is not None and self._ledger.charged_steps(self.name, self.attempt):
+            raise CheckpointError(
+                f"the ledger holds steps of stage {self.name!r} that were planned as {self.plan.steps}, and now "
+                f"{steps} are to be made",
+                fix="restore the stage's folder together with the privacy folder, or start it afresh with --overwrite",
+            )
+        plan = self.plan
+        self.plan = make_plan(
+            stage=self.name,
+            epsilon_total=self.budget.epsilon,
+            delta=self.budget.delta,
+            spend_epsilon=plan.epsilon_target,
+            spent=[] if self._ledger is None else self._ledger.events(),
+            examples=plan.examples,
+            sample_rate=plan.sample_rate,
+            steps=steps,
+            clip_norm=plan.clip_norm,
+            views=plan.views,
+            noise=plan.noise,
+            warn=self.context.console.warn,
+        )
 
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
         """A further mechanism of the same stage, planned with everything that is left of the run's budget.
@@ -222,6 +255,7 @@ class PrivateStage:
             "adjacency": ADJACENCY,
             "unit": self.budget.unit,
             "train_units": self.plan.examples,
+            **({} if self.budget.public_part == NO_PUBLIC_PART else {"public_part": self.budget.public_part}),
             "noise": self.plan.noise,
             "random": self.ledger.random,
             "private": self.ledger.private and math.isfinite(bound.upper),

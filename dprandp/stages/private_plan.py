@@ -10,23 +10,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dprandp.config import FinetuneConfig, ProbeConfig
-from dprandp.datasets import open_dataset
+from dprandp.config import ContinueConfig, FinetuneConfig, ProbeConfig
+from dprandp.continual_config import fraction_of
+from dprandp.datasets import open_dataset, without_public_part
 from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.accounting import Event, GaussianEvent, calibrate, compose
 from dprandp.privacy.plan import PrivatePlan, make_plan, validate_budget
 from dprandp.privacy.tuning import TuningEvent
-from dprandp.stages.budget import BUDGET_KEYS, Budget, default_delta, read_plan_file
-from dprandp.stages.context import Context
+from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
+from dprandp.stages.context import Context, recorded
 from dprandp.stages.private import PrivateStage, started
 from dprandp.stages.unit_rows import unit_reminder
+
+PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
 
 DEFAULT_SHARE = 0.3
 """Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
 
 
 def name_private_stage(
-    name: str, config: ProbeConfig | FinetuneConfig, context: Context, *, fetch: bool = True
+    name: str, config: PrivateConfig, context: Context, *, fetch: bool = True
 ) -> tuple[PrivateStage, dict[str, Any] | None]:
     """A stage on named data within the run's budget, without a plan; and the document of the plans before it.
 
@@ -46,12 +49,22 @@ def name_private_stage(
         num_classes=config.classes,
         unit_column=config.unit_column,
     )
+    part = _public_part(config, context)
+    if part is not None:
+        dataset = without_public_part(dataset, *part)
     examples = dataset.spec.train_units
-    budget = Budget(config.data, config.epsilon, config.delta or default_delta(examples), examples, dataset.spec.unit)
+    budget = Budget(
+        config.data,
+        config.epsilon,
+        config.delta or default_delta(examples),
+        examples,
+        dataset.spec.unit,
+        NO_PUBLIC_PART if part is None else f"fraction {part[0]!r} by seed {part[1]}",
+    )
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
-        Budget(**{key: document[key] for key in BUDGET_KEYS}).refuse_other(budget)
+        budget_of(document).refuse_other(budget)
     if fetch or not context.download:
         dataset.require()
     return PrivateStage(name, dataset, budget, context), document
@@ -59,7 +72,7 @@ def name_private_stage(
 
 def open_private_stage(
     name: str,
-    config: ProbeConfig | FinetuneConfig,
+    config: PrivateConfig,
     context: Context,
     *,
     steps: int | None = None,
@@ -71,11 +84,12 @@ def open_private_stage(
     """Plan a private stage from public facts, or refuse.
 
     Args:
-        name: 'probe' or 'finetune'.
+        name: 'continue', 'probe' or 'finetune'.
         config: the stage's configuration.
-        steps: where the configuration names none.
+        steps: where the configuration names none; of ``continue``, whose own count holds public ones too, always.
         batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
-        budget_part: part of what is left that a fine-tune may spend on its first mechanism (see ``following``).
+        budget_part: part of what is left that another stage than a probe may spend on its first mechanism (see
+            ``following``).
         write: False for ``--plan``: nothing is created, and nothing is fetched.
         planned: events of stages that are themselves only planned (``--plan``); they count as paid.
 
@@ -100,7 +114,7 @@ def open_private_stage(
         "examples": examples,
         "delta": budget.delta,
         "sample_rate": _sample_rate(config, examples, batch_part),
-        "steps": config.steps or steps,
+        "steps": steps if isinstance(config, ContinueConfig) else config.steps or steps,
         "clip_norm": config.clip_norm,
         "views": config.views,
         "noise": config.noise,
@@ -117,6 +131,18 @@ def open_private_stage(
             **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
         )
     return stage
+
+
+def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] | None:
+    """(fraction, seed) of the training images that the run's ``continue`` declares public: they are nobody's secret in
+    any later stage of the run, and no record of its N."""
+    if not isinstance(config, ContinueConfig):
+        row = next(row for row in context.rundir.status() if row["stage"] == "continue")
+        if row["config"] is None or row["config"].get("data") != config.data:
+            return None
+        config = recorded("continue", row["config"])
+    fraction = fraction_of(config.public)
+    return None if fraction is None else (fraction, config.seed)
 
 
 def _plan_probe(
@@ -140,7 +166,7 @@ def _plan_probe(
     return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
 
 
-def _sample_rate(config: ProbeConfig | FinetuneConfig, examples: int, batch_part: float) -> float:
+def _sample_rate(config: PrivateConfig, examples: int, batch_part: float) -> float:
     if config.batch_size is None:
         return batch_part
     if config.batch_size > examples:

@@ -28,7 +28,7 @@ from dprandp.stages.context import Context, recorded
 from dprandp.stages.extraction import extract_by_ranks
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
-from dprandp.stages.pretrain import load_extractor, synthetic_crops
+from dprandp.stages.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor, synthetic_crops
 from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
 from dprandp.stages.tuned import tuning_of
 from dprandp.tensorfile import check_tensors
@@ -54,14 +54,14 @@ def run(config: ProbeConfig, context: Context) -> dict:
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
     """
-    context.rundir.require("pretrain", STAGE)
+    require_extractor(context, STAGE)
     for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
         refuse_gaps(earlier, context.rundir.result(earlier))
     stage = open_private_stage(STAGE, config, context)
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
-        context.rundir.inputs_from("generate", "pretrain"),
+        context.rundir.inputs_from(*EXTRACTOR_STAGES),
         resume=context.resume,
         overwrite=context.overwrite,
         private_inputs=stage.private_inputs(),

@@ -66,12 +66,15 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
         extractor = as_dict(model.extractor.built_from)
     else:
         pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
+        if result["stage"] != "continue" and recorded["continue"]["result"]:
+            pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
         arch, extractor = pretrain["arch"], recorded["pretrain"]["config"]
     # their cost is part of this result's epsilon, also where the model was not made from them
-    others = [recorded[name]["result"] for name in ("probe", "finetune") if name != result["stage"]]
+    others = [recorded[name]["result"] for name in ("continue", "probe", "finetune") if name != result["stage"]]
     result = {**result, "data": public_data_name(result["data"])}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    card = model_card(result, pretrain, generate, earlier=[other for other in others if other])
+    charged = [other for other in others if other and "epsilon" in other]
+    card = model_card(result, pretrain, generate, earlier=charged)
     content = {"model.safetensors": to_safetensors(tensors), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,

@@ -16,6 +16,7 @@ from dprandp.config import ProbeConfig, as_dict
 from dprandp.errors import UsageError
 from dprandp.runtable import frozen
 from dprandp.stages.context import Context
+from dprandp.stages.pretrain import EXTRACTOR_STAGES, require_extractor
 from dprandp.stages.tune_private import choose_privately
 from dprandp.stages.tune_public import choose_publicly
 from dprandp.stages.tune_settings import TuneConfig
@@ -47,9 +48,9 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
             f"--on {tune.on} is the private data set itself",
             fix="give --on private, which is charged to the budget, or the name of public data",
         )
-    context.rundir.require("pretrain", STAGE)
+    require_extractor(context, STAGE)
     asked = frozen(
-        {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from("generate", "pretrain")}
+        {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from(*EXTRACTOR_STAGES)}
     )
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:

@@ -25,10 +25,13 @@ from dprandp.vision.nf_resnet import NFResNet50
 from dprandp.vision.patchnet import PatchNet
 from dprandp.vision.precision import autocast
 from dprandp.vision.response_layer import ResponseLayer, TwoLayerPatchNet, map_side
+from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
 
 NF_RESNET = "nf-resnet-50"
-ARCHITECTURES = f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or {NF_RESNET}"
+ARCHITECTURES = (
+    f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, vit-DEPTH-WIDTH-PATCH such as vit-4-64-4, or {NF_RESNET}"
+)
 
 EARLIER_GRIDS = ("4+16", "1+9")
 """Of a WRN's first two stages. Each has half the channels of the next stage and twice its cells: equally wide parts."""
@@ -66,6 +69,8 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
         )
     if config.arch == NF_RESNET:
         return NFResNet50(pooling=config.pooling or "1", generator=generator)
+    if config.arch.startswith("vit-"):
+        return VisionTransformer(*parse_vit(config.arch), generator=generator)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 

@@ -313,7 +313,7 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.GroupNorm):
+        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
         if isinstance(layer, StandardisedConv2d):

@@ -36,6 +36,14 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the same images and a small ViT with random weights."""
+    path = tmp_path_factory.mktemp("vit") / "run"
+    make_public(path, arch="vit-1-16-16", random_init=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def probed_run(tmp_path_factory: pytest.TempPathFactory, public_run: Path, data: str) -> Path:
     """The first run after its probe."""
     path = Path(shutil.copytree(public_run, tmp_path_factory.mktemp("probed") / "run"))

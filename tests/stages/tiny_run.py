@@ -20,7 +20,7 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivateStep
 from dprandp.privacy.sampling import PoissonSampler
 from dprandp.rundir import RunDir
-from dprandp.stages import clipped_sums, finetune, generate, head, pretrain, probe
+from dprandp.stages import clipped_sums, continual, finetune, generate, head, pretrain, probe
 from dprandp.stages.context import Context
 
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
@@ -30,6 +30,10 @@ PRETRAIN = {"filters": 16, "dictionary_patches": 2000, "dictionary_iterations": 
 PROBE = {"epsilon": 4.0, "steps": 8, "dims": 32, "statistics_images": 50}
 FINETUNE = {"epsilon": 4.0, "steps": 4, "refit_steps": 6, "batch_size": 24, "checkpoint_every": 2}
 SCRATCH = {"source": "scratch", "arch": "wrn-10-1", "epsilon": 8.0, "steps": 3, "batch_size": 12, "checkpoint_every": 1}
+CONTINUE = {
+    "public": "fraction:0.2", "epsilon": 8.0, "steps": 8, "switch": "4", "check_every": 2, "batch_size": 24,
+    "public_batch_size": 8, "instances": 20, "checkpoint_every": 2,
+}  # fmt: skip
 
 
 def blobs(seed: int = 0, train: int = TRAIN, test: int = TEST) -> dict[str, np.ndarray]:
@@ -77,6 +81,11 @@ def run_probe(run: Path, data: str, options: dict[str, Any] | None = None, **cha
 def run_finetune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     with context(run, **(options or {})) as given:
         return finetune.run(config.build("finetune", FINETUNE | {"data": data} | changes), given)
+
+
+def run_continue(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    with context(run, **(options or {})) as given:
+        return continual.run(config.build("continue", CONTINUE | {"data": data} | changes), given)
 
 
 def run_scratch(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""``continue``: the extractor goes on learning, from public images, then privately (Bu et al. 2024, arXiv 2402.18752).
+
+    step-NNNNNN.safetensors   parameters, average and optimiser, for resuming (removed when the stage is done)
+    extractor.safetensors     the continued extractor, which later stages of the run take in place of pretrain's
+    heads/                    the private and the public head
+    metrics.jsonl             public losses; norms of the noisy updates, functions of what is released anyway
+
+Public steps are AdamW on public images (``public_steps.py``). Where they end is decided on public images alone
+(``switching.py``). How many private steps are left then decides σ, so the plan is fixed at the switch, before anything
+is paid (``continual_loop.py``). With ``mix = 'public'`` no private image is read at all, and nothing is paid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dprandp.config import ContinueConfig, as_dict
+from dprandp.errors import UsageError
+from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.clipping import refuse_cross_example_layers
+from dprandp.runresults import refuse_gaps
+from dprandp.signals import graceful_stop
+from dprandp.stages import release, switching
+from dprandp.stages.context import Context, recorded
+from dprandp.stages.continual_loop import DONE, HEADS, STAGE, Outcome, train
+from dprandp.stages.pretrain import STAGE as PRETRAIN
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.private import PrivateStage
+from dprandp.stages.private_plan import name_private_stage, open_private_stage
+from dprandp.stages.public_steps import Training
+from dprandp.stages.public_tasks import PublicTask, make_task
+from dprandp.stages.tuned import tuning_of
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.whitening import PooledOnly
+
+BATCH_PART = 0.08192
+"""Expected private batch as a part of N; De et al. 2022, Tang et al. 2023."""
+
+
+def run(config: ContinueConfig, context: Context) -> dict:
+    """Continue the run's extractor.
+
+    Returns:
+        stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
+        ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimiser, released,
+        mirror, tuned, tuned_on.
+
+    Raises:
+        InputError: no extractor yet, or unusable data. BudgetError: nothing is left (no private pixel was read).
+        UsageError: a patchnet, public data that are none, or settings that contradict each other.
+    """
+    flags = {"resume": context.resume, "overwrite": context.overwrite}
+    config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
+    stage = open_stage(config, context)
+    private = config.mix != "public"
+    task = make_task(config, context, stage.spec)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from("generate", PRETRAIN) | {"public-images": _fingerprint(task)},
+        **flags,
+        private_inputs=stage.private_inputs() if private else None,
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = recorded(STAGE, begun.config)
+    started = time.perf_counter()
+    extractor, built_from = load_extractor(context, PRETRAIN)
+    model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
+    refuse_cross_example_layers(model)
+    training = Training(config, model, task)
+    with graceful_stop() as stop:
+        outcome = train(config, stage, training, stop, as_dict(built_from))
+    result: dict[str, Any] = {
+        "stage": STAGE,
+        "arch": built_from.arch,
+        "public_training": _public_training(config, training, outcome),
+    }
+    if private:
+        released = {name: training.average[name] for name in training.private_names}
+        model.load_state_dict(released, strict=False)
+        result |= {
+            **release.evaluate(model, stage, False, keep=False),
+            **stage.disclosure(outcome.updates),
+            "share": config.share,
+            "lr": config.lr,
+            "momentum": training.settings.beta,
+            "clipping": "automatic",
+            "optimiser": training.settings.in_words(),
+            "released": f"EMA, decay {config.ema}",
+            "mirror": False,
+            "tuned": tuning_of(context.rundir, stage.ledger, stage.plan.delta, {}),
+            "tuned_on": None,
+        }
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    if private:
+        release.write_model(stage, model, result)
+    outputs = [f"{DONE}.safetensors", f"{DONE}.json", f"{HEADS}/{HEADS}.safetensors"]
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+    return result
+
+
+def open_stage(
+    config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[GaussianEvent] = ()
+) -> PrivateStage:
+    """Plan the most private steps that there may be, from public facts; with public steps alone, name the data only.
+
+    Raises:
+        As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
+    """
+    context.rundir.require(PRETRAIN, STAGE)
+    made = context.rundir.result(PRETRAIN)
+    for earlier in ("generate", PRETRAIN):
+        refuse_gaps(earlier, context.rundir.result(earlier))
+    if made["arch"] == "patchnet":
+        raise UsageError(
+            "a patchnet is a dictionary, which does not go on learning by gradients",
+            fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",
+        )
+    if config.mix == "public":
+        return name_private_stage(STAGE, config, context, fetch=False)[0]
+    return open_private_stage(
+        STAGE,
+        config,
+        context,
+        steps=switching.most_private_steps(config),
+        batch_part=BATCH_PART,
+        budget_part=config.share,
+        write=write,
+        planned=planned,
+    )
+
+
+def _public_training(config: ContinueConfig, training: Training, outcome: Outcome) -> dict[str, Any]:
+    """What is said of the public part.
+
+    Returns:
+        images (in words), examples, steps (that were public alone), mix, switch (in words), head (whether the public
+        classes are the private ones), loss (of held-out public images at the last look; None where there was none).
+    """
+    task, looks = training.task, training.looks
+    return {
+        "images": task.title,
+        "examples": task.examples,
+        "steps": outcome.switch,
+        "mix": config.mix,
+        "switch": outcome.why,
+        "head": "one for public and private images" if task.shared else "its own",
+        "loss": looks[-1].loss if looks else None,
+    }
+
+
+def _fingerprint(task: PublicTask) -> str:
+    """Hash of public images and labels, by which a resumed stage notices others; public."""
+    digest = hashlib.sha256(f"{tuple(task.images.shape)} {task.classes}".encode())
+    for tensor in (task.images, task.labels, *task.held_out):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""What ``continue`` learns from public images: a classification task, with images held out to see how it goes.
+
+* *Labelled* public data (a declared part of the training split, or another data set): their own classes. Where these
+  are the private classes, private and public steps share one head.
+* *Synthetic* images: each of some hundred images is a class of its own, and random views of it have to be recognised
+  (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). A loss of one view at a time, so that its gradients'
+  covariance and its Hessian are those that the theory of the switch speaks of.
+
+Everything drawn is a function of (seed, step). Nothing here touches private images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dprandp.config import ContinueConfig
+from dprandp.continual_config import SYNTHETIC, fraction_of
+from dprandp.datasets import DataSpec, open_dataset, public_part
+from dprandp.errors import UsageError
+from dprandp.stages.context import Context
+from dprandp.stages.generate import load_images
+from dprandp.vision.images import INPUT_SIZE, as_declared, to_input
+from dprandp.vision.views import ContrastiveViews, private_views
+
+HELD_OUT = 0.2
+"""Part of labelled public images by which the switch is decided, never trained on; 20 % as in many a split."""
+MOST_HELD_OUT = 512
+
+OWN_CLASSES, OTHER_CLASSES = "the private classes", "classes of its own"
+
+
+@dataclass(frozen=True)
+class PublicTask:
+    """Images, labels and how views are drawn.
+
+    Attributes:
+        title: what the images are, in words.
+        images: uint8 [n, 3, R, R]; R = 32, or larger for synthetic images.
+        labels: int64 [n].
+        classes: how many.
+        shared: whether the classes are the private ones, in the same order.
+        held_out: (uint8 [v, 3, 32, 32], int64 [v]).
+        flip: whether a mirrored image keeps its label.
+        spec: of the private data, as declared; synthetic images go through the same bottleneck.
+        synthetic: whether the images are those of a random process.
+        seed: public.
+    """
+
+    title: str
+    images: Tensor
+    labels: Tensor
+    classes: int
+    shared: bool
+    held_out: tuple[Tensor, Tensor]
+    flip: bool
+    spec: DataSpec
+    synthetic: bool
+    seed: int
+
+    @property
+    def examples(self) -> int:
+        """Public images that are trained on."""
+        return len(self.images)
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Views of a random batch and their labels: uint8 [size, 3, 32, 32], int64 [size]; with replacement."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step * 7_919 + 31) % 2**63)
+        chosen = torch.randint(len(self.images), (size,), generator=generator)
+        return self._views(self.images[chosen], generator), self.labels[chosen]
+
+    def _views(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if self.synthetic:
+            return _synthetic_views(images, self.spec, self.flip, generator)
+        return private_views(images, 1, generator, flip=self.flip, augment_single=True)[:, 0]
+
+
+def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
+    """The task that a configuration names.
+
+    Args:
+        config: public, data, instances, seed.
+        context: data root; the run's images for ``synth``.
+        spec: the private data's declared facts, of the private part where a fraction is declared public.
+
+    Raises:
+        UsageError: the name of public data that is none, or private data that are declared public whole.
+        InputError: files are missing or unusable.
+    """
+    if config.public == SYNTHETIC:
+        return _synthetic(config, context, spec)
+    fraction = fraction_of(config.public)
+    if fraction is None and config.public == config.data:
+        raise UsageError(
+            f"{config.data} is private here and public there", fix="declare a part of it public: --public fraction:0.1"
+        )
+    name = config.data if fraction is not None else config.public
+    classes = config.classes if fraction is not None else None
+    dataset = open_dataset(name, context.data_dir, download=context.download, num_classes=classes)
+    split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
+    title = (
+        f"{len(split.labels)} images of {dataset.spec.name}, declared public by whoever ran it"
+        if fraction is None
+        else f"{len(split.labels)} training images of {dataset.spec.name}, a random part by a public seed, declared "
+        "public by whoever ran it"
+    )
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(config.seed))
+    held = min(MOST_HELD_OUT, max(1, int(HELD_OUT * len(order))))
+    if held >= len(order):
+        raise UsageError(f"{title}: too few to hold some out", fix="declare more images public")
+    images, labels = to_input(split.images)[order], torch.from_numpy(split.labels)[order]
+    return PublicTask(
+        title=title,
+        images=images[held:],
+        labels=labels[held:],
+        classes=len(dataset.spec.classes),
+        shared=dataset.spec.classes == spec.classes,
+        held_out=(images[:held], labels[:held]),
+        flip=dataset.spec.flip_ok,
+        spec=spec,
+        synthetic=False,
+        seed=config.seed,
+    )
+
+
+def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
+    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), config.instances))
+    images = images.permute(0, 3, 1, 2).contiguous()
+    labels = torch.arange(len(images))
+    if len(images) < 2:
+        raise UsageError("one image cannot be told apart from others", fix="make more images, or give more instances")
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    held = torch.arange(min(len(images), MOST_HELD_OUT))
+    return PublicTask(
+        title=f"{len(images)} synthetic images of this run, to be told apart",
+        images=images,
+        labels=labels,
+        classes=len(images),
+        shared=False,
+        held_out=(_synthetic_views(images[held], spec, spec.flip_ok, generator), labels[held]),
+        flip=spec.flip_ok,
+        spec=spec,
+        synthetic=True,
+        seed=config.seed,
+    )
+
+
+def _synthetic_views(images: Tensor, spec: DataSpec, flip: bool, generator: torch.Generator) -> Tensor:
+    """One view each, with the declared channels and size of the private data: uint8 [b, 3, 32, 32]."""
+    views = ContrastiveViews(INPUT_SIZE, flip=0.5 if flip else 0.0)
+    seen = views.apply(images, views.draw(images, generator))
+    pixels = (seen * 255).round_().to(torch.uint8)
+    return as_declared(pixels, channels=spec.channels, height=spec.height, width=spec.width)

@@ -1,0 +1,354 @@
+"""``continue``: what it reads, what it pays, how it goes on, and what later stages make of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import (
+    CONTINUE,
+    TRAIN,
+    context,
+    forbid_reading,
+    ledger_of,
+    metrics_of,
+    plans_of,
+    read_json,
+    run_continue,
+    run_finetune,
+    run_probe,
+    write_blobs,
+)
+
+from dprandp import checkpoint, config, report
+from dprandp.datasets.fraction import public_positions
+from dprandp.errors import BudgetError, InputError, UsageError
+from dprandp.privacy.accounting import compose
+from dprandp.stages import continual_loop, diagnose, planning, public_steps
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.public_steps import Training
+
+PUBLIC = 24  # a fifth of the training images
+FOLDER = "2b-continue"
+
+
+def built(data: str, **changes: object) -> config.StageConfig:
+    return config.build("continue", CONTINUE | {"data": data} | changes)
+
+
+def test_public_then_private_steps(vit_run, copy, data, record) -> None:
+    """N is without the public part; what was seen is what was planned and paid; the test split is read once, last."""
+    run = copy(vit_run)
+    seen = record(run)
+    result = run_continue(run, data)
+    (plan,) = plans_of(run).values()
+    assert (plan["plan"]["examples"], plan["plan"]["steps"]) == (TRAIN - PUBLIC, 4)
+    assert result["train_examples"] == result["train_units"] == TRAIN - PUBLIC
+    assert {examples for examples, _, _ in seen.draws} == {TRAIN - PUBLIC}
+    observed = seen.observed_event("continue")
+    assert (observed.sample_rate, observed.steps) == (24 / 96, 4)
+    assert observed.noise_multiplier == pytest.approx(plan["plan"]["noise_multiplier"], rel=0.05)
+    assert result["epsilon"] <= 0.7 * 8 + 1e-9
+    assert compose(ledger_of(run).events(), result["delta"]).upper == pytest.approx(result["epsilon"])
+    assert seen.paid == [1, 2, 3, 4]  # before the batch is drawn
+    assert {place for place, _ in seen.tests} == {4}
+    public = result["public_training"]
+    assert (public["steps"], public["head"]) == (4, "one for public and private images")
+    steps = [line["step"] for line in metrics_of(run / FOLDER)]
+    assert steps == [0, 2, 4, 4, 5, 6, 7] or steps == [0, 2, 4, 5, 6, 7]
+
+
+def test_every_private_gradient_is_scaled_to_just_below_the_clip_norm(vit_run, copy, data, monkeypatch) -> None:
+    """Automatic clipping: a batch of one has a sum of length near C, however short its gradient is."""
+    lengths = []
+    true = continual_loop.ClippedSums.of
+
+    def watched(self, parameters, step, batch, masks=None):
+        for row in range(min(2, len(batch.labels))):
+            one = type(batch)(batch.images[[row]], batch.labels[[row]], batch.members[[row]])
+            parts = true(self, parameters, step, one, masks).values()
+            lengths.append(float(torch.stack([part.norm() for part in parts]).norm()))
+        return true(self, parameters, step, batch, masks)
+
+    monkeypatch.setattr(continual_loop.ClippedSums, "of", watched)
+    run_continue(copy(vit_run), data)
+    assert lengths
+    assert all(0.9 < length <= 1 for length in lengths)
+
+
+def test_public_steps_alone_read_nothing_private_and_pay_nothing(vit_run, copy, data, monkeypatch) -> None:
+    run = copy(vit_run)
+    forbid_reading(monkeypatch)
+    result = run_continue(run, data, public="synth", mix="public")
+    assert "epsilon" not in result
+    assert "accuracy" not in result
+    assert not (run / "privacy").exists() or not list((run / "privacy").iterdir())
+    assert not (run / "model").exists() or not list((run / "model").iterdir())
+    monkeypatch.undo()
+    before = load(run, "pretrain")
+    assert any(not torch.equal(before[name], value) for name, value in load(run).items())
+    probed = run_probe(run, data)
+    assert probed["train_examples"] == TRAIN
+    card = (run / "model/MODEL_CARD.md").read_text()
+    assert "20 synthetic images of this run" in card
+    with context(run) as given:
+        page = report.write(given.rundir).read_text()
+    assert "nothing private was read" in page
+
+
+def load(run: Path, made_by: str | None = None) -> dict[str, torch.Tensor]:
+    with context(run) as given:
+        return {k: v.clone() for k, v in load_extractor(given, made_by)[0].state_dict().items()}
+
+
+def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same_budget(vit_run, copy, data) -> None:
+    run = copy(vit_run)
+    first = run_continue(run, data)
+    kept = checkpoint.load(run / FOLDER, "extractor").tensors
+    assert all(torch.equal(kept[name], value) for name, value in load(run).items())
+    with pytest.raises(BudgetError, match="ε = 8"):
+        run_probe(run, data)  # another ε than the run's
+    probed = run_probe(run, data, epsilon=8.0)
+    tuned = run_finetune(run, data, epsilon=8.0)
+    assert probed["train_examples"] == tuned["train_examples"] == TRAIN - PUBLIC
+    assert first["epsilon"] < probed["epsilon"] < tuned["epsilon"] <= 8
+    assert tuned["epsilon"] == pytest.approx(compose(ledger_of(run).events(), tuned["delta"]).upper)
+    card = (run / "model/MODEL_CARD.md").read_text()
+    assert "continue: q = 0.25, T = 4" in card
+    assert "declared public by whoever ran it" in card
+    with context(run) as given:
+        page = report.write(given.rundir).read_text()
+    assert "fraction 0.2 by seed 0" in page
+    assert "spent after continue" in page
+
+
+def test_the_declared_public_part_is_fixed_for_the_run(vit_run, copy, data) -> None:
+    run = copy(vit_run)
+    run_continue(run, data)
+    for changes in ({"seed": 1}, {"public": "fraction:0.3"}, {"public": "synth"}, {"seed": 1, "mix": "public"}):
+        with pytest.raises(BudgetError, match=r"public part was fixed as fraction 0\.2 by seed 0"):
+            run_continue(run, data, {"overwrite": True}, **changes)
+    again = run_continue(run, data, {"overwrite": True}, share=1.0)
+    assert again["epsilon"] <= 8
+    assert plans_of(run)["continue"]["attempt"] == 2
+    with pytest.raises(BudgetError):
+        run_continue(run, data, {"overwrite": True}, share=1.0)
+
+
+def test_a_probe_made_before_is_stale_and_made_again_within_the_budget(vit_run, copy, data) -> None:
+    run = copy(vit_run)
+    run_probe(run, data, epsilon=8.0)
+    with pytest.raises(BudgetError, match="public part was fixed as none"):
+        run_continue(run, data)  # what was private must not become public afterwards
+    run_continue(run, data, public="synth", share=0.5)
+    with pytest.raises(InputError, match="continued since"):
+        run_finetune(run, data, epsilon=8.0)
+    assert run_probe(run, data, {"overwrite": True}, epsilon=8.0)["epsilon"] <= 8
+
+
+# ------------------------------------------------------------------------------------------------- stopping, going on
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
+    """Break off before the given update of the parameters, public and private ones counted together."""
+    true, seen = Training.update, []
+
+    def update_or_stop(self, gradients, lr):
+        seen.append(1)
+        if len(seen) == update:
+            raise Stopped
+        true(self, gradients, lr)
+
+    monkeypatch.setattr(Training, "update", update_or_stop)
+
+
+def test_interrupted_public_steps_go_on_byte_for_byte(vit_run, copy, data, monkeypatch) -> None:
+    whole, broken = copy(vit_run), copy(vit_run)
+    options = {"public": "synth", "mix": "public", "switch": "plateau"}
+    run_continue(whole, data, **options)
+    stop_at(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        run_continue(broken, data, **options)
+    monkeypatch.undo()
+    assert checkpoint.latest(broken / FOLDER) == "step-000004"
+    run_continue(broken, data, **options)
+    for name in ("extractor.safetensors", "extractor.json", "metrics.jsonl"):
+        assert (broken / FOLDER / name).read_bytes() == (whole / FOLDER / name).read_bytes()
+
+
+@pytest.mark.parametrize(("update", "lost"), [(5, 1), (8, 2)])  # a checkpoint every second step
+def test_interrupted_private_steps_stay_paid(vit_run, copy, data, monkeypatch, record, update, lost) -> None:
+    run = copy(vit_run)
+    seen = record(run)
+    stop_at(monkeypatch, update)
+    with pytest.raises(Stopped):
+        run_continue(run, data)
+    monkeypatch.undo()
+    paid = len(seen.releases)
+    assert paid == update - 4 == ledger_of(run).charged_steps("continue", 1)
+    seen = record(run)
+    result = run_continue(run, data)
+    assert result["charged_steps"] == 4
+    assert result["lost_steps"] == lost
+    assert len(seen.releases) == 4 - paid
+    assert result["epsilon"] <= 0.7 * 8 + 1e-9
+    assert result["public_training"]["steps"] == 4
+
+
+def test_a_moved_switch_cannot_change_a_plan_that_was_paid(vit_run, copy, data, monkeypatch) -> None:
+    run = copy(vit_run)
+    stop_at(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        run_continue(run, data)
+    monkeypatch.undo()
+    for path in (run / FOLDER).glob("step-*"):
+        path.unlink()
+    (run / FOLDER / "LATEST").unlink()
+    monkeypatch.setattr(continual_loop.switching, "switch_now", lambda *given: "at step 3" if given[2] == 3 else None)
+    with pytest.raises(Exception, match="planned as 4"):
+        run_continue(run, data)
+
+
+# ------------------------------------------------------------------------------------------------------ what is planned
+
+
+def test_the_plan_reads_nothing_and_is_what_runs(vit_run, copy, data, monkeypatch) -> None:
+    run = copy(vit_run)
+    with monkeypatch.context() as patch, context(run) as given:
+        forbid_reading(patch)
+        fixed = planning.plan("continue", built(data), given)
+        ruled = planning.plan("continue", built(data, switch="plateau"), given)
+        public = planning.plan("continue", built(data, mix="public"), given)
+    result = run_continue(run, data)
+    assert {key: fixed[key] for key in ("steps", "noise_multiplier", "sample_rate")} == {
+        key: result[key] for key in ("steps", "noise_multiplier", "sample_rate")
+    }
+    assert fixed["epsilon_after"] == pytest.approx(result["epsilon"])
+    assert (fixed["switch"], ruled["switch"], ruled["steps"]) == (None, "plateau", 2)
+    assert "epsilon_after" not in public
+    for made in (fixed, ruled, public):
+        assert "continue" in planning.plan_lines(made)
+
+
+def test_a_rule_never_needs_more_noise_than_was_planned_for(vit_run, copy, data) -> None:
+    run = copy(vit_run)
+    with context(run) as given:
+        planned = planning.plan("continue", built(data, switch="plateau", steps=12, check_every=1), given)
+    result = run_continue(run, data, switch="plateau", steps=12, check_every=1)
+    assert result["steps"] <= planned["steps"] == 9
+    assert result["noise_multiplier"] <= planned["noise_multiplier"]
+
+
+@pytest.mark.parametrize("mix", ["cosine", "ratio", "private"])
+def test_mixed_steps_are_all_paid(vit_run, copy, data, mix) -> None:
+    run = copy(vit_run)
+    result = run_continue(run, data, public="synth", mix=mix, steps=4)
+    assert result["charged_steps"] == result["steps"] == 4
+    assert result["public_training"]["steps"] == 0
+    heads = checkpoint.load(run / FOLDER / "heads", "heads").tensors
+    assert bool(heads["public_head"].abs().max() > 0) == (mix != "private")
+
+
+def test_at_the_switch_the_first_moment_is_forgotten_alone(vit_run, copy, data, monkeypatch) -> None:
+    kept = {}
+    true = Training.switch
+
+    def watched(self):
+        kept["before"] = {name: value.clone() for name, value in self.optimiser.state.items()}
+        true(self)
+        kept["after"] = {name: value.clone() for name, value in self.optimiser.state.items()}
+
+    monkeypatch.setattr(Training, "switch", watched)
+    run_continue(copy(vit_run), data)
+    before, after = kept["before"], kept["after"]
+    assert int(after["adam-steps"]) == 4
+    for name, value in after.items():
+        if name.startswith("first."):
+            assert float(value.abs().max()) == 0
+            assert float(before[name].abs().max()) > 0
+        else:
+            assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("options", [{"switch": "decelerator"}, {"public": "synth"}], ids=str)
+def test_a_wrn_learns_on_too(wide_run, copy, data, options, monkeypatch) -> None:
+    monkeypatch.setattr(public_steps, "TERM_EXAMPLES", 4)
+    monkeypatch.setattr(public_steps, "TERM_PROBES", 1)
+    result = run_continue(copy(wide_run), data, **({"steps": 4, "switch": "2", "check_every": 1} | options))
+    assert result["arch"] == "wrn-10-1"
+    assert 0 < result["epsilon"] <= 5.6
+
+
+def test_other_public_data_with_classes_of_their_own(vit_run, copy, data, tmp_path) -> None:
+    other = np.load(data.removeprefix("npz:"))
+    names = [name for name in other.files if name != "num_classes"]
+    arrays = {name: other[name][: 30 if name.endswith("train") else 10] for name in names}
+    arrays |= {name: labels % 2 for name, labels in arrays.items() if name.startswith("y_")}
+    np.savez(tmp_path / "public.npz", **arrays, num_classes=np.array(2))
+    result = run_continue(copy(vit_run), data, public=f"npz:{tmp_path / 'public.npz'}")
+    assert result["train_examples"] == TRAIN
+    assert "30 images of" in result["public_training"]["images"]
+
+
+def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
+    with pytest.raises(UsageError, match="patchnet is a dictionary"):
+        run_continue(copy(public_run), data)
+    with pytest.raises(UsageError, match="private here and public there"):
+        run_continue(copy(vit_run), data, public=data)
+    run = copy(vit_run)
+    run_continue(run, data)
+    with pytest.raises(UsageError, match="begun with other settings: lr"):
+        run_continue(run, data, lr=0.5)
+    assert run_continue(run, data, {"resume": True}, lr=0.5)["lr"] == CONTINUE.get("lr", 0.001)
+    other = write_blobs(tmp_path / "other.npz", seed=1)
+    with pytest.raises(UsageError, match="not"):
+        run_probe(run, other, epsilon=8.0)
+
+
+def test_a_seeded_noise_is_stamped(vit_run, copy, data) -> None:
+    result = run_continue(copy(vit_run), data, {"insecure_seed": 1})
+    assert result["private"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------- diagnosis
+
+
+def test_diagnose_reads_the_public_part_alone_and_pays_nothing(vit_run, copy, data, monkeypatch) -> None:
+    monkeypatch.setattr(public_steps, "TERM_PROBES", 1)
+    run = copy(vit_run)
+    with context(run) as given:
+        result = diagnose.run(built(data, switch="plateau", steps=8), given)
+    assert [row["step"] for row in result["terms"]] == [0, 2, 4, 6, 7]
+    assert not (run / "privacy").exists() or not list((run / "privacy").iterdir())
+    assert read_json(run / "diagnose/terms.json")["terms"][1]["step"] == 2
+    assert (run / "diagnose/terms.png").read_bytes()[:4] == b"\x89PNG"
+    said = diagnose.line(result)
+    assert "privacy's term" in said or "not positive" in said
+    assert json.dumps(result["meaning"]) in json.dumps(result)
+    with context(run) as given:
+        free = diagnose.run(built(data, switch="plateau", epsilon=float("inf")), given)
+    assert all(row["decelerator"] == 0 for row in free["terms"])
+    assert "no noise" in free["meaning"][0]
+
+
+def test_the_public_rows_are_those_declared(data, vit_run, copy) -> None:
+    with context(copy(vit_run)) as given:
+        task = continual_task(given, data)
+    images = np.load(data.removeprefix("npz:"))["x_train"][public_positions(TRAIN, 0.2, 0)]
+    pixels = {image.mean() for image in images}
+    assert task.examples + len(task.held_out[1]) == PUBLIC == len(pixels)
+
+
+def continual_task(given, data):
+    from dprandp.stages.continual import open_stage
+    from dprandp.stages.public_tasks import make_task
+
+    stage = open_stage(built(data), given, write=False)
+    return make_task(built(data), given, stage.spec)
