@@ -174,13 +174,17 @@ def print_table(rows: list[dict]) -> None:
     print("|---" * (4 + len(epsilons)) + "|")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        system = f"{row['system']} ({row['flags']})" if row.get("flags") else row["system"]
-        groups.setdefault((row["data"], row["size"], system), []).append(row)
+        groups.setdefault((row["data"], row["size"], label(row)), []).append(row)
     for (data, size, system), group in groups.items():
         columns = [spread([100 * row["accuracy"] for row in group if row["epsilon"] == each]) for each in epsilons]
         seconds = statistics.mean(row["seconds"] for row in group)
         seeds = len({row["seed"] for row in group})
         print("| " + " | ".join([f"{data} ({size})", system, *columns, f"{seconds:.0f}", f"{seeds}"]) + " |")
+
+
+def label(row: dict) -> str:
+    """A system, and the flags that it was given instead of its own."""
+    return f"{row['system']} ({row['flags']})" if row.get("flags") else row["system"]
 
 
 COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#666666")
@@ -193,13 +197,14 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [{**row, "size": " ".join(filter(None, [row["size"], row.get("flags")]))} for row in rows]
+    order = list(SYSTEMS)
+    rows = [{**row, "system": label(row)} for row in sorted(rows, key=lambda row: order.index(row["system"]))]
     panels = list(dict.fromkeys((row["data"], row["size"]) for row in rows))
     tallest = max(len({row["system"] for row in rows if (row["data"], row["size"]) == panel}) for panel in panels)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 1.2 + 0.26 * tallest), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 2 + 0.26 * tallest), squeeze=False)
     for axis, (data, size) in zip(axes[0], panels, strict=True):
         here = [row for row in rows if (row["data"], row["size"]) == (data, size)]
-        systems = [name for name in SYSTEMS if any(row["system"] == name for row in here)]
+        systems = list(dict.fromkeys(row["system"] for row in here))
         for number, epsilon in enumerate(sorted({row["epsilon"] for row in here})):
             color = COLOURS[number % len(COLOURS)]
             for place, system in enumerate(systems):
