@@ -82,7 +82,9 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     recipe, arch = values.get("recipe"), values.get("arch", "wrn-16-4")
     source, epsilon = values.get("source", "probe"), values.get("epsilon", 1.0)
-    if recipe != "de2022" or source == "probe" or isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+    if recipe != "de2022" or source == "probe" or not isinstance(arch, str) or not isinstance(source, str):
+        return {}
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or (epsilon != math.inf and epsilon > 1e300):
         return {}
     row = row_of(recipe, arch, source)
     network = NETWORK | (WRN_ONLY if arch.startswith("wrn-") else {})
@@ -114,10 +116,15 @@ def steps_for(row: Row, epsilon: float) -> int:
 
 
 def note(recipe: str | None, arch: str, source: str, epsilon: float) -> str | None:
-    """What the recipe is for this ε, in words, for console and disclosure; None without one."""
+    """What the recipe is for this ε, in words, for console and disclosure; None without one.
+
+    Raises:
+        As ``row_of`` and ``steps_for``.
+    """
     if recipe is None:
         return None
     row = row_of(recipe, arch, source)
+    steps_for(row, epsilon)  # refuses an ε outside the table
     said = f"{recipe} (De et al. 2022, {row.task}, N = {row.examples:,}, {arch})"
     if epsilon not in row.steps:
         known = sorted(row.steps)

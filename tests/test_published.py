@@ -80,6 +80,15 @@ def test_flags_and_files_win_over_it_and_it_wins_over_the_size(tmp_path):
     assert (config.lr, config.steps) == (1.5, 1125)
 
 
+@pytest.mark.parametrize(
+    "odd", [{"arch": [1]}, {"epsilon": "much"}, {"epsilon": 10**400}, {"epsilon": True}, {"source": {}}]
+)
+def test_values_of_a_wrong_type_are_left_to_others(odd):
+    assert published.settings({"recipe": "de2022", "source": "scratch"} | odd) == {}
+    with pytest.raises(UsageError):
+        finetune(**odd)
+
+
 def test_what_is_recorded_stands_by_itself():
     config = finetune(epsilon=5.0)
     assert build("finetune", as_dict(config)) == config

@@ -31,6 +31,9 @@ from dprandp.vision.precision import autocast
 CACHE_BYTES = 2**30
 """Of outputs of frozen blocks that are kept; beyond it they are computed anew."""
 
+GRADIENT_BYTES = 2**25
+"""Of gradients of several records at a time, at most, if all weights were trained."""
+
 FORWARD_VIEWS = 64
 """Views that pass the frozen blocks together."""
 
@@ -167,7 +170,8 @@ def rest_gradients(
 ) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]:
     """Per-example gradients above the frozen blocks; as ``clipped_sums.gradient_source``, but given their outputs."""
     rest = _Rest(model, first)
-    together = microbatch or (1 if device.type == "cpu" else 32)
+    numbers = sum(value.numel() for value in model.parameters())
+    together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
 
     def loss(scaled: Mapping[str, Tensor], outputs: Tensor, label: Tensor) -> Tensor:
         parameters = {

@@ -54,7 +54,12 @@ def gradient_points(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Ten
     return seen
 
 
-@pytest.mark.parametrize("name", INGREDIENTS)
+def seldom(*names: str) -> list:
+    """The ingredients, of which these are for the slow suite."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in names else []) for name in INGREDIENTS]
+
+
+@pytest.mark.parametrize("name", seldom("adam", "muon", "rescaled"))
 def test_9_the_parameters_are_a_function_of_the_noisy_updates(
     copy: Copy, probed_run: Path, data: str, record: Record, gradient_points: list, name: str
 ) -> None:
@@ -111,13 +116,8 @@ SAID = {
 }
 
 
-SELDOM = ("adam", "muon", "low-pass", "rescaled")
-"""They come after the noise, where the replay follows recorded releases."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in INGREDIENTS]
-)
+# those after the noise are seldom: there the replay follows recorded releases
+@pytest.mark.parametrize("name", seldom("adam", "muon", "low-pass", "rescaled"))
 def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str, name: str) -> None:
     """The card names it; the replay of the loop passes, and still sees a clip that was left out."""
     run = copy(probed_run)
@@ -145,7 +145,7 @@ def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str,
         assert "the sums differ by at most the clip norm" in replayed(control=off)
 
 
-@pytest.mark.parametrize("name", ["adam", "sharpness", "kalman"])
+@pytest.mark.parametrize("name", [pytest.param("adam", marks=[pytest.mark.slow]), "sharpness", "kalman"])
 def test_11_a_stopped_run_goes_on_with_the_state_it_had(
     copy: Copy, probed_run: Path, data: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
