@@ -170,7 +170,7 @@ def _images(
             fix="give --images disk, after `dprandp generate --count N`",
         )
     supply = _supply(config, context)
-    workers = worker_pool(max(1, min(context.workers, supply.blocks)), polite=True)
+    workers = worker_pool(min(context.workers, supply.blocks))
     try:
         pool = FreshImages(supply, context.device, workers, stop.raise_if_requested)
         yield pool.images, pool.at

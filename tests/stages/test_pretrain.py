@@ -297,7 +297,7 @@ class StopAfter:
 
 
 def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_wrn, "worker_pool", lambda workers, polite: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(pretrain_wrn, "worker_pool", ThreadPoolExecutor)
     settings = build("pretrain", FLY)
     states = []
     for name, stops in (("whole", [None]), ("stopped", [5, None])):
