@@ -67,7 +67,7 @@ class PretrainConfig:
     layer_order: str = "relu-norm-conv"
     weight_standardisation: bool = True
     pooling: str = "last"
-    """Features: averages of the 'last' stage's map, or of those of 'all' three stages."""
+    """Features: averages of the 'last' stage's map (published), or of those of 'all' three stages (tiny, small)."""
     checkpoint_every: int = 20
 
 

@@ -7,7 +7,7 @@ from typing import Any
 SIZES = ("tiny", "small", "paper")
 
 SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"generate": {}, "pretrain": {}, "probe": {}, "finetune": {}},
+    "tiny": {"generate": {}, "pretrain": {"pooling": "all"}, "probe": {}, "finetune": {}},
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
@@ -15,6 +15,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "layers": 2,
             "second_filters": 1600,
             "dictionary_patches": 400_000,
+            "pooling": "all",
             "steps": 600,
             "batch_size": 64,
             "projection_hidden": 1024,
