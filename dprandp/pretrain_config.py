@@ -71,7 +71,7 @@ class PretrainConfig:
     pooling: str | None = None
     """Grids that the last stage's map is averaged over; None: '1+4'."""
     feature_stages: str = "last"
-    """Features: averages of the 'last' stage's map, or of those of 'all' three stages."""
+    """Features: averages of the 'last' stage's map (published), or of those of 'all' three stages (tiny, small)."""
     checkpoint_every: int = 20
 
 

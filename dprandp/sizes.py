@@ -7,7 +7,9 @@ from typing import Any
 SIZES = ("tiny", "small", "paper")
 
 SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"generate": {}, "pretrain": {}, "continue": {}, "probe": {}, "finetune": {}},
+    "tiny": {
+        "generate": {}, "pretrain": {"feature_stages": "all"}, "continue": {}, "probe": {}, "finetune": {},
+    },  # fmt: skip
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
@@ -15,6 +17,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "layers": 2,
             "second_filters": 1600,
             "dictionary_patches": 400_000,
+            "feature_stages": "all",
             "steps": 600,
             "batch_size": 64,
             "projection_hidden": 1024,

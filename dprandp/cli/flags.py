@@ -257,6 +257,11 @@ Optimiser = Annotated[
     str | None,
     typer.Option(help="Of a wrn: sgd, adamw or muon. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
 ]
+FeatureStages = Annotated[
+    str | None,
+    typer.Option(help="Features of a wrn: averages of its last stage's map, or of all three stages'. Costs no time. "
+                 "Default: all, or last (paper).", rich_help_panel=TRAINING, metavar="last|all"),
+]  # fmt: skip
 PretrainImages = Annotated[
     str | None,
     typer.Option("--images", help="What a wrn learns from: disk, the images that generate wrote; or fly, others of the "

@@ -50,7 +50,8 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         stage, action (fresh | resume | skip), disk_bytes, memory_bytes, seconds_estimate (None where unknown), and
 
         * generate: process, count, resolution, seed, shards;
-        * pretrain: arch, parameters, feature_dim, random_init, steps, and batch_size (wrn) or filters (patchnet);
+        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters (patchnet) or batch_size,
+          objective, images (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
           fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
@@ -140,7 +141,7 @@ def _line(made: Plan) -> str:
     if made["stage"] == "pretrain":
         if "prior" in made:
             return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features); {cost}"
-        how = f"{made['steps']} steps of {made['batch_size']}" if "batch_size" in made else f"{made['filters']} filters"
+        how = f"{made['filters']} filters" if "filters" in made else _training(made)
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
     if "epsilon_after" not in made:
@@ -160,6 +161,11 @@ def _line(made: Plan) -> str:
         f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
         f"δ = {made['delta']:g}; {cost}"
     )
+
+
+def _training(made: Plan) -> str:
+    fresh = " made on the fly" if made["images"] == "fly" else ""
+    return f"{made['steps']} steps of {made['batch_size']} images{fresh}, {made['objective']}"
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
@@ -186,7 +192,9 @@ def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) 
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
     facts = estimates.extractor_facts(config)
-    kind = {"filters": config.filters} if config.arch == "patchnet" else {"batch_size": config.batch_size}
+    kind: dict[str, Any] = {"filters": config.filters}
+    if config.arch != "patchnet":
+        kind = {"batch_size": config.batch_size, "objective": config.objective, "images": config.images}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
     if config.prior:
         shipped(config)  # refuses a damaged one

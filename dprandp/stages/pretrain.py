@@ -28,7 +28,7 @@ from dprandp.console import MetricsLog
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import load_images
-from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn
+from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn, refuse
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.extractors import build_extractor, load_weights, refuse_unlearnable
@@ -56,6 +56,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
+    refuse(config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped(foreseen) if foreseen.prior else (None, {}, {})

@@ -57,6 +57,23 @@ class Learned:
     loss: float
 
 
+def refuse(config: PretrainConfig, context: Context) -> None:
+    """Refuse what this run cannot do, before anything is written.
+
+    Raises:
+        UsageError: images on the fly for several processes, or too few images to learn patches from.
+    """
+    if config.arch == "patchnet" or config.random_init:
+        return
+    if config.images == "fly" and context.ranks.size > 1:
+        raise UsageError(
+            "images made on the fly serve one process, and this is a training of several",
+            fix="give --images disk, after `dprandp generate --count N`",
+        )
+    if config.objective == "patches":
+        patches_axes(read_manifest(context.rundir.stage_dir("generate"))["count"] - _held_out(context))
+
+
 def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
     """Train from the last checkpoint to the end of the configuration; writes checkpoints and metrics.jsonl.
 
@@ -69,7 +86,8 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
         first_step, loss = 0, math.nan
         if saved is not None:
             trainer.load_state(saved.tensors)
-            first_step, loss = saved.entry("step", int), saved.meta.get("loss")
+            first_step, told = saved.entry("step", int), saved.meta.get("loss")
+            loss = math.nan if told is None else told  # before the first mean there is none
             trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
             context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
         if isinstance(trainer, data_parallel.SharedTrainer):
@@ -77,21 +95,20 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
         log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
         watched = held_out_images(context, WATCHED)
         every = steps_between_looks(config)
-        note = ""
+        looked = ""
         started = time.perf_counter()
         with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
 
             def on_step(done: int, mean_loss: float | None) -> None:
-                nonlocal loss, note
+                nonlocal loss, looked
                 if mean_loss is not None:
                     loss = mean_loss
                     log.write(step=done, loss=mean_loss)
-                    note = f"loss {mean_loss:.3g}"
                 if done % every == 0 and len(watched) and done < config.steps:
                     seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
                     log.write(step=done, **seen)
-                    note = f"loss {loss:.3g}, {seen_text(seen)}"
-                progress.advance(1, note)
+                    looked = f", {seen_text(seen)}"
+                progress.advance(1, "" if math.isnan(loss) else f"loss {loss:.3g}{looked}")
                 if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
                     meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
                     checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
@@ -164,13 +181,8 @@ def _images(
         images = load_images(context.rundir.stage_dir("generate"), limit, without_end=_held_out(context))
         yield colour_mode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), config.colour), None
         return
-    if isinstance(context.ranks, Leader):
-        raise UsageError(
-            "images made on the fly serve one process, and this is a training of several",
-            fix="give --images disk, after `dprandp generate --count N`",
-        )
     supply = _supply(config, context)
-    workers = worker_pool(max(1, min(context.workers, supply.blocks)), polite=True)
+    workers = worker_pool(min(context.workers, supply.blocks))
     try:
         pool = FreshImages(supply, context.device, workers, stop.raise_if_requested)
         yield pool.images, pool.at

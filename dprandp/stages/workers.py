@@ -13,15 +13,10 @@ from multiprocessing import get_context, parent_process
 from dprandp.errors import StorageError
 
 
-def worker_pool(workers: int, *, polite: bool = False) -> ProcessPoolExecutor:
-    """Processes that end with this one, however it ends.
-
-    Args:
-        workers: how many.
-        polite: give way to other work on the machine.
-    """
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """So many processes, which end with this one, however it ends."""
     # spawn: a fork of a process whose torch has started threads may hang
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(polite,))
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
 
 
 @contextmanager
@@ -42,10 +37,8 @@ def lost_worker() -> StorageError:
     )
 
 
-def _begin(polite: bool) -> None:
+def _begin() -> None:
     """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
-    if polite:
-        os.nice(10)
 
     def watch() -> None:
         parent_process().join()

@@ -157,9 +157,16 @@ class _Block(nn.Module):
             self.skip_conv = conv(wide_in, wide_out, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.after(x, self.seen(x))
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the first convolution sees of the block's input (but for padding)."""
+        return _activate(x, self.norm1, self.order.branch)
+
+    def after(self, x: Tensor, seen: Tensor) -> Tensor:
+        """The block's output, given its input and what ``seen`` made of that."""
         skip = self.skip_conv(_activate(x, self.skip_norm, self.order.skip)) if self.reshapes else x
-        out = _activate(x, self.norm1, self.order.branch)
-        out = self.conv1(pad_same(out, 3, self.conv1.stride[0]) if self.pads else out)
+        out = self.conv1(pad_same(seen, 3, self.conv1.stride[0]) if self.pads else seen)
         return skip + self.conv2(_activate(out, self.norm2, self.order.branch))
 
 
@@ -279,10 +286,10 @@ class WideResNet(nn.Module):
         x, parts = self.stem(x), []
         for index, block in enumerate(self.blocks):
             stage, position = divmod(index, self._stage_blocks)
+            seen = block.seen(x)
             if stage and position == 0:
-                seen = _activate(x, block.norm1, block.order.branch)
                 parts.append(_pooled(seen, self._earlier_sides[stage - 1]))
-            x = block(x)
+            x = block.after(x, seen)
         return torch.cat([*parts, self.head_of(x)], dim=1)
 
     def head_of(self, trunk: Tensor) -> Tensor:

@@ -37,11 +37,10 @@ PATCH_BYTES = 2**21
 
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
-    """Whether ``WrnGradients`` knows every layer of an extractor that has parameters, each of them used once."""
-    if type(extractor) is not WideResNet or extractor.reads_earlier_stages:  # such a network uses norms twice
-        return False
+    """Whether ``WrnGradients`` knows every layer of an extractor that has parameters."""
     owners = [layer for layer in extractor.modules() if next(layer.parameters(recurse=False), None) is not None]
-    return all(type(layer) in (nn.Conv2d, StandardisedConv2d, nn.GroupNorm) for layer in owners)
+    known = (nn.Conv2d, StandardisedConv2d, nn.GroupNorm)
+    return type(extractor) is WideResNet and all(type(layer) in known for layer in owners)
 
 
 class _Place(NamedTuple):

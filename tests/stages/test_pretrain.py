@@ -8,7 +8,9 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from stage_processes import Stages, stage_server
 from dprandp import checkpoint
 from dprandp.config import PretrainConfig, build
 from dprandp.console import Console
+from dprandp.errors import UsageError
 from dprandp.rundir import RunDir
 from dprandp.signals import graceful_stop
-from dprandp.stages import pretrain_wrn
+from dprandp.stages import pretrain, pretrain_wrn
 from dprandp.stages.context import Context
 from dprandp.stages.generate import load_images
 from dprandp.stages.pretrain import colour_mode, load_extractor, synthetic_crops
@@ -297,7 +300,7 @@ class StopAfter:
 
 
 def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_wrn, "worker_pool", lambda workers, polite: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(pretrain_wrn, "worker_pool", ThreadPoolExecutor)
     settings = build("pretrain", FLY)
     states = []
     for name, stops in (("whole", [None]), ("stopped", [5, None])):
@@ -371,6 +374,17 @@ def test_of_few_images_none_is_held_out(stages, tmp_path):
     assert {result[name] for name in MEASURES} == {None}
 
 
+def test_what_cannot_be_done_is_refused_before_anything_is_written(stages, images, tmp_path):
+    context = context_of(images)
+    with pytest.raises(UsageError, match="serve one process"):
+        pretrain.run(build("pretrain", FLY), replace(context, ranks=SimpleNamespace(size=2)))
+    stages.must("generate", tmp_path / "run", {**IMAGES, "count": 3})
+    outcome = stages.run("pretrain", tmp_path / "run", PATCHES)
+    assert outcome.code == 2
+    assert "patches cannot be learned from 3 images" in outcome.result["problem"]
+    assert not (tmp_path / "run" / "2-pretrain").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -380,6 +394,7 @@ def test_of_few_images_none_is_held_out(stages, tmp_path):
         ({"arch": "vit-b"}, 2, "unknown architecture 'vit-b'"),
         ({"arch": "patchnet", "patch_size": 40}, 2, "patch_size = 40"),
         ({**WRN, "layer_order": "conv-only"}, 2, "layer order 'conv-only'"),
+        ({**WRN, "objective": "simclr"}, 2, "objective = 'simclr' is unknown"),
     ],
 )
 def test_an_impossible_extractor_is_refused_before_anything_is_written(stages, fresh, recipe, code, said):

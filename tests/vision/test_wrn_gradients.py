@@ -27,12 +27,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wrn_gradients, "autocast", lambda device: contextlib.nullcontext())
 
 
-def model_of(standardised: bool = True, order: str = "relu-norm-conv", pooling: str = "1+4") -> Classifier:
+def model_of(
+    standardised: bool = True, order: str = "relu-norm-conv", pooling: str = "1+4", earlier: tuple[str, ...] = ()
+) -> Classifier:
     """Random weights, gains, shifts, whitener and head; one filter without any deviation, one with very little."""
     generator = torch.Generator().manual_seed(1)
     extractor = WideResNet(
-        10, 1, weight_standardisation=standardised, layer_order=order, pooling=pooling, generator=generator
-    )
+        10, 1, weight_standardisation=standardised, layer_order=order, pooling=pooling, earlier=earlier,
+        generator=generator,
+    )  # fmt: skip
     for name, value in extractor.named_parameters():
         if value.ndim == 1:
             value.data.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
@@ -171,7 +174,10 @@ def test_other_networks_have_no_layer_gradients() -> None:
     assert not has_layer_gradients(torch.nn.Conv2d(3, 4, 3))
 
 
-def test_a_network_that_reads_earlier_stages_is_left_to_automatic_differentiation():
-    """Its norms answer twice in a pass, and rows that are kept once would hold half of their gradient."""
-    assert has_layer_gradients(WideResNet(10, 1))
-    assert not has_layer_gradients(WideResNet(10, 1, earlier=("1", "1")))
+@pytest.mark.parametrize("path", PATHS)
+def test_features_of_earlier_stages(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block's norm gives goes two ways then, to the next convolution and to the features."""
+    model, (images, labels) = model_of(earlier=("1+4", "1")), records(3, 2)
+    assert has_layer_gradients(model.extractor)
+    found = gradients_by(path, model, monkeypatch).of(images, labels)
+    assert apart(found, by_loop(model, images, labels)).max() < 1e-4
