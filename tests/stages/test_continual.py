@@ -27,7 +27,10 @@ from dprandp import checkpoint, config, report
 from dprandp.datasets.fraction import public_positions
 from dprandp.errors import BudgetError, InputError, UsageError
 from dprandp.privacy.accounting import compose
-from dprandp.stages import continual_loop, diagnose, planning, public_steps
+from dprandp.privacy.plan import PrivatePlan
+from dprandp.stages import audit_continual, continual_loop, diagnose, planning, public_steps
+from dprandp.stages.audit_facts import Facts
+from dprandp.stages.audit_tests import AuditSettings
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.public_steps import Training
 
@@ -315,6 +318,24 @@ def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
 def test_a_seeded_noise_is_stamped(vit_run, copy, data) -> None:
     result = run_continue(copy(vit_run), data, {"insecure_seed": 1})
     assert result["private"] is False
+
+
+# -------------------------------------------------------------------------------------------------------------- audit
+
+
+@pytest.mark.parametrize("options", [{}, {"public": "synth", "mix": "ratio", "steps": 3, "views": 2}], ids=str)
+def test_the_audit_replays_the_private_steps(vit_run, copy, data, options) -> None:
+    """Leaving one record out moves a sum by no more than C, and nothing else; without the clip it is seen to."""
+    run = copy(vit_run)
+    run_continue(run, data, **options)
+    with context(run) as given:
+        plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
+        checks, controls = audit_continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)
+        private = audit_continual.on_private_record(plan, Facts(given), given, watched=3)
+    assert [check["name"] for check in checks if not check["passed"]] == []
+    assert [check["name"] for check in private if not check["passed"]] == []
+    assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length
+    assert [control["flagged"] for control in controls] == [True]
 
 
 # ---------------------------------------------------------------------------------------------------------- diagnosis
