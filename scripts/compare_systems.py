@@ -51,6 +51,10 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "all phases": [["probe"], ["finetune"]],
         "all phases, automatic clipping": [["probe"], ["finetune", "--clipping", "automatic"]],
     },
+    "shares": {
+        f"all phases, probe with {share} of ε": [["probe", "--share", share], ["finetune"]]
+        for share in ("0.1", "0.2", "0.3", "0.5", "0.7")
+    },
     "de2022": {
         "scratch, K = 1": scratch(),
         "scratch, K = 2": scratch("--views", "2"),
