@@ -33,6 +33,7 @@ from dprandp.stages.audit_facts import Facts
 from dprandp.stages.audit_tests import AuditSettings
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.public_steps import Training
+from dprandp.stages.released_model import load_model
 
 PUBLIC = 24  # a fifth of the training images
 FOLDER = "2b-continue"
@@ -60,6 +61,9 @@ def test_public_then_private_steps(vit_run, copy, data, record) -> None:
     assert {place for place, _ in seen.tests} == {4}
     public = result["public_training"]
     assert (public["steps"], public["head"]) == (4, "one for public and private images")
+    arrays = np.load(data.removeprefix("npz:"))
+    answers = load_model(run / "model").probabilities(arrays["x_test"]).argmax(dim=1).numpy()
+    assert (answers == arrays["y_test"]).mean() == pytest.approx(result["accuracy"])
     steps = [line["step"] for line in metrics_of(run / FOLDER)]
     assert steps == [0, 2, 4, 4, 5, 6, 7] or steps == [0, 2, 4, 5, 6, 7]
 
