@@ -46,7 +46,7 @@ def test_flags_that_were_not_given_change_nothing(tmp_path):
 
 def test_each_stage_reads_its_own_table_only(tmp_path):
     file = write(tmp_path, "[generate]\nseed = 5\n[probe]\nseed = 6")
-    assert [resolve(stage, "tiny", file, {}).seed for stage in STAGES] == [5, 0, 6, 0]
+    assert [resolve(stage, "tiny", file, {}).seed for stage in STAGES] == [5, 0, 0, 6, 0]
 
 
 @pytest.mark.parametrize(("stage", "size"), EVERY)

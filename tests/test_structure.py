@@ -219,6 +219,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
     "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
+    "dprandp.stages.audit_continual": {"Dataset"},  # a type
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_IMPORT_PRIVATE_STAGE = {

@@ -18,16 +18,12 @@ from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.reporting.wording import (
     clip_in_words,
     clipped_gradient,
-    continued,
     groups,
-    learned_from,
     limits,
     noise_in_words,
     noun,
-    public_steps,
-    public_weights,
+    public_inputs,
     several_images,
-    shipped_prior,
     units_and_images,
     update_in_words,
     views_in_words,
@@ -149,7 +145,7 @@ def disclosure(
         ("Random numbers", _random(result)),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuned, and on what", _tuned(result, changed)),
-        ("Public inputs", _public(result, pretrain or {}, generate or {})),
+        ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),
         *limits(result, LIMITS),
     ]
     if earlier:
@@ -324,29 +320,6 @@ def _tuned_here(tuned: Facts | None) -> str:
 def tuning_was_paid(result: Facts) -> bool:
     """Whether ε holds the cost of tuning on the private data."""
     return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
-
-
-def _public(result: Facts, pretrain: Facts, generate: Facts) -> str:
-    declared = (
-        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
-        f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
-    )
-    if weights := public_weights(result):
-        return f"{weights[0].upper()}{weights[1:]}; {declared}"
-    if result.get("source") == "scratch" or not pretrain:
-        return f"A randomly initialised network; {declared}"
-    if "public_training" in result:
-        declared = f"{public_steps(result['public_training'])}; {declared}"
-    if pretrain.get("continued"):
-        declared = f"{continued(pretrain['continued'])}; {declared}"
-    images = "synthetic images"
-    if generate:
-        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
-    if pretrain.get("prior"):
-        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
-    learned = f"an extractor learned from {learned_from(pretrain)}"
-    learned = "a randomly initialised extractor" if pretrain.get("random_init") else learned
-    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
 
 
 def _in_short(result: Facts) -> str:

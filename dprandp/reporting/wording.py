@@ -176,10 +176,23 @@ def public_steps(training: Facts) -> str:
     return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
 
 
+def taken_privacy(taken: Facts) -> str:
+    """What another run's private images were promised; this run's ε is not about them."""
+    if "epsilon" not in taken:
+        return ", without private images"
+    promised = f"ε = {_up(taken['epsilon'])}, δ = {taken['delta']:g} for {taken['unit']}" if taken["private"] else (
+        "NOT PRIVATE: whoever has this extractor may learn about those images"
+    )  # fmt: skip
+    steps = f"then {taken['charged_steps']} private steps on {taken['title']}"
+    return f", {steps} ({promised}), which this ε does not count"
+
+
 def continued(result: Facts) -> str:
     """How an extractor was continued before a later stage took it, from the result of ``continue``."""
     private = "without private images"
-    if "epsilon" in result:
+    if taken := result.get("taken"):
+        private = f"all in another run{taken_privacy(taken)}"
+    elif "epsilon" in result:
         private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
     return f"continued: {public_steps(result['public_training'])}; {private}"
 
@@ -191,3 +204,27 @@ def shipped_prior(pretrain: Facts, generate: Facts) -> str:
         f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
         f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
     )
+
+
+def public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
+    """Everything that went into a stage beside the private images."""
+    declared = (
+        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
+        f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
+    )
+    if weights := public_weights(result):
+        return f"{weights[0].upper()}{weights[1:]}; {declared}"
+    if result.get("source") == "scratch" or not pretrain:
+        return f"A randomly initialised network; {declared}"
+    if "public_training" in result:
+        declared = f"{public_steps(result['public_training'])}; {declared}"
+    if pretrain.get("continued"):
+        declared = f"{continued(pretrain['continued'])}; {declared}"
+    images = "synthetic images"
+    if generate:
+        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
+    if pretrain.get("prior"):
+        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
+    learned = f"an extractor learned from {learned_from(pretrain)}"
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else learned
+    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"

@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dprandp.config import FinetuneConfig, ProbeConfig
 from dprandp.console import Console
@@ -29,7 +28,8 @@ from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.runresults import ONE_IMAGE
-from dprandp.stages import finetune, probe
+from dprandp.stages import audit_continual, continual_loop, finetune, probe
+from dprandp.stages.audit_facts import IMAGES, Facts
 from dprandp.stages.audit_figure import draw
 from dprandp.stages.audit_loops import (
     HeadRecords,
@@ -44,17 +44,10 @@ from dprandp.stages.audit_tests import SIGNIFICANCE, AuditSettings, as_values, p
 from dprandp.stages.budget import default_delta, read_plan_file
 from dprandp.stages.context import Context
 from dprandp.stages.features import private_features, require_room
-from dprandp.stages.pretrain import load_extractor, synthetic_crops
 from dprandp.stages.private_plan import open_private_stage
-from dprandp.stages.scratch import network_config
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.whitening import PooledOnly
 
 FOLDER = "audit"
-IMAGES = 256
-"""Synthetic images that records are made of."""
-
 FINETUNE_STEPS = 2
 FINETUNE_BATCH = 8
 FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
@@ -77,7 +70,7 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
     """
     started = time.perf_counter()
     document, plans = _claims(context, settings.with_data)
-    spec = _Facts(context)
+    spec = Facts(context)
     parts = sum(units(settings) for _ in plans) + len(plans)
     mechanisms, raw = [], {}
     with context.console.progress(parts, "audit") as progress:
@@ -86,6 +79,9 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
             found["attempt"] = document["stages"][name]["attempt"]
             if name == finetune.STAGE:
                 found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
+                found["controls"] += controls
+            if name == continual_loop.STAGE:
+                found["replay"]["continue"], controls = audit_continual.on_made_up(plan, spec, settings, context)
                 found["controls"] += controls
             if settings.with_data and "." not in name:
                 raw[name] = _on_private_data(name, plan, spec, context)
@@ -257,42 +253,8 @@ def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: 
     return found
 
 
-class _Facts:
-    """Public things of a run that records are made of.
-
-    Attributes:
-        classes: number of classes.
-        mirror: whether views may be mirrored.
-        images: uint8 [n, 3, 32, 32], synthetic (noise where the run has none).
-        features: float32 [n, d] of these images, from the run's extractor and whitener.
-        model: the classifier as the fine-tune finds it.
-    """
-
-    def __init__(self, context: Context) -> None:
-        rows = {row["stage"]: row for row in context.rundir.status()}
-        last = rows["finetune"]["result"] or rows["probe"]["result"]
-        self.classes, self.mirror = len(last["classes"]), last["mirror"]
-        generator = torch.Generator().manual_seed(0)
-        if rows["probe"]["result"]:
-            extractor, _ = load_extractor(context)
-            whitener = probe.load_whitener(context, extractor).to(context.device)
-            self.images = synthetic_crops(context, IMAGES, seed=0)
-            head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
-        else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
-            config = FinetuneConfig(**rows["finetune"]["config"])
-            extractor, head = build_extractor(network_config(config), generator), None
-            whitener = PooledOnly(extractor.feature_dim)
-            self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
-        self.model = Classifier(extractor, whitener, self.classes).to(context.device)
-        if head is not None:
-            self.model.head.data.copy_(head)
-        self.features: Tensor = extract(
-            self.model.extractor, self.images, mirror=self.mirror, after=self.model.whitener
-        )
-
-
 def _replays_pass(replay: dict[str, Any]) -> bool:
-    checks = replay["head"] + replay.get("finetune", [])
+    checks = replay["head"] + replay.get("finetune", []) + replay.get("continue", [])
     return passed(checks) and replay.get("private_data", "passed") == "passed"
 
 
@@ -303,7 +265,7 @@ def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
 
 
 def _finetune_on_made_up(
-    plan: PrivatePlan, spec: _Facts, settings: AuditSettings, context: Context
+    plan: PrivatePlan, spec: Facts, settings: AuditSettings, context: Context
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
     config, lr, scale = _finetune_settings(context)
@@ -327,7 +289,7 @@ def _finetune_on_made_up(
     return checks, controls
 
 
-def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Context) -> list[dict[str, Any]]:
+def _on_private_data(name: str, plan: PrivatePlan, spec: Facts, context: Context) -> list[dict[str, Any]]:
     """Replays on the run's private records; every value of what is returned is private."""
     row = next(row for row in context.rundir.status() if row["stage"] == name)
     found, watched = [], [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
@@ -338,6 +300,8 @@ def _on_private_data(name: str, plan: PrivatePlan, spec: _Facts, context: Contex
             checks = replay_finetune(plan, config, spec.model, lr, scale, dataset, record, context, FINETUNE_STEPS)
             found += as_values(checks, "private record")
         return found
+    if name == continual_loop.STAGE:
+        return audit_continual.on_private_record(plan, spec, context, watched[0])
     config = ProbeConfig(**row["config"])
     stage = open_private_stage(name, config, context, write=False)
     features, labels = private_features(

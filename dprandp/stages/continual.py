@@ -23,7 +23,7 @@ from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
-from dprandp.stages import release, switching
+from dprandp.stages import release, switching, taken
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE, Outcome, train
 from dprandp.stages.pretrain import STAGE as PRETRAIN
@@ -44,6 +44,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     """Continue the run's extractor.
 
     Returns:
+        With ``take`` see ``taken.run``; else
         stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
         ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimiser, released,
         mirror, tuned, tuned_on.
@@ -52,6 +53,8 @@ def run(config: ContinueConfig, context: Context) -> dict:
         InputError: no extractor yet, or unusable data. BudgetError: nothing is left (no private pixel was read).
         UsageError: a patchnet, public data that are none, or settings that contradict each other.
     """
+    if config.take is not None:
+        return taken.run(config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     stage = open_stage(config, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,16 +41,18 @@ def public_alone(
     """``mix = 'public'``: no private image is read, and nothing is paid.
 
     Returns:
-        stage, action, data (that the images are shaped like), public, steps, and the cost.
+        stage, action, data (that the images are shaped like), public, steps, and the cost; or take, and nothing to do.
     """
-    stage = continual.open_stage(config, context, write=False)
     known = estimates.extractor_facts(extractor)
     need = 8 * known.state_bytes
     made = estimates.Cost(need, int(estimates.PROGRAM_BYTES + need), _public_seconds(config, known) if cpu else None)
+    if config.take is not None:
+        nothing = replace(made, seconds_estimate=1.0)
+        return {"stage": continual.STAGE, "action": action, "take": config.take, "steps": 0, **nothing.rounded()}
     return {
         "stage": continual.STAGE,
         "action": action,
-        "data": stage.spec.name,
+        "data": continual.open_stage(config, context, write=False).spec.name,
         "public": config.public,
         "steps": config.steps,
         **made.rounded(),

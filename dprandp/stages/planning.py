@@ -68,7 +68,7 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
     if public:
         return _private(name, config, context, public["pretrain"])[0]
     made = _recorded(context, "pretrain")
-    if name == "continue" and config.mix == "public":
+    if name == "continue" and (config.mix == "public" or config.take is not None):
         action, config = _foreseen(name, config, context)
         return continual_plan.public_alone(config, context, recorded("pretrain", made or {}), action, _on_cpu(context))
     return _private(name, config, context, recorded("pretrain", made) if made else None)[0]
@@ -144,6 +144,8 @@ def _line(made: Plan) -> str:
         how = f"{made['filters']} filters" if "filters" in made else _training(made)
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
+    if "take" in made:
+        return f"continue: takes the extractor of {made['take']}; {cost}"
     if "epsilon_after" not in made:
         return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε; {cost}"
     refit = made["refit"]

@@ -49,6 +49,13 @@ def name_private_stage(
         num_classes=config.classes,
         unit_column=config.unit_column,
     )
+    taken = context.rundir.result("continue").get("taken") or {}
+    if taken.get("protected") and taken["data"] == config.data and not isinstance(config, ContinueConfig):
+        raise BudgetError(
+            f"this run's extractor was continued in another run, on {config.data} too: what both tell about these data "
+            "would be counted in two budgets",
+            fix="go on in that run, under its one budget, or use other data here",
+        )
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)
@@ -141,6 +148,8 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
         if row["config"] is None or row["config"].get("data") != config.data:
             return None
         config = recorded("continue", row["config"])
+        if config.take is not None:
+            return None
     fraction = fraction_of(config.public)
     return None if fraction is None else (fraction, config.seed)
 

@@ -20,7 +20,7 @@ from dprandp.errors import DprandpError
 from dprandp.files import to_json
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
-from dprandp.rundir import STAGES, RunDir
+from dprandp.rundir import OPTIONAL_STAGES, STAGES, RunDir
 from dprandp.stages import overview, pipeline, planning, released_model
 from dprandp.stages.context import Context
 
@@ -132,7 +132,7 @@ LOOKS: dict[str, Callable[[Damaged], None]] = {
     "status": Damaged.look_at_all,
     "plan probe": lambda made: made.plan("probe"),
     "plan finetune": lambda made: made.plan("finetune"),
-    **{f"skip {name}": lambda made, name=name: made.skip(name) for name in STAGES},
+    **{f"skip {name}": lambda made, name=name: made.skip(name) for name in STAGES if name not in OPTIONAL_STAGES},
 }
 ABOUT_THE_BUDGET = [kind for kind in LOOKS if "generate" not in kind and "pretrain" not in kind]
 COMMANDED = 0.05

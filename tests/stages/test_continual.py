@@ -27,9 +27,13 @@ from dprandp import checkpoint, config, report
 from dprandp.datasets.fraction import public_positions
 from dprandp.errors import BudgetError, InputError, UsageError
 from dprandp.privacy.accounting import compose
-from dprandp.stages import continual_loop, diagnose, planning, public_steps
+from dprandp.privacy.plan import PrivatePlan
+from dprandp.stages import audit_continual, continual_loop, diagnose, planning, public_steps
+from dprandp.stages.audit_facts import Facts
+from dprandp.stages.audit_tests import AuditSettings
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.public_steps import Training
+from dprandp.stages.released_model import load_model
 
 PUBLIC = 24  # a fifth of the training images
 FOLDER = "2b-continue"
@@ -57,6 +61,9 @@ def test_public_then_private_steps(vit_run, copy, data, record) -> None:
     assert {place for place, _ in seen.tests} == {4}
     public = result["public_training"]
     assert (public["steps"], public["head"]) == (4, "one for public and private images")
+    arrays = np.load(data.removeprefix("npz:"))
+    answers = load_model(run / "model").probabilities(arrays["x_test"]).argmax(dim=1).numpy()
+    assert (answers == arrays["y_test"]).mean() == pytest.approx(result["accuracy"])
     steps = [line["step"] for line in metrics_of(run / FOLDER)]
     assert steps == [0, 2, 4, 4, 5, 6, 7] or steps == [0, 2, 4, 5, 6, 7]
 
@@ -147,6 +154,31 @@ def test_a_probe_made_before_is_stale_and_made_again_within_the_budget(vit_run, 
     with pytest.raises(InputError, match="continued since"):
         run_finetune(run, data, epsilon=8.0)
     assert run_probe(run, data, {"overwrite": True}, epsilon=8.0)["epsilon"] <= 8
+
+
+def test_another_run_takes_the_extractor_for_other_data(vit_run, public_run, copy, data, tmp_path) -> None:
+    first, second = copy(vit_run), copy(vit_run)
+    made = run_continue(first, data)
+    with pytest.raises(UsageError, match="laid out as another network"):
+        run_continue(copy(public_run), data, take=str(first))
+    with pytest.raises(UsageError, match="its own extractor"):
+        run_continue(first, data, take=str(first))
+    result = run_continue(second, data, take=str(first))
+    assert "epsilon" not in result
+    assert result["taken"]["epsilon"] == made["epsilon"]
+    ours, theirs = load(second), load(first)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(BudgetError, match="counted in two budgets"):
+        run_probe(second, data)
+    with pytest.raises(UsageError, match="took its extractor itself"):
+        run_continue(copy(vit_run), data, take=str(second))
+    other = write_blobs(tmp_path / "other.npz", seed=5)
+    probed = run_probe(second, other)
+    assert probed["train_examples"] == TRAIN
+    card = (second / "model/MODEL_CARD.md").read_text()
+    assert "That was in another run, then 4 private steps on" in card
+    assert "which this ε does not count" in card
+    assert str(first) not in card + (second / "model/config.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- stopping, going on
@@ -315,6 +347,24 @@ def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
 def test_a_seeded_noise_is_stamped(vit_run, copy, data) -> None:
     result = run_continue(copy(vit_run), data, {"insecure_seed": 1})
     assert result["private"] is False
+
+
+# -------------------------------------------------------------------------------------------------------------- audit
+
+
+@pytest.mark.parametrize("options", [{}, {"public": "synth", "mix": "ratio", "steps": 3, "views": 2}], ids=str)
+def test_the_audit_replays_the_private_steps(vit_run, copy, data, options) -> None:
+    """Leaving one record out moves a sum by no more than C, and nothing else; without the clip it is seen to."""
+    run = copy(vit_run)
+    run_continue(run, data, **options)
+    with context(run) as given:
+        plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
+        checks, controls = audit_continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)
+        private = audit_continual.on_private_record(plan, Facts(given), given, watched=3)
+    assert [check["name"] for check in checks if not check["passed"]] == []
+    assert [check["name"] for check in private if not check["passed"]] == []
+    assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length
+    assert [control["flagged"] for control in controls] == [True]
 
 
 # ---------------------------------------------------------------------------------------------------------- diagnosis
