@@ -9,7 +9,7 @@ SIZES = ("tiny", "small", "paper")
 SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "generate": {}, "pretrain": {"feature_stages": "all"}, "continue": {}, "probe": {}, "finetune": {},
-    },  # fmt: skip
+    },
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {

@@ -18,15 +18,15 @@ from dprandp.benchmark.peer_opacus import GHOST, HOOKS
 from dprandp.benchmark.pretraining import PURE
 
 BOUNDS: dict[str, Limit] = {
-    f"generator time {DENSE}": Limit(20),
+    f"generator time {DENSE}": Limit(40),
     f"pretraining time {PURE}": Limit(0.4),
     f"patchnet time {LAYERS}": Limit(2),
     f"patchnet-gradients time {AUTOGRAD}": Limit(0.8),
     f"probe time {HOOKS}": Limit(1.5),
     f"probe time {GHOST}": Limit(0.6),
-    f"finetune time {PLAIN}": Limit(2.5, at_most=True),
-    f"finetune-opacus time {HOOKS}": Limit(0.6),
-    f"one-view time {PLAIN}": Limit(8, at_most=True),
+    f"finetune time {PLAIN}": Limit(2, at_most=True),
+    f"finetune-opacus time {HOOKS}": Limit(1),
+    f"one-view time {PLAIN}": Limit(5, at_most=True),
     f"accountant time {LIBRARY}": Limit(2),
 }
 

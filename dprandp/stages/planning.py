@@ -22,12 +22,12 @@ from dprandp.config import (
 )
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
-from dprandp.runresults import ONE_IMAGE
 from dprandp.stages import continual, continual_plan, estimates, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import blocks_of
 from dprandp.stages.generate import check as check_images
+from dprandp.stages.plan_lines import line_of
 from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
@@ -36,8 +36,6 @@ from dprandp.stages.update_facts import gradients_per_record
 from dprandp.vision.extractors import refuse_unlearnable
 
 Plan = dict[str, Any]
-
-ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
 
 
 def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
@@ -122,52 +120,13 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
 def plan_lines(result: Plan) -> str:
     """``plan`` and ``plan_run`` for people."""
     if result["stage"] == "run":
-        lines = [_line(made) for made in result["stages"]]
+        lines = [line_of(made) for made in result["stages"]]
         if result["stages"][-1]["stage"] == "probe":
             lines.append("finetune: none, the probe is given the whole budget (--share 1)")
         cost = f"disk {estimates.size_text(result['disk_bytes'])}, {estimates.time_text(result['seconds_estimate'])}"
         return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
                                   f"δ = {result['delta']:g}; {cost}"])  # fmt: skip
-    return _line(result)
-
-
-def _line(made: Plan) -> str:
-    cost = (
-        f"disk {estimates.size_text(made['disk_bytes'])}, memory about {estimates.size_text(made['memory_bytes'])}, "
-        f"{estimates.time_text(made['seconds_estimate'])}{ACTIONS[made['action']]}"
-    )
-    if made["stage"] == "generate":
-        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px; {cost}"
-    if made["stage"] == "pretrain":
-        if "prior" in made:
-            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features); {cost}"
-        how = f"{made['filters']} filters" if "filters" in made else _training(made)
-        how = "random weights" if made["random_init"] else how
-        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
-    if "take" in made:
-        return f"continue: takes the extractor of {made['take']}; {cost}"
-    if "epsilon_after" not in made:
-        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε; {cost}"
-    refit = made["refit"]
-    then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
-    size = f"N = {made['examples']}"
-    if made["unit"] != ONE_IMAGE:
-        size += f" units, each {made['unit']}, {made['train_examples']} images"
-    noise = ", discrete noise" if made["noise"] == "discrete" else ""
-    if made["stage"] == "continue":
-        noise += ", after public ones" if made["public_steps"] else ""
-        noise += "; T and σ at most these: the switch decides" if made["switch"] else ""
-    return (
-        f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
-        f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
-        f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
-        f"δ = {made['delta']:g}; {cost}"
-    )
-
-
-def _training(made: Plan) -> str:
-    fresh = " made on the fly" if made["images"] == "fly" else ""
-    return f"{made['steps']} steps of {made['batch_size']} images{fresh}, {made['objective']}"
+    return line_of(result)
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
