@@ -13,9 +13,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
-            "filters": 1600,
+            "filters": 2400,
             "layers": 2,
-            "second_filters": 1600,
+            "second_filters": 3200,
             "dictionary_patches": 400_000,
             "feature_stages": "all",
             "steps": 600,
@@ -23,7 +23,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
-        "probe": {"dims": 2048, "statistics_images": 8000},
+        "probe": {"dims": 2048, "statistics_images": 8000, "steps": 200},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule

@@ -148,7 +148,7 @@ def require_room(needed: int, what: str) -> None:
 
 def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:
     """A hash of everything the features are made from."""
-    digest = hashlib.sha256(facts.encode())
+    digest = hashlib.sha256(f"{facts} {getattr(whitener, 'parts', ())}".encode())
     for module in (extractor, whitener):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())

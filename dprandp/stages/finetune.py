@@ -313,7 +313,7 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
     folder.mkdir(exist_ok=True)
     further = stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
-    lr = default_lr(further.epsilon_alone, further.plan.delta, further.plan.examples)
+    lr = default_lr(further.epsilon_alone, further.plan.delta, further.plan.examples, steps)
     settings = HeadSettings(lr, momentum=0.9, released="average")
     head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
     model.head.data.copy_(head)

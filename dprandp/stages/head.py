@@ -32,6 +32,8 @@ EMA_DECAY = 0.97
 
 LR_PER_SIGNAL = 10 / (0.268 * 50_000)
 LR_MAX = 100.0
+LR_STEPS = 120
+"""In more steps than these, each is as much shorter: the same way in finer steps, of which more are averaged."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,18 @@ def released_head(state: State, settings: HeadSettings) -> Tensor:
     return state["average"] if averaged else state["head"]
 
 
-def default_lr(epsilon: float, delta: float, examples: int) -> float:
+def default_lr(epsilon: float, delta: float, examples: int, steps: int = LR_STEPS) -> float:
     """Learning rate from public numbers: proportional to μN, what N examples (or units) say above the noise.
 
     With momentum .9 and unit-norm features a rate of 10 at ε = 1 and N = 50,000 (μ = .268) and 60 at ε = 8 (μ = 1.67)
     serve; both lie on one line through zero. Without noise the rate is capped.
     """
-    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples)
+    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples, steps)
 
 
-def lr_at(mu: float, examples: int) -> float:
+def lr_at(mu: float, examples: int, steps: int = LR_STEPS) -> float:
     """``default_lr`` of a budget that is μ-Gaussian; inf without noise."""
-    return min(LR_MAX, LR_PER_SIGNAL * mu * examples)
+    return min(LR_MAX, LR_PER_SIGNAL * mu * examples) * min(1.0, LR_STEPS / steps)
 
 
 def fit_head(

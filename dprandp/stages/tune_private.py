@@ -71,7 +71,7 @@ def choose_privately(
     def one_trial(trial: Trial) -> None:
         setting = settings[trial.setting]
         rule = HeadSettings(
-            setting.lr_factor * (config.lr or lr_at(plan.mu, round(trial.expected_fitted))),
+            setting.lr_factor * (config.lr or lr_at(plan.mu, round(trial.expected_fitted), config.steps)),
             config.momentum,
             config.released,
         )
@@ -98,5 +98,5 @@ def choose_privately(
         "settings": [asdict(setting) for setting in settings],
         "private": stage.ledger.private,
     }
-    default = config.lr or lr_at(probe_mu, spec.train_examples)
+    default = config.lr or lr_at(probe_mu, spec.train_examples, config.steps)
     return record, default * settings[best].lr_factor, settings[best]

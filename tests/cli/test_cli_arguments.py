@@ -87,7 +87,7 @@ BAD_FINETUNE = [
     (["--freeze", "random"], 2, "how much is to be trained", "--keep 0.1"),
     (["--select", "random", "--keep", "0.1", "--prune", "zero"], 2, "--prune belongs to --freeze"),
     (["--freeze", "magnitude", "--keep", "1.5"], 2, "--keep 1.5 lies outside (0, 1)"),
-    (["--freeze", "random", "--keep", "0.1", "--scope", "block"], 2, "'block' is unknown", "global"),
+    (["--freeze", "random", "--keep", "0.1", "--scope", "blck"], 2, "'blck' is unknown", "block"),
     (["--select", "random", "--keep", "0.1", "--every", "0"], 2, "--every 0"),
     (["--clipping", "automatc"], 2, "'automatc' is unknown", "did you mean 'automatic'?"),
     (["--eps", "3"], 5, "fixed at ε = 2", "ε = 3", "leave --eps and --delta out", "new --run"),

@@ -391,9 +391,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(stages, image
 @pytest.mark.parametrize(
     ("recipe", "code", "said"),
     [
-        ({"arch": "vit-b"}, 2, "unknown architecture 'vit-b'"),
+        ({"arch": "resnet"}, 2, "unknown architecture 'resnet'"),
         ({"arch": "patchnet", "patch_size": 40}, 2, "patch_size = 40"),
-        ({**WRN, "layer_order": "conv-only"}, 2, "layer order 'conv-only'"),
+        ({**WRN, "layer_order": "conv-only"}, 2, "layer_order = 'conv-only' is unknown"),
         ({**WRN, "objective": "simclr"}, 2, "objective = 'simclr' is unknown"),
     ],
 )
