@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dprandp.benchmark import bounds, curves, pairs, processes
+from dprandp.benchmark import bounds, curves, pairs, processes, table
 from dprandp.benchmark.cases import Findings
 from dprandp.benchmark.registry import PAIRS
 from dprandp.environment import facts
@@ -53,16 +53,19 @@ def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], Non
     if rounds < 1:
         raise UsageError(f"--rounds {rounds} is below 1", fix="give 1 or more")
     findings, quick = Findings(), scale == "quick"
-    for name, pair in PAIRS.items():
-        if name in only if only else (not quick or name in QUICK):
-            found = pairs.measure(pair, scale, rounds, say, weigh=not quick)
-            findings.figures += found.figures
-            findings.left_out += found.left_out
-    if processes.NAME in only or not (only or quick):
-        _refuse_quick(quick, processes.NAME)
-        found = processes.measure(scale, rounds, say, processes.cores())
+
+    def add(found: Findings) -> None:
         findings.figures += found.figures
         findings.left_out += found.left_out
+        for figure in found.figures:
+            say(table.line(figure))
+
+    for name, pair in PAIRS.items():
+        if name in only if only else (not quick or name in QUICK):
+            add(pairs.measure(pair, scale, rounds, say, weigh=not quick))
+    if processes.NAME in only or not (only or quick):
+        _refuse_quick(quick, processes.NAME)
+        add(processes.measure(scale, rounds, say, processes.cores()))
     for name in curves.CURVES:
         if not {CURVES, f"{CURVES}:{name}"}.isdisjoint(only) or not (only or quick):
             _refuse_quick(quick, CURVES)

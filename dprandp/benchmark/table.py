@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dprandp.benchmark.cases import Figure
+
 _MET = {None: "–", True: "met", False: "missed"}
 _HELD = {None: "–", True: "held", False: "REGRESSED"}
 
@@ -25,13 +27,23 @@ def _figures(result: dict[str, Any]) -> str:
     last = "bound" if quick else "target"
     rows = [f"| pair | against | ratio | ours / theirs | {last} | sizes |", "|---|---|---|---|---|---|"]
     for row in result["figures"]:
-        ratio = f"{_number(row['ratio'])}{_range(row)} {row['wording']}"
+        ratio = _ratio(row)
         state = _HELD[row["held"]] if quick else _MET[row["met"]]
         limit = f"{row[last]} {state}" if row[last] else "–"
         sides = f"{_quantity(row['ours'], row['unit'])} / {_quantity(row['theirs'], row['unit'])}"
         cells = [row["pair"], row["against"], ratio, sides, limit, row["sizes"]]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def line(figure: Figure) -> str:
+    """One figure as soon as it is known: a run that is stopped later has said it."""
+    row = figure.to_dict()
+    return f"  {row['pair']}, {row['quantity']}: {_ratio(row)} against {row['against']}"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{_number(row['ratio'])}{_range(row)} {row['wording']}"
 
 
 def _curve(curve: dict[str, Any]) -> str:
