@@ -219,12 +219,12 @@ def draw(rows: list[dict], path: Path) -> None:
                     axis.errorbar(statistics.mean(values), -place, xerr=deviation, **style)
             axis.plot([], [], "o", ms=4, color=color, label=f"ε = {epsilon:g}")
         axis.set_yticks([-place for place in range(len(systems))], systems, fontsize=8)
-        axis.set_xlabel("test accuracy, %, mean ± standard deviation over seeds")
+        axis.set_xlabel("test accuracy, % (mean, deviation of seeds)")
         axis.set_title(f"{data} ({size})")
         axis.grid(axis="x", alpha=0.3)
-        axis.legend()
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=len(COLOURS), frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"plot: {path}", file=sys.stderr)
 
 
