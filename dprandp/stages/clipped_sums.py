@@ -7,6 +7,7 @@ K views of each image -> the mean of their gradients (and over all images of a u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
 from dprandp.privacy.unit_clipping import unit_means
 from dprandp.ranks import Ranks
 from dprandp.stages import masks as masking
-from dprandp.stages.frozen_blocks import FrozenPrefix, rest_gradients
+from dprandp.stages.frozen_blocks import FrozenPrefix
 from dprandp.stages.lookahead import Ahead
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.mixself import with_mixtures
@@ -119,14 +120,13 @@ class ClippedSums:
     def __init__(self, model: Classifier, settings: SumSettings) -> None:
         self.settings, self.device = settings, model.head.device
         model.requires_grad_(False)
-        shared = (settings.scale, self.device, settings.microbatch)
         self._prefix = None
         if settings.frozen_first:
             never_changes = settings.views == 1 and not settings.mixtures
             self._prefix = FrozenPrefix(model, settings.frozen_first, keep=never_changes)
-            self._gradients = rest_gradients(model, settings.frozen_first, *shared)
-        else:
-            self._gradients = gradient_source(model, *shared)
+        self._gradients = gradient_source(
+            model, settings.scale, self.device, settings.microbatch, settings.frozen_first
+        )
 
     def of(
         self,
@@ -269,13 +269,19 @@ def shares_of(
     return batches
 
 
-def gradient_source(model: Classifier, scale: float, device: torch.device, microbatch: int | None) -> GradientSource:
-    """How per-example gradients are computed: (scaled parameters, uint8 [B, K, 3, 32, 32], labels) -> microbatches.
+def gradient_source(
+    model: Classifier, scale: float, device: torch.device, microbatch: int | None, first: int = 0
+) -> GradientSource:
+    """How per-example gradients are computed: (scaled parameters, views, labels) -> microbatches.
 
     In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for everything
     else. All give gradients with respect to the scaled parameters.
+
+    Args:
+        first: units of the extractor that are frozen before the first trained one; the views are then what these put
+            out, float32 [B, K, ...], else uint8 [B, K, 3, 32, 32].
     """
-    refresh = lambda: None  # noqa: E731
+    refresh = lambda parameters: None  # noqa: E731
     if patch_layers(model.extractor) and device.type == "cpu":
         together = microbatch or CLOSED_FORM_MICROBATCH
 
@@ -285,11 +291,13 @@ def gradient_source(model: Classifier, scale: float, device: torch.device, micro
     elif has_layer_gradients(model.extractor):
         numbers = sum(value.numel() for value in model.parameters())
         together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
-        layers = WrnGradients(model)
-        refresh = layers.refresh
+        layers_of = functools.cache(lambda names: WrnGradients(model, first=first, trained=names))
+
+        def refresh(parameters: Mapping[str, Tensor]) -> None:
+            layers_of(frozenset(parameters)).refresh()
 
         def of(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return layers.of(views, labels, head_only=parameters.keys() == {"head"})
+            return layers_of(frozenset(parameters)).of(views, labels)
 
     else:
         loss = loss_function(model, scale, device)
@@ -298,7 +306,7 @@ def gradient_source(model: Classifier, scale: float, device: torch.device, micro
 
     def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-        refresh()
+        refresh(parameters)
         for start in range(0, len(views), together):
             part = slice(start, start + together)
             gradients = of(parameters, views[part], labels[part])

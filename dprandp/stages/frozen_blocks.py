@@ -13,26 +13,19 @@ Guarantee:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
+from torch import Tensor
 
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import per_example_gradients
 from dprandp.stages.masks import MaskRule
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.precision import autocast
 
 CACHE_BYTES = 2**30
 """Of outputs of frozen blocks that are kept; beyond it they are computed anew."""
-
-GRADIENT_BYTES = 2**25
-"""Of gradients of several records at a time, at most, if all weights were trained."""
 
 FORWARD_VIEWS = 64
 """Views that pass the frozen blocks together."""
@@ -149,36 +142,3 @@ class FrozenPrefix:
             for _, unit in extractor.units()[: self.first]:
                 out = unit(out)
         return out.float()
-
-
-class _Rest(nn.Module):
-    """The classifier from a unit on: outputs of the frozen blocks to scores."""
-
-    def __init__(self, model: Classifier, first: int) -> None:
-        super().__init__()
-        self.model, self.first = model, first
-
-    def forward(self, out: Tensor) -> Tensor:
-        extractor = self.model.extractor
-        for _, unit in extractor.units()[self.first :]:
-            out = unit(out)
-        return self.model.whitener(extractor.head_of(out)) @ self.model.head
-
-
-def rest_gradients(
-    model: Classifier, first: int, scale: float, device: torch.device, microbatch: int | None
-) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]:
-    """Per-example gradients above the frozen blocks; as ``clipped_sums.gradient_source``, but given their outputs."""
-    rest = _Rest(model, first)
-    numbers = sum(value.numel() for value in model.parameters())
-    together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
-
-    def loss(scaled: Mapping[str, Tensor], outputs: Tensor, label: Tensor) -> Tensor:
-        parameters = {
-            f"model.{name}": value * scale if name.startswith("extractor.") else value for name, value in scaled.items()
-        }
-        with autocast(device):
-            scores = functional_call(rest, parameters, (outputs,))
-        return functional.cross_entropy(scores.float(), label.expand(len(outputs)))
-
-    return lambda parameters, outputs, labels: per_example_gradients(loss, parameters, outputs, labels, together)

@@ -15,10 +15,7 @@ Guarantee:
 from __future__ import annotations
 
 import copy
-import math
-import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +24,14 @@ from torch.nn import functional
 from dprandp.threads import in_parts
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.precision import autocast
-from dprandp.vision.wrn import STANDARDISATION_FLOOR, StandardisedConv2d, WideResNet
+from dprandp.vision.record_layers import Place, RecordConv, RecordNorm, Tape
+from dprandp.vision.wrn import StandardisedConv2d, WideResNet
 
 CACHED_VIEWS = 16
 """Views that one thread of a CPU works on at a time: their activations stay in its cache."""
 
-PATCH_BYTES = 2**21
-"""Of patches that one thread of a CPU copies out at a time."""
+FEW_VIEWS = 4
+"""Of a record. With no more, a CPU spends longer on calls for one record at a time than it saves by its cache."""
 
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
@@ -43,45 +41,43 @@ def has_layer_gradients(extractor: nn.Module) -> bool:
     return type(extractor) is WideResNet and all(type(layer) in known for layer in owners)
 
 
-class _Place(NamedTuple):
-    """The records that a pass works on: how many, and from which row of the gradients on."""
-
-    records: int
-    first: int
-
-
-class _Tape(threading.local):
-    """What the layers see in the thread that runs them forwards (backwards, an accelerator may use another)."""
-
-    place: _Place
-
-
 class WrnGradients:
     """Gradients of the mean cross-entropy over each record's views.
 
     Args:
         model: a classifier whose extractor ``has_layer_gradients``; its parameters are read by ``refresh``.
-        together: compute all records of a call at once, without a loop over them, as an accelerator wants it. The
-            default on a CPU is a loop over records, in as many threads as torch is set to.
+        first: units of the extractor that are frozen and left out: ``of`` is given what they put out.
+        trained: names of the parameters, in the classifier, that ``of`` finds gradients for: all or none of a layer's.
+            None: all. The others' values are those of now, whatever ``refresh`` finds.
+        together: compute the records of a pass without a loop over them. None: on an accelerator, and on a CPU where
+            records have no more than ``FEW_VIEWS``. A CPU makes a pass of a few records, one in each thread.
     """
 
-    def __init__(self, model: Classifier, *, together: bool | None = None) -> None:
-        self._model = model
-        self._together = model.head.device.type != "cpu" if together is None else together
-        self._tape = _Tape()
+    def __init__(
+        self,
+        model: Classifier,
+        *,
+        first: int = 0,
+        trained: Collection[str] | None = None,
+        together: bool | None = None,
+    ) -> None:
+        self._model, self._first, self._together = model, first, together
+        self._trained, self._threaded = trained, model.head.device.type == "cpu"
+        self._tape = Tape()
         self._network = copy.deepcopy(model.extractor)
         self._layers = list(self._replaced(self._network, "extractor"))
         self.refresh()
 
-    def _replaced(self, module: nn.Module, prefix: str) -> Iterator[_Conv | _Norm]:
+    def _replaced(self, module: nn.Module, prefix: str) -> Iterator[RecordConv | RecordNorm]:
         """Put layers that keep records apart in the places of a network's own; the new ones."""
         for name, child in list(module.named_children()):
             path = f"{prefix}.{name}"
             if isinstance(child, nn.Conv2d | nn.GroupNorm):
-                kind = _Conv if isinstance(child, nn.Conv2d) else _Norm
-                layer = kind(child, self._model.get_submodule(path), path, self._tape, self._together)
-                setattr(module, name, layer)
-                yield layer
+                if self._trained is None or f"{path}.weight" in self._trained:
+                    kind = RecordConv if isinstance(child, nn.Conv2d) else RecordNorm
+                    layer = kind(child, self._model.get_submodule(path), path, self._tape)
+                    setattr(module, name, layer)
+                    yield layer
             else:
                 yield from self._replaced(child, path)
 
@@ -92,13 +88,12 @@ class WrnGradients:
             layer.refresh()
 
     @torch.no_grad()
-    def of(self, views: Tensor, labels: Tensor, *, head_only: bool = False) -> dict[str, Tensor]:
+    def of(self, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradients of some records.
 
         Args:
-            views: uint8 [B, K, channels, H, W].
+            views: uint8 [B, K, channels, H, W], or float32 outputs of the units before ``first``.
             labels: int64 [B].
-            head_only: skip the extractor.
 
         Returns:
             float32 by the model's names, each [B, ...]; filters with their channels last in memory. Where a record's
@@ -106,244 +101,45 @@ class WrnGradients:
             anew every time would cost as much as the arithmetic on a single view.
         """
         head = torch.empty(len(views), *self._model.head.shape, device=views.device)
-        layers = [] if head_only else self._layers
-        for layer in layers:
+        for layer in self._layers:
             layer.make_room(len(views))
-        threads = 1 if self._together else torch.get_num_threads()
-        most = len(views) if self._together else CACHED_VIEWS // views.shape[1]
+        threads = torch.get_num_threads() if self._threaded else 1
+        most = CACHED_VIEWS // views.shape[1] if self._threaded else len(views)
         step = max(1, min(most, -(-len(views) // threads)))
         starts = range(0, len(views), step)
 
         def work(part: int, parts: int) -> None:
             for first in starts[part::parts]:
                 some = slice(first, first + step)
-                head[some] = self._some(views[some], labels[some], first, head_only)
+                head[some] = self._some(views[some], labels[some], first)
 
         in_parts(work, max(1, min(threads, len(starts))))
-        return {"head": head} | {name: rows[: len(views)] for layer in layers for name, rows in layer.rows.items()}
+        rows = {name: kept[: len(views)] for layer in self._layers for name, kept in layer.rows.items()}
+        return {"head": head} | rows
 
     @torch.no_grad()
-    def _some(self, views: Tensor, labels: Tensor, first: int, head_only: bool) -> Tensor:
+    def _some(self, views: Tensor, labels: Tensor, first: int) -> Tensor:
         """Gradients of the head for a few records; those of the layers go to their rows from ``first`` on."""
         model, (records, count) = self._model, views.shape[:2]
-        self._tape.place = _Place(records, first)
-        with torch.set_grad_enabled(not head_only):
+        together = (not self._threaded or count <= FEW_VIEWS) if self._together is None else self._together
+        self._tape.place = Place(records, first, together)
+        with torch.set_grad_enabled(bool(self._layers)):
             with autocast(views.device):
-                images = self._network.normalise(views.flatten(0, 1))
-                features = self._network.features(images.contiguous(memory_format=torch.channels_last))
+                features = self._features(views.flatten(0, 1))
             unit = model.whitener(features)  # float32 again: the last layers are a norm and a mean
         x = unit.detach()
         residual = functional.softmax(x @ model.head, dim=1)
         chosen = labels.repeat_interleave(count)[:, None]
         residual = residual.scatter_add(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen)) / count
-        if not head_only:
+        if self._layers:
             unit.backward(residual @ model.head.t())
         return torch.einsum("bkd,bkc->bdc", *(value.view(records, count, -1) for value in (x, residual)))
 
-
-class _Layer(nn.Module):
-    """A layer of the twin network that keeps records apart.
-
-    Args:
-        like: the layer in whose place it is. source: the one whose parameters it has.
-        name: of the source in the classifier.
-
-    Attributes:
-        rows: gradients by parameter name, [records, ...].
-    """
-
-    def __init__(self, like: nn.Module, source: nn.Module, name: str, tape: _Tape, together: bool) -> None:
-        super().__init__()
-        self.source, self.name, self.tape, self.together = (source,), name, tape, together  # a tuple: no submodule
-        self.anchor = torch.zeros((), requires_grad=True)  # so that the first layer has a backward pass as well
-        self.rows: dict[str, Tensor] = {}
-
-    def make_room(self, records: int) -> None:
-        """Have rows for so many records, or more."""
-        if not self.rows or len(next(iter(self.rows.values()))) < records:
-            self.rows = {}
-            self.rows = self.empty_rows(records)
-
-    def _vectors(self, records: int, *kinds: str) -> dict[str, Tensor]:
-        return {f"{self.name}.{kind}": self.bias.new_empty((records, len(self.bias))) for kind in kinds}
-
-    def keep(self, place: _Place, **values: Tensor) -> None:
-        """Store vectors, each [records, numbers]."""
-        for kind, value in values.items():
-            self.rows[f"{self.name}.{kind}"][place.first : place.first + place.records] = value
-
-
-class _Conv(_Layer):
-    """A convolution; its filters are those of ``source``, standardised where that does so."""
-
-    def __init__(self, like: nn.Conv2d, *others) -> None:
-        super().__init__(like, *others)
-        self.size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
-
-    def refresh(self) -> None:
-        """Take the parameters as they are now."""
-        (source,) = self.source
-        weight, self.bias = source.weight.detach(), source.bias.detach()
-        self.factor = None
-        if isinstance(source, StandardisedConv2d):
-            variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
-            energy = variance * weight[0].numel()
-            root = torch.rsqrt(energy.clamp(min=STANDARDISATION_FLOOR))
-            unit = (weight - mean) * root
-            weight = unit * source.gain.detach().view(-1, 1, 1, 1)
-            self.unit = unit.permute(0, 2, 3, 1).flatten(1)
-            self.factor = source.gain.detach()[:, None] * root.flatten(1)
-            # where the floor holds, the root is a constant: the filter's own direction is not projected out
-            self.turn = self.factor * (energy.flatten(1) >= STANDARDISATION_FLOOR)
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-
-    def empty_rows(self, records: int) -> dict[str, Tensor]:
-        out, channels, *size = self.weight.shape
-        weight = self.weight.new_empty((records, out, *size, channels))
-        self.flat_rows = weight.flatten(2)
-        kinds = ("bias",) if self.factor is None else ("bias", "gain")
-        return {f"{self.name}.weight": weight.permute(0, 1, 4, 2, 3)} | self._vectors(records, *kinds)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _ConvFunction.apply(x, self.anchor, self)
-
-    def keep_weight(self, place: _Place, weight: Tensor) -> None:
-        """Store gradients of the filters in use, [records, O, height · width · channels]."""
-        rows = self.flat_rows[place.first : place.first + place.records]
-        if self.factor is None:
-            rows.copy_(weight)
-            return
-        weight = weight.to(rows.dtype)
-        along, mean = torch.mul(weight, self.unit, out=rows).sum(dim=2), weight.mean(dim=2)
-        torch.mul(weight, self.factor, out=rows)
-        rows.sub_((mean * self.factor[:, 0])[..., None])
-        rows.addcmul_(self.unit, (along * self.turn[:, 0])[..., None], value=-1)
-        self.keep(place, gain=along)
-
-    def patches(self, x: Tensor) -> Tensor:
-        """What each output sees: [B, channels, H, W] -> [B, positions, height · width · channels]."""
-        (high, wide), (down, right), (above, left) = self.size, self.stride, self.padding
-        x = functional.pad(x, (left, left, above, above)) if above or left else x
-        x = x.contiguous(memory_format=torch.channels_last)
-        windows = x.unfold(2, high, down).unfold(3, wide, right)  # [B, channels, rows, columns, high, wide]
-        return windows.permute(0, 2, 3, 4, 5, 1).reshape(len(x), -1, high * wide * x.shape[1])
-
-
-class _ConvFunction(torch.autograd.Function):
-    """A convolution whose backward pass gives the gradient of its input and leaves those of its parameters in rows."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, layer: _Conv) -> Tensor:
-        weight, bias = layer.weight, layer.bias
-        ctx.given = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            precision = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(precision), weight.to(precision), bias.to(precision)
-        ctx.save_for_backward(x)
-        ctx.layer, ctx.weight, ctx.place = layer, weight, layer.tape.place
-        return functional.conv2d(x, weight, bias, layer.stride, layer.padding)
-
-    @staticmethod
-    def backward(ctx, towards: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), layer, place = ctx.saved_tensors, ctx.layer, ctx.place
-        towards = towards.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        shift = towards.sum(dim=(2, 3), dtype=torch.float32)
-        layer.keep(place, bias=shift.unflatten(0, (place.records, -1)).sum(dim=1))
-
-        def library(x: Tensor, towards: Tensor, *mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.aten.convolution_backward(
-                towards, x, ctx.weight, None, layer.stride, layer.padding, [1, 1], False, [0, 0], 1, [*mask, False]
-            )
-
-        wanted = ctx.needs_input_grad[0]
-        slopes = towards.permute(0, 2, 3, 1).flatten(1, 2)  # [B, positions, O]
-        if layer.together:
-            patches = layer.patches(x).unflatten(0, (place.records, -1)).flatten(1, 2)
-            layer.keep_weight(place, slopes.unflatten(0, (place.records, -1)).flatten(1, 2).mT @ patches)
-            return library(x, towards, True, False)[0].to(ctx.given) if wanted else None, None, None
-        # The library is slow where a record has few positions, or where filters stride.
-        bytes_ = x.element_size() * slopes.shape[1] * ctx.weight[0].numel()
-        views = len(x) // place.records
-        by_patches = max(layer.stride) > 1 or views * bytes_ <= PATCH_BYTES
-        if by_patches or place.records > 1:
-            before = library(x, towards, True, False)[0] if wanted else None
-        for number in range(place.records):
-            own, some = _Place(1, place.first + number), slice(number * views, (number + 1) * views)
-            if by_patches:
-                weight = _product(layer, x[some], slopes[some], max(1, PATCH_BYTES // bytes_))
-            else:
-                only = wanted and place.records == 1
-                found, weight, _ = library(x[some], towards[some], only, True)
-                before = found if only else before
-                weight = weight.permute(0, 2, 3, 1).flatten(1)
-            layer.keep_weight(own, weight[None])
-        return before.to(ctx.given) if wanted else None, None, None
-
-
-def _product(layer: _Conv, x: Tensor, slopes: Tensor, views: int) -> Tensor:
-    """Gradient of one record's filters, [O, height · width · channels], patches of a few views at a time."""
-    weight = None
-    for some, towards in zip(x.split(views), slopes.split(views), strict=True):
-        patches, towards = layer.patches(some).flatten(0, 1), towards.flatten(0, 1).t()
-        weight = towards @ patches if weight is None else weight.addmm_(towards, patches)
-    return weight
-
-
-class _Norm(_Layer):
-    """A GroupNorm with the scale and shift of ``source``."""
-
-    def __init__(self, like: nn.GroupNorm, *others) -> None:
-        super().__init__(like, *others)
-        self.groups, self.eps = like.num_groups, like.eps
-
-    def refresh(self) -> None:
-        """As for ``_Conv``."""
-        self.weight, self.bias = (value.detach() for value in (self.source[0].weight, self.source[0].bias))
-
-    def empty_rows(self, records: int) -> dict[str, Tensor]:
-        return self._vectors(records, "weight", "bias")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _NormFunction.apply(x, self.anchor, self)
-
-    def sizes(self, x: Tensor) -> tuple[int, int, int, int]:
-        """As the library wants them: members, channels, positions, groups."""
-        return *x.shape[:2], math.prod(x.shape[2:]), self.groups
-
-
-class _NormFunction(torch.autograd.Function):
-    """GroupNorm with the gradients of its scale and shift by record; in float32 under autocast."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, layer: _Norm) -> Tensor:
-        ctx.given = x.dtype
-        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
-        out, mean, rate = torch.native_group_norm(x, layer.weight, layer.bias, *layer.sizes(x), layer.eps)
-        ctx.save_for_backward(x, mean, rate)
-        ctx.layer, ctx.place = layer, layer.tape.place
-        return out
-
-    @staticmethod
-    def backward(ctx, towards: Tensor) -> tuple[Tensor, None, None]:
-        layer, place, saved = ctx.layer, ctx.place, ctx.saved_tensors
-
-        def library(towards: Tensor, x: Tensor, mean: Tensor, rate: Tensor, parameters: bool) -> tuple:
-            return torch.ops.aten.native_group_norm_backward(
-                towards, x, mean, rate, layer.weight, *layer.sizes(x), [True, parameters, parameters]
-            )
-
-        towards = towards.contiguous(memory_format=torch.channels_last)
-        if layer.together:
-            x, mean, rate = saved
-            group = torch.arange(x.shape[1], device=x.device) // (x.shape[1] // layer.groups)
-            shift = towards.sum(dim=(2, 3))
-            scale = ((towards * x).sum(dim=(2, 3)) - shift * mean[:, group]) * rate[:, group]
-            scale, shift = (value.unflatten(0, (place.records, -1)).sum(dim=1) for value in (scale, shift))
-            layer.keep(place, weight=scale, bias=shift)
-            return library(towards, *saved, False)[0].to(ctx.given), None, None
-        before = []
-        for number, parts in enumerate(zip(*(value.chunk(place.records) for value in (towards, *saved)), strict=True)):
-            x, scale, shift = library(*parts, True)
-            layer.keep(_Place(1, place.first + number), weight=scale, bias=shift)
-            before.append(x)
-        return (before[0] if place.records == 1 else torch.cat(before)).to(ctx.given), None, None
+    def _features(self, views: Tensor) -> Tensor:
+        network = self._network
+        x = (views if self._first else network.normalise(views)).contiguous(memory_format=torch.channels_last)
+        if not self._first:
+            return network.features(x)
+        for _, unit in network.units()[self._first :]:
+            x = unit(x)
+        return network.head_of(x)

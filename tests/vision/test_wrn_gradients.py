@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp.vision import wrn_gradients
+from dprandp.vision import record_layers, wrn_gradients
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.whitening import Whitener
 from dprandp.vision.wrn import LAYER_ORDERS, WideResNet
@@ -28,13 +28,14 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(
-    standardised: bool = True, order: str = "relu-norm-conv", pooling: str = "1+4", earlier: tuple[str, ...] = ()
+    standardised: bool = True, order: str = "relu-norm-conv", pooling: str = "1+4", earlier: tuple[str, ...] = (),
+    padding: str = "symmetric",
 ) -> Classifier:
     """Random weights, gains, shifts, whitener and head; one filter without any deviation, one with very little."""
     generator = torch.Generator().manual_seed(1)
     extractor = WideResNet(
         10, 1, weight_standardisation=standardised, layer_order=order, pooling=pooling, earlier=earlier,
-        generator=generator,
+        padding=padding, generator=generator,
     )  # fmt: skip
     for name, value in extractor.named_parameters():
         if value.ndim == 1:
@@ -78,9 +79,9 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
     return lengths([left[name] - right[name] for name in right]) / lengths(list(right.values()))
 
 
-def gradients_by(path: str, model: Classifier, monkeypatch: pytest.MonkeyPatch) -> WrnGradients:
-    monkeypatch.setattr(wrn_gradients, "PATCH_BYTES", 20_000 if path == "by patches" else 0)
-    return WrnGradients(model, together=path == "together")
+def gradients_by(path: str, model: Classifier, monkeypatch: pytest.MonkeyPatch, **settings) -> WrnGradients:
+    monkeypatch.setattr(record_layers, "PATCH_BYTES", 20_000 if path == "by patches" else 0)
+    return WrnGradients(model, together=path == "together", **settings)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -99,6 +100,11 @@ def test_every_path_equals_a_loop_over_single_views(
         assert (found[name] - value).norm() < 2e-3 * value.norm() + 1e-6
     swapped = {name: value.flip(0) for name, value in expected.items()}
     assert apart(found, swapped).max() > 0.1  # what it is compared with could tell records apart
+
+
+def test_padding_of_the_published_network() -> None:
+    model, (images, labels) = model_of(padding="same"), records(2, 2, size=13)
+    assert apart(WrnGradients(model).of(images, labels), by_loop(model, images, labels)).max() < 1e-4
 
 
 @pytest.mark.parametrize("order", LAYER_ORDERS)
@@ -134,9 +140,29 @@ def test_parameters_are_taken_anew_by_refresh() -> None:
 
 def test_the_head_alone() -> None:
     model, (images, labels) = model_of(), records(3, 2)
-    found = WrnGradients(model).of(images, labels, head_only=True)
+    found = WrnGradients(model, trained={"head"}).of(images, labels)
     assert found.keys() == {"head"}
     assert apart(found, {"head": by_loop(model, images, labels)["head"]}).max() < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("first", [0, 2])
+def test_frozen_blocks_get_none_and_change_no_other(first: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block in the middle is frozen, or everything before the second block is and its outputs are given."""
+    model, (images, labels) = model_of(), records(3, 2)
+    units = model.extractor.units()
+    frozen = tuple(f"extractor.{name}." for name, _ in (units[:first] or units[2:3]))
+    names = {name for name, _ in model.named_parameters() if not name.startswith(frozen)}
+    expected = {name: value for name, value in by_loop(model, images, labels).items() if name in names}
+    given = images
+    if first:
+        with torch.no_grad():
+            x = model.extractor.normalise(images.flatten(0, 1))
+            for _, unit in units[:first]:
+                x = unit(x)
+        given = x.unflatten(0, images.shape[:2])
+    found = gradients_by(path, model, monkeypatch, first=first, trained=names).of(given, labels)
+    assert apart(found, expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("path", PATHS)
