@@ -3,6 +3,11 @@
 DP-SGD adds the same noise to every coordinate of the head's gradient, so it serves features whose directions carry
 signal of like size. Whitening gives them that; the statistics come from images of a random process, which are public,
 so it costs no privacy. Nothing in this file may ever be called with private features: ``fit`` is for synthetic ones.
+
+Two statistics are used. ``fit`` equalises the principal axes: by how much features vary from image to image.
+``even_views`` equalises by how much they vary between views of *one* image (crops, other colours), which says nothing
+of its class: what speech processing calls within-class covariance normalisation (Hatch, Kajarekar & Stolcke 2006,
+"Within-Class Covariance Normalization for SVM-Based Speaker Recognition"), with each synthetic image as its own class.
 """
 
 from __future__ import annotations
@@ -14,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+VIEW_RIDGE = 0.3
+"""Added to each axis's variance between views, relative to their mean: as much as a few thousand views can tell."""
 
 DEVIATION_FLOOR = 1e-3
 """Relative to the mean deviation: a feature that hardly moves on synthetic images is not blown up."""
@@ -83,6 +91,8 @@ class Whitener(nn.Module):
     def cut(self, whitened: Tensor, axes: int) -> Tensor:
         """What a whitener of fewer axes would have made: its axes are the first ones of each part.
 
+        Exactly so after ``fit``; after ``even_views`` up to how much each of its images counted.
+
         Args:
             whitened: float [N, P d], results of ``forward``.
             axes: at most d.
@@ -118,6 +128,33 @@ def fit(features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] |
         mean, projection = _principal_axes(features[:, own], whitener.axes, floor)
         whitener.mean[own], whitener.projection[own] = mean, projection
     return whitener
+
+
+@torch.no_grad()
+def even_views(whitener: Whitener, views: Tensor) -> Whitener:
+    """Let features vary equally in all directions from view to view of one image.
+
+    With C the covariance within images of a part's whitened features, the part goes through L⁻¹, C + ridge = L Lᵀ. L is
+    triangular, so axis k still depends on the first k axes alone, and a whitener can be ``cut`` as before.
+
+    Args:
+        whitener: fitted; not changed.
+        views: float32 [n, V, P d], what ``whitener`` makes of V ≥ 2 views of each of n ≥ 1 *synthetic* images.
+
+    Returns:
+        A whitener with the same mean, parts and number of axes.
+    """
+    evened = Whitener(len(whitener.mean), whitener.axes, whitener.parts)
+    evened.mean.copy_(whitener.mean)
+    for (own, length), part in zip(whitener.rows(), views.split(whitener.axes, dim=-1), strict=True):
+        apart = ((part - part.mean(dim=1, keepdim=True)) / length).flatten(0, 1).double()
+        covariance = apart.t() @ apart / (len(part) * (part.shape[1] - 1))
+        variances = covariance.diagonal()
+        variances += VIEW_RIDGE * variances.mean() + torch.finfo(torch.float32).tiny
+        lower = torch.linalg.cholesky(covariance / variances.mean())
+        projection = whitener.projection[own].double()
+        evened.projection[own] = torch.linalg.solve_triangular(lower.t(), projection, upper=True, left=False).float()
+    return evened
 
 
 def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor]:
