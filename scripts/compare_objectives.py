@@ -17,7 +17,6 @@ whitened by itself; and the same whitened together.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import DELTA, dprandp, read, spread
+from compare_priors import DELTA
+from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp import toml
 from dprandp.cli import session
@@ -93,7 +93,7 @@ def main() -> None:
                 for objective in args.objectives:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
                             "budget": args.cpu_seconds, "objective": objective, "seed": seed}  # fmt: skip
-                    if not any(cell.items() <= row.items() for row in read(log)):
+                    if not has_row(log, cell):
                         measure(args, cell, log)
     print_table(read(log))
 
@@ -119,9 +119,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
         "pretraining_seconds": round(seconds, 1), "accuracy": accuracies(args, run, cell),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    add_row(log, row)
 
 
 def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:

@@ -19,14 +19,14 @@ and others found is looked for as *differences* between cells that share everyth
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from experiment import add_row, dprandp, has_row, read, spread
 
 SCRATCH = [
     "finetune", "--from", "scratch", "--arch", "wrn-10-1", "--padding", "same",
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
     """One run, unless its row is there already."""
     cell["size"] = args.size
     cell["flags"] = args.scratch_flags if SYSTEMS[cell["system"]][0][0] == "finetune" else ""
-    if any(cell.items() <= row.items() for row in read(log)):
+    if has_row(log, cell):
         return
     public = args.out / f"public-{cell['data']}-{args.size}-s{cell['seed']}"
     commands = SYSTEMS[cell["system"]]
@@ -152,23 +152,7 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
         seconds += result["seconds"]
     shutil.rmtree(run)
     row = {**cell, "accuracy": result["accuracy"], "spent": result["epsilon"], "seconds": round(seconds, 1)}
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
-
-
-def dprandp(*arguments: object) -> dict:
-    """Run a command of the package and return its JSON."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json", "--quiet"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
-    return json.loads(done.stdout)
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    add_row(log, row)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -226,14 +210,6 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"plot: {path}", file=sys.stderr)
-
-
-def spread(values: list[float]) -> str:
-    """'68.1 ± 0.2', or a dash for none."""
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 if __name__ == "__main__":
