@@ -49,16 +49,16 @@ TIMED_STEPS = 6
 OBJECTIVES: dict[str, dict] = {
     "random weights": {"random_init": True},
     "align-uniformity, sgd": {},
-    "align-uniformity, adamw": {"optimiser": "adamw"},
-    "align-uniformity, muon": {"optimiser": "muon"},
-    "align-uniformity, adamw, growing": {"optimiser": "adamw", "grow": True},
-    "align-uniformity, adamw, fly": {"optimiser": "adamw", "images": "fly"},
-    "vicreg, adamw": {"objective": "vicreg", "optimiser": "adamw"},
-    "instances, adamw": {"objective": "instances", "optimiser": "adamw"},
-    "patches, adamw": {"objective": "patches", "optimiser": "adamw"},
-    "patches, muon": {"objective": "patches", "optimiser": "muon"},
-    "patches, adamw, growing": {"objective": "patches", "optimiser": "adamw", "grow": True},
-    "patches, adamw, fly": {"objective": "patches", "optimiser": "adamw", "images": "fly"},
+    "align-uniformity, adamw": {"optimizer": "adamw"},
+    "align-uniformity, muon": {"optimizer": "muon"},
+    "align-uniformity, adamw, growing": {"optimizer": "adamw", "grow": True},
+    "align-uniformity, adamw, fly": {"optimizer": "adamw", "images": "fly"},
+    "vicreg, adamw": {"objective": "vicreg", "optimizer": "adamw"},
+    "instances, adamw": {"objective": "instances", "optimizer": "adamw"},
+    "patches, adamw": {"objective": "patches", "optimizer": "adamw"},
+    "patches, muon": {"objective": "patches", "optimizer": "muon"},
+    "patches, adamw, growing": {"objective": "patches", "optimizer": "adamw", "grow": True},
+    "patches, adamw, fly": {"objective": "patches", "optimizer": "adamw", "images": "fly"},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
