@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, nearest
 
 LONGEST_TEXT = 500
 
 OPTION_CHOICES = {
     "recipe": ("de2022",),
-    "optimizer": ("sgd", "adam", "muon"),
     "padding": ("symmetric", "same"),
     "pooling": ("1", "4", "1+4"),
     "layer_order": (
         "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip",
     ),
 }  # fmt: skip
+
+OPTIMIZERS = ("sgd", "adam", "muon")
+"""See ``stages/private_optimizers.py``. Not those of public training, which is asked for by the same name."""
 
 WITHOUT_PHASE_ONE = ("scratch", "init")
 """Sources that need neither Phase I nor Phase II: random weights, or public ones from a file."""
@@ -83,6 +85,9 @@ def validate_options(values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the value.
     """
+    optimizer = values.get("optimizer", "sgd")
+    if optimizer not in OPTIMIZERS:
+        raise UsageError(f"[finetune] optimizer = {optimizer!r} is unknown", fix=nearest(optimizer, OPTIMIZERS))
     if not 0 <= values.get("low_pass", 0) < 1:
         raise UsageError(f"low_pass = {values['low_pass']!r} lies outside [0, 1)", fix="choose one, such as 0.9")
     if not 0 < values.get("kalman", 0.5) < 1:

@@ -14,8 +14,8 @@ from dprandp.errors import UsageError, nearest
 OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
 """See ``vision/objectives.py``."""
 
-OPTIMISERS = ("sgd", "adamw", "muon")
-"""See ``vision/optimisers.py``."""
+OPTIMIZERS = ("sgd", "adamw", "muon")
+"""See ``vision/public_optimizers.py``."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PretrainConfig:
     """What is asked of the two views of an image, one of ``OBJECTIVES``."""
     instances: int = 500
     """Images that the objective 'instances' tells apart."""
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
     lr: float | None = None
     """None: by optimiser and size, see ``lr_of``."""
     momentum: float = 0.9
@@ -76,7 +76,7 @@ class PretrainConfig:
 
 
 CHOICES = {
-    "objective": OBJECTIVES, "optimiser": OPTIMISERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
+    "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
 }  # fmt: skip
 
 _SECOND_LAYER = {"layers", "second_filters"}
@@ -85,7 +85,7 @@ _PATCHNET = _SECOND_LAYER | {
 }  # fmt: skip
 _FLY = {"pool", "uses"}
 _WRN = _FLY | {
-    "steps", "batch_size", "objective", "instances", "optimiser", "lr", "momentum", "weight_decay", "schedule", "grow",
+    "steps", "batch_size", "objective", "instances", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow",
     "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
     "pooling", "feature_stages", "checkpoint_every",
 }  # fmt: skip
@@ -99,7 +99,7 @@ def unused(config: PretrainConfig) -> set[str]:
         _PATCHNET
         | (_FLY if config.images == "disk" else set())
         | ({"instances"} if config.objective != "instances" else set())
-        | ({"momentum"} if config.optimiser == "adamw" else set())
+        | ({"momentum"} if config.optimizer == "adamw" else set())
     )
 
 
@@ -124,6 +124,6 @@ def lr_of(config: PretrainConfig) -> float:
     """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for the others."""
     if config.lr is not None:
         return config.lr
-    if config.optimiser != "sgd":
+    if config.optimizer != "sgd":
         return 1e-3
     return 0.12 if config.size == "paper" else 0.03

@@ -34,8 +34,9 @@ _COUNTS = {
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "clipping", "optimiser", "gradient_point", "recipe",
+    "source", "prior", "prior_sha256", "clipping", "optimizer", "gradient_point", "recipe",
     "init_sha256", "init_source", "public_part", "trained_weights", "objective",
+    "optimiser",  # as earlier versions spelt it
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from experiment import add_row, dprandp, has_row, read
 
 from dprandp.cli import session
 from dprandp.config import ProbeConfig
@@ -55,9 +53,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "results.jsonl"
     if not args.table:
-        program = [sys.executable, "-m", "dprandp"]
-        for command in (["generate"], ["pretrain", "--data", DATA]):
-            subprocess.run([*program, *command, "--run", args.out / "run", "--quiet"], check=True)
+        dprandp("generate", "--run", args.out / "run")
+        dprandp("pretrain", "--run", args.out / "run", "--data", DATA)
         for floor in sorted({setting["floor"] for setting in VARIATIONS}):
             measure(args, log, floor)
     print_table(read(log))
@@ -65,12 +62,11 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
     """All missing rows of one whitening floor."""
-    done = [(row["setting"], row["target"]) for row in read(log)]
     wanted = [
         (setting, target)
         for setting in VARIATIONS
         for target in TARGETS
-        if setting["floor"] == floor and (setting, list(target)) not in done
+        if setting["floor"] == floor and not has_row(log, {"setting": setting, "target": list(target)})
     ]
     if not wanted:
         return
@@ -86,9 +82,7 @@ def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
         )  # fmt: skip
         right = (seen[FIT:] @ head).argmax(dim=1) == labels[FIT:]
         row = {"setting": setting, "target": [examples, epsilon], "accuracy": float(right.float().mean())}
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), file=sys.stderr, flush=True)
+        add_row(log, row)
 
 
 def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tensor, torch.Tensor, Whitener]:
@@ -104,11 +98,6 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
         mirror = dataset.spec.flip_ok
         whitener = public_whitener(config, context, extractor, mirror, dataset.spec)
         return extract(extractor, images, mirror=mirror, after=whitener), labels, whitener
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def print_table(rows: list[dict]) -> None:

@@ -17,7 +17,6 @@ whitened by itself; and the same whitened together.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import DELTA, dprandp, read, spread
+from compare_priors import DELTA
+from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp import toml
 from dprandp.cli import session
@@ -49,16 +49,16 @@ TIMED_STEPS = 6
 OBJECTIVES: dict[str, dict] = {
     "random weights": {"random_init": True},
     "align-uniformity, sgd": {},
-    "align-uniformity, adamw": {"optimiser": "adamw"},
-    "align-uniformity, muon": {"optimiser": "muon"},
-    "align-uniformity, adamw, growing": {"optimiser": "adamw", "grow": True},
-    "align-uniformity, adamw, fly": {"optimiser": "adamw", "images": "fly"},
-    "vicreg, adamw": {"objective": "vicreg", "optimiser": "adamw"},
-    "instances, adamw": {"objective": "instances", "optimiser": "adamw"},
-    "patches, adamw": {"objective": "patches", "optimiser": "adamw"},
-    "patches, muon": {"objective": "patches", "optimiser": "muon"},
-    "patches, adamw, growing": {"objective": "patches", "optimiser": "adamw", "grow": True},
-    "patches, adamw, fly": {"objective": "patches", "optimiser": "adamw", "images": "fly"},
+    "align-uniformity, adamw": {"optimizer": "adamw"},
+    "align-uniformity, muon": {"optimizer": "muon"},
+    "align-uniformity, adamw, growing": {"optimizer": "adamw", "grow": True},
+    "align-uniformity, adamw, fly": {"optimizer": "adamw", "images": "fly"},
+    "vicreg, adamw": {"objective": "vicreg", "optimizer": "adamw"},
+    "instances, adamw": {"objective": "instances", "optimizer": "adamw"},
+    "patches, adamw": {"objective": "patches", "optimizer": "adamw"},
+    "patches, muon": {"objective": "patches", "optimizer": "muon"},
+    "patches, adamw, growing": {"objective": "patches", "optimizer": "adamw", "grow": True},
+    "patches, adamw, fly": {"objective": "patches", "optimizer": "adamw", "images": "fly"},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
@@ -93,7 +93,7 @@ def main() -> None:
                 for objective in args.objectives:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
                             "budget": args.cpu_seconds, "objective": objective, "seed": seed}  # fmt: skip
-                    if not any(cell.items() <= row.items() for row in read(log)):
+                    if not has_row(log, cell):
                         measure(args, cell, log)
     print_table(read(log))
 
@@ -119,9 +119,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
         "pretraining_seconds": round(seconds, 1), "accuracy": accuracies(args, run, cell),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    add_row(log, row)
 
 
 def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:

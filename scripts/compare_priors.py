@@ -14,15 +14,14 @@ training split decide. No test split is read. Finished cells are kept; images ar
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp import toml
 from dprandp.cli import session
@@ -79,7 +78,7 @@ def main() -> None:
             for process in args.processes:
                 for variant in args.variants:
                     cell = {"data": args.data, "process": process, "variant": variant, "seed": seed}
-                    if not any(cell.items() <= row.items() for row in read(log)):
+                    if not has_row(log, cell):
                         measure(args, cell, log)
     print_table(read(log))
 
@@ -106,9 +105,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
         accuracy[f"{epsilon:g}"] = float(right.float().mean())
     row = {**cell, "accuracy": accuracy, "dims": features.shape[1], "pretraining_seconds": round(pretraining, 1),
            "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    add_row(log, row)
 
 
 def whitened_features(
@@ -130,18 +127,6 @@ def whitened_features(
     return features, labels, len(spec.classes), spec.train_examples
 
 
-def dprandp(*arguments: object) -> None:
-    """Run a command of the package."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--quiet"]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        sys.exit(f"dprandp {arguments[0]} failed")
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-
-
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds; a line per cell."""
     print("| data | process | extractor | " + " | ".join(f"ε = {e:g}" for e in EPSILONS) + " | dims | s | seeds |")
@@ -153,12 +138,6 @@ def print_table(rows: list[dict]) -> None:
         columns = [spread([100 * row["accuracy"][f"{epsilon:g}"] for row in chosen]) for epsilon in EPSILONS]
         seconds = statistics.mean(row["seconds"] for row in chosen)
         print("| " + " | ".join([*key, *columns, f"{chosen[0]['dims']:,}", f"{seconds:.0f}", f"{len(chosen)}"]) + " |")
-
-
-def spread(values: list[float]) -> str:
-    """'68.1 ± 0.2'."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 if __name__ == "__main__":

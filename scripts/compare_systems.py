@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ways to train on the same data, ε and seeds: DP-RandP's phases, De et al. 2022, parts of the weights, ingredients.
+"""Ways to train on the same data, ε and seeds: DP-RandP, De et al. 2022, parts of the weights, continual pre-training.
 
     python scripts/compare_systems.py digits --out runs/systems
     python scripts/compare_systems.py digits --groups de2022 --epsilons 8 --seeds 3
@@ -10,23 +10,26 @@
 A system is a list of commands of the package, each with the flags that make the difference; Phase I is made once for a
 seed and shared. Each run has a budget of its own, and reads the test split once, at its end; nothing is chosen by it.
 Finished rows are kept in results.jsonl, and a run goes on where it was stopped: at the next row. Table and plot
-(systems.png) are made of all rows. Seconds are of the private stages, on whatever else the machine was doing.
+(systems.png) are made of all rows. Seconds are of the private stages (of ``continue`` with its public steps), on
+whatever else the machine was doing.
 
-Training from scratch is done with a small network and few steps, so that a cell is a minute on a CPU. What De et al.
-and others found is looked for as *differences* between cells that share everything else; no cell is tuned.
+Training from scratch and continual pre-training are done with small networks and few steps, so that a cell is a minute
+on a CPU. What De et al. and others found is looked for as *differences* between cells that share everything else; no
+cell is tuned. In every row of the group ``continual`` the same tenth of the training images is declared public, and is
+not among the private ones; ``continual_finding.py`` compares more ways to switch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from experiment import add_row, dprandp, has_row, read, spread
 
 SCRATCH = [
     "finetune", "--from", "scratch", "--arch", "wrn-10-1", "--padding", "same",
@@ -34,6 +37,10 @@ SCRATCH = [
 ]  # fmt: skip
 """De et al. 2022 at CPU scale; a flag given again wins. Unlike there, the head sees the averages of
 the four quarters beside the global one: this network has 64 channels."""
+
+CONTINUE = ["continue", "--public", "fraction:0.1", "--steps", "200"]
+CONTINUED_ARCH = "vit-2-32-8"
+"""From random weights; a patchnet cannot go on learning."""
 
 MASKS = [
     (mode, how, keep, more)
@@ -91,6 +98,12 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "+ DP-SAT 0.1": scratch("--views", "2", "--sharpness", "0.1"),
         "+ DiSK 0.7": scratch("--views", "2", "--kalman", "0.7"),
     },
+    "continual": {
+        "continual, from scratch": [[*CONTINUE, "--mix", "private", "--share", "1"]],
+        "continual, a tenth public": [[*CONTINUE, "--switch", "plateau", "--share", "1"]],
+        "continual, a tenth public, decelerator": [[*CONTINUE, "--switch", "decelerator", "--share", "1"]],
+        "continual, then probe": [CONTINUE, ["probe"]],
+    },
 }
 """Group -> name -> commands after Phase I. A further system is a further entry."""
 
@@ -130,19 +143,15 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
     """One run, unless its row is there already."""
     cell["size"] = args.size
     cell["flags"] = args.scratch_flags if SYSTEMS[cell["system"]][0][0] == "finetune" else ""
-    if any(cell.items() <= row.items() for row in read(log)):
+    if has_row(log, cell):
         return
-    public = args.out / f"public-{cell['data']}-{args.size}-s{cell['seed']}"
     commands = SYSTEMS[cell["system"]]
     if cell["flags"]:
         commands = [[*SCRATCH, *shlex.split(cell["flags"]), *command[len(SCRATCH) :]] for command in commands]
-    needs_phase_one = commands[0][0] == "probe"
     run = args.out / "run"
     shutil.rmtree(run, ignore_errors=True)
     common = ["--size", args.size, "--seed", cell["seed"]]
-    if needs_phase_one:
-        dprandp("generate", "--run", public, *common)
-        dprandp("pretrain", "--run", public, *common, "--data", cell["data"])
+    if public := phase_one(args, cell, commands, common):
         shutil.copytree(public, run, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
     seconds = 0.0
     for command in commands:
@@ -152,23 +161,26 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
         seconds += result["seconds"]
     shutil.rmtree(run)
     row = {**cell, "accuracy": result["accuracy"], "spent": result["epsilon"], "seconds": round(seconds, 1)}
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    add_row(log, row)
 
 
-def dprandp(*arguments: object) -> dict:
-    """Run a command of the package and return its JSON."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json", "--quiet"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
-    return json.loads(done.stdout)
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+def phase_one(args: argparse.Namespace, cell: dict, commands: list[list[str]], common: list) -> Path | None:
+    """A run with images and an extractor, made once for a seed; None for systems that need neither."""
+    begins = commands[0][0]
+    if begins == "finetune":
+        return None
+    if begins == "probe":
+        public = args.out / f"public-{cell['data']}-{args.size}-s{cell['seed']}"
+        dprandp("generate", "--run", public, *common)
+        dprandp("pretrain", "--run", public, *common, "--data", cell["data"])
+        return public
+    # a probe takes its statistics from synthetic images; without one nothing reads them
+    probed = ["probe"] in commands
+    public = args.out / f"start-{CONTINUED_ARCH}-{args.size}-{'probed' if probed else 'alone'}-s{cell['seed']}"
+    few = [] if probed else ["--process", "perlin", "--count", 100, "--resolution", 32]
+    dprandp("generate", "--run", public, *common, *few)
+    dprandp("pretrain", "--run", public, *common, "--arch", CONTINUED_ARCH, "--random-init")
+    return public
 
 
 def print_table(rows: list[dict]) -> None:
@@ -226,14 +238,6 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"plot: {path}", file=sys.stderr)
-
-
-def spread(values: list[float]) -> str:
-    """'68.1 ± 0.2', or a dash for none."""
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from experiment import add_row, dprandp, has_row, read, spread
 
 PARTS = (0.1, 0.25, 0.5, 0.75)
 """Fixed switches, as parts of all steps."""
@@ -84,7 +82,7 @@ def measure(args: argparse.Namespace, log: Path, data: str, arch: str, epsilon: 
     free = way in (FREE, TENTH_FREE)
     cell = {"data": data, "arch": arch, "way": way, "steps": args.steps, "seed": seed}
     cell["epsilon"] = "inf" if free else str(float(epsilon))
-    if any(cell.items() <= row.items() for row in read(log)):
+    if has_row(log, cell):
         return
     start = args.out / f"start-{arch}-s{seed}"
     if not (start / "2-pretrain" / "extractor.json").exists():
@@ -101,9 +99,7 @@ def measure(args: argparse.Namespace, log: Path, data: str, arch: str, epsilon: 
     shutil.rmtree(run)
     kept = {"switch": result["public_training"]["steps"], "why": result["public_training"]["switch"]}
     row = {**cell, "accuracy": result["accuracy"], "spent": result["epsilon"], "seconds": result["seconds"], **kept}
-    with log.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    add_row(log, row)
 
 
 def subset_of(args: argparse.Namespace, data: str) -> str:
@@ -120,20 +116,6 @@ def subset_of(args: argparse.Namespace, data: str) -> str:
             classes=np.array(dataset.spec.classes),
         )  # fmt: skip
     return f"npz:{path}"
-
-
-def dprandp(*arguments: object) -> dict:
-    """Run a command of the package and return its JSON."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json", "--quiet"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
-    return json.loads(done.stdout)
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def print_tables(rows: list[dict]) -> None:
@@ -159,9 +141,8 @@ def shown(group: list[dict]) -> str:
     """'68.1 ± 0.2 at 57', or a dash for none; the mean step of the switch."""
     if not group:
         return "–"
-    values = [100 * row["accuracy"] for row in group]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} at {statistics.mean(row['switch'] for row in group):.0f}"
+    accuracy = spread([100 * row["accuracy"] for row in group])
+    return f"{accuracy} at {statistics.mean(row['switch'] for row in group):.0f}"
 
 
 def verdict(rows: list[dict], epsilon: str, steps: int) -> str:

@@ -16,13 +16,16 @@ import argparse
 import json
 import os
 import shutil
-import statistics
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
+
+import experiment
+from experiment import add_row, has_row, read, spread
 
 EPSILONS = ("1", "8", "inf")
 EXTRACTORS = ("learned", "random")
+
+dprandp = partial(experiment.dprandp, aloud=True)
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
     key = {
         "data": data, "size": args.size, "seed": seed, "extractor": extractor, "epsilon": epsilon, "stage": stage,
     }  # fmt: skip
-    if any(all(row[name] == value for name, value in key.items()) for row in read(log)):
+    if has_row(log, key):
         return
     prior = extractor.removeprefix("prior:") if extractor.startswith("prior:") else None
     public = public_run(args, data, seed, extractor)
@@ -75,8 +78,7 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
     if prior:
         made = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["pretrain"]["result"]
         spent["prior_sha256"] = made["prior_sha256"]
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**key, **spent, **{name: result[name] for name in names}}) + "\n")
+    add_row(log, {**key, **spent, **{name: result[name] for name in names}})
     shutil.rmtree(run)
 
 
@@ -110,21 +112,6 @@ def keep_features(run: Path, public: Path) -> None:
                 os.link(run / "private" / kept, folder / kept)
 
 
-def dprandp(*arguments: object) -> dict:
-    """Run a command of the package and return its JSON."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json"]
-    print("+ dprandp", *map(str, arguments), file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
-    if done.returncode:
-        sys.exit(f"dprandp {arguments[0]} ended with {done.returncode}")
-    return json.loads(done.stdout)
-
-
-def read(log: Path) -> list[dict]:
-    """All finished rows."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-
-
 def print_table(rows: list[dict]) -> None:
     """Markdown: a line per data set, extractor, stage and ε; mean ± sample standard deviation over seeds, per cent."""
     print("| data | extractor | stage | ε | test accuracy | AUC | majority | seeds |")
@@ -135,18 +122,14 @@ def print_table(rows: list[dict]) -> None:
         cells.setdefault(cell, []).append(row)
     for (data, size, extractor, stage, epsilon), chosen in sorted(cells.items(), key=lambda item: item[0]):
         print(
-            f"| {data} ({size}) | {extractor} | {stage} | {epsilon:g} | {spread(chosen, 'accuracy')} "
-            f"| {spread(chosen, 'auc')} | {100 * chosen[0]['majority_accuracy']:.1f} | {len(chosen)} |"
+            f"| {data} ({size}) | {extractor} | {stage} | {epsilon:g} | {per_cent(chosen, 'accuracy')} "
+            f"| {per_cent(chosen, 'auc')} | {100 * chosen[0]['majority_accuracy']:.1f} | {len(chosen)} |"
         )
 
 
-def spread(rows: list[dict], name: str) -> str:
+def per_cent(rows: list[dict], name: str) -> str:
     """'68.1 ± 0.2', or a dash for no rows."""
-    values = [100 * row[name] for row in rows if row[name] is not None]
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    return spread([100 * row[name] for row in rows if row[name] is not None])
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     assert set(flying) - set(wrn) == {"pool", "uses"}
     telling = as_dict(build("pretrain", {"arch": "wrn-16-4", "objective": "instances"}))
     assert set(telling) - set(wrn) == {"instances"}
-    assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimiser": "adamw"}))) == {"momentum"}
+    assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
     unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
     known = set(patchnet) | set(flying) | set(telling) | unset
     assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
@@ -220,7 +220,8 @@ def test_ranges(stage, key, refused, accepted):
         ("pretrain", "schedule", "cosin", "'cosine'"),
         ("pretrain", "colour", "gray", "'grey'"),
         ("pretrain", "objective", "vic-reg", "'vicreg'"),
-        ("pretrain", "optimiser", "adam", "'adamw'"),
+        ("pretrain", "optimizer", "adam", "'adamw'"),
+        ("finetune", "optimizer", "adamw", "'adam'"),
         ("pretrain", "images", "dis", "'disk'"),
         ("pretrain", "feature_stages", "al", "'all'"),
         ("probe", "released", "Last", "'last'"),

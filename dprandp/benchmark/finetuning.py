@@ -133,12 +133,12 @@ class Bench:
     def plain(self, memory_format: torch.memory_format = torch.contiguous_format) -> Work:
         """An ordinary step: one forward and backward pass of all views, SGD."""
         model = self.model().to(memory_format=memory_format)
-        optimiser = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
 
         def work() -> None:
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             self.plain_loss(model, memory_format).backward()
-            optimiser.step()
+            optimizer.step()
 
         return work
 

@@ -81,11 +81,11 @@ class OpacusStep:
             self._wrapped = GradSampleModuleFastGradientClipping(
                 model, max_grad_norm=settings.clip_norm, use_ghost_clipping=True
             )
-            self._optimiser = DPOptimizerFastGradientClipping(inner, **noise)
-            self._criterion = DPLossFastGradientClipping(self._wrapped, self._optimiser, criterion)
+            self._optimizer = DPOptimizerFastGradientClipping(inner, **noise)
+            self._criterion = DPLossFastGradientClipping(self._wrapped, self._optimizer, criterion)
         else:
             self._wrapped = GradSampleModule(model, force_functorch=mode == FUNCTORCH)
-            self._optimiser = DPOptimizer(inner, **noise)
+            self._optimizer = DPOptimizer(inner, **noise)
             self._criterion = criterion
         self._mode = mode
 
@@ -99,8 +99,8 @@ class OpacusStep:
         """
         refuse_views(self._mode, views)
         for number, (inputs, labels) in enumerate(parts, 1):
-            self._optimiser.signal_skip_step(do_skip=number < len(parts))
-            self._optimiser.zero_grad(set_to_none=True)
+            self._optimizer.signal_skip_step(do_skip=number < len(parts))
+            self._optimizer.zero_grad(set_to_none=True)
             with autocast(self._device):
                 scores = self._wrapped(inputs)
             self._criterion(scores.float(), labels).backward()
@@ -108,4 +108,4 @@ class OpacusStep:
                 for parameter in self.model.parameters():
                     each = parameter.grad_sample
                     parameter.grad_sample = each.view(-1, views, *each.shape[1:]).mean(dim=1)
-            self._optimiser.step()
+            self._optimizer.step()

@@ -56,7 +56,7 @@ def case(scale: str) -> Case:
         views = ready(made)
 
         def work() -> None:
-            made.optimiser.zero_grad(set_to_none=True)
+            made.optimizer.zero_grad(set_to_none=True)
             embedding(made, views).float().square().mean().backward()
 
         return work

@@ -253,7 +253,7 @@ Objective = Annotated[
                  "it was) or patches (what a dictionary of patches says of it). Default: align-uniformity.",
                  rich_help_panel=TRAINING, metavar="NAME"),
 ]  # fmt: skip
-Optimiser = Annotated[
+Optimizer = Annotated[
     str | None,
     typer.Option(help="Of a wrn: sgd, adamw or muon. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
 ]

@@ -67,7 +67,7 @@ def pretrain(
     images: flags.PretrainImages = None,
     steps: flags.PretrainSteps = None,
     batch_size: flags.PretrainBatchSize = None,
-    optimiser: flags.Optimiser = None,
+    optimizer: flags.Optimizer = None,
     feature_stages: flags.FeatureStages = None,
     lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
@@ -94,7 +94,7 @@ def pretrain(
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
-        "objective": objective, "images": images, "optimiser": optimiser, "feature_stages": feature_stages,
+        "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
         "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dprandp.config import GenerateConfig, PretrainConfig, build
+from dprandp.config import GenerateConfig, PretrainConfig, build_recorded
 from dprandp.errors import CheckpointError, UsageError, nearest
 from dprandp.files import from_json, storage_errors
 from dprandp.runresults import wrong_entry
@@ -143,7 +143,7 @@ def parse(name: str, card: dict[str, Any]) -> Card:
             raise ValueError("a result of a probe lacks entries")
     return Card(
         name=name,
-        generate=build("generate", card["generate"]),
-        pretrain=build("pretrain", card["pretrain"]),
+        generate=build_recorded("generate", card["generate"]),
+        pretrain=build_recorded("pretrain", card["pretrain"]),
         **{key: card[key] for key in kinds},
     )

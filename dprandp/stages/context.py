@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dprandp.config import StageConfig, build
+from dprandp.config import StageConfig, build_recorded
 from dprandp.console import Console
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.ranks import ALONE, Ranks
@@ -74,7 +74,7 @@ def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
         CheckpointError: it has other settings than this version, or values out of range.
     """
     try:
-        return build(stage, values)
+        return build_recorded(stage, values)
     except UsageError as error:
         raise CheckpointError(
             f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",

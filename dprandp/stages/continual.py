@@ -46,7 +46,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     Returns:
         With ``take`` see ``taken.run``; else
         stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
-        ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimiser, released,
+        ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released,
         mirror, tuned, tuned_on.
 
     Raises:
@@ -92,7 +92,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
             "lr": config.lr,
             "momentum": training.settings.beta,
             "clipping": "automatic",
-            "optimiser": training.settings.in_words(),
+            "optimizer": training.settings.in_words(),
             "released": f"EMA, decay {config.ema}",
             "mirror": False,
             "tuned": tuning_of(context.rundir, stage.ledger, stage.plan.delta, {}),

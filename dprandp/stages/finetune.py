@@ -39,9 +39,9 @@ from dprandp.stages.features import private_features
 from dprandp.stages.frozen_blocks import FrozenBlocks, choose_blocks
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.lookahead import make_lookahead
-from dprandp.stages.optimisers import make_optimiser
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage
+from dprandp.stages.private_optimizers import make_optimizer
 from dprandp.stages.private_plan import open_private_stage
 from dprandp.stages.recipes import Recipe, recipe_for
 from dprandp.stages.tuned import tuning_of
@@ -216,8 +216,8 @@ def _train(
     trained = {name: _scaled(name, value, scale) for name, value in start.items()}
     trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
     trained_weights = trained_weights if blocks is None else blocks.in_words()
-    optimiser, lookahead = make_optimiser(settings_of(config), trained), make_lookahead(config, trained)
-    state = {f"parameters.{name}": value for name, value in trained.items()} | optimiser.state | lookahead.state
+    optimizer, lookahead = make_optimizer(settings_of(config), trained), make_lookahead(config, trained)
+    state = {f"parameters.{name}": value for name, value in trained.items()} | optimizer.state | lookahead.state
     state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
     first_step, ledger_head = 0, None
@@ -228,7 +228,7 @@ def _train(
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
-        optimiser.load_state(state)
+        optimizer.load_state(state)
         lookahead.load_state(state)
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
@@ -277,7 +277,7 @@ def _train(
             if config.clipping == "rescaled":
                 update = {name: value / stage.plan.clip_norm for name, value in update.items()}
             before = {name: value.clone() for name, value in parameters.items()} if lookahead.follows_moves else {}
-            optimiser.step(parameters, lookahead.filtered(update), lr, masks)
+            optimizer.step(parameters, lookahead.filtered(update), lr, masks)
             if lookahead.follows_moves:
                 lookahead.moved(before, parameters)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))

@@ -145,7 +145,7 @@ def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
     """What a result says of a training by gradients: objective, optimiser, and how many images were made on the fly."""
     if config.arch == "patchnet" or config.random_init:
         return {}
-    facts: dict[str, Any] = {"objective": config.objective, "optimiser": config.optimiser}
+    facts: dict[str, Any] = {"objective": config.objective, "optimizer": config.optimizer}
     if config.images == "fly":
         facts["fresh_images"] = _supply(config, context).made(config.steps)
     return facts

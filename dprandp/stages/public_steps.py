@@ -14,13 +14,15 @@ from torch.nn import functional
 
 from dprandp.config import ContinueConfig
 from dprandp.stages.loss_terms import LossTerms, loss_terms
-from dprandp.stages.optimisers import OptimiserSettings, make_optimiser
+from dprandp.stages.private_optimizers import OptimizerSettings, make_optimizer
 from dprandp.stages.public_tasks import PublicTask
 from dprandp.stages.switching import Look
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.precision import autocast
 
 PUBLIC_HEAD = "public_head"
+_OPTIMIZER = "optimiser."
+"""Before the names of its state in a checkpoint: spelt as ever, for what was interrupted must be able to go on."""
 TERM_EXAMPLES = 32
 """Public examples that loss terms are estimated on."""
 TERM_PROBES = 4
@@ -38,7 +40,7 @@ class Training:
     Attributes:
         parameters: name -> float32: ``extractor.*``, ``head``, and ``public_head`` where the task has other classes.
         average: name -> float32, the moving average since the switch.
-        optimiser: AdamW; its state is kept over the switch, but for the first moment.
+        optimizer: AdamW; its state is kept over the switch, but for the first moment.
         looks: at the public images, so far.
     """
 
@@ -49,8 +51,8 @@ class Training:
         if not task.shared:
             self.parameters[PUBLIC_HEAD] = model.head.new_zeros(len(model.head), task.classes).detach()
         self.average = {name: value.clone() for name, value in self.parameters.items()}
-        self.settings = OptimiserSettings("adam", weight_decay=config.weight_decay)
-        self.optimiser = make_optimiser(self.settings, self.parameters)
+        self.settings = OptimizerSettings("adam", weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.settings, self.parameters)
         self.looks: list[Look] = []
 
     @property
@@ -72,7 +74,7 @@ class Training:
         """Everything that the next step depends on but the looks, as named tensors."""
         tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
-        return tensors | {f"optimiser.{name}": value for name, value in self.optimiser.state.items()}
+        return tensors | {f"{_OPTIMIZER}{name}": value for name, value in self.optimizer.state.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``state`` returned; tensors are checked by the caller."""
@@ -81,7 +83,7 @@ class Training:
             return {k.removeprefix(prefix): v.to(self.device) for k, v in tensors.items() if k.startswith(prefix)}
 
         self.parameters, self.average = part("parameters."), part("average.")
-        self.optimiser.load_state(part("optimiser."))
+        self.optimizer.load_state(part(_OPTIMIZER))
 
     def loss_of_each(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of public views, one by one.
@@ -110,12 +112,12 @@ class Training:
 
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of AdamW on some of the parameters; every gradient is of public images, or has its noise."""
-        self.optimiser.step(self.parameters, gradients, lr)
+        self.optimizer.step(self.parameters, gradients, lr)
 
     def switch(self) -> None:
         """What changes where private steps begin: the first moment is forgotten, the second and the step count stay
         (Bu et al. 2024); the average starts here."""
-        self.optimiser.reset_first_moment()
+        self.optimizer.reset_first_moment()
         for name, value in self.average.items():
             value.copy_(self.parameters[name])
 

@@ -7,17 +7,17 @@ from typing import Any
 from dprandp.config import FinetuneConfig
 from dprandp.published import note
 from dprandp.stages.lookahead import make_lookahead
-from dprandp.stages.optimisers import OptimiserSettings
+from dprandp.stages.private_optimizers import OptimizerSettings
 from dprandp.stages.scratch import init_hash
 
 
-def settings_of(config: FinetuneConfig) -> OptimiserSettings:
+def settings_of(config: FinetuneConfig) -> OptimizerSettings:
     """The optimiser that a configuration asks for.
 
     Raises:
         UsageError: values out of range.
     """
-    return OptimiserSettings(config.optimizer or "sgd", config.momentum, low_pass=config.low_pass)
+    return OptimizerSettings(config.optimizer or "sgd", config.momentum, low_pass=config.low_pass)
 
 
 def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         trained_weights: which weights were trained, in words.
 
     Returns:
-        momentum, clipping, trained_weights, optimiser, gradient_point, mixtures; recipe, where one was used; for public
+        momentum, clipping, trained_weights, optimizer, gradient_point, mixtures; recipe, where one was used; for public
         weights init_sha256 and init_source.
     """
     settings = settings_of(config)
@@ -36,7 +36,7 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         "momentum": settings.beta,
         "clipping": config.clipping,
         "trained_weights": trained_weights,
-        "optimiser": settings.in_words(),
+        "optimizer": settings.in_words(),
         "gradient_point": make_lookahead(config, {}).in_words(),
         "mixtures": config.mixself or 0,
     }

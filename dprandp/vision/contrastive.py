@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dprandp.config import PretrainConfig
 from dprandp.pretrain_config import lr_of
-from dprandp.vision import optimisers
+from dprandp.vision import public_optimizers
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.precision import autocast
@@ -40,7 +40,7 @@ class ContrastiveTrainer:
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
-        config: steps, batch_size, optimiser, lr, momentum, weight_decay, schedule, grow, projection_*.
+        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains.
         objective: what is asked; None builds the one that ``config`` names, where it has nothing to learn beforehand.
         fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
@@ -71,7 +71,7 @@ class ContrastiveTrainer:
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        self.optimiser = optimisers.build_optimiser(
+        self.optimizer = public_optimizers.build_optimizer(
             config, [*self.network.parameters(), *self.head.parameters(), *trained]
         )
 
@@ -82,15 +82,15 @@ class ContrastiveTrainer:
 
     def step(self, step: int) -> Tensor:
         """One update on two views of a batch; returns the loss (a 0-d tensor, not yet synchronised)."""
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.fresh is not None:
             self.images = self.fresh(step)
         small = self.config.grow and 2 * step < self.config.steps
         self.views.size = INPUT_SIZE // 2 if small else INPUT_SIZE
         loss = self.backward(*self.draw(step))
-        self.optimiser.step()
+        self.optimizer.step()
         return loss
 
     def draw(self, step: int) -> tuple[Tensor, ViewChoices, ViewChoices]:
@@ -133,7 +133,7 @@ class ContrastiveTrainer:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
-        tensors |= optimisers.state_of(self.optimiser)
+        tensors |= public_optimizers.state_of(self.optimizer)
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -141,7 +141,7 @@ class ContrastiveTrainer:
         self.network.load_state_dict(_with_prefix(tensors, "network."))
         self.head.load_state_dict(_with_prefix(tensors, "head."))
         self.objective.load_state_dict(_with_prefix(tensors, "objective."))
-        optimisers.load_state(self.optimiser, tensors)
+        public_optimizers.load_state(self.optimizer, tensors)
 
 
 def train(

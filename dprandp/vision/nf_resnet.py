@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dprandp.vision.pooling import Pooling
 from dprandp.vision.whitening import Part
-from dprandp.vision.wrn import StandardisedConv2d, initialise, normalise, pad_same, parse_pooling
+from dprandp.vision.wrn import StandardisedConv2d, initialise, normalise, pad_same
 
 RELU_GAIN = 1.7139588594436646
 """The authors' number, by which their weights were trained; their formula √(2/(1 − 1/π)) gives 1.71286."""
@@ -77,7 +78,7 @@ class NFResNet50(nn.Module):
 
     Args:
         thinner: divide all widths by this; 1 is the published network.
-        pooling: grids of ``features``, see ``wrn.parse_pooling``; published: ``"1"``.
+        pooling: grids of ``features``, see ``Pooling``; published: ``"1"``.
         generator: of the initial weights (public randomness); None means torch's global one.
 
     Attributes:
@@ -89,7 +90,7 @@ class NFResNet50(nn.Module):
 
     def __init__(self, thinner: int = 1, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self._pooling_sides = parse_pooling(pooling)
+        self._pooling = Pooling(pooling)
         wide_in, variance = STEM_WIDTH // thinner, 1.0
         self.stem = StandardisedConv2d(3, wide_in, 7, stride=2)
         blocks: list[nn.Module] = []
@@ -101,7 +102,7 @@ class NFResNet50(nn.Module):
                 wide_in = wide_out
         self.blocks = nn.Sequential(*blocks)
         self.map_channels = wide_in
-        self.feature_dim = wide_in * sum(side * side for side in self._pooling_sides)
+        self.feature_dim = wide_in * self._pooling.cells
         self.parts = (Part(self.feature_dim, 1.0),)
         initialise(self, generator)
 
@@ -137,8 +138,7 @@ class NFResNet50(nn.Module):
 
     def head_of(self, trunk: Tensor) -> Tensor:
         """The features of images whose :meth:`trunk` is given."""
-        feature_map = scaled_relu(trunk)
-        return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._pooling_sides], dim=1)
+        return self._pooling(scaled_relu(trunk))
 
     forward = features
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dprandp.errors import UsageError, nearest
+from dprandp.vision.pooling import Pooling
 from dprandp.vision.whitening import Part
 
 # Public constants, the same for every data set: a mean or a deviation taken from private pixels would cost budget.
@@ -58,22 +59,6 @@ def parse_wrn(name: str) -> tuple[int, int]:
     depth, width = int(match[1]), int(match[2])
     _check_shape(depth, width)
     return depth, width
-
-
-def parse_pooling(pooling: str) -> tuple[int, ...]:
-    """Read the pooling grids: ``"1+4"`` -> ``(1, 2)``, the side lengths of a 1×1 and of a 2×2 grid.
-
-    Raises:
-        UsageError: a part is not a square number of cells between 1 and 64, or a part occurs twice.
-    """
-    parts = pooling.split("+")
-    sides = {str(side * side): side for side in range(1, 9)}
-    if len(set(parts)) != len(parts) or not sides.keys() >= set(parts):
-        raise UsageError(
-            f"pooling {pooling!r} is not a sum of different square numbers of cells",
-            fix="write for example 1 (global average), 4 (a 2×2 grid) or 1+4 (both)",
-        )
-    return tuple(sides[part] for part in parts)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -179,7 +164,7 @@ class WideResNet(nn.Module):
         weight_standardisation: standardise every convolution. Published DP-RandP: False; De et al. 2022: True.
         layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
         channels: of the input, 1 or 3.
-        pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see :func:`parse_pooling`.
+        pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see ``Pooling``.
         padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022), see
             :func:`pad_same`.
         earlier: grids for the maps after the first and the second stage, whose averages are features too; none
@@ -223,8 +208,8 @@ class WideResNet(nn.Module):
             raise UsageError(f"images of {channels} channels are not supported", fix="use 1 or 3 channels")
         if len(earlier) not in (0, 2):
             raise UsageError(f"{len(earlier)} pooling grids for two earlier stages", fix="give none or two")
-        self._pooling_sides = parse_pooling(pooling)
-        self._earlier_sides = [parse_pooling(grids) for grids in earlier]
+        self._pooling = Pooling(pooling)
+        self._earlier = [Pooling(grids) for grids in earlier]
         order = LAYER_ORDERS[layer_order]
         conv = StandardisedConv2d if weight_standardisation else nn.Conv2d
 
@@ -241,11 +226,8 @@ class WideResNet(nn.Module):
         self.final_norm = nn.GroupNorm(norm_groups, wide_in)
         self.map_channels = wide_in
         self._stage_blocks = (depth - 4) // 6
-        widths = [
-            channels * sum(side * side for side in sides)
-            for channels, sides in zip((16 * width, 32 * width), self._earlier_sides, strict=False)
-        ]
-        widths.append(wide_in * sum(side * side for side in self._pooling_sides))
+        stages = zip((16 * width, 32 * width), self._earlier, strict=False)
+        widths = [count * grids.cells for count, grids in [*stages, (wide_in, self._pooling)]]
         self.feature_dim = sum(widths)
         self.parts = tuple(Part(size, 1 / len(widths)) for size in widths)
         initialise(self, generator)
@@ -281,31 +263,27 @@ class WideResNet(nn.Module):
         the first 64k entries are the global averages and the next 256k the averages of the four quarters. Features of
         ``earlier`` stages come before them: of a stage's map as the next block's first convolution sees it.
         """
-        if not self._earlier_sides:
+        if not self._earlier:
             return self.head_of(self.trunk(x))
         x, parts = self.stem(x), []
         for index, block in enumerate(self.blocks):
             stage, position = divmod(index, self._stage_blocks)
             seen = block.seen(x)
             if stage and position == 0:
-                parts.append(_pooled(seen, self._earlier_sides[stage - 1]))
+                parts.append(self._earlier[stage - 1](seen))
             x = block.after(x, seen)
         return torch.cat([*parts, self.head_of(x)], dim=1)
 
     def head_of(self, trunk: Tensor) -> Tensor:
         """The last stage's features of images whose :meth:`trunk` is given."""
-        return _pooled(_activate(trunk, self.final_norm, self.final_order), self._pooling_sides)
+        return self._pooling(_activate(trunk, self.final_norm, self.final_order))
 
     @property
     def reads_earlier_stages(self) -> bool:
         """Whether earlier stages' maps are features too, so that a block's output goes to more than the next block."""
-        return bool(self._earlier_sides)
+        return bool(self._earlier)
 
     forward = features
-
-
-def _pooled(feature_map: Tensor, sides: tuple[int, ...]) -> Tensor:
-    return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in sides], dim=1)
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:

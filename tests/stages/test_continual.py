@@ -293,9 +293,9 @@ def test_at_the_switch_the_first_moment_is_forgotten_alone(vit_run, copy, data, 
     true = Training.switch
 
     def watched(self):
-        kept["before"] = {name: value.clone() for name, value in self.optimiser.state.items()}
+        kept["before"] = {name: value.clone() for name, value in self.optimizer.state.items()}
         true(self)
-        kept["after"] = {name: value.clone() for name, value in self.optimiser.state.items()}
+        kept["after"] = {name: value.clone() for name, value in self.optimizer.state.items()}
 
     monkeypatch.setattr(Training, "switch", watched)
     run_continue(copy(vit_run), data)

@@ -21,7 +21,7 @@ from dprandp.ranks import ALONE, Ranks
 from dprandp.stages import audit_loops, clipped_sums, extraction, finetune
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
 from dprandp.stages.lookahead import Ahead
-from dprandp.stages.optimisers import OptimiserSettings, make_optimiser
+from dprandp.stages.private_optimizers import OptimizerSettings, make_optimizer
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import to_input
@@ -69,8 +69,8 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
     result = run_finetune(run, data, refit_steps=0, extractor_scale=1.0, ema=0.0, **settings)
     names = sorted(seen.releases[0].released)
     parameters = {each: before[each].clone() for each in names}
-    optimiser = make_optimiser(
-        OptimiserSettings(settings.get("optimizer", "sgd"), low_pass=settings.get("low_pass")), parameters
+    optimizer = make_optimizer(
+        OptimizerSettings(settings.get("optimizer", "sgd"), low_pass=settings.get("low_pass")), parameters
     )
     estimate, move, previous = None, None, None
     for step, release in enumerate(seen.of("finetune")):
@@ -91,7 +91,7 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
             estimate = noisy if step == 0 else {n: 0.3 * estimate[n] + 0.7 * noisy[n] for n in names}
             noisy = estimate
         start = {each: value.clone() for each, value in parameters.items()}
-        optimiser.step(parameters, noisy, result["lr"])
+        optimizer.step(parameters, noisy, result["lr"])
         move = {each: parameters[each] - start[each] for each in names}
     stored = load_file(run / "4-finetune/model.safetensors")
     for each in names:
@@ -162,15 +162,15 @@ def test_11_a_stopped_run_goes_on_with_the_state_it_had(
         with pytest.raises(KeyboardInterrupt):
             run_finetune(run, data, **settings)
     saved = checkpoint.load(run / "4-finetune").tensors
-    began, make = [], finetune.make_optimiser
+    began, make = [], finetune.make_optimizer
 
     def spied(*arguments):
-        optimiser = make(*arguments)
-        step = optimiser.step
-        optimiser.step = lambda *given: began.append({n: v.clone() for n, v in optimiser.state.items()}) or step(*given)
-        return optimiser
+        optimizer = make(*arguments)
+        step = optimizer.step
+        optimizer.step = lambda *given: began.append({n: v.clone() for n, v in optimizer.state.items()}) or step(*given)
+        return optimizer
 
-    monkeypatch.setattr(finetune, "make_optimiser", spied)
+    monkeypatch.setattr(finetune, "make_optimizer", spied)
     points, find = [], clipped_sums.ClippedSums.of
     monkeypatch.setattr(ClippedSums, "of", lambda self, parameters, *more: points.append((parameters, *more[3:]))
                         or find(self, parameters, *more))  # fmt: skip

@@ -33,7 +33,7 @@ IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
-PATCHES = {**WRN, "objective": "patches", "optimiser": "adamw", "feature_stages": "all"}
+PATCHES = {**WRN, "objective": "patches", "optimizer": "adamw", "feature_stages": "all"}
 FLY = {**WRN, "images": "fly", "pool": 24, "uses": 1, "batch_size": 6}  # a block of 6 images every step
 TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
 RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
@@ -94,7 +94,7 @@ def test_the_result_and_the_files(learned, name):
     run, result = learned[name]
     assert set(result) == {
         "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "seconds", *MEASURES,
-        *({"objective", "optimiser"} if name == "wrn" else set()),
+        *({"objective", "optimizer"} if name == "wrn" else set()),
     }  # fmt: skip
     assert result["arch"] == RECIPES[name]["arch"]
     assert result["random_init"] is False
@@ -318,7 +318,7 @@ def test_images_made_on_the_fly_are_the_same_however_it_went(stages, fresh, imag
     """One worker or three, stopped or not: the same bytes; and neither those from disk nor another seed's."""
     twin = Path(shutil.copytree(images, tmp_path / "twin"))
     result = stages.must("pretrain", fresh, FLY, workers=1)
-    assert (result["objective"], result["optimiser"]) == ("align-uniformity", "sgd")
+    assert (result["objective"], result["optimizer"]) == ("align-uniformity", "sgd")
     assert result["fresh_images"] == 24 + 11 * 6
     assert stages.run("pretrain", twin, FLY, fault="pointer-moved:2", workers=3).code == KILLED
     stages.must("pretrain", twin, FLY, workers=2)

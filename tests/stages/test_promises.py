@@ -192,7 +192,7 @@ RESULT_KEYS = {
     "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on",
     "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
-    "trained_weights", "optimiser", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
+    "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}

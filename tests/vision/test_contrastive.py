@@ -84,17 +84,17 @@ def test_schedules_of_a_few_steps_are_positive(schedule, steps):
 
 @pytest.mark.parametrize(
     ("settings", "rate"),
-    [({}, 0.03), ({"size": "paper"}, 0.12), ({"optimiser": "adamw"}, 1e-3), ({"optimiser": "muon", "lr": 0.5}, 0.5)],
+    [({}, 0.03), ({"size": "paper"}, 0.12), ({"optimizer": "adamw"}, 1e-3), ({"optimizer": "muon", "lr": 0.5}, 0.5)],
 )
-def test_the_rate_that_was_not_given_is_the_optimisers(settings, rate):
+def test_the_rate_that_was_not_given_is_the_optimizers(settings, rate):
     assert max(learning_rate(PretrainConfig(**settings), step) for step in range(100)) == pytest.approx(rate, rel=0.02)
 
 
-def test_the_optimiser_gets_the_schedules_rate(pictures):
+def test_the_optimizer_gets_the_schedules_rate(pictures):
     made = trainer(pictures)
     for step in (0, 5):
         made.step(step)
-        assert {group["lr"] for group in made.optimiser.param_groups} == {learning_rate(TINY, step)}
+        assert {group["lr"] for group in made.optimizer.param_groups} == {learning_rate(TINY, step)}
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
@@ -164,7 +164,7 @@ def test_the_state_is_plain_contiguous_tensors_with_one_momentum_for_each_traine
     run(made, 0, 1)
     state = made.state()
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
-    trained = sum(parameter.grad is not None for parameter in made.optimiser.param_groups[0]["params"])
+    trained = sum(parameter.grad is not None for parameter in made.optimizer.param_groups[0]["params"])
     assert sum(name.startswith("momentum.") for name in state) == trained > 10
 
 

@@ -76,7 +76,7 @@ def test_a_loss_without_flaw_has_no_gradient_and_random_views_have(leaves, taugh
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "align-uniformity"])
 def test_the_loss_goes_down(leaves, taught, name):
     """On one batch of views, seen again and again."""
-    config = replace(TINY, objective=name, optimiser="adamw", lr=1e-2, steps=1000)
+    config = replace(TINY, objective=name, optimizer="adamw", lr=1e-2, steps=1000)
     made = trainer(leaves, taught, config)
     drawn = made.draw(0)
     made.draw = lambda step: drawn
@@ -84,9 +84,9 @@ def test_the_loss_goes_down(leaves, taught, name):
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize(("name", "optimiser"), [("vicreg", "adamw"), ("instances", "muon"), ("patches", "sgd")])
-def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(leaves, taught, name, optimiser):
-    config = replace(TINY, objective=name, optimiser=optimiser, steps=4, batch_size=3)
+@pytest.mark.parametrize(("name", "optimizer"), [("vicreg", "adamw"), ("instances", "muon"), ("patches", "sgd")])
+def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(leaves, taught, name, optimizer):
+    config = replace(TINY, objective=name, optimizer=optimizer, steps=4, batch_size=3)
     whole = trainer(leaves, taught, config)
     losses = [float(whole.step(step)) for step in range(4)]
     first = trainer(leaves, taught, config)

@@ -1,8 +1,8 @@
 """Optimisers of noisy gradients: SGD, Adam (AdamW where weights decay) and Muon, and a low-pass filter before them.
 
-    optimiser = make_optimiser(OptimiserSettings("adam"), parameters)
-    optimiser.step(parameters, noisy_gradients, lr)          # in place
-    tensors = optimiser.state                                # for a checkpoint; optimiser.load_state(tensors) goes on
+    optimizer = make_optimizer(OptimizerSettings("adam"), parameters)
+    optimizer.step(parameters, noisy_gradients, lr)          # in place
+    tensors = optimizer.state                                # for a checkpoint; optimizer.load_state(tensors) goes on
 
 Guarantee:
     Everything here is a function of noisy gradients, public settings and what was released before: post-processing. No
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dprandp.errors import UsageError, nearest
-
-OPTIMISERS = ("sgd", "adam", "muon")
+from dprandp.finetune_options import OPTIMIZERS
 
 DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
 """De et al. 2022 for SGD; Kingma & Ba 2015; Jordan et al. 2024."""
@@ -37,7 +36,7 @@ matrices and other parameters can share a learning rate."""
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
+class OptimizerSettings:
     """Public settings.
 
     Attributes:
@@ -60,8 +59,8 @@ class OptimiserSettings:
     low_pass: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in OPTIMISERS:
-            raise UsageError(f"the optimiser {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMISERS))
+        if self.kind not in OPTIMIZERS:
+            raise UsageError(f"the optimiser {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
         for name in ("momentum", "second_momentum", "low_pass"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -87,7 +86,7 @@ class OptimiserSettings:
         return words
 
 
-class Optimiser:
+class Optimizer:
     """What all optimisers share. They differ in ``_update``.
 
     Args:
@@ -98,7 +97,7 @@ class Optimiser:
         state: name -> tensor; changed in place by ``step``. None of its names begins with that of a parameter.
     """
 
-    def __init__(self, settings: OptimiserSettings, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
         self.settings = settings
         self.filter = None if settings.low_pass is None else LowPass(settings.low_pass, parameters)
         self.state: dict[str, Tensor] = {} if self.filter is None else dict(self.filter.state)
@@ -154,7 +153,7 @@ class Optimiser:
         raise NotImplementedError
 
 
-class Sgd(Optimiser):
+class Sgd(Optimizer):
     """v ← βv + g, θ ← θ − lr v: the momentum of DP-SGD as published, and a first-order low-pass filter by itself."""
 
     def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -164,14 +163,14 @@ class Sgd(Optimiser):
         return self.state[f"velocity.{name}"].mul_(self.settings.beta).add_(gradient)
 
 
-class Adam(Optimiser):
+class Adam(Optimizer):
     """Adam with its bias corrections (Kingma & Ba 2015); decay is decoupled, which makes it AdamW.
 
     Under noise the second moment is mostly that of the noise: all coordinates then get about the same step. That is a
     property of DP-Adam, not mended here.
     """
 
-    def __init__(self, settings: OptimiserSettings, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(settings, parameters)
         self.state["adam-steps"] = torch.zeros((), dtype=torch.int64)
 
@@ -226,8 +225,8 @@ def is_matrix(name: str, value: Tensor) -> bool:
     return name.startswith("extractor.") and value.ndim >= 2
 
 
-def make_optimiser(settings: OptimiserSettings, parameters: Mapping[str, Tensor]) -> Optimiser:
-    """An optimiser at its first step; arguments as for ``Optimiser``."""
+def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> Optimizer:
+    """An optimiser at its first step; arguments as for ``Optimizer``."""
     return {"sgd": Sgd, "adam": Adam, "muon": Muon}[settings.kind](settings, parameters)
 
 

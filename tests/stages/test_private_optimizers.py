@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dprandp.errors import UsageError
-from dprandp.stages.optimisers import (
+from dprandp.stages.private_optimizers import (
     MUON_SCALE,
     LowPass,
-    OptimiserSettings,
-    make_optimiser,
+    OptimizerSettings,
+    make_optimizer,
     orthogonalised,
 )
 from dprandp.tensorfile import tensors_from_bytes, tensors_to_bytes
@@ -24,22 +24,22 @@ def draw(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def run(settings: OptimiserSettings, steps: int, lr: float = 0.1, **options) -> dict[str, Tensor]:
+def run(settings: OptimizerSettings, steps: int, lr: float = 0.1, **options) -> dict[str, Tensor]:
     parameters = draw(0)
-    optimiser = make_optimiser(settings, parameters)
+    optimizer = make_optimizer(settings, parameters)
     for step in range(steps):
-        optimiser.step(parameters, draw(step + 1), lr, **options)
+        optimizer.step(parameters, draw(step + 1), lr, **options)
     return parameters
 
 
 @pytest.mark.parametrize(
     ("settings", "reference"),
     [
-        (OptimiserSettings("sgd"), lambda p: torch.optim.SGD(p, lr=0.1)),
-        (OptimiserSettings("sgd", momentum=0.8), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
-        (OptimiserSettings("adam"), lambda p: torch.optim.Adam(p, lr=0.1)),
+        (OptimizerSettings("sgd"), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (OptimizerSettings("sgd", momentum=0.8), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
+        (OptimizerSettings("adam"), lambda p: torch.optim.Adam(p, lr=0.1)),
         (
-            OptimiserSettings("adam", momentum=0.7, second_momentum=0.9, weight_decay=0.1),
+            OptimizerSettings("adam", momentum=0.7, second_momentum=0.9, weight_decay=0.1),
             lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.7, 0.9), weight_decay=0.1),
         ),
     ],
@@ -75,8 +75,8 @@ def test_the_newton_schulz_iteration_makes_singular_values_about_one():
 
 
 def test_muon_moves_filters_along_orthogonal_matrices_and_the_rest_by_adam():
-    found = run(OptimiserSettings("muon", momentum=0.9), 3)
-    adam = run(OptimiserSettings("adam"), 3)
+    found = run(OptimizerSettings("muon", momentum=0.9), 3)
+    adam = run(OptimizerSettings("adam"), 3)
     assert torch.equal(found["head"], adam["head"])
     assert torch.equal(found["extractor.bias"], adam["extractor.bias"])
     value, velocity = draw(0)["extractor.filters"].flatten(1), torch.zeros(6, 12)
@@ -113,29 +113,29 @@ def test_the_low_pass_filter_removes_the_noise_that_it_says():
 @pytest.mark.parametrize("kind", ["sgd", "adam", "muon"])
 @pytest.mark.parametrize("low_pass", [None, 0.7])
 def test_a_saved_state_goes_on_to_the_bit(kind, low_pass):
-    settings = OptimiserSettings(kind, momentum=0.5, low_pass=low_pass)
+    settings = OptimizerSettings(kind, momentum=0.5, low_pass=low_pass)
     through = run(settings, 6)
     parameters = draw(0)
-    optimiser = make_optimiser(settings, parameters)
+    optimizer = make_optimizer(settings, parameters)
     for step in range(6):
         if step == 3:
-            saved = tensors_from_bytes(tensors_to_bytes(optimiser.state | {"parameters.x": torch.ones(2)}), "x")
-            optimiser = make_optimiser(settings, parameters)
-            optimiser.load_state(saved)
-            assert "parameters.x" not in optimiser.state
-        optimiser.step(parameters, draw(step + 1), 0.1)
+            saved = tensors_from_bytes(tensors_to_bytes(optimizer.state | {"parameters.x": torch.ones(2)}), "x")
+            optimizer = make_optimizer(settings, parameters)
+            optimizer.load_state(saved)
+            assert "parameters.x" not in optimizer.state
+        optimizer.step(parameters, draw(step + 1), 0.1)
     for name, value in through.items():
         assert torch.equal(parameters[name], value)
     # a state that is not loaded is noticed
-    optimiser = make_optimiser(settings, parameters)
-    optimiser.step(parameters, draw(7), 0.1)
+    optimizer = make_optimizer(settings, parameters)
+    optimizer.step(parameters, draw(7), 0.1)
     assert not torch.equal(parameters["head"], run(settings, 7)["head"])
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_what_is_masked_stays(kind):
     mask = {"extractor.filters": torch.arange(72).view(6, 3, 2, 2) % 3 == 0}
-    found = run(OptimiserSettings(kind, momentum=0.9), 4, masks=mask)
+    found = run(OptimizerSettings(kind, momentum=0.9), 4, masks=mask)
     start = draw(0)
     assert torch.equal(found["extractor.filters"][~mask["extractor.filters"]],
                        start["extractor.filters"][~mask["extractor.filters"]])  # fmt: skip
@@ -145,14 +145,14 @@ def test_what_is_masked_stays(kind):
 
 def test_adam_forgets_its_direction_and_nothing_else():
     parameters = draw(0)
-    optimiser = make_optimiser(OptimiserSettings("adam"), parameters)
-    optimiser.step(parameters, draw(1), 0.1)
-    second = optimiser.state["second.head"].clone()
-    optimiser.reset_first_moment()
-    assert not any(value.any() for name, value in optimiser.state.items() if name.startswith("first."))
-    assert torch.equal(optimiser.state["second.head"], second)
+    optimizer = make_optimizer(OptimizerSettings("adam"), parameters)
+    optimizer.step(parameters, draw(1), 0.1)
+    second = optimizer.state["second.head"].clone()
+    optimizer.reset_first_moment()
+    assert not any(value.any() for name, value in optimizer.state.items() if name.startswith("first."))
+    assert torch.equal(optimizer.state["second.head"], second)
     assert second.all()
-    assert int(optimiser.state["adam-steps"]) == 1
+    assert int(optimizer.state["adam-steps"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_adam_forgets_its_direction_and_nothing_else():
 )
 def test_wrong_settings_are_refused_in_words(wrong, named):
     with pytest.raises(UsageError) as refused:
-        OptimiserSettings(**wrong)
+        OptimizerSettings(**wrong)
     assert named in str(refused.value) + str(refused.value.fix)
 
 
 def test_what_is_disclosed_names_all_of_it():
-    words = OptimiserSettings("adam", weight_decay=0.1, low_pass=0.5).in_words()
+    words = OptimizerSettings("adam", weight_decay=0.1, low_pass=0.5).in_words()
     assert words == "AdamW on the noisy gradients, momentum 0.9, weight decay 0.1, after a low-pass filter (0.5)"
-    assert OptimiserSettings().in_words() == "SGD on the noisy gradients, momentum 0"
+    assert OptimizerSettings().in_words() == "SGD on the noisy gradients, momentum 0"

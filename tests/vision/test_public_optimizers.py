@@ -9,7 +9,7 @@ import torch
 
 from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
-from dprandp.vision.optimisers import Muon, build_optimiser, load_state, orthogonalised, state_of
+from dprandp.vision.public_optimizers import Muon, build_optimizer, load_state, orthogonalised, state_of
 
 
 def matrices():
@@ -57,14 +57,14 @@ def test_the_state_is_all_that_the_next_update_depends_on(name):
         generator = torch.Generator().manual_seed(2)
         return [torch.nn.Parameter(torch.randn(4, 3, 2, 2, generator=generator)), torch.nn.Parameter(torch.ones(5))]
 
-    def step(optimiser, ours, number):
+    def step(optimizer, ours, number):
         for parameter in ours:
             parameter.grad = torch.full_like(parameter, 0.1 * number) + parameter.detach()
-        optimiser.step()
+        optimizer.step()
 
-    config = PretrainConfig(optimiser=name, weight_decay=0.01)
+    config = PretrainConfig(optimizer=name, weight_decay=0.01)
     ours, others = parameters(), parameters()
-    first, second = build_optimiser(config, ours), build_optimiser(config, others)
+    first, second = build_optimizer(config, ours), build_optimizer(config, others)
     for number in range(3):
         step(first, ours, number)
     saved = {key: value.clone() for key, value in state_of(first).items()}
@@ -78,12 +78,12 @@ def test_the_state_is_all_that_the_next_update_depends_on(name):
         step(second, others, number)
     assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
     blank = [torch.nn.Parameter(value) for value in without]  # the control: nothing loaded
-    third = build_optimiser(config, blank)
+    third = build_optimizer(config, blank)
     for number in (3, 4):
         step(third, blank, number)
     assert not torch.equal(blank[0], ours[0])
 
 
-def test_an_unknown_optimiser_is_refused():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UsageError, match="no optimiser called 'lion'"):
-        build_optimiser(PretrainConfig(optimiser="lion"), [torch.nn.Parameter(torch.ones(1))])
+        build_optimizer(PretrainConfig(optimizer="lion"), [torch.nn.Parameter(torch.ones(1))])

@@ -1,0 +1,56 @@
+"""What the experiments share: run a command of the package, keep a row for each finished cell, show a spread.
+
+An experiment is a list of cells (facts by name). Each cell's row goes to ``results.jsonl`` as soon as it is there, and
+cells that have one are left out: a script that is stopped goes on at the next cell when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+def dprandp(*arguments: object, aloud: bool = False) -> dict:
+    """Run a command of the package in a process of its own and return its JSON; end the script where it fails.
+
+    Args:
+        arguments: command and flags, such as ``"probe", "--run", run, "--eps", 1``.
+        aloud: show the command, and let it report its progress.
+    """
+    command = [sys.executable, "-m", "dprandp", *map(str, arguments), "--json"]
+    if aloud:
+        print("+", " ".join(command[2:-1]), file=sys.stderr, flush=True)
+    else:
+        command.append("--quiet")
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def read(log: Path) -> list[dict]:
+    """All finished rows; none where the file is missing."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def has_row(log: Path, cell: dict) -> bool:
+    """Whether a finished row has all of a cell's facts."""
+    return any(cell.items() <= row.items() for row in read(log))
+
+
+def add_row(log: Path, row: dict) -> None:
+    """Keep a finished row, and say it."""
+    with log.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """'68.1 ± 0.2' (mean and sample standard deviation), '68.1' for one value, a dash for none."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
