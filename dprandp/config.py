@@ -69,6 +69,8 @@ class ProbeConfig:
     dims: int = 1024
     """Axes that each part of the features is whitened to (one part; with two layers of patches, two)."""
     statistics_images: int = 4000
+    view_images: int = 1000
+    """Synthetic images by whose views the features are evened (``whitening.even_views``); 0: they are not."""
     whitening_floor: float = 0.1
     mirror: bool | None = None
     """Average the features of an image and its mirror image; None follows the data set's declaration."""
@@ -247,7 +249,7 @@ _AT_MOST = {
     "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
     "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
-    "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6, "instances": 10**7,
+    "view_images": 10**7, "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6, "instances": 10**7,
     "check_every": 10**9, "public_batch_size": 10**6,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
@@ -269,7 +271,7 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not low <= value < high:
             raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
-    for key in ("seed", "refit_steps"):
+    for key in ("seed", "refit_steps", "view_images"):
         if values.get(key, 0) < 0:
             raise UsageError(f"{key} = {values[key]} is negative", fix=f"give a {key} of 0 or more")
     if "epsilon" in values and not values["epsilon"] > 0:

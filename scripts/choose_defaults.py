@@ -23,7 +23,7 @@ from dprandp.datasets import open_dataset
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.stages.head import HeadSettings, lr_at
 from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.probe import public_whitener
+from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_public import simulate
 from dprandp.vision.extractors import extract
 from dprandp.vision.images import to_input

@@ -32,6 +32,7 @@ from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
 from dprandp.stages.scratch import network_config, without_phase_one
+from dprandp.stages.synthetic_statistics import VIEWS
 from dprandp.stages.update_facts import gradients_per_record
 from dprandp.vision.extractors import refuse_unlearnable
 
@@ -274,7 +275,8 @@ def _cost(
     if isinstance(config, ProbeConfig):
         mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
         dims = facts.whitened(config.dims, config.statistics_images)
-        return estimates.probe_cost(facts, **shared, statistics=config.statistics_images, dims=dims, mirror=mirror)
+        statistics = {"statistics": config.statistics_images, "synthetic_views": VIEWS * config.view_images}
+        return estimates.probe_cost(facts, **shared, **statistics, dims=dims, mirror=mirror)
     if isinstance(config, ContinueConfig):
         return continual_plan.cost(config, facts, stage.plan.expected_batch, shared)
     if scratch:

@@ -11,8 +11,6 @@ only thing learned from them comes out of ``PrivateMechanism``.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 
 import torch
@@ -25,23 +23,18 @@ from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
 from dprandp.stages.context import Context, recorded
-from dprandp.stages.extraction import extract_by_ranks
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
-from dprandp.stages.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor, synthetic_crops
+from dprandp.stages.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor
 from dprandp.stages.private_plan import DEFAULT_SHARE, open_private_stage
+from dprandp.stages.synthetic_statistics import WHITENER, public_whitener, whitener_of
 from dprandp.stages.tuned import tuning_of
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.images import as_declared
 
 STAGE = "probe"
-WHITENER = "whitener"
 WHITENER_FILE = f"statistics/{WHITENER}.safetensors"
-
-SYNTHETIC_SEED = 1
-"""Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
 
 
 def run(config: ProbeConfig, context: Context) -> dict:
@@ -126,7 +119,7 @@ def colour_warning(colour: str, spec: DataSpec) -> str | None:
 def load_whitener(context: Context, extractor: nn.Module) -> whitening.Whitener:
     """The whitener of a finished probe, for the run's extractor."""
     folder = context.rundir.stage_dir(STAGE) / "statistics"
-    return _whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE), extractor)
+    return whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE), extractor)
 
 
 def load_head(context: Context, like: Tensor) -> Tensor:
@@ -136,35 +129,6 @@ def load_head(context: Context, like: Tensor) -> Tensor:
     return loaded.tensors[HEAD]
 
 
-def public_whitener(
-    config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
-) -> whitening.Whitener:
-    """Statistics of synthetic features, as declared facts of the data shape them; public.
-
-    Kept beside the extractor, for other probes of the same run.
-    """
-    wanted = {
-        "dims": config.dims,
-        "images": config.statistics_images,
-        "floor": config.whitening_floor,
-        "seed": config.seed,
-        "mirror": mirror,
-        "shape": list(spec.image_shape),
-    }
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
-    folder.mkdir(exist_ok=True)
-    if checkpoint.latest(folder) == WHITENER:
-        return _whitener_of(checkpoint.load(folder, WHITENER), extractor)
-    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
-    crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
-    with context.console.progress(len(crops), "synthetic features") as progress:
-        features = extract_by_ranks(context.ranks, extractor, crops, None, mirror, progress.advance)
-    whitener = whitening.fit(features, config.dims, config.whitening_floor, extractor.parts)
-    checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
-    return whitener
-
-
 def _keep_whitener(context: Context, whitener: whitening.Whitener, extractor: nn.Module) -> whitening.Whitener:
     """The probe's own copy; the one it kept before, after a stop."""
     own = context.rundir.stage_dir(STAGE) / "statistics"
@@ -172,12 +136,3 @@ def _keep_whitener(context: Context, whitener: whitening.Whitener, extractor: nn
     if checkpoint.latest(own) != WHITENER:
         checkpoint.save(own, WHITENER, whitener.state_dict(), {}, keep=1)
     return load_whitener(context, extractor)
-
-
-def _whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
-    projection = loaded.tensors.get("projection")
-    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
-    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
-    check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
-    whitener.load_state_dict(loaded.tensors)
-    return whitener

@@ -23,7 +23,7 @@ from dprandp.stages.features import private_features, require_room
 from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private_plan import name_private_stage
-from dprandp.stages.probe import public_whitener
+from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
 
 STAGE = "tune"

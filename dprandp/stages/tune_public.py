@@ -29,7 +29,7 @@ from dprandp.stages.context import Context
 from dprandp.stages.generate import load_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.probe import public_whitener
+from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract

@@ -24,6 +24,7 @@ dictionary_iterations = 2
 [probe]
 dims = 32
 statistics_images = 100
+view_images = 10
 steps = 5
 
 [finetune]

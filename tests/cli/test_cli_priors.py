@@ -39,7 +39,7 @@ def shelf(dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path) -> Shelf:
     folder.mkdir()
     (folder / "little.json").write_text(json.dumps(card))
     (folder / "little.safetensors").write_bytes(tensors)
-    (tmp_path / "short.toml").write_text("[probe]\ndims = 32\nstatistics_images = 100\nsteps = 5\n")
+    (tmp_path / "short.toml").write_text("[probe]\ndims = 32\nstatistics_images = 100\nview_images = 10\nsteps = 5\n")
     return Shelf(dprandp, folder)
 
 

@@ -221,6 +221,7 @@ lr = 0.001
 steps = 4
 dims = 32
 statistics_images = 50
+view_images = 10
 [finetune]
 steps = 2
 refit_steps = 4

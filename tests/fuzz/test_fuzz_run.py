@@ -44,6 +44,7 @@ epsilon = 4.0
 steps = 8
 dims = 32
 statistics_images = 50
+view_images = 10
 batch_size = 120
 [finetune]
 epsilon = 4.0

@@ -1,0 +1,110 @@
+"""Statistics of synthetic features, of which the whitener is made: public, shaped by the data's declaration alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor, nn
+
+from dprandp import checkpoint
+from dprandp.config import ProbeConfig
+from dprandp.datasets import DataSpec
+from dprandp.stages.context import Context
+from dprandp.stages.extraction import extract_by_ranks
+from dprandp.stages.pretrain import synthetic_crops
+from dprandp.tensorfile import check_tensors
+from dprandp.vision import whitening
+from dprandp.vision.images import as_declared
+from dprandp.vision.views import ContrastiveViews
+
+WHITENER = "whitener"
+
+SYNTHETIC_SEED = 1
+"""Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
+
+VIEW_SEED = 3
+"""Added to the seed for the crops whose views even the features, and for these views."""
+
+VIEWS = 4
+"""Of each synthetic image."""
+
+BLOCK = 250
+"""Images whose views are made together."""
+
+
+def public_whitener(
+    config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
+) -> whitening.Whitener:
+    """Statistics of synthetic features, as declared facts of the data shape them; public.
+
+    Kept beside the extractor, for other probes of the same run with the same extractor.
+    """
+    wanted = {
+        "dims": config.dims,
+        "images": config.statistics_images,
+        "view_images": config.view_images,
+        "floor": config.whitening_floor,
+        "seed": config.seed,
+        "mirror": mirror,
+        "shape": list(spec.image_shape),
+        "extractor": _digest(extractor),
+    }
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
+    folder.mkdir(exist_ok=True)
+    if checkpoint.latest(folder) == WHITENER:
+        return whitener_of(checkpoint.load(folder, WHITENER), extractor)
+    crops = _declared(synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED), spec)
+    views = _declared(_views(context, config), spec) if config.view_images else crops[:0]
+    with context.console.progress(len(crops) + len(views), "synthetic features") as progress:
+        features = extract_by_ranks(context.ranks, extractor, crops, None, mirror, progress.advance)
+        whitener = whitening.fit(features, config.dims, config.whitening_floor, extractor.parts)
+        del features
+        if len(views):
+            whitened = extract_by_ranks(
+                context.ranks, extractor, views, whitener.to(context.device), mirror, progress.advance
+            )
+            whitener = whitening.even_views(whitener.cpu(), whitened.unflatten(0, (-1, VIEWS)))
+    checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
+    return whitener
+
+
+def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
+    """A saved whitener, for the extractor that it was made for."""
+    projection = loaded.tensors.get("projection")
+    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
+    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
+    check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
+    whitener.load_state_dict(loaded.tensors)
+    return whitener
+
+
+def _views(context: Context, config: ProbeConfig) -> Tensor:
+    """uint8 [n · VIEWS, 3, S, S]: crops and other colours, as the published contrast has them but for mirroring.
+
+    Mirroring is left to the features: where the data declare that it changes nothing, images are averaged with their
+    mirror images.
+    """
+    crops = synthetic_crops(context, config.view_images, config.seed + VIEW_SEED)
+    generator = torch.Generator().manual_seed(config.seed + VIEW_SEED)
+    made = ContrastiveViews(crops.shape[-1], flip=0.0)
+    blocks = [
+        torch.stack([made.apply(block, made.draw(block, generator)) for _ in range(VIEWS)], dim=1)
+        for block in crops.split(BLOCK)
+    ]
+    return (torch.cat(blocks).flatten(0, 1) * 255).round().to(torch.uint8)
+
+
+def _declared(images: Tensor, spec: DataSpec) -> Tensor:
+    return as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
+
+
+def _digest(extractor: nn.Module) -> str:
+    """A hash of an extractor's weights: `continue` may have changed them since."""
+    digest = hashlib.sha256()
+    for name, value in sorted(extractor.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""The whitener that a probe makes of synthetic images: of which views, kept for whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import PROBE, context, make_public, write_blobs
+
+from dprandp import config
+from dprandp.datasets import open_dataset
+from dprandp.stages import synthetic_statistics
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.synthetic_statistics import VIEWS, public_whitener
+from dprandp.vision import whitening
+from dprandp.vision.extractors import extract
+from dprandp.vision.whitening import Whitener
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_public(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def whitener_of(run: Path, change_extractor: float = 0.0, **changes) -> Whitener:
+    settings = config.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
+    with context(run) as given:
+        extractor, _ = load_extractor(given)
+        if change_extractor:
+            next(extractor.parameters()).data.mul_(change_extractor)
+        spec = open_dataset(settings.data, given.data_dir).spec
+        return public_whitener(settings, given, extractor, False, spec)
+
+
+def folders(run: Path) -> set[str]:
+    return {path.name for path in (run / "2-pretrain").glob("statistics-*")}
+
+
+def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = whitener_of(run, view_images=0)
+    seen = []
+    even = whitening.even_views
+    monkeypatch.setattr(whitening, "even_views", lambda whitener, views: seen.append(views) or even(whitener, views))
+    evened = whitener_of(run)
+    (views,) = seen
+    assert views.shape == (10, VIEWS, plain.dims)
+    assert torch.equal(evened.projection, even(plain, views).projection)
+    assert not torch.allclose(evened.projection, plain.projection)
+    within = (views - views.mean(dim=1, keepdim=True)).norm(dim=-1)
+    between = (views.mean(dim=1) - views.mean(dim=(0, 1))).norm(dim=-1)
+    assert within.min() > 0.01  # four different views ...
+    assert within.mean() < 2 * between.mean()  # ... of the same image, not of images at random
+
+
+def test_views_are_random_but_repeat(run: Path) -> None:
+    with context(run) as given:
+        settings = config.build("probe", PROBE)
+        first, second = (synthetic_statistics._views(given, settings) for _ in range(2))
+        other = synthetic_statistics._views(given, config.build("probe", PROBE | {"seed": 1}))
+    assert first.shape == (10 * VIEWS, 3, 32, 32)
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_a_whitener_is_kept_for_the_same_extractor_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = whitener_of(run)
+    assert len(folders(run)) == 1
+    other = whitener_of(run, change_extractor=1.5)
+    assert len(folders(run)) == 2
+    assert not torch.allclose(other.projection, first.projection)
+    monkeypatch.setattr(synthetic_statistics, "extract_by_ranks", lambda *given: pytest.fail("computed anew"))
+    assert torch.equal(whitener_of(run).projection, first.projection)
+
+
+def test_whitened_features_have_unit_norm(run: Path) -> None:
+    with context(run) as given:
+        extractor, _ = load_extractor(given)
+    whitened = whitener_of(run)(extract(extractor, torch.randint(256, (5, 3, 32, 32)).to(torch.uint8), mirror=False))
+    assert torch.allclose(whitened.norm(dim=1), torch.ones(5), atol=1e-5)
