@@ -68,9 +68,10 @@ class ProbeConfig:
     """What is released: the 'average' of the second half of the iterates, the 'ema', or the 'last' one."""
     dims: int = 1024
     """Axes that each part of the features is whitened to (one part; with two layers of patches, two)."""
-    statistics_images: int = 4000
-    view_images: int = 1000
-    """Synthetic images by whose views the features are evened (``whitening.even_views``); 0: they are not."""
+    statistics_images: int = 1000
+    """Synthetic images of which the whitener's statistics are taken."""
+    statistics_views: int = 4
+    """Of each; features are evened by how the views differ (``whitening.fit``). 1: crops, and no evening."""
     whitening_floor: float = 0.1
     mirror: bool | None = None
     """Average the features of an image and its mirror image; None follows the data set's declaration."""
@@ -240,8 +241,8 @@ def _fits(value: Any, hint: Any) -> bool:
 _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
-    "checkpoint_every", "views", "dims", "statistics_images", "lr", "clip_norm", "whitening_floor", "pool", "uses",
-    "instances", "check_every", "public_batch_size", "public_lr",
+    "checkpoint_every", "views", "dims", "statistics_images", "statistics_views", "lr", "clip_norm", "whitening_floor",
+    "pool", "uses", "instances", "check_every", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
@@ -249,8 +250,8 @@ _AT_MOST = {
     "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9, "batch_size": 10**9,
     "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6, "statistics_images": 10**8,
-    "view_images": 10**7, "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6, "instances": 10**7,
-    "check_every": 10**9, "public_batch_size": 10**6,
+    "statistics_views": 10**3, "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8, "uses": 10**6,
+    "instances": 10**7, "check_every": 10**9, "public_batch_size": 10**6,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 
@@ -271,7 +272,7 @@ def validate(stage: str, config: StageConfig) -> None:
         value = values.get(key)
         if value is not None and not low <= value < high:
             raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
-    for key in ("seed", "refit_steps", "view_images"):
+    for key in ("seed", "refit_steps"):
         if values.get(key, 0) < 0:
             raise UsageError(f"{key} = {values[key]} is negative", fix=f"give a {key} of 0 or more")
     if "epsilon" in values and not values["epsilon"] > 0:

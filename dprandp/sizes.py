@@ -23,7 +23,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
-        "probe": {"dims": 2048, "statistics_images": 8000, "view_images": 3000, "steps": 200},
+        "probe": {"dims": 2048, "statistics_images": 2000, "steps": 200},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
@@ -43,7 +43,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours
         "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
-        "probe": {"dims": 4096, "statistics_images": 16_000, "view_images": 6000, "steps": 100},
+        "probe": {"dims": 4096, "statistics_images": 4000, "steps": 100},
         "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
     },
 }

@@ -36,7 +36,8 @@ from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.signals import graceful_stop
 from dprandp.stages import pretrain_wrn
 from dprandp.stages.head import HeadSettings, default_lr
-from dprandp.stages.pretrain import load_extractor, synthetic_crops
+from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.synthetic_statistics import synthetic_views
 from dprandp.stages.tune_public import simulate
 from dprandp.vision import whitening
 from dprandp.vision.extractors import build_extractor, extract, load_weights
@@ -156,15 +157,15 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
         trained, config = load_extractor(context)
         extractor = build_extractor(replace(config, feature_stages="all"))
         load_weights(extractor, trained.state_dict())
-        crops = synthetic_crops(context, probe.statistics_images, cell["seed"] + 1)
-    crops = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
-    synthetic, real = (extract(extractor.eval(), pixels, mirror=spec.flip_ok) for pixels in (crops, images))
+        views = synthetic_views(context, replace(probe, seed=cell["seed"]))
+    views = as_declared(views, channels=spec.channels, height=spec.height, width=spec.width)
+    synthetic, real = (extract(extractor.eval(), pixels, mirror=spec.flip_ok) for pixels in (views, images))
     width = extractor.feature_dim
     last = slice(width - extractor.parts[-1].width, width)
     kinds = zip(FEATURES, (last, slice(width), slice(width)), (None, extractor.parts, [Part(width, 1.0)]), strict=True)
     found = {}
     for name, own, parts in kinds:
-        whitener = whitening.fit(synthetic[:, own].clone(), probe.dims, probe.whitening_floor, parts)
+        whitener = whitening.fit(synthetic[:, own].clone(), probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
         features = whitener(real[:, own])
         found[name] = {f"{e:g}": fitted(args, cell, spec, features, labels, e) for e in EPSILONS}
     return found

@@ -196,7 +196,7 @@ RANGES = [  # stage, key, refused, accepted next to the bounds
     ("probe", "share", [0.0, 1.001, NAN, -0.1], [1e-9, 1.0]),
     ("probe", "clip_norm", [0.0, NAN, INF], [1e-3]),
     ("probe", "whitening_floor", [0.0, NAN], [1e-3]),
-    ("probe", "view_images", [-1, 10**8], [0, 5]),
+    ("probe", "statistics_views", [0, 10**4], [1, 5]),
     ("probe", "views", [0, -1], [1]),
     ("probe", "classes", [-1, 0, 1], [2]),
     ("probe", "batch_size", [0], [1]),

@@ -159,15 +159,15 @@ def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cor
 
 
 def probe_cost(
-    facts: Extractor, *, train: int, test: int, statistics: int, synthetic_views: int, dims: int, classes: int,
-    steps: int, views: int, mirror: bool, cpu: bool, cores: int,
+    facts: Extractor, *, train: int, test: int, statistics: int, dims: int, classes: int, steps: int, views: int,
+    mirror: bool, cpu: bool, cores: int,
 ) -> Cost:  # fmt: skip
     """Features of all images once; then steps on the features, which stay on the disk.
 
     They are read through a memory map: beside ``memory_bytes`` the operating system uses what memory is free for them,
     and needs none. Where all of them fit, steps run at the speed of memory; where they do not, at that of the disk.
     """
-    passes = (train * views + test + statistics + synthetic_views) * (2 if mirror else 1)
+    passes = (train * views + test + statistics) * (2 if mirror else 1)
     features = train * views * dims * FLOAT
     small = min(statistics, facts.feature_dim)
     whitening = statistics * facts.feature_dim * FLOAT + 3 * small**2 * FLOAT

@@ -32,7 +32,6 @@ from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
 from dprandp.stages.scratch import network_config, without_phase_one
-from dprandp.stages.synthetic_statistics import VIEWS
 from dprandp.stages.update_facts import gradients_per_record
 from dprandp.vision.extractors import refuse_unlearnable
 
@@ -274,9 +273,9 @@ def _cost(
     }
     if isinstance(config, ProbeConfig):
         mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
-        dims = facts.whitened(config.dims, config.statistics_images)
-        statistics = {"statistics": config.statistics_images, "synthetic_views": VIEWS * config.view_images}
-        return estimates.probe_cost(facts, **shared, **statistics, dims=dims, mirror=mirror)
+        statistics = config.statistics_images * config.statistics_views
+        dims = facts.whitened(config.dims, statistics)
+        return estimates.probe_cost(facts, **shared, statistics=statistics, dims=dims, mirror=mirror)
     if isinstance(config, ContinueConfig):
         return continual_plan.cost(config, facts, stage.plan.expected_batch, shared)
     if scratch:
@@ -284,7 +283,7 @@ def _cost(
     else:
         probe = probe or recorded("probe", _recorded(context, "probe"))
         mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
-        dims = facts.whitened(probe.dims, probe.statistics_images)
+        dims = facts.whitened(probe.dims, probe.statistics_images * probe.statistics_views)
     batch = stage.plan.expected_batch
     shared["views"] = gradients_per_record(config)
     return estimates.finetune_cost(

@@ -24,12 +24,6 @@ WHITENER = "whitener"
 SYNTHETIC_SEED = 1
 """Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
 
-VIEW_SEED = 3
-"""Added to the seed for the crops whose views even the features, and for these views."""
-
-VIEWS = 4
-"""Of each synthetic image."""
-
 BLOCK = 250
 """Images whose views are made together."""
 
@@ -44,7 +38,7 @@ def public_whitener(
     wanted = {
         "dims": config.dims,
         "images": config.statistics_images,
-        "view_images": config.view_images,
+        "views": config.statistics_views,
         "floor": config.whitening_floor,
         "seed": config.seed,
         "mirror": mirror,
@@ -56,17 +50,12 @@ def public_whitener(
     folder.mkdir(exist_ok=True)
     if checkpoint.latest(folder) == WHITENER:
         return whitener_of(checkpoint.load(folder, WHITENER), extractor)
-    crops = _declared(synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED), spec)
-    views = _declared(_views(context, config), spec) if config.view_images else crops[:0]
-    with context.console.progress(len(crops) + len(views), "synthetic features") as progress:
-        features = extract_by_ranks(context.ranks, extractor, crops, None, mirror, progress.advance)
-        whitener = whitening.fit(features, config.dims, config.whitening_floor, extractor.parts)
-        del features
-        if len(views):
-            whitened = extract_by_ranks(
-                context.ranks, extractor, views, whitener.to(context.device), mirror, progress.advance
-            )
-            whitener = whitening.even_views(whitener.cpu(), whitened.unflatten(0, (-1, VIEWS)))
+    views = as_declared(synthetic_views(context, config), channels=spec.channels, height=spec.height, width=spec.width)
+    with context.console.progress(len(views), "synthetic features") as progress:
+        features = extract_by_ranks(context.ranks, extractor, views, None, mirror, progress.advance)
+    whitener = whitening.fit(
+        features, config.dims, config.whitening_floor, extractor.parts, views=config.statistics_views
+    )
     checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
     return whitener
 
@@ -81,24 +70,22 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
     return whitener
 
 
-def _views(context: Context, config: ProbeConfig) -> Tensor:
-    """uint8 [n · VIEWS, 3, S, S]: crops and other colours, as the published contrast has them but for mirroring.
+def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
+    """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
 
-    Mirroring is left to the features: where the data declare that it changes nothing, images are averaged with their
-    mirror images.
+    Views are crops and other colours, as the published contrast has them but for mirroring. That is left to the
+    features: where the data declare that it changes nothing, images are averaged with their mirror images.
     """
-    crops = synthetic_crops(context, config.view_images, config.seed + VIEW_SEED)
-    generator = torch.Generator().manual_seed(config.seed + VIEW_SEED)
+    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+    if config.statistics_views == 1:
+        return crops
+    generator = torch.Generator().manual_seed(config.seed + SYNTHETIC_SEED)
     made = ContrastiveViews(crops.shape[-1], flip=0.0)
-    blocks = [
-        torch.stack([made.apply(block, made.draw(block, generator)) for _ in range(VIEWS)], dim=1)
-        for block in crops.split(BLOCK)
-    ]
-    return (torch.cat(blocks).flatten(0, 1) * 255).round().to(torch.uint8)
-
-
-def _declared(images: Tensor, spec: DataSpec) -> Tensor:
-    return as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
+    blocks = []
+    for block in crops.split(BLOCK):
+        views = [made.apply(block, made.draw(block, generator)) for _ in range(config.statistics_views)]
+        blocks.append((torch.stack(views, dim=1).flatten(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(blocks)
 
 
 def _digest(extractor: nn.Module) -> str:

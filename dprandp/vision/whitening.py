@@ -4,10 +4,10 @@ DP-SGD adds the same noise to every coordinate of the head's gradient, so it ser
 signal of like size. Whitening gives them that; the statistics come from images of a random process, which are public,
 so it costs no privacy. Nothing in this file may ever be called with private features: ``fit`` is for synthetic ones.
 
-Two statistics are used. ``fit`` equalises the principal axes: by how much features vary from image to image.
-``even_views`` equalises by how much they vary between views of *one* image (crops, other colours), which says nothing
-of its class: what speech processing calls within-class covariance normalisation (Hatch, Kajarekar & Stolcke 2006,
-"Within-Class Covariance Normalization for SVM-Based Speaker Recognition"), with each synthetic image as its own class.
+Two statistics are used. Principal axes are equalised: by how much features vary from image to image. Then features are
+*evened*: by how much they vary between views of one image (crops, other colours), which says nothing of its class.
+That is what speech processing calls within-class covariance normalisation (Hatch, Kajarekar & Stolcke 2006,
+"Within-Class Covariance Normalization for SVM-Based Speaker Recognition"), with each synthetic image as a class.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Whitener(nn.Module):
     def cut(self, whitened: Tensor, axes: int) -> Tensor:
         """What a whitener of fewer axes would have made: its axes are the first ones of each part.
 
-        Exactly so after ``fit``; after ``even_views`` up to how much each of its images counted.
+        Exactly so without views; with views up to how much each image counted.
 
         Args:
             whitened: float [N, P d], results of ``forward``.
@@ -108,7 +108,9 @@ class Whitener(nn.Module):
 
 
 @torch.no_grad()
-def fit(features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] | None = None) -> Whitener:
+def fit(
+    features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] | None = None, *, views: int = 1
+) -> Whitener:
     """Fit a whitener to the features of synthetic images.
 
     Args:
@@ -117,6 +119,8 @@ def fit(features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] |
         floor: added to the standard deviation s of each principal axis before its inverse is taken; axes with s far
             below it are damped rather than amplified.
         parts: as for ``Whitener``.
+        views: V; the rows are V views of each of n / V images, next to each other. With more than one, features are
+            evened by how the views of an image differ.
 
     Returns:
         The whitener. Deterministic: eigenvectors' signs are fixed by making their largest entry positive.
@@ -125,40 +129,16 @@ def fit(features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] |
     parts = tuple(parts or [Part(width, 1.0)])
     whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts)
     for own, _ in whitener.rows():
-        mean, projection = _principal_axes(features[:, own], whitener.axes, floor)
-        whitener.mean[own], whitener.projection[own] = mean, projection
+        mean, scale, axes = _principal_axes(features[:, own], whitener.axes, floor)
+        if views > 1:
+            whitened = functional.normalize(features[:, own] @ axes, dim=1)  # the features are standardised by now
+            axes = _even(axes, whitened.unflatten(0, (-1, views)))
+        whitener.mean[own], whitener.projection[own] = mean, scale[:, None] * axes
     return whitener
 
 
-@torch.no_grad()
-def even_views(whitener: Whitener, views: Tensor) -> Whitener:
-    """Let features vary equally in all directions from view to view of one image.
-
-    With C the covariance within images of a part's whitened features, the part goes through L⁻¹, C + ridge = L Lᵀ. L is
-    triangular, so axis k still depends on the first k axes alone, and a whitener can be ``cut`` as before.
-
-    Args:
-        whitener: fitted; not changed.
-        views: float32 [n, V, P d], what ``whitener`` makes of V ≥ 2 views of each of n ≥ 1 *synthetic* images.
-
-    Returns:
-        A whitener with the same mean, parts and number of axes.
-    """
-    evened = Whitener(len(whitener.mean), whitener.axes, whitener.parts)
-    evened.mean.copy_(whitener.mean)
-    for (own, length), part in zip(whitener.rows(), views.split(whitener.axes, dim=-1), strict=True):
-        apart = ((part - part.mean(dim=1, keepdim=True)) / length).flatten(0, 1).double()
-        covariance = apart.t() @ apart / (len(part) * (part.shape[1] - 1))
-        variances = covariance.diagonal()
-        variances += VIEW_RIDGE * variances.mean() + torch.finfo(torch.float32).tiny
-        lower = torch.linalg.cholesky(covariance / variances.mean())
-        projection = whitener.projection[own].double()
-        evened.projection[own] = torch.linalg.solve_triangular(lower.t(), projection, upper=True, left=False).float()
-    return evened
-
-
-def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Mean [w] and projection [w, dims] of one part's features [n, w], which are changed in place."""
+def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and scale [w], weighted axes [w, dims] of one part's features [n, w], which are standardised in place."""
     count, width = features.shape
     mean = features.mean(dim=0)
     features -= mean
@@ -172,7 +152,28 @@ def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, 
     values, vectors = values[-dims:].flip(0).clamp(min=1e-12), vectors[:, -dims:].flip(1)
     axes = features.t() @ vectors / (values * count).sqrt() if wide else vectors
     signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    return mean, scale[:, None] * axes * signs / (values.sqrt() + floor)
+    return mean, scale, axes * signs / (values.sqrt() + floor)
+
+
+def _even(axes: Tensor, whitened: Tensor) -> Tensor:
+    """Let features vary equally in all directions from view to view of one image.
+
+    With C the covariance within images, features go through L⁻¹, C + ridge = L Lᵀ. L is triangular, so axis k still
+    depends on the first k axes alone, and a whitener can be cut to fewer.
+
+    Args:
+        axes: [w, d], standardised features to axes.
+        whitened: float32 [n, V, d], features along the axes, of unit norm.
+
+    Returns:
+        Axes like those given.
+    """
+    apart = (whitened - whitened.mean(dim=1, keepdim=True)).flatten(0, 1).double()
+    covariance = apart.t() @ apart / (len(whitened) * (whitened.shape[1] - 1))
+    variances = covariance.diagonal()
+    variances += VIEW_RIDGE * variances.mean() + torch.finfo(torch.float32).tiny
+    lower = torch.linalg.cholesky(covariance / variances.mean())
+    return torch.linalg.solve_triangular(lower.t(), axes.double(), upper=True, left=False).float()
 
 
 class PooledOnly(nn.Module):

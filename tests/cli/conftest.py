@@ -23,8 +23,8 @@ dictionary_iterations = 2
 
 [probe]
 dims = 32
-statistics_images = 100
-view_images = 10
+statistics_images = 50
+statistics_views = 2
 steps = 5
 
 [finetune]

@@ -39,7 +39,8 @@ def shelf(dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path) -> Shelf:
     folder.mkdir()
     (folder / "little.json").write_text(json.dumps(card))
     (folder / "little.safetensors").write_bytes(tensors)
-    (tmp_path / "short.toml").write_text("[probe]\ndims = 32\nstatistics_images = 100\nview_images = 10\nsteps = 5\n")
+    short = "[probe]\ndims = 32\nstatistics_images = 100\nstatistics_views = 2\nsteps = 5\n"
+    (tmp_path / "short.toml").write_text(short)
     return Shelf(dprandp, folder)
 
 

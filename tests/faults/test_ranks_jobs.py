@@ -220,8 +220,8 @@ lr = 0.001
 [probe]
 steps = 4
 dims = 32
-statistics_images = 50
-view_images = 10
+statistics_images = 25
+statistics_views = 2
 [finetune]
 steps = 2
 refit_steps = 4

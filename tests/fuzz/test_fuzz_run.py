@@ -43,8 +43,8 @@ dictionary_iterations = 2
 epsilon = 4.0
 steps = 8
 dims = 32
-statistics_images = 50
-view_images = 10
+statistics_images = 25
+statistics_views = 2
 batch_size = 120
 [finetune]
 epsilon = 4.0

@@ -12,7 +12,7 @@ from dprandp import config
 from dprandp.datasets import open_dataset
 from dprandp.stages import synthetic_statistics
 from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.synthetic_statistics import VIEWS, public_whitener
+from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.vision import whitening
 from dprandp.vision.extractors import extract
 from dprandp.vision.whitening import Whitener
@@ -39,30 +39,34 @@ def folders(run: Path) -> set[str]:
 
 
 def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = whitener_of(run, view_images=0)
     seen = []
-    even = whitening.even_views
-    monkeypatch.setattr(whitening, "even_views", lambda whitener, views: seen.append(views) or even(whitener, views))
-    evened = whitener_of(run)
+    even = whitening._even
+    monkeypatch.setattr(whitening, "_even", lambda axes, views: seen.append(views) or even(axes, views))
+    whitener_of(run)
     (views,) = seen
-    assert views.shape == (10, VIEWS, plain.dims)
-    assert torch.equal(evened.projection, even(plain, views).projection)
-    assert not torch.allclose(evened.projection, plain.projection)
+    assert views.shape == (25, 2, 32)
     within = (views - views.mean(dim=1, keepdim=True)).norm(dim=-1)
     between = (views.mean(dim=1) - views.mean(dim=(0, 1))).norm(dim=-1)
-    assert within.min() > 0.01  # four different views ...
-    assert within.mean() < 2 * between.mean()  # ... of the same image, not of images at random
+    assert within.min() > 0.01  # different views ...
+    assert within.mean() < 1.2 * between.mean()  # ... of the same image, not of images at random
+    whitener_of(run, statistics_views=1)
+    assert len(seen) == 1
 
 
 def test_views_are_random_but_repeat(run: Path) -> None:
     with context(run) as given:
         settings = config.build("probe", PROBE)
-        first, second = (synthetic_statistics._views(given, settings) for _ in range(2))
-        other = synthetic_statistics._views(given, config.build("probe", PROBE | {"seed": 1}))
-    assert first.shape == (10 * VIEWS, 3, 32, 32)
-    assert first.dtype == torch.uint8
+        first, second = (synthetic_statistics.synthetic_views(given, settings) for _ in range(2))
+        other = synthetic_statistics.synthetic_views(given, config.build("probe", PROBE | {"seed": 1}))
+        crops = synthetic_statistics.synthetic_views(given, config.build("probe", PROBE | {"statistics_views": 1}))
+    assert first.shape == (50, 3, 32, 32)
+    assert crops.shape == (25, 3, 32, 32)
+    assert first.dtype == crops.dtype == torch.uint8
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+    colour = [images.float().mean(dim=(2, 3)) for images in (first.unflatten(0, (25, 2))[:, 0], crops)]
+    apart = (colour[0] - colour[1]).abs().mean()
+    assert 1 < apart < (colour[0].roll(1, 0) - colour[1]).abs().mean()  # row i shows crop i, in other colours
 
 
 def test_a_whitener_is_kept_for_the_same_extractor_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -14,20 +12,24 @@ from dprandp.vision.whitening import Part, Whitener
 
 PARTS = [Part(9, 0.3), Part(7, 0.7)]
 AXES = 5
+VIEWS = 3
 
 
-def fitted(images: int = 400) -> tuple[Whitener, Tensor]:
-    """A whitener, and what it makes of three views of each image: they differ most along the first features."""
+def views_of(images: int = 400) -> Tensor:
+    """Features of three views of each image, [images · 3, 16]: they differ most along the first features."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(images, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
-    whitener = whitening.fit(features.clone(), AXES, 0.1, PARTS)
-    shift = torch.randn(images, 3, 16, generator=generator) * torch.linspace(4, 0.1, 16)
-    return whitener, features[:, None] + shift
+    features = torch.randn(images, 1, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    moves = torch.randn(images, VIEWS, 16, generator=generator) * torch.linspace(4, 0.1, 16)
+    return (features + moves).flatten(0, 1)
+
+
+def fitted(features: Tensor, views: int, axes: int = AXES) -> Whitener:
+    return whitening.fit(features.clone(), axes, 0.1, PARTS, views=views)
 
 
 def within(part: Tensor) -> np.ndarray:
-    """Covariance within images, image by image: [n, V, d] -> [d, d]."""
-    return np.mean([np.cov(views.double().numpy().T) for views in part], axis=0)
+    """Covariance within images, image by image: [n V, d] -> [d, d]."""
+    return np.mean([np.cov(views.double().numpy().T) for views in part.unflatten(0, (-1, VIEWS))], axis=0)
 
 
 def unit(part: Tensor) -> Tensor:
@@ -36,62 +38,57 @@ def unit(part: Tensor) -> Tensor:
 
 def test_features_vary_equally_between_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whitening, "VIEW_RIDGE", 0.0)
-    whitener, features = fitted()
-    before = whitener(features)
-    evened = whitening.even_views(whitener, before)
-    rows = zip(PARTS, whitener.rows(), before.split(AXES, dim=-1), strict=True)
-    for part, (own, length), old in rows:
+    features = views_of()
+    plain, evened = fitted(features, 1), fitted(features, VIEWS)
+    rows = zip(plain.rows(), plain(features).split(AXES, 1), evened(features).split(AXES, 1), strict=True)
+    for (own, length), old, new in rows:
         old = old / length
         assert np.linalg.cond(within(old)) > 2  # there was something to do
         # the map of a part, from its axes of before: found from the two projections
-        turn = torch.linalg.lstsq(whitener.projection[own], evened.projection[own]).solution
+        turn = torch.linalg.lstsq(plain.projection[own], evened.projection[own]).solution
         assert (turn.tril(-1).abs() < 1e-4 * turn.abs().max()).all()
         assert np.linalg.cond(within(old @ turn)) < 1.01
-        new = evened(features)[..., PARTS.index(part) * AXES :][..., :AXES]
         assert torch.allclose(new, length * unit(old @ turn), atol=1e-4)
-    assert torch.allclose(evened(features).norm(dim=-1), torch.ones(400, 3), atol=1e-5)
-    assert torch.equal(evened.mean, whitener.mean)
+    assert torch.allclose(evened(features).norm(dim=1), torch.ones(len(features)), atol=1e-5)
+    assert torch.equal(evened.mean, plain.mean)
 
 
 def test_a_ridge_keeps_few_views_from_blowing_up_an_axis() -> None:
-    whitener, features = fitted()
-    two = whitener(features[:1, :2])  # a covariance of rank one
-    evened = whitening.even_views(whitener, two)
-    gains = torch.linalg.svdvals(torch.linalg.lstsq(whitener.projection[:9], evened.projection[:9]).solution)
-    assert gains.isfinite().all()
-    assert gains[0] / gains[-1] < 1.01 * np.sqrt((AXES + whitening.VIEW_RIDGE) / whitening.VIEW_RIDGE)
-    same = whitening.even_views(whitener, whitener(features[:3, :1]).expand(-1, 2, -1))  # views that do not differ
-    assert torch.allclose(same(features), whitener(features), atol=1e-5)
+    features = views_of(4)[:8]  # eight views of "one" image, and four pairs of equal ones
+    turned = torch.linalg.lstsq(fitted(features, 1).projection[:9], fitted(features, 8).projection[:9]).solution
+    gains = torch.linalg.svdvals(turned)
+    assert 1 < gains[0] / gains[-1] < 1.01 * np.sqrt((AXES + whitening.VIEW_RIDGE) / whitening.VIEW_RIDGE)
+    same = views_of(20)[::VIEWS].repeat_interleave(2, dim=0)  # views that do not differ
+    assert torch.allclose(fitted(same, 2)(same), fitted(same, 1)(same), atol=1e-4)
 
 
 def test_fewer_axes_are_the_first_ones() -> None:
-    whitener, features = fitted()
-    evened = whitening.even_views(whitener, whitener(features))
-    few = copy.deepcopy(whitener)
-    few.projection = few.projection[:, :3].clone()
-    few = whitening.even_views(few, few(features))
+    features = views_of()
+    evened, few = fitted(features, VIEWS), fitted(features, VIEWS, axes=3)(features)
     cut = evened.cut(evened(features), 3)
-    assert cut.shape == few(features).shape
-    alike = (cut * few(features)).sum(dim=-1)
-    assert alike.mean() > 0.98
-    last = torch.cat([part[..., 2:] for part in evened(features).split(AXES, dim=-1)], dim=-1)
-    assert (unit(last) * few(features)).sum(dim=-1).mean() < 0.8  # other axes would not be alike
+    assert cut.shape == few.shape
+    assert (cut * few).sum(dim=1).mean() > 0.98
+    last = torch.cat([part[:, 2:] for part in evened(features).split(AXES, dim=1)], dim=1)
+    assert (unit(last) * few).sum(dim=1).mean() < 0.8  # other axes would not be alike
 
 
 def test_it_helps_a_head_that_cannot_tell_views_apart() -> None:
-    """Two classes a little apart along a quiet axis, and views that move a lot along another: nearest class means."""
+    """Classes differ along a quiet axis, views and images along another; nearest class means of unit vectors."""
     generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(2000, 6, generator=generator) * torch.tensor([1.0, 1, 1, 1, 1, 1])
-    whitener = whitening.fit(noise.clone(), 6, 0.1)
     moves = torch.tensor([8.0, 0.2, 0.2, 0.2, 0.2, 0.2])
-    views = noise[:500, None] + torch.randn(500, 4, 6, generator=generator) * moves
-    evened = whitening.even_views(whitener, whitener(views))
+    images = torch.randn(500, 1, 6, generator=generator)
+    synthetic = (images + torch.randn(500, 4, 6, generator=generator) * moves).flatten(0, 1)
     labels = torch.arange(2000) % 2
     real = torch.randn(2000, 6, generator=generator) * moves
     real[:, 3] += labels.float()
 
-    def accuracy(features: Tensor) -> float:
+    def accuracy(views: int) -> float:
+        whitener = whitening.fit(synthetic[:: 4 // views].clone(), 6, 0.1, views=views)
+        features = whitener(real)
         means = torch.stack([features[labels == which].mean(dim=0) for which in (0, 1)])
         return float((torch.cdist(features, means).argmin(dim=1) == labels).float().mean())
 
-    assert accuracy(evened(real)) > accuracy(whitener(real)) + 0.05
+    plain = whitening.fit(images.flatten(0, 1).clone(), 6, 0.1)(real)
+    means = torch.stack([plain[labels == which].mean(dim=0) for which in (0, 1)])
+    before = float((torch.cdist(plain, means).argmin(dim=1) == labels).float().mean())
+    assert accuracy(4) > before + 0.05
