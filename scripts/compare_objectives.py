@@ -165,7 +165,8 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
     kinds = zip(FEATURES, (last, slice(width), slice(width)), (None, extractor.parts, [Part(width, 1.0)]), strict=True)
     found = {}
     for name, own, parts in kinds:
-        whitener = whitening.fit(synthetic[:, own].clone(), probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
+        chosen = synthetic[:, own].clone()
+        whitener = whitening.fit(chosen, probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
         features = whitener(real[:, own])
         found[name] = {f"{e:g}": fitted(args, cell, spec, features, labels, e) for e in EPSILONS}
     return found
