@@ -23,7 +23,7 @@ dictionary_iterations = 2
 
 [probe]
 dims = 32
-statistics_images = 50
+statistics_images = 100
 statistics_views = 2
 steps = 5
 
