@@ -53,9 +53,14 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "512 axes": {"probe": {"dims": 512}},
     "2,048 axes": {"probe": {"dims": 2048}},
     "floor 0.3": {"probe": {"whitening_floor": 0.3}},
+    "statistics of crops": {"probe": {"statistics_images": 4000, "statistics_views": 1}},
     "wrn-16-4": {"pretrain": {"arch": "wrn-16-4"}},
+    "patches beside a wrn-10-2": {"beside": {"arch": "wrn-10-2"}},
+    "patches beside a random wrn-10-2": {"beside": {"arch": "wrn-10-2", "random_init": True}},
+    "wrn-10-2": {"pretrain": {"arch": "wrn-10-2"}},
 }
-"""Name -> settings of pretrain and probe that differ from those of ``--size tiny``."""
+"""Name -> settings of pretrain and probe that differ from those of ``--size tiny``. *beside*: those of a second
+extractor; each has half of the squared length of the features."""
 
 
 def main() -> None:
@@ -88,13 +93,18 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
     changes = VARIANTS[cell["variant"]]
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
     run = args.out / name
-    file = args.out / "pretrain.toml"
-    file.write_text(toml.dumps({"pretrain": changes.get("pretrain", {})}), encoding="utf-8")
     dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
-    started = time.perf_counter()
-    dprandp("pretrain", "--run", run, "--data", cell["data"], "--seed", cell["seed"], "--config", file, "--overwrite")
-    pretraining = time.perf_counter() - started
-    features, labels, classes, examples = whitened_features(args, run, cell, changes.get("probe", {}))
+    started, pretraining, sides = time.perf_counter(), 0.0, []
+    for settings in [changes.get("pretrain", {}), *([changes["beside"]] if "beside" in changes else [])]:
+        file = args.out / "pretrain.toml"
+        file.write_text(toml.dumps({"pretrain": settings}), encoding="utf-8")
+        begun = time.perf_counter()
+        given = ("--data", cell["data"], "--seed", cell["seed"], "--config", file)
+        dprandp("pretrain", "--run", run, *given, "--overwrite")
+        pretraining += time.perf_counter() - begun
+        side, labels, classes, examples = whitened_features(args, run, cell, changes.get("probe", {}))
+        sides.append(side)
+    features = torch.cat(sides, dim=1) / math.sqrt(len(sides))
     accuracy = {}
     for epsilon in EPSILONS:
         mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
