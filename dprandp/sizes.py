@@ -23,7 +23,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
-        "probe": {"dims": 2048, "statistics_images": 2000, "steps": 200},
+        "probe": {"dims": 4096, "statistics_images": 2000, "steps": 200},
         "finetune": {},
     },
     # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule

@@ -26,6 +26,10 @@ SECOND_LAYER_CROPS, PATCHES_OF_A_CROP = 3000, 40
 
 OnIteration = Callable[[int, float], None]
 
+BLOCK = 1024
+"""Vectors that are compared with all atoms together: the memory of their products is used again, not asked for anew."""
+
+
 
 def learn(
     layers: tuple[PatchNet, ResponseLayer | None],
@@ -198,7 +202,7 @@ def spherical_kmeans(
         sums = torch.zeros_like(atoms)
         members = torch.zeros(clusters)
         similarity = 0.0
-        for block in vectors.split(8192):
+        for block in vectors.split(BLOCK):
             products = block @ atoms.t()
             strength, nearest = products.abs().max(dim=1)
             signed = products.gather(1, nearest[:, None])  # the step of Coates & Ng: weight by the product itself
