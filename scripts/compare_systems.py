@@ -102,7 +102,7 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "continual, from scratch": [[*CONTINUE, "--mix", "private", "--share", "1"]],
         "continual, a tenth public": [[*CONTINUE, "--switch", "plateau", "--share", "1"]],
         "continual, a tenth public, decelerator": [[*CONTINUE, "--switch", "decelerator", "--share", "1"]],
-        "continual, then probe": [CONTINUE, ["probe"]],
+        "continual, then probe": [CONTINUE, ["probe", "--share", "1"]],
     },
 }
 """Group -> name -> commands after Phase I. A further system is a further entry."""

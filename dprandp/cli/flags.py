@@ -94,7 +94,7 @@ Delta = Annotated[
 ]  # fmt: skip
 Share = Annotated[
     float | None,
-    typer.Option(help="Part of ε for the probe, in (0, 1]; 1 leaves nothing for finetune. "
+    typer.Option(help="Part of ε for the probe, in (0, 1]; 1: all that is left, and nothing for finetune. "
                  "Default: 0.3.", rich_help_panel=PRIVACY),
 ]  # fmt: skip
 Clip = Annotated[

@@ -157,11 +157,14 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
 def _plan_probe(
     public: dict[str, Any], epsilon: float, share: float, spent: list[Event], context: Context
 ) -> PrivatePlan:
-    """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before."""
+    """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before.
+
+    A share of 1 is all that is left, whatever spent the rest.
+    """
     warn = context.console.warn
     own = epsilon * share
     discrete = public["noise"] == "discrete"
-    if all(isinstance(event, TuningEvent) for event in spent):
+    if share == 1 or all(isinstance(event, TuningEvent) for event in spent):
         return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=spent, warn=warn)
     sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn, discrete=discrete)
     event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)

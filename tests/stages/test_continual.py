@@ -132,6 +132,17 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     assert "spent after continue" in page
 
 
+def test_a_probe_with_the_whole_share_takes_all_that_is_left(vit_run, copy, data) -> None:
+    run = copy(vit_run)
+    first = run_continue(run, data)
+    some = run_probe(copy(run), data, epsilon=8.0)  # where it is not asked for, a part stays
+    rest = run_probe(run, data, epsilon=8.0, share=1.0)
+    assert first["epsilon"] < some["epsilon"] < 7.9 < rest["epsilon"] <= 8
+    assert rest["epsilon"] == pytest.approx(compose(ledger_of(run).events(), rest["delta"]).upper)
+    with pytest.raises(BudgetError):  # and nothing is left for another
+        run_probe(run, data, {"overwrite": True}, epsilon=8.0, share=1.0)
+
+
 def test_the_declared_public_part_is_fixed_for_the_run(vit_run, copy, data) -> None:
     run = copy(vit_run)
     run_continue(run, data)
