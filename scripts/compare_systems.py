@@ -175,7 +175,7 @@ def phase_one(args: argparse.Namespace, cell: dict, commands: list[list[str]], c
         dprandp("pretrain", "--run", public, *common, "--data", cell["data"])
         return public
     # a probe takes its statistics from synthetic images; without one nothing reads them
-    probed = ["probe"] in commands
+    probed = any(command[0] == "probe" for command in commands)
     public = args.out / f"start-{CONTINUED_ARCH}-{args.size}-{'probed' if probed else 'alone'}-s{cell['seed']}"
     few = [] if probed else ["--process", "perlin", "--count", 100, "--resolution", 32]
     dprandp("generate", "--run", public, *common, *few)

@@ -105,6 +105,7 @@ def test_a_spread_is_mean_and_sample_deviation(values, text):
     assert experiment.spread(values) == text
 
 
+@pytest.mark.slow
 def test_a_command_gives_its_json_and_its_failure_ends_the_script(tmp_path, capfd):
     run = tmp_path / "run"
     made = experiment.dprandp(
