@@ -160,7 +160,8 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
         result = dprandp(*command, "--run", run, "--data-dir", args.data_dir, *common, *budget)
         seconds += result["seconds"]
     shutil.rmtree(run)
-    row = {**cell, "accuracy": result["accuracy"], "spent": result["epsilon"], "seconds": round(seconds, 1)}
+    row = {**cell, "accuracy": result["accuracy"], "auc": result["auc"], "spent": result["epsilon"]}
+    row["seconds"] = round(seconds, 1)
     add_row(log, row)
 
 

@@ -52,7 +52,7 @@ def test_a_cell_runs_its_stages_on_one_run_and_names_data_and_budget_once(
         given = dict(itertools.pairwise(flags))
         asked.append((stage, given, parsed([stage, *map(str, flags)])))
         given["--run"].mkdir(parents=True, exist_ok=True)
-        return {"seconds": 1.0, "accuracy": 0.5, "epsilon": 0.9}
+        return {"seconds": 1.0, "accuracy": 0.5, "auc": 0.8, "epsilon": 0.9}
 
     monkeypatch.setattr(compare_systems, "dprandp", pretended)
     monkeypatch.setattr(sys, "argv", ["x", "digits", "--systems", system, "--epsilons", "2", "--seeds", "1",
