@@ -80,7 +80,7 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
 STOPPED_OUTSIDE_THE_LOOP = """
 import os, signal, time
 from dprandp.vision import whitening
-def fit(*arguments):
+def fit(*arguments, **settings):
     os.kill(os.getpid(), signal.{name})
     time.sleep(10)
 whitening.fit = fit
