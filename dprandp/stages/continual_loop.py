@@ -136,9 +136,11 @@ def _public_steps(
             return step, why
         training.update(training.public_gradient(step), config.public_lr)
         advance(1)
-        if stop.requested or (step + 1) % config.checkpoint_every == 0:
+        stopping = stop.requested  # read once: a signal that comes later waits for the next step
+        if stopping or (step + 1) % config.checkpoint_every == 0:
             save(step + 1, None)
-        stop.raise_if_requested()
+        if stopping:
+            stop.raise_if_requested()
     return config.steps, "public steps alone were wanted"
 
 
@@ -211,9 +213,11 @@ def private_steps(
             log.write(step=number, update_norm=norm, weight_norm=float(training.parameters["head"].norm()))
         advance(1)
         done = number + 1
-        if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
+        stopping = stop.requested  # read once: a signal that comes later waits for the next step
+        if stopping or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
             save(done, begun)
-        stop.raise_if_requested()
+        if stopping:
+            stop.raise_if_requested()
     return mechanism.next_step
 
 

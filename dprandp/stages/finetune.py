@@ -291,9 +291,11 @@ def _train(
             )
             progress.advance(1)
             done = step.number + 1
-            if stop.requested or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
+            stopping = stop.requested  # read once: a signal that comes later waits for the next step
+            if stopping or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
                 save(done)
-            stop.raise_if_requested()
+            if stopping:
+                stop.raise_if_requested()
     released = {}
     for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
         ema = state[f"ema.{name}"]

@@ -109,10 +109,12 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
                     log.write(step=done, **seen)
                     looked = f", {seen_text(seen)}"
                 progress.advance(1, "" if math.isnan(loss) else f"loss {loss:.3g}{looked}")
-                if stop.requested or (done % config.checkpoint_every == 0 and done < config.steps):
+                stopping = stop.requested  # read once: a signal that comes later waits for the next step
+                if stopping or (done % config.checkpoint_every == 0 and done < config.steps):
                     meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
                     checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
-                stop.raise_if_requested()
+                if stopping:
+                    stop.raise_if_requested()
 
             loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
     done = config.steps - first_step
