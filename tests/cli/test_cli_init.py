@@ -28,6 +28,7 @@ def command(run: Path, weights: Path, *more: object) -> tuple[object, ...]:
     return ("finetune", "--run", run, "--init", weights, *sizes, "--json", *more)
 
 
+@pytest.mark.slow
 def test_hash_and_declaration_stand_in_everything_that_is_published(
     dprandp: Dprandp, weights: Path, tmp_path: Path
 ) -> None:
