@@ -19,6 +19,7 @@ from dprandp.errors import StorageError, UsageError
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES, ROUND, extract_by_ranks, features_of_blocks
 from dprandp.stages.feature_file import FeatureFile
 from dprandp.stages.private import PrivateStage
+from dprandp.stages.synthetic_statistics import add_weights
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import Whitener
@@ -150,7 +151,5 @@ def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:
     """A hash of everything the features are made from."""
     digest = hashlib.sha256(f"{facts} {getattr(whitener, 'parts', ())}".encode())
     for module in (extractor, whitener):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        add_weights(digest, module)
     return digest.hexdigest()

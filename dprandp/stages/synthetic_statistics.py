@@ -35,6 +35,8 @@ def public_whitener(
 
     Kept beside the extractor, for other probes of the same run with the same extractor.
     """
+    weights = hashlib.sha256()
+    add_weights(weights, extractor)  # `continue` may have changed them since
     wanted = {
         "dims": config.dims,
         "images": config.statistics_images,
@@ -43,7 +45,7 @@ def public_whitener(
         "seed": config.seed,
         "mirror": mirror,
         "shape": list(spec.image_shape),
-        "extractor": _digest(extractor),
+        "extractor": weights.hexdigest(),
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
@@ -88,10 +90,8 @@ def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
     return torch.cat(blocks)
 
 
-def _digest(extractor: nn.Module) -> str:
-    """A hash of an extractor's weights: `continue` may have changed them since."""
-    digest = hashlib.sha256()
-    for name, value in sorted(extractor.state_dict().items()):
+def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
+    """Let a digest depend on a module's weights and their names as well."""
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
