@@ -215,10 +215,12 @@ def test_layer_orders_differ():
 
 @pytest.mark.parametrize("layer_order", ["relu-norm-conv", "relu-norm-conv+norm-relu-skip"])
 def test_vmap_of_grad_equals_a_loop(layer_order):
-    net = randomised(wrn.WideResNet(10, 2, layer_order=layer_order))
+    # In float64: in float32 one of 100,000 ReLU inputs is now and then so near 0 that the two paths round it to
+    # different sides, and the gradients then truly differ.
+    net = randomised(wrn.WideResNet(10, 2, layer_order=layer_order, generator=seeded())).double()
     params = {name: value.detach() for name, value in net.named_parameters()}
-    images = torch.randn(3, 2, 3, 32, 32, generator=seeded(6))  # three examples of two views each
-    target = torch.randn(net.feature_dim, generator=seeded(7))
+    images = torch.randn(3, 2, 3, 32, 32, generator=seeded(6)).double()  # three examples of two views each
+    target = torch.randn(net.feature_dim, generator=seeded(7)).double()
 
     def loss(values, views):
         return (torch.func.functional_call(net, values, (views,)) @ target).square().mean()
@@ -229,7 +231,7 @@ def test_vmap_of_grad_equals_a_loop(layer_order):
         (net(images[index]) @ target).square().mean().backward()
         for name, parameter in net.named_parameters():
             scale = parameter.grad.abs().max().item()
-            torch.testing.assert_close(batched[name][index], parameter.grad, atol=1e-4 * scale + 1e-6, rtol=1e-3)
+            torch.testing.assert_close(batched[name][index], parameter.grad, atol=1e-9 * scale + 1e-9, rtol=1e-8)
             assert scale > 0 or name.endswith("stem.bias"), name
 
 
