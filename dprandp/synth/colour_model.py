@@ -32,6 +32,10 @@ class ColourModel:
     mean: np.ndarray
     histogram: np.ndarray
 
+    def part(self, start: int, stop: int) -> ColourModel:
+        """Those of some of the images."""
+        return ColourModel(self.basis[start:stop], self.mean[start:stop], self.histogram[start:stop])
+
     def to_rgb(self, components: np.ndarray) -> np.ndarray:
         """Components float32 [B, 3, R, R] along the basis → RGB of the same shape."""
         return np.einsum("bkc,bkyx->bcyx", self.basis, components) + self.mean[:, :, None, None]

@@ -25,7 +25,8 @@ import torch
 from dprandp.synth import steerable
 from dprandp.synth.colour_model import ColourModel, draw_colour_model
 
-CHUNK = 8  # images drawn and rendered together; part of the random stream: changing it changes every image
+CHUNK = 8  # images drawn together; part of the random stream: changing it changes every image
+CACHED = 4 * 64 * 64  # pixels of images worked on together, so that their bands stay in a core's cache; no image changes
 ITERATIONS = 10
 SLOPE_RANGE = (0.5, 3.5)
 ANISOTROPY = 0.05
@@ -51,6 +52,17 @@ class Draws:
     shape: np.ndarray | None
     colours: ColourModel
     imposes_colour: bool
+
+    def part(self, start: int, stop: int) -> Draws:
+        """Those of some of the images."""
+        chosen = slice(start, stop)
+        return Draws(
+            self.noise[chosen],
+            None if self.slope is None else self.slope[chosen],
+            None if self.shape is None else self.shape[chosen],
+            self.colours.part(start, stop),
+            self.imposes_colour,
+        )
 
 
 def draw(
@@ -209,6 +221,8 @@ def render(
     images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
     for start in range(0, count, CHUNK):
         draws = draw(random, CHUNK, resolution, spectrum=spectrum, wmm=wmm, colour=colour)
-        channels = impose(draws).numpy()
+        together = max(2, CACHED // resolution**2)
+        parts = [impose(draws.part(first, first + together)) for first in range(0, CHUNK, together)]
+        channels = torch.cat(parts).numpy()
         images[start : start + CHUNK] = to_bytes(draws.colours.to_rgb(channels))[: count - start]
     return images

@@ -201,6 +201,14 @@ def test_the_iteration_equals_a_slow_one() -> None:
     assert abs(np.corrcoef(other[0, 0].ravel(), slow[0, 0].ravel())[0, 1]) < 0.3  # control
 
 
+def test_an_image_does_not_depend_on_those_it_is_worked_on_with() -> None:
+    resolution, count = 64, statistical.CHUNK  # in render, two parts
+    draws = statistical.draw(np.random.default_rng(7), count, resolution, **ALL)
+    whole = statistical.to_bytes(draws.colours.to_rgb(statistical.impose(draws).numpy()))
+    assert count * resolution**2 > statistical.CACHED
+    assert np.array_equal(statistical.render(np.random.default_rng(7), count, resolution, **ALL), whole)
+
+
 def test_imposing_a_spectrum_twice_is_imposing_it_once() -> None:
     draws = drawn(2, spectrum=True)
     wanted = statistical.amplitude(draws.slope, RESOLUTION)
