@@ -54,6 +54,8 @@ class PretrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
+    compiled: bool = False
+    """Have ``torch.compile`` make the kernels: less time a step, after a minute or more."""
     grow: bool = False
     """Views of half the side in the first half of the steps: a quarter of the time each."""
     images: str = "disk"
@@ -87,7 +89,7 @@ _FLY = {"pool", "uses"}
 _WRN = _FLY | {
     "steps", "batch_size", "objective", "instances", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow",
     "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
-    "pooling", "feature_stages", "checkpoint_every",
+    "pooling", "feature_stages", "checkpoint_every", "compiled",
 }  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def pretrain(
     batch_size: flags.PretrainBatchSize = None,
     optimizer: flags.Optimizer = None,
     feature_stages: flags.FeatureStages = None,
+    compiled: flags.PretrainCompiled = None,
     lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
     prior: flags.Prior = None,
@@ -95,7 +96,7 @@ def pretrain(
     given = {
         "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
         "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
-        "colour": colour or session.colour_of(data),
+        "compiled": compiled, "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:

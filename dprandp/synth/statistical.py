@@ -26,7 +26,7 @@ from dprandp.synth import steerable
 from dprandp.synth.colour_model import ColourModel, draw_colour_model
 
 CHUNK = 8  # images drawn together; part of the random stream: changing it changes every image
-CACHED = 4 * 64 * 64  # pixels of images worked on together, so that their bands stay in a core's cache; no image changes
+CACHED = 4 * 64 * 64  # pixels of images worked on together: their bands stay in a core's cache; changes no image
 ITERATIONS = 10
 SLOPE_RANGE = (0.5, 3.5)
 ANISOTROPY = 0.05

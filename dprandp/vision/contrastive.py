@@ -16,6 +16,7 @@ from torch.nn import functional
 from dprandp.config import PretrainConfig
 from dprandp.pretrain_config import lr_of
 from dprandp.vision import public_optimizers
+from dprandp.vision.compiling import compiled
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.precision import autocast
@@ -40,7 +41,7 @@ class ContrastiveTrainer:
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
-        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, projection_*.
+        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, compiled, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains.
         objective: what is asked; None builds the one that ``config`` names, where it has nothing to learn beforehand.
         fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
@@ -68,6 +69,7 @@ class ContrastiveTrainer:
             embedding_dim=self.objective.outputs,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
+        self._embedded = compiled(self._through_network) if config.compiled else self._through_network
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
@@ -113,12 +115,15 @@ class ContrastiveTrainer:
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
         with autocast(self.device):
-            both = self.network.normalise(views).to(memory_format=torch.channels_last)
-            feature_map = self.network.trunk(both)  # published: without the final activation
-            if feature_map.shape[1:] != self._map:  # of small views; the head has a weight for every place
-                feature_map = functional.interpolate(feature_map, self._map[1:], mode="nearest")
-            x, y = self.head(feature_map).chunk(2)
+            x, y = self._embedded(views).chunk(2)
         return x, y
+
+    def _through_network(self, views: Tensor) -> Tensor:
+        both = self.network.normalise(views).to(memory_format=torch.channels_last)
+        feature_map = self.network.trunk(both)  # published: without the final activation
+        if feature_map.shape[1:] != self._map:  # of small views; the head has a weight for every place
+            feature_map = functional.interpolate(feature_map, self._map[1:], mode="nearest")
+        return self.head(feature_map)
 
     def targets(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor | None:
         """What the objective wants predicted of the two views, float32 [b, 2 outputs]; None where it wants nothing."""

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.benchmark import bounds, curves, memory, pairs, peer_stylegan, probe, registry, suite, table
+from dprandp.benchmark import bounds, curves, memory, pairs, peer_stylegan, pretraining, probe, registry, suite, table
 from dprandp.benchmark.cases import Case, Comparison, Figure, Limit, Side
 from dprandp.benchmark.peer_jax import JAX
 from dprandp.benchmark.peer_opacus import GHOST, HOOKS
+from dprandp.benchmark.pretraining import LOADED
 from dprandp.benchmark.timing import spread
 from dprandp.errors import BenchmarkError, UsageError
 from dprandp.synth import stylegan, stylegan_draws
+from dprandp.vision import contrastive
 
 ROW = {
     "pair", "quantity", "against", "ratio", "lowest", "highest", "rounds", "wording", "cpu_ratio", "ours", "theirs",
@@ -86,6 +88,30 @@ def test_the_sides_of_the_other_pairs_agree(name: str) -> None:
     assert case.check()
     for entry in case.comparisons:
         case.side(entry.against).make()()
+
+
+@pytest.mark.slow
+def test_images_are_made_while_steps_go_on() -> None:
+    found = pairs.measure(registry.PAIRS["fly"], "tiny", 1, silent)
+    (figure,) = found.figures
+    assert figure.key == f"fly time {LOADED}"
+    assert figure.ratio.median > 0
+
+
+def test_without_a_compiler_the_compiled_step_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(work):
+        def called(*args):
+            raise UsageError("torch.compile failed: no C++ compiler", fix="install one")
+
+        return called
+
+    monkeypatch.setattr(contrastive, "compiled", compiled)
+    monkeypatch.setitem(pretraining.SIZES, "full", pretraining.SIZES["tiny"])
+    found = pairs.measure(registry.PAIRS["pretraining"], "full", 1, silent)
+    assert [figure.against for figure in found.figures] == [pretraining.PURE]
+    (missing,) = found.left_out
+    assert missing.peer == pretraining.COMPILED
+    assert "no C++ compiler" in missing.reason
 
 
 def test_sides_that_disagree_are_refused() -> None:
