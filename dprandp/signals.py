@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -51,6 +51,22 @@ class Stop:
         """
         if self.requested is not None:
             raise Interrupted(self.requested)
+
+    def end_step(self, due: bool, save: Callable[[], object]) -> None:
+        """At the end of a step: save where it is due or a signal came, and stop if one came.
+
+        Args:
+            due: whether the state is to be saved in any case.
+            save: writes the checkpoint.
+
+        Raises:
+            Interrupted: a signal was received; the step is saved.
+        """
+        requested = self.requested  # read once: a signal that comes after this look waits for the next step
+        if due or requested is not None:
+            save()
+        if requested is not None:
+            raise Interrupted(requested)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._process
@@ -101,9 +117,7 @@ def graceful_stop() -> Iterator[Stop]:
         with graceful_stop() as stop:
             for step in ...:
                 ...
-                if stop.requested:
-                    checkpoint.save(...)
-                    stop.raise_if_requested()
+                stop.end_step(due, lambda: checkpoint.save(...))
 
     Nested blocks share the outermost one's flag, so a command of several stages cannot lose a signal that arrives
     between two of them. A signal that the parent process told us to ignore (``nohup``, a background job) stays ignored.

@@ -8,7 +8,8 @@
 A cell is a process, a variant of the extractor and a seed: 4,000 images are generated, the extractor is learned, the
 whitener fitted to synthetic images, and heads are fitted to 10,000 real images of the *training* split with the noise
 that the whole split would have at each ε (n images with noise scaled by n/N stand for N); 4,000 other images of the
-training split decide. No test split is read. Finished cells are kept; images are shared between variants.
+training split decide. No test split is read. Finished cells are kept; images are shared between variants, and so are
+the features of an extractor that stands alone in one variant and beside another in the next.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from experiment import add_row, dprandp, has_row, read, spread
+from experiment import add_row, dprandp, read, spread
 
 from dprandp import toml
 from dprandp.cli import session
@@ -35,7 +37,6 @@ from dprandp.stages.tune_public import simulate
 from dprandp.vision.extractors import extract
 from dprandp.vision.images import to_input
 
-FIT, HELD_OUT = 10_000, 4_000
 DELTA = 1e-5
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
     parser.add_argument("--variants", nargs="+", default=["one layer", "two layers", "random filters"],
                         help="; ".join(VARIANTS), metavar="NAME", choices=VARIANTS)  # fmt: skip
+    parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
+    parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and results.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -81,69 +84,86 @@ def main() -> None:
         torch.set_flush_denormal(True)
         for seed in range(args.seeds):
             for process in args.processes:
+                kept: dict[str, Side] = {}
                 for variant in args.variants:
-                    cell = {"data": args.data, "process": process, "variant": variant, "seed": seed}
-                    if not has_row(log, cell):
-                        measure(args, cell, log)
-    print_table(read(log))
+                    cell = {"data": args.data, "fit": args.fit, "process": process, "variant": variant, "seed": seed}
+                    if not any(cell.items() <= row.items() for row in rows_of(log)):
+                        measure(args, cell, log, kept)
+    print_table(rows_of(log))
 
 
-def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
-    """One cell: a row for each ε."""
+def rows_of(log: Path) -> list[dict]:
+    """All finished rows; the first ones do not say how many images heads were fitted to."""
+    return [{"fit": 10_000, **row} for row in read(log)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """An extractor's whitened features of the images, and the seconds that learning it took, and all of it."""
+
+    features: torch.Tensor
+    pretraining_seconds: float
+    seconds: float
+
+
+def measure(args: argparse.Namespace, cell: dict, log: Path, kept: dict[str, Side]) -> None:
+    """One cell: a row of the accuracies at each ε; ``kept`` has the sides made so far of this process and seed."""
     changes = VARIANTS[cell["variant"]]
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
     run = args.out / name
     dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
-    started, pretraining, sides = time.perf_counter(), 0.0, []
+    dataset = open_dataset(cell["data"], args.data_dir)
+    spec, labels = dataset.spec, torch.from_numpy(dataset.train().labels[: args.fit + args.held_out])
+    if len(labels) < args.fit + args.held_out:
+        sys.exit(f"{cell['data']} has {len(labels)} training images; {args.fit + args.held_out} are needed")
+    sides = []
     for settings in [changes.get("pretrain", {}), *([changes["beside"]] if "beside" in changes else [])]:
-        file = args.out / "pretrain.toml"
-        file.write_text(toml.dumps({"pretrain": settings}), encoding="utf-8")
-        begun = time.perf_counter()
-        given = ("--data", cell["data"], "--seed", cell["seed"], "--config", file)
-        dprandp("pretrain", "--run", run, *given, "--overwrite")
-        pretraining += time.perf_counter() - begun
-        side, labels, classes, examples = whitened_features(args, run, cell, changes.get("probe", {}))
-        sides.append(side)
-    features = torch.cat(sides, dim=1) / math.sqrt(len(sides))
-    accuracy = {}
+        key = repr((settings, changes.get("probe", {})))
+        if key not in kept:
+            kept[key] = made_side(args, run, cell, settings, changes.get("probe", {}))
+        sides.append(kept[key])
+    features = torch.cat([side.features for side in sides], dim=1) / math.sqrt(len(sides))
+    accuracy, fit = {}, args.fit
     for epsilon in EPSILONS:
         mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
-        rule = HeadSettings(default_lr(epsilon, DELTA, examples), momentum=0.9, released="average")
+        rule = HeadSettings(default_lr(epsilon, DELTA, spec.train_examples), momentum=0.9, released="average")
         generator = torch.Generator().manual_seed(cell["seed"])
-        head = simulate(features[:FIT], labels[:FIT], classes, 120, 1.0, mu, examples, rule, generator)
-        right = (features[FIT:] @ head).argmax(dim=1) == labels[FIT:]
+        classes, examples = len(spec.classes), spec.train_examples
+        head = simulate(features[:fit], labels[:fit], classes, 120, 1.0, mu, examples, rule, generator)
+        right = (features[fit:] @ head).argmax(dim=1) == labels[fit:]
         accuracy[f"{epsilon:g}"] = float(right.float().mean())
-    row = {**cell, "accuracy": accuracy, "dims": features.shape[1], "pretraining_seconds": round(pretraining, 1),
-           "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
-    add_row(log, row)
+    seconds = {key: round(sum(getattr(side, key) for side in sides), 1) for key in ("pretraining_seconds", "seconds")}
+    add_row(log, {**cell, "accuracy": accuracy, "dims": features.shape[1], **seconds})
 
 
-def whitened_features(
-    args: argparse.Namespace, run: Path, cell: dict, changes: dict
-) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Features and labels of the first images of the training split, number of classes, and size of the split."""
+def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, probe: dict) -> Side:
+    """Learn an extractor, and take the features of the first images of the training split."""
+    started = time.perf_counter()
+    file = args.out / "pretrain.toml"
+    file.write_text(toml.dumps({"pretrain": settings}), encoding="utf-8")
+    given = ("--data", cell["data"], "--seed", cell["seed"], "--config", file)
+    dprandp("pretrain", "--run", run, *given, "--overwrite")
+    pretraining = time.perf_counter() - started
     dataset = open_dataset(cell["data"], args.data_dir)
-    spec, split = dataset.spec, dataset.train()
-    images, labels = to_input(split.images[: FIT + HELD_OUT]), torch.from_numpy(split.labels[: FIT + HELD_OUT])
-    if len(labels) < FIT + HELD_OUT:
-        sys.exit(f"{cell['data']} has {len(labels)} training images; {FIT + HELD_OUT} are needed")
-    config = ProbeConfig(data=cell["data"], seed=cell["seed"], **changes)
+    images = to_input(dataset.train().images[: args.fit + args.held_out])
+    config = ProbeConfig(data=cell["data"], seed=cell["seed"], **probe)
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
         extractor, _ = load_extractor(context)
-        mirror = spec.flip_ok if config.mirror is None else config.mirror
-        whitener = public_whitener(config, context, extractor, mirror, spec)
+        mirror = dataset.spec.flip_ok if config.mirror is None else config.mirror
+        whitener = public_whitener(config, context, extractor, mirror, dataset.spec)
         features = extract(extractor, images, mirror=mirror, after=whitener)
-    return features, labels, len(spec.classes), spec.train_examples
+    return Side(features, pretraining, time.perf_counter() - started)
 
 
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds; a line per cell."""
-    print("| data | process | extractor | " + " | ".join(f"ε = {e:g}" for e in EPSILONS) + " | dims | s | seeds |")
-    print("|---" * (6 + len(EPSILONS)) + "|")
+    columns = " | ".join(f"ε = {e:g}" for e in EPSILONS)
+    print(f"| data | fitted to | process | extractor | {columns} | dims | s | seeds |")
+    print("|---" * (7 + len(EPSILONS)) + "|")
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["data"], row["process"], row["variant"]), []).append(row)
+        cells.setdefault((row["data"], f"{row['fit']:,}", row["process"], row["variant"]), []).append(row)
     for key, chosen in cells.items():
         columns = [spread([100 * row["accuracy"][f"{epsilon:g}"] for row in chosen]) for epsilon in EPSILONS]
         seconds = statistics.mean(row["seconds"] for row in chosen)

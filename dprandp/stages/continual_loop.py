@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -136,11 +137,8 @@ def _public_steps(
             return step, why
         training.update(training.public_gradient(step), config.public_lr)
         advance(1)
-        stopping = stop.requested  # read once: a signal that comes later waits for the next step
-        if stopping or (step + 1) % config.checkpoint_every == 0:
-            save(step + 1, None)
-        if stopping:
-            stop.raise_if_requested()
+        done = step + 1
+        stop.end_step(done % config.checkpoint_every == 0, partial(save, done, None))
     return config.steps, "public steps alone were wanted"
 
 
@@ -213,11 +211,8 @@ def private_steps(
             log.write(step=number, update_norm=norm, weight_norm=float(training.parameters["head"].norm()))
         advance(1)
         done = number + 1
-        stopping = stop.requested  # read once: a signal that comes later waits for the next step
-        if stopping or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
-            save(done, begun)
-        if stopping:
-            stop.raise_if_requested()
+        due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
+        stop.end_step(due, partial(save, done, begun))
     return mechanism.next_step
 
 

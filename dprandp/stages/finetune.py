@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -291,11 +292,8 @@ def _train(
             )
             progress.advance(1)
             done = step.number + 1
-            stopping = stop.requested  # read once: a signal that comes later waits for the next step
-            if stopping or done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0:
-                save(done)
-            if stopping:
-                stop.raise_if_requested()
+            due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
+            stop.end_step(due, partial(save, done))
     released = {}
     for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
         ema = state[f"ema.{name}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -152,11 +153,11 @@ def fit_head(
             log.write(step=step.number, update_norm=float(update.norm()), weight_norm=float(state["head"].norm()))
             progress.advance(1)
             done = step.number + 1
-            stopping = stop.requested  # read once: a signal that comes later waits for the next step
-            if stopping or done % every == 0 or mechanism.remaining_steps == 0:
-                checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
-            if stopping:
-                stop.raise_if_requested()
+            meta = {"step": done, "ledger": stage.ledger.head}
+            stop.end_step(
+                done % every == 0 or mechanism.remaining_steps == 0,
+                partial(checkpoint.save, folder, f"step-{done:06d}", state, meta),
+            )
     released = released_head(state, settings)
     checkpoint.save(folder, HEAD, {HEAD: released}, {"updates": mechanism.next_step}, keep=1)
     return released, mechanism.next_step

@@ -99,6 +99,10 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
         started = time.perf_counter()
         with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
 
+            def save(done: int) -> None:
+                meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
+                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
+
             def on_step(done: int, mean_loss: float | None) -> None:
                 nonlocal loss, looked
                 if mean_loss is not None:
@@ -109,12 +113,7 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
                     log.write(step=done, **seen)
                     looked = f", {seen_text(seen)}"
                 progress.advance(1, "" if math.isnan(loss) else f"loss {loss:.3g}{looked}")
-                stopping = stop.requested  # read once: a signal that comes later waits for the next step
-                if stopping or (done % config.checkpoint_every == 0 and done < config.steps):
-                    meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
-                    checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
-                if stopping:
-                    stop.raise_if_requested()
+                stop.end_step(done % config.checkpoint_every == 0 and done < config.steps, lambda: save(done))
 
             loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
     done = config.steps - first_step
