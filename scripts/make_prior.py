@@ -6,7 +6,8 @@
     python scripts/results_table.py digits --size tiny --extractors prior:patchnet-tiny --out runs/results
     python scripts/make_prior.py patchnet-tiny --run runs/priors/patchnet-tiny --results runs/results/results.jsonl
 
-The last line puts the measured accuracies on the card. Only rows that were measured with these very tensors count.
+The last line puts the measured accuracies on the card. Only rows that were measured with these very tensors count, be
+it as a prior or in the run that learned them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -82,7 +84,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "generate": rows["generate"]["config"],
         "pretrain": rows["pretrain"]["config"],
         "result": {key: value for key, value in result.items() if key not in ("seconds", "views_per_second")},
-        "probes": measured(args.results, args.name, digest) if args.results else [],
+        "probes": measured(args.results, digest) if args.results else [],
     }
     text = card_text(priors.parse(args.name, card))  # refuses what could not be read back
     atomic_write(args.out / f"{args.name}.safetensors", data)
@@ -105,12 +107,13 @@ def command(stage: str, made: dict[str, Any], name: str) -> str:
     return shlex.join(words)
 
 
-def measured(path: Path, name: str, digest: str) -> list[dict[str, Any]]:
+def measured(path: Path, digest: str) -> list[dict[str, Any]]:
     """Accuracies of probes with these tensors, per data set, size and ε."""
     cells: dict[tuple, list[dict]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["extractor"] == f"prior:{name}" and row["stage"] == "probe" and row.get("prior_sha256") == digest:
+        probed = row.get("extractor_sha256", row.get("prior_sha256"))  # the second in rows of earlier versions
+        if row["stage"] == "probe" and probed == digest:
             cells.setdefault((row["data"], row["size"], float(row["epsilon"]), row["delta"]), []).append(row)
     return [
         {
@@ -119,11 +122,11 @@ def measured(path: Path, name: str, digest: str) -> list[dict[str, Any]]:
             "epsilon": epsilon,
             "delta": delta,
             "accuracy": statistics.mean(row["accuracy"] for row in rows),
-            "deviation": statistics.stdev(row["accuracy"] for row in rows),
+            "deviation": statistics.stdev(row["accuracy"] for row in rows) if len(rows) > 1 else None,
             "seeds": len(rows),
         }
         for (data, size, epsilon, delta), rows in sorted(cells.items())
-        if len(rows) > 1
+        if math.isfinite(epsilon)
     ]
 
 

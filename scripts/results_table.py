@@ -13,7 +13,7 @@ the noise. Nothing is chosen on a test split: each run reads it once, at its end
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import os
 import shutil
 from functools import partial
@@ -21,6 +21,9 @@ from pathlib import Path
 
 import experiment
 from experiment import add_row, has_row, read, spread
+
+from dprandp import checkpoint
+from dprandp.tensorfile import tensors_to_bytes
 
 EPSILONS = ("1", "8", "inf")
 EXTRACTORS = ("learned", "random")
@@ -61,7 +64,6 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
     }  # fmt: skip
     if has_row(log, key):
         return
-    prior = extractor.removeprefix("prior:") if extractor.startswith("prior:") else None
     public = public_run(args, data, seed, extractor)
     run = args.out / "-".join([data, args.size, extractor.replace(":", "-"), f"s{seed}", f"eps{epsilon}", stage])
     shutil.rmtree(run, ignore_errors=True)
@@ -75,9 +77,8 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
         result = dprandp("finetune", "--run", run, "--data-dir", args.data_dir)
     names = ("accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy", "seconds")
     spent = {"spent": result["epsilon"], "delta": result["delta"]}
-    if prior:
-        made = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["pretrain"]["result"]
-        spent["prior_sha256"] = made["prior_sha256"]
+    made = checkpoint.load_finished(run / "2-pretrain", "extractor", "pretrain")
+    spent["extractor_sha256"] = hashlib.sha256(tensors_to_bytes(made.tensors)).hexdigest()
     add_row(log, {**key, **spent, **{name: result[name] for name in names}})
     shutil.rmtree(run)
 

@@ -49,7 +49,8 @@ class Card:
         commands: that make it again.
         seconds: of the two stages, by name.
         hardware: where it was made.
-        probes: measured with it: data, size, epsilon, delta, accuracy and its deviation over seeds. May be empty.
+        probes: measured with it: data, size, epsilon, delta, accuracy and its deviation over seeds (None where there
+            was one). May be empty.
         licence: of the tensors.
         version: of dprandp that made it.
     """
@@ -141,6 +142,8 @@ def parse(name: str, card: dict[str, Any]) -> Card:
     for probe in card["probes"]:
         if wrong_entry(probe) is not None or _PROBE - probe.keys():
             raise ValueError("a result of a probe lacks entries")
+        if (probe["deviation"] is None) != (probe["seeds"] == 1):
+            raise ValueError("one seed has no deviation, and several have one")
     return Card(
         name=name,
         generate=build_recorded("generate", card["generate"]),

@@ -141,7 +141,7 @@ def card_text(card: Card) -> str:
     public = {key: value for key, value in result.items() if type(value) is float}
     measured = [
         f"| {probe['data']} | {probe['size']} | {probe['epsilon']:g} | {probe['delta']:g} | "
-        f"{100 * probe['accuracy']:.1f} ± {100 * probe['deviation']:.1f} | {probe['seeds']} |"
+        f"{_measured_accuracy(probe)} | {probe['seeds']} |"
         for probe in card.probes
     ]
     probes = ["| data | size | ε | δ | test accuracy, % | seeds |", "|---|---|---|---|---|---|", *measured]
@@ -175,6 +175,11 @@ def card_text(card: Card) -> str:
         *(["", *probes] if measured else []),
         "",
     ])  # fmt: skip
+
+
+def _measured_accuracy(probe: dict[str, Any]) -> str:
+    spread = "" if probe["deviation"] is None else f" ± {100 * probe['deviation']:.1f}"
+    return f"{100 * probe['accuracy']:.1f}{spread}"
 
 
 def _results(row: dict[str, Any]) -> str:

@@ -210,15 +210,23 @@ def test_only_a_learned_extractor_becomes_a_prior(tmp_path, folder, public_run):
 def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_run):
     sha = priors.read_card("tiny-test").sha256
     row = {"data": "digits", "size": "tiny", "extractor": "prior:tiny-test", "stage": "probe", "epsilon": "1",
-           "delta": 1e-5, "prior_sha256": sha}  # fmt: skip
-    others = [{"prior_sha256": "0" * 64}, {"extractor": "learned"}, {"stage": "finetune"}]
-    rows = [row | {"accuracy": 0.7}, row | {"accuracy": 0.9}, *(row | {"accuracy": 0.1} | other for other in others)]
+           "delta": 1e-5}  # fmt: skip
+    own = [row | {"accuracy": 0.7, "prior_sha256": sha},  # as earlier versions wrote them
+           row | {"accuracy": 0.9, "extractor": "learned", "extractor_sha256": sha}]  # fmt: skip
+    others = [
+        {"extractor_sha256": "0" * 64}, {"prior_sha256": "0" * 64}, {}, {"extractor_sha256": sha, "stage": "finetune"},
+    ]  # fmt: skip
+    once = row | {"data": "cifar10", "accuracy": 0.25, "extractor_sha256": sha}
+    rows = [*own, once, *(row | {"accuracy": 0.1} | other for other in others)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     make_prior(public_run, folder, results=tmp_path / "results.jsonl")
-    (measured,) = priors.read_card("tiny-test").probes
+    alone, measured = priors.read_card("tiny-test").probes
+    assert (alone["accuracy"], alone["seeds"], alone["deviation"]) == (0.25, 1, None)
     assert (measured["accuracy"], measured["seeds"]) == (pytest.approx(0.8), 2)
     assert measured["deviation"] == pytest.approx(0.2 / 2**0.5)
-    assert "80.0 ± 14.1" in (folder / "tiny-test.md").read_text()
+    text = (folder / "tiny-test.md").read_text()
+    assert "80.0 ± 14.1 | 2 |" in text
+    assert "| 25.0 | 1 |" in text
 
 
 @pytest.mark.parametrize(
