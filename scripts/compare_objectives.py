@@ -10,8 +10,9 @@ CPU time of a few steps in this process; cosine schedule. Then, as in ``compare_
 synthetic images, heads to images of the *training* split with the noise that the whole split would have at each ε, and
 other images of the training split decide. No test split is read. Finished cells are kept.
 
-The features of a cell are tried in three ways: averages of the last stage's map; of all three stages' maps, each
-whitened by itself; and the same whitened together.
+The features of a cell are tried in four ways: averages of the last stage's map, as they are (scaled to a root mean
+square length of 1 on synthetic images) and whitened; of all three stages' maps, each whitened by itself; and the same
+whitened together.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.images import as_declared, to_input
 from dprandp.vision.whitening import Part
 
-EPSILONS = (1.0, 8.0, math.inf)
+EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 TIMED_STEPS = 6
 
 OBJECTIVES: dict[str, dict] = {
@@ -65,7 +66,8 @@ OBJECTIVES: dict[str, dict] = {
 
 DEFAULT = ["random weights", "align-uniformity, sgd", "align-uniformity, adamw", "vicreg, adamw", "instances, adamw",
            "patches, adamw", "patches, muon"]  # fmt: skip
-FEATURES = ("last stage", "all, whitened apart", "all, whitened together")
+PLAIN = "last stage, not whitened"
+FEATURES = (PLAIN, "last stage", "all, whitened apart", "all, whitened together")
 
 
 def main() -> None:
@@ -162,12 +164,16 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
     synthetic, real = (extract(extractor.eval(), pixels, mirror=spec.flip_ok) for pixels in (views, images))
     width = extractor.feature_dim
     last = slice(width - extractor.parts[-1].width, width)
-    kinds = zip(FEATURES, (last, slice(width), slice(width)), (None, extractor.parts, [Part(width, 1.0)]), strict=True)
+    whole = slice(width)
+    kinds = zip(FEATURES, (last, last, whole, whole), (None, None, extractor.parts, [Part(width, 1.0)]), strict=True)
     found = {}
     for name, own, parts in kinds:
         chosen = synthetic[:, own].clone()
-        whitener = whitening.fit(chosen, probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
-        features = whitener(real[:, own])
+        if name == PLAIN:
+            features = real[:, own] / chosen.square().sum(dim=1).mean().sqrt()
+        else:
+            whitener = whitening.fit(chosen, probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
+            features = whitener(real[:, own])
         found[name] = {f"{e:g}": fitted(args, cell, spec, features, labels, e) for e in EPSILONS}
     return found
 
@@ -197,7 +203,8 @@ def print_table(rows: list[dict]) -> None:
                    for name in ("knn_accuracy", "linear_accuracy")]  # fmt: skip
         public += [f"{statistics.mean(row['effective_rank'] for row in chosen):.0f}", f"{len(chosen)}"]
         for kind in FEATURES:
-            columns = [spread([100 * row["accuracy"][kind][f"{e:g}"] for row in chosen]) for e in EPSILONS]
+            found = [row["accuracy"].get(kind, {}) for row in chosen]  # rows of earlier versions have fewer
+            columns = [spread([100 * each[f"{e:g}"] for each in found if f"{e:g}" in each]) for e in EPSILONS]
             print("| " + " | ".join([*key, kind, *columns, *public]) + " |")
 
 
