@@ -281,23 +281,21 @@ def gradient_source(
         first: units of the extractor that are frozen before the first trained one; the views are then what these put
             out, float32 [B, K, ...], else uint8 [B, K, 3, 32, 32].
     """
-    refresh = lambda parameters: None  # noqa: E731
     if patch_layers(model.extractor) and device.type == "cpu":
         together = microbatch or CLOSED_FORM_MICROBATCH
 
-        def of(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return patchnet_gradients(model, views, labels)
+        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+            return functools.partial(patchnet_gradients, model)
 
     elif has_layer_gradients(model.extractor):
         numbers = sum(value.numel() for value in model.parameters())
         together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
         layers_of = functools.cache(lambda names: WrnGradients(model, first=first, trained=names))
 
-        def refresh(parameters: Mapping[str, Tensor]) -> None:
-            layers_of(frozenset(parameters)).refresh()
-
-        def of(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return layers_of(frozenset(parameters)).of(views, labels)
+        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+            layers = layers_of(frozenset(parameters))
+            layers.refresh()
+            return layers.of
 
     else:
         loss = loss_function(model, scale, device)
@@ -306,10 +304,10 @@ def gradient_source(
 
     def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-        refresh(parameters)
+        gradients_of = begun(parameters)
         for start in range(0, len(views), together):
             part = slice(start, start + together)
-            gradients = of(parameters, views[part], labels[part])
+            gradients = gradients_of(views[part], labels[part])
             if scale != 1:
                 for name in parameters:
                     if name.startswith(EXTRACTOR):
