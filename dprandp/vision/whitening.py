@@ -123,7 +123,7 @@ def fit(
             evened by how the views of an image differ.
 
     Returns:
-        The whitener. Deterministic: eigenvectors' signs are fixed by making their largest entry positive.
+        The whitener. Deterministic: an eigenvector's sign is that of its product with fixed random numbers.
     """
     count, width = features.shape
     parts = tuple(parts or [Part(width, 1.0)])
@@ -151,7 +151,9 @@ def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, 
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values[-dims:].flip(0).clamp(min=1e-12), vectors[:, -dims:].flip(1)
     axes = features.t() @ vectors / (values * count).sqrt() if wide else vectors
-    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    # not the sign of the largest entry: it often has a rival of the other sign, and rounding would choose between them
+    fixed = torch.randn(len(axes), generator=torch.Generator().manual_seed(0)).to(axes)
+    signs = (fixed @ axes).sign()
     return mean, scale, axes * signs / (values.sqrt() + floor)
 
 

@@ -92,3 +92,14 @@ def test_it_helps_a_head_that_cannot_tell_views_apart() -> None:
     means = torch.stack([plain[labels == which].mean(dim=0) for which in (0, 1)])
     before = float((torch.cdist(plain, means).argmin(dim=1) == labels).float().mean())
     assert accuracy(4) > before + 0.05
+
+
+def test_rounding_does_not_choose_the_sign_of_an_axis() -> None:
+    generator = torch.Generator().manual_seed(5)
+    strength = torch.randn(200, 4, generator=generator) * torch.tensor([4.0, 3.0, 2.0, 1.0])
+    odd = torch.eye(4)
+    features = torch.cat([strength @ odd, strength @ -odd], dim=1)  # every axis has two largest entries, +x and -x
+    first = whitening.fit(features.clone(), 4).projection
+    for _ in range(20):
+        rounded = features * (1 + 1e-6 * torch.randn(features.shape, generator=generator))
+        torch.testing.assert_close(whitening.fit(rounded, 4).projection, first, rtol=1e-3, atol=1e-3)
