@@ -37,7 +37,7 @@ SIZES = {  # architecture, images of a step (two views each), hidden size of the
 
 
 FLY_SIZES = {  # architecture, images of a step, hidden size of the head, images in the pool, process, resolution
-    "full": ("wrn-16-4", 32, 512, 4000, "stylegan-oriented", 64),
+    "full": ("wrn-16-4", 32, 512, 400, "stylegan-oriented", 64),
     "quick": ("wrn-10-1", 16, 256, 256, "stylegan-oriented", 64),
     "tiny": ("wrn-10-1", 4, 16, 16, "dead-leaves", 32),
 }
