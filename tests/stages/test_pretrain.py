@@ -21,7 +21,7 @@ from dprandp.config import PretrainConfig, build
 from dprandp.console import Console
 from dprandp.errors import UsageError
 from dprandp.rundir import RunDir
-from dprandp.signals import graceful_stop
+from dprandp.signals import Interrupted, Stop, graceful_stop
 from dprandp.stages import pretrain, pretrain_wrn
 from dprandp.stages.context import Context
 from dprandp.stages.generate import load_images
@@ -283,20 +283,24 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
 # ------------------------------------------------------------------------------ other objectives, images on the fly
 
 
-class StopAfter:
+class StopAfter(Stop):
     """A request to stop that comes with the n-th step; None: never."""
 
     def __init__(self, steps):
         self.left = steps
+        super().__init__()
 
     @property
     def requested(self):
         self.left = None if self.left is None else self.left - 1
-        return self.left == 0
+        return signal.SIGTERM if self.left == 0 else None
+
+    @requested.setter
+    def requested(self, value):
+        pass
 
     def raise_if_requested(self):
-        if self.left == 0:
-            raise InterruptedError
+        """Asked while the first images are waited for: that is no step."""
 
 
 def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_path, monkeypatch):
@@ -307,7 +311,7 @@ def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_
         context = context_of(Path(shutil.copytree(fresh, tmp_path / name)))
         context.rundir.stage_dir("pretrain").mkdir()
         for steps in stops:
-            with nullcontext() if steps is None else pytest.raises(InterruptedError):
+            with nullcontext() if steps is None else pytest.raises(Interrupted):
                 states.append(pretrain_wrn.learn(settings, context, StopAfter(steps)).network.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert pretrain_wrn.facts_of(settings, context)["fresh_images"] == 24 + 11 * 6
