@@ -7,7 +7,6 @@ side is our own step compiled. The other pair asks what images made during the t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from dprandp.benchmark import generator
 from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, PeerMissing, Side
 from dprandp.benchmark.pairs import agree
+from dprandp.benchmark.processes import cores
 from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.stages.fresh_images import FreshImages, supply_for
@@ -110,15 +110,13 @@ def fly_case(scale: str) -> Case:
     """Steps on images made meanwhile against steps on images that are there; a call replaces one block of the pool."""
     arch, batch, hidden, pool, process, resolution = FLY_SIZES[scale]
     config = PretrainConfig(arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000)
-    supply = supply_for(
-        process, 0, resolution, 0, pool=pool, uses=config.uses, batch_size=batch, colour="rgb"
-    )  # fmt: skip
+    supply = supply_for(process, 0, resolution, 0, pool=pool, uses=config.uses, batch_size=batch, colour="rgb")
 
     def steps(fly: bool) -> Callable[[], None]:
         network = build_extractor(config, torch.Generator().manual_seed(0))
         images, at = generator.images(resolution, min(supply.count, 2 * batch)), None
         if fly:
-            made = FreshImages(supply, images.device, worker_pool(min(os.cpu_count() or 1, supply.blocks)))
+            made = FreshImages(supply, images.device, worker_pool(min(cores(), supply.blocks)))
             images, at = made.images, made.at
             at(0)
         trainer = ContrastiveTrainer(network, config, images, fresh=at)
