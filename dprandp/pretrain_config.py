@@ -39,8 +39,9 @@ class PretrainConfig:
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
     layers: int = 1
-    """2: beside the features of patches of pixels, those of patches of their responses."""
+    """2: beside the features of patches of pixels those of patches of their responses; 3: of responses to those too."""
     second_filters: int = 400
+    third_filters: int = 400
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -81,8 +82,9 @@ CHOICES = {
     "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
 }  # fmt: skip
 
-_SECOND_LAYER = {"layers", "second_filters"}
-_PATCHNET = _SECOND_LAYER | {
+_FURTHER_LAYERS = ("second_filters", "third_filters")
+_PATCHNET = {
+    "layers", *_FURTHER_LAYERS,
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}
@@ -96,7 +98,7 @@ _WRN = _FLY | {
 def unused(config: PretrainConfig) -> set[str]:
     """Settings that have no say in what a configuration describes; they are not recorded."""
     if config.arch == "patchnet":
-        return _WRN | (_SECOND_LAYER if config.layers == 1 else set())
+        return _WRN | set(_FURTHER_LAYERS[config.layers - 1 :]) | ({"layers"} if config.layers == 1 else set())
     return (
         _PATCHNET
         | (_FLY if config.images == "disk" else set())

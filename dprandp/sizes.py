@@ -14,8 +14,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "generate": {"count": 24_000},
         "pretrain": {
             "filters": 2400,
-            "layers": 2,
+            "layers": 3,
             "second_filters": 3200,
+            "third_filters": 1600,
             "dictionary_patches": 400_000,
             "feature_stages": "all",
             "steps": 600,
@@ -32,8 +33,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "pretrain": {
             "arch": "wrn-16-4",
             "filters": 6400,
-            "layers": 2,
+            "layers": 3,
             "second_filters": 6400,
+            "third_filters": 6400,
             "dictionary_patches": 1_000_000,
             "steps": 82_000,
             "batch_size": 256,

@@ -8,15 +8,17 @@ accelerator nothing is known, and nothing is said (None).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from dprandp.config import GenerateConfig, PretrainConfig
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES
-from dprandp.vision.dictionary import PATCHES_OF_A_CROP, SECOND_LAYER_CROPS
+from dprandp.vision.dictionary import PATCHES_OF_A_CROP, RESPONSE_PATCHES
 from dprandp.vision.extractors import NF_RESNET, build_extractor
 from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.patchnet import PatchLayer
 from dprandp.vision.response_layer import ResponseLayer
 from dprandp.vision.vit import EXPANSION, parse_vit
 from dprandp.vision.wrn import parse_wrn
@@ -29,7 +31,7 @@ PROGRAM_BYTES = 400e6
 IMAGE_SECONDS, PIXEL_SECONDS = 0.003, 8e-7
 DICTIONARY_FLOPS = 6e9  # a second
 PATCHNET_FLOPS = 25e9
-SECOND_LAYER_FLOPS = 25e9
+RESPONSE_LAYER_FLOPS = 25e9
 WRN_16_4_FORWARD, WRN_16_4_TRAINING, WRN_16_4_PER_EXAMPLE = 75.0, 38.0, 36.0  # views a second
 NF_RESNET_WORK = 0.21  # of wrn-16-4's, at 32 pixels: products of a forward pass
 WRN_16_4_OPERATIONS = 0.8e9  # of one image
@@ -95,8 +97,8 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
         pixels = 3 * config.patch_size**2
         side = (INPUT_SIZE - config.patch_size) // config.stride + 1
         forward = 2 * side**2 * pixels * config.filters / PATCHNET_FLOPS
-        if config.layers == 2:
-            forward += _second_layer_products(network.second, side**2 * pixels) / SECOND_LAYER_FLOPS
+        for below, layer in pairwise(network.chain):
+            forward += _response_layer_products(layer, below) / RESPONSE_LAYER_FLOPS
         widths = tuple(part.width for part in network.parts)
         return Extractor(config.arch, parameters, state, network.feature_dim, widths, forward, 0.0, 3 * forward)
     work = _work(config.arch)
@@ -118,10 +120,10 @@ def _work(arch: str) -> float:
     return (depth - 4) / 12 * (width / 4) ** 2
 
 
-def _second_layer_products(layer: ResponseLayer, pixels: int) -> int:
-    """Floating-point operations in the matrix products of one image; ``pixels``: numbers in all of its patches."""
-    places, (axes, width) = layer.pooling.shape[1], layer.basis.shape
-    return 2 * (pixels * len(layer.map_weight) + places * axes * (width + len(layer.weight)))
+def _response_layer_products(layer: ResponseLayer, below: PatchLayer) -> int:
+    """Floating-point operations in the matrix products of one image."""
+    places, (axes, width) = layer.positions**2, layer.basis.shape
+    return 2 * (below.positions**2 * layer.map_weight.numel() + places * axes * (width + len(layer.weight)))
 
 
 def generate_cost(config: GenerateConfig, workers: int, block: int) -> Cost:
@@ -142,12 +144,13 @@ def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cor
         patches = config.dictionary_patches * 3 * config.patch_size**2
         memory = 3 * patches * FLOAT + config.dictionary_patches * 3 * INPUT_SIZE**2
         seconds = 2 * patches * config.filters * config.dictionary_iterations / DICTIONARY_FLOPS
-        if config.layers == 2:
-            with torch.device("meta"):
-                axes, width = build_extractor(config).second.basis.shape
-            second = min(SECOND_LAYER_CROPS, images.count) * PATCHES_OF_A_CROP
-            memory = max(memory, 3 * second * width * FLOAT)
-            seconds += 2 * second * axes * config.second_filters * config.dictionary_iterations / SECOND_LAYER_FLOPS
+        with torch.device("meta"):
+            _, *further = build_extractor(config).chain
+        for layer in further:
+            axes, width = layer.basis.shape
+            count = min(RESPONSE_PATCHES, images.count * min(PATCHES_OF_A_CROP, layer.positions**2))
+            memory = max(memory, 3 * count * width * FLOAT)
+            seconds += 2 * count * axes * len(layer.weight) * config.dictionary_iterations / RESPONSE_LAYER_FLOPS
     else:
         count = images.count if config.images == "disk" else config.pool
         memory = count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6

@@ -149,8 +149,7 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, stop) -> nn.Mo
     generator = _generator(config)
     crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
     network = build_extractor(config)
-    layers = (network, None) if config.layers == 1 else (network.first, network.second)
-    passes = config.dictionary_iterations * (1 if config.layers == 1 else 3)
+    passes = config.dictionary_iterations * (2 * config.layers - 1)
     with context.console.progress(passes, "dictionary passes") as progress:
 
         def on_iteration(iteration: int, similarity: float) -> None:
@@ -159,7 +158,7 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, stop) -> nn.Mo
             stop.raise_if_requested()  # minutes of work with nothing to save half-way: a rerun repeats it
 
         dictionary.learn(
-            layers, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration
+            network.chain, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration
         )
     return network.to(context.device)
 

@@ -1,4 +1,4 @@
-"""Learn the patch layers from synthetic images: whitening of patches, then a spherical k-means dictionary; twice over.
+"""Learn patch layers from synthetic images: whitening of patches, then a spherical k-means dictionary; layer by layer.
 
 Source: Coates & Ng 2012, "Learning feature representations with k-means", with synthetic patches in place of real ones.
 Only images of a random process come in here, so nothing in this file costs privacy.
@@ -12,69 +12,92 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp.vision.patchnet import PatchLayer, PatchNet, normalise_patches
+from dprandp.vision.patchnet import PatchLayer, normalise_patches
 from dprandp.vision.response_layer import ResponseLayer
 
 PATCH_FLOOR = 0.1
 """Added to the eigenvalues of the patch covariance: directions with less energy are noise and stay small."""
 
 CHANNEL_FLOOR = 0.1
-"""The same for the channels of a second layer, relative to the mean of the eigenvalues that are kept."""
+"""The same for the channels of a further layer, relative to the mean of the eigenvalues that are kept."""
 
-SECOND_LAYER_CROPS, PATCHES_OF_A_CROP = 3000, 40
-"""What a second layer is learned from: 120,000 patches of 576 numbers are 276 MB."""
+RESPONSE_CROPS = 3000
+"""Crops that the channels of a further layer are whitened by."""
+
+RESPONSE_PATCHES, PATCHES_OF_A_CROP = 120_000, 40
+"""What a further layer is learned from: 120,000 patches of 576 numbers are 276 MB. Where a crop has fewer patches than
+PATCHES_OF_A_CROP, all of them are taken, and more crops."""
 
 OnIteration = Callable[[int, float], None]
+
+Patches = Callable[[Tensor], Tensor]
+"""Images uint8 [B, 3, H, W] to the patches that a layer looks at, [B, d, L]."""
 
 BLOCK = 1024
 """Vectors that are compared with all atoms together: the memory of their products is used again, not asked for anew."""
 
 
-
 def learn(
-    layers: tuple[PatchNet, ResponseLayer | None],
+    chain: tuple[PatchLayer, ...],
     crops: Tensor,
     count: int,
     iterations: int,
     generator: torch.Generator,
     on_iteration: OnIteration = lambda iteration, similarity: None,
 ) -> None:
-    """Fill one layer, or two, with what is learned from images of a random process.
+    """Fill a chain of layers with what is learned from images of a random process.
 
     Args:
-        layers: to fill in place. The second's first-layer filters are a smaller dictionary of the same patches.
+        chain: to fill in place, a ``PatchNet`` and the ``ResponseLayer``s on top of it. The small dictionary that a
+            further layer looks at the patches below with is learned from the same patches as theirs.
         crops: uint8 [N, 3, 32, 32], in random order.
         count: patches of pixels to learn from.
         iterations: passes of each k-means.
         generator: public randomness.
-        on_iteration: as for ``spherical_kmeans``, counted through all (one dictionary, or three).
+        on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, and two for each further
+            layer).
     """
-    first, second = layers
+    first, *later = chain
+    done = 0
 
-    def kmeans(vectors: Tensor, clusters: int, done: int) -> Tensor:
+    def kmeans(vectors: Tensor, clusters: int) -> Tensor:
+        nonlocal done
+        before = done
+
         def told(iteration: int, similarity: float) -> None:
-            on_iteration(done * iterations + iteration, similarity)
+            on_iteration(before + iteration, similarity)
 
+        done += iterations
         return spherical_kmeans(vectors, clusters, iterations, generator, told)
 
-    pixels = sample_patches(crops, count, first.patch_size, generator)
-    basis, centre = whitening(pixels, len(first.basis))
-    whitened = pixels @ basis.t() - centre
-    del pixels
-    _fill(first, basis=basis, centre=centre, weight=kmeans(whitened, len(first.weight), 0))
-    if second is None:
-        return
-    atoms = kmeans(whitened, len(second.map_weight), 1)
-    del whitened
-    _fill(second, map_weight=atoms @ basis, map_bias=-(atoms @ centre))
-    crops = crops[:SECOND_LAYER_CROPS]
-    channel_basis, channel_centre = channel_whitening(second, crops)
-    _fill(second, channel_basis=channel_basis, channel_centre=channel_centre)
-    responses = sample_response_patches(second, crops, PATCHES_OF_A_CROP, generator)
-    basis, centre = whitening(responses, len(second.basis))
-    whitened = responses @ basis.t() - centre
-    del responses
-    _fill(second, basis=basis, centre=centre, weight=kmeans(whitened, len(second.weight), 2))
+    def below(images: Tensor) -> Tensor:
+        return first.pixel_patches(first.normalise(images))
+
+    basis, centre, whitened = _whitened(sample_patches(crops, count, first.patch_size, generator), len(first.basis))
+    _fill(first, basis=basis, centre=centre, weight=kmeans(whitened, len(first.weight)))
+    for layer in later:
+        atoms = kmeans(whitened, len(layer.map_weight))
+        del whitened
+        _fill(layer, map_weight=atoms @ basis, map_bias=-(atoms @ centre))
+        channel_basis, channel_centre = channel_whitening(layer, below, crops[:RESPONSE_CROPS])
+        _fill(layer, channel_basis=channel_basis, channel_centre=channel_centre)
+        per_crop = min(PATCHES_OF_A_CROP, layer.positions**2)
+        chosen = crops[: -(-RESPONSE_PATCHES // per_crop)]
+        responses = sample_response_patches(layer, below, chosen, per_crop, generator)
+        basis, centre, whitened = _whitened(responses, len(layer.basis))
+        del responses
+        _fill(layer, basis=basis, centre=centre, weight=kmeans(whitened, len(layer.weight)))
+        below = _above(layer, below)
+
+
+def _above(layer: ResponseLayer, below: Patches) -> Patches:
+    return lambda images: layer.lift(below(images))
+
+
+def _whitened(patches: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A whitening's basis and centre, and the patches along its axes."""
+    basis, centre = whitening(patches, dims)
+    return basis, centre, patches @ basis.t() - centre
 
 
 @torch.no_grad()
@@ -84,11 +107,12 @@ def _fill(layer: PatchLayer, **values: Tensor) -> None:
 
 
 @torch.no_grad()
-def channel_whitening(layer: ResponseLayer, crops: Tensor) -> tuple[Tensor, Tensor]:
+def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tuple[Tensor, Tensor]:
     """Standardise and whiten the channels of a layer's maps, to the ones with the most energy.
 
     Args:
         layer: its ``map_weight`` and ``map_bias`` are learned already.
+        below: the patches that it answers to.
         crops: uint8 [N, 3, H, W], *synthetic*.
 
     Returns:
@@ -98,7 +122,7 @@ def channel_whitening(layer: ResponseLayer, crops: Tensor) -> tuple[Tensor, Tens
     channels, dims = layer.channel_basis.shape[1], len(layer.channel_basis)
     total, squares, count = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels).double(), 0
     for batch in crops.split(64):
-        columns = layer.maps(layer.normalise(batch)).transpose(0, 1).flatten(1).double()
+        columns = layer.maps(below(batch)).transpose(0, 1).flatten(1).double()
         total += columns.sum(dim=1)
         squares += columns @ columns.t()
         count += columns.shape[1]
@@ -114,23 +138,28 @@ def channel_whitening(layer: ResponseLayer, crops: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def sample_response_patches(layer: ResponseLayer, crops: Tensor, per_crop: int, generator: torch.Generator) -> Tensor:
+def sample_response_patches(
+    layer: ResponseLayer, below: Patches, crops: Tensor, per_crop: int, generator: torch.Generator
+) -> Tensor:
     """Patches of a layer's maps from random places of every crop.
 
     Args:
         layer: all but its dictionary and ``basis`` are learned already.
+        below: the patches that it answers to.
         crops: uint8 [N, 3, H, W].
-        per_crop: patches of each; places are drawn with replacement.
+        per_crop: patches of each; places are drawn with replacement, unless all of them are asked for.
         generator: public randomness.
 
     Returns:
-        [N * per_crop, d] float32, as ``layer.unwhitened`` gives them.
+        [N * per_crop, d] float32, as ``layer.lift`` gives them.
     """
     chunks = []
     for batch in crops.split(64):
-        patches = layer.unwhitened(layer.normalise(batch))
-        chosen = torch.randint(patches.shape[2], (len(batch), 1, per_crop), generator=generator)
-        chunks.append(patches.gather(2, chosen.expand(-1, patches.shape[1], -1)).transpose(1, 2).flatten(0, 1))
+        patches = layer.lift(below(batch))
+        if per_crop < patches.shape[2]:
+            chosen = torch.randint(patches.shape[2], (len(batch), 1, per_crop), generator=generator)
+            patches = patches.gather(2, chosen.expand(-1, patches.shape[1], -1))
+        chunks.append(patches.transpose(1, 2).flatten(0, 1))
     return torch.cat(chunks)
 
 

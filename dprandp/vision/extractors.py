@@ -22,9 +22,9 @@ from dprandp.config import PretrainConfig
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.nf_resnet import NFResNet50
-from dprandp.vision.patchnet import PatchNet
+from dprandp.vision.patchnet import PatchLayer, PatchNet
 from dprandp.vision.precision import autocast
-from dprandp.vision.response_layer import ResponseLayer, TwoLayerPatchNet, map_side
+from dprandp.vision.response_layer import DeepPatchNet, ResponseLayer, positions_above
 from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
 
@@ -88,27 +88,29 @@ def refuse_unlearnable(config: PretrainConfig) -> None:
 
 
 def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
-    patches = (INPUT_SIZE - config.patch_size) // config.stride + 1
-    if config.layers == 2:
-        patches = map_side(config.patch_size, config.stride, INPUT_SIZE) - 2  # of 3 x 3 responses
-    if patches < 2:  # the 2 x 2 grid needs two patches a side
+    positions = (INPUT_SIZE - config.patch_size) // config.stride + 1
+    for _ in range(config.layers - 1):
+        positions = positions_above(positions)
+    if positions < 2:  # the 2 x 2 grid needs two patches a side
         raise UsageError(
             f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
-            f"of a {INPUT_SIZE}-pixel image" + (", after two layers" if config.layers == 2 else ""),
-            fix="give a smaller patch_size or stride" + (", or layers = 1" if config.layers == 2 else ""),
+            f"of a {INPUT_SIZE}-pixel image" + (f", after {config.layers} layers" if config.layers > 1 else ""),
+            fix="give a smaller patch_size or stride" + (", or fewer layers" if config.layers > 1 else ""),
         )
-    shape = {"patch_size": config.patch_size, "stride": config.stride}
-    first = PatchNet(config.filters, patch_dims=min(config.patch_dims, 3 * config.patch_size**2), **shape)
-    _random_rows(first.basis, generator)
-    _random_unit_rows(first.weight.data, generator)
-    if config.layers == 1:
-        return first
-    second = ResponseLayer(config.second_filters, **shape)
-    _random_unit_rows(second.map_weight, generator)
-    for rows in (second.channel_basis, second.basis):
-        _random_rows(rows, generator)
-    _random_unit_rows(second.weight.data, generator)
-    return TwoLayerPatchNet(first, second)
+    patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
+    below: PatchLayer = PatchNet(
+        config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims
+    )
+    chain = [below]
+    for filters in (config.second_filters, config.third_filters)[: config.layers - 1]:
+        chain.append(below := ResponseLayer(filters, below))
+    for layer in chain:
+        if isinstance(layer, ResponseLayer):
+            _random_unit_rows(layer.map_weight, generator)
+            _random_rows(layer.channel_basis, generator)
+        _random_rows(layer.basis, generator)
+        _random_unit_rows(layer.weight.data, generator)
+    return DeepPatchNet(*chain) if config.layers > 1 else chain[0]
 
 
 def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:

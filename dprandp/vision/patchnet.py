@@ -32,11 +32,17 @@ ROOT_FLOOR = 0.01
 TILE = 400
 """Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
 
+ROWS = 1000
+"""Positions handled together in ``extract``: of one image in the first layer, of several where a layer has few."""
+
+GROUP = 16
+"""Images whose patches are held together in ``extract``."""
+
 
 class PatchLayer(nn.Module):
     """A dictionary over patches of something: filters, rectified on both sides, pooled over regions of several sizes.
 
-    What the patches are of is said by ``unwhitened``: pixels for ``PatchNet``, responses for ``ResponseLayer``.
+    What the patches are of is a matter of the kind of layer: pixels for ``PatchNet``, responses for ``ResponseLayer``.
 
     Args:
         filters: size of the dictionary, F.
@@ -51,14 +57,14 @@ class PatchLayer(nn.Module):
             what it makes of the mean patch. Not trained.
         weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
         pooling: [R, L] float32, R regions as rows of weights over the L positions.
-        feature_dim: 2 * R * F. parts: all features are whitened together.
+        feature_dim: 2 * R * F.
     """
 
     def __init__(
         self, filters: int, *, width: int, patch_dims: int, positions: int, grids: tuple[int, ...], threshold: float
     ) -> None:
         super().__init__()
-        self.grids, self.threshold = grids, threshold
+        self.grids, self.threshold, self.positions = grids, threshold, positions
         self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
         self.register_buffer("basis", torch.eye(patch_dims, width))
@@ -66,27 +72,77 @@ class PatchLayer(nn.Module):
         pooling = torch.cat([pooling_matrix(positions, grid) for grid in grids])
         self.register_buffer("pooling", pooling, persistent=False)
         self.feature_dim = 2 * len(pooling) * filters
-        self.parts = (Part(self.feature_dim, 1.0),)
+
+    def whitened(self, patches: Tensor) -> Tensor:
+        """Patches [B, d, L] along the axes of the whitening, [B, r, L]."""
+        return self.basis @ patches - self.centre[:, None]
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """Differentiable features.
+
+        Args:
+            patches: float [B, d, L], contrast-normalised.
+
+        Returns:
+            [B, feature_dim] float: 2 signs x R regions x F filters, each √(mean excess over the threshold +
+            ``ROOT_FLOOR``).
+        """
+        responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2)
+        positive = self.pooling @ functional.relu(responses - self.threshold)
+        negative = self.pooling @ functional.relu(-responses - self.threshold)
+        return torch.stack([positive, negative], dim=1).add(ROOT_FLOOR).sqrt().flatten(1)
+
+    @torch.no_grad()
+    def encode_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
+        """The same numbers several times faster, on a CPU: few enough responses at a time that they stay in the cache.
+
+        Args:
+            patches: float32 [b, L, d], patch after patch.
+            columns: [r, F], the filters' transpose, contiguous.
+            out: [b, 2, R, F], to be filled.
+        """
+        at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
+        room = torch.empty(2, min(at_once, len(patches)) * patches.shape[1] * tile)
+        for some, filled in zip(patches.split(at_once), out.split(at_once), strict=True):
+            whitened = torch.addmm(-self.centre, some.flatten(0, 1), self.basis.t())
+            for start in range(0, len(self.weight), tile):
+                chosen = slice(start, start + tile)
+                bias = self.bias[chosen]
+                count = len(whitened) * len(bias)
+                responses, excess = (half[:count].view(len(whitened), len(bias)) for half in room)
+                torch.addmm(bias, whitened, columns[:, chosen], out=responses)
+                by_image = excess.view(len(some), -1, len(bias))
+                # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
+                torch.clamp(responses, min=self.threshold, out=excess)
+                filled[:, 0, :, chosen] = self.pooling @ by_image
+                torch.clamp(responses, max=-self.threshold, out=excess)
+                filled[:, 1, :, chosen] = self.pooling @ by_image
+        out[:, 0].sub_(self.threshold)
+        out[:, 1].neg_().sub_(self.threshold)
+        out.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()  # rounding may leave a mean of zeros just below zero
+
+
+class PatchExtractor:
+    """What one patch layer and several on top of each other have in common as an extractor (``extractors.py``).
+
+    Attributes:
+        chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
+    """
+
+    chain: tuple[PatchLayer, ...]
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 in [0, 1]. The patches' own contrast normalisation does the rest."""
         return images.to(torch.float32) / 255
 
-    def unwhitened(self, images: Tensor) -> Tensor:
-        """Float [B, C, H, W] in [0, 1] to patches [B, d, L], contrast-normalised."""
-        raise NotImplementedError
-
-    def patches(self, images: Tensor) -> Tensor:
-        """Contrast-normalised and whitened patches.
-
-        Args:
-            images: float [B, C, H, W] in [0, 1].
-
-        Returns:
-            [B, r, L].
-        """
-        return self.basis @ self.unwhitened(images) - self.centre[:, None]
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
+        first, *later = self.chain
+        found = [first.pixel_patches(images)]
+        for layer in later:
+            found.append(layer.lift(found[-1]))
+        return found
 
     def features(self, images: Tensor) -> Tensor:
         """Differentiable features.
@@ -95,20 +151,18 @@ class PatchLayer(nn.Module):
             images: float [B, C, image_size, image_size] in [0, 1].
 
         Returns:
-            [B, feature_dim] float: 2 signs x R regions x F filters, each √(mean excess over the threshold +
-            ``ROOT_FLOOR``).
+            [B, feature_dim] float: those of each layer (``PatchLayer.encode``), first the first one's.
         """
-        responses = (self.weight @ self.patches(images) + self.bias[:, None]).transpose(1, 2)
-        positive = self.pooling @ functional.relu(responses - self.threshold)
-        negative = self.pooling @ functional.relu(-responses - self.threshold)
-        return torch.stack([positive, negative], dim=1).add(ROOT_FLOOR).sqrt().flatten(1)
+        return torch.cat(
+            [layer.encode(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)], dim=1
+        )
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
         """The same numbers as ``features``, several times faster, without gradients.
 
-        One image at a time, a tile of filters at a time, so that the responses never leave the cache; as many threads
-        as torch is allowed, each with whole images. On an accelerator this is ``features``.
+        A tile of filters at a time, so that the responses never leave the cache; as many threads as torch is allowed,
+        each with whole images. On an accelerator this is ``features``.
 
         Args:
             images: uint8 [B, C, image_size, image_size].
@@ -118,34 +172,26 @@ class PatchLayer(nn.Module):
         """
         if images.device.type != "cpu":
             return self.features(self.normalise(images))
-        out = torch.empty(len(images), 2, len(self.pooling), len(self.weight))
-        columns = self.weight.detach().t().contiguous()
+        out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
+        columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
         in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]))
-        return out.flatten(1)
+        return out
 
-    def _extract_slice(self, images: Tensor, columns: Tensor, out: Tensor) -> None:
-        """Fill ``out`` [b, 2, R, F] with the features of ``images`` uint8 [b, C, H, W]."""
+    def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
+        """Fill ``out`` [b, feature_dim] with the features of ``images`` uint8 [b, C, H, W]."""
+        widths = [layer.feature_dim for layer in self.chain]
         with torch.no_grad():
-            positions, filters = self.pooling.shape[1], columns.shape[1]
-            tile = min(TILE, filters)
-            responses, excess = torch.empty(positions, tile), torch.empty(positions, tile)
-            for index in range(len(images)):
-                patches = self.patches(self.normalise(images[index : index + 1]))[0].t().contiguous()
-                for start in range(0, filters, tile):
-                    stop = min(start + tile, filters)
-                    r, e = responses[:, : stop - start], excess[:, : stop - start]
-                    torch.addmm(self.bias[start:stop], patches, columns[:, start:stop], out=r)
-                    # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
-                    torch.clamp(r, min=self.threshold, out=e)
-                    out[index, 0, :, start:stop] = self.pooling @ e
-                    torch.clamp(r, max=-self.threshold, out=e)
-                    out[index, 1, :, start:stop] = self.pooling @ e
-            out[:, 0].sub_(self.threshold)
-            out[:, 1].neg_().sub_(self.threshold)
-            out.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()  # rounding may leave a mean of zeros just below zero
+            for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
+                patches: Tensor | None = None
+                for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
+                    if patches is None:
+                        patches = torch.stack([layer.pixel_rows(image) for image in group])
+                    else:
+                        patches = torch.stack([layer.lift_rows(one) for one in patches])
+                    layer.encode_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
 
 
-class PatchNet(PatchLayer):
+class PatchNet(PatchExtractor, PatchLayer):
     """A dictionary over patches of pixels.
 
     Args:
@@ -156,6 +202,9 @@ class PatchNet(PatchLayer):
         grids, threshold: see ``PatchLayer``.
         image_size: side of the (square) input in pixels.
         channels: 3.
+
+    Attributes:
+        parts: all features are whitened together.
     """
 
     def __init__(
@@ -180,10 +229,30 @@ class PatchNet(PatchLayer):
             threshold=threshold,
         )
         self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
+        self.parts = (Part(self.feature_dim, 1.0),)
 
-    def unwhitened(self, images: Tensor) -> Tensor:
-        """Each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``): [B, C patch_size**2, L]."""
+    @property
+    def chain(self) -> tuple[PatchLayer, ...]:
+        """This layer alone."""
+        return (self,)
+
+    def pixel_patches(self, images: Tensor) -> Tensor:
+        """Each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``).
+
+        Args:
+            images: float [B, C, H, W] in [0, 1].
+
+        Returns:
+            float [B, C patch_size**2, L].
+        """
         return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
+
+    def pixel_rows(self, image: Tensor) -> Tensor:
+        """The same of one image, uint8 [C, H, W], patch after patch: float32 [L, C patch_size**2]."""
+        windows = self.normalise(image).unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
+        patches = windows.permute(1, 2, 0, 3, 4).reshape(self.positions**2, -1)
+        patches = patches.sub_(patches.mean(dim=1, keepdim=True))
+        return patches.div_(patches.square().mean(dim=1, keepdim=True).add_(1e-12).sqrt_().add_(CONTRAST_FLOOR))
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

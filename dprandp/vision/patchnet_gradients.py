@@ -3,7 +3,7 @@
 The chain is short. In each layer: responses R = W P + b, features f = √(pooled excess of R over ±threshold),
 u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a function that
 is constant on a pooling region, so one example costs two matrix products of the forward's size and stays in the cache.
-Where there are two layers, each is a chain of its own: the first layer inside ``ResponseLayer`` is not trained.
+Where there are further layers, each is a chain of its own: what lies below its dictionary is not trained.
 ``clipping`` does the clipping.
 """
 
@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from dprandp.threads import in_parts
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.patchnet import TILE, PatchLayer
-from dprandp.vision.response_layer import TwoLayerPatchNet
+from dprandp.vision.patchnet import TILE, PatchExtractor, PatchLayer, PatchNet
 
 
 def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
     """The layers of an extractor by the prefix of their parameters' names in a ``Classifier``; none for other kinds."""
-    if isinstance(extractor, TwoLayerPatchNet):
-        return {"extractor.first": extractor.first, "extractor.second": extractor.second}
-    return {"extractor": extractor} if isinstance(extractor, PatchLayer) else {}
+    if isinstance(extractor, PatchNet):
+        return {"extractor": extractor}
+    if isinstance(extractor, PatchExtractor):
+        return {f"extractor.{name}": layer for name, layer in extractor.named_children()}
+    return {}
 
 
 @torch.no_grad()
@@ -55,39 +56,54 @@ def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> d
     gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.view(examples, count, -1) for x in (unit, residual)))}
     towards = (residual @ model.head.t()).chunk(len(units), dim=1)
     layers = patch_layers(model.extractor)
+    towards_pooled = []
     for index, ((own, length), (name, layer)) in enumerate(zip(whitener.rows(), layers.items(), strict=True)):
         part = length * towards[index]
         part = (part - units[index] * (units[index] * part).sum(dim=1, keepdim=True)) / lengths[index]
         slope = 1 / (2 * features[:, own])  # of the root: f = √m, df/dm = 1/(2f)
         filters, width = layer.weight.shape
         pooled = ((part @ whitener.projection[own].t()) * slope).view(len(flat), 2, len(layer.pooling), filters)
-        weight, bias = torch.zeros(examples, filters, width), torch.zeros(examples, filters)
-        _in_threads(layer, views, pooled, weight, bias)
-        gradients |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        towards_pooled.append(pooled)
+        gradients[f"{name}.weight"] = torch.zeros(examples, filters, width)
+        gradients[f"{name}.bias"] = torch.zeros(examples, filters)
+    filled = [(layer, gradients[f"{name}.weight"], gradients[f"{name}.bias"]) for name, layer in layers.items()]
+    in_parts(
+        lambda part, parts: _of_examples(
+            model.extractor, range(part, examples, parts), views, towards_pooled, filled
+        )
+    )
     return gradients
 
 
-def _in_threads(layer: PatchLayer, views: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor) -> None:
-    examples = len(views)
-    in_parts(lambda part, parts: _filters_of(layer, range(part, examples, parts), views, pooled, weight, bias))
-
-
-def _filters_of(
-    layer: PatchLayer, members: range, views: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor
+def _of_examples(
+    extractor: PatchExtractor,
+    members: range,
+    views: Tensor,
+    pooled: list[Tensor],
+    filled: list[tuple[PatchLayer, Tensor, Tensor]],
 ) -> None:
-    """Fill the rows ``members`` of the filters' gradients, a tile of filters at a time."""
+    """Fill the rows ``members`` of the layers' gradients of weights and biases."""
     with torch.no_grad():
         count = views.shape[1]
         for example in members:
-            patches = layer.patches(layer.normalise(views[example]))
-            for view in range(count):
-                columns = patches[view]
-                for start in range(0, len(layer.weight), TILE):
-                    tile = slice(start, start + TILE)
-                    responses = torch.addmm(layer.bias[tile, None], layer.weight[tile], columns)
-                    above, below = (
-                        (pooled[example * count + view, sign, :, tile].t() @ layer.pooling) for sign in (0, 1)
-                    )
-                    slope = above.mul_(responses > layer.threshold).sub_(below.mul_(responses < -layer.threshold))
-                    weight[example, tile].addmm_(slope, columns.t())
-                    bias[example, tile].add_(slope.sum(dim=1))
+            levels = extractor.levels(extractor.normalise(views[example]))
+            for (layer, weight, bias), patches, towards in zip(filled, levels, pooled, strict=True):
+                own = towards[example * count : (example + 1) * count]
+                _of_filters(layer, layer.whitened(patches), own, weight[example], bias[example])
+
+
+def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Add up one example's gradients over its views, a tile of filters at a time.
+
+    Args:
+        patches: [K, r, L] along the axes of the whitening. pooled: [K, 2, R, F], gradients of the pooled excess.
+        weight: [F, r], bias: [F], to be added to.
+    """
+    for columns, (positive, negative) in zip(patches, pooled, strict=True):
+        for start in range(0, len(layer.weight), TILE):
+            tile = slice(start, start + TILE)
+            responses = torch.addmm(layer.bias[tile, None], layer.weight[tile], columns)
+            above, below = (sign[:, tile].t() @ layer.pooling for sign in (positive, negative))
+            slope = above.mul_(responses > layer.threshold).sub_(below.mul_(responses < -layer.threshold))
+            weight[tile].addmm_(slope, columns.t())
+            bias[tile].add_(slope.sum(dim=1))

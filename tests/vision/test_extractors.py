@@ -95,9 +95,9 @@ def test_patches_that_do_not_fill_the_grid_are_refused(patch_size, stride):
 
 
 def test_two_layers_need_a_larger_image():
-    with pytest.raises(UsageError, match=r"patch_size = 25 .* after two layers") as caught:
+    with pytest.raises(UsageError, match=r"patch_size = 25 .* after 2 layers") as caught:
         network("two-layer", patch_size=25)
-    assert "layers = 1" in caught.value.fix
+    assert "fewer layers" in caught.value.fix
     assert extract(network("two-layer", patch_size=24), images(2), mirror=False).isfinite().all()
 
 

@@ -1,7 +1,8 @@
-"""The second layer and how it is learned, each against a slow and obvious computation."""
+"""The second and third layer and how they are learned, each against a slow and obvious computation."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,17 +11,24 @@ import torch
 
 from dprandp.vision import dictionary
 from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet
-from dprandp.vision.response_layer import LENGTH_FLOOR, ResponseLayer, TwoLayerPatchNet
+from dprandp.vision.response_layer import LENGTH_FLOOR, DeepPatchNet, ResponseLayer
 
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
+MADE = [{}, {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1}, {"third": True}]
 
 
-def random_layer(filters=6, **options):
-    generator = torch.Generator().manual_seed(0)
-    layer = ResponseLayer(filters, **(SMALL | options))
-    for tensor in layer.state_dict().values():
+def randomise(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in module.state_dict().values():
         tensor.normal_(std=0.4, generator=generator)
-    return layer
+    return module
+
+
+def random_stack(filters=6, third=False, patch_size=6, stride=1, **options):
+    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12)
+    second = ResponseLayer(filters, first, **(SMALL | options))
+    above = [ResponseLayer(filters + 1, second, **(SMALL | options))] if third else []
+    return randomise(DeepPatchNet(first, second, *above))
 
 
 def random_images(count, size=32, seed=1):
@@ -30,42 +38,57 @@ def random_images(count, size=32, seed=1):
     return torch.from_numpy(blurred.astype(np.uint8))
 
 
-def maps_by_loops(layer, image):
-    """One uint8 image [3, H, W] -> [2 M, S, S], position by position, in float64."""
+def pixel_patches_by_loops(layer, image):
+    """One uint8 image [3, H, W] -> its patches [positions, positions, d], one by one, in float64."""
     x, p, s = image.double().numpy() / 255, layer.patch_size, layer.stride
-    weight, bias = layer.map_weight.double().numpy(), layer.map_bias.double().numpy()
     positions = (x.shape[1] - p) // s + 1
-    responses = np.zeros((len(weight), positions, positions))
+    patches = np.zeros((positions, positions, 3 * p * p))
     for row in range(positions):
         for column in range(positions):
             patch = x[:, row * s : row * s + p, column * s : column * s + p].reshape(-1)
-            responses[:, row, column] = weight @ ((patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)) + bias
-    side = (positions - 3) // 2 + 1
+            patches[row, column] = (patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)
+    return patches
+
+
+def maps_by_loops(layer, below):
+    """Patches below [P, P, d] -> [2 M, S, S], position by position."""
+    weight, bias = layer.map_weight.double().numpy(), layer.map_bias.double().numpy()
+    responses = np.moveaxis(below @ weight.T + bias, 2, 0)
+    side = (len(below) - 3) // 2 + 1
     maps = np.zeros((2 * len(weight), side, side))
     for row in range(side):
         for column in range(side):
             window = responses[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(len(weight), -1)
             above = np.maximum(window - layer.threshold, 0).mean(axis=1)
-            below = np.maximum(-window - layer.threshold, 0).mean(axis=1)
-            maps[:, row, column] = np.sqrt(np.concatenate([above, below]) + ROOT_FLOOR)
+            negative = np.maximum(-window - layer.threshold, 0).mean(axis=1)
+            maps[:, row, column] = np.sqrt(np.concatenate([above, negative]) + ROOT_FLOOR)
     return maps
 
 
-def features_by_loops(layer, image):
-    maps, k = maps_by_loops(layer, image), layer.response_patch
-    weight, bias, basis, centre, channel_basis, channel_centre = (
-        getattr(layer, name).detach().double().numpy()
-        for name in ("weight", "bias", "basis", "centre", "channel_basis", "channel_centre")
-    )
-    channels = np.einsum("cm,mij->cij", channel_basis, maps) - channel_centre[:, None, None]
+def response_patches_by_loops(layer, below):
+    """Patches below [P, P, d] -> patches of responses [positions, positions, d']."""
+    maps, k = maps_by_loops(layer, below), layer.response_patch
+    basis, centre = layer.channel_basis.double().numpy(), layer.channel_centre.double().numpy()
+    channels = np.einsum("cm,mij->cij", basis, maps) - centre[:, None, None]
     positions = channels.shape[1] - k + 1
+    patches = np.zeros((positions, positions, len(basis) * k * k))
+    for row in range(positions):
+        for column in range(positions):
+            patch = channels[:, row : row + k, column : column + k].reshape(-1)
+            patches[row, column] = patch / (np.linalg.norm(patch) / math.sqrt(len(patch)) + LENGTH_FLOOR)
+    return patches
+
+
+def features_by_loops(layer, patches):
+    weight, bias, basis, centre = (
+        getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
+    )
+    positions = len(patches)
     half = math.ceil(positions / 2)
     regions = {}
     for row in range(positions):
         for column in range(positions):
-            patch = channels[:, row : row + k, column : column + k].reshape(-1)
-            patch = patch / (np.linalg.norm(patch) / math.sqrt(len(patch)) + LENGTH_FLOOR)
-            response = weight @ (basis @ patch - centre) + bias
+            response = weight @ (basis @ patches[row, column] - centre) + bias
             for cell in ((row // half) * 2 + column // half, 4):
                 regions.setdefault(cell, []).append(response)
     out = []
@@ -76,33 +99,53 @@ def features_by_loops(layer, image):
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1}])
+def all_features_by_loops(net, image):
+    first, *later = net.chain
+    patches = pixel_patches_by_loops(first, image)
+    found = [features_by_loops(first, patches)]
+    for layer in later:
+        patches = response_patches_by_loops(layer, patches)
+        found.append(features_by_loops(layer, patches))
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("options", MADE)
 def test_features_equal_the_loops(options):
-    layer, images = random_layer(**options), random_images(2)
-    expected = np.stack([features_by_loops(layer, image) for image in images])
-    assert expected.std() > 0.1
-    got = layer.features(layer.normalise(images)).detach().numpy()
+    net, images = random_stack(**options), random_images(18)  # more than a group, more than a layer takes at once
+    expected = np.stack([all_features_by_loops(net, image) for image in images[-2:]])
+    for own in np.split(expected, np.cumsum([layer.feature_dim for layer in net.chain])[:-1], axis=1):
+        assert own.std() > 0.05
+    got = net.features(net.normalise(images[-2:])).detach().numpy()
     np.testing.assert_allclose(got, expected, rtol=5e-4, atol=5e-5)
-    np.testing.assert_allclose(layer.extract(images).numpy(), expected, rtol=5e-4, atol=5e-5)
+    np.testing.assert_allclose(net.extract(images)[-2:].numpy(), expected, rtol=5e-4, atol=5e-5)
 
 
-def test_two_layers_are_both_side_by_side():
-    second, images = random_layer(), random_images(3)
-    first = PatchNet(8)
-    first.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    both = TwoLayerPatchNet(first, second)
-    got = both.extract(images)
-    assert torch.equal(got, torch.cat([first.extract(images), second.extract(images)], dim=1))
-    assert [part.width for part in both.parts] == [first.feature_dim, second.feature_dim]
-    assert sum(part.share for part in both.parts) == pytest.approx(1)
-    torch.testing.assert_close(both.features(both.normalise(images)).detach(), got, rtol=1e-4, atol=1e-5)
+def test_layers_are_side_by_side():
+    net, images = random_stack(third=True), random_images(3)
+    got = net.extract(images)
+    widths = [part.width for part in net.parts]
+    assert got.shape == (3, net.feature_dim)
+    assert widths == [layer.feature_dim for layer in net.chain]
+    assert sum(part.share for part in net.parts) == pytest.approx(1)
+    assert torch.equal(got[:, : widths[0]], net.first.extract(images))
+    shorter = DeepPatchNet(net.first, net.second)
+    assert torch.equal(got[:, : sum(widths[:2])], shorter.extract(images))
+
+
+def test_a_patch_of_the_third_layer_sees_24_pixels_and_no_more():
+    net, image = random_stack(third=True), random_images(1)
+    changed = image.clone()
+    changed[..., 24:, :] = 255 - changed[..., 24:, :]
+    patches, others = (net.levels(net.normalise(images))[2].unflatten(2, (3, 3)) for images in (image, changed))
+    moved = (patches - others).abs().amax(dim=(0, 1, 3))
+    assert moved[0] < 1e-6 < 1e-3 < moved[1:].min()
 
 
 def test_each_image_stands_alone():
-    layer, images = random_layer(), random_images(4)
+    net, images = random_stack(third=True), random_images(4)
     changed = images.clone()
     changed[2] = 255 - changed[2].flip(-1)
-    difference = (layer.extract(images) - layer.extract(changed)).abs().amax(dim=1)
+    difference = (net.extract(images) - net.extract(changed)).abs().amax(dim=1)
     assert difference[2] > 0
     assert difference[[0, 1, 3]].eq(0).all()
 
@@ -110,10 +153,20 @@ def test_each_image_stands_alone():
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
-def test_whitened_channels_are_white_up_to_the_floor():
-    layer, images = random_layer(map_filters=6), random_images(70)  # more than one batch
-    basis, centre = dictionary.channel_whitening(layer, images)
-    columns = np.concatenate([maps_by_loops(layer, image).reshape(12, -1) for image in images], axis=1)
+def below_of(net, number):
+    return lambda images: net.levels(net.normalise(images))[number]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_whitened_channels_are_white_up_to_the_floor(number):
+    net, images = random_stack(third=True, map_filters=6), random_images(70)  # more than one batch
+    layer, below = net.chain[number], below_of(net, number - 1)
+    basis, centre = dictionary.channel_whitening(layer, below, images)
+    patches = below(images).double().numpy().swapaxes(1, 2)
+    side = layer.below_positions
+    columns = np.concatenate(
+        [maps_by_loops(layer, image.reshape(side, side, -1)).reshape(12, -1) for image in patches], axis=1
+    )
     white = basis.double().numpy() @ columns - centre.double().numpy()[:, None]
     np.testing.assert_allclose(white.mean(axis=1), np.zeros(4), atol=1e-3)
     deviation = columns.std(axis=1) + 1e-3
@@ -123,38 +176,52 @@ def test_whitened_channels_are_white_up_to_the_floor():
 
 
 def test_sampled_patches_are_patches_of_the_maps():
-    layer, images = random_layer(), random_images(3)
-    patches = dictionary.sample_response_patches(layer, images, 10, torch.Generator().manual_seed(0))
-    every = layer.unwhitened(layer.normalise(images)).transpose(1, 2)
+    net, images = random_stack(third=True), random_images(3)
+    generator = torch.Generator().manual_seed(0)
+    patches = dictionary.sample_response_patches(net.second, below_of(net, 0), images, 10, generator)
+    every = below_of(net, 1)(images).transpose(1, 2)
     assert patches.shape == (30, 36)
     for index in range(3):
         distances = (patches[10 * index : 10 * index + 10, None] - every[index][None]).abs().amax(dim=2)
         assert distances.min(dim=1).values.max() < 1e-5 < distances.median()
+    everything = dictionary.sample_response_patches(net.third, below_of(net, 1), images, 9, generator)
+    assert torch.equal(everything, below_of(net, 2)(images).transpose(1, 2).flatten(0, 1))
 
 
 def test_learning_fills_every_tensor_and_repeats_itself():
     images, filled = random_images(40), []
     for _ in range(2):
-        first, second = PatchNet(9, patch_dims=20), ResponseLayer(6, **SMALL)
+        first = PatchNet(9, patch_dims=20)
+        second = ResponseLayer(6, first, **SMALL)
+        net = DeepPatchNet(first, second, ResponseLayer(5, second, **SMALL))
         seen = []
         generator = torch.Generator().manual_seed(4)
-        dictionary.learn((first, second), images, 500, 2, generator, lambda step, _, seen=seen: seen.append(step))
-        assert seen == [0, 1, 2, 3, 4, 5]
-        filled.append(first.state_dict() | {f"second.{name}": value for name, value in second.state_dict().items()})
+        dictionary.learn(net.chain, images, 500, 2, generator, lambda step, _, seen=seen: seen.append(step))
+        assert seen == list(range(10))
+        filled.append(net.state_dict())
     for name, value in filled[0].items():
         assert torch.equal(value, filled[1][name])
-        if "bias" not in name or name == "second.map_bias":
+        if "bias" not in name or name.endswith("map_bias"):
             assert value.abs().max() > 0, name
-    torch.testing.assert_close(filled[0]["second.weight"].norm(dim=1), torch.ones(6))
-    responses = dictionary.sample_response_patches(second, images, 40, torch.Generator().manual_seed(9))
-    white = (responses @ second.basis.T - second.centre).double()
-    assert white.mean(dim=0).abs().max() < 0.2
-    assert 0.3 < white.std(dim=0).min() <= white.std(dim=0).max() < 1.2
+    for number, layer in ((1, net.second), (2, net.third)):
+        torch.testing.assert_close(layer.weight.norm(dim=1), torch.ones(len(layer.weight)))
+        responses = dictionary.sample_response_patches(
+            layer, below_of(net, number - 1), images, min(40, layer.positions**2), torch.Generator().manual_seed(9)
+        )
+        white = (responses @ layer.basis.T - layer.centre).double()
+        assert white.mean(dim=0).abs().max() < 0.2
+        assert 0.3 < white.std(dim=0).min() <= white.std(dim=0).max() < 1.2
 
 
-def test_a_second_layer_does_not_change_the_first():
+def test_a_further_layer_does_not_change_those_below():
     images = random_images(20)
-    alone, beside = PatchNet(9, patch_dims=20), PatchNet(9, patch_dims=20)
-    dictionary.learn((alone, None), images, 300, 2, torch.Generator().manual_seed(4))
-    dictionary.learn((beside, ResponseLayer(6, **SMALL)), images, 300, 2, torch.Generator().manual_seed(4))
-    assert all(torch.equal(value, beside.state_dict()[name]) for name, value in alone.state_dict().items())
+    learned = []
+    for layers in (1, 2, 3):
+        chain = [PatchNet(9, patch_dims=20)]
+        for _ in range(layers - 1):
+            chain.append(ResponseLayer(6, chain[-1], **SMALL))
+        dictionary.learn(tuple(chain), images, 300, 2, torch.Generator().manual_seed(4))
+        learned.append([layer.state_dict() for layer in chain])
+    for shorter, longer in itertools.pairwise(learned):
+        for own, same in zip(shorter, longer, strict=False):
+            assert all(torch.equal(value, same[name]) for name, value in own.items())
