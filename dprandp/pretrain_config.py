@@ -42,6 +42,8 @@ class PretrainConfig:
     """2: beside the features of patches of pixels those of patches of their responses; 3: of responses to those too."""
     second_filters: int = 400
     third_filters: int = 400
+    rotation: float = 0.0
+    """Degrees: responses are averaged over the image as it is and turned by so much either way; 0: as it is."""
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -84,7 +86,7 @@ CHOICES = {
 
 _FURTHER_LAYERS = ("second_filters", "third_filters")
 _PATCHNET = {
-    "layers", *_FURTHER_LAYERS,
+    "layers", *_FURTHER_LAYERS, "rotation",
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}

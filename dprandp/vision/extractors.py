@@ -99,7 +99,11 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
         )
     patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
     below: PatchLayer = PatchNet(
-        config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims
+        config.filters,
+        patch_size=config.patch_size,
+        stride=config.stride,
+        patch_dims=patch_dims,
+        rotation=config.rotation,
     )
     chain = [below]
     for filters in (config.second_filters, config.third_filters)[: config.layers - 1]:
@@ -110,7 +114,7 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
             _random_rows(layer.channel_basis, generator)
         _random_rows(layer.basis, generator)
         _random_unit_rows(layer.weight.data, generator)
-    return DeepPatchNet(*chain) if config.layers > 1 else chain[0]
+    return DeepPatchNet(*chain, rotation=config.rotation) if config.layers > 1 else chain[0]
 
 
 def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:

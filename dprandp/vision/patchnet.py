@@ -5,7 +5,7 @@ vector quantization") with every learned part taken from images of a random proc
 spherical k-means dictionary (``dictionary.py``). The network is
 
     local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
-    -> averages over quadrants and the whole image -> square root
+    -> averages over quadrants and the whole image, and over the image turned a little either way -> square root
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
 large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
@@ -15,6 +15,8 @@ whitening of patches stays as it is. No layer looks at more than one image.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -77,29 +79,28 @@ class PatchLayer(nn.Module):
         """Patches [B, d, L] along the axes of the whitening, [B, r, L]."""
         return self.basis @ patches - self.centre[:, None]
 
-    def encode(self, patches: Tensor) -> Tensor:
-        """Differentiable features.
+    def excess(self, patches: Tensor) -> Tensor:
+        """Mean excess of the responses over the threshold, differentiable.
 
         Args:
             patches: float [B, d, L], contrast-normalised.
 
         Returns:
-            [B, feature_dim] float: 2 signs x R regions x F filters, each √(mean excess over the threshold +
-            ``ROOT_FLOOR``).
+            float [B, 2, R, F]: for each sign, in each region, of each filter.
         """
         responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2)
         positive = self.pooling @ functional.relu(responses - self.threshold)
         negative = self.pooling @ functional.relu(-responses - self.threshold)
-        return torch.stack([positive, negative], dim=1).add(ROOT_FLOOR).sqrt().flatten(1)
+        return torch.stack([positive, negative], dim=1)
 
     @torch.no_grad()
-    def encode_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
+    def excess_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
         """The same numbers several times faster, on a CPU: few enough responses at a time that they stay in the cache.
 
         Args:
             patches: float32 [b, L, d], patch after patch.
             columns: [r, F], the filters' transpose, contiguous.
-            out: [b, 2, R, F], to be filled.
+            out: [b, 2, R, F], to be added to.
         """
         at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
         room = torch.empty(2, min(at_once, len(patches)) * patches.shape[1] * tile)
@@ -114,12 +115,9 @@ class PatchLayer(nn.Module):
                 by_image = excess.view(len(some), -1, len(bias))
                 # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
                 torch.clamp(responses, min=self.threshold, out=excess)
-                filled[:, 0, :, chosen] = self.pooling @ by_image
+                filled[:, 0, :, chosen] += (self.pooling @ by_image).sub_(self.threshold)
                 torch.clamp(responses, max=-self.threshold, out=excess)
-                filled[:, 1, :, chosen] = self.pooling @ by_image
-        out[:, 0].sub_(self.threshold)
-        out[:, 1].neg_().sub_(self.threshold)
-        out.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()  # rounding may leave a mean of zeros just below zero
+                filled[:, 1, :, chosen] -= (self.pooling @ by_image).add_(self.threshold)
 
 
 class PatchExtractor:
@@ -127,14 +125,22 @@ class PatchExtractor:
 
     Attributes:
         chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
+        rotation: degrees; unless 0, excesses are averaged over the image as it is and turned by so much either way.
     """
 
     chain: tuple[PatchLayer, ...]
+    rotation: float = 0.0
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 in [0, 1]. The patches' own contrast normalisation does the rest."""
         return images.to(torch.float32) / 255
+
+    def turned(self, images: Tensor) -> list[Tensor]:
+        """The images as they are, and turned both ways: float [B, C, H, W] each (bilinear, edges reflected)."""
+        if not self.rotation:
+            return [images]
+        return [images, *(rotate(images, degrees) for degrees in (self.rotation, -self.rotation))]
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
@@ -151,11 +157,14 @@ class PatchExtractor:
             images: float [B, C, image_size, image_size] in [0, 1].
 
         Returns:
-            [B, feature_dim] float: those of each layer (``PatchLayer.encode``), first the first one's.
+            [B, feature_dim] float: of each layer, first the first one, √(``PatchLayer.excess`` + ``ROOT_FLOOR``).
         """
-        return torch.cat(
-            [layer.encode(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)], dim=1
-        )
+        turned = [
+            [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(seen), strict=True)]
+            for seen in self.turned(images)
+        ]
+        means = [torch.stack(excesses).mean(dim=0).flatten(1) for excesses in zip(*turned, strict=True)]
+        return torch.cat(means, dim=1).add(ROOT_FLOOR).sqrt()
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
@@ -172,23 +181,27 @@ class PatchExtractor:
         """
         if images.device.type != "cpu":
             return self.features(self.normalise(images))
-        out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
+        out = torch.zeros(len(images), sum(layer.feature_dim for layer in self.chain))
         columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
         in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]))
         return out
 
     def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
-        """Fill ``out`` [b, feature_dim] with the features of ``images`` uint8 [b, C, H, W]."""
+        """Bring ``out`` [b, feature_dim] from zero to the features of ``images`` uint8 [b, C, H, W]."""
         widths = [layer.feature_dim for layer in self.chain]
         with torch.no_grad():
             for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
-                patches: Tensor | None = None
-                for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
-                    if patches is None:
-                        patches = torch.stack([layer.pixel_rows(image) for image in group])
-                    else:
-                        patches = torch.stack([layer.lift_rows(one) for one in patches])
-                    layer.encode_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                turned = self.turned(self.normalise(group))
+                for seen in turned:
+                    patches: Tensor | None = None
+                    for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
+                        if patches is None:
+                            patches = torch.stack([layer.pixel_rows(image) for image in seen])
+                        else:
+                            patches = torch.stack([layer.lift_rows(one) for one in patches])
+                        layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                # rounding may leave a mean of zeros just below zero
+                rows.div_(len(turned)).clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
 
 
 class PatchNet(PatchExtractor, PatchLayer):
@@ -199,7 +212,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: side of a patch in pixels.
         patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        grids, threshold: see ``PatchLayer``.
+        grids, threshold: see ``PatchLayer``. rotation: see ``PatchExtractor``.
         image_size: side of the (square) input in pixels.
         channels: 3.
 
@@ -216,6 +229,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         stride: int = 1,
         grids: tuple[int, ...] = (2, 1),
         threshold: float = 0.25,
+        rotation: float = 0.0,
         image_size: int = 32,
         channels: int = 3,
     ) -> None:
@@ -229,6 +243,7 @@ class PatchNet(PatchExtractor, PatchLayer):
             threshold=threshold,
         )
         self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
+        self.rotation = rotation
         self.parts = (Part(self.feature_dim, 1.0),)
 
     @property
@@ -248,10 +263,10 @@ class PatchNet(PatchExtractor, PatchLayer):
         return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
 
     def pixel_rows(self, image: Tensor) -> Tensor:
-        """The same of one image, uint8 [C, H, W], patch after patch: float32 [L, C patch_size**2]."""
-        windows = self.normalise(image).unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
+        """The same of one image, float32 [C, H, W] in [0, 1], patch after patch: [L, C patch_size**2]."""
+        windows = image.unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
         patches = windows.permute(1, 2, 0, 3, 4).reshape(self.positions**2, -1)
-        patches = patches.sub_(patches.mean(dim=1, keepdim=True))
+        patches = patches - patches.mean(dim=1, keepdim=True)
         return patches.div_(patches.square().mean(dim=1, keepdim=True).add_(1e-12).sqrt_().add_(CONTRAST_FLOOR))
 
 
@@ -267,6 +282,23 @@ def normalise_patches(patches: Tensor) -> Tensor:
     centred = patches - patches.mean(dim=-2, keepdim=True)
     deviation = centred.square().mean(dim=-2, keepdim=True).add(1e-12).sqrt()  # 1e-12: sqrt has no gradient at 0
     return centred / (deviation + CONTRAST_FLOOR)
+
+
+def rotate(images: Tensor, degrees: float) -> Tensor:
+    """Turn images about their centre, bilinear, reflecting at the edges.
+
+    Args:
+        images: float [B, C, H, H].
+        degrees: counter-clockwise.
+
+    Returns:
+        float [B, C, H, H].
+    """
+    angle = math.radians(degrees)
+    turn = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    grid = functional.affine_grid(images.new_tensor([turn]), [1, *images.shape[1:]], align_corners=False)
+    grid = grid.expand(len(images), -1, -1, -1)
+    return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def pooling_matrix(positions: int, grid: int) -> Tensor:

@@ -111,7 +111,7 @@ class ResponseLayer(PatchLayer):
         """
         side, filters = self.below_positions, len(self.map_weight)
         responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
-        excess = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``encode_rows``
+        excess = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``excess_rows``
         positive = window_means(excess)
         maps = positive.new_empty(*positive.shape[:2], 2 * filters)
         torch.sub(positive, self.threshold - ROOT_FLOOR, out=maps[..., :filters])
@@ -129,14 +129,17 @@ class DeepPatchNet(PatchExtractor, nn.Module):
 
     Args:
         first: over patches of pixels. second: over patches of responses to those. third: of responses to the second's.
+        rotation: see ``PatchExtractor``.
 
     Attributes:
         feature_dim: the sum of theirs. parts: each is whitened apart.
     """
 
-    def __init__(self, first: PatchNet, second: ResponseLayer, third: ResponseLayer | None = None) -> None:
+    def __init__(
+        self, first: PatchNet, second: ResponseLayer, third: ResponseLayer | None = None, *, rotation: float = 0.0
+    ) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.rotation = first, second, rotation
         if third is not None:
             self.third = third
         self.feature_dim = sum(layer.feature_dim for layer in self.chain)
