@@ -43,7 +43,7 @@ class PretrainConfig:
     second_filters: int = 400
     third_filters: int = 400
     rotation: float = 0.0
-    """Degrees: responses are averaged over the image as it is and turned by so much either way; 0: as it is."""
+    """Degrees: responses are averaged over the image turned by so much to the left and to the right; 0: as it is."""
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32

@@ -99,7 +99,7 @@ def extractor_facts(config: PretrainConfig) -> Extractor:
         forward = 2 * side**2 * pixels * config.filters / PATCHNET_FLOPS
         for below, layer in pairwise(network.chain):
             forward += _response_layer_products(layer, below) / RESPONSE_LAYER_FLOPS
-        forward *= 3 if config.rotation else 1
+        forward *= 2 if config.rotation else 1
         widths = tuple(part.width for part in network.parts)
         return Extractor(config.arch, parameters, state, network.feature_dim, widths, forward, 0.0, 3 * forward)
     work = _work(config.arch)

@@ -5,7 +5,7 @@ vector quantization") with every learned part taken from images of a random proc
 spherical k-means dictionary (``dictionary.py``). The network is
 
     local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
-    -> averages over quadrants and the whole image, and over the image turned a little either way -> square root
+    -> averages over quadrants and the whole image, and over the image turned a little both ways -> square root
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
 large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
@@ -125,7 +125,7 @@ class PatchExtractor:
 
     Attributes:
         chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
-        rotation: degrees; unless 0, excesses are averaged over the image as it is and turned by so much either way.
+        rotation: degrees; unless 0, excesses are averaged over the image turned by so much to the left and to the right.
     """
 
     chain: tuple[PatchLayer, ...]
@@ -137,10 +137,8 @@ class PatchExtractor:
         return images.to(torch.float32) / 255
 
     def turned(self, images: Tensor) -> list[Tensor]:
-        """The images as they are, and turned both ways: float [B, C, H, W] each (bilinear, edges reflected)."""
-        if not self.rotation:
-            return [images]
-        return [images, *(rotate(images, degrees) for degrees in (self.rotation, -self.rotation))]
+        """The images turned both ways, or as they are: float [B, C, H, W] each."""
+        return [rotate(images, way * self.rotation) for way in (1, -1)] if self.rotation else [images]
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""

@@ -128,15 +128,15 @@ def excess_by_loops(layer, patches):
 def all_features_by_loops(net, image):
     """One uint8 image [3, H, W] -> features of all layers."""
     image, (first, *later) = image.double().numpy() / 255, net.chain
-    turned = [image, turned_by_loops(image, net.rotation), turned_by_loops(image, -net.rotation)]
-    excess = 0.0
-    for seen in turned if net.rotation else [image]:
+    turned = [turned_by_loops(image, net.rotation), turned_by_loops(image, -net.rotation)]
+    seen_as, excess = turned if net.rotation else [image], 0.0
+    for seen in seen_as:
         patches = pixel_patches_by_loops(first, seen)
         found = [excess_by_loops(first, patches)]
         for layer in later:
             patches = response_patches_by_loops(layer, patches)
             found.append(excess_by_loops(layer, patches))
-        excess += np.concatenate(found) / (3 if net.rotation else 1)
+        excess += np.concatenate(found) / len(seen_as)
     return np.sqrt(excess + ROOT_FLOOR)
 
 
