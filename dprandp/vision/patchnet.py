@@ -125,7 +125,7 @@ class PatchExtractor:
 
     Attributes:
         chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
-        rotation: degrees; unless 0, excesses are averaged over the image turned by so much to the left and to the right.
+        rotation: degrees; unless 0, excesses are averaged over the image turned by so much left and right.
     """
 
     chain: tuple[PatchLayer, ...]
