@@ -63,6 +63,7 @@ def pretrain(
     ] = None,
     arch: flags.Arch = None,
     layers: flags.Layers = None,
+    rotation: flags.Rotation = None,
     objective: flags.Objective = None,
     images: flags.PretrainImages = None,
     steps: flags.PretrainSteps = None,
@@ -94,7 +95,7 @@ def pretrain(
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
-        "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
+        "arch": arch, "layers": layers, "rotation": rotation, "steps": steps, "batch_size": batch_size, "lr": lr,
         "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
         "compiled": compiled, "colour": colour or session.colour_of(data),
         "random_init": random_init, "seed": seed,
