@@ -107,7 +107,7 @@ class Patches(Objective):
 
     def learn(self, crops: Tensor, generator: torch.Generator) -> None:
         """Learn dictionary and whitening from crops uint8 [n, 3, 32, 32] of synthetic images, n > outputs."""
-        dictionary.learn((self.teacher, None), crops, TEACHER_PATCHES, 8, generator)
+        dictionary.learn(self.teacher.chain, crops, TEACHER_PATCHES, 8, generator)
         features = self.teacher.extract(crops)
         self.whitener.load_state_dict(whitening.fit(features, self.outputs).state_dict())
 
