@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import (
     CLASSES,
+    DEEP,
     Recorder,
     blobs,
     metrics_of,
@@ -49,7 +50,7 @@ def exact(monkeypatch: Patch) -> None:
 def model_of(arch: str) -> Classifier:
     """A classifier with random weights, a random whitener and a random head."""
     generator = torch.Generator().manual_seed(1)
-    settings = {"arch": "patchnet", "layers": 2, "second_filters": 12} if arch == "two-layer" else {"arch": arch}
+    settings = DEEP if arch == "deep" else {"arch": arch}
     extractor = extractors.build_extractor(PretrainConfig(filters=16, **settings), generator)
     whitener = whitening.Whitener(extractor.feature_dim, 20, extractor.parts)
     whitener.projection.normal_(generator=generator)
@@ -163,7 +164,7 @@ def test_6_the_whole_stage_with_another_microbatch(
 
 
 @pytest.mark.parametrize(
-    ("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("two-layer", True), ("wrn-10-1", False)]
+    ("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("deep", True), ("wrn-10-1", False)]
 )
 def test_8_no_gradient_moves_when_another_example_does(exact: None, arch: str, closed_form: bool) -> None:
     views, labels = views_of(5)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rank_threads import DoneAtOnce, ThreadRank, in_threads
 from safetensors.torch import load_file
-from tiny_run import GENERATE, Recorder, blobs, context, ledger_of, read_json, run_finetune, run_probe
+from tiny_run import DEEP, GENERATE, Recorder, blobs, context, ledger_of, read_json, run_finetune, run_probe
 from torch import Tensor
 
 from dprandp.config import PretrainConfig, build
@@ -39,7 +39,7 @@ SETTING = SumSettings(scale=0.3, views=2, seed=5, flip=True, clip_norm=CLIP)
 
 def model_of(arch: str) -> Classifier:
     generator = torch.Generator().manual_seed(1)
-    settings = {"arch": "patchnet", "layers": 2, "second_filters": 12} if arch == "two-layer" else {"arch": arch}
+    settings = DEEP if arch == "deep" else {"arch": arch}
     extractor = build_extractor(PretrainConfig(filters=16, **settings), generator)
     whitener = Whitener(extractor.feature_dim, 20, extractor.parts)
     whitener.projection.normal_(generator=generator)

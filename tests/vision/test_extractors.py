@@ -20,8 +20,9 @@ from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.whitening import PooledOnly, Whitener
 from dprandp.vision.wrn import LAYER_ORDERS
 
-ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1"]
+ARCHITECTURES = ["patchnet", "two-layer", "deep", "wrn-10-1"]
 TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
+DEEP = {"arch": "patchnet", "layers": 3, "second_filters": 12, "third_filters": 9, "rotation": 12.0}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def full_precision(monkeypatch):
 
 
 def network(arch, seed=0, **options):
-    named = TWO_LAYERS if arch == "two-layer" else {"arch": arch}
+    named = {"two-layer": TWO_LAYERS, "deep": DEEP}.get(arch, {"arch": arch})
     config = PretrainConfig(**({"filters": 20} | named | options))
     return build_extractor(config, torch.Generator().manual_seed(seed)).eval()
 

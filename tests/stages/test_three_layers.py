@@ -1,4 +1,4 @@
-"""A run on two layers of patches, from images to a released model: features in two parts all the way."""
+"""A run on three layers of patches of turned images, from images to a released model: features in three parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import PROBE, context, make_public, read_json, run_finetune, run_probe
+from tiny_run import DEEP, PROBE, context, make_public, read_json, run_finetune, run_probe
 
 from dprandp import config
 from dprandp.datasets import open_dataset
@@ -16,32 +16,32 @@ from dprandp.stages.tune_settings import TuneConfig
 
 
 @pytest.fixture(scope="module")
-def two_layer_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("two-layers") / "run"
-    make_public(path, layers=2, second_filters=12)
+def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("three-layers") / "run"
+    make_public(path, **DEEP)
     return path
 
 
-def test_probe_finetune_and_the_released_model(copy, two_layer_run: Path, data: str) -> None:
-    run = copy(two_layer_run)
+def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) -> None:
+    run = copy(deep_run)
     result = run_probe(run, data)
     model = load_model(run / "model")
-    assert (model.network.whitener.axes, model.network.whitener.dims) == (32, 64)
+    assert (model.network.whitener.axes, model.network.whitener.dims) == (32, 96)
     test = open_dataset(data, run).test()
     answers = model.probabilities(test.images).argmax(dim=1).numpy()
     assert (answers == test.labels).mean() == pytest.approx(result["accuracy"])
     assert result["accuracy"] > 0.6  # three classes of coloured blobs
     run_finetune(run, data)
     tuned = load_model(run / "model").network.state_dict()
-    for name in ("first.weight", "second.weight", "second.bias"):
+    for name in ("first.weight", "second.weight", "second.bias", "third.weight"):
         assert not torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
-    for name in ("first.basis", "second.map_weight", "second.channel_basis"):  # what Phase III leaves alone
+    for name in ("first.basis", "second.map_weight", "second.channel_basis", "third.map_weight"):  # what Phase III leaves alone
         assert torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
     assert read_json(run / "run.json")["stages"]["finetune"]["result"]["epsilon"] <= 4
 
 
-def test_tuning_takes_axes_of_both_parts(copy, two_layer_run: Path, data: str) -> None:
-    run = copy(two_layer_run)
+def test_tuning_takes_axes_of_all_parts(copy, deep_run: Path, data: str) -> None:
+    run = copy(deep_run)
     with context(run) as given:
         made = tune.run(config.build("probe", PROBE | {"data": data}), TuneConfig(trials=6), given)
     tried = made["tried"]
@@ -49,8 +49,8 @@ def test_tuning_takes_axes_of_both_parts(copy, two_layer_run: Path, data: str) -
     assert len({setting["dims"] for setting in tried}) == 2
 
 
-def test_the_plan_knows_the_size_of_the_features(copy, two_layer_run: Path, data: str) -> None:
-    run = copy(two_layer_run)
+def test_the_plan_knows_the_size_of_the_features(copy, deep_run: Path, data: str) -> None:
+    run = copy(deep_run)
     with context(run) as given:
         plan = planning.plan("probe", config.build("probe", PROBE | {"data": data}), given)
     run_probe(run, data)
