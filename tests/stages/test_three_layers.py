@@ -35,8 +35,8 @@ def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) 
     tuned = load_model(run / "model").network.state_dict()
     for name in ("first.weight", "second.weight", "second.bias", "third.weight"):
         assert not torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
-    kept = ("first.basis", "second.map_weight", "second.channel_basis", "third.map_weight")  # Phase III leaves them alone
-    for name in kept:
+    kept = ("first.basis", "second.map_weight", "second.channel_basis", "third.map_weight")
+    for name in kept:  # by Phase III
         assert torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
     assert read_json(run / "run.json")["stages"]["finetune"]["result"]["epsilon"] <= 4
 
