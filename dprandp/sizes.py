@@ -13,11 +13,9 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
-            "filters": 1600,
-            "layers": 3,
-            "second_filters": 2000,
-            "third_filters": 800,
-            "rotation": 12.0,
+            "filters": 2400,
+            "layers": 2,
+            "second_filters": 3200,
             "dictionary_patches": 400_000,
             "feature_stages": "all",
             "steps": 600,
@@ -34,10 +32,8 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "pretrain": {
             "arch": "wrn-16-4",
             "filters": 6400,
-            "layers": 3,
+            "layers": 2,
             "second_filters": 6400,
-            "third_filters": 6400,
-            "rotation": 12.0,
             "dictionary_patches": 1_000_000,
             "steps": 82_000,
             "batch_size": 256,

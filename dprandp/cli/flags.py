@@ -227,12 +227,12 @@ Arch = Annotated[
 ]  # fmt: skip
 Layers = Annotated[
     int | None,
-    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1 (tiny), 3 (small).", rich_help_panel=TRAINING),
+    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1, or 2 (small).", rich_help_panel=TRAINING),
 ]
 Rotation = Annotated[
     float | None,
     typer.Option(help="Average a patchnet's responses over the image turned by so many degrees both ways. "
-                 "Default: 0, off (tiny), or 12 (small).", rich_help_panel=TRAINING, metavar="DEGREES"),
+                 "Default: 0, the image as it is.", rich_help_panel=TRAINING, metavar="DEGREES"),
 ]  # fmt: skip
 RandomInit = Annotated[
     bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)

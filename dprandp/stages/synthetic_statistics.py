@@ -13,11 +13,10 @@ from dprandp.config import ProbeConfig
 from dprandp.datasets import DataSpec
 from dprandp.stages.context import Context
 from dprandp.stages.extraction import extract_by_ranks
-from dprandp.stages.generate import load_images
 from dprandp.stages.pretrain import synthetic_crops
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
-from dprandp.vision.images import INPUT_SIZE, as_declared
+from dprandp.vision.images import as_declared
 from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
@@ -74,19 +73,18 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
 
 
 def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
-    """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 one crop of each, and no more.
+    """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
 
-    Views are crops of the whole image and other colours, as the published contrast has them but for mirroring. That is
-    left to the features: where the data declare that it changes nothing, images are averaged with their mirror images.
+    Views are crops and other colours, as the published contrast has them but for mirroring. That is left to the
+    features: where the data declare that it changes nothing, images are averaged with their mirror images.
     """
+    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     if config.statistics_views == 1:
-        return synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+        return crops
     generator = torch.Generator().manual_seed(config.seed + SYNTHETIC_SEED)
-    loaded = load_images(context.rundir.stage_dir("generate"), config.statistics_images)
-    images = torch.from_numpy(loaded).permute(0, 3, 1, 2)
-    made = ContrastiveViews(INPUT_SIZE, flip=0.0)
+    made = ContrastiveViews(crops.shape[-1], flip=0.0)
     blocks = []
-    for block in images.split(BLOCK):
+    for block in crops.split(BLOCK):
         views = [made.apply(block, made.draw(block, generator)) for _ in range(config.statistics_views)]
         blocks.append((torch.stack(views, dim=1).flatten(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(blocks)
