@@ -44,6 +44,8 @@ class PretrainConfig:
     third_filters: int = 400
     rotation: float = 0.0
     """Degrees: responses are averaged over the image turned by so much to the left and to the right; 0: as it is."""
+    regions: str = "overlapping"
+    """What responses are averaged over: 'overlapping' quarters and the centre, or 'quadrants' and the whole image."""
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -82,11 +84,12 @@ class PretrainConfig:
 
 CHOICES = {
     "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
+    "regions": ("overlapping", "quadrants"),
 }  # fmt: skip
 
 _FURTHER_LAYERS = ("second_filters", "third_filters")
 _PATCHNET = {
-    "layers", *_FURTHER_LAYERS, "rotation",
+    "layers", *_FURTHER_LAYERS, "rotation", "regions",
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}

@@ -91,7 +91,7 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
     positions = (INPUT_SIZE - config.patch_size) // config.stride + 1
     for _ in range(config.layers - 1):
         positions = positions_above(positions)
-    if positions < 2:  # the 2 x 2 grid needs two patches a side
+    if positions < 2:  # quarters need two patches a side
         raise UsageError(
             f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
             f"of a {INPUT_SIZE}-pixel image" + (f", after {config.layers} layers" if config.layers > 1 else ""),
@@ -103,11 +103,12 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
         patch_size=config.patch_size,
         stride=config.stride,
         patch_dims=patch_dims,
+        regions=config.regions,
         rotation=config.rotation,
     )
     chain = [below]
     for filters in (config.second_filters, config.third_filters)[: config.layers - 1]:
-        chain.append(below := ResponseLayer(filters, below))
+        chain.append(below := ResponseLayer(filters, below, regions=config.regions))
     for layer in chain:
         if isinstance(layer, ResponseLayer):
             _random_unit_rows(layer.map_weight, generator)

@@ -5,7 +5,7 @@ vector quantization") with every learned part taken from images of a random proc
 spherical k-means dictionary (``dictionary.py``). The network is
 
     local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
-    -> averages over quadrants and the whole image, and over the image turned a little both ways -> square root
+    -> averages over five regions (``regions.py``), and over the image turned a little both ways -> square root
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
 large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.threads import in_parts
+from dprandp.vision.regions import REGIONS
 from dprandp.vision.whitening import Part
 
 CONTRAST_FLOOR = 10 / 255
@@ -51,7 +52,7 @@ class PatchLayer(nn.Module):
         width: numbers in a patch, d.
         patch_dims: axes r that patches are whitened to.
         positions: patches per side; there are L = positions**2 of them.
-        grids: for each g the responses are averaged over g x g regions; (2, 1) is quadrants and the whole image.
+        regions: which ones the responses are averaged over, a name in ``regions.REGIONS``.
         threshold: responses in [-threshold, threshold] count as zero.
 
     Attributes:
@@ -63,17 +64,16 @@ class PatchLayer(nn.Module):
     """
 
     def __init__(
-        self, filters: int, *, width: int, patch_dims: int, positions: int, grids: tuple[int, ...], threshold: float
+        self, filters: int, *, width: int, patch_dims: int, positions: int, regions: str, threshold: float
     ) -> None:
         super().__init__()
-        self.grids, self.threshold, self.positions = grids, threshold, positions
+        self.threshold, self.positions = threshold, positions
         self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
         self.register_buffer("basis", torch.eye(patch_dims, width))
         self.register_buffer("centre", torch.zeros(patch_dims))
-        pooling = torch.cat([pooling_matrix(positions, grid) for grid in grids])
-        self.register_buffer("pooling", pooling, persistent=False)
-        self.feature_dim = 2 * len(pooling) * filters
+        self.register_buffer("pooling", REGIONS[regions](positions), persistent=False)
+        self.feature_dim = 2 * len(self.pooling) * filters
 
     def whitened(self, patches: Tensor) -> Tensor:
         """Patches [B, d, L] along the axes of the whitening, [B, r, L]."""
@@ -210,7 +210,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: side of a patch in pixels.
         patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        grids, threshold: see ``PatchLayer``. rotation: see ``PatchExtractor``.
+        regions, threshold: see ``PatchLayer``. rotation: see ``PatchExtractor``.
         image_size: side of the (square) input in pixels.
         channels: 3.
 
@@ -225,7 +225,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: int = 6,
         patch_dims: int | None = None,
         stride: int = 1,
-        grids: tuple[int, ...] = (2, 1),
+        regions: str = "overlapping",
         threshold: float = 0.25,
         rotation: float = 0.0,
         image_size: int = 32,
@@ -237,7 +237,7 @@ class PatchNet(PatchExtractor, PatchLayer):
             width=width,
             patch_dims=patch_dims or width,
             positions=(image_size - patch_size) // stride + 1,
-            grids=grids,
+            regions=regions,
             threshold=threshold,
         )
         self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
@@ -297,20 +297,3 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
     grid = functional.affine_grid(images.new_tensor([turn]), [1, *images.shape[1:]], align_corners=False)
     grid = grid.expand(len(images), -1, -1, -1)
     return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-
-
-def pooling_matrix(positions: int, grid: int) -> Tensor:
-    """Averaging over a grid of regions as one matrix.
-
-    Args:
-        positions: patches per side.
-        grid: regions per side; where ``positions`` does not divide, the first regions are the larger ones.
-
-    Returns:
-        [grid**2, positions**2] float32, each row sums to 1.
-    """
-    chunk = -(-positions // grid)
-    region = torch.arange(positions) // chunk
-    cell = (region[:, None] * grid + region[None, :]).flatten()
-    membership = functional.one_hot(cell, grid**2).to(torch.float32).t()
-    return membership / membership.sum(dim=1, keepdim=True)

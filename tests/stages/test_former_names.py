@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import context, run_scratch
 
 from dprandp import checkpoint, config, priors
@@ -16,6 +17,7 @@ from dprandp.runresults import wrong_entry
 from dprandp.stages import pretrain
 from dprandp.stages.context import recorded
 from dprandp.stages.released_model import load_model
+from dprandp.vision.extractors import build_extractor, load_weights
 
 WIDE = {"arch": "wrn-10-1", "random_init": True, "filters": 16, "dictionary_patches": 2000, "dictionary_iterations": 2}
 
@@ -80,3 +82,22 @@ def test_a_result_of_an_earlier_version_says_what_was_done():
         assert wrong_entry(result) is None
         assert wrong_entry(dict.fromkeys(result, 7)) in result  # what is shown is looked at first
     assert update_in_words({"momentum": 0.5}).startswith("SGD on the noisy gradients, momentum 0.5")
+
+
+def test_a_patchnet_of_before_regions_overlapped_keeps_its_quadrants(public_run, copy):
+    run = copy(public_run)
+    folder = run / "2-pretrain"
+    made = checkpoint.load(folder, pretrain.EXTRACTOR)
+    assert made.meta["config"]["regions"] == "overlapping"
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
+    with context(run) as given:
+        now = pretrain.load_extractor(given)[0].extract(images)
+    said = {key: value for key, value in made.meta["config"].items() if key != "regions"}
+    checkpoint.save(folder, pretrain.EXTRACTOR, made.tensors, made.meta | {"config": said}, keep=1)
+    with context(run) as given:
+        extractor, found = pretrain.load_extractor(given)
+    assert found.regions == "quadrants"
+    assert (extractor.extract(images) - now).abs().max() > 0.01
+    quadrants = build_extractor(found)
+    load_weights(quadrants, made.tensors)
+    assert torch.equal(extractor.extract(images), quadrants.extract(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dprandp.stages import synthetic_statistics
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.vision import whitening
-from dprandp.vision.extractors import extract
+from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.whitening import Whitener
 
 
@@ -24,12 +25,15 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def whitener_of(run: Path, change_extractor: float = 0.0, **changes) -> Whitener:
+def whitener_of(run: Path, change_extractor: float = 0.0, regions: str | None = None, **changes) -> Whitener:
     settings = config.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
     with context(run) as given:
         extractor, _ = load_extractor(given)
         if change_extractor:
             next(extractor.parameters()).data.mul_(change_extractor)
+        if regions:
+            weights, extractor = extractor.state_dict(), build_extractor(replace(extractor.built_from, regions=regions))
+            load_weights(extractor, weights)
         spec = open_dataset(settings.data, given.data_dir).spec
         return public_whitener(settings, given, extractor, False, spec)
 
@@ -84,3 +88,11 @@ def test_whitened_features_have_unit_norm(run: Path) -> None:
         extractor, _ = load_extractor(given)
     whitened = whitener_of(run)(extract(extractor, torch.randint(256, (5, 3, 32, 32)).to(torch.uint8), mirror=False))
     assert torch.allclose(whitened.norm(dim=1), torch.ones(5), atol=1e-5)
+
+
+def test_statistics_of_other_regions_are_not_taken(run: Path) -> None:
+    """The same weights, read otherwise: regions are no tensor."""
+    first = whitener_of(run)
+    other = whitener_of(run, regions="quadrants")
+    assert len(folders(run)) == 2
+    assert not torch.allclose(other.projection, first.projection)

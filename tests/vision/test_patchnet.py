@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from region_weights import weights_by_hand
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
@@ -12,7 +13,7 @@ from dprandp.config import PretrainConfig
 from dprandp.vision import dictionary, whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
-from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, normalise_patches, pooling_matrix
+from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, normalise_patches
 from dprandp.vision.patchnet_gradients import per_example_gradients
 
 
@@ -30,7 +31,7 @@ def random_images(count, size=32, seed=1):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
 
 
-def features_by_loops(net, image):
+def features_by_loops(net, image, regions="overlapping"):
     """One uint8 image [3, H, W] -> features, patch by patch and filter by filter, in float64."""
     x = image.double().numpy() / 255
     p, s = net.patch_size, net.stride
@@ -38,31 +39,27 @@ def features_by_loops(net, image):
     weight, bias, basis, centre = (
         t.detach().double().numpy() for t in (net.weight, net.bias, net.basis, net.centre)
     )
-    regions = sum(g * g for g in net.grids)
-    sums, counts = np.zeros((2, regions, len(weight))), np.zeros(regions)
+    weights = weights_by_hand(regions, positions)
+    means = np.zeros((2, len(weights), len(weight)))
     for row in range(positions):
         for column in range(positions):
             patch = x[:, row * s : row * s + p, column * s : column * s + p].reshape(-1)
             patch = basis @ ((patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)) - centre
-            first = 0
-            for g in net.grids:
-                chunk = math.ceil(positions / g)
-                cell = first + (row // chunk) * g + column // chunk
-                first += g * g
-                counts[cell] += 1
+            for region in range(len(weights)):
                 for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
                     response = w @ patch + b
-                    sums[0, cell, index] += max(response - net.threshold, 0)
-                    sums[1, cell, index] += max(-response - net.threshold, 0)
-    return np.sqrt(sums / counts[None, :, None] + ROOT_FLOOR).reshape(-1)
+                    means[0, region, index] += weights[region, row, column] * max(response - net.threshold, 0)
+                    means[1, region, index] += weights[region, row, column] * max(-response - net.threshold, 0)
+    return np.sqrt(means + ROOT_FLOOR).reshape(-1)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": 2, "patch_dims": 20}, {"grids": (3,), "patch_size": 8, "threshold": 0.5}]
+    "options", [{}, {"stride": 2, "patch_dims": 20}, {"regions": "quadrants", "patch_size": 8, "threshold": 0.5}]
 )
 def test_features_equal_the_loops(options):
     net, images = random_net(**options), random_images(2)
-    expected = np.stack([features_by_loops(net, image) for image in images])
+    regions = options.get("regions", "overlapping")
+    expected = np.stack([features_by_loops(net, image, regions) for image in images])
     assert expected.std() > 0.1  # the filters do answer: equality to zero would prove nothing
     np.testing.assert_allclose(net.features(net.normalise(images)).detach().numpy(), expected, rtol=2e-4, atol=2e-5)
 
@@ -110,14 +107,6 @@ def test_flat_patches_have_finite_gradients():
     net = random_net(4)
     net.features(torch.full((1, 3, 32, 32), 0.5)).sum().backward()
     assert net.weight.grad.isfinite().all()
-
-
-def test_pooling_matrix_averages():
-    matrix = pooling_matrix(27, 2)
-    assert matrix.shape == (4, 729)
-    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(4))
-    torch.testing.assert_close((matrix > 0).sum(dim=1), torch.tensor([14 * 14, 14 * 13, 13 * 14, 13 * 13]))
-    assert (matrix > 0).sum(dim=0).eq(1).all()
 
 
 # -------------------------------------------------------------------------------------------------------- dictionary

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from region_weights import weights_by_hand
 
 from dprandp.vision import dictionary
 from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, rotate
@@ -16,7 +17,7 @@ from dprandp.vision.response_layer import LENGTH_FLOOR, DeepPatchNet, ResponseLa
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
 MADE = [
     {},
-    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1},
+    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1, "regions": "quadrants"},
     {"third": True},
     {"third": True, "rotation": 12.0},
 ]
@@ -30,7 +31,8 @@ def randomise(module, seed=0):
 
 
 def random_stack(filters=6, third=False, patch_size=6, stride=1, rotation=0.0, **options):
-    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12)
+    regions = options.get("regions", "overlapping")
+    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12, regions=regions)
     second = ResponseLayer(filters, first, **(SMALL | options))
     above = [ResponseLayer(filters + 1, second, **(SMALL | options))] if third else []
     return randomise(DeepPatchNet(first, second, *above, rotation=rotation))
@@ -105,45 +107,43 @@ def response_patches_by_loops(layer, below):
     return patches
 
 
-def excess_by_loops(layer, patches):
+def excess_by_loops(layer, patches, regions):
     weight, bias, basis, centre = (
         getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
     )
-    positions = len(patches)
-    half = math.ceil(positions / 2)
-    regions = {}
-    for row in range(positions):
-        for column in range(positions):
-            response = weight @ (basis @ patches[row, column] - centre) + bias
-            for cell in ((row // half) * 2 + column // half, 4):
-                regions.setdefault(cell, []).append(response)
+    weights = weights_by_hand(regions, len(patches))
     out = []
     for sign in (1, -1):
-        for cell in range(5):
-            excess = np.maximum(sign * np.array(regions[cell]) - layer.threshold, 0)
-            out.append(excess.mean(axis=0))
+        for own in weights:
+            excess = np.zeros(len(weight))
+            for row in range(len(patches)):
+                for column in range(len(patches)):
+                    response = weight @ (basis @ patches[row, column] - centre) + bias
+                    excess += own[row, column] * np.maximum(sign * response - layer.threshold, 0)
+            out.append(excess)
     return np.concatenate(out)
 
 
-def all_features_by_loops(net, image):
+def all_features_by_loops(net, image, regions):
     """One uint8 image [3, H, W] -> features of all layers."""
     image, (first, *later) = image.double().numpy() / 255, net.chain
     turned = [turned_by_loops(image, net.rotation), turned_by_loops(image, -net.rotation)]
     seen_as, excess = turned if net.rotation else [image], 0.0
     for seen in seen_as:
         patches = pixel_patches_by_loops(first, seen)
-        found = [excess_by_loops(first, patches)]
+        found = [excess_by_loops(first, patches, regions)]
         for layer in later:
             patches = response_patches_by_loops(layer, patches)
-            found.append(excess_by_loops(layer, patches))
+            found.append(excess_by_loops(layer, patches, regions))
         excess += np.concatenate(found) / len(seen_as)
     return np.sqrt(excess + ROOT_FLOOR)
 
 
 @pytest.mark.parametrize("options", MADE)
 def test_features_equal_the_loops(options):
+    regions = options.get("regions", "overlapping")
     net, images = random_stack(**options), random_images(18)  # more than a group, more than a layer takes at once
-    expected = np.stack([all_features_by_loops(net, image) for image in images[-2:]])
+    expected = np.stack([all_features_by_loops(net, image, regions) for image in images[-2:]])
     for own in np.split(expected, np.cumsum([layer.feature_dim for layer in net.chain])[:-1], axis=1):
         assert own.std() > 0.05
     got = net.features(net.normalise(images[-2:])).detach().numpy()
