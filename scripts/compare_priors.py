@@ -43,6 +43,8 @@ EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 VARIANTS: dict[str, dict[str, dict]] = {
     "one layer": {},
     "random filters": {"pretrain": {"random_init": True}},
+    "quadrants": {"pretrain": {"regions": "quadrants"}},
+    "two layers, quadrants": {"pretrain": {"layers": 2, "regions": "quadrants"}},
     "turned by 12 degrees": {"pretrain": {"rotation": 12.0}},
     "two layers": {"pretrain": {"layers": 2}},
     "three layers": {"pretrain": {"layers": 3}},

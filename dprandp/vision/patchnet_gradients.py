@@ -1,9 +1,9 @@
 """Per-example gradients of a classifier on patch layers, in closed form: several times faster than automatic ones.
 
-The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled, of an
-image turned a little both ways),
-u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a function that
-is constant on a pooling region, so one example costs two matrix products of the forward's size and stays in the cache.
+The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled, averaged
+over the image turned both ways), u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of
+R is a mask times a weighted sum of five regions' numbers, so one example costs two matrix products of the forward's
+size and stays in the cache.
 Where there are further layers, each is a chain of its own: what lies below its dictionary is not trained.
 ``clipping`` does the clipping.
 """
