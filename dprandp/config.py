@@ -203,13 +203,19 @@ def build_recorded(stage: str, values: dict[str, Any]) -> StageConfig:
     """
     former = FORMER_NAMES.get(stage, {})
     present = {former.get(key, key): value for key, value in values.items()}
-    return build(stage, FORMER_VALUES.get(stage, {}) | present)
+    config = build(stage, present)
+    unsaid = FORMER_VALUES.get(stage, {}).keys() - present.keys() - _unused(config)
+    return build(stage, present | {key: FORMER_VALUES[stage][key] for key in unsaid}) if unsaid else config
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:
     """Plain values of a configuration; None, and the settings of an architecture or layer not used, left out."""
-    unused = pretrain_config.unused(config) if isinstance(config, PretrainConfig) else set()
+    unused = _unused(config)
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
+
+
+def _unused(config: StageConfig) -> set[str]:
+    return pretrain_config.unused(config) if isinstance(config, PretrainConfig) else set()
 
 
 def public_data_name(name: str) -> str:
