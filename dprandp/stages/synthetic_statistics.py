@@ -92,7 +92,7 @@ def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
 
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
     """Let a digest depend on a module: on its weights and their names, and on the configuration it is built from."""
-    digest.update(repr(getattr(module, "built_from", None)).encode())  # what is no weight: regions, rotation, threshold
+    digest.update(repr(getattr(module, "built_from", None)).encode())  # regions and rotation are no weights
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

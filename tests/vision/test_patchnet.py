@@ -45,9 +45,9 @@ def features_by_loops(net, image, regions="overlapping"):
         for column in range(positions):
             patch = x[:, row * s : row * s + p, column * s : column * s + p].reshape(-1)
             patch = basis @ ((patch - patch.mean()) / (patch.std() + CONTRAST_FLOOR)) - centre
-            for region in range(len(weights)):
-                for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
-                    response = w @ patch + b
+            for index, (w, b) in enumerate(zip(weight, bias, strict=True)):
+                response = w @ patch + b
+                for region in range(len(weights)):
                     means[0, region, index] += weights[region, row, column] * max(response - net.threshold, 0)
                     means[1, region, index] += weights[region, row, column] * max(-response - net.threshold, 0)
     return np.sqrt(means + ROOT_FLOOR).reshape(-1)

@@ -7,7 +7,12 @@ import pytest
 import torch
 from region_weights import weights_by_hand
 
+from dprandp.pretrain_config import CHOICES
 from dprandp.vision.regions import REGIONS
+
+
+def test_a_configuration_may_name_all_of_them_and_no_other():
+    assert set(CHOICES["regions"]) == set(REGIONS)
 
 
 @pytest.mark.parametrize("regions", REGIONS)

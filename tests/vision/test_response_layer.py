@@ -112,16 +112,14 @@ def excess_by_loops(layer, patches, regions):
         getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
     )
     weights = weights_by_hand(regions, len(patches))
-    out = []
-    for sign in (1, -1):
-        for own in weights:
-            excess = np.zeros(len(weight))
-            for row in range(len(patches)):
-                for column in range(len(patches)):
-                    response = weight @ (basis @ patches[row, column] - centre) + bias
-                    excess += own[row, column] * np.maximum(sign * response - layer.threshold, 0)
-            out.append(excess)
-    return np.concatenate(out)
+    excess = np.zeros((2, len(weights), len(weight)))
+    for row in range(len(patches)):
+        for column in range(len(patches)):
+            response = weight @ (basis @ patches[row, column] - centre) + bias
+            for region, own in enumerate(weights):
+                excess[0, region] += own[row, column] * np.maximum(response - layer.threshold, 0)
+                excess[1, region] += own[row, column] * np.maximum(-response - layer.threshold, 0)
+    return excess.reshape(-1)
 
 
 def all_features_by_loops(net, image, regions):
