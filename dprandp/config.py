@@ -62,7 +62,9 @@ class ProbeConfig:
     """Expected batch; None is full batch (sampling rate 1)."""
     lr: float | None = None
     momentum: float = 0.9
-    clip_norm: float = 1.0
+    clip_norm: float = 0.5
+    """C. A gradient here is (p − y) xᵀ with x of unit norm, so about .95 long at first and shorter once an example is
+    fitted. A bound that only the first ones reach pays noise for a length that they soon no longer have."""
     views: int = 1
     released: str = "average"
     """What is released: the 'average' of the second half of the iterates, the 'ema', or the 'last' one."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where the probe's defaults come from: learning rate, steps, dimensions and whitening floor, on Fashion-MNIST.
+"""Where the probe's defaults come from: clip norm, rate, steps, dimensions and whitening floor, on Fashion-MNIST.
 
     python scripts/choose_defaults.py --out runs/defaults --data-dir data
 
@@ -32,12 +32,13 @@ from dprandp.vision.whitening import Whitener
 DATA = "fashion-mnist"
 FIT, HELD_OUT = 10_000, 4_000
 DELTA = 1e-5
-DEFAULT = {"lr_factor": 1.0, "steps": 120, "dims": 1024, "floor": 0.1}
+DEFAULT = {"clip_norm": 0.5, "lr_factor": 1.0, "steps": 120, "dims": 1024, "floor": 0.1}
 TARGETS = [(1_400, 1.0), (5_000, 1.0), (5_000, 8.0), (50_000, 1.0), (50_000, 8.0)]
 """(N, ε): small and large data, little and much noise."""
 
 VARIATIONS = [
     *({**DEFAULT, "lr_factor": lr, "steps": steps} for lr, steps in itertools.product((0.5, 1, 2), (60, 120))),
+    *({**DEFAULT, "clip_norm": clip, "lr_factor": lr} for clip, lr in itertools.product((1, 0.25, 0.1), (0.5, 1, 2))),
     *({**DEFAULT, "dims": dims} for dims in (128, 512)),
     *({**DEFAULT, "floor": floor} for floor in (0.03, 0.3, 1.0)),
 ]
@@ -74,10 +75,11 @@ def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
     for setting, (examples, epsilon) in wanted:
         count = min(FIT, examples)
         mu = equivalent_mu(epsilon, DELTA)
-        rule = HeadSettings(setting["lr_factor"] * lr_at(mu, examples), momentum=0.9, released="average")
+        lr = setting["lr_factor"] * lr_at(mu, examples, setting["steps"], setting["clip_norm"])
+        rule = HeadSettings(lr, momentum=0.9, released="average")
         seen = whitener.cut(features, setting["dims"])
         head = simulate(
-            seen[:count], labels[:count], 10, setting["steps"], 1.0, mu, examples, rule,
+            seen[:count], labels[:count], 10, setting["steps"], setting["clip_norm"], mu, examples, rule,
             torch.Generator().manual_seed(0),
         )  # fmt: skip
         right = (seen[FIT:] @ head).argmax(dim=1) == labels[FIT:]
@@ -102,8 +104,8 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
 
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent."""
-    print("| lr factor | steps | dims | floor | " + " | ".join(f"N = {n:,}, ε = {e:g}" for n, e in TARGETS) + " |")
-    print("|---" * (4 + len(TARGETS)) + "|")
+    print("| C | lr factor | steps | dims | floor | " + " | ".join(f"N = {n:,}, ε = {e:g}" for n, e in TARGETS) + " |")
+    print("|---" * (5 + len(TARGETS)) + "|")
     for setting in VARIATIONS:
         cells = []
         for target in TARGETS:

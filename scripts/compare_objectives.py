@@ -18,7 +18,6 @@ whitened together.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -26,26 +25,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import DELTA
-from experiment import add_row, dprandp, has_row, read, spread
+from compare_priors import EPSILONS, held_out_accuracy, rows_of
+from experiment import add_row, dprandp, spread
 
 from dprandp import toml
 from dprandp.cli import session
-from dprandp.config import build, resolve
+from dprandp.config import ProbeConfig, build, resolve
 from dprandp.datasets import open_dataset
-from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.signals import graceful_stop
 from dprandp.stages import pretrain_wrn
-from dprandp.stages.head import HeadSettings, default_lr
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import synthetic_views
-from dprandp.stages.tune_public import simulate
 from dprandp.vision import whitening
 from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.images import as_declared, to_input
 from dprandp.vision.whitening import Part
 
-EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 TIMED_STEPS = 6
 
 OBJECTIVES: dict[str, dict] = {
@@ -82,6 +77,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", type=float, default=600.0, help="of all cores together, for the training")
     parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
     parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
+    parser.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of runs and results.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -95,10 +91,11 @@ def main() -> None:
             for process in args.processes:
                 for objective in args.objectives:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
-                            "budget": args.cpu_seconds, "objective": objective, "seed": seed}  # fmt: skip
-                    if not has_row(log, cell):
+                            "budget": args.cpu_seconds, "objective": objective, "seed": seed,
+                            "clip_norm": args.clip_norm}  # fmt: skip
+                    if not any(cell.items() <= row.items() for row in rows_of(log)):
                         measure(args, cell, log)
-    print_table(read(log))
+    print_table(rows_of(log))
 
 
 def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
@@ -174,28 +171,19 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
         else:
             whitener = whitening.fit(chosen, probe.dims, probe.whitening_floor, parts, views=probe.statistics_views)
             features = whitener(real[:, own])
-        found[name] = {f"{e:g}": fitted(args, cell, spec, features, labels, e) for e in EPSILONS}
+        found[name] = {f"{e:g}": held_out_accuracy(cell, spec, features, labels, e) for e in EPSILONS}
     return found
-
-
-def fitted(args: argparse.Namespace, cell: dict, spec, features, labels, epsilon: float) -> float:
-    """Held-out accuracy of a head fitted under the noise of one ε."""
-    mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
-    rule = HeadSettings(default_lr(epsilon, DELTA, spec.train_examples), momentum=0.9, released="average")
-    generator = torch.Generator().manual_seed(cell["seed"])
-    fit, classes = args.fit, len(spec.classes)
-    head = simulate(features[:fit], labels[:fit], classes, 120, 1.0, mu, spec.train_examples, rule, generator)
-    return float(((features[fit:] @ head).argmax(dim=1) == labels[fit:]).float().mean())
 
 
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds."""
-    head = ["data", "fitted to", "process", "network", "CPU s", "objective", "features",
+    head = ["data", "fitted to", "process", "network", "CPU s", "objective", "C", "features",
             *(f"ε = {e:g}" for e in EPSILONS), "views", "k-NN", "linear", "rank", "seeds"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["data"], f"{row['fit']:,}", row["process"], row["arch"], f"{row['budget']:g}", row["objective"])
+        key = (row["data"], f"{row['fit']:,}", row["process"], row["arch"], f"{row['budget']:g}", row["objective"],
+               f"{row['clip_norm']:g}")  # fmt: skip
         cells.setdefault(key, []).append(row)
     for key, chosen in cells.items():
         public = [f"{statistics.mean(row['views'] for row in chosen):,.0f}"]

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 from experiment import add_row, dprandp, read, spread
+from torch import Tensor
 
 from dprandp import toml
 from dprandp.cli import session
 from dprandp.config import ProbeConfig
-from dprandp.datasets import open_dataset
+from dprandp.datasets import DataSpec, open_dataset
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.stages.head import HeadSettings, default_lr
 from dprandp.stages.pretrain import load_extractor
@@ -38,6 +39,7 @@ from dprandp.vision.extractors import extract
 from dprandp.vision.images import to_input
 
 DELTA = 1e-5
+STEPS = 120
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -77,6 +79,7 @@ def main() -> None:
                         help="; ".join(VARIANTS), metavar="NAME", choices=VARIANTS)  # fmt: skip
     parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
     parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
+    parser.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and results.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -90,22 +93,23 @@ def main() -> None:
             for process in args.processes:
                 kept: dict[str, Side] = {}
                 for variant in args.variants:
-                    cell = {"data": args.data, "fit": args.fit, "process": process, "variant": variant, "seed": seed}
+                    cell = {"data": args.data, "fit": args.fit, "process": process, "variant": variant, "seed": seed,
+                            "clip_norm": args.clip_norm}  # fmt: skip
                     if not any(cell.items() <= row.items() for row in rows_of(log)):
                         measure(args, cell, log, kept)
     print_table(rows_of(log))
 
 
 def rows_of(log: Path) -> list[dict]:
-    """All finished rows; the first ones do not say how many images heads were fitted to."""
-    return [{"fit": 10_000, **row} for row in read(log)]
+    """All finished rows; the first ones do not say how many images heads were fitted to, and at which clip norm."""
+    return [{"fit": 10_000, "clip_norm": 1.0, **row} for row in read(log)]
 
 
 @dataclass(frozen=True)
 class Side:
     """An extractor's whitened features of the images, and the seconds that learning it took, and all of it."""
 
-    features: torch.Tensor
+    features: Tensor
     pretraining_seconds: float
     seconds: float
 
@@ -127,17 +131,28 @@ def measure(args: argparse.Namespace, cell: dict, log: Path, kept: dict[str, Sid
             kept[key] = made_side(args, run, cell, settings, changes.get("probe", {}))
         sides.append(kept[key])
     features = torch.cat([side.features for side in sides], dim=1) / math.sqrt(len(sides))
-    accuracy, fit = {}, args.fit
-    for epsilon in EPSILONS:
-        mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
-        rule = HeadSettings(default_lr(epsilon, DELTA, spec.train_examples), momentum=0.9, released="average")
-        generator = torch.Generator().manual_seed(cell["seed"])
-        classes, examples = len(spec.classes), spec.train_examples
-        head = simulate(features[:fit], labels[:fit], classes, 120, 1.0, mu, examples, rule, generator)
-        right = (features[fit:] @ head).argmax(dim=1) == labels[fit:]
-        accuracy[f"{epsilon:g}"] = float(right.float().mean())
+    accuracy = {f"{epsilon:g}": held_out_accuracy(cell, spec, features, labels, epsilon) for epsilon in EPSILONS}
     seconds = {key: round(sum(getattr(side, key) for side in sides), 1) for key in ("pretraining_seconds", "seconds")}
     add_row(log, {**cell, "accuracy": accuracy, "dims": features.shape[1], **seconds})
+
+
+def held_out_accuracy(cell: dict, spec: DataSpec, features: Tensor, labels: Tensor, epsilon: float) -> float:
+    """Of a head fitted to the first images of a cell, under the noise of one ε.
+
+    Args:
+        cell: its facts fit, clip_norm and seed count here.
+        spec: of the data; as many images as its training split has are stood for.
+        features: float32 [n, d], unit norm. labels: int64 [n]. All of them after the first ``fit`` are held out.
+        epsilon: inf for no noise.
+    """
+    fit, clip_norm, examples = cell["fit"], cell["clip_norm"], spec.train_examples
+    mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
+    rule = HeadSettings(default_lr(epsilon, DELTA, examples, STEPS, clip_norm), momentum=0.9, released="average")
+    head = simulate(
+        features[:fit], labels[:fit], len(spec.classes), STEPS, clip_norm, mu, examples, rule,
+        torch.Generator().manual_seed(cell["seed"]),
+    )  # fmt: skip
+    return float(((features[fit:] @ head).argmax(dim=1) == labels[fit:]).float().mean())
 
 
 def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, probe: dict) -> Side:
@@ -163,11 +178,12 @@ def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, p
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds; a line per cell."""
     columns = " | ".join(f"ε = {e:g}" for e in EPSILONS)
-    print(f"| data | fitted to | process | extractor | {columns} | dims | s | seeds |")
-    print("|---" * (7 + len(EPSILONS)) + "|")
+    print(f"| data | fitted to | C | process | extractor | {columns} | dims | s | seeds |")
+    print("|---" * (8 + len(EPSILONS)) + "|")
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["data"], f"{row['fit']:,}", row["process"], row["variant"]), []).append(row)
+        facts = (row["data"], f"{row['fit']:,}", f"{row['clip_norm']:g}", row["process"], row["variant"])
+        cells.setdefault(facts, []).append(row)
     for key, chosen in cells.items():
         columns = [spread([100 * row["accuracy"][f"{epsilon:g}"] for row in chosen]) for epsilon in EPSILONS]
         seconds = statistics.mean(row["seconds"] for row in chosen)

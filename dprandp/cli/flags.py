@@ -99,8 +99,8 @@ Share = Annotated[
 ]  # fmt: skip
 Clip = Annotated[
     float | None,
-    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 1.",
-                 rich_help_panel=PRIVACY),
+    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 0.5 for the probe, 1 "
+                 "for the fine-tune.", rich_help_panel=PRIVACY),
 ]  # fmt: skip
 Clipping = Annotated[
     str | None,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dprandp import checkpoint, faults
-from dprandp.config import FinetuneConfig, as_dict
+from dprandp.config import FinetuneConfig, ProbeConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import refuse_cross_example_layers
@@ -54,7 +54,7 @@ from dprandp.vision.images import to_input
 
 STAGE = "finetune"
 MODEL = "model"
-REFIT = {"sample_rate": 1.0, "clip_norm": 1.0}
+REFIT = {"sample_rate": 1.0, "clip_norm": ProbeConfig.clip_norm}
 """The mechanism of the refit, but for its steps and noise."""
 
 
@@ -313,11 +313,11 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
     folder.mkdir(exist_ok=True)
     further = stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
-    lr = default_lr(further.epsilon_alone, further.plan.delta, further.plan.examples, steps)
+    plan = further.plan
+    lr = default_lr(further.epsilon_alone, plan.delta, plan.examples, steps, plan.clip_norm)
     settings = HeadSettings(lr, momentum=0.9, released="average")
     head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
     model.head.data.copy_(head)
-    plan = further.plan
     return {
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,

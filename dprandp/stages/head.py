@@ -79,18 +79,19 @@ def released_head(state: State, settings: HeadSettings) -> Tensor:
     return state["average"] if averaged else state["head"]
 
 
-def default_lr(epsilon: float, delta: float, examples: int, steps: int = LR_STEPS) -> float:
+def default_lr(epsilon: float, delta: float, examples: int, steps: int, clip_norm: float) -> float:
     """Learning rate from public numbers: proportional to μN, what N examples (or units) say above the noise.
 
     With momentum .9 and unit-norm features a rate of 10 at ε = 1 and N = 50,000 (μ = .268) and 60 at ε = 8 (μ = 1.67)
-    serve; both lie on one line through zero. Without noise the rate is capped.
+    serve where C = 1; both lie on one line through zero. Without noise the rate is capped. It is as much higher as the
+    clip norm is lower: sums of clipped gradients, and their noise, are as long as that.
     """
-    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples, steps)
+    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples, steps, clip_norm)
 
 
-def lr_at(mu: float, examples: int, steps: int = LR_STEPS) -> float:
+def lr_at(mu: float, examples: int, steps: int, clip_norm: float) -> float:
     """``default_lr`` of a budget that is μ-Gaussian; inf without noise."""
-    return min(LR_MAX, LR_PER_SIGNAL * mu * examples) * min(1.0, LR_STEPS / steps)
+    return min(LR_MAX, LR_PER_SIGNAL * mu * examples) * min(1.0, LR_STEPS / steps) / clip_norm
 
 
 def fit_head(

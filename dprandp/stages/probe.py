@@ -78,7 +78,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
     features, labels = private_features(
         stage, extractor, whitener, mirror=mirror, views=stage.plan.views, seed=config.seed
     )
-    lr = config.lr or default_lr(stage.epsilon_alone, stage.plan.delta, stage.plan.examples, config.steps)
+    plan = stage.plan
+    lr = config.lr or default_lr(stage.epsilon_alone, plan.delta, plan.examples, config.steps, plan.clip_norm)
     with graceful_stop() as stop:
         settings = HeadSettings(lr, config.momentum, config.released)
         head, updates = fit_head(stage, features, labels, torch.zeros_like(model.head), settings, begun.directory, stop)

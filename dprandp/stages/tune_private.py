@@ -70,11 +70,8 @@ def choose_privately(
 
     def one_trial(trial: Trial) -> None:
         setting = settings[trial.setting]
-        rule = HeadSettings(
-            setting.lr_factor * (config.lr or lr_at(plan.mu, round(trial.expected_fitted), config.steps)),
-            config.momentum,
-            config.released,
-        )
+        default = config.lr or lr_at(plan.mu, round(trial.expected_fitted), config.steps, plan.clip_norm)
+        rule = HeadSettings(setting.lr_factor * default, config.momentum, config.released)
         fitted, held_out = torch.from_numpy(trial.fitted), torch.from_numpy(trial.held_out)
         seen = whitener.cut(features, setting.dims)
         state = begin_head(torch.zeros(seen.shape[1], len(spec.classes)))
@@ -98,5 +95,5 @@ def choose_privately(
         "settings": [asdict(setting) for setting in settings],
         "private": stage.ledger.private,
     }
-    default = config.lr or lr_at(probe_mu, spec.train_examples, config.steps)
+    default = config.lr or lr_at(probe_mu, spec.train_examples, config.steps, config.clip_norm)
     return record, default * settings[best].lr_factor, settings[best]

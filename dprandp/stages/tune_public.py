@@ -55,7 +55,7 @@ def choose_publicly(
     epsilon = share_of(config)
     delta = config.delta or default_delta(spec.train_examples)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
-    default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps)
+    default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps, config.clip_norm)
     features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)
     settings = settings_for(config, whitener.axes)
     generator = torch.Generator().manual_seed(config.seed + SEED)

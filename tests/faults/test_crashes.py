@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import ledger_of, plans_of, write_blobs
 from victims import KILLED, RECORD, STEPS, Victim
 
+from dprandp.config import STAGE_CONFIGS
 from dprandp.privacy.accounting import compose
 
 
@@ -108,7 +109,7 @@ def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], 
     assert made.command(fault="update-applied:3").code == KILLED
     before, used = made.paid(), made.used()
     refused(made.command("--steps", 17), 2, "steps was", "--resume", "--overwrite")
-    refused(made.command("--clip", 2), 2, "clip_norm was 1.0, is now 2.0")
+    refused(made.command("--clip", 2), 2, f"clip_norm was {STAGE_CONFIGS[stage].clip_norm}, is now 2.0")
     refused(made.command("--eps", 5), 5, "fixed at ε = 4")
     original = Path(made.work.data.removeprefix("npz:"))
     kept = original.read_bytes()

@@ -41,8 +41,9 @@ OLD_ROWS = {
 ASKED = {
     "compare_systems": ("digits", "--systems", "probe", "--epsilons", "1"),
     "continual_finding": ("digits", "--ways", "from scratch"),
-    "compare_priors": ("--data", "digits", "--processes", "dead-leaves", "--variants", "one layer"),
-    "compare_objectives": ("--data", "digits", "--processes", "dead-leaves", "--objectives", "patches, adamw"),
+    "compare_priors": ("--data", "digits", "--processes", "dead-leaves", "--variants", "one layer", "--clip-norm", "1"),
+    "compare_objectives": ("--data", "digits", "--processes", "dead-leaves", "--objectives", "patches, adamw",
+                           "--clip-norm", "1"),
     "results_table": ("digits", "--extractors", "learned", "--epsilons", "1"),
 }
 

@@ -135,8 +135,8 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
     features = torch.from_numpy(np.load(run / "private/features.npy"))
     labels = torch.from_numpy(datasets.open_dataset(data, run.parent).train().labels)
     simulated = tune_public.simulate(
-        features, labels, CLASSES, PROBE["steps"], 1.0, math.inf, TRAIN, HeadSettings(3.0, 0.9, "average"),
-        torch.Generator(),
+        features, labels, CLASSES, PROBE["steps"], config.ProbeConfig.clip_norm, math.inf, TRAIN,
+        HeadSettings(3.0, 0.9, "average"), torch.Generator(),
     )  # fmt: skip
     with context(run) as given:
         assert torch.allclose(simulated, probe.load_head(given, simulated), atol=1e-6)
