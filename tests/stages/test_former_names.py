@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import context, run_scratch
+from tiny_run import context, make_public, run_probe, run_scratch
 
 from dprandp import checkpoint, config, priors
 from dprandp.errors import CheckpointError, UsageError
@@ -101,3 +102,18 @@ def test_a_patchnet_of_before_regions_overlapped_keeps_its_quadrants(public_run,
     quadrants = build_extractor(found)
     load_weights(quadrants, made.tensors)
     assert torch.equal(extractor.extract(images), quadrants.extract(images))
+
+
+def test_a_released_patchnet_of_before_regions_overlapped_answers_as_before(tmp_path, data):
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    answers = {}
+    for regions in ("quadrants", "overlapping"):
+        run = tmp_path / regions
+        make_public(run, regions=regions)
+        run_probe(run, data, epsilon=math.inf)
+        before = load_model(run / "model").probabilities(images)
+        config_of = json.loads((run / "model/config.json").read_text(encoding="utf-8"))
+        assert config_of["extractor"].pop("regions") == regions
+        (run / "model/config.json").write_text(json.dumps(config_of), encoding="utf-8")
+        answers[regions] = bool((load_model(run / "model").probabilities(images) == before).all())
+    assert answers == {"quadrants": True, "overlapping": False}  # only the first could have been written so
