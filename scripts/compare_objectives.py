@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import EPSILONS, held_out_accuracy, rows_of
-from experiment import add_row, dprandp, spread
+from compare_priors import EPSILONS, UNSAID, held_out_accuracy
+from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp import toml
 from dprandp.cli import session
@@ -93,9 +93,9 @@ def main() -> None:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
                             "budget": args.cpu_seconds, "objective": objective, "seed": seed,
                             "clip_norm": args.clip_norm}  # fmt: skip
-                    if not any(cell.items() <= row.items() for row in rows_of(log)):
+                    if not has_row(log, cell, UNSAID):
                         measure(args, cell, log)
-    print_table(rows_of(log))
+    print_table(read(log, UNSAID))
 
 
 def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:

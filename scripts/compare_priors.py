@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from experiment import add_row, dprandp, read, spread
+from experiment import add_row, dprandp, has_row, read, spread
 from torch import Tensor
 
 from dprandp import toml
@@ -40,6 +40,8 @@ from dprandp.vision.images import to_input
 
 DELTA = 1e-5
 STEPS = 120
+UNSAID = {"fit": 10_000, "clip_norm": 1.0}
+"""How many images heads were fitted to, and at which clip norm, where a row does not say it."""
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -95,14 +97,9 @@ def main() -> None:
                 for variant in args.variants:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "variant": variant, "seed": seed,
                             "clip_norm": args.clip_norm}  # fmt: skip
-                    if not any(cell.items() <= row.items() for row in rows_of(log)):
+                    if not has_row(log, cell, UNSAID):
                         measure(args, cell, log, kept)
-    print_table(rows_of(log))
-
-
-def rows_of(log: Path) -> list[dict]:
-    """All finished rows; the first ones do not say how many images heads were fitted to, and at which clip norm."""
-    return [{"fit": 10_000, "clip_norm": 1.0, **row} for row in read(log)]
+    print_table(read(log, UNSAID))
 
 
 @dataclass(frozen=True)
