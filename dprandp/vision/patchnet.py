@@ -181,11 +181,13 @@ class PatchExtractor:
             return self.features(self.normalise(images))
         out = torch.zeros(len(images), sum(layer.feature_dim for layer in self.chain))
         columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
-        in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]))
+        if len(images):
+            parts = min(torch.get_num_threads(), len(images))  # none without an image
+            in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]), parts)
         return out
 
     def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
-        """Bring ``out`` [b, feature_dim] from zero to the features of ``images`` uint8 [b, C, H, W]."""
+        """Bring ``out`` [b, feature_dim] from zero to the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
         widths = [layer.feature_dim for layer in self.chain]
         with torch.no_grad():
             for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):

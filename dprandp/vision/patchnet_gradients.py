@@ -54,7 +54,7 @@ def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> d
         labels.repeat_interleave(count), model.head.shape[1]
     )
     residual /= count  # the mean over the views
-    gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.view(examples, count, -1) for x in (unit, residual)))}
+    gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.unflatten(0, (examples, count)) for x in (unit, residual)))}
     towards = (residual @ model.head.t()).chunk(len(units), dim=1)
     layers = patch_layers(model.extractor)
     towards_pooled = []

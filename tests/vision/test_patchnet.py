@@ -279,3 +279,21 @@ def test_closed_form_gradients_treat_each_example_alone(made):
         assert (before[name][1] - after[name][1]).abs().max() > 0
         for other in (0, 2, 3):
             torch.testing.assert_close(before[name][other], after[name][other], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
+def test_fewer_images_than_threads_give_the_same_rows(monkeypatch, layers, count):
+    """A Poisson batch leaves one image over, and `predict` has one: no thread may ask for what is not there."""
+    net = PatchNet(10) if layers == 1 else build_extractor(PretrainConfig(filters=10, layers=2, second_filters=7))
+    for parameter in net.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    images = random_images(count)
+    alone = torch.cat([torch.zeros(0, net.feature_dim), *(net.extract(one[None]) for one in images)])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    torch.testing.assert_close(net.extract(images), alone)
+    classifier = Classifier(net, whitening.Whitener(net.feature_dim, 4, net.parts), 3)
+    labels = torch.zeros(count, dtype=torch.int64)
+    gradients = per_example_gradients(classifier, images[:, None], labels)
+    assert {len(rows) for rows in gradients.values()} == {count}
