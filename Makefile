@@ -43,10 +43,10 @@ demo: finetune report  ## all of it on real handwritten digits, with a report at
 	@echo "report: $(RUN)/report.html"
 
 test: $(READY)  ## the fast tests, under six minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from .continual_config import ContinueConfig
 from .continual_config import validate as validate_continue
 from .errors import UsageError, nearest
 from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, FinetuneOptions, validate_options
-from .pretrain_config import PretrainConfig
+from .pretrain_config import PRECISIONS, PretrainConfig
 from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
 
@@ -84,6 +84,8 @@ class ProbeConfig:
     noise: str = "gaussian"
     tuned_on: str | None = None
     """What these settings were tuned on elsewhere, in the user's words: stored and shown, nothing else."""
+    precision: str = "auto"
+    """As for ``pretrain``; of the features."""
     seed: int = 0
 
 
@@ -118,6 +120,8 @@ class FinetuneConfig(FinetuneOptions):
     classes: int | None = None
     unit_column: str | None = None
     noise: str = "gaussian"
+    precision: str = "auto"
+    """As for ``pretrain``."""
     seed: int = 0
 
 
@@ -312,6 +316,7 @@ def validate(stage: str, config: StageConfig) -> None:
         "noise": ("gaussian", "discrete"),
         "clipping": ("norm", "automatic", "rescaled"),
         "size": SIZES,
+        "precision": PRECISIONS,
         **OPTION_CHOICES,
     }
     for key, known in choices.items():

@@ -55,6 +55,8 @@ class ContinueConfig:
     classes: int | None = None
     unit_column: str | None = None
     noise: str = "gaussian"
+    precision: str = "auto"
+    """As for ``pretrain``."""
     seed: int = 0
 
 

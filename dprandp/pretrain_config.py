@@ -14,6 +14,9 @@ from dprandp.errors import UsageError, nearest
 OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
 """See ``vision/objectives.py``."""
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""See ``vision/precision.py``."""
+
 OPTIMIZERS = ("sgd", "adamw", "muon")
 """See ``vision/public_optimizers.py``."""
 
@@ -31,6 +34,9 @@ class PretrainConfig:
     """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
     prior: str | None = None
     """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
+    precision: str = "auto"
+    """What the network's products are computed in; 'auto' is decided by architecture and device when the stage begins,
+    and recorded. A patchnet has no choice: float32."""
     # patchnet
     filters: int = 400
     patch_size: int = 6
@@ -103,7 +109,8 @@ _WRN = _FLY | {
 def unused(config: PretrainConfig) -> set[str]:
     """Settings that have no say in what a configuration describes; they are not recorded."""
     if config.arch == "patchnet":
-        return _WRN | set(_FURTHER_LAYERS[config.layers - 1 :]) | ({"layers"} if config.layers == 1 else set())
+        layers = set(_FURTHER_LAYERS[config.layers - 1 :]) | ({"layers"} if config.layers == 1 else set())
+        return {"precision"} | _WRN | layers
     return (
         _PATCHNET
         | (_FLY if config.images == "disk" else set())
@@ -122,6 +129,11 @@ def check(config: PretrainConfig) -> None:
     for key, known in CHOICES.items():
         if values[key] not in known:
             raise UsageError(f"[pretrain] {key} = {values[key]!r} is unknown", fix=nearest(values[key], known))
+    if config.arch == "patchnet" and config.precision == "bfloat16":
+        raise UsageError(
+            "[pretrain] precision = 'bfloat16', and a patchnet computes in float32",
+            fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
+        )
     if config.objective == "instances" and config.images == "fly":
         raise UsageError(
             "the objective 'instances' tells images apart that stay, and images made on the fly do not",

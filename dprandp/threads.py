@@ -20,18 +20,27 @@ Result = TypeVar("Result")
 def in_parts(work: Callable[[int, int], Result], parts: int | None = None) -> list[Result]:
     """Call ``work(part, parts)`` for every part at once; results in the order of the parts.
 
+    Gradient mode and CPU autocast are those of the caller in every part. torch keeps both per thread: without this, a
+    part that happens to stay in the calling thread would compute in another precision than the others.
+
     Args:
-        work: does part number ``part`` of ``parts``; torch uses one thread inside. Gradient mode is the thread's own:
-            switch it off inside where it has to be off.
+        work: does part number ``part`` of ``parts``; torch uses one thread inside.
         parts: how many; by default the number of threads torch is set to.
     """
     threads = torch.get_num_threads()
     parts = parts or threads
     if parts == 1:
         return [work(0, 1)]
+    gradients = torch.is_grad_enabled()
+    low, kind = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def alike(part: int) -> Result:
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=kind, enabled=low):
+            return work(part, parts)
+
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(parts) as pool:
-            return [job.result() for job in [pool.submit(work, part, parts) for part in range(parts)]]
+            return [job.result() for job in [pool.submit(alike, part) for part in range(parts)]]
     finally:
         torch.set_num_threads(threads)

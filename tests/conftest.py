@@ -28,6 +28,13 @@ def seeded_torch():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["1", "0"], ids=["bfloat16-unit", "no-bfloat16-unit"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pretend either kind of processor; a command started with this environment pretends too."""
+    monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", request.param)
+    return request.param
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     for name in COUNTED:
         sums: Counter[str] = Counter()

@@ -80,14 +80,14 @@ def agree(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float)
     """
     ours, theirs = ours.detach().double().flatten(), theirs.detach().double().flatten()
     if ours.shape != theirs.shape:
-        raise BenchmarkError(f"{name}: results of {len(ours)} and {len(theirs)} numbers", fix=_FIX)
+        raise BenchmarkError(f"{name}: results of {len(ours)} and {len(theirs)} numbers", fix=FIX)
     difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
     if not difference <= tolerance:
-        raise BenchmarkError(f"{name}: the two sides differ by {difference:.2g}, not at most {tolerance:g}", fix=_FIX)
+        raise BenchmarkError(f"{name}: the two sides differ by {difference:.2g}, not at most {tolerance:g}", fix=FIX)
     return difference
 
 
-_FIX = "the sides of a pair must compute the same numbers before their times mean anything: one of them is broken"
+FIX = "the sides of a pair must compute the same numbers before their times mean anything: one of them is broken"
 
 
 def _made(pair: Pair, case: Case, findings: Findings) -> dict[str, Work]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.benchmark.cases import PeerMissing
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import FLOAT32, autocast
 
 HOOKS, FUNCTORCH, GHOST = "Opacus hooks", "Opacus functorch", "Opacus ghost"
 MODES = (HOOKS, FUNCTORCH, GHOST)
@@ -54,6 +54,7 @@ class OpacusStep:
         mode: of ``MODES``.
         model: float inputs [B, ...] -> scores [B, classes]; trained in place.
         settings: of the step.
+        precision: 'float32' or 'bfloat16', what the model's products are computed in: that of the other side.
 
     Attributes:
         model: the wrapped module's own parameters, under its own names.
@@ -62,7 +63,7 @@ class OpacusStep:
         PeerMissing: Opacus is not installed.
     """
 
-    def __init__(self, mode: str, model: nn.Module, settings: DpSgd) -> None:
+    def __init__(self, mode: str, model: nn.Module, settings: DpSgd, precision: str = FLOAT32) -> None:
         try:
             from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
             from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -70,6 +71,7 @@ class OpacusStep:
         except ImportError as error:
             raise PeerMissing(f"Opacus cannot be imported ({error}); {HOW}") from error
         self.model, self._device = model, next(model.parameters()).device
+        model.precision = precision
         inner = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
         noise = {
             "noise_multiplier": settings.noise_multiplier,
@@ -101,7 +103,7 @@ class OpacusStep:
         for number, (inputs, labels) in enumerate(parts, 1):
             self._optimizer.signal_skip_step(do_skip=number < len(parts))
             self._optimizer.zero_grad(set_to_none=True)
-            with autocast(self._device):
+            with autocast(self.model, self._device):
                 scores = self._wrapped(inputs)
             self._criterion(scores.float(), labels).backward()
             if views > 1:

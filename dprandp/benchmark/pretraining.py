@@ -23,7 +23,7 @@ from dprandp.stages.fresh_images import FreshImages, supply_for
 from dprandp.stages.workers import worker_pool
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import AUTO, BFLOAT16, FLOAT32, autocast, decide
 
 PURE = "forward and backward alone"
 COMPILED = "the step compiled"
@@ -46,7 +46,10 @@ FLY_SIZES = {  # architecture, images of a step, hidden size of the head, images
 def case(scale: str) -> Case:
     """``ContrastiveTrainer.step`` against the pure rate, and compiled."""
     arch, batch, hidden, resolution = SIZES[scale]
-    config = PretrainConfig(arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000)
+    precision = decide(AUTO, arch, "cpu") if scale == "full" else FLOAT32
+    config = PretrainConfig(
+        arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000, precision=precision
+    )
 
     def trainer(compiled: bool = False) -> ContrastiveTrainer:
         network = build_extractor(config, torch.Generator().manual_seed(0))
@@ -59,7 +62,7 @@ def case(scale: str) -> Case:
         return made.network.normalise(views).to(memory_format=torch.channels_last)
 
     def embedding(made: ContrastiveTrainer, views: Tensor) -> Tensor:
-        with autocast(made.device):
+        with autocast(made.network, made.device):
             return made.head(made.network.trunk(views))
 
     def steps(made: ContrastiveTrainer) -> Callable[[], object]:
@@ -85,10 +88,10 @@ def case(scale: str) -> Case:
         return work
 
     def check() -> Mapping[str, float]:
-        made = trainer()
+        made, tolerance = trainer(), 2e-2 if precision == BFLOAT16 else 1e-4
         with torch.no_grad():
             embedded = torch.cat(made.embed(*made.draw(0)))
-            return {PURE: agree(PURE, embedded, embedding(made, ready(made)), 1e-4)}
+            return {PURE: agree(PURE, embedded, embedding(made, ready(made)), tolerance)}
 
     return Case(
         ours=Side(OURS, lambda: steps(trainer()), 2 * batch),
@@ -101,7 +104,7 @@ def case(scale: str) -> Case:
             *((Comparison(COMPILED, "× the time", cost=True),) if scale == "full" else ()),
         ),
         check=check,
-        sizes=f"{arch}, {2 * batch} views of {resolution} px images, head {hidden}",
+        sizes=f"{arch}, {2 * batch} views of {resolution} px images, head {hidden}, {precision}",
         unit="view",
     )
 

@@ -42,10 +42,10 @@ def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], Non
 
     Returns:
         machine, scale, rounds, figures, curves, left_out: plain values. ``regressions``: keys of the figures past their
-        bound, in quick runs.
+        bound, in quick runs. ``failed``: pair and reason where two sides disagree; the other pairs are measured.
 
     Raises:
-        UsageError: an unknown name, or a curve in a quick run. BenchmarkError: two sides disagree.
+        UsageError: an unknown name, or a curve in a quick run.
     """
     for name in only:
         if name not in names():
@@ -53,6 +53,7 @@ def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], Non
     if rounds < 1:
         raise UsageError(f"--rounds {rounds} is below 1", fix="give 1 or more")
     findings, quick = Findings(), scale == "quick"
+    failed: list[dict[str, str]] = []
 
     def add(found: Findings) -> None:
         findings.figures += found.figures
@@ -62,7 +63,11 @@ def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], Non
 
     for name, pair in PAIRS.items():
         if name in only if only else (not quick or name in QUICK):
-            add(pairs.measure(pair, scale, rounds, say, weigh=not quick))
+            try:
+                add(pairs.measure(pair, scale, rounds, say, weigh=not quick))
+            except BenchmarkError as error:
+                failed.append({"pair": name, "reason": error.problem})
+                say(f"bench: {name} FAILED: {error.problem}")
     if processes.NAME in only or not (only or quick):
         _refuse_quick(quick, processes.NAME)
         add(processes.measure(scale, rounds, say, processes.cores()))
@@ -78,16 +83,20 @@ def run(only: Collection[str], scale: str, rounds: int, say: Callable[[str], Non
         "figures": [figure.to_dict() for figure in figures],
         "curves": findings.curves,
         "left_out": [entry.to_dict() for entry in findings.left_out],
+        "failed": failed,
         "regressions": [figure.key for figure in bounds.regressions(figures)],
     }
 
 
 def raise_for(result: dict[str, Any]) -> None:
-    """End a quick run that regressed.
+    """End a run in which two sides disagree, or a quick run that regressed.
 
     Raises:
-        BenchmarkError: a ratio is past its bound.
+        BenchmarkError: two sides of a pair do not compute the same numbers, or a ratio is past its bound.
     """
+    if result["failed"]:
+        told = "; ".join(f"{each['pair']}: {each['reason']}" for each in result["failed"])
+        raise BenchmarkError(f"{len(result['failed'])} of the pairs cannot be compared ({told})", fix=pairs.FIX)
     if result["regressions"]:
         past = zip(result["regressions"], (row for row in result["figures"] if row["held"] is False), strict=True)
         told = "; ".join(f"{key}: {row['ratio']:.3g}, bound {row['bound']}" for key, row in past)

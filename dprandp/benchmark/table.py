@@ -17,6 +17,8 @@ def lines(result: dict[str, Any]) -> str:
     if result["figures"]:
         parts.append(_figures(result))
     parts += [_curve(curve) for curve in result["curves"]]
+    if result["failed"]:
+        parts.append("\n".join(f"FAILED: {each['pair']}: {each['reason']}" for each in result["failed"]))
     if result["left_out"]:
         parts.append("\n".join(f"LEFT OUT: {o['peer']} in {o['pair']}: {o['reason']}" for o in result["left_out"]))
     return "\n\n".join(parts)

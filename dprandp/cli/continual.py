@@ -102,6 +102,7 @@ def continue_extractor(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    precision: flags.Precision = None,
     microbatch: flags.Microbatch = "auto",
     run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
@@ -122,7 +123,7 @@ def continue_extractor(
         "public": public, "instances": instances, "data": data, "classes": classes, "unit_column": unit_column,
         "epsilon": eps, "delta": delta, "share": share, "noise": noise, "switch": switch, "mix": mix, "steps": steps,
         "batch_size": batch_size, "public_batch_size": public_batch_size, "lr": lr, "public_lr": public_lr,
-        "views": views, "seed": seed, "take": take,
+        "views": views, "seed": seed, "precision": precision, "take": take,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "continue", size, config, given)

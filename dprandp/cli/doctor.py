@@ -16,12 +16,13 @@ app = typer.Typer()
 def doctor(
     data_dir: flags.DataDir = Path("data"),
     run: flags.Run = DEFAULT_RUN,
+    device: flags.Device = "auto",
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Check this machine (libraries, threads, disk, data) and the run (hashes, ledger, lock, model); repairs nothing.
+    """Check this machine (libraries, arithmetic, disk, data) and the run (hashes, ledger, lock, model); repairs nothing.
 
-    Exit code: 0 without a failure, else that of the first one: 3 a library, 4 a corrupt file, 5 ε, 6 disk or lock.
+    Exit code: 0 without a failure, else that of the first one: 1 wrong arithmetic, 3 a library, 4 a corrupt file, 5 ε, 6 disk or lock.
 
     [dim]dprandp doctor[/dim]
     [dim]dprandp doctor --run runs/cifar --json[/dim]
@@ -29,7 +30,7 @@ def doctor(
     console = session.console(json=json, debug=debug)
     from dprandp.stages import doctor as examination
 
-    checks = examination.examine(run, data_dir)
+    checks = examination.examine(run, data_dir, device)
     result = examination.as_result(run, checks)
     console.result(result, examination.lines(checks))
     if result["exit_code"]:

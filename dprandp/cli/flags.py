@@ -32,6 +32,12 @@ Seed = Annotated[
     int | None, typer.Option(help="Public randomness only; never the noise. Default: 0.", rich_help_panel=TRAINING)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.", rich_help_panel=PERFORMANCE)]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Products of the network: float32, bfloat16, or auto: bfloat16 for a wrn or vit where the device "
+                 "multiplies it faster, else float32. Decided when the stage begins, and recorded. Default: auto.",
+                 rich_help_panel=PERFORMANCE, metavar="auto|float32|bfloat16"),
+]  # fmt: skip
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Keep the recorded settings; use the last good checkpoint.", rich_help_panel=OUTPUT),

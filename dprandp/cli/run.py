@@ -49,6 +49,7 @@ def run_all(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    precision: flags.Precision = None,
     workers: flags.Workers = None,
     microbatch: flags.Microbatch = "auto",
     run: flags.Run = DEFAULT_RUN,
@@ -98,7 +99,7 @@ def run_all(
         def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None):
             if stage in public:
                 return public[stage]
-            flags_of_stage = given[stage] | {"seed": seed}
+            flags_of_stage = given[stage] | {"seed": seed} | ({} if stage == "generate" else {"precision": precision})
             return session.resolve(rundir, stage, size, config, flags_of_stage, planned, fitting.get(stage))
 
         configs = _all_stages(resolve, rundir, resume)

@@ -78,6 +78,7 @@ def pretrain(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    precision: flags.Precision = None,
     workers: flags.PretrainWorkers = None,
     run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
@@ -98,7 +99,7 @@ def pretrain(
         "arch": arch, "layers": layers, "rotation": rotation, "steps": steps, "batch_size": batch_size, "lr": lr,
         "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
         "compiled": compiled, "colour": colour or session.colour_of(data),
-        "random_init": random_init, "seed": seed,
+        "random_init": random_init, "seed": seed, "precision": precision,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
         public: dict[str, StageConfig] = {}
@@ -138,6 +139,7 @@ def probe(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    precision: flags.Precision = None,
     run: flags.Run = DEFAULT_RUN,
     tuned_on: flags.TunedOn = None,
     plan: flags.Plan = False,
@@ -156,7 +158,7 @@ def probe(
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "data": data, "classes": classes, "epsilon": eps, "delta": delta, "share": share, "clip_norm": clip,
-        "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
+        "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed, "precision": precision,
         "unit_column": unit_column, "noise": noise, "tuned_on": tuned_on,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
@@ -215,6 +217,7 @@ def finetune(
     config: flags.Config = None,
     seed: flags.Seed = None,
     device: flags.Device = "auto",
+    precision: flags.Precision = None,
     microbatch: flags.Microbatch = "auto",
     run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
@@ -234,7 +237,7 @@ def finetune(
     given = {
         "source": source, "arch": arch, "data": data, "classes": classes, "epsilon": eps, "delta": delta,
         "clip_norm": clip, "steps": steps, "batch_size": batch_size, "lr": lr, "views": views, "seed": seed,
-        "unit_column": unit_column, "noise": noise, "clipping": clipping,
+        "unit_column": unit_column, "noise": noise, "clipping": clipping, "precision": precision,
         "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
         "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
         "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,

@@ -143,6 +143,7 @@ def disclosure(
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
+        ("Arithmetic", f"network computed in {result.get('precision', 'float32')}; sums and noise in float64"),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuned, and on what", _tuned(result, changed)),
         ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),

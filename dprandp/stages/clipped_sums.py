@@ -27,7 +27,6 @@ from dprandp.vision.classifier import Classifier
 from dprandp.vision.mixself import with_mixtures
 from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
-from dprandp.vision.precision import autocast
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.wrn_gradients import WrnGradients, has_layer_gradients
 
@@ -326,9 +325,8 @@ def loss_function(model: Classifier, scale: float, device: torch.device) -> Call
 
     def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
         parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
-        with autocast(device):
-            scores = functional_call(model, parameters, (model.extractor.normalise(views),))
-        return functional.cross_entropy(scores.float(), label.expand(len(views)))
+        scores = functional_call(model, parameters, (model.extractor.normalise(views),))
+        return functional.cross_entropy(scores, label.expand(len(views)))
 
     return loss
 

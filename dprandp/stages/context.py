@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dprandp.console import Console
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.ranks import ALONE, Ranks
 from dprandp.rundir import RunDir
+from dprandp.vision.precision import AUTO, decide
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ def prepare_device(name: str) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
         )
     return device
+
+
+def with_precision(stage: str, config: StageConfig, context: Context, arch: str) -> StageConfig:
+    """A stage's configuration with its precision decided: as given, else as recorded, else by architecture and device.
+
+    A stage that was begun keeps its precision on another machine, so its numbers are of one kind.
+
+    Raises:
+        UsageError: see ``precision.decide``.
+    """
+    asked = config.precision
+    if asked == AUTO and not context.overwrite:
+        row = next(row for row in context.rundir.status() if row["stage"] == stage)
+        asked = (row["config"] or {}).get("precision", AUTO)
+    return replace(config, precision=decide(asked, arch, context.device.type))
 
 
 def recorded(stage: str, values: dict[str, Any]) -> StageConfig:

@@ -24,7 +24,7 @@ from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release, switching, taken
-from dprandp.stages.context import Context, recorded
+from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE, Outcome, train
 from dprandp.stages.pretrain import STAGE as PRETRAIN
 from dprandp.stages.pretrain import load_extractor
@@ -56,6 +56,8 @@ def run(config: ContinueConfig, context: Context) -> dict:
     if config.take is not None:
         return taken.run(config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
+    context.rundir.require(PRETRAIN, STAGE)
+    config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
     config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     stage = open_stage(config, context)
     private = config.mix != "public"
@@ -71,7 +73,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
         return context.rundir.result(STAGE)
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(context, PRETRAIN)
+    extractor, built_from = load_extractor(context, PRETRAIN, config.precision)
     model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
     refuse_cross_example_layers(model)
     training = Training(config, model, task)
@@ -80,6 +82,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     result: dict[str, Any] = {
         "stage": STAGE,
         "arch": built_from.arch,
+        "precision": config.precision,
         "public_training": _public_training(config, training, outcome),
     }
     if private:

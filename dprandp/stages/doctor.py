@@ -51,13 +51,16 @@ class Check:
     code: int = 0
 
 
-def examine(run: Path, data_dir: Path) -> list[Check]:
+def examine(run: Path, data_dir: Path, device: str = "auto") -> list[Check]:
     """All checks. The run directory need not exist.
 
     Args:
-        run: the run directory. data_dir: the data root.
+        run: the run directory. data_dir: the data root. device: as ``--device``; the one that computes.
+
+    Raises:
+        UsageError: there is no such device.
     """
-    checks = [*_environment(), *_disk(run), *_data(data_dir)]
+    checks = [*_environment(), *_arithmetic(device), *_disk(run), *_data(data_dir)]
     if not run.exists():
         return [*checks, Check("run", OK, f"{run} does not exist yet")]
     if not (run / "run.json").exists():
@@ -66,7 +69,7 @@ def examine(run: Path, data_dir: Path) -> list[Check]:
 
 
 def exit_code(checks: list[Check]) -> int:
-    """0 without a failure; else that of the first one (3 library missing, 4 file corrupt, 6 disk or lock)."""
+    """0 without a failure; else that of the first (1 arithmetic, 3 library missing, 4 file corrupt, 6 disk or lock)."""
     return next((check.code for check in checks if check.state == FAIL), 0)
 
 
@@ -118,6 +121,21 @@ def _environment() -> Iterator[Check]:
         yield Check("torchvision", FAIL, why, ENVIRONMENT_CODE)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     yield Check("accelerator", OK, torch.cuda.get_device_name(0) if count else "none: --device auto is the CPU")
+
+
+def _arithmetic(device: str) -> Iterator[Check]:
+    """One forward pass and one private step, compared with stored numbers."""
+    from dprandp.stages.context import prepare_device
+    from dprandp.stages.self_check import compare
+
+    chosen = prepare_device(device)
+    apart, where, said = compare(chosen)
+    found = f"forward pass and private step on {chosen} ({said})"
+    if apart <= 1:
+        yield Check("arithmetic", OK, f"{found}: as stored")
+    else:
+        why = f"{found}: {where} is {apart:.2g} times its tolerance from what it should be"
+        yield Check("arithmetic", FAIL, f"{why}; do not train here: reinstall torch, or use another --device", 1)
 
 
 def cores() -> int:

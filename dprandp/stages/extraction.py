@@ -15,6 +15,7 @@ from dprandp.config import as_dict, build
 from dprandp.ranks import Ranks
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract
+from dprandp.vision.precision import precision_of
 from dprandp.vision.whitening import PooledOnly, Whitener
 
 MODEL, FEATURES = "model", "features"
@@ -34,6 +35,7 @@ def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes:
         "extractor": as_dict(extractor.built_from),
         "whitener": axes,
         "classes": classes,
+        "precision": precision_of(extractor),
         "device": next(extractor.parameters()).device.type,
     }
     tensors = {f"extractor.{name}": value for name, value in extractor.state_dict().items()}
@@ -44,6 +46,7 @@ def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes:
 def told_model(facts: dict, tensors: dict[str, Tensor], device: torch.device) -> Classifier:
     """The model that ``tell_model`` described, on this rank's device."""
     extractor = build_extractor(build("pretrain", facts["extractor"]))
+    extractor.precision = facts["precision"]
     width, axes = extractor.feature_dim, facts["whitener"]
     whitener = PooledOnly(width) if axes is None else Whitener(width, axes, extractor.parts)
     model = Classifier(extractor, whitener, facts["classes"])

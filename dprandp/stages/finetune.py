@@ -34,7 +34,7 @@ from dprandp.signals import Stop, graceful_stop
 from dprandp.stages import masks as masking
 from dprandp.stages import probe, release, scratch
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
-from dprandp.stages.context import Context, recorded
+from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.extraction import tell_model
 from dprandp.stages.features import private_features
 from dprandp.stages.frozen_blocks import FrozenBlocks, choose_blocks
@@ -71,6 +71,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     """
     alone = scratch.without_phase_one(config)
     stage = open_stage(config, context)
+    config = with_precision(STAGE, config, context, choices(config, context)[0])
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
@@ -88,7 +89,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     started = time.perf_counter()
     start = _start_alone(config, stage) if alone else None  # refuses a file before anything is paid
     stage.fix_plan()
-    model, mirror = (start, False) if start is not None else _probed_model(context, stage)
+    model, mirror = (start, False) if start is not None else _probed_model(config, context, stage)
     model = model.to(context.device)
     refuse_cross_example_layers(model)
     lr = config.lr or recipe.lr
@@ -110,6 +111,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
+        "precision": config.precision,
         **_tuning(config, stage),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -178,8 +180,8 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
 
-def _probed_model(context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
-    extractor, _ = load_extractor(context)
+def _probed_model(config: FinetuneConfig, context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
+    extractor, _ = load_extractor(context, precision=config.precision)
     model = Classifier(extractor, probe.load_whitener(context, extractor), len(stage.spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]

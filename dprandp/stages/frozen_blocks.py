@@ -137,7 +137,7 @@ class FrozenPrefix:
 
     def _forward(self, images: Tensor) -> Tensor:
         extractor = self.model.extractor
-        with autocast(images.device):
+        with autocast(extractor, images.device):
             out = extractor.normalise(images)
             for _, unit in extractor.units()[: self.first]:
                 out = unit(out)

@@ -26,13 +26,14 @@ from dprandp import checkpoint
 from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.signals import graceful_stop
-from dprandp.stages.context import Context, recorded
+from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.generate import load_images
 from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn, refuse
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.extractors import build_extractor, load_weights, refuse_unlearnable
 from dprandp.vision.images import colour_mode, random_crops
+from dprandp.vision.precision import AUTO, decide, precision_of
 from dprandp.vision.public_evaluation import MEASURES, evaluate
 
 STAGE, CONTINUE = "pretrain", "continue"
@@ -56,6 +57,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
+    config = with_precision(STAGE, config, context, config.arch)
     refuse(config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
@@ -93,6 +95,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "random_init": config.random_init,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "feature_dim": network.feature_dim,
+        "precision": precision_of(network),
         "steps": steps,
         "views_per_second": views_per_second,
         "loss": loss,
@@ -112,10 +115,13 @@ def require_extractor(context: Context, needed_by: str) -> None:
         context.rundir.require(CONTINUE, needed_by)
 
 
-def load_extractor(context: Context, made_by: str | None = None) -> tuple[nn.Module, PretrainConfig]:
+def load_extractor(
+    context: Context, made_by: str | None = None, precision: str = AUTO
+) -> tuple[nn.Module, PretrainConfig]:
     """The run's finished extractor on the context's device, and the configuration that laid it out.
 
     Args:
+        precision: what it is to compute in; what it was pretrained in has no say.
         made_by: 'pretrain' or 'continue'; None for the one that later stages take, the continued one if there is one.
 
     Raises:
@@ -126,6 +132,7 @@ def load_extractor(context: Context, made_by: str | None = None) -> tuple[nn.Mod
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
+    network.precision = decide(precision, config.arch, context.device.type)
     return network.to(context.device).eval(), config
 
 

@@ -22,7 +22,7 @@ from dprandp.datasets import DataSpec
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
 from dprandp.stages import release
-from dprandp.stages.context import Context, recorded
+from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.features import private_features
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor
@@ -48,6 +48,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
     """
     require_extractor(context, STAGE)
+    config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
     for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
         refuse_gaps(earlier, context.rundir.result(earlier))
     stage = open_private_stage(STAGE, config, context)
@@ -67,7 +68,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     spec = stage.spec
 
     # ------------------------------------------------------------------------------------- public: extractor, whitener
-    extractor, _ = load_extractor(context)
+    extractor, _ = load_extractor(context, precision=config.precision)
     if warning := colour_warning(extractor.built_from.colour, spec):
         context.console.warn(warning)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
@@ -95,6 +96,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "momentum": config.momentum,
         "released": config.released,
         "mirror": mirror,
+        "precision": config.precision,
         "tuned": tuning_of(
             context.rundir, stage.ledger, stage.plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
         ),

@@ -98,10 +98,10 @@ class Training:
         prefix = "extractor."
         own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
         extractor = self.model.extractor
-        with autocast(self.device):
+        with autocast(extractor, self.device):
             features = functional_call(extractor, own, (extractor.normalise(images),))
-            scores = self.model.whitener(features) @ parameters[self.public_head]
-        return functional.cross_entropy(scores.float(), labels, reduction="none")
+        scores = self.model.whitener(features.float()) @ parameters[self.public_head]
+        return functional.cross_entropy(scores, labels, reduction="none")
 
     def public_gradient(self, step: int) -> dict[str, Tensor]:
         """The mean gradient of a batch of public views, drawn by (seed, step)."""

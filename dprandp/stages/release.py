@@ -19,6 +19,7 @@ from dprandp.stages.private import PrivateStage
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
+from dprandp.vision.precision import precision_of
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``; a test holds it."""
@@ -80,6 +81,7 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
         "format": MODEL_FORMAT,
         "arch": arch,
         "extractor": extractor,
+        "precision": precision_of(model.extractor),
         "classes": result["classes"],
         "input": {"size": INPUT_SIZE, "mirror": result["mirror"], "shape": list(stage.spec.image_shape)},
         "result": result,

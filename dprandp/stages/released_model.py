@@ -24,6 +24,7 @@ from dprandp.tensorfile import check_tensors, tensors_from_bytes
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.images import INPUT_SIZE, to_input
+from dprandp.vision.precision import BFLOAT16, FLOAT32
 from dprandp.vision.whitening import PooledOnly, Whitener
 
 MAX_CONFIG_BYTES = 64 * 2**20
@@ -120,6 +121,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and config["input"]["size"] == INPUT_SIZE
             and type(config["input"]["mirror"]) is bool
             and isinstance(config["extractor"], dict)
+            and config["precision"] in (FLOAT32, BFLOAT16)
             and len(shape) == 3
             and all(type(side) is int and 1 <= side <= 10_000 for side in shape)
             and shape[2] in (1, 3)
@@ -150,6 +152,7 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
 
     def build() -> Classifier:
         extractor = build_extractor(configuration.build_recorded("pretrain", config["extractor"]))
+        extractor.precision = config["precision"]
         width = extractor.feature_dim
         whitener = PooledOnly(width)
         if projection is not None:

@@ -49,7 +49,14 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
     order = {} if config.layer_order is None else {"layer_order": config.layer_order}
     if config.arch == NF_RESNET and (order or config.padding):
         raise UsageError(f"{NF_RESNET} has one layer order and padding", fix="leave --layer-order and --padding out")
-    return PretrainConfig(arch=config.arch, seed=config.seed, padding=config.padding, pooling=config.pooling, **order)
+    return PretrainConfig(
+        arch=config.arch,
+        seed=config.seed,
+        padding=config.padding,
+        pooling=config.pooling,
+        precision=config.precision,
+        **order,
+    )
 
 
 def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:

@@ -17,6 +17,7 @@ from dprandp.stages.pretrain import synthetic_crops
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
 from dprandp.vision.images import as_declared
+from dprandp.vision.precision import precision_of
 from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
@@ -91,8 +92,9 @@ def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
 
 
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
-    """Let a digest depend on a module: on its weights and their names, and on the configuration it is built from."""
+    """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
     digest.update(repr(getattr(module, "built_from", None)).encode())  # regions and rotation are no weights
+    digest.update(precision_of(module).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

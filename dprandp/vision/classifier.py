@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.vision.extractors import extract
+from dprandp.vision.precision import autocast
 from dprandp.vision.whitening import Whitener
 
 
@@ -34,9 +35,11 @@ class Classifier(nn.Module):
             images: float [B, 3, 32, 32].
 
         Returns:
-            [B, classes].
+            [B, classes]; features in the extractor's precision, the rest in the head's.
         """
-        return self.whitener(self.extractor.features(images)) @ self.head
+        with autocast(self.extractor, images.device):
+            features = self.extractor.features(images)
+        return self.whitener(features.to(self.head.dtype)) @ self.head
 
     def predict(self, images: Tensor, *, mirror: bool, on_batch=lambda count: None) -> Tensor:
         """Scores of uint8 images, without gradients.

@@ -114,7 +114,7 @@ class ContrastiveTrainer:
         """Embeddings [b, outputs] of the two views of some images, with a gradient."""
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
-        with autocast(self.device):
+        with autocast(self.network, self.device):
             x, y = self._embedded(views).chunk(2)
         return x, y
 

@@ -6,6 +6,7 @@ An extractor is an ``nn.Module`` with
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
 * ``parts``: ``whitening.Part``s, which of the features are whitened together;
 * ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
+* ``precision``: 'float32' or 'bfloat16', what its products are computed in (``precision.py``);
 * ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given, from which its like can be built.
 
 To add one: write its module, give it a name here, and say in ``stages/pretrain.py`` how it learns from images.
@@ -23,7 +24,7 @@ from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.nf_resnet import NFResNet50
 from dprandp.vision.patchnet import PatchLayer, PatchNet
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import AUTO, FLOAT32, autocast
 from dprandp.vision.response_layer import DeepPatchNet, ResponseLayer, positions_above
 from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
@@ -38,7 +39,7 @@ EARLIER_GRIDS = ("4+16", "1+9")
 
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
-    """An untrained extractor.
+    """An untrained extractor, which computes in ``config.precision``; in float32 where that is not decided yet.
 
     Args:
         config: ``arch`` and the fields of that architecture.
@@ -49,6 +50,7 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
     """
     network = _build(config, generator)
     network.built_from = config
+    network.precision = FLOAT32 if config.precision == AUTO else config.precision
     return network
 
 
@@ -186,7 +188,7 @@ def extract(
     out: Tensor | None = None
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
-        with autocast(device):
+        with autocast(extractor, device):
             features = compute(batch)
             if mirror:
                 features = (features + compute(batch.flip(-1))) / 2

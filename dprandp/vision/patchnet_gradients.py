@@ -84,7 +84,7 @@ def _of_examples(
     filled: list[tuple[PatchLayer, Tensor, Tensor]],
 ) -> None:
     """Fill the rows ``members`` of the layers' gradients of weights and biases."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         count = views.shape[1]
         for example in members:
             turned = extractor.turned(extractor.normalise(views[example]))

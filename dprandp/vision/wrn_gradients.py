@@ -124,7 +124,7 @@ class WrnGradients:
         together = (not self._threaded or count <= FEW_VIEWS) if self._together is None else self._together
         self._tape.place = Place(records, first, together)
         with torch.set_grad_enabled(bool(self._layers)):
-            with autocast(views.device):
+            with autocast(model.extractor, views.device):
                 features = self._features(views.flatten(0, 1))
             unit = model.whitener(features)  # float32 again: the last layers are a norm and a mean
         x = unit.detach()

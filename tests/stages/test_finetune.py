@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,13 +37,6 @@ Record = Callable[[Path], Recorder]
 Patch = pytest.MonkeyPatch
 CPU = torch.device("cpu")
 CLIP = 0.05
-
-
-@pytest.fixture
-def exact(monkeypatch: Patch) -> None:
-    """float32 everywhere: no bfloat16 where the processor has it."""
-    monkeypatch.setattr(clipped_sums, "autocast", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(extractors, "autocast", lambda device: contextlib.nullcontext())
 
 
 def model_of(arch: str) -> Classifier:
@@ -90,7 +82,7 @@ def norm_of(sums: Mapping[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1"])
-def test_6_the_clipped_sum_is_the_same_for_every_microbatch(exact: None, arch: str) -> None:
+def test_6_the_clipped_sum_is_the_same_for_every_microbatch(arch: str) -> None:
     views, labels = views_of(7)
     sums = []
     for microbatch in (None, 1, 3, 16):
@@ -120,7 +112,7 @@ def test_6_closed_form_and_automatic_gradients_agree(exact: None) -> None:
 
 
 @pytest.mark.parametrize("precise", [False, True])
-def test_6_sums_layer_by_layer_and_automatic_ones_agree(exact: None, monkeypatch: Patch, precise: bool) -> None:
+def test_6_sums_layer_by_layer_and_automatic_ones_agree(monkeypatch: Patch, precise: bool) -> None:
     """A WideResNet's clipped sums with units of several images and with masks, whatever makes the gradients."""
     made, parameters = blobs(3), scaled_parameters(model_of("wrn-10-1"), 0.3)
     images, labels = to_input(made["x_train"][:6]), torch.from_numpy(made["y_train"][:6])
@@ -146,7 +138,7 @@ def test_6_sums_layer_by_layer_and_automatic_ones_agree(exact: None, monkeypatch
 
 
 def test_6_the_whole_stage_with_another_microbatch(
-    copy: Copy, probed_run: Path, data: str, exact: None, monkeypatch: Patch
+    copy: Copy, probed_run: Path, data: str, monkeypatch: Patch
 ) -> None:
     """Same batches and noise (a seed, for once): the released parameters agree."""
     released = []
@@ -166,7 +158,7 @@ def test_6_the_whole_stage_with_another_microbatch(
 @pytest.mark.parametrize(
     ("arch", "closed_form"), [("patchnet", False), ("patchnet", True), ("deep", True), ("wrn-10-1", False)]
 )
-def test_8_no_gradient_moves_when_another_example_does(exact: None, arch: str, closed_form: bool) -> None:
+def test_8_no_gradient_moves_when_another_example_does(arch: str, closed_form: bool) -> None:
     views, labels = views_of(5)
     model = model_of(arch)
     loss = clipped_sums.loss_function(model, 1.0, CPU)
@@ -278,7 +270,7 @@ def test_7_one_record_less_moves_nothing_but_the_sum(
 
 
 @pytest.mark.parametrize("automatic", [False, True])
-def test_4_a_record_weighs_what_its_kind_of_clip_says(exact: None, automatic: bool) -> None:
+def test_4_a_record_weighs_what_its_kind_of_clip_says(automatic: bool) -> None:
     """The oracle: the gradient of one record by autograd, and its length scaled by hand."""
     (views, labels), model = views_of(1), model_of("patchnet")
     parameters = scaled_parameters(model, 0.3)

@@ -127,7 +127,6 @@ def test_16_a_unit_is_never_cut() -> None:
 
 @pytest.mark.parametrize("arch", ["patchnet", pytest.param("wrn-10-1", marks=pytest.mark.slow)])
 def test_16_the_clipped_sum_of_several_ranks_is_that_of_one_by_hand(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipped_sums, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     records = np.array([3, 77, 119])
     oracle = by_hand(arch, records)
     for size in (1, 2, 5):  # with 5 ranks, two shares are empty
@@ -312,7 +311,6 @@ LATER = pytest.param(2, 12, 3, 5e-3, marks=pytest.mark.slow)  # later steps enla
 def test_16_contrastive_steps_equal_those_of_one_process(
     size: int, count: int, steps: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contrastive, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     random = np.random.default_rng(0)
     pictures = torch.from_numpy(random.integers(0, 255, (count, 3, 32, 32)).astype(np.uint8))
     config = replace(TINY, steps=steps)  # of two images, one of three ranks has none
@@ -327,7 +325,6 @@ def test_16_contrastive_steps_equal_those_of_one_process(
 @pytest.mark.parametrize("name", ["instances", pytest.param("vicreg", marks=pytest.mark.slow), "patches"])
 def test_16_other_objectives_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels and targets go with the images, whichever rank has them; the objective's own weights stay equal."""
-    monkeypatch.setattr(contrastive, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(objectives, "TEACHER_FILTERS", 10)
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (5, 3, 32, 32)).astype(np.uint8))
     config = replace(TINY, steps=2, objective=name, batch_size=6, optimizer="muon" if name == "instances" else "sgd")
@@ -344,7 +341,6 @@ def test_16_other_objectives_too(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_16_without_the_others_embeddings_the_loss_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: ranks that compare their own images alone, and average, do not equal one process."""
-    monkeypatch.setattr(contrastive, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8))
     config = replace(TINY, steps=1)
     alone = trained(None, pictures, config)

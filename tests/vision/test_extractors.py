@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torch.nn import functional
 from dprandp.config import PretrainConfig
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.privacy.clipping import per_example_gradients
-from dprandp.vision import extractors, precision
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.whitening import PooledOnly, Whitener
@@ -31,11 +28,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def full_precision(monkeypatch):
-    monkeypatch.setattr(extractors, "autocast", lambda device: nullcontext())
 
 
 def network(arch, seed=0, **options):
@@ -107,7 +99,7 @@ def test_two_layers_need_a_larger_image():
 
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_extract_equals_features_one_by_one(arch, mirror, full_precision):
+def test_extract_equals_features_one_by_one(arch, mirror):
     net, batch = network(arch), images(7)
     expected = features_one_by_one(net, batch, mirror)
     got = extract(net, batch, mirror=mirror, batch_size=3)
@@ -136,7 +128,7 @@ def test_mirror_averaging_forgets_the_side(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_batch_size_changes_nothing(arch, full_precision):
+def test_the_batch_size_changes_nothing(arch):
     net, batch = network(arch), images(9)
     reference = extract(net, batch, mirror=True, batch_size=9)
     for batch_size in (1, 2, 4, 256):
@@ -146,7 +138,7 @@ def test_the_batch_size_changes_nothing(arch, full_precision):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_extract_treats_each_image_alone(arch, full_precision):
+def test_extract_treats_each_image_alone(arch):
     net, batch = network(arch), images(6)
     changed = batch.clone()
     changed[3] = 255 - changed[3]
@@ -155,7 +147,7 @@ def test_extract_treats_each_image_alone(arch, full_precision):
     assert moved[[0, 1, 2, 4, 5]].max() == 0
 
 
-def test_after_and_progress_are_called_batch_by_batch(full_precision):
+def test_after_and_progress_are_called_batch_by_batch():
     net, batch, counts = network("patchnet"), images(7), []
 
     def after(features):
@@ -176,18 +168,6 @@ def test_no_images_give_no_rows_of_the_right_width():
 def test_images_of_another_size_are_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match=r"\(3, 28, 28\), expected \(3, 32, 32\)"):
         extract(network("patchnet"), images(2)[:, :, :28, :28], mirror=False)
-
-
-def test_bfloat16_is_used_only_where_the_processor_says_so(monkeypatch, tmp_path):
-    flags = tmp_path / "cpuinfo"
-    monkeypatch.setattr(precision, "Path", lambda name: flags)
-    asked = precision.has_fast_bfloat16.__wrapped__  # without the cache
-    for words, answer in [("avx512f amx_bf16 x", True), ("avx512_bf16", True), ("avx512f", False)]:
-        flags.write_text(f"flags : {words}", encoding="utf-8")
-        assert asked("cpu") is answer
-    flags.unlink()
-    assert asked("cpu") is False
-    assert asked("mps") is False
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -241,7 +221,7 @@ def classifier(arch, whiten=True, classes=4, **options):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_scores_are_whitened_features_times_the_head(arch, full_precision):
+def test_scores_are_whitened_features_times_the_head(arch):
     model, batch = classifier(arch), images(4)
     centred, start, parts = features_one_by_one(model.extractor, batch, True) - model.whitener.mean, 0, []
     for width, share in model.extractor.parts:

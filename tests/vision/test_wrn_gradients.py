@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp.vision import record_layers, wrn_gradients
+from dprandp.vision import record_layers
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.whitening import Whitener
 from dprandp.vision.wrn import LAYER_ORDERS, WideResNet
@@ -19,12 +18,6 @@ from dprandp.vision.wrn_gradients import WrnGradients, has_layer_gradients
 
 CLASSES = 4
 PATHS = ["together", "by patches", "by the library"]
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 everywhere: no bfloat16 where the processor has it."""
-    monkeypatch.setattr(wrn_gradients, "autocast", lambda device: contextlib.nullcontext())
 
 
 def model_of(
@@ -185,7 +178,7 @@ def test_an_infinite_record_spoils_no_other(path: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("path", PATHS)
 def test_bfloat16_is_near_and_gives_float32(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (images, labels) = model_of(), records(2, 2)
-    monkeypatch.setattr(wrn_gradients, "autocast", lambda device: torch.autocast(device.type, torch.bfloat16))
+    model.extractor.precision = "bfloat16"
     found = gradients_by(path, model, monkeypatch).of(images, labels)
     assert all(value.dtype == torch.float32 for value in found.values())
     distance = apart(found, by_loop(model, images, labels)).max()

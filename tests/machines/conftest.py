@@ -1,0 +1,49 @@
+"""The tests of machines use the tiny run of tests/stages and the commands of tests/cli."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for folder in ("cli", "stages", "faults"):
+    path = str(Path(__file__).parents[1] / folder)
+    if path not in sys.path:
+        sys.path.append(path)
+
+from cli_process import Dprandp, arrays  # noqa: E402
+
+SETTINGS = """
+[generate]
+process = "dead-leaves"
+count = 60
+resolution = 32
+
+[pretrain]
+filters = 16
+dictionary_patches = 2000
+dictionary_iterations = 2
+
+[probe]
+dims = 16
+statistics_images = 40
+statistics_views = 2
+steps = 4
+
+[finetune]
+steps = 2
+"""
+
+
+@pytest.fixture(scope="session")
+def dprandp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dprandp]:
+    """Commands in a folder that holds small.toml and tiny.npz."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "small.toml").write_text(SETTINGS)
+    np.savez(folder / "tiny.npz", **arrays())
+    server = Dprandp(tmp_path_factory.mktemp("output"), folder)
+    yield server
+    server.close()

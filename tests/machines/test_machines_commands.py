@@ -1,0 +1,73 @@
+"""Commands as they are started, on either kind of processor: the bare chain, one image, several ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_process import Dprandp
+from PIL import Image
+from rank_jobs import ranks_of
+
+TINY = ["--config", "small.toml"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_whole_chain_and_one_image(dprandp: Dprandp, tmp_path: Path, processor: str, threads: int) -> None:
+    """Every stage, then the prediction of a single image, which no other thread can take part in."""
+    run = tmp_path / "run"
+    Image.fromarray(np.full((12, 12), 200, np.uint8)).save(tmp_path / "one.png")
+    before = f"import torch; torch.set_num_threads({threads})"
+    for stage in ("generate", "pretrain", "probe", "finetune"):
+        flags = ["--data", "npz:tiny.npz", "--eps", 2] if stage == "probe" else []
+        done = dprandp(stage, "--run", run, *TINY, "--json", *flags, before=before, DPRANDP_PRETEND_BFLOAT16=processor)
+        assert done.code == 0, done.err
+    assert done.json["precision"] == "float32"
+    done = dprandp("predict", tmp_path / "one.png", "--run", run, "--json", before=before, DPRANDP_PRETEND_BFLOAT16=processor)
+    assert done.code == 0, done.err
+    assert "bug in dprandp" not in done.err
+
+
+def test_ranks(dprandp: Dprandp, tmp_path: Path, processor: str) -> None:
+    """Each rank has one thread, as torchrun sets it."""
+    run = tmp_path / "run"
+    for stage in ("generate", "pretrain"):
+        assert dprandp(stage, "--run", run, *TINY).code == 0
+    flags = ["--run", run, *TINY, "--data", "npz:tiny.npz", "--eps", 2, "--json"]
+    jobs = ranks_of(dprandp, 2, "probe", *flags, DPRANDP_PRETEND_BFLOAT16=processor)
+    assert [done.code for done in jobs] == [0, 0], [done.err for done in jobs]
+    assert json.loads(jobs[0].out)["precision"] == "float32"
+
+
+def test_precision_is_an_option_and_recorded(dprandp: Dprandp, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert dprandp("generate", "--run", run, *TINY).code == 0
+    done = dprandp("pretrain", "--run", run, "--precision", "bfloat16", "--json")
+    assert done.code == 2
+    assert "a patchnet computes in float32" in " ".join(done.err.split())
+    wide = ["--arch", "wrn-10-1", "--random-init", "--precision", "bfloat16"]
+    done = dprandp("pretrain", "--run", run, *wide, "--json")
+    assert done.code == 0, done.err
+    assert done.json["precision"] == "bfloat16"
+    recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["pretrain"]["config"]
+    assert recorded["precision"] == "bfloat16"
+
+
+def test_a_pretended_processor_must_be_said_plainly(dprandp: Dprandp, tmp_path: Path) -> None:
+    done = dprandp("doctor", "--run", tmp_path / "run", DPRANDP_PRETEND_BFLOAT16="perhaps")
+    assert done.code == 2
+    assert "neither 0 nor 1" in done.err
+
+
+def test_the_doctor_computes(dprandp: Dprandp, tmp_path: Path, processor: str) -> None:
+    done = dprandp("doctor", "--run", tmp_path / "run", "--json", DPRANDP_PRETEND_BFLOAT16=processor)
+    check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
+    assert check["state"] == "ok", check
+    wrong = "from dprandp.stages import self_check; self_check.NOISE_MULTIPLIER = 0.5"
+    done = dprandp("doctor", "--run", tmp_path / "run", "--json", before=wrong)
+    assert done.code == 1
+    check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
+    assert check["state"] == "fail"
+    assert "noisy update" in check["found"]

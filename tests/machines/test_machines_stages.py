@@ -1,0 +1,147 @@
+"""Stages on either kind of processor, with one thread and with several, and a last batch of one image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import CONTINUE, make_public, read_json, run_continue, run_finetune, run_probe, run_scratch, write_blobs
+
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.stages.extraction import BATCH
+from dprandp.stages.released_model import load_model
+
+ODD = BATCH + 1
+WIDE = {"arch": "wrn-10-1", "random_init": True}
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def odd_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Training images of which the last batch of an extraction has one."""
+    return write_blobs(tmp_path_factory.mktemp("odd") / "odd.npz", train=ODD, test=ODD)
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_blobs(tmp_path_factory.mktemp("small") / "small.npz", train=90, test=30)
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("patches") / "run"
+    make_public(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WRN that a processor without a bfloat16 unit has made."""
+    path = tmp_path_factory.mktemp("wide") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPRANDP_PRETEND_BFLOAT16", "0")
+        make_public(path, **WIDE)
+    return path
+
+
+def config_of(run: Path, stage: str) -> dict:
+    return read_json(run / "run.json")["stages"][stage]["config"]
+
+
+def features_of(run: Path) -> np.ndarray:
+    return np.array(np.load(run / "private" / "features.npy"))
+
+
+def test_a_patchnet_is_the_same_on_every_machine(
+    patches: Path, odd_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pretraining to prediction; features to the bit for a number of threads, to rounding for any."""
+    found = {}
+    for unit, threads in (("1", 1), ("0", 1), ("1", 2), ("1", 3)):
+        monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", unit)
+        torch.set_num_threads(threads)
+        run = Path(shutil.copytree(patches, tmp_path / f"run-{unit}-{threads}"))
+        result = run_probe(run, odd_data)
+        assert result["precision"] == config_of(run, "probe")["precision"] == "float32"
+        found[unit, threads] = features_of(run)
+        tuned = run_finetune(run, odd_data, steps=2, refit_steps=2)
+        assert tuned["precision"] == "float32"
+        probabilities = load_model(run / "model").probabilities(np.zeros((1, 16, 16, 3), np.uint8))
+        assert probabilities.isfinite().all()
+    np.testing.assert_array_equal(found["1", 1], found["0", 1])
+    for threads in (2, 3):
+        np.testing.assert_allclose(found["1", threads], found["1", 1], atol=1e-5)
+
+
+def test_a_network_computes_as_recorded(wide: Path, small_data: str, tmp_path: Path, processor: str) -> None:
+    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    decided = "bfloat16" if processor == "1" else "float32"
+    assert config_of(run, "pretrain")["precision"] == "float32"
+    assert run_probe(run, small_data)["precision"] == config_of(run, "probe")["precision"] == decided
+    assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == decided
+    model = load_model(run / "model")
+    assert model.network.extractor.precision == model.config["precision"] == decided
+    card = (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"computed in {decided}" in card
+
+
+def test_a_finished_stage_stays_finished_on_another_machine(
+    wide: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was decided stands; another precision is another setting, and refused by name."""
+    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "1")
+    first = run_probe(run, small_data)
+    monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "0")
+    assert run_probe(run, small_data) == first
+    with pytest.raises(UsageError, match="precision"):
+        run_probe(run, small_data, precision="float32")
+    again = run_probe(run, small_data, {"overwrite": True})
+    assert again["precision"] == "float32"
+
+
+def test_features_of_another_precision_are_not_taken_for_these(
+    wide: Path, small_data: str, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    run_probe(run, small_data, precision="float32")
+    single = features_of(run)
+    run_probe(run, small_data, {"overwrite": True}, precision="bfloat16")
+    difference = np.linalg.norm(features_of(run) - single) / np.linalg.norm(single)
+    assert 1e-4 < difference < 0.2
+
+
+def test_from_scratch_and_continued(wide: Path, small_data: str, tmp_path: Path, processor: str) -> None:
+    decided = "bfloat16" if processor == "1" else "float32"
+    assert run_scratch(tmp_path / "scratch", small_data, steps=1, batch_size=6)["precision"] == decided
+    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    short = {**CONTINUE, "steps": 2, "switch": "1", "batch_size": 6}
+    assert run_continue(run, small_data, **short)["precision"] == decided
+
+
+def test_a_patchnet_is_never_asked_for_bfloat16(patches: Path, small_data: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(patches, tmp_path / "run"))
+    with pytest.raises(UsageError, match="a patchnet computes in float32"):
+        run_probe(run, small_data, precision="bfloat16")
+    assert not (run / "privacy" / "ledger.jsonl").exists()
+
+
+def test_a_model_says_its_precision(patches: Path, small_data: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(patches, tmp_path / "run"))
+    run_probe(run, small_data)
+    path = run / "model" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for wrong in ("float16", None, 32):
+        path.write_text(json.dumps(config | {"precision": wrong}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="no description of a model"):
+            load_model(run / "model")

@@ -1,0 +1,220 @@
+"""Promise 27: the precision is decided in one place and is the same for every image, thread and rank."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from dprandp.config import PretrainConfig, build
+from dprandp.errors import UsageError
+from dprandp.stages import extraction, self_check
+from dprandp.threads import in_parts
+from dprandp.vision import precision
+from dprandp.vision.classifier import Classifier
+from dprandp.vision.extractors import build_extractor, extract
+from dprandp.vision.patchnet_gradients import per_example_gradients
+from dprandp.vision.precision import BFLOAT16, FLOAT32, autocast, decide, has_fast_bfloat16
+from dprandp.vision.whitening import Whitener
+from dprandp.vision.wrn_gradients import WrnGradients
+
+NETWORKS = {
+    "patchnet": {"filters": 8},
+    "two layers": {"filters": 8, "layers": 2, "second_filters": 6},
+    "wrn": {"arch": "wrn-10-1"},
+    "vit": {"arch": "vit-1-16-16"},
+}
+CASES = [
+    ("patchnet", FLOAT32), ("two layers", FLOAT32), ("wrn", FLOAT32), ("wrn", BFLOAT16), ("vit", FLOAT32),
+    ("vit", BFLOAT16),
+]  # fmt: skip
+NEAR = {FLOAT32: 1e-4, BFLOAT16: 2e-2}
+COUNTS = (0, 1, 2, 257)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["surrounded by autocast", "alone"])
+def surroundings(request: pytest.FixtureRequest) -> contextlib.AbstractContextManager:
+    """What a caller's own autocast must not change."""
+    surrounded = request.param == "surrounded by autocast"
+    return torch.autocast("cpu", dtype=torch.bfloat16) if surrounded else contextlib.nullcontext()
+
+
+def network(name: str, kind: str = FLOAT32) -> torch.nn.Module:
+    net = build_extractor(PretrainConfig(**NETWORKS[name], precision=kind), torch.Generator().manual_seed(0))
+    return net.eval()
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+
+
+def classifier(name: str, kind: str) -> Classifier:
+    net = network(name, kind)
+    model = Classifier(net, Whitener(net.feature_dim, 6, net.parts), 3)
+    generator = torch.Generator().manual_seed(1)
+    model.whitener.projection.normal_(generator=generator)
+    model.head.data.normal_(generator=generator)
+    return model
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+# ------------------------------------------------------------------------------------------------------- the decision
+
+
+def test_the_decision(processor: str) -> None:
+    fast = BFLOAT16 if processor == "1" else FLOAT32
+    assert decide("auto", "wrn-16-4", "cpu") == decide("auto", "vit-4-64-4", "cpu") == fast
+    for asked in (FLOAT32, BFLOAT16):
+        assert decide(asked, "wrn-16-4", "cpu") == asked
+    assert decide("auto", "patchnet", "cpu") == decide(FLOAT32, "patchnet", "cpu") == FLOAT32
+    with pytest.raises(UsageError, match="a patchnet computes in float32"):
+        decide(BFLOAT16, "patchnet", "cpu")
+
+
+def test_flags_of_the_processor_decide(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(precision.PRETEND, raising=False)
+    asked, flags = precision._cpu_lists_bfloat16.__wrapped__, tmp_path / "cpuinfo"
+    for words, answer in [("avx512f amx_bf16 x", True), ("avx512_bf16", True), ("avx512f", False)]:
+        flags.write_text(f"flags : {words}", encoding="utf-8")
+        assert asked(flags) is answer
+    flags.unlink()
+    assert asked(flags) is False
+    assert has_fast_bfloat16("mps") is False
+    monkeypatch.setenv(precision.PRETEND, "yes")
+    with pytest.raises(UsageError, match="neither 0 nor 1"):
+        has_fast_bfloat16("cpu")
+
+
+def test_a_patchnet_in_bfloat16_is_refused_with_its_configuration() -> None:
+    with pytest.raises(UsageError, match="a patchnet computes in float32"):
+        build("pretrain", {"precision": BFLOAT16})
+    with pytest.raises(UsageError, match="is unknown"):
+        build("probe", {"precision": "float16"})
+    assert build("pretrain", {"arch": "wrn-10-1", "precision": BFLOAT16}).precision == BFLOAT16
+
+
+# ------------------------------------------------------------------------------- any threads, images and surroundings
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_features_are_of_one_kind(name: str, kind: str, surroundings, processor: str) -> None:
+    """However many threads and images, and whatever autocast surrounds the call; the processor has no say any more."""
+    net, all_images = network(name, kind), images(COUNTS[-1])
+    torch.set_num_threads(1)
+    reference = extract(net, all_images, mirror=False)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for count in COUNTS:
+            with surroundings:
+                found = extract(net, all_images[:count], mirror=False)
+            assert found.dtype == torch.float32
+            assert found.shape == (count, net.feature_dim)
+            assert count == 0 or apart(found, reference[:count]) < NEAR[kind] / 10
+
+
+@pytest.mark.parametrize("name", ["wrn", "vit"])
+def test_bfloat16_is_another_kind(name: str) -> None:
+    """The control: what is asked for is what is computed, and the comparison above would see a mixture."""
+    single, double = (extract(network(name, kind), images(4), mirror=False) for kind in (FLOAT32, BFLOAT16))
+    assert NEAR[FLOAT32] < apart(double, single) < 0.05
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] != "vit"])
+def test_gradients_are_of_one_kind(name: str, kind: str, threads: int, surroundings) -> None:
+    model, labels = classifier(name, kind), torch.tensor([0, 1, 2])
+    views = images(6).view(3, 2, 3, 32, 32)
+
+    def gradients() -> torch.Tensor:
+        found = WrnGradients(model).of(views, labels) if name == "wrn" else per_example_gradients(model, views, labels)
+        return torch.cat([found[key].flatten(1) for key in sorted(found)], dim=1)
+
+    torch.set_num_threads(1)
+    reference = gradients().clone()
+    torch.set_num_threads(threads)
+    with surroundings:
+        found = gradients()
+    assert found.dtype == torch.float32
+    assert apart(found, reference) < NEAR[kind] / 10
+
+
+def test_scores_and_their_gradients_are_of_one_kind(surroundings) -> None:
+    """Head and whitening stay in float32, also where the features are not."""
+    for name, kind in CASES:
+        model = classifier(name, kind)
+        pixels = model.extractor.normalise(images(3))
+        alone = model(pixels)
+        with surroundings:
+            found = model(pixels)
+        assert found.dtype == torch.float32
+        assert apart(found, alone) < 1e-6
+        with autocast(model.extractor, torch.device("cpu")):
+            features = model.extractor.features(pixels)
+        assert apart(found, model.whitener(features.float()) @ model.head) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_every_part_computes_as_its_caller_does(parts: int) -> None:
+    """Torch keeps autocast and gradient mode per thread; a part in the calling thread and one elsewhere must agree."""
+    matrix = torch.eye(4)
+
+    def work(part: int, parts: int) -> tuple[torch.dtype, bool]:
+        return (matrix @ matrix).dtype, torch.is_grad_enabled()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert in_parts(work, parts) == [(torch.bfloat16, False)] * parts
+    with torch.enable_grad():
+        assert in_parts(work, parts) == [(torch.float32, True)] * parts
+
+
+def test_another_rank_is_told_the_precision() -> None:
+    told: dict = {}
+
+    class Listening:
+        def tell(self, task, facts, tensors):
+            told.update(facts=facts, tensors=tensors)
+
+    model = classifier("wrn", BFLOAT16)
+    extraction.tell_model(Listening(), model.extractor, model.whitener, 3)
+    theirs = extraction.told_model(told["facts"], told["tensors"], torch.device("cpu"))
+    assert theirs.extractor.precision == BFLOAT16
+    own, other = (extract(each.extractor, images(3), mirror=False) for each in (model, theirs))
+    assert hashlib.sha256(own.numpy().tobytes()).digest() == hashlib.sha256(other.numpy().tobytes()).digest()
+
+
+# ---------------------------------------------------------------------------------------------------------- self-check
+
+
+def test_this_machine_computes_the_stored_numbers(processor: str) -> None:
+    worst, _, said = self_check.compare(torch.device("cpu"))
+    assert worst < 1
+    assert f"wrn-10-1 in {decide('auto', 'wrn-10-1', 'cpu')}" in said
+
+
+@pytest.mark.parametrize("broken", ["extract", "clipped_softmax_sum", "sum of clipped gradients", "noise"])
+def test_wrong_arithmetic_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "sum of clipped gradients":
+        honest = self_check.ClippedSums.of
+        wrong = lambda *given: {name: value * 1.01 for name, value in honest(*given).items()}  # noqa: E731
+        monkeypatch.setattr(self_check.ClippedSums, "of", wrong)
+    elif broken == "noise":
+        monkeypatch.setattr(self_check, "NOISE_MULTIPLIER", 0.99)
+    else:
+        honest = getattr(self_check, broken)
+        monkeypatch.setattr(self_check, broken, lambda *given, **more: honest(*given, **more) * 1.01)
+    worst, where, _ = self_check.compare(torch.device("cpu"))
+    assert worst > 1
+    assert where
