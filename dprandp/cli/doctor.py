@@ -20,9 +20,10 @@ def doctor(
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Check this machine (libraries, arithmetic, disk, data) and the run (hashes, ledger, lock, model); repairs nothing.
+    """Check this machine (libraries, arithmetic, disk, data) and the run (hashes, ledger, lock, model).
 
-    Exit code: 0 without a failure, else that of the first one: 1 wrong arithmetic, 3 a library, 4 a corrupt file, 5 ε, 6 disk or lock.
+    Repairs nothing. Exit code: 0 without a failure, else that of the first one: 1 wrong arithmetic, 3 a library, 4 a
+    corrupt file, 5 ε, 6 disk or lock.
 
     [dim]dprandp doctor[/dim]
     [dim]dprandp doctor --run runs/cifar --json[/dim]

@@ -19,13 +19,16 @@ def test_the_whole_chain_and_one_image(dprandp: Dprandp, tmp_path: Path, process
     """Every stage, then the prediction of a single image, which no other thread can take part in."""
     run = tmp_path / "run"
     Image.fromarray(np.full((12, 12), 200, np.uint8)).save(tmp_path / "one.png")
-    before = f"import torch; torch.set_num_threads({threads})"
+    machine = {
+        "before": f"import torch; torch.set_num_threads({threads})",
+        "DPRANDP_PRETEND_BFLOAT16": processor,
+    }
     for stage in ("generate", "pretrain", "probe", "finetune"):
         flags = ["--data", "npz:tiny.npz", "--eps", 2] if stage == "probe" else []
-        done = dprandp(stage, "--run", run, *TINY, "--json", *flags, before=before, DPRANDP_PRETEND_BFLOAT16=processor)
+        done = dprandp(stage, "--run", run, *TINY, "--json", *flags, **machine)
         assert done.code == 0, done.err
     assert done.json["precision"] == "float32"
-    done = dprandp("predict", tmp_path / "one.png", "--run", run, "--json", before=before, DPRANDP_PRETEND_BFLOAT16=processor)
+    done = dprandp("predict", tmp_path / "one.png", "--run", run, "--json", **machine)
     assert done.code == 0, done.err
     assert "bug in dprandp" not in done.err
 
