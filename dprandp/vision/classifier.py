@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.vision.extractors import extract
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import autocast, full_precision
 from dprandp.vision.whitening import Whitener
 
 
@@ -39,7 +39,8 @@ class Classifier(nn.Module):
         """
         with autocast(self.extractor, images.device):
             features = self.extractor.features(images)
-        return self.whitener(features.to(self.head.dtype)) @ self.head
+        with full_precision(images.device):
+            return self.whitener(features.to(self.head.dtype)) @ self.head
 
     def predict(self, images: Tensor, *, mirror: bool, on_batch=lambda count: None) -> Tensor:
         """Scores of uint8 images, without gradients.

@@ -24,7 +24,7 @@ from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.nf_resnet import NFResNet50
 from dprandp.vision.patchnet import PatchLayer, PatchNet
-from dprandp.vision.precision import AUTO, FLOAT32, autocast
+from dprandp.vision.precision import AUTO, FLOAT32, autocast, full_precision
 from dprandp.vision.response_layer import DeepPatchNet, ResponseLayer, positions_above
 from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
@@ -192,7 +192,8 @@ def extract(
             features = compute(batch)
             if mirror:
                 features = (features + compute(batch.flip(-1))) / 2
-        values = after(features.to(torch.float32)).to("cpu")
+        with full_precision(device):
+            values = after(features.to(torch.float32)).to("cpu")
         if out is None:
             out = torch.empty(len(images), *values.shape[1:])
         out[start : start + len(values)] = values

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.threads import in_parts
+from dprandp.vision.precision import full_precision
 from dprandp.vision.regions import REGIONS
 from dprandp.vision.whitening import Part
 
@@ -189,7 +190,7 @@ class PatchExtractor:
     def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
         """Bring ``out`` [b, feature_dim] from zero to the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
         widths = [layer.feature_dim for layer in self.chain]
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), full_precision(images.device):
             for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
                 turned = self.turned(self.normalise(group))
                 for seen in turned:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from dprandp.threads import in_parts
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.patchnet import TILE, PatchExtractor, PatchLayer, PatchNet
+from dprandp.vision.precision import full_precision
 
 
 def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
@@ -28,7 +29,6 @@ def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
     return {}
 
 
-@torch.no_grad()
 def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy over each example's views, on the CPU.
 
@@ -41,6 +41,11 @@ def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> d
         float32 by the model's names: of each layer 'weight' [B, F, r] and 'bias' [B, F]; 'head' [B, dims, classes].
         Row i is a function of example i alone.
     """
+    with torch.no_grad(), full_precision(views.device):
+        return _gradients(model, views, labels)
+
+
+def _gradients(model: Classifier, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
     examples, count = views.shape[:2]
     flat = views.flatten(0, 1)
     features, whitener = model.extractor.extract(flat), model.whitener
@@ -84,7 +89,7 @@ def _of_examples(
     filled: list[tuple[PatchLayer, Tensor, Tensor]],
 ) -> None:
     """Fill the rows ``members`` of the layers' gradients of weights and biases."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad():
         count = views.shape[1]
         for example in members:
             turned = extractor.turned(extractor.normalise(views[example]))

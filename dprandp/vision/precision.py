@@ -92,3 +92,8 @@ def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
     (``threads.in_parts`` carries it over).
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_of(network) == BFLOAT16)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """The context of what is never computed in bfloat16: whitening, heads, clipping; whatever surrounds the call."""
+    return torch.autocast(device.type, enabled=False)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from dprandp.threads import in_parts
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import autocast, full_precision
 from dprandp.vision.record_layers import Place, RecordConv, RecordNorm, Tape
 from dprandp.vision.wrn import StandardisedConv2d, WideResNet
 
@@ -111,7 +111,8 @@ class WrnGradients:
         def work(part: int, parts: int) -> None:
             for first in starts[part::parts]:
                 some = slice(first, first + step)
-                head[some] = self._some(views[some], labels[some], first)
+                with full_precision(views.device):
+                    head[some] = self._some(views[some], labels[some], first)
 
         in_parts(work, max(1, min(threads, len(starts))))
         rows = {name: kept[: len(views)] for layer in self._layers for name, kept in layer.rows.items()}

@@ -118,7 +118,7 @@ def test_features_of_another_precision_are_not_taken_for_these(
     single = features_of(run)
     run_probe(run, small_data, {"overwrite": True}, precision="bfloat16")
     difference = np.linalg.norm(features_of(run) - single) / np.linalg.norm(single)
-    assert 1e-4 < difference < 0.2
+    assert difference > 1e-4  # the file of the first probe would have been found again
 
 
 def test_from_scratch_and_continued(wide: Path, small_data: str, tmp_path: Path, processor: str) -> None:
