@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.benchmark import bounds, curves, memory, pairs, peer_stylegan, pretraining, probe, registry, suite, table
+from dprandp.benchmark import (
+    bounds,
+    curves,
+    finetuning,
+    memory,
+    pairs,
+    peer_stylegan,
+    pretraining,
+    probe,
+    registry,
+    suite,
+    table,
+)
 from dprandp.benchmark.cases import Case, Comparison, Figure, Limit, Side
 from dprandp.benchmark.peer_jax import JAX
 from dprandp.benchmark.peer_opacus import GHOST, HOOKS
@@ -127,6 +139,40 @@ def test_sides_that_disagree_are_refused() -> None:
 
     with pytest.raises(BenchmarkError, match="differ by 1"):
         pairs.measure(pairs.Pair("p", "", lambda scale: replace(case, check=check)), "tiny", 1, silent)
+
+
+@pytest.mark.parametrize("pair", ["finetune", "finetune-opacus"])
+def test_both_sides_compute_in_bfloat16_where_the_processor_is_fast_at_it(
+    pair: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full sizes; quick ones are float32, so that a bound means the same on every processor."""
+    monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "1")
+    assert finetuning.shape_of(pair, "quick").precision == "float32"
+    assert finetuning.shape_of(pair, "full").precision == "bfloat16"
+    shape = replace(finetuning.SHAPES[pair, "tiny"], precision="bfloat16")
+    modes = (HOOKS,) if pair == "finetune-opacus" else ()
+    found = finetuning.Bench(shape).check(modes)
+    assert all(difference > 1e-4 for difference in found.values())  # bfloat16 it was, on our side or on both
+    double = finetuning.Bench(finetuning.SHAPES[pair, "tiny"])
+    assert all(difference < 1e-3 for difference in double.check(modes).values())
+
+
+def test_a_pair_that_fails_leaves_the_others_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = registry.PAIRS["probe"].build("tiny")
+
+    def check():
+        return {HOOKS: pairs.agree(HOOKS, torch.zeros(2), torch.ones(2), 0.1)}
+
+    pair = pairs.Pair("probe", "", lambda scale: replace(broken, check=check))
+    monkeypatch.setitem(suite.PAIRS, "probe", pair)
+    result = suite.run(["probe", "patchnet"], "tiny", 1, silent)
+    assert {row["pair"] for row in result["figures"]} == {"patchnet"}
+    assert [each["pair"] for each in result["failed"]] == ["probe"]
+    text = table.lines(result)
+    assert "FAILED: probe: " in text
+    assert "| patchnet |" in text
+    with pytest.raises(BenchmarkError, match=r"1 of the pairs cannot be compared \(probe: "):
+        suite.raise_for(result)
 
 
 def test_another_clip_norm_shows_in_the_check_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
