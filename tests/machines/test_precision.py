@@ -110,14 +110,14 @@ def test_a_patchnet_in_bfloat16_is_refused_with_its_configuration() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_features_are_of_one_kind(name: str, kind: str, surroundings, processor: str) -> None:
-    """However many threads and images, and whatever autocast surrounds the call; the processor has no say any more."""
+def test_features_are_of_one_kind(name: str, kind: str, surroundings) -> None:
+    """However many threads and images, and whatever autocast surrounds the call."""
     net, all_images = network(name, kind), images(COUNTS[-1])
     torch.set_num_threads(1)
     reference = extract(net, all_images, mirror=False)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for count in COUNTS:
+        for count in COUNTS if threads == 2 else COUNTS[:-1]:
             with surroundings:
                 found = extract(net, all_images[:count], mirror=False)
             assert found.dtype == torch.float32
