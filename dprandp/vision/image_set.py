@@ -7,6 +7,7 @@ done to the images, or crops, that are asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -106,6 +107,10 @@ class ImageSet:
             return crops
         return self._coloured(crops.contiguous(), chosen).contiguous(memory_format=torch.channels_last)
 
+    def picked(self, positions: Tensor) -> Picked:
+        """Images of the set in another order, some of them several times (int64 [n]); nothing is copied."""
+        return Picked(self, positions)
+
     def _coloured(self, images: Tensor, chosen: Tensor) -> Tensor:
         """The colour mode applied to a copy of the images at these positions, contiguous."""
         if self.colour == "grey":
@@ -114,3 +119,20 @@ class ImageSet:
             without = (chosen + self.first) % 2 == 0
             images[without] = to_grey(images[without])
         return images
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Images of a set by position, for ``random_crops``."""
+
+    images: ImageSet
+    positions: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n, 3, R, R)."""
+        return (len(self.positions), *self.images.shape[1:])
+
+    def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
+        """As ``ImageSet.crops``."""
+        return self.images.crops(self.positions[chosen], corners, side)

@@ -19,7 +19,7 @@ from dprandp.errors import UsageError
 INPUT_SIZE = 32
 """Side of every extractor's input in pixels."""
 
-WORKED_BYTES = 2**23
+WORKED_BYTES = 2**22
 """Of pixels that are converted at a time; as floats they take four times that, and about as much again to resize."""
 
 
