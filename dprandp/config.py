@@ -23,7 +23,7 @@ from . import pretrain_config, published
 from .continual_config import ContinueConfig
 from .continual_config import validate as validate_continue
 from .errors import UsageError, nearest
-from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, FinetuneOptions, validate_options
+from .finetune_options import LONGEST_TEXT, OPTION_CHOICES, WITHOUT_PHASE_ONE, FinetuneOptions, validate_options
 from .pretrain_config import PRECISIONS, PretrainConfig
 from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
@@ -173,8 +173,18 @@ def resolve(
         given = section
     given = given | {key: value for key, value in flags.items() if value is not None}
     if stage == "finetune":
+        _refuse_architecture_of_probe({**values, **given}, given)
         values |= published.settings(values | given)
     return build(stage, values | given)
+
+
+def _refuse_architecture_of_probe(values: dict[str, Any], given: dict[str, Any]) -> None:
+    source = values.get("source", FinetuneConfig.source)
+    if "arch" in given and source not in WITHOUT_PHASE_ONE:
+        raise UsageError(
+            f"--arch is for a network that is made here; --from {source} has one already",
+            fix="give --from scratch or --init FILE with it, or drop it",
+        )
 
 
 def build(stage: str, values: dict[str, Any]) -> StageConfig:
@@ -215,13 +225,20 @@ def build_recorded(stage: str, values: dict[str, Any]) -> StageConfig:
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:
-    """Plain values of a configuration; None, and the settings of an architecture or layer not used, left out."""
+    """Plain values of a configuration; None, and settings that have no say in it, left out."""
     unused = _unused(config)
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
 def _unused(config: StageConfig) -> set[str]:
-    return pretrain_config.unused(config) if isinstance(config, PretrainConfig) else set()
+    """Settings that have no say in what a configuration describes: they are neither recorded nor shown."""
+    if isinstance(config, PretrainConfig):
+        return pretrain_config.unused(config)
+    if not isinstance(config, FinetuneConfig):
+        return set()
+    made_here = config.source in WITHOUT_PHASE_ONE  # whose recipes have no refit
+    no_refit = config.refit_steps == 0 or (made_here and config.refit_steps is None)
+    return (set() if made_here else {"arch"}) | ({"refit_part"} if no_refit else set())
 
 
 def public_data_name(name: str) -> str:

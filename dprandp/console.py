@@ -143,6 +143,9 @@ class Console:
     def route_logging(self) -> None:
         """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
 
+        They go nowhere else, and at no other level, whatever handlers and level a library gives the root logger:
+        ``opacus`` gives it a handler when it is imported, by which every warning would appear a second time.
+
         A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
         value. With ``--debug`` it is shown whole.
         """
@@ -151,6 +154,8 @@ class Console:
         for handler in [handler for handler in logger.handlers if isinstance(handler, _ToConsole)]:
             logger.removeHandler(handler)
         logger.addHandler(_ToConsole(self))
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
 
     def _show_warning(
         self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object

@@ -147,6 +147,12 @@ def remove_leftovers(directory: Path | str) -> list[Path]:
     return leftovers
 
 
+def size_text(count: float) -> str:
+    """Bytes for people: ``49 MB``."""
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB")
+    return f"{float(f'{count / unit:.2g}'):g} {name}"
+
+
 def file_sha256(path: Path | str) -> str:
     """Hex sha256 of a file's bytes, read in pieces."""
     with storage_errors(path, "read"), open(path, "rb") as file:

@@ -106,8 +106,19 @@ _WRN = _FLY | {
 }  # fmt: skip
 
 
+_LEARNING = {
+    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "objective", "instances", "optimizer", "lr",
+    "momentum", "weight_decay", "schedule", "compiled", "grow", "images", "pool", "uses", "projection_hidden",
+    "projection_dim", "checkpoint_every",
+}  # fmt: skip
+
+
 def unused(config: PretrainConfig) -> set[str]:
     """Settings that have no say in what a configuration describes; they are not recorded."""
+    return _of_another_network(config) | (_LEARNING if config.random_init else set())
+
+
+def _of_another_network(config: PretrainConfig) -> set[str]:
     if config.arch == "patchnet":
         layers = set(_FURTHER_LAYERS[config.layers - 1 :]) | ({"layers"} if config.layers == 1 else set())
         return {"precision"} | _WRN | layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -173,7 +174,10 @@ def test_damaged_pointer(tmp_path: Path, content: bytes) -> None:
     assert said
 
 
-def test_warns_through_logging_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_through_logging_by_default(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dprandp"), "propagate", True)  # a console of another test may have ended it
     checkpoint.save(tmp_path, "step-1", TENSORS, {})
     checkpoint.save(tmp_path, "step-2", TENSORS, {})
     damage_flip(tmp_path / "step-2.safetensors")

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -210,17 +211,53 @@ def test_debug_shows_the_traceback_and_the_private_detail(capsys: pytest.Capture
     assert secret_local not in err.replace('secret_local = "-".join(["pixels", "1", "2", "3"])', "")
 
 
-def test_log_warnings_arrive_once(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def package_logger() -> Iterator[logging.Logger]:
+    """The package's logger, put back afterwards as it was."""
     logger = logging.getLogger("dprandp")
-    before = list(logger.handlers)
-    try:
-        for quiet in (False, False, True, False):
-            Console(quiet=quiet).route_logging()
-        logging.getLogger("dprandp.checkpoint").warning("step-%d is damaged", 2)
-        logging.getLogger("dprandp.checkpoint").info("not shown")
-        assert capsys.readouterr().err == "warning: step-2 is damaged\n"
-    finally:
-        logger.handlers[:] = before
+    before = list(logger.handlers), logger.propagate, logger.level
+    yield logger
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
+
+
+def test_log_warnings_arrive_once(capsys: pytest.CaptureFixture[str], package_logger: logging.Logger) -> None:
+    for quiet in (False, False, True, False):
+        Console(quiet=quiet).route_logging()
+    logging.getLogger("dprandp.checkpoint").warning("step-%d is damaged", 2)
+    logging.getLogger("dprandp.checkpoint").info("not shown")
+    assert capsys.readouterr().err == "warning: step-2 is damaged\n"
+
+
+LIBRARIES = {
+    "opacus": "import opacus.utils.module_utils",
+    "basicConfig": "logging.basicConfig(format='%(asctime)s %(message)s', level=logging.INFO)",
+    "handlers": "[logging.getLogger().addHandler(logging.StreamHandler()) for _ in range(2)]",
+    "a high level": "logging.getLogger().setLevel(logging.CRITICAL)",
+    "a low level": "logging.getLogger().setLevel(logging.DEBUG)",
+    "handlers replaced": "logging.basicConfig(force=True)",
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_warning_arrives_once_whatever_a_library_does_to_the_root_logger(library: str, when: str) -> None:
+    """In a process of its own; the library is imported before the console routes the log, or after."""
+    route = "Console(quiet='quiet' in sys.argv).route_logging()"
+    steps = [LIBRARIES[library], route] if when == "before" else [route, LIBRARIES[library]]
+    script = "\n".join(
+        [
+            "import logging, sys",
+            "from dprandp.console import Console",
+            *steps,
+            "logging.getLogger('dprandp.checkpoint').warning('step-2 is damaged')",
+            "logging.getLogger('dprandp.checkpoint').info('not shown')",
+        ]
+    )
+    done = run(script=script)
+    assert (done.returncode, done.stderr) == (0, "warning: step-2 is damaged\n")
+    if library == "opacus":
+        assert run("quiet", script=script).stderr == ""
 
 
 def test_metrics_resume_drops_what_will_be_written_again(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from dprandp.stages.followers import serve
 from dprandp.synth import render_block
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
+from dprandp.vision.image_set import ImageSet
 
 Sides = tuple[Callable[[], object], Callable[[], object], float]
 """Alone, together, units of a call."""
@@ -86,7 +87,8 @@ def steps_of(ranks: Ranks, sizes: dict) -> Sides:
     pixels, device = generator.images(32, 4 * config.batch_size), torch.device("cpu")
     alone = ContrastiveTrainer(build_extractor(config, torch.Generator().manual_seed(0)), config, pixels)
     network = build_extractor(config, torch.Generator().manual_seed(0))
-    shared = data_parallel.lead(ranks, network, config, pixels, device)
+    stored = ImageSet([pixels.permute(0, 2, 3, 1).numpy()])
+    shared = data_parallel.lead(ranks, network, config, stored, device)
     data_parallel.begin(shared)
     own, common = iter(range(config.steps)), iter(range(config.steps))
     return lambda: alone.step(next(own)), lambda: shared.step(next(common)), 2 * config.batch_size

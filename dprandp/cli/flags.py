@@ -57,7 +57,7 @@ Debug = Annotated[
 ]  # fmt: skip
 Plan = Annotated[
     bool,
-    typer.Option("--plan", help="Print what would run and what it would cost; read no data.", rich_help_panel=OUTPUT),
+    typer.Option("--plan", help="Print what would run and what ε it would cost; read no data.", rich_help_panel=OUTPUT),
 ]
 DataName = Annotated[
     str | None,
@@ -86,7 +86,7 @@ UnitColumn = Annotated[
 Noise = Annotated[
     str | None,
     typer.Option("--noise", help="gaussian, or discrete: sums and noise on a lattice, without the gaps of floating "
-                 "point. Default gaussian.", rich_help_panel=PRIVACY, metavar="gaussian|discrete"),
+                 "point. Default: gaussian.", rich_help_panel=PRIVACY, metavar="gaussian|discrete"),
 ]  # fmt: skip
 Epsilon = Annotated[
     float | None,
@@ -127,8 +127,7 @@ Select = Annotated[
 Keep = Annotated[
     float | None,
     typer.Option(help="The part that --freeze or --select trains, such as 0.1; head, norms and biases always are. "
-                 "Default: 1.",
-                 rich_help_panel=TRAINING),
+                 "Default: all are trained.", rich_help_panel=TRAINING),
 ]  # fmt: skip
 Prune = Annotated[
     str | None,
@@ -158,7 +157,8 @@ BatchSize = Annotated[
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Steps = Annotated[
-    int | None, typer.Option(help="Updates T. Default: 120, or 100 (paper).", rich_help_panel=TRAINING)
+    int | None,
+    typer.Option(help="Updates T. Default: 120 (tiny), 200 (small), 100 (paper).", rich_help_panel=TRAINING),
 ]
 Lr = Annotated[
     float | None,
@@ -229,11 +229,11 @@ Prior = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(help="patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4. "
-                 "Default: patchnet (tiny, small), wrn-16-4 (paper).", rich_help_panel=TRAINING),
+                 "Default: patchnet, or wrn-16-4 (paper).", rich_help_panel=TRAINING),
 ]  # fmt: skip
 Layers = Annotated[
     int | None,
-    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1, or 2 (small).", rich_help_panel=TRAINING),
+    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
 ]
 Rotation = Annotated[
     float | None,
@@ -310,7 +310,7 @@ RunViews = Annotated[
 ]  # fmt: skip
 ProbeSteps = Annotated[
     int | None,
-    typer.Option("--probe-steps", help="Updates T of the probe. Default: 120, or 100 (paper).",
+    typer.Option("--probe-steps", help="Updates T of the probe. Default: 120 (tiny), 200 (small), 100 (paper).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 ProbeBatchSize = Annotated[

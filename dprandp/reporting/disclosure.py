@@ -73,8 +73,9 @@ LIMITS = (
     ),
     (
         "Limit: test split",
-        "Read once, at the end of the stage, with the final weights; nothing was selected on it. Its metrics are "
-        "published without noise: ε covers the training images, not the test images.",
+        "Each private stage (continue, probe, fine-tune) evaluates the model that it releases on the test split once, "
+        "at the stage's own end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
+        "the training images, not the test images.",
     ),
     (
         "Limit: other copies",

@@ -62,9 +62,10 @@ def accuracy_sentence(result: dict[str, Any]) -> str:
     """What the accuracy means, with the uncertainty of a finite test split."""
     low, high = wilson(result["accuracy"], result["test_examples"])
     return (
-        f"Of {result['test_examples']} test images, read once at the end, {percent(result['accuracy'])} were assigned "
-        f"to the right one of {len(result['classes'])} classes (95\u00a0% interval for new images of this kind: "
-        f"{percent(low)} to {percent(high)}; one training, one random draw); always answering the most frequent class "
+        f"The model was evaluated on the {result['test_examples']} test images once, when it was finished, and nothing "
+        f"was chosen by them: {percent(result['accuracy'])} were assigned to the right one of "
+        f"{len(result['classes'])} classes (95\u00a0% interval for new images of this kind: {percent(low)} to "
+        f"{percent(high)}; one training, one random draw); always answering the most frequent class "
         f"would be right in {percent(result['majority_accuracy'])}."
     )
 

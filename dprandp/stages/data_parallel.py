@@ -8,9 +8,11 @@ The ranks begin with the same weights and add the same sum, so they stay equal. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from dprandp.config import PretrainConfig, as_dict, build
 from dprandp.ranks import Follower, Leader, shares
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
+from dprandp.vision.image_set import ImageSet
 from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.views import ViewChoices
 
@@ -33,7 +36,7 @@ class SharedTrainer(ContrastiveTrainer):
 
     Args:
         network, config: as for ``ContrastiveTrainer``, equal on all ranks.
-        images: uint8 [n, 3, R, R], this rank's part of all, in the order of the ranks; n may be 0.
+        images: n of them, this rank's part of all, in the order of the ranks; n may be 0.
         ranks: all of them.
         count: of all images.
         objective: equal on all ranks; None: as for ``ContrastiveTrainer``.
@@ -43,7 +46,7 @@ class SharedTrainer(ContrastiveTrainer):
         self,
         network: nn.Module,
         config: PretrainConfig,
-        images: Tensor,
+        images: ImageSet | Tensor,
         ranks: Leader | Follower,
         count: int,
         objective: Objective | None = None,
@@ -92,7 +95,7 @@ def lead(
     ranks: Leader,
     network: nn.Module,
     config: PretrainConfig,
-    images: Tensor,
+    images: ImageSet,
     device: torch.device,
     objective: Objective | None = None,
 ) -> SharedTrainer:
@@ -100,18 +103,21 @@ def lead(
 
     Args:
         network, config: as for ``ContrastiveTrainer``.
-        images: uint8 [N, 3, R, R] on the CPU, all of them.
+        images: all of them, on the CPU.
         device: of rank 0; the others use one of the same kind.
         objective: ready to ask; None builds it.
     """
     own, *others = ranks.shares(len(images))
-    most = max(1, MESSAGE_BYTES // images[0].numel())
-    facts = {"device": device.type, "of": len(images)}
+    most = max(1, MESSAGE_BYTES // math.prod(images.shape[1:]))
+    facts = {"device": device.type, "of": len(images), "colour": images.colour}
     for start in range(0, max(share.stop - share.start for share in others), most):
-        parts = [images[share][start : start + most] for share in others]
-        ranks.ask(IMAGES, [(facts | {"start": start}, {"images": part}) for part in parts])
+        begins = [min(share.start + start, share.stop) for share in others]
+        rows = [slice(begin, min(begin + most, share.stop)) for begin, share in zip(begins, others, strict=True)]
+        parts = [torch.from_numpy(images.pixels(each)) for each in rows]
+        told = [facts | {"start": start, "first": share.start} for share in others]
+        ranks.ask(IMAGES, [(said, {"images": part}) for said, part in zip(told, parts, strict=True)])
         ranks.answers()
-    return SharedTrainer(network, config, images[own].to(device), ranks, len(images), objective)
+    return SharedTrainer(network, config, images.part(own).to(device), ranks, len(images), objective)
 
 
 def begin(trainer: SharedTrainer) -> None:
@@ -126,22 +132,24 @@ class SharedTraining:
 
     def __init__(self, ranks: Follower) -> None:
         self._ranks = ranks
-        self._images: list[Tensor] = []
-        self._count = 0
+        self._images: list[np.ndarray] = []
+        self._facts: dict[str, Any] = {}
+        self._device: torch.device
         self._trainer: SharedTrainer
 
     def images(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Take a part of this rank's images; the first part makes it forget those of an earlier training."""
-        self._images = [*(self._images if facts["start"] else []), tensors["images"].to(device)]
-        self._count = facts["of"]
+        self._images = [*(self._images if facts["start"] else []), tensors["images"].numpy()]
+        self._facts, self._device = facts, device
         return {}
 
     def begin(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make the trainer."""
         config = build("pretrain", facts["config"])
-        images = torch.cat(self._images)
-        objective = build_objective(config, self._count, outputs=facts["outputs"])
-        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, self._count, objective)
+        colour, first, count = (self._facts[key] for key in ("colour", "first", "of"))
+        images = ImageSet(self._images, colour, first).to(self._device)
+        objective = build_objective(config, count, outputs=facts["outputs"])
+        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, count, objective)
         self._trainer.load_state(tensors)
         return {}
 

@@ -99,7 +99,7 @@ def check(config: GenerateConfig) -> None:
 def blocks_of(config: GenerateConfig) -> dict[int, int]:
     """Which blocks of the process are rendered, and how many images of each.
 
-    With ``sample`` these are the images, and no others, that ``load_images(folder, sample)`` would return if all
+    With ``sample`` these are the images, and no others, that ``open_images(folder, sample)`` would return if all
     ``count`` were there: the first of every block, as evenly as the blocks allow.
 
     Raises:
@@ -110,10 +110,10 @@ def blocks_of(config: GenerateConfig) -> dict[int, int]:
     return {block: count for block, count in enumerate(_spread(sizes, config.sample)) if count}
 
 
-def load_images(
+def open_images(
     folder: Path, limit: int | None = None, *, from_end: bool = False, without_end: int = 0
-) -> np.ndarray:
-    """The images of a finished ``generate`` stage, spread evenly over its shards.
+) -> list[np.ndarray]:
+    """The images of a finished ``generate`` stage, spread evenly over its shards, where they lie.
 
     Args:
         folder: the stage's folder.
@@ -123,7 +123,7 @@ def load_images(
         without_end: leave out those that ``from_end`` takes for this limit.
 
     Returns:
-        uint8 [N, R, R, 3].
+        uint8 [n, R, R, 3] for each shard of which n > 0 are taken, memory-mapped and read-only.
 
     Raises:
         CheckpointError: a shard is missing or its bytes are not those of the manifest.
@@ -133,7 +133,13 @@ def load_images(
     shards = [shard[: len(shard) - held] for shard, held in zip(shards, held_out, strict=True)]
     counts = _spread([len(shard) for shard in shards], limit)
     parts = zip(shards, counts, strict=True)
-    return np.concatenate([shard[len(shard) - count :] if from_end else shard[:count] for shard, count in parts])
+    taken = [shard[len(shard) - count :] if from_end else shard[:count] for shard, count in parts]
+    return [part for part in taken if len(part)] or taken[:1]
+
+
+def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
+    """A copy in memory of what ``open_images`` opens, uint8 [N, R, R, 3]: for a few images."""
+    return np.concatenate(open_images(folder, limit, from_end=from_end))
 
 
 def _spread(sizes: list[int], limit: int | None) -> list[int]:

@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dprandp.files import size_text
 from dprandp.runresults import ONE_IMAGE
-from dprandp.stages import estimates
 
 ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
 
 
 def line_of(made: Mapping[str, Any]) -> str:
     """One stage's plan, a dictionary of ``planning.plan``, in one line."""
-    cost = (
-        f"disk {estimates.size_text(made['disk_bytes'])}, memory about {estimates.size_text(made['memory_bytes'])}, "
-        f"{estimates.time_text(made['seconds_estimate'])}{ACTIONS[made['action']]}"
-    )
+    action = ACTIONS[made["action"]]
     if made["stage"] == "generate":
-        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px; {cost}"
+        size = size_text(made["disk_bytes"])
+        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px, {size}{action}"
     if made["stage"] == "pretrain":
         if "prior" in made:
-            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features); {cost}"
+            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
         how = f"{made['filters']} filters" if "filters" in made else _training(made)
         how = "random weights" if made["random_init"] else how
-        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features; {cost}"
+        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
     if "take" in made:
-        return f"continue: takes the extractor of {made['take']}; {cost}"
+        return f"continue: takes the extractor of {made['take']}{action}"
     if "epsilon_after" not in made:
-        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε; {cost}"
+        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε{action}"
     refit = made["refit"]
     then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
     size = f"N = {made['examples']}"
@@ -42,7 +40,7 @@ def line_of(made: Mapping[str, Any]) -> str:
         f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
         f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
         f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
-        f"δ = {made['delta']:g}; {cost}"
+        f"δ = {made['delta']:g}{action}"
     )
 
 

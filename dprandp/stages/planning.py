@@ -1,4 +1,6 @@
-"""``--plan``: what would run and what it would cost, from public facts alone. No pixel is read, nothing is written.
+"""``--plan``: what would run and what privacy it would cost, from public facts alone.
+
+No pixel is read, nothing is written. Time and memory are not foretold: they depend on the machine.
 
 A plan refuses what the stage would refuse, as far as that shows without reading data.
 """
@@ -11,29 +13,18 @@ from typing import Any
 
 import torch
 
-from dprandp.config import (
-    ContinueConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    PretrainConfig,
-    ProbeConfig,
-    StageConfig,
-    as_dict,
-)
+from dprandp.config import GenerateConfig, PretrainConfig, ProbeConfig, StageConfig, as_dict
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
-from dprandp.stages import continual, continual_plan, estimates, finetune
+from dprandp.stages import continual, continual_plan, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.generate import blocks_of
 from dprandp.stages.generate import check as check_images
 from dprandp.stages.plan_lines import line_of
 from dprandp.stages.prior import shipped
-from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
-from dprandp.stages.scratch import network_config, without_phase_one
-from dprandp.stages.update_facts import gradients_per_record
-from dprandp.vision.extractors import refuse_unlearnable
+from dprandp.vision.extractors import build_extractor, refuse_unlearnable
 
 Plan = dict[str, Any]
 
@@ -45,9 +36,9 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
 
     Returns:
-        stage, action (fresh | resume | skip), disk_bytes, memory_bytes, seconds_estimate (None where unknown), and
+        stage, action (fresh | resume | skip), and
 
-        * generate: process, count, resolution, seed, shards;
+        * generate: process, count, resolution, seed, shards, disk_bytes (of the pixels);
         * pretrain: arch, parameters, feature_dim, random_init, steps, and filters (patchnet) or batch_size,
           objective, images (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
@@ -58,18 +49,14 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
     """
     if name == "generate":
         return _generate(config, context)
-    if name == "pretrain" and public:
-        return _pretrain(config, context, public["generate"])
     if name == "pretrain":
-        context.rundir.require("generate", name)
-        return _pretrain(config, context, recorded("generate", _recorded(context, "generate")))
-    if public:
-        return _private(name, config, context, public["pretrain"])[0]
-    made = _recorded(context, "pretrain")
+        if not public:
+            context.rundir.require("generate", name)
+        return _pretrain(config, context)
     if name == "continue" and (config.mix == "public" or config.take is not None):
         action, config = _foreseen(name, config, context)
-        return continual_plan.public_alone(config, context, recorded("pretrain", made or {}), action, _on_cpu(context))
-    return _private(name, config, context, recorded("pretrain", made) if made else None)[0]
+        return continual_plan.public_alone(config, context, action)
+    return _private(name, config, context)[0]
 
 
 def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
@@ -79,9 +66,8 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
         resolve: (stage, configurations planned so far) -> configuration.
 
     Returns:
-        stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, stages (a plan each; no fine-tune
-        where the probe has the whole budget), disk_bytes, memory_bytes (of the largest), seconds_estimate (of what is
-        not finished; None where one is unknown).
+        stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, and stages (a plan each; no fine-tune
+        where the probe has the whole budget).
     """
     configs: dict[str, StageConfig] = {}
     plans: list[Plan] = []
@@ -91,12 +77,13 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
         plans.append(make(configs[name]))
 
     planned("generate", lambda config: _generate(config, context))
-    planned("pretrain", lambda config: _pretrain(config, context, configs["generate"]))
+    planned("pretrain", lambda config: _pretrain(config, context))
     events: list[GaussianEvent] = []
 
     def private(name: str) -> Callable[[StageConfig], Plan]:
         def make(config: StageConfig) -> Plan:
-            made, left = _private(name, config, context, configs["pretrain"], configs.get("probe"), events)
+            arch = configs["pretrain"].arch if "probe" in configs else None
+            made, left = _private(name, config, context, arch, events)
             events.extend(left)
             return made
 
@@ -105,15 +92,11 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
     planned("probe", private("probe"))
     if _share(configs["probe"]) != 1:
         planned("finetune", private("finetune"))
-    seconds = [made["seconds_estimate"] for made in plans if made["action"] != "skip"]
     return {
         "stage": "run",
         **{key: plans[-1][key] for key in ("data", "examples", "delta", "epsilon_after")},
         "epsilon": configs["probe"].epsilon,
         "stages": plans,
-        "disk_bytes": sum(made["disk_bytes"] for made in plans),
-        "memory_bytes": max(made["memory_bytes"] for made in plans),
-        "seconds_estimate": None if None in seconds else sum(seconds),
     }
 
 
@@ -123,9 +106,8 @@ def plan_lines(result: Plan) -> str:
         lines = [line_of(made) for made in result["stages"]]
         if result["stages"][-1]["stage"] == "probe":
             lines.append("finetune: none, the probe is given the whole budget (--share 1)")
-        cost = f"disk {estimates.size_text(result['disk_bytes'])}, {estimates.time_text(result['seconds_estimate'])}"
         return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
-                                  f"δ = {result['delta']:g}; {cost}"])  # fmt: skip
+                                  f"δ = {result['delta']:g}"])  # fmt: skip
     return line_of(result)
 
 
@@ -136,23 +118,24 @@ def _generate(config: GenerateConfig, context: Context) -> Plan:
     check_images(config)
     action, config = _foreseen("generate", config, context)
     blocks = blocks_of(config)
-    made = dataclasses.replace(config, count=sum(blocks.values()))
+    count = sum(blocks.values())
     return {
         "stage": "generate",
         "action": action,
         "process": config.process,
-        "count": made.count,
+        "count": count,
         "resolution": config.resolution,
         "seed": config.seed,
         "shards": len(blocks),
-        **estimates.generate_cost(made, context.workers, max(blocks.values())).rounded(),
+        "disk_bytes": count * 3 * config.resolution**2,
     }
 
 
-def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) -> Plan:
+def _pretrain(config: PretrainConfig, context: Context) -> Plan:
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
-    facts = estimates.extractor_facts(config)
+    with torch.device("meta"):  # laid out without memory
+        network = build_extractor(config)
     kind: dict[str, Any] = {"filters": config.filters}
     if config.arch != "patchnet":
         kind = {"batch_size": config.batch_size, "objective": config.objective, "images": config.images}
@@ -164,12 +147,11 @@ def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) 
         "stage": "pretrain",
         "action": action,
         "arch": config.arch,
-        "parameters": facts.parameters,
-        "feature_dim": facts.feature_dim,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "feature_dim": network.feature_dim,
         "random_init": config.random_init,
         "steps": 0 if config.random_init else steps,
         **kind,
-        **estimates.pretrain_cost(config, images, _on_cpu(context), torch.get_num_threads()).rounded(),
     }
 
 
@@ -177,15 +159,13 @@ def _private(
     name: str,
     config: PrivateConfig,
     context: Context,
-    extractor: PretrainConfig | None,
-    probe: ProbeConfig | None = None,
+    arch: str | None = None,
     planned: Sequence[GaussianEvent] = (),
 ) -> tuple[Plan, list[GaussianEvent]]:
     """A private stage on top of what was paid and what is planned before it.
 
     Args:
-        extractor: configuration of the extractor; None where the run has none yet.
-        probe: of the planned probe; None to look at the run's own.
+        arch: of an extractor that is planned, and a probe with it; None to look at the run's own.
         planned: unpaid events of the stages planned before.
 
     Returns:
@@ -195,7 +175,6 @@ def _private(
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":
-        arch = None if probe is None else extractor.arch
         stage = finetune.open_stage(config, context, write=False, planned=planned, arch=arch)
         refit_steps = finetune.choices(config, context, arch)[2]
     elif name == "continue":
@@ -248,47 +227,7 @@ def _private(
         **(continual_plan.facts(config) if name == "continue" else {}),
         "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
         "epsilon_after": after.upper,
-        **_cost(stage, config, context, extractor, probe, refit_steps).rounded(),
     }, left
-
-
-def _cost(
-    stage: PrivateStage,
-    config: PrivateConfig,
-    context: Context,
-    extractor: PretrainConfig | None,
-    probe: ProbeConfig | None,
-    refit_steps: int,
-) -> estimates.Cost:
-    scratch = isinstance(config, FinetuneConfig) and without_phase_one(config)
-    facts = estimates.extractor_facts(network_config(config) if scratch else extractor or PretrainConfig())
-    shared = {
-        "train": stage.spec.train_examples,
-        "test": stage.spec.test_examples,
-        "classes": len(stage.spec.classes),
-        "steps": stage.plan.steps,
-        "views": stage.plan.views,
-        "cpu": _on_cpu(context),
-        "cores": torch.get_num_threads(),
-    }
-    if isinstance(config, ProbeConfig):
-        mirror = stage.spec.flip_ok if config.mirror is None else config.mirror
-        statistics = config.statistics_images * config.statistics_views
-        dims = facts.whitened(config.dims, statistics)
-        return estimates.probe_cost(facts, **shared, statistics=statistics, dims=dims, mirror=mirror)
-    if isinstance(config, ContinueConfig):
-        return continual_plan.cost(config, facts, stage.plan.expected_batch, shared)
-    if scratch:
-        dims, mirror = facts.feature_dim, False
-    else:
-        probe = probe or recorded("probe", _recorded(context, "probe"))
-        mirror = stage.spec.flip_ok if probe.mirror is None else probe.mirror
-        dims = facts.whitened(probe.dims, probe.statistics_images * probe.statistics_views)
-    batch = stage.plan.expected_batch
-    shared["views"] = gradients_per_record(config)
-    return estimates.finetune_cost(
-        facts, **shared, dims=dims, expected_batch=batch, refit_steps=refit_steps, mirror=mirror
-    )
 
 
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
@@ -300,14 +239,5 @@ def _effective(name: str, config: StageConfig, context: Context) -> StageConfig:
     return _foreseen(name, config, context)[1]
 
 
-def _recorded(context: Context, name: str) -> dict[str, Any]:
-    row = next(row for row in context.rundir.status() if row["stage"] == name)
-    return row["config"] or {}
-
-
 def _share(config: ProbeConfig) -> float:
     return DEFAULT_SHARE if config.share is None else config.share
-
-
-def _on_cpu(context: Context) -> bool:
-    return context.device.type == "cpu"

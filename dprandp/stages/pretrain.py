@@ -27,11 +27,12 @@ from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
 from dprandp.signals import graceful_stop
 from dprandp.stages.context import Context, recorded, with_precision
-from dprandp.stages.generate import load_images
+from dprandp.stages.generate import open_images
 from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn, refuse
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.extractors import build_extractor, load_weights, refuse_unlearnable
+from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import colour_mode, random_crops
 from dprandp.vision.precision import AUTO, decide, precision_of
 from dprandp.vision.public_evaluation import MEASURES, evaluate
@@ -142,9 +143,9 @@ def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
     Returns:
         uint8 [count, 3, 32, 32] (fewer where there are fewer images), shuffled.
     """
-    images = load_images(context.rundir.stage_dir("generate"), count)
+    images = ImageSet(open_images(context.rundir.stage_dir("generate"), count))
     generator = torch.Generator().manual_seed(seed)
-    crops = random_crops(torch.from_numpy(images).permute(0, 3, 1, 2), generator)
+    crops = random_crops(images, generator)
     return crops[torch.randperm(len(crops), generator=generator)]
 
 

@@ -26,11 +26,12 @@ from dprandp.signals import Stop
 from dprandp.stages import data_parallel
 from dprandp.stages.context import Context
 from dprandp.stages.fresh_images import FreshImages, Supply, supply_for
-from dprandp.stages.generate import load_images, read_manifest
+from dprandp.stages.generate import open_images, read_manifest
 from dprandp.stages.workers import worker_pool
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor
-from dprandp.vision.images import colour_mode, random_crops
+from dprandp.vision.image_set import ImageSet
+from dprandp.vision.images import random_crops
 from dprandp.vision.objectives import TEACHER_CROPS, Objective, Patches, build_objective, patches_axes
 from dprandp.vision.public_evaluation import evaluate
 
@@ -132,14 +133,13 @@ def seen_text(seen: dict[str, Any]) -> str:
     return f"k-NN {100 * seen['knn_accuracy']:.0f} % (synthetic), rank {seen['effective_rank']:.0f}"
 
 
-def held_out_images(context: Context, limit: int = HELD_OUT) -> Tensor:
-    """The images, or the first ``limit`` of them, that no WRN is trained on: uint8 [n, 3, R, R].
+def held_out_images(context: Context, limit: int = HELD_OUT) -> ImageSet:
+    """The images, or the first ``limit`` of them, that no WRN is trained on.
 
     A dictionary of patches takes a few patches of every image, of these too.
     """
     folder = context.rundir.stage_dir("generate")
-    images = load_images(folder, _held_out(context), from_end=True)
-    return torch.from_numpy(images[:limit]).permute(0, 3, 1, 2)
+    return ImageSet(open_images(folder, _held_out(context), from_end=True)).part(slice(0, limit))
 
 
 def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
@@ -175,12 +175,12 @@ def begun_trainer(
 @contextmanager
 def _images(
     config: PretrainConfig, context: Context, stop: Stop
-) -> Iterator[tuple[Tensor, Callable[[int], Tensor] | None]]:
-    """Images to choose from, uint8 [N, 3, R, R], and where they change: step -> those of that step."""
+) -> Iterator[tuple[ImageSet | Tensor, Callable[[int], Tensor] | None]]:
+    """Images to choose from, N of them, and where they change: step -> those of that step, uint8 [N, 3, R, R]."""
     if config.images == "disk":
         limit = config.instances if config.objective == "instances" else None
-        images = load_images(context.rundir.stage_dir("generate"), limit, without_end=_held_out(context))
-        yield colour_mode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), config.colour), None
+        images = open_images(context.rundir.stage_dir("generate"), limit, without_end=_held_out(context))
+        yield ImageSet(images, config.colour), None
         return
     supply = _supply(config, context)
     workers = worker_pool(min(context.workers, supply.blocks))
@@ -204,10 +204,9 @@ def _objective(config: PretrainConfig, context: Context, count: int, fresh_start
     if config.objective != "patches":
         return build_objective(config, count)
     folder = context.rundir.stage_dir("generate")
-    images = load_images(folder, TEACHER_CROPS, without_end=_held_out(context))
+    images = ImageSet(open_images(folder, TEACHER_CROPS, without_end=_held_out(context)), config.colour)
     objective = build_objective(config, count, patches_axes(len(images)))
     if isinstance(objective, Patches) and fresh_start:
-        pixels = colour_mode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), config.colour)
         generator = torch.Generator().manual_seed(config.seed)
-        objective.learn(random_crops(pixels, generator), generator)
+        objective.learn(random_crops(images, generator), generator)
     return objective

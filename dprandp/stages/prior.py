@@ -18,8 +18,8 @@ from torch import nn
 from dprandp import priors
 from dprandp.config import PretrainConfig, StageConfig, as_dict
 from dprandp.errors import CheckpointError, DprandpError, UsageError
+from dprandp.files import size_text
 from dprandp.priors import Card, load_prior, prior_names, read_card
-from dprandp.stages.estimates import size_text
 from dprandp.vision.extractors import build_extractor, load_weights
 
 

@@ -1,4 +1,4 @@
-"""What leaves the run: the test result, read once, and ``model/``, which holds nothing but what may be released."""
+"""What leaves the run: the result on the test split, and ``model/``, which holds nothing but what may be released."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL_FORMAT = 1
 
 
 def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> dict[str, Any]:
-    """Measure the final model on the test split, which nothing else reads.
+    """Measure the stage's final model on the test split, once; nothing is chosen by it.
 
     Args:
         keep: keep the features in ``private/``; for an extractor that a further probe will have too.

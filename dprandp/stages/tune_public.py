@@ -26,13 +26,14 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.stages.budget import default_delta
 from dprandp.stages.context import Context
-from dprandp.stages.generate import load_images
+from dprandp.stages.generate import open_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
+from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import as_declared, random_crops, to_input
 from dprandp.vision.whitening import Whitener
 
@@ -173,7 +174,7 @@ def synthetic_task(
         InputError: fewer images than classes.
     """
     wanted = max(2, INSTANCES // classes)
-    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), classes * wanted))
+    images = ImageSet(open_images(context.rundir.stage_dir("generate"), classes * wanted))
     instances = min(wanted, len(images) // classes)
     if instances < 1:
         raise InputError(
@@ -183,7 +184,7 @@ def synthetic_task(
     drawn = torch.randperm(len(images), generator=generator)[: classes * instances]
     instance = torch.arange(count) % len(drawn)
     instance = instance[torch.randperm(count, generator=generator)]
-    crops = random_crops(images[drawn[instance]].permute(0, 3, 1, 2), generator)
+    crops = random_crops(images.picked(drawn[instance]), generator)
     return crops, instance % classes, classes
 
 

@@ -45,8 +45,3 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
     if config.init is not None:
         facts |= {"init_sha256": init_hash(config)["public weights"], "init_source": config.init_source}
     return facts
-
-
-def gradients_per_record(config: FinetuneConfig) -> float:
-    """How many views' gradients a record costs in a step, for estimates."""
-    return (config.views + (config.mixself or 0)) * make_lookahead(config, {}).passes

@@ -17,6 +17,7 @@ from dprandp.config import PretrainConfig
 from dprandp.pretrain_config import lr_of
 from dprandp.vision import public_optimizers
 from dprandp.vision.compiling import compiled
+from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.objectives import Objective, build_objective
 from dprandp.vision.precision import autocast
@@ -42,7 +43,7 @@ class ContrastiveTrainer:
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
         config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, compiled, projection_*.
-        images: uint8 [N, 3, R, R] synthetic, on the device that trains.
+        images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
         objective: what is asked; None builds the one that ``config`` names, where it has nothing to learn beforehand.
         fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
 
@@ -54,7 +55,7 @@ class ContrastiveTrainer:
         self,
         network: nn.Module,
         config: PretrainConfig,
-        images: Tensor,
+        images: ImageSet | Tensor,
         objective: Objective | None = None,
         fresh: Callable[[int], Tensor] | None = None,
     ) -> None:
@@ -101,7 +102,8 @@ class ContrastiveTrainer:
         chosen = torch.randint(
             self.count, (self.config.batch_size,), generator=generator, device=self.device
         )  # with replacement: an image more or less often costs nothing, and no epoch has to be remembered
-        like = self.images.new_empty(()).expand(len(chosen), *self.images.shape[1:])  # a draw looks at shapes alone
+        like = torch.empty((), dtype=torch.uint8, device=self.device)  # a draw looks at shapes alone
+        like = like.expand(len(chosen), *self.images.shape[1:])
         return chosen, self.views.draw(like, generator), self.views.draw(like, generator)
 
     def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:

@@ -7,6 +7,7 @@ applied to private images at no privacy cost.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,21 @@ from dprandp.errors import UsageError
 
 INPUT_SIZE = 32
 """Side of every extractor's input in pixels."""
+
+WORKED_BYTES = 2**22
+"""Of pixels that are converted at a time; as floats they take four times that, and about as much again to resize."""
+
+
+class Crops(Protocol):
+    """Images that need not be in memory: what ``image_set.ImageSet`` has, and ``random_crops`` asks for."""
+
+    shape: tuple[int, int, int, int]
+
+    def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
+        """Squares of some images, uint8 [b, C, side, side]."""
+
+
+Pictures = Tensor | Crops
 
 _GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601 luma, as PIL's convert("L")
 
@@ -31,11 +47,14 @@ def to_input(images: np.ndarray, size: int = INPUT_SIZE) -> Tensor:
     Returns:
         uint8 [N, 3, size, size] (bilinear, antialiased where it shrinks).
     """
-    batches = []
-    for start in range(0, len(images), 1024):
-        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + 1024])).permute(0, 3, 1, 2)
-        batches.append(resize(batch, size, size).expand(-1, 3, -1, -1))
-    return torch.cat(batches) if batches else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    count, height, width, channels = images.shape
+    out = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last, as images come
+    out = out.contiguous() if channels == 1 else out
+    rows = max(1, WORKED_BYTES // max(1, height * width * channels))
+    for start in range(0, count, rows):
+        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + rows])).permute(0, 3, 1, 2)
+        out[start : start + rows] = resize(batch, size, size)
+    return out
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
@@ -50,8 +69,13 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 def to_grey(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] to uint8 [N, 3, H, W] with three equal channels."""
-    grey = (images.to(torch.float32) * _GREY.to(images.device)).sum(dim=1, keepdim=True)
-    return grey.round_().clamp_(0, 255).to(torch.uint8).expand_as(images).contiguous()
+    out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
+    weights = _GREY.to(images.device)
+    rows = max(1, WORKED_BYTES // max(1, images[:1].numel()))
+    for start in range(0, len(images), rows):
+        grey = (images[start : start + rows].to(torch.float32) * weights).sum(dim=1, keepdim=True)
+        out[start : start + rows] = grey.round_().clamp_(0, 255).to(torch.uint8)
+    return out
 
 
 def colour_mode(images: Tensor, mode: str) -> Tensor:
@@ -68,12 +92,12 @@ def colour_mode(images: Tensor, mode: str) -> Tensor:
 
 
 def random_crops(
-    images: Tensor, generator: torch.Generator, *, size: int = INPUT_SIZE, min_area: float = 0.25
+    images: Pictures, generator: torch.Generator, *, size: int = INPUT_SIZE, min_area: float = 0.25
 ) -> Tensor:
     """One random square crop of each image, resized: objects of many scales at the size the extractor sees.
 
     Args:
-        images: uint8 [N, C, R, R].
+        images: uint8 [N, C, R, R], or a set of them that gives crops (``image_set.ImageSet``).
         generator: public randomness.
         size: side of the output.
         min_area: smallest crop as a part of the image's area; crops are never smaller than ``size`` pixels unless the
@@ -88,12 +112,18 @@ def random_crops(
     corners = (torch.rand(count, 2, generator=generator) * (side - sides + 1)[:, None]).long()
     out = torch.empty(count, channels, size, size, dtype=torch.uint8)
     for crop in sides.unique().tolist():  # crops of one side go through one resize
-        members = (sides == crop).nonzero().flatten()
-        rows = corners[members, 0, None] + torch.arange(crop)
-        columns = corners[members, 1, None] + torch.arange(crop)
-        chosen = images[members[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        out[members] = resize(chosen, size, size)
+        alike = (sides == crop).nonzero().flatten()
+        for members in alike.split(max(1, WORKED_BYTES // (channels * crop**2))):
+            out[members] = resize(_crops(images, members, corners[members], crop), size, size)
     return out
+
+
+def _crops(images: Pictures, members: Tensor, corners: Tensor, side: int) -> Tensor:
+    if not isinstance(images, Tensor):
+        return images.crops(members, corners, side)
+    rows = corners[:, 0, None] + torch.arange(side)
+    columns = corners[:, 1, None] + torch.arange(side)
+    return images[members[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.vision.extractors import extract
-from dprandp.vision.images import random_crops
+from dprandp.vision.images import Pictures, random_crops
 from dprandp.vision.losses import alignment, uniformity
 from dprandp.vision.metrics import knn_accuracy
 
@@ -24,12 +24,12 @@ DIGITS = 4
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, float]:
+def evaluate(network: nn.Module, images: Pictures, generator: torch.Generator) -> dict[str, float]:
     """Judge an extractor by two random crops of each image.
 
     Args:
         network: an extractor; left in the mode that it is in.
-        images: uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU.
+        images: uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU or left on the disk.
         generator: public randomness of the crops.
 
     Returns:

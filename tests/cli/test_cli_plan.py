@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_process import Dprandp, refused, state_of
 from test_cli_budget import NO_PIXELS
@@ -58,13 +60,9 @@ def test_the_plan_of_a_new_run_is_what_the_stages_then_did(
     assert (made["count"], made["resolution"], made["process"]) == (120, 32, "dead-leaves")
     shards = sorted((stages["generate"] / "1-generate").glob("*.npy"))
     assert made["shards"] == len(shards)
-    assert made["disk_bytes"] == pytest.approx(sum(path.stat().st_size for path in shards), rel=0.05)
+    assert made["disk_bytes"] == sum(np.load(path, mmap_mode="r").nbytes for path in shards)
     for key in ("parameters", "feature_dim", "steps", "arch"):
         assert by_name["pretrain"][key] == results["pretrain"][key]
-    for made in plan["stages"]:
-        assert made["memory_bytes"] > 1e8
-        assert 0 < made["seconds_estimate"] < 600
-    assert plan["disk_bytes"] == sum(made["disk_bytes"] for made in plan["stages"])
 
 
 @pytest.mark.parametrize("stage", ["probe", "finetune"])
@@ -79,13 +77,12 @@ def test_the_plan_goes_on_from_what_is_done(
     assert last["noise_multiplier"] == pytest.approx(result["noise_multiplier"], rel=1e-9)
     assert last["refit"]["noise_multiplier"] == pytest.approx(result["refit"]["noise_multiplier"], rel=1e-9)
     assert plan["epsilon_after"] == pytest.approx(result["epsilon"], rel=1e-6)
-    assert (plan["seconds_estimate"] == 0) == (stage == "finetune")
 
 
 def test_the_plan_of_a_public_stage(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     new = tmp_path / "new"
     made = planned(dprandp, "generate", "--run", new, "--count", 1000, "--resolution", 128, "--workers", 2)
-    assert (made["stage"], made["count"], made["disk_bytes"]) == ("generate", 1000, 49_000_000)
+    assert (made["stage"], made["count"], made["disk_bytes"]) == ("generate", 1000, 1000 * 3 * 128**2)
     assert not new.exists()
     run = run_after("generate")
     made = planned(dprandp, "pretrain", "--run", run, "--arch", "wrn-10-1", "--steps", 9, "--batch-size", 8)
@@ -95,8 +92,19 @@ def test_the_plan_of_a_public_stage(dprandp: Dprandp, run_after: RunAfter, tmp_p
     made = dprandp("pretrain", "--run", run, *asked, "--plan")
     assert "9 steps of 32 images made on the fly, vicreg" in made.out
     done = dprandp("generate", "--config", "small.toml", "--run", run, "--plan")
-    assert "generate: 120 images of dead-leaves at 32 px; disk 0.37 MB" in done.out
-    assert "(finished: nothing to do)" in done.out
+    assert "generate: 120 images of dead-leaves at 32 px, 0.37 MB (finished: nothing to do)" in done.out
+
+
+def test_a_plan_foretells_neither_time_nor_memory(dprandp: Dprandp, tmp_path: Path) -> None:
+    """Both depend on the machine, and a number that is wrong is worse than none. What it says is exact."""
+    for flags in ((), ("--size", "paper"), ("--arch", "wrn-10-1"), ("--prior", "patchnet-tiny")):
+        command = ("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new", "--eps", 1, *flags)
+        plan = planned(dprandp, *command)
+        for made in (plan, *plan["stages"]):
+            assert not {"seconds_estimate", "memory_bytes"} & set(made)
+            assert ("disk_bytes" in made) == (made["stage"] == "generate")
+        said = dprandp(*command, "--plan").out
+        assert not re.search(r"memory|estimate|\babout\b|\d (s|min|h)\b", said), said
 
 
 def test_a_plan_refuses_what_the_stage_would(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ FIELDS = {
     "floating point": (r"^Limit: floating-point noise \(severity low\)$", r"Mironov.*float64"),
     "tails and timing": (r"^Limit: tails", r"8\.6 standard deviations.*constant time"),
     "N public": (r"^Limit: N", r"public|not cover"),
-    "test split": (r"^Limit: test split$", r"Read once, at the end.*without noise"),
+    "test split": (
+        r"^Limit: test split$",
+        r"Each private stage .*evaluates .*once, at the stage's own end; nothing is chosen .*without noise",
+    ),
     "other copies": (r"^Limit: other", r"add to it.*same person"),
 }
 """Every field that must be disclosed beside an ε: how it is labelled, and what its value says for the run above."""
