@@ -9,7 +9,8 @@ complexity of differential privacy", Lemma 2.2)
 
 As ε depends on δ', the δ' is searched for which the second entry is the δ that was asked for. This bound is valid and
 not tight: Poisson sampling rarely draws all of a group into one batch (Ganesh 2024, "Tight group-level DP guarantees
-for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of.
+for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of. Where it is worse than k
+records in every batch, which is kμ-GDP for the μ of full batches, that bound is given.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 
 # A δ' smaller than this is not tried.
 _SMALLEST_LOG_DELTA = -300 * math.log(10)
+_LARGEST_SIZE = 10**15
 # The search ends where the δ of the group is between this part of the one asked for and the whole.
 _CLOSE_ENOUGH = 0.9
 
@@ -34,7 +36,7 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
     Args:
         epsilon: ε ≥ 0; inf gives (inf, delta).
         delta: δ in [0, 1).
-        size: k ≥ 1.
+        size: k, from 1 to 1e15.
 
     Guarantee:
         Every (epsilon, delta)-private mechanism has it. δ may exceed 1, which says nothing.
@@ -59,7 +61,7 @@ def compose_group(
     Args:
         events: as for ``accounting.compose``.
         delta: δ of the guarantee for groups, in (0, 1).
-        size: k ≥ 1; 1 is ``accounting.compose``.
+        size: k, from 1 to 1e15; 1 is ``accounting.compose``.
         warn: see ``accounting.compose``.
 
     Guarantee:
@@ -71,7 +73,7 @@ def compose_group(
     """
     _require_size(size)
     single = compose(events, delta, warn)
-    if size == 1 or single.upper in (0.0, math.inf):
+    if size == 1 or math.isinf(single.upper) or not any(event.steps for event in events):
         return single
     mu = gaussian_mu(events)
     if mu is not None:
@@ -82,7 +84,14 @@ def compose_group(
         return EpsilonBound(exact, exact, exact, delta, f"{single.accountant}, groups of {size}: kμ")
     upper = _by_the_general_bound(events, delta, size, warn)
     name = f"{single.accountant}, groups of {size}: general bound"
-    return EpsilonBound(single.lower, upper, upper, delta, name)
+    every = gaussian_dp_epsilon(size * _full_batch_mu(events), delta) if not any(e.discrete for e in events) else math.inf
+    if every < upper:
+        upper, name = every, f"Gaussian DP of full batches, groups of {size}: kμ"
+    return EpsilonBound(min(single.lower, upper), upper, upper, delta, name)
+
+
+def _full_batch_mu(events: Sequence[GaussianEvent]) -> float:
+    return math.hypot(*(math.sqrt(event.steps) / event.noise_multiplier for event in events if event.steps))
 
 
 def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn) -> float:
@@ -118,5 +127,5 @@ def _log_growth(epsilon: float, size: int) -> float:
 
 
 def _require_size(size: int) -> None:
-    if isinstance(size, bool) or size != int(size) or size < 1:
-        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number of at least 1.")
+    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
+        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")

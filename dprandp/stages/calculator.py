@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dprandp.errors import BudgetError, UsageError
+from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.group import compose_group
@@ -39,7 +39,7 @@ def account(
         accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
         through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how it follows from add/remove; None
         there), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and, if asked for, curve
-        (delta and epsilon, lists; ε is None where no accountant reaches so small a δ).
+        (delta and epsilon, lists).
 
     Raises:
         UsageError: a value out of its range. BudgetError: no noise is enough.
@@ -76,7 +76,7 @@ def account(
         },
     }
     if curve:
-        found = [_epsilon_at(events, each, adjacency) for each in CURVE_DELTAS]
+        found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS]
         result["curve"] = {"delta": list(CURVE_DELTAS), "epsilon": found}
     return result
 
@@ -118,7 +118,7 @@ def account_lines(result: dict[str, Any]) -> str:
     if "curve" not in result:
         return line
     rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
-    table = [f"{delta:8.0e}  {'–' if epsilon is None else format(epsilon, '#.5g')}" for delta, epsilon in rows]
+    table = [f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows]
     return "\n".join([line, "       δ  ε", *table])
 
 
@@ -146,16 +146,14 @@ def attack_lines(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _epsilon_at(events: list[GaussianEvent], delta: float, adjacency: str) -> float | None:
-    try:
-        return compose_adjacency(events, delta, adjacency, lambda sentence: None).upper
-    except BudgetError:
-        return None
+def _silent(sentence: str) -> None:
+    """The accountant of a curve was named at its own δ."""
 
 
 def _percent(rate: float) -> str:
     """To three digits, rounded up: what is printed is never below the bound."""
     if rate <= 0:
         return "0"
+    rate = max(rate, 1e-100)
     digits = 2 - math.floor(math.log10(100 * rate))
     return f"{min(100.0, math.ceil(round(100 * rate * 10**digits, 6)) / 10**digits):g}"
