@@ -43,7 +43,7 @@ _RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
 # A budget of which less than this part is left would buy steps of nothing but noise.
 _LEAST_PART = 0.005
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
-_MAX_NOISE_MULTIPLIER = 1e6
+MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
 _FIXED = "A run's budget cannot grow once it has begun."
 
@@ -217,7 +217,7 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
     name = f"PRV (prv-accountant {version('prv-accountant')})"
     if lower > simple * (1 + 1e-6):
         # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
-        complaint = f"The PRV accountant (ε ≥ {lower:.6g}) contradicts {simple_name} (ε ≤ {simple:.6g}); the larger is kept."
+        complaint = f"PRV (ε ≥ {lower:.6g}) contradicts {simple_name} (ε ≤ {simple:.6g}): the larger is kept."
         return EpsilonBound(lower, estimate, max(upper, simple), delta, name), complaint
     if simple < upper:
         return EpsilonBound(min(lower, simple), min(estimate, simple), simple, delta, simple_name), None
@@ -307,8 +307,8 @@ def _calibrate(
         found = calibration.nudge(upper, epsilon, guess) if room > 0 else None
     elif any(isinstance(event, TuningEvent) for event in spent):
         # One accountant for everything, and a quick one: the promised bound aims at itself.
-        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), _MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
+        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), MAX_NOISE_MULTIPLIER)
+        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     else:
 
         def sketch(noise_multiplier: float) -> float:
@@ -316,12 +316,12 @@ def _calibrate(
             return _sketch(components_of(events), delta)
 
         goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
-        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), _MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
+        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), MAX_NOISE_MULTIPLIER)
+        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         left = "What is left of " if spent else ""
         raise BudgetError(
-            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
+            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps, however large the noise.",
             fix=f"{_FIXED} Give fewer steps, or start a new run and add up what both release."
             if spent
             else "Give a larger --eps, or fewer steps.",

@@ -1,7 +1,7 @@
 """Upper bounds on ε of sampled Gaussian steps that need no grid: valid for every σ, q, T and δ. Loaded when needed.
 
-Each is proven for the whole composition, so the smallest of them is a bound as well. With P = (1−q) N(0, σ²) + q N(1, σ²)
-and Q = N(0, σ²), and either direction of add/remove:
+Each is proven for the whole composition, so the smallest of them is a bound as well. In either direction of add/remove,
+with P = (1−q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²):
 
 *Full batches.* (P, Q) is what comes out of (N(1, σ²), Q) when the input is replaced by a fresh draw of Q with
 probability 1 − q, so that sampled steps are at most as revealing as full batches: √(Σ T/σ²)-GDP.
@@ -9,8 +9,8 @@ probability 1 − q, so that sampled steps are at most as revealing as full batc
 *Participations.* Of T equal steps a record is in K ~ Binomial(T, q). The hockey-stick divergence is jointly convex, so
 δ(ε) ≤ E_K[δ of √K/σ-GDP at ε]. This is tight where the noise is small, and where a record is hardly ever drawn.
 
-*Rényi DP.* With A(α) = E_Q[(P/Q)^α], the divergence of order α > 1 is log A(α)/(α − 1) in the larger direction (Mironov,
-Talwar & Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5); it adds up over steps.
+*Rényi DP.* With A(α) = E_Q[(P/Q)^α], the divergence of order α > 1 is log A(α)/(α − 1) in the larger direction
+(Mironov, Talwar & Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5); steps add up.
 A(α) is integrated at any order, by ``log_moment``. To ε by Balle et al. 2020, Theorem 21, for the best order; to ε = 0
 where the total variation, at most √(1 − exp(−KL)) and √(KL/2), is at most δ.
 """
@@ -19,13 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import betainc, log_ndtr
 
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
+
+if TYPE_CHECKING:
+    from dprandp.privacy.prv import Component
 
 FULL_BATCHES = "Gaussian DP of full batches (closed form)"
 PARTICIPATIONS = "Gaussian DP averaged over the number of participations"
@@ -43,15 +47,7 @@ _SLACK = 1e-9
 _MOST_COUNTS = 2000
 
 
-class Steps(Protocol):
-    """``prv.Component``: ``steps`` independent uses of one sampled Gaussian."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-
-def analytic_epsilon(components: Sequence[Steps], delta: float) -> tuple[float, str]:
+def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[float, str]:
     """The smallest of the bounds above, and the name of the one that gave it.
 
     Args:
@@ -70,7 +66,32 @@ def analytic_epsilon(components: Sequence[Steps], delta: float) -> tuple[float, 
     return min(found)
 
 
-def analytic_curve(components: Sequence[Steps], deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moved_epsilon(
+    components: Sequence[Component], delta: float, distance: float, records: int = 1
+) -> tuple[float, str]:
+    """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
+
+    The two bounds that need no sampled divergence: both data sets are sampled with the same coins, a step that draws
+    none of the records is the same in both, and one that draws any moves by ``distance`` · C at most. Adding or
+    removing k records is (k, k), replacing one is (2, 1).
+
+    Guarantee:
+        The composition is (result, delta)-DP for such data sets.
+    """
+    moved = [
+        replace(
+            each,
+            noise_multiplier=each.noise_multiplier / distance,
+            sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
+        )
+        for each in components
+    ]
+    full = gaussian_dp_epsilon(full_batch_mu(moved), delta)
+    counted = participation_epsilon(moved, delta, full)
+    return (full, FULL_BATCHES) if counted is None or full <= counted else (counted, PARTICIPATIONS)
+
+
+def analytic_curve(components: Sequence[Component], deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Valid points (ε_i, δ_i) of the privacy curve, among them one at each of ``deltas`` and one at ε = 0.
 
     Args:
@@ -92,7 +113,7 @@ def analytic_curve(components: Sequence[Steps], deltas: np.ndarray) -> tuple[np.
     return np.concatenate([[0.0], np.maximum.accumulate(epsilons)]), np.concatenate([[_variation(components)], deltas])
 
 
-def full_batch_mu(components: Sequence[Steps]) -> float:
+def full_batch_mu(components: Sequence[Component]) -> float:
     """μ of the same steps on full batches: √(Σ T/σ²), a bound for any sampling."""
     return math.hypot(*(math.sqrt(each.steps) / each.noise_multiplier for each in components)) * (1 + 1e-15)
 
@@ -100,7 +121,7 @@ def full_batch_mu(components: Sequence[Steps]) -> float:
 # ---------------------------------------------------------------- participations
 
 
-def participation_epsilon(components: Sequence[Steps], delta: float, largest: float) -> float | None:
+def participation_epsilon(components: Sequence[Component], delta: float, largest: float) -> float | None:
     """ε by the number of participations, at most ``largest``; None where that is no gain or the steps differ."""
     if len(components) != 1 or not math.isfinite(largest):
         return None
@@ -153,7 +174,7 @@ def _counted_delta(mus: np.ndarray, more: np.ndarray, epsilon: float) -> float:
 # ---------------------------------------------------------------- Rényi DP
 
 
-def renyi_epsilon(components: Sequence[Steps], delta: float) -> float:
+def renyi_epsilon(components: Sequence[Component], delta: float) -> float:
     """ε by the best Rényi order. Coarse steps outward from where it should be, then a golden section."""
     kl = _divergence(components, float(_ORDERS[0]))
     if math.sqrt(min(kl / 2, -math.expm1(-kl))) <= delta:
@@ -193,7 +214,7 @@ def renyi_epsilon(components: Sequence[Steps], delta: float) -> float:
     return max(0.0, min(known.values()))
 
 
-def _divergence(components: Sequence[Steps], order: float) -> float:
+def _divergence(components: Sequence[Component], order: float) -> float:
     """Rényi divergence of the composition at 1 + ``order``."""
     moments = (each.steps * log_moment(each.sample_rate, each.noise_multiplier, order) for each in components)
     return math.fsum(moments) / order
@@ -210,7 +231,7 @@ def _least(divergences: np.ndarray, orders: np.ndarray, delta: float) -> float:
     return max(0.0, float(np.min(divergences + [_conversion(order, delta) for order in orders.tolist()])))
 
 
-def _variation(components: Sequence[Steps]) -> float:
+def _variation(components: Sequence[Component]) -> float:
     """Total variation at most: δ at ε = 0."""
     kl = _divergence(components, 1e-3)
     bounds = [math.erf(full_batch_mu(components) / math.sqrt(8)), math.sqrt(min(kl / 2, -math.expm1(-kl)))]
@@ -288,7 +309,8 @@ def _log_ratio(q: float, c: float, z: np.ndarray) -> np.ndarray:
     score = c * z - c * c / 2
     u = q * np.expm1(np.minimum(score, 300))
     with np.errstate(under="ignore"):
-        return np.where(np.abs(u) < 0.5, np.log1p(np.clip(u, -0.5, 0.5)), np.logaddexp(math.log1p(-q), math.log(q) + score))
+        far = np.logaddexp(math.log1p(-q), math.log(q) + score)
+        return np.where(np.abs(u) < 0.5, np.log1p(np.clip(u, -0.5, 0.5)), far)
 
 
 def _panel_edges(q: float, c: float, order: float) -> np.ndarray | None:

@@ -9,8 +9,8 @@ complexity of differential privacy", Lemma 2.2)
 
 As ε depends on δ', the δ' is searched for which the second entry is the δ that was asked for. This bound is valid and
 not tight: Poisson sampling rarely draws all of a group into one batch (Ganesh 2024, "Tight group-level DP guarantees
-for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of. Where it is worse than k
-records in every batch, which is kμ-GDP for the μ of full batches, that bound is given.
+for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of. Where it is worse than all
+k records moving every step that draws one of them (``analytic.moved_epsilon``), that bound is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ import math
 from collections.abc import Sequence
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, Warn, compose, gaussian_mu, warn_by_log
+from dprandp.privacy.accounting import (
+    EpsilonBound,
+    GaussianEvent,
+    Warn,
+    components_of,
+    compose,
+    gaussian_mu,
+    merge_events,
+    warn_by_log,
+)
 from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 
@@ -82,33 +91,34 @@ def compose_group(
         if discrete:
             check_distance(discrete, exact, delta)
         return EpsilonBound(exact, exact, exact, delta, f"{single.accountant}, groups of {size}: kμ")
-    upper = _by_the_general_bound(events, delta, size, warn)
-    name = f"{single.accountant}, groups of {size}: general bound"
-    every = gaussian_dp_epsilon(size * _full_batch_mu(events), delta) if not any(e.discrete for e in events) else math.inf
-    if every < upper:
-        upper, name = every, f"Gaussian DP of full batches, groups of {size}: kμ"
+    upper, by = _by_the_general_bound(events, delta, size)
+    name = f"{by}, groups of {size}: general bound"
+    if not any(event.discrete for event in events):
+        from dprandp.privacy import analytic
+
+        together, by = analytic.moved_epsilon(components_of(merge_events(events)), delta, size, size)
+        if together < upper:
+            upper, name = together, f"{by}, groups of {size}: all in one step"
     return EpsilonBound(min(single.lower, upper), upper, upper, delta, name)
 
 
-def _full_batch_mu(events: Sequence[GaussianEvent]) -> float:
-    return math.hypot(*(math.sqrt(event.steps) / event.noise_multiplier for event in events if event.steps))
-
-
-def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn) -> float:
-    """The smallest kε(δ') found among δ' that give the group no more than ``delta``; inf where none was found.
+def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: int) -> tuple[float, str]:
+    """The smallest kε(δ') found among δ' that give the group no more than ``delta``, and the accountant of that ε(δ');
+    inf where none was found.
 
     A smaller δ' raises ε, and with it the growth of δ', but more slowly than δ' falls. So δ' is lowered by what the
     group's δ exceeds its goal, until it fits; then the interval between what fits and what does not is halved.
     """
     goal = math.log(delta)
     high, low = goal, -math.inf  # log δ' that is too large, and one that fits
-    best = math.inf
+    best, by = math.inf, "none"
     tried = goal
     for _ in range(40):
-        epsilon = compose(events, math.exp(tried), warn).upper
+        bound = compose(events, math.exp(tried), lambda sentence: None)
+        epsilon = bound.upper
         excess = tried + _log_growth(epsilon, size) - goal
         if excess <= 0:
-            best, low = min(best, size * epsilon), tried
+            (best, by), low = min((best, by), (size * epsilon, bound.accountant)), tried
             if excess > math.log(_CLOSE_ENOUGH) or high - low < 0.05:
                 break
         else:
@@ -116,7 +126,7 @@ def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: i
         tried = max(tried - 1.2 * excess, _SMALLEST_LOG_DELTA) if low == -math.inf else (high + low) / 2
         if tried <= _SMALLEST_LOG_DELTA and low == -math.inf:
             break
-    return best
+    return best, by
 
 
 def _log_growth(epsilon: float, size: int) -> float:

@@ -32,6 +32,7 @@ from scipy.special import ndtr, ndtri
 
 from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.accounting import (
+    MAX_NOISE_MULTIPLIER,
     EpsilonBound,
     GaussianEvent,
     Warn,
@@ -42,7 +43,6 @@ from dprandp.privacy.accounting import (
     merge_events,
     warn_by_log,
 )
-from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 from dprandp.privacy.group import compose_group
 
 ADD_REMOVE, REPLACE_ONE = "add-remove", "replace-one"
@@ -56,7 +56,6 @@ _MOST_POINTS = 5000
 # The smallest δ at which a curve without a grid is tabled.
 _LEAST_DELTA = 1e-300
 WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
-FULL_BATCHES = "Gaussian DP of full batches"
 
 
 @dataclass(frozen=True)
@@ -163,18 +162,20 @@ def compose_adjacency(
     if gaussian_mu(events) is not None:
         exact = compose_group(events, delta, 2, warn)  # two moves of one record, or one of two: both double μ
         return replace(exact, accountant=compose(events, delta, warn).accountant)
+    from dprandp.privacy import analytic
+
     single = compose(events, delta, warn)
     if not math.isfinite(single.upper):
         return single
     merged = tuple(merge_events(events))
-    most = gaussian_dp_epsilon(2 * _full_batch_mu(merged), delta)
+    most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
     share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
-    # Where full batches already hide the record there is no need for a curve.
+    # Where that hides the record already there is no need for a curve.
     epsilons, deltas, source = _curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
     upper = _two_moves(epsilons, deltas, delta) if most else None
     # Replacing a record by one that changes nothing is removing it.
     if upper is None or most < upper:
-        return EpsilonBound(min(single.lower, most), most, most, delta, f"{FULL_BATCHES}, 2μ")
+        return EpsilonBound(min(single.lower, most), most, most, delta, f"{by}, moved by 2C")
     return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + _path(2))
 
 
@@ -208,11 +209,15 @@ def calibrate_adjacency(
         event = GaussianEvent(noise_multiplier, sample_rate, steps)
         return compose_adjacency([event], delta, adjacency, complaints.append).upper
 
-    guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=warn)
-    found = calibration.settle(upper, epsilon, guess, 1e6)
+    try:
+        guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=lambda sentence: None)
+    except BudgetError:
+        guess = MAX_NOISE_MULTIPLIER  # half the budget is a place to start from, not what is asked
+    found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         raise BudgetError(
-            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps with any noise.",
+            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps, however large the "
+            "noise.",
             fix="Give a larger --eps, or fewer steps.",
         )
     upper(found)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.accounting import GaussianEvent, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.group import compose_group
 from dprandp.privacy.tradeoff import ADD_REMOVE, calibrate_adjacency, compose_adjacency, trade_off
@@ -45,10 +45,13 @@ def account(
         UsageError: a value out of its range. BudgetError: no noise is enough.
     """
     if noise_multiplier is None:
-        noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency)
+        noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency, _silent)
     events = [GaussianEvent(noise_multiplier, sample_rate, steps)]
-    bound = compose_adjacency(events, delta, adjacency)
-    attacker = trade_off(events, adjacency)
+    said: list[str] = []
+    bound = compose_adjacency(events, delta, adjacency, said.append)
+    attacker = trade_off(events, adjacency, said.append)
+    for sentence in dict.fromkeys(said):
+        warn_by_log(sentence)
     mu, mu_is = attacker.mu, EXACT
     if mu is None:
         mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
@@ -99,7 +102,7 @@ def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
             fix="leave --adjacency at add-remove",
         )
     event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
-    bound = compose_group([event], result["delta"], size)
+    bound = compose_group([event], result["delta"], size, _silent)
     return {"group_size": size, "group_epsilon": bound.upper, "group_accountant": bound.accountant}
 
 
@@ -147,7 +150,7 @@ def attack_lines(result: dict[str, Any]) -> str:
 
 
 def _silent(sentence: str) -> None:
-    """The accountant of a curve was named at its own δ."""
+    """For searches and curves: the accountant of the result is named once, by the result."""
 
 
 def _percent(rate: float) -> str:
