@@ -48,8 +48,8 @@ MAX_NOISE_MULTIPLIER = 1e6
 _FIXED = "A run's budget cannot grow once it has begun."
 
 
-_LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 10**15
-"""Beyond these there is no privacy to speak of, and squares leave the range of doubles."""
+_LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
+"""Beyond these there is no privacy to speak of, squares leave the range of doubles, and doubles cannot count."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GaussianEvent:
     Args:
         noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
         sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
-        steps: T, from 0 to 1e15.
+        steps: T, from 0 to 2^53.
         discrete: the noise is a discrete Gaussian on the lattice of ``discrete_noise``.
 
     Raises:
@@ -81,7 +81,7 @@ class GaussianEvent:
         if not 0 < self.sample_rate <= 1:
             raise UsageError(f"The sample rate is {self.sample_rate}.", fix="Give a number above 0, at most 1.")
         if isinstance(self.steps, bool) or not 0 <= self.steps <= _MOST_STEPS or self.steps != int(self.steps):
-            raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number from 0 to 1e15.")
+            raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number from 0 to 2^53.")
 
     def to_dict(self) -> dict[str, float | int]:
         return asdict(self)

@@ -124,11 +124,14 @@ def test_infinite_epsilon_needs_no_noise():
     assert calibrate_adjacency(math.inf, 1e-5, 0.1, 10, REPLACE_ONE) == 0
 
 
-def test_where_the_curve_ends_too_early_replacing_costs_what_full_batches_do(monkeypatch):
+@pytest.mark.parametrize(("sigma", "name"), [(0.5, "participations"), (200.0, "full batches")])
+def test_where_the_curve_ends_too_early_both_moves_are_bounded_as_one(monkeypatch, sigma, name):
     monkeypatch.setattr(tradeoff, "_two_moves", lambda *curve: None)
-    bound = compose_adjacency([GaussianEvent(2.0, 0.1, 7)], 1e-5, REPLACE_ONE)
-    assert bound.upper == pytest.approx(gaussian_dp_epsilon(2 * math.sqrt(7) / 2.0, 1e-5), rel=1e-9)
-    assert "full batches" in bound.accountant
+    bound = compose_adjacency([GaussianEvent(sigma, 0.5, 7)], 1e-5, REPLACE_ONE)
+    full = gaussian_dp_epsilon(2 * math.sqrt(7) / sigma, 1e-5)
+    assert 0.5 * full < bound.upper <= full * (1 + 1e-9)
+    assert name in bound.accountant
+    assert "moved by 2C" in bound.accountant
 
 
 def test_the_fallback_is_named_aloud_and_looser(monkeypatch):
