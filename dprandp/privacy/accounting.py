@@ -10,7 +10,8 @@ events               accountant                                              err
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
 some sampled         privacy random variables, both directions (``prv``)     0.25 % (q ~ 1e-3: 1 %), included in upper
-where that refuses   Rényi DP of Opacus, announced by ``warn``               an upper bound, 5 to 50 % loose
+where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, loose where q T is small
+where that refuses   the same, announced by ``warn``                         the same
 some paid tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
@@ -42,13 +43,13 @@ _RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
 # A budget of which less than this part is left would buy steps of nothing but noise.
 _LEAST_PART = 0.005
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
-_MAX_NOISE_MULTIPLIER = 1e6
+MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
 _FIXED = "A run's budget cannot grow once it has begun."
 
 
-_LEAST_NOISE, _LARGEST_EPSILON = 1e-100, 1e150
-"""Beyond these there is no privacy to speak of, and squares leave the range of doubles."""
+_LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
+"""Beyond these there is no privacy to speak of, squares leave the range of doubles, and doubles cannot count."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class GaussianEvent:
     Args:
         noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
         sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
-        steps: T ≥ 0.
+        steps: T, from 0 to 2^53.
         discrete: the noise is a discrete Gaussian on the lattice of ``discrete_noise``.
 
     Raises:
@@ -79,8 +80,8 @@ class GaussianEvent:
             )
         if not 0 < self.sample_rate <= 1:
             raise UsageError(f"The sample rate is {self.sample_rate}.", fix="Give a number above 0, at most 1.")
-        if isinstance(self.steps, bool) or self.steps != int(self.steps) or self.steps < 0:
-            raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number of at least 0.")
+        if isinstance(self.steps, bool) or not 0 <= self.steps <= _MOST_STEPS or self.steps != int(self.steps):
+            raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number from 0 to 2^53.")
 
     def to_dict(self) -> dict[str, float | int]:
         return asdict(self)
@@ -124,6 +125,8 @@ def gaussian_mu(events: Sequence[Event]) -> float | None:
         return None
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
+    if any(event.noise_multiplier > 1e150 for event in merged):  # its square is beyond doubles
+        return math.hypot(*(math.sqrt(event.steps) / event.noise_multiplier for event in merged))
     return math.sqrt(math.fsum(event.steps / event.noise_multiplier**2 for event in merged))
 
 
@@ -133,7 +136,7 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
     Args:
         events: what was, or would be, run.
         delta: δ in (0, 1).
-        warn: called with one sentence when the Rényi fallback is used or two accountants contradict each other.
+        warn: called with one sentence when the PRV accountant refuses or two accountants contradict each other.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under adding or removing one record, provided each step is a
@@ -146,7 +149,7 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
 
     Raises:
         UsageError: δ is not between 0 and 1.
-        BudgetError: no accountant could give a bound, or ε is too large for the lattice of discrete noise.
+        BudgetError: ε is too large for the lattice of discrete noise.
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta is {delta}.", fix="Give a delta between 0 and 1, both excluded.")
@@ -198,27 +201,26 @@ def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
 
 @lru_cache(maxsize=512)
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
-    from dprandp.privacy import prv  # loads most of scipy: only here, only when it is needed
+    """The smallest of all that is proven; and what there is to say about it."""
+    from dprandp.privacy import analytic, prv  # load most of scipy: only here, only when they are needed
 
     components = components_of(merged)
-    rough = prv.rough_epsilon(components, delta)
+    simple, simple_name = analytic.analytic_epsilon(components, delta)
+    if simple == 0:
+        return EpsilonBound(0.0, 0.0, 0.0, delta, simple_name), None
     try:
         fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
         lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
     except prv.AccountantRefused as refusal:
-        from dprandp.privacy.renyi_fallback import renyi_epsilon
-
-        epsilon, name = renyi_epsilon([(e.sample_rate, e.noise_multiplier, e.steps) for e in merged], delta)
-        bound = EpsilonBound(0.0, epsilon, epsilon, delta, name)
-        return (
-            bound,
-            f"The PRV accountant refused ({refusal}); {bound.accountant} gives the looser ε ≤ {bound.upper:.4g}.",
-        )
+        complaint = f"The PRV accountant refused ({refusal}); {simple_name} gives the looser ε ≤ {simple:.4g}."
+        return EpsilonBound(0.0, simple, simple, delta, simple_name), complaint
     name = f"PRV (prv-accountant {version('prv-accountant')})"
-    if lower > rough * (1 + 1e-6):
+    if lower > simple * (1 + 1e-6):
         # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
-        complaint = f"The PRV accountant (ε ≥ {lower:.6g}) contradicts Rényi DP (ε ≤ {rough:.6g}); the larger is kept."
-        return EpsilonBound(lower, estimate, max(upper, rough), delta, name), complaint
+        complaint = f"PRV (ε ≥ {lower:.6g}) contradicts {simple_name} (ε ≤ {simple:.6g}): the larger is kept."
+        return EpsilonBound(lower, estimate, max(upper, simple), delta, name), complaint
+    if simple < upper:
+        return EpsilonBound(min(lower, simple), min(estimate, simple), simple, delta, simple_name), None
     return EpsilonBound(lower, estimate, upper, delta, name), None
 
 
@@ -299,12 +301,14 @@ def _calibrate(
     mu_spent = gaussian_mu(spent)
     if sample_rate == 1 and mu_spent is not None:
         # Gaussian DP adds in squares: what is left for the new steps is μ² − μ_spent².
-        room = gaussian_dp_mu(epsilon, delta) ** 2 - mu_spent**2
-        found = calibration.nudge(upper, epsilon, math.sqrt(steps / room)) if room > 0 else None
+        mu = gaussian_dp_mu(epsilon, delta)
+        room = mu**2 - mu_spent**2 if mu_spent else 1.0
+        guess = math.sqrt(steps / room) if mu_spent and room > 0 else math.sqrt(steps) / mu
+        found = calibration.nudge(upper, epsilon, guess) if room > 0 else None
     elif any(isinstance(event, TuningEvent) for event in spent):
         # One accountant for everything, and a quick one: the promised bound aims at itself.
-        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), _MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
+        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), MAX_NOISE_MULTIPLIER)
+        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     else:
 
         def sketch(noise_multiplier: float) -> float:
@@ -312,12 +316,12 @@ def _calibrate(
             return _sketch(components_of(events), delta)
 
         goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
-        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), _MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, _MAX_NOISE_MULTIPLIER)
+        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), MAX_NOISE_MULTIPLIER)
+        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         left = "What is left of " if spent else ""
         raise BudgetError(
-            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps with any noise.",
+            f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps, however large the noise.",
             fix=f"{_FIXED} Give fewer steps, or start a new run and add up what both release."
             if spent
             else "Give a larger --eps, or fewer steps.",
@@ -328,15 +332,15 @@ def _calibrate(
 
 def _first_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """Central limit: T steps at rate q are about μ-GDP with μ = q √(T (exp(1/σ²) − 1)) (Dong et al. 2022, §5.1)."""
-    square = (gaussian_dp_mu(epsilon, delta) / sample_rate) ** 2 / steps
-    return 1 / math.sqrt(math.log1p(square))
+    root = gaussian_dp_mu(epsilon, delta) / sample_rate / math.sqrt(steps)
+    return 1 / math.sqrt(math.log1p(min(max(root, 1e-150), 1e150) ** 2))
 
 
 def _sketch(components: Sequence[Any], delta: float) -> float:
-    """A fast, unpromised value of ε to aim with; the Rényi bound where the PRV accountant refuses."""
-    from dprandp.privacy import prv
+    """A fast, unpromised value of ε to aim with; a bound without a grid where the PRV accountant refuses."""
+    from dprandp.privacy import analytic, prv
 
     try:
         return prv.sketch_epsilon(components, delta)
     except prv.AccountantRefused:
-        return prv.rough_epsilon(components, delta)
+        return analytic.analytic_epsilon(components, delta)[0]

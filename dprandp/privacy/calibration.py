@@ -55,7 +55,7 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
         value = promised(argument)
         if value <= budget:
             fits = min(fits, argument)
-            if value >= ACCEPT * budget:
+            if value >= ACCEPT * budget or argument <= _SMALLEST:
                 break
         else:
             exceeds = max(exceeds, argument)
@@ -73,7 +73,7 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
         argument = math.exp(here[0] + stride)
         if exceeds and math.isfinite(fits) and not exceeds < argument < fits:
             argument = math.sqrt(exceeds * fits)
-        argument = min(argument, largest)
+        argument = max(min(argument, largest), _SMALLEST)
     return fits if math.isfinite(fits) else None
 
 

@@ -25,6 +25,9 @@ _OUTWARD = 1e-12
 # Beyond this μ (ε = 5e17) the closed form cancels to nothing in doubles, and ``_largest_epsilon`` is as good.
 _LARGEST_MU = 1e9
 
+# Below this μ the two terms of the closed form share most of their digits.
+_SMALL_MU = 1e-6
+
 
 def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
     """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP; −inf for μ = 0.
@@ -38,7 +41,13 @@ def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
     if mu == 0:
         return -math.inf
     log_first = float(log_ndtr(mu / 2 - epsilon / mu))
+    if log_first == -math.inf:
+        return -math.inf
     log_ratio = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)) - log_first
+    if mu < _SMALL_MU:
+        # The terms nearly cancel: rounding is paid for, and total variation bounds what it makes of the difference.
+        log_ratio = min(log_ratio, 0.0) - 1e-15 * (1 + abs(log_first))
+        return min(log_first + math.log(-math.expm1(log_ratio)), math.log(math.erf(mu / math.sqrt(8))))
     if log_ratio >= 0:
         # The two terms agree to the last bit: δ is below 1e-16 of the first. That first term is a safe upper bound.
         return log_first + math.log(1e-16)
@@ -77,7 +86,7 @@ def gaussian_dp_epsilon(mu: float, delta: float) -> float:
 
 def _largest_epsilon(mu: float, log_delta: float) -> float:
     """At least the ε of a μ-GDP mechanism: without its negative term δ(ε) is Φ(μ/2 − ε/μ) ≤ exp(−(ε/μ − μ/2)²/2)."""
-    return mu * (mu / 2 + math.sqrt(-2 * log_delta)) * (1 + _OUTWARD) + 1e-9
+    return mu * (mu / 2 + math.sqrt(-2 * log_delta)) * (1 + _OUTWARD) + min(1e-9, mu)
 
 
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:

@@ -44,6 +44,10 @@ DELTA_ERROR_SHARE = 1e-3
 # A Fourier transform is wrong by about eps·√(log₂ N) of its input; this many times eps·log₂ N, once for each step, is
 # held to be enough for all arithmetic, and added to δ.
 _ROUNDING = 8
+# Beyond these, squares and quotients could leave the range of doubles.
+_NOISE, _LEAST_RATE, _LEAST_PROBABILITY = (1e-50, 1e50), 1e-100, 1e-300
+# Losses in one block of the curve: exp of it, and its inverse, are doubles.
+_BLOCK = 300.0
 # Rényi orders for the rough bound. Any order gives a valid bound; a longer list only makes it tighter.
 _ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**n for n in range(6, 14)])
 # Where no divergence needs a sum of many terms.
@@ -157,15 +161,33 @@ def prv_curve(
     deltas = np.zeros(len(epsilons))
     for add in _directions(components):
         losses, masses = _compose(components, grid, add)
-        from_here = np.flip(np.flip(masses).cumsum())
-        discounted = np.flip(np.flip(masses * np.exp(-losses)).cumsum())
         # δ̂ at each point of the grid; δ̂ falls, so the point at or below ε − ε_error bounds it from above
-        curve = np.maximum(from_here - np.exp(losses) * discounted, 0) + grid.delta_error
         nearest = np.searchsorted(losses, epsilons - grid.epsilon_error, side="right") - 1
+        first = int(nearest[0])
+        from_here = np.flip(np.flip(masses[first:]).cumsum())
+        curve = np.maximum(from_here - _discounted(losses[first:], masses[first:], grid.mesh), 0) + grid.delta_error
+        nearest -= first
         deltas = np.maximum(deltas, np.asarray(curve[nearest], dtype=np.float64))
     if not np.isfinite(deltas).all():
         raise AccountantRefused("it returned NaN")
     return np.maximum(epsilons, 0.0), np.minimum(deltas, 1.0)
+
+
+def _discounted(losses: np.ndarray, masses: np.ndarray, mesh: float) -> np.ndarray:
+    """Σ_{j ≥ i} masses_j exp(losses_i − losses_j), float [n]: in blocks, so that no exponential leaves the doubles."""
+    block = max(1, int(_BLOCK / mesh))
+    sums, later = np.zeros_like(masses), 0.0
+    if mesh > _BLOCK:  # of all later losses nothing is left
+        return masses
+    with np.errstate(under="ignore"):
+        for start in reversed(range(0, len(losses), block)):
+            here = losses[start : start + block] - losses[start]
+            # ``later`` is the sum at the first loss of the next block, a mesh away from the last of this one
+            own = np.flip(np.flip(masses[start : start + block] * np.exp(-here)).cumsum())
+            own = own + later * math.exp(-float(here[-1]) - mesh)
+            sums[start : start + block] = np.exp(here) * own
+            later = sums[start]
+    return sums
 
 
 def plan_grid(components: Sequence[Component], delta_error: float, epsilon_error: float) -> Grid:
@@ -202,6 +224,11 @@ def _reach(components: Sequence[Component], probability: float) -> float:
     Chernoff: P(Y ≥ L) ≤ exp((α − 1)(RDP(α) − L)) and P(Y ≤ −L) ≤ exp((α − 1) RDP'(α) − α L), where RDP' is the other
     direction's divergence. The first bound with the larger divergence covers both tails of both directions.
     """
+    if not probability > _LEAST_PROBABILITY:
+        raise AccountantRefused("delta is beyond floating point")
+    for component in components:
+        if not _NOISE[0] <= component.noise_multiplier <= _NOISE[1] or component.sample_rate < _LEAST_RATE:
+            raise AccountantRefused("the noise multiplier or the sample rate is beyond floating point")
     if len(components) > MOST_EVENTS:
         raise AccountantRefused(f"{len(components)} different events are more than {MOST_EVENTS}")
     divergences = [component.divergences() for component in components]

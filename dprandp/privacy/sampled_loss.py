@@ -112,7 +112,7 @@ def renyi_divergence(sample_rate: float, noise_multiplier: float, order: float) 
     "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5).
     """
     if sample_rate == 1:
-        return order / (2 * noise_multiplier**2)
+        return order / (2 * noise_multiplier * noise_multiplier)
     below = math.floor(order)
     part = order - below
     log_moment = (1 - part) * _log_moment(sample_rate, noise_multiplier, below)
@@ -127,7 +127,7 @@ def _log_moment(q: float, sigma: float, order: int) -> float:
     if order == 1:
         return 0.0
     log_binomial, k = _log_binomials(order)
-    terms = log_binomial + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / (2 * sigma**2)
+    terms = log_binomial + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / (2 * sigma * sigma)
     largest = float(terms.max())
     return max(0.0, largest + math.log(float(np.exp(terms - largest).sum())))
 

@@ -32,6 +32,7 @@ from scipy.special import ndtr, ndtri
 
 from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy.accounting import (
+    MAX_NOISE_MULTIPLIER,
     EpsilonBound,
     GaussianEvent,
     Warn,
@@ -42,6 +43,7 @@ from dprandp.privacy.accounting import (
     merge_events,
     warn_by_log,
 )
+from dprandp.privacy.group import compose_group
 
 ADD_REMOVE, REPLACE_ONE = "add-remove", "replace-one"
 ADJACENCIES = (ADD_REMOVE, REPLACE_ONE)
@@ -51,6 +53,9 @@ _RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-3
 # The same for ε, as a part of it. Rates need more: at ε = 0 an error of ε is one of the advantage.
 _EPSILON_SHARE, _EPSILON_SHARE_FOR_RATES = 0.0025, 0.0005
 _MOST_POINTS = 5000
+# The smallest δ at which a curve without a grid is tabled.
+_LEAST_DELTA = 1e-300
+WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class TradeOff:
             is known.
         moves: 1 for add/remove, 2 for replace-one.
         source: how it was found.
+        most_mu: of a Gaussian whose trade-off is no better for the record: full batches in place of sampled ones.
     """
 
     mu: float | None
@@ -70,6 +76,7 @@ class TradeOff:
     deltas: np.ndarray
     moves: int
     source: str
+    most_mu: float = math.inf
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
         """g(α): no test with that false-positive rate, in [0, 1], finds the record more often than this.
@@ -82,14 +89,16 @@ class TradeOff:
                 f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1, such as 0.01."
             )
         if self.mu is not None:
-            return 1.0 if math.isinf(self.mu) else float(ndtr(ndtri(false_positive_rate) + self.mu))
+            return _gaussian_rate(false_positive_rate, self.mu)
         rate = false_positive_rate
         for _ in range(self.moves):
             rate = self._one_move(rate)
-        return rate
+        return min(rate, _gaussian_rate(false_positive_rate, self.most_mu))
 
     def _one_move(self, rate: float) -> float:
-        rising = self.deltas + rate * np.exp(np.minimum(self.epsilons, 700))
+        with np.errstate(under="ignore"):
+            scaled = np.exp(np.minimum(self.epsilons + math.log(rate), 0)) if rate else 0.0
+        rising = self.deltas + scaled
         falling = 1 - np.exp(-self.epsilons) * (1 - self.deltas - rate)
         return float(min(1.0, rising.min(), falling.min()))
 
@@ -100,10 +109,17 @@ class TradeOff:
         For two moves: δ₁ + exp(ε₁) δ₂ at ε₁ = −ε₂, where δ(−ε) = 1 − exp(−ε) (1 − δ(ε)).
         """
         if self.mu is not None:
-            return 1.0 if math.isinf(self.mu) else math.erf(self.mu / (2 * math.sqrt(2)))
+            return math.erf(self.mu / (2 * math.sqrt(2)))
+        most = math.erf(self.most_mu / (2 * math.sqrt(2)))
         if self.moves == 1:
-            return float(self.deltas.min(where=self.epsilons == 0, initial=1.0))
-        return float(min(1.0, (1 - np.exp(-self.epsilons) * (1 - 2 * self.deltas)).min()))
+            return min(most, float(self.deltas.min(where=self.epsilons == 0, initial=1.0)))
+        return float(min(most, (1 - np.exp(-self.epsilons) * (1 - 2 * self.deltas)).min()))
+
+
+def _gaussian_rate(rate: float, mu: float) -> float:
+    if rate in (0.0, 1.0):
+        return rate if math.isfinite(mu) else 1.0
+    return float(ndtr(ndtri(rate) + mu))
 
 
 def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn: Warn = warn_by_log) -> TradeOff:
@@ -112,7 +128,7 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn
     Args:
         events: what was, or would be, run.
         adjacency: ``ADD_REMOVE`` or ``REPLACE_ONE``.
-        warn: called with one sentence when the Rényi fallback is used.
+        warn: called with one sentence when the PRV accountant refuses.
 
     Guarantee:
         Every rate is an upper bound; see the module for the sources.
@@ -125,8 +141,9 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn
     none = np.zeros(0)
     if mu is not None:
         return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
-    epsilons, deltas, source = _curve(tuple(merge_events(events)), _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
-    return TradeOff(None, epsilons, deltas, moves, source + _path(moves))
+    merged = tuple(merge_events(events))
+    epsilons, deltas, source = _curve(merged, _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
+    return TradeOff(None, epsilons, deltas, moves, source + _path(moves), moves * _full_batch_mu(merged))
 
 
 def compose_adjacency(
@@ -138,26 +155,28 @@ def compose_adjacency(
         The composition is (``upper``, ``delta``)-DP under ``adjacency``, on the conditions of ``compose``.
 
     Raises:
-        UsageError: δ or the adjacency is senseless. BudgetError: no accountant could give a bound.
+        UsageError: δ or the adjacency is senseless. BudgetError: as ``compose``.
     """
     if _moves(adjacency) == 1:
         return compose(events, delta, warn)
     if gaussian_mu(events) is not None:
-        halved = [replace(event, noise_multiplier=event.noise_multiplier / 2) for event in events]
-        return compose(halved, delta, warn)
+        exact = compose_group(events, delta, 2, warn)  # two moves of one record, or one of two: both double μ
+        return replace(exact, accountant=compose(events, delta, warn).accountant)
+    from dprandp.privacy import analytic
+
     single = compose(events, delta, warn)
     if not math.isfinite(single.upper):
         return single
+    merged = tuple(merge_events(events))
+    most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
     share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
-    epsilons, deltas, source = _curve(tuple(merge_events(events)), share, _EPSILON_SHARE, warn)
-    upper = _two_moves(epsilons, deltas, delta)
-    if upper is None:
-        raise BudgetError(
-            f"The curve of these steps does not reach a replace-one guarantee at δ = {delta:g}.",
-            fix="Use a larger delta, more noise, or --adjacency add-remove.",
-        )
+    # Where that hides the record already there is no need for a curve.
+    epsilons, deltas, source = _curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
+    upper = _two_moves(epsilons, deltas, delta) if most else None
     # Replacing a record by one that changes nothing is removing it.
-    return EpsilonBound(single.lower, upper, upper, delta, source + _path(2))
+    if upper is None or most < upper:
+        return EpsilonBound(min(single.lower, most), most, most, delta, f"{by}, moved by 2C")
+    return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + _path(2))
 
 
 def calibrate_adjacency(
@@ -190,17 +209,28 @@ def calibrate_adjacency(
         event = GaussianEvent(noise_multiplier, sample_rate, steps)
         return compose_adjacency([event], delta, adjacency, complaints.append).upper
 
-    guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=warn)
-    found = calibration.settle(upper, epsilon, guess, 1e6)
+    try:
+        guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=lambda sentence: None)
+    except BudgetError:
+        guess = MAX_NOISE_MULTIPLIER  # half the budget is a place to start from, not what is asked
+    found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         raise BudgetError(
-            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps with any noise.",
+            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps, however large the "
+            "noise.",
             fix="Give a larger --eps, or fewer steps.",
         )
     upper(found)
     for complaint in complaints[:1]:
         warn(complaint)
     return found
+
+
+def _full_batch_mu(merged: Sequence[GaussianEvent]) -> float:
+    """μ of the same steps on full batches. Also for replacing: one record's part in a sample then moves by 2C."""
+    from dprandp.privacy import analytic
+
+    return analytic.full_batch_mu(components_of(merged))
 
 
 def _moves(adjacency: str) -> int:
@@ -226,7 +256,7 @@ def _curve(
 def _cached_curve(
     events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float
 ) -> tuple[np.ndarray, np.ndarray, str, str | None]:
-    from dprandp.privacy import prv
+    from dprandp.privacy import analytic, prv
 
     components = components_of(events)
     delta = delta_error / _DELTA_SHARE
@@ -234,11 +264,9 @@ def _cached_curve(
         error = epsilon_share * prv.sketch_epsilon(components, delta)
         epsilons, deltas = prv.prv_curve(components, delta_error, error)
     except prv.AccountantRefused as refusal:
-        deltas = np.geomspace(0.9, 1e-3 * delta, 60)
-        epsilons = np.array([prv.rough_epsilon(components, each) for each in deltas])
-        # Total variation, at ε = 0, is at most 1; the list must start there.
-        epsilons, deltas = np.concatenate([[0.0], epsilons]), np.concatenate([[1.0], deltas])
-        return epsilons, deltas, "Rényi DP", f"The PRV accountant refused ({refusal}); Rényi DP gives a looser curve."
+        least = max(1e-3 * delta, _LEAST_DELTA)
+        epsilons, deltas = analytic.analytic_curve(components, np.geomspace(0.9, least, 60))
+        return epsilons, deltas, WITHOUT_GRID, f"The PRV accountant refused ({refusal}); {WITHOUT_GRID} is looser."
     stride = -(-len(epsilons) // _MOST_POINTS)
     return epsilons[::stride], deltas[::stride], "the whole PRV curve", None
 
@@ -249,9 +277,9 @@ def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float 
     def enough(epsilon: float) -> bool:
         first = epsilons <= epsilon
         rest = np.searchsorted(epsilons, epsilon - epsilons[first], side="right") - 1
-        with np.errstate(over="ignore"):
-            sums = deltas[first] + np.exp(epsilons[first]) * deltas[rest]
-        return bool(sums.min() <= delta)
+        with np.errstate(divide="ignore"):  # log 0 of a δ that underflowed
+            grown = np.exp(np.minimum(epsilons[first] + np.log(deltas[rest]), 700))
+        return bool((deltas[first] + grown).min() <= delta)
 
     low, high = 0.0, float(2 * epsilons[-1])
     if enough(low):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy.accounting import GaussianEvent
+from dprandp.errors import UsageError
+from dprandp.privacy.accounting import GaussianEvent, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.group import compose_group
 from dprandp.privacy.tradeoff import ADD_REMOVE, calibrate_adjacency, compose_adjacency, trade_off
@@ -39,16 +39,19 @@ def account(
         accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
         through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how it follows from add/remove; None
         there), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and, if asked for, curve
-        (delta and epsilon, lists; ε is None where no accountant reaches so small a δ).
+        (delta and epsilon, lists).
 
     Raises:
         UsageError: a value out of its range. BudgetError: no noise is enough.
     """
     if noise_multiplier is None:
-        noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency)
+        noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency, _silent)
     events = [GaussianEvent(noise_multiplier, sample_rate, steps)]
-    bound = compose_adjacency(events, delta, adjacency)
-    attacker = trade_off(events, adjacency)
+    said: list[str] = []
+    bound = compose_adjacency(events, delta, adjacency, said.append)
+    attacker = trade_off(events, adjacency, said.append)
+    for sentence in dict.fromkeys(said):
+        warn_by_log(sentence)
     mu, mu_is = attacker.mu, EXACT
     if mu is None:
         mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
@@ -76,7 +79,7 @@ def account(
         },
     }
     if curve:
-        found = [_epsilon_at(events, each, adjacency) for each in CURVE_DELTAS]
+        found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS]
         result["curve"] = {"delta": list(CURVE_DELTAS), "epsilon": found}
     return result
 
@@ -99,7 +102,7 @@ def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
             fix="leave --adjacency at add-remove",
         )
     event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
-    bound = compose_group([event], result["delta"], size)
+    bound = compose_group([event], result["delta"], size, _silent)
     return {"group_size": size, "group_epsilon": bound.upper, "group_accountant": bound.accountant}
 
 
@@ -118,7 +121,7 @@ def account_lines(result: dict[str, Any]) -> str:
     if "curve" not in result:
         return line
     rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
-    table = [f"{delta:8.0e}  {'–' if epsilon is None else format(epsilon, '#.5g')}" for delta, epsilon in rows]
+    table = [f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows]
     return "\n".join([line, "       δ  ε", *table])
 
 
@@ -146,16 +149,14 @@ def attack_lines(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _epsilon_at(events: list[GaussianEvent], delta: float, adjacency: str) -> float | None:
-    try:
-        return compose_adjacency(events, delta, adjacency, lambda sentence: None).upper
-    except BudgetError:
-        return None
+def _silent(sentence: str) -> None:
+    """For searches and curves: the accountant of the result is named once, by the result."""
 
 
 def _percent(rate: float) -> str:
     """To three digits, rounded up: what is printed is never below the bound."""
     if rate <= 0:
         return "0"
+    rate = max(rate, 1e-100)
     digits = 2 - math.floor(math.log10(100 * rate))
     return f"{min(100.0, math.ceil(round(100 * rate * 10**digits, 6)) / 10**digits):g}"

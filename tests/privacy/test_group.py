@@ -77,6 +77,15 @@ def test_a_group_of_one_is_one_and_larger_groups_lose_more():
     assert 2 * found[0] < found[1] < found[2] / 2 < math.inf
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_group_is_not_hidden_because_one_record_is(rate):
+    """One record's total variation is below δ, ten records' is above it."""
+    event = GaussianEvent(1e4, rate, 1)
+    assert compose([event], 1e-4).upper == 0
+    assert compose_group([event], 1e-4, 10).upper > 0
+    assert compose_group([event], 1e-4, 2).upper == 0
+
+
 def test_nothing_and_no_noise():
     assert compose_group([], 1e-5, 3).upper == 0
     assert compose_group([GaussianEvent(0.0, 1.0, 1)], 1e-5, 3).upper == math.inf
@@ -84,7 +93,7 @@ def test_nothing_and_no_noise():
     assert group_privacy(500.0, 1e-5, 30)[1] == math.inf
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5])
+@pytest.mark.parametrize("size", [0, -1, 1.5, 10**400])
 def test_a_senseless_size_is_refused(size):
     with pytest.raises(UsageError, match="size of a group"):
         compose_group([GaussianEvent(9.0, 1.0, 1)], 1e-5, size)

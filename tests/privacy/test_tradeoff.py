@@ -10,7 +10,7 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.stats import norm
 
-from dprandp.errors import BudgetError, UsageError
+from dprandp.errors import UsageError
 from dprandp.privacy import prv, tradeoff
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
@@ -120,11 +120,18 @@ def test_calibration_for_replacing_stays_just_below_its_target(rate):
     assert 0.995 <= compose_adjacency([GaussianEvent(sigma, rate, 200)], 1e-5, REPLACE_ONE).upper <= 1.0
 
 
-def test_infinite_epsilon_needs_no_noise_and_a_hopeless_one_is_refused(monkeypatch):
+def test_infinite_epsilon_needs_no_noise():
     assert calibrate_adjacency(math.inf, 1e-5, 0.1, 10, REPLACE_ONE) == 0
+
+
+@pytest.mark.parametrize(("sigma", "name"), [(0.5, "participations"), (200.0, "full batches")])
+def test_where_the_curve_ends_too_early_both_moves_are_bounded_as_one(monkeypatch, sigma, name):
     monkeypatch.setattr(tradeoff, "_two_moves", lambda *curve: None)
-    with pytest.raises(BudgetError, match=r"does not reach a replace-one guarantee at δ = 1e-05"):
-        compose_adjacency([GaussianEvent(2.0, 0.1, 7)], 1e-5, REPLACE_ONE)
+    bound = compose_adjacency([GaussianEvent(sigma, 0.5, 7)], 1e-5, REPLACE_ONE)
+    full = gaussian_dp_epsilon(2 * math.sqrt(7) / sigma, 1e-5)
+    assert 0.5 * full < bound.upper <= full * (1 + 1e-9)
+    assert name in bound.accountant
+    assert "moved by 2C" in bound.accountant
 
 
 def test_the_fallback_is_named_aloud_and_looser(monkeypatch):
@@ -140,7 +147,7 @@ def test_the_fallback_is_named_aloud_and_looser(monkeypatch):
     loose = trade_off(events, warn=said.append)
     assert "for a test" in said[0]
     assert "Rényi" in said[0]
-    assert loose.source == "Rényi DP"
+    assert loose.source == tradeoff.WITHOUT_GRID
     trade_off(events, warn=said.append)
     tradeoff._cached_curve.cache_clear()
     assert len(said) == 2  # also when the answer is remembered
