@@ -164,6 +164,11 @@ def compose_adjacency(
         return replace(exact, accountant=compose(events, delta, warn).accountant)
     from dprandp.privacy import analytic
 
+    if any(event.discrete for event in events):
+        raise UsageError(
+            "Sampled steps with discrete noise are not accounted for replacing a record.",
+            fix="Use add-remove, full batches, or Gaussian noise.",
+        )
     single = compose(events, delta, warn)
     if not math.isfinite(single.upper):
         return single
