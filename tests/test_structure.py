@@ -217,7 +217,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.unit_rows": {"Dataset", "DataSpec"},  # types
     "dprandp.stages.probe": {"DataSpec"},  # a type
     "dprandp.stages.synthetic_statistics": {"DataSpec"},  # a type
-    "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
+    "dprandp.stages.predict": {"read_unlabelled", "skipped_text"},  # new images, not a data set
     "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
     "dprandp.stages.audit_continual": {"Dataset"},  # a type

@@ -26,12 +26,12 @@ from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
 from dprandp.datasets.units import EACH_IMAGE
-from dprandp.datasets.unlabelled import read_unlabelled
+from dprandp.datasets.unlabelled import read_unlabelled, skipped_text
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
-    "open_dataset", "public_part", "read_unlabelled", "without_public_part",
+    "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.
