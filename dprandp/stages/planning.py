@@ -32,6 +32,7 @@ from dprandp.stages.prior import shipped
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
 from dprandp.stages.scratch import network_config, without_phase_one
+from dprandp.stages.training_data import not_compared
 from dprandp.stages.update_facts import gradients_per_record
 from dprandp.vision.extractors import refuse_unlearnable
 
@@ -292,7 +293,8 @@ def _cost(
 
 
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
-    begun = context.rundir.foresee(name, as_dict(config), resume=context.resume, overwrite=context.overwrite)
+    given = {"ignore": not_compared(config, context.rundir)} if isinstance(config, ContinueConfig) else {}
+    begun = context.rundir.foresee(name, as_dict(config), resume=context.resume, overwrite=context.overwrite, **given)
     return begun.action, recorded(name, begun.config)
 
 
