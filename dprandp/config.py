@@ -250,6 +250,16 @@ def public_data_name(name: str) -> str:
     return f"{kind}:{os.path.basename(os.path.abspath(os.path.expanduser(path)))}" if colon and path else name
 
 
+def same_data_name(one: str, other: str) -> bool:
+    """Whether two names of data sets are spellings of one: paths of ``npz:`` and ``folder:`` are resolved from here."""
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(name: str) -> str:
+    kind, colon, path = name.partition(":")
+    return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
+
+
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
     for key in document:
         if key not in STAGE_CONFIGS:

@@ -31,6 +31,9 @@ __all__ = ["OPTIONAL_STAGES", "STAGES", "Begin", "RunDir", "atomic_path", "atomi
 IGNORED = ("device", "microbatch", "workers")
 """Settings that decide where and how fast a stage runs and never what comes out."""
 
+DATA = "data"
+"""The setting that names private data: its spelling is not compared where their content is."""
+
 
 @dataclass(frozen=True)
 class Begin:
@@ -80,7 +83,8 @@ class RunDir(RunFolder):
             overwrite: ``--overwrite`` was given.
             ignore: settings that are not compared.
             private_inputs: name -> hash of private inputs. A hash of private data is itself private (it lets anyone
-                confirm a guess), so these are compared in the same way but kept in ``private/``.
+                confirm a guess), so these are compared in the same way but kept in ``private/``. Where they are given,
+                the name of the data is ignored: they may have moved.
 
         Raises:
             UsageError: configuration or inputs differ; both flags; files of unknown origin in the stage's folder.
@@ -114,6 +118,7 @@ class RunDir(RunFolder):
         if private_inputs is not None:
             recorded |= runtable.read_hashes(private_file)
             present |= private_inputs
+            ignore = (*ignore, DATA)
         changed = sorted(name for name in {*recorded, *present} if recorded.get(name) != present.get(name))
         if changed:
             raise UsageError(
@@ -122,7 +127,7 @@ class RunDir(RunFolder):
             )
         if not resume:
             self._refuse_other(stage, record.config, wanted, ignore)
-        kept = record.config | {key: value for key, value in wanted.items() if key in ignore}
+        kept = _kept(record.config, wanted, ignore)
         if record.state == "partial":
             return self._prepared("resume", kept, directory)
         reasons = self._stale_because(table, stage)
@@ -139,11 +144,11 @@ class RunDir(RunFolder):
         *,
         resume: bool = False,
         overwrite: bool = False,
-        ignore: Collection[str] = IGNORED,
+        ignore: Collection[str] = (*IGNORED, DATA),
     ) -> Begin:
         """What ``begin`` would decide, as far as the configuration tells: writes nothing, needs no lock.
 
-        Inputs are not compared: for a private stage they would have to be read.
+        Inputs are not compared: for a private stage they would have to be read. So nothing is said of other data.
 
         Raises:
             UsageError: the configuration differs; both flags. CheckpointError: run.json is corrupt or newer.
@@ -156,7 +161,8 @@ class RunDir(RunFolder):
             return Begin("fresh", runtable.thawed(wanted), directory)
         if not resume:
             self._refuse_other(stage, record.config, wanted, ignore)
-        return Begin("resume" if record.state == "partial" else "skip", runtable.thawed(record.config), directory)
+        kept = _kept(record.config, wanted, ignore)
+        return Begin("resume" if record.state == "partial" else "skip", runtable.thawed(kept), directory)
 
     def finish(self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any]) -> None:
         """Record a stage as done.
@@ -271,3 +277,8 @@ class RunDir(RunFolder):
 
     def _write(self, table: Table) -> None:
         atomic_write(self.path / "run.json", table.to_json())
+
+
+def _kept(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """The recorded configuration, but for what is not compared."""
+    return {**recorded, **{key: value for key, value in wanted.items() if key in ignore}}

@@ -210,6 +210,7 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"Dataset", "DataSpec"},  # types
     "dprandp.stages.private_plan": {"open_dataset", "without_public_part"},
+    "dprandp.stages.training_data": {"Dataset", "rest_fingerprint"},  # which data a run is about, by their content
     "dprandp.stages.public_tasks": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.stages.overview": {"list_datasets", "open_dataset", "check_data"},
@@ -217,7 +218,7 @@ MAY_IMPORT_DATASETS = {
     "dprandp.stages.unit_rows": {"Dataset", "DataSpec"},  # types
     "dprandp.stages.probe": {"DataSpec"},  # a type
     "dprandp.stages.synthetic_statistics": {"DataSpec"},  # a type
-    "dprandp.stages.predict": {"read_unlabelled"},  # new images, not a data set
+    "dprandp.stages.predict": {"read_unlabelled", "skipped_text"},  # new images, not a data set
     "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
     "dprandp.stages.audit_continual": {"Dataset"},  # a type
@@ -238,7 +239,9 @@ MAY_READ_PIXELS = {
         "dprandp.stages.continual_loop", "dprandp.stages.public_tasks",
     },
     "test": {"dprandp.stages.release"},
-    "fingerprint": {"dprandp.stages.private", "dprandp.stages.features"},
+    "fingerprint": {"dprandp.stages.training_data", "dprandp.stages.features"},
+    "image_fingerprint": {"dprandp.stages.training_data"},
+    "same_images_as": {"dprandp.stages.public_tasks", "dprandp.stages.tune_public"},
     "grouping": {"dprandp.stages.unit_rows"},
 }
 

@@ -24,7 +24,8 @@ def predict(
     data: Annotated[
         str | None,
         typer.Option(help="npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH (every image below "
-                     "it). Labels are not read.", rich_help_panel=flags.DATA, metavar="NAME"),
+                     "it; other files are skipped and counted). Labels are not read.", rich_help_panel=flags.DATA,
+                     metavar="NAME"),
     ] = None,
     run: flags.Run = DEFAULT_RUN,
     model: flags.Model = None,
@@ -52,7 +53,10 @@ def predict(
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"{out} exists", fix="give another name, or --overwrite")
     loaded = session.released_model(run, model)
-    rows = prediction.predict(loaded, images or [], data)
+    skipped: dict[str, int] = {}
+    rows = prediction.predict(loaded, images or [], data, skipped.update)
+    if skipped:
+        console.warn(prediction.skipped_text(skipped))
     if out is not None:
         atomic_write(out, prediction.prediction_csv(rows))
     result = {
@@ -60,6 +64,8 @@ def predict(
         "private": loaded.not_private_because is None,
         "out": None if out is None else str(out),
         "predictions": rows,
+        "skipped_files": sum(skipped.values()),
+        "skipped_kinds": skipped,
     }
     line = prediction.prediction_lines(rows) if out is None else f"predict: {len(rows)} images, written to {out}"
     console.result(result, line)

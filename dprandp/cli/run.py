@@ -134,7 +134,9 @@ def _all_stages(resolve, rundir: RunDir, resume: bool) -> dict[str, Any]:
     if resume:
         for row in rundir.status():
             if row["config"] and row["stage"] in configs:
-                configs[row["stage"]] = type(configs[row["stage"]])(**row["config"])
+                now = configs[row["stage"]]
+                moved = {"data": now.data} if "data" in row["config"] else {}  # known by content, wherever they lie now
+                configs[row["stage"]] = type(now)(**row["config"] | moved)
     return configs
 
 

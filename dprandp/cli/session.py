@@ -76,6 +76,8 @@ def resolve(
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
+        if "data" in recorded.get("finetune", {}):  # begun after the data had moved, maybe
+            inherited["data"] = recorded["finetune"]["data"]
     elif stage in ("continue", "probe") and stage not in recorded and (other := _private_before(recorded)):
         inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:

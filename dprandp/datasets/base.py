@@ -165,8 +165,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
 
-        It notices that the data changed between a run and its resumption. It is itself a function of private data
-        (who has a guess at the whole set can confirm it), so it belongs under ``private/``.
+        By it a run knows its data, whatever they are called. It is itself a function of private data (who has a guess
+        at the whole set can confirm it), so it belongs under ``private/``.
         """
         train = self.train()
         digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
@@ -175,6 +175,31 @@ class Dataset:
         if self._units is not None:
             digest.update(np.ascontiguousarray(self._units.of_image, dtype="<i8").data)
         return digest.hexdigest()
+
+    def image_fingerprint(self) -> str:
+        """SHA-256 (hex) of the training images alone, whatever their order, labels and units; as private as they."""
+        return images_fingerprint(self.train().images)
+
+    def same_images_as(self, other: Dataset) -> bool:
+        """Whether both training splits hold the same images. Reads them only where the declared facts allow it."""
+        ours, theirs = self.spec, other.spec
+        if (ours.train_examples, ours.image_shape) != (theirs.train_examples, theirs.image_shape):
+            return False
+        if ours.name != theirs.name and ":" not in ours.name + theirs.name:
+            return False  # two known sets
+        return self.image_fingerprint() == other.image_fingerprint()
+
+
+def image_digests(images: np.ndarray) -> list[bytes]:
+    """128 bits of each image that tell it from others; uint8 [N, ...]."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
+
+
+def images_fingerprint(images: np.ndarray) -> str:
+    """SHA-256 (hex) of images, uint8 [N, ...], in whatever order."""
+    digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
+    digest.update(b"".join(sorted(image_digests(images))))
+    return digest.hexdigest()
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:

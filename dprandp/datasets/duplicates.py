@@ -7,13 +7,12 @@ them: this is asked for separately, answered on the terminal, and written nowher
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from dprandp.datasets.base import Dataset
+from dprandp.datasets.base import Dataset, image_digests
 
 
 def check_data(dataset: Dataset) -> dict[str, Any]:
@@ -33,14 +32,14 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         InputError: as ``Dataset.train``.
     """
     spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
-    digests = _digests(train.images)
+    digests = image_digests(train.images)
     of_image = np.arange(len(digests)) if units is None else units.of_image
     seen_in: dict[bytes, set[int]] = {}
     labels: dict[bytes, set[int]] = {}
     for digest, unit, label in zip(digests, of_image.tolist(), train.labels.tolist(), strict=True):
         seen_in.setdefault(digest, set()).add(unit)
         labels.setdefault(digest, set()).add(label)
-    tested = set(_digests(test.images))
+    tested = set(image_digests(test.images))
     return {
         "data": spec.name,
         "unit": spec.unit,
@@ -54,8 +53,3 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         "in_test": sum(digest in tested for digest in digests),
         "units_in_test": units and units.shared_with_test,
     }
-
-
-def _digests(images: np.ndarray) -> list[bytes]:
-    """128 bits that tell one image from another."""
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]

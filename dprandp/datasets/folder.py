@@ -9,7 +9,7 @@ Two layouts::
 file as in ``train/CLASS/NAME`` or ``CLASS/NAME``.
 
 The class list is the list of sub-folder names, which is thereby declared public; the number of files is the public N.
-File names, and which file has which content, are private.
+File names, and which file has which content, are private. Litter (``litter.py``) is ignored at every level.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import numpy as np
 
 from dprandp.datasets.base import SPLITS, Dataset, DataSpec, check_class_names
 from dprandp.datasets.images import EXTENSIONS, read_images
+from dprandp.datasets.litter import is_litter
 from dprandp.datasets.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
 from dprandp.errors import InputError, UsageError
 
-#: Left by file managers, never data; names that begin with a dot are skipped too.
-_LITTER = {"thumbs.db", "desktop.ini"}
 DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 8, 512
 
 
@@ -112,9 +111,8 @@ def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             f"{root} holds {'both train/ + test/ and' if has_list else 'neither train/ + test/ nor'} test.txt",
             fix="use PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* and a list of test files, PATH/test.txt",
         )
-    with os.scandir(root) as entries:
-        for entry in entries:
-            _refuse_outside(root, entry)
+    for entry in _entries(root):
+        _refuse_outside(root, entry)
     if has_list:
         classes = class_folders(root, root, ignore=("test.txt", UNITS_FILE))
         return classes, _split_by_list(root, list_images(root, root, classes))
@@ -209,8 +207,9 @@ def list_images(root: Path, folder: Path, classes: tuple[str, ...]) -> Listing:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
+    """What lies in a folder, without litter, sorted by code point."""
     with os.scandir(folder) as entries:
-        kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in _LITTER]
+        kept = [entry for entry in entries if not is_litter(entry.name)]
     return sorted(kept, key=lambda entry: entry.name)
 
 

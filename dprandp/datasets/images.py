@@ -18,7 +18,7 @@ from dprandp.errors import InputError
 
 #: Formats that Pillow may try; the extension only selects which files are meant to be images.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 #: Most pixels one image may have; more is taken for a decompression bomb.
 MAX_PIXELS = 50_000_000

@@ -1,28 +1,40 @@
 """New images to classify: files, a folder of them, or one array of an ``.npz`` file. No labels, no splits.
 
-These are not the data that a guarantee speaks of, so a file that cannot be read is named.
+These are not the data that a guarantee speaks of, so a file that cannot be read is named. In a folder, litter
+(``litter.py``) is ignored; what else is no image by its name is skipped and counted, for the caller to say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dprandp.datasets.images import EXTENSIONS, centred, read_image
+from dprandp.datasets.litter import is_litter
 from dprandp.datasets.npz import read_array, read_headers
 from dprandp.errors import InputError, UsageError
 
 ARRAYS = ("images", "x", "x_test")
 """Names under which an ``.npz`` file may hold the images; exactly one of them has to be there."""
 
+LINKED, SPECIAL, BARE = "links to folders", "no regular files", "no extension"
+"""Kinds of skipped files that have no extension to be called by."""
+
+_LONGEST_EXTENSION = 16
+
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's convert("L")
 
 
 def read_unlabelled(
-    paths: Sequence[Path], data: str | None, shape: tuple[int, int, int]
+    paths: Sequence[Path],
+    data: str | None,
+    shape: tuple[int, int, int],
+    on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
 ) -> tuple[list[str], np.ndarray]:
     """Read new images and bring each to the shape of the images that a model was trained on.
 
@@ -33,6 +45,8 @@ def read_unlabelled(
         data: further images: ``folder:PATH`` (every image file below it, by path) or ``npz:PATH`` (uint8 [N, H, W],
             [N, H, W, 1] or [N, H, W, 3], in the array ``images``, ``x`` or ``x_test``); None for none.
         shape: height, width, channels (1 or 3).
+        on_skipped: called once where a folder holds files that are no images by their names: how many of each kind
+            (an extension such as ``.dcm``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
 
     Returns:
         Names (paths as given; ``PATH[i]`` in an array), and uint8 [N, height, width, channels].
@@ -46,7 +60,10 @@ def read_unlabelled(
     if data is not None and (kind not in ("folder", "npz") or not rest):
         raise UsageError(f"--data {data!r} names no images to classify", fix="give npz:PATH, folder:PATH, or files")
     if kind == "folder":
-        files += _below(Path(rest).expanduser())
+        found, skipped = _below(Path(rest).expanduser())
+        files += found
+        if skipped:
+            on_skipped(skipped)
     for path in files:
         if not path.is_file():
             raise InputError(f"there is no file {path}", fix="check the path")
@@ -61,13 +78,47 @@ def read_unlabelled(
     return names, np.concatenate(parts)
 
 
-def _below(folder: Path) -> list[Path]:
+def skipped_text(kinds: Mapping[str, int]) -> str:
+    """``skipped 3 files that are not images by name: .dcm (2), .txt (1); readable are .png ...``."""
+    count = sum(kinds.values())
+    listed = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
+    what = "1 file that is not an image" if count == 1 else f"{count} files that are not images"
+    return f"skipped {what} by name: {listed}; readable are {' '.join(EXTENSIONS)}"
+
+
+def _below(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Every image file below a folder, by path, and how many other files of each kind; litter is in neither."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", fix="check the path")
-    found = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(EXTENSIONS) and path.is_file())
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for here, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not is_litter(name)]
+        skipped[LINKED] += sum(os.path.islink(os.path.join(here, name)) for name in folders)
+        for path in (Path(here, name) for name in files if not is_litter(name)):
+            if not path.is_file():
+                skipped[SPECIAL] += 1
+            elif path.name.lower().endswith(EXTENSIONS):
+                found.append(path)
+            else:
+                skipped[_kind(path)] += 1
+    kinds = {kind: count for kind, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])) if count}
     if not found:
-        raise InputError(f"{folder} holds no image", fix=f"images are known by their names: {' '.join(EXTENSIONS)}")
-    return found
+        raise InputError(
+            f"{folder} holds no image" + (f": {skipped_text(kinds)}" if kinds else ""),
+            fix=f"images are known by their names: {' '.join(EXTENSIONS)}",
+        )
+    return sorted(found), kinds
+
+
+def _kind(path: Path) -> str:
+    extension = path.suffix.lower()
+    return extension if extension.isprintable() and 0 < len(extension) <= _LONGEST_EXTENSION else BARE
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would hide its images."""
+    raise InputError(f"{error.filename} cannot be listed: {error.strerror}", fix="check its permissions") from error
 
 
 def _from_npz(path: Path) -> np.ndarray:

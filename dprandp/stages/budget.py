@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dprandp.config import DEFAULT_DELTA
+from dprandp.config import DEFAULT_DELTA, same_data_name
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
@@ -31,6 +31,7 @@ class Budget:
     """
 
     data: str
+    """The name under which they were given first."""
     epsilon: float
     delta: float
     examples: int
@@ -38,27 +39,37 @@ class Budget:
     public_part: str = NO_PUBLIC_PART
 
     def refuse_other(self, other: Budget) -> None:
-        """Raise if a command asks for another budget than the run has.
+        """Raise if a command asks for another budget than the run has, as far as declared facts tell.
+
+        Names of data do not count: which data they are is told by their content (``training_data.py``), once the plan
+        is accepted.
 
         Raises:
-            BudgetError: ε, δ or the unit of privacy differ. UsageError: the data set does.
+            BudgetError: ε, δ or the unit of privacy differ. UsageError: N does.
+            InputError: N does, and the data lie where the run's data lay.
         """
-        if self.data == other.data and self.unit != other.unit:
+        moved = not same_data_name(self.data, other.data)
+        if moved and self.examples != other.examples:
+            raise UsageError(
+                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
+                fix="give another --run for other data",
+            )
+        if self.unit != other.unit:
             raise BudgetError(
                 f"this run's unit of privacy was fixed as {self.unit} before its first look at the data; {other.unit} "
                 "was asked for",
                 fix="give the same --unit-column, or start a new --run and add up what both release",
             )
-        if self.data == other.data and self.public_part != other.public_part:
+        if self.public_part != other.public_part:
             raise BudgetError(
                 f"of this run's training images, the public part was fixed as {self.public_part} before the first look "
                 f"at the private ones; {other.public_part} was asked for",
                 fix="give the same --public and --seed, or start a new --run and add up what both release",
             )
-        if (self.data, self.examples) != (other.data, other.examples):
-            raise UsageError(
-                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
-                fix="give another --run for other data",
+        if self.examples != other.examples:
+            raise InputError(
+                f"{other.data} has N = {other.examples} now, and had N = {self.examples} when this run began",
+                fix="put the data back as they were, or start a new --run for these",
             )
         if (self.epsilon, self.delta) != (other.epsilon, other.delta):
             raise BudgetError(

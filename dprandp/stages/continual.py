@@ -7,7 +7,9 @@
 
 Public steps are AdamW on public images (``public_steps.py``). Where they end is decided on public images alone
 (``switching.py``). How many private steps are left then decides σ, so the plan is fixed at the switch, before anything
-is paid (``continual_loop.py``). With ``mix = 'public'`` no private image is read at all, and nothing is paid.
+is paid (``continual_loop.py``). With ``mix = 'public'`` no private image is learned from, and nothing is paid; they are
+read only to be known again, where a part of them is declared public, and to be refused, where a public set has as many
+images of their size.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dprandp.config import ContinueConfig, as_dict
+from dprandp.continual_config import fraction_of
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.clipping import refuse_cross_example_layers
@@ -32,6 +35,7 @@ from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_plan import name_private_stage, open_private_stage
 from dprandp.stages.public_steps import Training
 from dprandp.stages.public_tasks import PublicTask, make_task
+from dprandp.stages.training_data import not_compared
 from dprandp.stages.tuned import tuning_of
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.whitening import PooledOnly
@@ -55,22 +59,25 @@ def run(config: ContinueConfig, context: Context) -> dict:
     """
     if config.take is not None:
         return taken.run(config, context)
-    flags = {"resume": context.resume, "overwrite": context.overwrite}
     context.rundir.require(PRETRAIN, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
+    ignore = not_compared(config, context.rundir)
+    flags = {"resume": context.resume, "overwrite": context.overwrite, "ignore": ignore}
     config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     stage = open_stage(config, context)
-    private = config.mix != "public"
+    private, part = config.mix != "public", fraction_of(config.public) is not None
     task = make_task(config, context, stage.spec)
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),
         context.rundir.inputs_from("generate", PRETRAIN) | {"public-images": _fingerprint(task)},
         **flags,
-        private_inputs=stage.private_inputs() if private else None,
+        private_inputs=stage.private_inputs() if private or part else None,
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
+    if part:
+        stage.keep_data()  # later stages are held to the data of which this one used a part
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
     extractor, built_from = load_extractor(context, PRETRAIN, config.precision)

@@ -5,7 +5,8 @@
 
 It is the public half of ``continue``, run in memory and thrown away: the same extractor, images, steps and seed, with
 the loss terms of a private step (``loss_terms.py``) estimated at every look. σ and B are those of the plan that
-``continue`` would have. Of the private data nothing is used but what is declared; nothing is charged.
+``continue`` would have. Of the private data nothing is used but what is declared (a public set of as many images is
+compared with them, and refused if it is they); nothing is charged.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from dprandp.config import GenerateConfig, PretrainConfig, ProbeConfig, StageConfig, as_dict
+from dprandp.config import ContinueConfig, GenerateConfig, PretrainConfig, ProbeConfig, StageConfig, as_dict
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.rundir import DATA, IGNORED
 from dprandp.stages import continual, continual_plan, finetune
 from dprandp.stages.budget import read_plan_file
 from dprandp.stages.context import Context, recorded
@@ -24,7 +25,9 @@ from dprandp.stages.generate import check as check_images
 from dprandp.stages.plan_lines import line_of
 from dprandp.stages.prior import shipped
 from dprandp.stages.private_plan import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
+from dprandp.stages.training_data import not_compared
 from dprandp.vision.extractors import build_extractor, refuse_unlearnable
+from dprandp.vision.precision import AUTO
 
 Plan = dict[str, Any]
 
@@ -231,7 +234,11 @@ def _private(
 
 
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
-    begun = context.rundir.foresee(name, as_dict(config), resume=context.resume, overwrite=context.overwrite)
+    ignore = not_compared(config, context.rundir) if isinstance(config, ContinueConfig) else (*IGNORED, DATA)
+    if getattr(config, "precision", None) == AUTO:
+        ignore = (*ignore, "precision")  # what the stage has decided stands
+    flags = {"resume": context.resume, "overwrite": context.overwrite}
+    begun = context.rundir.foresee(name, as_dict(config), ignore=ignore, **flags)
     return begun.action, recorded(name, begun.config)
 
 

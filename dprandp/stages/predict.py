@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dprandp.datasets import read_unlabelled
+from dprandp.datasets import read_unlabelled, skipped_text
 from dprandp.stages.released_model import ReleasedModel
 
+__all__ = ["predict", "prediction_csv", "prediction_lines", "skipped_text"]
 
-def predict(model: ReleasedModel, images: Sequence[Path] = (), data: str | None = None) -> list[dict[str, Any]]:
+
+def predict(
+    model: ReleasedModel,
+    images: Sequence[Path] = (),
+    data: str | None = None,
+    on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
+) -> list[dict[str, Any]]:
     """The most probable class of each image.
 
     Args:
         model: see ``load_model``.
         images: image files of any size.
         data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
+        on_skipped: called with the number of files of each kind that were skipped, where there are any.
 
     Returns:
         One row per image: image (its name), class, probability (of that class), probabilities (class -> number).
@@ -26,7 +34,7 @@ def predict(model: ReleasedModel, images: Sequence[Path] = (), data: str | None 
     Raises:
         InputError: an image is missing or damaged. UsageError: there is none.
     """
-    names, pixels = read_unlabelled(images, data, model.shape)
+    names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
     table = model.probabilities(pixels)
     rows = []
     for name, row in zip(names, table.tolist(), strict=True):

@@ -2,7 +2,7 @@
 
 The order matters and is the same in both stages:
 
-    1. name the data set (declared facts only)      4. read the private pixels: their hash, for a later resume
+    1. name the data set (declared facts only)      4. read the private pixels: refuse other data than the run's
     2. read the run's budget and ledger             5. write plan and ledger (``fix_plan``)
     3. plan: σ from what is left, or refuse         6. train through ``mechanism()`` alone
 """
@@ -23,8 +23,11 @@ from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
+from dprandp.stages import training_data
 from dprandp.stages.budget import ADJACENCY, NO_PUBLIC_PART, Budget, plan_file, read_plan_file
 from dprandp.stages.context import Context
+
+CONTINUE = "continue"
 
 LEDGER_FAULTS = {
     "ledger.appended": lambda: faults.point("ledger-appended"),
@@ -48,6 +51,7 @@ class PrivateStage:
         self.plan: PrivatePlan | SelectionPlan
         self.attempt = 1
         self._ledger: Ledger | None = None  # None until the run's first plan is fixed
+        self._fingerprint: str | None = None  # None until the private pixels are read
 
     @property
     def spec(self) -> DataSpec:
@@ -102,11 +106,41 @@ class PrivateStage:
         return compose([self.plan.event], self.plan.delta, self.context.console.warn).upper
 
     def private_inputs(self) -> dict[str, str]:
-        """Hash of the training data, by which a resumed stage notices other data. It is private, and stays so."""
-        return {"train": self.dataset.fingerprint()}
+        """Read the training data and refuse others than the run's; their hash, for ``RunDir.begin``.
+
+        The run is held to its data once a plan is fixed, or once ``continue`` has declared a part of them public.
+
+        Raises:
+            InputError: the data are unusable, or others. BudgetError: another run has spent on the same images, and
+            this run's extractor was taken from it. CheckpointError: what is known of the run's data is lost.
+        """
+        if self._fingerprint is None:
+            found, rundir = training_data.fingerprint_of(self.dataset), self.context.rundir
+            own = self.name == CONTINUE
+            if plan_file(rundir).exists() or (self.budget.public_part != NO_PUBLIC_PART and not own):
+                training_data.refuse_other(rundir, self.budget.data, found)
+            if not own:
+                taken = rundir.result(CONTINUE).get("taken") or {}
+                training_data.refuse_taken_content(rundir, taken, self.dataset)
+            self._fingerprint = found
+        return {"train": self._fingerprint}
+
+    def keep_data(self) -> None:
+        """Record what the run's data are, where no plan has done so yet."""
+        fingerprint = self.private_inputs()["train"]
+        if not plan_file(self.context.rundir).exists():
+            training_data.keep(self.context.rundir, self.dataset, fingerprint)
 
     def fix_plan(self, **notes: int) -> None:
-        """Write budget and plan to ``privacy/plan.json``, before the first charge."""
+        """Write budget and plan to ``privacy/plan.json``, before the first charge.
+
+        Guarantee:
+            The first plan records what the run's data are; a later one is fixed for the same data alone.
+
+        Raises:
+            As ``private_inputs``.
+        """
+        self.keep_data()  # before the plan: a plan without it would look like a lost record
         if self._ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
             _ = self.context.rundir.privacy_dir  # makes the folder
             with storage_errors(self._ledger_path, "replace"):
@@ -179,7 +213,7 @@ class PrivateStage:
             BudgetError: nothing is left.
         """
         further = PrivateStage(name, self.dataset, self.budget, self.context)
-        further._ledger = self.ledger
+        further._ledger, further._fingerprint = self.ledger, self._fingerprint
         recorded = (read_plan_file(self.context.rundir) or {"stages": {}})["stages"].get(name)
         if recorded and recorded.get("parent_attempt") == self.attempt:
             further.plan, further.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]

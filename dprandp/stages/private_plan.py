@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dprandp.config import ContinueConfig, FinetuneConfig, ProbeConfig
@@ -20,6 +21,7 @@ from dprandp.privacy.tuning import TuningEvent
 from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.private import PrivateStage, started
+from dprandp.stages.training_data import refuse_taken_name
 from dprandp.stages.unit_rows import unit_reminder
 
 PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
@@ -49,13 +51,8 @@ def name_private_stage(
         num_classes=config.classes,
         unit_column=config.unit_column,
     )
-    taken = context.rundir.result("continue").get("taken") or {}
-    if taken.get("protected") and taken["data"] == config.data and not isinstance(config, ContinueConfig):
-        raise BudgetError(
-            f"this run's extractor was continued in another run, on {config.data} too: what both tell about these data "
-            "would be counted in two budgets",
-            fix="go on in that run, under its one budget, or use other data here",
-        )
+    if not isinstance(config, ContinueConfig):
+        refuse_taken_name(context.rundir.result("continue").get("taken") or {}, config.data)
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)
@@ -71,7 +68,9 @@ def name_private_stage(
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
-        budget_of(document).refuse_other(budget)
+        fixed = budget_of(document)
+        fixed.refuse_other(budget)
+        budget = replace(budget, data=fixed.data)
     if fetch or not context.download:
         dataset.require()
     return PrivateStage(name, dataset, budget, context), document
@@ -142,10 +141,10 @@ def open_private_stage(
 
 def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] | None:
     """(fraction, seed) of the training images that the run's ``continue`` declares public: they are nobody's secret in
-    any later stage of the run, and no record of its N."""
+    any later stage of the run, and no record of its N. Later stages are held to the same data by their content."""
     if not isinstance(config, ContinueConfig):
         row = next(row for row in context.rundir.status() if row["stage"] == "continue")
-        if row["config"] is None or row["config"].get("data") != config.data:
+        if row["config"] is None:
             return None
         config = recorded("continue", row["config"])
         if config.take is not None:

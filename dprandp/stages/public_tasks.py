@@ -6,7 +6,8 @@
   (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). A loss of one view at a time, so that its gradients'
   covariance and its Hessian are those that the theory of the switch speaks of.
 
-Everything drawn is a function of (seed, step). Nothing here touches private images.
+Everything drawn is a function of (seed, step). Nothing here touches private images, but to refuse them: a public set
+that declares as many images of the same size as the private one is compared with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dprandp.config import ContinueConfig
+from dprandp.config import ContinueConfig, same_data_name
 from dprandp.continual_config import SYNTHETIC, fraction_of
 from dprandp.datasets import DataSpec, open_dataset, public_part
 from dprandp.errors import UsageError
@@ -92,13 +93,15 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     if config.public == SYNTHETIC:
         return _synthetic(config, context, spec)
     fraction = fraction_of(config.public)
-    if fraction is None and config.public == config.data:
-        raise UsageError(
-            f"{config.data} is private here and public there", fix="declare a part of it public: --public fraction:0.1"
-        )
+    if fraction is None and same_data_name(config.public, config.data):
+        raise _private_and_public(config)
     name = config.data if fraction is not None else config.public
     classes = config.classes if fraction is not None else None
     dataset = open_dataset(name, context.data_dir, download=context.download, num_classes=classes)
+    if fraction is None:
+        facts = {"download": context.download, "num_classes": config.classes, "unit_column": config.unit_column}
+        if dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
+            raise _private_and_public(config)
     split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
     title = (
         f"{len(split.labels)} images of {dataset.spec.name}, declared public by whoever ran it"
@@ -122,6 +125,14 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         spec=spec,
         synthetic=False,
         seed=config.seed,
+    )
+
+
+def _private_and_public(config: ContinueConfig) -> UsageError:
+    return UsageError(
+        f"{config.data} is private here and public there"
+        + ("" if config.data == config.public else f", under the name {config.public}"),
+        fix="declare a part of it public: --public fraction:0.1",
     )
 
 

@@ -43,7 +43,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     scores = features @ model.head.detach().cpu()
     metrics = classification_metrics(scores, torch.from_numpy(test.labels))
     return {
-        "data": spec.name,
+        "data": stage.budget.data,
         "title": spec.title,
         "classes": list(spec.classes),
         **metrics,

@@ -23,6 +23,7 @@ from dprandp.stages.context import Context, recorded
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE
 from dprandp.stages.pretrain import STAGE as PRETRAIN
 from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.training_data import KEPT, keep_taken, not_compared
 from dprandp.vision.extractors import build_extractor, load_weights
 
 FACTS = ("title", "epsilon", "delta", "private", "charged_steps", "unit", "adjacency")
@@ -34,7 +35,8 @@ def run(config: ContinueConfig, context: Context) -> dict:
 
     Returns:
         stage, arch, public_training (the other run's), taken (data, protected: whether images of these data must not be
-        private here, and ``FACTS`` where the other run had private steps), seconds.
+        private here, by_content: whether they are known by more than their name, fraction and seed of their public
+        part, and ``FACTS`` where the other run had private steps), seconds.
 
     Raises:
         InputError: there is no such run, or its ``continue`` is not finished. CheckpointError: it is damaged.
@@ -58,6 +60,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
         context.rundir.inputs_from("generate", PRETRAIN) | {"taken-extractor": digest},
         resume=context.resume,
         overwrite=context.overwrite,
+        ignore=not_compared(config, context.rundir),
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
@@ -75,13 +78,23 @@ def run(config: ContinueConfig, context: Context) -> dict:
     checkpoint.save(begun.directory / HEADS, HEADS, {"none": torch.zeros(0)}, {}, keep=1)
     meta = {"config": as_dict(built_from), "switch": 0, "why": "taken", "updates": 0, "looks": []}
     checkpoint.save(begun.directory, DONE, network.state_dict(), meta, keep=1)
+    protected = "epsilon" in made or fraction_of(theirs.public) is not None
+    by_content = protected and keep_taken(context.rundir, other)
+    if protected and not by_content:
+        context.console.warn(
+            f"{config.take} has no private/{KEPT}: whether this run's data are those of that run shows by their name "
+            "alone; never give both the same images"
+        )
     result: dict[str, Any] = {
         "stage": STAGE,
         "arch": made["arch"],
         "public_training": made["public_training"],
         "taken": {
             "data": theirs.data,
-            "protected": "epsilon" in made or fraction_of(theirs.public) is not None,
+            "protected": protected,
+            "by_content": by_content,
+            "fraction": fraction_of(theirs.public),
+            "seed": theirs.seed,
             **({key: made[key] for key in FACTS} if "epsilon" in made else {}),
         },
         "seconds": round(time.perf_counter() - started, 2),

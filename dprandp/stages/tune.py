@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from dprandp.config import ProbeConfig, as_dict
+from dprandp.config import ProbeConfig, as_dict, same_data_name
 from dprandp.errors import UsageError
 from dprandp.runtable import frozen
 from dprandp.stages.context import Context
 from dprandp.stages.pretrain import EXTRACTOR_STAGES, require_extractor
 from dprandp.stages.tune_private import choose_privately
 from dprandp.stages.tune_public import choose_publicly
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp.stages.tune_settings import TuneConfig, private_data
 from dprandp.stages.tuned import PRIVATE, read_tuning, write_tuning
 
 STAGE = "tune"
@@ -43,18 +43,15 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
         raise UsageError(
             "tune knows full batches of single views only", fix="leave --batch-size and --views out of what is tuned"
         )
-    if tune.on == config.data:
-        raise UsageError(
-            f"--on {tune.on} is the private data set itself",
-            fix="give --on private, which is charged to the budget, or the name of public data",
-        )
+    if same_data_name(tune.on, config.data):
+        raise private_data(tune.on)
     require_extractor(context, STAGE)
     asked = frozen(
         {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from(*EXTRACTOR_STAGES)}
     )
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:
-        if frozen(before["asked"]) == asked:
+        if _alike(frozen(before["asked"]), asked):
             return {"stage": STAGE, **before}
         raise UsageError(
             f"this run was tuned before, on {before['on']}, for other settings",
@@ -67,6 +64,17 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
     write_tuning(context.rundir, record, kept | settings)
     return {"stage": STAGE, **record}
+
+
+def _alike(before: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the same was asked for; other spellings of a path are no difference."""
+    old, new = before.get("probe"), asked["probe"]
+    if not isinstance(old, dict):
+        return False
+    for ours, theirs, key in ((old, new, "data"), (before, asked, "on")):
+        if not same_data_name(str(ours.get(key)), theirs[key]):
+            return False
+    return {**before, "on": asked["on"], "probe": {**old, "data": new["data"]}} == asked
 
 
 def line(result: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ from dprandp.stages.generate import open_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
-from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
+from dprandp.stages.tune_settings import Setting, TuneConfig, private_data, settings_for, share_of
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
 from dprandp.vision.image_set import ImageSet
@@ -50,7 +50,10 @@ SEED = 2
 def choose_publicly(
     config: ProbeConfig, tune: TuneConfig, context: Context
 ) -> tuple[dict[str, Any], float, Setting]:
-    """Try settings on public images; reads nothing of the private data but its declaration."""
+    """Try settings on public images; nothing of the private data has a part in it but their declaration.
+
+    Only a public set that declares as many images of the same size is compared with them, and refused if they are it.
+    """
     started = time.perf_counter()
     spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
     epsilon = share_of(config)
@@ -148,6 +151,9 @@ def _public_task(
         images, labels, classes = synthetic_task(context, len(spec.classes), fitted + HELD_OUT, generator)
     else:
         public_dataset = open_dataset(tune.on, context.data_dir)
+        facts = {"num_classes": config.classes, "unit_column": config.unit_column}
+        if public_dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
+            raise private_data(tune.on)
         split = public_dataset.train()
         chosen = torch.randperm(len(split.labels), generator=generator)[: fitted + HELD_OUT]
         images, labels = to_input(split.images[chosen.numpy()]), torch.from_numpy(split.labels)[chosen]

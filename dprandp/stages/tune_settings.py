@@ -48,6 +48,14 @@ class Setting:
     dims: int
 
 
+def private_data(on: str) -> UsageError:
+    """What to raise where settings were to be tuned for nothing on the private data."""
+    return UsageError(
+        f"--on {on} is the private data set itself",
+        fix="give --on private, which is charged to the budget, or the name of public data",
+    )
+
+
 def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
     """The public list of candidates, the configuration's own first; ``dims`` is what the whitener has."""
     made = itertools.product(LR_FACTORS, STEP_FACTORS, DIM_FACTORS)

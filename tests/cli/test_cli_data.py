@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_process import Dprandp, arrays, refused, state_of
+from PIL import Image
 
 
 def charges(run: Path) -> list[dict[str, Any]]:
@@ -128,6 +129,30 @@ def test_changed_data(
     made["x_train"][0, 0, 0] ^= 1
     np.savez(tmp_path / "tiny.npz", **made)
     done = dprandp(stage, "--config", folder / "small.toml", "--run", run, folder=tmp_path)
-    refused(done, 2, "made from other inputs: train changed", "--overwrite")
-    refused(dprandp(stage, "--run", run, "--resume", folder=tmp_path), 2, "train changed", "--overwrite")
+    refused(done, 3, "not those that this run began with", "new --run")
+    refused(dprandp(stage, "--run", run, "--resume", folder=tmp_path), 3, "not those that this run began with")
     assert state_of(run) == before
+
+
+def test_predict_ignores_litter_and_says_what_it_skips(
+    dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "scans/ward"
+    (place / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("x.png", ".ipynb_checkpoints/x-checkpoint.png", "y.jpg"):
+        Image.fromarray(arrays()["x_test"][0]).save(place / name)
+    (place / "y.jpg").rename(place / "y.jfif")
+    (place / "._x.png").write_bytes(b"\x00\x05\x16\x07")
+    command = ("predict", "--run", stages["finetune"], "--data", "folder:scans")
+    done = dprandp(*command, "--json", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert [row["image"] for row in done.json["predictions"]] == ["scans/ward/x.png", "scans/ward/y.jfif"]
+    assert (done.json["skipped_files"], done.json["skipped_kinds"], done.err) == (0, {}, "")
+    for name in ("a.dcm", "ward/b.dcm", "notes.txt"):
+        (tmp_path / "scans" / name).write_text("?")
+    again = dprandp(*command, "--json", folder=tmp_path)
+    assert again.json == done.json | {"skipped_files": 3, "skipped_kinds": {".dcm": 2, ".txt": 1}}
+    assert again.err.count("skipped 3 files that are not images by name: .dcm (2), .txt (1); readable are .png") == 1
+    out = dprandp(*command, "--out", tmp_path / "answers.csv", folder=tmp_path)
+    assert out.out == f"predict: 2 images, written to {tmp_path}/answers.csv\n"
+    assert "skipped 3 files" in out.err

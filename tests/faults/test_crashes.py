@@ -115,8 +115,8 @@ def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], 
     kept = original.read_bytes()
     try:
         write_blobs(original, seed=9)
-        refused(made.command(), 2, "other inputs: train changed")
-        refused(made.command("--resume"), 2, "other inputs: train changed")
+        refused(made.command(), 3, "not those that this run began with", "new --run")
+        refused(made.command("--resume"), 3, "not those that this run began with", "new --run")
     finally:
         original.write_bytes(kept)
     assert (made.paid(), made.used()) == (before, used)

@@ -69,12 +69,13 @@ def silent(jobs: list[Done], code: int) -> None:
 def test_16_a_fine_tune_on_several_ranks_equals_one(
     dprandp: Dprandp, work: Work, probed: Path, tmp_path: Path, size: int, batch: int
 ) -> None:
-    """With an expected batch of 2, three ranks have empty shares in most steps."""
+    """With an expected batch of 2, three ranks have empty shares in most steps. And the same data may have moved."""
     together = Path(shutil.copytree(probed, tmp_path / "together"))
     flags = [*SEEDED, "--batch-size", batch]
     one = dprandp(*finetune(work, probed, *flags))
     assert one.code == 0, one.err
-    many = result_of(ranks_of(dprandp, size, *finetune(work, together, *flags)))
+    moved = shutil.copy(work.data.removeprefix("npz:"), tmp_path / "moved.npz")
+    many = result_of(ranks_of(dprandp, size, *finetune(work, together, *flags, "--data", f"npz:{moved}")))
     assert {key: many[key] for key in ("epsilon", "steps", "charged_steps", "lost_steps", "accuracy")} == {
         key: one.json[key] for key in ("epsilon", "steps", "charged_steps", "lost_steps", "accuracy")
     }

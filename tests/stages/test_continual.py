@@ -351,7 +351,7 @@ def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
         run_continue(run, data, lr=0.5)
     assert run_continue(run, data, {"resume": True}, lr=0.5)["lr"] == CONTINUE.get("lr", 0.001)
     other = write_blobs(tmp_path / "other.npz", seed=1)
-    with pytest.raises(UsageError, match="not"):
+    with pytest.raises(InputError, match="not those that this run began with"):
         run_probe(run, other, epsilon=8.0)
 
 

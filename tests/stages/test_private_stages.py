@@ -24,7 +24,7 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy import plan as plan_module
 from dprandp.privacy.accounting import compose, merge_events
 from dprandp.privacy.plan import PrivatePlan
@@ -268,13 +268,18 @@ def test_12_another_budget_is_refused(
 
 
 def test_12_other_data_are_refused(probed_run: Path, copy: Copy, tmp_path: Path, monkeypatch: Patch) -> None:
+    """By their content where their declaration is the same, else before they are read."""
     run = copy(probed_run)
-    names = [write_blobs(tmp_path / "other.npz"), write_blobs(tmp_path / "larger.npz", train=TRAIN + 1)]
+    other, larger = write_blobs(tmp_path / "other.npz", seed=1), write_blobs(tmp_path / "larger.npz", train=TRAIN + 1)
+    spent = (run / "privacy/ledger.jsonl").read_bytes()
+    for stage in (run_probe, run_finetune):
+        with pytest.raises(InputError, match="not those that this run began with"):
+            stage(run, other, {"overwrite": True})
     forbid_reading(monkeypatch)
-    for name in names:
-        for stage in (run_probe, run_finetune):
-            with pytest.raises(UsageError, match="this run is about"):
-                stage(run, name, {"overwrite": True})
+    for stage in (run_probe, run_finetune):
+        with pytest.raises(UsageError, match="this run is about"):
+            stage(run, larger, {"overwrite": True})
+    assert (run / "privacy/ledger.jsonl").read_bytes() == spent
 
 
 def test_12_the_ledger_cannot_be_lost(probed_run: Path, copy: Copy, data: str) -> None:

@@ -1,0 +1,117 @@
+"""Which data a run is about: told by their content, under whatever name they are given.
+
+    private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
+                                 stage that declares a part of it public
+    private/taken-data.json      the same hashes of the run that an extractor was taken from (``continue --take``)
+
+A hash of private data lets anyone confirm a guess at them, so it stays in ``private/`` and in no other file. Only equal
+data are recognised: a set of which one image was changed is another set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dprandp.config import ContinueConfig, same_data_name
+from dprandp.continual_config import FRACTION, SYNTHETIC
+from dprandp.datasets import Dataset, rest_fingerprint
+from dprandp.errors import BudgetError, InputError
+from dprandp.files import atomic_write, to_json
+from dprandp.rundir import DATA, IGNORED, RunDir
+from dprandp.runtable import read_hashes
+
+KEPT, TAKEN = "training-data.json", "taken-data.json"
+
+
+def fingerprint_of(dataset: Dataset) -> str:
+    """Hash of private images, labels and units, in order; reads them."""
+    return dataset.fingerprint()
+
+
+def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
+    """Record what the run's data are: their fingerprint, and that of the images alone, in whatever order."""
+    hashes = {"train": fingerprint, "images": dataset.image_fingerprint()}
+    atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
+
+
+def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
+    """Raise unless these are the run's data.
+
+    Args:
+        name: what the run calls its data.
+        fingerprint: of the data that were given.
+
+    Raises:
+        InputError: they are others. CheckpointError: the record is lost or damaged.
+    """
+    if read_hashes(rundir.path / "private" / KEPT).get("train") != fingerprint:
+        raise InputError(
+            f"the training data are not those that this run began with ({name}): their content, order, labels or units "
+            "differ",
+            fix="give --data the same data again, wherever they lie now, or start a new --run for these",
+        )
+
+
+def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:
+    """Settings of ``continue`` of which another spelling is no change, beside those that never count.
+
+    What they name is compared by its content when the stage begins: private data that it reads, a public set, a run
+    that it takes from. Of private data that it only shapes its images by, the path is compared.
+    """
+    before = next(row["config"] for row in rundir.status() if row["stage"] == "continue") or {}
+    part = config.public.startswith(FRACTION)
+    sets = (config.public, before.get("public", SYNTHETIC))
+    known = ["take"] if config.take is not None and "take" in before else []
+    if not any(what == SYNTHETIC or what.startswith(FRACTION) for what in sets):
+        known.append("public")
+    read = config.take is None and (config.mix != "public" or part)
+    if read or same_data_name(before.get(DATA, ""), config.data):
+        known.append(DATA)
+    return (*IGNORED, *known)
+
+
+def keep_taken(rundir: RunDir, other: RunDir) -> bool:
+    """Copy the record of another run; False where that has none."""
+    path = other.path / "private" / KEPT
+    if not path.exists():
+        return False
+    atomic_write(rundir.private_dir / TAKEN, to_json(read_hashes(path), indent=1) + "\n")
+    return True
+
+
+def refuse_taken_name(taken: dict[str, Any], data: str) -> None:
+    """Raise BudgetError if private data have the name of those that the run's extractor was continued on elsewhere.
+
+    Args:
+        taken: of the result of ``continue --take``; empty without one.
+        data: name of the private data.
+    """
+    if taken.get("protected") and same_data_name(taken["data"], data):
+        _refuse_taken(data)
+
+
+def refuse_taken_content(rundir: RunDir, taken: dict[str, Any], dataset: Dataset) -> None:
+    """As ``refuse_taken_name``, by content; nothing where the other run had no record to compare with.
+
+    Args:
+        dataset: private.
+
+    Raises:
+        BudgetError: they are the same images. CheckpointError: the record is lost or damaged.
+    """
+    if not (taken.get("protected") and taken.get("by_content")):
+        return
+    theirs = read_hashes(rundir.path / "private" / TAKEN).get("images")
+    same = theirs == dataset.image_fingerprint()
+    if not same and taken["fraction"] is not None:  # theirs are the hashes of what their public part left
+        same = theirs == rest_fingerprint(dataset, taken["fraction"], taken["seed"])
+    if same:
+        _refuse_taken(dataset.spec.name)
+
+
+def _refuse_taken(data: str) -> None:
+    raise BudgetError(
+        f"this run's extractor was continued in another run, on {data} too: what both tell about these data "
+        "would be counted in two budgets",
+        fix="go on in that run, under its one budget, or use other data here",
+    )

@@ -1,0 +1,356 @@
+"""A run knows its data by their content: any name of the same data is welcome, other data are refused uncharged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_process import Done, Dprandp, arrays, refused, state_of
+from PIL import Image
+
+RunAfter = Callable[[str], Path]
+
+NO_PIXELS = """
+from dprandp.datasets import Dataset
+def read(*arguments): raise SystemExit("private pixels were read")
+Dataset.train = Dataset.test = Dataset.fingerprint = read
+"""
+OTHER = "not those that this run began with"
+CONTINUE = ("continue", "--eps", 4, "--steps", 6, "--switch", 3, "--batch-size", 16, "--public-batch-size", 8)
+KEPT = "private/training-data.json"
+
+
+def good(done: Done) -> dict[str, Any]:
+    assert done.code == 0, done.err
+    return done.json
+
+
+def ledger(run: Path) -> bytes:
+    return (run / "privacy/ledger.jsonl").read_bytes()
+
+
+def spelled(how: str, folder: Path, place: Path) -> tuple[str, Path]:
+    """Another name of tiny.npz, and the working directory in which it has that name."""
+    file = folder / "tiny.npz"
+    if how == "dotted":
+        return "npz:./tiny.npz", folder
+    if how == "absolute":
+        return f"npz:{file}", place
+    if how == "link":
+        (place / "link.npz").symlink_to(file)
+        return "npz:link.npz", place
+    shutil.copy(file, place / "moved.npz")
+    return "npz:moved.npz", place
+
+
+@pytest.fixture
+def small(folder: Path) -> tuple[str, Path]:
+    return "--config", folder / "small.toml"
+
+
+@pytest.fixture
+def vit(dprandp: Dprandp, run_after: RunAfter) -> Path:
+    """A run with a small ViT of random weights."""
+    run = run_after("generate")
+    made = dprandp("pretrain", "--run", run, "--arch", "vit-1-16-16", "--random-init")
+    assert made.code == 0, made.err
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- the same data
+
+
+@pytest.mark.parametrize("how", ["dotted", "absolute", "link", "moved"])
+def test_a_later_stage_takes_the_same_data_under_any_name(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, how: str
+) -> None:
+    run = run_after("probe").rename(tmp_path / "moved-run")
+    name, here = spelled(how, folder, tmp_path)
+    tune = ("finetune", *small, "--run", run, "--data", name)
+    planned = good(dprandp(*tune, "--plan", "--json", folder=here, before=NO_PIXELS))
+    result = good(dprandp(*tune, "--json", folder=here))
+    assert result["epsilon"] <= planned["epsilon_after"] + 1e-9
+    assert (result["data"], result["train_examples"]) == ("npz:tiny.npz", 120)  # the run's name of its data
+    assert json.loads((run / "privacy/plan.json").read_text())["data"] == "npz:tiny.npz"
+    assert json.loads((run / "model/config.json").read_text())["result"]["data"] == "npz:tiny.npz"
+    before = state_of(run)
+    for stage in ("probe", "finetune"):  # finished: nothing is done again
+        command = (stage, *small, "--run", run, "--data", name, "--json")
+        assert dprandp(*command, folder=here).code == 0
+        assert good(dprandp(*command, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+    assert state_of(run) == before
+
+
+def test_what_tells_the_data_stays_private(run_after: RunAfter) -> None:
+    run = run_after("finetune")
+    hashes = json.loads((run / KEPT).read_text())
+    assert stat.S_IMODE((run / "private").stat().st_mode) == 0o700
+    for name, content in state_of(run).items():
+        if not name.startswith("private/"):
+            assert not any(value.encode() in content for value in hashes.values()), name
+
+
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
+def test_a_stopped_stage_goes_on_under_another_name(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, stage: str
+) -> None:
+    run = run_after({"probe": "pretrain", "finetune": "probe"}[stage])
+    command = (stage, *small, "--run", run, "--eps", 2)
+    assert dprandp(*command, "--data", "npz:tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
+    name, here = spelled("moved", folder, tmp_path)
+    result = good(dprandp(*command, "--data", name, "--json", folder=here))
+    assert result["charged_steps"] == result["steps"]
+    assert result["lost_steps"] > 0  # it went on, and did not start afresh
+    again = (stage, "--run", run, "--resume", "--data", name, "--json")
+    assert good(dprandp(*again, folder=here)) == result
+
+
+def test_run_skips_what_is_finished_under_another_name(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path
+) -> None:
+    run = run_after("finetune")
+    name, here = spelled("moved", folder, tmp_path)
+    before = ledger(run)
+    for more in ([], ["--resume"]):
+        command = ("run", *small, "--run", run, "--data", name, "--eps", 2, *more, "--json")
+        assert good(dprandp(*command, folder=here))["data"] == "npz:tiny.npz"
+    assert ledger(run) == before
+
+
+def test_units_and_declared_classes_go_with_the_data(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    made = {key: value for key, value in arrays().items() if key != "classes"}
+    np.savez(tmp_path / "scans.npz", **made, patient_train=np.arange(120) // 4)
+    run, flags = run_after("pretrain"), ("--classes", 3, "--unit-column", "patient")
+    assert dprandp("probe", *small, "--run", run, "--data", "npz:scans.npz", *flags, folder=tmp_path).code == 0
+    np.savez(tmp_path / "other.npz", **made, patient_train=np.arange(120) % 30)
+    before = state_of(run)
+    tune = ("finetune", *small, "--run", run, "--json", "--data")
+    other = dprandp(*tune, "npz:other.npz", folder=tmp_path)
+    refused(other, 3, OTHER, "units differ")  # the same images, the same number of units, other units
+    column = dprandp(*tune, "npz:./scans.npz", "--unit-column", "image", folder=tmp_path)
+    refused(column, 5, "unit of privacy was fixed as one patient")
+    assert state_of(run) == before
+    result = good(dprandp(*tune, "npz:./scans.npz", folder=tmp_path))
+    assert (result["train_units"], len(result["classes"])) == (30, 3)
+
+
+def test_a_folder_under_another_name_and_with_new_litter(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    root = write_folder(tmp_path / "scans")
+    run = run_after("pretrain")
+    assert dprandp("probe", *small, "--run", run, "--data", "folder:scans", folder=tmp_path).code == 0
+    (root / "train/dark/._0.png").write_bytes(b"litter")
+    done = dprandp("finetune", *small, "--run", run, "--data", f"folder:{root}/", "--json")
+    assert good(done)["train_examples"] == 60
+    (root / "train/dark/0.png").rename(root / "train/dark/zz.png")  # the same images in another order
+    refused(dprandp("finetune", *small, "--run", run, "--data", f"folder:{root}"), 3, OTHER)
+
+
+# ---------------------------------------------------------------------------------------------------- other data
+
+
+@pytest.mark.parametrize(
+    ("change", "flags"),
+    [("pixel", []), ("pixel", ["--overwrite"]), ("pixel", ["--resume"]), ("label", []), ("order", [])],
+    ids=str,
+)
+def test_data_that_changed_behind_their_name_are_refused_uncharged(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path, change: str, flags: list
+) -> None:
+    run = run_after("probe")
+    made = arrays()
+    if change == "pixel":
+        made["x_train"][0, 0, 0] ^= 1
+    elif change == "label":
+        made["y_train"][0] = 1
+    else:
+        made["x_train"][[0, 3]] = made["x_train"][[3, 0]]  # of one class
+    np.savez(tmp_path / "tiny.npz", **made)
+    before = state_of(run)
+    for stage in ("finetune", "probe"):
+        done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
+        refused(done, 3, OTHER, "npz:tiny.npz", "same data again", "new --run")
+    assert state_of(run) == before
+
+
+def test_another_number_of_images_behind_the_same_name_is_refused_unread(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    run = run_after("probe")
+    np.savez(tmp_path / "tiny.npz", **arrays(train=123))
+    before = state_of(run)
+    done = dprandp("finetune", *small, "--run", run, folder=tmp_path, before=NO_PIXELS)
+    refused(done, 3, "N = 123 now, and had N = 120", "put the data back", "new --run")
+    assert state_of(run) == before
+
+
+def test_a_budget_that_is_spent_refuses_before_any_data_are_read(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path
+) -> None:
+    run = run_after("finetune")
+    made = arrays()
+    made["x_train"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "changed.npz", **made)
+    before = state_of(run)
+    for name in ("npz:./tiny.npz", f"npz:{tmp_path}/changed.npz"):
+        command = ("finetune", *small, "--run", run, "--data", name, "--overwrite")
+        refused(dprandp(*command, before=NO_PIXELS), 5, "ε")
+    assert state_of(run) == before
+
+
+def test_a_run_whose_record_of_its_data_is_lost_spends_nothing_more(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple
+) -> None:
+    run = run_after("probe")
+    (run / KEPT).unlink()
+    before = state_of(run)
+    refused(dprandp("finetune", *small, "--run", run), 4, "training-data.json", "restore")
+    assert state_of(run) == before
+
+
+def test_paid_tuning_fixes_the_data_as_well(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    run, tune = run_after("pretrain"), ("--trials", 2, "--on", "private", "--eps", 2)
+    done = dprandp("tune", *small, "--run", run, *tune, "--data", "npz:tiny.npz", "--json")
+    assert good(dprandp("tune", *small, "--run", run, *tune, "--data", "npz:./tiny.npz", "--json")) == done.json
+    made = arrays()
+    made["x_train"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "tiny.npz", **made)
+    spent = ledger(run)
+    refused(dprandp("probe", *small, "--run", run, "--data", "npz:tiny.npz", "--eps", 2, folder=tmp_path), 3, OTHER)
+    assert ledger(run) == spent
+    assert dprandp("probe", *small, "--run", run, "--data", "npz:./tiny.npz", "--eps", 2).code == 0
+
+
+# --------------------------------------------------------------------------------- private here and public there
+
+
+def write_folder(root: Path) -> Path:
+    """60 training and 30 test images in class folders."""
+    made = arrays(train=60)
+    for split in ("train", "test"):
+        for index, (image, label) in enumerate(zip(made[f"x_{split}"], made[f"y_{split}"], strict=True)):
+            place = root / split / str(made["classes"][label])
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{index}.png")
+    return root
+
+
+def shuffled() -> dict[str, np.ndarray]:
+    """The images of tiny.npz in another order, with other labels."""
+    made = arrays()
+    order = np.random.default_rng(1).permutation(120)
+    return made | {"x_train": made["x_train"][order], "y_train": order % 3}
+
+
+@pytest.mark.parametrize("how", ["dotted", "absolute", "moved", "shuffled"])
+def test_private_data_are_not_public_under_another_name(
+    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, how: str
+) -> None:
+    if how == "shuffled":
+        np.savez(tmp_path / "shuffled.npz", **shuffled())
+        name = f"npz:{tmp_path}/shuffled.npz"
+    else:
+        name, _ = spelled(how, folder, tmp_path)
+        name = f"npz:{tmp_path}/moved.npz" if how == "moved" else name
+    before = state_of(vit)
+    for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
+        done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
+        refused(done, 2, "is private here and public there", "fraction:0.1")
+    tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
+    refused(tuned, 2, "is the private data set itself")
+    assert state_of(vit) == before
+
+
+def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit: Path, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "scans")
+    shutil.copytree(root, tmp_path / "again")
+    (tmp_path / "again/train/dark").rename(tmp_path / "again/train/a-dark")  # other class names
+    shutil.rmtree(tmp_path / "again/test/dark")
+    for name in (f"folder:{root}/", f"folder:{root}/../scans", f"folder:{tmp_path}/again"):
+        done = dprandp(*CONTINUE, "--run", vit, "--data", "folder:scans", "--public", name, folder=tmp_path)
+        refused(done, 2, "is private here and public there")
+    assert not (vit / "privacy").exists()
+
+
+def test_a_finished_or_stopped_continue_knows_both_its_sets_by_content(
+    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path
+) -> None:
+    made = arrays(train=90)
+    made["x_train"] = 255 - made["x_train"]
+    np.savez(folder / "public.npz", **made)
+    shutil.copy(folder / "public.npz", tmp_path / "other-name.npz")
+    first = ("--run", vit, "--data", "npz:tiny.npz", "--public", "npz:public.npz")
+    assert dprandp(*CONTINUE, *first, DPRANDP_FAULT="update-applied:2").code == -9
+    name, here = spelled("moved", folder, tmp_path)
+    again = ("--run", vit, "--data", name, "--public", "npz:other-name.npz", "--json")
+    result = good(dprandp(*CONTINUE, *again, folder=here))
+    assert result["lost_steps"] > 0
+    assert good(dprandp(*CONTINUE, *again, folder=here)) == result
+    assert good(dprandp(*CONTINUE, *again, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+    np.savez(tmp_path / "other-name.npz", **arrays(train=90))
+    refused(dprandp(*CONTINUE, *again[:-1], folder=here), 2, "public-images changed")
+
+
+@pytest.mark.parametrize("mix", ["step", "public"])
+def test_a_part_declared_public_is_left_out_under_any_name_of_the_data(
+    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, small: tuple, mix: str
+) -> None:
+    """With public steps alone nothing is charged, and all the same the part is nobody's secret afterwards."""
+    command = (*CONTINUE, "--mix", mix, "--run", vit, "--public", "fraction:0.2")
+    assert dprandp(*command, "--data", "npz:tiny.npz").code == 0
+    name, here = spelled("moved", folder, tmp_path)
+    assert dprandp(*command, "--data", name, folder=here).code == 0  # finished
+    made = arrays()
+    made["x_train"] ^= 1
+    np.savez(tmp_path / "changed.npz", **made)
+    before = state_of(vit)
+    probe = ("probe", *small, "--run", vit, "--eps", 4)
+    refused(dprandp(*probe, "--data", "npz:changed.npz", folder=here), 3, OTHER)
+    assert {key: value for key, value in state_of(vit).items() if "statistics" not in key} == before
+    assert good(dprandp(*probe, "--data", name, "--json", folder=here))["train_examples"] == 96
+
+
+@pytest.mark.parametrize("public", ["fraction:0.2", "synth"])
+def test_two_budgets_for_one_data_set_are_refused_under_any_name(
+    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, small: tuple, public: str
+) -> None:
+    other = Path(shutil.copytree(vit, tmp_path / "other-run"))
+    made = dprandp(*CONTINUE, "--run", other, "--public", public, "--data", "npz:tiny.npz")
+    assert made.code == 0, made.err
+    assert dprandp("continue", "--run", vit, "--take", other).code == 0
+    assert dprandp("continue", "--run", vit, "--take", f"{tmp_path}/../{tmp_path.name}/other-run").code == 0
+    name, here = spelled("moved", folder, tmp_path)
+    np.savez(tmp_path / "shuffled.npz", **shuffled())
+    names = ["npz:moved.npz"] if public != "synth" else ["npz:moved.npz", "npz:shuffled.npz"]
+    for name in names:
+        done = dprandp("probe", *small, "--run", vit, "--data", name, "--eps", 2, folder=here)
+        refused(done, 5, "continued in another run", "counted in two budgets")
+    assert not (vit / "privacy/ledger.jsonl").exists()
+    changed = arrays()
+    changed["x_train"] ^= 1
+    np.savez(tmp_path / "changed.npz", **changed, groups_train=np.arange(120) // 2)
+    assert dprandp("probe", *small, "--run", vit, "--data", "npz:changed.npz", "--eps", 2, folder=here).code == 0
+
+
+def test_an_extractor_of_a_run_without_its_private_folder_is_taken_with_a_warning(
+    dprandp: Dprandp, vit: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(vit, tmp_path / "other-run"))
+    assert dprandp(*CONTINUE, "--run", other, "--data", "npz:tiny.npz").code == 0
+    shutil.rmtree(other / "private")
+    done = dprandp("continue", "--run", vit, "--take", other)
+    assert done.code == 0, done.err
+    assert "has no private/training-data.json" in done.err
+    done = dprandp("probe", "--config", "small.toml", "--run", vit, "--data", "npz:./tiny.npz", "--eps", 2)
+    refused(done, 5, "counted in two budgets")
