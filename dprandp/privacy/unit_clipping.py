@@ -61,8 +61,8 @@ def clipped_softmax_sum_of_units(
         clip_norm: C from 1e-8 to 1e8.
         block_bytes: memory only, never the result.
         precise: compute in float64 throughout.
-        rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units, and run to m.
-            None where the images lie unit by unit already.
+        rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units, and
+            run to m. None where the images lie unit by unit already.
 
     Returns:
         float32 [D, classes]; float64 for float64 features, or where ``precise``; on the weight's device.

@@ -1,8 +1,10 @@
-"""The stages' tiny run is of the folder beside this one."""
+"""The stages' tiny run is of the folder beside this one, the checks of a device are a script."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "stages")]
+HERE = Path(__file__).resolve().parent
+
+sys.path[:0] = [str(HERE), str(HERE.parent / "stages"), str(HERE.parents[1] / "scripts")]
