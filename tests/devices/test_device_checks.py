@@ -38,6 +38,7 @@ def test_a_check_passes(name):
     run(QUICK, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FURTHER)
 @own_process
 def test_a_clipped_sum_is_that_of_the_cpu(kind):

@@ -91,7 +91,12 @@ PROBE_HERE = PROBE | {"steps": 4, "statistics_images": 12}
 FINETUNE_HERE = FINETUNE | {"steps": 2, "batch_size": 8, "refit_steps": 3}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+SLOW = ("patchnet, three layers", "patchnet")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
+)
 @own_process
 def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
     data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
