@@ -21,6 +21,13 @@ def facts() -> dict[str, Any]:
     }
 
 
+def free_on_device(device) -> int | None:
+    """Bytes that are free on an accelerator (a ``torch.device``); None where nobody says."""
+    import torch  # late, as above
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def available_memory() -> int | None:
     """Bytes that a process may still take without swapping, as Linux estimates it; None where nobody says."""
     listed = Path("/proc/meminfo")

@@ -122,11 +122,11 @@ class _Together:
         Raises:
             RankLostError: a process is gone.
         """
-        padded = own.new_zeros(max(counts), own.shape[1])
+        padded = torch.zeros(max(counts), own.shape[1], dtype=own.dtype)
         padded[: len(own)] = own
         received = [torch.empty_like(padded) for _ in range(self.size)]
         self._wire.together(lambda: dist.all_gather(received, padded))
-        return [rows[:count] for rows, count in zip(received, counts, strict=True)]
+        return [rows[:count].to(own.device) for rows, count in zip(received, counts, strict=True)]
 
     def summed(self, own: Tensor) -> Tensor:
         """The sum of all ranks' tensors of one shape, the same bits on every rank; replaces ``own``.
@@ -134,8 +134,9 @@ class _Together:
         Raises:
             RankLostError: a process is gone.
         """
-        self._wire.together(lambda: dist.all_reduce(own))
-        return own
+        total = own.cpu()  # on the CPU the tensor itself
+        self._wire.together(lambda: dist.all_reduce(total))
+        return own if total is own else own.copy_(total)
 
 
 class Leader(_Together, Ranks):

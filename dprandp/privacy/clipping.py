@@ -25,6 +25,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 from dprandp.errors import UsageError
+from dprandp.privacy.devices import require_full_precision, sent, surely_all
 from dprandp.privacy.gradient_rows import as_rows, like_one, squared_norms
 from dprandp.threads import in_parts
 
@@ -34,6 +35,9 @@ ROUNDING_SLACK = 1e-5
 # A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close
 # to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
 LONGEST = 1e30
+
+DEVICE_BLOCK = 8
+"""Times as many records are worked on at a time on an accelerator, which is slowed by calls and not by a cache."""
 
 AUTOMATIC_STABILISER = 0.01
 """γ of automatic clipping, as published: keeps gradients that vanish from being blown up to full length."""
@@ -80,14 +84,14 @@ def clipped_sum(
     """
     flat = {name: as_rows(gradients) for name, gradients in per_example.items()}
     squared = torch.stack([squared_norms(rows) for rows in flat.values()]).sum(0)
+    require_full_precision(squared.device)
     factors = clip_factors(squared.sqrt(), clip_norm, automatic=automatic)
     counted = factors > 0
-    # asking an accelerator would make the processor wait for it
-    everything_counts = counted.device.type == "cpu" and bool(counted.all())
+    whole = surely_all(counted)
     sums = {}
     for name, rows in flat.items():
         precise = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
-        if not everything_counts:
+        if not whole:
             precise = torch.where(counted[:, None], precise, torch.zeros_like(precise))
         total = factors.to(precise.dtype) @ precise
         sums[name] = like_one(total.to(torch.float64), per_example[name])
@@ -176,20 +180,23 @@ def clipped_softmax_sum(
 
     and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache:
     memory is read once, in order, and nothing as large as the features is made. So they may lie in a memory-mapped
-    file that is larger than memory.
+    file that is larger than memory, or on the CPU where an accelerator computes: it is sent one block at a time.
 
     Args:
-        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0. Only read.
-        labels: int64 [B], values in 0 … classes−1.
-        weight: [D, classes].
+        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0. Only read. On the
+            weight's device, or on the CPU.
+        labels: int64 [B], values in 0 … classes−1, on either of the two devices. On the CPU they are checked; an
+            accelerator refuses others by itself, by an error that ends its use.
+        weight: [D, classes], on the device that computes.
         clip_norm: C from 1e-8 to 1e8.
         block: records at a time; speed only, never the result.
         precise: compute in float64 throughout, so that rounding cannot add to the sensitivity (for discrete noise).
-        rows: int64 [b], positions of the records of the batch, each at most once; they are gathered block by block.
-            None for all B records.
+        rows: int64 [b] on the CPU, positions of the records of the batch, each at most once; they are gathered block by
+            block. None for all B records.
 
     Returns:
-        float32 [D, classes] (float64 for float64 features, or where ``precise``). See the module's Guarantee.
+        float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device. See the
+        module's Guarantee.
 
     Raises:
         UsageError: shapes, labels or values do not fit. The message holds no label.
@@ -198,19 +205,24 @@ def clipped_softmax_sum(
     if rows is not None:
         check_rows(rows, len(features))
     views_given = features.ndim == 3
+    require_full_precision(weight.device)
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if views_given else 1
     count = len(features) if rows is None else len(rows)
-    block = max(1, min(block // views, count))
+    on_cpu = weight.device.type == "cpu"
+    block = max(1, min((block if on_cpu else DEVICE_BLOCK * block) // views, count))
+    if rows is not None:
+        labels, rows = labels[rows.to(labels.device)], rows.to(features.device)
+    labels = labels.to(weight.device)
 
     def part(number: int, parts: int) -> torch.Tensor:
         mine = slice(number * count // parts, (number + 1) * count // parts)
         if rows is None:
             return _softmax_part(features[mine], labels[mine], weight, clip_norm, block)
-        return _softmax_part(features, labels[rows[mine]], weight, clip_norm, block, rows[mine])
+        return _softmax_part(features, labels[mine], weight, clip_norm, block, rows[mine])
 
-    many = features.device.type == "cpu" and count >= 4 * block
+    many = on_cpu and count >= 4 * block
     total = sum(in_parts(part, None if many else 1))
     return total.T.to(precision).contiguous()
 
@@ -225,11 +237,16 @@ def check_softmax_inputs(
             f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
             fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
         )
-    classes = weight.shape[1]
-    if len(labels) and not bool(((labels >= 0) & (labels < classes)).all()):
-        raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
+    if labels.device.type == "cpu":  # an accelerator would be waited for, and refuses them by itself
+        check_labels(labels, weight.shape[1])
     if block < 1:
         raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Refuse labels, int64 [B], outside 0 … classes−1; the message holds none. Waits for the labels' device."""
+    if not bool(((labels >= 0) & (labels < classes)).all()):
+        raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
 
 
 def check_rows(rows: torch.Tensor, count: int) -> None:
@@ -256,11 +273,12 @@ def _softmax_part(
     """
     precision, classes = weight.dtype, weight.shape[1]
     views = features.shape[1] if features.ndim == 3 else 1
-    total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=features.device)
+    total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=weight.device)
     # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
-    buffer = None if features.dtype == precision else features.new_empty((block, *features.shape[1:]), dtype=precision)
+    buffer = None if features.dtype == precision else weight.new_empty((block, *features.shape[1:]))
     for start in range(0, len(labels), block):
         x = features[start : start + block] if rows is None else features[rows[start : start + block]]
+        x = sent(x, weight.device)
         if buffer is not None:
             x = buffer[: len(x)].copy_(x)
         flat = x.reshape(-1, x.shape[-1])
@@ -270,7 +288,7 @@ def _softmax_part(
         factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
         counted = factors > 0
         residual.mul_((factors / views).view(-1, 1, 1))
-        if not bool(counted.all()):
+        if not surely_all(counted):
             residual = torch.where(counted.view(-1, 1, 1), residual, torch.zeros_like(residual))
             flat = torch.where(counted.repeat_interleave(views)[:, None], flat, torch.zeros_like(flat))
         total += residual.view(-1, classes).T @ flat  # [classes, D]: the faster orientation of the two

@@ -123,12 +123,13 @@ def add_gaussian_noise(
     if not (math.isfinite(std) and std >= 0):
         raise UsageError(f"The standard deviation of the noise is {std}.", fix="Give a finite number of at least 0.")
 
-    def noisy(tensor: torch.Tensor) -> torch.Tensor:
-        if std == 0:
-            return tensor.to(torch.float32, copy=True)
-        noise = random.gaussian(tensor.shape).mul_(std).to(tensor.device)
-        return noise.add_(tensor.to(torch.float64)).to(torch.float32)
-
-    if isinstance(tensors, Mapping):
-        return {name: noisy(tensor) for name, tensor in tensors.items()}
-    return [noisy(tensor) for tensor in tensors]
+    given = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+    # All of it is drawn before any goes to a device, which waits for the tensors: meanwhile it computes them.
+    noises = [random.gaussian(tensor.shape).mul_(std) if std > 0 else None for tensor in given]
+    noisy = [
+        tensor.to(torch.float32, copy=True)
+        if noise is None
+        else noise.to(tensor.device).add_(tensor.to(torch.float64)).to(torch.float32)
+        for tensor, noise in zip(given, noises, strict=True)
+    ]
+    return dict(zip(tensors, noisy, strict=True)) if isinstance(tensors, Mapping) else noisy

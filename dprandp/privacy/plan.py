@@ -210,14 +210,16 @@ class PrivateStep:
         """
         if self.released:
             raise RuntimeError("a step's sum was released twice: its noise would be averaged away")
-        if not clipped_sums or not all(bool(torch.isfinite(total).all()) for total in clipped_sums.values()):
+        plan, noisy = self._plan, {}
+        discrete = plan.noise == "discrete" and plan.noise_multiplier > 0
+        if not discrete:  # drawn before the sums are asked for: a device may still be computing them
+            noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)
+        finite = [torch.isfinite(total).all() for total in clipped_sums.values()]
+        if not finite or not bool(torch.stack(finite).all()):
             raise RuntimeError("the clipped sums of a step are missing or not finite: they were not clipped as planned")
         self.released = True
-        plan = self._plan
-        if plan.noise == "discrete" and plan.noise_multiplier > 0:
+        if discrete:
             noisy = add_discrete_noise(clipped_sums, plan.clip_norm, plan.noise_multiplier, self._random)
-        else:
-            noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)
         return {name: (total / plan.expected_batch).to(torch.float32) for name, total in noisy.items()}
 
 

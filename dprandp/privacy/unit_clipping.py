@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import check_rows, check_softmax_inputs, clip_factors, clipped_softmax_sum, outer_norms
+from dprandp.privacy.clipping import (
+    check_rows,
+    check_softmax_inputs,
+    clip_factors,
+    clipped_softmax_sum,
+    outer_norms,
+)
+from dprandp.privacy.devices import require_full_precision, sent, surely_all
 
 BLOCK_BYTES = 2**22
 """Of the rows, or of the units' gradients, that are in memory together."""
@@ -42,22 +49,23 @@ def clipped_softmax_sum_of_units(
     formed and its norm is that of what is added; where it is smaller, ‖G_u‖ comes from the Gram matrices of the rows,
     as in ``clipped_softmax_sum``, through which units of a single image go.
 
-    Rows are gathered block by block, so that the features may lie in a memory-mapped file larger than memory.
+    Rows are gathered block by block, so that the features may lie in a memory-mapped file larger than memory, or on the
+    CPU where an accelerator computes.
 
     Args:
         features: [M, D] or [M, K, D], the images' rows, those of one unit next to each other; any floating dtype.
-            Only read.
-        labels: int64 [M], values in 0 … classes−1.
+            Only read. On the weight's device, or on the CPU.
+        labels: int64 [M], values in 0 … classes−1; see ``clipped_softmax_sum``.
         offsets: int64 [U+1] on the CPU, rising strictly from 0 to M: unit u has the rows offsets[u] … offsets[u+1]−1.
-        weight: [D, classes].
+        weight: [D, classes], on the device that computes.
         clip_norm: C from 1e-8 to 1e8.
         block_bytes: memory only, never the result.
         precise: compute in float64 throughout.
-        rows: int64 [m], positions of images, each at most once; the offsets then cut *these* into units, and run to m.
-            None where the images lie unit by unit already.
+        rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units, and
+            run to m. None where the images lie unit by unit already.
 
     Returns:
-        float32 [D, classes]; float64 for float64 features, or where ``precise``.
+        float32 [D, classes]; float64 for float64 features, or where ``precise``; on the weight's device.
 
     Raises:
         UsageError: shapes, labels, offsets or values do not fit. The message holds no label and no size of a unit.
@@ -72,21 +80,24 @@ def clipped_softmax_sum_of_units(
             f"The {len(offsets)} offsets do not cut {count} rows into units.",
             fix="Give offsets that rise strictly from 0 to the number of rows.",
         )
+    require_full_precision(weight.device)
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if features.ndim == 3 else 1
-    total = torch.zeros(weight.shape, dtype=torch.float64, device=features.device)
+    total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     for size in sizes.unique().tolist():
         starts = offsets[:-1][sizes == size]
         if size == 1:
-            single = (starts if rows is None else rows[starts]).to(features.device)
+            single = starts if rows is None else rows[starts]
             total += clipped_softmax_sum(features, labels, weight, clip_norm, precise=precise, rows=single)
             continue
         width = max(size * views * weight.shape[0], weight.numel()) * weight.element_size()
         for first in starts.split(max(1, block_bytes // width)):
             places = first[:, None] + torch.arange(size)
-            places = (places if rows is None else rows[places]).to(features.device)
-            total += _equal_units(features[places].to(precision), labels[places], weight, clip_norm)
+            places = places if rows is None else rows[places]
+            x = sent(features[places.to(features.device)], weight.device).to(precision)
+            own = labels[places.to(labels.device)].to(weight.device)
+            total += _equal_units(x, own, weight, clip_norm)
     return total.to(precision)
 
 
@@ -101,11 +112,11 @@ def _equal_units(features: torch.Tensor, labels: torch.Tensor, weight: torch.Ten
         factors = clip_factors(outer_norms(x, residual), clip_norm)
         counted = (factors > 0)[:, None, None]
         residual = torch.where(counted, residual * (factors / x.shape[1])[:, None, None], torch.zeros_like(residual))
-        x = x if bool(counted.all()) else torch.where(counted, x, torch.zeros_like(x))
+        x = x if surely_all(counted) else torch.where(counted, x, torch.zeros_like(x))
         return (residual.flatten(0, 1).T @ x.flatten(0, 1)).T.to(torch.float64)
     gradients = (residual.mT @ x).div_(x.shape[1])
     factors = clip_factors(torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64), clip_norm)
-    if not bool((factors > 0).all()):
+    if not surely_all(factors > 0):
         gradients = torch.where((factors > 0)[:, None, None], gradients, torch.zeros_like(gradients))
     return (factors.to(x.dtype) @ gradients.flatten(1)).view(weight.shape[::-1]).T.to(torch.float64)
 

@@ -36,6 +36,10 @@ CLOSED_FORM_MICROBATCH = 16
 GRADIENT_BYTES = 2**27
 """Of the gradients of a WideResNet on a CPU that are in memory together: 12 records of wrn-16-4."""
 
+DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
+"""Most views, and records, of a network without a gradient of its own that an accelerator takes together: a patchnet of
+6,400 filters has some 25 GB of responses to 256 views."""
+
 COMBINED_RECORDS = 4
 """Records whose gradients at a first point wait for those at a second."""
 
@@ -298,8 +302,12 @@ def gradient_source(
 
     else:
         loss = loss_function(model, scale, device)
-        together = microbatch or (1 if device.type == "cpu" else 32)
-        return lambda parameters, views, labels: per_example_gradients(loss, parameters, views, labels, together)
+
+        def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+            most = 1 if device.type == "cpu" else max(1, min(DEVICE_RECORDS, DEVICE_VIEWS // views.shape[1]))
+            return per_example_gradients(loss, parameters, views, labels, microbatch or most)
+
+        return automatic
 
     def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)

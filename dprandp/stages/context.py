@@ -56,6 +56,7 @@ def prepare_device(name: str) -> torch.device:
     """
     # Softmax tails are denormal numbers, on which a CPU is a hundred times slower; they add nothing to any sum.
     torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest")  # some containers set less, with which no sum is clipped exactly
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):

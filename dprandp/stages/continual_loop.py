@@ -207,8 +207,9 @@ def private_steps(
         training.average_in(step.number)
         faults.point("update-applied")
         if log is not None:
-            norm = float(torch.stack([value.norm() for value in gradient.values()]).norm())
-            log.write(step=number, update_norm=norm, weight_norm=float(training.parameters["head"].norm()))
+            norm = torch.stack([value.norm() for value in gradient.values()]).norm()
+            norms = torch.stack([norm, training.parameters["head"].norm()]).tolist()  # a device is waited for once
+            log.write(step=number, update_norm=norms[0], weight_norm=norms[1])
         advance(1)
         done = number + 1
         due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0

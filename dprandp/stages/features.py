@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dprandp.environment import available_memory
+from dprandp.environment import available_memory, free_on_device
 from dprandp.errors import StorageError, UsageError
+from dprandp.privacy.clipping import check_labels
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES, ROUND, extract_by_ranks, features_of_blocks
 from dprandp.stages.feature_file import FeatureFile
 from dprandp.stages.private import PrivateStage
@@ -23,6 +24,9 @@ from dprandp.stages.synthetic_statistics import add_weights
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import Whitener
+
+PLACED_PART = 0.5
+"""Of the free memory of an accelerator that features may take there."""
 
 LABELS = {"features": "private features", "test-features": "test images"}
 
@@ -125,6 +129,30 @@ def _kept(
     if written is None:
         raise StorageError(f"{file.path} cannot be read back", fix="check the disk, then run the same command again")
     return written
+
+
+def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features and labels where heads are fitted to them: the one place where that is decided.
+
+    Args:
+        features: float [N, d] or [N, K, d] on the CPU, memory-mapped or not.
+        labels: int64 [N] on the CPU.
+        classes: number of classes.
+        device: that computes.
+
+    Returns:
+        Both on the device, where the features fit into ``PLACED_PART`` of its free memory. Features that do not stay
+        where they are, and ``clipped_softmax_sum`` sends them to the device one block at a time, step by step.
+
+    Raises:
+        UsageError: a label that is none; on an accelerator nothing looks at them again.
+    """
+    check_labels(labels, classes)
+    if device.type == "cpu":
+        return features, labels
+    free = free_on_device(device)
+    fits = free is None or features.numel() * features.element_size() <= PLACED_PART * free
+    return features.to(device) if fits else features, labels.to(device)
 
 
 def rows_at_once(views: int, dims: int) -> int:

@@ -233,6 +233,7 @@ def _train(
         state = {name: value.to(device) for name, value in saved.tensors.items()}
         optimizer.load_state(state)
         lookahead.load_state(state)
+        state |= optimizer.state | lookahead.state  # what counts is theirs, and lies where they want it
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
@@ -287,11 +288,9 @@ def _train(
             for name, value in parameters.items():
                 state[f"ema.{name}"].lerp_(value, 1 - decay)
             faults.point("update-applied")
-            log.write(
-                step=step.number,
-                update_norm=float(torch.stack([u.norm() for u in update.values()]).norm()),
-                weight_norm=float(state["parameters.head"].norm()),
-            )
+            update_norm = torch.stack([u.norm() for u in update.values()]).norm()
+            norms = torch.stack([update_norm, state["parameters.head"].norm()]).tolist()  # a device is waited for once
+            log.write(step=step.number, update_norm=norms[0], weight_norm=norms[1])
             progress.advance(1)
             done = step.number + 1
             due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0

@@ -7,8 +7,8 @@ computed once per image and kept.
 
 Guarantee:
     Which blocks are trained depends on public things alone: the seed, the weights at the start, the blocks' order.
-    What is kept of a record is a function of that record's pixels and of frozen weights; it is held in memory, used for
-    that record's gradient, and never written.
+    What is kept of a record is a function of that record's pixels and of frozen weights; it is held in memory (of the
+    device that computes), used for that record's gradient, and never written.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class FrozenPrefix:
 
         Args:
             views: uint8 [B, K, 3, 32, 32].
-            members: int64 [B], positions in the data set, by which outputs are kept.
+            members: int64 [B] on the CPU, positions in the data set, by which outputs are kept.
 
         Returns:
             float32 [B, K, ...] on the device of ``views``.
@@ -127,11 +127,11 @@ class FrozenPrefix:
             rows = missing[start : start + step]
             out = self._forward(views[rows].flatten(0, 1)).unflatten(0, (len(rows), views.shape[1]))
             made |= dict(zip(rows, out.unbind(0), strict=True))
-        found = [made[row] if row in made else self._kept[place].to(views.device) for row, place in enumerate(places)]
+        found = [made[row] if row in made else self._kept[place] for row, place in enumerate(places)]
         for row, value in made.items():
             size = value.numel() * value.element_size()
             if self._keep and size <= self._room:
-                self._kept[places[row]] = value.cpu().clone()
+                self._kept[places[row]] = value.clone()  # of its own: a row would keep its whole block
                 self._room -= size
         return torch.stack(found) if found else self._forward(views.new_zeros(1, *views.shape[2:]))[None][:0]
 

@@ -20,6 +20,7 @@ from dprandp.console import MetricsLog
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.signals import Stop
+from dprandp.stages.features import placed
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.unit_rows import UnitFeatures, unit_rows
 from dprandp.tensorfile import check_tensors
@@ -107,30 +108,34 @@ def fit_head(
 
     Args:
         stage: an accepted stage whose plan is fixed.
-        features: float [N, d] or [N, K, d], unit norm (private); memory-mapped or not, and never copied as a whole.
-        labels: int64 [N] (private).
+        features: float [N, d] or [N, K, d] on the CPU, unit norm (private); memory-mapped or not. ``features.placed``
+            decides where the fit has them.
+        labels: int64 [N] on the CPU (private).
         start: float32 [d, classes], where the head begins: zero, or the released head of an earlier stage.
         settings: learning rate, momentum, what is released.
         folder: checkpoints and metrics.jsonl.
         stop: looked at after every step.
 
     Returns:
-        What is released, [d, classes], and the number of updates it has seen.
+        What is released, [d, classes] on the context's device, and the number of updates it has seen.
 
     Guarantee:
         Features and labels enter only through sums of sensitivity ``clip_norm``, to one record (an image, or a unit of
         several), that ``step.release`` makes noisy.
     """
-    plan = stage.plan
+    plan, device = stage.plan, stage.context.device
+    start = start.to(device)
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == HEAD:  # stopped between the last step and the end of the stage
         check_tensors(saved.tensors, {HEAD: start}, saved.path)
-        return saved.tensors[HEAD], saved.entry("updates", int)
+        return saved.tensors[HEAD].to(device), saved.entry("updates", int)
     state = begin_head(start)
     first_step, ledger_head = 0, None
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
-        state, first_step, ledger_head = saved.tensors, saved.entry("step", int), saved.entry("ledger", str)
+        state = {name: value.to(device) for name, value in saved.tensors.items()}
+        first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
+    features, labels = placed(features, labels, start.shape[1], device)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     every = max(1, plan.steps // CHECKPOINTS)
     mechanism = stage.mechanism(first_step, ledger_head)
@@ -151,7 +156,8 @@ def fit_head(
             update = step.release({"head": clipped})["head"]
             update_head(state, update, settings, step.number, plan.steps)
             faults.point("update-applied")
-            log.write(step=step.number, update_norm=float(update.norm()), weight_norm=float(state["head"].norm()))
+            update_norm, weight_norm = torch.stack([update.norm(), state["head"].norm()]).tolist()
+            log.write(step=step.number, update_norm=update_norm, weight_norm=weight_norm)
             progress.advance(1)
             done = step.number + 1
             meta = {"step": done, "ledger": stage.ledger.head}

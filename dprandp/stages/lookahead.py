@@ -53,8 +53,8 @@ class Plain:
         self.state: dict[str, Tensor] = {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from tensors that were a ``state``; others among them are left alone."""
-        self.state = {name: tensors[name] for name in self.state}
+        """Go on from tensors that were a ``state``, on any device; others among them are left alone."""
+        self.state = {name: tensors[name].to(own.device) for name, own in self.state.items()}
 
     def points(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], Ahead | None]:
         """Where this step's gradients are taken: the first point, and the second if there is one.
@@ -91,6 +91,7 @@ class Sharpness(Plain):
 
     def points(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], Ahead | None]:
         """As ``Plain.points``; at the first step, which has no previous gradient, the parameters themselves."""
+        # an accelerator is not kept from working: the log of the step before has waited for these
         norm = float(torch.stack([value.norm() for value in self.state.values()]).norm())
         if norm == 0:
             return parameters, None
@@ -118,7 +119,7 @@ class Kalman(Plain):
         self.passes = 1 if math.isclose(self.weight, 1, rel_tol=1e-9) else 2
         self.state = {f"kalman.{name}": torch.zeros_like(value) for name, value in parameters.items()}
         self.state |= {f"move.{name}": torch.zeros_like(value) for name, value in parameters.items()}
-        self.state["kalman-steps"] = torch.zeros((), dtype=torch.int64)
+        self.state["kalman-steps"] = torch.zeros((), dtype=torch.int64, device="cpu")  # read in every step
 
     def points(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], Ahead | None]:
         """As ``Plain.points``; at the first step, before any move, the parameters alone."""

@@ -105,12 +105,12 @@ class Optimizer:
             self.state |= {f"{prefix}.{name}": torch.zeros_like(value) for name, value in parameters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from tensors that were a ``state``; others among them are left alone.
+        """Go on from tensors that were a ``state``, on any device; others among them are left alone.
 
         Raises:
             KeyError: one is missing (check the checkpoint first).
         """
-        self.state = {name: tensors[name] for name in self.state}
+        self.state = {name: tensors[name].to(own.device) for name, own in self.state.items()}
         if self.filter is not None:
             self.filter.state = {name: self.state[name] for name in self.filter.state}
 
@@ -172,7 +172,7 @@ class Adam(Optimizer):
 
     def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(settings, parameters)
-        self.state["adam-steps"] = torch.zeros((), dtype=torch.int64)
+        self.state["adam-steps"] = torch.zeros((), dtype=torch.int64, device="cpu")  # read in every update
 
     def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ("first", "second")

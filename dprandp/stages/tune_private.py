@@ -19,7 +19,7 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
 from dprandp.runresults import ONE_IMAGE
 from dprandp.stages.context import Context
-from dprandp.stages.features import private_features, require_room
+from dprandp.stages.features import placed, private_features, require_room
 from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private_plan import name_private_stage
@@ -66,6 +66,7 @@ def choose_privately(
     # ------------------------------------------------------------------------------------------------ private from here
     features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)
     require_room(features.numel() * features.element_size() // 2, "tune's candidates with half the dimensions")
+    features, labels = placed(features, labels, len(spec.classes), context.device)
     context.console.say("tune: a random number of private trials, about which nothing is said")
 
     def one_trial(trial: Trial) -> None:
@@ -74,12 +75,13 @@ def choose_privately(
         rule = HeadSettings(setting.lr_factor * default, config.momentum, config.released)
         fitted, held_out = torch.from_numpy(trial.fitted), torch.from_numpy(trial.held_out)
         seen = whitener.cut(features, setting.dims)
-        state = begin_head(torch.zeros(seen.shape[1], len(spec.classes)))
+        state = begin_head(torch.zeros(seen.shape[1], len(spec.classes), device=context.device))
         for number in range(trial.steps):
             clipped = clipped_softmax_sum(seen, labels, state["head"], plan.clip_norm, rows=fitted)
             update_head(state, trial.release(clipped), rule, number, trial.steps)
         head = released_head(state, rule)
-        answers = [(seen[part] @ head).argmax(dim=1) for part in held_out.split(ROWS_AT_ONCE)]  # never all of them
+        parts = held_out.split(ROWS_AT_ONCE)  # never all of them
+        answers = [(seen[part].to(head.device) @ head).argmax(dim=1) for part in parts]
         trial.score(torch.cat(answers) == labels[held_out])
 
     best, score = selection.run(one_trial)

@@ -26,6 +26,7 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.stages.budget import default_delta
 from dprandp.stages.context import Context
+from dprandp.stages.features import placed
 from dprandp.stages.generate import open_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
@@ -73,7 +74,7 @@ def choose_publicly(
                 seen[:cut], labels[:cut], classes, setting.steps, config.clip_norm, mu, spec.train_examples,
                 HeadSettings(default * setting.lr_factor, config.momentum, config.released), generator,
             )  # fmt: skip
-            rights[index] = (seen[cut:] @ head).argmax(dim=1) == labels[cut:]
+            rights[index] = ((seen[cut:] @ head).argmax(dim=1) == labels[cut:]).cpu()
             progress.advance(1)
     best = better_than_default(rights)
     tried = [
@@ -123,20 +124,20 @@ def simulate(
     """The probe's arithmetic on public features, with the noise that a private data set would get beside its signal.
 
     Args:
-        features: float32 [n, d], unit norm, *public*. labels: int64 [n].
+        features: float32 [n, d], unit norm, *public*, on the device that computes. labels: int64 [n], there too.
         mu: of the whole private fit, so that σ = √T/μ; inf for no noise.
         examples: N of the private data. The sum over n examples gets noise of std σ C n/N: μN is what matters.
-        generator: seeded; this noise protects nothing.
+        generator: seeded, of the CPU; this noise protects nothing.
 
     Returns:
         The released head, float32 [d, classes].
     """
     count = len(features)
     noise_std = math.sqrt(steps) / mu * clip_norm * count / examples
-    state = begin_head(torch.zeros(features.shape[1], classes))
+    state = begin_head(torch.zeros(features.shape[1], classes, device=features.device))
     for number in range(steps):
         clipped = clipped_softmax_sum(features, labels, state["head"], clip_norm)
-        noise = noise_std * torch.randn(clipped.shape, generator=generator)
+        noise = noise_std * torch.randn(clipped.shape, generator=generator).to(clipped.device)
         update_head(state, (clipped + noise) / count, settings, number, steps)
     return released_head(state, settings)
 
@@ -165,7 +166,7 @@ def _public_task(
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     with context.console.progress(len(images), "public features") as progress:
         features = extract(extractor, images, mirror=mirror, after=whitener, on_batch=progress.advance)
-    return features, labels, classes, fitted, whitener.cpu()
+    return *placed(features, labels, classes, context.device), classes, fitted, whitener
 
 
 def synthetic_task(

@@ -1,0 +1,269 @@
+"""Whole stages on an accelerator, which is emulated: the numbers of the CPU, and no wait that is not known.
+
+The noise is seeded and drawn on the CPU in any case, so the results of both devices are the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import types
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from emulated import emulation, own_process
+from tiny_run import CONTINUE, DEEP, FINETUNE, GENERATE, PRETRAIN, PROBE, SCRATCH
+
+from dprandp import config, ranks
+from dprandp.signals import Interrupted, Stop
+from dprandp.stages import continual, features, finetune, generate, pretrain, probe, tune_private, tune_public
+from dprandp.stages.context import Context
+from dprandp.stages.tune_settings import TuneConfig
+
+CPU = torch.device("cpu")
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "patchnet": PRETRAIN,
+    "patchnet, three layers": PRETRAIN | DEEP,
+    "wrn, learned": {"arch": "wrn-10-1", "steps": 3, "batch_size": 8, "projection_hidden": 16},
+    "vit": {"arch": "vit-1-16-16", "random_init": True},
+}
+
+ONCE_A_STAGE = {
+    "stages/synthetic_statistics.py add_weights: _to_copy": "the hash of an extractor",
+    "tensorfile.py <dictcomp>: _to_copy": "checkpoints are files",
+    "stages/release.py <dictcomp>: _to_copy": "the released model is a file",
+    "stages/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
+    "stages/head.py released_head: _local_scalar_dense": "whether there is an average to release",
+    "stages/finetune.py _train: _to_copy": "the parameters that are released",
+    "stages/continual_loop.py <dictcomp>: _to_copy": "the parameters that are released",
+    "stages/private_optimizers.py <dictcomp>: _to_copy": "a count goes back to the CPU where a training is resumed",
+    "stages/lookahead.py <dictcomp>: _to_copy": "the same",
+    "stages/masks.py <dictcomp>: _to_copy": "weights are chosen on the CPU, once or every so many steps",
+    "stages/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
+    "stages/public_steps.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",
+    "vision/contrastive.py train: _local_scalar_dense": "the mean loss, every ten steps",
+    "stages/tune_public.py choose_publicly: _to_copy": "which held-out images a setting got right",
+    "privacy/selection.py score: _local_scalar_dense": "a trial's score is a number",
+}
+ONCE_A_BATCH = {
+    "vision/extractors.py extract: _to_copy": "features are collected on the CPU, 256 images at a time",
+}
+ONCE_A_STEP = {
+    "privacy/plan.py release: _local_scalar_dense": "sums that are not finite are not released",
+    "privacy/selection.py release: _local_scalar_dense": "the same in a trial",
+    "stages/head.py fit_head: _to_copy": "the norms of a step, for metrics.jsonl",
+    "stages/finetune.py _train: _to_copy": "the same",
+    "stages/continual_loop.py private_steps: _to_copy": "the same",
+    "stages/lookahead.py points: _local_scalar_dense": "DP-SAT's reach; the log of the step before has waited already",
+}
+KNOWN = ONCE_A_STAGE.keys() | ONCE_A_BATCH.keys() | ONCE_A_STEP.keys()
+
+
+@contextlib.contextmanager
+def context(run: Path, device: torch.device, **options: Any) -> Iterator[Context]:
+    with tiny_run.context(run, insecure_seed=3, **options) as given:
+        yield dataclasses.replace(given, device=device)
+
+
+def close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results of a stage are the same measurements, but for rounding; each of its own device."""
+    assert (one["device"], other["device"]) == ("cpu", "emulated")
+    same = all(one[name] == other[name] for name in ("epsilon", "noise_multiplier", "accuracy"))
+    return same and abs(one["loss"] - other["loss"]) < 1e-3
+
+
+def per_step(waits: Counter[str], steps: int) -> bool:
+    """Whether nothing unknown was waited for, and the device once a step where it must be."""
+    unknown = waits.keys() - KNOWN
+    assert not unknown, f"the processor waits for the device: {sorted(unknown)}"
+    return waits["privacy/plan.py release: _local_scalar_dense"] == steps
+
+
+PROBE_HERE = PROBE | {"steps": 4, "statistics_images": 12}
+FINETUNE_HERE = FINETUNE | {"steps": 2, "batch_size": 8, "refit_steps": 3}
+
+
+SLOW = ("patchnet, three layers", "patchnet")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
+)
+@own_process
+def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
+    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
+
+    def stages(run: Path, device: torch.device) -> list[dict[str, Any]]:
+        with context(run, device) as given:
+            generate.run(config.build("generate", GENERATE), given)
+            pretrain.run(config.build("pretrain", ARCHITECTURES[arch]), given)
+            probed = probe.run(config.build("probe", PROBE_HERE | {"data": data}), given)
+            return [probed, finetune.run(config.build("finetune", FINETUNE_HERE | {"data": data}), given)]
+
+    expected = stages(tmp_path / "cpu", CPU)
+    with emulation() as (device, waits):
+        found = stages(tmp_path / "device", device)
+    assert all(map(close, expected, found))
+    assert found[1]["refit"]["lost_steps"] == 0
+    assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + FINETUNE_HERE["refit_steps"])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "views and mixtures": {"views": 2, "mixself": 1},
+    "discrete noise": {"noise": "discrete", "clipping": "automatic"},
+    "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
+    "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
+    "muon and a filter": {"optimizer": "muon", "low_pass": 0.5},
+    "sharpness": {"sharpness": 0.1},
+    "kalman": {"kalman": 0.7, "clipping": "rescaled"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@own_process
+def test_every_option_goes_on_after_an_interruption(tmp_path, options):
+    """Three steps, interrupted after the second: checkpoints come back to the device."""
+    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
+    values = config.build("finetune", SCRATCH | {"data": data} | OPTIONS[options])
+
+    def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
+        with context(run, device) as given:
+            with stopped_after(2), pytest.raises(Interrupted):
+                finetune.run(values, given)
+            return finetune.run(values, given)
+
+    expected = interrupted(tmp_path / "cpu", CPU)
+    with emulation() as (device, waits):
+        found = interrupted(tmp_path / "device", device)
+    assert close(expected, found)
+    assert found["lost_steps"] == 0
+    discrete = OPTIONS[options].get("noise") == "discrete"
+    unknown = waits.keys() - KNOWN
+    assert unknown == ({"privacy/discrete_noise.py add_discrete_noise: _to_copy"} if discrete else set())
+    assert waits["privacy/plan.py release: _local_scalar_dense"] == 3
+
+
+@contextlib.contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """A signal that comes in a step of a training."""
+    end_step, made = Stop.end_step, []
+
+    def counted(stop: Stop, due: bool, save: Any) -> None:
+        made.append(due)
+        if len(made) == steps:
+            stop.requested = signal.SIGTERM
+        end_step(stop, due, save)
+
+    Stop.end_step = counted
+    try:
+        yield
+    finally:
+        Stop.end_step = end_step
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@own_process
+def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
+    """Features that fit into the device's memory, and features that are sent in blocks."""
+    made = tiny_run.blobs(train=48, test=16)
+    np.savez(tmp_path / "blobs.npz", **made, groups_train=np.arange(48) // 3)
+    values = config.build("probe", PROBE_HERE | {"data": f"npz:{tmp_path / 'blobs.npz'}", "views": 2})
+
+    def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
+        with context(run, device) as given:
+            generate.run(config.build("generate", GENERATE), given)
+            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
+            with stopped_after(2), pytest.raises(Interrupted):
+                probe.run(values, given)
+            return probe.run(values, given)
+
+    expected = interrupted(tmp_path / "cpu", CPU)
+    asked, features.free_on_device = features.free_on_device, lambda device: 10**9 if fits else 0
+    try:
+        with emulation() as (device, waits):
+            found = interrupted(tmp_path / "device", device)
+    finally:
+        features.free_on_device = asked
+    assert close(expected, found)
+    assert found["unit"] == "one group (column groups_train)"
+    assert per_step(waits, PROBE_HERE["steps"])
+
+
+@own_process
+def test_a_continued_training_is_that_of_the_cpu(tmp_path):
+    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
+    values = config.build("continue", CONTINUE | {"data": data, "steps": 4, "switch": "2", "batch_size": 8})
+
+    def stages(run: Path, device: torch.device) -> dict[str, Any]:
+        with context(run, device) as given:
+            generate.run(config.build("generate", GENERATE), given)
+            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
+            with stopped_after(3), pytest.raises(Interrupted):
+                continual.run(values, given)
+            return continual.run(values, given)
+
+    expected = stages(tmp_path / "cpu", CPU)
+    with emulation() as (device, waits):
+        found = stages(tmp_path / "device", device)
+    assert close(expected, found)
+    assert per_step(waits, 2)
+
+
+@pytest.mark.parametrize("on", ["private", "synthetic"])
+@own_process
+def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
+    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
+    choose = {"private": tune_private.choose_privately, "synthetic": tune_public.choose_publicly}[on]
+    tune = TuneConfig(on=on, trials=2)
+
+    def tuned(run: Path, device: torch.device) -> tuple[dict[str, Any], float, Any]:
+        with context(run, device) as given:
+            generate.run(config.build("generate", GENERATE), given)
+            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
+            return choose(config.build("probe", PROBE_HERE | {"data": data}), tune, given)
+
+    expected = tuned(tmp_path / "cpu", CPU)
+    with emulation() as (device, waits):
+        found = tuned(tmp_path / "device", device)
+    assert found[1:] == expected[1:]
+    assert not waits.keys() - KNOWN
+
+
+@own_process
+def test_what_ranks_exchange_goes_through_the_cpu():
+    """gloo moves memory of the CPU alone."""
+    seen: list[torch.Tensor] = []
+
+    class Wire:
+        size, rank = 2, 0
+
+        def together(self, exchange: Any) -> None:
+            exchange()
+
+    together = ranks._Together()
+    together.size, together._wire = 2, Wire()
+    kept = ranks.dist
+    ranks.dist = types.SimpleNamespace(
+        all_gather=lambda received, own: (seen.append(own), [each.copy_(own) for each in received]),
+        all_reduce=lambda own: (seen.append(own), own.mul_(2)),
+    )
+    try:
+        with emulation() as (device, _):
+            rows = torch.arange(6.0).view(2, 3).to(device)
+            gathered = together.gathered(rows, [2, 1])
+            total = together.summed(rows)
+            assert total is rows
+            assert {each.device.type for each in (total, *gathered)} == {"emulated"}
+            assert total.tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
+            assert [len(each) for each in gathered] == [2, 1]
+    finally:
+        ranks.dist = kept
+    assert {each.device.type for each in seen} == {"cpu"}
