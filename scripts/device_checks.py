@@ -35,11 +35,12 @@ from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor, extract
+from dprandp.vision.precision import AUTO, FLOAT32, decide
 from dprandp.vision.views import ViewChoices
 
 CPU = torch.device("cpu")
 CLASSES, DIMS, CLIP_NORM = 10, 20, 0.5
-TOLERANCE = {"float32": 2e-3, "as chosen": 0.1}
+TOLERANCE = {FLOAT32: 2e-3, AUTO: 0.1}
 """Relative to the norm of the CPU's result. Float32: at depth some ReLUs open on the other side."""
 
 DEEP = {"layers": 2, "second_filters": 400}
@@ -93,27 +94,27 @@ def images_of(resolution: int, count: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """'float32': nothing in fewer bits, whatever the package would choose; 'as chosen': as it is used."""
-    chosen, convolutions = torch.autocast, torch.backends.cudnn.allow_tf32
-
-    def whole(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **how: Any):
-        return chosen(device_type, dtype=dtype, enabled=False, **how)
-
-    if name == "float32":
-        torch.autocast, torch.backends.cudnn.allow_tf32 = whole, False
+def convolutions(asked: str) -> Iterator[None]:
+    """With 'float32', no TF32 in convolutions either, which cuDNN uses by default."""
+    default = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = default and asked != FLOAT32
     try:
         yield
     finally:
-        torch.autocast, torch.backends.cudnn.allow_tf32 = chosen, convolutions
+        torch.backends.cudnn.allow_tf32 = default
 
 
-def model_of(settings: dict[str, Any], device: torch.device) -> Classifier:
-    """A classifier with random weights, whitened by images of a process; equal on all devices."""
-    with precision("float32"):
-        extractor = build_extractor(config.build("pretrain", settings), torch.Generator().manual_seed(0))
-        seen = extract(extractor, images_of(32, 24), mirror=False)
-        whitener = whitening.fit(seen, DIMS, parts=extractor.parts)
+def model_of(settings: dict[str, Any], device: torch.device, asked: str = AUTO) -> Classifier:
+    """A classifier with random weights, whitened by images of a process; equal on all devices.
+
+    Args:
+        settings: of ``pretrain``. device: where it is put.
+        asked: 'float32', or 'auto' for the precision that a stage would decide for.
+    """
+    extractor = build_extractor(config.build("pretrain", settings), torch.Generator().manual_seed(0))
+    seen = extract(extractor, images_of(32, 24), mirror=False)
+    whitener = whitening.fit(seen, DIMS, parts=extractor.parts)
+    extractor.precision = decide(asked, settings["arch"], device.type)
     model = Classifier(extractor, whitener, CLASSES)
     model.head.data.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     return model.to(device).eval()
@@ -140,14 +141,13 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return relative if relative == relative else float("inf")
 
 
-def compared(made: Callable[[torch.device], dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
-    """``made`` on the CPU and on the device, in both precisions."""
-    with precision("float32"):
-        expected = made(CPU)
+def compared(made: Callable[[torch.device, str], dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
+    """``made`` on the CPU in float32, and on the device in float32 and in the precision that a stage would choose."""
+    expected = made(CPU, FLOAT32)
     found: dict[str, Any] = {"passed": True}
     for name, tolerance in TOLERANCE.items():
-        with precision(name):
-            error = apart(made(device), expected)
+        with convolutions(name):
+            error = apart(made(device, name), expected)
         found[f"{name} error"], found["passed"] = error, found["passed"] and error <= tolerance
     return found
 
@@ -156,21 +156,25 @@ def checks(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[
     """Name and work of each check; the work returns facts, among them ``passed``."""
     wide = next(s for s in sizes.architectures.values() if s["arch"].startswith("wrn"))
     yield "stages", lambda: _stages(device, wide)
-    yield "pretraining step", lambda: compared(lambda where: _pretraining(where, wide, sizes.records), device)
+    yield "pretraining step", lambda: compared(
+        lambda where, asked: _pretraining(where, asked, wide, sizes.records), device
+    )
     yield "noise", lambda: _noise(device)
     for views in (None, *sizes.views[1:]):
         yield f"head steps, {views or 1} views", lambda views=views: compared(
-            lambda where: _head_steps(where, sizes, views), device
+            lambda where, asked: _head_steps(where, sizes, views), device
         )
     yield "head steps, sent in blocks", lambda: compared(
-        lambda where: _head_steps(where, sizes, None, stay=True), device
+        lambda where, asked: _head_steps(where, sizes, None, stay=True), device
     )
-    yield "head step, units", lambda: compared(lambda where: _units(where, sizes), device)
+    yield "head step, units", lambda: compared(lambda where, asked: _units(where, sizes), device)
     for name, settings in sizes.architectures.items():
-        yield f"features, {name}", lambda s=settings: compared(lambda where: _features(where, s, sizes.images), device)
+        yield f"features, {name}", lambda s=settings: compared(
+            lambda where, asked: _features(where, asked, s, sizes.images), device
+        )
         for views in sizes.views if settings["arch"] != "nf-resnet-50" else sizes.views[:1]:
             yield f"clipped sum, {name}, {views} views", lambda s=settings, k=views: compared(
-                lambda where: _clipped_sum(where, s, sizes.records, k), device
+                lambda where, asked: _clipped_sum(where, asked, s, sizes.records, k), device
             )
 
 
@@ -212,19 +216,23 @@ def _units(device: torch.device, sizes: Sizes) -> dict[str, Tensor]:
     return {"sum": clipped_softmax_sum_of_units(rows, labels, offsets, weight, CLIP_NORM, rows=images)}
 
 
-def _features(device: torch.device, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
-    model = model_of(settings, device)
+def _features(device: torch.device, asked: str, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
+    model = model_of(settings, device, asked)
     return {"features": extract(model.extractor, images_of(32, images), mirror=True, after=model.whitener)}
 
 
-def _clipped_sum(device: torch.device, settings: dict[str, Any], records: int, views: int) -> dict[str, Tensor]:
-    sums, parameters = sums_of(model_of(settings, device), views)
+def _clipped_sum(
+    device: torch.device, asked: str, settings: dict[str, Any], records: int, views: int
+) -> dict[str, Tensor]:
+    sums, parameters = sums_of(model_of(settings, device, asked), views)
     return sums.of(parameters, 0, batch_of(records))
 
 
-def _pretraining(device: torch.device, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
+def _pretraining(device: torch.device, asked: str, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
     """The gradient of a step, for choices of views that were drawn on the CPU."""
-    given = config.build("pretrain", settings | {"steps": 4, "batch_size": 4 * images, "projection_hidden": 32})
+    kind = decide(asked, settings["arch"], device.type)
+    sizes = {"steps": 4, "batch_size": 4 * images, "projection_hidden": 32}
+    given = config.build("pretrain", settings | sizes | {"precision": kind})
 
     def trainer(where: torch.device) -> ContrastiveTrainer:
         network = build_extractor(given, torch.Generator().manual_seed(0))
@@ -249,13 +257,13 @@ def _stages(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     losses: list[list[float]] = []
     with tempfile.TemporaryDirectory() as folder:
         public, data = Path(folder) / "public", _data(Path(folder) / "data.npz")
-        with stage_context(public, CPU) as given, precision("float32"):
+        with stage_context(public, CPU) as given:
             generate.run(config.build("generate", {"process": "dead-leaves", "count": 60, "resolution": 32}), given)
             pretrain.run(config.build("pretrain", settings | {"random_init": True}), given)
-        for where, kind in ((CPU, "float32"), *((device, kind) for kind in TOLERANCE)):
+        for where, kind in ((CPU, FLOAT32), *((device, kind) for kind in TOLERANCE)):
             run = Path(shutil.copytree(public, Path(folder) / str(len(losses))))
-            with stage_context(run, where) as given, precision(kind):
-                values = {"data": data, "epsilon": math.inf}
+            with stage_context(run, where) as given, convolutions(kind):
+                values = {"data": data, "epsilon": math.inf, "precision": kind}
                 fitted = probe.run(config.build("probe", values | PROBE), given)
                 tuned = finetune.run(config.build("finetune", values | FINETUNE), given)
             losses.append([fitted["loss"], tuned["loss"]])

@@ -27,7 +27,7 @@ from dprandp.stages.clipped_sums import Batch
 from dprandp.stages.head import HeadSettings, begin_head, update_head
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.precision import autocast
+from dprandp.vision.precision import AUTO, autocast, decide
 from dprandp.vision.views import keyed_uniforms, private_views
 
 DISTINCT = 64
@@ -111,7 +111,8 @@ def _repeated(resolution: int, count: int) -> Tensor:
 
 def _pretraining(device: torch.device, scale: Scale) -> dict[str, Any]:
     """A whole contrastive step, and nothing but forward and backward of the same views."""
-    given = config.build("pretrain", scale.pretraining)
+    kind = decide(AUTO, scale.pretraining["arch"], device.type)
+    given = config.build("pretrain", scale.pretraining | {"precision": kind})
     network = build_extractor(given, torch.Generator().manual_seed(0))
     trainer = ContrastiveTrainer(network, given, _repeated(64, 2 * given.batch_size).to(device))
     steps, views = iter(range(given.steps)), 2 * given.batch_size
@@ -121,7 +122,7 @@ def _pretraining(device: torch.device, scale: Scale) -> dict[str, Any]:
 
     def plain() -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
-        with autocast(device):
+        with autocast(network, device):
             seen = network.normalise(ready).to(memory_format=torch.channels_last)
             embedded = trainer.head(network.trunk(seen))
         embedded.float().square().mean().backward()
@@ -155,9 +156,8 @@ def _private(
         answers = labels.repeat_interleave(views, output_size=count)
         for start in range(0, count, at_once):  # as many views together as a private step has
             part = slice(start, start + at_once)
-            with autocast(device):
-                scores = model(model.extractor.normalise(seen[part]).contiguous(memory_format=torch.channels_last))
-            (functional.cross_entropy(scores.float(), answers[part], reduction="sum") / count).backward()
+            scores = model(model.extractor.normalise(seen[part]).contiguous(memory_format=torch.channels_last))
+            (functional.cross_entropy(scores, answers[part], reduction="sum") / count).backward()
         optimizer.step()
 
     return {"unit": "views", **found, "plain": timed(plain, count, device, scale.seconds)["rate"]}

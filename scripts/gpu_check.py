@@ -148,9 +148,9 @@ def _bring(files: Iterable[Path], folder: Path) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'check':<44} {'float32':>9} {'as chosen':>9}"]
+    lines = [f"{'check':<44} {'float32':>9} {'auto':>9}"]
     for row in (row for row in rows if row["kind"] == "check"):
-        errors = [row.get("float32 error"), row.get("as chosen error")]
+        errors = [row.get("float32 error"), row.get("auto error")]
         shown = " ".join(f"{'' if error is None else format(error, '.1e'):>9}" for error in errors)
         lines.append(f"{row['name']:<44} {shown} {_outcome(row)}")
     lines += ["", f"{'rate (units a second)':<44} {'ours':>12} {'plain':>12} {'× time':>7} {'GB':>6}"]
