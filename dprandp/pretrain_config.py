@@ -17,6 +17,9 @@ OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
 OPTIMIZERS = ("sgd", "adamw", "muon")
 """See ``vision/public_optimizers.py``."""
 
+COLOURS = ("rgb", "grey", "both")
+"""Of the data that an extractor is for; see ``PretrainConfig.colour``."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -27,8 +30,9 @@ class PretrainConfig:
     seed: int = 0
     random_init: bool = False
     """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
-    colour: str = "mixed"
-    """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
+    colour: str = "both"
+    """Of the data that it is for: 'rgb', 'grey', or 'both' where they are not known yet. A patchnet for both is two
+    dictionaries (``extractors_of``); a network that learns by gradients is one, and sees every second image in grey."""
     prior: str | None = None
     """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
     # patchnet
@@ -98,6 +102,17 @@ _WRN = _FLY | {
     "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
     "pooling", "feature_stages", "checkpoint_every", "compiled",
 }  # fmt: skip
+
+
+def extractors_of(config: PretrainConfig) -> tuple[PretrainConfig, ...]:
+    """The extractors that a configuration asks for: itself, or one for colour and then one for grey data.
+
+    Learning a dictionary takes seconds, so where the data are not known there is one for each kind. Random weights
+    have seen no image: one network serves both kinds.
+    """
+    if config.arch == "patchnet" and config.colour == "both" and not config.random_init:
+        return tuple(dataclasses.replace(config, colour=colour) for colour in ("rgb", "grey"))
+    return (config,)
 
 
 def unused(config: PretrainConfig) -> set[str]:

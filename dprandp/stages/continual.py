@@ -34,6 +34,7 @@ from dprandp.stages.public_steps import Training
 from dprandp.stages.public_tasks import PublicTask, make_task
 from dprandp.stages.tuned import tuning_of
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import colour_of
 from dprandp.vision.whitening import PooledOnly
 
 BATCH_PART = 0.08192
@@ -71,7 +72,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
         return context.rundir.result(STAGE)
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(context, PRETRAIN)
+    extractor, built_from = load_extractor(context, colour_of(stage.spec.channels), PRETRAIN)
     model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
     refuse_cross_example_layers(model)
     training = Training(config, model, task)

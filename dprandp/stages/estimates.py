@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dprandp.config import GenerateConfig, PretrainConfig
+from dprandp.pretrain_config import extractors_of
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES
 from dprandp.vision.dictionary import PATCHES_OF_A_CROP, RESPONSE_PATCHES
 from dprandp.vision.extractors import NF_RESNET, build_extractor
@@ -157,6 +158,8 @@ def pretrain_cost(config: PretrainConfig, images: GenerateConfig, cpu: bool, cor
         memory = count * 3 * images.resolution**2 + 6 * weights + config.batch_size * 40e6
         seconds = 2 * config.batch_size * config.steps * facts.training_seconds
         weights *= 5  # two checkpoints with their momentum beside the result
+    if (learned := len(extractors_of(config))) > 1:  # one after the other
+        weights, seconds = learned * weights, learned * seconds
     if config.random_init or config.prior:
         memory, seconds = weights, 0.0
     return Cost(weights, int(PROGRAM_BYTES + memory), seconds / cores if cpu else None)

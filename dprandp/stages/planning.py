@@ -20,6 +20,7 @@ from dprandp.config import (
     StageConfig,
     as_dict,
 )
+from dprandp.pretrain_config import extractors_of
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.stages import continual, continual_plan, estimates, finetune
@@ -48,8 +49,8 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         stage, action (fresh | resume | skip), disk_bytes, memory_bytes, seconds_estimate (None where unknown), and
 
         * generate: process, count, resolution, seed, shards;
-        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters (patchnet) or batch_size,
-          objective, images (wrn);
+        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
+          learned) or batch_size, objective, images (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
           fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
@@ -153,7 +154,7 @@ def _pretrain(config: PretrainConfig, context: Context, images: GenerateConfig) 
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
     facts = estimates.extractor_facts(config)
-    kind: dict[str, Any] = {"filters": config.filters}
+    kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
     if config.arch != "patchnet":
         kind = {"batch_size": config.batch_size, "objective": config.objective, "images": config.images}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps

@@ -22,7 +22,7 @@ from dprandp.runresults import refuse_gaps
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE
 from dprandp.stages.pretrain import STAGE as PRETRAIN
-from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.pretrain import pretrained
 from dprandp.vision.extractors import build_extractor, load_weights
 
 FACTS = ("title", "epsilon", "delta", "private", "charged_steps", "unit", "adjacency")
@@ -62,7 +62,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     started = time.perf_counter()
-    _, built_from = load_extractor(context, PRETRAIN)
+    built_from = pretrained(context)
     network = build_extractor(built_from)
     try:
         load_weights(network, loaded.tensors)
