@@ -161,7 +161,7 @@ def test_9_extraction_is_isolated(public_run: Path, wide_run: Path) -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 32, 32), dtype=np.uint8))
     for run in (public_run, wide_run):
         with context(run) as given:
-            extractor, _ = load_extractor(given)
+            extractor, _ = load_extractor(given, "rgb")
         changed = images.clone()
         changed[4] = 0
         for mirror in (False, True):
