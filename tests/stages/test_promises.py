@@ -193,6 +193,7 @@ RESULT_KEYS = {
     "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
     "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
+    "extractor_colour",  # as the data declare their channels
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}
