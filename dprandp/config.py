@@ -339,7 +339,7 @@ def validate(stage: str, config: StageConfig) -> None:
         "schedule": ("cosine", "step"),
         "released": ("average", "ema", "last"),
         "source": ("probe", "scratch", "init"),
-        "colour": ("rgb", "grey", "mixed"),
+        "colour": pretrain_config.COLOURS,
         "noise": ("gaussian", "discrete"),
         "clipping": ("norm", "automatic", "rescaled"),
         "size": SIZES,

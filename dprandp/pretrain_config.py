@@ -20,6 +20,9 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw", "muon")
 """See ``vision/public_optimizers.py``."""
 
+COLOURS = ("rgb", "grey", "both")
+"""Of the data that an extractor is for; see ``PretrainConfig.colour``."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -30,8 +33,9 @@ class PretrainConfig:
     seed: int = 0
     random_init: bool = False
     """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
-    colour: str = "mixed"
-    """'rgb', 'grey', or 'mixed': half of the synthetic images lose their colour, for data of either kind."""
+    colour: str = "both"
+    """Of the data that it is for: 'rgb', 'grey', or 'both' where they are not known yet. A patchnet for both is two
+    dictionaries (``extractors_of``); a network that learns by gradients is one, and sees every second image in grey."""
     prior: str | None = None
     """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
     precision: str = "auto"
@@ -111,6 +115,17 @@ _LEARNING = {
     "momentum", "weight_decay", "schedule", "compiled", "grow", "images", "pool", "uses", "projection_hidden",
     "projection_dim", "checkpoint_every",
 }  # fmt: skip
+
+
+def extractors_of(config: PretrainConfig) -> tuple[PretrainConfig, ...]:
+    """The extractors that a configuration asks for: itself, or one for colour and then one for grey data.
+
+    Learning a dictionary takes seconds, so where the data are not known there is one for each kind. Random weights
+    have seen no image: one network serves both kinds.
+    """
+    if config.arch == "patchnet" and config.colour == "both" and not config.random_init:
+        return tuple(dataclasses.replace(config, colour=colour) for colour in ("rgb", "grey"))
+    return (config,)
 
 
 def unused(config: PretrainConfig) -> set[str]:

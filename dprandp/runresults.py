@@ -35,7 +35,7 @@ _COUNTS = {
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
     "source", "prior", "prior_sha256", "clipping", "optimizer", "gradient_point", "recipe",
-    "init_sha256", "init_source", "public_part", "trained_weights", "objective",
+    "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour",
     "optimiser",  # as earlier versions spelt it
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}

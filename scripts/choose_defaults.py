@@ -26,7 +26,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_public import simulate
 from dprandp.vision.extractors import extract
-from dprandp.vision.images import to_input
+from dprandp.vision.images import colour_of, to_input
 from dprandp.vision.whitening import Whitener
 
 DATA = "fashion-mnist"
@@ -95,7 +95,7 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
     console = session.console(quiet=True)
     with session.opened(args.out / "run") as rundir:
         context = session.context(rundir, console, data_dir=args.data_dir)
-        extractor, _ = load_extractor(context)
+        extractor, _ = load_extractor(context, colour_of(dataset.spec.channels))
         config = ProbeConfig(data=DATA, dims=DEFAULT["dims"], whitening_floor=floor)
         mirror = dataset.spec.flip_ok
         whitener = public_whitener(config, context, extractor, mirror, dataset.spec)

@@ -38,7 +38,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import synthetic_views
 from dprandp.vision import whitening
 from dprandp.vision.extractors import build_extractor, extract, load_weights
-from dprandp.vision.images import as_declared, to_input
+from dprandp.vision.images import as_declared, colour_of, to_input
 from dprandp.vision.whitening import Part
 
 TIMED_STEPS = 6
@@ -153,7 +153,7 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
     probe = resolve("probe", "tiny", None, {"data": cell["data"]})
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
-        trained, config = load_extractor(context)
+        trained, config = load_extractor(context, colour_of(spec.channels))
         extractor = build_extractor(replace(config, feature_stages="all"))
         load_weights(extractor, trained.state_dict())
         views = synthetic_views(context, replace(probe, seed=cell["seed"]))

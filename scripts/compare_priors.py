@@ -36,7 +36,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_public import simulate
 from dprandp.vision.extractors import extract
-from dprandp.vision.images import to_input
+from dprandp.vision.images import colour_of, to_input
 
 DELTA = 1e-5
 STEPS = 120
@@ -165,7 +165,7 @@ def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, p
     config = ProbeConfig(data=cell["data"], seed=cell["seed"], **probe)
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
-        extractor, _ = load_extractor(context)
+        extractor, _ = load_extractor(context, colour_of(dataset.spec.channels))
         mirror = dataset.spec.flip_ok if config.mirror is None else config.mirror
         whitener = public_whitener(config, context, extractor, mirror, dataset.spec)
         features = extract(extractor, images, mirror=mirror, after=whitener)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A prior that ships, from the public stages of a finished run: its tensors, its card, and the card for people.
 
-    dprandp generate --run runs/priors/patchnet-tiny && dprandp pretrain --run runs/priors/patchnet-tiny
+    dprandp generate --run runs/priors/patchnet-tiny && dprandp pretrain --colour rgb --run runs/priors/patchnet-tiny
     python scripts/make_prior.py patchnet-tiny --run runs/priors/patchnet-tiny
-    python scripts/results_table.py digits --size tiny --extractors prior:patchnet-tiny --out runs/results
+    python scripts/results_table.py cifar10 --size tiny --extractors prior:patchnet-tiny --out runs/results
     python scripts/make_prior.py patchnet-tiny --run runs/priors/patchnet-tiny --results runs/results/results.jsonl
 
 The last line puts the measured accuracies on the card. Only rows that were measured with these very tensors count, be
@@ -64,6 +64,8 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     result = rows["pretrain"]["result"]
     if result["random_init"] or "prior" in result:
         sys.exit("error: this run has not learned an extractor of its own")
+    if "grey" in result:
+        sys.exit("error: this run has two extractors, and a prior is one: dprandp pretrain --colour rgb, or grey")
     if len(data) > priors.MOST_BYTES:
         sys.exit(f"error: {len(data)} bytes are more than the {priors.MOST_BYTES} that a prior may have")
     digest = hashlib.sha256(data).hexdigest()

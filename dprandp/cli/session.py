@@ -82,8 +82,8 @@ def resolve(
         inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:
         inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
-        if recorded[stage].get("colour") == "mixed":  # made before the data were known, and fit for either kind
-            inherited["colour"] = "mixed"
+        if recorded[stage].get("colour") == "both":  # fits whatever the data are
+            inherited["colour"] = "both"
     return resolve_config(stage, size or SIZES[0], file, given, inherited)
 
 
@@ -131,9 +131,10 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     if data is None:
         return None
     from dprandp.datasets import open_dataset
+    from dprandp.vision import images
 
     spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
-    return "grey" if spec.channels == 1 else "rgb"
+    return images.colour_of(spec.channels)
 
 
 def require_data(

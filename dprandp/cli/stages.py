@@ -53,12 +53,12 @@ def generate(
 def pretrain(
     colour: Annotated[
         str | None,
-        typer.Option(help="Learn from rgb, grey or mixed images (half of them grey). Default: mixed.",
+        typer.Option(help="Learn for rgb or grey data, or both: later stages take what fits. Default: both.",
                      rich_help_panel=flags.DATA),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Choose the colour by what this data set declares; reads none of its files.",
+        typer.Option(help="Learn only for the colour that this data set declares; reads none of its files.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
     arch: flags.Arch = None,
@@ -92,21 +92,22 @@ def pretrain(
 
     [dim]dprandp pretrain[/dim]
     [dim]dprandp pretrain --arch wrn-16-4 --images fly --steps 2000[/dim]
+    [dim]dprandp pretrain --data fashion-mnist --run runs/grey[/dim]
     [dim]dprandp pretrain --prior patchnet-tiny --run runs/quick[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "arch": arch, "layers": layers, "rotation": rotation, "steps": steps, "batch_size": batch_size, "lr": lr,
         "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
-        "compiled": compiled, "colour": colour or session.colour_of(data),
-        "random_init": random_init, "seed": seed, "precision": precision,
+        "compiled": compiled, "colour": colour, "random_init": random_init, "seed": seed, "precision": precision,
     }  # fmt: skip
+    fitting = {} if data is None else {"colour": session.colour_of(data)}
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
         public: dict[str, StageConfig] = {}
         if prior is not None:
             session.refuse_made(prior, data=data, **given)
             public = session.public_stages(rundir, prior, size, config, {})
-        stage = public.get("pretrain") or session.resolve(rundir, "pretrain", size, config, given)
+        stage = public.get("pretrain") or session.resolve(rundir, "pretrain", size, config, given, fitting=fitting)
         context = session.context(
             rundir, console, device=device, workers=workers, resume=resume, overwrite=overwrite
         )
@@ -152,7 +153,7 @@ def probe(
     """Phase II: fit a linear head on the frozen features with DP-SGD.
 
     [dim]dprandp probe --eps 1[/dim]
-    [dim]dprandp probe --prior patchnet-tiny --run runs/quick[/dim]
+    [dim]dprandp probe --prior patchnet-tiny-grey --run runs/quick[/dim]
     [dim]dprandp probe --data npz:scans.npz --classes 3 --eps 2 --share 1[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)

@@ -30,7 +30,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.public_steps import Training
 from dprandp.stages.public_tasks import PublicTask
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.images import to_input
+from dprandp.vision.images import colour_of, to_input
 from dprandp.vision.whitening import PooledOnly
 
 STEPS, BATCH = 2, 8
@@ -92,7 +92,7 @@ def replay(
     tape, notes = Tape(), None
     for present in (True, False):
         with rehearsal_context(like) as context:
-            extractor, _ = load_extractor(like, PRETRAIN)
+            extractor, _ = load_extractor(like, colour_of(dataset.spec.channels), PRETRAIN)
             model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(dataset.spec.classes))
             torch.nn.init.normal_(model.head, generator=torch.Generator().manual_seed(0))  # zeros stop gradients
             stage = Rehearsal(runnable, replace(context, microbatch=1), dataset=dataset, control=control, most=most,

@@ -37,12 +37,13 @@ class Facts:
         self.classes, self.mirror = len(last["classes"]), last["mirror"]
         generator = torch.Generator().manual_seed(0)
         if rows["probe"]["result"]:
-            extractor, _ = load_extractor(context)
+            colour = rows["probe"]["result"].get("extractor_colour", "rgb")  # not there where there was but one
+            extractor, _ = load_extractor(context, colour)
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
         elif not rows["finetune"]["result"]:
-            extractor, _ = load_extractor(context)
+            extractor, _ = load_extractor(context, "rgb")  # a continued one is for either kind
             whitener = PooledOnly(extractor.feature_dim)
             self.images = synthetic_crops(context, IMAGES, seed=0)
             head = load_finished(context.rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]

@@ -38,6 +38,7 @@ from dprandp.stages.public_tasks import PublicTask, make_task
 from dprandp.stages.training_data import not_compared
 from dprandp.stages.tuned import tuning_of
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import colour_of
 from dprandp.vision.whitening import PooledOnly
 
 BATCH_PART = 0.08192
@@ -80,7 +81,9 @@ def run(config: ContinueConfig, context: Context) -> dict:
         stage.keep_data()  # later stages are held to the data of which this one used a part
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(context, PRETRAIN, config.precision)
+    extractor, built_from = load_extractor(
+        context, colour_of(stage.spec.channels), PRETRAIN, precision=config.precision
+    )
     model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
     refuse_cross_example_layers(model)
     training = Training(config, model, task)

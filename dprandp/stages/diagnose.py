@@ -29,6 +29,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.public_steps import Training
 from dprandp.stages.public_tasks import make_task
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import colour_of
 from dprandp.vision.whitening import PooledOnly
 
 STAGE = "diagnose"
@@ -54,7 +55,7 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(context, PRETRAIN)
+    extractor, built_from = load_extractor(context, colour_of(stage.spec.channels), PRETRAIN)
     model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
     training = Training(config, model, task)
     plan = stage.plan

@@ -50,7 +50,7 @@ from dprandp.stages.unit_rows import unit_rows
 from dprandp.stages.update_facts import settings_of, update_facts
 from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.images import to_input
+from dprandp.vision.images import colour_of, to_input
 
 STAGE = "finetune"
 MODEL = "model"
@@ -181,7 +181,7 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
 
 
 def _probed_model(config: FinetuneConfig, context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
-    extractor, _ = load_extractor(context, precision=config.precision)
+    extractor, _ = load_extractor(context, colour_of(stage.spec.channels), precision=config.precision)
     model = Classifier(extractor, probe.load_whitener(context, extractor), len(stage.spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]

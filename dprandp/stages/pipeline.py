@@ -86,7 +86,8 @@ def stage_line(name: str, result: dict) -> str:
         return f"pretrain: the prior {result['prior']} ({result['arch']}, {result['feature_dim']} features)"
     if name == "pretrain":
         quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
-        return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}, in {seconds}"
+        apart = ", one extractor for colour and one for grey data" if pretrain.GREY in result else ""
+        return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}{apart}, in {seconds}"
     if name == "continue":
         done = result["public_training"]
         said = f"continue: {result['arch']}, {done['images']}; {done['switch']}"

@@ -20,7 +20,7 @@ def line_of(made: Mapping[str, Any]) -> str:
     if made["stage"] == "pretrain":
         if "prior" in made:
             return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
-        how = f"{made['filters']} filters" if "filters" in made else _training(made)
+        how = _dictionary(made) if "filters" in made else _training(made)
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
     if "take" in made:
@@ -42,6 +42,10 @@ def line_of(made: Mapping[str, Any]) -> str:
         f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
         f"δ = {made['delta']:g}{action}"
     )
+
+
+def _dictionary(made: Mapping[str, Any]) -> str:
+    return f"{made['filters']} filters" + (" each for colour and for grey data" if made["extractors"] > 1 else "")
 
 
 def _training(made: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dprandp.config import ContinueConfig, GenerateConfig, PretrainConfig, ProbeConfig, StageConfig, as_dict
+from dprandp.pretrain_config import extractors_of
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.rundir import DATA, IGNORED
@@ -42,8 +43,8 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         stage, action (fresh | resume | skip), and
 
         * generate: process, count, resolution, seed, shards, disk_bytes (of the pixels);
-        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters (patchnet) or batch_size,
-          objective, images (wrn);
+        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
+          learned) or batch_size, objective, images (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
           fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
@@ -139,7 +140,7 @@ def _pretrain(config: PretrainConfig, context: Context) -> Plan:
     refuse_unlearnable(config)
     with torch.device("meta"):  # laid out without memory
         network = build_extractor(config)
-    kind: dict[str, Any] = {"filters": config.filters}
+    kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
     if config.arch != "patchnet":
         kind = {"batch_size": config.batch_size, "objective": config.objective, "images": config.images}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps

@@ -3,6 +3,7 @@
     step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
     extractor.safetensors     the finished extractor, with its configuration in extractor.json
     metrics.jsonl             loss and public evaluation, or dictionary similarity, step by step
+    grey/                     the same three of a second patchnet, where the colour of the data is not known yet
 
 Two ways to learn, chosen by ``arch``:
 
@@ -11,12 +12,17 @@ Two ways to learn, chosen by ``arch``:
 
 With ``prior`` nothing is learned: a shipped extractor takes its place (``prior.py``).
 
+A dictionary of colour patches wastes most of its filters on grey images. Where nobody has said what the data are, a
+patchnet is therefore learned twice, from the same images in colour and in grey, each to the byte as with ``--colour``
+alone. Later stages take the one that the data's declared channels ask for: a public fact, so the choice costs nothing.
+
 Under several ranks a WRN is learned by all of them (``data_parallel.py``), a dictionary by rank 0 alone.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +31,8 @@ from torch import Tensor, nn
 from dprandp import checkpoint
 from dprandp.config import PretrainConfig, as_dict
 from dprandp.console import MetricsLog
-from dprandp.signals import graceful_stop
+from dprandp.pretrain_config import extractors_of
+from dprandp.signals import Stop, graceful_stop
 from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.generate import open_images
 from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn, refuse
@@ -41,6 +48,8 @@ STAGE, CONTINUE = "pretrain", "continue"
 EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
 """What an extractor is made by; the last one need not be there."""
 EXTRACTOR = "extractor"
+GREY = "grey"
+"""Folder of the second extractor, and key of its measures in the result."""
 
 
 def run(config: PretrainConfig, context: Context) -> dict:
@@ -50,6 +59,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
         arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
         ``vision/public_evaluation.py`` (None where there are too few images to hold some out), and those of
         ``pretrain_wrn.facts_of``; with a prior also prior, prior_sha256 and prior_images (that it was learned from).
+        Where there are two extractors, all this is said of the one for colour, and under ``GREY`` are the other's
+        measures.
 
     Raises:
         InputError: there are no images yet.
@@ -71,26 +82,27 @@ def run(config: PretrainConfig, context: Context) -> dict:
     )
     if begun.action == "skip":
         return context.rundir.result(STAGE)
-    config = recorded(STAGE, begun.config)
+    config, *beside = extractors_of(recorded(STAGE, begun.config))
     started = time.perf_counter()
     with graceful_stop() as stop:
+        for other in beside:
+            _learn_beside(other, context, stop)
         done = checkpoint.resume(begun.directory, warn=context.console.warn)
         if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, steps, views_per_second = load_extractor(context, STAGE)[0], done.entry("steps", int), None
-            loss = done.meta.get("loss")
+            network, _ = _network_of(done, context, config.precision)
+            steps, views_per_second, loss = done.entry("steps", int), None, done.meta.get("loss")
         elif ready is not None:
             network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
         elif config.random_init:
             network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
         elif config.arch == "patchnet":
-            network = _learn_dictionaries(config, context, stop)
+            network = _learn_dictionaries(config, context, begun.directory, stop)
             steps, views_per_second, loss = config.dictionary_iterations, None, None
         else:
             learned = learn(config, context, stop)
             network, steps = learned.network, config.steps
             views_per_second, loss = learned.views_per_second, learned.loss
-    meta = {"config": as_dict(config), "steps": steps, "loss": loss}
-    checkpoint.save(begun.directory, EXTRACTOR, network.state_dict(), meta, keep=1)
+    _save(network, config, steps, loss, begun.directory)
     result = {
         "arch": config.arch,
         "random_init": config.random_init,
@@ -101,11 +113,13 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "views_per_second": views_per_second,
         "loss": loss,
         **(known or facts_of(config, context) | _evaluation(network, config, context)),  # a prior's is on its card
-        "seconds": round(time.perf_counter() - started, 2),
     }
-    context.rundir.finish(
-        STAGE, context.rundir.hash_outputs(STAGE, [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]), result
-    )
+    outputs = [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]
+    for other in beside:
+        result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
+        outputs += [f"{GREY}/{name}" for name in outputs]
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 
 
@@ -117,11 +131,12 @@ def require_extractor(context: Context, needed_by: str) -> None:
 
 
 def load_extractor(
-    context: Context, made_by: str | None = None, precision: str = AUTO
+    context: Context, colour: str, made_by: str | None = None, precision: str = AUTO
 ) -> tuple[nn.Module, PretrainConfig]:
     """The run's finished extractor on the context's device, and the configuration that laid it out.
 
     Args:
+        colour: of the data, 'rgb' or 'grey', as they declare it: decides where the run has an extractor for each.
         precision: what it is to compute in; what it was pretrained in has no say.
         made_by: 'pretrain' or 'continue'; None for the one that later stages take, the continued one if there is one.
 
@@ -129,7 +144,25 @@ def load_extractor(
         CheckpointError: the checkpoint is damaged or does not fit.
     """
     made_by = made_by or (CONTINUE if context.rundir.result(CONTINUE) else STAGE)
-    loaded = checkpoint.load_finished(context.rundir.stage_dir(made_by), EXTRACTOR, made_by)
+    folder = context.rundir.stage_dir(made_by)
+    if colour == GREY and made_by == STAGE and len(extractors_of(pretrained(context))) > 1:
+        folder /= GREY
+    return _network_of(checkpoint.load_finished(folder, EXTRACTOR, made_by), context, precision)
+
+
+def pretrained(context: Context) -> PretrainConfig:
+    """The configuration that the run's ``pretrain`` was begun with.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    (row,) = (row for row in context.rundir.status() if row["stage"] == STAGE)
+    return recorded(STAGE, row["config"] or {})
+
+
+def _network_of(
+    loaded: checkpoint.Checkpoint, context: Context, precision: str
+) -> tuple[nn.Module, PretrainConfig]:
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
@@ -152,13 +185,27 @@ def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- patchnet
 
 
-def _learn_dictionaries(config: PretrainConfig, context: Context, stop) -> nn.Module:
-    log = MetricsLog(context.rundir.stage_dir(STAGE) / "metrics.jsonl", 0)
+def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
+    """Learn the second extractor into its own folder, unless it is there already."""
+    folder = context.rundir.stage_dir(STAGE) / GREY
+    folder.mkdir(exist_ok=True)
+    if checkpoint.resume(folder, warn=context.console.warn) is None:
+        network = _learn_dictionaries(config, context, folder, stop)
+        _save(network, config, config.dictionary_iterations, None, folder)
+
+
+def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
+    meta = {"config": as_dict(config), "steps": steps, "loss": loss}
+    checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
+
+
+def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, stop: Stop) -> nn.Module:
+    log = MetricsLog(folder / "metrics.jsonl", 0)
     generator = _generator(config)
     crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
     network = build_extractor(config)
     passes = config.dictionary_iterations * (2 * config.layers - 1)
-    with context.console.progress(passes, "dictionary passes") as progress:
+    with context.console.progress(passes, f"dictionary passes ({config.colour})") as progress:
 
         def on_iteration(iteration: int, similarity: float) -> None:
             log.write(step=iteration + 1, similarity=similarity)

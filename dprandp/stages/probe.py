@@ -32,6 +32,7 @@ from dprandp.stages.tuned import tuning_of
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.images import colour_of
 
 STAGE = "probe"
 WHITENER_FILE = f"statistics/{WHITENER}.safetensors"
@@ -42,7 +43,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
-        mirror, tuned (see ``tuned.tuning_of``), tuned_on (as declared), seconds.
+        mirror, extractor_colour (of the images that the extractor was learned from), tuned (see ``tuned.tuning_of``),
+        tuned_on (as declared), seconds.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
@@ -68,7 +70,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     spec = stage.spec
 
     # ------------------------------------------------------------------------------------- public: extractor, whitener
-    extractor, _ = load_extractor(context, precision=config.precision)
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
     if warning := colour_warning(extractor.built_from.colour, spec):
         context.console.warn(warning)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
@@ -97,6 +99,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "released": config.released,
         "mirror": mirror,
         "precision": config.precision,
+        "extractor_colour": extractor.built_from.colour,
         "tuned": tuning_of(
             context.rundir, stage.ledger, stage.plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
         ),
@@ -110,8 +113,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 def colour_warning(colour: str, spec: DataSpec) -> str | None:
     """What to say where an extractor has only seen images of the other kind; None where it fits the data."""
-    data = "grey" if spec.channels == 1 else "rgb"
-    if colour in ("mixed", data):
+    data = colour_of(spec.channels)
+    if colour in ("both", data):
         return None
     return (
         f"this extractor was learned from {colour} images, and {spec.name} declares {data} ones: it works, less well; "

@@ -64,12 +64,11 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
     recorded = {row["stage"]: row for row in rundir.status()}
     if result.get("source") in WITHOUT_PHASE_ONE:  # whatever else the run holds, this model was not made from it
         pretrain, generate, arch = {}, {}, result["arch"]
-        extractor = as_dict(model.extractor.built_from)
     else:
         pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
         if result["stage"] != "continue" and recorded["continue"]["result"]:
             pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
-        arch, extractor = pretrain["arch"], recorded["pretrain"]["config"]
+        arch = pretrain["arch"]
     # their cost is part of this result's epsilon, also where the model was not made from them
     others = [recorded[name]["result"] for name in ("continue", "probe", "finetune") if name != result["stage"]]
     result = {**result, "data": public_data_name(result["data"])}
@@ -80,7 +79,7 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
     config = {
         "format": MODEL_FORMAT,
         "arch": arch,
-        "extractor": extractor,
+        "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
         "precision": precision_of(model.extractor),
         "classes": result["classes"],
         "input": {"size": INPUT_SIZE, "mirror": result["mirror"], "shape": list(stage.spec.image_shape)},

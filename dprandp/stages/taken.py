@@ -22,7 +22,7 @@ from dprandp.runresults import refuse_gaps
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE
 from dprandp.stages.pretrain import STAGE as PRETRAIN
-from dprandp.stages.pretrain import load_extractor
+from dprandp.stages.pretrain import pretrained
 from dprandp.stages.training_data import KEPT, keep_taken, not_compared
 from dprandp.vision.extractors import build_extractor, load_weights
 
@@ -65,7 +65,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     started = time.perf_counter()
-    _, built_from = load_extractor(context, PRETRAIN)
+    built_from = pretrained(context)
     network = build_extractor(built_from)
     try:
         load_weights(network, loaded.tensors)

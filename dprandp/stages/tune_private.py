@@ -25,6 +25,7 @@ from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private_plan import name_private_stage
 from dprandp.stages.synthetic_statistics import public_whitener
 from dprandp.stages.tune_settings import Setting, TuneConfig, settings_for, share_of
+from dprandp.vision.images import colour_of
 
 STAGE = "tune"
 
@@ -49,7 +50,7 @@ def choose_privately(
             fix="tune with --on synthetic or on a public set; the probe then protects whole units",
         )
     spent = stage.open_ledger(write=True)
-    extractor, _ = load_extractor(context)
+    extractor, _ = load_extractor(context, colour_of(spec.channels))
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     settings = settings_for(config, whitener.axes)

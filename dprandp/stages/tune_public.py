@@ -35,7 +35,7 @@ from dprandp.stages.tune_settings import Setting, TuneConfig, private_data, sett
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
 from dprandp.vision.image_set import ImageSet
-from dprandp.vision.images import as_declared, random_crops, to_input
+from dprandp.vision.images import as_declared, colour_of, random_crops, to_input
 from dprandp.vision.whitening import Whitener
 
 INSTANCES = 40
@@ -161,7 +161,7 @@ def _public_task(
         classes = len(public_dataset.spec.classes)
         fitted = min(fitted, len(labels) * 4 // 5)
     images = as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
-    extractor, _ = load_extractor(context)
+    extractor, _ = load_extractor(context, colour_of(spec.channels))
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     with context.console.progress(len(images), "public features") as progress:

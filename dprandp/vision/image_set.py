@@ -21,7 +21,7 @@ class ImageSet:
 
     Args:
         parts: uint8 [n, R, R, 3] each, at least one; memory-mapped files as a rule. They are only read.
-        colour: as for ``colour_mode``; 'mixed' takes the colour from every second image, counted from the first image
+        colour: as for ``colour_mode``; 'both' takes the colour from every second image, counted from the first image
             of the whole set.
         first: the position in the whole set of this set's first image, where it is a part of it.
     """
@@ -115,7 +115,7 @@ class ImageSet:
         """The colour mode applied to a copy of the images at these positions, contiguous."""
         if self.colour == "grey":
             return to_grey(images)
-        if self.colour == "mixed":
+        if self.colour == "both":
             without = (chosen + self.first) % 2 == 0
             images[without] = to_grey(images[without])
         return images

@@ -78,17 +78,22 @@ def to_grey(images: Tensor) -> Tensor:
     return out
 
 
+def colour_of(channels: int) -> str:
+    """'grey' or 'rgb', by the number of channels that a data set declares."""
+    return "grey" if channels == 1 else "rgb"
+
+
 def colour_mode(images: Tensor, mode: str) -> Tensor:
-    """'rgb' leaves uint8 [N, 3, H, W] as it is, 'grey' removes the colour, 'mixed' does so for every second image."""
+    """'rgb' leaves uint8 [N, 3, H, W] as it is, 'grey' removes the colour, 'both' does so for every second image."""
     if mode == "rgb":
         return images
     if mode == "grey":
         return to_grey(images)
-    if mode == "mixed":
+    if mode == "both":
         images = images.clone()
         images[::2] = to_grey(images[::2])
         return images
-    raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or mixed")
+    raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or both")
 
 
 def random_crops(

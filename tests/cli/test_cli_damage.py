@@ -29,16 +29,16 @@ def ledger_of(run: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-# (finished stage, file, stage that needs it)
+# (finished stage, file, stage that needs it); the data are grey
 NEEDED = [
     ("generate", "1-generate/shard-00000.npy", "pretrain"),
     ("generate", "1-generate/manifest.json", "pretrain"),
-    ("pretrain", "2-pretrain/extractor.safetensors", "probe"),
-    ("pretrain", "2-pretrain/extractor.json", "probe"),
+    ("pretrain", "2-pretrain/grey/extractor.safetensors", "probe"),
+    ("pretrain", "2-pretrain/grey/extractor.json", "probe"),
     ("pretrain", "1-generate/shard-00001.npy", "probe"),
     ("probe", "3-probe/head.safetensors", "finetune"),
     ("probe", "3-probe/statistics/whitener.safetensors", "finetune"),
-    ("probe", "2-pretrain/extractor.safetensors", "finetune"),
+    ("probe", "2-pretrain/grey/extractor.safetensors", "finetune"),
 ]
 
 
@@ -65,7 +65,7 @@ def test_damaged_input(
 def test_advice_after_a_damaged_extractor_names_the_stage_that_makes_it(dprandp: Dprandp, run_after: RunAfter) -> None:
     """The message must send to the stage that makes the file, not to the one that reads it."""
     run = run_after("pretrain")
-    truncate(run / "2-pretrain" / "extractor.safetensors")
+    truncate(run / "2-pretrain" / "grey" / "extractor.safetensors")
     probe = ("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz")
     refused(dprandp(*probe), 4, "dprandp pretrain --overwrite")
     assert dprandp("pretrain", "--config", "small.toml", "--run", run, "--overwrite").code == 0

@@ -44,6 +44,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, int, str]] = {
     "run.json": (lambda run: (run / "run.json").write_text("{"), "run.json", "fail", 4, "run.json is corrupt"),
     "shard": (lambda run: flipped(next((run / "1-generate").glob("*.npy"))), "generate", "fail", 4, "shard-0000"),
     "extractor": (lambda run: flipped(run / "2-pretrain/extractor.safetensors"), "pretrain", "fail", 4, "sha256"),
+    "grey": (lambda run: flipped(run / "2-pretrain/grey/extractor.safetensors"), "pretrain", "fail", 4, "sha256"),
     "no head": (lambda run: (run / "3-probe/head.safetensors").unlink(), "probe", "fail", 4, "head.safetensors is"),
     "ledger": (lambda run: flipped(run / "privacy/ledger.jsonl"), "ledger", "fail", 4, "cannot be trusted"),
     "no ledger": (lambda run: (run / "privacy/ledger.jsonl").unlink(), "ledger", "fail", 4, "is missing"),

@@ -149,8 +149,8 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
 
 @pytest.mark.parametrize(
     ("recorded", "file", "resolved"),
-    [(None, None, "grey"), ("mixed", None, "mixed"), ("grey", None, "grey"), ("rgb", None, "grey"),
-     (None, "rgb", "rgb"), ("mixed", "rgb", "rgb")],
+    [(None, None, "grey"), ("both", None, "both"), ("grey", None, "grey"), ("rgb", None, "grey"),
+     (None, "rgb", "rgb"), ("both", "rgb", "rgb")],
 )  # fmt: skip
 def test_the_colour_that_fits_the_data(
     tmp_path: Path, recorded: str | None, file: str | None, resolved: str

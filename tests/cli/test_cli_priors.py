@@ -14,7 +14,7 @@ DATA = ("--data", "npz:tiny.npz", "--eps", 2)
 
 
 class Shelf:
-    """Commands that find one prior, ``little``: the extractor of the tiny run."""
+    """Commands that find one prior, ``little``: the extractor that the tiny run, of grey data, takes."""
 
     def __init__(self, dprandp: Dprandp, folder: Path) -> None:
         self.dprandp, self.folder = dprandp, folder
@@ -28,11 +28,11 @@ class Shelf:
 def shelf(dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path) -> Shelf:
     made = stages["pretrain"]
     record = json.loads((made / "run.json").read_text())["stages"]
-    tensors = (made / "2-pretrain/extractor.safetensors").read_bytes()
+    tensors = (made / "2-pretrain/grey/extractor.safetensors").read_bytes()
     card: dict[str, Any] = {
         "format": 1, "name": "little", "version": "0", "licence": "MIT", "commands": [], "probes": [], "hardware": {},
         "sha256": hashlib.sha256(tensors).hexdigest(), "bytes": len(tensors), "seconds": {"pretrain": 1.0},
-        "generate": record["generate"]["config"], "pretrain": record["pretrain"]["config"],
+        "generate": record["generate"]["config"], "pretrain": record["pretrain"]["config"] | {"colour": "grey"},
         "result": record["pretrain"]["result"],
     }  # fmt: skip
     folder = tmp_path / "priors"

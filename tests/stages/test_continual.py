@@ -108,7 +108,7 @@ def test_public_steps_alone_read_nothing_private_and_pay_nothing(vit_run, copy, 
 
 def load(run: Path, made_by: str | None = None) -> dict[str, torch.Tensor]:
     with context(run) as given:
-        return {k: v.clone() for k, v in load_extractor(given, made_by)[0].state_dict().items()}
+        return {k: v.clone() for k, v in load_extractor(given, "rgb", made_by)[0].state_dict().items()}
 
 
 def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same_budget(vit_run, copy, data) -> None:

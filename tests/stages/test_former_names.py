@@ -48,7 +48,7 @@ def test_a_run_of_an_earlier_version_goes_on(copy, wide_run):
     checkpoint.save(folder, pretrain.EXTRACTOR, made.tensors, made.meta | {"config": spelt}, keep=1)
     respell(run / "run.json")
     with context(run) as given:
-        _, found = pretrain.load_extractor(given)
+        _, found = pretrain.load_extractor(given, "rgb")
         assert config.as_dict(found) == made.meta["config"]
         with pytest.raises(UsageError, match="optimi") as refused:  # as any setting that another version did not have
             pretrain.run(config.build("pretrain", WIDE), given)
@@ -92,11 +92,11 @@ def test_a_patchnet_of_before_regions_overlapped_keeps_its_quadrants(public_run,
     assert made.meta["config"]["regions"] == "overlapping"
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
     with context(run) as given:
-        now = pretrain.load_extractor(given)[0].extract(images)
+        now = pretrain.load_extractor(given, "rgb")[0].extract(images)
     said = {key: value for key, value in made.meta["config"].items() if key != "regions"}
     checkpoint.save(folder, pretrain.EXTRACTOR, made.tensors, made.meta | {"config": said}, keep=1)
     with context(run) as given:
-        extractor, found = pretrain.load_extractor(given)
+        extractor, found = pretrain.load_extractor(given, "rgb")
     assert found.regions == "quadrants"
     assert (extractor.extract(images) - now).abs().max() > 0.01
     quadrants = build_extractor(found)

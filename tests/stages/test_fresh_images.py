@@ -15,7 +15,7 @@ from dprandp.stages import fresh_images
 from dprandp.stages.fresh_images import AHEAD, FreshImages, Supply, render, supply_for
 from dprandp.synth import render_block
 
-TINY = Supply("perlin", 3, 8, first=2, block=3, blocks=4, period=5, colour="mixed")
+TINY = Supply("perlin", 3, 8, first=2, block=3, blocks=4, period=5, colour="both")
 CPU = torch.device("cpu")
 
 
@@ -140,7 +140,7 @@ def test_images_are_the_process_own_in_the_colours_asked_for(monkeypatch):
     made = render(TINY, 7)
     assert made.dtype == np.uint8
     assert np.array_equal(made[1], whole[1])
-    assert (made[[0, 2]].std(axis=1) == 0).all()  # mixed: every second one has lost its colour
+    assert (made[[0, 2]].std(axis=1) == 0).all()  # both: every second one has lost its colour
 
 
 @pytest.mark.parametrize(

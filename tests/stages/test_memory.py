@@ -81,7 +81,7 @@ def npz(path, count, channels):
 
 WORK = {
     "rgb": lambda context: steps(context, colour="rgb"),
-    "mixed": lambda context: steps(context, colour="mixed"),
+    "both": lambda context: steps(context, colour="both"),
     "grey": lambda context: steps(context, colour="grey"),
     "crops": lambda context: pretrain.synthetic_crops(context, 10**5, 0),
     "npz": private,
@@ -131,7 +131,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("colour", ["rgb", "mixed", "grey"])
+@pytest.mark.parametrize("colour", ["rgb", "both", "grey"])
 def test_training_steps_hold_no_copy_of_the_images(copies: dict[str, float], colour: str) -> None:
     """Two steps of eight images; of the others nothing is read. What is left is the allocator's."""
     assert copies[colour] < 0.6

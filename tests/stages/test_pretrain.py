@@ -71,7 +71,8 @@ def learned(stages, images, tmp_path_factory):
 
 
 def files(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run / "2-pretrain").iterdir())}
+    folder = run / "2-pretrain"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def weights(run: Path) -> bytes:
@@ -94,7 +95,7 @@ def test_the_result_and_the_files(learned, name):
     run, result = learned[name]
     assert set(result) == {
         "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "seconds", *MEASURES,
-        *({"objective", "optimizer"} if name == "wrn" else set()),
+        *({"objective", "optimizer"} if name == "wrn" else {"grey"}),
     }  # fmt: skip
     assert result["arch"] == RECIPES[name]["arch"]
     assert result["random_init"] is False
@@ -106,17 +107,17 @@ def test_the_result_and_the_files(learned, name):
         assert result["loss"] < 0
     else:
         assert (result["steps"], result["views_per_second"], result["loss"]) == (3, None, None)
-    assert sorted(files(run)) == [
-        "LATEST", "config.toml", "extractor.json", "extractor.safetensors", "metrics.jsonl"
-    ]  # fmt: skip  # the checkpoints on the way are gone
+    own = ["LATEST", "extractor.json", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
+    grey = [] if name == "wrn" else [f"grey/{file}" for file in own]
+    assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
     assert RunDir.open(run, create=False).result("pretrain") == result
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_extractor_loads_with_its_configuration(learned, name):
     run, result = learned[name]
-    network, config = load_extractor(context_of(run))
-    assert config == PretrainConfig(**RECIPES[name])
+    network, config = load_extractor(context_of(run), "rgb")
+    assert config == PretrainConfig(**RECIPES[name], colour="both" if name == "wrn" else "rgb")
     assert not network.training
     assert network.feature_dim == result["feature_dim"]
     assert sum(parameter.numel() for parameter in network.parameters()) == result["parameters"]
@@ -148,7 +149,7 @@ def test_neighbours_are_found_well_above_chance(learned):
 
 
 def test_a_second_layer_leaves_the_first_as_it_is(learned):
-    one, two = (load_extractor(context_of(learned[name][0]))[0] for name in ("patchnet", "two layers"))
+    one, two = (load_extractor(context_of(learned[name][0]), "rgb")[0] for name in ("patchnet", "two layers"))
     assert all(torch.equal(value, two.first.state_dict()[name]) for name, value in one.state_dict().items())
     assert two.feature_dim > one.feature_dim
 
@@ -158,8 +159,8 @@ def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):
     assert result["random_init"] is True
     assert result["steps"] == 0
     assert 0 <= result["knn_accuracy"] <= 1
-    control, _ = load_extractor(context_of(fresh))
-    network, _ = load_extractor(context_of(learned["patchnet"][0]))
+    control, _ = load_extractor(context_of(fresh), "rgb")
+    network, _ = load_extractor(context_of(learned["patchnet"][0]), "rgb")
     assert control.weight.shape == network.weight.shape
     assert not torch.allclose(control.weight, network.weight, rtol=0.1)
     torch.testing.assert_close(control.weight.norm(dim=1), torch.ones(24))
@@ -184,19 +185,47 @@ def test_the_same_seed_repeats_every_byte_and_another_does_not(stages, learned, 
     assert weights(tmp_path / "other") != weights(run)
 
 
+@pytest.mark.parametrize("recipe", [PATCHNET, TWO_LAYERS], ids=["one layer", "two layers"])
+def test_where_the_colour_is_not_known_there_is_the_very_extractor_of_each(stages, learned, fresh, tmp_path, recipe):
+    """Every byte as if the colour had been given, each in its own place; the two differ."""
+    run, result = learned["patchnet" if recipe is PATCHNET else "two layers"]
+    known = {colour: Path(shutil.copytree(fresh, tmp_path / colour)) for colour in ("rgb", "grey")}
+    alone = {colour: stages.must("pretrain", path, {**recipe, "colour": colour}) for colour, path in known.items()}
+    made = files(run)
+    for colour, folder in (("rgb", ""), ("grey", "grey/")):
+        expected = files(known[colour])
+        del expected["config.toml"]
+        assert {name: made[folder + name] for name in expected} == expected
+        assert load_extractor(context_of(run), colour)[1] == PretrainConfig(**recipe, colour=colour)
+    assert made["extractor.safetensors"] != made["grey/extractor.safetensors"]
+    assert {name: value for name, value in timeless(result).items() if name != "grey"} == timeless(alone["rgb"])
+    assert result["grey"] == {name: alone["grey"][name] for name in MEASURES}
+
+
+@pytest.mark.parametrize("recipe", [{**PATCHNET, "random_init": True}, WRN], ids=["random", "wrn"])
+def test_one_network_serves_both_colours_where_there_is_no_dictionary(stages, fresh, recipe):
+    result = stages.must("pretrain", fresh, recipe)
+    assert "grey" not in result
+    assert not (fresh / "2-pretrain" / "grey").exists()
+    rgb, grey = (load_extractor(context_of(fresh), colour) for colour in ("rgb", "grey"))
+    assert rgb[1] == grey[1]
+    assert all(torch.equal(value, grey[0].state_dict()[name]) for name, value in rgb[0].state_dict().items())
+
+
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
-def test_the_colour_of_the_images_decides(stages, learned, fresh, colour):
+def test_a_given_colour_is_the_only_one_learned(stages, fresh, colour):
     stages.must("pretrain", fresh, {**PATCHNET, "colour": colour})
-    assert weights(fresh) != weights(learned["patchnet"][0])
+    assert not (fresh / "2-pretrain" / "grey").exists()
+    assert {load_extractor(context_of(fresh), asked)[1].colour for asked in ("rgb", "grey")} == {colour}
 
 
 def test_colour_modes():
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = images.clone()
     is_grey = {mode: (colour_mode(images, mode).float().std(dim=1) == 0).all(dim=(1, 2)).tolist()
-               for mode in ("rgb", "grey", "mixed")}  # fmt: skip
-    assert is_grey == {"rgb": [False] * 5, "grey": [True] * 5, "mixed": [True, False, True, False, True]}
-    assert torch.equal(colour_mode(images, "mixed")[1::2], images[1::2])
+               for mode in ("rgb", "grey", "both")}  # fmt: skip
+    assert is_grey == {"rgb": [False] * 5, "grey": [True] * 5, "both": [True, False, True, False, True]}
+    assert torch.equal(colour_mode(images, "both")[1::2], images[1::2])
     assert torch.equal(images, before)
 
 
@@ -263,11 +292,41 @@ def test_the_line_of_a_checkpoints_own_step_survives_a_crash(stages, learned, fr
     assert files(fresh)["metrics.jsonl"] == files(learned["wrn"][0])["metrics.jsonl"]
 
 
-def test_patchnet_killed_and_repeated(stages, learned, fresh):
-    assert stages.run("pretrain", fresh, PATCHNET, fault="pointer-moved:1").code == KILLED
+# Both extractors move LATEST of their folder, each after three files were written: grey first.
+@pytest.mark.parametrize("fault", ["pointer-moved:1", "temp-written:3", "pointer-moved:2"])
+def test_patchnet_killed_and_repeated(stages, learned, fresh, fault):
+    assert stages.run("pretrain", fresh, PATCHNET, fault=fault).code == KILLED
     result = stages.must("pretrain", fresh, PATCHNET)
     assert files(fresh) == files(learned["patchnet"][0])
     assert timeless(result) == timeless(learned["patchnet"][1])
+
+
+def test_killed_between_the_two_extractors_the_finished_one_is_kept(stages, fresh):
+    """It is not merely learned again: an extractor that was swapped for another stays."""
+    assert stages.run("pretrain", fresh, PATCHNET, fault="pointer-moved:1").code == KILLED
+    folder = fresh / "2-pretrain" / "grey"
+    assert not (fresh / "2-pretrain" / "extractor.safetensors").exists()
+    saved = checkpoint.load(folder)
+    moved = {name: tensor + 1e-3 for name, tensor in saved.tensors.items()}
+    checkpoint.save(folder, saved.name, moved, saved.meta)
+    stages.must("pretrain", fresh, PATCHNET)
+    network = load_extractor(context_of(fresh), "grey")[0]
+    assert torch.equal(network.weight, moved["weight"])
+
+
+def test_a_finished_stage_is_skipped_and_a_lost_second_extractor_is_noticed(stages, fresh):
+    first = stages.must("pretrain", fresh, PATCHNET)
+    before = files(fresh)
+    for options in ({}, {"resume": True}):
+        assert stages.must("pretrain", fresh, PATCHNET, **options) == first
+    assert stages.run("pretrain", fresh, {**PATCHNET, "colour": "grey"}).code == 2
+    assert files(fresh) == before
+    (fresh / "2-pretrain" / "grey" / "extractor.safetensors").unlink()
+    outcome = stages.run("pretrain", fresh, PATCHNET)
+    assert outcome.code == 2
+    assert "grey/extractor.safetensors is missing" in outcome.result["problem"]
+    stages.must("pretrain", fresh, PATCHNET, overwrite=True)
+    assert files(fresh) == before
 
 
 @pytest.mark.slow
@@ -336,7 +395,7 @@ def test_what_patches_taught_is_repeated_and_resumed_to_the_byte(stages, fresh, 
     twin = Path(shutil.copytree(images, tmp_path / "twin"))
     result = stages.must("pretrain", fresh, PATCHES)
     assert result["objective"] == "patches"
-    assert load_extractor(context_of(fresh))[0].feature_dim == 3 * 320
+    assert load_extractor(context_of(fresh), "rgb")[0].feature_dim == 3 * 320
     assert stages.run("pretrain", twin, PATCHES, fault="pointer-moved:1").code == KILLED
     stages.must("pretrain", twin, PATCHES)
     assert files(twin) == files(fresh)

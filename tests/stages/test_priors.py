@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,21 @@ def make_prior(run: Path, out: Path, name: str = "tiny-test", **options: object)
     script.FLAGS = {stage: (*flags, *PRETRAIN) for stage, flags in script.FLAGS.items()}  # the sizes of tests
     given = {"name": name, "run": run, "results": None, "note": None, "out": out} | options
     return script.write(argparse.Namespace(**given))
+
+
+@pytest.fixture(scope="module")
+def public_run(tmp_path_factory) -> Path:
+    """A run whose extractor is for colour alone, as a prior is for one kind."""
+    path = tmp_path_factory.mktemp("for-colour") / "run"
+    make_public(path, colour="rgb")
+    return path
+
+
+@pytest.fixture(scope="module")
+def probed_run(tmp_path_factory, public_run, data) -> Path:
+    path = Path(shutil.copytree(public_run, tmp_path_factory.mktemp("probed") / "run"))
+    run_probe(path, data)
+    return path
 
 
 @pytest.fixture
@@ -136,7 +152,7 @@ def test_what_learns_the_prior_anew_is_refused(tmp_path, folder, public_run):
     with context(tmp_path / "run") as given:
         stages = prior.public_stages("tiny-test", IMAGES)
         pipeline.run_stage("generate", stages["generate"], given)
-        wrong = config.build("pretrain", PRETRAIN | {"prior": "tiny-test", "filters": 17})
+        wrong = config.build("pretrain", PRETRAIN | {"prior": "tiny-test", "colour": "rgb", "filters": 17})
         with pytest.raises(UsageError, match="other settings: filters = 16"):
             pipeline.run_stage("pretrain", wrong, given)
     assert not (tmp_path / "run/2-pretrain").exists()
@@ -207,6 +223,17 @@ def test_only_a_learned_extractor_becomes_a_prior(tmp_path, folder, public_run):
         make_prior(tmp_path / "random", folder, "random")
 
 
+def test_a_prior_is_one_extractor(tmp_path, folder):
+    """A run with one for each kind of data is refused, and so is a card that names both."""
+    make_public(tmp_path / "both")
+    with pytest.raises(SystemExit, match=r"two extractors.*--colour"):
+        make_prior(tmp_path / "both", folder, "both")
+    card = read_json(folder / "tiny-test.json")
+    card["pretrain"]["colour"] = "both"
+    (folder / "tiny-test.json").write_text(json.dumps(card))
+    assert "is damaged" in prior.table()[0]["problem"]
+
+
 def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_run):
     sha = priors.read_card("tiny-test").sha256
     row = {"data": "digits", "size": "tiny", "extractor": "prior:tiny-test", "stage": "probe", "epsilon": "1",
@@ -231,7 +258,7 @@ def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_
 
 @pytest.mark.parametrize(
     ("colour", "channels", "warns"),
-    [("mixed", 1, False), ("mixed", 3, False), ("rgb", 3, False), ("grey", 1, False), ("rgb", 1, True),
+    [("both", 1, False), ("both", 3, False), ("rgb", 3, False), ("grey", 1, False), ("rgb", 1, True),
      ("grey", 3, True)],
 )  # fmt: skip
 def test_an_extractor_of_the_other_colour_is_told_of(colour, channels, warns):

@@ -161,7 +161,7 @@ def test_9_extraction_is_isolated(public_run: Path, wide_run: Path) -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 32, 32), dtype=np.uint8))
     for run in (public_run, wide_run):
         with context(run) as given:
-            extractor, _ = load_extractor(given)
+            extractor, _ = load_extractor(given, "rgb")
         changed = images.clone()
         changed[4] = 0
         for mirror in (False, True):
@@ -193,6 +193,7 @@ RESULT_KEYS = {
     "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
     "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
+    "extractor_colour",  # as the data declare their channels
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
 def whitener_of(run: Path, change_extractor: float = 0.0, regions: str | None = None, **changes) -> Whitener:
     settings = config.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
     with context(run) as given:
-        extractor, _ = load_extractor(given)
+        extractor, _ = load_extractor(given, "rgb")
         if change_extractor:
             next(extractor.parameters()).data.mul_(change_extractor)
         if regions:
@@ -85,7 +85,7 @@ def test_a_whitener_is_kept_for_the_same_extractor_alone(run: Path, monkeypatch:
 
 def test_whitened_features_have_unit_norm(run: Path) -> None:
     with context(run) as given:
-        extractor, _ = load_extractor(given)
+        extractor, _ = load_extractor(given, "rgb")
     whitened = whitener_of(run)(extract(extractor, torch.randint(256, (5, 3, 32, 32)).to(torch.uint8), mirror=False))
     assert torch.allclose(whitened.norm(dim=1), torch.ones(5), atol=1e-5)
 

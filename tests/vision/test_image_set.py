@@ -9,7 +9,7 @@ import torch
 from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import WORKED_BYTES, colour_mode, random_crops
 
-MODES = ("rgb", "mixed", "grey")
+MODES = ("rgb", "both", "grey")
 SIZES = (5, 1, 8, 3)
 
 
