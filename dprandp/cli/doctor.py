@@ -15,8 +15,8 @@ app = typer.Typer()
 @app.command(rich_help_panel="About a run")
 def doctor(
     data_dir: flags.DataDir = Path("data"),
-    run: flags.Run = DEFAULT_RUN,
     device: flags.Device = "auto",
+    run: flags.Run = DEFAULT_RUN,
     json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:

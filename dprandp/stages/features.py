@@ -145,11 +145,11 @@ def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device)
         where they are, and ``clipped_softmax_sum`` sends them to the device one block at a time, step by step.
 
     Raises:
-        UsageError: a label that is none; on an accelerator nothing looks at them again.
+        UsageError: on an accelerator, where nothing looks at them again: a label that is none.
     """
-    check_labels(labels, classes)
     if device.type == "cpu":
         return features, labels
+    check_labels(labels, classes)
     free = free_on_device(device)
     fits = free is None or features.numel() * features.element_size() <= PLACED_PART * free
     return features.to(device) if fits else features, labels.to(device)

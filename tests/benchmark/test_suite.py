@@ -205,10 +205,10 @@ def test_bounds_hold_and_a_regression_ends_with_an_error() -> None:
     assert bounds.regressions([good, bad]) == [bad]
     assert figure(1.0).held is None
     assert figure(float("nan"), bound=limit).held is False
-    result = {"figures": [good.to_dict()], "regressions": []}
+    result = {"figures": [good.to_dict()], "failed": [], "regressions": []}
     suite.raise_for(result)
     with pytest.raises(BenchmarkError, match=re.escape(f"{key}: {limit.value / 2:.3g}, bound ≥")) as error:
-        suite.raise_for({"figures": [good.to_dict(), bad.to_dict()], "regressions": [key]})
+        suite.raise_for(result | {"figures": [good.to_dict(), bad.to_dict()], "regressions": [key]})
     assert error.value.exit_code == 1
 
 

@@ -236,7 +236,7 @@ BAD_ACCOUNT = [
     (["--eps", "1", "--steps", "0"], "steps", "at least one"),
     (["--noise-multiplier", "-1"], "-1.0", "at least 1e-100"),
     (["--noise-multiplier", "inf"], "inf", "finite"),
-    (["--noise-multiplier", "1", "--steps", "-2"], "-2", "at least"),
+    (["--noise-multiplier", "1", "--steps", "-2"], "-2", "from 0 to 2^53"),
     (["--eps", "1", "--adjacency", "swap"], "adjacency is 'swap'", "add-remove or replace-one"),
 ]
 

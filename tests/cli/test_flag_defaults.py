@@ -87,6 +87,7 @@ def network(setting: str) -> str:
 
 
 EXPECTED: dict[str, Callable[[], str]] = {
+    "flags.Precision": lambda: by_size("probe", "precision"),
     "flags.Seed": lambda: by_size("generate", "seed"),
     "flags.DataName": lambda: f"the run's, else {DEFAULT_DATA}",
     "flags.Noise": lambda: by_size("finetune", "noise"),

@@ -290,6 +290,7 @@ def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None
         "sha256": {name: "0" for name in released_model.MODEL_FILES if name != "config.json"},
         "result": {"private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
         "extractor": {},
+        "precision": "float32",
     }
     assert released_model._config(tmp_path, json.dumps(described).encode()) == described
     damaged = json.dumps(described | {"extractor": extractor}).encode()

@@ -95,7 +95,7 @@ def test_6_the_clipped_sum_is_the_same_for_every_microbatch(arch: str) -> None:
     assert norm_of(sums[0]) <= 7 * CLIP
 
 
-def test_6_closed_form_and_automatic_gradients_agree(exact: None) -> None:
+def test_6_closed_form_and_automatic_gradients_agree() -> None:
     views, labels = views_of(6)
     scale = 0.3
     model = model_of("patchnet")

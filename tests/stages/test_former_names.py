@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import context, make_public, run_probe, run_scratch
+from tiny_run import PRETRAIN, context, make_public, run_probe, run_scratch
 
 from dprandp import checkpoint, config, priors
 from dprandp.errors import CheckpointError, UsageError
@@ -20,7 +20,7 @@ from dprandp.stages.context import recorded
 from dprandp.stages.released_model import load_model
 from dprandp.vision.extractors import build_extractor, load_weights
 
-WIDE = {"arch": "wrn-10-1", "random_init": True, "filters": 16, "dictionary_patches": 2000, "dictionary_iterations": 2}
+WIDE = {"arch": "wrn-10-1", "steps": 1, "batch_size": 2, "projection_hidden": 16, "projection_dim": 16}
 
 
 def respell(path: Path, present: str = '"optimizer"', former: str = '"optimiser"') -> None:
@@ -39,8 +39,9 @@ def test_a_recorded_setting_may_have_its_former_name():
     assert "'optimizer'" in refused.value.fix
 
 
-def test_a_run_of_an_earlier_version_goes_on(copy, wide_run):
-    run = copy(wide_run)
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    run = tmp_path / "run"
+    make_public(run, **WIDE)
     folder = run / "2-pretrain"
     made = checkpoint.load(folder, pretrain.EXTRACTOR)
     spelt = {"optimiser" if key == "optimizer" else key: value for key, value in made.meta["config"].items()}
@@ -51,10 +52,10 @@ def test_a_run_of_an_earlier_version_goes_on(copy, wide_run):
         _, found = pretrain.load_extractor(given, "rgb")
         assert config.as_dict(found) == made.meta["config"]
         with pytest.raises(UsageError, match="optimi") as refused:  # as any setting that another version did not have
-            pretrain.run(config.build("pretrain", WIDE), given)
+            pretrain.run(config.build("pretrain", PRETRAIN | WIDE), given)
     assert "--resume" in refused.value.fix
     with context(run, resume=True) as given:
-        assert pretrain.run(config.build("pretrain", WIDE), given)["arch"] == "wrn-10-1"
+        assert pretrain.run(config.build("pretrain", PRETRAIN | WIDE), given)["arch"] == "wrn-10-1"
 
 
 def test_a_released_model_of_an_earlier_version_answers_as_before(tmp_path, data):

@@ -130,8 +130,8 @@ def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str,
     images = torch.randint(256, (40, 3, 32, 32), generator=generator).to(torch.uint8)
     dataset, split = audit_loops.made_up_images(images, 3, 40, False, generator)
     with context(run) as given:
-        hard = audit_loops.hardened(finetune._probed_model(given, finetune.open_stage(settings, given, write=False))[0],
-                                    generator)  # fmt: skip
+        model, _ = finetune._probed_model(settings, given, finetune.open_stage(settings, given, write=False))
+        hard = audit_loops.hardened(model, generator)
         watched = audit_loops.most_wrong(hard, split)
 
         def replayed(**options) -> list[str]:

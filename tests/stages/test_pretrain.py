@@ -94,7 +94,8 @@ def context_of(run: Path) -> Context:
 def test_the_result_and_the_files(learned, name):
     run, result = learned[name]
     assert set(result) == {
-        "arch", "random_init", "parameters", "feature_dim", "steps", "views_per_second", "loss", "seconds", *MEASURES,
+        "arch", "random_init", "parameters", "feature_dim", "precision", "steps", "views_per_second", "loss", "seconds",
+        *MEASURES,
         *({"objective", "optimizer"} if name == "wrn" else {"grey"}),
     }  # fmt: skip
     assert result["arch"] == RECIPES[name]["arch"]
@@ -117,7 +118,8 @@ def test_the_result_and_the_files(learned, name):
 def test_the_extractor_loads_with_its_configuration(learned, name):
     run, result = learned[name]
     network, config = load_extractor(context_of(run), "rgb")
-    assert config == PretrainConfig(**RECIPES[name], colour="both" if name == "wrn" else "rgb")
+    decided = {"colour": "both", "precision": result["precision"]} if name == "wrn" else {"colour": "rgb"}
+    assert config == PretrainConfig(**RECIPES[name], **decided)
     assert not network.training
     assert network.feature_dim == result["feature_dim"]
     assert sum(parameter.numel() for parameter in network.parameters()) == result["parameters"]

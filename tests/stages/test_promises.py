@@ -194,9 +194,10 @@ RESULT_KEYS = {
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
     "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
     "extractor_colour",  # as the data declare their channels
+    "precision",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
-CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "result", "sha256"}
+CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "precision", "result", "sha256"}
 CHARGE_KEYS = {
     "kind", "stage", "attempt", "step", "steps", "noise_multiplier", "sample_rate", "clip_norm", "noise", "random",
     "time",

@@ -14,7 +14,7 @@ import torch
 from tiny_run import TRAIN, Recorder, blobs, ledger_of, plans_of, read_json, run_finetune, run_probe, run_scratch
 
 from dprandp import report
-from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.errors import BudgetError, CheckpointError, InputError
 from dprandp.privacy import clipping
 from dprandp.rundir import RunDir
 from dprandp.stages import clipped_sums, unit_rows
@@ -127,7 +127,7 @@ def test_20_another_unit_is_refused(copy: Copy, public_run: Path, patients: str,
                     stage(run, patients, options, unit_column=column)
     # the same column with another assignment of images to patients
     np.savez(tmp_path / "patients.npz", **blobs(), patient_train=np.roll(PATIENTS, 1))
-    with pytest.raises(UsageError, match="train changed"):
+    with pytest.raises(InputError, match="their content, order, labels or units differ"):
         run_probe(run, patients, unit_column="patient", steps=2)
     # a ledger of another unit beside this plan
     lines = ledger.split(b"\n")
