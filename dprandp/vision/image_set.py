@@ -116,8 +116,8 @@ class ImageSet:
         if self.colour == "grey":
             return to_grey(images)
         if self.colour == "both":
-            without = (chosen + self.first) % 2 == 0
-            images[without] = to_grey(images[without])
+            without = ((chosen + self.first) % 2 == 0).view(-1, 1, 1, 1)
+            return torch.where(without, to_grey(images), images)  # a mask as an index would wait for an accelerator
         return images
 
 

@@ -52,8 +52,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     colours: list[str] = []
     load = pretrain._network_of
 
-    def watched(loaded, given):
-        network, made_as = load(loaded, given)
+    def watched(*given):
+        network, made_as = load(*given)
         colours.append(made_as.colour)
         return network, made_as
 
@@ -146,7 +146,6 @@ def test_the_plan_and_the_line_say_that_there_are_two(public_run: Path, known_ru
             assert ("one for grey data" in stage_line("pretrain", given.rundir.result("pretrain"))) == (name == "both")
     assert {name: made["extractors"] for name, made in plans.items()} == {"both": 2, "rgb": 1, "grey": 1}
     assert "400 filters each for colour and for grey data" in planning.plan_lines(plans["both"])
-    assert plans["both"]["seconds_estimate"] == pytest.approx(2 * plans["rgb"]["seconds_estimate"], rel=0.1)
     assert plans["both"]["feature_dim"] == plans["grey"]["feature_dim"]
 
 
