@@ -32,7 +32,9 @@ def run(sizes: Sizes, name: str) -> None:
     assert not unknown, f"the processor waits for the device: {sorted(unknown)}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "stages" else name for name in NAMES]
+)  # the stages have tests of their own
 @own_process
 def test_a_check_passes(name):
     run(QUICK, name)

@@ -127,7 +127,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+QUICK = ("discrete noise", "some blocks")
+
+
+@pytest.mark.parametrize(
+    "options", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 @own_process
 def test_every_option_goes_on_after_an_interruption(tmp_path, options):
     """Three steps, interrupted after the second: checkpoints come back to the device."""
