@@ -42,6 +42,8 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 # A normal distribution this many standard deviations away is below 1e-43.
 _REACH = 14.0
 _MOST_PANELS = 20_000
+# A smaller sampling rate is taken for this one, which costs no less: the panels reach no further.
+_LEAST_RATE = 1e-25
 # What integration and rounding may take from a moment, as a part of it; added to it.
 _SLACK = 1e-9
 _MOST_COUNTS = 2000
@@ -250,6 +252,7 @@ def log_moment(q: float, sigma: float, order: float) -> float:
     Otherwise it is the smaller of two bounds: full batches, and Minkowski's inequality in L_α(Q),
     ‖(1 − q) + q N(1, σ²)/N(0, σ²)‖_α ≤ 1 − q + q exp((α − 1)/(2σ²)).
     """
+    q = max(q, _LEAST_RATE)
     alpha, c = 1 + order, 1 / sigma
     exponent = order * c / 2 * c
     full = alpha * exponent
@@ -328,11 +331,12 @@ def _panel_edges(q: float, c: float, order: float) -> np.ndarray | None:
         if last - new < 0.1:
             break
         last = new
-    low, high = -_REACH, last + _REACH
+    centre, width = log_odds / c + c / 2, 2 / c
+    # Near α = 1 what exceeds 1 peaks where the ratio begins to rise, up to 2c, however small q makes it.
+    low, high = -_REACH, max(last, min(2 * c, centre) + 1) + _REACH
     if high - low > _MOST_PANELS or c > 1e6:
         return None
     edges = np.linspace(low, high, math.ceil(high - low) + 1)
-    centre, width = log_odds / c + c / 2, 2 / c
     if width < 1:
         sides = [centre]
         distance = 0.0

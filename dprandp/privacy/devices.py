@@ -29,9 +29,13 @@ def require_full_precision(device: torch.device) -> None:
     it: beyond the clip norm, for which the noise is made.
 
     Raises:
-        UsageError: torch was told so, or is inside an autocast.
+        UsageError: torch was told so, in one way or another, or is inside an autocast.
     """
-    if torch.get_float32_matmul_precision() != "highest" or torch.is_autocast_enabled(device.type):
+    try:
+        whole = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's older and newer settings contradict each other
+        whole = False
+    if not whole or torch.is_autocast_enabled(device.type):
         raise UsageError(
             "Clipped gradients would be added with less than float32's precision, so one record could weigh more than "
             "the clip norm.",

@@ -22,15 +22,15 @@ from dprandp.errors import UsageError
 # on which the promise holds, and then checked against the closed form.
 _OUTWARD = 1e-12
 
-# Beyond this μ (ε = 5e17) the closed form cancels to nothing in doubles, and ``_largest_epsilon`` is as good.
-_LARGEST_MU = 1e9
+# Beyond this μ (ε = 5e13) the closed form cancels in doubles, and ``_largest_epsilon`` is as good.
+_LARGEST_MU = 1e7
 
-# Below this μ the two terms of the closed form share most of their digits.
-_SMALL_MU = 1e-6
+# Of the logarithms that the closed form subtracts: some units in the last place.
+_ROUNDING = 1e-15
 
 
 def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
-    """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP; −inf for μ = 0.
+    """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP, rounded up; −inf for μ = 0.
 
     Args:
         mu: μ ≥ 0, finite.
@@ -44,14 +44,10 @@ def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
     if log_first == -math.inf:
         return -math.inf
     log_ratio = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)) - log_first
-    if mu < _SMALL_MU:
-        # The terms nearly cancel: rounding is paid for, and total variation bounds what it makes of the difference.
-        log_ratio = min(log_ratio, 0.0) - 1e-15 * (1 + abs(log_first))
-        return min(log_first + math.log(-math.expm1(log_ratio)), math.log(math.erf(mu / math.sqrt(8))))
-    if log_ratio >= 0:
-        # The two terms agree to the last bit: δ is below 1e-16 of the first. That first term is a safe upper bound.
-        return log_first + math.log(1e-16)
-    return log_first + math.log(-math.expm1(log_ratio))
+    # Where μ is small or ε large the two terms share most of their digits. What rounding may have hidden of their
+    # difference is added; total variation, the δ at ε = 0, bounds what that makes of it.
+    log_ratio = min(log_ratio, 0.0) - _ROUNDING * (1 + epsilon + abs(log_first))
+    return min(log_first + math.log(-math.expm1(log_ratio)), math.log(math.erf(mu / math.sqrt(8))))
 
 
 def gaussian_dp_delta(mu: float, epsilon: float) -> float:
@@ -72,7 +68,7 @@ def gaussian_dp_epsilon(mu: float, delta: float) -> float:
     _require(0 < delta < 1, "delta", delta, "between 0 and 1, both excluded")
     if math.isinf(mu):
         return math.inf
-    goal = math.log(delta)
+    goal = math.log(delta) - _ROUNDING * (1 - math.log(delta))  # δ itself comes from a logarithm
     if gaussian_dp_log_delta(mu, 0.0) <= goal:
         return 0.0
     high = _largest_epsilon(mu, goal)
@@ -100,7 +96,7 @@ def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     """
     _require(math.isfinite(epsilon) and epsilon >= 0, "epsilon", epsilon, "a finite number of at least 0")
     _require(0 < delta < 1, "delta", delta, "between 0 and 1, both excluded")
-    goal = math.log(delta)
+    goal = math.log(delta) - _ROUNDING * (1 - math.log(delta))  # δ itself comes from a logarithm
     if epsilon > _largest_epsilon(_LARGEST_MU, goal):  # its inverse, a little below
         tail = math.sqrt(-2 * goal)
         return (math.sqrt(2) * math.sqrt(epsilon + tail**2 / 2) - tail) * (1 - 3 * _OUTWARD)

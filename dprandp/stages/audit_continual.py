@@ -92,7 +92,7 @@ def replay(
     tape, notes = Tape(), None
     for present in (True, False):
         with rehearsal_context(like) as context:
-            extractor, _ = load_extractor(like, colour_of(dataset.spec.channels), PRETRAIN)
+            extractor, _ = load_extractor(like, colour_of(dataset.spec.channels), PRETRAIN, config.precision)
             model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(dataset.spec.classes))
             torch.nn.init.normal_(model.head, generator=torch.Generator().manual_seed(0))  # zeros stop gradients
             stage = Rehearsal(runnable, replace(context, microbatch=1), dataset=dataset, control=control, most=most,

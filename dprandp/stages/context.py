@@ -12,6 +12,7 @@ import torch
 from dprandp.config import StageConfig, build_recorded
 from dprandp.console import Console
 from dprandp.errors import CheckpointError, UsageError
+from dprandp.finetune_options import WITHOUT_PHASE_ONE
 from dprandp.ranks import ALONE, Ranks
 from dprandp.rundir import RunDir
 from dprandp.vision.precision import AUTO, decide
@@ -72,15 +73,18 @@ def prepare_device(name: str) -> torch.device:
 def with_precision(stage: str, config: StageConfig, context: Context, arch: str) -> StageConfig:
     """A stage's configuration with its precision decided: as given, else as recorded, else by architecture and device.
 
-    A stage that was begun keeps its precision on another machine, so its numbers are of one kind.
+    A stage that was begun keeps its precision on another machine, so its numbers are of one kind; and a fine-tune goes
+    on in that of its probe.
 
     Raises:
         UsageError: see ``precision.decide``.
     """
     asked = config.precision
     if asked == AUTO and not context.overwrite:
-        row = next(row for row in context.rundir.status() if row["stage"] == stage)
-        asked = (row["config"] or {}).get("precision", AUTO)
+        recorded = {row["stage"]: (row["config"] or {}).get("precision", AUTO) for row in context.rundir.status()}
+        asked = recorded[stage]
+        if asked == AUTO and stage == "finetune" and config.source not in WITHOUT_PHASE_ONE:
+            asked = recorded["probe"]
     return replace(config, precision=decide(asked, arch, context.device.type))
 
 

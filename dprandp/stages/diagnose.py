@@ -20,7 +20,7 @@ from dprandp.errors import UsageError
 from dprandp.files import atomic_write, to_json
 from dprandp.signals import graceful_stop
 from dprandp.stages import switching
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, with_precision
 from dprandp.stages.continual import open_stage
 from dprandp.stages.diagnose_figure import draw
 from dprandp.stages.loss_terms import LossTerms
@@ -55,7 +55,8 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(context, colour_of(stage.spec.channels), PRETRAIN)
+    precision = with_precision("continue", config, context, context.rundir.result(PRETRAIN)["arch"]).precision
+    extractor, built_from = load_extractor(context, colour_of(stage.spec.channels), PRETRAIN, precision)
     model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
     training = Training(config, model, task)
     plan = stage.plan

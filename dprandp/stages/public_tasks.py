@@ -23,6 +23,7 @@ from dprandp.datasets import DataSpec, open_dataset, public_part
 from dprandp.errors import UsageError
 from dprandp.stages.context import Context
 from dprandp.stages.generate import load_images
+from dprandp.stages.training_data import use_as_public
 from dprandp.vision.images import INPUT_SIZE, as_declared, to_input
 from dprandp.vision.views import ContrastiveViews, private_views
 
@@ -102,6 +103,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         facts = {"download": context.download, "num_classes": config.classes, "unit_column": config.unit_column}
         if dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
             raise _private_and_public(config)
+        use_as_public(context.rundir, dataset)
     split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
     title = (
         f"{len(split.labels)} images of {dataset.spec.name}, declared public by whoever ran it"

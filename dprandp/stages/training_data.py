@@ -2,6 +2,7 @@
 
     private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
                                  stage that declares a part of it public
+    private/public-data.json     hashes of the images of whole sets that the run has used as public ones
     private/taken-data.json      the same hashes of the run that an extractor was taken from (``continue --take``)
 
 A hash of private data lets anyone confirm a guess at them, so it stays in ``private/`` and in no other file. Only equal
@@ -15,12 +16,12 @@ from typing import Any
 from dprandp.config import ContinueConfig, same_data_name
 from dprandp.continual_config import FRACTION, SYNTHETIC
 from dprandp.datasets import Dataset, rest_fingerprint
-from dprandp.errors import BudgetError, InputError
+from dprandp.errors import BudgetError, InputError, UsageError
 from dprandp.files import atomic_write, to_json
 from dprandp.rundir import DATA, IGNORED, RunDir
 from dprandp.runtable import read_hashes
 
-KEPT, TAKEN = "training-data.json", "taken-data.json"
+KEPT, PUBLIC, TAKEN = "training-data.json", "public-data.json", "taken-data.json"
 
 
 def fingerprint_of(dataset: Dataset) -> str:
@@ -50,6 +51,43 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
             "differ",
             fix="give --data the same data again, wherever they lie now, or start a new --run for these",
         )
+
+
+def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
+    """Refuse a whole set as public where its images are the run's private ones; else remember that it was public.
+
+    What was learned from it cost nothing, so a later private stage refuses the same images (``refuse_public``).
+
+    Raises:
+        UsageError: they are the run's training images, under whatever name, order and labels.
+    """
+    images = dataset.image_fingerprint()
+    private = rundir.path / "private" / KEPT
+    if private.exists() and read_hashes(private).get("images") == images:
+        raise UsageError(
+            f"{dataset.spec.name} holds the private images that this run is about, and was given as public",
+            fix="give other public data, or --public fraction:0.1 to declare a part of them public",
+        )
+    known = _public_sets(rundir)
+    if images not in known.values():
+        path = rundir.private_dir / PUBLIC
+        atomic_write(path, to_json(known | {str(len(known)): images}, indent=1) + "\n")
+
+
+def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
+    """Raise BudgetError if the run has used these private images as public ones: that cost was never counted."""
+    known = _public_sets(rundir)
+    if known and dataset.image_fingerprint() in known.values():
+        raise BudgetError(
+            f"this run has used the images of {dataset.spec.name} as public data, so it cannot count what it tells "
+            "about them",
+            fix="start a new --run for these data, with other public data or none",
+        )
+
+
+def _public_sets(rundir: RunDir) -> dict[str, str]:
+    path = rundir.path / "private" / PUBLIC
+    return read_hashes(path) if path.exists() else {}
 
 
 def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from dprandp.privacy.accounting import calibrate, compose
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
 from dprandp.runresults import ONE_IMAGE
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, with_precision
 from dprandp.stages.features import placed, private_features, require_room
 from dprandp.stages.head import HeadSettings, begin_head, lr_at, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
@@ -50,7 +50,8 @@ def choose_privately(
             fix="tune with --on synthetic or on a public set; the probe then protects whole units",
         )
     spent = stage.open_ledger(write=True)
-    extractor, _ = load_extractor(context, colour_of(spec.channels))
+    precision = with_precision("probe", config, context, context.rundir.result("pretrain")["arch"]).precision
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     settings = settings_for(config, whitener.axes)

@@ -25,12 +25,13 @@ from dprandp.errors import InputError
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.stages.budget import default_delta
-from dprandp.stages.context import Context
+from dprandp.stages.context import Context, with_precision
 from dprandp.stages.features import placed
 from dprandp.stages.generate import open_images
 from dprandp.stages.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import public_whitener
+from dprandp.stages.training_data import use_as_public
 from dprandp.stages.tune_settings import Setting, TuneConfig, private_data, settings_for, share_of
 from dprandp.stages.tuned import SYNTHETIC
 from dprandp.vision.extractors import extract
@@ -146,6 +147,7 @@ def _public_task(
     config: ProbeConfig, tune: TuneConfig, context: Context, spec: DataSpec
 ) -> tuple[Tensor, Tensor, int, int, Whitener]:
     """Whitened unit-norm features [n, dims], labels [n], number of classes, how many of n to fit, whitener."""
+    precision = with_precision("probe", config, context, context.rundir.result("pretrain")["arch"]).precision
     generator = torch.Generator().manual_seed(config.seed + SEED)
     fitted = min(FIT, spec.train_examples)
     if tune.on == SYNTHETIC:
@@ -155,13 +157,14 @@ def _public_task(
         facts = {"num_classes": config.classes, "unit_column": config.unit_column}
         if public_dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
             raise private_data(tune.on)
+        use_as_public(context.rundir, public_dataset)
         split = public_dataset.train()
         chosen = torch.randperm(len(split.labels), generator=generator)[: fitted + HELD_OUT]
         images, labels = to_input(split.images[chosen.numpy()]), torch.from_numpy(split.labels)[chosen]
         classes = len(public_dataset.spec.classes)
         fitted = min(fitted, len(labels) * 4 // 5)
     images = as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
-    extractor, _ = load_extractor(context, colour_of(spec.channels))
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     with context.console.progress(len(images), "public features") as progress:

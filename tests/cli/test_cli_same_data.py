@@ -272,6 +272,43 @@ def test_private_data_are_not_public_under_another_name(
     assert state_of(vit) == before
 
 
+@pytest.mark.parametrize("how", ["moved", "shuffled"])
+def test_the_images_that_a_run_is_about_are_never_public_in_it(
+    dprandp: Dprandp, vit: Path, small: tuple, folder: Path, tmp_path: Path, how: str
+) -> None:
+    """Also where the command that calls them public names other data as the private ones, which it does not read."""
+    np.savez(tmp_path / "shuffled.npz", **shuffled())
+    shutil.copy(folder / "tiny.npz", tmp_path / "moved.npz")
+    made = arrays()
+    np.savez(tmp_path / "other.npz", **made | {"x_train": 255 - made["x_train"]})
+    name, other = f"npz:{tmp_path}/{how}.npz", f"npz:{tmp_path}/other.npz"
+    good(dprandp("probe", *small, "--run", vit, "--data", "npz:tiny.npz", "--eps", 4, "--json"))
+    before = state_of(vit)
+    done = dprandp(*CONTINUE, "--mix", "public", "--run", vit, "--data", other, "--public", name)
+    refused(done, 2, "holds the private images that this run is about", "fraction:0.1")
+    refused(dprandp("tune", "--run", vit, *small, "--data", other, "--on", name), 2, "holds the private images")
+    assert state_of(vit) == before
+
+
+@pytest.mark.parametrize("by", ["continue", "tune"])
+def test_what_a_run_has_used_as_public_is_never_its_private_data(
+    dprandp: Dprandp, vit: Path, small: tuple, folder: Path, tmp_path: Path, by: str
+) -> None:
+    """What was learned from them cost nothing then, and can no longer be counted. The control: other data are."""
+    np.savez(tmp_path / "shuffled.npz", **shuffled())
+    made = arrays()
+    np.savez(tmp_path / "other.npz", **made | {"x_train": 255 - made["x_train"]})
+    other = ("--data", f"npz:{tmp_path}/other.npz")
+    if by == "continue":
+        good(dprandp(*CONTINUE, "--mix", "public", "--run", vit, *other, "--public", "npz:tiny.npz", "--json"))
+    else:
+        good(dprandp("tune", "--run", vit, *small, *other, "--on", "npz:tiny.npz", "--json"))
+    probe = ("probe", *small, "--run", vit, "--eps", 4)
+    refused(dprandp(*probe, "--data", f"npz:{tmp_path}/shuffled.npz"), 5, "has used the images", "as public data")
+    assert not (vit / "privacy/ledger.jsonl").exists()
+    good(dprandp(*probe, *other, "--json"))
+
+
 def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit: Path, tmp_path: Path) -> None:
     root = write_folder(tmp_path / "scans")
     shutil.copytree(root, tmp_path / "again")

@@ -44,6 +44,15 @@ def test_products_of_fewer_bits_are_refused(kind, how):
         SUMS[kind]()
 
 
+def test_settings_of_torch_that_contradict_each_other_are_refused(monkeypatch):
+    def contradiction():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", contradiction)
+    with pytest.raises(UsageError, match="more than the clip norm"):
+        SUMS["a head's"]()
+
+
 def test_a_command_asks_for_all_bits_whatever_its_container_set():
     with fewer_bits("high"):
         prepare_device("cpu")

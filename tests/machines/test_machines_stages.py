@@ -9,11 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import CONTINUE, make_public, read_json, run_continue, run_finetune, run_probe, run_scratch, write_blobs
+from tiny_run import (
+    CONTINUE,
+    PROBE,
+    context,
+    make_public,
+    read_json,
+    run_continue,
+    run_finetune,
+    run_probe,
+    run_scratch,
+    write_blobs,
+)
 
+from dprandp.config import build
 from dprandp.errors import CheckpointError, UsageError
+from dprandp.stages import pretrain, tune_public
+from dprandp.stages.audit_facts import Facts
 from dprandp.stages.extraction import BATCH
 from dprandp.stages.released_model import load_model
+from dprandp.stages.tune_settings import TuneConfig
 
 ODD = BATCH + 1
 WIDE = {"arch": "wrn-10-1", "random_init": True}
@@ -127,6 +142,23 @@ def test_from_scratch_and_continued(wide: Path, small_data: str, tmp_path: Path,
     run = Path(shutil.copytree(wide, tmp_path / "run"))
     short = {**CONTINUE, "steps": 2, "switch": "1", "batch_size": 6}
     assert run_continue(run, small_data, **short)["precision"] == decided
+
+
+def test_later_stages_compute_as_the_probe_did(
+    wide: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that would choose otherwise: fine-tune, tuning and the audit's classifier."""
+    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    run_probe(run, small_data, precision="bfloat16")
+    monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "0")
+    asked: list[str] = []
+    decided = pretrain.decide
+    monkeypatch.setattr(pretrain, "decide", lambda *given: asked.append(given[0]) or decided(*given))
+    with context(run) as given:
+        assert Facts(given).model.extractor.precision == "bfloat16"
+        tune_public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
+    assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == "bfloat16"
+    assert set(asked) == {"bfloat16"}
 
 
 def test_a_patchnet_is_never_asked_for_bfloat16(patches: Path, small_data: str, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_limits():
     assert gaussian_dp_delta(0.0, 1.0) == 0
 
 
-@pytest.mark.parametrize("mu", [1e8, 0.99e9, 1.01e9, 1e12, 1e50, 1e149])
+@pytest.mark.parametrize("mu", [1.01e7, 1e8, 9e8, 0.99e9, 1.01e9, 1e12, 1e50, 1e149])
 def test_where_nothing_is_private_the_bound_still_bounds(mu):
     """Exact rational arithmetic would give ε = μ²/2 + zμ with Φ(−z) = δ, up to a term that vanishes like 1/μ."""
     epsilon = gaussian_dp_epsilon(mu, 1e-5)
@@ -78,6 +78,14 @@ def test_where_nothing_is_private_the_bound_still_bounds(mu):
     inverse = gaussian_dp_mu(epsilon, 1e-5)
     assert mu * (1 - 1e-8) <= inverse <= mu * (1 + 1e-12)
     assert gaussian_dp_epsilon(inverse, 1e-5) <= epsilon
+
+
+def test_rounding_never_hides_a_part_of_delta():
+    """Small μ and tiny δ, where the two terms of the closed form share most of their digits."""
+    random = np.random.default_rng(0)
+    for mu, exponent in zip(10 ** random.uniform(-6, -1, 60), random.uniform(-60, -3, 60), strict=True):
+        delta = 10**exponent
+        assert precise_delta(mu, gaussian_dp_epsilon(mu, delta)) <= delta
 
 
 @pytest.mark.parametrize("mu", [-1.0, math.nan])

@@ -375,6 +375,12 @@ def test_the_program_answers_without_python_warnings(arguments, expected):
     assert "bug" not in done.stderr
 
 
+def test_a_sampling_rate_below_all_sense_still_costs():
+    """δ at ε = 0 is about q T: no less than 1e-185 here."""
+    assert compose([GaussianEvent(1 / 30, 1e-200, 10**15)], 5e-193).upper > 0
+    assert compose([GaussianEvent(1 / 30, 1e-200, 10**15)], 1e-150).upper >= 0
+
+
 @pytest.mark.parametrize("steps", [10**400, 1e16, math.inf, math.nan])
 def test_more_steps_than_can_be_counted_are_refused(steps):
     with pytest.raises(UsageError, match="number of steps"):
