@@ -111,9 +111,11 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             raise ValueError("too long")
         config = from_json(data)
         why = "it is no description of a model"
-        if isinstance(config, dict) and type(config.get("format")) is int and config["format"] > MODEL_FORMAT:
+        if isinstance(config, dict) and type(config.get("format")) is int and config["format"] != MODEL_FORMAT:
+            newer = config["format"] > MODEL_FORMAT
             raise CheckpointError(
-                f"{path} has format {config['format']}; this version reads {MODEL_FORMAT}", fix="upgrade dprandp"
+                f"{path} has format {config['format']}; this version reads {MODEL_FORMAT}",
+                fix="upgrade dprandp" if newer else "use the version of dprandp that made it, or make the model again",
             )
         shape, classes, result = config["input"]["shape"], config["classes"], config["result"]
         fits = (

@@ -16,7 +16,7 @@ from typing import Any
 from dprandp.config import ContinueConfig, same_data_name
 from dprandp.continual_config import FRACTION, SYNTHETIC
 from dprandp.datasets import Dataset, rest_fingerprint
-from dprandp.errors import BudgetError, InputError, UsageError
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import atomic_write, to_json
 from dprandp.rundir import DATA, IGNORED, RunDir
 from dprandp.runtable import read_hashes
@@ -45,7 +45,14 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
     Raises:
         InputError: they are others. CheckpointError: the record is lost or damaged.
     """
-    if read_hashes(rundir.path / "private" / KEPT).get("train") != fingerprint:
+    path = rundir.path / "private" / KEPT
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing, so nothing tells whether these are the data that this run is about",
+            fix="restore the run's private folder from a copy; a run of an earlier version never had it, so start a new "
+            "--run",
+        )
+    if read_hashes(path).get("train") != fingerprint:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "
             "differ",
