@@ -36,7 +36,7 @@ def has_fast_bfloat16(device_type: str) -> bool:
     Raises:
         UsageError: the environment variable ``PRETEND`` is neither 0 nor 1.
     """
-    pretended = os.environ.get(PRETEND)
+    pretended = os.environ.get(PRETEND) if device_type == "cpu" else None
     if pretended is not None:
         if pretended not in ("0", "1"):
             raise UsageError(f"{PRETEND} = {pretended!r} is neither 0 nor 1", fix="unset it")
