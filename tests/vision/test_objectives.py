@@ -76,12 +76,12 @@ def test_a_loss_without_flaw_has_no_gradient_and_random_views_have(leaves, taugh
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "align-uniformity"])
 def test_the_loss_goes_down(leaves, taught, name):
     """On one batch of views, seen again and again."""
-    config = replace(TINY, objective=name, optimizer="adamw", lr=1e-2, steps=1000)
+    config = replace(TINY, objective=name, optimizer="adamw", lr=3e-3, steps=1000)
     made = trainer(leaves, taught, config)
     drawn = made.draw(0)
     made.draw = lambda step: drawn
-    losses = [float(made.step(100)) for _ in range(25)]
-    assert losses[-1] < 0.95 * losses[0]
+    losses = [float(made.step(100)) for _ in range(40)]
+    assert sum(losses[-5:]) / 5 < 0.95 * losses[0], losses
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [("vicreg", "adamw"), ("instances", "muon"), ("patches", "sgd")])
