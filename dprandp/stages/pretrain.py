@@ -189,9 +189,12 @@ def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
     """Learn the second extractor into its own folder, unless it is there already."""
     folder = context.rundir.stage_dir(STAGE) / GREY
     folder.mkdir(exist_ok=True)
-    if checkpoint.resume(folder, warn=context.console.warn) is None:
+    done = checkpoint.resume(folder, warn=context.console.warn)
+    if done is None:
         network = _learn_dictionaries(config, context, folder, stop)
-        _save(network, config, config.dictionary_iterations, None, folder)
+    else:
+        network, _ = _network_of(done, context, config.precision)
+    _save(network, config, config.dictionary_iterations, None, folder)  # again: a kill may have come before its pointer
 
 
 def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
