@@ -158,6 +158,8 @@ def test_later_stages_compute_as_the_probe_did(
         assert Facts(given).model.extractor.precision == "bfloat16"
         tune_public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
     assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == "bfloat16"
+    short = {"steps": 1, "refit_steps": 0, "batch_size": 6}
+    assert run_finetune(run, small_data, {"overwrite": True}, **short)["precision"] == "bfloat16"
     assert set(asked) == {"bfloat16"}
 
 
