@@ -157,9 +157,10 @@ def test_later_stages_compute_as_the_probe_did(
     with context(run) as given:
         assert Facts(given).model.extractor.precision == "bfloat16"
         tune_public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
-    assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == "bfloat16"
-    short = {"steps": 1, "refit_steps": 0, "batch_size": 6}
-    assert run_finetune(run, small_data, {"overwrite": True}, **short)["precision"] == "bfloat16"
+    for options in ({}, {"overwrite": True}):  # one budget, so each fine-tunes a copy
+        tuned = Path(shutil.copytree(run, tmp_path / f"tuned-{len(options)}"))
+        result = run_finetune(tuned, small_data, options, steps=1, refit_steps=0, batch_size=6)
+        assert result["precision"] == "bfloat16"
     assert set(asked) == {"bfloat16"}
 
 
