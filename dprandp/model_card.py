@@ -26,19 +26,17 @@ def model_card(
     result: Mapping[str, Any],
     pretrain: Mapping[str, Any],
     generate: Mapping[str, Any],
-    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown for ``model/MODEL_CARD.md``.
 
     Args:
         result: of the private stage that made the model.
         pretrain, generate: results of the public stages; empty for a model trained from scratch.
-        earlier: results of private stages of the same run before this one; their cost is part of ε.
 
     Raises:
         CheckpointError: the result lacks a key that must be disclosed.
     """
-    rows = disclosure(result, pretrain, generate, earlier=earlier)
+    rows = disclosure(result, pretrain, generate)
     sections = [
         _title(result),
         _privacy(result),

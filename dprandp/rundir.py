@@ -164,13 +164,16 @@ class RunDir(RunFolder):
         kept = _kept(record.config, wanted, ignore)
         return Begin("resume" if record.state == "partial" else "skip", runtable.thawed(kept), directory)
 
-    def finish(self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any]) -> None:
+    def finish(
+        self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any], *, ledger_head: str | None = None
+    ) -> None:
         """Record a stage as done.
 
         Args:
             stage: the stage begun before.
             outputs: file below the stage's folder -> sha256; see ``hash_outputs``. What later stages depend on.
             result: the stage's public result, JSON values.
+            ledger_head: of a private stage, the ledger's head after it (see ``keep_ledger_head``).
         """
         self._need_lock()
         absent = [name for name in outputs if not (self.stage_dir(stage) / name).is_file()]
@@ -178,7 +181,21 @@ class RunDir(RunFolder):
             raise ValueError(f"stage {stage!r} did not write its output {absent[0]!r}")
         table = self._table()
         table.finish(stage, dict(outputs), dict(result))
+        table.ledger_head = ledger_head or table.ledger_head
         self._write(table)
+
+    @property
+    def ledger_head(self) -> str | None:
+        """Hash of the last line that the run's privacy ledger is known to have had; None before a private stage."""
+        return self._table().ledger_head
+
+    def keep_ledger_head(self, head: str) -> None:
+        """Record the head of the privacy ledger: from now on a ledger without this line is known to be cut or lost."""
+        self._need_lock()
+        table = self._table()
+        if table.ledger_head != head:
+            table.ledger_head = head
+            self._write(table)
 
     def hash_outputs(self, stage: str, names: Collection[str]) -> dict[str, str]:
         """sha256 of files below the stage's folder, for ``finish``."""

@@ -29,12 +29,12 @@ _MAY_BE_MISSING = {
     "knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank",
 }  # fmt: skip
 _COUNTS = {
-    "count", "resolution", "steps", "charged_steps", "lost_steps", "views", "train_examples", "test_examples",
-    "parameters", "feature_dim", "prior_images", "fresh_images", "mixtures",
+    "count", "resolution", "steps", "attempt", "charged_steps", "lost_steps", "views", "train_examples",
+    "test_examples", "parameters", "feature_dim", "prior_images", "fresh_images", "mixtures",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "clipping", "optimizer", "gradient_point", "recipe",
+    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "gradient_point", "recipe",
     "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour",
     "optimiser",  # as earlier versions spelt it
 }  # fmt: skip
@@ -50,7 +50,7 @@ _PUBLIC_TRAINING = {"images": str, "examples": int, "steps": int, "mix": str, "s
 
 _PRIVATE = {
     "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
-    "sample_rate", "charged_steps", "noise_multiplier", "clip_norm", "views",  # the card of a later stage names them
+    "also_charged", "ledger_head",
 }  # fmt: skip
 NEEDED: dict[str, set[str]] = {
     "generate": {"process", "count", "resolution", "seconds"},
@@ -119,6 +119,15 @@ def _fits(name: str, value: Any) -> bool:
         private = {"title": str, "delta": float, "private": bool, "charged_steps": int, "unit": str, "epsilon": object}
         whole = isinstance(value, dict) and type(value.get("data")) is str and type(value.get("protected")) is bool
         return whole and all(isinstance(value[key], kind) for key, kind in private.items() if key in value)
+    if name == "also_charged":
+        charged = {"stage": str, "attempt": int, "sample_rate": float, "noise_multiplier": float, "clip_norm": float,
+                   "charged_steps": int}  # fmt: skip
+        rows = isinstance(value, list) and all(isinstance(row, dict) and row.keys() == charged.keys() for row in value)
+        return rows and all(
+            type(row[key]) is kind or (kind is float and type(row[key]) is int)
+            for row in value
+            for key, kind in charged.items()
+        )
     if name == "refit":
         return isinstance(value, dict) and value.keys() >= _REFIT and all(_fits(*entry) for entry in value.items())
     return True

@@ -2,8 +2,11 @@
 
 ::
 
-    {"format": 1, "dprandp": "0.1.0", "stages": {"generate": {"state": "done", "config": {...}, "inputs": {...},
-     "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
+    {"format": 1, "dprandp": "0.1.0", "ledger_head": "...", "stages": {"generate": {"state": "done", "config": {...},
+     "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
+
+``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
+first private stage. It outlives ``--overwrite``: whoever opens the ledger compares (``runledger.py``).
 
 Imports nothing of the package but ``errors``, ``files``, ``runresults`` and the version.
 """
@@ -11,7 +14,9 @@ Imports nothing of the package but ``errors``, ``files``, ``runresults`` and the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -51,9 +56,10 @@ class Record:
 
 @dataclass
 class Table:
-    """The stages of a run, by name."""
+    """The stages of a run, by name, and the head of its privacy ledger (64 hexadecimal digits), if it has one."""
 
     stages: dict[str, Record] = field(default_factory=dict)
+    ledger_head: str | None = None
 
     def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
         """Put a stage under way with nothing made yet; what was built on its former outputs becomes stale."""
@@ -91,7 +97,8 @@ class Table:
 
     def to_json(self) -> str:
         stages = {stage: dataclasses.asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
-        return to_json({"format": FORMAT, "dprandp": __version__, "stages": stages}, indent=1) + "\n"
+        document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head, "stages": stages}
+        return to_json(document, indent=1) + "\n"
 
     def _refresh(self) -> None:
         for stage, record in self.stages.items():
@@ -125,7 +132,10 @@ def read(path: Path) -> Table:
     stages = document.get("stages")
     if not isinstance(stages, dict):
         raise _corrupt(path, "it has no table of stages")
-    return Table({stage: _record(path, stage, value) for stage, value in stages.items()})
+    head = document.get("ledger_head")
+    if not (head is None or (isinstance(head, str) and re.fullmatch("[0-9a-f]{64}", head))):
+        raise _corrupt(path, "its head of the privacy ledger is no hash")
+    return Table({stage: _record(path, stage, value) for stage, value in stages.items()}, head)
 
 
 def read_hashes(path: Path) -> dict[str, str]:
@@ -146,6 +156,11 @@ def read_hashes(path: Path) -> dict[str, str]:
 def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON makes of a dict: tuples become lists, infinities strings, NaN null."""
     return json.loads(to_json(dict(value)))
+
+
+def result_digest(result: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of a stage's result as run.json holds it; the same before and after a round trip."""
+    return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
 
 
 def thawed(value: Any) -> Any:

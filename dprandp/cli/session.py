@@ -220,11 +220,11 @@ def released_model(run: Path, folder: Path | None):
     """The model of ``--model``, or of the run; says aloud when it has no guarantee.
 
     Raises:
-        InputError: there is none. CheckpointError: it is damaged.
+        InputError: there is none. CheckpointError: it is damaged, or the run's ledger does not bear it out.
     """
-    from dprandp.stages.released_model import load_model
+    from dprandp.stages.released_model import load_model, load_run_model
 
-    model = load_model(run / "model" if folder is None else folder)
+    model = load_run_model(RunDir.open(run, create=False)) if folder is None else load_model(folder)
     if model.not_private_because is not None:
         current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
     return model

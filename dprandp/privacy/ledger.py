@@ -1,10 +1,11 @@
 """The record of what a run has paid: append-only, chained by hashes, on disk before anything paid for is used.
 
-One JSON object a line. The first is the header, every other is a charge for a block of steps. Each line carries the
-hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found
-when the file is opened. The chain has no key: it finds accidents and careless edits. Cutting whole lines off the end
-is found by what refers to them: ``includes(head)`` for a head kept in a checkpoint, and the plan's check that no
-checkpoint holds more updates than were paid for.
+One JSON object a line. The first is the header; the others are charges (for a block of steps, or for a selection among
+private trials) and seals of results (the SHA-256 of what a finished stage reported). Each line carries the hash of the
+line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file
+is opened. The chain has no key: it finds accidents and careless edits. Lines cut off the end are found by what refers
+to them: ``includes(head)`` for the head that run.json and every checkpoint keep, and the plan's check that no
+checkpoint holds more updates than were charged.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the
@@ -34,6 +35,7 @@ from dprandp.privacy.ledger_line import (
     FORMAT,
     KINDS,
     Charge,
+    ResultSeal,
     TuningCharge,
     begins_a_line,
     refuse_senseless,
@@ -53,6 +55,7 @@ class Ledger:
         header: ``format, data_unit, adjacency, examples, created``.
         charges: every block of steps paid so far, in order.
         tunings: every selection among private trials paid so far, in order.
+        seals: stage -> the seal of its latest result.
         head: hash of the last line, to be kept by whatever depends on it.
     """
 
@@ -61,6 +64,7 @@ class Ledger:
         self.header: dict[str, Any] = {}
         self.charges: list[Charge] = []
         self.tunings: list[TuningCharge] = []
+        self.seals: dict[str, ResultSeal] = {}
         self.head = FIRST_PREVIOUS
         self._hashes: set[str] = set()
         self._counts: Counter[tuple[str, int]] = Counter()
@@ -205,6 +209,12 @@ class Ledger:
         self._append(charge, {})
         return charge
 
+    def seal_result(self, *, stage: str, attempt: int, digest: str) -> None:
+        """Record what a finished stage reports, by its SHA-256; it costs nothing. Errors as for ``charge``."""
+        self._refuse_reader()
+        refuse_senseless(stage, attempt, 1, "os-entropy", KINDS[0])
+        self._append(ResultSeal(stage, int(attempt), digest), {})
+
     def events(self) -> list[Event]:
         """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
         return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
@@ -255,6 +265,11 @@ class Ledger:
                 self._take(TuningCharge.from_record(body))
             except (KeyError, TypeError, ValueError, UsageError) as error:
                 raise self._damaged(number, "its values make no sense") from error
+        elif kind == "result" and number > 1:
+            try:
+                self._take(ResultSeal.from_record(body))
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._damaged(number, "its values make no sense") from error
         else:
             raise self._damaged(number, f"a line of kind {kind!r} does not belong here")
         self._note(digest)
@@ -277,7 +292,10 @@ class Ledger:
             raise self._damaged(number, "its values make no sense") from error
         return self._checked(charge.record(), number) if charge else None
 
-    def _take(self, charge: Charge | TuningCharge) -> None:
+    def _take(self, charge: Charge | TuningCharge | ResultSeal) -> None:
+        if isinstance(charge, ResultSeal):
+            self.seals[charge.stage] = charge
+            return
         if isinstance(charge, TuningCharge):
             self.tunings.append(charge)
             return
@@ -318,7 +336,7 @@ class Ledger:
         if restored:
             self._append(restored, {"repaired": True})
 
-    def _append(self, charge: Charge | TuningCharge, notes: dict[str, Any]) -> None:
+    def _append(self, charge: Charge | TuningCharge | ResultSeal, notes: dict[str, Any]) -> None:
         body = {**charge.record(), "time": datetime.now(UTC).isoformat(timespec="seconds"), **notes}
         line, digest = seal(body, self.head)
         expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown

@@ -100,6 +100,28 @@ class TuningCharge:
         return {"kind": "tuning", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class ResultSeal:
+    """The result of a finished stage, by its SHA-256: what run.json says of the stage is held against it."""
+
+    stage: str
+    attempt: int
+    digest: str
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ResultSeal:
+        """Raises KeyError, TypeError or ValueError for a record that is no such seal."""
+        seal = cls(**{field.name: record[field.name] for field in fields(cls)})
+        if not (isinstance(seal.stage, str) and type(seal.attempt) is int and seal.attempt >= 1):
+            raise TypeError("a value of a result's seal has another type or lies outside its range")
+        if not (isinstance(seal.digest, str) and re.fullmatch("[0-9a-f]{64}", seal.digest)):
+            raise ValueError("the digest of a result is no SHA-256")
+        return seal
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "result", **asdict(self)}
+
+
 _NAMES = [field.name for field in fields(Charge)]
 _FIELDS = [rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES]
 _FIELDS[_NAMES.index("noise")] = f"(?:{_FIELDS[_NAMES.index('noise')]})?"  # older versions did not write it

@@ -37,6 +37,7 @@ NEEDED = (
     "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
     "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
     "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
+    "also_charged", "ledger_head",
 )  # fmt: skip
 """Keys that the result of a private stage must have. A disclosure with a gap is worse than none."""
 
@@ -105,7 +106,6 @@ def disclosure(
     pretrain: Facts | None = None,
     generate: Facts | None = None,
     *,
-    earlier: Sequence[Facts] = (),
     changed: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Everything a reader needs to judge the guarantee of one private stage.
@@ -113,11 +113,10 @@ def disclosure(
     Args:
         result: the stage's result, with the keys ``NEEDED``.
         pretrain, generate: results of the public stages, None or empty where there are none.
-        earlier: results of private stages of the same run that came before; their cost is in ε already.
         changed: settings other than the defaults, as ``"steps = 300 (default 120)"``; None if not known.
 
     Returns:
-        (label, value) pairs of plain text, always the same labels in the same order (but for ``earlier``).
+        (label, value) pairs of plain text, always the same labels in the same order.
 
     Raises:
         CheckpointError: the result lacks a key.
@@ -126,6 +125,7 @@ def disclosure(
     rows = [
         ("Mechanism", _mechanism(result)),
         ("ε (privacy loss)", _epsilon(result)),
+        ("Also counted in ε", _also_charged(result)),
         ("δ", number(result["delta"])),
         ("Adjacency", f"{result['adjacency']} (the change that must not be noticed)"),
         ("Unit of privacy", f"{result['unit']}"),
@@ -150,8 +150,6 @@ def disclosure(
         ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),
         *limits(result, LIMITS),
     ]
-    if earlier:
-        rows.insert(2, ("Also counted in ε", "; ".join(_in_short(before) for before in earlier)))
     return rows
 
 
@@ -324,8 +322,12 @@ def tuning_was_paid(result: Facts) -> bool:
     return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
 
 
-def _in_short(result: Facts) -> str:
-    return (
-        f"{result['stage']}: q = {number(result['sample_rate'])}, T = {result['charged_steps']}, "
-        f"σ = {number(result['noise_multiplier'])}, C = {number(result['clip_norm'])}, K = {result['views']}"
-    )
+def _also_charged(result: Facts) -> str:
+    """What the ledger holds beside this stage's own mechanism: stages before it, and abandoned attempts."""
+    parts = [
+        f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
+        f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
+        f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
+        for charged in result["also_charged"]
+    ]
+    return "; ".join(parts) or "nothing: this is all that the run's ledger holds, but for what is named below"

@@ -13,9 +13,9 @@ from typing import Any
 from dprandp import __version__, config
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.files import from_json, storage_errors
-from dprandp.privacy.ledger import Ledger
 from dprandp.reporting.disclosure import check
 from dprandp.rundir import RunDir
+from dprandp.runledger import open_run_ledger
 from dprandp.runresults import refuse_gaps
 
 PRIVATE_STAGES = ("continue", "probe", "finetune")
@@ -118,7 +118,7 @@ def read_run(rundir: RunDir) -> Run:
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
         preview=preview if preview.is_file() and "generate" in results else None,
-        spending=_spending(rundir, rows, results),
+        spending=_spending(rundir, results),
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
         audit=audit,
         audit_is_old=audit_is_old,
@@ -149,20 +149,16 @@ def _shown(key: str, value: Any) -> Any:
     return os.path.basename(value) if key == "init" else value
 
 
-def _spending(rundir: RunDir, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> Spending:
-    """The largest ε any finished stage reports; where charges may have come after it, the ledger accounted again."""
+def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
+    """The largest ε that a finished stage reports, or that of the whole ledger where that is more."""
     private = [results[stage] for stage in paying(results)]
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
     epsilon = max((result["epsilon"] for result in private), default=0.0)
-    ledger_file = rundir.path / "privacy" / "ledger.jsonl"
-    # A result without its ledger proves nothing: Ledger.open refuses a missing file, and one whose lines were changed.
-    ledger = Ledger.open(ledger_file, read_only=True) if private or ledger_file.exists() else None
-    open_stages = any(row["stage"] in PRIVATE_STAGES and row["state"] in ("partial", "stale") for row in rows)
+    ledger = open_run_ledger(rundir)  # a result without its ledger proves nothing, and is refused
     unfinished = False
-    # tuning is no stage of the table, so nothing there tells whether it came after the last result
-    if ledger is not None and ((open_stages and ledger.charges) or ledger.tunings) and delta is not None:
+    if ledger is not None and ledger.events() and delta is not None:
         composed = ledger.spent(float(delta)).upper
         unfinished = composed > epsilon * (1 + 1e-6)
         epsilon = max(epsilon, composed)

@@ -27,6 +27,7 @@ from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, make_plan
+from dprandp.runledger import ledger_file, open_run_ledger
 from dprandp.runresults import ONE_IMAGE
 from dprandp.stages import audit_continual, continual_loop, finetune, probe
 from dprandp.stages.audit_facts import IMAGES, Facts
@@ -211,6 +212,7 @@ def _no_claim(what: str) -> InputError:
 
 def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
     """The run's plan file, and the plans of the stages that are finished."""
+    ledger = open_run_ledger(context.rundir)
     done = {row["stage"] for row in context.rundir.status() if row["result"]}
     document = read_plan_file(context.rundir)
     entries = (document or {"stages": {}})["stages"]
@@ -222,8 +224,7 @@ def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str
             f"{context.rundir.path} has no finished private stage, so there is nothing to audit.",
             fix=f"Run: dprandp probe --run {context.rundir.path}",
         )
-    private = Ledger.open(context.rundir.privacy_dir / "ledger.jsonl", read_only=True).private
-    if not private or any(plan.noise_multiplier == 0 for plan in plans.values()):
+    if ledger is None or not ledger.private or any(plan.noise_multiplier == 0 for plan in plans.values()):
         raise _no_claim(f"The run {context.rundir.path}")
     if any(plan.noise == "discrete" for plan in plans.values()):
         raise InputError(
@@ -238,7 +239,7 @@ def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str
 
 def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: Context) -> list[dict[str, Any]]:
     """What the ledger holds, against the plans and the budget."""
-    ledger = Ledger.open(context.rundir.privacy_dir / "ledger.jsonl", read_only=True)
+    ledger = Ledger.open(ledger_file(context.rundir), read_only=True)
     found = []
     for name, plan in plans.items():
         attempt = document["stages"][name]["attempt"]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dprandp.config import DEFAULT_DELTA, same_data_name
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import from_json
-from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan, validate_budget
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
+from dprandp.runledger import open_run_ledger, plan_file
 
 ADJACENCY = "add/remove one record"
 """A record is one unit of privacy: one image, or all images of one patient, say (``DataSpec.unit``)."""
@@ -96,20 +95,14 @@ def read_budget(rundir: RunDir) -> dict[str, Any] | None:
     Returns:
         data, epsilon, delta, examples, spent (upper bound of ε), private.
     """
-    document = read_plan_file(rundir)
-    if document is None:
+    ledger, document = open_run_ledger(rundir), read_plan_file(rundir)
+    if document is None or ledger is None:
         return None
-    ledger = Ledger.open(rundir.privacy_dir / "ledger.jsonl", read_only=True)
     spent = ledger.spent(document["delta"]).upper
     return {key: document[key] for key in BUDGET_KEYS} | {
         "spent": spent,
         "private": ledger.private and math.isfinite(document["epsilon"]),
     }
-
-
-def plan_file(rundir: RunDir) -> Path:
-    """Where budget and plans are kept."""
-    return rundir.path / "privacy" / "plan.json"
 
 
 def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:

@@ -112,10 +112,12 @@ def run(config: ContinueConfig, context: Context) -> dict:
             "tuned_on": None,
         }
     result["seconds"] = round(time.perf_counter() - started, 2)
+    outputs = [f"{DONE}.safetensors", f"{DONE}.json", f"{HEADS}/{HEADS}.safetensors"]
     if private:
         release.write_model(stage, model, result)
-    outputs = [f"{DONE}.safetensors", f"{DONE}.json", f"{HEADS}/{HEADS}.safetensors"]
-    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+        stage.finish(outputs, result)
+    else:
+        context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 
 

@@ -87,7 +87,7 @@ def train(config: ContinueConfig, stage: PrivateStage, training: Training, stop:
 
     def save(done: int, begun: Outcome | None) -> None:
         meta = _meta(training, "" if begun is None else begun.why, None if begun is None else begun.switch)
-        meta |= {"step": done, "ledger": None if begun is None else stage.ledger.head}
+        meta |= {"step": done, "ledger": None if begun is None else stage.keep_head()}
         checkpoint.save(folder, f"step-{done:06d}", training.state(), meta)
 
     total = config.steps

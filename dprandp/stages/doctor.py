@@ -21,8 +21,8 @@ from dprandp import locking
 from dprandp.datasets import list_datasets
 from dprandp.errors import DprandpError, InputError, StorageError
 from dprandp.files import file_sha256
-from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
+from dprandp.runledger import open_run_ledger
 from dprandp.runtable import STAGES, Record, Table
 from dprandp.runtable import read as read_table
 from dprandp.stages.budget import read_plan_file
@@ -237,10 +237,8 @@ def _stage(run: Path, table: Table, stage: str, record: Record) -> Check:
 def _privacy(run: Path) -> list[Check]:
     """Ledger, plan, and who may read ``private/``."""
     checks = []
-    ledger_file = run / "privacy" / "ledger.jsonl"
-    if ledger_file.exists() or (run / "privacy" / "plan.json").exists():
-        checks += _attempt("ledger", lambda: [_ledger(run, ledger_file)])
-        checks += _attempt("plan", lambda: [_plan(run, ledger_file)])
+    checks += _attempt("ledger", lambda: _ledger(RunDir.open(run, create=False)))
+    checks += _attempt("plan", lambda: _plan(RunDir.open(run, create=False)))
     private = run / "private"
     if private.is_dir():
         mode = stat.S_IMODE(private.stat().st_mode)
@@ -251,28 +249,29 @@ def _privacy(run: Path) -> list[Check]:
     return checks
 
 
-def _ledger(run: Path, path: Path) -> Check:
+def _ledger(rundir: RunDir) -> list[Check]:
     said: list[str] = []
-    ledger = Ledger.open(path, read_only=True, warn=said.append)
+    ledger = open_run_ledger(rundir, warn=said.append)
+    if ledger is None:
+        return []
     steps = sum(charge.steps for charge in ledger.charges)
-    if said:
-        return Check("ledger", WARN, said[0])
     stamp = "" if ledger.private else "; NOT PRIVATE: steps without noise, or with noise from a seed"
-    return Check("ledger", WARN if stamp else OK, f"chain of {steps} paid steps is whole{stamp}")
+    found = f"whole, {steps} steps charged; the results in run.json are those it holds{stamp}"
+    return [Check("ledger", WARN, said[0]) if said else Check("ledger", WARN if stamp else OK, found)]
 
 
-def _plan(run: Path, ledger_file: Path) -> Check:
-    document = read_plan_file(RunDir.open(run, create=False))
-    ledger = Ledger.open(ledger_file, read_only=True, warn=lambda text: None)
+def _plan(rundir: RunDir) -> list[Check]:
+    document, ledger = read_plan_file(rundir), open_run_ledger(rundir, warn=lambda text: None)
+    if ledger is None:
+        return []
     if document is None:
-        if ledger.charges:
-            return Check("plan", FAIL, f"{run / 'privacy' / 'plan.json'} is missing, but the ledger holds charges", 4)
-        return Check("plan", OK, "none yet, and nothing was paid")
+        return [Check("plan", OK, "none yet, and nothing was charged")]
     if document["examples"] != ledger.examples:
-        return Check("plan", FAIL, "budget and ledger are of different data: their numbers of examples differ", 4)
+        return [Check("plan", FAIL, "budget and ledger are of different data: their N differ", 4)]
     spent = ledger.spent(document["delta"]).upper
     found = f"ε = {spent:.4g} spent of {document['epsilon']:g} at δ = {document['delta']:g}"
-    return Check("plan", OK, found) if spent <= document["epsilon"] else Check("plan", FAIL, found, 5)
+    within = spent <= document["epsilon"]
+    return [Check("plan", OK, found) if within else Check("plan", FAIL, found, 5)]
 
 
 def _model(run: Path) -> Check:

@@ -117,7 +117,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     }
     release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
-    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+    stage.finish(outputs, result)
     return result
 
 
@@ -258,7 +258,7 @@ def _train(
     mechanism = stage.mechanism(first_step, ledger_head)
 
     def save(done: int) -> None:
-        checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.ledger.head})
+        checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.keep_head()})
 
     with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():

@@ -142,6 +142,10 @@ def fit_head(
     precise = plan.noise == "discrete"  # then rounding must not add to the sensitivity either
     rows = unit_rows(stage.dataset)
     units = None if rows is None else UnitFeatures(rows, features, labels)
+
+    def save(done: int) -> None:
+        checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.keep_head()})
+
     with stage.context.console.progress(plan.steps, f"{stage.name} steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------------- private: a clipped sum
@@ -160,11 +164,7 @@ def fit_head(
             log.write(step=step.number, update_norm=update_norm, weight_norm=weight_norm)
             progress.advance(1)
             done = step.number + 1
-            meta = {"step": done, "ledger": stage.ledger.head}
-            stop.end_step(
-                done % every == 0 or mechanism.remaining_steps == 0,
-                partial(checkpoint.save, folder, f"step-{done:06d}", state, meta),
-            )
+            stop.end_step(done % every == 0 or mechanism.remaining_steps == 0, partial(save, done))
     released = released_head(state, settings)
     checkpoint.save(folder, HEAD, {HEAD: released}, {"updates": mechanism.next_step}, keep=1)
     return released, mechanism.next_step

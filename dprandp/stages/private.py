@@ -10,7 +10,7 @@ The order matters and is the same in both stages:
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from dprandp import faults
@@ -23,8 +23,10 @@ from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
+from dprandp.runledger import ledger_file, open_run_ledger, plan_file
+from dprandp.runtable import result_digest
 from dprandp.stages import training_data
-from dprandp.stages.budget import ADJACENCY, NO_PUBLIC_PART, Budget, plan_file, read_plan_file
+from dprandp.stages.budget import ADJACENCY, NO_PUBLIC_PART, Budget, read_plan_file
 from dprandp.stages.context import Context
 
 CONTINUE = "continue"
@@ -51,6 +53,7 @@ class PrivateStage:
         self.plan: PrivatePlan | SelectionPlan
         self.attempt = 1
         self._ledger: Ledger | None = None  # None until the run's first plan is fixed
+        self._further: list[PrivateStage] = []
         self._fingerprint: str | None = None  # None until the private pixels are read
 
     @property
@@ -71,17 +74,10 @@ class PrivateStage:
         Raises:
             CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
         """
-        path, planned = self._ledger_path, plan_file(self.context.rundir).exists()
-        if not path.exists() and not planned:
-            return []
-        ledger = Ledger.open(path, read_only=not write, **self._ledger_options)
-        if not planned:
-            if ledger.events():
-                raise CheckpointError(
-                    f"{plan_file(self.context.rundir)} is missing, but the ledger beside it holds charges",
-                    fix="restore it from a copy: without it nobody knows this run's budget",
-                )
-            return []  # stopped between making the ledger and writing the plan: nothing was paid
+        path, planned = ledger_file(self.context.rundir), plan_file(self.context.rundir).exists()
+        ledger = open_run_ledger(self.context.rundir, write=write, **self._ledger_options)
+        if ledger is None or not planned:
+            return []  # not begun, or stopped between making the ledger and writing the plan: nothing was charged
         if ledger.data_unit != _data_unit(self.spec):
             raise CheckpointError(
                 f"{path} is of another unit of privacy than {plan_file(self.context.rundir)}",
@@ -90,10 +86,6 @@ class PrivateStage:
         self._ledger = ledger
         self.attempt = ledger.last_attempt(self.name) + 1
         return ledger.events()
-
-    @property
-    def _ledger_path(self) -> Path:
-        return self.context.rundir.path / "privacy" / "ledger.jsonl"
 
     @property
     def _ledger_options(self) -> dict[str, Any]:
@@ -145,11 +137,10 @@ class PrivateStage:
         self.keep_data()  # before the plan: a plan without it would look like a lost record
         if self._ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
             _ = self.context.rundir.privacy_dir  # makes the folder
-            with storage_errors(self._ledger_path, "replace"):
-                self._ledger_path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
-            self._ledger = Ledger.create(
-                self._ledger_path, self.spec.train_units, _data_unit(self.spec), **self._ledger_options
-            )
+            path = ledger_file(self.context.rundir)
+            with storage_errors(path, "replace"):
+                path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
+            self._ledger = Ledger.create(path, self.spec.train_units, _data_unit(self.spec), **self._ledger_options)
         document = read_plan_file(self.context.rundir) or {
             "format": 1,
             "data": self.budget.data,
@@ -168,6 +159,27 @@ class PrivateStage:
             "plan": self.plan.to_dict(),
         }
         atomic_write(plan_file(self.context.rundir), to_json(document, indent=1) + "\n")
+        self.keep_head()
+
+    def keep_head(self) -> str:
+        """Record the ledger's head in run.json, and return it, for a checkpoint that is about to be written.
+
+        Guarantee:
+            From now on a ledger that lacks what was charged by now is refused (``runledger.py``).
+        """
+        self.context.rundir.keep_ledger_head(self.ledger.head)
+        return self.ledger.head
+
+    def finish(self, outputs: Sequence[str], result: dict[str, Any]) -> None:
+        """Seal the stage's result in the ledger and record the stage as done.
+
+        Args:
+            outputs: files below the stage's folder that later stages are made from.
+            result: with the keys of ``disclosure``.
+        """
+        rundir = self.context.rundir
+        self.ledger.seal_result(stage=self.name, attempt=self.attempt, digest=result_digest(result))
+        rundir.finish(self.name, rundir.hash_outputs(self.name, outputs), result, ledger_head=self.ledger.head)
 
     def replan(self, steps: int) -> None:
         """Another number of steps for the same part of the budget, with the noise that they need.
@@ -216,6 +228,7 @@ class PrivateStage:
         """
         further = PrivateStage(name, self.dataset, self.budget, self.context)
         further._ledger, further._fingerprint = self.ledger, self._fingerprint
+        self._further.append(further)
         recorded = (read_plan_file(self.context.rundir) or {"stages": {}})["stages"].get(name)
         if recorded and recorded.get("parent_attempt") == self.attempt:
             further.plan, further.attempt = PrivatePlan.from_dict(recorded["plan"]), recorded["attempt"]
@@ -250,8 +263,8 @@ class PrivateStage:
         """
         if ledger_head is not None and not self.ledger.includes(ledger_head):
             raise CheckpointError(
-                f"{self._ledger_path} is older than the checkpoint of stage {self.name!r}, whose updates were paid "
-                "for by lines that it does not hold",
+                f"{ledger_file(self.context.rundir)} is older than the checkpoint of stage {self.name!r}, whose "
+                "updates were paid for by lines that it does not hold",
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
         return PrivateMechanism(
@@ -283,6 +296,7 @@ class PrivateStage:
             "noise_multiplier": self.plan.noise_multiplier,
             "sample_rate": self.plan.sample_rate,
             "steps": self.plan.steps,
+            "attempt": self.attempt,
             "charged_steps": paid,
             "lost_steps": paid - updates,
             "clip_norm": self.plan.clip_norm,
@@ -293,10 +307,27 @@ class PrivateStage:
             "train_units": self.plan.examples,
             **({} if self.budget.public_part == NO_PUBLIC_PART else {"public_part": self.budget.public_part}),
             "noise": self.plan.noise,
+            "also_charged": self._also_charged(),
+            "ledger_head": self.ledger.head,
             "random": self.ledger.random,
             "private": self.ledger.private and math.isfinite(bound.upper),
             "device": self.context.device.type,
         }
+
+
+    def _also_charged(self) -> list[dict[str, Any]]:
+        """What the ledger holds beside this stage's own mechanisms, a dict of public facts each, in order.
+
+        A selection among private trials is not in this list: the result's ``tuned`` names it.
+        """
+        own = {(stage.name, stage.attempt) for stage in (self, *self._further)}
+        found: dict[tuple[Any, ...], int] = {}
+        for charge in self.ledger.charges:
+            if (charge.stage, charge.attempt) not in own:
+                key = (charge.stage, charge.attempt, charge.sample_rate, charge.noise_multiplier, charge.clip_norm)
+                found[key] = found.get(key, 0) + charge.steps
+        names = ("stage", "attempt", "sample_rate", "noise_multiplier", "clip_norm")
+        return [{**dict(zip(names, key, strict=True)), "charged_steps": steps} for key, steps in found.items()]
 
 
 def _data_unit(spec: DataSpec) -> str:

@@ -107,7 +107,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "seconds": round(time.perf_counter() - started, 2),
     }
     release.write_model(stage, model, result)
-    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, [f"{HEAD}.safetensors", WHITENER_FILE]), result)
+    stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)
     return result
 
 

@@ -70,12 +70,9 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
         if result["stage"] != "continue" and recorded["continue"]["result"]:
             pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
         arch = pretrain["arch"]
-    # their cost is part of this result's epsilon, also where the model was not made from them
-    others = [recorded[name]["result"] for name in ("continue", "probe", "finetune") if name != result["stage"]]
     result = {**result, "data": public_data_name(result["data"])}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    charged = [other for other in others if other and "epsilon" in other]
-    card = model_card(result, pretrain, generate, earlier=charged)
+    card = model_card(result, pretrain, generate)
     content = {"model.safetensors": to_safetensors(tensors), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,

@@ -18,7 +18,10 @@ from dprandp import config as configuration
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.files import from_json, storage_errors
 from dprandp.reporting.disclosure import why_not_private
+from dprandp.rundir import RunDir
+from dprandp.runledger import open_run_ledger
 from dprandp.runresults import wrong_entry
+from dprandp.runtable import thawed
 from dprandp.stages.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.tensorfile import check_tensors, tensors_from_bytes
 from dprandp.vision.classifier import Classifier
@@ -103,6 +106,30 @@ def load_model(folder: Path | str) -> ReleasedModel:
     return ReleasedModel(network, classes, shape, config["input"]["mirror"], config, content)
 
 
+def load_run_model(rundir: RunDir) -> ReleasedModel:
+    """The model of a run, held against the run's ledger and results.
+
+    Raises:
+        As ``load_model`` and ``open_run_ledger``. CheckpointError: the model was not made in this run, or says other
+            things of itself than the run does.
+    """
+    model, ledger = load_model(rundir.model_dir), open_run_ledger(rundir)
+    if ledger is None or not ledger.includes(model.result.get("ledger_head", "")):
+        raise CheckpointError(
+            f"{rundir.model_dir} holds a model whose privacy cost is not in this run's ledger",
+            fix="restore the run as a whole from a copy; a model from elsewhere is named with --model",
+        )
+    said = rundir.result(model.result["stage"])
+    if said.get("ledger_head") == model.result["ledger_head"]:  # else its stage was begun afresh since
+        own = thawed(model.result)
+        if said | {"data": own["data"]} != own:
+            raise CheckpointError(
+                f"{rundir.model_dir / 'config.json'} says other things of the model than run.json does",
+                fix="restore the run's model folder from a copy",
+            )
+    return model
+
+
 def _config(path: Path, data: bytes) -> dict[str, Any]:
     """Parse and check config.json, field by field, as far as the network is built from it."""
     why = "it is no valid JSON"
@@ -132,6 +159,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
             and type(result["private"]) is bool
             and isinstance(result["random"], str)
+            and isinstance(result["stage"], str)
             and wrong_entry(result) is None
             and not math.isnan(float(result["epsilon"]) + float(result["noise_multiplier"]))
         )

@@ -87,6 +87,7 @@ def choose_privately(
         trial.score(torch.cat(answers) == labels[held_out])
 
     best, score = selection.run(one_trial)
+    stage.keep_head()
     # ------------------------------------------------------------------------------------------ from here on: paid for
     record = {
         "noisy_right_answers": score,

@@ -48,7 +48,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, int, str]] = {
     "no head": (lambda run: (run / "3-probe/head.safetensors").unlink(), "probe", "fail", 4, "head.safetensors is"),
     "ledger": (lambda run: flipped(run / "privacy/ledger.jsonl"), "ledger", "fail", 4, "cannot be trusted"),
     "no ledger": (lambda run: (run / "privacy/ledger.jsonl").unlink(), "ledger", "fail", 4, "is missing"),
-    "no plan": (lambda run: (run / "privacy/plan.json").unlink(), "plan", "fail", 4, "plan.json is missing"),
+    "no plan": (lambda run: (run / "privacy/plan.json").unlink(), "ledger", "fail", 4, "plan.json is missing"),
     "plan": (lambda run: (run / "privacy/plan.json").write_text("[]"), "plan", "fail", 4, "plan.json is damaged"),
     "model": (lambda run: flipped(run / "model/model.safetensors"), "model", "fail", 4, "not the file that was"),
     "open": (lambda run: (run / "private").chmod(0o755), "private", "warn", 0, "mode 755"),

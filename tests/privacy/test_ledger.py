@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -339,3 +340,46 @@ def test_lines_are_plain_json(filled, path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["kind"] for record in records] == ["header"] + ["charge"] * 5
     assert records[1]["previous"] == records[0]["hash"]
+
+
+# -------------------------------------------------------------------------------------------------- seals of results
+
+
+def test_a_seal_costs_nothing_and_the_latest_counts(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
+    ledger.charge(
+        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy"
+    )
+    before = ledger.events()
+    ledger.seal_result(stage="probe", attempt=1, digest="a" * 64)
+    ledger.seal_result(stage="probe", attempt=2, digest="b" * 64)
+    again = Ledger.open(ledger.path)
+    assert again.events() == ledger.events() == before
+    assert (again.seals["probe"].attempt, again.seals["probe"].digest) == (2, "b" * 64)
+    assert again.head == ledger.head
+    assert again.private
+
+
+@pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, 7])
+def test_a_seal_that_is_none_is_refused_on_reading(tmp_path: Path, digest: object) -> None:
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
+    line, _ = ledger_line.seal({"kind": "result", "stage": "probe", "attempt": 1, "digest": digest}, ledger.head)
+    ledger.path.write_bytes(ledger.path.read_bytes() + line)
+    with pytest.raises(CheckpointError, match="Line 2"):
+        Ledger.open(ledger.path)
+
+
+def test_a_torn_seal_is_dropped_and_a_charge_before_it_stays(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
+    ledger.charge(
+        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy"
+    )
+    whole = ledger.path.read_bytes()
+    ledger.seal_result(stage="probe", attempt=1, digest="a" * 64)
+    torn = ledger.path.read_bytes()
+    for end in range(len(whole) + 1, len(torn)):
+        ledger.path.write_bytes(torn[:end])
+        said: list[str] = []
+        opened = Ledger.open(ledger.path, warn=said.append)
+        assert opened.charged_steps("probe", 1) == 3
+        assert said

@@ -15,6 +15,7 @@ from dprandp.console import MetricsLog
 from dprandp.files import atomic_write
 from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
+from dprandp.runtable import result_digest
 
 EVIL = "<script>alert(1)</script>"
 CANARY = "canary-of-the-private-folder"
@@ -68,7 +69,13 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "noise_multiplier": 133.7 if full else 2.345,
         "sample_rate": 1.0 if full else 0.0207,
         "steps": 120 if full else 20,
+        "attempt": 1,
         "charged_steps": 123 if full else 22,
+        "also_charged": [] if full else [
+            {"stage": "probe", "attempt": 1, "sample_rate": 1.0, "noise_multiplier": 133.7, "clip_norm": 1.25,
+             "charged_steps": 123}
+        ],
+        "ledger_head": "0" * 64,
         "lost_steps": 3 if full else 2,
         "clip_norm": 1.25,
         "views": 4,
@@ -112,7 +119,17 @@ def complete(run: RunDir, stage: str, result: dict[str, Any], lines: int, **sett
         for step in range(min(lines, result["steps"])):
             norms = {"update_norm": float(rng.normal(3, 0.1)), "weight_norm": 0.4 * math.sqrt(step)}
             log.write(step=step, **norms, secret=12321.5)
-    run.finish(stage, {}, result)
+    finish(run, stage, result)
+
+
+def finish(run: RunDir, stage: str, result: dict[str, Any]) -> None:
+    """As the stages do: a private result is sealed in the ledger."""
+    if "epsilon" not in result:
+        run.finish(stage, {}, result)
+        return
+    ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")
+    ledger.seal_result(stage=stage, attempt=1, digest=result_digest(result))
+    run.finish(stage, {}, result, ledger_head=ledger.head)
 
 
 def make_run(path: Path, stages: int = 4, lines: int = 1, **changes: Any) -> RunDir:
@@ -134,7 +151,7 @@ def make_run(path: Path, stages: int = 4, lines: int = 1, **changes: Any) -> Run
             charge(ledger, "probe", 123, 133.7, changes.get("random", "os-entropy"))
             complete(run, "probe", private_result("probe", **changes), lines, views=4, clip_norm=1.25)
         if stages > 3:
-            charge(ledger, "finetune", 22, 30.0)
+            charge(Ledger.open(ledger.path), "finetune", 22, 30.0)
             complete(run, "finetune", private_result("finetune", **changes), lines, views=4, clip_norm=1.25)
     return run
 

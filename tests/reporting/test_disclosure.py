@@ -111,7 +111,7 @@ def test_disclosure_follows_the_result(key: str, value: Any, label: str) -> None
 def test_report_and_card_show_the_whole_disclosure(tmp_path: Path) -> None:
     run = make_run(tmp_path / "x")
     text = Page(written(run)).text
-    card = model_card(private_result("finetune"), PRETRAINED, GENERATED, earlier=[private_result("probe")])
+    card = model_card(private_result("finetune"), PRETRAINED, GENERATED)
     plain = card.replace("\\", "")
     for stage in ("probe", "finetune"):
         for label, value in disclosure(private_result(stage), PRETRAINED, GENERATED):
@@ -119,7 +119,7 @@ def test_report_and_card_show_the_whole_disclosure(tmp_path: Path) -> None:
             assert value in text, label
             if stage == "finetune":
                 assert f"| {label} | {value} |" in plain
-    assert "Also counted in ε | probe: q = 1, T = 123, σ = 133.7, C = 1.25, K = 4 |" in plain
+    assert "Also counted in ε | probe: q = 1, T = 123, σ = 133.7, C = 1.25 |" in plain
 
 
 @pytest.mark.parametrize("key", disclosing.NEEDED)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import CANARY, EVIL, GENERATED, PRETRAINED, charge, make_run, private_result, written
+from fake_run import CANARY, EVIL, GENERATED, PRETRAINED, charge, finish, make_run, private_result, written
 from html_page import Page, outside_references
 
 from dprandp import config, report
@@ -99,7 +99,7 @@ def test_stale_stage_is_named(tmp_path: Path) -> None:
             run.finish(stage, run.hash_outputs(stage, ["made"]), result)
         Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437)
         run.begin("probe", {}, {"generate/made": "0" * 64})
-        run.finish("probe", {}, private_result("probe"))
+        finish(run, "probe", private_result("probe"))
     text = Page(written(run)).text
     assert "Stage probe is stale: it was made from another generate/made" in text
 
@@ -109,7 +109,7 @@ def test_stale_fine_tune_gives_way_to_the_probe_but_stays_paid(tmp_path: Path) -
     charge(Ledger.open(run.privacy_dir / "ledger.jsonl"), "finetune", 4, 10.0)
     with run.lock():
         run.begin("finetune", {}, {"probe/head.safetensors": "0" * 64})
-        run.finish("finetune", {}, private_result("finetune"))
+        finish(run, "finetune", private_result("finetune"))
     page = Page(written(run))
     assert "Test accuracy 86.1 %" in page.text
     assert "after stage probe" in page.text

@@ -194,7 +194,7 @@ RESULT_KEYS = {
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
     "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
     "extractor_colour",  # as the data declare their channels
-    "precision",
+    "precision", "attempt", "also_charged", "ledger_head",
 }  # fmt: skip
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "precision", "result", "sha256"}
@@ -203,6 +203,7 @@ CHARGE_KEYS = {
     "time",
     "previous", "hash",
 }  # fmt: skip
+SEAL_KEYS = {"kind", "stage", "attempt", "digest", "time", "previous", "hash"}
 PLAN_KEYS = {"format", "data", "epsilon", "delta", "examples", "adjacency", "unit", "stages"}
 
 
@@ -225,7 +226,7 @@ def test_17_logs_hold_norms_of_noisy_updates_and_nothing_else(tuned_run: Path) -
         assert all(set(line) == {"step", "update_norm", "weight_norm"} for line in lines)
     header, *charges = [json.loads(line) for line in (tuned_run / "privacy/ledger.jsonl").read_text().splitlines()]
     assert set(header) == {"kind", "format", "data_unit", "adjacency", "examples", "created", "previous", "hash"}
-    assert all(set(charge) == CHARGE_KEYS for charge in charges)
+    assert all(set(line) == (SEAL_KEYS if line["kind"] == "result" else CHARGE_KEYS) for line in charges)
     assert set(read_json(tuned_run / "privacy/plan.json")) == PLAN_KEYS
 
 

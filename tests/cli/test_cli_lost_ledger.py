@@ -1,0 +1,188 @@
+"""A privacy ledger that is deleted, cut, put back from an older copy or swapped, and results edited by hand: every
+command that spends, reports or releases refuses, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_process import Dprandp, refused, state_of
+
+RunAfter = Callable[[str], Path]
+Stages = dict[str, Path]
+
+
+def ledger(run: Path) -> Path:
+    return run / "privacy" / "ledger.jsonl"
+
+
+def delete_the_folder(run: Path, stages: Stages) -> None:
+    shutil.rmtree(run / "privacy")
+
+
+def delete_the_ledger(run: Path, stages: Stages) -> None:
+    ledger(run).unlink()
+
+
+def delete_the_plan(run: Path, stages: Stages) -> None:
+    (run / "privacy" / "plan.json").unlink()
+
+
+def keep_the_header(run: Path, stages: Stages) -> None:
+    ledger(run).write_bytes(ledger(run).read_bytes().splitlines(keepends=True)[0])
+
+
+def cut_the_last_line(run: Path, stages: Stages) -> None:
+    ledger(run).write_bytes(b"".join(ledger(run).read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def put_back_the_probes(run: Path, stages: Stages) -> None:
+    """Of a run after its fine-tune: the privacy folder as a backup made after the probe has it."""
+    shutil.rmtree(run / "privacy")
+    shutil.copytree(stages["probe"] / "privacy", run / "privacy")
+
+
+def edit(run: Path, change: Callable[[dict], None]) -> None:
+    document = json.loads((run / "run.json").read_text())
+    change(document)
+    (run / "run.json").write_text(json.dumps(document))
+
+
+def edit_epsilon(run: Path, stages: Stages) -> None:
+    edit(run, lambda document: document["stages"]["probe"]["result"].update(epsilon=0.01))
+
+
+def edit_noise(run: Path, stages: Stages) -> None:
+    edit(run, lambda document: document["stages"]["probe"]["result"].update(noise_multiplier=5000.0))
+
+
+def edit_accuracy(run: Path, stages: Stages) -> None:
+    edit(run, lambda document: document["stages"]["probe"]["result"].update(accuracy=0.99))
+
+
+def forget_the_head(run: Path, stages: Stages) -> None:
+    edit(run, lambda document: document.update(ledger_head=None))
+
+
+LOSSES = [delete_the_folder, delete_the_ledger, delete_the_plan, keep_the_header, cut_the_last_line]
+EDITS = [edit_epsilon, edit_noise, edit_accuracy, forget_the_head]
+COMMANDS = {
+    "status": ["status"],
+    "report": ["report"],
+    "probe afresh": ["probe", "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml", "--overwrite"],
+    "finetune": ["finetune", "--config", "small.toml"],
+    "finetune afresh": ["finetune", "--config", "small.toml", "--overwrite"],
+    "plan": ["finetune", "--config", "small.toml", "--plan"],
+    "tune": ["tune", "--on", "private", "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml"],
+    "predict": ["predict", "--data", "npz:tiny.npz"],
+    "export": ["export", "--out", "elsewhere"],
+    "audit": ["audit"],
+}
+
+
+def refuses(dprandp: Dprandp, run: Path, name: str) -> None:
+    before = state_of(run)
+    refused(dprandp(*COMMANDS[name], "--run", run, "--json"), 4)
+    after = state_of(run)
+    assert {file: after.get(file) for file in before} == before
+    assert set(after) - set(before) <= {"privacy", "private/training-data.json"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("loss", [*LOSSES, *EDITS])
+def test_refused_after_a_probe(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None], name: str
+) -> None:
+    run = run_after("probe")
+    loss(run, stages)
+    refuses(dprandp, run, name)
+
+
+@pytest.mark.parametrize("name", ["status", "report", "finetune afresh", "predict", "audit"])
+@pytest.mark.parametrize("loss", [delete_the_folder, cut_the_last_line, put_back_the_probes, edit_noise])
+def test_refused_after_a_finetune(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None], name: str
+) -> None:
+    run = run_after("finetune")
+    loss(run, stages)
+    refuses(dprandp, run, name)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *EDITS])
+def test_doctor_sees_it(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None]
+) -> None:
+    run = run_after("probe")
+    loss(run, stages)
+    done = dprandp("doctor", "--run", run, "--json")
+    assert done.code == 4, done.err
+    found = {check["name"]: check["state"] for check in done.json["checks"]}
+    assert found["ledger"] == "fail"
+
+
+def test_overwrite_does_not_make_the_run_forget(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """What was released stays counted although its stage was begun afresh, and stopped, since."""
+    run = run_after("probe")
+    again = ["probe", "--run", run, "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml", "--overwrite"]
+    done = dprandp(*again, DPRANDP_FAULT="update-applied:1")
+    assert done.code == -9, done.err
+    assert json.loads((run / "run.json").read_text())["stages"]["probe"]["result"] == {}
+    shutil.rmtree(run / "privacy")
+    refused(dprandp(*again), 4, "ledger")
+
+
+def test_a_ledger_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    """The same settings, data and budget: only the hashes tell."""
+    run, other = run_after("probe"), tmp_path / "other"
+    shutil.copytree(run, other)
+    for path in (other / "run.json", other / "privacy"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in ("3-probe", "model", "private", "2-pretrain", "1-generate"):
+        shutil.rmtree(other / folder)
+    for stage, flags in {
+        "generate": ["--workers", 1], "pretrain": [], "probe": ["--data", "npz:tiny.npz", "--eps", 2]
+    }.items():  # fmt: skip
+        done = dprandp(stage, "--run", other, "--config", "small.toml", *flags)
+        assert done.code == 0, done.err
+    shutil.rmtree(run / "privacy")
+    shutil.copytree(other / "privacy", run / "privacy")
+    refused(dprandp("status", "--run", run), 4, "another run")
+
+
+def test_a_model_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
+    shutil.rmtree(run / "model")
+    shutil.copytree(run_after("probe") / "model", run / "model")
+    done = dprandp("predict", "--run", run, "--data", "npz:tiny.npz")
+    assert done.code == 0, done.err  # an earlier model of this very run: its cost is in the ledger
+    config = run / "model" / "config.json"
+    text = config.read_text()
+    config.write_text(re.sub(r'"epsilon": [0-9.]+', '"epsilon": 0.01', text))
+    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "config.json")
+    config.write_text(re.sub(r'"ledger_head": "[0-9a-f]+"', f'"ledger_head": "{"0" * 64}"', text))
+    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "not in this run's ledger")
+
+
+def test_the_card_says_what_the_ledger_holds(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """A probe, abandoned after two steps and made afresh, then a fine-tune: its card names both attempts."""
+    run = run_after("pretrain")
+    probe = ["probe", "--run", run, "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml"]
+    assert dprandp(*probe, DPRANDP_FAULT="update-applied:2").code == -9
+    for command in ([*probe, "--overwrite"], ["finetune", "--run", run, "--config", "small.toml"]):
+        done = dprandp(*command)
+        assert done.code == 0, done.err
+    charges = [json.loads(line) for line in ledger(run).read_text().splitlines()]
+    counts = {
+        attempt: sum(c["steps"] for c in charges if c["kind"] == "charge" and (c["stage"], c["attempt"]) == attempt)
+        for attempt in (("probe", 1), ("probe", 2))
+    }
+    assert counts == {("probe", 1): 2, ("probe", 2): 5}
+    (row,) = (line for line in (run / "model" / "MODEL_CARD.md").read_text().splitlines() if "Also counted" in line)
+    assert "probe: q = 1, T = 2," in row
+    assert "probe, attempt 2: q = 1, T = 5," in row
+    assert dprandp("report", "--run", run).code == 0
+    assert "probe, attempt 2: q = 1, T = 5," in (run / "report.html").read_text()
