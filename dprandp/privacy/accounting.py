@@ -45,7 +45,7 @@ _LEAST_PART = 0.005
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
 MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
-_FIXED = "A run's budget cannot grow once it has begun."
+FIXED = "A run's budget cannot grow once it has begun."
 
 
 _LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
@@ -274,16 +274,20 @@ def calibrate(
         raise UsageError("There are no steps to calibrate the noise for.", fix="Give at least one step.")
     if math.isinf(epsilon):
         return 0.0
-    before = compose(spent, delta, warn)
-    if before.upper >= epsilon * (1 - _LEAST_PART):
-        raise BudgetError(
-            f"This run has already spent ε = {before.upper:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
-            fix=f"{_FIXED} Start a new run, and add up what both release.",
-        )
+    refuse_spent(compose(spent, delta, warn).upper, epsilon, delta)
     noise_multiplier, complaint = _calibrate(epsilon, delta, sample_rate, int(steps), tuple(merge_events(spent)))
     if complaint:
         warn(complaint)
     return noise_multiplier
+
+
+def refuse_spent(spent: float, epsilon: float, delta: float) -> None:
+    """Raise BudgetError where what was spent leaves less than 0.5 % of ``epsilon``."""
+    if spent >= epsilon * (1 - _LEAST_PART):
+        raise BudgetError(
+            f"This run has already spent ε = {spent:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
+            fix=f"{FIXED} Start a new run, and add up what both release.",
+        )
 
 
 @lru_cache(maxsize=128)
@@ -322,7 +326,7 @@ def _calibrate(
         left = "What is left of " if spent else ""
         raise BudgetError(
             f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps, however large the noise.",
-            fix=f"{_FIXED} Give fewer steps, or start a new run and add up what both release."
+            fix=f"{FIXED} Give fewer steps, or start a new run and add up what both release."
             if spent
             else "Give a larger --eps, or fewer steps.",
         )

@@ -23,13 +23,14 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.privacy.accounting import EpsilonBound, Event, Warn, compose, merge_events, warn_by_log
+from dprandp.privacy.accounting import EpsilonBound, Event, Warn, merge_events, warn_by_log
+from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger_line import (
     FIRST_PREVIOUS,
     FORMAT,
@@ -64,6 +65,7 @@ class Ledger:
         self.header: dict[str, Any] = {}
         self.charges: list[Charge] = []
         self.tunings: list[TuningCharge] = []
+        self._in_order: list[Charge | TuningCharge] = []
         self.seals: dict[str, ResultSeal] = {}
         self.head = FIRST_PREVIOUS
         self._hashes: set[str] = set()
@@ -177,6 +179,7 @@ class Ledger:
         stage: str,
         attempt: int,
         steps: int,
+        planned: int,
         noise_multiplier: float,
         sample_rate: float,
         clip_norm: float,
@@ -184,6 +187,11 @@ class Ledger:
         noise: str = "gaussian",
     ) -> Charge:
         """Pay for a block of steps. Use nothing it pays for before this has returned.
+
+        Args:
+            stage, attempt: whose steps they are. steps: T of the block. planned: T of the attempt's whole plan.
+            noise_multiplier, sample_rate, clip_norm, noise: σ, q, C and kind of noise of each step.
+            random: 'os-entropy' or 'insecure-seed'.
 
         Guarantee:
             On return the line is on disk. If this raises, the block must be taken as paid and must not be used.
@@ -196,7 +204,12 @@ class Ledger:
         refuse_senseless(stage, attempt, steps, random, noise)
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
         before = self.charged_steps(stage, attempt)
-        charge = Charge(stage, int(attempt), before, int(steps), *values, random, noise=noise)
+        if before + steps > planned:
+            raise UsageError(
+                f"A charge would bring stage {stage!r}, attempt {attempt}, to {before + steps} steps of {planned}.",
+                fix="Plan the stage again with --overwrite.",
+            )
+        charge = Charge(stage, int(attempt), before, int(steps), int(planned), *values, noise, random)
         _ = charge.event  # refuses impossible values before they are written
         self._append(charge, {})
         return charge
@@ -219,10 +232,27 @@ class Ledger:
         """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
         return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
 
-    def events_besides(self, stage: str, attempt: int) -> list[Event]:
-        """What everything but one attempt of one stage has paid."""
-        paid = [*self.charges, *self.tunings]
-        return merge_events([c.event for c in paid if (c.stage, c.attempt) != (stage, attempt)])
+    def stages(self, besides: Collection[tuple[str, int]] = ()) -> list[list[Event]]:
+        """What each attempt of each stage counts as, in the order in which they began; see ``adaptive``.
+
+        Full batches count as far as they were charged; an attempt with sampled batches counts as its whole plan from
+        its first charge on, since it may be left at any moment.
+
+        Args:
+            besides: (stage, attempt) of those to be left out.
+        """
+        found: dict[tuple[str, int], list[Event]] = {}
+        for charge in self._in_order:
+            key = (charge.stage, charge.attempt)
+            if key in besides:
+                continue
+            if isinstance(charge, TuningCharge):
+                found.setdefault(key, []).append(charge.event)
+            elif charge.sample_rate == 1:
+                found[key] = merge_events([*found.get(key, []), charge.event])
+            else:
+                found[key] = [charge.counted]
+        return list(found.values())
 
     def charged_steps(self, stage: str, attempt: int) -> int:
         """Steps paid in one attempt of a stage, used or lost."""
@@ -233,8 +263,12 @@ class Ledger:
         return max((c.attempt for c in [*self.charges, *self.tunings] if c.stage == stage), default=0)
 
     def spent(self, delta: float) -> EpsilonBound:
-        """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well."""
-        return compose(self.events(), delta, self._warn)
+        """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well.
+
+        Guarantee:
+            Holds also where a stage was planned after the results of earlier ones were seen (``adaptive``).
+        """
+        return compose_stages(self.stages(), delta, self._warn)
 
     def _refuse_reader(self) -> None:
         if self._read_only:
@@ -296,6 +330,7 @@ class Ledger:
         if isinstance(charge, ResultSeal):
             self.seals[charge.stage] = charge
             return
+        self._in_order.append(charge)
         if isinstance(charge, TuningCharge):
             self.tunings.append(charge)
             return

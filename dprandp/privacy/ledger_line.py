@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dprandp.errors import StorageError, UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.tuning import TuningEvent
 
-FORMAT = 1
+FORMAT = 2
 FIRST_PREVIOUS = "0" * 64
 KINDS = ("gaussian", "discrete")
 """Of noise; see ``noise`` and ``discrete_noise``."""
@@ -22,30 +22,34 @@ KINDS = ("gaussian", "discrete")
 
 @dataclass(frozen=True)
 class Charge:
-    """One paid block of ``steps`` steps; ``step`` counts the paid steps of this stage and attempt before it."""
+    """One paid block of ``steps`` steps; ``step`` counts the paid steps of this stage and attempt before it, and
+    ``planned`` is the number of steps that the attempt was planned to make in all."""
 
     stage: str
     attempt: int
     step: int
     steps: int
+    planned: int
     noise_multiplier: float
     sample_rate: float
     clip_norm: float
-    noise: str = field(default="gaussian", kw_only=True)
+    noise: str
     random: str
 
     @property
     def event(self) -> GaussianEvent:
         return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
 
+    @property
+    def counted(self) -> GaussianEvent:
+        """What the attempt counts as: of full batches these steps, of sampled ones the whole plan (``adaptive``)."""
+        return self.event if self.sample_rate == 1 else replace(self.event, steps=self.planned)
+
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is no charge.
-
-        A record of a version that knew Gaussian noise alone does not name its kind.
-        """
-        charge = cls(**{name: record[name] for name in _NAMES if name != "noise" or name in record})
-        whole = (charge.attempt, charge.step, charge.steps)
+        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is no charge."""
+        charge = cls(**{name: record[name] for name in _NAMES})
+        whole = (charge.attempt, charge.step, charge.steps, charge.planned)
         real = (charge.noise_multiplier, charge.sample_rate, charge.clip_norm)
         if not (
             isinstance(charge.stage, str)
@@ -54,6 +58,7 @@ class Charge:
             and all(type(value) in (int, float) for value in real)
             and charge.attempt >= 1
             and charge.steps >= 1
+            and 0 <= charge.step <= charge.planned - charge.steps
         ):
             raise TypeError("a value of a charge has another type or lies outside its range")
         _ = charge.event
@@ -68,7 +73,7 @@ class Charge:
         if not match:
             return None
         values = zip(_NAMES, match.groups(), strict=True)
-        return cls.from_record({name: json.loads(value) for name, value in values if value is not None})
+        return cls.from_record({name: json.loads(value) for name, value in values})
 
     def record(self) -> dict[str, Any]:
         return {"kind": "charge", **asdict(self)}
@@ -123,9 +128,7 @@ class ResultSeal:
 
 
 _NAMES = [field.name for field in fields(Charge)]
-_FIELDS = [rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES]
-_FIELDS[_NAMES.index("noise")] = f"(?:{_FIELDS[_NAMES.index('noise')]})?"  # older versions did not write it
-_TORN = re.compile(r'\{"kind":"charge",' + "".join(_FIELDS))
+_TORN = re.compile(r'\{"kind":"charge",' + "".join(rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES))
 _START = b'{"kind":"'
 _LONGEST_LINE = 700
 """Bytes: a charge has under 500 with every number written out to its last digit."""

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import Event, GaussianEvent, Warn, calibrate, compose, warn_by_log
+from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
+from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.discrete_noise import add_discrete_noise
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import NoiseKind, RandomSource, add_gaussian_noise
@@ -124,7 +125,7 @@ def make_plan(
     epsilon_total: float,
     delta: float,
     spend_epsilon: float,
-    spent: Sequence[GaussianEvent],
+    spent: Sequence[Stage],
     examples: int,
     sample_rate: float,
     steps: int,
@@ -138,12 +139,12 @@ def make_plan(
     Args:
         epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
         spend_epsilon: cumulative ε that may be spent once this stage is done, at most ``epsilon_total``.
-        spent: ``ledger.events()``: everything the run has paid.
+        spent: ``ledger.stages()``: every stage that the run has paid for.
         stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
         warn: see ``accounting.compose``.
 
     Guarantee:
-        ``compose([*spent, plan.event], delta).upper <= spend_epsilon``. No data are read.
+        ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
 
     Raises:
         BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little.
@@ -155,28 +156,28 @@ def make_plan(
             f"The stage may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
             fix="Give a share of the budget above 0, at most 1.",
         )
-    sigma = calibrate(spend_epsilon, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
+    sigma = calibrate_stage(spend_epsilon, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
     plan = PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, spend_epsilon, delta, noise)
     if noise == "discrete":
-        compose([*spent, plan.event], delta, warn)  # refuses an ε for which the lattice is too coarse
+        compose_stages([*spent, [plan.event]], delta, warn)  # refuses an ε for which the lattice is too coarse
     return plan
 
 
 def refuse_overspending(
-    stage: str, events: Sequence[Event], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
+    stage: str, stages: Sequence[Stage], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
 ) -> None:
     """The last look at a plan, by whoever carries it out: everything the run will have paid is within the target.
 
     Args:
         stage: for the message. fix: likewise.
-        events: what the ledger holds and the whole of what is planned.
-        delta, warn: as for ``accounting.compose``.
+        stages: those that the ledger holds, and the whole of what is planned.
+        delta, warn: as for ``compose_stages``.
         epsilon_target: finite.
 
     Raises:
         BudgetError: it is not, or no bound was found.
     """
-    total = compose(events, delta, warn).upper
+    total = compose_stages(stages, delta, warn).upper
     if not total <= epsilon_target:
         problem = f"Stage {stage} would bring this run to ε = {total:.4g}, above its {epsilon_target:g}."
         raise BudgetError(problem, fix=fix)
@@ -266,10 +267,10 @@ class PrivateMechanism:
         self._sampler = PoissonSampler(plan.examples, plan.sample_rate, random)
         self._refuse_mismatch(start_step)
         if math.isfinite(plan.epsilon_target):
-            others = ledger.events_besides(plan.stage, attempt)
+            others = ledger.stages(besides=[(plan.stage, attempt)])
             refuse_overspending(
                 plan.stage,
-                [*others, plan.event],
+                [*others, [plan.event]],
                 plan.delta,
                 plan.epsilon_target,
                 fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
@@ -310,6 +311,7 @@ class PrivateMechanism:
             stage=self.plan.stage,
             attempt=self.attempt,
             steps=steps,
+            planned=self.plan.steps,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,
             clip_norm=self.plan.clip_norm,
@@ -321,18 +323,18 @@ class PrivateMechanism:
     def _refuse_mismatch(self, start_step: int) -> None:
         plan, ledger = self.plan, self._ledger
         charged = ledger.charged_steps(plan.stage, self.attempt)
-        wanted = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm, plan.noise)
+        wanted = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm, plan.noise, plan.steps)
         problem = None
         if ledger.examples != plan.examples:
             problem = f"The ledger is of {ledger.examples} examples, the plan of {plan.examples}."
         elif not ledger.last_attempt(plan.stage) <= self.attempt <= ledger.last_attempt(plan.stage) + 1:
             problem = f"Attempt {self.attempt} of stage {plan.stage} does not follow what the ledger holds."
         elif any(
-            (c.noise_multiplier, c.sample_rate, c.clip_norm, c.noise) != wanted
+            (c.noise_multiplier, c.sample_rate, c.clip_norm, c.noise, c.planned) != wanted
             for c in ledger.charges
             if (c.stage, c.attempt) == (plan.stage, self.attempt)
         ):
-            problem = f"The ledger holds steps of stage {plan.stage} with other noise, rate or clip norm than the plan."
+            problem = f"The ledger holds steps of stage {plan.stage} of another plan: other noise, rate, clip or steps."
         elif not 0 <= start_step <= charged:
             problem = f"The checkpoint holds {start_step} updates, but only {charged} steps of it were paid."
         if problem:

@@ -34,7 +34,8 @@ import torch
 from scipy.optimize import brentq
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import Event, Warn, compose, warn_by_log
+from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
+from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import RandomSource, add_gaussian_noise
 from dprandp.privacy.plan import refuse_overspending, validate_budget
@@ -120,7 +121,7 @@ def make_selection_plan(
     epsilon_total: float,
     delta: float,
     spend_epsilon: float,
-    spent: Sequence[Event],
+    spent: Sequence[Stage],
     examples: int,
     mean_trials: float,
     eta: float,
@@ -137,10 +138,11 @@ def make_selection_plan(
         spent, warn: as for ``plan.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
 
     Guarantee:
-        ``compose([*spent, plan.event], delta).upper <= spend_epsilon``. No data are read.
+        ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
 
     Raises:
-        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little.
+        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little; or another stage came
+            first.
         UsageError: a value is outside its range.
     """
     validate_budget(epsilon_total, delta, examples)
@@ -149,10 +151,15 @@ def make_selection_plan(
             f"The selection may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
             fix="Give a finite --eps and a part of it above 0, at most 1.",
         )
+    if any(isinstance(event, GaussianEvent) for stage in spent for event in stage):
+        raise BudgetError(
+            "This run has looked at its private data already; what tuning costs is proven where it comes first.",
+            fix="Tune before the first private stage, in a new run; or tune on synthetic images, which costs nothing.",
+        )
     trials = TrialCount.with_mean(mean_trials, eta)
 
     def upper(mu: float) -> float:
-        return compose([*spent, TuningEvent(mu, trials.eta, trials.gamma)], delta, warn).upper
+        return compose_stages([*spent, [TuningEvent(mu, trials.eta, trials.gamma)]], delta, warn).upper
 
     if upper(_SMALLEST_MU) > spend_epsilon:
         raise BudgetError(
@@ -263,7 +270,7 @@ class PrivateSelection:
             )
         refuse_overspending(
             plan.stage,
-            [*ledger.events(), plan.event],
+            [*ledger.stages(), [plan.event]],
             plan.delta,
             plan.epsilon_target,
             fix="Give tuning a larger part of the budget, or tune on synthetic images.",

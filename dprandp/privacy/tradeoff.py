@@ -142,7 +142,7 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn
     if mu is not None:
         return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
     merged = tuple(merge_events(events))
-    epsilons, deltas, source = _curve(merged, _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
+    epsilons, deltas, source = privacy_curve(merged, _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
     return TradeOff(None, epsilons, deltas, moves, source + _path(moves), moves * _full_batch_mu(merged))
 
 
@@ -176,7 +176,7 @@ def compose_adjacency(
     most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
     share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
     # Where that hides the record already there is no need for a curve.
-    epsilons, deltas, source = _curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
+    epsilons, deltas, source = privacy_curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
     upper = _two_moves(epsilons, deltas, delta) if most else None
     # Replacing a record by one that changes nothing is removing it.
     if upper is None or most < upper:
@@ -248,7 +248,7 @@ def _path(moves: int) -> str:
     return "" if moves == 1 else ", group privacy of one removal and one addition"
 
 
-def _curve(
+def privacy_curve(
     events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
 ) -> tuple[np.ndarray, np.ndarray, str]:
     epsilons, deltas, source, complaint = _cached_curve(events, delta_error, epsilon_share)

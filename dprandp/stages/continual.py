@@ -22,7 +22,7 @@ from typing import Any
 from dprandp.config import ContinueConfig, as_dict
 from dprandp.continual_config import fraction_of
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
@@ -122,7 +122,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
 
 
 def open_stage(
-    config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[GaussianEvent] = ()
+    config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[Stage] = ()
 ) -> PrivateStage:
     """Plan the most private steps that there may be, from public facts; with public steps alone, name the data only.
 

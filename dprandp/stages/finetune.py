@@ -24,7 +24,7 @@ from torch import Tensor
 from dprandp import checkpoint, faults
 from dprandp.config import FinetuneConfig, ProbeConfig, as_dict
 from dprandp.console import MetricsLog
-from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.published import note
 from dprandp.ranks import RankError
@@ -127,7 +127,7 @@ def open_stage(
     *,
     write: bool = True,
     arch: str | None = None,
-    planned: Sequence[GaussianEvent] = (),
+    planned: Sequence[Stage] = (),
 ) -> PrivateStage:
     """Plan the joint training from public facts.
 

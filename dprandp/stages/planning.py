@@ -15,7 +15,7 @@ import torch
 
 from dprandp.config import ContinueConfig, GenerateConfig, PretrainConfig, ProbeConfig, StageConfig, as_dict
 from dprandp.pretrain_config import extractors_of
-from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
+from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.plan import PrivatePlan, make_plan
 from dprandp.rundir import DATA, IGNORED
 from dprandp.stages import continual, continual_plan, finetune
@@ -82,7 +82,7 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
 
     planned("generate", lambda config: _generate(config, context))
     planned("pretrain", lambda config: _pretrain(config, context))
-    events: list[GaussianEvent] = []
+    events: list[Stage] = []
 
     def private(name: str) -> Callable[[StageConfig], Plan]:
         def make(config: StageConfig) -> Plan:
@@ -164,16 +164,16 @@ def _private(
     config: PrivateConfig,
     context: Context,
     arch: str | None = None,
-    planned: Sequence[GaussianEvent] = (),
-) -> tuple[Plan, list[GaussianEvent]]:
+    planned: Sequence[Stage] = (),
+) -> tuple[Plan, list[Stage]]:
     """A private stage on top of what was paid and what is planned before it.
 
     Args:
         arch: of an extractor that is planned, and a probe with it; None to look at the run's own.
-        planned: unpaid events of the stages planned before.
+        planned: what is not paid yet of the stages planned before.
 
     Returns:
-        The plan, and the events of it that are not paid yet.
+        The plan, and what of it is not paid yet.
     """
     name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
     action, config = _foreseen(name, config, context)
@@ -191,13 +191,7 @@ def _private(
     recorded = (document or {"stages": {}})["stages"].get(refit_name, {})
     refit_is_recorded = recorded.get("parent_attempt") == stage.attempt
     refit_key = (refit_name, recorded["attempt"] if refit_is_recorded else 0)
-    others = [
-        charge.event
-        for charge in (ledger.charges if ledger else ())
-        if (charge.stage, charge.attempt) not in {(name, stage.attempt), refit_key}
-    ]
-    tunings = [charge.event for charge in (ledger.tunings if ledger else ())]
-    before = merge_events([*others, *tunings, *planned])
+    before = [*(ledger.stages(besides=[(name, stage.attempt), refit_key]) if ledger else []), *planned]
     mechanisms = {(name, stage.attempt): stage.plan}
     if refit_is_recorded:
         mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])
@@ -207,18 +201,22 @@ def _private(
             epsilon_total=stage.budget.epsilon,
             delta=stage.budget.delta,
             spend_epsilon=stage.budget.epsilon,
-            spent=[*before, stage.plan.event],
+            spent=[*before, [stage.plan.event]],
             examples=stage.budget.examples,
             steps=refit_steps,
             noise=stage.plan.noise,
             warn=context.console.warn,
             **finetune.REFIT,
         )
-    after = compose([*before, *(made.event for made in mechanisms.values())], stage.plan.delta, context.console.warn)
-    left = []
+    whole = [*before, *([made.event] for made in mechanisms.values())]
+    after = compose_stages(whole, stage.plan.delta, context.console.warn)
+    left: list[Stage] = []
     for key, made in mechanisms.items():
-        steps = made.steps - (ledger.charged_steps(*key) if ledger else 0)
-        left += [dataclasses.replace(made.event, steps=steps)] if steps > 0 else []
+        charged = ledger.charged_steps(*key) if ledger else 0
+        if made.sample_rate == 1 and charged < made.steps:
+            left.append([dataclasses.replace(made.event, steps=made.steps - charged)])
+        elif charged == 0:
+            left.append([made.event])
     refit = mechanisms.get(refit_key)
     keys = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
     return {

@@ -68,8 +68,8 @@ class PrivateStage:
             raise RuntimeError("there is no ledger before fix_plan()")
         return self._ledger
 
-    def open_ledger(self, *, write: bool) -> list[Event]:
-        """Open the ledger that the run has, if any, and count this attempt; returns what was paid so far.
+    def open_ledger(self, *, write: bool) -> list[list[Event]]:
+        """Open the ledger that the run has, if any, and count this attempt; returns the stages paid so far.
 
         Raises:
             CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
@@ -85,7 +85,7 @@ class PrivateStage:
             )
         self._ledger = ledger
         self.attempt = ledger.last_attempt(self.name) + 1
-        return ledger.events()
+        return ledger.stages()
 
     @property
     def _ledger_options(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class PrivateStage:
             epsilon_total=self.budget.epsilon,
             delta=self.budget.delta,
             spend_epsilon=plan.epsilon_target,
-            spent=[] if self._ledger is None else self._ledger.events(),
+            spent=[] if self._ledger is None else self._ledger.stages(),
             examples=plan.examples,
             sample_rate=plan.sample_rate,
             steps=steps,
@@ -239,7 +239,7 @@ class PrivateStage:
             epsilon_total=self.budget.epsilon,
             delta=self.budget.delta,
             spend_epsilon=self.budget.epsilon,
-            spent=self.ledger.events(),
+            spent=self.ledger.stages(),
             examples=self.budget.examples,
             sample_rate=sample_rate,
             steps=steps,

@@ -15,7 +15,8 @@ from dprandp.config import ContinueConfig, FinetuneConfig, ProbeConfig
 from dprandp.continual_config import fraction_of
 from dprandp.datasets import open_dataset, without_public_part
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy.accounting import Event, GaussianEvent, calibrate, compose
+from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.plan import PrivatePlan, make_plan, validate_budget
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
@@ -85,7 +86,7 @@ def open_private_stage(
     batch_part: float = 1.0,
     budget_part: float = 1.0,
     write: bool = True,
-    planned: Sequence[GaussianEvent] = (),
+    planned: Sequence[Stage] = (),
 ) -> PrivateStage:
     """Plan a private stage from public facts, or refuse.
 
@@ -97,7 +98,7 @@ def open_private_stage(
         budget_part: part of what is left that another stage than a probe may spend on its first mechanism (see
             ``following``).
         write: False for ``--plan``: nothing is created, and nothing is fetched.
-        planned: events of stages that are themselves only planned (``--plan``); they count as paid.
+        planned: stages that are themselves only planned (``--plan``); they count as paid.
 
     Guarantee:
         No pixel and no label has been read when this returns or raises.
@@ -129,7 +130,7 @@ def open_private_stage(
         share = DEFAULT_SHARE if config.share is None else config.share
         stage.plan = _plan_probe(public, budget.epsilon, share, spent, context)
     else:
-        before = compose(spent, budget.delta, context.console.warn).upper
+        before = compose_stages(spent, budget.delta, context.console.warn).upper
         target = before + budget_part * (budget.epsilon - before) if math.isfinite(budget.epsilon) else math.inf
         if before >= budget.epsilon:
             target = budget.epsilon  # let the planner refuse, with its own words
@@ -154,7 +155,7 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
 
 
 def _plan_probe(
-    public: dict[str, Any], epsilon: float, share: float, spent: list[Event], context: Context
+    public: dict[str, Any], epsilon: float, share: float, spent: list[Stage], context: Context
 ) -> PrivatePlan:
     """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before.
 
@@ -163,11 +164,11 @@ def _plan_probe(
     warn = context.console.warn
     own = epsilon * share
     discrete = public["noise"] == "discrete"
-    if share == 1 or all(isinstance(event, TuningEvent) for event in spent):
+    if share == 1 or all(isinstance(event, TuningEvent) for stage in spent for event in stage):
         return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=spent, warn=warn)
-    sigma = calibrate(own, public["delta"], public["sample_rate"], public["steps"], warn=warn, discrete=discrete)
+    sigma = calibrate_stage(own, public["delta"], public["sample_rate"], public["steps"], (), warn, discrete)
     event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)
-    total = compose([*spent, event], public["delta"], warn).upper
+    total = compose_stages([*spent, [event]], public["delta"], warn).upper
     if total > epsilon:
         raise BudgetError(
             f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "

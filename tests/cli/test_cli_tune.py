@@ -64,7 +64,7 @@ def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) 
     dprandp("report", "--run", run)
     assert "the best of a random number of private trials (2 expected)" in (run / "report.html").read_text()
     before = state_of(run)
-    refused(dprandp(*tune, "--overwrite", before=NO_PIXELS), 5, "too little", "tune on synthetic")
+    refused(dprandp(*tune, "--overwrite", before=NO_PIXELS), 5, "comes first", "tune on synthetic")
     assert state_of(run) == before
 
 

@@ -289,17 +289,21 @@ def test_a_mechanism_with_discrete_noise_is_paid_for_as_such(tmp_path):
     assert {value.dtype for value in released} == {torch.float32}
 
 
-def test_a_ledger_without_the_kind_of_noise_is_of_gaussian_noise():
+def test_a_ledger_names_the_kind_of_noise():
     from dprandp.privacy.ledger_line import Charge
 
-    charge = Charge("probe", 1, 0, 2, 9.0, 0.5, 1.0, "os-entropy", noise="discrete")
-    line = b'{"kind":"charge","stage":"probe","attempt":1,"step":0,"steps":2,"noise_multiplier":9.0,"sample_rate":0.5,'
-    assert Charge.from_torn(line + b'"clip_norm":1.0,"noise":"discrete","random":"os-entropy","ti') == charge
-    assert Charge.from_torn(line + b'"clip_norm":1.0,"random":"os-entropy","ti').noise == "gaussian"
-    assert Charge.from_torn(line + b'"clip_norm":1.0,"noise":"discrete","random":"os-e') is None
+    charge = Charge("probe", 1, 0, 2, 7, 9.0, 0.5, 1.0, "discrete", "os-entropy")
+    line = b'{"kind":"charge","stage":"probe","attempt":1,"step":0,"steps":2,"planned":7,"noise_multiplier":9.0,'
+    rest = b'"sample_rate":0.5,"clip_norm":1.0,'
+    assert Charge.from_torn(line + rest + b'"noise":"discrete","random":"os-entropy","ti') == charge
+    assert Charge.from_torn(line + rest + b'"random":"os-entropy","ti') is None
+    assert Charge.from_torn(line + rest + b'"noise":"discrete","random":"os-e') is None
     record = charge.record()
     assert Charge.from_record(record) == charge
-    del record["noise"]
-    assert Charge.from_record(record).noise == "gaussian"
     with pytest.raises(ValueError, match="unknown kind"):
         Charge.from_record({**record, "noise": "loud"})
+    with pytest.raises(TypeError):
+        Charge.from_record({**record, "planned": 1})
+    del record["noise"]
+    with pytest.raises(KeyError):
+        Charge.from_record(record)

@@ -11,9 +11,10 @@ import pytest
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.privacy import ledger_line
 from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
 
-VALUES = {"noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
+VALUES = {"planned": 100, "noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
 
 
 @pytest.fixture
@@ -40,7 +41,10 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
     assert again.charges == filled.charges
     assert again.head == filled.head
     assert again.events() == [GaussianEvent(9.25, 0.08192, 11), GaussianEvent(40.0, 1.0, 60)]
-    assert again.events_besides("finetune", 2) == [GaussianEvent(9.25, 0.08192, 6), GaussianEvent(40.0, 1.0, 60)]
+    planned = [GaussianEvent(9.25, 0.08192, 100)]  # sampled batches count as planned
+    whole = [[GaussianEvent(40.0, 1.0, 60)], planned, planned]
+    assert again.stages() == whole
+    assert again.stages(besides=[("finetune", 2)]) == whole[:2]
     assert (again.charged_steps("finetune", 1), again.charged_steps("finetune", 2)) == (6, 5)
     assert (again.last_attempt("finetune"), again.last_attempt("audit")) == (2, 0)
     assert again.examples == 50_000
@@ -49,8 +53,8 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
 
 
 def test_spending_is_the_composition_of_everything(filled):
-    expected = compose([GaussianEvent(40.0, 1.0, 60), GaussianEvent(9.25, 0.08192, 11)], 1e-5)
-    assert filled.spent(1e-5) == expected
+    assert filled.spent(1e-5) == compose_stages(filled.stages(), 1e-5)
+    assert filled.spent(1e-5).upper > compose(filled.events(), 1e-5).upper
 
 
 def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
@@ -265,7 +269,7 @@ def test_no_charge_is_longer_than_a_torn_line_may_be(path):
         "clip_norm": 1.2345678901234567e-100,
     }
     ledger.charge(
-        stage="finetune", attempt=2**53, steps=2**53, random="insecure-seed", noise="discrete", **lengthy
+        stage="finetune", attempt=2**53, steps=2**53, planned=2**53, random="insecure-seed", noise="discrete", **lengthy
     )
     assert len(lines_of(path)[-1]) + len(b',"repaired":true') < ledger_line._LONGEST_LINE
 
@@ -348,7 +352,8 @@ def test_lines_are_plain_json(filled, path):
 def test_a_seal_costs_nothing_and_the_latest_counts(tmp_path: Path) -> None:
     ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
     ledger.charge(
-        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy"
+        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy",
+        planned=3,
     )
     before = ledger.events()
     ledger.seal_result(stage="probe", attempt=1, digest="a" * 64)
@@ -372,7 +377,8 @@ def test_a_seal_that_is_none_is_refused_on_reading(tmp_path: Path, digest: objec
 def test_a_torn_seal_is_dropped_and_a_charge_before_it_stays(tmp_path: Path) -> None:
     ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
     ledger.charge(
-        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy"
+        stage="probe", attempt=1, steps=3, noise_multiplier=4.0, sample_rate=1.0, clip_norm=1.0, random="os-entropy",
+        planned=3,
     )
     whole = ledger.path.read_bytes()
     ledger.seal_result(stage="probe", attempt=1, digest="a" * 64)

@@ -201,8 +201,8 @@ def test_a_checkpoint_with_more_updates_than_were_paid_is_refused(ledger):
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"examples": N + 1}, "examples"), ({"clip_norm": 1.0}, "clip norm"), ({"noise_multiplier": 13.0}, "noise"),
-     ({"sample_rate": 0.2}, "rate")],
+    [({"examples": N + 1}, "examples"), ({"clip_norm": 1.0}, "another plan"), ({"steps": T + 1}, "another plan"),
+     ({"noise_multiplier": 13.0}, "another plan"), ({"sample_rate": 0.2}, "another plan")],
 )  # fmt: skip
 def test_another_plan_or_other_data_cannot_resume(ledger, changes, complaint):
     run(PrivateMechanism(plan_of(), ledger, SystemRandom()), steps=2)
@@ -226,11 +226,11 @@ PLAN = {"delta": 1e-4, "examples": N, "clip_norm": CLIP}
 
 def test_probe_finetune_and_a_rerun_share_one_budget(ledger):
     probe = make_plan(
-        stage="probe", epsilon_total=3.0, spend_epsilon=0.9, spent=ledger.events(), sample_rate=1.0, steps=20, **PLAN
+        stage="probe", epsilon_total=3.0, spend_epsilon=0.9, spent=ledger.stages(), sample_rate=1.0, steps=20, **PLAN
     )
     run(PrivateMechanism(probe, ledger, SystemRandom()))
     assert 0.89 <= ledger.spent(1e-4).upper <= 0.9
-    spent = ledger.events()
+    spent = ledger.stages()
     tune = make_plan(
         stage="finetune", epsilon_total=3.0, spend_epsilon=3.0, spent=spent, sample_rate=Q, steps=T, **PLAN, views=4
     )
@@ -242,7 +242,7 @@ def test_probe_finetune_and_a_rerun_share_one_budget(ledger):
             stage="finetune",
             epsilon_total=3.0,
             spend_epsilon=3.0,
-            spent=ledger.events(),
+            spent=ledger.stages(),
             sample_rate=Q,
             steps=1,
             **PLAN,
@@ -261,7 +261,8 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
     assert ledger.charges == []
     PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())
     ledger.charge(
-        stage="finetune", attempt=1, steps=1, noise_multiplier=12.0, sample_rate=Q, clip_norm=1.0, random="os-entropy"
+        stage="finetune", attempt=1, steps=1, noise_multiplier=12.0, sample_rate=Q, clip_norm=1.0, random="os-entropy",
+        planned=plan_of().steps,
     )
     with pytest.raises(BudgetError) as begun:
         PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())

@@ -100,7 +100,7 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
 def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy") -> None:
     ledger.charge(
         stage=stage, attempt=1, steps=steps, noise_multiplier=noise_multiplier, sample_rate=1.0, clip_norm=1.25,
-        random=random,
+        random=random, planned=10_000,
     )  # fmt: skip
 
 

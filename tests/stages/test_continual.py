@@ -26,7 +26,6 @@ from tiny_run import (
 from dprandp import checkpoint, config, report
 from dprandp.datasets.fraction import public_positions
 from dprandp.errors import BudgetError, InputError, UsageError
-from dprandp.privacy.accounting import compose
 from dprandp.privacy.plan import PrivatePlan
 from dprandp.stages import audit_continual, continual_loop, diagnose, planning, public_steps
 from dprandp.stages.audit_facts import Facts
@@ -56,7 +55,7 @@ def test_public_then_private_steps(vit_run, copy, data, record) -> None:
     assert (observed.sample_rate, observed.steps) == (24 / 96, 4)
     assert observed.noise_multiplier == pytest.approx(plan["plan"]["noise_multiplier"], rel=0.05)
     assert result["epsilon"] <= 0.7 * 8 + 1e-9
-    assert compose(ledger_of(run).events(), result["delta"]).upper == pytest.approx(result["epsilon"])
+    assert ledger_of(run).spent(result["delta"]).upper == pytest.approx(result["epsilon"])
     assert seen.paid == [1, 2, 3, 4]  # before the batch is drawn
     assert {place for place, _ in seen.tests} == {4}
     public = result["public_training"]
@@ -122,7 +121,7 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     tuned = run_finetune(run, data, epsilon=8.0)
     assert probed["train_examples"] == tuned["train_examples"] == TRAIN - PUBLIC
     assert first["epsilon"] < probed["epsilon"] < tuned["epsilon"] <= 8
-    assert tuned["epsilon"] == pytest.approx(compose(ledger_of(run).events(), tuned["delta"]).upper)
+    assert tuned["epsilon"] == pytest.approx(ledger_of(run).spent(tuned["delta"]).upper)
     card = (run / "model/MODEL_CARD.md").read_text()
     assert "continue: q = 0.25, T = 4" in card
     assert "declared public by whoever ran it" in card
@@ -138,7 +137,7 @@ def test_a_probe_with_the_whole_share_takes_all_that_is_left(vit_run, copy, data
     some = run_probe(copy(run), data, epsilon=8.0)  # where it is not asked for, a part stays
     rest = run_probe(run, data, epsilon=8.0, share=1.0)
     assert first["epsilon"] < some["epsilon"] < 7.9 < rest["epsilon"] <= 8
-    assert rest["epsilon"] == pytest.approx(compose(ledger_of(run).events(), rest["delta"]).upper)
+    assert rest["epsilon"] == pytest.approx(ledger_of(run).spent(rest["delta"]).upper)
     with pytest.raises(BudgetError):  # and nothing is left for another
         run_probe(run, data, {"overwrite": True}, epsilon=8.0, share=1.0)
 

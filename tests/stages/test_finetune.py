@@ -397,7 +397,7 @@ def test_the_card_of_a_finetune_names_the_probe(tuned_run: Path, probed_run: Pat
     plan = plans_of(tuned_run)["probe"]["plan"]
     assert "probe: q = 1, T = 8" in row
     assert f"{plan['noise_multiplier']:.6g}" in row
-    assert "Also counted" not in (probed_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "Also counted in ε | nothing:" in (probed_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
 
 
 def test_a_frozen_extractor_stays_as_it_was(copy: Copy, probed_run: Path, data: str) -> None:

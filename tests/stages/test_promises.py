@@ -199,9 +199,8 @@ RESULT_KEYS = {
 REFIT_KEYS = {"noise_multiplier", "sample_rate", "steps", "lost_steps", "clip_norm", "lr", "momentum"}
 CONFIG_KEYS = {"format", "arch", "extractor", "classes", "input", "precision", "result", "sha256"}
 CHARGE_KEYS = {
-    "kind", "stage", "attempt", "step", "steps", "noise_multiplier", "sample_rate", "clip_norm", "noise", "random",
-    "time",
-    "previous", "hash",
+    "kind", "stage", "attempt", "step", "steps", "planned", "noise_multiplier", "sample_rate", "clip_norm", "noise",
+    "random", "time", "previous", "hash",
 }  # fmt: skip
 SEAL_KEYS = {"kind", "stage", "attempt", "digest", "time", "previous", "hash"}
 PLAN_KEYS = {"format", "data", "epsilon", "delta", "examples", "adjacency", "unit", "stages"}

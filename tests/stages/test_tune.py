@@ -29,6 +29,7 @@ from tiny_run import (
 from dprandp import config, datasets
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.privacy.plan import PrivateStep
@@ -178,7 +179,7 @@ def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, da
     probed = probe_as_tuned(run, data)
     assert probed["epsilon_target"] == 0.5 * PROBE["epsilon"]
     event = GaussianEvent(probed["noise_multiplier"], 1.0, probed["steps"])
-    assert probed["epsilon"] == compose([charge.event, event], probed["delta"]).upper
+    assert probed["epsilon"] == compose_stages([[charge.event], [event]], probed["delta"]).upper
     assert 0.99 * probed["epsilon_target"] < probed["epsilon"] <= probed["epsilon_target"]
     assert probed["tuned"]["charged_epsilon"] == result["charged_epsilon"]
     assert (probed["tuned"]["on"], probed["tuned"]["used"]) == ("private", True)
