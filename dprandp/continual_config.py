@@ -23,8 +23,6 @@ class ContinueConfig:
     public: str = SYNTHETIC
     """'synth' (the run's synthetic images), 'fraction:F' (a random part F of the training split, declared public), or
     the name of a data set that is declared public, such as folder:PATH."""
-    take: str | None = None
-    """Folder of another run whose continued extractor is taken as it is; all else is then that run's."""
     data: str = "digits"
     epsilon: float = 1.0
     delta: float | None = None

@@ -16,7 +16,7 @@ from dprandp.reporting.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.reporting.wording import public_steps, public_weights, several_images, shipped_prior, taken_privacy
+from dprandp.reporting.wording import public_steps, public_weights, several_images, shipped_prior
 
 MOST_CLASSES = 50
 """More class names than this are counted, not listed; model/config.json holds all of them."""
@@ -116,8 +116,6 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
         if continued:
             further = _plain(public_steps(continued["public_training"]))
             prior = f"{prior.removesuffix('.')} so far. It went on learning: {further}."
-        if continued and "taken" in continued:
-            prior += f" That was in another run{_plain(taken_privacy(continued['taken']))}."
         if continued and continued is not result and "epsilon" in continued:
             prior += f" Private steps on {_plain(continued['title'])} followed, whose cost is part of ε."
     stage = "A linear head" if result["stage"] == "probe" else "All parameters"

@@ -115,10 +115,6 @@ def _fits(name: str, value: Any) -> bool:
         return rows and all(type(count) is int and 0 <= count < 2**63 for row in value for count in row)
     if name == "public_training":
         return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in _PUBLIC_TRAINING.items())
-    if name == "taken":
-        private = {"title": str, "delta": float, "private": bool, "charged_steps": int, "unit": str, "epsilon": object}
-        whole = isinstance(value, dict) and type(value.get("data")) is str and type(value.get("protected")) is bool
-        return whole and all(isinstance(value[key], kind) for key, kind in private.items() if key in value)
     if name == "also_charged":
         charged = {"stage": str, "attempt": int, "sample_rate": float, "noise_multiplier": float, "clip_norm": float,
                    "charged_steps": int}  # fmt: skip

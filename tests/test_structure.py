@@ -149,7 +149,7 @@ LEDGER_AND_NUMBERS = {
         ("datasets", {"errors", "runresults"}),  # how a result names the unit of privacy
         ("vision", {"errors", "config", "pretrain_config", "threads"}),
         # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
-        ("reporting", {"errors", "config", "files", "rundir", "runresults", "toml", *LEDGER_AND_NUMBERS}),
+        ("reporting", {"errors", "config", "files", "rundir", "runledger", "runresults", "toml", *LEDGER_AND_NUMBERS}),
         ("report", {"faults", "files", "rundir", "reporting.*"}),
         ("model_card", {"reporting.*"}),
     ],
@@ -209,7 +209,7 @@ def test_public_stages_reach_neither_privacy_nor_data(stage):
 MAY_IMPORT_DATASETS = {
     "dprandp.stages.private": {"Dataset", "DataSpec"},  # types
     "dprandp.stages.private_plan": {"open_dataset", "without_public_part"},
-    "dprandp.stages.training_data": {"Dataset", "rest_fingerprint"},  # which data a run is about, by their content
+    "dprandp.stages.training_data": {"Dataset"},  # which data a run is about, by their content
     "dprandp.stages.public_tasks": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.stages.overview": {"list_datasets", "open_dataset", "check_data"},

@@ -28,11 +28,6 @@ ContinueShare = Annotated[
     typer.Option("--share", help="Part of what is left of ε for the private steps, in (0, 1]; 1 leaves nothing for a "
                  "probe on the same data. Default: 0.7.", rich_help_panel=flags.PRIVACY),
 ]  # fmt: skip
-Take = Annotated[
-    str | None,
-    typer.Option(help="Take the extractor that another run has continued, on other data, as it is. Default: none.",
-                 rich_help_panel=flags.DATA, metavar="RUN"),
-]  # fmt: skip
 Switch = Annotated[
     str | None,
     typer.Option(help="Where private steps begin: plateau of the loss of held-out public images; decelerator, when "
@@ -78,7 +73,6 @@ ContinueViews = Annotated[
 @app.command("continue", rich_help_panel="Stages")
 def continue_extractor(
     public: Public = None,
-    take: Take = None,
     instances: Instances = None,
     data: flags.DataName = None,
     data_dir: flags.DataDir = Path("data"),
@@ -116,14 +110,13 @@ def continue_extractor(
 
     [dim]dprandp continue --public fraction:0.1 --data digits --eps 2[/dim]
     [dim]dprandp continue --switch decelerator --mix step --plan[/dim]
-    [dim]dprandp continue --take runs/first --run runs/second[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "public": public, "instances": instances, "data": data, "classes": classes, "unit_column": unit_column,
         "epsilon": eps, "delta": delta, "share": share, "noise": noise, "switch": switch, "mix": mix, "steps": steps,
         "batch_size": batch_size, "public_batch_size": public_batch_size, "lr": lr, "public_lr": public_lr,
-        "views": views, "seed": seed, "precision": precision, "take": take,
+        "views": views, "seed": seed, "precision": precision,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run) as rundir:
         stage = session.resolve(rundir, "continue", size, config, given)

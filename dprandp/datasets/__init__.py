@@ -21,7 +21,7 @@ from dprandp.datasets.base import SPLITS, Dataset, DataSpec, Split, check_split
 from dprandp.datasets.builtin import BUILTIN
 from dprandp.datasets.duplicates import check_data
 from dprandp.datasets.folder import open_folder
-from dprandp.datasets.fraction import public_part, rest_fingerprint, without_public_part
+from dprandp.datasets.fraction import public_part, without_public_part
 from dprandp.datasets.known import KnownSet
 from dprandp.datasets.medical import MEDICAL, refuse_unsupported
 from dprandp.datasets.npz import open_npz
@@ -31,7 +31,7 @@ from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
-    "open_dataset", "public_part", "read_unlabelled", "rest_fingerprint", "skipped_text", "without_public_part",
+    "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.

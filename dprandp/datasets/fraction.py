@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from dprandp.datasets.base import Dataset, Split, images_fingerprint
+from dprandp.datasets.base import Dataset, Split
 from dprandp.errors import UsageError
 
 _KEY = 0x7075626C6963  # "public": so that this permutation is nobody else's for the same seed
@@ -67,18 +67,6 @@ def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:
     chosen = public_positions(dataset.spec.train_examples, fraction, seed)
     whole = dataset.train()
     return Split(whole.images[chosen], whole.labels[chosen])
-
-
-def rest_fingerprint(dataset: Dataset, fraction: float, seed: int) -> str | None:
-    """``image_fingerprint`` of what ``without_public_part`` would leave, units or not; None where that is nothing.
-
-    By it the data of another run are known, of which that run used a part as public.
-    """
-    try:
-        chosen = public_positions(dataset.spec.train_examples, fraction, seed)
-    except UsageError:
-        return None  # so few images that this cannot have been done with them
-    return images_fingerprint(np.delete(dataset.train().images, chosen, axis=0))
 
 
 def _refuse_units(dataset: Dataset) -> None:

@@ -251,6 +251,17 @@ def _path(moves: int) -> str:
 def privacy_curve(
     events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
 ) -> tuple[np.ndarray, np.ndarray, str]:
+    """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under add/remove for every i.
+
+    Args:
+        events: merged, at least one, none without noise.
+        delta_error: what the numerical error may add to every δ.
+        epsilon_share: what it may add to every ε, as a part of the ε at ``delta_error / 1e-3``.
+        warn: called with one sentence where the PRV accountant refuses and a looser bound stands in.
+
+    Returns:
+        ε ascending from 0 and δ descending, float64 [n]; and where they come from, in words.
+    """
     epsilons, deltas, source, complaint = _cached_curve(events, delta_error, epsilon_share)
     if complaint:
         warn(complaint)

@@ -242,8 +242,6 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "continue":
         public = result["public_training"]
         before = f"{result['arch']}; {public['steps']} steps on {public['images']}; {public['switch']}; "
-        if "taken" in result:
-            return f"{result['arch']}, taken from another run"
         if "epsilon" not in result:
             return before + "nothing private was read"
     privacy = f"ε = {epsilon_text(result['epsilon'])}" if result["private"] else "NOT PRIVATE"

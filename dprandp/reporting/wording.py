@@ -177,23 +177,10 @@ def public_steps(training: Facts) -> str:
     return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
 
 
-def taken_privacy(taken: Facts) -> str:
-    """What another run's private images were promised; this run's ε is not about them."""
-    if "epsilon" not in taken:
-        return ", without private images"
-    promised = f"ε = {_up(taken['epsilon'])}, δ = {taken['delta']:g} for {taken['unit']}" if taken["private"] else (
-        "NOT PRIVATE: whoever has this extractor may learn about those images"
-    )  # fmt: skip
-    steps = f"then {taken['charged_steps']} private steps on {taken['title']}"
-    return f", {steps} ({promised}), which this ε does not count"
-
-
 def continued(result: Facts) -> str:
     """How an extractor was continued before a later stage took it, from the result of ``continue``."""
     private = "without private images"
-    if taken := result.get("taken"):
-        private = f"all in another run{taken_privacy(taken)}"
-    elif "epsilon" in result:
+    if "epsilon" in result:
         private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
     return f"continued: {public_steps(result['public_training'])}; {private}"
 

@@ -26,7 +26,7 @@ from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runresults import refuse_gaps
 from dprandp.signals import graceful_stop
-from dprandp.stages import release, switching, taken
+from dprandp.stages import release, switching
 from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.continual_loop import DONE, HEADS, STAGE, Outcome, train
 from dprandp.stages.pretrain import STAGE as PRETRAIN
@@ -49,7 +49,6 @@ def run(config: ContinueConfig, context: Context) -> dict:
     """Continue the run's extractor.
 
     Returns:
-        With ``take`` see ``taken.run``; else
         stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
         ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released,
         mirror, tuned, tuned_on.
@@ -58,8 +57,6 @@ def run(config: ContinueConfig, context: Context) -> dict:
         InputError: no extractor yet, or unusable data. BudgetError: nothing is left (no private pixel was read).
         UsageError: a patchnet, public data that are none, or settings that contradict each other.
     """
-    if config.take is not None:
-        return taken.run(config, context)
     context.rundir.require(PRETRAIN, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
     ignore = not_compared(config, context.rundir)

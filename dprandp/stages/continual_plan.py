@@ -26,10 +26,8 @@ def public_alone(config: ContinueConfig, context: Context, action: str) -> dict[
     """``mix = 'public'``: no private image is read, and nothing is paid.
 
     Returns:
-        stage, action, data (that the images are shaped like), public, steps; or take, and nothing to do.
+        stage, action, data (that the images are shaped like), public, steps.
     """
-    if config.take is not None:
-        return {"stage": continual.STAGE, "action": action, "take": config.take, "steps": 0}
     return {
         "stage": continual.STAGE,
         "action": action,

@@ -91,8 +91,6 @@ def stage_line(name: str, result: dict) -> str:
     if name == "continue":
         done = result["public_training"]
         said = f"continue: {result['arch']}, {done['images']}; {done['switch']}"
-        if "taken" in result:
-            return f"continue: {result['arch']}, taken from another run; nothing was read of this run's data"
         if "epsilon" not in result:
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"

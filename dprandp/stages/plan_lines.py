@@ -23,8 +23,6 @@ def line_of(made: Mapping[str, Any]) -> str:
         how = _dictionary(made) if "filters" in made else _training(made)
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
-    if "take" in made:
-        return f"continue: takes the extractor of {made['take']}{action}"
     if "epsilon_after" not in made:
         return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε{action}"
     refit = made["refit"]

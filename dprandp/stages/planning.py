@@ -57,7 +57,7 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         if not public:
             context.rundir.require("generate", name)
         return _pretrain(config, context)
-    if name == "continue" and (config.mix == "public" or config.take is not None):
+    if name == "continue" and config.mix == "public":
         action, config = _foreseen(name, config, context)
         return continual_plan.public_alone(config, context, action)
     return _private(name, config, context)[0]

@@ -103,9 +103,8 @@ class PrivateStage:
         The run is held to its data once a plan is fixed, or once ``continue`` has declared a part of them public.
 
         Raises:
-            InputError: the data are unusable, or others. BudgetError: the run has used the same images as public ones;
-            or another run has spent on them, and this run's extractor was taken from it. CheckpointError: what is
-            known of the run's data is lost.
+            InputError: the data are unusable, or others. BudgetError: the run has used the same images as public ones.
+            CheckpointError: what is known of the run's data is lost.
         """
         if self._fingerprint is None:
             found, rundir = training_data.fingerprint_of(self.dataset), self.context.rundir
@@ -113,9 +112,6 @@ class PrivateStage:
             if plan_file(rundir).exists() or (self.budget.public_part != NO_PUBLIC_PART and not own):
                 training_data.refuse_other(rundir, self.budget.data, found)
             training_data.refuse_public(rundir, self.dataset)
-            if not own:
-                taken = rundir.result(CONTINUE).get("taken") or {}
-                training_data.refuse_taken_content(rundir, taken, self.dataset)
             self._fingerprint = found
         return {"train": self._fingerprint}
 

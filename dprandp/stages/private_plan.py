@@ -22,7 +22,6 @@ from dprandp.privacy.tuning import TuningEvent
 from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.private import PrivateStage, started
-from dprandp.stages.training_data import refuse_taken_name
 from dprandp.stages.unit_rows import unit_reminder
 
 PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
@@ -52,8 +51,6 @@ def name_private_stage(
         num_classes=config.classes,
         unit_column=config.unit_column,
     )
-    if not isinstance(config, ContinueConfig):
-        refuse_taken_name(context.rundir.result("continue").get("taken") or {}, config.data)
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)
@@ -148,8 +145,6 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
         if row["config"] is None:
             return None
         config = recorded("continue", row["config"])
-        if config.take is not None:
-            return None
     fraction = fraction_of(config.public)
     return None if fraction is None else (fraction, config.seed)
 

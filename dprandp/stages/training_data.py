@@ -3,7 +3,6 @@
     private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
                                  stage that declares a part of it public
     private/public-data.json     hashes of the images of whole sets that the run has used as public ones
-    private/taken-data.json      the same hashes of the run that an extractor was taken from (``continue --take``)
 
 A hash of private data lets anyone confirm a guess at them, so it stays in ``private/`` and in no other file. Only equal
 data are recognised: a set of which one image was changed is another set.
@@ -11,17 +10,15 @@ data are recognised: a set of which one image was changed is another set.
 
 from __future__ import annotations
 
-from typing import Any
-
 from dprandp.config import ContinueConfig, same_data_name
 from dprandp.continual_config import FRACTION, SYNTHETIC
-from dprandp.datasets import Dataset, rest_fingerprint
+from dprandp.datasets import Dataset
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import atomic_write, to_json
 from dprandp.rundir import DATA, IGNORED, RunDir
 from dprandp.runtable import read_hashes
 
-KEPT, PUBLIC, TAKEN = "training-data.json", "public-data.json", "taken-data.json"
+KEPT, PUBLIC = "training-data.json", "public-data.json"
 
 
 def fingerprint_of(dataset: Dataset) -> str:
@@ -99,63 +96,15 @@ def _public_sets(rundir: RunDir) -> dict[str, str]:
 def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:
     """Settings of ``continue`` of which another spelling is no change, beside those that never count.
 
-    What they name is compared by its content when the stage begins: private data that it reads, a public set, a run
-    that it takes from. Of private data that it only shapes its images by, the path is compared.
+    What they name is compared by its content when the stage begins: private data that it reads, and a public set. Of
+    private data that it only shapes its images by, the path is compared.
     """
     before = next(row["config"] for row in rundir.status() if row["stage"] == "continue") or {}
     part = config.public.startswith(FRACTION)
     sets = (config.public, before.get("public", SYNTHETIC))
-    known = ["take"] if config.take is not None and "take" in before else []
+    known = []
     if not any(what == SYNTHETIC or what.startswith(FRACTION) for what in sets):
         known.append("public")
-    read = config.take is None and (config.mix != "public" or part)
-    if read or same_data_name(before.get(DATA, ""), config.data):
+    if config.mix != "public" or part or same_data_name(before.get(DATA, ""), config.data):
         known.append(DATA)
     return (*IGNORED, *known)
-
-
-def keep_taken(rundir: RunDir, other: RunDir) -> bool:
-    """Copy the record of another run; False where that has none."""
-    path = other.path / "private" / KEPT
-    if not path.exists():
-        return False
-    atomic_write(rundir.private_dir / TAKEN, to_json(read_hashes(path), indent=1) + "\n")
-    return True
-
-
-def refuse_taken_name(taken: dict[str, Any], data: str) -> None:
-    """Raise BudgetError if private data have the name of those that the run's extractor was continued on elsewhere.
-
-    Args:
-        taken: of the result of ``continue --take``; empty without one.
-        data: name of the private data.
-    """
-    if taken.get("protected") and same_data_name(taken["data"], data):
-        _refuse_taken(data)
-
-
-def refuse_taken_content(rundir: RunDir, taken: dict[str, Any], dataset: Dataset) -> None:
-    """As ``refuse_taken_name``, by content; nothing where the other run had no record to compare with.
-
-    Args:
-        dataset: private.
-
-    Raises:
-        BudgetError: they are the same images. CheckpointError: the record is lost or damaged.
-    """
-    if not (taken.get("protected") and taken.get("by_content")):
-        return
-    theirs = read_hashes(rundir.path / "private" / TAKEN).get("images")
-    same = theirs == dataset.image_fingerprint()
-    if not same and taken["fraction"] is not None:  # theirs are the hashes of what their public part left
-        same = theirs == rest_fingerprint(dataset, taken["fraction"], taken["seed"])
-    if same:
-        _refuse_taken(dataset.spec.name)
-
-
-def _refuse_taken(data: str) -> None:
-    raise BudgetError(
-        f"this run's extractor was continued in another run, on {data} too: what both tell about these data "
-        "would be counted in two budgets",
-        fix="go on in that run, under its one budget, or use other data here",
-    )

@@ -54,7 +54,6 @@ def test_refusals_say_what_to_do(dprandp: Dprandp, vit: Path, run_after: Callabl
     refused(dprandp("continue", "--run", run_after("pretrain")), 2, "patchnet is a dictionary", "--arch wrn-16-4")
     refused(dprandp("continue", "--run", vit, "--public", "fraction:2"), 2, "'2' is no part", "fraction:0.1")
     refused(dprandp("continue", "--run", vit, "--switch", "later"), 2, "no step and no rule", "plateau")
-    refused(dprandp("continue", "--run", vit, "--take", "nowhere"), 3, "there is no run at nowhere")
     refused(dprandp("diagnose", "--run", vit, "--public", "npz:tiny.npz", "--data", "npz:tiny.npz"), 2, "a part of it")
     assert not (vit / "privacy").exists()
     assert not (vit / "2b-continue").exists()

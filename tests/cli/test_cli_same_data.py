@@ -356,38 +356,3 @@ def test_a_part_declared_public_is_left_out_under_any_name_of_the_data(
     refused(dprandp(*probe, "--data", "npz:changed.npz", folder=here), 3, OTHER)
     assert {key: value for key, value in state_of(vit).items() if "statistics" not in key} == before
     assert good(dprandp(*probe, "--data", name, "--json", folder=here))["train_examples"] == 96
-
-
-@pytest.mark.parametrize("public", ["fraction:0.2", "synth"])
-def test_two_budgets_for_one_data_set_are_refused_under_any_name(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, small: tuple, public: str
-) -> None:
-    other = Path(shutil.copytree(vit, tmp_path / "other-run"))
-    made = dprandp(*CONTINUE, "--run", other, "--public", public, "--data", "npz:tiny.npz")
-    assert made.code == 0, made.err
-    assert dprandp("continue", "--run", vit, "--take", other).code == 0
-    assert dprandp("continue", "--run", vit, "--take", f"{tmp_path}/../{tmp_path.name}/other-run").code == 0
-    name, here = spelled("moved", folder, tmp_path)
-    np.savez(tmp_path / "shuffled.npz", **shuffled())
-    names = ["npz:moved.npz"] if public != "synth" else ["npz:moved.npz", "npz:shuffled.npz"]
-    for name in names:
-        done = dprandp("probe", *small, "--run", vit, "--data", name, "--eps", 2, folder=here)
-        refused(done, 5, "continued in another run", "counted in two budgets")
-    assert not (vit / "privacy/ledger.jsonl").exists()
-    changed = arrays()
-    changed["x_train"] ^= 1
-    np.savez(tmp_path / "changed.npz", **changed, groups_train=np.arange(120) // 2)
-    assert dprandp("probe", *small, "--run", vit, "--data", "npz:changed.npz", "--eps", 2, folder=here).code == 0
-
-
-def test_an_extractor_of_a_run_without_its_private_folder_is_taken_with_a_warning(
-    dprandp: Dprandp, vit: Path, tmp_path: Path
-) -> None:
-    other = Path(shutil.copytree(vit, tmp_path / "other-run"))
-    assert dprandp(*CONTINUE, "--run", other, "--data", "npz:tiny.npz").code == 0
-    shutil.rmtree(other / "private")
-    done = dprandp("continue", "--run", vit, "--take", other)
-    assert done.code == 0, done.err
-    assert "has no private/training-data.json" in done.err
-    done = dprandp("probe", "--config", "small.toml", "--run", vit, "--data", "npz:./tiny.npz", "--eps", 2)
-    refused(done, 5, "counted in two budgets")

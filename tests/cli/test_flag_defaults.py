@@ -153,7 +153,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "continue.Public": lambda: by_size("continue", "public"),
     "continue.Instances": lambda: by_size("continue", "instances"),
     "continue.ContinueShare": lambda: by_size("continue", "share"),
-    "continue.Take": lambda: unset("continue", "take", "none"),
     "continue.Switch": lambda: by_size("continue", "switch"),
     "continue.Mix": lambda: by_size("continue", "mix"),
     "continue.ContinueSteps": lambda: by_size("continue", "steps"),

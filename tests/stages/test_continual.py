@@ -166,31 +166,6 @@ def test_a_probe_made_before_is_stale_and_made_again_within_the_budget(vit_run, 
     assert run_probe(run, data, {"overwrite": True}, epsilon=8.0)["epsilon"] <= 8
 
 
-def test_another_run_takes_the_extractor_for_other_data(vit_run, public_run, copy, data, tmp_path) -> None:
-    first, second = copy(vit_run), copy(vit_run)
-    made = run_continue(first, data)
-    with pytest.raises(UsageError, match="laid out as another network"):
-        run_continue(copy(public_run), data, take=str(first))
-    with pytest.raises(UsageError, match="its own extractor"):
-        run_continue(first, data, take=str(first))
-    result = run_continue(second, data, take=str(first))
-    assert "epsilon" not in result
-    assert result["taken"]["epsilon"] == made["epsilon"]
-    ours, theirs = load(second), load(first)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    with pytest.raises(BudgetError, match="counted in two budgets"):
-        run_probe(second, data)
-    with pytest.raises(UsageError, match="took its extractor itself"):
-        run_continue(copy(vit_run), data, take=str(second))
-    other = write_blobs(tmp_path / "other.npz", seed=5)
-    probed = run_probe(second, other)
-    assert probed["train_examples"] == TRAIN
-    card = (second / "model/MODEL_CARD.md").read_text()
-    assert "That was in another run, then 4 private steps on" in card
-    assert "which this ε does not count" in card
-    assert str(first) not in card + (second / "model/config.json").read_text()
-
-
 # ------------------------------------------------------------------------------------------------- stopping, going on
 
 
