@@ -213,12 +213,14 @@ count = 60
 resolution = 32
 [pretrain]
 arch = "wrn-10-1"
+precision = "float32"
 steps = 2
 batch_size = 8
 projection_hidden = 32
 projection_dim = 16
 lr = 0.001
 [probe]
+precision = "float32"
 steps = 4
 dims = 32
 statistics_images = 25
