@@ -103,7 +103,8 @@ def datasets(
     download: flags.Download = False,
     check: Annotated[
         str | None,
-        typer.Option("--check", help="Count duplicates and units of this data set (known name, npz:PATH, folder:PATH). "
+        typer.Option("--check", help="Count duplicates, units and empty classes of this data set (known name, "
+                     "npz:PATH, folder:PATH). "
                      "Reads private data; the answer is private and is written nowhere. Default: none.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
