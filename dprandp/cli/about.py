@@ -61,8 +61,11 @@ def account(
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
     adjacency: Annotated[
         str,
-        typer.Option(help="What must not be noticed: add-remove or replace-one.", rich_help_panel=flags.PRIVACY),
-    ] = "add-remove",
+        typer.Option(
+            help="What must not be noticed: zero-out (a record's slot is empty), add-remove or replace-one.",
+            rich_help_panel=flags.PRIVACY,
+        ),
+    ] = "zero-out",
     curve: Annotated[
         bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
     ] = False,

@@ -47,6 +47,12 @@ from dprandp.privacy.ledger_line import (
 )
 from dprandp.privacy.tuning import TuningEvent
 
+ADJACENCY = "zero-out"
+"""What the header says of neighbours: data sets in one of which a record's slot is empty (see ``accounting``)."""
+
+KNOWN_ADJACENCIES = (ADJACENCY, "add-remove")
+"""What a header may say. Ledgers of earlier versions say add-remove: the same steps, accounted in the same way."""
+
 
 class Ledger:
     """The privacy ledger of one run, opened with ``Ledger.create`` or ``Ledger.open``.
@@ -90,7 +96,7 @@ class Ledger:
             "kind": "header",
             "format": FORMAT,
             "data_unit": data_unit,
-            "adjacency": "add-remove",
+            "adjacency": ADJACENCY,
             "examples": int(examples),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -291,6 +297,8 @@ class Ledger:
                 )
             if type(body.get("examples")) is not int or body["examples"] < 1 or type(body.get("data_unit")) is not str:
                 raise self._damaged(number, "its number of examples, or the unit they are of, makes no sense")
+            if body.get("adjacency") not in KNOWN_ADJACENCIES:
+                raise self._damaged(number, "its relation of neighbours is not one that is accounted here")
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))

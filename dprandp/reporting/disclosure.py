@@ -127,7 +127,7 @@ def disclosure(
         ("ε (privacy loss)", _epsilon(result)),
         ("Also counted in ε", _also_charged(result)),
         ("δ", number(result["delta"])),
-        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed)"),
+        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed){_slot(result)}"),
         ("Unit of privacy", f"{result['unit']}"),
         ("Several records together", groups(result)),
         ("N (training examples)", units_and_images(result)),
@@ -242,7 +242,18 @@ def _mechanism(result: Facts) -> str:
     batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
     return (
         f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
-        f"once per step, and is divided by the public qN."
+        f"once per step, and is divided by the public qN, not by the size of the batch that was drawn."
+    )
+
+
+def _slot(result: Facts) -> str:
+    """What zero-out means, for readers who know add/remove."""
+    if not str(result["adjacency"]).startswith("zero-out"):
+        return ""
+    return (
+        f": the slot of one {_record(result)} is left empty, so that it contributes nothing to any sum; N, q, the "
+        "divisor and all other positions stay the same. The accountant's theorems for adding or removing a record "
+        "bound the same sums, with the record and without it"
     )
 
 

@@ -14,8 +14,10 @@ from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
 from dprandp.runledger import open_run_ledger, plan_file
 
-ADJACENCY = "add/remove one record"
-"""A record is one unit of privacy: one image, or all images of one patient, say (``DataSpec.unit``)."""
+ADJACENCY = "zero-out of one record"
+"""Neighbours are data sets in one of which a record's slot is empty: the record contributes nothing to any sum, while
+N, q and all other positions stay the same. A record is one unit of privacy: one image, or all images of one patient,
+say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 NO_PUBLIC_PART = "none"
 

@@ -13,6 +13,7 @@ from dprandp.privacy import ledger_line
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
 
 VALUES = {"planned": 100, "noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
 
@@ -48,8 +49,20 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
     assert (again.charged_steps("finetune", 1), again.charged_steps("finetune", 2)) == (6, 5)
     assert (again.last_attempt("finetune"), again.last_attempt("audit")) == (2, 0)
     assert again.examples == 50_000
-    assert again.header["adjacency"] == "add-remove"
+    assert again.header["adjacency"] == "zero-out"
     assert again.header["data_unit"] == "image"
+
+
+def test_a_relation_that_is_not_accounted_is_refused(path):
+    """What earlier versions called add-remove is the same accounting; replacing a record would cost more."""
+    for adjacency in ("zero-out", "add-remove", "replace-one", None):
+        body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": adjacency, "examples": 10}
+        path.write_bytes(seal(body, FIRST_PREVIOUS)[0])
+        if adjacency in ("zero-out", "add-remove"):
+            assert Ledger.open(path).header["adjacency"] == adjacency
+        else:
+            with pytest.raises(CheckpointError, match="relation of neighbours"):
+                Ledger.open(path)
 
 
 def test_spending_is_the_composition_of_everything(filled):

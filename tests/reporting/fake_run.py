@@ -87,7 +87,7 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "private": True,
         "random": "os-entropy",
         "released": "average" if full else "EMA, decay 0.9999",
-        "adjacency": "add/remove one record",
+        "adjacency": "zero-out of one record",
         "unit": "one image",
         "train_units": 1437,
         "noise": "gaussian",

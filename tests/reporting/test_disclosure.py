@@ -26,7 +26,7 @@ FIELDS = {
     "mechanism": (r"^Mechanism$", r"Poisson-subsampled Gaussian mechanism"),
     "epsilon": (r"^ε ", r"0\.999\b.*upper bound.*stage 1, of the run 1\b"),
     "delta": (r"^δ$", r"^1e-5$"),
-    "adjacency": (r"^Adjacency$", r"add/remove one record"),
+    "adjacency": (r"^Adjacency$", r"zero-out of one record.*N, q, the divisor and all other positions stay the same"),
     "unit": (r"^Unit of privacy$", r"one image"),
     "groups": (r"^Several records together$", r"2: ε = .*10: ε = .*--group-size"),
     "N": (r"^N ", r"1437\b.*public"),
