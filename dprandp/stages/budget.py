@@ -20,6 +20,8 @@ N, q and all other positions stay the same. A record is one unit of privacy: one
 say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 NO_PUBLIC_PART = "none"
+ROUNDING = 1e-9
+"""Of ε: what a stage may spend was computed from the budget, with the rounding of floats."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +151,5 @@ def _refuse_nonsense(document: dict[str, Any]) -> None:
             raise TypeError(f"the plan of {name} has no time")
         if (plan.stage, plan.examples, plan.delta) != (name, document["examples"], document["delta"]):
             raise ValueError(f"the plan of {name} is of another budget")
+        if plan.epsilon_target > document["epsilon"] * (1 + ROUNDING):
+            raise ValueError(f"the plan of {name} would spend more than the budget")

@@ -19,6 +19,7 @@ from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.plan import PrivatePlan, make_plan, validate_budget
 from dprandp.privacy.tuning import TuningEvent
+from dprandp.runledger import open_run_ledger
 from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.private import PrivateStage, started
@@ -66,6 +67,7 @@ def name_private_stage(
     validate_budget(budget.epsilon, budget.delta, examples)
     document = read_plan_file(context.rundir)
     if document is not None:
+        open_run_ledger(context.rundir, warn=lambda text: None)  # first of all: is this the budget that was fixed?
         fixed = budget_of(document)
         fixed.refuse_other(budget)
         budget = replace(budget, data=fixed.data)
