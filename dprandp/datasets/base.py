@@ -46,6 +46,7 @@ class DataSpec:
             carry meaning; also for sets nobody has declared.
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
         unit_count: the number of those units; None where each image is one. Treated as public, and said to be.
+        published_delta: the δ at which results for this data set are published; None where there is no such custom.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DataSpec:
     flip_ok: bool
     unit_column: str | None = None
     unit_count: int | None = None
+    published_delta: float | None = None
 
     @property
     def unit(self) -> str:

@@ -54,6 +54,9 @@ MAX_NOISE_MULTIPLIER = 1e6
 FIXED = "A run's budget cannot grow once it has begun."
 
 
+ADVISED_DELTA, ADVISED_SHARE = 1e-5, 0.1
+"""A δ is advised to be at most the first, and at most the second as a part of 1/N."""
+
 _LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
 """Beyond these there is no privacy to speak of, squares leave the range of doubles, and doubles cannot count."""
 
@@ -110,6 +113,22 @@ class EpsilonBound:
     upper: float
     delta: float
     accountant: str
+
+
+def advised_delta(examples: int) -> float:
+    """1e-5, or a tenth of 1/N where that is smaller, rounded down to one significant digit.
+
+    At δ = 1/N a mechanism that publishes one whole record at random counts as private, so δ has to be far below.
+
+    Args:
+        examples: N ≥ 1.
+    """
+    most = min(ADVISED_DELTA, ADVISED_SHARE / examples)
+    digit, _, exponent = f"{most:.0e}".partition("e")  # rounded to the nearest
+    rounded = float(f"{digit}e{exponent}")
+    if rounded <= most:
+        return rounded
+    return float(f"{int(digit) - 1}e{exponent}") if digit != "1" else float(f"9e{int(exponent) - 1}")
 
 
 def merge_events(events: Sequence[Event]) -> list[Event]:

@@ -14,6 +14,7 @@ from typing import Any
 from scipy.special import ndtr, ndtri
 
 from dprandp.errors import CheckpointError
+from dprandp.privacy.accounting import ADVISED_SHARE
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.reporting.wording import (
     clip_in_words,
@@ -126,7 +127,7 @@ def disclosure(
         ("Mechanism", _mechanism(result)),
         ("ε (privacy loss)", _epsilon(result)),
         ("Also counted in ε", _also_charged(result)),
-        ("δ", number(result["delta"])),
+        ("δ", _delta(result)),
         ("Adjacency", f"{result['adjacency']} (the change that must not be noticed){_slot(result)}"),
         ("Unit of privacy", f"{result['unit']}"),
         ("Several records together", groups(result)),
@@ -243,6 +244,18 @@ def _mechanism(result: Facts) -> str:
     return (
         f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
         f"once per step, and is divided by the public qN, not by the size of the batch that was drawn."
+    )
+
+
+def _delta(result: Facts) -> str:
+    """δ, and how far it is from 1/N, where it would promise nothing to somebody."""
+    share = result["delta"] * result.get("train_units", result["train_examples"])
+    said = f"{number(result['delta'])}, which is {share:.2g}/N"
+    if share <= ADVISED_SHARE * (1 + 1e-9):
+        return said
+    return (
+        f"{said}. At 1/N, publishing one whole record at random would count as private; at most {ADVISED_SHARE:g}/N is "
+        "advised, unless results are to be compared with others that are published at this δ"
     )
 
 

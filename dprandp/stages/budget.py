@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dprandp.config import DEFAULT_DELTA, same_data_name
+from dprandp.config import same_data_name
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import from_json
+from dprandp.privacy.accounting import advised_delta
 from dprandp.privacy.plan import PrivatePlan, validate_budget
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
@@ -88,9 +89,17 @@ def budget_of(document: dict[str, Any]) -> Budget:
     return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
 
 
-def default_delta(examples: int) -> float:
-    """1e-5, or half of 1/N where that is smaller: a δ of 1/N would allow publishing a record outright."""
-    return min(DEFAULT_DELTA, 0.5 / examples)
+def default_delta(examples: int, published: float | None = None) -> float:
+    """δ where none was asked for.
+
+    Args:
+        examples: N ≥ 1.
+        published: the δ at which results for the data set are published, ``DataSpec.published_delta``.
+
+    Returns:
+        The published one, if it is below 1/N; else what is advised for N records, ``plan.advised_delta``.
+    """
+    return published if published is not None and published < 1 / examples else advised_delta(examples)
 
 
 def read_budget(rundir: RunDir) -> dict[str, Any] | None:
