@@ -29,7 +29,6 @@ from .sizes import SIZE_DEFAULTS, SIZES
 from .toml import read as read_toml
 
 DEFAULT_DATA = "digits"
-DEFAULT_DELTA = 1e-5
 
 LARGEST = 2**63 - 1
 """Of any whole number, as in TOML: what the random generators take for a seed."""

@@ -2,8 +2,9 @@
 
 A ledger alone cannot tell that it was deleted, or that lines were cut off its end. So the run keeps the hash of the
 last line that was written (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``), and
-the ledger keeps the hash of what each finished stage reported. Every command that spends, reports or releases opens
-the ledger here, so none goes on with an ε that is too low: after a lost folder, an old backup, or an edited run.json.
+the ledger keeps the hash of what each finished stage reported and, in its first line, the budget as it was fixed. Every
+command that spends, reports or releases opens the ledger here, so none goes on with an ε that is too low or a budget
+that is too large: after a lost folder, an old backup, or an edited run.json or plan.json.
 
 What it cannot tell: a run that was put back to an earlier state as a whole, or a copy of it. ε counts what one run
 directory has released; whoever uses two copies adds them up.
@@ -11,10 +12,13 @@ directory has released; whoever uses two copies adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dprandp.errors import CheckpointError
+from dprandp.files import from_json, storage_errors
 from dprandp.privacy.accounting import Warn, warn_by_log
 from dprandp.privacy.ledger import Ledger
 from dprandp.rundir import RunDir
@@ -22,6 +26,10 @@ from dprandp.runtable import result_digest
 
 ALWAYS_PRIVATE = ("probe", "finetune")
 """Of the stages that may read private data, those that always do; ``continue`` may read public data alone."""
+
+
+SEALED = ("epsilon", "delta", "examples", "unit", "public_part")
+"""Entries of plan.json that were fixed before the first look at the data; the last only where there is one."""
 
 
 def ledger_file(rundir: RunDir) -> Path:
@@ -50,11 +58,13 @@ def open_run_ledger(
 
     Guarantee:
         The ledger that is returned holds every line that it held when a stage of this run last wrote a checkpoint,
-        finished or began its charges, and each private result in run.json is the one that was computed from it.
+        finished or began its charges, each private result in run.json is the one that was computed from it, and the
+        budget in plan.json is the one that the ledger was begun with.
 
     Raises:
-        CheckpointError: the ledger is lost, damaged, older than the run or of another run; or the recorded result of a
-            private stage is not the one that the stage reported. StorageError: the disk refuses.
+        CheckpointError: the ledger is lost, damaged, older than the run or of another run; the recorded result of a
+            private stage is not the one that the stage reported; or the budget was changed. StorageError: the disk
+            refuses.
     """
     path, head = ledger_file(rundir), rundir.ledger_head
     rows = {row["stage"]: row["result"] for row in rundir.status() if row["result"]}
@@ -81,6 +91,8 @@ def open_run_ledger(
             f"{plan_file(rundir)} is missing, but the ledger beside it holds charges",
             fix="restore it from a copy: without it nobody knows this run's budget",
         )
+    if planned:
+        _refuse_changed_budget(ledger, plan_file(rundir))
     for stage, result in results.items():
         seal = ledger.seals.get(stage)
         if seal is None or seal.digest != result_digest(result):
@@ -90,3 +102,32 @@ def open_run_ledger(
                 fix="restore run.json and the privacy folder together from a copy",
             )
     return ledger
+
+
+def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of plan.json that the ledger's header keeps, as finite JSON values."""
+    found = {key: document[key] for key in SEALED if key in document}
+    return {key: str(value) if value == math.inf else value for key, value in found.items()}
+
+
+def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    fixed = ledger.budget or {}
+    try:
+        document = from_json(content)
+    except ValueError:
+        document = None
+    present = sealed_budget(document) if isinstance(document, dict) else {}
+    if not isinstance(document, dict) or fixed.keys() - present.keys():
+        raise CheckpointError(
+            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+        )
+    changed = [key for key in SEALED if present.get(key) != fixed.get(key)]
+    if changed:
+        said = "; ".join(f"{key} is {present.get(key)!r} there and {fixed.get(key)!r} in the ledger" for key in changed)
+        raise CheckpointError(
+            f"{path} was changed since this run's budget was fixed: {said}",
+            fix="restore it from a copy, or put the ledger's values back; for another budget start a new --run and add "
+            "up what both release",
+        )

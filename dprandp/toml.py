@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from typing import Any
 
 from dprandp.errors import InputError
 
-MOST_DOTS = 200
-"""In one line: the standard library's parser takes time that grows with their square."""
+MOST_BYTES, MOST_DOTS = 65_536, 200
+"""Of a file, and of one line. The standard library's parser takes time that grows with the square of the parts of a
+dotted key, and with the number of such keys: within these limits any file is parsed, or refused, in a tenth of a
+second. A configuration that sets everything there is takes 3,000 bytes and has one dot in a key, if any."""
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -29,16 +32,32 @@ def read(file: Path) -> dict[str, Any]:
     """Parse a TOML file.
 
     Raises:
-        InputError: missing, unreadable, or not TOML.
+        InputError: missing, unreadable, not TOML, of more than ``MOST_BYTES``, or with more than ``MOST_DOTS`` dots in
+            a line. The two limits are checked before anything is parsed, in time that grows with the file alone.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
-            raise ValueError(f"a line with more than {MOST_DOTS} dots")
-        return tomllib.loads(text)
+        with file.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+            size = max(len(content), os.fstat(stream.fileno()).st_size)
     except OSError as error:
         raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
+    if len(content) > MOST_BYTES:
+        raise InputError(
+            f"{file} holds {size} bytes, and a configuration may hold at most {MOST_BYTES}",
+            fix="name the TOML file with the settings; anything else belongs into other files",
+        )
+    for number, line in enumerate(content.splitlines(), start=1):
+        if (dots := line.count(b".")) > MOST_DOTS:
+            raise InputError(
+                f"line {number} of {file} holds {dots} dots, and a line may hold at most {MOST_DOTS}",
+                fix="write settings as name = value below the table of their stage, such as [probe]",
+            )
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        fix = "write one table for each stage, and plain values"
+        raise InputError(f"{file} is not valid TOML: it is nested too deeply", fix=fix) from error
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
 
 

@@ -6,6 +6,7 @@ Every checker below is first shown a few lines that it must flag: one that flags
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,26 @@ TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 def tree_of(source: str) -> ast.Module:
     return ast.parse(textwrap.dedent(source))
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+ADD_REMOVE = re.compile(r"add(ing|ed)?( |-|/)(and |or )?remov", re.I)
+"""Names of the relation that the accountants' theorems are stated for; what runs guarantee is zero-out."""
+
+
+def names_no_neighbours_but_add_remove(text: str) -> bool:
+    return ADD_REMOVE.search(text) is not None and "zero-out" not in text.lower()
+
+
+def test_whoever_speaks_of_adding_or_removing_a_record_speaks_of_zero_out() -> None:
+    for text in ("adjacency add/remove", "under adding or removing one record", "add-remove", "was added or removed"):
+        assert names_no_neighbours_but_add_remove(text)
+        assert not names_no_neighbours_but_add_remove(f"{text}, which covers zero-out")
+    root = PACKAGE.parent
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("data/*.md"), *root.glob("scripts/*.md")]
+    texts = {str(page): page.read_text(encoding="utf-8") for page in pages} | SOURCES
+    assert [name for name, text in texts.items() if names_no_neighbours_but_add_remove(text)] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

@@ -61,8 +61,11 @@ def account(
     delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
     adjacency: Annotated[
         str,
-        typer.Option(help="What must not be noticed: add-remove or replace-one.", rich_help_panel=flags.PRIVACY),
-    ] = "add-remove",
+        typer.Option(
+            help="What must not be noticed: zero-out (a record's slot is empty), add-remove or replace-one.",
+            rich_help_panel=flags.PRIVACY,
+        ),
+    ] = "zero-out",
     curve: Annotated[
         bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
     ] = False,
@@ -103,7 +106,8 @@ def datasets(
     download: flags.Download = False,
     check: Annotated[
         str | None,
-        typer.Option("--check", help="Count duplicates and units of this data set (known name, npz:PATH, folder:PATH). "
+        typer.Option("--check", help="Count duplicates, units and empty classes of this data set (known name, "
+                     "npz:PATH, folder:PATH). "
                      "Reads private data; the answer is private and is written nowhere. Default: none.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,

@@ -32,7 +32,7 @@ def audit(
     ] = None,
     delta: Annotated[
         float | None,
-        typer.Option(help="With --eps: δ. Default: 1e-5, or 1/(2N) where that is smaller.",
+        typer.Option(help="With --eps: δ. Default: 1e-5, or 0.1/N (one digit, rounded down) where that is smaller.",
                      rich_help_panel=flags.PRIVACY),
     ] = None,
     sample_rate: Annotated[

@@ -46,6 +46,7 @@ class DataSpec:
             carry meaning; also for sets nobody has declared.
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
         unit_count: the number of those units; None where each image is one. Treated as public, and said to be.
+        published_delta: the δ at which results for this data set are published; None where there is no such custom.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DataSpec:
     flip_ok: bool
     unit_column: str | None = None
     unit_count: int | None = None
+    published_delta: float | None = None
 
     @property
     def unit(self) -> str:
@@ -203,10 +205,13 @@ def images_fingerprint(images: np.ndarray) -> str:
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    """Hold what was read against what was declared.
+    """Hold what was read against what was declared: shapes, types, and the range of the labels.
 
-    A refusal here depends on private values (a label out of range, a class without examples), so it tells something
-    that ε does not pay for. It stops the run before anything is released, and its message says only that it happened.
+    What is checked is whether every record is of the declared kind at all, an image with one of the declared labels.
+    The guarantee is about data sets of such records, so a file with anything else in it is refused, and the message
+    says no more than that. How the records are distributed is not checked: whether a class has any examples is decided
+    by single records, the mechanism does not need to know it, and a refusal would tell it outside ε. The owner of the
+    data can ask for it (``check_data``).
 
     Args:
         spec: the declared facts.
@@ -215,7 +220,7 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
         labels: integer [N] or [N, 1].
 
     Raises:
-        InputError: wrong dtype, shape or count; a label outside the declared classes; a training class with no example.
+        InputError: wrong dtype, shape or count; a label outside the declared classes.
     """
     if images.ndim == 3:
         images = images[..., None]
@@ -241,17 +246,7 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
             fix=f"number the classes 0…{known - 1}, or declare the right number of classes",
             private_detail=f"{int(outside.sum())} labels; the first at position {first} is {int(labels[first])}",
         )
-    labels = labels.astype(np.int64)
-    if split == "train":
-        counts = np.bincount(labels, minlength=known)
-        empty = int((counts == 0).sum())
-        if empty:
-            raise InputError(
-                f"{empty} of the {known} declared classes of {spec.name} have no training example",
-                fix="declare only classes that have examples, or add examples of the others",
-                private_detail=f"classes without examples: {np.flatnonzero(counts == 0)[:20].tolist()}",
-            )
-    return Split(np.ascontiguousarray(images), labels)
+    return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
 def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:

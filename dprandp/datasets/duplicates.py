@@ -1,8 +1,9 @@
-"""What the owner of a data set may want to know before a run, and nobody else may know: is one image really one unit?
+"""What the owner of a data set may want to know before a run, and nobody else may know.
 
-An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are spread over
-several units. How many such images there are is a statistic of the private data that no ε pays for. So no run counts
-them: this is asked for separately, answered on the terminal, and written nowhere.
+Is one image really one unit? An image that occurs twice is protected only half as well as ε says, and so is a patient
+whose images are spread over several units. Has every declared class training images? One without any cannot be learned.
+Both are statistics of the private data that no ε pays for. So no run counts them: they are asked for separately,
+answered on the terminal, and written nowhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dprandp.datasets.base import Dataset, image_digests
 
 
 def check_data(dataset: Dataset) -> dict[str, Any]:
-    """Count exact duplicates. Everything returned is private, but for the declared facts.
+    """Count exact duplicates and find empty classes. Everything returned is private, but for the declared facts.
 
     Args:
         dataset: named; this reads both its splits.
@@ -26,7 +27,8 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         repeated_images: training images that equal an earlier one, pixel by pixel; across_units: training images of
         which a copy lies in another unit; largest_copies: units that hold one and the same image, at most;
         contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
-        copy lies in the test split; units_in_test: units with images in both splits (None where not declared).
+        copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
+        empty_classes: names of the declared classes that have no training image.
 
     Raises:
         InputError: as ``Dataset.train``.
@@ -40,6 +42,7 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         seen_in.setdefault(digest, set()).add(unit)
         labels.setdefault(digest, set()).add(label)
     tested = set(image_digests(test.images))
+    counts = np.bincount(train.labels, minlength=len(spec.classes))
     return {
         "data": spec.name,
         "unit": spec.unit,
@@ -52,4 +55,5 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         "contradicting_labels": sum(len(found) > 1 for found in labels.values()),
         "in_test": sum(digest in tested for digest in digests),
         "units_in_test": units and units.shared_with_test,
+        "empty_classes": [spec.classes[index] for index in np.flatnonzero(counts == 0)],
     }

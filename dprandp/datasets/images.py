@@ -14,19 +14,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dprandp.datasets.complete import FORMATS, cannot_be_checked, decoded
 from dprandp.errors import InputError
 
-#: Formats that Pillow may try; the extension only selects which files are meant to be images.
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
-#: Most pixels one image may have; more is taken for a decompression bomb.
+#: Most pixels one image may have; more is taken for a decompression bomb. And most bytes its file may have: of such an
+#: image without any compression, with as much again for metadata.
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 8 * MAX_PIXELS
 
 # What Pillow logs about a single private image would otherwise reach stderr: Python's last resort prints it where
 # nobody has set up logging, and other libraries set it up for everybody.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 logging.getLogger("PIL").propagate = False
+
+INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove it")
+"""What is wrong with an image that is not all there, and what to do."""
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
@@ -95,15 +99,16 @@ def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             objection = _objection(image, path)
-            if objection is None:
-                top, left, rows, columns = centred((image.height, image.width), (height, width))
-                # Cut first: with resize(box=…) the filter would still see the pixels just outside the part.
-                part = image.convert("RGB").crop((left, top, left + columns, top + rows))
-                return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
+        image = None if objection else decoded(path.read_bytes())
+        if image is not None:
+            top, left, rows, columns = centred((image.height, image.width), (height, width))
+            # Cut first: with resize(box=…) the filter would still see the pixels just outside the part.
+            part = image.convert("RGB").crop((left, top, left + columns, top + rows))
+            return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
     except Exception as error:
         # A decoder fed a hostile file may raise anything at all, and none of it is a bug of ours.
         raise _refusal(what, "damaged or no image", "replace or remove it", path, f"{type(error).__name__}") from error
-    raise _refusal(what, *objection, path, "")
+    raise _refusal(what, *(objection or INCOMPLETE), path, "")
 
 
 def _refusal(what: str, kind: str, fix: str, path: Path, more: str) -> InputError:
@@ -118,6 +123,8 @@ def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
+    if path.stat().st_size > MAX_BYTES:
+        return f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller"
     if _has_second_frame(image):
         return "animated or has several pages", "keep one frame"
     if image.mode not in ("1", "L", "P", "RGB"):
@@ -127,6 +134,8 @@ def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
         return "transparent", "put it on a background and save it as 8-bit RGB"
     if _bits_per_channel(image, path) > 8:
         return "16-bit", "convert it to 8-bit RGB or grey with a fixed, public scale"
+    if cannot_be_checked(image):
+        return "a TIFF compressed as a fax or as old JPEG, where missing pixels go unnoticed", "save it as PNG"
     if image.getexif().get(_ORIENTATION, 1) != 1:
         return "marked as rotated (EXIF orientation)", "turn the pixels themselves and drop the mark"
     return None

@@ -3,9 +3,9 @@
 ================  =============================================================================================
 ``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
 ``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
-``prv``           the numerical accountant (sampled batches), both directions of add/remove
+``prv``           the numerical accountant (sampled batches), both directions
 ``sampled_loss``  the privacy loss of one sampled step: what ``prv`` composes
-``tradeoff``      what a guarantee leaves to an attacker; replacing a record instead of adding or removing one
+``tradeoff``      what a guarantee leaves to an attacker; replacing a record instead of zeroing it out
 ``sampling``      true Poisson batches
 ``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
 ``unit_clipping`` the same where a record is several images, one patient's say
@@ -31,7 +31,7 @@ T       steps                 noisy steps
 C       clip_norm             largest L2 norm of one record's contribution to a step's sum
 σ       noise_multiplier      standard deviation of the noise in one coordinate, divided by C
 K       views                 augmented views of one record, averaged before the clip
-ε, δ    epsilon, delta        the guarantee, for data sets that differ by adding or removing one record
+ε, δ    epsilon, delta        the guarantee, under zero-out of one record (``accounting`` says what that is)
 μ       mu                    the parameter of Gaussian differential privacy
 ======  ====================  ===================================================================================
 

@@ -1,8 +1,14 @@
 """What a list of noisy steps costs, and how much noise a budget needs.
 
 Events are plain data, saved with the run, so that anyone can account them again. Results are (lower, estimate, upper)
-and only ``upper`` is ever promised. The unit of privacy is one record; data sets are neighbours when one record was
-added or removed.
+and only ``upper`` is ever promised.
+
+The unit of privacy is one record. Data sets are neighbours under *zero-out* (Kairouz et al. 2021, "Practical and
+private (deep) learning without sampling or shuffling"; Ponomareva et al. 2023, "How to DP-fy ML"): they have the same
+public number N of positions, and one position is empty in one of them, so that it contributes nothing to any sum. The
+theorems behind the accountants are stated for adding or removing a record. They compare the noisy sum of a Poisson
+sample with one record and without it, in both directions; an empty position has the distribution of the sum without the
+record, so they hold for zero-out as they are. What only zero-out allows is to use N itself: in q, in the divisor, in δ.
 
 ===================  ======================================================  ===========================================
 events               accountant                                              error
@@ -47,6 +53,9 @@ MAX_NOISE_MULTIPLIER = 1e6
 # No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
 FIXED = "A run's budget cannot grow once it has begun."
 
+
+ADVISED_DELTA, ADVISED_SHARE = 1e-5, 0.1
+"""A δ is advised to be at most the first, and at most the second as a part of 1/N."""
 
 _LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
 """Beyond these there is no privacy to speak of, squares leave the range of doubles, and doubles cannot count."""
@@ -106,6 +115,22 @@ class EpsilonBound:
     accountant: str
 
 
+def advised_delta(examples: int) -> float:
+    """1e-5, or a tenth of 1/N where that is smaller, rounded down to one significant digit.
+
+    At δ = 1/N a mechanism that publishes one whole record at random counts as private, so δ has to be far below.
+
+    Args:
+        examples: N ≥ 1.
+    """
+    most = min(ADVISED_DELTA, ADVISED_SHARE / examples)
+    digit, _, exponent = f"{most:.0e}".partition("e")  # rounded to the nearest
+    rounded = float(f"{digit}e{exponent}")
+    if rounded <= most:
+        return rounded
+    return float(f"{int(digit) - 1}e{exponent}") if digit != "1" else float(f"9e{int(exponent) - 1}")
+
+
 def merge_events(events: Sequence[Event]) -> list[Event]:
     """The same composition in canonical form: equal (q, σ, kind of noise) added up, sorted, none empty, tuning last."""
     totals: dict[tuple[float, float, bool], int] = {}
@@ -139,10 +164,10 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
         warn: called with one sentence when the PRV accountant refuses or two accountants contradict each other.
 
     Guarantee:
-        The composition is (``upper``, ``delta``)-DP under adding or removing one record, provided each step is a
-        Poisson sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC, or discrete noise as
-        ``discrete_noise`` adds it. The parameters may
-        differ from event to event (heterogeneous composition) but must not depend on the data, nor on earlier
+        The composition is (``upper``, ``delta``)-DP under zero-out of one record, provided each step is a Poisson
+        sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC, or discrete noise as
+        ``discrete_noise`` adds it. The parameters may differ from event to event (heterogeneous composition) but must
+        not depend on the data, nor on earlier
         *results* that somebody looked at: numerical composition is not a privacy filter (Rogers et al. 2016) for such
         choices. Full-batch steps are free of that condition as far as Σ T/σ² is fixed: how it is split into steps
         changes none of their curves. With a tuning event among them everything is composed in Rényi DP.

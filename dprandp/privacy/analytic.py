@@ -1,7 +1,8 @@
 """Upper bounds on ε of sampled Gaussian steps that need no grid: valid for every σ, q, T and δ. Loaded when needed.
 
 Each is proven for the whole composition, so the smallest of them is a bound as well. In either direction of add/remove,
-with P = (1−q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²):
+and so of zero-out (a record that contributes nothing leaves the same Q as one that is not there), with
+P = (1−q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²):
 
 *Full batches.* (P, Q) is what comes out of (N(1, σ²), Q) when the input is replaced by a fresh draw of Q with
 probability 1 − q, so that sampled steps are at most as revealing as full batches: √(Σ T/σ²)-GDP.
@@ -57,7 +58,7 @@ def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[flo
         delta: δ in (0, 1).
 
     Guarantee:
-        The composition is (result, delta)-DP under add/remove. Never NaN; infinite only beyond the range of doubles.
+        The composition is (result, delta)-DP under zero-out. Never NaN; infinite only beyond the range of doubles.
     """
     found = [(gaussian_dp_epsilon(full_batch_mu(components), delta), FULL_BATCHES)]
     counted = participation_epsilon(components, delta, found[0][0])
@@ -74,8 +75,8 @@ def moved_epsilon(
     """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
 
     The two bounds that need no sampled divergence: both data sets are sampled with the same coins, a step that draws
-    none of the records is the same in both, and one that draws any moves by ``distance`` · C at most. Adding or
-    removing k records is (k, k), replacing one is (2, 1).
+    none of the records is the same in both, and one that draws any moves by ``distance`` · C at most. Zeroing
+    out k records is (k, k), replacing one is (2, 1).
 
     Guarantee:
         The composition is (result, delta)-DP for such data sets.

@@ -5,11 +5,11 @@ gradient is not finite counts as zero. Nothing is divided by the number of recor
 business.
 
 Guarantee (every function that takes ``clip_norm``):
-    Adding or removing one record changes the sum by at most ``clip_norm`` in L2, over all parameters jointly. Clipping
-    happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in one record's part, so that
-    this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones float32 summation can
-    add an error of at most about 1e-7 of the norm of a block's sum, far below the noise (σ clip_norm in every
-    coordinate); blocks and microbatches are added in float64.
+    Zeroing out one record, which then contributes nothing, changes the sum by at most ``clip_norm`` in L2, over all
+    parameters jointly. Clipping happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in
+    one record's part, so that this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones
+    float32 summation can add an error of at most about 1e-7 of the norm of a block's sum, far below the noise (σ
+    clip_norm in every coordinate); blocks and microbatches are added in float64.
 
 Automatic clipping (``automatic=True``; Bu, Wang, Zha & Karypis 2023, "Automatic Clipping", arXiv 2206.07136) scales
 every gradient to C ‖g‖/(‖g‖ + .01) instead: also those that are shorter than C. C is then nothing but the unit of sum

@@ -1,4 +1,4 @@
-"""Group privacy: what a guarantee for one record says about k records that are added or removed together.
+"""Group privacy: what a guarantee for one record says about k records that are zeroed out together.
 
 Where each step is a full batch the answer is exact: k records move a sum by k C at most, so a μ-GDP mechanism is kμ-GDP
 for groups of k (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Theorem 2.14, and tight for the Gaussian). For
@@ -74,7 +74,7 @@ def compose_group(
         warn: see ``accounting.compose``.
 
     Guarantee:
-        The composition is (``upper``, ``delta``)-DP under adding or removing up to ``size`` records, under the
+        The composition is (``upper``, ``delta``)-DP under zero-out of up to ``size`` records, under the
         conditions of ``compose``. Exact for full batches; an upper bound otherwise (``lower`` is that of one record).
 
     Raises:

@@ -1,11 +1,11 @@
 """The record of what a run has paid: append-only, chained by hashes, on disk before anything paid for is used.
 
-One JSON object a line. The first is the header; the others are charges (for a block of steps, or for a selection among
-private trials) and seals of results (the SHA-256 of what a finished stage reported). Each line carries the hash of the
-line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file
-is opened. The chain has no key: it finds accidents and careless edits. Lines cut off the end are found by what refers
-to them: ``includes(head)`` for the head that run.json and every checkpoint keep, and the plan's check that no
-checkpoint holds more updates than were charged.
+One JSON object a line. The first is the header, with the budget as it was fixed; the others are charges (for a block of
+steps, or for a selection among private trials) and seals of results (the SHA-256 of what a finished stage reported).
+Each line carries the hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or
+removed line is found when the file is opened. The chain has no key: it finds accidents and careless edits. Lines cut
+off the end are found by what refers to them: ``includes(head)`` for the head that run.json and every checkpoint keep,
+and the plan's check that no checkpoint holds more updates than were charged.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the
@@ -23,7 +23,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,16 @@ from dprandp.privacy.ledger_line import (
 )
 from dprandp.privacy.tuning import TuningEvent
 
+ADJACENCY = "zero-out"
+"""What the header says of neighbours: data sets in one of which a record's slot is empty (see ``accounting``)."""
+
 
 class Ledger:
     """The privacy ledger of one run, opened with ``Ledger.create`` or ``Ledger.open``.
 
     Attributes:
         path: the file.
-        header: ``format, data_unit, adjacency, examples, created``.
+        header: ``format, data_unit, adjacency, examples, budget, created``.
         charges: every block of steps paid so far, in order.
         tunings: every selection among private trials paid so far, in order.
         seals: stage -> the seal of its latest result.
@@ -83,15 +86,31 @@ class Ledger:
         data_unit: str = "image",
         warn: Warn = warn_by_log,
         fault_point: Callable[[str], None] = lambda name: None,
+        *,
+        budget: Mapping[str, Any] | None = None,
     ) -> Ledger:
-        """Start a ledger: write and fsync its header. Raises StorageError if the file exists or cannot be written."""
+        """Start a ledger: write and fsync its header.
+
+        Args:
+            path: the file.
+            examples: N ≥ 1, the public number of records.
+            data_unit: what a record is.
+            warn, fault_point: as for ``open``.
+            budget: what was fixed before the first look at the data, by name, as finite JSON values. It is sealed with
+                the header; whoever keeps it elsewhere too can hold that against it. None for a ledger without a budget,
+                as that of an audit.
+
+        Raises:
+            StorageError: the file exists or cannot be written.
+        """
         path = Path(path)
         body = {
             "kind": "header",
             "format": FORMAT,
             "data_unit": data_unit,
-            "adjacency": "add-remove",
+            "adjacency": ADJACENCY,
             "examples": int(examples),
+            "budget": None if budget is None else dict(budget),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         temporary = path.with_name(path.name + ".new")
@@ -157,6 +176,11 @@ class Ledger:
     @property
     def data_unit(self) -> str:
         return self.header["data_unit"]
+
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """What was fixed when the ledger was begun; see ``create``."""
+        return self.header["budget"]
 
     @property
     def private(self) -> bool:
@@ -291,6 +315,10 @@ class Ledger:
                 )
             if type(body.get("examples")) is not int or body["examples"] < 1 or type(body.get("data_unit")) is not str:
                 raise self._damaged(number, "its number of examples, or the unit they are of, makes no sense")
+            if body.get("adjacency") != ADJACENCY:
+                raise self._damaged(number, "its relation of neighbours is not the one that is accounted here")
+            if not isinstance(body.get("budget", ""), dict | None):
+                raise self._damaged(number, "it does not say what the budget is")
             self.header = body
         elif kind == "charge" and number > 1:
             self._take(self._checked(body, number))

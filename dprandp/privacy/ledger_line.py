@@ -14,7 +14,9 @@ from dprandp.errors import StorageError, UsageError
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.tuning import TuningEvent
 
-FORMAT = 2
+FORMAT = 3
+"""Earlier ones, in which the header did not hold the budget, are refused by name."""
+
 FIRST_PREVIOUS = "0" * 64
 KINDS = ("gaussian", "discrete")
 """Of noise; see ``noise`` and ``discrete_noise``."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
+from dprandp.privacy.accounting import GaussianEvent, Warn, advised_delta, warn_by_log
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.discrete_noise import add_discrete_noise
 from dprandp.privacy.ledger import Ledger
@@ -113,7 +113,7 @@ def validate_budget(epsilon: float, delta: float, examples: int, share: float = 
         raise UsageError(
             f"delta is {delta}, but it must lie between 0 and 1/{examples} = {1 / examples:.3g}: at 1/N, publishing "
             "one whole record at random would count as private.",
-            fix=f"Give a --delta below {1 / examples:.3g}, for instance {min(1e-5, 0.1 / examples):.1g}.",
+            fix=f"Give a --delta below {1 / examples:.3g}, for instance {advised_delta(examples):g}.",
         )
     if not 0 < share <= 1:
         raise UsageError(f"share is {share}.", fix="Give a number above 0, at most 1.")

@@ -8,6 +8,7 @@ is inverted by ``prv_accountant``, the library of that paper. Three things are d
 * *both directions.* That library composes log(P/Q) for P = "with the record", Q = "without it". Adding a record is the
   other direction, and under composition it is not covered by the first one in general (Lebeda, Regehr, Kamath & Steinke
   2024, "Avoiding pitfalls for privacy accounting of subsampled mechanisms under composition"), so both are computed.
+  The pair (P, Q) is the same under zero-out, where the record's position stays and contributes nothing.
 * *the window.* Remark 5.6 of the paper makes the grid reach 2 beyond the largest loss that matters, which for ε = 0.1
   is fifteen times too wide. Here the reach comes from the Rényi divergences directly (``_reach``).
 * *bounded work.* The number of grid points is chosen before anything is allocated; time and memory follow from it.
@@ -129,7 +130,7 @@ def prv_epsilon(
         epsilon_error: wanted half-width of the bounds; wider when the number of grid points would be passed.
 
     Guarantee:
-        ``upper`` is at least the ε of the composition at ``delta`` under add/remove.
+        ``upper`` is at least the ε of the composition at ``delta`` under add/remove, hence under zero-out.
 
     Raises:
         AccountantRefused: floating point or the bound on grid points does not allow a sound, useful answer.

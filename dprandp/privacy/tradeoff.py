@@ -1,4 +1,4 @@
-"""What a guarantee leaves to an attacker, and what it says when a record is replaced instead of added or removed.
+"""What a guarantee leaves to an attacker, and what it says when a record is replaced instead of zeroed out.
 
 *The attacker* decides from all that was released whether a record was there. At a false-positive rate α the best rate
 of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
@@ -9,10 +9,10 @@ Differential Privacy", Propositions 2.4 and 2.12): each (ε, δ) on it allows at
 and the least of these over the whole curve is the tightest bound that the curve gives. Full batches have the closed
 form Φ(Φ⁻¹(α) + μ). The advantage, the largest g(α) − α, is δ at ε = 0.
 
-*Replacing a record* is removing one and adding another. For full batches the sum then moves by up to 2C instead of C,
-which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under composition, and
-tables that assume one are not used here. What is proven is group privacy along the two moves: if the mechanism is
-(ε₁, δ₁)- and (ε₂, δ₂)-DP under add/remove, then
+*Replacing a record* is zeroing one out and filling its slot with another. For full batches the sum then moves by up to
+2C instead of C, which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under
+composition, and tables that assume one are not used here. What is proven is group privacy along the two moves: if the
+mechanism is (ε₁, δ₁)- and (ε₂, δ₂)-DP under zero-out, then
 
     P(M(D) ∈ S) ≤ exp(ε₁) P(M(D₀) ∈ S) + δ₁ ≤ exp(ε₁ + ε₂) P(M(D′) ∈ S) + δ₁ + exp(ε₁) δ₂
 
@@ -45,8 +45,10 @@ from dprandp.privacy.accounting import (
 )
 from dprandp.privacy.group import compose_group
 
-ADD_REMOVE, REPLACE_ONE = "add-remove", "replace-one"
-ADJACENCIES = (ADD_REMOVE, REPLACE_ONE)
+ZERO_OUT, ADD_REMOVE, REPLACE_ONE = "zero-out", "add-remove", "replace-one"
+ADJACENCIES = {ZERO_OUT: 1, ADD_REMOVE: 1, REPLACE_ONE: 2}
+"""Relation -> zero-out moves between neighbours. Add/remove has the same sums with and without the record, hence the
+same curve (``accounting``); it is the relation of the accountants' theorems, and no claim about N."""
 
 # What numerical error may add to a rate; and as a part of δ where the curve is read at one δ.
 _RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-3
@@ -64,9 +66,9 @@ class TradeOff:
 
     Attributes:
         mu: of the Gaussian whose trade-off it is exactly; None for sampled steps; inf without noise.
-        epsilons, deltas: points of the add/remove curve, ε ascending from 0, both valid upper bounds; empty when mu
+        epsilons, deltas: points of the zero-out curve, ε ascending from 0, both valid upper bounds; empty when mu
             is known.
-        moves: 1 for add/remove, 2 for replace-one.
+        moves: as in ``ADJACENCIES``.
         source: how it was found.
         most_mu: of a Gaussian whose trade-off is no better for the record: full batches in place of sampled ones.
     """
@@ -122,12 +124,12 @@ def _gaussian_rate(rate: float, mu: float) -> float:
     return float(ndtr(ndtri(rate) + mu))
 
 
-def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn: Warn = warn_by_log) -> TradeOff:
+def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: Warn = warn_by_log) -> TradeOff:
     """The tightest trade-off that is known for a composition.
 
     Args:
         events: what was, or would be, run.
-        adjacency: ``ADD_REMOVE`` or ``REPLACE_ONE``.
+        adjacency: a key of ``ADJACENCIES``.
         warn: called with one sentence when the PRV accountant refuses.
 
     Guarantee:
@@ -147,9 +149,9 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ADD_REMOVE, warn
 
 
 def compose_adjacency(
-    events: Sequence[GaussianEvent], delta: float, adjacency: str = ADD_REMOVE, warn: Warn = warn_by_log
+    events: Sequence[GaussianEvent], delta: float, adjacency: str = ZERO_OUT, warn: Warn = warn_by_log
 ) -> EpsilonBound:
-    """``accounting.compose`` for either adjacency.
+    """``accounting.compose`` for any adjacency.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under ``adjacency``, on the conditions of ``compose``.
@@ -167,7 +169,7 @@ def compose_adjacency(
     if any(event.discrete for event in events):
         raise UsageError(
             "Sampled steps with discrete noise are not accounted for replacing a record.",
-            fix="Use add-remove, full batches, or Gaussian noise.",
+            fix="Use zero-out, full batches, or Gaussian noise.",
         )
     single = compose(events, delta, warn)
     if not math.isfinite(single.upper):
@@ -178,7 +180,7 @@ def compose_adjacency(
     # Where that hides the record already there is no need for a curve.
     epsilons, deltas, source = privacy_curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
     upper = _two_moves(epsilons, deltas, delta) if most else None
-    # Replacing a record by one that changes nothing is removing it.
+    # Replacing a record by one that contributes nothing is zeroing it out.
     if upper is None or most < upper:
         return EpsilonBound(min(single.lower, most), most, most, delta, f"{by}, moved by 2C")
     return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + _path(2))
@@ -189,10 +191,10 @@ def calibrate_adjacency(
     delta: float,
     sample_rate: float,
     steps: int,
-    adjacency: str = ADD_REMOVE,
+    adjacency: str = ZERO_OUT,
     warn: Warn = warn_by_log,
 ) -> float:
-    """``accounting.calibrate`` (of a fresh budget) for either adjacency.
+    """``accounting.calibrate`` (of a fresh budget) for any adjacency.
 
     Guarantee:
         ``compose_adjacency([GaussianEvent(result, sample_rate, steps)], delta, adjacency).upper <= epsilon``.
@@ -240,12 +242,13 @@ def _full_batch_mu(merged: Sequence[GaussianEvent]) -> float:
 
 def _moves(adjacency: str) -> int:
     if adjacency not in ADJACENCIES:
-        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {' or '.join(ADJACENCIES)}.")
-    return 1 + ADJACENCIES.index(adjacency)
+        *others, last = ADJACENCIES
+        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {', '.join(others)} or {last}.")
+    return ADJACENCIES[adjacency]
 
 
 def _path(moves: int) -> str:
-    return "" if moves == 1 else ", group privacy of one removal and one addition"
+    return "" if moves == 1 else ", group privacy of two zero-out moves"
 
 
 def privacy_curve(

@@ -1,10 +1,10 @@
 """Clipped sums where one record is a unit of several images: one patient, say.
 
 A unit's gradient is the mean over its images of their gradients (each the mean over the image's views), clipped once.
-However many images a unit has, it weighs as one record, and adding or removing it with all its images is one change.
+However many images a unit has, it weighs as one record, and zeroing it out with all its images is one change.
 
 Guarantee (every function here):
-    Adding or removing one *unit*, with all its images, changes the clipped sum by at most ``clip_norm`` in L2, with
+    Zeroing out one *unit*, with all its images, changes the clipped sum by at most ``clip_norm`` in L2, with
     the rounding allowance of ``clipping``. A unit with an image whose gradient is not finite counts as zero.
 """
 

@@ -14,6 +14,7 @@ from typing import Any
 from scipy.special import ndtr, ndtri
 
 from dprandp.errors import CheckpointError
+from dprandp.privacy.accounting import ADVISED_SHARE
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.reporting.wording import (
     clip_in_words,
@@ -126,8 +127,8 @@ def disclosure(
         ("Mechanism", _mechanism(result)),
         ("ε (privacy loss)", _epsilon(result)),
         ("Also counted in ε", _also_charged(result)),
-        ("δ", number(result["delta"])),
-        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed)"),
+        ("δ", _delta(result)),
+        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed){_slot(result)}"),
         ("Unit of privacy", f"{result['unit']}"),
         ("Several records together", groups(result)),
         ("N (training examples)", units_and_images(result)),
@@ -242,7 +243,30 @@ def _mechanism(result: Facts) -> str:
     batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
     return (
         f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
-        f"once per step, and is divided by the public qN."
+        f"once per step, and is divided by the public qN, not by the size of the batch that was drawn."
+    )
+
+
+def _delta(result: Facts) -> str:
+    """δ, and how far it is from 1/N, where it would promise nothing to somebody."""
+    share = result["delta"] * result.get("train_units", result["train_examples"])
+    said = f"{number(result['delta'])}, which is {share:.2g}/N"
+    if share <= ADVISED_SHARE * (1 + 1e-9):
+        return said
+    return (
+        f"{said}. At 1/N, publishing one whole record at random would count as private; at most {ADVISED_SHARE:g}/N is "
+        "advised, unless results are to be compared with others that are published at this δ"
+    )
+
+
+def _slot(result: Facts) -> str:
+    """What zero-out means, for readers who know add/remove."""
+    if not str(result["adjacency"]).startswith("zero-out"):
+        return ""
+    return (
+        f": the slot of one {_record(result)} is left empty, so that it contributes nothing to any sum; N, q, the "
+        "divisor and all other positions stay the same. The accountant's theorems for adding or removing a record "
+        "bound the same sums, with the record and without it"
     )
 
 

@@ -190,7 +190,7 @@ def make_head_records(
 
 
 def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAITHFUL) -> list[Check]:
-    """Fit a head on the records, then on all but the last, with the same random bits; compare.
+    """Fit a head on the records, then with the last zeroed out, with the same random bits; compare.
 
     Args:
         plan: what was accounted.

@@ -6,18 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dprandp.config import DEFAULT_DELTA, same_data_name
+from dprandp.config import same_data_name
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.files import from_json
+from dprandp.privacy.accounting import advised_delta
 from dprandp.privacy.plan import PrivatePlan, validate_budget
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
 from dprandp.runledger import open_run_ledger, plan_file
 
-ADJACENCY = "add/remove one record"
-"""A record is one unit of privacy: one image, or all images of one patient, say (``DataSpec.unit``)."""
+ADJACENCY = "zero-out of one record"
+"""Neighbours are data sets in one of which a record's slot is empty: the record contributes nothing to any sum, while
+N, q and all other positions stay the same. A record is one unit of privacy: one image, or all images of one patient,
+say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 NO_PUBLIC_PART = "none"
+ROUNDING = 1e-9
+"""Of ε: what a stage may spend was computed from the budget, with the rounding of floats."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,17 @@ def budget_of(document: dict[str, Any]) -> Budget:
     return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
 
 
-def default_delta(examples: int) -> float:
-    """1e-5, or half of 1/N where that is smaller: a δ of 1/N would allow publishing a record outright."""
-    return min(DEFAULT_DELTA, 0.5 / examples)
+def default_delta(examples: int, published: float | None = None) -> float:
+    """δ where none was asked for.
+
+    Args:
+        examples: N ≥ 1.
+        published: the δ at which results for the data set are published, ``DataSpec.published_delta``.
+
+    Returns:
+        The published one, if it is below 1/N; else what is advised for N records, ``plan.advised_delta``.
+    """
+    return published if published is not None and published < 1 / examples else advised_delta(examples)
 
 
 def read_budget(rundir: RunDir) -> dict[str, Any] | None:
@@ -147,3 +160,5 @@ def _refuse_nonsense(document: dict[str, Any]) -> None:
             raise TypeError(f"the plan of {name} has no time")
         if (plan.stage, plan.examples, plan.delta) != (name, document["examples"], document["delta"]):
             raise ValueError(f"the plan of {name} is of another budget")
+        if plan.epsilon_target > document["epsilon"] * (1 + ROUNDING):
+            raise ValueError(f"the plan of {name} would spend more than the budget")

@@ -9,17 +9,28 @@ from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.group import compose_group
-from dprandp.privacy.tradeoff import ADD_REMOVE, calibrate_adjacency, compose_adjacency, trade_off
+from dprandp.privacy.tradeoff import (
+    ADD_REMOVE,
+    REPLACE_ONE,
+    ZERO_OUT,
+    calibrate_adjacency,
+    compose_adjacency,
+    trade_off,
+)
 
 CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.05)
 
-NEIGHBOURS = {"add-remove": "add/remove one record", "replace-one": "replace one record"}
+NEIGHBOURS = {
+    ZERO_OUT: "zero-out of one record",
+    ADD_REMOVE: "add/remove one record",
+    REPLACE_ONE: "replace one record",
+}
 EXACT, THROUGH_POINT = "exact", "the Gaussian through (ε, δ)"
 DOUBLED = "replacing a record moves a sum by up to 2C instead of C, which doubles μ (exact)"
 TWO_MOVES = (
-    "replacing is removing and adding: group privacy along the whole add/remove curve, (ε₁ + ε₂, δ₁ + exp(ε₁) δ₂), an "
-    "upper bound (Dong, Roth & Su 2022, Theorem 2.14)"
+    "replacing is emptying a slot and filling it again: group privacy along the whole zero-out curve, "
+    "(ε₁ + ε₂, δ₁ + exp(ε₁) δ₂), an upper bound (Dong, Roth & Su 2022, Theorem 2.14)"
 )
 
 
@@ -29,7 +40,7 @@ def account(
     sample_rate: float,
     steps: int,
     delta: float,
-    adjacency: str = ADD_REMOVE,
+    adjacency: str = ZERO_OUT,
     curve: bool = True,
 ) -> dict[str, Any]:
     """σ for an ε, or ε for a σ, and what that means.
@@ -37,9 +48,9 @@ def account(
     Returns:
         noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
         accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
-        through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how it follows from add/remove; None
-        there), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and, if asked for, curve
-        (delta and epsilon, lists).
+        through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how ε follows from that of zero-out; None
+        unless a record is replaced), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and,
+        if asked for, curve (delta and epsilon, lists).
 
     Raises:
         UsageError: a value out of its range. BudgetError: no noise is enough.
@@ -70,7 +81,7 @@ def account(
         "equivalent_mu": mu,
         "equivalent_mu_is": mu_is,
         "adjacency": NEIGHBOURS[adjacency],
-        "adjacency_relation": None if adjacency == ADD_REMOVE else relation,
+        "adjacency_relation": relation if adjacency == REPLACE_ONE else None,
         "attack": {
             "false_positive_rate": list(FALSE_POSITIVE_RATES),
             "true_positive_rate": [attacker.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES],
@@ -96,10 +107,10 @@ def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
     """
     if size == 1:
         return {"group_size": 1}
-    if result["adjacency"] != NEIGHBOURS[ADD_REMOVE]:
+    if result["adjacency"] == NEIGHBOURS[REPLACE_ONE]:
         raise UsageError(
-            f"--group-size {size} is accounted for adding or removing records",
-            fix="leave --adjacency at add-remove",
+            f"--group-size {size} is accounted for records that are zeroed out together, not replaced",
+            fix="leave --adjacency at zero-out",
         )
     event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
     bound = compose_group([event], result["delta"], size, _silent)
@@ -137,7 +148,7 @@ def attack_lines(result: dict[str, Any]) -> str:
     attack = result["attack"]
     alarms = " / ".join(f"{100 * rate:g}" for rate in attack["false_positive_rate"])
     found = " / ".join(_percent(rate) for rate in attack["true_positive_rate"])
-    replacing = result["adjacency"] != NEIGHBOURS[ADD_REMOVE]
+    replacing = result["adjacency"] == NEIGHBOURS[REPLACE_ONE]
     goal = "which of two records was there" if replacing else "that a record was there"
     lines = [
         f"attacker: knowing all other records and everything released, at {alarms} % false alarms, one can tell {goal} "

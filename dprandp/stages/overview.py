@@ -11,6 +11,9 @@ from dprandp.errors import UsageError
 from dprandp.rundir import OPTIONAL_STAGES, RunDir
 from dprandp.stages.budget import read_budget
 
+SHOWN_CLASSES = 20
+"""Empty classes that are named for people; JSON has all of them."""
+
 
 def status(rundir: RunDir) -> dict[str, Any]:
     """Stage table and budget of a run.
@@ -75,7 +78,7 @@ def dataset_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> dict[str, Any]:
-    """Duplicates and units of a data set: see ``check_data``. Private, and ``private_output`` says so."""
+    """Duplicates, units, empty classes of a data set: see ``check_data``. Private, and ``private_output`` says so."""
     dataset = open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column)
     return {"private_output": True, **check_data(dataset)}
 
@@ -94,6 +97,11 @@ def check_lines(found: dict[str, Any]) -> str:
     ]
     if found["units_in_test"] is not None:
         lines.append(f"  units with images in both splits                    {found['units_in_test']}")
+    empty = found["empty_classes"]
+    lines.append(f"  declared classes without a training image           {len(empty)}")
+    if empty:
+        shown = ", ".join(empty[:SHOWN_CLASSES]) + (", …" if len(empty) > SHOWN_CLASSES else "")
+        lines.append(f"No training image has the label {shown}: a run goes on, and never learns these classes.")
     if found["across_units"]:
         lines.append(
             f"An image in {found['largest_copies']} units is protected as a group of so many (dprandp account "

@@ -23,7 +23,7 @@ from dprandp.privacy.noise import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.rundir import RunDir
-from dprandp.runledger import ledger_file, open_run_ledger, plan_file
+from dprandp.runledger import ledger_file, open_run_ledger, plan_file, sealed_budget
 from dprandp.runtable import result_digest
 from dprandp.stages import training_data
 from dprandp.stages.budget import ADJACENCY, NO_PUBLIC_PART, Budget, read_plan_file
@@ -131,23 +131,29 @@ class PrivateStage:
             As ``private_inputs``.
         """
         self.keep_data()  # before the plan: a plan without it would look like a lost record
-        if self._ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
-            _ = self.context.rundir.privacy_dir  # makes the folder
-            path = ledger_file(self.context.rundir)
-            with storage_errors(path, "replace"):
-                path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
-            self._ledger = Ledger.create(path, self.spec.train_units, _data_unit(self.spec), **self._ledger_options)
         document = read_plan_file(self.context.rundir) or {
             "format": 1,
             "data": self.budget.data,
             "epsilon": self.budget.epsilon,
             "delta": self.budget.delta,
-            "examples": self.ledger.examples,
+            "examples": self.spec.train_units,
             "adjacency": ADJACENCY,
             "unit": self.budget.unit,
             **({} if self.budget.public_part == NO_PUBLIC_PART else {"public_part": self.budget.public_part}),
             "stages": {},
         }
+        if self._ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
+            _ = self.context.rundir.privacy_dir  # makes the folder
+            path = ledger_file(self.context.rundir)
+            with storage_errors(path, "replace"):
+                path.unlink(missing_ok=True)  # at most a header without charges: see open_ledger
+            self._ledger = Ledger.create(
+                path,
+                self.spec.train_units,
+                _data_unit(self.spec),
+                budget=sealed_budget(document),
+                **self._ledger_options,
+            )
         document["stages"][self.name] = {
             "attempt": self.attempt,
             "started": started(self.context.rundir, self.name),

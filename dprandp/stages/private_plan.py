@@ -19,6 +19,7 @@ from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.plan import PrivatePlan, make_plan, validate_budget
 from dprandp.privacy.tuning import TuningEvent
+from dprandp.runledger import open_run_ledger
 from dprandp.stages.budget import NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
 from dprandp.stages.context import Context, recorded
 from dprandp.stages.private import PrivateStage, started
@@ -54,19 +55,21 @@ def name_private_stage(
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)
-    examples = dataset.spec.train_units
+    examples, document = dataset.spec.train_units, read_plan_file(context.rundir)
+    fixed = None if document is None else budget_of(document)
+    # the run's, if it has one: the same data under another name may have another default
+    delta = default_delta(examples, dataset.spec.published_delta) if fixed is None else fixed.delta
     budget = Budget(
         config.data,
         config.epsilon,
-        config.delta or default_delta(examples),
+        config.delta or delta,
         examples,
         dataset.spec.unit,
         NO_PUBLIC_PART if part is None else f"fraction {part[0]!r} by seed {part[1]}",
     )
     validate_budget(budget.epsilon, budget.delta, examples)
-    document = read_plan_file(context.rundir)
-    if document is not None:
-        fixed = budget_of(document)
+    if fixed is not None:
+        open_run_ledger(context.rundir, warn=lambda text: None)  # first of all: is this the budget that was fixed?
         fixed.refuse_other(budget)
         budget = replace(budget, data=fixed.data)
     if fetch or not context.download:

@@ -59,7 +59,7 @@ def choose_publicly(
     started = time.perf_counter()
     spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
     epsilon = share_of(config)
-    delta = config.delta or default_delta(spec.train_examples)
+    delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
     default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps, config.clip_norm)
     features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)

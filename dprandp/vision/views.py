@@ -164,9 +164,10 @@ def keyed_uniforms(examples: np.ndarray | Tensor, step: int, seed: int, views: i
         float64 [B, K, 3], uniform in [0, 1) with 53 bits, on the CPU.
 
     *Guarantee.* Row i is a function of ``examples[i]`` and of public values: which other examples share the batch, how
-    many they are and what was drawn before do not enter. So adding or removing one example moves nobody else's views,
-    even for an adversary who knows the seed. A generator that deals choices along the batch does not have this
-    property: leaving out example i would hand its choices to example i + 1, and so on down the batch.
+    many they are and what was drawn before do not enter. So zeroing out one example, whose position is then left empty,
+    moves nobody else's views, even for an adversary who knows the seed. A generator that deals choices along the batch
+    does not have this property: leaving out example i would hand its choices to example i + 1, and so on down the
+    batch.
 
     Source: the output function of SplitMix64 (Steele, Lea & Flood 2014), applied once per word of the key.
     """

@@ -237,7 +237,7 @@ BAD_ACCOUNT = [
     (["--noise-multiplier", "-1"], "-1.0", "at least 1e-100"),
     (["--noise-multiplier", "inf"], "inf", "finite"),
     (["--noise-multiplier", "1", "--steps", "-2"], "-2", "from 0 to 2^53"),
-    (["--eps", "1", "--adjacency", "swap"], "adjacency is 'swap'", "add-remove or replace-one"),
+    (["--eps", "1", "--adjacency", "swap"], "adjacency is 'swap'", "zero-out, add-remove or replace-one"),
 ]
 
 

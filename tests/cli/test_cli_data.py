@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,6 @@ BAD_ARRAYS: dict[str, tuple[Callable[[], dict[str, np.ndarray]], tuple[str, ...]
     "label too large": (lambda: changed("y_train", with_label(3)), ("outside 0…2", "number the classes")),
     "label negative": (lambda: changed("y_train", with_label(-1)), ("outside 0…2", "number the classes")),
     "label huge": (lambda: changed("y_train", with_label(2**62)), ("outside 0…2", "number the classes")),
-    "empty class": (lambda: changed("y_train", lambda y: y % 2), ("1 of the 3 declared", "no training example")),
     "classes undeclared": (lambda: without("classes"), ("does not say how many classes", "num_classes=10")),
     "object labels": (lambda: changed("y_train", lambda y: y.astype(object)), ("object array", "not read", "plain")),
     "object classes": (lambda: changed("classes", lambda c: c.astype(object)), ("object array", "not read", "plain")),
@@ -116,6 +117,44 @@ def test_a_refused_data_set_binds_the_run_to_nothing(
     done = dprandp("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--json")
     assert done.code == 0, done.err
     assert done.json["train_examples"] == 120
+
+
+def shape_of(value: Any) -> Any:
+    """What a JSON value is made of: the keys of objects, the lengths of lists, and types; no value."""
+    if isinstance(value, dict):
+        return {key: shape_of(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape_of(item) for item in value]
+    return type(value).__name__
+
+
+def test_what_a_private_stage_does_does_not_tell_whether_a_class_is_empty(
+    dprandp: Dprandp, run: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Two neighbours: the third class has one record in one, and none in the other. Nothing but numbers differs."""
+    full, said = arrays(), {}
+    full["y_train"] = full["y_train"] % 2
+    full["y_train"][17] = 2
+    empty = full | {"y_train": np.where(full["y_train"] == 2, 0, full["y_train"])}
+    commands = {
+        "tune": ["--on", "private", "--trials", 2, "--data", "npz:set.npz", "--eps", 2],
+        "probe": ["--data", "npz:set.npz", "--eps", 2],
+        "finetune": [],
+        "report": [],
+    }
+    for name, made in (("full", full), ("empty", empty)):
+        place = tmp_path / name
+        shutil.copytree(run, place / "run")
+        np.savez(place / "set.npz", **made)
+        for command, more in commands.items():
+            config = [] if command == "report" else ["--config", folder / "small.toml"]
+            done = dprandp(command, "--run", "run", *config, "--json", *more, folder=place)
+            assert done.code == 0, done.err
+            words = re.sub(r"\d[\d.e+-]*", "0", done.err)
+            files = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+            said.setdefault(command, []).append((shape_of(done.json), words, files))
+    for command, (one, other) in said.items():
+        assert one == other, command
 
 
 @pytest.mark.parametrize("stage", ["probe", "finetune"])

@@ -68,8 +68,29 @@ def forget_the_head(run: Path, stages: Stages) -> None:
     edit(run, lambda document: document.update(ledger_head=None))
 
 
+def edit_plan(run: Path, change: Callable[[dict], None]) -> None:
+    document = json.loads((run / "privacy" / "plan.json").read_text())
+    change(document)
+    (run / "privacy" / "plan.json").write_text(json.dumps(document))
+
+
+def raise_the_budget(run: Path, stages: Stages) -> None:
+    edit_plan(run, lambda document: document.update(epsilon=5.0))
+
+
+def raise_delta(run: Path, stages: Stages) -> None:
+    """Everywhere that the plan names it, as somebody would who wants to be believed."""
+    text = (run / "privacy" / "plan.json").read_text()
+    (run / "privacy" / "plan.json").write_text(text.replace('"delta": 1e-05', '"delta": 0.004'))
+
+
+def declare_a_part_public(run: Path, stages: Stages) -> None:
+    edit_plan(run, lambda document: document.update(public_part="fraction 0.1 by seed 0"))
+
+
 LOSSES = [delete_the_folder, delete_the_ledger, delete_the_plan, keep_the_header, cut_the_last_line]
 EDITS = [edit_epsilon, edit_noise, edit_accuracy, forget_the_head]
+EDITS_OF_THE_PLAN = [raise_the_budget, raise_delta, declare_a_part_public]
 COMMANDS = {
     "status": ["status"],
     "report": ["report"],
@@ -93,7 +114,7 @@ def refuses(dprandp: Dprandp, run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("loss", [*LOSSES, *EDITS])
+@pytest.mark.parametrize("loss", [*LOSSES, *EDITS, *EDITS_OF_THE_PLAN])
 def test_refused_after_a_probe(
     dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None], name: str
 ) -> None:
@@ -112,7 +133,7 @@ def test_refused_after_a_finetune(
     refuses(dprandp, run, name)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, *EDITS])
+@pytest.mark.parametrize("loss", [*LOSSES, *EDITS, *EDITS_OF_THE_PLAN])
 def test_doctor_sees_it(
     dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None]
 ) -> None:
@@ -122,6 +143,35 @@ def test_doctor_sees_it(
     assert done.code == 4, done.err
     found = {check["name"]: check["state"] for check in done.json["checks"]}
     assert found["ledger"] == "fail"
+
+
+@pytest.mark.parametrize("name", ["status", "finetune", "plan", "audit"])
+def test_a_stage_that_may_spend_more_than_the_budget_is_refused(
+    dprandp: Dprandp, run_after: RunAfter, name: str
+) -> None:
+    """The budget is as it was, but the plan of one stage says that it may go beyond it."""
+    run = run_after("probe")
+    edit_plan(run, lambda document: document["stages"]["probe"]["plan"].update(epsilon_target=5.0))
+    refuses(dprandp, run, name)
+
+
+def test_a_changed_budget_is_named_with_both_values(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("probe")
+    raise_the_budget(run, {})
+    asked = ("finetune", "--config", "small.toml", "--run", run)
+    refused(dprandp(*asked), 4, "epsilon is 5.0 there and 2.0 in the ledger", "put the ledger's values back")
+    edit_plan(run, lambda document: document.update(epsilon=2.0))  # the way out that the message names
+    done = dprandp(*asked)
+    assert done.code == 0, done.err
+
+
+def test_the_budget_of_a_run_without_privacy_may_not_become_one(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("pretrain")
+    probe = ["probe", "--run", run, "--data", "npz:tiny.npz", "--eps", "inf", "--config", "small.toml"]
+    assert dprandp(*probe).code == 0
+    assert dprandp("status", "--run", run).code == 0
+    edit_plan(run, lambda document: document.update(epsilon=1.0))
+    refused(dprandp("status", "--run", run), 4, "'inf' in the ledger")
 
 
 def test_overwrite_does_not_make_the_run_forget(dprandp: Dprandp, run_after: RunAfter) -> None:

@@ -125,8 +125,12 @@ def test_datasets_check(dprandp: Dprandp, tmp_path: Path) -> None:
     assert (done.json["repeated_images"], done.json["across_units"], done.json["train_units"]) == (1, 2, 30)
     text = dprandp("datasets", "--check", name).out
     assert "PRIVATE" in text
+    assert "declared classes without a training image           0" in text
     assert "--group-size 2" in text
     assert state_of(tmp_path) == before  # nothing is written
+    np.savez(tmp_path / "gap.npz", **made | {"y_train": made["y_train"] % 2})
+    gap = dprandp("datasets", "--check", f"npz:{tmp_path}/gap.npz")
+    assert "has the label bright" in gap.out, gap.err
     refused(dprandp("datasets", "--check", "npz:none.npz"), 3, "there is no file")
     refused(dprandp("datasets", "--unit-column", "patient"), 2, "--check")
 

@@ -10,6 +10,7 @@ import pytest
 
 from dprandp.cli import continual, finetune_flags, flags
 from dprandp.config import DEFAULT_DATA, FinetuneConfig, build, resolve
+from dprandp.datasets import KNOWN
 from dprandp.pretrain_config import lr_of
 from dprandp.sizes import SIZES
 from dprandp.stages.budget import default_delta
@@ -58,8 +59,15 @@ def pretrain_lr() -> str:
 
 
 def delta() -> str:
-    assert [default_delta(count) for count in (10, 50_000, 100_000)] == [1e-5, 1e-5, 1 / (2 * 100_000)]
-    return "1e-5, or 1/(2N) where that is smaller"
+    assert [default_delta(count) for count in (10, 10_000, 21_600)] == [1e-5, 1e-5, 4e-6]
+    return "1e-5, or 0.1/N (one digit, rounded down) where that is smaller"
+
+
+def run_delta() -> str:
+    published = {name: made.spec().published_delta for name, made in KNOWN.items()}
+    named = [name for name, value in published.items() if value is not None]
+    assert {default_delta(KNOWN[name].spec().train_units, published[name]) for name in named} == {1e-5}
+    return f"the run's, else {delta()}; 1e-5 for {', '.join(named[:-1])} and {named[-1]}, as in published results"
 
 
 def full_batch() -> str:
@@ -92,7 +100,7 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "flags.DataName": lambda: f"the run's, else {DEFAULT_DATA}",
     "flags.Noise": lambda: by_size("finetune", "noise"),
     "flags.Epsilon": lambda: f"the run's, else {by_size('probe', 'epsilon')}",
-    "flags.Delta": delta,
+    "flags.Delta": run_delta,
     "flags.Share": lambda: unset("probe", "share", f"{DEFAULT_SHARE:g}"),
     "flags.Clip": lambda: f"{by_size('probe', 'clip_norm')} for the probe, {by_size('finetune', 'clip_norm')} for the "
                           "fine-tune",

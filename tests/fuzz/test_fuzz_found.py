@@ -19,7 +19,7 @@ from dprandp.datasets import open_dataset
 from dprandp.errors import DprandpError
 from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
 from dprandp.reporting import disclosure
 from dprandp.rundir import RunDir
 from dprandp.stages import overview, released_model
@@ -42,7 +42,9 @@ CHARGE = {
     "kind": "charge", "stage": "probe", "attempt": 1, "step": 0, "steps": 1, "noise_multiplier": 4.0,
     "sample_rate": 1.0, "clip_norm": 1.0, "random": "os-entropy", "time": "now",
 }  # fmt: skip
-HEADER = {"kind": "header", "format": 1, "data_unit": "image", "adjacency": "add-remove", "examples": 100}
+HEADER = {
+    "kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": "zero-out", "examples": 100, "budget": None,
+}  # fmt: skip
 
 
 def ledger_at(path: Path, *records: dict[str, Any]) -> Path:

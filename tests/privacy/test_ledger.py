@@ -13,6 +13,7 @@ from dprandp.privacy import ledger_line
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
 
 VALUES = {"planned": 100, "noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
 
@@ -48,8 +49,36 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
     assert (again.charged_steps("finetune", 1), again.charged_steps("finetune", 2)) == (6, 5)
     assert (again.last_attempt("finetune"), again.last_attempt("audit")) == (2, 0)
     assert again.examples == 50_000
-    assert again.header["adjacency"] == "add-remove"
+    assert again.header["adjacency"] == "zero-out"
     assert again.header["data_unit"] == "image"
+
+
+def test_a_relation_that_is_not_accounted_is_refused(path):
+    for adjacency in ("zero-out", "add-remove", "replace-one", None):
+        body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": adjacency, "examples": 10}
+        path.write_bytes(seal(body | {"budget": None}, FIRST_PREVIOUS)[0])
+        if adjacency == "zero-out":
+            assert Ledger.open(path).header["adjacency"] == adjacency
+        else:
+            with pytest.raises(CheckpointError, match="relation of neighbours"):
+                Ledger.open(path)
+
+
+def test_the_budget_is_sealed_with_the_header(path):
+    Ledger.create(path, examples=10, budget={"epsilon": 2.0, "delta": 1e-5})
+    assert Ledger.open(path).budget == {"epsilon": 2.0, "delta": 1e-5}
+    path.write_bytes(path.read_bytes().replace(b'"epsilon":2.0', b'"epsilon":9.0'))
+    with pytest.raises(CheckpointError, match=r"Line 1 .*was changed after it was written"):
+        Ledger.open(path)
+
+
+def test_a_header_without_a_budget_or_of_an_earlier_format_is_refused(path):
+    body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": "zero-out", "examples": 10}
+    for header, words in ((body, "what the budget is"), (body | {"budget": 2.0}, "what the budget is"),
+                          (body | {"format": FORMAT - 1}, f"has format {FORMAT - 1}; this version reads {FORMAT}")):  # fmt: skip
+        path.write_bytes(seal(header, FIRST_PREVIOUS)[0])
+        with pytest.raises(CheckpointError, match=words):
+            Ledger.open(path)
 
 
 def test_spending_is_the_composition_of_everything(filled):

@@ -53,7 +53,7 @@ def test_many_sampled_steps_are_nearly_gaussian():
 def test_full_batches_have_the_closed_form_and_replacing_doubles_mu():
     events = [GaussianEvent(30.0, 1.0, 60), GaussianEvent(20.0, 1.0, 10)]
     mu = math.sqrt(60 / 900 + 10 / 400)
-    for adjacency, moves in (("add-remove", 1), ("replace-one", 2)):
+    for adjacency, moves in (("zero-out", 1), ("add-remove", 1), ("replace-one", 2)):
         found = trade_off(events, adjacency)
         assert found.mu == pytest.approx(moves * mu)
         assert found.true_positive_rate(0.01) == pytest.approx(norm.cdf(norm.ppf(0.01) + moves * mu))

@@ -87,7 +87,7 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "private": True,
         "random": "os-entropy",
         "released": "average" if full else "EMA, decay 0.9999",
-        "adjacency": "add/remove one record",
+        "adjacency": "zero-out of one record",
         "unit": "one image",
         "train_units": 1437,
         "noise": "gaussian",
@@ -144,10 +144,10 @@ def make_run(path: Path, stages: int = 4, lines: int = 1, **changes: Any) -> Run
         if stages > 1:
             complete(run, "pretrain", PRETRAINED, lines)
         if stages > 2:
-            plan = {"format": 1, "epsilon": 1.0, "delta": 1e-5, "examples": 1437}
-            atomic_write(run.privacy_dir / "plan.json", json.dumps(plan))
+            budget = {"epsilon": 1.0, "delta": 1e-5, "examples": 1437}
+            atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
             atomic_write(run.private_dir / "notes.json", json.dumps({"training_loss": CANARY}))
-            ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437)
+            ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
             charge(ledger, "probe", 123, 133.7, changes.get("random", "os-entropy"))
             complete(run, "probe", private_result("probe", **changes), lines, views=4, clip_norm=1.25)
         if stages > 3:

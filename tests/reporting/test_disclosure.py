@@ -25,8 +25,8 @@ from dprandp.reporting.disclosure import disclosure
 FIELDS = {
     "mechanism": (r"^Mechanism$", r"Poisson-subsampled Gaussian mechanism"),
     "epsilon": (r"^ε ", r"0\.999\b.*upper bound.*stage 1, of the run 1\b"),
-    "delta": (r"^δ$", r"^1e-5$"),
-    "adjacency": (r"^Adjacency$", r"add/remove one record"),
+    "delta": (r"^δ$", r"^1e-5, which is 0\.014/N$"),
+    "adjacency": (r"^Adjacency$", r"zero-out of one record.*N, q, the divisor and all other positions stay the same"),
     "unit": (r"^Unit of privacy$", r"one image"),
     "groups": (r"^Several records together$", r"2: ε = .*10: ε = .*--group-size"),
     "N": (r"^N ", r"1437\b.*public"),
@@ -106,6 +106,14 @@ def test_disclosure_follows_the_result(key: str, value: Any, label: str) -> None
     after = dict(disclosure(private_result("finetune", **{key: value}), PRETRAINED, GENERATED))
     assert before.keys() == after.keys()
     assert before[label] != after[label]
+
+
+@pytest.mark.parametrize(("delta", "share"), [(1e-5, "0.5/N"), (2e-6, "0.1/N")])
+def test_delta_is_held_against_one_over_n(delta: float, share: str) -> None:
+    facts = {"delta": delta, "train_examples": 50_000, "train_units": 50_000}
+    said = dict(disclosure(private_result("finetune", **facts)))["δ"]
+    assert f"which is {share}" in said
+    assert ("at most 0.1/N is advised" in said) == (share == "0.5/N")
 
 
 def test_report_and_card_show_the_whole_disclosure(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def test_unfinished_probe_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "x", stages=2)
     with run.lock():
         run.begin("probe", config.as_dict(config.build("probe", {})), {})
-        atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, "epsilon": 1.0, "delta": 1e-5}))
-        ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437)
+        budget = {"epsilon": 1.0, "delta": 1e-5}
+        atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
+        ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
         assert "no privacy was spent" in Page(written(run)).text
         charge(ledger, "probe", 4, 10.0)
         page = Page(written(run))

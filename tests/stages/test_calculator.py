@@ -26,6 +26,7 @@ def test_sampled_steps():
     for true, false in zip(rates, result["attack"]["false_positive_rate"], strict=True):
         assert false < true < 2 * false
     assert rates == sorted(rates)
+    assert result["adjacency"] == "zero-out of one record"
     assert result["adjacency_relation"] is None
     assert "adjacency:" not in attack_lines(result)
 

@@ -224,7 +224,9 @@ def test_17_logs_hold_norms_of_noisy_updates_and_nothing_else(tuned_run: Path) -
         assert [line["step"] for line in lines] == list(range(steps))
         assert all(set(line) == {"step", "update_norm", "weight_norm"} for line in lines)
     header, *charges = [json.loads(line) for line in (tuned_run / "privacy/ledger.jsonl").read_text().splitlines()]
-    assert set(header) == {"kind", "format", "data_unit", "adjacency", "examples", "created", "previous", "hash"}
+    names = {"kind", "format", "data_unit", "adjacency", "examples", "budget", "created", "previous", "hash"}
+    assert set(header) == names
+    assert set(header["budget"]) == {"epsilon", "delta", "examples", "unit"}
     assert all(set(line) == (SEAL_KEYS if line["kind"] == "result" else CHARGE_KEYS) for line in charges)
     assert set(read_json(tuned_run / "privacy/plan.json")) == PLAN_KEYS
 

@@ -136,7 +136,7 @@ def test_20_another_unit_is_refused(copy: Copy, public_run: Path, patients: str,
     np.savez(tmp_path / "patients.npz", **blobs(), patient_train=PATIENTS)
     run_probe(other, patients, steps=2)
     (other / "privacy/plan.json").write_bytes((run / "privacy/plan.json").read_bytes())
-    with pytest.raises(CheckpointError, match="another unit of privacy"):
+    with pytest.raises(CheckpointError, match=r"unit is 'one patient .* in the ledger"):
         run_probe(other, patients, {"overwrite": True}, unit_column="patient", steps=2)
 
 

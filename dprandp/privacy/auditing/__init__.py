@@ -5,7 +5,7 @@
 ``one_run``      the lower bound on ε that guesses about many canaries of one run prove (Steinke et al. 2023)
 ``controls``     mechanisms with one known fault each, which an audit worth its name must flag
 ``canaries``     scores of Dirac canaries that went through the real clip, noise and divisor
-``replay``       D against D without one record, with the same indices and the same random bits
+``replay``       D against D with one record zeroed out, with the same indices and the same random bits
 ===============  =================================================================================================
 
 Lower bounds hold at a stated significance: a sound mechanism is accused at most that often. A clean audit is no proof

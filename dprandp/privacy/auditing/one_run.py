@@ -2,7 +2,8 @@
 
 Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run", Theorem 5.2. Each of m canaries is in the
 data with probability 1/2, on its own coin. From the output of *one* run the auditor guesses for r of them whether they
-were in, abstains from the rest, and is right v times. If the run is (ε, δ)-DP under adding or removing one record, then
+were in, abstains from the rest, and is right v times. A canary that is out adds nothing to any sum (zero-out). If the
+run is (ε, δ)-DP for one canary, then
 
     P[V ≥ v] ≤ f(v) + 2 m δ max over i = 1 … m of (f(v − i) − f(v)) / i,      f(v) = P[Binomial(r, e^ε/(1 + e^ε)) ≥ v]
 

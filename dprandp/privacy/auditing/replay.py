@@ -1,10 +1,10 @@
-"""Record and replay: D and D without one record, through the same steps with the same random bits.
+"""Record and replay: D and D with one record zeroed out, through the same steps with the same random bits.
 
 A loop runs on D while everything that passes between it and its mechanism is noted: indices, clipped sums, what was
-released. It then runs on D without one record, with the same random bits, and is handed the *first* run's releases, so
-that both runs stand at the same parameters in every step: the sensitivity that composition speaks of is that of one
-step, given everything released before. What differs between the notes must be the one record's clipped part of the
-sums, and nothing else.
+released. It then runs on D with the slot of one record empty (N, q and all positions are the same), with the same
+random bits, and is handed the *first* run's releases, so that both runs stand at the same parameters in every step: the
+sensitivity that composition speaks of is that of one step, given everything released before. What differs between the
+notes must be the one record's clipped part of the sums, and nothing else.
 """
 
 from __future__ import annotations
