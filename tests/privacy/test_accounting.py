@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
+from scipy.stats import norm
 
 from dprandp.errors import UsageError
 from dprandp.privacy import accounting, analytic, prv
 from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events
+from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
 from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
 
 
@@ -47,6 +49,94 @@ def test_full_batches_through_the_numerical_accountant_equal_the_closed_form():
     assert low <= exact.upper <= high
     assert estimate == pytest.approx(exact.upper, rel=1e-3)
     assert exact.lower == exact.estimate == exact.upper
+
+
+# ---------------------------------------------------------------- the declared errors
+
+EPSILON_ERROR = 0.02
+FULL = prv.Component(30.0, 1.0, 60)
+FULL_MU = math.sqrt(60) / 30
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("delta", [1e-3, 1e-6])
+def test_a_bound_is_read_at_the_delta_that_the_error_leaves_and_moved_by_the_error_of_epsilon(
+    monkeypatch, share, delta
+):
+    """With errors that are large beside what the grid really errs by, the bounds are the exact curve, moved by them."""
+    monkeypatch.setattr(prv, "DELTA_ERROR_SHARE", share)
+    low, estimate, high = prv.prv_epsilon([FULL], delta, EPSILON_ERROR)
+    near = {"abs": 0.05 * EPSILON_ERROR}
+    assert high == pytest.approx(gaussian_dp_epsilon(FULL_MU, delta * (1 - share)) + EPSILON_ERROR, **near)
+    assert low == pytest.approx(gaussian_dp_epsilon(FULL_MU, delta * (1 + share)) - EPSILON_ERROR, **near)
+    assert estimate == pytest.approx(gaussian_dp_epsilon(FULL_MU, delta), **near)
+    moved = gaussian_dp_epsilon(FULL_MU, delta * (1 - share)) - gaussian_dp_epsilon(FULL_MU, delta)
+    assert moved > 0.5 * EPSILON_ERROR  # either error shows
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("rows", [[(2.0, 0.1, 30)], [(9.2, 0.08192, 200), (40.0, 1.0, 20)]], ids=str)
+def test_sampled_bounds_are_those_of_a_finer_grid_moved_by_the_errors(monkeypatch, rows, share):
+    components, delta = [prv.Component(*row) for row in rows], 1e-5
+    fine = {part: prv.prv_epsilon(components, delta * part, 1e-3)[1] for part in (1 - share, 1, 1 + share)}
+    monkeypatch.setattr(prv, "DELTA_ERROR_SHARE", share)
+    low, estimate, high = prv.prv_epsilon(components, delta, EPSILON_ERROR)
+    assert high == pytest.approx(fine[1 - share] + EPSILON_ERROR, abs=0.1 * EPSILON_ERROR)
+    assert low == pytest.approx(fine[1 + share] - EPSILON_ERROR, abs=0.1 * EPSILON_ERROR)
+    assert estimate == pytest.approx(fine[1], abs=0.1 * EPSILON_ERROR)
+
+
+def test_a_curve_holds_both_errors():
+    """Each point is the exact curve's, moved by the error of ε, and raised by that of δ. A part of the latter is used
+    up, as little is computed of the tail that it allows to be left out."""
+    error = 1e-4
+    epsilons, deltas = prv.prv_curve([FULL], error, EPSILON_ERROR)
+    mesh = epsilons[-1] - epsilons[-2]
+    assert 5 * mesh < EPSILON_ERROR  # the grid tells where the curve is read
+    looked = 0
+    for place in np.linspace(0, len(epsilons) - 1, 60).astype(int):
+        epsilon, delta = float(epsilons[place]), float(deltas[place])
+        assert delta >= gaussian_dp_delta(FULL_MU, epsilon)
+        earliest, latest = (epsilon - EPSILON_ERROR + side * mesh for side in (-2, 1))
+        if earliest >= 0:
+            assert delta >= gaussian_dp_delta(FULL_MU, latest) + 0.6 * error
+            assert delta <= gaussian_dp_delta(FULL_MU, earliest) + 1.001 * error
+            looked += 1
+    assert looked > 20
+    assert (np.diff(deltas) <= 0).all()
+
+
+@pytest.mark.parametrize("row", [(30.0, 1.0, 1), (60.0, 1.0, 500), (2.0, 0.1, 30), (9.2, 0.08192, 875)], ids=str)
+@pytest.mark.parametrize("delta_error", [1e-4, 1e-8, 1e-12])
+def test_a_grid_errs_by_no_more_than_it_declares(row, delta_error):
+    """Hoeffding for the roundings, and what is left outside, by the exact law of full batches or by simulation."""
+    component = prv.Component(*row)
+    grid = prv.plan_grid([component], delta_error, 0.01)
+    share, steps = delta_error / 3, component.steps
+    rounding = 2 * math.exp(-2 * grid.epsilon_error**2 / (steps * grid.mesh**2))
+    assert rounding <= share * (1 + 1e-9)
+    assert grid.delta_error >= delta_error + np.finfo(grid.real).eps * math.log2(grid.points) * steps
+    end = grid.mesh * (grid.points // 2 - 1)
+    if component.sample_rate == 1:
+        mu = math.sqrt(steps) / component.noise_multiplier
+        outside = norm.sf((end - mu**2 / 2) / mu) + norm.cdf((-end - mu**2 / 2) / mu)
+        assert outside <= share
+        assert steps * 2 * norm.sf((end - mu**2 / steps) * component.noise_multiplier) <= share
+    else:
+        for add in (False, True):
+            beyond = component.loss(add).cdf(np.array([-end, end]))
+            assert steps * (beyond[0] + 1 - beyond[1]) <= share + 1e-12
+        assert np.abs(_sampled_sums(component, 4000)).max() < end
+
+
+def _sampled_sums(component: prv.Component, count: int) -> np.ndarray:
+    """Sums of the losses of all steps, in the remove direction."""
+    random = np.random.default_rng(0)
+    total = np.zeros(count)
+    for _ in range(component.steps):
+        x = component.noise_multiplier * random.normal(size=count) + (random.random(count) < component.sample_rate)
+        total += component.loss(False)._loss(x)
+    return total
 
 
 @pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.5, 3.0), (1e-3, 0.7)])

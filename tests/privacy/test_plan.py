@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import noise_checks
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, PrivateStep, make_plan, validate_budget
 
 N, Q, T, CLIP = 400, 0.25, 30, 0.5
 
@@ -85,6 +86,18 @@ def test_what_runs_is_what_was_accounted(ledger):
     assert ledger.events() == [plan.event]
     assert Ledger.open(ledger.path).spent(plan.delta) == compose([plan.event], plan.delta)
     assert all(charge.clip_norm == CLIP for charge in ledger.charges)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize("records", [0, 7])
+def test_a_step_gives_every_tensor_its_noise(noise, records):
+    """Tensor by tensor and coordinate by coordinate, whatever their sizes and the size of the batch."""
+    plan = plan_of(noise=noise)
+
+    def released(sums):
+        return PrivateStep(0, np.arange(records), plan, SystemRandom()).release(sums)
+
+    assert noise_checks.complaints(noise_checks.draws_of(released), 12.0 * CLIP / (Q * N)) == []
 
 
 def test_the_charge_is_on_disk_before_the_batch_is_drawn(ledger):

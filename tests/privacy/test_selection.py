@@ -95,6 +95,32 @@ def test_the_number_of_trials_follows_its_distribution_and_is_kept_nowhere(tmp_p
     assert max(counts) > 2
 
 
+class Fixed(SystemRandom):
+    """Real randomness, but for what is drawn one uniform at a time: the number of trials, and the setting of each."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def uniform(self, count: int) -> np.ndarray:
+        return np.array([self.value]) if count == 1 else super().uniform(count)
+
+
+@pytest.mark.parametrize("wanted", range(1, 10))
+def test_the_number_of_trials_is_the_one_that_was_drawn(ledger: Ledger, wanted: int) -> None:
+    """By the probabilities (1 − γ)^k / (k log(1/γ)), written down here again; neither one more nor one less."""
+    plan = plan_of()
+    gamma = plan.event.gamma
+    upto = np.cumsum([(1 - gamma) ** k / k / -math.log(gamma) for k in range(1, wanted + 1)])
+    low = upto[-2] if wanted > 1 else 0.0
+    made: list[Trial] = []
+    for place in (0.01, 0.5, 0.99):
+        fresh = Ledger.create(ledger.path.with_name(f"{place}.jsonl"), examples=N)
+        made.clear()
+        random = Fixed(low + place * (upto[-1] - low))
+        PrivateSelection(plan, fresh, random, 1).run(lambda trial: (made.append(trial), honest(trial)))
+        assert len(made) == len(set(map(id, made))) == wanted
+
+
 def test_noise_of_steps_and_scores_and_the_parts(ledger: Ledger) -> None:
     plan = plan_of(held_out=0.25)
     releases, scores, parts, settings = {0: [], 1: [], 2: []}, [], [], []
