@@ -18,15 +18,18 @@ from tiny_run import (
     forbid_reading,
     ledger_of,
     plans_of,
+    run_continue,
     run_finetune,
     run_probe,
     run_scratch,
     write_blobs,
 )
 
+from dprandp import faults
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy import plan as plan_module
 from dprandp.privacy.accounting import compose, merge_events
+from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan
 from dprandp.privacy.sampling import PoissonSampler
 
@@ -292,6 +295,68 @@ def test_12_the_ledger_cannot_be_lost(probed_run: Path, copy: Copy, data: str) -
     (cut / "privacy/ledger.jsonl").write_bytes(b"".join(lines[:3] + lines[4:]))
     with pytest.raises(CheckpointError, match="Line 4"):
         run_finetune(cut, data)
+
+
+class Stopped(BaseException):
+    pass
+
+
+def forge(path: Path) -> None:
+    """Another ledger that shows as much as this one: all steps of an attempt as one charge, the chain in order."""
+    old = Ledger.open(path)
+    path.unlink()
+    made = Ledger.create(path, old.examples, old.data_unit)
+    for stage, attempt in dict.fromkeys((charge.stage, charge.attempt) for charge in old.charges):
+        first = next(charge for charge in old.charges if (charge.stage, charge.attempt) == (stage, attempt))
+        kept = ("noise_multiplier", "sample_rate", "clip_norm", "random", "noise")
+        made.charge(stage=stage, attempt=attempt, steps=old.charged_steps(stage, attempt),
+                    **{name: getattr(first, name) for name in kept})  # fmt: skip
+    assert made.events() == old.events()
+
+
+@pytest.mark.parametrize(
+    ("source", "stage", "changes", "updates"),
+    [
+        ("public_run", run_probe, {}, 3),
+        ("probed_run", run_finetune, {}, 3),
+        ("probed_run", run_finetune, {}, 4 + 3),  # in its refit
+        ("vit_run", run_continue, {}, 3),
+        (None, run_scratch, {}, 2),
+    ],
+    ids=["probe", "finetune", "refit", "continue", "scratch"],
+)
+def test_10_a_checkpoint_goes_on_with_its_own_ledger_alone(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, data: str, monkeypatch: Patch,
+    source: str | None, stage: Callable[..., dict[str, Any]], changes: dict[str, Any], updates: int,
+) -> None:  # fmt: skip
+    """Not with one that was cut short, nor with another that shows as many steps or more."""
+    run = tmp_path / "empty" if source is None else copy(request.getfixturevalue(source))
+    done, point = [], faults.point
+
+    def stopping(name: str) -> None:
+        done.extend([name] if name == "update-applied" else [])
+        if len(done) == updates:
+            raise Stopped
+        point(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping)
+        with pytest.raises(Stopped):
+            stage(run, data, **changes)
+    ledger = run / "privacy/ledger.jsonl"
+    own = ledger.read_bytes()
+    forge(ledger)
+    forged = ledger.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(PoissonSampler, "draw", None)
+        with pytest.raises(CheckpointError, match="older than the checkpoint"):
+            stage(run, data, **changes)
+    assert ledger.read_bytes() == forged
+    ledger.write_bytes(b"".join(own.splitlines(keepends=True)[:-3]))
+    with pytest.raises(CheckpointError):
+        stage(run, data, **changes)
+    ledger.write_bytes(own)
+    assert stage(run, data, **changes)["charged_steps"] > 0
 
 
 def test_1_epsilon_is_an_upper_bound_within_the_target(tuned_run: Path) -> None:
