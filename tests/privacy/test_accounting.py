@@ -86,6 +86,19 @@ def test_sampled_bounds_are_those_of_a_finer_grid_moved_by_the_errors(monkeypatc
     assert estimate == pytest.approx(fine[1], abs=0.1 * EPSILON_ERROR)
 
 
+@pytest.mark.parametrize("row", [(1.0, 0.01, 1000), (9.2, 0.08192, 200), (2.0, 0.1, 30)], ids=str)
+def test_what_is_promised_is_the_upper_end(monkeypatch, row):
+    asked = []
+    honest = prv.prv_epsilon
+    monkeypatch.setattr(prv, "prv_epsilon", lambda *values: asked.append(honest(*values)) or asked[-1])
+    accounting._compose_sampled.cache_clear()
+    bound = compose([GaussianEvent(*row)], 1e-5)
+    accounting._compose_sampled.cache_clear()
+    (found,) = asked
+    assert (bound.lower, bound.estimate, bound.upper) == found
+    assert bound.lower < bound.estimate < bound.upper
+
+
 def test_a_curve_holds_both_errors():
     """Each point is the exact curve's, moved by the error of ε, and raised by that of δ. A part of the latter is used
     up, as little is computed of the tail that it allows to be left out."""

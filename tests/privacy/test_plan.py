@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy import plan as plan_module
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, PrivateStep, make_plan, validate_budget
@@ -280,6 +281,16 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
         PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())
     assert "larger --eps" not in begun.value.fix
     assert "--overwrite" in begun.value.fix
+
+
+@pytest.mark.parametrize("upper", [math.nextafter(2.0, 3.0), 2.0000001, math.nan, math.inf])
+def test_whatever_is_not_known_to_be_within_the_budget_is_refused(monkeypatch, ledger, upper):
+    bound = EpsilonBound(1.9, 1.9, upper, 1e-4, "a test")
+    monkeypatch.setattr(plan_module, "compose", lambda *asked: bound)
+    with pytest.raises(BudgetError, match="above its 2"):
+        PrivateMechanism(plan_of(epsilon_target=2.0), ledger, SystemRandom())
+    bound = EpsilonBound(1.9, 1.9, 2.0, 1e-4, "a test")
+    PrivateMechanism(plan_of(epsilon_target=2.0), ledger, SystemRandom())
 
 
 def test_after_a_step_without_noise_no_private_plan_fits(ledger):
