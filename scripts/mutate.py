@@ -33,9 +33,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
@@ -43,7 +42,7 @@ from mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "dprandp", "tests"
 IGNORED = (".*", "data", "runs", "build", "dist", "__pycache__", "*.egg-info")
-LIMIT = 600
+LIMIT = 300
 """Seconds after which the tests of one mutation are taken to hang: it is noticed, then."""
 
 SERVER = """
@@ -261,8 +260,9 @@ def run(mutations: Sequence[Mutation], root: Path, workers: int) -> int:
                 print("without a mutation these tests fail:", *failing, sep="\n")
                 return 2
             print(f"without a mutation all tests pass ({time.monotonic() - begun:.0f} s)", flush=True)
-            results = pool.map(partial(tried, whole=whole, servers=servers), mutations)
-            for mutation, outcome in zip(mutations, results, strict=True):
+            results = {pool.submit(tried, mutation, whole, servers): mutation for mutation in mutations}
+            for result in as_completed(results):
+                mutation, outcome = results[result], result.result()
                 words[outcome.word] += 1
                 line = f"{mutation.name:{width}}  {outcome.word:8}  {outcome.seconds:5.1f} s  {outcome.said}"
                 print(line.rstrip(), flush=True)

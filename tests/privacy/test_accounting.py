@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from dprandp.errors import UsageError
 from dprandp.privacy import accounting, analytic, prv
@@ -140,6 +140,34 @@ def test_a_grid_errs_by_no_more_than_it_declares(row, delta_error):
             beyond = component.loss(add).cdf(np.array([-end, end]))
             assert steps * (beyond[0] + 1 - beyond[1]) <= share + 1e-12
         assert np.abs(_sampled_sums(component, 4000)).max() < end
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.001, 3.0, 400), (0.02, 0.5, 40), (0.3, 0.4, 12), (0.9, 1.5, 7)])
+def test_the_delta_of_participations_is_at_least_the_slow_sum(q, sigma, steps):
+    """E_K[δ of √K/σ-GDP at ε], term by term over every number of participations."""
+    for delta in (1e-3, 1e-9):
+        counted = analytic._participations(q, sigma, steps, delta)
+        for epsilon in (0.05, 1.0, 5.0, 20.0):
+            parts = [gaussian_dp_delta(math.sqrt(k) / sigma, epsilon) if k else 0.0 for k in range(steps + 1)]
+            slow = float(np.dot(binom.pmf(np.arange(steps + 1), steps, q), parts))
+            if counted is None:
+                assert q * steps > 1
+                assert sigma > 1
+                continue
+            found = analytic._counted_delta(*counted, epsilon)
+            assert slow * (1 - 1e-9) <= found <= slow * (1 + 1e-3) + 1e-7 * delta
+
+
+def test_participations_that_share_a_place_count_as_the_most_of_them():
+    """More numbers of participations than are kept apart: each stands for those up to it, and the rest costs all."""
+    q, sigma, steps, delta = 0.5, 0.8, 40_000, 1e-6
+    mus, more = analytic._participations(q, sigma, steps, delta)
+    counts = np.rint((mus * sigma) ** 2)
+    assert len(mus) <= analytic._MOST_COUNTS + 1
+    assert np.allclose(more[1:], binom.sf(counts, steps, q), rtol=1e-6, atol=1e-300)
+    assert more[0] == 1
+    assert more[-1] <= 1e-7 * delta  # beyond the last of them, all is taken for lost
+    assert analytic._counted_delta(np.array([0.0]), np.array([1.0, 0.25]), 1.0) == pytest.approx(0.25, rel=1e-5)
 
 
 def _sampled_sums(component: prv.Component, count: int) -> np.ndarray:

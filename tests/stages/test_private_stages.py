@@ -38,6 +38,23 @@ Record = Callable[[Path], Recorder]
 Patch = pytest.MonkeyPatch
 
 
+class Stopped(BaseException):
+    pass
+
+
+def stopping_at(update: int, point: Callable[[str], None]) -> Callable[[str], None]:
+    """A fault point that breaks off once an update was applied this often."""
+    done: list[str] = []
+
+    def stopping(name: str) -> None:
+        done.extend([name] if name == "update-applied" else [])
+        if len(done) == update:
+            raise Stopped
+        point(name)
+
+    return stopping
+
+
 def assert_accounted(run: Path, seen: Recorder, result: dict[str, Any], *mechanisms: str) -> None:
     """What was seen, the plan, the ledger and the reported ε say the same of these mechanisms."""
     plans = {name: PrivatePlan.from_dict(entry["plan"]) for name, entry in plans_of(run).items()}
@@ -170,6 +187,27 @@ def test_5_the_same_seed_never_repeats_the_noise(copy: Copy, public_run: Path, d
     assert (first / whitener).read_bytes() == (second / whitener).read_bytes()
 
 
+def test_5_a_seed_repeats_no_noise_within_a_run(
+    copy: Copy, public_run: Path, data: str, record: Record, monkeypatch: Patch
+) -> None:
+    """Not even a seed that is asked for: a stage that goes on, another attempt and another stage draw their own."""
+    run = copy(public_run)
+    seen, point = record(run), faults.point
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping_at(3, point))
+        with pytest.raises(Stopped):
+            run_probe(run, data, {"insecure_seed": 3}, batch_size=30)
+    run_probe(run, data, {"insecure_seed": 3}, batch_size=30)
+    run_probe(run, data, {"insecure_seed": 3, "overwrite": True}, batch_size=30)
+    run_finetune(run, data, {"insecure_seed": 3}, batch_size=30, refit_steps=0)
+    noises = [release.noise[-96:] / release.noise[-96:].std() for release in seen.releases]  # of the head, in each
+    assert len(noises) == 3 + 5 + 8 + 4
+    for place, noise in enumerate(noises):
+        assert all(float((noise - other).norm()) > 5 for other in noises[:place])
+    batches = [tuple(indices) for _, _, indices in seen.draws]
+    assert len(set(batches)) == len(batches)
+
+
 def test_13_insecure_seed_repeats_and_is_stamped_everywhere(copy: Copy, public_run: Path, data: str) -> None:
     runs = [copy(public_run), copy(public_run)]
     results = [run_probe(run, data, {"insecure_seed": 3}) for run in runs]
@@ -297,8 +335,17 @@ def test_12_the_ledger_cannot_be_lost(probed_run: Path, copy: Copy, data: str) -
         run_finetune(cut, data)
 
 
-class Stopped(BaseException):
-    pass
+def test_12_the_plan_cannot_be_lost(probed_run: Path, copy: Copy, data: str, monkeypatch: Patch) -> None:
+    """A ledger with charges and no plan is no run that has not begun."""
+    run = copy(probed_run)
+    (run / "privacy/plan.json").unlink()
+    ledger = (run / "privacy/ledger.jsonl").read_bytes()
+    forbid_reading(monkeypatch)
+    for stage in (run_probe, run_finetune):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(CheckpointError, match=r"plan\.json is missing"):
+                stage(run, data, options)
+    assert (run / "privacy/ledger.jsonl").read_bytes() == ledger
 
 
 def forge(path: Path) -> None:
@@ -331,16 +378,8 @@ def test_10_a_checkpoint_goes_on_with_its_own_ledger_alone(
 ) -> None:  # fmt: skip
     """Not with one that was cut short, nor with another that shows as many steps or more."""
     run = tmp_path / "empty" if source is None else copy(request.getfixturevalue(source))
-    done, point = [], faults.point
-
-    def stopping(name: str) -> None:
-        done.extend([name] if name == "update-applied" else [])
-        if len(done) == updates:
-            raise Stopped
-        point(name)
-
     with monkeypatch.context() as patch:
-        patch.setattr(faults, "point", stopping)
+        patch.setattr(faults, "point", stopping_at(updates, faults.point))
         with pytest.raises(Stopped):
             stage(run, data, **changes)
     ledger = run / "privacy/ledger.jsonl"
