@@ -19,6 +19,7 @@ from dprandp.privacy import accounting, analytic, prv
 from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
 from dprandp.privacy.sampled_loss import SampledGaussianLoss, renyi_divergence
+from dprandp.privacy.tuning import TuningEvent
 
 
 def events_of(rows) -> list[GaussianEvent]:
@@ -168,6 +169,32 @@ def test_participations_that_share_a_place_count_as_the_most_of_them():
     assert more[0] == 1
     assert more[-1] <= 1e-7 * delta  # beyond the last of them, all is taken for lost
     assert analytic._counted_delta(np.array([0.0]), np.array([1.0, 0.25]), 1.0) == pytest.approx(0.25, rel=1e-5)
+
+
+def best_conversion(divergence, delta: float) -> float:
+    """The least ε of Balle et al. 2020, Theorem 21, over a hundred thousand orders, written down here again."""
+    orders = 1 + np.geomspace(1e-3, 1e5, 100_000)
+    found = divergence(orders) + np.log1p(-1 / orders) - (np.log(delta) + np.log(orders)) / (orders - 1)
+    return float(found.min())
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-10])
+def test_no_conversion_of_divergences_is_below_the_best_order(delta):
+    tuning, steps = TuningEvent(0.6, 0.0, 0.05), GaussianEvent(8.0, 1.0, 20)
+
+    def tuned(orders):
+        return tuning.rdp(orders) + orders * 20 / (2 * 8.0**2)
+
+    for events, divergence in (([tuning], tuning.rdp), ([tuning, steps], tuned)):
+        best = best_conversion(divergence, delta)
+        assert best * (1 - 1e-6) <= compose(events, delta).upper <= 1.02 * best
+    for sigma, q, count in ((2.0, 0.1, 50), (9.2, 0.08192, 875), (0.9, 0.3, 3)):
+        component = prv.Component(sigma, q, count)
+        orders = np.geomspace(1e-2, 300, 400)
+        moments = np.array([count * analytic.log_moment(q, sigma, float(order)) / order for order in orders])
+        best = float((moments + np.log(orders / (1 + orders)) - (np.log(delta) + np.log1p(orders)) / orders).min())
+        assert best * (1 - 1e-3) <= analytic.renyi_epsilon([component], delta) <= best * (1 + 1e-9)
+        assert prv.rough_epsilon([component], delta) >= best * (1 - 1e-9)
 
 
 def _sampled_sums(component: prv.Component, count: int) -> np.ndarray:

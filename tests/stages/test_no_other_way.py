@@ -2,7 +2,9 @@
 
 Every stage runs twice, on other private images, labels, units and batches of the same declaration, with one change:
 what ``release`` returns is made up, and the same both times. Whatever differs in what is written outside ``private/``
-came another way, be it a norm before the noise, the size of a batch, a statistic or a choice.
+came another way, be it a norm before the noise, the size of a batch, a statistic or a choice. So did whatever differs
+in the points at which gradients are taken, and in the masks that cut them down: a step may know of the ones before it
+what was released, and no more.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from tiny_run import ledger_of, metrics_of
 from dprandp.console import MetricsLog
 from dprandp.privacy.plan import PrivateStep
 from dprandp.privacy.selection import Trial
-from dprandp.stages import continual_loop, release
+from dprandp.stages import continual_loop, head, release, tune_private, unit_rows
+from dprandp.stages.clipped_sums import ClippedSums
+from dprandp.stages.lookahead import Ahead
 
 RECORDS = 60
 LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
@@ -44,8 +48,21 @@ def made_up(number: int, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return out
 
 
-def install(patch: Patch) -> None:
-    """Make up every release from here on; the score of a trial is a number of its setting."""
+def install(patch: Patch) -> list[torch.Tensor]:
+    """Make up every release from here on; the score of a trial is a number of its setting.
+
+    Returns:
+        The points at which gradients are taken, and the masks, as they are asked for.
+    """
+    points: list[torch.Tensor] = []
+
+    def noted(function: Callable, *places: int) -> Callable:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            for place in places:
+                points.extend(tensors_in(arguments[place] if place < len(arguments) else None))
+            return function(*arguments, **options)
+
+        return wrapped
 
     def released(step: PrivateStep, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         step.released = True
@@ -61,6 +78,20 @@ def install(patch: Patch) -> None:
     patch.setattr(PrivateStep, "release", released)
     patch.setattr(Trial, "release", of_trial)
     patch.setattr(Trial, "score", scored)
+    patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4, 5))
+    patch.setattr(unit_rows, "clipped_softmax_sum_of_units", noted(unit_rows.clipped_softmax_sum_of_units, 3))
+    for module in (head, tune_private):
+        patch.setattr(module, "clipped_softmax_sum", noted(module.clipped_softmax_sum, 2))
+    return points
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Copies of the tensors of parameters, masks, a second point, or a head."""
+    if isinstance(value, Ahead):
+        value = value.parameters
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    return [each.detach().clone() for each in (value or {}).values()]
 
 
 def scrubbed(value: Any) -> Any:
@@ -110,9 +141,12 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 def test_nothing_is_written_that_did_not_pass_the_release(
     request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, name: str
 ) -> None:
-    install(monkeypatch)
+    points = install(monkeypatch)
     first, second = exchanged(KINDS[name], request, copy, tmp_path)
     assert differing(first, second) == []
+    half = len(points) // 2
+    assert len(points) == 2 * half > 0
+    assert all(torch.equal(left, right) for left, right in zip(points[:half], points[half:], strict=True))
     for folder in KINDS[name].logs:
         assert set().union(*first[f"{folder}/metrics.jsonl"]) <= LOGGED
     assert "run.json" in first

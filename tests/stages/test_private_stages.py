@@ -262,6 +262,25 @@ def test_12_probe_finetune_and_reruns_compose(copy: Copy, tuned_run: Path, publi
     assert noise[run] > noise[tuned_run]
 
 
+def test_12_the_refit_of_another_attempt_is_one_of_its_own(
+    copy: Copy, probed_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    """Stopped in its refit, then begun afresh: all steps of both attempts are paid, out of the one budget."""
+    run = copy(probed_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping_at(4 + 2, faults.point))
+        with pytest.raises(Stopped):
+            run_finetune(run, data)
+    stopped = ledger_of(run)
+    assert (stopped.charged_steps("finetune", 1), stopped.charged_steps("finetune.head", 1)) == (4, 2)
+    result = run_finetune(run, data, {"overwrite": True})
+    paid = ledger_of(run)
+    assert [paid.charged_steps("finetune", attempt) for attempt in (1, 2)] == [4, 4]
+    assert [paid.charged_steps("finetune.head", attempt) for attempt in (1, 2)] == [2, 6]
+    assert plans_of(run)["finetune.head"]["parent_attempt"] == plans_of(run)["finetune.head"]["attempt"] == 2
+    assert result["epsilon"] == compose(paid.events(), result["delta"]).upper <= 4
+
+
 def test_12_over_budget_reads_nothing(copy: Copy, tuned_run: Path, data: str, monkeypatch: Patch) -> None:
     run = copy(tuned_run)
     ledger = (run / "privacy/ledger.jsonl").read_bytes()
