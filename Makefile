@@ -10,7 +10,7 @@ EPS     ?= 1
 FLAGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate pretrain probe finetune report demo test test-slow lint bench bench-quick clean
+.PHONY: help setup generate pretrain probe finetune report demo test test-slow mutate lint bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ test: $(READY)  ## the fast tests, about twelve minutes on two cores
 
 test-slow: $(READY)  ## the slow tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+mutate: $(READY)  ## do the tests notice mistakes in what privacy rests on? About fifteen minutes; FLAGS="--sample 0.2"
+	$(BIN)/python scripts/mutate.py $(FLAGS)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

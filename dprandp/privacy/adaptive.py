@@ -8,9 +8,9 @@ is charged the μ of a Gaussian mechanism that *covers* it, and the squares are 
 Within a stage everything is fixed by its plan before its first step, so numerical composition finds its curve δ(ε).
 
 *Cover.* A stage is covered by (μ, s) if δ_stage(ε) ≤ δ_μ(ε) + s for all ε ≥ 0, in either direction of zero-out (the
-record is there, or its slot is empty), with δ_μ that of a Gaussian mechanism (``gaussian_dp``). Full batches are covered
-by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of steps is decided on the way (Smith & Thakurta 2022,
-Koskela, Tobaben & Honkela 2023). Sampled stages have a small s.
+record is there, or its slot is empty), with δ_μ that of a Gaussian mechanism (``gaussian_dp``). Full batches are
+covered by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of steps is decided on the way (Smith & Thakurta
+2022, Koskela, Tobaben & Honkela 2023). Sampled stages have a small s.
 
 *Theorem.* If Σ μ² ≤ B² and Σ s ≤ S whatever was chosen along the way, all stages together are (ε, δ_B(ε) + S)-DP.
 

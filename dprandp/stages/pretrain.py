@@ -103,8 +103,8 @@ def run(config: PretrainConfig, context: Context) -> dict:
             network, steps = learned.network, config.steps
             views_per_second, loss = learned.views_per_second, learned.loss
     _save(network, config, steps, loss, begun.directory)
-    # what is judged is what was saved: a network that comes out of its training lies otherwise in memory, and in bfloat16
-    # another order of sums is another digit of the measures
+    # What is judged is what was saved: a network just trained lies in memory in another order, and in bfloat16 another
+    # order of sums is another digit of the measures.
     network, _ = _network_of(checkpoint.load_finished(begun.directory, EXTRACTOR, STAGE), context, config.precision)
     result = {
         "arch": config.arch,

@@ -68,6 +68,35 @@ def test_npz_comes_back_as_it_was(tmp_path, train, test, side, channels, label_t
         np.testing.assert_array_equal(split.labels, made[f"y_{name}"])
 
 
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [
+        (lambda a: a["x_train"].__setitem__((3, 2, 1, 0), a["x_train"][3, 2, 1, 0] ^ 1), True),
+        (lambda a: a["y_train"].__setitem__(4, (a["y_train"][4] + 1) % 3), False),
+        (lambda a: a.update(y_train=np.roll(a["y_train"], 1)), False),
+        (lambda a: a.update(x_train=a["x_train"][::-1].copy()), False),
+        (lambda a: a.update(x_train=a["x_train"].transpose(0, 2, 1, 3).copy(),
+                            x_test=a["x_test"].transpose(0, 2, 1, 3).copy()), True),
+        (lambda a: a.update(p_train=np.array([0, 0, 1, 1, 2, 3])), False),
+    ],
+    ids=["one bit of a pixel", "one label", "labels moved", "images moved", "another shape", "another unit"],
+)  # fmt: skip
+def test_the_fingerprint_is_of_pixels_labels_units_and_their_order(tmp_path, change, images):
+    """And that of the images is of their pixels alone."""
+    made = arrays(shape=(5, 7, 3)) | {"p_train": np.array([0, 0, 1, 1, 2, 2]), "num_classes": np.array(3)}
+    made["y_train"] = np.array([0, 1, 2, 0, 1, 2])
+    prints = []
+    for name in ("before", "same", "after"):
+        if name == "after":
+            change(made)
+        np.savez(tmp_path / f"{name}.npz", **made)
+        dataset = open_dataset(f"npz:{tmp_path / name}.npz", tmp_path, unit_column="p")
+        prints.append((dataset.fingerprint(), dataset.image_fingerprint()))
+    assert prints[0] == prints[1]
+    assert prints[0][0] != prints[2][0]
+    assert (prints[0][1] != prints[2][1]) == images
+
+
 def test_opening_reads_no_image_and_no_label(tmp_path, monkeypatch):
     path = save(tmp_path / "set.npz", num_classes=None, classes=np.array(["x", "y", "z"]))
     read: list[str] = []

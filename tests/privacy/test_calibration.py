@@ -6,6 +6,8 @@ import math
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dprandp.errors import BudgetError, UsageError
 from dprandp.privacy import accounting, calibration, sampled_loss
@@ -36,6 +38,21 @@ def test_settle_lands_at_or_just_below_the_budget(guess):
     found = settle(promised, 2.0, guess, 1e6)
     assert ACCEPT * 2.0 <= 10 / found <= 2.0
     assert len(asked) <= 16
+
+
+@settings(max_examples=200, deadline=None)
+@given(budget=st.floats(1e-3, 50), power=st.floats(0.2, 3), excess=st.floats(0.9, 1.1), grain=st.floats(0, 0.02))
+def test_what_settle_and_nudge_return_is_within_the_budget(budget, power, excess, grain):
+    """However near the guess is, and however rough the function: not above the budget by the last digit."""
+
+    def promised(x: float) -> float:
+        value = excess * budget / x**power
+        return value * (1 + grain * math.sin(1000 * x))
+
+    found = settle(promised, budget, 1.0, 1e6)
+    assert promised(found) <= budget
+    near = nudge(lambda x: budget * x**-power * (1 + 1e-13), budget, 1.0)
+    assert budget * near**-power * (1 + 1e-13) <= budget
 
 
 def test_settle_respects_a_function_with_steps():

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
+import noise_checks
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy import discrete_noise
+from dprandp.privacy import accounting, discrete_cost, discrete_noise, group
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.discrete_cost import DELTA_SHARE, DISTANCE, MOST_COORDINATES
+from dprandp.privacy.discrete_cost import DELTA_SHARE, DISTANCE, LATTICE_BITS, MOST_COORDINATES, check_distance
 from dprandp.privacy.discrete_noise import add_discrete_noise, discrete_gaussian, granularity, lattice_scale
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
+from dprandp.privacy.group import compose_group
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, SystemRandom
 from dprandp.privacy.plan import PrivateMechanism, make_plan
@@ -180,6 +183,31 @@ def test_noise_has_std_sigma_times_clip_norm_around_the_sum():
     assert stats.kstest(seen * 1.1, "norm").pvalue < ALPHA
 
 
+@pytest.mark.parametrize("value", [0.0, 123.456])
+def test_every_tensor_and_every_coordinate_gets_all_of_the_noise(value):
+    def added(sums):
+        noisy = add_discrete_noise(noise_checks.sums_of(value), CLIP, SIGMA, SystemRandom())
+        return {name: total - value for name, total in noisy.items()}
+
+    assert noise_checks.complaints(noise_checks.draws_of(added), SIGMA * CLIP) == []
+
+
+def test_the_sensitivity_is_raised_for_the_coordinates_of_all_tensors_together(monkeypatch):
+    scales = []
+    honest = discrete_noise.discrete_gaussian
+    monkeypatch.setattr(
+        discrete_noise, "discrete_gaussian", lambda scale, *rest: scales.append(scale) or honest(scale, *rest)
+    )
+    sums = noise_checks.sums_of()
+    add_discrete_noise(sums, CLIP, SIGMA, SystemRandom())
+    gamma = Fraction(granularity(CLIP, SIGMA))
+    count = sum(total.numel() for total in sums.values())
+    delta = Fraction(CLIP) + gamma * Fraction(math.sqrt(count))
+    assert len(set(scales)) == 1
+    assert len(scales) == len(sums)
+    assert Fraction(SIGMA) * delta / gamma <= scales[0] <= Fraction(SIGMA) * delta / gamma * (1 + Fraction(1, 2**40))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     coordinates=st.integers(1, 40),
@@ -226,6 +254,61 @@ def test_the_distance_to_rounded_gaussian_noise_is_below_its_bound(scale):
     distance = 0.5 * float(np.abs(probability - rounded).sum())
     assert 0.7 / (40 * scale**2) < distance < 1 / (40 * scale**2)
     assert DISTANCE >= 1 / (40 * 2.0**88)
+
+
+@pytest.mark.parametrize("scale", [16, 30])
+def test_the_distances_of_coordinates_and_steps_add_up(scale, monkeypatch):
+    """Two coordinates, by the whole table of their joint probabilities: further apart than one, within twice as far.
+    What is refused with these numbers is what costs more than δ's part by the definition of an (ε, δ)-guarantee."""
+    values, probability = pmf(scale)
+    edges = (np.append(values, values[-1] + 1) - 0.5) / scale
+    rounded = np.where(edges[:-1] < 0, np.diff(stats.norm.cdf(edges)), -np.diff(stats.norm.sf(edges)))
+    alone = 0.5 * float(np.abs(probability - rounded).sum())
+    both = 0.5 * float(np.abs(np.outer(probability, probability) - np.outer(rounded, rounded)).sum())
+    assert 1.3 * alone < both <= 2 * alone
+    monkeypatch.setattr(discrete_cost, "DISTANCE", alone)
+    monkeypatch.setattr(discrete_cost, "MOST_COORDINATES", 2)
+    epsilon = 1.5
+    enough = (1 + math.exp(epsilon)) * 2 * alone / DELTA_SHARE  # δ that pays for one step of two coordinates
+    for steps in (1, 3, 50):
+        check_distance(steps, epsilon, enough * steps * 1.0001)
+        with pytest.raises(BudgetError):
+            check_distance(steps, epsilon, enough * steps * 0.9999)
+        with pytest.raises(BudgetError):  # of the two, what is really lost is not paid for by a tenth of that
+            check_distance(steps, epsilon, both * (1 + math.exp(epsilon)) * steps / DELTA_SHARE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.integers(1, 10**6), epsilon=st.floats(0, 40), log_delta=st.floats(-40, -2))
+def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delta):
+    """(1 + exp ε) T d (2⁻⁸⁸/40 + 2⁻¹¹⁰) ≤ share · δ with d = 2²⁶ coordinates, in 60 digits."""
+    assert (LATTICE_BITS, MOST_COORDINATES) == (44, 2**26)
+    delta = math.exp(log_delta)
+    with localcontext() as exact:
+        exact.prec = 60
+        each = Decimal(2) ** -88 / 40 + Decimal(2) ** -110
+        cost = (1 + Decimal(epsilon).exp()) * steps * 2**26 * each
+        allowed = Decimal(DELTA_SHARE) * Decimal(delta)
+        near = abs(cost / allowed - 1) < Decimal("1e-9")
+    try:
+        check_distance(steps, epsilon, delta)
+        refused = False
+    except BudgetError:
+        refused = True
+    assert near or refused == (cost > allowed)
+
+
+def test_the_distance_is_that_of_all_discrete_steps(monkeypatch):
+    asked = []
+    for module in (accounting, group):
+        monkeypatch.setattr(module, "check_distance", lambda *values: asked.append(values))
+    events = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(9.0, 0.1, 5, True), GaussianEvent(30.0, 1.0, 11)]
+    bound = compose(events, 1e-5)
+    assert asked == [(12, bound.upper, 1e-5)]
+    asked.clear()
+    full = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(31.0, 1.0, 5, True), GaussianEvent(30.0, 1.0, 11)]
+    bound = compose_group(full, 1e-5, 2)
+    assert asked[-1] == (12, bound.upper, 1e-5)
 
 
 def test_discrete_steps_cost_as_gaussian_ones_at_the_reduced_delta():

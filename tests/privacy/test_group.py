@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.analytic import PARTICIPATIONS, moved_epsilon
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta
 from dprandp.privacy.group import compose_group, group_privacy
+from dprandp.privacy.prv import Component
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10])
@@ -68,6 +71,20 @@ def test_sampled_batches_lie_above_a_tight_accountant():
     assert single < truth <= bound.upper
     assert bound.upper < 3 * truth  # and is of use
     assert bound.upper > size * single * 0.999  # the general bound cannot be better than k ε
+
+
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps", "size"), [(0.5, 0.02, 40, 3), (0.4, 0.05, 10, 5), (0.8, 0.001, 900, 20)]
+)
+def test_a_step_that_draws_any_of_a_group_is_moved_by_all_of_it(sigma, q, steps, size):
+    """Oracle: δ of √K k/σ-GDP, summed over K, the number of steps that draw one of k records at least."""
+    for delta in (1e-3, 1e-6):
+        epsilon, by = moved_epsilon([Component(sigma, q, steps)], delta, size, size)
+        assert by == PARTICIPATIONS
+        chance = 1 - (1 - q) ** size
+        parts = [gaussian_dp_delta(math.sqrt(k) * size / sigma, epsilon) if k else 0.0 for k in range(steps + 1)]
+        truth = float(np.dot(stats.binom.pmf(np.arange(steps + 1), steps, chance), parts))
+        assert 0.98 * delta < truth <= delta * (1 + 1e-6)
 
 
 def test_a_group_of_one_is_one_and_larger_groups_lose_more():

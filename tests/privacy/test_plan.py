@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 
+import noise_checks
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy import plan as plan_module
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.noise import InsecureSeed, SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, make_plan, validate_budget
+from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, PrivateStep, make_plan, validate_budget
 
 N, Q, T, CLIP = 400, 0.25, 30, 0.5
 
@@ -85,6 +87,18 @@ def test_what_runs_is_what_was_accounted(ledger):
     assert ledger.events() == [plan.event]
     assert Ledger.open(ledger.path).spent(plan.delta) == compose([plan.event], plan.delta)
     assert all(charge.clip_norm == CLIP for charge in ledger.charges)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize("records", [0, 7])
+def test_a_step_gives_every_tensor_its_noise(noise, records):
+    """Tensor by tensor and coordinate by coordinate, whatever their sizes and the size of the batch."""
+    plan = plan_of(noise=noise)
+
+    def released(sums):
+        return PrivateStep(0, np.arange(records), plan, SystemRandom()).release(sums)
+
+    assert noise_checks.complaints(noise_checks.draws_of(released), 12.0 * CLIP / (Q * N)) == []
 
 
 def test_the_charge_is_on_disk_before_the_batch_is_drawn(ledger):
@@ -268,6 +282,16 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
         PrivateMechanism(plan_of(epsilon_target=fits), ledger, Untouched())
     assert "larger --eps" not in begun.value.fix
     assert "--overwrite" in begun.value.fix
+
+
+@pytest.mark.parametrize("upper", [math.nextafter(2.0, 3.0), 2.0000001, math.nan, math.inf])
+def test_whatever_is_not_known_to_be_within_the_budget_is_refused(monkeypatch, ledger, upper):
+    bound = EpsilonBound(1.9, 1.9, upper, 1e-4, "a test")
+    monkeypatch.setattr(plan_module, "compose", lambda *asked: bound)
+    with pytest.raises(BudgetError, match="above its 2"):
+        PrivateMechanism(plan_of(epsilon_target=2.0), ledger, SystemRandom())
+    bound = EpsilonBound(1.9, 1.9, 2.0, 1e-4, "a test")
+    PrivateMechanism(plan_of(epsilon_target=2.0), ledger, SystemRandom())
 
 
 def test_after_a_step_without_noise_no_private_plan_fits(ledger):

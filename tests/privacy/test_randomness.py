@@ -7,9 +7,12 @@ same statistic must reject.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from pathlib import Path
 
+import noise_checks
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from scipy import stats
 
 from dprandp.errors import UsageError
 from dprandp.privacy import noise
+from dprandp.privacy.discrete_noise import discrete_gaussian
 from dprandp.privacy.noise import InsecureSeed, SystemRandom, add_gaussian_noise
 from dprandp.privacy.sampling import PoissonSampler
 
@@ -187,6 +191,30 @@ def test_extreme_uniforms_give_finite_noise():
     assert float(z.abs().max()) == pytest.approx(8.57, abs=0.01)
 
 
+@pytest.fixture(scope="module")
+def of_many_tensors() -> dict[str, np.ndarray]:
+    return noise_checks.draws_of(lambda sums: add_gaussian_noise(sums, SIGMA * CLIP, SystemRandom()))
+
+
+def test_every_tensor_and_every_coordinate_gets_all_of_the_noise(of_many_tensors):
+    assert noise_checks.complaints(of_many_tensors, SIGMA * CLIP) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda draws: draws | {"last": draws["last"] / 1000}, "last has the standard deviation"),
+        (lambda draws: draws | {"gain": 0 * draws["gain"]}, "gain has the standard deviation"),
+        (lambda draws: draws | {"wide": draws["wide"] * np.append(np.ones(479), 0.5)}, "a coordinate of wide"),
+        (lambda draws: draws | {"row": draws["wide"][:, :16]}, "coordinates are correlated"),
+        (lambda draws: {name: np.repeat(values[::2], 2, axis=0) for name, values in draws.items()}, "calls are"),
+        (lambda draws: draws | {"bias": abs(draws["bias"])}, "bias has a mean"),
+    ],
+)
+def test_less_noise_somewhere_is_complained_about(of_many_tensors, change, complaint):
+    assert any(complaint in said for said in noise_checks.complaints(change(of_many_tensors), SIGMA * CLIP))
+
+
 def test_noise_never_repeats_over_calls_tensors_and_sources():
     zeros = {"a": torch.zeros(300), "b": torch.zeros(300)}
     sources = [SystemRandom(), SystemRandom()]
@@ -221,6 +249,78 @@ def test_no_noise_copies():
 def test_senseless_noise_is_refused(std):
     with pytest.raises(UsageError, match="standard deviation"):
         add_gaussian_noise([torch.zeros(1)], std, SystemRandom())
+
+
+# ---------------------------------------------------------------- entropy
+
+
+class Entropy:
+    """Stands for the operating system: known bytes, counted, of which one bit may be turned over."""
+
+    def __init__(self, turned: int | None = None) -> None:
+        self.given, self._turned = b"", turned
+
+    def __call__(self, count: int) -> bytes:
+        blocks = range(count // 32 + 1)
+        fresh = b"".join(hashlib.sha256(b"%d %d" % (len(self.given), block)).digest() for block in blocks)[:count]
+        begun, self.given = len(self.given), self.given + fresh
+        if self._turned is not None and begun <= self._turned // 8 < len(self.given):
+            changed = bytearray(fresh)
+            changed[self._turned // 8 - begun] ^= 1 << self._turned % 8
+            return bytes(changed)
+        return fresh
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, turned: int | None = None) -> tuple[np.ndarray, Entropy]:
+    """Words of two sources, and where they came from."""
+    entropy = Entropy(turned)
+    monkeypatch.setattr(os, "urandom", entropy)
+    first, second = SystemRandom(), SystemRandom()
+    words = [first.words(5), first.words(300), second.words(1), first.words(5)]
+    monkeypatch.undo()
+    return np.concatenate(words), entropy
+
+
+def test_every_word_is_64_bits_of_the_operating_system(monkeypatch):
+    """No seed, no state: what the operating system gave is what comes out, and is asked for anew every time."""
+    words, entropy = drawn(monkeypatch)
+    assert words.dtype == np.uint64
+    assert words.tobytes() == entropy.given
+    assert len(np.unique(words)) == len(words) == 311
+    for turned in range(0, 64 * len(words), 997):  # each bit of it matters, for one word
+        other, _ = drawn(monkeypatch, turned)
+        assert np.flatnonzero(words != other).tolist() == [turned // 64]
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda random: random.uniform(70), 70),
+        (lambda random: random.gaussian((7, 9)), 64),
+        (lambda random: PoissonSampler(90, 0.3, random).draw(), 90),
+        (lambda random: add_gaussian_noise([torch.zeros(3, 5), torch.zeros(()), torch.zeros(2)], 1.0, random), 20),
+        (lambda random: discrete_gaussian(2**44, 60, random), 4 * 60),
+    ],
+    ids=["uniform", "gaussian", "batch", "noise", "discrete"],
+)
+def test_no_value_is_made_of_fewer_bits(monkeypatch, draw, words):
+    """A batch of N records takes N words, a Gaussian value one, a discrete one at least four."""
+    entropy = Entropy()
+    monkeypatch.setattr(os, "urandom", entropy)
+    source = SystemRandom()
+    draw(source)
+    once = len(entropy.given)
+    draw(source)
+    assert once >= 8 * words
+    assert len(entropy.given) - once >= 8 * words  # nothing is left over from the first call
+
+
+def test_uniforms_use_all_53_bits(monkeypatch):
+    """No two of 400,000 values are equal; of 32 bits they would be about twenty times."""
+    values = SystemRandom().uniform(400_000)
+    assert len(np.unique(values)) == len(values)
+    assert len(np.unique(np.floor(values * 2.0**32))) < len(values)
+    assert float(np.bincount((values * 2.0**53).astype(np.uint64).astype(np.int64) % 2).min()) > 190_000
 
 
 # ---------------------------------------------------------------- stamps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -96,6 +97,35 @@ def test_the_number_of_trials_follows_its_distribution_and_is_kept_nowhere(tmp_p
     assert max(counts) > 2
 
 
+class Fixed(SystemRandom):
+    """Real randomness, but for what is drawn one uniform at a time: the number of trials, and the setting of each."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def uniform(self, count: int) -> np.ndarray:
+        return np.array([self.value]) if count == 1 else super().uniform(count)
+
+    def gaussian(self, shape) -> torch.Tensor:
+        return SystemRandom().gaussian(shape)
+
+
+@pytest.mark.parametrize("wanted", range(1, 10))
+def test_the_number_of_trials_is_the_one_that_was_drawn(ledger: Ledger, wanted: int) -> None:
+    """By the probabilities (1 − γ)^k / (k log(1/γ)), written down here again; neither one more nor one less."""
+    plan = plan_of()
+    gamma = plan.event.gamma
+    upto = np.cumsum([(1 - gamma) ** k / k / -math.log(gamma) for k in range(1, wanted + 1)])
+    low = upto[-2] if wanted > 1 else 0.0
+    made: list[Trial] = []
+    for place in (0.01, 0.5, 0.99):
+        fresh = Ledger.create(ledger.path.with_name(f"{place}.jsonl"), examples=N)
+        made.clear()
+        random = Fixed(low + place * (upto[-1] - low))
+        PrivateSelection(plan, fresh, random, 1).run(lambda trial: (made.append(trial), honest(trial)))
+        assert len(made) == len(set(map(id, made))) == wanted
+
+
 def test_noise_of_steps_and_scores_and_the_parts(ledger: Ledger) -> None:
     plan = plan_of(held_out=0.25)
     releases, scores, parts, settings = {0: [], 1: [], 2: []}, [], [], []
@@ -120,6 +150,42 @@ def test_noise_of_steps_and_scores_and_the_parts(ledger: Ledger) -> None:
     assert held.mean() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / held.size))
     assert held.sum(axis=1).std() == pytest.approx(math.sqrt(N * 0.25 * 0.75), rel=5 / math.sqrt(600))
     assert np.bincount(settings) == pytest.approx([100] * 3, abs=5 * math.sqrt(300 * 2 / 9))
+    alike = sum(left == right for left, right in itertools.pairwise(settings))  # each by a draw of its own
+    assert alike == pytest.approx(100, abs=5 * math.sqrt(300 * 2 / 9))
+
+
+class Silent(SystemRandom):
+    """Real coins, and no noise."""
+
+    def gaussian(self, shape) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=torch.float64)
+
+
+def test_a_trial_divides_by_the_expected_number_of_its_records() -> None:
+    """Not by the number that its coins gave: that is private."""
+    plan, sizes = plan_of(held_out=0.25), set()
+    for _ in range(5):
+        trial = Trial(plan, Silent())
+        sizes.add(len(trial.fitted))
+        assert torch.allclose(trial.release(torch.full((3,), 30.0)), torch.full((3,), 30.0 / (0.75 * N)))
+        for _ in range(trial.steps - 1):
+            trial.release(torch.zeros(3))
+        right = torch.arange(len(trial.held_out)) % 3 == 0
+        trial.score(right)
+        assert trial.outcome[0] == int(right.sum())
+    assert len(sizes) > 1
+
+
+def test_a_step_too_many_is_refused_before_it_is_made() -> None:
+    trial = Trial(plan_of(), SystemRandom())
+    for _ in range(trial.steps):
+        trial.release(torch.zeros(3))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not planned"):
+            trial.release(torch.zeros(3))
+    trial.score(torch.zeros(len(trial.held_out), dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="not planned"):
+        trial.release(torch.zeros(3))
 
 
 def test_the_best_is_returned(ledger: Ledger) -> None:

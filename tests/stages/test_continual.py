@@ -263,6 +263,21 @@ def test_a_rule_never_needs_more_noise_than_was_planned_for(vit_run, copy, data)
     assert result["noise_multiplier"] <= planned["noise_multiplier"]
 
 
+def test_what_was_paid_before_counts_where_the_rule_makes_another_plan(vit_run, copy, data, monkeypatch) -> None:
+    """The plan is made again when the number of private steps is known: for what is left, not for the whole."""
+    run = copy(vit_run)
+    before = run_probe(run, data, epsilon=8.0)["epsilon"]
+    options = {"public": "synth", "switch": "plateau", "steps": 12, "check_every": 1, "share": 1.0}
+    with context(run) as given:
+        planned = planning.plan("continue", built(data, **options), given)
+    monkeypatch.setattr(continual_loop.switching, "switch_now", lambda *given: "at step 7" if given[2] == 7 else None)
+    result = run_continue(run, data, **options)
+    assert (result["steps"], planned["steps"]) == (5, 9)
+    assert result["noise_multiplier"] < planned["noise_multiplier"]
+    assert before < result["epsilon"] == ledger_of(run).spent(result["delta"]).upper <= 8
+    assert result["epsilon"] > 7.9  # all of it is used
+
+
 @pytest.mark.parametrize("mix", ["cosine", "ratio", "private"])
 def test_mixed_steps_are_all_paid(vit_run, copy, data, mix) -> None:
     run = copy(vit_run)

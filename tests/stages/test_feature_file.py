@@ -10,15 +10,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_run import blobs, context, write_blobs
 from torch import Tensor
 
+from dprandp.config import PretrainConfig
+from dprandp.datasets import open_dataset
 from dprandp.errors import StorageError, UsageError
 from dprandp.stages import features as features_module
+from dprandp.stages.context import Context
 from dprandp.stages.feature_file import FeatureFile
+from dprandp.vision.extractors import build_extractor
+from dprandp.vision.whitening import Whitener
 
 ROWS, CUT = 10, 4
 ROOT = Path(__file__).parents[2]
@@ -149,6 +156,96 @@ def test_a_disk_without_room_is_refused_at_the_first_block(tmp_path: Path, monke
         FeatureFile(tmp_path, "features", ROWS).write("key", source)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 120}))
     FeatureFile(tmp_path, "features", ROWS).write("key", source)
+
+
+# ------------------------------------------------------------------------------------------- what they are made from
+
+
+def small_extractor(seed: int = 0, **settings: object) -> torch.nn.Module:
+    built = PretrainConfig(arch="patchnet", filters=8, **settings)
+    return build_extractor(built, torch.Generator().manual_seed(seed)).eval()
+
+
+def small_whitener(extractor: torch.nn.Module, seed: int = 0) -> Whitener:
+    whitener = Whitener(extractor.feature_dim, 6, extractor.parts)
+    whitener.projection.normal_(generator=torch.Generator().manual_seed(seed))
+    return whitener
+
+
+def whitened(given: Context, data: str, facts: dict) -> Tensor:
+    """Features as a stage would have them."""
+    dataset = open_dataset(data, given.data_dir, unit_column=facts.get("unit_column"))
+    stage = SimpleNamespace(dataset=dataset, spec=dataset.spec, context=given)
+    extractor = facts.get("extractor") or small_extractor()
+    whitener = facts.get("whitener") or small_whitener(extractor)
+    options = {name: facts.get(name, usual) for name, usual in {"mirror": False, "views": 2, "seed": 0}.items()}
+    rows, labels = features_module.private_features(stage, extractor, whitener, **options)
+    assert torch.equal(labels, torch.from_numpy(dataset.train().labels))
+    return rows.clone()
+
+
+CHANGES: dict[str, dict] = {
+    "one pixel": {"pixel": True},
+    "the order of the images": {"order": True},
+    "mirrored": {"mirror": True},
+    "more views": {"views": 3},
+    "one view": {"views": 1},
+    "other views": {"seed": 1},
+    "another extractor": {"extractor": small_extractor(1)},
+    "an extractor of another form": {"extractor": small_extractor(0, regions="quadrants")},
+    "another whitener": {"whitener": small_whitener(small_extractor(), 1)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_features_are_computed_anew_where_anything_that_they_are_made_from_changed(
+    tmp_path: Path, change: str
+) -> None:
+    """What is found must be what an empty folder would be given; and the other way round, when it is changed back."""
+    facts, arrays = CHANGES[change], blobs(train=12, test=4)
+    changed = {name: value.copy() for name, value in arrays.items()}
+    if "pixel" in facts:
+        changed["x_train"][7, 3, 5, 1] ^= 255
+    if "order" in facts:
+        changed["x_train"] = changed["x_train"][::-1]
+    data = f"npz:{tmp_path / 'set.npz'}"
+    found = []
+    for folder, contents in (("kept", (arrays, changed, arrays)), ("fresh", (changed,))):
+        with context(tmp_path / folder) as given:
+            for content in contents:
+                np.savez(tmp_path / "set.npz", **content)
+                found.append(whitened(given, data, facts if content is changed else {}))
+    first, after, back, fresh = found
+    assert torch.equal(after, fresh)
+    assert torch.equal(first, back)
+    assert first.shape != after.shape or not torch.equal(first, after)
+
+
+def test_features_that_are_there_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: nothing changed, nothing is computed."""
+    data = write_blobs(tmp_path / "set.npz", train=12, test=4)
+    with context(tmp_path / "run") as given:
+        first = whitened(given, data, {})
+        monkeypatch.setattr(features_module, "features_of_blocks", None)
+        assert torch.equal(whitened(given, data, {}), first)
+        with pytest.raises(TypeError):
+            whitened(given, data, {"seed": 1})
+
+
+@pytest.mark.parametrize("what", ["labels", "units"])
+def test_features_of_other_labels_or_units_are_of_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    arrays = blobs(train=12, test=4) | {"patient_train": np.arange(12) // 2}
+    data, facts = f"npz:{tmp_path / 'set.npz'}", {"unit_column": "patient"}
+    with context(tmp_path / "run") as given:
+        np.savez(tmp_path / "set.npz", **arrays)
+        whitened(given, data, facts)
+        name = {"labels": "y_train", "units": "patient_train"}[what]
+        np.savez(tmp_path / "set.npz", **arrays | {name: np.roll(arrays[name], 1)})
+        monkeypatch.setattr(features_module, "features_of_blocks", None)
+        with pytest.raises(TypeError):
+            whitened(given, data, facts)
 
 
 def test_blocks_are_whole_batches_that_do_not_grow_with_the_features() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped
+from dprandp.privacy.clipping import ROUNDING_SLACK, per_example_gradients, sum_of_clipped
 from dprandp.privacy.sampling import PoissonSampler
 from dprandp.stages import clipped_sums, scratch
 from dprandp.vision import extractors, patchnet_gradients, whitening
@@ -135,6 +135,34 @@ def test_6_sums_layer_by_layer_and_automatic_ones_agree(monkeypatch: Patch, prec
     assert not any(bool(found[name][mask == 0].any()) for name, mask in masks.items())
     with pytest.raises(AssertionError):  # what is compared could tell masked from unmasked
         assert_close(total(2, None), automatic, 1e-2)
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_6_precise_sums_are_added_in_float64(units: bool) -> None:
+    """For discrete noise: the same gradients, clipped and added by hand in double precision, to its last digits."""
+    generator = torch.Generator().manual_seed(6)
+    model = model_of("wrn-10-1")
+    parameters = scaled_parameters(model, 1.0)
+    rows = {n: torch.randn(40, *v.shape, generator=generator) * 10 for n, v in parameters.items()}
+    sizes = torch.tensor([7, 1, 12, 20]) if units else None
+    batch = clipped_sums.Batch(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64),
+                               torch.arange(40), sizes)  # fmt: skip
+    apart = {}
+    for precise in (True, False):
+        settings = clipped_sums.SumSettings(1.0, 1, 0, False, CLIP, precise=precise)
+        sums = clipped_sums.ClippedSums(model, settings)
+        sums._gradients = lambda *rest: ({n: value[i : i + 10] for n, value in rows.items()} for i in range(0, 40, 10))
+        total = sums.of(parameters, 0, batch)
+        units_of = (torch.ones(40, dtype=torch.int64) if sizes is None else sizes).tolist()
+        expected = {n: torch.zeros_like(v, dtype=torch.float64) for n, v in parameters.items()}
+        for part in zip(*(value.double().split(units_of) for value in rows.values()), strict=True):
+            means = [each.mean(0) for each in part]
+            factor = min(1.0, CLIP * (1 - ROUNDING_SLACK) / norm_of(dict(enumerate(means))))
+            for name, mean in zip(rows, means, strict=True):
+                expected[name] += factor * mean
+        apart[precise] = norm_of({n: total[n] - expected[n] for n in total}) / norm_of(expected)
+    assert apart[True] < (1e-6 if units else 1e-13)  # the means of units are those of the gradients, in float32
+    assert apart[False] > 1e-9
 
 
 def test_6_the_whole_stage_with_another_microbatch(

@@ -18,22 +18,42 @@ from tiny_run import (
     forbid_reading,
     ledger_of,
     plans_of,
+    run_continue,
     run_finetune,
     run_probe,
     run_scratch,
     write_blobs,
 )
 
+from dprandp import faults
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy import plan as plan_module
 from dprandp.privacy.accounting import compose, merge_events
 from dprandp.privacy.adaptive import compose_stages
+from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivatePlan
 from dprandp.privacy.sampling import PoissonSampler
 
 Copy = Callable[[Path], Path]
 Record = Callable[[Path], Recorder]
 Patch = pytest.MonkeyPatch
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stopping_at(update: int, point: Callable[[str], None]) -> Callable[[str], None]:
+    """A fault point that breaks off once an update was applied this often."""
+    done: list[str] = []
+
+    def stopping(name: str) -> None:
+        done.extend([name] if name == "update-applied" else [])
+        if len(done) == update:
+            raise Stopped
+        point(name)
+
+    return stopping
 
 
 def assert_accounted(run: Path, seen: Recorder, result: dict[str, Any], *mechanisms: str) -> None:
@@ -169,6 +189,27 @@ def test_5_the_same_seed_never_repeats_the_noise(copy: Copy, public_run: Path, d
     assert (first / whitener).read_bytes() == (second / whitener).read_bytes()
 
 
+def test_5_a_seed_repeats_no_noise_within_a_run(
+    copy: Copy, public_run: Path, data: str, record: Record, monkeypatch: Patch
+) -> None:
+    """Not even a seed that is asked for: a stage that goes on, another attempt and another stage draw their own."""
+    run = copy(public_run)
+    seen, point = record(run), faults.point
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping_at(3, point))
+        with pytest.raises(Stopped):
+            run_probe(run, data, {"insecure_seed": 3}, batch_size=30)
+    run_probe(run, data, {"insecure_seed": 3}, batch_size=30)
+    run_probe(run, data, {"insecure_seed": 3, "overwrite": True}, batch_size=30)
+    run_finetune(run, data, {"insecure_seed": 3}, batch_size=30, refit_steps=0)
+    noises = [release.noise[-96:] / release.noise[-96:].std() for release in seen.releases]  # of the head, in each
+    assert len(noises) == 3 + 5 + 8 + 4
+    for place, noise in enumerate(noises):
+        assert all(float((noise - other).norm()) > 5 for other in noises[:place])
+    batches = [tuple(indices) for _, _, indices in seen.draws]
+    assert len(set(batches)) == len(batches)
+
+
 def test_13_insecure_seed_repeats_and_is_stamped_everywhere(copy: Copy, public_run: Path, data: str) -> None:
     runs = [copy(public_run), copy(public_run)]
     results = [run_probe(run, data, {"insecure_seed": 3}) for run in runs]
@@ -221,6 +262,25 @@ def test_12_probe_finetune_and_reruns_compose(copy: Copy, tuned_run: Path, publi
     # after one probe alone more was left, so that what takes all that is left needed less noise
     noise = {path: plans_of(path)["finetune.head"]["plan"]["noise_multiplier"] for path in (run, tuned_run)}
     assert noise[run] > noise[tuned_run]
+
+
+def test_12_the_refit_of_another_attempt_is_one_of_its_own(
+    copy: Copy, probed_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    """Stopped in its refit, then begun afresh: all steps of both attempts are paid, out of the one budget."""
+    run = copy(probed_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping_at(4 + 2, faults.point))
+        with pytest.raises(Stopped):
+            run_finetune(run, data)
+    stopped = ledger_of(run)
+    assert (stopped.charged_steps("finetune", 1), stopped.charged_steps("finetune.head", 1)) == (4, 2)
+    result = run_finetune(run, data, {"overwrite": True})
+    paid = ledger_of(run)
+    assert [paid.charged_steps("finetune", attempt) for attempt in (1, 2)] == [4, 4]
+    assert [paid.charged_steps("finetune.head", attempt) for attempt in (1, 2)] == [2, 6]
+    assert plans_of(run)["finetune.head"]["parent_attempt"] == plans_of(run)["finetune.head"]["attempt"] == 2
+    assert result["epsilon"] == compose(paid.events(), result["delta"]).upper <= 4
 
 
 def test_12_over_budget_reads_nothing(copy: Copy, tuned_run: Path, data: str, monkeypatch: Patch) -> None:
@@ -294,6 +354,69 @@ def test_12_the_ledger_cannot_be_lost(probed_run: Path, copy: Copy, data: str) -
     (cut / "privacy/ledger.jsonl").write_bytes(b"".join(lines[:3] + lines[4:]))
     with pytest.raises(CheckpointError, match="Line 4"):
         run_finetune(cut, data)
+
+
+def test_12_the_plan_cannot_be_lost(probed_run: Path, copy: Copy, data: str, monkeypatch: Patch) -> None:
+    """A ledger with charges and no plan is no run that has not begun."""
+    run = copy(probed_run)
+    (run / "privacy/plan.json").unlink()
+    ledger = (run / "privacy/ledger.jsonl").read_bytes()
+    forbid_reading(monkeypatch)
+    for stage in (run_probe, run_finetune):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(CheckpointError, match=r"plan\.json is missing"):
+                stage(run, data, options)
+    assert (run / "privacy/ledger.jsonl").read_bytes() == ledger
+
+
+def forge(path: Path) -> None:
+    """Another ledger that shows as much as this one: all steps of an attempt as one charge, the chain in order."""
+    old = Ledger.open(path)
+    path.unlink()
+    made = Ledger.create(path, old.examples, old.data_unit)
+    for stage, attempt in dict.fromkeys((charge.stage, charge.attempt) for charge in old.charges):
+        first = next(charge for charge in old.charges if (charge.stage, charge.attempt) == (stage, attempt))
+        kept = ("noise_multiplier", "sample_rate", "clip_norm", "random", "noise")
+        made.charge(stage=stage, attempt=attempt, steps=old.charged_steps(stage, attempt),
+                    **{name: getattr(first, name) for name in kept})  # fmt: skip
+    assert made.events() == old.events()
+
+
+@pytest.mark.parametrize(
+    ("source", "stage", "changes", "updates"),
+    [
+        ("public_run", run_probe, {}, 3),
+        ("probed_run", run_finetune, {}, 3),
+        ("probed_run", run_finetune, {}, 4 + 3),  # in its refit
+        ("vit_run", run_continue, {}, 3),
+        (None, run_scratch, {}, 2),
+    ],
+    ids=["probe", "finetune", "refit", "continue", "scratch"],
+)
+def test_10_a_checkpoint_goes_on_with_its_own_ledger_alone(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, data: str, monkeypatch: Patch,
+    source: str | None, stage: Callable[..., dict[str, Any]], changes: dict[str, Any], updates: int,
+) -> None:  # fmt: skip
+    """Not with one that was cut short, nor with another that shows as many steps or more."""
+    run = tmp_path / "empty" if source is None else copy(request.getfixturevalue(source))
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "point", stopping_at(updates, faults.point))
+        with pytest.raises(Stopped):
+            stage(run, data, **changes)
+    ledger = run / "privacy/ledger.jsonl"
+    own = ledger.read_bytes()
+    forge(ledger)
+    forged = ledger.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(PoissonSampler, "draw", None)
+        with pytest.raises(CheckpointError, match="older than the checkpoint"):
+            stage(run, data, **changes)
+    assert ledger.read_bytes() == forged
+    ledger.write_bytes(b"".join(own.splitlines(keepends=True)[:-3]))
+    with pytest.raises(CheckpointError):
+        stage(run, data, **changes)
+    ledger.write_bytes(own)
+    assert stage(run, data, **changes)["charged_steps"] > 0
 
 
 def test_1_epsilon_is_an_upper_bound_within_the_target(tuned_run: Path) -> None:

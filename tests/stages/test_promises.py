@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tripwire
+from private_runs import KINDS, run_kind, write_records
 from tiny_run import (
     TEST,
     Recorder,
@@ -69,6 +70,22 @@ def test_9_nor_with_views_of_the_features_or_a_wrn(
         run_probe(run, watched_data, views=2, steps=3)
         run_finetune(run, watched_data, steps=1, refit_steps=0)
     assert sums == ["head"] * 3 + ["all"]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "probe of batches and views"])
+def test_9_nor_in_any_other_stage(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, name: str
+) -> None:
+    kind = KINDS[name]
+    run = tmp_path / "empty" if kind.source is None else copy(request.getfixturevalue(kind.source))
+    data = write_records(tmp_path / "watched.npz", kind, tripwire.EXAMPLES)
+    sums = tripwire.install(monkeypatch)
+    with tripwire.watching():
+        run_kind(kind, run, data)
+    charged = ledger_of(run)
+    assert charged.examples == tripwire.EXAMPLES
+    steps = sum(charge.steps for charge in charged.charges)
+    assert len(sums) == steps if name != "tune" else sums.count("score") >= 1
 
 
 def numbers(*shape: int) -> Tensor:

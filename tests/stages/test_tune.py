@@ -32,13 +32,15 @@ from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
+from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.plan import PrivateStep
 from dprandp.privacy.selection import Trial
+from dprandp.privacy.tuning import TuningEvent
 from dprandp.rundir import RunDir
 from dprandp.stages import tune, tune_public
 from dprandp.stages.head import HeadSettings
 from dprandp.stages.tune_settings import TuneConfig, settings_for
-from dprandp.stages.tuned import read_tuning
+from dprandp.stages.tuned import read_tuning, tuning_of
 
 Copy = Callable[[Path], Path]
 Patch = pytest.MonkeyPatch
@@ -273,6 +275,17 @@ def test_a_lost_record_does_not_hide_what_was_paid(copy: Copy, public_run: Path,
     (run / "tune.json").unlink()
     tuned = run_probe(run, data)["tuned"]
     assert (tuned["on"], tuned["charged_epsilon"], tuned["used"]) == ("private", result["charged_epsilon"], False)
+
+
+def test_everything_that_was_paid_for_tuning_is_disclosed(tmp_path: Path) -> None:
+    """Tuned twice: the cost is that of both, whatever the record says of the last."""
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", TRAIN)
+    events = [TuningEvent(0.05, 0.0, 0.1), TuningEvent(0.11, 0.0, 0.2)]
+    for attempt, event in enumerate(events, start=1):
+        ledger.charge_tuning(stage="tune", attempt=attempt, event=event, random="os-entropy")
+        found = tuning_of(RunDir.open(tmp_path / "run", create=True), ledger, 1e-5, {})
+        assert found["charged_epsilon"] == compose(events[:attempt], 1e-5).upper
+    assert found["charged_epsilon"] > max(compose([event], 1e-5).upper for event in events)
 
 
 def test_private_tuning_with_a_seed_is_not_private(copy: Copy, public_run: Path, data: str) -> None:

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from dprandp import datasets
 from dprandp.privacy.sampling import PoissonSampler
-from dprandp.stages import clipped_sums, head
+from dprandp.privacy.selection import Trial
+from dprandp.stages import clipped_sums, head, tune_private, unit_rows
 
 EXAMPLES, BATCH = 117, 29
 """Sizes of the axes that are watched."""
@@ -110,6 +111,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
         The charged sums, as they are made.
     """
     train, softmax_sum, sum_of = datasets.Dataset.train, head.clipped_softmax_sum, clipped_sums.sum_of_clipped
+    sum_of_units, score = unit_rows.clipped_softmax_sum_of_units, Trial.score
     sums: list[str] = []
 
     def charged_sum(name: str, function):
@@ -127,7 +129,16 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(PoissonSampler, "draw", draw)
     patch.setattr(head, "clipped_softmax_sum", charged_sum("head", softmax_sum))
     patch.setattr(clipped_sums, "sum_of_clipped", charged_sum("all", sum_of))
-    patch.setattr(datasets.Dataset, "train", lambda dataset: watch_numpy(train(dataset)))
+    patch.setattr(unit_rows, "clipped_softmax_sum_of_units", charged_sum("units", sum_of_units))
+    patch.setattr(tune_private, "clipped_softmax_sum", charged_sum("trial", softmax_sum))
+    patch.setattr(Trial, "score", charged_sum("score", score))  # a count of right answers, with noise
+
+    def watched_train(dataset: datasets.Dataset) -> datasets.Split:
+        with charged():  # the check of what is read may refuse it, and a rest is read through the whole
+            split = train(dataset)
+        return watch_numpy(split)
+
+    patch.setattr(datasets.Dataset, "train", watched_train)
     return sums
 
 

@@ -1,0 +1,228 @@
+"""Promises 9 and 17, by exchange: private data leave a stage through ``release`` and by no other way.
+
+Every stage runs twice, on other private images, labels, units and batches of the same declaration, with one change:
+what ``release`` returns is made up, and the same both times. Whatever differs in what is written outside ``private/``
+came another way, be it a norm before the noise, the size of a batch, a statistic or a choice. So did whatever differs
+in the points at which gradients are taken, and in the masks that cut them down: a step may know of the ones before it
+what was released, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from private_runs import KINDS, Kind, run_kind, write_records
+from tiny_run import ledger_of, metrics_of
+
+from dprandp.console import MetricsLog
+from dprandp.privacy.plan import PrivateStep
+from dprandp.privacy.selection import Trial
+from dprandp.stages import continual_loop, head, release, tune_private, unit_rows
+from dprandp.stages.clipped_sums import ClippedSums
+from dprandp.stages.lookahead import Ahead
+
+RECORDS = 60
+LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
+"""All that a log may hold: norms of noisy updates and released weights; losses and estimates of public images."""
+
+CLOCKS = {"started", "finished", "seconds", "time", "created", "hash", "previous", "ledger", "cpu_seconds", "updated"}
+"""Entries that tell when a run was made, or hash something that does."""
+
+Copy = Callable[[Path], Path]
+Patch = pytest.MonkeyPatch
+
+
+def made_up(number: int, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Numbers in place of a release, by the step's number and the tensors' names alone."""
+    out = {}
+    for name, total in sums.items():
+        generator = torch.Generator().manual_seed(1_000 * zlib.crc32(name.encode()) + number)
+        out[name] = 0.01 * torch.randn(total.shape, generator=generator)
+    return out
+
+
+def install(patch: Patch) -> list[torch.Tensor]:
+    """Make up every release from here on; the score of a trial is a number of its setting.
+
+    Returns:
+        The points at which gradients are taken, and the masks, as they are asked for.
+    """
+    points: list[torch.Tensor] = []
+
+    def noted(function: Callable, *places: int) -> Callable:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            for place in places:
+                points.extend(tensors_in(arguments[place] if place < len(arguments) else None))
+            return function(*arguments, **options)
+
+        return wrapped
+
+    def released(step: PrivateStep, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        step.released = True
+        return made_up(step.number, sums)
+
+    def of_trial(trial: Trial, total: torch.Tensor) -> torch.Tensor:
+        trial._steps_left -= 1
+        return made_up(trial._steps_left, {"head": total})["head"]
+
+    def scored(trial: Trial, right: torch.Tensor) -> None:
+        trial._score = float(trial.setting)
+
+    patch.setattr(PrivateStep, "release", released)
+    patch.setattr(Trial, "release", of_trial)
+    patch.setattr(Trial, "score", scored)
+    patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4, 5))
+    patch.setattr(unit_rows, "clipped_softmax_sum_of_units", noted(unit_rows.clipped_softmax_sum_of_units, 3))
+    for module in (head, tune_private):
+        patch.setattr(module, "clipped_softmax_sum", noted(module.clipped_softmax_sum, 2))
+    return points
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Copies of the tensors of parameters, masks, a second point, or a head."""
+    if isinstance(value, Ahead):
+        value = value.parameters
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    return [each.detach().clone() for each in (value or {}).values()]
+
+
+def scrubbed(value: Any) -> Any:
+    """JSON without the entries of ``CLOCKS``."""
+    if isinstance(value, dict):
+        return {key: scrubbed(entry) for key, entry in value.items() if key not in CLOCKS}
+    return [scrubbed(entry) for entry in value] if isinstance(value, list) else value
+
+
+def written(run: Path) -> dict[str, Any]:
+    """Everything a run holds outside ``private/``, by file; without clocks."""
+    found: dict[str, Any] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_dir() or path.name == "lock" or name.startswith("private/"):
+            continue
+        if path.suffix in (".json", ".jsonl"):
+            lines = path.read_text(encoding="utf-8")
+            rows = lines.splitlines() if path.suffix == ".jsonl" else [lines]
+            found[name] = [scrubbed(json.loads(row)) for row in rows]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def exchanged(
+    kind: Kind, request: pytest.FixtureRequest, copy: Copy, tmp_path: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the stage writes for two private data sets of one declaration."""
+    found = []
+    for seed in (0, 1):
+        run = tmp_path / f"empty-{seed}" if kind.source is None else copy(request.getfixturevalue(kind.source))
+        data = write_records(tmp_path / "records.npz", kind, RECORDS, seed)
+        # a selection draws its settings, and shows which was best: they must be the same for the same to be seen
+        run_kind(kind, run, data, {"insecure_seed": 1} if "tune" in kind.stage.__name__ else None)
+        found.append(written(run))
+    return found[0], found[1]
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of files that differ, and of entries in them."""
+    assert first.keys() == second.keys()
+    return [name for name in first if first[name] != second[name]]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_written_that_did_not_pass_the_release(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, name: str
+) -> None:
+    points = install(monkeypatch)
+    first, second = exchanged(KINDS[name], request, copy, tmp_path)
+    assert differing(first, second) == []
+    half = len(points) // 2
+    assert len(points) == 2 * half > 0
+    assert all(torch.equal(left, right) for left, right in zip(points[:half], points[half:], strict=True))
+    for folder in KINDS[name].logs:
+        assert set().union(*first[f"{folder}/metrics.jsonl"]) <= LOGGED
+    assert "run.json" in first
+    assert name == "tune" or {"privacy/plan.json", "privacy/ledger.jsonl", "model/config.json"} <= set(first)
+
+
+@pytest.mark.parametrize("name", ["probe of batches and views", "continue by a rule"])
+def test_control_without_the_made_up_release_all_of_it_differs(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, name: str
+) -> None:
+    first, second = exchanged(KINDS[name], request, copy, tmp_path)
+    (folder,) = KINDS[name].logs
+    assert {f"{folder}/metrics.jsonl", "model/model.safetensors", "model/config.json"} <= set(differing(first, second))
+
+
+@pytest.mark.parametrize("leak", ["size of a batch", "a norm before the noise", "mean of pixels", "public loss"])
+def test_control_what_goes_another_way_is_seen(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, leak: str
+) -> None:
+    install(monkeypatch)
+    kind = KINDS["continue"]
+    honest, look = PrivateStep.release, continual_loop._look
+    extra: dict[str, float] = {}
+
+    def leaking(step: PrivateStep, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        extra["batch"] = len(step.indices)
+        extra["norm"] = math.sqrt(sum(float(total.square().sum()) for total in sums.values()))
+        return honest(step, sums)
+
+    def logged(log: MetricsLog, step: int, **values: Any) -> None:
+        shown = {"size of a batch": "batch", "a norm before the noise": "norm"}.get(leak)
+        write(log, step, **values | ({"update_norm": extra[shown]} if shown in extra else {}))
+
+    def looked(config, stage, training, step):
+        made = look(config, stage, training, step)
+        return type(made)(made.step, made.loss + 1e-6 * float(stage.dataset.train().images.mean()), made.slowdown)
+
+    def evaluated(model, stage, *arguments, **options):
+        return evaluate(model, stage, *arguments, **options) | {"loss": float(stage.dataset.train().images.mean())}
+
+    write, evaluate = MetricsLog.write, release.evaluate
+    monkeypatch.setattr(PrivateStep, "release", leaking)
+    monkeypatch.setattr(MetricsLog, "write", logged)
+    if leak == "public loss":
+        monkeypatch.setattr(continual_loop, "_look", looked)
+    if leak == "mean of pixels":
+        monkeypatch.setattr(release, "evaluate", evaluated)
+    first, second = exchanged(kind, request, copy, tmp_path)
+    seen = differing(first, second)
+    assert ("model/config.json" if leak == "mean of pixels" else "2b-continue/metrics.jsonl") in seen
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.logs])
+def test_the_logged_norm_is_that_of_what_was_released(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, record: Callable, name: str
+) -> None:
+    kind = KINDS[name]
+    run = tmp_path / "empty" if kind.source is None else copy(request.getfixturevalue(kind.source))
+    seen = record(run)
+    run_kind(kind, run, write_records(tmp_path / "records.npz", kind, RECORDS))
+    for folder, mechanism in kind.logs.items():
+        lines = [line for line in metrics_of(run / folder) if "update_norm" in line]
+        releases = seen.of(mechanism)
+        assert len(lines) == len(releases) == ledger_of(run).charged_steps(mechanism, 1)
+        for line, made in zip(lines, releases, strict=True):
+            after, before = (norm_of(tensors) for tensors in (made.released, made.sums))
+            if "mixed" in name or "units and discrete" in name:  # with public gradients, of which each step has others
+                assert line["update_norm"] != pytest.approx(before / made.divisor, rel=1e-3)
+                continue
+            if "rescaled" in name:
+                after /= ledger_of(run).charges[-1].clip_norm
+            if "chosen weights" not in name:  # there, a part of the update is set to zero
+                assert line["update_norm"] == pytest.approx(after, rel=1e-4)
+            assert line["update_norm"] != pytest.approx(before, rel=1e-3)
+            assert line["update_norm"] != pytest.approx(before / made.divisor, rel=1e-3)
+
+
+def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
