@@ -58,7 +58,7 @@ from dprandp.privacy.accounting import (
     refuse_spent,
     warn_by_log,
 )
-from dprandp.privacy.calibration import settle
+from dprandp.privacy.calibration import nudge, settle
 from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
 from dprandp.privacy.tradeoff import privacy_curve
 from dprandp.privacy.tuning import TuningEvent
@@ -132,14 +132,14 @@ def calibrate_stage(
     before, left = covers(spent, delta * share, warn), delta * share * (1 - SLACK)
     refuse_spent(compose(before, left, warn).upper, epsilon, delta)  # with what is set aside for more than one stage
     guess = calibrate(epsilon, left, sample_rate, steps, before, warn)
-    if sample_rate == 1:
-        return guess
 
     def upper(noise_multiplier: float) -> float:
-        stage = (GaussianEvent(noise_multiplier, sample_rate, steps),)
-        return compose([*before, *covers([*spent, stage], delta * share, warn)[len(before) :]], left, warn).upper
+        stage = [GaussianEvent(noise_multiplier, sample_rate, steps, discrete)]
+        return compose_stages([*spent, stage], delta, warn).upper
 
-    found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
+    # for full batches the guess is exact but for rounding
+    exact = nudge(upper, epsilon, guess) if sample_rate == 1 else None
+    found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER) if exact is None else exact
     if found is None:
         raise BudgetError(
             f"What is left of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} sampled steps.",

@@ -123,6 +123,17 @@ def test_calibration_keeps_the_budget_and_uses_it(epsilon: float, delta: float, 
     assert fixed * 0.995 <= sigma <= fixed * (1.01 if steps * rate > 10 or rate == 1 else 1.04)
 
 
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 40, 41])
+def test_calibration_of_full_batches_is_exact_and_not_above(steps: int, discrete: bool) -> None:
+    for first in (2, 3, 60):
+        probe = [GaussianEvent(4.47 * math.sqrt(first), 1.0, first)]
+        sampled = [GaussianEvent(3.1, 0.2, 4, discrete)]
+        sigma = calibrate_stage(4.0, 1e-5, 1.0, steps, [probe, sampled], discrete=discrete)
+        total = compose_stages([probe, sampled, [GaussianEvent(sigma, 1.0, steps, discrete)]], 1e-5).upper
+        assert 4.0 * (1 - 1e-5) <= total <= 4.0
+
+
 def test_calibration_of_a_first_stage_is_numerical() -> None:
     assert calibrate_stage(1.0, 1e-5, 0.08192, 875) == calibrate(1.0, 1e-5, 0.08192, 875)
     assert calibrate_stage(math.inf, 1e-5, 0.1, 5, [[STAGES[0]]]) == 0.0

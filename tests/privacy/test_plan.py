@@ -287,7 +287,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_drawn(ledger):
 @pytest.mark.parametrize("upper", [math.nextafter(2.0, 3.0), 2.0000001, math.nan, math.inf])
 def test_whatever_is_not_known_to_be_within_the_budget_is_refused(monkeypatch, ledger, upper):
     bound = EpsilonBound(1.9, 1.9, upper, 1e-4, "a test")
-    monkeypatch.setattr(plan_module, "compose", lambda *asked: bound)
+    monkeypatch.setattr(plan_module, "compose_stages", lambda *asked: bound)
     with pytest.raises(BudgetError, match="above its 2"):
         PrivateMechanism(plan_of(epsilon_target=2.0), ledger, SystemRandom())
     bound = EpsilonBound(1.9, 1.9, 2.0, 1e-4, "a test")
