@@ -381,6 +381,8 @@ def forge(path: Path) -> None:
         kept = ("planned", "noise_multiplier", "sample_rate", "clip_norm", "random", "noise")
         made.charge(stage=stage, attempt=attempt, steps=old.charged_steps(stage, attempt),
                     **{name: getattr(first, name) for name in kept})  # fmt: skip
+    for seal in old.seals.values():
+        made.seal_result(stage=seal.stage, attempt=seal.attempt, digest=seal.digest)
     assert made.events() == old.events()
     table = path.parents[1] / "run.json"
     document = json.loads(table.read_text())
