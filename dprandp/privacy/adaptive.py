@@ -181,7 +181,7 @@ def cover(events: Sequence[GaussianEvent], slack: float, warn: Warn = warn_by_lo
         slack: s > 0.
 
     Guarantee:
-        For every ε ≥ 0, adding or removing a record: δ_events(ε) ≤ δ_μ(ε) + slack.
+        For every ε ≥ 0, in either direction of zero-out: δ_events(ε) ≤ δ_μ(ε) + slack.
     """
     mu, complaint = _cover(tuple(merge_events(events)), slack)
     if complaint:

@@ -254,7 +254,7 @@ def _path(moves: int) -> str:
 def privacy_curve(
     events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under add/remove for every i.
+    """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under zero-out for every i.
 
     Args:
         events: merged, at least one, none without noise.

@@ -39,8 +39,9 @@ def refused(call: Callable[[], object], code: int, *fragments: str) -> DprandpEr
 
 
 CHARGE = {
-    "kind": "charge", "stage": "probe", "attempt": 1, "step": 0, "steps": 1, "noise_multiplier": 4.0,
-    "sample_rate": 1.0, "clip_norm": 1.0, "random": "os-entropy", "time": "now",
+    "kind": "charge", "stage": "probe", "attempt": 1, "step": 0, "steps": 1, "planned": 1,
+    "noise_multiplier": 4.0, "sample_rate": 1.0, "clip_norm": 1.0, "noise": "gaussian", "random": "os-entropy",
+    "time": "now",
 }  # fmt: skip
 HEADER = {
     "kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": "zero-out", "examples": 100, "budget": None,
