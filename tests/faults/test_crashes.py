@@ -100,7 +100,7 @@ def test_10_a_ledger_older_than_its_checkpoint_is_refused(victim: Callable[..., 
     old = (made.run / "privacy/ledger.jsonl").read_bytes()
     assert made.command(fault="update-applied:9").code == KILLED
     (made.run / "privacy/ledger.jsonl").write_bytes(old)
-    refused(made.command(), 4, "were paid")
+    refused(made.command(), 4, "lacks lines that this run has written")
 
 
 @pytest.mark.parametrize("stage", ["probe", "finetune"])

@@ -14,13 +14,12 @@ import pytest
 import torch
 from fuzzing import attempt, command
 
-from dprandp import checkpoint, config, runresults, runtable
+from dprandp import checkpoint, config, runtable
 from dprandp.datasets import open_dataset
 from dprandp.errors import DprandpError
 from dprandp.files import from_json
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
-from dprandp.reporting import disclosure
 from dprandp.rundir import RunDir
 from dprandp.stages import overview, released_model
 from dprandp.stages.budget import read_plan_file
@@ -272,18 +271,6 @@ def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
     assert config.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
 
 
-def test_what_a_card_says_of_an_earlier_stage_is_asked_for_before_anything_is_paid() -> None:
-    class Watched(dict):
-        def __missing__(self, key: str) -> float:
-            asked.add(key)
-            return 1.0
-
-    asked: set[str] = set()
-    disclosure._in_short(Watched())
-    assert asked
-    assert asked <= runresults.NEEDED["probe"]
-
-
 @pytest.mark.parametrize("extractor", [None, [], "wrn-16-4"])
 def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None:
     described = {
@@ -291,7 +278,7 @@ def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None
         "input": {"shape": [32, 32, 3], "size": INPUT_SIZE, "mirror": True},
         "classes": ["a", "b"],
         "sha256": {name: "0" for name in released_model.MODEL_FILES if name != "config.json"},
-        "result": {"private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
+        "result": {"stage": "probe", "private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
         "extractor": {},
         "precision": "float32",
     }
