@@ -48,7 +48,7 @@ test: $(READY)  ## the fast tests, about twelve minutes on two cores
 test-slow: $(READY)  ## the slow tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
-mutate: $(READY)  ## do the tests notice mistakes in what privacy rests on? About fifteen minutes; FLAGS="--sample 0.2"
+mutate: $(READY)  ## do the tests notice mistakes in what privacy rests on? A quarter of an hour; FLAGS="--sample 0.2"
 	$(BIN)/python scripts/mutate.py $(FLAGS)
 
 lint: $(READY)  ## ruff
