@@ -174,14 +174,17 @@ def test_the_budget_of_a_run_without_privacy_may_not_become_one(dprandp: Dprandp
     refused(dprandp("status", "--run", run), 4, "'inf' in the ledger")
 
 
-def test_overwrite_does_not_make_the_run_forget(dprandp: Dprandp, run_after: RunAfter) -> None:
+@pytest.mark.parametrize("loss", [delete_the_folder, keep_the_header])
+def test_overwrite_does_not_make_the_run_forget(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None]
+) -> None:
     """What was released stays counted although its stage was begun afresh, and stopped, since."""
     run = run_after("probe")
     again = ["probe", "--run", run, "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml", "--overwrite"]
     done = dprandp(*again, DPRANDP_FAULT="update-applied:1")
     assert done.code == -9, done.err
     assert json.loads((run / "run.json").read_text())["stages"]["probe"]["result"] == {}
-    shutil.rmtree(run / "privacy")
+    loss(run, stages)
     refused(dprandp(*again), 4, "ledger")
 
 
@@ -222,16 +225,21 @@ def test_the_card_says_what_the_ledger_holds(dprandp: Dprandp, run_after: RunAft
     run = run_after("pretrain")
     probe = ["probe", "--run", run, "--data", "npz:tiny.npz", "--eps", "2", "--config", "small.toml"]
     assert dprandp(*probe, DPRANDP_FAULT="update-applied:2").code == -9
-    for command in ([*probe, "--overwrite"], ["finetune", "--run", run, "--config", "small.toml"]):
-        done = dprandp(*command)
-        assert done.code == 0, done.err
+    card = run / "model" / "MODEL_CARD.md"
+    done = dprandp(*probe, "--overwrite")
+    assert done.code == 0, done.err
+    (row,) = (line for line in card.read_text().splitlines() if "Also counted" in line)
+    assert "probe: q = 1, T = 2," in row
+    assert "attempt 2" not in row  # that is the model's own
+    done = dprandp("finetune", "--run", run, "--config", "small.toml")
+    assert done.code == 0, done.err
     charges = [json.loads(line) for line in ledger(run).read_text().splitlines()]
     counts = {
         attempt: sum(c["steps"] for c in charges if c["kind"] == "charge" and (c["stage"], c["attempt"]) == attempt)
         for attempt in (("probe", 1), ("probe", 2))
     }
     assert counts == {("probe", 1): 2, ("probe", 2): 5}
-    (row,) = (line for line in (run / "model" / "MODEL_CARD.md").read_text().splitlines() if "Also counted" in line)
+    (row,) = (line for line in card.read_text().splitlines() if "Also counted" in line)
     assert "probe: q = 1, T = 2," in row
     assert "probe, attempt 2: q = 1, T = 5," in row
     assert dprandp("report", "--run", run).code == 0

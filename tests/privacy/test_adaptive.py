@@ -93,6 +93,14 @@ def test_the_order_of_stages_and_their_number_are_bounded_by_one_slack() -> None
         assert math.isfinite(total)
 
 
+def test_the_slacks_of_all_stages_are_within_what_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(adaptive, "cover", lambda events, slack, warn: given.append(slack) or 0.1)
+    compose_stages([[STAGES[0]], [GaussianEvent(40.0, 1.0, 60)], *[[event] for event in STAGES]] * 5, 1e-5)
+    assert len(given) == 30
+    assert 0.4 * SLACK * 1e-5 < sum(given) <= SLACK * 1e-5
+
+
 def test_discrete_noise_costs_its_distance() -> None:
     stages = [[GaussianEvent(40.0, 1.0, 60, True)], [GaussianEvent(9.2, 0.08192, 100, True)]]
     plain = [[GaussianEvent(40.0, 1.0, 60)], [GaussianEvent(9.2, 0.08192, 100)]]

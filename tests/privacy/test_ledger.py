@@ -431,3 +431,13 @@ def test_a_torn_seal_is_dropped_and_a_charge_before_it_stays(tmp_path: Path) -> 
         opened = Ledger.open(ledger.path, warn=said.append)
         assert opened.charged_steps("probe", 1) == 3
         assert said
+
+
+def test_no_more_steps_than_the_attempt_was_planned_to_make(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
+    ledger.charge(stage="probe", attempt=1, steps=99, **VALUES)
+    before = ledger.path.read_bytes()
+    with pytest.raises(UsageError, match="101 steps of 100"):
+        ledger.charge(stage="probe", attempt=1, steps=2, **VALUES)
+    assert ledger.path.read_bytes() == before
+    ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
