@@ -310,7 +310,7 @@ def validate(stage: str, config: StageConfig) -> None:
         if values.get(key, 0) > most:
             raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
     ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
-    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 4), "rotation": (0, 90)}
+    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 4)}
     for key, (low, high) in ranges.items():
         value = values.get(key)
         if value is not None and not low <= value < high:

@@ -52,8 +52,6 @@ class PretrainConfig:
     """2: beside the features of patches of pixels those of patches of their responses; 3: of responses to those too."""
     second_filters: int = 400
     third_filters: int = 400
-    rotation: float = 0.0
-    """Degrees: responses are averaged over the image turned by so much to the left and to the right; 0: as it is."""
     regions: str = "overlapping"
     """What responses are averaged over: 'overlapping' quarters and the centre, or 'quadrants' and the whole image."""
     # wrn-D-K
@@ -99,7 +97,7 @@ CHOICES = {
 
 _FURTHER_LAYERS = ("second_filters", "third_filters")
 _PATCHNET = {
-    "layers", *_FURTHER_LAYERS, "rotation", "regions",
+    "layers", *_FURTHER_LAYERS, "regions",
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}

@@ -49,7 +49,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "random filters": {"pretrain": {"random_init": True}},
     "quadrants": {"pretrain": {"regions": "quadrants"}},
     "two layers, quadrants": {"pretrain": {"layers": 2, "regions": "quadrants"}},
-    "turned by 12 degrees": {"pretrain": {"rotation": 12.0}},
     "two layers": {"pretrain": {"layers": 2}},
     "three layers": {"pretrain": {"layers": 3}},
     "two layers, random filters": {"pretrain": {"layers": 2, "random_init": True}},

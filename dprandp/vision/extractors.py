@@ -106,7 +106,6 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
         stride=config.stride,
         patch_dims=patch_dims,
         regions=config.regions,
-        rotation=config.rotation,
     )
     chain = [below]
     for filters in (config.second_filters, config.third_filters)[: config.layers - 1]:
@@ -117,7 +116,7 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
             _random_rows(layer.channel_basis, generator)
         _random_rows(layer.basis, generator)
         _random_unit_rows(layer.weight.data, generator)
-    return DeepPatchNet(*chain, rotation=config.rotation) if config.layers > 1 else chain[0]
+    return DeepPatchNet(*chain) if config.layers > 1 else chain[0]
 
 
 def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:

@@ -129,17 +129,14 @@ class DeepPatchNet(PatchExtractor, nn.Module):
 
     Args:
         first: over patches of pixels. second: over patches of responses to those. third: of responses to the second's.
-        rotation: see ``PatchExtractor``.
 
     Attributes:
         feature_dim: the sum of theirs. parts: each is whitened apart.
     """
 
-    def __init__(
-        self, first: PatchNet, second: ResponseLayer, third: ResponseLayer | None = None, *, rotation: float = 0.0
-    ) -> None:
+    def __init__(self, first: PatchNet, second: ResponseLayer, third: ResponseLayer | None = None) -> None:
         super().__init__()
-        self.first, self.second, self.rotation = first, second, rotation
+        self.first, self.second = first, second
         if third is not None:
             self.third = third
         self.feature_dim = sum(layer.feature_dim for layer in self.chain)

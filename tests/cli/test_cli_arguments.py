@@ -118,7 +118,6 @@ BAD_PUBLIC = [
     (["pretrain", "--arch", "wrn-15-3"], "depth 15", "16"),
     (["pretrain", "--arch", "wrn-a-b"], "'wrn-a-b'", "wrn-16-4"),
     (["pretrain", "--layers", "4"], "layers = 4 lies outside [1, 4)"),
-    (["pretrain", "--rotation", "90"], "rotation = 90.0 lies outside [0, 90)"),
     (["pretrain", "--colour", "blue"], "'blue'", "rgb"),
     (["pretrain", "--lr", "nan"], "lr = nan"),
     (["pretrain", "--steps", "0"], "steps = 0"),

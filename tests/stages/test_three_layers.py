@@ -1,4 +1,4 @@
-"""A run on three layers of patches of turned images, from images to a released model: features in three parts."""
+"""A run on three layers of patches, from images to a released model: features in three parts."""
 
 from __future__ import annotations
 

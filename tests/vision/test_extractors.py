@@ -19,7 +19,7 @@ from dprandp.vision.wrn import LAYER_ORDERS
 
 ARCHITECTURES = ["patchnet", "two-layer", "deep", "wrn-10-1"]
 TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
-DEEP = {"arch": "patchnet", "layers": 3, "second_filters": 12, "third_filters": 9, "rotation": 12.0}
+DEEP = {"arch": "patchnet", "layers": 3, "second_filters": 12, "third_filters": 9}
 
 
 @pytest.fixture(autouse=True)

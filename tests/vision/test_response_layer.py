@@ -11,7 +11,7 @@ import torch
 from region_weights import weights_by_hand
 
 from dprandp.vision import dictionary
-from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, rotate
+from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet
 from dprandp.vision.response_layer import LENGTH_FLOOR, DeepPatchNet, ResponseLayer
 
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
@@ -19,7 +19,6 @@ MADE = [
     {},
     {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1, "regions": "quadrants"},
     {"third": True},
-    {"third": True, "rotation": 12.0},
 ]
 
 
@@ -30,12 +29,12 @@ def randomise(module, seed=0):
     return module
 
 
-def random_stack(filters=6, third=False, patch_size=6, stride=1, rotation=0.0, **options):
+def random_stack(filters=6, third=False, patch_size=6, stride=1, **options):
     regions = options.get("regions", "overlapping")
     first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12, regions=regions)
     second = ResponseLayer(filters, first, **(SMALL | options))
     above = [ResponseLayer(filters + 1, second, **(SMALL | options))] if third else []
-    return randomise(DeepPatchNet(first, second, *above, rotation=rotation))
+    return randomise(DeepPatchNet(first, second, *above))
 
 
 def random_images(count, size=32, seed=1):
@@ -43,27 +42,6 @@ def random_images(count, size=32, seed=1):
     noise = np.random.default_rng(seed).uniform(0, 256, (count, 3, size + 2, size + 2))
     blurred = (noise[..., :-2, :-2] + noise[..., 1:-1, 1:-1] + noise[..., 2:, 2:]) / 3
     return torch.from_numpy(blurred.astype(np.uint8))
-
-
-def turned_by_loops(x, degrees):
-    """Float [3, S, S], pixel by pixel: where does it come from, reflected at the edges, between which four pixels?"""
-    size, angle = x.shape[1], math.radians(degrees)
-    out = np.zeros_like(x)
-
-    def inside(position):
-        position = abs(position + 0.5) % (2 * size)
-        return min(max(min(position, 2 * size - position) - 0.5, 0), size - 1)
-
-    for row in range(size):
-        for column in range(size):
-            right, down = column - (size - 1) / 2, row - (size - 1) / 2
-            from_column = inside(math.cos(angle) * right - math.sin(angle) * down + (size - 1) / 2)
-            from_row = inside(math.sin(angle) * right + math.cos(angle) * down + (size - 1) / 2)
-            for i in (math.floor(from_row), math.floor(from_row) + 1):
-                for j in (math.floor(from_column), math.floor(from_column) + 1):
-                    if 0 <= i < size and 0 <= j < size:
-                        out[:, row, column] += (1 - abs(from_row - i)) * (1 - abs(from_column - j)) * x[:, i, j]
-    return out
 
 
 def pixel_patches_by_loops(layer, x):
@@ -125,16 +103,12 @@ def excess_by_loops(layer, patches, regions):
 def all_features_by_loops(net, image, regions):
     """One uint8 image [3, H, W] -> features of all layers."""
     image, (first, *later) = image.double().numpy() / 255, net.chain
-    turned = [turned_by_loops(image, net.rotation), turned_by_loops(image, -net.rotation)]
-    seen_as, excess = turned if net.rotation else [image], 0.0
-    for seen in seen_as:
-        patches = pixel_patches_by_loops(first, seen)
-        found = [excess_by_loops(first, patches, regions)]
-        for layer in later:
-            patches = response_patches_by_loops(layer, patches)
-            found.append(excess_by_loops(layer, patches, regions))
-        excess += np.concatenate(found) / len(seen_as)
-    return np.sqrt(excess + ROOT_FLOOR)
+    patches = pixel_patches_by_loops(first, image)
+    found = [excess_by_loops(first, patches, regions)]
+    for layer in later:
+        patches = response_patches_by_loops(layer, patches)
+        found.append(excess_by_loops(layer, patches, regions))
+    return np.sqrt(np.concatenate(found) + ROOT_FLOOR)
 
 
 @pytest.mark.parametrize("options", MADE)
@@ -147,14 +121,6 @@ def test_features_equal_the_loops(options):
     got = net.features(net.normalise(images[-2:])).detach().numpy()
     np.testing.assert_allclose(got, expected, rtol=5e-4, atol=5e-5)
     np.testing.assert_allclose(net.extract(images)[-2:].numpy(), expected, rtol=5e-4, atol=5e-5)
-
-
-def test_turning_equals_the_loops():
-    image = random_images(1)[0].double() / 255
-    for degrees in (12.0, -12.0, 45.0):
-        expected = turned_by_loops(image.numpy(), degrees)
-        np.testing.assert_allclose(rotate(image[None], degrees)[0].numpy(), expected, atol=1e-9)
-    torch.testing.assert_close(rotate(image[None], 90.0)[0], image.rot90(1, (1, 2)))
 
 
 def test_layers_are_side_by_side():
@@ -179,7 +145,7 @@ def test_a_patch_of_the_third_layer_sees_24_pixels_and_no_more():
 
 
 def test_each_image_stands_alone():
-    net, images = random_stack(third=True, rotation=12.0), random_images(4)
+    net, images = random_stack(third=True), random_images(4)
     changed = images.clone()
     changed[2] = 255 - changed[2].flip(-1)
     difference = (net.extract(images) - net.extract(changed)).abs().amax(dim=1)
