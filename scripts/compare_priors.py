@@ -50,7 +50,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "quadrants": {"pretrain": {"regions": "quadrants"}},
     "two layers, quadrants": {"pretrain": {"layers": 2, "regions": "quadrants"}},
     "two layers": {"pretrain": {"layers": 2}},
-    "three layers": {"pretrain": {"layers": 3}},
     "two layers, random filters": {"pretrain": {"layers": 2, "random_init": True}},
     "800 filters": {"pretrain": {"filters": 800}},
     "patches of 4": {"pretrain": {"patch_size": 4, "patch_dims": 48}},

@@ -234,7 +234,7 @@ Arch = Annotated[
 ]  # fmt: skip
 Layers = Annotated[
     int | None,
-    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
+    typer.Option(help="Layers of a patchnet, 1 or 2. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
 ]
 RandomInit = Annotated[
     bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)

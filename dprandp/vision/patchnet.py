@@ -120,10 +120,10 @@ class PatchLayer(nn.Module):
 
 
 class PatchExtractor:
-    """What one patch layer and several on top of each other have in common as an extractor (``extractors.py``).
+    """What one patch layer and two on top of each other have in common as an extractor (``extractors.py``).
 
     Attributes:
-        chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
+        chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
     """
 
     chain: tuple[PatchLayer, ...]

@@ -3,7 +3,7 @@
 The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled),
 u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a weighted sum
 of five regions' numbers, so one example costs two matrix products of the forward's size and stays in the cache.
-Where there are further layers, each is a chain of its own: what lies below its dictionary is not trained.
+Where there are two layers, each is a chain of its own: what lies below its dictionary is not trained.
 ``clipping`` does the clipping.
 """
 

@@ -117,7 +117,7 @@ BAD_PUBLIC = [
     (["pretrain", "--arch", "resnet"], "unknown architecture 'resnet'", "wrn-16-4"),
     (["pretrain", "--arch", "wrn-15-3"], "depth 15", "16"),
     (["pretrain", "--arch", "wrn-a-b"], "'wrn-a-b'", "wrn-16-4"),
-    (["pretrain", "--layers", "4"], "layers = 4 lies outside [1, 4)"),
+    (["pretrain", "--layers", "3"], "layers = 3 lies outside [1, 3)"),
     (["pretrain", "--colour", "blue"], "'blue'", "rgb"),
     (["pretrain", "--lr", "nan"], "lr = nan"),
     (["pretrain", "--steps", "0"], "steps = 0"),
