@@ -138,9 +138,6 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 FORMER_NAMES = {"pretrain": {"optimiser": "optimizer"}}
 """Stage -> what a setting was called -> what it is called."""
 
-FORMER_VALUES = {"pretrain": {"regions": "quadrants"}}
-"""Stage -> setting that earlier versions did not have, and so did not record -> what they did."""
-
 
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
@@ -211,16 +208,12 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
 
 
 def build_recorded(stage: str, values: dict[str, Any]) -> StageConfig:
-    """``build`` from what a file of this or an earlier version holds: settings may have former names, or be missing.
+    """``build`` from what a file of this or an earlier version holds: settings may have former names.
 
-    What is missing is what that version did, whatever has become the default since: its weights were used so. A user's
-    own file and flags know the present names and defaults alone.
+    A user's own file and flags know the present names alone.
     """
     former = FORMER_NAMES.get(stage, {})
-    present = {former.get(key, key): value for key, value in values.items()}
-    config = build(stage, present)
-    unsaid = FORMER_VALUES.get(stage, {}).keys() - present.keys() - _unused(config)
-    return build(stage, present | {key: FORMER_VALUES[stage][key] for key in unsaid}) if unsaid else config
+    return build(stage, {former.get(key, key): value for key, value in values.items()})
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:

@@ -51,8 +51,6 @@ class PretrainConfig:
     layers: int = 1
     """2: beside the features of patches of pixels those of patches of their responses."""
     second_filters: int = 400
-    regions: str = "overlapping"
-    """What responses are averaged over: 'overlapping' quarters and the centre, or 'quadrants' and the whole image."""
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -91,12 +89,11 @@ class PretrainConfig:
 
 CHOICES = {
     "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
-    "regions": ("overlapping", "quadrants"),
 }  # fmt: skip
 
 _SECOND_LAYER = {"layers", "second_filters"}
 _PATCHNET = _SECOND_LAYER | {
-    "regions", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
+    "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}
 _WRN = _FLY | {

@@ -47,8 +47,6 @@ EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 VARIANTS: dict[str, dict[str, dict]] = {
     "one layer": {},
     "random filters": {"pretrain": {"random_init": True}},
-    "quadrants": {"pretrain": {"regions": "quadrants"}},
-    "two layers, quadrants": {"pretrain": {"layers": 2, "regions": "quadrants"}},
     "two layers": {"pretrain": {"layers": 2}},
     "two layers, random filters": {"pretrain": {"layers": 2, "random_init": True}},
     "800 filters": {"pretrain": {"filters": 800}},

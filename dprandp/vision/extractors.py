@@ -99,17 +99,11 @@ def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.M
             fix="give a smaller patch_size or stride" + (", or one layer" if two else ""),
         )
     patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
-    first = PatchNet(
-        config.filters,
-        patch_size=config.patch_size,
-        stride=config.stride,
-        patch_dims=patch_dims,
-        regions=config.regions,
-    )
+    first = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims)
     _random_dictionary(first, generator)
     if not two:
         return first
-    second = ResponseLayer(config.second_filters, first, regions=config.regions)
+    second = ResponseLayer(config.second_filters, first)
     _random_unit_rows(second.map_weight, generator)
     _random_rows(second.channel_basis, generator)
     _random_dictionary(second, generator)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dprandp.threads import in_parts
 from dprandp.vision.precision import full_precision
-from dprandp.vision.regions import REGIONS
+from dprandp.vision.regions import region_weights
 from dprandp.vision.whitening import Part
 
 CONTRAST_FLOOR = 10 / 255
@@ -42,7 +42,7 @@ GROUP = 16
 
 
 class PatchLayer(nn.Module):
-    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions of several sizes.
+    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions.
 
     What the patches are of is a matter of the kind of layer: pixels for ``PatchNet``, responses for ``ResponseLayer``.
 
@@ -51,7 +51,6 @@ class PatchLayer(nn.Module):
         width: numbers in a patch, d.
         patch_dims: axes r that patches are whitened to.
         positions: patches per side; there are L = positions**2 of them.
-        regions: which ones the responses are averaged over, a name in ``regions.REGIONS``.
         threshold: responses in [-threshold, threshold] count as zero.
 
     Attributes:
@@ -62,16 +61,14 @@ class PatchLayer(nn.Module):
         feature_dim: 2 * R * F.
     """
 
-    def __init__(
-        self, filters: int, *, width: int, patch_dims: int, positions: int, regions: str, threshold: float
-    ) -> None:
+    def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int, threshold: float) -> None:
         super().__init__()
         self.threshold, self.positions = threshold, positions
         self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
         self.register_buffer("basis", torch.eye(patch_dims, width))
         self.register_buffer("centre", torch.zeros(patch_dims))
-        self.register_buffer("pooling", REGIONS[regions](positions), persistent=False)
+        self.register_buffer("pooling", region_weights(positions), persistent=False)
         self.feature_dim = 2 * len(self.pooling) * filters
 
     def whitened(self, patches: Tensor) -> Tensor:
@@ -199,7 +196,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: side of a patch in pixels.
         patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        regions, threshold: see ``PatchLayer``.
+        threshold: see ``PatchLayer``.
         image_size: side of the (square) input in pixels.
         channels: 3.
 
@@ -214,7 +211,6 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: int = 6,
         patch_dims: int | None = None,
         stride: int = 1,
-        regions: str = "overlapping",
         threshold: float = 0.25,
         image_size: int = 32,
         channels: int = 3,
@@ -225,7 +221,6 @@ class PatchNet(PatchExtractor, PatchLayer):
             width=width,
             patch_dims=patch_dims or width,
             positions=(image_size - patch_size) // stride + 1,
-            regions=regions,
             threshold=threshold,
         )
         self.patch_size, self.stride, self.image_size = patch_size, stride, image_size

@@ -49,7 +49,7 @@ class ResponseLayer(PatchLayer):
         map_dims: channels kept after whitening, C.
         response_patch: side k of a patch of responses, in positions of the maps.
         patch_dims: axes r that these are whitened to; at most C k**2.
-        regions: see ``PatchLayer``. threshold: same, and of the maps.
+        threshold: see ``PatchLayer``; of the maps too.
 
     Attributes:
         map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
@@ -66,7 +66,6 @@ class ResponseLayer(PatchLayer):
         map_dims: int = 64,
         response_patch: int = RESPONSE_PATCH,
         patch_dims: int = 192,
-        regions: str = "overlapping",
         threshold: float = 0.25,
     ) -> None:
         width = map_dims * response_patch**2
@@ -75,7 +74,6 @@ class ResponseLayer(PatchLayer):
             width=width,
             patch_dims=min(patch_dims, width),
             positions=positions_above(below.positions, response_patch),
-            regions=regions,
             threshold=threshold,
         )
         self.below_positions, self.response_patch = below.positions, response_patch

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tiny_run import PRETRAIN, context, make_public, run_probe, run_scratch
+from tiny_run import PRETRAIN, context, make_public, run_scratch
 
 from dprandp import checkpoint, config, priors
 from dprandp.errors import CheckpointError, UsageError
@@ -18,7 +16,6 @@ from dprandp.runresults import wrong_entry
 from dprandp.stages import pretrain
 from dprandp.stages.context import recorded
 from dprandp.stages.released_model import load_model
-from dprandp.vision.extractors import build_extractor, load_weights
 
 WIDE = {"arch": "wrn-10-1", "steps": 1, "batch_size": 2, "projection_hidden": 16, "projection_dim": 16}
 
@@ -84,37 +81,3 @@ def test_a_result_of_an_earlier_version_says_what_was_done():
         assert wrong_entry(result) is None
         assert wrong_entry(dict.fromkeys(result, 7)) in result  # what is shown is looked at first
     assert update_in_words({"momentum": 0.5}).startswith("SGD on the noisy gradients, momentum 0.5")
-
-
-def test_a_patchnet_of_before_regions_overlapped_keeps_its_quadrants(public_run, copy):
-    run = copy(public_run)
-    folder = run / "2-pretrain"
-    made = checkpoint.load(folder, pretrain.EXTRACTOR)
-    assert made.meta["config"]["regions"] == "overlapping"
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
-    with context(run) as given:
-        now = pretrain.load_extractor(given, "rgb")[0].extract(images)
-    said = {key: value for key, value in made.meta["config"].items() if key != "regions"}
-    checkpoint.save(folder, pretrain.EXTRACTOR, made.tensors, made.meta | {"config": said}, keep=1)
-    with context(run) as given:
-        extractor, found = pretrain.load_extractor(given, "rgb")
-    assert found.regions == "quadrants"
-    assert (extractor.extract(images) - now).abs().max() > 0.01
-    quadrants = build_extractor(found)
-    load_weights(quadrants, made.tensors)
-    assert torch.equal(extractor.extract(images), quadrants.extract(images))
-
-
-def test_a_released_patchnet_of_before_regions_overlapped_answers_as_before(tmp_path, data):
-    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    answers = {}
-    for regions in ("quadrants", "overlapping"):
-        run = tmp_path / regions
-        make_public(run, regions=regions)
-        run_probe(run, data, epsilon=math.inf)
-        before = load_model(run / "model").probabilities(images)
-        config_of = json.loads((run / "model/config.json").read_text(encoding="utf-8"))
-        assert config_of["extractor"].pop("regions") == regions
-        (run / "model/config.json").write_text(json.dumps(config_of), encoding="utf-8")
-        answers[regions] = bool((load_model(run / "model").probabilities(images) == before).all())
-    assert answers == {"quadrants": True, "overlapping": False}  # only the first could have been written so

@@ -16,7 +16,7 @@ from dprandp.vision.response_layer import LENGTH_FLOOR, DeepPatchNet, ResponseLa
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
 MADE = [
     {},
-    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1, "regions": "quadrants"},
+    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1},
 ]
 
 
@@ -28,8 +28,7 @@ def randomise(module, seed=0):
 
 
 def random_stack(filters=6, patch_size=6, stride=1, **options):
-    regions = options.get("regions", "overlapping")
-    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12, regions=regions)
+    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12)
     return randomise(DeepPatchNet(first, ResponseLayer(filters, first, **(SMALL | options))))
 
 
@@ -81,11 +80,11 @@ def response_patches_by_loops(layer, below):
     return patches
 
 
-def excess_by_loops(layer, patches, regions):
+def excess_by_loops(layer, patches):
     weight, bias, basis, centre = (
         getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
     )
-    weights = weights_by_hand(regions, len(patches))
+    weights = weights_by_hand(len(patches))
     excess = np.zeros((2, len(weights), len(weight)))
     for row in range(len(patches)):
         for column in range(len(patches)):
@@ -96,19 +95,18 @@ def excess_by_loops(layer, patches, regions):
     return excess.reshape(-1)
 
 
-def all_features_by_loops(net, image, regions):
+def all_features_by_loops(net, image):
     """One uint8 image [3, H, W] -> features of both layers."""
     below = pixel_patches_by_loops(net.first, image.double().numpy() / 255)
     above = response_patches_by_loops(net.second, below)
-    found = [excess_by_loops(net.first, below, regions), excess_by_loops(net.second, above, regions)]
+    found = [excess_by_loops(net.first, below), excess_by_loops(net.second, above)]
     return np.sqrt(np.concatenate(found) + ROOT_FLOOR)
 
 
 @pytest.mark.parametrize("options", MADE)
 def test_features_equal_the_loops(options):
-    regions = options.get("regions", "overlapping")
     net, images = random_stack(**options), random_images(18)  # more than a group, more than a layer takes at once
-    expected = np.stack([all_features_by_loops(net, image, regions) for image in images[-2:]])
+    expected = np.stack([all_features_by_loops(net, image) for image in images[-2:]])
     for own in np.split(expected, np.cumsum([layer.feature_dim for layer in net.chain])[:-1], axis=1):
         assert own.std() > 0.05
     got = net.features(net.normalise(images[-2:])).detach().numpy()
