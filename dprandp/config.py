@@ -135,10 +135,6 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
-FORMER_NAMES = {"pretrain": {"optimiser": "optimizer"}}
-"""Stage -> what a setting was called -> what it is called."""
-
-
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
 ) -> StageConfig:
@@ -205,15 +201,6 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
                      for key, v in values.items()})
     validate(stage, config)
     return config
-
-
-def build_recorded(stage: str, values: dict[str, Any]) -> StageConfig:
-    """``build`` from what a file of this or an earlier version holds: settings may have former names.
-
-    A user's own file and flags know the present names alone.
-    """
-    former = FORMER_NAMES.get(stage, {})
-    return build(stage, {former.get(key, key): value for key, value in values.items()})
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:

@@ -40,8 +40,6 @@ from dprandp.vision.images import colour_of, to_input
 
 DELTA = 1e-5
 STEPS = 120
-UNSAID = {"fit": 10_000, "clip_norm": 1.0}
-"""How many images heads were fitted to, and at which clip norm, where a row does not say it."""
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -93,9 +91,9 @@ def main() -> None:
                 for variant in args.variants:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "variant": variant, "seed": seed,
                             "clip_norm": args.clip_norm}  # fmt: skip
-                    if not has_row(log, cell, UNSAID):
+                    if not has_row(log, cell):
                         measure(args, cell, log, kept)
-    print_table(read(log, UNSAID))
+    print_table(read(log))
 
 
 @dataclass(frozen=True)
