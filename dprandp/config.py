@@ -135,13 +135,6 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
-FORMER_NAMES = {"pretrain": {"optimiser": "optimizer"}}
-"""Stage -> what a setting was called -> what it is called."""
-
-FORMER_VALUES = {"pretrain": {"regions": "quadrants"}}
-"""Stage -> setting that earlier versions did not have, and so did not record -> what they did."""
-
-
 def resolve(
     stage: str, size: str, file: Path | None, flags: dict[str, Any], inherited: dict[str, Any] | None = None
 ) -> StageConfig:
@@ -210,19 +203,6 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
-def build_recorded(stage: str, values: dict[str, Any]) -> StageConfig:
-    """``build`` from what a file of this or an earlier version holds: settings may have former names, or be missing.
-
-    What is missing is what that version did, whatever has become the default since: its weights were used so. A user's
-    own file and flags know the present names and defaults alone.
-    """
-    former = FORMER_NAMES.get(stage, {})
-    present = {former.get(key, key): value for key, value in values.items()}
-    config = build(stage, present)
-    unsaid = FORMER_VALUES.get(stage, {}).keys() - present.keys() - _unused(config)
-    return build(stage, present | {key: FORMER_VALUES[stage][key] for key in unsaid}) if unsaid else config
-
-
 def as_dict(config: StageConfig) -> dict[str, Any]:
     """Plain values of a configuration; None, and settings that have no say in it, left out."""
     unused = _unused(config)
@@ -283,15 +263,15 @@ def _fits(value: Any, hint: Any) -> bool:
 
 _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
-    "dictionary_iterations", "second_filters", "third_filters", "steps", "batch_size", "projection_hidden",
-    "projection_dim", "checkpoint_every", "views", "dims", "statistics_images", "statistics_views", "lr", "clip_norm",
+    "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
+    "checkpoint_every", "views", "dims", "statistics_images", "statistics_views", "lr", "clip_norm",
     "whitening_floor", "pool", "uses", "instances", "check_every", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
 _AT_MOST = {
-    "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "third_filters": 10**5,
-    "dictionary_patches": 10**8, "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9,
+    "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
+    "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9,
     "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6,
     "statistics_images": 10**8, "statistics_views": 10**3, "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8,
     "uses": 10**6, "instances": 10**7, "check_every": 10**9, "public_batch_size": 10**6,
@@ -310,7 +290,7 @@ def validate(stage: str, config: StageConfig) -> None:
         if values.get(key, 0) > most:
             raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
     ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
-    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 4), "rotation": (0, 90)}
+    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 3)}
     for key, (low, high) in ranges.items():
         value = values.get(key)
         if value is not None and not low <= value < high:

@@ -49,13 +49,8 @@ class PretrainConfig:
     dictionary_patches: int = 100_000
     dictionary_iterations: int = 8
     layers: int = 1
-    """2: beside the features of patches of pixels those of patches of their responses; 3: of responses to those too."""
+    """2: beside the features of patches of pixels those of patches of their responses."""
     second_filters: int = 400
-    third_filters: int = 400
-    rotation: float = 0.0
-    """Degrees: responses are averaged over the image turned by so much to the left and to the right; 0: as it is."""
-    regions: str = "overlapping"
-    """What responses are averaged over: 'overlapping' quarters and the centre, or 'quadrants' and the whole image."""
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
@@ -94,12 +89,10 @@ class PretrainConfig:
 
 CHOICES = {
     "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
-    "regions": ("overlapping", "quadrants"),
 }  # fmt: skip
 
-_FURTHER_LAYERS = ("second_filters", "third_filters")
-_PATCHNET = {
-    "layers", *_FURTHER_LAYERS, "rotation", "regions",
+_SECOND_LAYER = {"layers", "second_filters"}
+_PATCHNET = _SECOND_LAYER | {
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
 _FLY = {"pool", "uses"}
@@ -135,8 +128,7 @@ def unused(config: PretrainConfig) -> set[str]:
 
 def _of_another_network(config: PretrainConfig) -> set[str]:
     if config.arch == "patchnet":
-        layers = set(_FURTHER_LAYERS[config.layers - 1 :]) | ({"layers"} if config.layers == 1 else set())
-        return {"precision"} | _WRN | layers
+        return {"precision"} | _WRN | (_SECOND_LAYER if config.layers == 1 else set())
     return (
         _PATCHNET
         | (_FLY if config.images == "disk" else set())

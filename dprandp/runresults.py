@@ -35,8 +35,8 @@ _COUNTS = {
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
     "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "gradient_point", "recipe",
-    "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour",
-    "optimiser",  # as earlier versions spelt it
+    "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour", "noise",
+    "precision",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}
@@ -50,13 +50,13 @@ _PUBLIC_TRAINING = {"images": str, "examples": int, "steps": int, "mix": str, "s
 
 _PRIVATE = {
     "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
-    "also_charged", "ledger_head",
+    "also_charged", "ledger_head", "noise", "precision",
 }  # fmt: skip
 NEEDED: dict[str, set[str]] = {
     "generate": {"process", "count", "resolution", "seconds"},
     "pretrain": {"arch", "feature_dim", "knn_accuracy", "seconds"},
-    "continue": {"arch", "public_training", "seconds"},  # and as the others, where it was private: see refuse_gaps
-    "probe": _PRIVATE | {"share"},
+    "continue": {"arch", "public_training", "precision", "seconds"},  # and as the others, if private: see refuse_gaps
+    "probe": _PRIVATE | {"share", "extractor_colour"},
     "finetune": _PRIVATE,
 }
 

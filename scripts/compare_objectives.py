@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import EPSILONS, UNSAID, held_out_accuracy
+from compare_priors import EPSILONS, held_out_accuracy
 from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp import toml
@@ -93,9 +93,9 @@ def main() -> None:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
                             "budget": args.cpu_seconds, "objective": objective, "seed": seed,
                             "clip_norm": args.clip_norm}  # fmt: skip
-                    if not has_row(log, cell, UNSAID):
+                    if not has_row(log, cell):
                         measure(args, cell, log)
-    print_table(read(log, UNSAID))
+    print_table(read(log))
 
 
 def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
@@ -191,8 +191,7 @@ def print_table(rows: list[dict]) -> None:
                    for name in ("knn_accuracy", "linear_accuracy")]  # fmt: skip
         public += [f"{statistics.mean(row['effective_rank'] for row in chosen):.0f}", f"{len(chosen)}"]
         for kind in FEATURES:
-            found = [row["accuracy"].get(kind, {}) for row in chosen]  # rows of earlier versions have fewer
-            columns = [spread([100 * each[f"{e:g}"] for each in found if f"{e:g}" in each]) for e in EPSILONS]
+            columns = [spread([100 * row["accuracy"][kind][f"{e:g}"] for row in chosen]) for e in EPSILONS]
             print("| " + " | ".join([*key, kind, *columns, *public]) + " |")
 
 

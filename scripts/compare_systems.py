@@ -201,7 +201,7 @@ def print_table(rows: list[dict]) -> None:
 
 def label(row: dict) -> str:
     """A system, and the flags that it was given instead of its own."""
-    return f"{row['system']} ({row['flags']})" if row.get("flags") else row["system"]
+    return f"{row['system']} ({row['flags']})" if row["flags"] else row["system"]
 
 
 COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#666666")

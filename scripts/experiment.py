@@ -31,20 +31,15 @@ def dprandp(*arguments: object, aloud: bool = False) -> dict:
     return json.loads(done.stdout)
 
 
-def read(log: Path, unsaid: dict | None = None) -> list[dict]:
-    """All finished rows; none where the file is missing.
-
-    Args:
-        log: of the experiment.
-        unsaid: facts that the first rows do not say, as they were then.
-    """
+def read(log: Path) -> list[dict]:
+    """All finished rows; none where the file is missing."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return [{**(unsaid or {}), **json.loads(line)} for line in lines]
+    return [json.loads(line) for line in lines]
 
 
-def has_row(log: Path, cell: dict, unsaid: dict | None = None) -> bool:
+def has_row(log: Path, cell: dict) -> bool:
     """Whether a finished row has all of a cell's facts."""
-    return any(cell.items() <= row.items() for row in read(log, unsaid))
+    return any(cell.items() <= row.items() for row in read(log))
 
 
 def add_row(log: Path, row: dict) -> None:

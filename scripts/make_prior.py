@@ -33,7 +33,7 @@ from dprandp.tensorfile import tensors_to_bytes
 LICENCE = "MIT"
 FLAGS = {
     "generate": ("process", "count", "resolution", "seed"),
-    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "objective", "optimizer", "layers", "rotation"),
+    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "objective", "optimizer", "layers"),
 }
 """Settings that have a flag: a card names a command, and nothing that is not in it."""
 
@@ -114,8 +114,7 @@ def measured(path: Path, digest: str) -> list[dict[str, Any]]:
     cells: dict[tuple, list[dict]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        probed = row.get("extractor_sha256", row.get("prior_sha256"))  # the second in rows of earlier versions
-        if row["stage"] == "probe" and probed == digest:
+        if row["stage"] == "probe" and row["extractor_sha256"] == digest:
             cells.setdefault((row["data"], row["size"], float(row["epsilon"]), row["delta"]), []).append(row)
     return [
         {

@@ -94,15 +94,13 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     shared = {"size", "arch", "seed", "random_init", "colour"}
     assert set(patchnet) & set(wrn) == shared
     assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    deepest = as_dict(build("pretrain", {"layers": 3}))
-    assert set(deepest) - set(patchnet) == {"third_filters"}
     flying = as_dict(build("pretrain", {"arch": "wrn-16-4", "images": "fly"}))
     assert set(flying) - set(wrn) == {"pool", "uses"}
     telling = as_dict(build("pretrain", {"arch": "wrn-16-4", "objective": "instances"}))
     assert set(telling) - set(wrn) == {"instances"}
     assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
     unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
-    known = set(deepest) | set(flying) | set(telling) | unset
+    known = set(patchnet) | set(flying) | set(telling) | unset
     assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
 
 

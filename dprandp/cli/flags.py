@@ -234,13 +234,8 @@ Arch = Annotated[
 ]  # fmt: skip
 Layers = Annotated[
     int | None,
-    typer.Option(help="Layers of a patchnet, 1 to 3. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
+    typer.Option(help="Layers of a patchnet, 1 or 2. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
 ]
-Rotation = Annotated[
-    float | None,
-    typer.Option(help="Average a patchnet's responses over the image turned by so many degrees both ways. "
-                 "Default: 0, the image as it is.", rich_help_panel=TRAINING, metavar="DEGREES"),
-]  # fmt: skip
 RandomInit = Annotated[
     bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)
 ]

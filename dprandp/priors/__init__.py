@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dprandp.config import GenerateConfig, PretrainConfig, build_recorded
+from dprandp.config import GenerateConfig, PretrainConfig, build
 from dprandp.errors import CheckpointError, UsageError, nearest
 from dprandp.files import from_json, storage_errors
 from dprandp.pretrain_config import extractors_of
@@ -145,12 +145,12 @@ def parse(name: str, card: dict[str, Any]) -> Card:
             raise ValueError("a result of a probe lacks entries")
         if (probe["deviation"] is None) != (probe["seeds"] == 1):
             raise ValueError("one seed has no deviation, and several have one")
-    pretrain = build_recorded("pretrain", card["pretrain"])
+    pretrain = build("pretrain", card["pretrain"])
     if len(extractors_of(pretrain)) > 1:
         raise ValueError("a prior is one extractor")
     return Card(
         name=name,
-        generate=build_recorded("generate", card["generate"]),
+        generate=build("generate", card["generate"]),
         pretrain=pretrain,
         **{key: card[key] for key in kinds},
     )

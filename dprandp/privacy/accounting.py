@@ -98,7 +98,7 @@ class GaussianEvent:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GaussianEvent:
         required = float(values["noise_multiplier"]), float(values["sample_rate"]), int(values["steps"])
-        return cls(*required, bool(values.get("discrete", False)))
+        return cls(*required, bool(values["discrete"]))
 
 
 Event = GaussianEvent | TuningEvent

@@ -38,7 +38,7 @@ NEEDED = (
     "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
     "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
     "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
-    "also_charged", "ledger_head",
+    "also_charged", "ledger_head", "noise", "precision",
 )  # fmt: skip
 """Keys that the result of a private stage must have. A disclosure with a gap is worse than none."""
 
@@ -145,7 +145,7 @@ def disclosure(
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
-        ("Arithmetic", f"network computed in {result.get('precision', 'float32')}; sums and noise in float64"),
+        ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuned, and on what", _tuned(result, changed)),
         ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),

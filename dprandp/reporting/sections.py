@@ -231,7 +231,7 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         if result.get("prior"):
             learned = f"the shipped prior {result['prior']}"
         neighbours = "" if quality is None else f", k-NN {percent(quality)} on synthetic classes"
-        if is_number(result.get("effective_rank")):  # results of older versions have none
+        if is_number(result.get("effective_rank")):
             neighbours += f", effective rank {number(round(result['effective_rank']))}"
         if result.get("objective"):
             learned += f" by {result['objective']}"

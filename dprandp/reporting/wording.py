@@ -87,8 +87,7 @@ def views_in_words(result: Facts) -> str:
 
 def update_in_words(result: Facts) -> str:
     """What becomes of a noisy sum, and at which point gradients are taken: none of it costs privacy."""
-    done = result.get("optimizer") or result.get("optimiser")  # as earlier versions spelt it; the first had but one
-    done = done or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
+    done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
     where = result.get("gradient_point", "at the parameters")
     recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
     return f"{done}; gradients are taken {where}{recipe}"
@@ -107,7 +106,7 @@ def public_weights(result: Facts) -> str | None:
 
 def noise_in_words(result: Facts) -> str:
     """What is added to a step's sum."""
-    if result.get("noise", "gaussian") == "discrete":
+    if result["noise"] == "discrete":
         return (
             "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
             "σC per coordinate"
@@ -118,7 +117,7 @@ def noise_in_words(result: Facts) -> str:
 def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The general limits, with what the kind of noise and the unit change about them; the labels stay the same."""
     texts = dict(general)
-    if result.get("noise", "gaussian") == "discrete":
+    if result["noise"] == "discrete":
         texts["Limit: floating-point noise (severity low)"] = DISCRETE_LIMIT
         texts["Limit: tails and timing"] = DISCRETE_TAILS
     if several_images(result):
@@ -141,7 +140,7 @@ def groups(result: Facts) -> str:
     one = noun(result)
     if math.isinf(epsilon) or not result["private"]:
         return f"no guarantee, as for one {one}"
-    exact = result["accountant"].startswith("exact Gaussian DP") and result.get("noise", "gaussian") == "gaussian"
+    exact = result["accountant"].startswith("exact Gaussian DP") and result["noise"] == "gaussian"
     parts = []
     for size in GROUP_SIZES:
         if exact:

@@ -14,7 +14,6 @@ from dprandp.stages.pretrain import load_extractor, synthetic_crops
 from dprandp.stages.scratch import network_config
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.precision import AUTO
 from dprandp.vision.whitening import PooledOnly
 
 IMAGES = 256
@@ -36,10 +35,10 @@ class Facts:
         rows = {row["stage"]: row for row in context.rundir.status()}
         last = next(rows[name]["result"] for name in ("finetune", "probe", "continue") if rows[name]["result"])
         self.classes, self.mirror = len(last["classes"]), last["mirror"]
-        precision = last.get("precision", AUTO)
+        precision = last["precision"]
         generator = torch.Generator().manual_seed(0)
         if rows["probe"]["result"]:
-            colour = rows["probe"]["result"].get("extractor_colour", "rgb")  # not there where there was but one
+            colour = rows["probe"]["result"]["extractor_colour"]
             extractor, _ = load_extractor(context, colour, precision=precision)
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)

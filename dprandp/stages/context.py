@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dprandp.config import StageConfig, build_recorded
+from dprandp.config import StageConfig, build
 from dprandp.console import Console
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.finetune_options import WITHOUT_PHASE_ONE
@@ -95,7 +95,7 @@ def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
         CheckpointError: it has other settings than this version, or values out of range.
     """
     try:
-        return build_recorded(stage, values)
+        return build(stage, values)
     except UsageError as error:
         raise CheckpointError(
             f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",

@@ -181,7 +181,7 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
         raise CheckpointError(f"{path} holds a whitener that is no matrix", fix="restore the folder from a copy")
 
     def build() -> Classifier:
-        extractor = build_extractor(configuration.build_recorded("pretrain", config["extractor"]))
+        extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
         extractor.precision = config["precision"]
         width = extractor.feature_dim
         whitener = PooledOnly(width)

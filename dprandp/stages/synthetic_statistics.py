@@ -93,7 +93,7 @@ def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
 
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
     """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
-    digest.update(repr(getattr(module, "built_from", None)).encode())  # regions and rotation are no weights
+    digest.update(repr(getattr(module, "built_from", None)).encode())  # the stride of patches is no weight
     digest.update(precision_of(module).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())

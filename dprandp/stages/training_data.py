@@ -46,7 +46,7 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
     if not path.exists():
         raise CheckpointError(
             f"{path} is missing, so nothing tells whether these are the data that this run is about",
-            fix="restore the run's private folder from a copy; where an earlier version made it, start a new run",
+            fix="restore the run's private folder from a copy, or start a new run",
         )
     if read_hashes(path).get("train") != fingerprint:
         raise InputError(

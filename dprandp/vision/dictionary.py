@@ -19,13 +19,13 @@ PATCH_FLOOR = 0.1
 """Added to the eigenvalues of the patch covariance: directions with less energy are noise and stay small."""
 
 CHANNEL_FLOOR = 0.1
-"""The same for the channels of a further layer, relative to the mean of the eigenvalues that are kept."""
+"""The same for the channels of the second layer, relative to the mean of the eigenvalues that are kept."""
 
 RESPONSE_CROPS = 3000
-"""Crops that the channels of a further layer are whitened by."""
+"""Crops that the channels of the second layer are whitened by."""
 
 RESPONSE_PATCHES, PATCHES_OF_A_CROP = 120_000, 40
-"""What a further layer is learned from: 120,000 patches of 576 numbers are 276 MB. Where a crop has fewer patches than
+"""What the second layer is learned from: 120,000 patches of 576 numbers are 276 MB. Where a crop has fewer patches than
 PATCHES_OF_A_CROP, all of them are taken, and more crops."""
 
 OnIteration = Callable[[int, float], None]
@@ -48,16 +48,15 @@ def learn(
     """Fill a chain of layers with what is learned from images of a random process.
 
     Args:
-        chain: to fill in place, a ``PatchNet`` and the ``ResponseLayer``s on top of it. The small dictionary that a
-            further layer looks at the patches below with is learned from the same patches as theirs.
+        chain: to fill in place, a ``PatchNet`` and maybe a ``ResponseLayer`` on top of it. The small dictionary that
+            the second layer looks at the patches below with is learned from the same patches as theirs.
         crops: uint8 [N, 3, 32, 32], in random order.
         count: patches of pixels to learn from.
         iterations: passes of each k-means.
         generator: public randomness.
-        on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, and two for each further
-            layer).
+        on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, or three for two layers).
     """
-    first, *later = chain
+    first = chain[0]
     done = 0
 
     def kmeans(vectors: Tensor, clusters: int) -> Tensor:
@@ -75,23 +74,20 @@ def learn(
 
     basis, centre, whitened = _whitened(sample_patches(crops, count, first.patch_size, generator), len(first.basis))
     _fill(first, basis=basis, centre=centre, weight=kmeans(whitened, len(first.weight)))
-    for layer in later:
-        atoms = kmeans(whitened, len(layer.map_weight))
-        del whitened
-        _fill(layer, map_weight=atoms @ basis, map_bias=-(atoms @ centre))
-        channel_basis, channel_centre = channel_whitening(layer, below, crops[:RESPONSE_CROPS])
-        _fill(layer, channel_basis=channel_basis, channel_centre=channel_centre)
-        per_crop = min(PATCHES_OF_A_CROP, layer.positions**2)
-        chosen = crops[: -(-RESPONSE_PATCHES // per_crop)]
-        responses = sample_response_patches(layer, below, chosen, per_crop, generator)
-        basis, centre, whitened = _whitened(responses, len(layer.basis))
-        del responses
-        _fill(layer, basis=basis, centre=centre, weight=kmeans(whitened, len(layer.weight)))
-        below = _above(layer, below)
-
-
-def _above(layer: ResponseLayer, below: Patches) -> Patches:
-    return lambda images: layer.lift(below(images))
+    if len(chain) == 1:
+        return
+    second = chain[1]
+    atoms = kmeans(whitened, len(second.map_weight))
+    del whitened
+    _fill(second, map_weight=atoms @ basis, map_bias=-(atoms @ centre))
+    channel_basis, channel_centre = channel_whitening(second, below, crops[:RESPONSE_CROPS])
+    _fill(second, channel_basis=channel_basis, channel_centre=channel_centre)
+    per_crop = min(PATCHES_OF_A_CROP, second.positions**2)
+    chosen = crops[: -(-RESPONSE_PATCHES // per_crop)]
+    responses = sample_response_patches(second, below, chosen, per_crop, generator)
+    basis, centre, whitened = _whitened(responses, len(second.basis))
+    del responses
+    _fill(second, basis=basis, centre=centre, weight=kmeans(whitened, len(second.weight)))
 
 
 def _whitened(patches: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:

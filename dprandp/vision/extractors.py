@@ -90,34 +90,29 @@ def refuse_unlearnable(config: PretrainConfig) -> None:
 
 
 def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
+    two = config.layers == 2
     positions = (INPUT_SIZE - config.patch_size) // config.stride + 1
-    for _ in range(config.layers - 1):
-        positions = positions_above(positions)
-    if positions < 2:  # quarters need two patches a side
+    if (positions_above(positions) if two else positions) < 2:  # quarters need two patches a side
         raise UsageError(
             f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
-            f"of a {INPUT_SIZE}-pixel image" + (f", after {config.layers} layers" if config.layers > 1 else ""),
-            fix="give a smaller patch_size or stride" + (", or fewer layers" if config.layers > 1 else ""),
+            f"of a {INPUT_SIZE}-pixel image" + (", after two layers" if two else ""),
+            fix="give a smaller patch_size or stride" + (", or one layer" if two else ""),
         )
     patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
-    below: PatchLayer = PatchNet(
-        config.filters,
-        patch_size=config.patch_size,
-        stride=config.stride,
-        patch_dims=patch_dims,
-        regions=config.regions,
-        rotation=config.rotation,
-    )
-    chain = [below]
-    for filters in (config.second_filters, config.third_filters)[: config.layers - 1]:
-        chain.append(below := ResponseLayer(filters, below, regions=config.regions))
-    for layer in chain:
-        if isinstance(layer, ResponseLayer):
-            _random_unit_rows(layer.map_weight, generator)
-            _random_rows(layer.channel_basis, generator)
-        _random_rows(layer.basis, generator)
-        _random_unit_rows(layer.weight.data, generator)
-    return DeepPatchNet(*chain, rotation=config.rotation) if config.layers > 1 else chain[0]
+    first = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims)
+    _random_dictionary(first, generator)
+    if not two:
+        return first
+    second = ResponseLayer(config.second_filters, first)
+    _random_unit_rows(second.map_weight, generator)
+    _random_rows(second.channel_basis, generator)
+    _random_dictionary(second, generator)
+    return DeepPatchNet(first, second)
+
+
+def _random_dictionary(layer: PatchLayer, generator: torch.Generator | None) -> None:
+    _random_rows(layer.basis, generator)
+    _random_unit_rows(layer.weight.data, generator)
 
 
 def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:

@@ -5,7 +5,7 @@ vector quantization") with every learned part taken from images of a random proc
 spherical k-means dictionary (``dictionary.py``). The network is
 
     local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
-    -> averages over five regions (``regions.py``), and over the image turned a little both ways -> square root
+    -> averages over five regions (``regions.py``) -> square root
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
 large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
@@ -16,15 +16,13 @@ whitening of patches stays as it is. No layer looks at more than one image.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.threads import in_parts
 from dprandp.vision.precision import full_precision
-from dprandp.vision.regions import REGIONS
+from dprandp.vision.regions import region_weights
 from dprandp.vision.whitening import Part
 
 CONTRAST_FLOOR = 10 / 255
@@ -44,7 +42,7 @@ GROUP = 16
 
 
 class PatchLayer(nn.Module):
-    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions of several sizes.
+    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions.
 
     What the patches are of is a matter of the kind of layer: pixels for ``PatchNet``, responses for ``ResponseLayer``.
 
@@ -53,7 +51,6 @@ class PatchLayer(nn.Module):
         width: numbers in a patch, d.
         patch_dims: axes r that patches are whitened to.
         positions: patches per side; there are L = positions**2 of them.
-        regions: which ones the responses are averaged over, a name in ``regions.REGIONS``.
         threshold: responses in [-threshold, threshold] count as zero.
 
     Attributes:
@@ -64,16 +61,14 @@ class PatchLayer(nn.Module):
         feature_dim: 2 * R * F.
     """
 
-    def __init__(
-        self, filters: int, *, width: int, patch_dims: int, positions: int, regions: str, threshold: float
-    ) -> None:
+    def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int, threshold: float) -> None:
         super().__init__()
         self.threshold, self.positions = threshold, positions
         self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
         self.register_buffer("basis", torch.eye(patch_dims, width))
         self.register_buffer("centre", torch.zeros(patch_dims))
-        self.register_buffer("pooling", REGIONS[regions](positions), persistent=False)
+        self.register_buffer("pooling", region_weights(positions), persistent=False)
         self.feature_dim = 2 * len(self.pooling) * filters
 
     def whitened(self, patches: Tensor) -> Tensor:
@@ -101,7 +96,7 @@ class PatchLayer(nn.Module):
         Args:
             patches: float32 [b, L, d], patch after patch.
             columns: [r, F], the filters' transpose, contiguous.
-            out: [b, 2, R, F], to be added to.
+            out: [b, 2, R, F], to be filled.
         """
         at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
         room = torch.empty(2, min(at_once, len(patches)) * patches.shape[1] * tile)
@@ -116,30 +111,24 @@ class PatchLayer(nn.Module):
                 by_image = excess.view(len(some), -1, len(bias))
                 # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
                 torch.clamp(responses, min=self.threshold, out=excess)
-                filled[:, 0, :, chosen] += (self.pooling @ by_image).sub_(self.threshold)
+                filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(self.threshold)
                 torch.clamp(responses, max=-self.threshold, out=excess)
-                filled[:, 1, :, chosen] -= (self.pooling @ by_image).add_(self.threshold)
+                filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(self.threshold).neg_()
 
 
 class PatchExtractor:
-    """What one patch layer and several on top of each other have in common as an extractor (``extractors.py``).
+    """What one patch layer and two on top of each other have in common as an extractor (``extractors.py``).
 
     Attributes:
-        chain: the layers; the first one's patches are of pixels, each further one's of the responses to those below.
-        rotation: degrees; unless 0, excesses are averaged over the image turned by so much left and right.
+        chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
     """
 
     chain: tuple[PatchLayer, ...]
-    rotation: float = 0.0
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 in [0, 1]. The patches' own contrast normalisation does the rest."""
         return images.to(torch.float32) / 255
-
-    def turned(self, images: Tensor) -> list[Tensor]:
-        """The images turned both ways, or as they are: float [B, C, H, W] each."""
-        return [rotate(images, way * self.rotation) for way in (1, -1)] if self.rotation else [images]
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
@@ -158,12 +147,8 @@ class PatchExtractor:
         Returns:
             [B, feature_dim] float: of each layer, first the first one, √(``PatchLayer.excess`` + ``ROOT_FLOOR``).
         """
-        turned = [
-            [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(seen), strict=True)]
-            for seen in self.turned(images)
-        ]
-        means = [torch.stack(excesses).mean(dim=0).flatten(1) for excesses in zip(*turned, strict=True)]
-        return torch.cat(means, dim=1).add(ROOT_FLOOR).sqrt()
+        means = [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
+        return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
@@ -180,7 +165,7 @@ class PatchExtractor:
         """
         if images.device.type != "cpu":
             return self.features(self.normalise(images))
-        out = torch.zeros(len(images), sum(layer.feature_dim for layer in self.chain))
+        out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
         columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
         if len(images):
             parts = min(torch.get_num_threads(), len(images))  # none without an image
@@ -188,21 +173,19 @@ class PatchExtractor:
         return out
 
     def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
-        """Bring ``out`` [b, feature_dim] from zero to the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
+        """Fill ``out`` [b, feature_dim] with the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
         widths = [layer.feature_dim for layer in self.chain]
         with torch.no_grad(), full_precision(images.device):
             for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
-                turned = self.turned(self.normalise(group))
-                for seen in turned:
-                    patches: Tensor | None = None
-                    for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
-                        if patches is None:
-                            patches = torch.stack([layer.pixel_rows(image) for image in seen])
-                        else:
-                            patches = torch.stack([layer.lift_rows(one) for one in patches])
-                        layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                patches: Tensor | None = None
+                for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
+                    if patches is None:
+                        patches = torch.stack([layer.pixel_rows(image) for image in self.normalise(group)])
+                    else:
+                        patches = torch.stack([layer.lift_rows(one) for one in patches])
+                    layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
                 # rounding may leave a mean of zeros just below zero
-                rows.div_(len(turned)).clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
+                rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
 
 
 class PatchNet(PatchExtractor, PatchLayer):
@@ -213,7 +196,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: side of a patch in pixels.
         patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        regions, threshold: see ``PatchLayer``. rotation: see ``PatchExtractor``.
+        threshold: see ``PatchLayer``.
         image_size: side of the (square) input in pixels.
         channels: 3.
 
@@ -228,9 +211,7 @@ class PatchNet(PatchExtractor, PatchLayer):
         patch_size: int = 6,
         patch_dims: int | None = None,
         stride: int = 1,
-        regions: str = "overlapping",
         threshold: float = 0.25,
-        rotation: float = 0.0,
         image_size: int = 32,
         channels: int = 3,
     ) -> None:
@@ -240,11 +221,9 @@ class PatchNet(PatchExtractor, PatchLayer):
             width=width,
             patch_dims=patch_dims or width,
             positions=(image_size - patch_size) // stride + 1,
-            regions=regions,
             threshold=threshold,
         )
         self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
-        self.rotation = rotation
         self.parts = (Part(self.feature_dim, 1.0),)
 
     @property
@@ -283,20 +262,3 @@ def normalise_patches(patches: Tensor) -> Tensor:
     centred = patches - patches.mean(dim=-2, keepdim=True)
     deviation = centred.square().mean(dim=-2, keepdim=True).add(1e-12).sqrt()  # 1e-12: sqrt has no gradient at 0
     return centred / (deviation + CONTRAST_FLOOR)
-
-
-def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Turn images about their centre, bilinear, reflecting at the edges.
-
-    Args:
-        images: float [B, C, H, H].
-        degrees: counter-clockwise.
-
-    Returns:
-        float [B, C, H, H].
-    """
-    angle = math.radians(degrees)
-    turn = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    grid = functional.affine_grid(images.new_tensor([turn]), [1, *images.shape[1:]], align_corners=False)
-    grid = grid.expand(len(images), -1, -1, -1)
-    return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -1,10 +1,9 @@
 """Per-example gradients of a classifier on patch layers, in closed form: several times faster than automatic ones.
 
-The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled, averaged
-over the image turned both ways), u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of
-R is a mask times a weighted sum of five regions' numbers, so one example costs two matrix products of the forward's
-size and stays in the cache.
-Where there are further layers, each is a chain of its own: what lies below its dictionary is not trained.
+The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled),
+u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a weighted sum
+of five regions' numbers, so one example costs two matrix products of the forward's size and stays in the cache.
+Where there are two layers, each is a chain of its own: what lies below its dictionary is not trained.
 ``clipping`` does the clipping.
 """
 
@@ -92,11 +91,10 @@ def _of_examples(
     with torch.no_grad():
         count = views.shape[1]
         for example in members:
-            turned = extractor.turned(extractor.normalise(views[example]))
-            for seen in turned:
-                for (layer, weight, bias), patches, towards in zip(filled, extractor.levels(seen), pooled, strict=True):
-                    own = towards[example * count : (example + 1) * count] / len(turned)
-                    _of_filters(layer, layer.whitened(patches), own, weight[example], bias[example])
+            levels = extractor.levels(extractor.normalise(views[example]))
+            for (layer, weight, bias), patches, towards in zip(filled, levels, pooled, strict=True):
+                own = towards[example * count : (example + 1) * count]
+                _of_filters(layer, layer.whitened(patches), own, weight[example], bias[example])
 
 
 def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor) -> None:

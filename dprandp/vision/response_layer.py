@@ -1,16 +1,15 @@
-"""Further layers: a dictionary over patches of the responses to the patches below.
+"""The second layer: a dictionary over patches of the responses to the patches below.
 
-The same recipe once more (Coates & Ng 2011, "Selecting receptive fields in deep networks", stack it likewise), and
-then once again: a small dictionary of the patches below answers at every position, its two-sided responses are averaged
-over overlapping 3 x 3 windows and their roots taken, the channels are whitened, and patches of these maps get a
-dictionary of their own. Everything is learned from images of a random process (``dictionary.py``).
+The same recipe once more (Coates & Ng 2011, "Selecting receptive fields in deep networks", stack it likewise): a small
+dictionary of the patches below answers at every position, its two-sided responses are averaged over overlapping 3 x 3
+windows and their roots taken, the channels are whitened, and patches of these maps get a dictionary of their own.
+Everything is learned from images of a random process (``dictionary.py``).
 
     filters on patches -> two-sided ReLU -> 3 x 3 averages at every second position -> root -> whitened channels
     -> patches of 3 x 3 positions, each divided by its length -> ``PatchLayer``
 
 The features say what lies next to what, which those of one layer do not, and are whitened as a part of their own. On a
-32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, a second 11 x 11 (of 12 pixels), a third 3 x 3 (of
-24 pixels).
+32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
 """
 
 from __future__ import annotations
@@ -33,12 +32,11 @@ RESPONSE_PATCH = 3
 LENGTH_FLOOR = 0.1
 """Of a patch of responses, relative to √d, the length of one with unit variance: empty patches stay short."""
 
-SHARES = {2: (0.5, 0.5), 3: (0.4, 0.4, 0.2)}
-"""Of the squared length of all features, by the number of layers. Experiments on CIFAR-10's training split at ε = 1:
-with 1,600 filters in both of two layers (10,000 images fitted, 4,000 held out) 70.2, 70.7, 70.3 % for .2, .4, .6 to the
-second, where the first layer alone had 68.5 and the second alone 67.4; with 2,400 and 3,200 (20,000 fitted, 10,000 held
-out) 71.1 for .4 and 71.3 for .5. With 400 filters in each of three (8,000 fitted, 4,000 held out, six draws of noise,
-error .2) 70.0, 70.1, 69.9 for .1, .2, .33 to the third, where two layers had 69.6."""
+SHARE = 0.5
+"""Of the squared length of all features, for each layer. Experiments on CIFAR-10's training split at ε = 1: with 1,600
+filters in both (10,000 images fitted, 4,000 held out) 70.2, 70.7, 70.3 % for .2, .4, .6 to the second, where the first
+layer alone had 68.5 and the second alone 67.4; with 2,400 and 3,200 (20,000 fitted, 10,000 held out) 71.1 for .4 and
+71.3 for .5."""
 
 
 class ResponseLayer(PatchLayer):
@@ -51,7 +49,7 @@ class ResponseLayer(PatchLayer):
         map_dims: channels kept after whitening, C.
         response_patch: side k of a patch of responses, in positions of the maps.
         patch_dims: axes r that these are whitened to; at most C k**2.
-        regions: see ``PatchLayer``. threshold: same, and of the maps.
+        threshold: see ``PatchLayer``; of the maps too.
 
     Attributes:
         map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
@@ -68,7 +66,6 @@ class ResponseLayer(PatchLayer):
         map_dims: int = 64,
         response_patch: int = RESPONSE_PATCH,
         patch_dims: int = 192,
-        regions: str = "overlapping",
         threshold: float = 0.25,
     ) -> None:
         width = map_dims * response_patch**2
@@ -77,7 +74,6 @@ class ResponseLayer(PatchLayer):
             width=width,
             patch_dims=min(patch_dims, width),
             positions=positions_above(below.positions, response_patch),
-            regions=regions,
             threshold=threshold,
         )
         self.below_positions, self.response_patch = below.positions, response_patch
@@ -125,31 +121,25 @@ class ResponseLayer(PatchLayer):
 
 
 class DeepPatchNet(PatchExtractor, nn.Module):
-    """A ``PatchNet`` and one or two ``ResponseLayer``s on top: the features of all, side by side.
+    """A ``PatchNet`` and a ``ResponseLayer`` on top: the features of both, side by side.
 
     Args:
-        first: over patches of pixels. second: over patches of responses to those. third: of responses to the second's.
-        rotation: see ``PatchExtractor``.
+        first: over patches of pixels. second: over patches of responses to those.
 
     Attributes:
         feature_dim: the sum of theirs. parts: each is whitened apart.
     """
 
-    def __init__(
-        self, first: PatchNet, second: ResponseLayer, third: ResponseLayer | None = None, *, rotation: float = 0.0
-    ) -> None:
+    def __init__(self, first: PatchNet, second: ResponseLayer) -> None:
         super().__init__()
-        self.first, self.second, self.rotation = first, second, rotation
-        if third is not None:
-            self.third = third
-        self.feature_dim = sum(layer.feature_dim for layer in self.chain)
-        shares = SHARES[len(self.chain)]
-        self.parts = tuple(Part(layer.feature_dim, share) for layer, share in zip(self.chain, shares, strict=True))
+        self.first, self.second = first, second
+        self.feature_dim = first.feature_dim + second.feature_dim
+        self.parts = tuple(Part(layer.feature_dim, SHARE) for layer in self.chain)
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
         """The layers from the pixels upwards."""
-        return tuple(self.children())
+        return (self.first, self.second)
 
 
 def window_means(maps: Tensor) -> Tensor:

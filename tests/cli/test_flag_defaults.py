@@ -126,7 +126,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "flags.Prior": lambda: unset("pretrain", "prior", "none, or the run's"),
     "flags.Arch": lambda: by_size("pretrain", "arch"),
     "flags.Layers": lambda: by_size("pretrain", "layers"),
-    "flags.Rotation": lambda: f"{by_size('pretrain', 'rotation')}, the image as it is",
     "flags.PretrainSteps": lambda: by_size("pretrain", "steps"),
     "flags.PretrainBatchSize": lambda: by_size("pretrain", "batch_size"),
     "flags.PretrainLr": pretrain_lr,

@@ -17,7 +17,6 @@ WIDE = {"arch": "wrn-10-1", "feature_stages": "all"}
 FURTHER: dict[str, dict] = {
     **{order: WIDE | {"layer_order": order, "padding": "same"} for order in LAYER_ORDERS},
     "plain filters": WIDE | {"weight_standardisation": False},
-    "turned patches": {"arch": "patchnet", "filters": 8, "rotation": 12.0},
     "nf-resnet-50": {"arch": "nf-resnet-50"},
 }
 NAMES = [name for name, _ in device_checks.checks(torch.device("cpu"), QUICK)]

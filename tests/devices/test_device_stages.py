@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "patchnet": PRETRAIN,
-    "patchnet, three layers": PRETRAIN | DEEP,
+    "patchnet, two layers": PRETRAIN | DEEP,
     "wrn, learned": {"arch": "wrn-10-1", "steps": 3, "batch_size": 8, "projection_hidden": 16},
     "vit": {"arch": "vit-1-16-16", "random_init": True},
 }
@@ -91,7 +91,7 @@ PROBE_HERE = PROBE | {"steps": 4, "statistics_images": 12}
 FINETUNE_HERE = FINETUNE | {"steps": 2, "batch_size": 8, "refit_steps": 3}
 
 
-SLOW = ("patchnet, three layers", "patchnet")
+SLOW = ("patchnet, two layers", "patchnet")
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,11 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "unit": "one image",
         "train_units": 1437,
         "noise": "gaussian",
+        "precision": "float32",
         "mirror": False,
     }
-    result |= {"share": 0.3} if full else {"source": "probe", "arch": "patchnet", "extractor_scale": 0.1}
+    probed = {"share": 0.3, "extractor_colour": "grey"}
+    result |= probed if full else {"source": "probe", "arch": "patchnet", "extractor_scale": 0.1}
     return result | changes
 
 

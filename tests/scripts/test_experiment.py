@@ -1,4 +1,4 @@
-"""What the experiments share, and that each of them still knows the rows that it wrote in the past."""
+"""What the experiments share, and that each of them knows its rows again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import importlib
 import json
 import sys
 
+import compare_objectives
 import experiment
 import pytest
 
-OLD_ROWS = {
+ROWS = {
     "compare_systems": {
         "data": "digits", "system": "probe", "epsilon": 1.0, "seed": 0, "size": "tiny", "flags": "",
         "accuracy": 0.5, "spent": 0.99, "seconds": 3.1,
@@ -20,15 +21,15 @@ OLD_ROWS = {
         "accuracy": 0.5, "spent": 0.99, "seconds": 3.1, "switch": 0, "why": "none",
     },
     "compare_priors": {
-        "data": "digits", "process": "dead-leaves", "variant": "one layer", "seed": 0, "dims": 7, "seconds": 3.1,
-        "accuracy": {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5}, "pretraining_seconds": 1.0,
+        "data": "digits", "fit": 10_000, "process": "dead-leaves", "variant": "one layer", "seed": 0, "clip_norm": 1.0,
+        "accuracy": {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5}, "dims": 7, "pretraining_seconds": 1.0,
+        "seconds": 3.1,
     },
     "compare_objectives": {
         "data": "digits", "fit": 10_000, "process": "dead-leaves", "arch": "wrn-16-4", "budget": 600.0,
-        "objective": "patches, adamw", "seed": 0, "steps": 9, "views": 9, "loss": 0.5, "knn_accuracy": 0.5,
-        "linear_accuracy": 0.5, "effective_rank": 9.0, "pretraining_seconds": 1.0, "seconds": 3.1,
-        "accuracy": {kind: {"1": 0.5, "8": 0.5, "inf": 0.5}
-                     for kind in ("last stage", "all, whitened apart", "all, whitened together")},
+        "objective": "align-uniformity, adamw", "seed": 0, "clip_norm": 1.0, "steps": 9, "views": 9, "loss": 0.5,
+        "knn_accuracy": 0.5, "linear_accuracy": 0.5, "effective_rank": 9.0, "pretraining_seconds": 1.0, "seconds": 3.1,
+        "accuracy": {key: {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5} for key in compare_objectives.FEATURES},
     },
     "results_table": {
         "data": "digits", "size": "small", "seed": 0, "extractor": "learned", "epsilon": "1", "stage": "probe",
@@ -36,13 +37,13 @@ OLD_ROWS = {
         "majority_accuracy": 0.1, "seconds": 3.1,
     },
 }  # fmt: skip
-"""As each script has written them since it exists."""
+"""As each script writes them."""
 
 ASKED = {
     "compare_systems": ("digits", "--systems", "probe", "--epsilons", "1"),
     "continual_finding": ("digits", "--ways", "from scratch"),
     "compare_priors": ("--data", "digits", "--processes", "dead-leaves", "--variants", "one layer", "--clip-norm", "1"),
-    "compare_objectives": ("--data", "digits", "--processes", "dead-leaves", "--objectives", "patches, adamw",
+    "compare_objectives": ("--data", "digits", "--processes", "dead-leaves", "--objectives", "align-uniformity, adamw",
                            "--clip-norm", "1"),
     "results_table": ("digits", "--extractors", "learned", "--epsilons", "1"),
 }
@@ -52,7 +53,7 @@ class Asked(Exception):
     """A script wanted a command of the package."""
 
 
-@pytest.mark.parametrize("name", OLD_ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_cell_whose_row_is_there_is_not_made_again(tmp_path, monkeypatch, capsys, name):
     script = importlib.import_module(name)
 
@@ -64,7 +65,7 @@ def test_a_cell_whose_row_is_there_is_not_made_again(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(Asked):  # without the row it is made
         script.main()
-    experiment.add_row(tmp_path / "results.jsonl", OLD_ROWS[name])
+    experiment.add_row(tmp_path / "results.jsonl", ROWS[name])
     script.main()
     assert "50.0" in capsys.readouterr().out
 

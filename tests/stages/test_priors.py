@@ -238,11 +238,9 @@ def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_
     sha = priors.read_card("tiny-test").sha256
     row = {"data": "digits", "size": "tiny", "extractor": "prior:tiny-test", "stage": "probe", "epsilon": "1",
            "delta": 1e-5}  # fmt: skip
-    own = [row | {"accuracy": 0.7, "prior_sha256": sha},  # as earlier versions wrote them
+    own = [row | {"accuracy": 0.7, "extractor_sha256": sha},
            row | {"accuracy": 0.9, "extractor": "learned", "extractor_sha256": sha}]  # fmt: skip
-    others = [
-        {"extractor_sha256": "0" * 64}, {"prior_sha256": "0" * 64}, {}, {"extractor_sha256": sha, "stage": "finetune"},
-    ]  # fmt: skip
+    others = [{"extractor_sha256": "0" * 64}, {"extractor_sha256": sha, "stage": "finetune"}]
     once = row | {"data": "cifar10", "accuracy": 0.25, "extractor_sha256": sha}
     rows = [*own, once, *(row | {"accuracy": 0.1} | other for other in others)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))

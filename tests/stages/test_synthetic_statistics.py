@@ -25,14 +25,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def whitener_of(run: Path, change_extractor: float = 0.0, regions: str | None = None, **changes) -> Whitener:
+def whitener_of(run: Path, change_extractor: float = 0.0, stride: int | None = None, **changes) -> Whitener:
     settings = config.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
     with context(run) as given:
         extractor, _ = load_extractor(given, "rgb")
         if change_extractor:
             next(extractor.parameters()).data.mul_(change_extractor)
-        if regions:
-            weights, extractor = extractor.state_dict(), build_extractor(replace(extractor.built_from, regions=regions))
+        if stride:
+            weights, extractor = extractor.state_dict(), build_extractor(replace(extractor.built_from, stride=stride))
             load_weights(extractor, weights)
         spec = open_dataset(settings.data, given.data_dir).spec
         return public_whitener(settings, given, extractor, False, spec)
@@ -90,9 +90,9 @@ def test_whitened_features_have_unit_norm(run: Path) -> None:
     assert torch.allclose(whitened.norm(dim=1), torch.ones(5), atol=1e-5)
 
 
-def test_statistics_of_other_regions_are_not_taken(run: Path) -> None:
-    """The same weights, read otherwise: regions are no tensor."""
+def test_statistics_of_another_stride_are_not_taken(run: Path) -> None:
+    """The same weights, read otherwise: a stride is no tensor."""
     first = whitener_of(run)
-    other = whitener_of(run, regions="quadrants")
+    other = whitener_of(run, stride=2)
     assert len(folders(run)) == 2
     assert not torch.allclose(other.projection, first.projection)

@@ -27,7 +27,7 @@ TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
 
 GENERATE = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PRETRAIN = {"filters": 16, "dictionary_patches": 2000, "dictionary_iterations": 2}
-DEEP = {"arch": "patchnet", "layers": 3, "second_filters": 12, "third_filters": 9, "rotation": 12.0}
+DEEP = {"arch": "patchnet", "layers": 2, "second_filters": 12}
 PROBE = {"epsilon": 4.0, "steps": 8, "dims": 32, "statistics_images": 25, "statistics_views": 2}
 FINETUNE = {"epsilon": 4.0, "steps": 4, "refit_steps": 6, "batch_size": 24, "checkpoint_every": 2}
 SCRATCH = {"source": "scratch", "arch": "wrn-10-1", "epsilon": 8.0, "steps": 3, "batch_size": 12, "checkpoint_every": 1}

@@ -7,11 +7,8 @@ import math
 import numpy as np
 
 
-def weight_by_hand(regions: str, region: int, row: int, column: int, positions: int) -> float:
+def weight_by_hand(region: int, row: int, column: int, positions: int) -> float:
     """Of one position in one region, before the weights of a region are made to sum to 1."""
-    if regions == "quadrants":
-        half = math.ceil(positions / 2)
-        return float(region == 4 or (row // half) * 2 + column // half == region)
     x, y = (column + 0.5) / positions, (row + 0.5) / positions
     if region == 4:
         return math.exp(-((x - 0.5) ** 2 + (y - 0.5) ** 2) / (2 * 0.25**2))
@@ -26,11 +23,11 @@ def weight_by_hand(regions: str, region: int, row: int, column: int, positions: 
     return across * down
 
 
-def weights_by_hand(regions: str, positions: int) -> np.ndarray:
+def weights_by_hand(positions: int) -> np.ndarray:
     """float64 [5, positions, positions], each region of sum 1."""
     weights = np.array(
         [
-            [[weight_by_hand(regions, region, row, column, positions) for column in range(positions)]
+            [[weight_by_hand(region, row, column, positions) for column in range(positions)]
              for row in range(positions)]
             for region in range(5)
         ]

@@ -17,9 +17,8 @@ from dprandp.vision.extractors import build_extractor, extract, load_weights
 from dprandp.vision.whitening import PooledOnly, Whitener
 from dprandp.vision.wrn import LAYER_ORDERS
 
-ARCHITECTURES = ["patchnet", "two-layer", "deep", "wrn-10-1"]
+ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1"]
 TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
-DEEP = {"arch": "patchnet", "layers": 3, "second_filters": 12, "third_filters": 9, "rotation": 12.0}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def one_thread():
 
 
 def network(arch, seed=0, **options):
-    named = {"two-layer": TWO_LAYERS, "deep": DEEP}.get(arch, {"arch": arch})
+    named = TWO_LAYERS if arch == "two-layer" else {"arch": arch}
     config = PretrainConfig(**({"filters": 20} | named | options))
     return build_extractor(config, torch.Generator().manual_seed(seed)).eval()
 
@@ -88,9 +87,9 @@ def test_patches_that_do_not_fill_the_grid_are_refused(patch_size, stride):
 
 
 def test_two_layers_need_a_larger_image():
-    with pytest.raises(UsageError, match=r"patch_size = 25 .* after 2 layers") as caught:
+    with pytest.raises(UsageError, match=r"patch_size = 25 .* after two layers") as caught:
         network("two-layer", patch_size=25)
-    assert "fewer layers" in caught.value.fix
+    assert "one layer" in caught.value.fix
     assert extract(network("two-layer", patch_size=24), images(2), mirror=False).isfinite().all()
 
 

@@ -1,8 +1,7 @@
-"""The second and third layer and how they are learned, each against a slow and obvious computation."""
+"""The second layer and how it is learned, each against a slow and obvious computation."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -11,15 +10,13 @@ import torch
 from region_weights import weights_by_hand
 
 from dprandp.vision import dictionary
-from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet, rotate
+from dprandp.vision.patchnet import CONTRAST_FLOOR, ROOT_FLOOR, PatchNet
 from dprandp.vision.response_layer import LENGTH_FLOOR, DeepPatchNet, ResponseLayer
 
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
 MADE = [
     {},
-    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1, "regions": "quadrants"},
-    {"third": True},
-    {"third": True, "rotation": 12.0},
+    {"stride": 2, "patch_size": 5, "response_patch": 2, "threshold": 0.1},
 ]
 
 
@@ -30,12 +27,9 @@ def randomise(module, seed=0):
     return module
 
 
-def random_stack(filters=6, third=False, patch_size=6, stride=1, rotation=0.0, **options):
-    regions = options.get("regions", "overlapping")
-    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12, regions=regions)
-    second = ResponseLayer(filters, first, **(SMALL | options))
-    above = [ResponseLayer(filters + 1, second, **(SMALL | options))] if third else []
-    return randomise(DeepPatchNet(first, second, *above, rotation=rotation))
+def random_stack(filters=6, patch_size=6, stride=1, **options):
+    first = PatchNet(8, patch_size=patch_size, stride=stride, patch_dims=12)
+    return randomise(DeepPatchNet(first, ResponseLayer(filters, first, **(SMALL | options))))
 
 
 def random_images(count, size=32, seed=1):
@@ -43,27 +37,6 @@ def random_images(count, size=32, seed=1):
     noise = np.random.default_rng(seed).uniform(0, 256, (count, 3, size + 2, size + 2))
     blurred = (noise[..., :-2, :-2] + noise[..., 1:-1, 1:-1] + noise[..., 2:, 2:]) / 3
     return torch.from_numpy(blurred.astype(np.uint8))
-
-
-def turned_by_loops(x, degrees):
-    """Float [3, S, S], pixel by pixel: where does it come from, reflected at the edges, between which four pixels?"""
-    size, angle = x.shape[1], math.radians(degrees)
-    out = np.zeros_like(x)
-
-    def inside(position):
-        position = abs(position + 0.5) % (2 * size)
-        return min(max(min(position, 2 * size - position) - 0.5, 0), size - 1)
-
-    for row in range(size):
-        for column in range(size):
-            right, down = column - (size - 1) / 2, row - (size - 1) / 2
-            from_column = inside(math.cos(angle) * right - math.sin(angle) * down + (size - 1) / 2)
-            from_row = inside(math.sin(angle) * right + math.cos(angle) * down + (size - 1) / 2)
-            for i in (math.floor(from_row), math.floor(from_row) + 1):
-                for j in (math.floor(from_column), math.floor(from_column) + 1):
-                    if 0 <= i < size and 0 <= j < size:
-                        out[:, row, column] += (1 - abs(from_row - i)) * (1 - abs(from_column - j)) * x[:, i, j]
-    return out
 
 
 def pixel_patches_by_loops(layer, x):
@@ -107,11 +80,11 @@ def response_patches_by_loops(layer, below):
     return patches
 
 
-def excess_by_loops(layer, patches, regions):
+def excess_by_loops(layer, patches):
     weight, bias, basis, centre = (
         getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
     )
-    weights = weights_by_hand(regions, len(patches))
+    weights = weights_by_hand(len(patches))
     excess = np.zeros((2, len(weights), len(weight)))
     for row in range(len(patches)):
         for column in range(len(patches)):
@@ -122,26 +95,18 @@ def excess_by_loops(layer, patches, regions):
     return excess.reshape(-1)
 
 
-def all_features_by_loops(net, image, regions):
-    """One uint8 image [3, H, W] -> features of all layers."""
-    image, (first, *later) = image.double().numpy() / 255, net.chain
-    turned = [turned_by_loops(image, net.rotation), turned_by_loops(image, -net.rotation)]
-    seen_as, excess = turned if net.rotation else [image], 0.0
-    for seen in seen_as:
-        patches = pixel_patches_by_loops(first, seen)
-        found = [excess_by_loops(first, patches, regions)]
-        for layer in later:
-            patches = response_patches_by_loops(layer, patches)
-            found.append(excess_by_loops(layer, patches, regions))
-        excess += np.concatenate(found) / len(seen_as)
-    return np.sqrt(excess + ROOT_FLOOR)
+def all_features_by_loops(net, image):
+    """One uint8 image [3, H, W] -> features of both layers."""
+    below = pixel_patches_by_loops(net.first, image.double().numpy() / 255)
+    above = response_patches_by_loops(net.second, below)
+    found = [excess_by_loops(net.first, below), excess_by_loops(net.second, above)]
+    return np.sqrt(np.concatenate(found) + ROOT_FLOOR)
 
 
 @pytest.mark.parametrize("options", MADE)
 def test_features_equal_the_loops(options):
-    regions = options.get("regions", "overlapping")
     net, images = random_stack(**options), random_images(18)  # more than a group, more than a layer takes at once
-    expected = np.stack([all_features_by_loops(net, image, regions) for image in images[-2:]])
+    expected = np.stack([all_features_by_loops(net, image) for image in images[-2:]])
     for own in np.split(expected, np.cumsum([layer.feature_dim for layer in net.chain])[:-1], axis=1):
         assert own.std() > 0.05
     got = net.features(net.normalise(images[-2:])).detach().numpy()
@@ -149,37 +114,27 @@ def test_features_equal_the_loops(options):
     np.testing.assert_allclose(net.extract(images)[-2:].numpy(), expected, rtol=5e-4, atol=5e-5)
 
 
-def test_turning_equals_the_loops():
-    image = random_images(1)[0].double() / 255
-    for degrees in (12.0, -12.0, 45.0):
-        expected = turned_by_loops(image.numpy(), degrees)
-        np.testing.assert_allclose(rotate(image[None], degrees)[0].numpy(), expected, atol=1e-9)
-    torch.testing.assert_close(rotate(image[None], 90.0)[0], image.rot90(1, (1, 2)))
-
-
 def test_layers_are_side_by_side():
-    net, images = random_stack(third=True), random_images(3)
+    net, images = random_stack(), random_images(3)
     got = net.extract(images)
     widths = [part.width for part in net.parts]
     assert got.shape == (3, net.feature_dim)
     assert widths == [layer.feature_dim for layer in net.chain]
     assert sum(part.share for part in net.parts) == pytest.approx(1)
     assert torch.equal(got[:, : widths[0]], net.first.extract(images))
-    shorter = DeepPatchNet(net.first, net.second)
-    assert torch.equal(got[:, : sum(widths[:2])], shorter.extract(images))
 
 
-def test_a_patch_of_the_third_layer_sees_24_pixels_and_no_more():
-    net, image = random_stack(third=True), random_images(1)
+def test_a_patch_of_the_second_layer_sees_12_pixels_and_no_more():
+    net, image = random_stack(), random_images(1)
     changed = image.clone()
-    changed[..., 24:, :] = 255 - changed[..., 24:, :]
-    patches, others = (net.levels(net.normalise(images))[2].unflatten(2, (3, 3)) for images in (image, changed))
+    changed[..., 12:, :] = 255 - changed[..., 12:, :]
+    patches, others = (net.levels(net.normalise(images))[1].unflatten(2, (11, 11)) for images in (image, changed))
     moved = (patches - others).abs().amax(dim=(0, 1, 3))
     assert moved[0] < 1e-6 < 1e-3 < moved[1:].min()
 
 
 def test_each_image_stands_alone():
-    net, images = random_stack(third=True, rotation=12.0), random_images(4)
+    net, images = random_stack(), random_images(4)
     changed = images.clone()
     changed[2] = 255 - changed[2].flip(-1)
     difference = (net.extract(images) - net.extract(changed)).abs().amax(dim=1)
@@ -190,14 +145,13 @@ def test_each_image_stands_alone():
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
-def below_of(net, number):
-    return lambda images: net.levels(net.normalise(images))[number]
+def pixel_patches(net):
+    return lambda images: net.levels(net.normalise(images))[0]
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_whitened_channels_are_white_up_to_the_floor(number):
-    net, images = random_stack(third=True, map_filters=6), random_images(70)  # more than one batch
-    layer, below = net.chain[number], below_of(net, number - 1)
+def test_whitened_channels_are_white_up_to_the_floor():
+    net, images = random_stack(map_filters=6), random_images(70)  # more than one batch
+    layer, below = net.second, pixel_patches(net)
     basis, centre = dictionary.channel_whitening(layer, below, images)
     patches = below(images).double().numpy().swapaxes(1, 2)
     side = layer.below_positions
@@ -213,52 +167,45 @@ def test_whitened_channels_are_white_up_to_the_floor(number):
 
 
 def test_sampled_patches_are_patches_of_the_maps():
-    net, images = random_stack(third=True), random_images(3)
+    net, images = random_stack(), random_images(3)
     generator = torch.Generator().manual_seed(0)
-    patches = dictionary.sample_response_patches(net.second, below_of(net, 0), images, 10, generator)
-    every = below_of(net, 1)(images).transpose(1, 2)
+    patches = dictionary.sample_response_patches(net.second, pixel_patches(net), images, 10, generator)
+    every = net.levels(net.normalise(images))[1].transpose(1, 2)
     assert patches.shape == (30, 36)
     for index in range(3):
         distances = (patches[10 * index : 10 * index + 10, None] - every[index][None]).abs().amax(dim=2)
         assert distances.min(dim=1).values.max() < 1e-5 < distances.median()
-    everything = dictionary.sample_response_patches(net.third, below_of(net, 1), images, 9, generator)
-    assert torch.equal(everything, below_of(net, 2)(images).transpose(1, 2).flatten(0, 1))
+    everything = dictionary.sample_response_patches(net.second, pixel_patches(net), images, 121, generator)
+    assert torch.equal(everything, every.flatten(0, 1))
 
 
 def test_learning_fills_every_tensor_and_repeats_itself():
     images, filled = random_images(40), []
     for _ in range(2):
         first = PatchNet(9, patch_dims=20)
-        second = ResponseLayer(6, first, **SMALL)
-        net = DeepPatchNet(first, second, ResponseLayer(5, second, **SMALL))
+        net = DeepPatchNet(first, ResponseLayer(6, first, **SMALL))
         seen = []
         generator = torch.Generator().manual_seed(4)
         dictionary.learn(net.chain, images, 500, 2, generator, lambda step, _, seen=seen: seen.append(step))
-        assert seen == list(range(10))
+        assert seen == list(range(6))
         filled.append(net.state_dict())
     for name, value in filled[0].items():
         assert torch.equal(value, filled[1][name])
         if "bias" not in name or name.endswith("map_bias"):
             assert value.abs().max() > 0, name
-    for number, layer in ((1, net.second), (2, net.third)):
-        torch.testing.assert_close(layer.weight.norm(dim=1), torch.ones(len(layer.weight)))
-        responses = dictionary.sample_response_patches(
-            layer, below_of(net, number - 1), images, min(40, layer.positions**2), torch.Generator().manual_seed(9)
-        )
-        white = (responses @ layer.basis.T - layer.centre).double()
-        assert white.mean(dim=0).abs().max() < 0.2
-        assert 0.3 < white.std(dim=0).min() <= white.std(dim=0).max() < 1.2
+    layer = net.second
+    torch.testing.assert_close(layer.weight.norm(dim=1), torch.ones(len(layer.weight)))
+    responses = dictionary.sample_response_patches(
+        layer, pixel_patches(net), images, 40, torch.Generator().manual_seed(9)
+    )
+    white = (responses @ layer.basis.T - layer.centre).double()
+    assert white.mean(dim=0).abs().max() < 0.2
+    assert 0.3 < white.std(dim=0).min() <= white.std(dim=0).max() < 1.2
 
 
-def test_a_further_layer_does_not_change_those_below():
+def test_a_second_layer_does_not_change_the_first():
     images = random_images(20)
-    learned = []
-    for layers in (1, 2, 3):
-        chain = [PatchNet(9, patch_dims=20)]
-        for _ in range(layers - 1):
-            chain.append(ResponseLayer(6, chain[-1], **SMALL))
-        dictionary.learn(tuple(chain), images, 300, 2, torch.Generator().manual_seed(4))
-        learned.append([layer.state_dict() for layer in chain])
-    for shorter, longer in itertools.pairwise(learned):
-        for own, same in zip(shorter, longer, strict=False):
-            assert all(torch.equal(value, same[name]) for name, value in own.items())
+    alone, below = PatchNet(9, patch_dims=20), PatchNet(9, patch_dims=20)
+    for chain in ((alone,), (below, ResponseLayer(6, below, **SMALL))):
+        dictionary.learn(chain, images, 300, 2, torch.Generator().manual_seed(4))
+    assert all(torch.equal(value, below.state_dict()[name]) for name, value in alone.state_dict().items())

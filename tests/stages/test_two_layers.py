@@ -1,4 +1,4 @@
-"""A run on three layers of patches of turned images, from images to a released model: features in three parts."""
+"""A run on two layers of patches, from images to a released model: features in two parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dprandp.stages.tune_settings import TuneConfig
 
 @pytest.fixture(scope="module")
 def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("three-layers") / "run"
+    path = tmp_path_factory.mktemp("two-layers") / "run"
     make_public(path, **DEEP)
     return path
 
@@ -26,22 +26,22 @@ def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) 
     run = copy(deep_run)
     result = run_probe(run, data)
     model = load_model(run / "model")
-    assert (model.network.whitener.axes, model.network.whitener.dims) == (32, 96)
+    assert (model.network.whitener.axes, model.network.whitener.dims) == (32, 64)
     test = open_dataset(data, run).test()
     answers = model.probabilities(test.images).argmax(dim=1).numpy()
     assert (answers == test.labels).mean() == pytest.approx(result["accuracy"])
     assert result["accuracy"] > 0.6  # three classes of coloured blobs
     run_finetune(run, data)
     tuned = load_model(run / "model").network.state_dict()
-    for name in ("first.weight", "second.weight", "second.bias", "third.weight"):
+    for name in ("first.weight", "second.weight", "second.bias"):
         assert not torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
-    kept = ("first.basis", "second.map_weight", "second.channel_basis", "third.map_weight")
+    kept = ("first.basis", "second.map_weight", "second.channel_basis")
     for name in kept:  # by Phase III
         assert torch.equal(tuned[f"extractor.{name}"], model.network.state_dict()[f"extractor.{name}"]), name
     assert read_json(run / "run.json")["stages"]["finetune"]["result"]["epsilon"] <= 4
 
 
-def test_tuning_takes_axes_of_all_parts(copy, deep_run: Path, data: str) -> None:
+def test_tuning_takes_axes_of_both_parts(copy, deep_run: Path, data: str) -> None:
     run = copy(deep_run)
     with context(run) as given:
         made = tune.run(config.build("probe", PROBE | {"data": data}), TuneConfig(trials=6), given)
