@@ -34,8 +34,8 @@ _COUNTS = {
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "gradient_point", "recipe",
-    "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour",
+    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "recipe", "init_sha256",
+    "init_source", "public_part", "trained_weights", "objective", "extractor_colour",
     "optimiser",  # as earlier versions spelt it
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}

@@ -95,8 +95,6 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "+ low-pass 0.8 (DOPPLER)": scratch("--views", "2", "--low-pass", "0.8"),
         "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
         "+ Muon": scratch("--views", "2", "--optimizer", "muon", "--lr", "0.05"),
-        "+ DP-SAT 0.1": scratch("--views", "2", "--sharpness", "0.1"),
-        "+ DiSK 0.7": scratch("--views", "2", "--kalman", "0.7"),
     },
     "continual": {
         "continual, from scratch": [[*CONTINUE, "--mix", "private", "--share", "1"]],

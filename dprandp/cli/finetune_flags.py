@@ -72,16 +72,6 @@ LowPass = Annotated[
     typer.Option(help="Coefficient in [0, 1) of a low-pass filter on noisy gradients (DOPPLER). Default: no filter.",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
-Sharpness = Annotated[
-    float | None,
-    typer.Option(help="DP-SAT: take gradients this far (L2) along the previous noisy gradient. Default: 0.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Kalman = Annotated[
-    float | None,
-    typer.Option(help="DiSK: gain in (0, 1) of a Kalman filter on noisy gradients, such as 0.7; two gradients per "
-                 "example, and noise for one. Default: no filter.", rich_help_panel=TRAINING),
-]  # fmt: skip
 Ema = Annotated[
     float | None,
     typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "

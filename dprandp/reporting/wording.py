@@ -86,12 +86,11 @@ def views_in_words(result: Facts) -> str:
 
 
 def update_in_words(result: Facts) -> str:
-    """What becomes of a noisy sum, and at which point gradients are taken: none of it costs privacy."""
+    """What becomes of a noisy sum: none of it costs privacy."""
     done = result.get("optimizer") or result.get("optimiser")  # as earlier versions spelt it; the first had but one
     done = done or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
-    where = result.get("gradient_point", "at the parameters")
     recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
-    return f"{done}; gradients are taken {where}{recipe}"
+    return f"{done}{recipe}"
 
 
 def public_weights(result: Facts) -> str | None:

@@ -14,7 +14,6 @@ from dprandp.datasets import KNOWN
 from dprandp.pretrain_config import lr_of
 from dprandp.sizes import SIZES
 from dprandp.stages.budget import default_delta
-from dprandp.stages.lookahead import make_lookahead
 from dprandp.stages.masks import rule_of
 from dprandp.stages.private_optimizers import OptimizerSettings
 from dprandp.stages.private_plan import DEFAULT_SHARE
@@ -155,8 +154,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "finetune.Optimizer": lambda: unset("finetune", "optimizer", "sgd"),
     "finetune.Momentum": momenta,
     "finetune.LowPass": lambda: unset("finetune", "low_pass", "no filter"),
-    "finetune.Sharpness": lambda: unset("finetune", "sharpness", "0"),
-    "finetune.Kalman": lambda: unset("finetune", "kalman", "no filter"),
     "finetune.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
     "continue.Public": lambda: by_size("continue", "public"),
     "continue.Instances": lambda: by_size("continue", "instances"),
@@ -209,8 +206,7 @@ def test_the_default_process_is_named_as_such() -> None:
 
 
 def test_settings_that_are_off_are_off() -> None:
-    """What 'unset' stands for above: no mixture, plain sgd, and gradients at the parameters themselves."""
+    """What 'unset' stands for above: no mixture, and plain sgd."""
     config = FinetuneConfig()
     assert (config.mixself or 0, config.optimizer or "sgd") == (0, "sgd")
-    assert make_lookahead(config, {}).passes == 1
     assert rule_of(config) is None
