@@ -51,8 +51,6 @@ class FinetuneOptions:
     """What is done with noisy gradients: 'sgd' (None: so), 'adam' or 'muon'."""
     momentum: float | None = None
     """None: 0 for sgd, 0.9 for adam, 0.95 for muon."""
-    low_pass: float | None = None
-    """Coefficient of a low-pass filter on the noisy gradients (DOPPLER)."""
     freeze: str | None = None
     """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``); with
     scope = 'block' also 'last'."""
@@ -81,8 +79,6 @@ def validate_options(values: Mapping[str, Any]) -> None:
     optimizer = values.get("optimizer", "sgd")
     if optimizer not in OPTIMIZERS:
         raise UsageError(f"[finetune] optimizer = {optimizer!r} is unknown", fix=nearest(optimizer, OPTIMIZERS))
-    if not 0 <= values.get("low_pass", 0) < 1:
-        raise UsageError(f"low_pass = {values['low_pass']!r} lies outside [0, 1)", fix="choose one, such as 0.9")
     mixed = values.get("mixself")
     if mixed is not None and not 1 <= mixed <= 10**4:
         raise UsageError(f"mixself = {mixed} is no number of views", fix="give 1 or more, or leave it out")

@@ -92,7 +92,6 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "+ layer order 3": scratch("--views", "2", "--layer-order", "relu-norm-conv+norm-relu-skip"),
         "+ 2 mixtures (DP-MixSelf)": scratch("--views", "2", "--mixself", "2"),
         "+ momentum 0.8": scratch("--views", "2", "--momentum", "0.8", "--lr", "0.4"),
-        "+ low-pass 0.8 (DOPPLER)": scratch("--views", "2", "--low-pass", "0.8"),
         "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
         "+ Muon": scratch("--views", "2", "--optimizer", "muon", "--lr", "0.05"),
     },

@@ -101,7 +101,6 @@ def test_what_is_recorded_stands_by_itself():
         ({"optimizer": "muon", "select": "random", "keep": 0.5}, "orthogonalises whole matrices"),
         ({"mixself": 2}, "give --views 2 or more"),
         ({"mixself": 0, "views": 2}, "mixself = 0"),
-        ({"low_pass": 1.0}, "low_pass = 1.0"),
         ({"momentum": 1.0}, "momentum = 1.0"),
         ({"source": "init"}, "--from init needs a file"),
         ({"source": "scratch", "init": "f"}, "--from scratch does not use them"),

@@ -67,11 +67,6 @@ Momentum = Annotated[
     typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam), 0.95 (muon).",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
-LowPass = Annotated[
-    float | None,
-    typer.Option(help="Coefficient in [0, 1) of a low-pass filter on noisy gradients (DOPPLER). Default: no filter.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
 Ema = Annotated[
     float | None,
     typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "

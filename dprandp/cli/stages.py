@@ -204,7 +204,6 @@ def finetune(
     mixself: own.Mixself = None,
     optimizer: own.Optimizer = None,
     momentum: own.Momentum = None,
-    low_pass: own.LowPass = None,
     ema: own.Ema = None,
     freeze: flags.Freeze = None,
     select: flags.Select = None,
@@ -240,7 +239,7 @@ def finetune(
         "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
         "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
         "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,
-        "optimizer": optimizer, "momentum": momentum, "low_pass": low_pass, "ema": ema,
+        "optimizer": optimizer, "momentum": momentum, "ema": ema,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source in WITHOUT_PHASE_ONE) as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)

@@ -16,7 +16,7 @@ def settings_of(config: FinetuneConfig) -> OptimizerSettings:
     Raises:
         UsageError: values out of range.
     """
-    return OptimizerSettings(config.optimizer or "sgd", config.momentum, low_pass=config.low_pass)
+    return OptimizerSettings(config.optimizer or "sgd", config.momentum)
 
 
 def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]:

@@ -153,7 +153,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "finetune.Mixself": lambda: unset("finetune", "mixself", "0"),
     "finetune.Optimizer": lambda: unset("finetune", "optimizer", "sgd"),
     "finetune.Momentum": momenta,
-    "finetune.LowPass": lambda: unset("finetune", "low_pass", "no filter"),
     "finetune.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
     "continue.Public": lambda: by_size("continue", "public"),
     "continue.Instances": lambda: by_size("continue", "instances"),

@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
                                           before=run_probe, logs=BOTH),
     "fine-tune of a wrn": Kind(run_finetune, "wide_run", SHORT, before=run_probe, logs=TUNED),
     "fine-tune with Adam, rescaled": Kind(run_finetune, "wide_run", SHORT | {
-        "optimizer": "adam", "clipping": "rescaled", "low_pass": 0.5}, before=run_probe, logs=TUNED),
+        "optimizer": "adam", "clipping": "rescaled"}, before=run_probe, logs=TUNED),
     "fine-tune of chosen weights": Kind(run_finetune, "wide_run", SHORT | {
         "select": "magnitude", "keep": 0.5, "every": 1, "momentum": 0.9}, before=run_probe, logs=TUNED),
     "from scratch": Kind(run_scratch, None, {"steps": 2}, logs=TUNED),

@@ -31,7 +31,7 @@ Record = Callable[[Path], Recorder]
 INGREDIENTS = {
     "adam": {"optimizer": "adam", "lr": 0.01},
     "muon": {"optimizer": "muon", "lr": 0.01},
-    "low-pass": {"low_pass": 0.8},
+    "momentum": {"momentum": 0.9},
     "mixself": {"views": 2, "mixself": 2},
     "rescaled": {"clipping": "rescaled", "clip_norm": 0.25},
 }
@@ -66,7 +66,7 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
     names = sorted(seen.releases[0].released)
     parameters = {each: before[each].clone() for each in names}
     optimizer = make_optimizer(
-        OptimizerSettings(settings.get("optimizer", "sgd"), low_pass=settings.get("low_pass")), parameters
+        OptimizerSettings(settings.get("optimizer", "sgd"), settings.get("momentum")), parameters
     )
     for release, point in zip(seen.of("finetune"), gradient_points, strict=True):
         assert all(torch.allclose(point[each], parameters[each], atol=1e-5) for each in names)
@@ -81,14 +81,14 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
 SAID = {
     "adam": "Adam on the noisy gradients",
     "muon": "Muon on the noisy gradients, momentum 0.95",
-    "low-pass": "after a low-pass filter (0.8)",
+    "momentum": "SGD on the noisy gradients, momentum 0.9",
     "mixself": "2 and 2 mixtures of two of them (DP-MixSelf)",
     "rescaled": "sum and noise are then divided by C",
 }
 
 
 # those after the noise are seldom: there the replay follows recorded releases
-@pytest.mark.parametrize("name", seldom("adam", "muon", "low-pass", "rescaled"))
+@pytest.mark.parametrize("name", seldom("adam", "muon", "momentum", "rescaled"))
 def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str, name: str) -> None:
     """The card names it; the replay of the loop passes, and still sees a clip that was left out."""
     run = copy(probed_run)
@@ -116,7 +116,7 @@ def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str,
         assert "the sums differ by at most the clip norm" in replayed(control=off)
 
 
-@pytest.mark.parametrize("name", ["adam", "low-pass"])
+@pytest.mark.parametrize("name", ["adam", "momentum"])
 def test_11_a_stopped_run_goes_on_with_the_state_it_had(
     copy: Copy, probed_run: Path, data: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
