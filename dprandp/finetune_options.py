@@ -22,7 +22,7 @@ OPTION_CHOICES = {
     ),
 }  # fmt: skip
 
-OPTIMIZERS = ("sgd", "adam", "muon")
+OPTIMIZERS = ("sgd", "adam")
 """See ``stages/private_optimizers.py``. Not those of public training, which is asked for by the same name."""
 
 WITHOUT_PHASE_ONE = ("scratch", "init")
@@ -48,9 +48,9 @@ class FinetuneOptions:
     mixself: int | None = None
     """Further views of each example, each a mixture of two of its own K views (DP-MixSelf)."""
     optimizer: str | None = None
-    """What is done with noisy gradients: 'sgd' (None: so), 'adam' or 'muon'."""
+    """What is done with noisy gradients: 'sgd' (None: so) or 'adam'."""
     momentum: float | None = None
-    """None: 0 for sgd, 0.9 for adam, 0.95 for muon."""
+    """None: 0 for sgd, 0.9 for adam."""
     freeze: str | None = None
     """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``); with
     scope = 'block' also 'last'."""
@@ -84,17 +84,7 @@ def validate_options(values: Mapping[str, Any]) -> None:
         raise UsageError(f"mixself = {mixed} is no number of views", fix="give 1 or more, or leave it out")
     if mixed is not None and values.get("views", 1) < 2:
         raise UsageError("--mixself mixes two of an example's views, and there is one", fix="give --views 2 or more")
-    _refuse_contradictions(values)
     _validate_start(values)
-
-
-def _refuse_contradictions(values: Mapping[str, Any]) -> None:
-    masked = {"freeze", "select"} & values.keys() and values.get("scope") != "block"
-    if values.get("optimizer") == "muon" and masked:
-        raise UsageError(
-            "--optimizer muon orthogonalises whole matrices, and --freeze or --select trains single weights of them",
-            fix="give --scope block, which trains whole blocks, or another optimizer",
-        )
 
 
 def _validate_start(values: Mapping[str, Any]) -> None:

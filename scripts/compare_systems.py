@@ -93,7 +93,6 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "+ 2 mixtures (DP-MixSelf)": scratch("--views", "2", "--mixself", "2"),
         "+ momentum 0.8": scratch("--views", "2", "--momentum", "0.8", "--lr", "0.4"),
         "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
-        "+ Muon": scratch("--views", "2", "--optimizer", "muon", "--lr", "0.05"),
     },
     "continual": {
         "continual, from scratch": [[*CONTINUE, "--mix", "private", "--share", "1"]],

@@ -59,14 +59,13 @@ Mixself = Annotated[
 ]  # fmt: skip
 Optimizer = Annotated[
     str | None,
-    typer.Option(help="What is done with noisy gradients: sgd, adam or muon. Default: sgd.", rich_help_panel=TRAINING,
-                 metavar="sgd|adam|muon"),
+    typer.Option(help="What is done with noisy gradients: sgd or adam. Default: sgd.", rich_help_panel=TRAINING,
+                 metavar="sgd|adam"),
 ]  # fmt: skip
 Momentum = Annotated[
     float | None,
-    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam), 0.95 (muon).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
+    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam).", rich_help_panel=TRAINING),
+]
 Ema = Annotated[
     float | None,
     typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "

@@ -119,7 +119,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "discrete noise": {"noise": "discrete", "clipping": "automatic"},
     "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
     "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
-    "muon": {"optimizer": "muon"},
     "rescaled": {"clipping": "rescaled", "momentum": 0.9},
 }
 

@@ -30,7 +30,6 @@ Record = Callable[[Path], Recorder]
 
 INGREDIENTS = {
     "adam": {"optimizer": "adam", "lr": 0.01},
-    "muon": {"optimizer": "muon", "lr": 0.01},
     "momentum": {"momentum": 0.9},
     "mixself": {"views": 2, "mixself": 2},
     "rescaled": {"clipping": "rescaled", "clip_norm": 0.25},
@@ -55,7 +54,7 @@ def seldom(*names: str) -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in names else []) for name in INGREDIENTS]
 
 
-@pytest.mark.parametrize("name", seldom("adam", "muon", "rescaled"))
+@pytest.mark.parametrize("name", seldom("adam", "rescaled"))
 def test_9_the_parameters_are_a_function_of_the_noisy_updates(
     copy: Copy, probed_run: Path, data: str, record: Record, gradient_points: list, name: str
 ) -> None:
@@ -80,7 +79,6 @@ def test_9_the_parameters_are_a_function_of_the_noisy_updates(
 
 SAID = {
     "adam": "Adam on the noisy gradients",
-    "muon": "Muon on the noisy gradients, momentum 0.95",
     "momentum": "SGD on the noisy gradients, momentum 0.9",
     "mixself": "2 and 2 mixtures of two of them (DP-MixSelf)",
     "rescaled": "sum and noise are then divided by C",
@@ -88,7 +86,7 @@ SAID = {
 
 
 # those after the noise are seldom: there the replay follows recorded releases
-@pytest.mark.parametrize("name", seldom("adam", "muon", "momentum", "rescaled"))
+@pytest.mark.parametrize("name", seldom("adam", "momentum", "rescaled"))
 def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str, name: str) -> None:
     """The card names it; the replay of the loop passes, and still sees a clip that was left out."""
     run = copy(probed_run)
