@@ -45,8 +45,6 @@ class FinetuneOptions:
     """'same': convolutions with stride 2 pad as De et al.'s do (below and right); None: 'symmetric'."""
     pooling: str | None = None
     """Grids that features are averaged over. None: '1+4'; '1' is the published global average."""
-    mixself: int | None = None
-    """Further views of each example, each a mixture of two of its own K views (DP-MixSelf)."""
     optimizer: str | None = None
     """What is done with noisy gradients: 'sgd' (None: so) or 'adam'."""
     momentum: float | None = None
@@ -79,11 +77,6 @@ def validate_options(values: Mapping[str, Any]) -> None:
     optimizer = values.get("optimizer", "sgd")
     if optimizer not in OPTIMIZERS:
         raise UsageError(f"[finetune] optimizer = {optimizer!r} is unknown", fix=nearest(optimizer, OPTIMIZERS))
-    mixed = values.get("mixself")
-    if mixed is not None and not 1 <= mixed <= 10**4:
-        raise UsageError(f"mixself = {mixed} is no number of views", fix="give 1 or more, or leave it out")
-    if mixed is not None and values.get("views", 1) < 2:
-        raise UsageError("--mixself mixes two of an example's views, and there is one", fix="give --views 2 or more")
     _validate_start(values)
 
 

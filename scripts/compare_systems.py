@@ -90,7 +90,6 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "scratch, K = 2": scratch("--views", "2"),
         "+ automatic clipping": scratch("--views", "2", "--clipping", "automatic"),
         "+ layer order 3": scratch("--views", "2", "--layer-order", "relu-norm-conv+norm-relu-skip"),
-        "+ 2 mixtures (DP-MixSelf)": scratch("--views", "2", "--mixself", "2"),
         "+ momentum 0.8": scratch("--views", "2", "--momentum", "0.8", "--lr", "0.4"),
         "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
     },

@@ -826,10 +826,8 @@ STAGES = (
          "        most = float('inf')",
          "test_ranks.py::test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused"),
     _row("views drawn along the batch",
-         "        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views + settings.mixtures)",
-         "        draws = keyed_uniforms(\n"
-         "            torch.arange(len(batch.members)), step, settings.seed, settings.views + settings.mixtures\n"
-         "        )",
+         "        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)",
+         "        draws = keyed_uniforms(torch.arange(len(batch.members)), step, settings.seed, settings.views)",
          "test_finetune.py::test_views_of_an_example_do_not_depend_on_the_batch"),
     _row("gradients masked after the clip",
          "        if masks:\n            gradients = _masked(gradients, masks)",

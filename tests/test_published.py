@@ -97,8 +97,6 @@ def test_what_is_recorded_stands_by_itself():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"mixself": 2}, "give --views 2 or more"),
-        ({"mixself": 0, "views": 2}, "mixself = 0"),
         ({"momentum": 1.0}, "momentum = 1.0"),
         ({"source": "init"}, "--from init needs a file"),
         ({"source": "scratch", "init": "f"}, "--from scratch does not use them"),

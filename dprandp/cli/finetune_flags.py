@@ -52,11 +52,6 @@ Pooling = Annotated[
     typer.Option(help="Grids that its features are averaged over: 1, 4 or 1+4. Default: 1+4, or 1 (nf-resnet-50).",
                  rich_help_panel=TRAINING, metavar="GRIDS"),
 ]  # fmt: skip
-Mixself = Annotated[
-    int | None,
-    typer.Option(help="Further views, each a mixture of two of an example's own K views (DP-MixSelf). Default: 0.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
 Optimizer = Annotated[
     str | None,
     typer.Option(help="What is done with noisy gradients: sgd or adam. Default: sgd.", rich_help_panel=TRAINING,

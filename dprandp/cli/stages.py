@@ -201,7 +201,6 @@ def finetune(
     batch_size: flags.FinetuneBatchSize = None,
     lr: flags.FinetuneLr = None,
     views: flags.FinetuneViews = None,
-    mixself: own.Mixself = None,
     optimizer: own.Optimizer = None,
     momentum: own.Momentum = None,
     ema: own.Ema = None,
@@ -238,8 +237,8 @@ def finetune(
         "unit_column": unit_column, "noise": noise, "clipping": clipping, "precision": precision,
         "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
         "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
-        "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,
-        "optimizer": optimizer, "momentum": momentum, "ema": ema,
+        "layer_order": layer_order, "padding": padding, "pooling": pooling, "optimizer": optimizer,
+        "momentum": momentum, "ema": ema,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source in WITHOUT_PHASE_ONE) as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)

@@ -77,14 +77,6 @@ def clip_in_words(result: Facts) -> str:
     return "is clipped to L2 norm C"
 
 
-def views_in_words(result: Facts) -> str:
-    """K, and what else is averaged before the clip."""
-    mixed = result.get("mixtures", 0)
-    if mixed:
-        return f"{result['views']} and {mixed} mixtures of two of them (DP-MixSelf), gradients averaged before the clip"
-    return f"{result['views']}, their gradients averaged before the clip"
-
-
 def update_in_words(result: Facts) -> str:
     """What becomes of a noisy sum: none of it costs privacy."""
     done = result.get("optimizer") or result.get("optimiser")  # as earlier versions spelt it; the first had but one

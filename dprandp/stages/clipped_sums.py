@@ -23,7 +23,6 @@ from dprandp.ranks import Ranks
 from dprandp.stages import masks as masking
 from dprandp.stages.frozen_blocks import FrozenPrefix
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.mixself import with_mixtures
 from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.views import keyed_uniforms, private_views
@@ -65,7 +64,6 @@ class SumSettings:
         automatic: automatic clipping, see ``privacy.clipping``.
         precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
         microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
-        mixtures: further views, mixed of two of an example's own (``vision.mixself``).
         frozen_first: units of the extractor before the first that is trained (``frozen_blocks``).
     """
 
@@ -77,7 +75,6 @@ class SumSettings:
     automatic: bool = False
     precise: bool = False
     microbatch: int | None = None
-    mixtures: int = 0
     frozen_first: int = 0
 
 
@@ -121,8 +118,7 @@ class ClippedSums:
         model.requires_grad_(False)
         self._prefix = None
         if settings.frozen_first:
-            never_changes = settings.views == 1 and not settings.mixtures
-            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=never_changes)
+            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=settings.views == 1)
         self._gradients = gradient_source(
             model, settings.scale, self.device, settings.microbatch, settings.frozen_first
         )
@@ -150,11 +146,8 @@ class ClippedSums:
             ``clip_norm`` in L2, over all parameters jointly. A record's views depend on (seed, step, position) alone.
         """
         settings = self.settings
-        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views + settings.mixtures)
-        own, mixed = draws.split([settings.views, settings.mixtures], dim=1)
-        views = private_views(batch.images.to(self.device), settings.views, own, flip=settings.flip)
-        if settings.mixtures:
-            views = with_mixtures(views, mixed)
+        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)
+        views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
         if self._prefix is not None:
             views = self._prefix.outputs(views, batch.members)
         labels = batch.labels.to(self.device)

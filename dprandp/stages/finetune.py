@@ -245,7 +245,6 @@ def _train(
         automatic=config.clipping == "automatic",
         precise=stage.plan.noise == "discrete",
         microbatch=stage.context.microbatch,
-        mixtures=config.mixself or 0,
         frozen_first=0 if blocks is None else blocks.first,
     )
     sums, ranks = ClippedSums(model, settings), stage.context.ranks

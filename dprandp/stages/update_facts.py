@@ -27,8 +27,8 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         trained_weights: which weights were trained, in words.
 
     Returns:
-        momentum, clipping, trained_weights, optimizer, mixtures; recipe, where one was used; for public weights
-        init_sha256 and init_source.
+        momentum, clipping, trained_weights, optimizer; recipe, where one was used; for public weights init_sha256 and
+        init_source.
     """
     settings = settings_of(config)
     facts = {
@@ -36,7 +36,6 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         "clipping": config.clipping,
         "trained_weights": trained_weights,
         "optimizer": settings.in_words(),
-        "mixtures": config.mixself or 0,
     }
     if config.recipe is not None:
         facts["recipe"] = note(config.recipe, config.arch, config.source, config.epsilon)

@@ -149,7 +149,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "finetune.InitSource": lambda: unset("finetune", "init_source", "none, needed with --init"),
     "finetune.LayerOrder": lambda: network("layer_order"),
     "finetune.Padding": lambda: network("padding"),
-    "finetune.Mixself": lambda: unset("finetune", "mixself", "0"),
     "finetune.Optimizer": lambda: unset("finetune", "optimizer", "sgd"),
     "finetune.Momentum": momenta,
     "finetune.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
@@ -204,7 +203,7 @@ def test_the_default_process_is_named_as_such() -> None:
 
 
 def test_settings_that_are_off_are_off() -> None:
-    """What 'unset' stands for above: no mixture, and plain sgd."""
+    """What 'unset' stands for above: every weight is trained, and by plain sgd."""
     config = FinetuneConfig()
-    assert (config.mixself or 0, config.optimizer or "sgd") == (0, "sgd")
+    assert (config.optimizer or "sgd") == "sgd"
     assert rule_of(config) is None

@@ -115,7 +115,7 @@ def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "views and mixtures": {"views": 2, "mixself": 1},
+    "views": {"views": 2},
     "discrete noise": {"noise": "discrete", "clipping": "automatic"},
     "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
     "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},

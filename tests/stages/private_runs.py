@@ -78,8 +78,7 @@ KINDS: dict[str, Kind] = {
     "fine-tune of chosen weights": Kind(run_finetune, "wide_run", SHORT | {
         "select": "magnitude", "keep": 0.5, "every": 1, "momentum": 0.9}, before=run_probe, logs=TUNED),
     "from scratch": Kind(run_scratch, None, {"steps": 2}, logs=TUNED),
-    "from scratch, of views": Kind(run_scratch, None, {"steps": 2, "views": 2, "mixself": 1, "clipping": "automatic"},
-                                   logs=TUNED),
+    "from scratch, of views": Kind(run_scratch, None, {"steps": 2, "views": 2, "clipping": "automatic"}, logs=TUNED),
     "continue": Kind(run_continue, "vit_run", {"steps": 6, "switch": "3"}, logs=CONTINUED),
     "continue by a rule": Kind(run_continue, "vit_run", {"steps": 6, "check_every": 1, "switch": "plateau"},
                                logs=CONTINUED),
