@@ -5,7 +5,6 @@ Everything is public and None by default: not used. ``config.FinetuneConfig`` in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ OPTION_CHOICES = {
     ),
 }  # fmt: skip
 
-OPTIMIZERS = ("sgd", "adam", "muon")
+OPTIMIZERS = ("sgd", "adam")
 """See ``stages/private_optimizers.py``. Not those of public training, which is asked for by the same name."""
 
 WITHOUT_PHASE_ONE = ("scratch", "init")
@@ -46,20 +45,10 @@ class FinetuneOptions:
     """'same': convolutions with stride 2 pad as De et al.'s do (below and right); None: 'symmetric'."""
     pooling: str | None = None
     """Grids that features are averaged over. None: '1+4'; '1' is the published global average."""
-    mixself: int | None = None
-    """Further views of each example, each a mixture of two of its own K views (DP-MixSelf)."""
     optimizer: str | None = None
-    """What is done with noisy gradients: 'sgd' (None: so), 'adam' or 'muon'."""
+    """What is done with noisy gradients: 'sgd' (None: so) or 'adam'."""
     momentum: float | None = None
-    """None: 0 for sgd, 0.9 for adam, 0.95 for muon."""
-    low_pass: float | None = None
-    """Coefficient of a low-pass filter on the noisy gradients (DOPPLER)."""
-    sharpness: float | None = None
-    """ρ of DP-SAT: gradients are taken this far along the previous noisy gradient."""
-    kalman: float | None = None
-    """κ of DiSK: weight of a new noisy gradient in the filter, in (0, 1)."""
-    kalman_reach: float | None = None
-    """γ of DiSK: how far ahead, in previous moves, the second gradient is taken. None: 0.5."""
+    """None: 0 for sgd, 0.9 for adam."""
     freeze: str | None = None
     """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``stages/masks.py``); with
     scope = 'block' also 'last'."""
@@ -88,40 +77,7 @@ def validate_options(values: Mapping[str, Any]) -> None:
     optimizer = values.get("optimizer", "sgd")
     if optimizer not in OPTIMIZERS:
         raise UsageError(f"[finetune] optimizer = {optimizer!r} is unknown", fix=nearest(optimizer, OPTIMIZERS))
-    if not 0 <= values.get("low_pass", 0) < 1:
-        raise UsageError(f"low_pass = {values['low_pass']!r} lies outside [0, 1)", fix="choose one, such as 0.9")
-    if not 0 < values.get("kalman", 0.5) < 1:
-        raise UsageError(f"kalman = {values['kalman']!r} lies outside (0, 1)", fix="give the published 0.7, say")
-    for key in ("sharpness", "kalman_reach"):
-        value = values.get(key)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
-    mixed = values.get("mixself")
-    if mixed is not None and not 1 <= mixed <= 10**4:
-        raise UsageError(f"mixself = {mixed} is no number of views", fix="give 1 or more, or leave it out")
-    if mixed is not None and values.get("views", 1) < 2:
-        raise UsageError("--mixself mixes two of an example's views, and there is one", fix="give --views 2 or more")
-    _refuse_contradictions(values)
     _validate_start(values)
-
-
-def _refuse_contradictions(values: Mapping[str, Any]) -> None:
-    given = values.keys()
-    for one, other, why in (
-        ("sharpness", "kalman", "both move the point where gradients are taken"),
-        ("low_pass", "kalman", "both filter the noisy gradients, and DiSK's filter is matched to its second gradient"),
-    ):
-        if {one, other} <= given:
-            flags = f"--{one.replace('_', '-')} and --{other}"
-            raise UsageError(f"{flags} exclude each other: {why}", fix="give one of them")
-    if "kalman_reach" in given and "kalman" not in given:
-        raise UsageError("kalman_reach belongs to --kalman, which was not given", fix="give --kalman, or drop it")
-    masked = {"freeze", "select"} & given and values.get("scope") != "block"
-    if values.get("optimizer") == "muon" and masked:
-        raise UsageError(
-            "--optimizer muon orthogonalises whole matrices, and --freeze or --select trains single weights of them",
-            fix="give --scope block, which trains whole blocks, or another optimizer",
-        )
 
 
 def _validate_start(values: Mapping[str, Any]) -> None:

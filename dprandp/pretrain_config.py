@@ -17,7 +17,7 @@ OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
 PRECISIONS = ("auto", "float32", "bfloat16")
 """See ``vision/precision.py``."""
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
+OPTIMIZERS = ("sgd", "adamw")
 """See ``vision/public_optimizers.py``."""
 
 COLOURS = ("rgb", "grey", "both")
@@ -160,9 +160,9 @@ def check(config: PretrainConfig) -> None:
 
 
 def lr_of(config: PretrainConfig) -> float:
-    """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for the others."""
+    """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for adamw."""
     if config.lr is not None:
         return config.lr
-    if config.optimizer != "sgd":
+    if config.optimizer == "adamw":
         return 1e-3
     return 0.12 if config.size == "paper" else 0.03

@@ -30,13 +30,12 @@ _MAY_BE_MISSING = {
 }  # fmt: skip
 _COUNTS = {
     "count", "resolution", "steps", "attempt", "charged_steps", "lost_steps", "views", "train_examples",
-    "test_examples", "parameters", "feature_dim", "prior_images", "fresh_images", "mixtures",
+    "test_examples", "parameters", "feature_dim", "prior_images", "fresh_images",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "gradient_point", "recipe",
-    "init_sha256", "init_source", "public_part", "trained_weights", "objective", "extractor_colour", "noise",
-    "precision",
+    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "recipe", "init_sha256",
+    "init_source", "public_part", "trained_weights", "objective", "extractor_colour", "noise", "precision",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}

@@ -47,20 +47,18 @@ OBJECTIVES: dict[str, dict] = {
     "random weights": {"random_init": True},
     "align-uniformity, sgd": {},
     "align-uniformity, adamw": {"optimizer": "adamw"},
-    "align-uniformity, muon": {"optimizer": "muon"},
     "align-uniformity, adamw, growing": {"optimizer": "adamw", "grow": True},
     "align-uniformity, adamw, fly": {"optimizer": "adamw", "images": "fly"},
     "vicreg, adamw": {"objective": "vicreg", "optimizer": "adamw"},
     "instances, adamw": {"objective": "instances", "optimizer": "adamw"},
     "patches, adamw": {"objective": "patches", "optimizer": "adamw"},
-    "patches, muon": {"objective": "patches", "optimizer": "muon"},
     "patches, adamw, growing": {"objective": "patches", "optimizer": "adamw", "grow": True},
     "patches, adamw, fly": {"objective": "patches", "optimizer": "adamw", "images": "fly"},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
 DEFAULT = ["random weights", "align-uniformity, sgd", "align-uniformity, adamw", "vicreg, adamw", "instances, adamw",
-           "patches, adamw", "patches, muon"]  # fmt: skip
+           "patches, adamw"]  # fmt: skip
 PLAIN = "last stage, not whitened"
 FEATURES = (PLAIN, "last stage", "all, whitened apart", "all, whitened together")
 

@@ -90,13 +90,8 @@ GROUPS: dict[str, dict[str, list[list[str]]]] = {
         "scratch, K = 2": scratch("--views", "2"),
         "+ automatic clipping": scratch("--views", "2", "--clipping", "automatic"),
         "+ layer order 3": scratch("--views", "2", "--layer-order", "relu-norm-conv+norm-relu-skip"),
-        "+ 2 mixtures (DP-MixSelf)": scratch("--views", "2", "--mixself", "2"),
         "+ momentum 0.8": scratch("--views", "2", "--momentum", "0.8", "--lr", "0.4"),
-        "+ low-pass 0.8 (DOPPLER)": scratch("--views", "2", "--low-pass", "0.8"),
         "+ Adam": scratch("--views", "2", "--optimizer", "adam", "--lr", "0.01"),
-        "+ Muon": scratch("--views", "2", "--optimizer", "muon", "--lr", "0.05"),
-        "+ DP-SAT 0.1": scratch("--views", "2", "--sharpness", "0.1"),
-        "+ DiSK 0.7": scratch("--views", "2", "--kalman", "0.7"),
     },
     "continual": {
         "continual, from scratch": [[*CONTINUE, "--mix", "private", "--share", "1"]],

@@ -825,10 +825,8 @@ STAGES = (
          "        most = float('inf')",
          "test_ranks.py::test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused"),
     _row("views drawn along the batch",
-         "        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views + settings.mixtures)",
-         "        draws = keyed_uniforms(\n"
-         "            torch.arange(len(batch.members)), step, settings.seed, settings.views + settings.mixtures\n"
-         "        )",
+         "        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)",
+         "        draws = keyed_uniforms(torch.arange(len(batch.members)), step, settings.seed, settings.views)",
          "test_finetune.py::test_views_of_an_example_do_not_depend_on_the_batch"),
     _row("gradients masked after the clip",
          "        if masks:\n            gradients = _masked(gradients, masks)",
@@ -976,17 +974,14 @@ FURTHER = (
          "        # before the plan",
          "test_private_stages.py::test_12_other_data_are_refused"),
     _row("the optimiser is given the sum without noise",
-         "            optimizer.step(parameters, lookahead.filtered(update), lr, masks)",
-         "            optimizer.step(parameters, lookahead.filtered(\n"
-         "                {n: v.float() / stage.plan.expected_batch for n, v in clipped.items()}\n"
-         "            ), lr, masks)",
+         "            optimizer.step(parameters, update, lr, masks)",
+         "            update = {n: v.float() / stage.plan.expected_batch for n, v in clipped.items()}\n"
+         "            optimizer.step(parameters, update, lr, masks)",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of a wrn]"),
-    _row("the direction of the ascent without noise",
-         "            optimizer.step(parameters, lookahead.filtered(update), lr, masks)",
-         "            optimizer.step(parameters, lookahead.filtered(update), lr, masks)\n"
-         "            for name, value in lookahead.state.items():\n"
-         "                if name.startswith('ascent.'):\n"
-         "                    value.copy_(clipped[name.removeprefix('ascent.')])",
+    _row("gradients are taken at a point that the batch moves",
+         "            parameters = {name: state[f\"parameters.{name}\"] for name in trained}\n",
+         "            moved = 1 + 1e-6 * len(step.indices)\n"
+         "            parameters = {name: moved * state[f\"parameters.{name}\"] for name in trained}\n",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of chosen weights]"),
     _row("weights are chosen by the gradient without noise",
          "            masking.apply(masks, update)\n            if config.clipping",

@@ -52,36 +52,15 @@ Pooling = Annotated[
     typer.Option(help="Grids that its features are averaged over: 1, 4 or 1+4. Default: 1+4, or 1 (nf-resnet-50).",
                  rich_help_panel=TRAINING, metavar="GRIDS"),
 ]  # fmt: skip
-Mixself = Annotated[
-    int | None,
-    typer.Option(help="Further views, each a mixture of two of an example's own K views (DP-MixSelf). Default: 0.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
 Optimizer = Annotated[
     str | None,
-    typer.Option(help="What is done with noisy gradients: sgd, adam or muon. Default: sgd.", rich_help_panel=TRAINING,
-                 metavar="sgd|adam|muon"),
+    typer.Option(help="What is done with noisy gradients: sgd or adam. Default: sgd.", rich_help_panel=TRAINING,
+                 metavar="sgd|adam"),
 ]  # fmt: skip
 Momentum = Annotated[
     float | None,
-    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam), 0.95 (muon).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-LowPass = Annotated[
-    float | None,
-    typer.Option(help="Coefficient in [0, 1) of a low-pass filter on noisy gradients (DOPPLER). Default: no filter.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Sharpness = Annotated[
-    float | None,
-    typer.Option(help="DP-SAT: take gradients this far (L2) along the previous noisy gradient. Default: 0.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Kalman = Annotated[
-    float | None,
-    typer.Option(help="DiSK: gain in (0, 1) of a Kalman filter on noisy gradients, such as 0.7; two gradients per "
-                 "example, and noise for one. Default: no filter.", rich_help_panel=TRAINING),
-]  # fmt: skip
+    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam).", rich_help_panel=TRAINING),
+]
 Ema = Annotated[
     float | None,
     typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "

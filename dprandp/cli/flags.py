@@ -251,7 +251,7 @@ PretrainBatchSize = Annotated[
 ]  # fmt: skip
 PretrainLr = Annotated[
     float | None,
-    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper); 0.001 for adamw and muon.",
+    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper); 0.001 for adamw.",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
 Objective = Annotated[
@@ -262,7 +262,7 @@ Objective = Annotated[
 ]  # fmt: skip
 Optimizer = Annotated[
     str | None,
-    typer.Option(help="Of a wrn: sgd, adamw or muon. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
+    typer.Option(help="Of a wrn: sgd or adamw. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
 ]
 FeatureStages = Annotated[
     str | None,

@@ -200,13 +200,9 @@ def finetune(
     batch_size: flags.FinetuneBatchSize = None,
     lr: flags.FinetuneLr = None,
     views: flags.FinetuneViews = None,
-    mixself: own.Mixself = None,
     optimizer: own.Optimizer = None,
     momentum: own.Momentum = None,
-    low_pass: own.LowPass = None,
     ema: own.Ema = None,
-    sharpness: own.Sharpness = None,
-    kalman: own.Kalman = None,
     freeze: flags.Freeze = None,
     select: flags.Select = None,
     keep: flags.Keep = None,
@@ -240,9 +236,8 @@ def finetune(
         "unit_column": unit_column, "noise": noise, "clipping": clipping, "precision": precision,
         "freeze": freeze, "select": select, "keep": keep, "prune": prune, "every": every, "scope": scope,
         "recipe": recipe, "init": None if init is None else str(init), "init_source": init_source,
-        "layer_order": layer_order, "padding": padding, "pooling": pooling, "mixself": mixself,
-        "optimizer": optimizer, "momentum": momentum, "low_pass": low_pass, "sharpness": sharpness, "kalman": kalman,
-        "ema": ema,
+        "layer_order": layer_order, "padding": padding, "pooling": pooling, "optimizer": optimizer,
+        "momentum": momentum, "ema": ema,
     }  # fmt: skip
     with (session.looked_at if plan else session.opened)(run, create=source in WITHOUT_PHASE_ONE) as rundir:
         stage = session.resolve(rundir, "finetune", size, config, given)

@@ -27,7 +27,6 @@ from dprandp.reporting.wording import (
     several_images,
     units_and_images,
     update_in_words,
-    views_in_words,
 )
 from dprandp.runresults import ONE_IMAGE
 
@@ -139,7 +138,7 @@ def disclosure(
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
-        ("K (views per example)", views_in_words(result)),
+        ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
         ("Update", update_in_words(result)),
         ("Trained weights", result.get("trained_weights", "the head alone" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),

@@ -77,20 +77,11 @@ def clip_in_words(result: Facts) -> str:
     return "is clipped to L2 norm C"
 
 
-def views_in_words(result: Facts) -> str:
-    """K, and what else is averaged before the clip."""
-    mixed = result.get("mixtures", 0)
-    if mixed:
-        return f"{result['views']} and {mixed} mixtures of two of them (DP-MixSelf), gradients averaged before the clip"
-    return f"{result['views']}, their gradients averaged before the clip"
-
-
 def update_in_words(result: Facts) -> str:
-    """What becomes of a noisy sum, and at which point gradients are taken: none of it costs privacy."""
+    """What becomes of a noisy sum: none of it costs privacy."""
     done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
-    where = result.get("gradient_point", "at the parameters")
     recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
-    return f"{done}; gradients are taken {where}{recipe}"
+    return f"{done}{recipe}"
 
 
 def public_weights(result: Facts) -> str | None:

@@ -22,9 +22,7 @@ from dprandp.privacy.unit_clipping import unit_means
 from dprandp.ranks import Ranks
 from dprandp.stages import masks as masking
 from dprandp.stages.frozen_blocks import FrozenPrefix
-from dprandp.stages.lookahead import Ahead
 from dprandp.vision.classifier import Classifier
-from dprandp.vision.mixself import with_mixtures
 from dprandp.vision.patchnet_gradients import patch_layers
 from dprandp.vision.patchnet_gradients import per_example_gradients as patchnet_gradients
 from dprandp.vision.views import keyed_uniforms, private_views
@@ -40,14 +38,11 @@ DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
 """Most views, and records, of a network without a gradient of its own that an accelerator takes together: a patchnet of
 6,400 filters has some 25 GB of responses to 256 views."""
 
-COMBINED_RECORDS = 4
-"""Records whose gradients at a first point wait for those at a second."""
-
 SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
 """Tasks of the other ranks."""
 
-MASK, AHEAD = "mask:", "ahead:"
-"""Before the names of the masks, and of the parameters of a second point, that go with the parameters."""
+MASK = "mask:"
+"""Before the names of the masks that go with the parameters."""
 
 EXTRACTOR = "extractor."
 """Before the names of the parameters that are scaled."""
@@ -69,7 +64,6 @@ class SumSettings:
         automatic: automatic clipping, see ``privacy.clipping``.
         precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
         microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
-        mixtures: further views, mixed of two of an example's own (``vision.mixself``).
         frozen_first: units of the extractor before the first that is trained (``frozen_blocks``).
     """
 
@@ -81,7 +75,6 @@ class SumSettings:
     automatic: bool = False
     precise: bool = False
     microbatch: int | None = None
-    mixtures: int = 0
     frozen_first: int = 0
 
 
@@ -125,8 +118,7 @@ class ClippedSums:
         model.requires_grad_(False)
         self._prefix = None
         if settings.frozen_first:
-            never_changes = settings.views == 1 and not settings.mixtures
-            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=never_changes)
+            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=settings.views == 1)
         self._gradients = gradient_source(
             model, settings.scale, self.device, settings.microbatch, settings.frozen_first
         )
@@ -137,7 +129,6 @@ class ClippedSums:
         step: int,
         batch: Batch,
         masks: masking.Masks | None = None,
-        ahead: Ahead | None = None,
     ) -> dict[str, Tensor]:
         """The sum over one batch, or over one rank's share of it.
 
@@ -146,8 +137,6 @@ class ClippedSums:
             step: number of the step, by which views are drawn.
             batch: its records; may be empty.
             masks: gradients are cut down to the chosen weights before they are clipped.
-            ahead: a second point; a record's gradient is then (1 − a) of that at ``parameters`` and a of that at the
-                second one, combined before the clip.
 
         Returns:
             name -> float64, shaped like the parameter; zeros for an empty batch, and where nothing was chosen.
@@ -157,18 +146,12 @@ class ClippedSums:
             ``clip_norm`` in L2, over all parameters jointly. A record's views depend on (seed, step, position) alone.
         """
         settings = self.settings
-        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views + settings.mixtures)
-        own, mixed = draws.split([settings.views, settings.mixtures], dim=1)
-        views = private_views(batch.images.to(self.device), settings.views, own, flip=settings.flip)
-        if settings.mixtures:
-            views = with_mixtures(views, mixed)
+        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)
+        views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
         if self._prefix is not None:
             views = self._prefix.outputs(views, batch.members)
         labels = batch.labels.to(self.device)
-        if ahead is None:
-            gradients = self._gradients(parameters, views, labels)
-        else:
-            gradients = self._combined(parameters, ahead, views, labels)
+        gradients = self._gradients(parameters, views, labels)
         if masks:
             gradients = _masked(gradients, masks)
         if batch.sizes is not None:
@@ -177,21 +160,6 @@ class ClippedSums:
             gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
         return sum_of_clipped(gradients, parameters, settings.clip_norm, automatic=settings.automatic)
 
-    def _combined(
-        self, parameters: Mapping[str, Tensor], ahead: Ahead, views: Tensor, labels: Tensor
-    ) -> Iterator[dict[str, Tensor]]:
-        """Each record's two gradients as one. Record by record of a block: a source may keep its point in the model."""
-        block = self.settings.microbatch or COMBINED_RECORDS
-        for start in range(0, len(views), block):
-            part = slice(start, start + block)
-            here = [  # copies: a source may overwrite what it gave
-                {name: value.clone() for name, value in each.items()}
-                for each in self._gradients(parameters, views[part], labels[part])
-            ]
-            there = self._gradients(ahead.parameters, views[part], labels[part])
-            for one, other in zip(here, there, strict=True):
-                yield {name: torch.lerp(one[name], other[name], ahead.weight) for name in one}
-
     def over_ranks(
         self,
         ranks: Ranks,
@@ -199,13 +167,12 @@ class ClippedSums:
         step: int,
         shares: Sequence[Batch],
         masks: masking.Masks | None = None,
-        ahead: Ahead | None = None,
     ) -> dict[str, Tensor]:
         """The sum over a batch whose records are shared out; the ranks know model and settings already.
 
         Args:
             ranks: this process leads them; the first share is its own.
-            parameters, step, masks, ahead: as for ``of``.
+            parameters, step, masks: as for ``of``.
             shares: one for each rank. Every record of the batch is in exactly one of them; they may be empty.
 
         Returns:
@@ -223,12 +190,9 @@ class ClippedSums:
             RuntimeError: a rank sent something that is no sum of clipped gradients.
         """
         named = {f"{MASK}{name}": mask for name, mask in (masks or {}).items()}
-        if ahead is not None:
-            named |= {f"{AHEAD}{name}": value for name, value in ahead.parameters.items()}
-        facts = {"step": step, "weight": 0.0 if ahead is None else ahead.weight}
-        ranks.tell(PARAMETERS, facts, {**parameters, **named})
+        ranks.tell(PARAMETERS, {"step": step}, {**parameters, **named})
         ranks.ask(SHARE, [({}, share.tensors()) for share in shares[1:]])
-        total = self.of(parameters, step, shares[0], masks, ahead)
+        total = self.of(parameters, step, shares[0], masks)
         for share, answer in zip(shares[1:], ranks.answers(), strict=True):
             self._refuse_other_than_sums(answer, total, share.records)
             for name, value in total.items():

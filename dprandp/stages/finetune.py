@@ -39,7 +39,6 @@ from dprandp.stages.extraction import tell_model
 from dprandp.stages.features import private_features
 from dprandp.stages.frozen_blocks import FrozenBlocks, choose_blocks
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
-from dprandp.stages.lookahead import make_lookahead
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage
 from dprandp.stages.private_optimizers import make_optimizer
@@ -219,8 +218,8 @@ def _train(
     trained = {name: _scaled(name, value, scale) for name, value in start.items()}
     trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
     trained_weights = trained_weights if blocks is None else blocks.in_words()
-    optimizer, lookahead = make_optimizer(settings_of(config), trained), make_lookahead(config, trained)
-    state = {f"parameters.{name}": value for name, value in trained.items()} | optimizer.state | lookahead.state
+    optimizer = make_optimizer(settings_of(config), trained)
+    state = {f"parameters.{name}": value for name, value in trained.items()} | optimizer.state
     state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
     first_step, ledger_head = 0, None
@@ -232,8 +231,7 @@ def _train(
         check_tensors(saved.tensors, state, saved.path)
         state = {name: value.to(device) for name, value in saved.tensors.items()}
         optimizer.load_state(state)
-        lookahead.load_state(state)
-        state |= optimizer.state | lookahead.state  # what counts is theirs, and lies where they want it
+        state |= optimizer.state  # what counts is its own, and lies where it wants it
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
@@ -247,7 +245,6 @@ def _train(
         automatic=config.clipping == "automatic",
         precise=stage.plan.noise == "discrete",
         microbatch=stage.context.microbatch,
-        mixtures=config.mixself or 0,
         frozen_first=0 if blocks is None else blocks.first,
     )
     sums, ranks = ClippedSums(model, settings), stage.context.ranks
@@ -268,9 +265,8 @@ def _train(
                 state |= {f"mask.{name}": mask for name, mask in rule.choose(parameters, step.number).items()}
             masks = {name: state[f"mask.{name}"] for name in masks}
             shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
-            point, ahead = lookahead.points(parameters)
             try:
-                clipped = sums.over_ranks(ranks, point, step.number, shares, masks, ahead)
+                clipped = sums.over_ranks(ranks, parameters, step.number, shares, masks)
             except (RankError, RankLostError):
                 if step.number > first_step:  # the step is lost and stays paid; the updates before it need not be
                     save(step.number)
@@ -280,10 +276,7 @@ def _train(
             masking.apply(masks, update)
             if config.clipping == "rescaled":
                 update = {name: value / stage.plan.clip_norm for name, value in update.items()}
-            before = {name: value.clone() for name, value in parameters.items()} if lookahead.follows_moves else {}
-            optimizer.step(parameters, lookahead.filtered(update), lr, masks)
-            if lookahead.follows_moves:
-                lookahead.moved(before, parameters)
+            optimizer.step(parameters, update, lr, masks)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
             for name, value in parameters.items():
                 state[f"ema.{name}"].lerp_(value, 1 - decay)

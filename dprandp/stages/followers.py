@@ -16,7 +16,6 @@ from dprandp.errors import InputError
 from dprandp.ranks import Follower
 from dprandp.stages import clipped_sums, data_parallel, extraction, generate
 from dprandp.stages.context import prepare_device
-from dprandp.stages.lookahead import Ahead
 from dprandp.vision.classifier import Classifier
 
 Facts = dict[str, Any]
@@ -73,7 +72,6 @@ class _Work:
         self._sums: clipped_sums.ClippedSums
         self._parameters: Tensors
         self._masks: Tensors
-        self._ahead: Ahead | None
         self._step: int
 
     def render(self, facts: Facts, tensors: Tensors) -> Tensors:
@@ -93,17 +91,11 @@ class _Work:
     def take_parameters(self, facts: Facts, tensors: Tensors) -> None:
         device = self._model.head.device
         given = {name: value.to(device) for name, value in tensors.items()}
-        self._masks = _taken(given, clipped_sums.MASK)
-        ahead = _taken(given, clipped_sums.AHEAD)
-        self._ahead = Ahead(facts["weight"], ahead) if ahead else None
+        masks = [name for name in given if name.startswith(clipped_sums.MASK)]
+        self._masks = {name.removeprefix(clipped_sums.MASK): given.pop(name) for name in masks}
         self._parameters = given
         self._step = facts["step"]
 
     def share_of_sum(self, facts: Facts, tensors: Tensors) -> Tensors:
         batch = clipped_sums.Batch(**tensors)
-        return self._sums.of(self._parameters, self._step, batch, self._masks, self._ahead)
-
-
-def _taken(given: Tensors, prefix: str) -> Tensors:
-    """Take the tensors whose names begin with a prefix out of others; returned without it."""
-    return {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+        return self._sums.of(self._parameters, self._step, batch, self._masks)

@@ -1,4 +1,4 @@
-"""Optimisers of noisy gradients: SGD, Adam (AdamW where weights decay) and Muon, and a low-pass filter before them.
+"""Optimisers of noisy gradients: SGD, and Adam (AdamW where weights decay).
 
     optimizer = make_optimizer(OptimizerSettings("adam"), parameters)
     optimizer.step(parameters, noisy_gradients, lr)          # in place
@@ -23,29 +23,19 @@ from torch import Tensor
 from dprandp.errors import UsageError, nearest
 from dprandp.finetune_options import OPTIMIZERS
 
-DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
-"""De et al. 2022 for SGD; Kingma & Ba 2015; Jordan et al. 2024."""
-
-NEWTON_SCHULZ_STEPS = 5
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Jordan et al. 2024, "Muon": coefficients of an odd polynomial of degree 5 that takes (0, 1] to about (.7, 1.2)."""
-
-MUON_SCALE = 0.2
-"""Root mean square of an entry of Muon's update, about that of Adam's (Liu et al. 2025, arXiv 2502.16982): so that
-matrices and other parameters can share a learning rate."""
-
+DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
+"""De et al. 2022; Kingma & Ba 2015."""
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Public settings.
 
     Attributes:
-        kind: 'sgd', 'adam' or 'muon'.
-        momentum: β in [0, 1): of the velocity v ← βv + g (sgd, muon), or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
+        kind: 'sgd' or 'adam'.
+        momentum: β in [0, 1): of the velocity v ← βv + g, or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
         second_momentum: Adam's β₂ in [0, 1).
         stabiliser: Adam's addition to the root of the second moment, above 0.
         weight_decay: λ ≥ 0, decoupled from the gradient: θ ← θ − lr λ θ (Loshchilov & Hutter 2019).
-        low_pass: a in [0, 1) of the filter on the gradients, see ``LowPass``; None for no filter.
 
     Raises:
         UsageError: a value is outside its range, or does nothing.
@@ -56,12 +46,11 @@ class OptimizerSettings:
     second_momentum: float = 0.999
     stabiliser: float = 1e-8
     weight_decay: float = 0.0
-    low_pass: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in OPTIMIZERS:
             raise UsageError(f"the optimiser {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
-        for name in ("momentum", "second_momentum", "low_pass"):
+        for name in ("momentum", "second_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} = {value!r} lies outside [0, 1)", fix=f"choose a {name} in that range")
@@ -77,12 +66,10 @@ class OptimizerSettings:
 
     def in_words(self) -> str:
         """For the disclosure."""
-        name = {"sgd": "SGD", "adam": "AdamW" if self.weight_decay else "Adam", "muon": "Muon"}[self.kind]
+        name = {"sgd": "SGD", "adam": "AdamW" if self.weight_decay else "Adam"}[self.kind]
         words = f"{name} on the noisy gradients, momentum {self.beta:g}"
         if self.weight_decay:
             words += f", weight decay {self.weight_decay:g}"
-        if self.low_pass is not None:
-            words += f", after a low-pass filter ({self.low_pass:g})"
         return words
 
 
@@ -99,8 +86,7 @@ class Optimizer:
 
     def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
         self.settings = settings
-        self.filter = None if settings.low_pass is None else LowPass(settings.low_pass, parameters)
-        self.state: dict[str, Tensor] = {} if self.filter is None else dict(self.filter.state)
+        self.state: dict[str, Tensor] = {}
         for prefix in self._buffers(parameters):
             self.state |= {f"{prefix}.{name}": torch.zeros_like(value) for name, value in parameters.items()}
 
@@ -111,8 +97,6 @@ class Optimizer:
             KeyError: one is missing (check the checkpoint first).
         """
         self.state = {name: tensors[name].to(own.device) for name, own in self.state.items()}
-        if self.filter is not None:
-            self.filter.state = {name: self.state[name] for name in self.filter.state}
 
     @torch.no_grad()
     def step(
@@ -130,9 +114,8 @@ class Optimizer:
             lr: learning rate, above 0.
             masks: name -> bool tensor; where False the parameter stays as it is. Names left out are updated whole.
         """
-        gradients = noisy_gradients if self.filter is None else self.filter.of(noisy_gradients)
         self._begin()
-        for name, gradient in gradients.items():
+        for name, gradient in noisy_gradients.items():
             moved = self._update(name, gradient, parameters[name])
             if self.settings.weight_decay:
                 moved = moved + self.settings.weight_decay * parameters[name]
@@ -154,7 +137,7 @@ class Optimizer:
 
 
 class Sgd(Optimizer):
-    """v ← βv + g, θ ← θ − lr v: the momentum of DP-SGD as published, and a first-order low-pass filter by itself."""
+    """v ← βv + g, θ ← θ − lr v: the momentum of DP-SGD as published."""
 
     def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ("velocity",)
@@ -187,101 +170,13 @@ class Adam(Optimizer):
         self.state["adam-steps"] += 1
 
     def _update(self, name: str, gradient: Tensor, value: Tensor) -> Tensor:
-        return self._adam(name, gradient)
-
-    def _adam(self, name: str, gradient: Tensor) -> Tensor:
-        beta, second_beta, count = self._first_beta(), self.settings.second_momentum, int(self.state["adam-steps"])
+        beta, second_beta, count = self.settings.beta, self.settings.second_momentum, int(self.state["adam-steps"])
         first = self.state[f"first.{name}"].lerp_(gradient, 1 - beta)
         second = self.state[f"second.{name}"].lerp_(gradient.square(), 1 - second_beta)
         root = (second / (1 - second_beta**count)).sqrt_().add_(self.settings.stabiliser)
         return (first / (1 - beta**count)).div_(root)
 
-    def _first_beta(self) -> float:
-        return self.settings.beta
-
-
-class Muon(Adam):
-    """Matrices and filters of the extractor move along the nearest semi-orthogonal matrix to their momentum.
-
-    v ← βv + g; u = g + βv (Nesterov); θ ← θ − lr · .2 √max(rows, columns) · orthogonalised(u), where a filter bank
-    [o, i, h, w] is the matrix [o, i h w] (Jordan et al. 2024; the scale of Liu et al. 2025). Everything else (the head,
-    norms, gains, biases) is left to Adam with its usual momentum, as there.
-    """
-
-    def _first_beta(self) -> float:
-        return DEFAULT_MOMENTUM["adam"]
-
-    def _update(self, name: str, gradient: Tensor, value: Tensor) -> Tensor:
-        if not is_matrix(name, value):
-            return self._adam(name, gradient)
-        beta = self.settings.beta
-        velocity = self.state[f"first.{name}"].mul_(beta).add_(gradient)  # Adam's tensor: a matrix has no first moment
-        flat = torch.add(gradient, velocity, alpha=beta).flatten(1)
-        return orthogonalised(flat).mul_(MUON_SCALE * math.sqrt(max(flat.shape))).view_as(value)
-
-
-def is_matrix(name: str, value: Tensor) -> bool:
-    """Whether Muon takes a parameter as a matrix: those of the extractor with two dimensions or more."""
-    return name.startswith("extractor.") and value.ndim >= 2
-
 
 def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> Optimizer:
     """An optimiser at its first step; arguments as for ``Optimizer``."""
-    return {"sgd": Sgd, "adam": Adam, "muon": Muon}[settings.kind](settings, parameters)
-
-
-def orthogonalised(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
-    """About U Vᵀ of a matrix U S Vᵀ: its singular values become about 1, by the Newton-Schulz iteration.
-
-    Args:
-        matrix: float32 [m, n]; zeros stay zeros.
-        steps: of the iteration.
-
-    Returns:
-        float32 [m, n], a new tensor; singular values that were not below a hundredth of the norm lie in about .7 … 1.2.
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / x.norm().clamp_min(1e-30)
-    for _ in range(steps):
-        gram = x @ x.T  # the smaller of the two
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).contiguous()
-
-
-class LowPass:
-    """m_t = a m_{t−1} + ½ (1 − a) (g_t + g_{t−1}): keeps slow changes of the gradient, not the white noise on it.
-
-    A filter of first order with a zero at the highest frequency, where momentum (``Sgd``) has none (Zhang et al. 2024,
-    "DOPPLER", arXiv 2408.13460). Its gain for a constant gradient is 1 and its first outputs are divided by the gain
-    that they have had, so that it does not start from zero.
-
-    Args:
-        a: in [0, 1); the noise's variance is multiplied by (1 − a)/2.
-        parameters: name -> tensor, for the shapes.
-
-    Attributes:
-        state: name -> tensor, changed in place: ``filtered.*``, ``previous.*`` and ``filter-gain``.
-    """
-
-    def __init__(self, a: float, parameters: Mapping[str, Tensor]) -> None:
-        self.a = a
-        self.state = {f"filtered.{name}": torch.zeros_like(value) for name, value in parameters.items()}
-        self.state |= {f"previous.{name}": torch.zeros_like(value) for name, value in parameters.items()}
-        self.state["filter-gain"] = torch.zeros(2, dtype=torch.float64)  # of the output, and of the previous input
-
-    @torch.no_grad()
-    def of(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The filtered gradients, new tensors; arguments are noisy gradients of one step."""
-        half = (1 - self.a) / 2
-        gain = self.state["filter-gain"]
-        gain[0] = self.a * gain[0] + half * (1 + gain[1])
-        gain[1] = 1
-        out = {}
-        for name, gradient in gradients.items():
-            filtered, previous = self.state[f"filtered.{name}"], self.state[f"previous.{name}"]
-            filtered.mul_(self.a).add_(gradient, alpha=half).add_(previous, alpha=half)
-            previous.copy_(gradient)
-            out[name] = filtered / float(gain[0])
-        return out
+    return {"sgd": Sgd, "adam": Adam}[settings.kind](settings, parameters)

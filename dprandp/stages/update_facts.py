@@ -6,7 +6,6 @@ from typing import Any
 
 from dprandp.config import FinetuneConfig
 from dprandp.published import note
-from dprandp.stages.lookahead import make_lookahead
 from dprandp.stages.private_optimizers import OptimizerSettings
 from dprandp.stages.scratch import init_hash
 
@@ -17,7 +16,7 @@ def settings_of(config: FinetuneConfig) -> OptimizerSettings:
     Raises:
         UsageError: values out of range.
     """
-    return OptimizerSettings(config.optimizer or "sgd", config.momentum, low_pass=config.low_pass)
+    return OptimizerSettings(config.optimizer or "sgd", config.momentum)
 
 
 def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]:
@@ -28,8 +27,8 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         trained_weights: which weights were trained, in words.
 
     Returns:
-        momentum, clipping, trained_weights, optimizer, gradient_point, mixtures; recipe, where one was used; for public
-        weights init_sha256 and init_source.
+        momentum, clipping, trained_weights, optimizer; recipe, where one was used; for public weights init_sha256 and
+        init_source.
     """
     settings = settings_of(config)
     facts = {
@@ -37,8 +36,6 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
         "clipping": config.clipping,
         "trained_weights": trained_weights,
         "optimizer": settings.in_words(),
-        "gradient_point": make_lookahead(config, {}).in_words(),
-        "mixtures": config.mixself or 0,
     }
     if config.recipe is not None:
         facts["recipe"] = note(config.recipe, config.arch, config.source, config.epsilon)

@@ -14,7 +14,6 @@ from dprandp.datasets import KNOWN
 from dprandp.pretrain_config import lr_of
 from dprandp.sizes import SIZES
 from dprandp.stages.budget import default_delta
-from dprandp.stages.lookahead import make_lookahead
 from dprandp.stages.masks import rule_of
 from dprandp.stages.private_optimizers import OptimizerSettings
 from dprandp.stages.private_plan import DEFAULT_SHARE
@@ -52,10 +51,9 @@ def paper(setting: str) -> str:
 
 def pretrain_lr() -> str:
     sgd = [lr_of(build("pretrain", {"size": size})) for size in SIZES]
-    pairs = [(name, size) for name in ("adamw", "muon") for size in SIZES]
-    others = {lr_of(build("pretrain", {"optimizer": name, "size": size})) for name, size in pairs}
-    assert (sgd[0], len(others)) == (sgd[1], 1)
-    return f"{sgd[0]:g}, or {sgd[2]:g} (paper); {others.pop():g} for adamw and muon"
+    adamw = {lr_of(build("pretrain", {"optimizer": "adamw", "size": size})) for size in SIZES}
+    assert (sgd[0], len(adamw)) == (sgd[1], 1)
+    return f"{sgd[0]:g}, or {sgd[2]:g} (paper); {adamw.pop():g} for adamw"
 
 
 def delta() -> str:
@@ -86,7 +84,7 @@ def masked(**given: Any) -> Any:
 
 
 def momenta() -> str:
-    return ", ".join(f"{OptimizerSettings(name).beta:g} ({name})" for name in ("sgd", "adam", "muon"))
+    return ", ".join(f"{OptimizerSettings(name).beta:g} ({name})" for name in ("sgd", "adam"))
 
 
 def network(setting: str) -> str:
@@ -150,12 +148,8 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "finetune.InitSource": lambda: unset("finetune", "init_source", "none, needed with --init"),
     "finetune.LayerOrder": lambda: network("layer_order"),
     "finetune.Padding": lambda: network("padding"),
-    "finetune.Mixself": lambda: unset("finetune", "mixself", "0"),
     "finetune.Optimizer": lambda: unset("finetune", "optimizer", "sgd"),
     "finetune.Momentum": momenta,
-    "finetune.LowPass": lambda: unset("finetune", "low_pass", "no filter"),
-    "finetune.Sharpness": lambda: unset("finetune", "sharpness", "0"),
-    "finetune.Kalman": lambda: unset("finetune", "kalman", "no filter"),
     "finetune.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
     "continue.Public": lambda: by_size("continue", "public"),
     "continue.Instances": lambda: by_size("continue", "instances"),
@@ -208,8 +202,7 @@ def test_the_default_process_is_named_as_such() -> None:
 
 
 def test_settings_that_are_off_are_off() -> None:
-    """What 'unset' stands for above: no mixture, plain sgd, and gradients at the parameters themselves."""
+    """What 'unset' stands for above: every weight is trained, and by plain sgd."""
     config = FinetuneConfig()
-    assert (config.mixself or 0, config.optimizer or "sgd") == (0, "sgd")
-    assert make_lookahead(config, {}).passes == 1
+    assert (config.optimizer or "sgd") == "sgd"
     assert rule_of(config) is None

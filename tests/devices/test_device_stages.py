@@ -45,7 +45,6 @@ ONCE_A_STAGE = {
     "stages/finetune.py _train: _to_copy": "the parameters that are released",
     "stages/continual_loop.py <dictcomp>: _to_copy": "the parameters that are released",
     "stages/private_optimizers.py <dictcomp>: _to_copy": "a count goes back to the CPU where a training is resumed",
-    "stages/lookahead.py <dictcomp>: _to_copy": "the same",
     "stages/masks.py <dictcomp>: _to_copy": "weights are chosen on the CPU, once or every so many steps",
     "stages/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
     "stages/public_steps.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",
@@ -62,7 +61,6 @@ ONCE_A_STEP = {
     "stages/head.py fit_head: _to_copy": "the norms of a step, for metrics.jsonl",
     "stages/finetune.py _train: _to_copy": "the same",
     "stages/continual_loop.py private_steps: _to_copy": "the same",
-    "stages/lookahead.py points: _local_scalar_dense": "DP-SAT's reach; the log of the step before has waited already",
 }
 KNOWN = ONCE_A_STAGE.keys() | ONCE_A_BATCH.keys() | ONCE_A_STEP.keys()
 
@@ -117,13 +115,11 @@ def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "views and mixtures": {"views": 2, "mixself": 1},
+    "views": {"views": 2},
     "discrete noise": {"noise": "discrete", "clipping": "automatic"},
     "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
     "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
-    "muon and a filter": {"optimizer": "muon", "low_pass": 0.5},
-    "sharpness": {"sharpness": 0.1},
-    "kalman": {"kalman": 0.7, "clipping": "rescaled"},
+    "rescaled": {"clipping": "rescaled", "momentum": 0.9},
 }
 
 

@@ -178,7 +178,7 @@ def test_nesting_without_end(tmp_path: Path) -> None:
 def test_a_configuration_of_another_version() -> None:
     values = config.as_dict(config.GenerateConfig())
     assert recorded("generate", values) == config.GenerateConfig()
-    for change in ({"sharpness": 2}, {"count": "60"}, {"count": 0}):
+    for change in ({"sharpen": 2}, {"count": "60"}, {"count": 0}):
         refused(lambda change=change: recorded("generate", values | change), 4, "generate", "--overwrite")
 
 

@@ -74,12 +74,11 @@ KINDS: dict[str, Kind] = {
                                           before=run_probe, logs=BOTH),
     "fine-tune of a wrn": Kind(run_finetune, "wide_run", SHORT, before=run_probe, logs=TUNED),
     "fine-tune with Adam, rescaled": Kind(run_finetune, "wide_run", SHORT | {
-        "optimizer": "adam", "clipping": "rescaled", "low_pass": 0.5}, before=run_probe, logs=TUNED),
+        "optimizer": "adam", "clipping": "rescaled"}, before=run_probe, logs=TUNED),
     "fine-tune of chosen weights": Kind(run_finetune, "wide_run", SHORT | {
-        "select": "magnitude", "keep": 0.5, "every": 1, "sharpness": 0.1}, before=run_probe, logs=TUNED),
+        "select": "magnitude", "keep": 0.5, "every": 1, "momentum": 0.9}, before=run_probe, logs=TUNED),
     "from scratch": Kind(run_scratch, None, {"steps": 2}, logs=TUNED),
-    "from scratch, looking ahead": Kind(run_scratch, None, {"steps": 2, "views": 2, "mixself": 1, "kalman": 0.6,
-                                                            "clipping": "automatic"}, logs=TUNED),
+    "from scratch, of views": Kind(run_scratch, None, {"steps": 2, "views": 2, "clipping": "automatic"}, logs=TUNED),
     "continue": Kind(run_continue, "vit_run", {"steps": 6, "switch": "3"}, logs=CONTINUED),
     "continue by a rule": Kind(run_continue, "vit_run", {"steps": 6, "check_every": 1, "switch": "plateau"},
                                logs=CONTINUED),

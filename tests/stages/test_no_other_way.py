@@ -26,7 +26,6 @@ from dprandp.privacy.plan import PrivateStep
 from dprandp.privacy.selection import Trial
 from dprandp.stages import continual_loop, head, release, tune_private, unit_rows
 from dprandp.stages.clipped_sums import ClippedSums
-from dprandp.stages.lookahead import Ahead
 
 RECORDS = 60
 LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
@@ -78,7 +77,7 @@ def install(patch: Patch) -> list[torch.Tensor]:
     patch.setattr(PrivateStep, "release", released)
     patch.setattr(Trial, "release", of_trial)
     patch.setattr(Trial, "score", scored)
-    patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4, 5))
+    patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4))
     patch.setattr(unit_rows, "clipped_softmax_sum_of_units", noted(unit_rows.clipped_softmax_sum_of_units, 3))
     for module in (head, tune_private):
         patch.setattr(module, "clipped_softmax_sum", noted(module.clipped_softmax_sum, 2))
@@ -86,9 +85,7 @@ def install(patch: Patch) -> list[torch.Tensor]:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Copies of the tensors of parameters, masks, a second point, or a head."""
-    if isinstance(value, Ahead):
-        value = value.parameters
+    """Copies of the tensors of parameters, masks, or a head."""
     if isinstance(value, torch.Tensor):
         return [value.detach().clone()]
     return [each.detach().clone() for each in (value or {}).values()]

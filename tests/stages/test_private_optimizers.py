@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from dprandp.errors import UsageError
-from dprandp.stages.private_optimizers import (
-    MUON_SCALE,
-    LowPass,
-    OptimizerSettings,
-    make_optimizer,
-    orthogonalised,
-)
+from dprandp.stages.private_optimizers import OptimizerSettings, make_optimizer
 from dprandp.tensorfile import tensors_from_bytes, tensors_to_bytes
 
 SHAPES = {"extractor.filters": (6, 3, 2, 2), "extractor.bias": (6,), "head": (6, 3)}
@@ -57,63 +51,9 @@ def test_sgd_and_adam_are_torchs(settings, reference):
         assert not torch.allclose(found[name], draw(0)[name], atol=1e-2)
 
 
-def test_the_newton_schulz_iteration_makes_singular_values_about_one():
-    generator = torch.Generator().manual_seed(3)
-    for shape in ((5, 9), (9, 5), (7, 7), (1, 4)):
-        matrix = torch.randn(shape, generator=generator)
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        found = orthogonalised(matrix)
-        assert found.shape == shape
-        kept = values / values.norm() > 0.01
-        made = torch.diagonal(left.T @ found @ right.T)[kept]
-        assert 0.6 < float(made.min()) <= float(made.max()) < 1.25
-        # the same singular vectors: what is off the diagonal vanishes
-        assert float((found - left @ torch.diag(torch.diagonal(left.T @ found @ right.T)) @ right).abs().max()) < 1e-4
-    # which the matrix's own do not lie in
-    assert not 0.6 < float(torch.linalg.svdvals(torch.randn(7, 7, generator=generator)).min()) < 1.25
-    assert torch.equal(orthogonalised(torch.zeros(3, 4)), torch.zeros(3, 4))
-
-
-def test_muon_moves_filters_along_orthogonal_matrices_and_the_rest_by_adam():
-    found = run(OptimizerSettings("muon", momentum=0.9), 3)
-    adam = run(OptimizerSettings("adam"), 3)
-    assert torch.equal(found["head"], adam["head"])
-    assert torch.equal(found["extractor.bias"], adam["extractor.bias"])
-    value, velocity = draw(0)["extractor.filters"].flatten(1), torch.zeros(6, 12)
-    for step in range(3):
-        gradient = draw(step + 1)["extractor.filters"].flatten(1)
-        velocity = 0.9 * velocity + gradient
-        value = value - 0.1 * MUON_SCALE * 12**0.5 * orthogonalised(gradient + 0.9 * velocity)
-    assert torch.allclose(found["extractor.filters"].flatten(1), value, atol=1e-5)
-
-
-def test_the_low_pass_filter_is_the_recurrence_and_keeps_a_constant():
-    a, inputs = 0.6, [draw(step)["head"] for step in range(6)]
-    low_pass, filtered, gain, before = LowPass(a, {"head": inputs[0]}), torch.zeros(6, 3), 0.0, torch.zeros(6, 3)
-    for step, gradient in enumerate(inputs):
-        filtered = a * filtered + (1 - a) / 2 * (gradient + before)
-        gain = a * gain + (1 - a) / 2 * (1 + (step > 0))
-        before = gradient
-        assert torch.allclose(low_pass.of({"head": gradient})["head"], filtered / gain, atol=1e-6)
-    constant = LowPass(0.9, {"head": inputs[0]})
-    for _ in range(4):
-        assert torch.allclose(constant.of({"head": inputs[0]})["head"], inputs[0], atol=1e-6)
-
-
-def test_the_low_pass_filter_removes_the_noise_that_it_says():
-    generator = torch.Generator().manual_seed(0)
-    low_pass, made = LowPass(0.8, {"x": torch.zeros(4000)}), []
-    for _ in range(60):
-        made.append(low_pass.of({"x": torch.randn(4000, generator=generator)})["x"])
-    variance = float(torch.stack(made[-10:]).var())
-    assert variance == pytest.approx((1 - 0.8) / 2, rel=0.05)
-    assert variance != pytest.approx((1 - 0.8) / (1 + 0.8), rel=0.05)  # what averaging without the zero would leave
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam", "muon"])
-@pytest.mark.parametrize("low_pass", [None, 0.7])
-def test_a_saved_state_goes_on_to_the_bit(kind, low_pass):
-    settings = OptimizerSettings(kind, momentum=0.5, low_pass=low_pass)
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_saved_state_goes_on_to_the_bit(kind):
+    settings = OptimizerSettings(kind, momentum=0.5)
     through = run(settings, 6)
     parameters = draw(0)
     optimizer = make_optimizer(settings, parameters)
@@ -160,7 +100,6 @@ def test_adam_forgets_its_direction_and_nothing_else():
     [
         ({"kind": "sdg"}, "sgd"),
         ({"momentum": 1.0}, "momentum = 1.0"),
-        ({"low_pass": -0.1}, "low_pass = -0.1"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"second_momentum": float("nan")}, "second_momentum"),
         ({"stabiliser": 0.0}, "stabiliser"),
@@ -173,6 +112,6 @@ def test_wrong_settings_are_refused_in_words(wrong, named):
 
 
 def test_what_is_disclosed_names_all_of_it():
-    words = OptimizerSettings("adam", weight_decay=0.1, low_pass=0.5).in_words()
-    assert words == "AdamW on the noisy gradients, momentum 0.9, weight decay 0.1, after a low-pass filter (0.5)"
+    words = OptimizerSettings("adam", weight_decay=0.1).in_words()
+    assert words == "AdamW on the noisy gradients, momentum 0.9, weight decay 0.1"
     assert OptimizerSettings().in_words() == "SGD on the noisy gradients, momentum 0"

@@ -209,7 +209,7 @@ RESULT_KEYS = {
     "expected_batch", "adjacency", "unit", "train_units", "tuned", "tuned_on",
     "noise", "random", "private", "device", "share", "lr",
     "momentum", "released", "mirror", "seconds", "refit", "source", "arch", "extractor_scale", "clipping",
-    "trained_weights", "optimizer", "gradient_point", "mixtures", "recipe", "init_sha256", "init_source",
+    "trained_weights", "optimizer", "recipe", "init_sha256", "init_source",
     "extractor_colour",  # as the data declare their channels
     "precision", "attempt", "also_charged", "ledger_head",
 }  # fmt: skip

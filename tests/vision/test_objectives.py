@@ -84,7 +84,7 @@ def test_the_loss_goes_down(leaves, taught, name):
     assert sum(losses[-5:]) / 5 < 0.95 * losses[0], losses
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("vicreg", "adamw"), ("instances", "muon"), ("patches", "sgd")])
+@pytest.mark.parametrize(("name", "optimizer"), [("vicreg", "adamw"), ("instances", "adamw"), ("patches", "sgd")])
 def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(leaves, taught, name, optimizer):
     config = replace(TINY, objective=name, optimizer=optimizer, steps=4, batch_size=3)
     whole = trainer(leaves, taught, config)
