@@ -18,7 +18,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 """See ``vision/precision.py``."""
 
 OPTIMIZERS = ("sgd", "adamw")
-"""See ``vision/public_optimizers.py``."""
+"""See ``vision/optimizers.py``."""
 
 COLOURS = ("rgb", "grey", "both")
 """Of the data that an extractor is for; see ``PretrainConfig.colour``."""
@@ -60,7 +60,7 @@ class PretrainConfig:
     """Images that the objective 'instances' tells apart."""
     optimizer: str = "sgd"
     lr: float | None = None
-    """None: by optimiser and size, see ``lr_of``."""
+    """None: by optimizer and size, see ``lr_of``."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"

@@ -1,7 +1,7 @@
 """Several processes as one: rank 0 leads, the others compute what it asks for (torch.distributed, under ``torchrun``).
 
 Rank 0 runs a command as if it were alone and alone has the run directory, the data, the ledger, the random bits, the
-optimiser and the printing. The others wait for a *task*, compute it and answer; they hold no state that a resumed run
+optimizer and the printing. The others wait for a *task*, compute it and answer; they hold no state that a resumed run
 would need. So a run may go on with any number of processes.
 
     ranks.tell("task", facts, tensors)          to every follower, without an answer

@@ -5,7 +5,7 @@
     python scripts/compare_objectives.py --arch wrn-16-2 --cpu-seconds 100 --seeds 1 --fit 4000 --held-out 2000
     python scripts/compare_objectives.py --table
 
-A cell is a process, an objective (with its optimiser) and a seed. The steps are those that fit into the budget, by the
+A cell is a process, an objective (with its optimizer) and a seed. The steps are those that fit into the budget, by the
 CPU time of a few steps in this process; cosine schedule. Then, as in ``compare_priors.py``: the whitener is fitted to
 synthetic images, heads to images of the *training* split with the noise that the whole split would have at each ε, and
 other images of the training split decide. No test split is read. Finished cells are kept.

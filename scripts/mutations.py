@@ -973,15 +973,15 @@ FURTHER = (
          "        self.keep_data()  # before the plan",
          "        # before the plan",
          "test_private_stages.py::test_12_other_data_are_refused"),
-    _row("the optimiser is given the sum without noise",
-         "            optimizer.step(parameters, update, lr, masks)",
+    _row("the optimizer is given the sum without noise",
+         "            optimizer.step(update, lr, masks)",
          "            update = {n: v.float() / stage.plan.expected_batch for n, v in clipped.items()}\n"
-         "            optimizer.step(parameters, update, lr, masks)",
+         "            optimizer.step(update, lr, masks)",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of a wrn]"),
     _row("gradients are taken at a point that the batch moves",
-         "            parameters = {name: state[f\"parameters.{name}\"] for name in trained}\n",
-         "            moved = 1 + 1e-6 * len(step.indices)\n"
-         "            parameters = {name: moved * state[f\"parameters.{name}\"] for name in trained}\n",
+         "sums.over_ranks(ranks, parameters, step.number, shares, masks)",
+         "sums.over_ranks(ranks, {n: v + 1e-6 * len(step.indices) for n, v in parameters.items()},\n"
+         "                                          step.number, shares, masks)",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of chosen weights]"),
     _row("weights are chosen by the gradient without noise",
          "            masking.apply(masks, update)\n            if config.clipping",

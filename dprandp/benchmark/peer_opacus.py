@@ -1,4 +1,4 @@
-"""The other side: a DP-SGD step by Opacus, with its own per-sample gradients, clipping, noise and optimiser.
+"""The other side: a DP-SGD step by Opacus, with its own per-sample gradients, clipping, noise and optimizer.
 
 Three of its modes: *hooks* (per-sample gradients layer by layer), *functorch* (the same by ``vmap`` within each layer)
 and *ghost* (norms without per-sample gradients, then a second backward pass). With K views of an example the per-sample

@@ -1,6 +1,6 @@
 """``continue``: the extractor goes on learning, from public images, then privately (Bu et al. 2024, arXiv 2402.18752).
 
-    step-NNNNNN.safetensors   parameters, average and optimiser, for resuming (removed when the stage is done)
+    step-NNNNNN.safetensors   parameters, average and optimizer, for resuming (removed when the stage is done)
     extractor.safetensors     the continued extractor, which later stages of the run take in place of pretrain's
     heads/                    the private and the public head
     metrics.jsonl             public losses; norms of the noisy updates, functions of what is released anyway

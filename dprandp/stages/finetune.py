@@ -41,7 +41,7 @@ from dprandp.stages.frozen_blocks import FrozenBlocks, choose_blocks
 from dprandp.stages.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.private import PrivateStage
-from dprandp.stages.private_optimizers import make_optimizer
+from dprandp.stages.private_optimizers import Optimizer
 from dprandp.stages.private_plan import open_private_stage
 from dprandp.stages.recipes import Recipe, recipe_for
 from dprandp.stages.tuned import tuning_of
@@ -50,6 +50,7 @@ from dprandp.stages.update_facts import settings_of, update_facts
 from dprandp.tensorfile import check_tensors
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.images import colour_of, to_input
+from dprandp.vision.optimizers import restore
 
 STAGE = "finetune"
 MODEL = "model"
@@ -215,23 +216,22 @@ def _train(
     masks = {} if rule is None else rule.choose(start, 0)
     if rule is not None and rule.zero:
         masking.apply(masks, start)
-    trained = {name: _scaled(name, value, scale) for name, value in start.items()}
+    parameters = {name: _scaled(name, value, scale) for name, value in start.items()}
     trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
     trained_weights = trained_weights if blocks is None else blocks.in_words()
-    optimizer = make_optimizer(settings_of(config), trained)
-    state = {f"parameters.{name}": value for name, value in trained.items()} | optimizer.state
-    state |= {f"ema.{name}": value.clone() for name, value in trained.items()}
+    optimizer = Optimizer(settings_of(config), parameters)
+    average = {name: value.clone() for name, value in parameters.items()}
+    state = {f"parameters.{name}": value for name, value in parameters.items()} | optimizer.state
+    state |= {f"ema.{name}": value for name, value in average.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
     first_step, ledger_head = 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
-        check_tensors(saved.tensors, trained, saved.path)
+        check_tensors(saved.tensors, parameters, saved.path)
         return saved.tensors, saved.entry("updates", int), trained_weights
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
-        state = {name: value.to(device) for name, value in saved.tensors.items()}
-        optimizer.load_state(state)
-        state |= optimizer.state  # what counts is its own, and lies where it wants it
+        restore(state, saved.tensors)
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
@@ -260,10 +260,9 @@ def _train(
     with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------- private: a clipped sum
-            parameters = {name: state[f"parameters.{name}"] for name in trained}
             if rule is not None and rule.due(step.number):
-                state |= {f"mask.{name}": mask for name, mask in rule.choose(parameters, step.number).items()}
-            masks = {name: state[f"mask.{name}"] for name in masks}
+                for name, mask in rule.choose(parameters, step.number).items():
+                    masks[name].copy_(mask)
             shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
             try:
                 clipped = sums.over_ranks(ranks, parameters, step.number, shares, masks)
@@ -276,13 +275,13 @@ def _train(
             masking.apply(masks, update)
             if config.clipping == "rescaled":
                 update = {name: value / stage.plan.clip_norm for name, value in update.items()}
-            optimizer.step(parameters, update, lr, masks)
+            optimizer.step(update, lr, masks)
             decay = min(config.ema, (1 + step.number) / (10 + step.number))
-            for name, value in parameters.items():
-                state[f"ema.{name}"].lerp_(value, 1 - decay)
+            for name, value in average.items():
+                value.lerp_(parameters[name], 1 - decay)
             faults.point("update-applied")
             update_norm = torch.stack([u.norm() for u in update.values()]).norm()
-            norms = torch.stack([update_norm, state["parameters.head"].norm()]).tolist()  # a device is waited for once
+            norms = torch.stack([update_norm, parameters["head"].norm()]).tolist()  # a device is waited for once
             log.write(step=step.number, update_norm=norms[0], weight_norm=norms[1])
             progress.advance(1)
             done = step.number + 1
@@ -290,8 +289,8 @@ def _train(
             stop.end_step(due, partial(save, done))
     released = {}
     for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
-        ema = state[f"ema.{name}"]
-        released[name] = torch.where(ema == _scaled(name, value, scale), value, unscaled(name, ema, scale)).cpu()
+        mean = average[name]
+        released[name] = torch.where(mean == _scaled(name, value, scale), value, unscaled(name, mean, scale)).cpu()
     checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)
     return released, mechanism.next_step, trained_weights
 

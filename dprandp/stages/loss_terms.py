@@ -7,7 +7,7 @@ clip norm, and mean clip factor c, the step of the best length lowers the loss, 
 
 The first term is curvature along the gradient, the second the batch's own noise, the third what privacy adds: the
 *decelerator*. Of a larger batch only the last two fall; B* = √(σ² tr(H) / (c² GᵀHG)) makes the third as large as the
-first. All three are for steps of gradient descent; an adaptive optimiser changes their metric, not their story.
+first. All three are for steps of gradient descent; an adaptive optimizer changes their metric, not their story.
 
 tr(H) and tr(HΣ) come from Hutchinson's probes, vᵀHv with random v: v of random signs for the one; for the other
 v = Σ_i s_i (g_i − G)/√(n−1) with random signs s_i, the gradient of a weighted loss, which needs no single gradient.

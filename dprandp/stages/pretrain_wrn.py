@@ -28,6 +28,7 @@ from dprandp.stages.context import Context
 from dprandp.stages.fresh_images import FreshImages, Supply, supply_for
 from dprandp.stages.generate import open_images, read_manifest
 from dprandp.stages.workers import worker_pool
+from dprandp.tensorfile import check_tensors
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.image_set import ImageSet
@@ -79,13 +80,15 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
     """Train from the last checkpoint to the end of the configuration; writes checkpoints and metrics.jsonl.
 
     Raises:
-        UsageError: settings that cannot be met. StorageError: a worker that makes images died.
+        UsageError: settings that cannot be met. StorageError: a worker that makes images died. CheckpointError: one of
+            another configuration.
     """
     folder = context.rundir.stage_dir(STAGE)
     saved = checkpoint.resume(folder, warn=context.console.warn)
     with begun_trainer(config, context, stop, fresh_start=saved is None) as trainer:
         first_step, loss = 0, math.nan
         if saved is not None:
+            check_tensors(saved.tensors, trainer.state(), saved.path)
             trainer.load_state(saved.tensors)
             first_step, told = saved.entry("step", int), saved.meta.get("loss")
             loss = math.nan if told is None else told  # before the first mean there is none
@@ -143,7 +146,7 @@ def held_out_images(context: Context, limit: int = HELD_OUT) -> ImageSet:
 
 
 def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
-    """What a result says of a training by gradients: objective, optimiser, and how many images were made on the fly."""
+    """What a result says of a training by gradients: objective, optimizer, and how many images were made on the fly."""
     if config.arch == "patchnet" or config.random_init:
         return {}
     facts: dict[str, Any] = {"objective": config.objective, "optimizer": config.optimizer}

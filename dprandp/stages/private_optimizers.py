@@ -1,14 +1,12 @@
-"""Optimisers of noisy gradients: SGD, and Adam (AdamW where weights decay).
+"""Steps with noisy gradients, by torch's SGD with momentum and Adam (AdamW where weights decay).
 
-    optimizer = make_optimizer(OptimizerSettings("adam"), parameters)
-    optimizer.step(parameters, noisy_gradients, lr)          # in place
-    tensors = optimizer.state                                # for a checkpoint; optimizer.load_state(tensors) goes on
+    optimizer = Optimizer(OptimizerSettings("adam"), parameters)
+    optimizer.step(noisy_gradients, lr)                      # the parameters change in place
+    optimizer.state                                          # for a checkpoint, and to copy one's tensors into
 
 Guarantee:
     Everything here is a function of noisy gradients, public settings and what was released before: post-processing. No
-    function of this file may ever be given a gradient without noise.
-
-An optimiser's state is a flat dict of tensors, changed in place: saved and loaded, it goes on to the bit where it was.
+    function of this file may ever be given a gradient of private images without its noise.
 """
 
 from __future__ import annotations
@@ -22,9 +20,11 @@ from torch import Tensor
 
 from dprandp.errors import UsageError, nearest
 from dprandp.finetune_options import OPTIMIZERS
+from dprandp.vision.optimizers import begun, state_of
 
 DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
 """De et al. 2022; Kingma & Ba 2015."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -35,10 +35,10 @@ class OptimizerSettings:
         momentum: β in [0, 1): of the velocity v ← βv + g, or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
         second_momentum: Adam's β₂ in [0, 1).
         stabiliser: Adam's addition to the root of the second moment, above 0.
-        weight_decay: λ ≥ 0, decoupled from the gradient: θ ← θ − lr λ θ (Loshchilov & Hutter 2019).
+        weight_decay: λ ≥ 0. Adam's is decoupled, θ ← θ − lr λ θ (Loshchilov & Hutter 2019); SGD's is part of g.
 
     Raises:
-        UsageError: a value is outside its range, or does nothing.
+        UsageError: a value is outside its range.
     """
 
     kind: str = "sgd"
@@ -49,7 +49,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in OPTIMIZERS:
-            raise UsageError(f"the optimiser {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
+            raise UsageError(f"the optimizer {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
         for name in ("momentum", "second_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -68,115 +68,59 @@ class OptimizerSettings:
         """For the disclosure."""
         name = {"sgd": "SGD", "adam": "AdamW" if self.weight_decay else "Adam"}[self.kind]
         words = f"{name} on the noisy gradients, momentum {self.beta:g}"
-        if self.weight_decay:
-            words += f", weight decay {self.weight_decay:g}"
-        return words
+        return words + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
 
 
 class Optimizer:
-    """What all optimisers share. They differ in ``_update``.
+    """SGD or Adam over named parameters.
+
+    Under noise Adam's second moment is mostly that of the noise: all coordinates then get about the same step. That is
+    a property of DP-Adam, not mended here.
 
     Args:
         settings: public.
-        parameters: name -> float tensor of any shape; only shapes, types and devices matter.
-
-    Attributes:
-        state: name -> tensor; changed in place by ``step``. None of its names begins with that of a parameter.
+        parameters: name -> float32 tensor of any shape; ``step`` changes them in place.
     """
 
     def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
-        self.settings = settings
-        self.state: dict[str, Tensor] = {}
-        for prefix in self._buffers(parameters):
-            self.state |= {f"{prefix}.{name}": torch.zeros_like(value) for name, value in parameters.items()}
+        self.parameters, decay = dict(parameters), settings.weight_decay
+        named = list(self.parameters.items())
+        if settings.kind == "sgd":
+            made = torch.optim.SGD(named, momentum=settings.beta, weight_decay=decay)
+        else:
+            betas = (settings.beta, settings.second_momentum)
+            made = torch.optim.AdamW(named, betas=betas, eps=settings.stabiliser, weight_decay=decay)
+        self._torch = begun(made)
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from tensors that were a ``state``, on any device; others among them are left alone.
-
-        Raises:
-            KeyError: one is missing (check the checkpoint first).
-        """
-        self.state = {name: tensors[name].to(own.device) for name, own in self.state.items()}
-
-    @torch.no_grad()
-    def step(
-        self,
-        parameters: Mapping[str, Tensor],
-        noisy_gradients: Mapping[str, Tensor],
-        lr: float,
-        masks: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """One update, in place.
-
-        Args:
-            parameters: name -> float32 tensor, changed in place; the names that the optimiser was made with.
-            noisy_gradients: the same names and shapes, with their noise; not changed.
-            lr: learning rate, above 0.
-            masks: name -> bool tensor; where False the parameter stays as it is. Names left out are updated whole.
-        """
-        self._begin()
-        for name, gradient in noisy_gradients.items():
-            moved = self._update(name, gradient, parameters[name])
-            if self.settings.weight_decay:
-                moved = moved + self.settings.weight_decay * parameters[name]
-            if masks and name in masks:
-                moved = moved * masks[name]
-            parameters[name].sub_(moved, alpha=lr)
-
-    def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Prefixes of the state: one tensor like each parameter under each of them."""
-        raise NotImplementedError
-
-    def _begin(self) -> None:
-        """Before the updates of a step."""
-
-    def _update(self, name: str, gradient: Tensor, value: Tensor) -> Tensor:
-        """What is to be subtracted, before the learning rate; may be a tensor of the state, so it is not to be
-        changed."""
-        raise NotImplementedError
-
-
-class Sgd(Optimizer):
-    """v ← βv + g, θ ← θ − lr v: the momentum of DP-SGD as published."""
-
-    def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        return ("velocity",)
-
-    def _update(self, name: str, gradient: Tensor, value: Tensor) -> Tensor:
-        return self.state[f"velocity.{name}"].mul_(self.settings.beta).add_(gradient)
-
-
-class Adam(Optimizer):
-    """Adam with its bias corrections (Kingma & Ba 2015); decay is decoupled, which makes it AdamW.
-
-    Under noise the second moment is mostly that of the noise: all coordinates then get about the same step. That is a
-    property of DP-Adam, not mended here.
-    """
-
-    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(settings, parameters)
-        self.state["adam-steps"] = torch.zeros((), dtype=torch.int64, device="cpu")  # read in every update
-
-    def _buffers(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        return ("first", "second")
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Name -> tensor that ``step`` changes in place; all names begin with ``optimizer.``."""
+        return state_of(self._torch)
 
     def reset_first_moment(self) -> None:
-        """Forget the direction; scale and step count stay (Bu et al. 2024: at the switch from public to private)."""
-        for name, value in self.state.items():
-            if name.startswith("first."):
-                value.zero_()
+        """Make Adam forget its direction; scale and step count stay (Bu et al. 2024: at the switch from public to
+        private)."""
+        for state in self._torch.state.values():
+            state["exp_avg"].zero_()
 
-    def _begin(self) -> None:
-        self.state["adam-steps"] += 1
+    @torch.no_grad()
+    def step(self, noisy_gradients: Mapping[str, Tensor], lr: float, masks: Mapping[str, Tensor] | None = None) -> None:
+        """One update of the parameters that a gradient is given of.
 
-    def _update(self, name: str, gradient: Tensor, value: Tensor) -> Tensor:
-        beta, second_beta, count = self.settings.beta, self.settings.second_momentum, int(self.state["adam-steps"])
-        first = self.state[f"first.{name}"].lerp_(gradient, 1 - beta)
-        second = self.state[f"second.{name}"].lerp_(gradient.square(), 1 - second_beta)
-        root = (second / (1 - second_beta**count)).sqrt_().add_(self.settings.stabiliser)
-        return (first / (1 - beta**count)).div_(root)
-
-
-def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> Optimizer:
-    """An optimiser at its first step; arguments as for ``Optimizer``."""
-    return {"sgd": Sgd, "adam": Adam}[settings.kind](settings, parameters)
+        Args:
+            noisy_gradients: name -> tensor like the parameter, with its noise; not changed.
+            lr: learning rate, above 0.
+            masks: name -> bool tensor; where False the parameter stays as it is, whatever momentum and decay would do.
+                Names left out are updated whole.
+        """
+        stay = {name: self.parameters[name].clone() for name in masks or ()}
+        for name, gradient in noisy_gradients.items():
+            self.parameters[name].grad = gradient
+        self._torch.param_groups[0]["lr"] = lr
+        self._torch.step()
+        for parameter, state in self._torch.state.items():
+            if parameter.grad is None and "step" in state:
+                state["step"] += 1  # Adam's count is of all steps, also of those without a gradient of this parameter
+        self._torch.zero_grad()
+        for name, before in stay.items():
+            self.parameters[name].copy_(torch.where(masks[name], self.parameters[name], before))

@@ -14,15 +14,14 @@ from torch.nn import functional
 
 from dprandp.config import ContinueConfig
 from dprandp.stages.loss_terms import LossTerms, loss_terms
-from dprandp.stages.private_optimizers import OptimizerSettings, make_optimizer
+from dprandp.stages.private_optimizers import Optimizer, OptimizerSettings
 from dprandp.stages.public_tasks import PublicTask
 from dprandp.stages.switching import Look
 from dprandp.vision.classifier import Classifier
+from dprandp.vision.optimizers import restore
 from dprandp.vision.precision import autocast
 
 PUBLIC_HEAD = "public_head"
-_OPTIMIZER = "optimiser."
-"""Before the names of its state in a checkpoint: spelt as ever, for what was interrupted must be able to go on."""
 TERM_EXAMPLES = 32
 """Public examples that loss terms are estimated on."""
 TERM_PROBES = 4
@@ -52,7 +51,7 @@ class Training:
             self.parameters[PUBLIC_HEAD] = model.head.new_zeros(len(model.head), task.classes).detach()
         self.average = {name: value.clone() for name, value in self.parameters.items()}
         self.settings = OptimizerSettings("adam", weight_decay=config.weight_decay)
-        self.optimizer = make_optimizer(self.settings, self.parameters)
+        self.optimizer = Optimizer(self.settings, self.parameters)
         self.looks: list[Look] = []
 
     @property
@@ -71,19 +70,14 @@ class Training:
         return [name for name in self.parameters if name != PUBLIC_HEAD]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on but the looks, as named tensors."""
+        """Everything that the next step depends on but the looks: the tensors that steps change, by name."""
         tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
-        return tensors | {f"{_OPTIMIZER}{name}": value for name, value in self.optimizer.state.items()}
+        return tensors | self.optimizer.state
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``state`` returned; tensors are checked by the caller."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v.to(self.device) for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.parameters, self.average = part("parameters."), part("average.")
-        self.optimizer.load_state(part(_OPTIMIZER))
+        restore(self.state(), tensors)
 
     def loss_of_each(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of public views, one by one.
@@ -112,7 +106,7 @@ class Training:
 
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of AdamW on some of the parameters; every gradient is of public images, or has its noise."""
-        self.optimizer.step(self.parameters, gradients, lr)
+        self.optimizer.step(gradients, lr)
 
     def switch(self) -> None:
         """What changes where private steps begin: the first moment is forgotten, the second and the step count stay

@@ -11,7 +11,7 @@ from dprandp.stages.scratch import init_hash
 
 
 def settings_of(config: FinetuneConfig) -> OptimizerSettings:
-    """The optimiser that a configuration asks for.
+    """The optimizer that a configuration asks for.
 
     Raises:
         UsageError: values out of range.

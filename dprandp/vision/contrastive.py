@@ -1,7 +1,7 @@
 """Pretraining of a network on two views of each synthetic image, by any of the ``objectives``.
 
 The loop of Tang et al. 2023, Phase I: two views of each image and a projection head that is thrown away afterwards. All
-randomness of step t is a function of (seed, t), so a state of weights and optimiser resumes exactly.
+randomness of step t is a function of (seed, t), so a state of weights and optimizer resumes exactly.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from dprandp.config import PretrainConfig
 from dprandp.pretrain_config import lr_of
-from dprandp.vision import public_optimizers
 from dprandp.vision.compiling import compiled
 from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.objectives import Objective, build_objective
+from dprandp.vision.optimizers import build_optimizer, restore, state_of
 from dprandp.vision.precision import autocast
 from dprandp.vision.projection_head import ProjectionHead
 from dprandp.vision.views import ContrastiveViews, ViewChoices
@@ -38,7 +38,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 class ContrastiveTrainer:
-    """Network, projection head, objective and optimiser of Phase I, one ``step`` at a time.
+    """Network, projection head, objective and optimizer of Phase I, one ``step`` at a time.
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
@@ -73,10 +73,9 @@ class ContrastiveTrainer:
         self._embedded = compiled(self._through_network) if config.compiled else self._through_network
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
-        trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        self.optimizer = public_optimizers.build_optimizer(
-            config, [*self.network.parameters(), *self.head.parameters(), *trained]
-        )
+        parts = {"network": self.network, "head": self.head, "objective": self.objective}
+        named = [(f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters()]
+        self.optimizer = build_optimizer(config, [(name, p) for name, p in named if p.requires_grad])
 
     @torch.no_grad()
     def _map_shape(self) -> tuple[int, ...]:
@@ -140,7 +139,7 @@ class ContrastiveTrainer:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
-        tensors |= public_optimizers.state_of(self.optimizer)
+        tensors |= state_of(self.optimizer)
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -148,7 +147,7 @@ class ContrastiveTrainer:
         self.network.load_state_dict(_with_prefix(tensors, "network."))
         self.head.load_state_dict(_with_prefix(tensors, "head."))
         self.objective.load_state_dict(_with_prefix(tensors, "objective."))
-        public_optimizers.load_state(self.optimizer, tensors)
+        restore(state_of(self.optimizer), tensors)
 
 
 def train(

@@ -44,7 +44,6 @@ ONCE_A_STAGE = {
     "stages/head.py released_head: _local_scalar_dense": "whether there is an average to release",
     "stages/finetune.py _train: _to_copy": "the parameters that are released",
     "stages/continual_loop.py <dictcomp>: _to_copy": "the parameters that are released",
-    "stages/private_optimizers.py <dictcomp>: _to_copy": "a count goes back to the CPU where a training is resumed",
     "stages/masks.py <dictcomp>: _to_copy": "weights are chosen on the CPU, once or every so many steps",
     "stages/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
     "stages/public_steps.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",

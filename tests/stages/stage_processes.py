@@ -17,7 +17,7 @@ from typing import Any
 SERVER = """
 import json, os, sys, traceback
 import torch
-import torch._dynamo  # the first optimiser imports it: 3 seconds, once here instead of once in every child
+import torch._dynamo  # the first optimizer imports it: 3 seconds, once here instead of once in every child
 from pathlib import Path
 from dprandp import faults
 from dprandp.config import build

@@ -278,6 +278,17 @@ def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
     assert weights(reference) != weights(fresh)
 
 
+def test_a_checkpoint_without_all_that_a_step_depends_on_is_refused_by_name(stages, fresh):
+    assert stages.run("pretrain", fresh, WRN, fault="pointer-moved:1").code == KILLED
+    folder = fresh / "2-pretrain"
+    saved = checkpoint.load(folder)
+    fewer = {name: tensor for name, tensor in saved.tensors.items() if "momentum_buffer" not in name}
+    checkpoint.save(folder, saved.name, fewer, saved.meta)
+    outcome = stages.run("pretrain", fresh, WRN)
+    assert outcome.code == 4
+    assert f"{saved.name}.safetensors has no tensor 'optimizer.momentum_buffer.network." in outcome.result["problem"]
+
+
 @pytest.mark.parametrize("fault", ["pointer-moved:2", "pointer-moved:3"])
 def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, learned, fresh, fault):
     assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
