@@ -107,17 +107,18 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def rehearsal_context(like: Context | None = None) -> Iterator[Context]:
-    """A context of its own, in a temporary folder."""
+    """A context of its own, in a temporary folder, locked."""
     with scratch_folder() as folder:
         rundir = RunDir.open(folder, create=True)
         device = torch.device("cpu") if like is None else like.device
-        yield Context(
-            rundir=rundir,
-            console=Console(quiet=True),
-            device=device,
-            data_dir=folder,
-            microbatch=None if like is None else like.microbatch,
-        )
+        with rundir.lock():
+            yield Context(
+                rundir=rundir,
+                console=Console(quiet=True),
+                device=device,
+                data_dir=folder,
+                microbatch=None if like is None else like.microbatch,
+            )
 
 
 def records_for(plan: PrivatePlan, batch: int = EXPECTED_BATCH) -> int:
