@@ -192,7 +192,7 @@ CHANGES: dict[str, dict] = {
     "one view": {"views": 1},
     "other views": {"seed": 1},
     "another extractor": {"extractor": small_extractor(1)},
-    "an extractor of another form": {"extractor": small_extractor(0, regions="quadrants")},
+    "an extractor of another form": {"extractor": small_extractor(0, stride=2)},
     "another whitener": {"whitener": small_whitener(small_extractor(), 1)},
 }
 
