@@ -11,9 +11,6 @@ from typing import Any
 
 from dprandp.errors import UsageError, nearest
 
-OBJECTIVES = ("align-uniformity", "vicreg", "instances", "patches")
-"""See ``vision/objectives.py``."""
-
 PRECISIONS = ("auto", "float32", "bfloat16")
 """See ``vision/precision.py``."""
 
@@ -54,10 +51,6 @@ class PretrainConfig:
     # wrn-D-K
     steps: int = 100
     batch_size: int = 32
-    objective: str = "align-uniformity"
-    """What is asked of the two views of an image, one of ``OBJECTIVES``."""
-    instances: int = 500
-    """Images that the objective 'instances' tells apart."""
     optimizer: str = "sgd"
     lr: float | None = None
     """None: by optimizer and size, see ``lr_of``."""
@@ -88,7 +81,7 @@ class PretrainConfig:
 
 
 CHOICES = {
-    "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
+    "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
 }  # fmt: skip
 
 _SECOND_LAYER = {"layers", "second_filters"}
@@ -97,14 +90,14 @@ _PATCHNET = _SECOND_LAYER | {
 }  # fmt: skip
 _FLY = {"pool", "uses"}
 _WRN = _FLY | {
-    "steps", "batch_size", "objective", "instances", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow",
+    "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow",
     "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
     "pooling", "feature_stages", "checkpoint_every", "compiled",
 }  # fmt: skip
 
 
 _LEARNING = {
-    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "objective", "instances", "optimizer", "lr",
+    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "optimizer", "lr",
     "momentum", "weight_decay", "schedule", "compiled", "grow", "images", "pool", "uses", "projection_hidden",
     "projection_dim", "checkpoint_every",
 }  # fmt: skip
@@ -132,7 +125,6 @@ def _of_another_network(config: PretrainConfig) -> set[str]:
     return (
         _PATCHNET
         | (_FLY if config.images == "disk" else set())
-        | ({"instances"} if config.objective != "instances" else set())
         | ({"momentum"} if config.optimizer == "adamw" else set())
     )
 
@@ -151,11 +143,6 @@ def check(config: PretrainConfig) -> None:
         raise UsageError(
             "[pretrain] precision = 'bfloat16', and a patchnet computes in float32",
             fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
-        )
-    if config.objective == "instances" and config.images == "fly":
-        raise UsageError(
-            "the objective 'instances' tells images apart that stay, and images made on the fly do not",
-            fix="use --images disk, or another --objective",
         )
 
 

@@ -35,7 +35,7 @@ _COUNTS = {
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
     "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "recipe", "init_sha256",
-    "init_source", "public_part", "trained_weights", "objective", "extractor_colour", "noise", "precision",
+    "init_source", "public_part", "trained_weights", "extractor_colour", "noise", "precision",
 }  # fmt: skip
 _FLAGS = {"private", "mirror", "random_init"}
 _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}

@@ -33,7 +33,7 @@ from dprandp.tensorfile import tensors_to_bytes
 LICENCE = "MIT"
 FLAGS = {
     "generate": ("process", "count", "resolution", "seed"),
-    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "objective", "optimizer", "layers"),
+    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "optimizer", "layers"),
 }
 """Settings that have a flag: a card names a command, and nothing that is not in it."""
 

@@ -96,11 +96,9 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
     flying = as_dict(build("pretrain", {"arch": "wrn-16-4", "images": "fly"}))
     assert set(flying) - set(wrn) == {"pool", "uses"}
-    telling = as_dict(build("pretrain", {"arch": "wrn-16-4", "objective": "instances"}))
-    assert set(telling) - set(wrn) == {"instances"}
     assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
     unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
-    known = set(patchnet) | set(flying) | set(telling) | unset
+    known = set(patchnet) | set(flying) | unset
     assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
 
 
@@ -190,7 +188,7 @@ RANGES = [  # stage, key, refused, accepted next to the bounds
     ("pretrain", "checkpoint_every", [0], [1]),
     ("pretrain", "pool", [0, 10**9], [1]),
     ("pretrain", "uses", [0], [1]),
-    ("pretrain", "instances", [0], [1]),
+    ("continue", "instances", [0], [1]),
     ("probe", "epsilon", [0.0, -1.0, NAN, -INF], [1e-9, INF]),
     ("probe", "delta", [0.0, 1.0, -1e-5, NAN, INF], [1e-300, 0.999]),
     ("probe", "share", [0.0, 1.001, NAN, -0.1], [1e-9, 1.0]),
@@ -220,7 +218,6 @@ def test_ranges(stage, key, refused, accepted):
     [
         ("pretrain", "schedule", "cosin", "'cosine'"),
         ("pretrain", "colour", "gray", "'grey'"),
-        ("pretrain", "objective", "vic-reg", "'vicreg'"),
         ("pretrain", "optimizer", "adam", "'adamw'"),
         ("finetune", "optimizer", "adamw", "'adam'"),
         ("pretrain", "images", "dis", "'disk'"),
@@ -235,12 +232,6 @@ def test_choices_offer_the_nearest(stage, key, wrong, offered):
         build(stage, {key: wrong})
     assert repr(wrong) in caught.value.problem
     assert offered in caught.value.fix
-
-
-def test_images_that_do_not_stay_cannot_be_told_apart():
-    with pytest.raises(UsageError, match="'instances' tells images apart that stay") as caught:
-        build("pretrain", {"arch": "wrn-16-4", "objective": "instances", "images": "fly"})
-    assert "--images disk" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -254,12 +254,6 @@ PretrainLr = Annotated[
     typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper); 0.001 for adamw.",
                  rich_help_panel=TRAINING),
 ]  # fmt: skip
-Objective = Annotated[
-    str | None,
-    typer.Option(help="What a wrn is asked of two views of an image: align-uniformity, vicreg, instances (which image "
-                 "it was) or patches (what a dictionary of patches says of it). Default: align-uniformity.",
-                 rich_help_panel=TRAINING, metavar="NAME"),
-]  # fmt: skip
 Optimizer = Annotated[
     str | None,
     typer.Option(help="Of a wrn: sgd or adamw. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),

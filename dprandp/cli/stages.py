@@ -63,7 +63,6 @@ def pretrain(
     ] = None,
     arch: flags.Arch = None,
     layers: flags.Layers = None,
-    objective: flags.Objective = None,
     images: flags.PretrainImages = None,
     steps: flags.PretrainSteps = None,
     batch_size: flags.PretrainBatchSize = None,
@@ -97,7 +96,7 @@ def pretrain(
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
-        "objective": objective, "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
+        "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
         "compiled": compiled, "colour": colour, "random_init": random_init, "seed": seed, "precision": precision,
     }  # fmt: skip
     fitting = {} if data is None else {"colour": session.colour_of(data)}

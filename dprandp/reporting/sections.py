@@ -233,8 +233,6 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         neighbours = "" if quality is None else f", k-NN {percent(quality)} on synthetic classes"
         if is_number(result.get("effective_rank")):
             neighbours += f", effective rank {number(round(result['effective_rank']))}"
-        if result.get("objective"):
-            learned += f" by {result['objective']}"
         if "grey" in result:
             neighbours += " (of the extractor for colour; grey data have their own)"
         return f"{result['arch']}, {learned}, {number(result.get('feature_dim'))} features{neighbours}"

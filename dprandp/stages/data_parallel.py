@@ -21,7 +21,7 @@ from dprandp.ranks import Follower, Leader, shares
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.image_set import ImageSet
-from dprandp.vision.objectives import Objective, build_objective
+from dprandp.vision.losses import align_uniformity
 from dprandp.vision.views import ViewChoices
 
 IMAGES, BEGIN, STEP = "contrastive.images", "contrastive.begin", "contrastive.step"
@@ -39,7 +39,6 @@ class SharedTrainer(ContrastiveTrainer):
         images: n of them, this rank's part of all, in the order of the ranks; n may be 0.
         ranks: all of them.
         count: of all images.
-        objective: equal on all ranks; None: as for ``ContrastiveTrainer``.
     """
 
     def __init__(
@@ -49,9 +48,8 @@ class SharedTrainer(ContrastiveTrainer):
         images: ImageSet | Tensor,
         ranks: Leader | Follower,
         count: int,
-        objective: Objective | None = None,
     ) -> None:
-        super().__init__(network, config, images, objective or build_objective(config, count))
+        super().__init__(network, config, images)
         self.ranks, self.count = ranks, count
         self.starts = [share.start for share in shares(count, ranks.size)]
 
@@ -61,19 +59,12 @@ class SharedTrainer(ContrastiveTrainer):
         owner = torch.bucketize(chosen, starts, right=True)
         rank = self.ranks.rank
         mine = torch.nonzero(owner == rank)[:, 0]
-        own = (chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
-        x, y = self.embed(*own)
-        targets = self.targets(*own)
-        known = [] if targets is None else [targets]
+        x, y = self.embed(chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
         counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
-        parts = self.ranks.gathered(torch.cat([x.detach().float(), y.detach().float(), *known], dim=1), counts)
-        parts[rank] = torch.cat([x.float(), y.float(), *known], dim=1)  # the same values, with their gradient
-        outputs = self.objective.outputs
-        x, y, *rest = torch.cat(parts).split([outputs, outputs, *([2 * outputs] if known else [])], dim=1)
-        by_rank = chosen[torch.argsort(owner, stable=True)]
-        loss = self.objective(x, y, by_rank, rest[0] if rest else None)
+        parts = self.ranks.gathered(torch.cat([x.detach().float(), y.detach().float()], dim=1), counts)
+        parts[rank] = torch.cat([x.float(), y.float()], dim=1)  # the same values, with their gradient
+        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
         loss.backward()
-        # the objective's own parameters see all embeddings on every rank: their gradient is whole already
         parameters = [*self.network.parameters(), *self.head.parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
         total = self.ranks.summed(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -97,7 +88,6 @@ def lead(
     config: PretrainConfig,
     images: ImageSet,
     device: torch.device,
-    objective: Objective | None = None,
 ) -> SharedTrainer:
     """The trainer of rank 0, with the images shared out; ``begin`` must follow.
 
@@ -105,7 +95,6 @@ def lead(
         network, config: as for ``ContrastiveTrainer``.
         images: all of them, on the CPU.
         device: of rank 0; the others use one of the same kind.
-        objective: ready to ask; None builds it.
     """
     own, *others = ranks.shares(len(images))
     most = max(1, MESSAGE_BYTES // math.prod(images.shape[1:]))
@@ -117,12 +106,12 @@ def lead(
         told = [facts | {"start": start, "first": share.start} for share in others]
         ranks.ask(IMAGES, [(said, {"images": part}) for said, part in zip(told, parts, strict=True)])
         ranks.answers()
-    return SharedTrainer(network, config, images.part(own).to(device), ranks, len(images), objective)
+    return SharedTrainer(network, config, images.part(own).to(device), ranks, len(images))
 
 
 def begin(trainer: SharedTrainer) -> None:
     """Give the other ranks the state from which rank 0 is about to go on."""
-    facts = {"config": as_dict(trainer.config), "outputs": trainer.objective.outputs}
+    facts = {"config": as_dict(trainer.config)}
     trainer.ranks.ask(BEGIN, [(facts, trainer.state())] * (trainer.ranks.size - 1))
     trainer.ranks.answers()
 
@@ -148,8 +137,7 @@ class SharedTraining:
         config = build("pretrain", facts["config"])
         colour, first, count = (self._facts[key] for key in ("colour", "first", "of"))
         images = ImageSet(self._images, colour, first).to(self._device)
-        objective = build_objective(config, count, outputs=facts["outputs"])
-        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, count, objective)
+        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, count)
         self._trainer.load_state(tensors)
         return {}
 

@@ -48,4 +48,4 @@ def _dictionary(made: Mapping[str, Any]) -> str:
 
 def _training(made: Mapping[str, Any]) -> str:
     fresh = " made on the fly" if made["images"] == "fly" else ""
-    return f"{made['steps']} steps of {made['batch_size']} images{fresh}, {made['objective']}"
+    return f"{made['steps']} steps of {made['batch_size']} images{fresh}"

@@ -32,8 +32,6 @@ from dprandp.tensorfile import check_tensors
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.image_set import ImageSet
-from dprandp.vision.images import random_crops
-from dprandp.vision.objectives import TEACHER_CROPS, Objective, Patches, build_objective, patches_axes
 from dprandp.vision.public_evaluation import evaluate
 
 STAGE = "pretrain"
@@ -63,7 +61,7 @@ def refuse(config: PretrainConfig, context: Context) -> None:
     """Refuse what this run cannot do, before anything is written.
 
     Raises:
-        UsageError: images on the fly for several processes, or too few images to learn patches from.
+        UsageError: images on the fly for several processes.
     """
     if config.arch == "patchnet" or config.random_init:
         return
@@ -72,8 +70,6 @@ def refuse(config: PretrainConfig, context: Context) -> None:
             "images made on the fly serve one process, and this is a training of several",
             fix="give --images disk, after `dprandp generate --count N`",
         )
-    if config.objective == "patches":
-        patches_axes(read_manifest(context.rundir.stage_dir("generate"))["count"] - _held_out(context))
 
 
 def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
@@ -85,7 +81,7 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
     """
     folder = context.rundir.stage_dir(STAGE)
     saved = checkpoint.resume(folder, warn=context.console.warn)
-    with begun_trainer(config, context, stop, fresh_start=saved is None) as trainer:
+    with begun_trainer(config, context, stop) as trainer:
         first_step, loss = 0, math.nan
         if saved is not None:
             check_tensors(saved.tensors, trainer.state(), saved.path)
@@ -146,10 +142,10 @@ def held_out_images(context: Context, limit: int = HELD_OUT) -> ImageSet:
 
 
 def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
-    """What a result says of a training by gradients: objective, optimizer, and how many images were made on the fly."""
+    """What a result says of a training by gradients: its optimizer, and how many images were made on the fly."""
     if config.arch == "patchnet" or config.random_init:
         return {}
-    facts: dict[str, Any] = {"objective": config.objective, "optimizer": config.optimizer}
+    facts: dict[str, Any] = {"optimizer": config.optimizer}
     if config.images == "fly":
         facts["fresh_images"] = _supply(config, context).made(config.steps)
     return facts
@@ -162,17 +158,14 @@ def _held_out(context: Context) -> int:
 
 
 @contextmanager
-def begun_trainer(
-    config: PretrainConfig, context: Context, stop: Stop, *, fresh_start: bool = True
-) -> Iterator[ContrastiveTrainer]:
-    """The trainer as the configuration begins it; ``fresh_start``: nothing will be loaded into it."""
+def begun_trainer(config: PretrainConfig, context: Context, stop: Stop) -> Iterator[ContrastiveTrainer]:
+    """The trainer as the configuration begins it."""
     network = build_extractor(config, torch.Generator().manual_seed(config.seed))
     with _images(config, context, stop) as (images, fresh):
-        objective = _objective(config, context, len(images), fresh_start)
         if isinstance(context.ranks, Leader):
-            yield data_parallel.lead(context.ranks, network, config, images, context.device, objective)
+            yield data_parallel.lead(context.ranks, network, config, images, context.device)
         else:
-            yield ContrastiveTrainer(network, config, images.to(context.device), objective, fresh)
+            yield ContrastiveTrainer(network, config, images.to(context.device), fresh)
 
 
 @contextmanager
@@ -181,8 +174,7 @@ def _images(
 ) -> Iterator[tuple[ImageSet | Tensor, Callable[[int], Tensor] | None]]:
     """Images to choose from, N of them, and where they change: step -> those of that step, uint8 [N, 3, R, R]."""
     if config.images == "disk":
-        limit = config.instances if config.objective == "instances" else None
-        images = open_images(context.rundir.stage_dir("generate"), limit, without_end=_held_out(context))
+        images = open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context))
         yield ImageSet(images, config.colour), None
         return
     supply = _supply(config, context)
@@ -201,15 +193,3 @@ def _supply(config: PretrainConfig, context: Context) -> Supply:
         made["process"], made["seed"], made["resolution"], len(made["shards"]),
         pool=config.pool, uses=config.uses, batch_size=config.batch_size, colour=config.colour,
     )  # fmt: skip
-
-
-def _objective(config: PretrainConfig, context: Context, count: int, fresh_start: bool) -> Objective:
-    if config.objective != "patches":
-        return build_objective(config, count)
-    folder = context.rundir.stage_dir("generate")
-    images = ImageSet(open_images(folder, TEACHER_CROPS, without_end=_held_out(context)), config.colour)
-    objective = build_objective(config, count, patches_axes(len(images)))
-    if isinstance(objective, Patches) and fresh_start:
-        generator = torch.Generator().manual_seed(config.seed)
-        objective.learn(random_crops(images, generator), generator)
-    return objective

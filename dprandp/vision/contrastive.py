@@ -1,4 +1,4 @@
-"""Pretraining of a network on two views of each synthetic image, by any of the ``objectives``.
+"""Pretraining of a network on two views of each synthetic image, which it learns to map near each other.
 
 The loop of Tang et al. 2023, Phase I: two views of each image and a projection head that is thrown away afterwards. All
 randomness of step t is a function of (seed, t), so a state of weights and optimizer resumes exactly.
@@ -18,7 +18,7 @@ from dprandp.pretrain_config import lr_of
 from dprandp.vision.compiling import compiled
 from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import INPUT_SIZE
-from dprandp.vision.objectives import Objective, build_objective
+from dprandp.vision.losses import align_uniformity
 from dprandp.vision.optimizers import build_optimizer, restore, state_of
 from dprandp.vision.precision import autocast
 from dprandp.vision.projection_head import ProjectionHead
@@ -38,13 +38,12 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 class ContrastiveTrainer:
-    """Network, projection head, objective and optimizer of Phase I, one ``step`` at a time.
+    """Network, projection head and optimizer of Phase I, one ``step`` at a time.
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
         config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, compiled, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
-        objective: what is asked; None builds the one that ``config`` names, where it has nothing to learn beforehand.
         fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
 
     Attributes:
@@ -56,26 +55,24 @@ class ContrastiveTrainer:
         network: nn.Module,
         config: PretrainConfig,
         images: ImageSet | Tensor,
-        objective: Objective | None = None,
         fresh: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.config, self.images, self.device = config, images, images.device
         self.count, self.fresh = len(images), fresh
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        self.objective = (objective or build_objective(config, len(images))).to(self.device)
         self._map = self._map_shape()
         self.head = ProjectionHead(
             math.prod(self._map),
             hidden_dim=config.projection_hidden,
-            embedding_dim=self.objective.outputs,
+            embedding_dim=config.projection_dim,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
         self._embedded = compiled(self._through_network) if config.compiled else self._through_network
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
-        parts = {"network": self.network, "head": self.head, "objective": self.objective}
+        parts = {"network": self.network, "head": self.head}
         named = [(f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters()]
-        self.optimizer = build_optimizer(config, [(name, p) for name, p in named if p.requires_grad])
+        self.optimizer = build_optimizer(config, named)
 
     @torch.no_grad()
     def _map_shape(self) -> tuple[int, ...]:
@@ -107,12 +104,12 @@ class ContrastiveTrainer:
 
     def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
         """Leave the gradient of the loss of a batch in the parameters; returns the loss."""
-        loss = self.objective(*self.embed(chosen, first, second), chosen, self.targets(chosen, first, second))
+        loss = align_uniformity(*self.embed(chosen, first, second))
         loss.backward()
         return loss.detach()
 
     def embed(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> tuple[Tensor, Tensor]:
-        """Embeddings [b, outputs] of the two views of some images, with a gradient."""
+        """Embeddings [b, projection_dim] of the two views of some images, with a gradient."""
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
         with autocast(self.network, self.device):
@@ -126,19 +123,10 @@ class ContrastiveTrainer:
             feature_map = functional.interpolate(feature_map, self._map[1:], mode="nearest")
         return self.head(feature_map)
 
-    def targets(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor | None:
-        """What the objective wants predicted of the two views, float32 [b, 2 outputs]; None where it wants nothing."""
-        if not self.objective.needs_crops:
-            return None
-        images = self.images[chosen]
-        crops = torch.cat([self.views.crop(images, each, INPUT_SIZE) for each in (first, second)])
-        return torch.cat(self.objective.targets(crops).chunk(2), dim=1)
-
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as named tensors."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
         tensors |= state_of(self.optimizer)
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
@@ -146,7 +134,6 @@ class ContrastiveTrainer:
         """Go on from what ``state`` returned."""
         self.network.load_state_dict(_with_prefix(tensors, "network."))
         self.head.load_state_dict(_with_prefix(tensors, "head."))
-        self.objective.load_state_dict(_with_prefix(tensors, "objective."))
         restore(state_of(self.optimizer), tensors)
 
 

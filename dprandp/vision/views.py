@@ -122,11 +122,6 @@ class ContrastiveViews:
             parts.append(self._apply(images[rows], ViewChoices(order=choices.order, **block)))
         return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size)
 
-    def crop(self, images: Tensor, choices: ViewChoices, size: int) -> Tensor:
-        """The same crops, mirrored alike, with their colours as they were: float32 [B, 3, size, size] in [0, 1]."""
-        _check_images(images)
-        return _crop_resize(images, choices.boxes, choices.flip, size)
-
     def _apply(self, images: Tensor, choices: ViewChoices) -> Tensor:
         view = _crop_resize(images, choices.boxes, choices.flip, self.size)
         for change in choices.order:

@@ -127,7 +127,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "flags.PretrainSteps": lambda: by_size("pretrain", "steps"),
     "flags.PretrainBatchSize": lambda: by_size("pretrain", "batch_size"),
     "flags.PretrainLr": pretrain_lr,
-    "flags.Objective": lambda: by_size("pretrain", "objective"),
     "flags.Optimizer": lambda: by_size("pretrain", "optimizer"),
     "flags.FeatureStages": lambda: by_size("pretrain", "feature_stages"),
     "flags.PretrainImages": lambda: by_size("pretrain", "images"),

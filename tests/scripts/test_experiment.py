@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 
-import compare_objectives
+import compare_wrn
 import experiment
 import pytest
 
@@ -25,11 +25,11 @@ ROWS = {
         "accuracy": {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5}, "dims": 7, "pretraining_seconds": 1.0,
         "seconds": 3.1,
     },
-    "compare_objectives": {
+    "compare_wrn": {
         "data": "digits", "fit": 10_000, "process": "dead-leaves", "arch": "wrn-16-4", "budget": 600.0,
-        "objective": "align-uniformity, adamw", "seed": 0, "clip_norm": 1.0, "steps": 9, "views": 9, "loss": 0.5,
+        "training": "adamw", "seed": 0, "clip_norm": 1.0, "steps": 9, "views": 9, "loss": 0.5,
         "knn_accuracy": 0.5, "linear_accuracy": 0.5, "effective_rank": 9.0, "pretraining_seconds": 1.0, "seconds": 3.1,
-        "accuracy": {key: {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5} for key in compare_objectives.FEATURES},
+        "accuracy": {key: {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5, "inf": 0.5} for key in compare_wrn.FEATURES},
     },
     "results_table": {
         "data": "digits", "size": "small", "seed": 0, "extractor": "learned", "epsilon": "1", "stage": "probe",
@@ -43,8 +43,7 @@ ASKED = {
     "compare_systems": ("digits", "--systems", "probe", "--epsilons", "1"),
     "continual_finding": ("digits", "--ways", "from scratch"),
     "compare_priors": ("--data", "digits", "--processes", "dead-leaves", "--variants", "one layer", "--clip-norm", "1"),
-    "compare_objectives": ("--data", "digits", "--processes", "dead-leaves", "--objectives", "align-uniformity, adamw",
-                           "--clip-norm", "1"),
+    "compare_wrn": ("--data", "digits", "--processes", "dead-leaves", "--trainings", "adamw", "--clip-norm", "1"),
     "results_table": ("digits", "--extractors", "learned", "--epsilons", "1"),
 }
 

@@ -33,7 +33,6 @@ IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
-PATCHES = {**WRN, "objective": "patches", "optimizer": "adamw", "feature_stages": "all"}
 FLY = {**WRN, "images": "fly", "pool": 24, "uses": 1, "batch_size": 6}  # a block of 6 images every step
 TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
 RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
@@ -96,7 +95,7 @@ def test_the_result_and_the_files(learned, name):
     assert set(result) == {
         "arch", "random_init", "parameters", "feature_dim", "precision", "steps", "views_per_second", "loss", "seconds",
         *MEASURES,
-        *({"objective", "optimizer"} if name == "wrn" else {"grey"}),
+        *({"optimizer"} if name == "wrn" else {"grey"}),
     }  # fmt: skip
     assert result["arch"] == RECIPES[name]["arch"]
     assert result["random_init"] is False
@@ -352,7 +351,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
     assert weights(fresh) == weights(learned["wrn"][0])
 
 
-# ------------------------------------------------------------------------------ other objectives, images on the fly
+# -------------------------------------------------------------------------------------------------- images on the fly
 
 
 class StopAfter(Stop):
@@ -394,24 +393,13 @@ def test_images_made_on_the_fly_are_the_same_however_it_went(stages, fresh, imag
     """One worker or three, stopped or not: the same bytes; and neither those from disk nor another seed's."""
     twin = Path(shutil.copytree(images, tmp_path / "twin"))
     result = stages.must("pretrain", fresh, FLY, workers=1)
-    assert (result["objective"], result["optimizer"]) == ("align-uniformity", "sgd")
+    assert result["optimizer"] == "sgd"
     assert result["fresh_images"] == 24 + 11 * 6
     assert stages.run("pretrain", twin, FLY, fault="pointer-moved:2", workers=3).code == KILLED
     stages.must("pretrain", twin, FLY, workers=2)
     assert files(twin) == files(fresh)
     stages.must("pretrain", twin, {**FLY, "images": "disk"}, overwrite=True)
     assert weights(twin) != weights(fresh)
-
-
-@pytest.mark.slow
-def test_what_patches_taught_is_repeated_and_resumed_to_the_byte(stages, fresh, images, tmp_path):
-    twin = Path(shutil.copytree(images, tmp_path / "twin"))
-    result = stages.must("pretrain", fresh, PATCHES)
-    assert result["objective"] == "patches"
-    assert load_extractor(context_of(fresh), "rgb")[0].feature_dim == 3 * 320
-    assert stages.run("pretrain", twin, PATCHES, fault="pointer-moved:1").code == KILLED
-    stages.must("pretrain", twin, PATCHES)
-    assert files(twin) == files(fresh)
 
 
 def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
@@ -450,15 +438,11 @@ def test_of_few_images_none_is_held_out(stages, tmp_path):
     assert {result[name] for name in MEASURES} == {None}
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_written(stages, images, tmp_path):
-    context = context_of(images)
+def test_images_on_the_fly_for_several_processes_are_refused_before_anything_is_written(fresh):
+    context = context_of(fresh)
     with pytest.raises(UsageError, match="serve one process"):
         pretrain.run(build("pretrain", FLY), replace(context, ranks=SimpleNamespace(size=2)))
-    stages.must("generate", tmp_path / "run", {**IMAGES, "count": 3})
-    outcome = stages.run("pretrain", tmp_path / "run", PATCHES)
-    assert outcome.code == 2
-    assert "patches cannot be learned from 3 images" in outcome.result["problem"]
-    assert not (tmp_path / "run" / "2-pretrain").exists()
+    assert not (fresh / "2-pretrain").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -470,7 +454,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(stages, image
         ({"arch": "resnet"}, 2, "unknown architecture 'resnet'"),
         ({"arch": "patchnet", "patch_size": 40}, 2, "patch_size = 40"),
         ({**WRN, "layer_order": "conv-only"}, 2, "layer_order = 'conv-only' is unknown"),
-        ({**WRN, "objective": "simclr"}, 2, "objective = 'simclr' is unknown"),
     ],
 )
 def test_an_impossible_extractor_is_refused_before_anything_is_written(stages, fresh, recipe, code, said):

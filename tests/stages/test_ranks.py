@@ -24,7 +24,7 @@ from dprandp.privacy.clipping import sum_of_clipped
 from dprandp.ranks import ALONE, Ranks, shares
 from dprandp.stages import clipped_sums, data_parallel, extraction, generate
 from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
-from dprandp.vision import contrastive, objectives
+from dprandp.vision import contrastive
 from dprandp.vision.classifier import Classifier
 from dprandp.vision.extractors import build_extractor, extract
 from dprandp.vision.images import to_input
@@ -289,17 +289,14 @@ TINY = PretrainConfig(
 )
 
 
-def trained(rank: ThreadRank | None, pictures: Tensor, config: PretrainConfig, taught: dict[str, Tensor] | None = None):
-    objective = None if taught is None else objectives.build_objective(config, len(pictures), outputs=6)
-    if taught:
-        objective.load_state_dict(taught)
+def trained(rank: ThreadRank | None, pictures: Tensor, config: PretrainConfig):
     network = build_extractor(config, torch.Generator().manual_seed(3))
     if rank is None:
-        trainer = contrastive.ContrastiveTrainer(network, config, pictures, objective)
+        trainer = contrastive.ContrastiveTrainer(network, config, pictures)
     else:
         rank.ask, rank.answers = lambda *given, together=False: None, lambda: []
         own = shares(len(pictures), rank.size)[rank.rank]
-        trainer = data_parallel.SharedTrainer(network, config, pictures[own], rank, len(pictures), objective)
+        trainer = data_parallel.SharedTrainer(network, config, pictures[own], rank, len(pictures))
     losses = [float(trainer.step(step)) for step in range(config.steps)]
     return SimpleNamespace(losses=losses, state=trainer.state())
 
@@ -320,23 +317,6 @@ def test_16_contrastive_steps_equal_those_of_one_process(
         assert rank.losses == pytest.approx(alone.losses, rel=1e-3)
         assert apart(rank.state, alone.state) < tolerance  # gradients (the momentum) among it
         assert apart(rank.state, together[0].state) == 0  # the ranks stay equal to one another
-
-
-@pytest.mark.parametrize("name", ["instances", pytest.param("vicreg", marks=pytest.mark.slow), "patches"])
-def test_16_other_objectives_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels and targets go with the images, whichever rank has them; the objective's own weights stay equal."""
-    monkeypatch.setattr(objectives, "TEACHER_FILTERS", 10)
-    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (5, 3, 32, 32)).astype(np.uint8))
-    config = replace(TINY, steps=2, objective=name, batch_size=6, optimizer="adamw" if name == "instances" else "sgd")
-    state = objectives.build_objective(config, 5, outputs=6).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    taught = {key: torch.randn(value.shape, generator=generator) for key, value in state.items()}
-    alone = trained(None, pictures, config, taught)
-    together = in_threads(2, lambda rank: trained(rank, pictures, config, taught))
-    for rank in together:
-        assert rank.losses == pytest.approx(alone.losses, rel=1e-3)
-        assert apart(rank.state, alone.state) < 2e-2
-        assert apart(rank.state, together[0].state) == 0
 
 
 def test_16_without_the_others_embeddings_the_loss_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

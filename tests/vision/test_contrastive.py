@@ -136,6 +136,25 @@ def test_the_loss_goes_down():
     assert np.mean(trained[-4:]) < np.mean(run(still, 19, 23)) - 0.25
 
 
+def test_small_views_come_first_where_the_training_grows(pictures):
+    made = trainer(pictures, replace(TINY, grow=True, steps=4))
+    sizes = []
+    embed = made.network.normalise
+    made.network.normalise = lambda views: sizes.append(views.shape[-1]) or embed(views)
+    run(made, 0, 4)
+    assert sizes == [16, 16, 32, 32]
+
+
+def test_fresh_images_are_asked_for_at_every_step(pictures):
+    asked = []
+    made, plain = trainer(pictures), trainer(pictures)
+    made.fresh = lambda step: asked.append(step) or pictures
+    assert run(made, 0, 2) == run(plain, 0, 2)
+    assert asked == [0, 1]
+    made.fresh = lambda step: 255 - pictures
+    assert run(made, 2, 3) != run(plain, 2, 3)
+
+
 def test_every_parameter_that_is_used_is_trained(pictures):
     made = trainer(pictures)
     before = {name: tensor.clone() for name, tensor in made.state().items()}
@@ -160,9 +179,11 @@ def test_train_reports_the_mean_since_the_last_time(pictures):
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize(("stop", "momentum"), [(0, 0.9), (1, 0.9), (5, 0.9), (5, 0.0)])
-def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(pictures, stop, momentum):
-    config = replace(TINY, steps=9, momentum=momentum)
+@pytest.mark.parametrize(
+    ("stop", "changes"), [(0, {}), (1, {}), (5, {}), (5, {"momentum": 0.0}), (5, {"optimizer": "adamw", "lr": 1e-3})]
+)
+def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(pictures, stop, changes):
+    config = replace(TINY, steps=9, **changes)
     whole = trainer(pictures, config)
     losses = run(whole, 0, 9)
     first = trainer(pictures, config)

@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from dprandp.errors import UsageError
-from dprandp.vision.losses import (
-    align_uniformity,
-    alignment,
-    cosine_distance,
-    instance_loss,
-    uniformity,
-    vicreg,
-)
+from dprandp.vision.losses import align_uniformity, alignment, uniformity
 
 
 def slow_loss(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -109,84 +102,3 @@ def test_bad_shapes_are_refused():
         align_uniformity(torch.ones(2, 4), torch.ones(3, 4))
     with pytest.raises(UsageError):
         uniformity(torch.ones(4))
-
-
-# -------------------------------------------------------------------------------------------------------------- VICReg
-
-
-def slow_vicreg(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Equations 1 to 6 of the paper, number by number."""
-    rows = {name: z.double().tolist() for name, z in (("x", x), ("y", y))}
-    batch, dim = x.shape
-    total = 25 * sum((a - b) ** 2 for p, q in zip(*rows.values(), strict=True) for a, b in zip(p, q, strict=True))
-    total /= batch * dim
-    for z in rows.values():
-        mean = [sum(row[j] for row in z) / batch for j in range(dim)]
-
-        def covariance(i, j, z=z, mean=mean):
-            return sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in z) / (batch - 1)
-
-        total += 25 * sum(max(0, 1 - math.sqrt(covariance(j, j) + 1e-4)) for j in range(dim)) / dim
-        total += sum(covariance(i, j) ** 2 for i in range(dim) for j in range(dim) if i != j) / dim
-    return total
-
-
-@pytest.mark.parametrize("batch", [2, 9])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
-def test_vicreg_equals_the_double_loop(batch, scale):
-    x, y = (scale * z for z in pair(batch, 6, 0.3))
-    assert vicreg(x, y).item() == pytest.approx(slow_vicreg(x, y), rel=1e-5)
-
-
-def test_each_term_of_vicreg_is_there():
-    x, _ = pair(64, 4)
-    spread = (x - x.mean(0)) / x.std(0) * 2
-    decorrelated = torch.linalg.qr(spread)[0] * 2 * math.sqrt(63)
-    assert vicreg(decorrelated, decorrelated).item() == pytest.approx(0, abs=0.01)  # nothing to complain about
-    assert vicreg(decorrelated, decorrelated + 1).item() == pytest.approx(25, rel=0.01)  # views apart
-    assert vicreg(torch.zeros(64, 4), torch.zeros(64, 4)).item() == pytest.approx(50 * 0.99)  # collapsed
-    alike = decorrelated[:, :1].expand(-1, 4)
-    assert vicreg(alike, alike).item() == pytest.approx(2 * 3 * 4**2, rel=0.01)  # all dimensions the same
-
-
-def test_vicreg_has_a_finite_gradient_where_everything_has_collapsed():
-    x = torch.ones(4, 3, requires_grad=True)
-    vicreg(x, torch.ones(4, 3)).backward()
-    assert x.grad.isfinite().all()
-    for bad in (torch.ones(1, 3), torch.ones(4)):
-        with pytest.raises(UsageError):
-            vicreg(bad, bad)
-
-
-# ------------------------------------------------------------------------------------------------- instances, cosines
-
-
-def test_the_instance_loss_equals_a_loop():
-    x, _ = pair(5, 4)
-    classes, _ = pair(7, 4, seed=1)
-    labels = torch.tensor([6, 0, 3, 3, 1])
-
-    def cosine(a, b):
-        dot = sum(p * q for p, q in zip(a, b, strict=True))
-        return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-
-    total = 0.0
-    for row, label in zip(x.double().tolist(), labels.tolist(), strict=True):
-        scores = [10 * cosine(row, other) for other in classes.double().tolist()]
-        total += math.log(sum(math.exp(score) for score in scores)) - scores[label]
-    assert instance_loss(x, classes, labels).item() == pytest.approx(total / 5, rel=1e-5)
-    assert instance_loss(x, 5 * classes, labels).item() == pytest.approx(total / 5, rel=1e-5)
-
-
-def test_the_cosine_distance_equals_a_loop():
-    x, y = pair(6, 4)
-    rows = zip(x.double().tolist(), y.double().tolist(), strict=True)
-    cosines = [
-        sum(p * q for p, q in zip(a, b, strict=True)) / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-        for a, b in rows
-    ]
-    assert cosine_distance(x, y).item() == pytest.approx(1 - sum(cosines) / 6, rel=1e-5)
-    assert cosine_distance(x, x).item() == pytest.approx(0, abs=1e-6)
-    assert cosine_distance(x, -x).item() == pytest.approx(2)
-    with pytest.raises(UsageError):
-        cosine_distance(x, y[:, :3])

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Objectives, processes and features of a WRN compared at a fixed budget of CPU seconds.
+"""Optimizers, processes and features of a WRN compared at a fixed budget of CPU seconds.
 
-    python scripts/compare_objectives.py --data cifar10 --cpu-seconds 900 --out runs/objectives
-    python scripts/compare_objectives.py --arch wrn-16-2 --cpu-seconds 100 --seeds 1 --fit 4000 --held-out 2000
-    python scripts/compare_objectives.py --table
+    python scripts/compare_wrn.py --data cifar10 --cpu-seconds 900 --out runs/wrn
+    python scripts/compare_wrn.py --arch wrn-16-2 --cpu-seconds 100 --seeds 1 --fit 4000 --held-out 2000
+    python scripts/compare_wrn.py --table
 
-A cell is a process, an objective (with its optimizer) and a seed. The steps are those that fit into the budget, by the
+A cell is a process, a way to train and a seed. The steps are those that fit into the budget, by the
 CPU time of a few steps in this process; cosine schedule. Then, as in ``compare_priors.py``: the whitener is fitted to
 synthetic images, heads to images of the *training* split with the noise that the whole split would have at each ε, and
 other images of the training split decide. No test split is read. Finished cells are kept.
@@ -43,22 +43,16 @@ from dprandp.vision.whitening import Part
 
 TIMED_STEPS = 6
 
-OBJECTIVES: dict[str, dict] = {
+TRAININGS: dict[str, dict] = {
     "random weights": {"random_init": True},
-    "align-uniformity, sgd": {},
-    "align-uniformity, adamw": {"optimizer": "adamw"},
-    "align-uniformity, adamw, growing": {"optimizer": "adamw", "grow": True},
-    "align-uniformity, adamw, fly": {"optimizer": "adamw", "images": "fly"},
-    "vicreg, adamw": {"objective": "vicreg", "optimizer": "adamw"},
-    "instances, adamw": {"objective": "instances", "optimizer": "adamw"},
-    "patches, adamw": {"objective": "patches", "optimizer": "adamw"},
-    "patches, adamw, growing": {"objective": "patches", "optimizer": "adamw", "grow": True},
-    "patches, adamw, fly": {"objective": "patches", "optimizer": "adamw", "images": "fly"},
+    "sgd": {},
+    "adamw": {"optimizer": "adamw"},
+    "adamw, growing": {"optimizer": "adamw", "grow": True},
+    "adamw, fly": {"optimizer": "adamw", "images": "fly"},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
-DEFAULT = ["random weights", "align-uniformity, sgd", "align-uniformity, adamw", "vicreg, adamw", "instances, adamw",
-           "patches, adamw"]  # fmt: skip
+DEFAULT = ["random weights", "sgd", "adamw"]
 PLAIN = "last stage, not whitened"
 FEATURES = (PLAIN, "last stage", "all, whitened apart", "all, whitened together")
 
@@ -68,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="cifar10", help="whose training split is taken as public")
     parser.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
-    parser.add_argument("--objectives", nargs="+", default=DEFAULT, help="; ".join(OBJECTIVES), metavar="NAME",
-                        choices=OBJECTIVES)  # fmt: skip
+    parser.add_argument("--trainings", nargs="+", default=DEFAULT, help="; ".join(TRAININGS), metavar="NAME",
+                        choices=TRAININGS)  # fmt: skip
     parser.add_argument("--arch", default="wrn-16-4")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--cpu-seconds", type=float, default=600.0, help="of all cores together, for the training")
@@ -77,7 +71,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
     parser.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of runs and results.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/wrn"), help="folder of runs and results.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
@@ -87,9 +81,9 @@ def main() -> None:
         torch.set_flush_denormal(True)
         for seed in range(args.seeds):
             for process in args.processes:
-                for objective in args.objectives:
+                for training in args.trainings:
                     cell = {"data": args.data, "fit": args.fit, "process": process, "arch": args.arch,
-                            "budget": args.cpu_seconds, "objective": objective, "seed": seed,
+                            "budget": args.cpu_seconds, "training": training, "seed": seed,
                             "clip_norm": args.clip_norm}  # fmt: skip
                     if not has_row(log, cell):
                         measure(args, cell, log)
@@ -101,7 +95,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
     run = args.out / name
     dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
-    changes = {"arch": cell["arch"], "batch_size": args.batch_size} | OBJECTIVES[cell["objective"]]
+    changes = {"arch": cell["arch"], "batch_size": args.batch_size} | TRAININGS[cell["training"]]
     if not changes.get("random_init"):
         changes["steps"] = steps_within(args, run, changes)
     file = args.out / "pretrain.toml"
@@ -121,7 +115,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
 
 
 def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
-    """Steps that the budget pays for, what an objective learns beforehand included."""
+    """Steps that the budget pays for, what comes before them included."""
     config = build("pretrain", {"size": "tiny", "steps": 10**6, **changes})
     with session.opened(run) as rundir, graceful_stop() as stop:
         context = session.context(rundir, session.console(quiet=True))
@@ -175,12 +169,12 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
 
 def print_table(rows: list[dict]) -> None:
     """Markdown: held-out accuracy in per cent, mean ± sample standard deviation over seeds."""
-    head = ["data", "fitted to", "process", "network", "CPU s", "objective", "C", "features",
+    head = ["data", "fitted to", "process", "network", "CPU s", "training", "C", "features",
             *(f"ε = {e:g}" for e in EPSILONS), "views", "k-NN", "linear", "rank", "seeds"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["data"], f"{row['fit']:,}", row["process"], row["arch"], f"{row['budget']:g}", row["objective"],
+        key = (row["data"], f"{row['fit']:,}", row["process"], row["arch"], f"{row['budget']:g}", row["training"],
                f"{row['clip_norm']:g}")  # fmt: skip
         cells.setdefault(key, []).append(row)
     for key, chosen in cells.items():
