@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import runpy
 import shutil
@@ -43,7 +42,7 @@ def test_predictions_on_the_test_images_are_those_that_were_measured(
     run, stage = tmp_path / "run", "finetune"
     shutil.copytree(stages[stage] / "model", run / "model")
     before = state_of(run)
-    done = dprandp("predict", "--run", run, "--data", "npz:tiny.npz", "--json")
+    done = dprandp("predict", "--model", run / "model", "--data", "npz:tiny.npz", "--json")
     assert sorted(path.name for path in run.iterdir()) == ["model"]
     assert state_of(run) == before
     assert done.code == 0, done.err
@@ -109,7 +108,7 @@ def test_predict_writes_csv(dprandp: Dprandp, stages: dict[str, Path], tmp_path:
     assert list(rows[0]) == ["image", "class", "probability", "dark", "grey", "bright"]
     assert all(float(row[row["class"]]) == float(row["probability"]) for row in rows)
     refused(dprandp(*command), 2, "answers.csv exists", "--overwrite")
-    refused(dprandp("predict", "--run", tmp_path / "no", "x.png"), 3, "there is no model in", "--model")
+    refused(dprandp("predict", "--run", tmp_path / "no", "x.png"), 3, "there is no run at")
     line = dprandp("predict", "--model", stages["finetune"] / "model", PICTURE, "--overwrite", folder=tmp_path).out
     assert line == f"{PICTURE}  {rows[0]['class']}  {float(rows[0]['probability']):.4f}\n"
 
@@ -251,20 +250,14 @@ def test_export_to_a_zip(dprandp: Dprandp, model_alone: Path, stages: dict[str, 
             export(model, tmp_path / target)
 
 
-@pytest.mark.parametrize("changes", [{"epsilon": "inf", "noise_multiplier": 0}, {"random": "insecure-seed"}],
+@pytest.mark.parametrize("flags", [["--eps", "inf"], ["--eps", "2", "--insecure-seed", "1"]],
                          ids=["no noise", "seeded noise"])  # fmt: skip
 def test_export_without_a_guarantee_needs_consent(
-    dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path, changes: dict
+    dprandp: Dprandp, run_after: Callable[[str], Path], tmp_path: Path, flags: list[str]
 ) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(stages["probe"] / "model", run / "model")
-    changed_config(lambda config: config["result"].update(changes, private=False))(run / "model")
-    with pytest.raises(CheckpointError, match="does not say so"):  # a card that promises privacy
-        export(load_model(run / "model"), out, allow_not_private=True)
-    card = "# Model card\n\n## NOT PRIVATE"
-    (run / "model/MODEL_CARD.md").write_text(card)
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    changed_config(lambda config: config["sha256"].update({"MODEL_CARD.md": digest}))(run / "model")
+    run, out = run_after("pretrain"), tmp_path / "out"
+    done = dprandp("probe", "--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", *flags)
+    assert done.code == 0, done.err
     refused(dprandp("export", "--run", run, "--out", out), 2, "NOT PRIVATE", "--allow-not-private")
     assert not out.exists()
     done = dprandp("export", "--run", run, "--out", out, "--allow-not-private")
@@ -274,6 +267,18 @@ def test_export_without_a_guarantee_needs_consent(
     for name in ("MODEL_CARD.md", "example.py"):
         assert "NOT PRIVATE" in (out / name).read_text()
     assert load_model(out).not_private_because is not None
+
+
+@pytest.mark.parametrize("changes", [{"epsilon": "inf", "noise_multiplier": 0}, {"random": "insecure-seed"}],
+                         ids=["no noise", "seeded noise"])  # fmt: skip
+def test_a_card_that_promises_privacy_where_there_is_none(
+    stages: dict[str, Path], tmp_path: Path, changes: dict
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(stages["probe"] / "model", model)
+    changed_config(lambda config: config["result"].update(changes, private=False))(model)
+    with pytest.raises(CheckpointError, match="does not say so"):
+        export(load_model(model), tmp_path / "out", allow_not_private=True)
 
 
 # --------------------------------------------------------------------------------------------------------- local paths

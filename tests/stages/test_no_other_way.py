@@ -31,7 +31,10 @@ RECORDS = 60
 LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
 """All that a log may hold: norms of noisy updates and released weights; losses and estimates of public images."""
 
-CLOCKS = {"started", "finished", "seconds", "time", "created", "hash", "previous", "ledger", "cpu_seconds", "updated"}
+CLOCKS = {
+    "started", "finished", "seconds", "time", "created", "hash", "previous", "ledger", "ledger_head", "digest",
+    "cpu_seconds", "updated",
+}  # fmt: skip
 """Entries that tell when a run was made, or hash something that does."""
 
 Copy = Callable[[Path], Path]
