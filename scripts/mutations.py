@@ -978,9 +978,9 @@ FURTHER = (
          "            update = {n: v.float() / stage.plan.expected_batch for n, v in clipped.items()}\n"
          "            optimizer.step(update, lr, masks)",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of a wrn]"),
-    _row("gradients are taken at a point that the batch moves",
+    _row("gradients are taken at a point that the images move",
          "sums.over_ranks(ranks, parameters, step.number, shares, masks)",
-         "sums.over_ranks(ranks, {n: v + 1e-6 * len(step.indices) for n, v in parameters.items()},\n"
+         "sums.over_ranks(ranks, {n: v + 1e-3 * images.float().mean() for n, v in parameters.items()},\n"
          "                                          step.number, shares, masks)",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[fine-tune of chosen weights]"),
     _row("weights are chosen by the gradient without noise",
