@@ -265,7 +265,7 @@ _POSITIVE = (
     "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
     "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
     "checkpoint_every", "views", "dims", "statistics_images", "statistics_views", "lr", "clip_norm",
-    "whitening_floor", "pool", "uses", "instances", "check_every", "public_batch_size", "public_lr",
+    "whitening_floor", "instances", "check_every", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
@@ -273,8 +273,8 @@ _AT_MOST = {
     "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
     "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9,
     "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6,
-    "statistics_images": 10**8, "statistics_views": 10**3, "classes": 10**5, "checkpoint_every": 10**9, "pool": 10**8,
-    "uses": 10**6, "instances": 10**7, "check_every": 10**9, "public_batch_size": 10**6,
+    "statistics_images": 10**8, "statistics_views": 10**3, "classes": 10**5, "checkpoint_every": 10**9,
+    "instances": 10**7, "check_every": 10**9, "public_batch_size": 10**6,
 }  # fmt: skip
 """Beyond these no machine's memory or patience reaches: a slip of the finger."""
 

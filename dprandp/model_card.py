@@ -106,8 +106,7 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
     elif result.get("source") == "scratch" or not pretrain:
         prior = "The network started from random weights."
     else:
-        count = pretrain.get("fresh_images") or generate.get("count")
-        images = f"{count} images of the random process {_plain(generate['process'])}" if generate else ""
+        images = f"{generate['count']} images of the random process {_plain(generate['process'])}" if generate else ""
         kind = "left as initialised (a control experiment)" if pretrain.get("random_init") else f"learned from {images}"
         prior = f"The feature extractor ({_plain(pretrain['arch'])}) was {kind}; no data was used for it."
         if pretrain.get("prior"):

@@ -61,12 +61,6 @@ class PretrainConfig:
     """Have ``torch.compile`` make the kernels: less time a step, after a minute or more."""
     grow: bool = False
     """Views of half the side in the first half of the steps: a quarter of the time each."""
-    images: str = "disk"
-    """'disk': those that ``generate`` wrote. 'fly': others of the same process and seed, made during the training."""
-    pool: int = 4000
-    """With images = 'fly': how many are there to choose from at any time."""
-    uses: int = 4
-    """With images = 'fly': how often an image is chosen on average before others replace it."""
     projection_hidden: int = 512
     projection_dim: int = 128
     layer_order: str = "relu-norm-conv"
@@ -80,26 +74,22 @@ class PretrainConfig:
     checkpoint_every: int = 20
 
 
-CHOICES = {
-    "optimizer": OPTIMIZERS, "images": ("disk", "fly"), "feature_stages": ("last", "all"),
-}  # fmt: skip
+CHOICES = {"optimizer": OPTIMIZERS, "feature_stages": ("last", "all")}
 
 _SECOND_LAYER = {"layers", "second_filters"}
 _PATCHNET = _SECOND_LAYER | {
     "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
 }  # fmt: skip
-_FLY = {"pool", "uses"}
-_WRN = _FLY | {
-    "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow",
-    "images", "projection_hidden", "projection_dim", "layer_order", "weight_standardisation", "padding",
-    "pooling", "feature_stages", "checkpoint_every", "compiled",
+_WRN = {
+    "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow", "projection_hidden",
+    "projection_dim", "layer_order", "weight_standardisation", "padding", "pooling", "feature_stages",
+    "checkpoint_every", "compiled",
 }  # fmt: skip
 
 
 _LEARNING = {
-    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "optimizer", "lr",
-    "momentum", "weight_decay", "schedule", "compiled", "grow", "images", "pool", "uses", "projection_hidden",
-    "projection_dim", "checkpoint_every",
+    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
+    "schedule", "compiled", "grow", "projection_hidden", "projection_dim", "checkpoint_every",
 }  # fmt: skip
 
 
@@ -124,7 +114,6 @@ def _of_another_network(config: PretrainConfig) -> set[str]:
         return {"precision"} | _WRN | (_SECOND_LAYER if config.layers == 1 else set())
     return (
         _PATCHNET
-        | (_FLY if config.images == "disk" else set())
         | ({"momentum"} if config.optimizer == "adamw" else set())
     )
 

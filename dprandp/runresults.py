@@ -30,7 +30,7 @@ _MAY_BE_MISSING = {
 }  # fmt: skip
 _COUNTS = {
     "count", "resolution", "steps", "attempt", "charged_steps", "lost_steps", "views", "train_examples",
-    "test_examples", "parameters", "feature_dim", "prior_images", "fresh_images",
+    "test_examples", "parameters", "feature_dim", "prior_images",
 }  # fmt: skip
 _TEXTS = {
     "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",

@@ -32,7 +32,6 @@ from dprandp import toml
 from dprandp.cli import session
 from dprandp.config import ProbeConfig, build, resolve
 from dprandp.datasets import open_dataset
-from dprandp.signals import graceful_stop
 from dprandp.stages import pretrain_wrn
 from dprandp.stages.pretrain import load_extractor
 from dprandp.stages.synthetic_statistics import synthetic_views
@@ -48,7 +47,6 @@ TRAININGS: dict[str, dict] = {
     "sgd": {},
     "adamw": {"optimizer": "adamw"},
     "adamw, growing": {"optimizer": "adamw", "grow": True},
-    "adamw, fly": {"optimizer": "adamw", "images": "fly"},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
@@ -117,21 +115,21 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
 def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
     """Steps that the budget pays for, what comes before them included."""
     config = build("pretrain", {"size": "tiny", "steps": 10**6, **changes})
-    with session.opened(run) as rundir, graceful_stop() as stop:
+    with session.opened(run) as rundir:
         context = session.context(rundir, session.console(quiet=True))
         before = time.process_time()
-        with pretrain_wrn.begun_trainer(replace(config, images="disk"), context, stop) as trainer:
-            trainer.step(0)
+        trainer = pretrain_wrn.begun_trainer(config, context)
+        trainer.step(0)
+        begun = time.process_time()
+        for step in range(1, 1 + TIMED_STEPS):
+            trainer.step(step)
+        each = (time.process_time() - begun) / TIMED_STEPS
+        fixed = begun - before - each
+        if config.grow:  # the first half is timed above; the second has views of full size
+            trainer.config = replace(config, grow=False)
             begun = time.process_time()
-            for step in range(1, 1 + TIMED_STEPS):
-                trainer.step(step)
-            each = (time.process_time() - begun) / TIMED_STEPS
-            fixed = begun - before - each
-            if config.grow:  # the first half is timed above; the second has views of full size
-                trainer.config = replace(config, grow=False)
-                begun = time.process_time()
-                trainer.step(TIMED_STEPS + 1)
-                each = (each + time.process_time() - begun) / 2
+            trainer.step(TIMED_STEPS + 1)
+            each = (each + time.process_time() - begun) / 2
     return max(10, int((args.cpu_seconds - fixed) / each))
 
 

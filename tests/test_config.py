@@ -94,11 +94,9 @@ def test_settings_of_the_other_architecture_are_not_recorded():
     shared = {"size", "arch", "seed", "random_init", "colour"}
     assert set(patchnet) & set(wrn) == shared
     assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    flying = as_dict(build("pretrain", {"arch": "wrn-16-4", "images": "fly"}))
-    assert set(flying) - set(wrn) == {"pool", "uses"}
     assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
     unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
-    known = set(patchnet) | set(flying) | unset
+    known = set(patchnet) | set(wrn) | unset
     assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
 
 
@@ -186,8 +184,6 @@ RANGES = [  # stage, key, refused, accepted next to the bounds
     ("pretrain", "momentum", [-0.1, 1.0, NAN], [0.0, 0.999]),
     ("pretrain", "weight_decay", [-1e-9, NAN, INF], [0.0, 0.1]),
     ("pretrain", "checkpoint_every", [0], [1]),
-    ("pretrain", "pool", [0, 10**9], [1]),
-    ("pretrain", "uses", [0], [1]),
     ("continue", "instances", [0], [1]),
     ("probe", "epsilon", [0.0, -1.0, NAN, -INF], [1e-9, INF]),
     ("probe", "delta", [0.0, 1.0, -1e-5, NAN, INF], [1e-300, 0.999]),
@@ -220,7 +216,6 @@ def test_ranges(stage, key, refused, accepted):
         ("pretrain", "colour", "gray", "'grey'"),
         ("pretrain", "optimizer", "adam", "'adamw'"),
         ("finetune", "optimizer", "adamw", "'adam'"),
-        ("pretrain", "images", "dis", "'disk'"),
         ("pretrain", "feature_stages", "al", "'all'"),
         ("probe", "released", "Last", "'last'"),
         ("finetune", "source", "scrach", "'scratch'"),

@@ -9,13 +9,13 @@ import pytest
 from dprandp.config import as_dict, build, resolve
 from dprandp.errors import UsageError
 
-LEARNING_OF_WRN = {"steps", "batch_size", "optimizer", "schedule", "images", "projection_hidden"}
+LEARNING_OF_WRN = {"steps", "batch_size", "optimizer", "schedule", "projection_hidden"}
 LEARNING_OF_PATCHNET = {"dictionary_patches", "dictionary_iterations"}
 
 WITHOUT_A_SAY = [
-    ("pretrain", {}, LEARNING_OF_WRN | {"layers", "pool"}),
+    ("pretrain", {}, LEARNING_OF_WRN | {"layers"}),
     ("pretrain", {"random_init": True}, LEARNING_OF_PATCHNET | LEARNING_OF_WRN),
-    ("pretrain", {"arch": "wrn-16-4"}, {"filters", "patch_size", "pool", "uses"}),
+    ("pretrain", {"arch": "wrn-16-4"}, {"filters", "patch_size"}),
     ("pretrain", {"arch": "wrn-16-4", "random_init": True}, {"filters"} | LEARNING_OF_WRN),
     ("finetune", {}, {"arch"}),
     ("finetune", {"refit_steps": 0}, {"arch", "refit_part"}),
@@ -26,7 +26,6 @@ WITH_A_SAY = [
     ("pretrain", {}, LEARNING_OF_PATCHNET | {"filters", "colour", "arch"}),
     ("pretrain", {"random_init": True}, {"filters", "patch_size", "colour", "arch", "seed"}),
     ("pretrain", {"arch": "wrn-16-4"}, LEARNING_OF_WRN | {"feature_stages"}),
-    ("pretrain", {"arch": "wrn-16-4", "images": "fly"}, {"pool", "uses"}),
     ("pretrain", {"arch": "wrn-16-4", "random_init": True}, {"feature_stages", "layer_order"}),
     ("finetune", {}, {"refit_part", "clip_norm", "views", "ema", "source"}),
     ("finetune", {"source": "scratch"}, {"arch", "ema"}),

@@ -2,7 +2,7 @@
 
 Both sides have the same network, projection head and precision; the pure side has its views ready, normalised and in
 the memory format that is faster, has no loss to speak of and makes no update: what it takes is the floor. A further
-side is our own step compiled. The other pair asks what images made during the training cost.
+side is our own step compiled.
 """
 
 from __future__ import annotations
@@ -16,30 +16,19 @@ from torch import Tensor
 from dprandp.benchmark import generator
 from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, PeerMissing, Side
 from dprandp.benchmark.pairs import agree
-from dprandp.benchmark.processes import cores
 from dprandp.config import PretrainConfig
 from dprandp.errors import UsageError
-from dprandp.stages.fresh_images import FreshImages, supply_for
-from dprandp.stages.workers import worker_pool
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.precision import AUTO, BFLOAT16, FLOAT32, autocast, decide
 
 PURE = "forward and backward alone"
 COMPILED = "the step compiled"
-LOADED = "images in memory"
 
 SIZES = {  # architecture, images of a step (two views each), hidden size of the head, resolution of the images
     "full": ("wrn-16-4", 64, 1024, 64),
     "quick": ("wrn-16-4", 8, 256, 64),
     "tiny": ("wrn-10-1", 4, 16, 32),
-}
-
-
-FLY_SIZES = {  # architecture, images of a step, hidden size of the head, images in the pool, process, resolution
-    "full": ("wrn-16-4", 32, 512, 400, "stylegan-oriented", 64),
-    "quick": ("wrn-10-1", 16, 256, 256, "stylegan-oriented", 64),
-    "tiny": ("wrn-10-1", 4, 16, 16, "dead-leaves", 32),
 }
 
 
@@ -106,38 +95,4 @@ def case(scale: str) -> Case:
         check=check,
         sizes=f"{arch}, {2 * batch} views of {resolution} px images, head {hidden}, {precision}",
         unit="view",
-    )
-
-
-def fly_case(scale: str) -> Case:
-    """Steps on images made meanwhile against steps on images that are there; a call replaces one block of the pool."""
-    arch, batch, hidden, pool, process, resolution = FLY_SIZES[scale]
-    config = PretrainConfig(arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000)
-    supply = supply_for(process, 0, resolution, 0, pool=pool, uses=config.uses, batch_size=batch, colour="rgb")
-
-    def steps(fly: bool) -> Callable[[], None]:
-        network = build_extractor(config, torch.Generator().manual_seed(0))
-        images, at = generator.images(resolution, min(supply.count, 2 * batch)), None
-        if fly:
-            made = FreshImages(supply, images.device, worker_pool(min(cores(), supply.blocks)))
-            images, at = made.images, made.at
-            at(0)
-        trainer = ContrastiveTrainer(network, config, images, fresh=at)
-        number = iter(range(config.steps))
-
-        def work() -> None:
-            for _ in range(supply.period):
-                trainer.step(next(number))
-
-        return work
-
-    views = 2 * batch * supply.period
-    return Case(
-        ours=Side(OURS, lambda: steps(fly=True), views),
-        others=(Side(LOADED, lambda: steps(fly=False), views),),
-        comparisons=(Comparison(LOADED, "× the rate"),),
-        check=dict,  # the images differ; that the pool holds those of its blocks is shown in tests/stages
-        sizes=f"{arch}, {supply.period} steps of {2 * batch} views, {supply.block} images of {resolution} px meanwhile",
-        unit="view",
-        rounds=3,
     )

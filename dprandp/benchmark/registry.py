@@ -11,7 +11,6 @@ PAIRS: dict[str, Pair] = {
         Pair("generator", "stylegan-oriented against a dense StyleGAN2", generator.dense_case),
         Pair("processes", "every random process against stylegan-oriented", generator.processes_case),
         Pair("pretraining", "a contrastive step against forward and backward alone", pretraining.case),
-        Pair("fly", "contrastive steps while their images are made against images in memory", pretraining.fly_case),
         Pair("patchnet", "patchnet's features against ordinary layers", patchnet.features_case),
         Pair("probe", "a step of the probe against Opacus", probe.case),
         Pair("finetune", "a step of 16 views against a non-private one", finetuning.plain_case("finetune", 1.15, 1.5)),

@@ -201,11 +201,6 @@ Workers = Annotated[
     typer.Option(help="Processes that make images. Default: one per core. Never changes the images.",
                  rich_help_panel=PERFORMANCE),
 ]  # fmt: skip
-PretrainWorkers = Annotated[
-    int | None,
-    typer.Option("--workers", help="With --images fly: processes that make images. Default: one per core. Never "
-                 "changes the images.", rich_help_panel=PERFORMANCE),
-]  # fmt: skip
 Process = Annotated[
     str | None,
     typer.Option("--process", help="stylegan-oriented (default), stylegan-random, stylegan-highfreq, stylegan-sparse, "
@@ -267,12 +262,6 @@ PretrainCompiled = Annotated[
     bool | None,
     typer.Option("--compile", help="Of a wrn: have torch.compile make its kernels. A minute or more, then less time a "
                  "step; worth it in long trainings. Needs a C++ compiler.", rich_help_panel=TRAINING),
-]  # fmt: skip
-PretrainImages = Annotated[
-    str | None,
-    typer.Option("--images", help="What a wrn learns from: disk, the images that generate wrote; or fly, others of the "
-                 "same process, made meanwhile and hardly ever seen again. Default: disk.",
-                 rich_help_panel=DATA, metavar="disk|fly"),
 ]  # fmt: skip
 
 # ------------------------------------------------------------------- `run` alone: what goes to one of its four stages

@@ -63,7 +63,6 @@ def pretrain(
     ] = None,
     arch: flags.Arch = None,
     layers: flags.Layers = None,
-    images: flags.PretrainImages = None,
     steps: flags.PretrainSteps = None,
     batch_size: flags.PretrainBatchSize = None,
     optimizer: flags.Optimizer = None,
@@ -77,7 +76,6 @@ def pretrain(
     seed: flags.Seed = None,
     device: flags.Device = "auto",
     precision: flags.Precision = None,
-    workers: flags.PretrainWorkers = None,
     run: flags.Run = DEFAULT_RUN,
     plan: flags.Plan = False,
     resume: flags.Resume = False,
@@ -89,15 +87,15 @@ def pretrain(
     """Phase I: learn a feature extractor from those images; no data, no privacy cost.
 
     [dim]dprandp pretrain[/dim]
-    [dim]dprandp pretrain --arch wrn-16-4 --images fly --steps 2000[/dim]
+    [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
     [dim]dprandp pretrain --data fashion-mnist --run runs/grey[/dim]
     [dim]dprandp pretrain --prior patchnet-tiny --run runs/quick[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
-        "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr,
-        "images": images, "optimizer": optimizer, "feature_stages": feature_stages,
-        "compiled": compiled, "colour": colour, "random_init": random_init, "seed": seed, "precision": precision,
+        "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
+        "feature_stages": feature_stages, "compiled": compiled, "colour": colour, "random_init": random_init,
+        "seed": seed, "precision": precision,
     }  # fmt: skip
     fitting = {} if data is None else {"colour": session.colour_of(data)}
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:
@@ -106,9 +104,7 @@ def pretrain(
             session.refuse_made(prior, data=data, **given)
             public = session.public_stages(rundir, prior, size, config, {})
         stage = public.get("pretrain") or session.resolve(rundir, "pretrain", size, config, given, fitting=fitting)
-        context = session.context(
-            rundir, console, device=device, workers=workers, resume=resume, overwrite=overwrite
-        )
+        context = session.context(rundir, console, device=device, resume=resume, overwrite=overwrite)
         if plan:
             return session.print_plan("pretrain", stage, context, public)
         session.run_stage("pretrain", stage, context, public)

@@ -148,13 +148,6 @@ def _up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
 
 
-def learned_from(pretrain: Facts) -> str:
-    """What an extractor was learned from, said after the images of ``generate``: them, or others made on the fly."""
-    if not pretrain.get("fresh_images"):
-        return "them"
-    return f"{pretrain['fresh_images']} further images of the same process, made during the training and not kept"
-
-
 def public_steps(training: Facts) -> str:
     """What ``continue`` did with public images, from ``public_training`` of its result."""
     mixed = {
@@ -203,6 +196,5 @@ def public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
         images = f"{generate['count']} synthetic images of the random process {generate['process']}"
     if pretrain.get("prior"):
         return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
-    learned = f"an extractor learned from {learned_from(pretrain)}"
-    learned = "a randomly initialised extractor" if pretrain.get("random_init") else learned
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
     return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"

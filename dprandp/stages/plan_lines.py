@@ -20,7 +20,7 @@ def line_of(made: Mapping[str, Any]) -> str:
     if made["stage"] == "pretrain":
         if "prior" in made:
             return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
-        how = _dictionary(made) if "filters" in made else _training(made)
+        how = _dictionary(made) if "filters" in made else f"{made['steps']} steps of {made['batch_size']} images"
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
     if "epsilon_after" not in made:
@@ -44,8 +44,3 @@ def line_of(made: Mapping[str, Any]) -> str:
 
 def _dictionary(made: Mapping[str, Any]) -> str:
     return f"{made['filters']} filters" + (" each for colour and for grey data" if made["extractors"] > 1 else "")
-
-
-def _training(made: Mapping[str, Any]) -> str:
-    fresh = " made on the fly" if made["images"] == "fly" else ""
-    return f"{made['steps']} steps of {made['batch_size']} images{fresh}"

@@ -44,7 +44,7 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
 
         * generate: process, count, resolution, seed, shards, disk_bytes (of the pixels);
         * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
-          learned) or batch_size, images (wrn);
+          learned) or batch_size (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
           fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
 
@@ -142,7 +142,7 @@ def _pretrain(config: PretrainConfig, context: Context) -> Plan:
         network = build_extractor(config)
     kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
     if config.arch != "patchnet":
-        kind = {"batch_size": config.batch_size, "images": config.images}
+        kind = {"batch_size": config.batch_size}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
     if config.prior:
         shipped(config)  # refuses a damaged one

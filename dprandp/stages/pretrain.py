@@ -35,7 +35,7 @@ from dprandp.pretrain_config import extractors_of
 from dprandp.signals import Stop, graceful_stop
 from dprandp.stages.context import Context, recorded, with_precision
 from dprandp.stages.generate import open_images
-from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn, refuse
+from dprandp.stages.pretrain_wrn import facts_of, held_out_images, learn
 from dprandp.stages.prior import shipped
 from dprandp.vision import dictionary
 from dprandp.vision.extractors import build_extractor, load_weights, refuse_unlearnable
@@ -70,7 +70,6 @@ def run(config: PretrainConfig, context: Context) -> dict:
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
     config = with_precision(STAGE, config, context, config.arch)
-    refuse(config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped(foreseen) if foreseen.prior else (None, {}, {})
@@ -115,7 +114,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "steps": steps,
         "views_per_second": views_per_second,
         "loss": loss,
-        **(known or facts_of(config, context) | _evaluation(network, config, context)),  # a prior's is on its card
+        **(known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
     }
     outputs = [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]
     for other in beside:

@@ -1,4 +1,4 @@
-"""How a WRN learns in ``pretrain``: steps on two views of synthetic images, from disk or made on the fly.
+"""How a WRN learns in ``pretrain``: steps on two views of synthetic images.
 
 Some images, at the ends of their shards, are held out: what ``vision/public_evaluation.py`` says about the features is
 said of images that were not trained on. It is said during the training too, at steps that the configuration alone
@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dprandp import checkpoint
 from dprandp.config import PretrainConfig
 from dprandp.console import MetricsLog
-from dprandp.errors import UsageError
 from dprandp.ranks import Leader
 from dprandp.signals import Stop
 from dprandp.stages import data_parallel
 from dprandp.stages.context import Context
-from dprandp.stages.fresh_images import FreshImages, Supply, supply_for
 from dprandp.stages.generate import open_images, read_manifest
-from dprandp.stages.workers import worker_pool
 from dprandp.tensorfile import check_tensors
 from dprandp.vision.contrastive import ContrastiveTrainer, train
 from dprandp.vision.extractors import build_extractor
@@ -57,65 +52,49 @@ class Learned:
     loss: float
 
 
-def refuse(config: PretrainConfig, context: Context) -> None:
-    """Refuse what this run cannot do, before anything is written.
-
-    Raises:
-        UsageError: images on the fly for several processes.
-    """
-    if config.arch == "patchnet" or config.random_init:
-        return
-    if config.images == "fly" and context.ranks.size > 1:
-        raise UsageError(
-            "images made on the fly serve one process, and this is a training of several",
-            fix="give --images disk, after `dprandp generate --count N`",
-        )
-
-
 def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
     """Train from the last checkpoint to the end of the configuration; writes checkpoints and metrics.jsonl.
 
     Raises:
-        UsageError: settings that cannot be met. StorageError: a worker that makes images died. CheckpointError: one of
-            another configuration.
+        UsageError: settings that cannot be met. CheckpointError: one of another configuration.
     """
     folder = context.rundir.stage_dir(STAGE)
     saved = checkpoint.resume(folder, warn=context.console.warn)
-    with begun_trainer(config, context, stop) as trainer:
-        first_step, loss = 0, math.nan
-        if saved is not None:
-            check_tensors(saved.tensors, trainer.state(), saved.path)
-            trainer.load_state(saved.tensors)
-            first_step, told = saved.entry("step", int), saved.meta.get("loss")
-            loss = math.nan if told is None else told  # before the first mean there is none
-            trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
-            context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
-        if isinstance(trainer, data_parallel.SharedTrainer):
-            data_parallel.begin(trainer)
-        log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
-        watched = held_out_images(context, WATCHED)
-        every = steps_between_looks(config)
-        looked = ""
-        started = time.perf_counter()
-        with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
+    trainer = begun_trainer(config, context)
+    first_step, loss = 0, math.nan
+    if saved is not None:
+        check_tensors(saved.tensors, trainer.state(), saved.path)
+        trainer.load_state(saved.tensors)
+        first_step, told = saved.entry("step", int), saved.meta.get("loss")
+        loss = math.nan if told is None else told  # before the first mean there is none
+        trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
+        context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
+    if isinstance(trainer, data_parallel.SharedTrainer):
+        data_parallel.begin(trainer)
+    log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
+    watched = held_out_images(context, WATCHED)
+    every = steps_between_looks(config)
+    looked = ""
+    started = time.perf_counter()
+    with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
 
-            def save(done: int) -> None:
-                meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
-                checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
+        def save(done: int) -> None:
+            meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
+            checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
 
-            def on_step(done: int, mean_loss: float | None) -> None:
-                nonlocal loss, looked
-                if mean_loss is not None:
-                    loss = mean_loss
-                    log.write(step=done, loss=mean_loss)
-                if done % every == 0 and len(watched) and done < config.steps:
-                    seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
-                    log.write(step=done, **seen)
-                    looked = f", {seen_text(seen)}"
-                progress.advance(1, "" if math.isnan(loss) else f"loss {loss:.3g}{looked}")
-                stop.end_step(done % config.checkpoint_every == 0 and done < config.steps, lambda: save(done))
+        def on_step(done: int, mean_loss: float | None) -> None:
+            nonlocal loss, looked
+            if mean_loss is not None:
+                loss = mean_loss
+                log.write(step=done, loss=mean_loss)
+            if done % every == 0 and len(watched) and done < config.steps:
+                seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
+                log.write(step=done, **seen)
+                looked = f", {seen_text(seen)}"
+            progress.advance(1, "" if math.isnan(loss) else f"loss {loss:.3g}{looked}")
+            stop.end_step(done % config.checkpoint_every == 0 and done < config.steps, lambda: save(done))
 
-            loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
+        loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
     done = config.steps - first_step
     rate = 2 * config.batch_size * done / (time.perf_counter() - started) if done else None
     return Learned(trainer.network, round(rate, 1) if rate else None, round(loss, 5))
@@ -141,14 +120,9 @@ def held_out_images(context: Context, limit: int = HELD_OUT) -> ImageSet:
     return ImageSet(open_images(folder, _held_out(context), from_end=True)).part(slice(0, limit))
 
 
-def facts_of(config: PretrainConfig, context: Context) -> dict[str, Any]:
-    """What a result says of a training by gradients: its optimizer, and how many images were made on the fly."""
-    if config.arch == "patchnet" or config.random_init:
-        return {}
-    facts: dict[str, Any] = {"optimizer": config.optimizer}
-    if config.images == "fly":
-        facts["fresh_images"] = _supply(config, context).made(config.steps)
-    return facts
+def facts_of(config: PretrainConfig) -> dict[str, Any]:
+    """What a result says of a training by gradients: its optimizer."""
+    return {} if config.arch == "patchnet" or config.random_init else {"optimizer": config.optimizer}
 
 
 def _held_out(context: Context) -> int:
@@ -157,39 +131,12 @@ def _held_out(context: Context) -> int:
     return held if held >= 2 else 0
 
 
-@contextmanager
-def begun_trainer(config: PretrainConfig, context: Context, stop: Stop) -> Iterator[ContrastiveTrainer]:
+def begun_trainer(config: PretrainConfig, context: Context) -> ContrastiveTrainer:
     """The trainer as the configuration begins it."""
     network = build_extractor(config, torch.Generator().manual_seed(config.seed))
-    with _images(config, context, stop) as (images, fresh):
-        if isinstance(context.ranks, Leader):
-            yield data_parallel.lead(context.ranks, network, config, images, context.device)
-        else:
-            yield ContrastiveTrainer(network, config, images.to(context.device), fresh)
-
-
-@contextmanager
-def _images(
-    config: PretrainConfig, context: Context, stop: Stop
-) -> Iterator[tuple[ImageSet | Tensor, Callable[[int], Tensor] | None]]:
-    """Images to choose from, N of them, and where they change: step -> those of that step, uint8 [N, 3, R, R]."""
-    if config.images == "disk":
-        images = open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context))
-        yield ImageSet(images, config.colour), None
-        return
-    supply = _supply(config, context)
-    workers = worker_pool(min(context.workers, supply.blocks))
-    try:
-        pool = FreshImages(supply, context.device, workers, stop.raise_if_requested)
-        yield pool.images, pool.at
-    finally:
-        workers.shutdown(wait=True, cancel_futures=True)
-
-
-def _supply(config: PretrainConfig, context: Context) -> Supply:
-    """Blocks of the process, seed and resolution that ``generate`` took, from behind those that it wrote."""
-    made = read_manifest(context.rundir.stage_dir("generate"))
-    return supply_for(
-        made["process"], made["seed"], made["resolution"], len(made["shards"]),
-        pool=config.pool, uses=config.uses, batch_size=config.batch_size, colour=config.colour,
-    )  # fmt: skip
+    images = ImageSet(
+        open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context)), config.colour
+    )
+    if isinstance(context.ranks, Leader):
+        return data_parallel.lead(context.ranks, network, config, images, context.device)
+    return ContrastiveTrainer(network, config, images.to(context.device))

@@ -44,21 +44,13 @@ class ContrastiveTrainer:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
         config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, compiled, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
-        fresh: step -> the N images that are there to choose from at that step; None: always ``images``.
 
     Attributes:
         count: of images to choose from.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        config: PretrainConfig,
-        images: ImageSet | Tensor,
-        fresh: Callable[[int], Tensor] | None = None,
-    ) -> None:
-        self.config, self.images, self.device = config, images, images.device
-        self.count, self.fresh = len(images), fresh
+    def __init__(self, network: nn.Module, config: PretrainConfig, images: ImageSet | Tensor) -> None:
+        self.config, self.images, self.device, self.count = config, images, images.device, len(images)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self._map = self._map_shape()
         self.head = ProjectionHead(
@@ -84,8 +76,6 @@ class ContrastiveTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.fresh is not None:
-            self.images = self.fresh(step)
         small = self.config.grow and 2 * step < self.config.steps
         self.views.size = INPUT_SIZE // 2 if small else INPUT_SIZE
         loss = self.backward(*self.draw(step))

@@ -27,7 +27,6 @@ from dprandp.benchmark import (
 from dprandp.benchmark.cases import Case, Comparison, Figure, Limit, Side
 from dprandp.benchmark.peer_jax import JAX
 from dprandp.benchmark.peer_opacus import GHOST, HOOKS
-from dprandp.benchmark.pretraining import LOADED
 from dprandp.benchmark.timing import spread
 from dprandp.errors import BenchmarkError, UsageError
 from dprandp.synth import stylegan, stylegan_draws
@@ -100,14 +99,6 @@ def test_the_sides_of_the_other_pairs_agree(name: str) -> None:
     assert case.check()
     for entry in case.comparisons:
         case.side(entry.against).make()()
-
-
-@pytest.mark.slow
-def test_images_are_made_while_steps_go_on() -> None:
-    found = pairs.measure(registry.PAIRS["fly"], "tiny", 1, silent)
-    (figure,) = found.figures
-    assert figure.key == f"fly time {LOADED}"
-    assert figure.ratio.median > 0
 
 
 def test_without_a_compiler_the_compiled_step_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

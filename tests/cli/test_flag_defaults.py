@@ -129,7 +129,6 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "flags.PretrainLr": pretrain_lr,
     "flags.Optimizer": lambda: by_size("pretrain", "optimizer"),
     "flags.FeatureStages": lambda: by_size("pretrain", "feature_stages"),
-    "flags.PretrainImages": lambda: by_size("pretrain", "images"),
     "flags.RunSteps": lambda: of_recipes("steps", "patchnet", "wrn") + ", " + paper("steps"),
     "flags.RunBatchSize": lambda: of_recipes("batch_part", "patchnet", "wrn", form="{:.2g} N") + ", "
                                   + paper("batch_size"),
@@ -165,7 +164,7 @@ EXPECTED: dict[str, Callable[[], str]] = {
 }  # fmt: skip
 
 NO_SETTING = {
-    "flags.Model", "flags.Size", "flags.Download", "flags.UnitColumn", "flags.Workers", "flags.PretrainWorkers",
+    "flags.Model", "flags.Size", "flags.Download", "flags.UnitColumn", "flags.Workers",
     "finetune.Pooling",  # by the extractor's class: 1+4, or 1 for nf-resnet-50
 }  # fmt: skip
 """Defaults that no configuration holds: of what the run or the machine has."""

@@ -56,9 +56,9 @@ def generated(folder, count, side):
 
 def steps(context, **settings):
     asked = {"arch": "wrn-10-1", "steps": 2, "batch_size": 8, "projection_hidden": 32, **settings}
-    with pretrain_wrn.begun_trainer(build("pretrain", asked), context, None) as trainer:
-        for step in range(2):
-            trainer.step(step)
+    trainer = pretrain_wrn.begun_trainer(build("pretrain", asked), context)
+    for step in range(2):
+        trainer.step(step)
 
 
 def private(path):

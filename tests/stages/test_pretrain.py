@@ -6,11 +6,7 @@ import json
 import math
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +15,9 @@ from stage_processes import Stages, stage_server
 from dprandp import checkpoint
 from dprandp.config import PretrainConfig, build
 from dprandp.console import Console
-from dprandp.errors import UsageError
 from dprandp.rundir import RunDir
-from dprandp.signals import Interrupted, Stop, graceful_stop
-from dprandp.stages import pretrain, pretrain_wrn
+from dprandp.signals import graceful_stop
+from dprandp.stages import pretrain_wrn
 from dprandp.stages.context import Context
 from dprandp.stages.generate import load_images
 from dprandp.stages.pretrain import colour_mode, load_extractor, synthetic_crops
@@ -33,7 +28,6 @@ IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
-FLY = {**WRN, "images": "fly", "pool": 24, "uses": 1, "batch_size": 6}  # a block of 6 images every step
 TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
 RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
 KILLED = -signal.SIGKILL
@@ -351,55 +345,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
     assert weights(fresh) == weights(learned["wrn"][0])
 
 
-# -------------------------------------------------------------------------------------------------- images on the fly
-
-
-class StopAfter(Stop):
-    """A request to stop that comes with the n-th step; None: never."""
-
-    def __init__(self, steps):
-        self.left = steps
-        super().__init__()
-
-    @property
-    def requested(self):
-        self.left = None if self.left is None else self.left - 1
-        return signal.SIGTERM if self.left == 0 else None
-
-    @requested.setter
-    def requested(self, value):
-        pass
-
-    def raise_if_requested(self):
-        """Asked while the first images are waited for: that is no step."""
-
-
-def test_a_training_on_fresh_images_goes_on_as_if_it_had_not_stopped(fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_wrn, "worker_pool", ThreadPoolExecutor)
-    settings = build("pretrain", FLY)
-    states = []
-    for name, stops in (("whole", [None]), ("stopped", [5, None])):
-        context = context_of(Path(shutil.copytree(fresh, tmp_path / name)))
-        context.rundir.stage_dir("pretrain").mkdir()
-        for steps in stops:
-            with nullcontext() if steps is None else pytest.raises(Interrupted):
-                states.append(pretrain_wrn.learn(settings, context, StopAfter(steps)).network.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert pretrain_wrn.facts_of(settings, context)["fresh_images"] == 24 + 11 * 6
-
-
-@pytest.mark.slow  # every worker process loads torch
-def test_images_made_on_the_fly_are_the_same_however_it_went(stages, fresh, images, tmp_path):
-    """One worker or three, stopped or not: the same bytes; and neither those from disk nor another seed's."""
-    twin = Path(shutil.copytree(images, tmp_path / "twin"))
-    result = stages.must("pretrain", fresh, FLY, workers=1)
-    assert result["optimizer"] == "sgd"
-    assert result["fresh_images"] == 24 + 11 * 6
-    assert stages.run("pretrain", twin, FLY, fault="pointer-moved:2", workers=3).code == KILLED
-    stages.must("pretrain", twin, FLY, workers=2)
-    assert files(twin) == files(fresh)
-    stages.must("pretrain", twin, {**FLY, "images": "disk"}, overwrite=True)
-    assert weights(twin) != weights(fresh)
+# ---------------------------------------------------------------------------------------------------- what is held out
 
 
 def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
@@ -424,8 +370,8 @@ def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
 def test_no_image_that_features_are_judged_by_was_trained_on(images):
     context = context_of(images)
     held = pretrain_wrn.held_out_images(context)
-    with pretrain_wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context, None) as trainer:
-        trained = {image.numpy().tobytes() for image in trainer.images[torch.arange(len(trainer.images))]}
+    images_of = pretrain_wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context).images
+    trained = {image.numpy().tobytes() for image in images_of[torch.arange(len(images_of))]}
     assert (len(held), len(trained)) == (15, 45)
     assert not trained & {image.numpy().tobytes() for image in held[torch.arange(len(held))]}
     everything = load_images(images / "1-generate")
@@ -436,13 +382,6 @@ def test_of_few_images_none_is_held_out(stages, tmp_path):
     stages.must("generate", tmp_path / "run", {**IMAGES, "count": 7})
     result = stages.must("pretrain", tmp_path / "run", {**WRN, "steps": 1})
     assert {result[name] for name in MEASURES} == {None}
-
-
-def test_images_on_the_fly_for_several_processes_are_refused_before_anything_is_written(fresh):
-    context = context_of(fresh)
-    with pytest.raises(UsageError, match="serve one process"):
-        pretrain.run(build("pretrain", FLY), replace(context, ranks=SimpleNamespace(size=2)))
-    assert not (fresh / "2-pretrain").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

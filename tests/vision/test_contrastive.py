@@ -145,16 +145,6 @@ def test_small_views_come_first_where_the_training_grows(pictures):
     assert sizes == [16, 16, 32, 32]
 
 
-def test_fresh_images_are_asked_for_at_every_step(pictures):
-    asked = []
-    made, plain = trainer(pictures), trainer(pictures)
-    made.fresh = lambda step: asked.append(step) or pictures
-    assert run(made, 0, 2) == run(plain, 0, 2)
-    assert asked == [0, 1]
-    made.fresh = lambda step: 255 - pictures
-    assert run(made, 2, 3) != run(plain, 2, 3)
-
-
 def test_every_parameter_that_is_used_is_trained(pictures):
     made = trainer(pictures)
     before = {name: tensor.clone() for name, tensor in made.state().items()}
