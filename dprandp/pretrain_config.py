@@ -57,8 +57,6 @@ class PretrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
-    compiled: bool = False
-    """Have ``torch.compile`` make the kernels: less time a step, after a minute or more."""
     grow: bool = False
     """Views of half the side in the first half of the steps: a quarter of the time each."""
     projection_hidden: int = 512
@@ -83,13 +81,13 @@ _PATCHNET = _SECOND_LAYER | {
 _WRN = {
     "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow", "projection_hidden",
     "projection_dim", "layer_order", "weight_standardisation", "padding", "pooling", "feature_stages",
-    "checkpoint_every", "compiled",
+    "checkpoint_every",
 }  # fmt: skip
 
 
 _LEARNING = {
     "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
-    "schedule", "compiled", "grow", "projection_hidden", "projection_dim", "checkpoint_every",
+    "schedule", "grow", "projection_hidden", "projection_dim", "checkpoint_every",
 }  # fmt: skip
 
 

@@ -1,29 +1,25 @@
 """Phase I, contrastive training: a whole step against nothing but forward and backward of the same networks.
 
 Both sides have the same network, projection head and precision; the pure side has its views ready, normalised and in
-the memory format that is faster, has no loss to speak of and makes no update: what it takes is the floor. A further
-side is our own step compiled.
+the memory format that is faster, has no loss to speak of and makes no update: what it takes is the floor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dprandp.benchmark import generator
-from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, PeerMissing, Side
+from dprandp.benchmark.cases import OURS, Case, Comparison, Limit, Side
 from dprandp.benchmark.pairs import agree
 from dprandp.config import PretrainConfig
-from dprandp.errors import UsageError
 from dprandp.vision.contrastive import ContrastiveTrainer
 from dprandp.vision.extractors import build_extractor
 from dprandp.vision.precision import AUTO, BFLOAT16, FLOAT32, autocast, decide
 
 PURE = "forward and backward alone"
-COMPILED = "the step compiled"
 
 SIZES = {  # architecture, images of a step (two views each), hidden size of the head, resolution of the images
     "full": ("wrn-16-4", 64, 1024, 64),
@@ -33,17 +29,16 @@ SIZES = {  # architecture, images of a step (two views each), hidden size of the
 
 
 def case(scale: str) -> Case:
-    """``ContrastiveTrainer.step`` against the pure rate, and compiled."""
+    """``ContrastiveTrainer.step`` against the pure rate."""
     arch, batch, hidden, resolution = SIZES[scale]
     precision = decide(AUTO, arch, "cpu") if scale == "full" else FLOAT32
     config = PretrainConfig(
         arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000, precision=precision
     )
 
-    def trainer(compiled: bool = False) -> ContrastiveTrainer:
+    def trainer() -> ContrastiveTrainer:
         network = build_extractor(config, torch.Generator().manual_seed(0))
-        given = replace(config, compiled=compiled)
-        return ContrastiveTrainer(network, given, generator.images(resolution, 2 * batch))
+        return ContrastiveTrainer(network, config, generator.images(resolution, 2 * batch))
 
     def ready(made: ContrastiveTrainer) -> Tensor:
         chosen, first, second = made.draw(0)
@@ -54,17 +49,9 @@ def case(scale: str) -> Case:
         with autocast(made.network, made.device):
             return made.head(made.network.trunk(views))
 
-    def steps(made: ContrastiveTrainer) -> Callable[[], object]:
-        number = iter(range(config.steps))
+    def steps() -> Callable[[], object]:
+        made, number = trainer(), iter(range(config.steps))
         return lambda: made.step(next(number))
-
-    def compiled():
-        made = trainer(compiled=True)
-        try:
-            made.step(0)
-        except UsageError as error:
-            raise PeerMissing(str(error)) from error
-        return steps(made)
 
     def pure():
         made = trainer()
@@ -83,15 +70,9 @@ def case(scale: str) -> Case:
             return {PURE: agree(PURE, embedded, embedding(made, ready(made)), tolerance)}
 
     return Case(
-        ours=Side(OURS, lambda: steps(trainer()), 2 * batch),
-        others=(
-            Side(PURE, pure, 2 * batch),
-            *((Side(COMPILED, compiled, 2 * batch),) if scale == "full" else ()),  # compiling takes a minute
-        ),
-        comparisons=(
-            Comparison(PURE, "× the rate", target=Limit(0.9)),
-            *((Comparison(COMPILED, "× the time", cost=True),) if scale == "full" else ()),
-        ),
+        ours=Side(OURS, steps, 2 * batch),
+        others=(Side(PURE, pure, 2 * batch),),
+        comparisons=(Comparison(PURE, "× the rate", target=Limit(0.9)),),
         check=check,
         sizes=f"{arch}, {2 * batch} views of {resolution} px images, head {hidden}, {precision}",
         unit="view",

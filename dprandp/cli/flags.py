@@ -258,11 +258,6 @@ FeatureStages = Annotated[
     typer.Option(help="Features of a wrn: averages of its last stage's map, or of all three stages'. Costs no time. "
                  "Default: all, or last (paper).", rich_help_panel=TRAINING, metavar="last|all"),
 ]  # fmt: skip
-PretrainCompiled = Annotated[
-    bool | None,
-    typer.Option("--compile", help="Of a wrn: have torch.compile make its kernels. A minute or more, then less time a "
-                 "step; worth it in long trainings. Needs a C++ compiler.", rich_help_panel=TRAINING),
-]  # fmt: skip
 
 # ------------------------------------------------------------------- `run` alone: what goes to one of its four stages
 # Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from.

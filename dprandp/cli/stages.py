@@ -67,7 +67,6 @@ def pretrain(
     batch_size: flags.PretrainBatchSize = None,
     optimizer: flags.Optimizer = None,
     feature_stages: flags.FeatureStages = None,
-    compiled: flags.PretrainCompiled = None,
     lr: flags.PretrainLr = None,
     random_init: flags.RandomInit = None,
     prior: flags.Prior = None,
@@ -94,8 +93,8 @@ def pretrain(
     console = session.console(json=json, quiet=quiet, debug=debug)
     given = {
         "arch": arch, "layers": layers, "steps": steps, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
-        "feature_stages": feature_stages, "compiled": compiled, "colour": colour, "random_init": random_init,
-        "seed": seed, "precision": precision,
+        "feature_stages": feature_stages, "colour": colour, "random_init": random_init, "seed": seed,
+        "precision": precision,
     }  # fmt: skip
     fitting = {} if data is None else {"colour": session.colour_of(data)}
     with (session.looked_at if plan else session.opened)(run, create=prior is not None) as rundir:

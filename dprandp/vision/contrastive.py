@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from dprandp.config import PretrainConfig
 from dprandp.pretrain_config import lr_of
-from dprandp.vision.compiling import compiled
 from dprandp.vision.image_set import ImageSet
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.losses import align_uniformity
@@ -42,7 +41,7 @@ class ContrastiveTrainer:
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
-        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, compiled, projection_*.
+        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
 
     Attributes:
@@ -59,7 +58,6 @@ class ContrastiveTrainer:
             embedding_dim=config.projection_dim,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
-        self._embedded = compiled(self._through_network) if config.compiled else self._through_network
         self.views = ContrastiveViews(INPUT_SIZE)
         self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
         parts = {"network": self.network, "head": self.head}
@@ -103,7 +101,7 @@ class ContrastiveTrainer:
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
         with autocast(self.network, self.device):
-            x, y = self._embedded(views).chunk(2)
+            x, y = self._through_network(views).chunk(2)
         return x, y
 
     def _through_network(self, views: Tensor) -> Tensor:

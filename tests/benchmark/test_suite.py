@@ -18,7 +18,6 @@ from dprandp.benchmark import (
     memory,
     pairs,
     peer_stylegan,
-    pretraining,
     probe,
     registry,
     suite,
@@ -30,7 +29,6 @@ from dprandp.benchmark.peer_opacus import GHOST, HOOKS
 from dprandp.benchmark.timing import spread
 from dprandp.errors import BenchmarkError, UsageError
 from dprandp.synth import stylegan, stylegan_draws
-from dprandp.vision import contrastive
 
 ROW = {
     "pair", "quantity", "against", "ratio", "lowest", "highest", "rounds", "wording", "cpu_ratio", "ours", "theirs",
@@ -99,22 +97,6 @@ def test_the_sides_of_the_other_pairs_agree(name: str) -> None:
     assert case.check()
     for entry in case.comparisons:
         case.side(entry.against).make()()
-
-
-def test_without_a_compiler_the_compiled_step_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(work):
-        def called(*args):
-            raise UsageError("torch.compile failed: no C++ compiler", fix="install one")
-
-        return called
-
-    monkeypatch.setattr(contrastive, "compiled", compiled)
-    monkeypatch.setitem(pretraining.SIZES, "full", pretraining.SIZES["tiny"])
-    found = pairs.measure(registry.PAIRS["pretraining"], "full", 1, silent)
-    assert [figure.against for figure in found.figures] == [pretraining.PURE]
-    (missing,) = found.left_out
-    assert missing.peer == pretraining.COMPILED
-    assert "no C++ compiler" in missing.reason
 
 
 def test_sides_that_disagree_are_refused() -> None:

@@ -8,10 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch._inductor import config as inductor
 
 from dprandp.config import PretrainConfig
-from dprandp.errors import UsageError
 from dprandp.synth import render_block
 from dprandp.vision import contrastive
 from dprandp.vision.contrastive import ContrastiveTrainer, learning_rate, train
@@ -48,30 +46,6 @@ def run(made, first, last):
 
 def raw(state):
     return {name: (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in state.items()}
-
-
-@pytest.mark.slow
-def test_a_compiled_step_has_the_same_gradient_but_for_rounding(pictures):
-    # 16 channels in a group of the head: in groups of two, a norm is hardly more than a sign
-    config = replace(TINY, projection_hidden=256)
-    plain, compiled = trainer(pictures, config), trainer(pictures, replace(config, compiled=True))
-    losses = [float(made.backward(*made.draw(0))) for made in (plain, compiled)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    for (name, ours), theirs in zip(plain.network.named_parameters(), compiled.network.parameters(), strict=True):
-        if ours.grad is None:
-            assert theirs.grad is None, name
-        else:  # 5 %: an input of a ReLU may be rounded to its other side
-            assert (ours.grad - theirs.grad).norm() <= 0.05 * ours.grad.norm() + 1e-6, name
-
-
-@pytest.mark.slow
-def test_without_a_compiler_it_is_said_what_to_do(pictures, monkeypatch):
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/none/such",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    torch._dynamo.reset()
-    with pytest.raises(UsageError, match=r"torch\.compile failed.*compiler") as caught:
-        trainer(pictures, replace(TINY, compiled=True)).step(0)
-    assert "--compile" in caught.value.fix
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
