@@ -7,10 +7,14 @@ processes.
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; children would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COUNTED = ("cases tried", "kills survived")
 
