@@ -8,7 +8,7 @@
 Two ways to learn, chosen by ``arch``:
 
 * ``patchnet``: dictionaries of whitened patches, in one layer or two (``vision/dictionary.py``), a laptop's minutes;
-* ``wrn-D-K``: steps on two views of each image (``pretrain_wrn.py``), by default the published contrastive recipe.
+* ``wrn-D-K``: steps on two views of each image (``pretrain_wrn.py``), the published contrastive recipe.
 
 With ``prior`` nothing is learned: a shipped extractor takes its place (``prior.py``).
 
