@@ -1,4 +1,4 @@
-"""The README is true: its commands parse, and run in the order in which they stand, in an empty folder."""
+"""README and docs are true: their commands parse, and run in the order in which they stand, in an empty folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dprandp.cli import app
 from dprandp.synth import PROCESSES
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+FENCES = [fence for page in PAGES.values() for fence in re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)]
 COMMANDS = [shlex.split(line, comments=True) for fence in FENCES for line in fence.splitlines() if line.strip()]
 OURS = [command[1:] for command in COMMANDS if command[0] == "dprandp"]
 UNDER_TORCHRUN = [command for command in COMMANDS if command[0] == "torchrun"]
@@ -56,15 +56,30 @@ def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 
-def test_every_link_and_picture_is_there() -> None:
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """What a heading is linked by."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_picture_is_there(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), anchor
+
+
+def test_the_first_page_is_short_and_leads_to_all_others() -> None:
+    readme = PAGES[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 200
+    assert [path.name for path in PAGES if path.parent.name == "docs" and f"](docs/{path.name})" not in readme] == []
 
 
 def test_every_test_file_of_the_promise_table_is_there() -> None:
-    rows = [line for line in README.splitlines() if re.match(r"\| (\d+|\+) \|", line)]
-    assert len(rows) >= 24
+    promises = PAGES[ROOT / "docs/privacy.md"]
+    rows = [line for line in promises.splitlines() if re.match(r"\| (\d+|\+) \|.*\| (severe.*|medium|low|–) \|$", line)]
+    assert len(rows) >= 28
     known = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("*")}
     names = {path.rsplit("/", 1)[-1] for path in known}
     for row in rows:
@@ -73,7 +88,7 @@ def test_every_test_file_of_the_promise_table_is_there() -> None:
 
 
 def test_every_process_of_the_table_is_known() -> None:
-    section = README.split("## Random processes")[1].split("## ")[0]
+    section = PAGES[ROOT / "docs/processes.md"]
     shown = set(re.findall(r"^\| `([a-z][a-z-]*)[ `]", section, re.M))
     assert shown == set(PROCESSES) - {"dead-leaves-shapes"}
 
@@ -98,7 +113,8 @@ def environment() -> dict[str, str]:
 
 def test_the_process_of_ten_lines_is_one() -> None:
     """Pasted from the page: uint8 images, and a smaller count is a prefix of a larger."""
-    source = re.search(r"^```python\n# dprandp/synth/stripes.py\n(.*?)^```", README, re.M | re.S).group(1)
+    page = PAGES[ROOT / "docs/processes.md"]
+    source = re.search(r"^```python\n# dprandp/synth/stripes.py\n(.*?)^```", page, re.M | re.S).group(1)
     module: dict = {}
     exec(source, module)
     few, many = (module["render"](np.random.default_rng(0), count, 32) for count in (2, 5))
