@@ -138,9 +138,13 @@ def _metrics(result: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows]
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *card_rows(rows)]
     return f"## {title}\n\n" + "\n".join(lines)
+
+
+def card_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines of a card's table for (label, value) pairs, as they stand in the file."""
+    return [f"| {_plain(name)} | {_plain(value)} |".replace("\u00a0", " ") for name, value in rows]
 
 
 def _plain(text: object) -> str:

@@ -3,7 +3,7 @@
     flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
     session.py   flags -> configuration, context   about.py    status, report, account, datasets
     continual.py   continue, diagnose
-    run.py, predict.py, export.py, doctor.py, tune.py, audit.py, bench.py, priors.py   one command each
+    run.py, predict.py, export.py, doctor.py, verify.py, tune.py, audit.py, bench.py, priors.py   one command each
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -32,6 +32,7 @@ from dprandp.cli import (
     stages,
     together,
     tune,
+    verify,
 )  # fmt: skip
 from dprandp.signals import end_on_signals
 
@@ -53,6 +54,7 @@ app.add_typer(export.app)
 app.add_typer(tune.app)
 app.add_typer(about.app)
 app.add_typer(doctor.app)
+app.add_typer(verify.app)
 app.add_typer(priors.app)
 app.add_typer(audit.app)
 app.add_typer(bench.app)

@@ -1,0 +1,122 @@
+"""verify: a run's claims hold for an outsider; each contradiction is found, named, and gives its exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_process import Dprandp, refused
+
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.runtable import result_digest
+from dprandp.stages.verify import independent_epsilon
+
+RunAfter = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
+def test_the_claims_of_a_run_hold_without_its_private_part(dprandp: Dprandp, run_after: RunAfter, stage: str) -> None:
+    run = run_after(stage)
+    shutil.rmtree(run / "private")
+    done = dprandp("verify", "--run", run, "--json")
+    assert done.code == 0, done.out + done.err
+    assert done.json["passed"]
+    names = [check["name"] for check in done.json["checks"]]
+    private = ["ε of probe", "ε of finetune"] if stage == "finetune" else ["ε of probe"]
+    assert names == ["ledger", "run and ledger", "plans", *private, "model"]
+    assert "all claims hold" in dprandp("verify", "--run", run).out
+
+
+def test_a_run_without_private_stages_claims_nothing(dprandp: Dprandp, run_after: RunAfter) -> None:
+    refused(dprandp("verify", "--run", run_after("pretrain")), 3, "no private stage")
+
+
+def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:
+    """What somebody would do who knows the format: change the ledger, seal it anew, and let run.json fit."""
+    path = run / "privacy/ledger.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    change(lines)
+    table = json.loads((run / "run.json").read_text())
+    renamed, previous = {}, "0" * 64
+    for line in lines:
+        old = line.pop("hash")
+        line["previous"] = previous
+        for stage, record in table["stages"].items():
+            if "ledger_head" in record["result"]:
+                record["result"]["ledger_head"] = renamed.get(
+                    record["result"]["ledger_head"], record["result"]["ledger_head"]
+                )
+            if line["kind"] == "result" and line["stage"] == stage:
+                line["digest"] = result_digest(record["result"])
+        previous = hashlib.sha256(json.dumps(line, separators=(",", ":")).encode()).hexdigest()
+        renamed[old], line["hash"] = previous, previous
+    table["ledger_head"] = previous
+    path.write_bytes(b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines))
+    (run / "run.json").write_text(json.dumps(table))
+
+
+def contradicted(dprandp: Dprandp, run: Path, name: str, code: int) -> None:
+    done = dprandp("verify", "--run", run, "--json")
+    failed = [check["name"] for check in done.json["checks"] if not check["passed"]]
+    assert name in failed, done.json
+    assert done.code == done.json["exit_code"] == code
+    assert not done.json["passed"]
+
+
+def test_an_epsilon_that_is_too_low_is_found_although_all_hashes_fit(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
+    rewrite(run, lambda lines: None)  # the control: what is sealed anew without a change holds
+    assert dprandp("verify", "--run", run).code == 0
+
+    def halve(lines: list[dict]) -> None:
+        for line in lines:
+            if line["kind"] == "charge":
+                line["noise_multiplier"] /= 2
+
+    rewrite(run, halve)
+    contradicted(dprandp, run, "plans", 4)
+    plans = json.loads((run / "privacy/plan.json").read_text())
+    for entry in plans["stages"].values():
+        entry["plan"]["noise_multiplier"] /= 2
+    (run / "privacy/plan.json").write_text(json.dumps(plans))
+    contradicted(dprandp, run, "ε of probe", 1)
+    contradicted(dprandp, run, "ε of finetune", 1)
+    assert "dp-accounting has" in dprandp("verify", "--run", run).out
+
+
+def test_files_that_contradict_each_other_are_found(dprandp: Dprandp, run_after: RunAfter) -> None:
+    for name, damage in {
+        "ledger": lambda run: edit(run / "privacy/ledger.jsonl", '"steps":1', '"steps":2'),
+        "run and ledger": lambda run: edit(run / "run.json", '"epsilon": 0.', '"epsilon": 0.0'),
+        "model": lambda run: edit(run / "model/MODEL_CARD.md", "0.6", "0.1"),
+    }.items():
+        run = run_after("probe")
+        damage(run)
+        contradicted(dprandp, run, name, 4)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def test_the_other_library_agrees_with_ours() -> None:
+    for events in (
+        [GaussianEvent(30.0, 1.0, 60)],
+        [GaussianEvent(30.0, 1.0, 60), GaussianEvent(9.2, 0.08192, 200)],
+        [GaussianEvent(1.1, 0.02, 50), GaussianEvent(2.0, 0.1, 10)],
+    ):
+        charges = [
+            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": 1}
+            for e in events
+            for _ in range(e.steps)
+        ]
+        bound = compose(events, 1e-5)
+        assert bound.lower * 0.999 <= independent_epsilon(charges, 1e-5) <= bound.upper * 1.01
+    assert independent_epsilon([], 1e-5) == 0.0
+    assert independent_epsilon([{"noise_multiplier": 0, "sample_rate": 1.0, "steps": 1}], 1e-5) == float("inf")
