@@ -127,7 +127,9 @@ def _lines(rundir: RunDir) -> list[dict[str, Any]]:
             if line["hash"] != digest or line["previous"] != previous:
                 raise CheckpointError(f"line {number} of {path} breaks the chain", fix="do not rely on this run")
             previous = digest
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            if line["kind"] == "charge":
+                _ = [line[key] + 0 for key in ("attempt", "steps", "noise_multiplier", "sample_rate", "clip_norm")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as a ledger", fix="do not rely on this run") from error
     return lines
 

@@ -88,6 +88,17 @@ def test_an_epsilon_that_is_too_low_is_found_although_all_hashes_fit(dprandp: Dp
     assert "dp-accounting has" in dprandp("verify", "--run", run).out
 
 
+@pytest.mark.parametrize(
+    ("key", "name"), [("kind", "run and ledger"), ("steps", "ledger"), ("noise_multiplier", "ledger")]
+)
+def test_a_sealed_line_that_makes_no_sense_is_named(
+    dprandp: Dprandp, run_after: RunAfter, key: str, name: str
+) -> None:
+    run = run_after("probe")
+    rewrite(run, lambda lines: lines[1].update({key: None}))
+    contradicted(dprandp, run, name, 4)
+
+
 def test_files_that_contradict_each_other_are_found(dprandp: Dprandp, run_after: RunAfter) -> None:
     for name, damage in {
         "ledger": lambda run: edit(run / "privacy/ledger.jsonl", '"steps":1', '"steps":2'),
