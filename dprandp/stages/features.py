@@ -20,7 +20,7 @@ from dprandp.privacy.clipping import check_labels
 from dprandp.stages.extraction import BATCH, BLOCK_BYTES, ROUND, extract_by_ranks, features_of_blocks
 from dprandp.stages.feature_file import FeatureFile
 from dprandp.stages.private import PrivateStage
-from dprandp.stages.synthetic_statistics import add_weights
+from dprandp.vision.extractors import add_weights
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 from dprandp.vision.whitening import Whitener

@@ -16,8 +16,8 @@ from dprandp.stages.extraction import extract_by_ranks
 from dprandp.stages.pretrain import synthetic_crops
 from dprandp.tensorfile import check_tensors
 from dprandp.vision import whitening
+from dprandp.vision.extractors import add_weights
 from dprandp.vision.images import as_declared
-from dprandp.vision.precision import precision_of
 from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
@@ -89,12 +89,3 @@ def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
         views = [made.apply(block, made.draw(block, generator)) for _ in range(config.statistics_views)]
         blocks.append((torch.stack(views, dim=1).flatten(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(blocks)
-
-
-def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
-    """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
-    digest.update(repr(getattr(module, "built_from", None)).encode())  # the stride of patches is no weight
-    digest.update(precision_of(module).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())

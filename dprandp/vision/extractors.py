@@ -14,6 +14,7 @@ To add one: write its module, give it a name here, and say in ``stages/pretrain.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ from dprandp.errors import CheckpointError, UsageError
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.nf_resnet import NFResNet50
 from dprandp.vision.patchnet import PatchLayer, PatchNet
-from dprandp.vision.precision import AUTO, FLOAT32, autocast, full_precision
+from dprandp.vision.precision import AUTO, FLOAT32, autocast, full_precision, precision_of
 from dprandp.vision.response_layer import DeepPatchNet, ResponseLayer, positions_above
 from dprandp.vision.vit import VisionTransformer, parse_vit
 from dprandp.vision.wrn import WideResNet, parse_wrn
@@ -194,3 +195,12 @@ def extract(
         out[start : start + len(values)] = values
         on_batch(len(values))
     return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")
+
+
+def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
+    """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
+    digest.update(repr(getattr(module, "built_from", None)).encode())  # the stride of patches is no weight
+    digest.update(precision_of(module).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())

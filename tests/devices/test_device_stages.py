@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 ONCE_A_STAGE = {
-    "stages/synthetic_statistics.py add_weights: _to_copy": "the hash of an extractor",
+    "vision/extractors.py add_weights: _to_copy": "the hash of an extractor",
     "tensorfile.py <dictcomp>: _to_copy": "checkpoints are files",
     "stages/release.py <dictcomp>: _to_copy": "the released model is a file",
     "stages/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
