@@ -55,10 +55,10 @@ lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 
 bench: $(READY)  ## speed of each stage against what else could be used: a quarter of an hour
-	$(BIN)/dprandp bench
+	$(BIN)/python scripts/bench.py
 
 bench-quick: $(READY)  ## the same in two minutes; fails if a ratio regressed
-	$(BIN)/dprandp bench --quick
+	$(BIN)/python scripts/bench.py --quick
 
 clean:  ## remove runs and caches; .venv and data stay
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -18,16 +18,16 @@ import torch
 from experiment import add_row, dprandp, has_row, read
 
 from dprandp.cli import session
-from dprandp.config import ProbeConfig
-from dprandp.datasets import open_dataset
+from dprandp.config.schema import ProbeConfig
+from dprandp.data import open_dataset
+from dprandp.dpsgd.statistics import public_whitener
+from dprandp.models.extractor import extract
+from dprandp.models.whitening import Whitener
+from dprandp.pretrain import load_extractor
 from dprandp.privacy.gaussian_dp import equivalent_mu
-from dprandp.stages.head import HeadSettings, lr_at
-from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.synthetic_statistics import public_whitener
-from dprandp.stages.tune_public import simulate
-from dprandp.vision.extractors import extract
+from dprandp.probe.head import HeadSettings, lr_at
+from dprandp.tune.public import simulate
 from dprandp.vision.images import colour_of, to_input
-from dprandp.vision.whitening import Whitener
 
 DATA = "fashion-mnist"
 FIT, HELD_OUT = 10_000, 4_000

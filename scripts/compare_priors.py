@@ -26,16 +26,16 @@ import torch
 from experiment import add_row, dprandp, has_row, read, spread
 from torch import Tensor
 
-from dprandp import toml
 from dprandp.cli import session
-from dprandp.config import ProbeConfig
-from dprandp.datasets import DataSpec, open_dataset
+from dprandp.config import toml
+from dprandp.config.schema import ProbeConfig
+from dprandp.data import DataSpec, open_dataset
+from dprandp.dpsgd.statistics import public_whitener
+from dprandp.models.extractor import extract
+from dprandp.pretrain import load_extractor
 from dprandp.privacy.gaussian_dp import equivalent_mu
-from dprandp.stages.head import HeadSettings, default_lr
-from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.synthetic_statistics import public_whitener
-from dprandp.stages.tune_public import simulate
-from dprandp.vision.extractors import extract
+from dprandp.probe.head import HeadSettings, default_lr
+from dprandp.tune.public import simulate
 from dprandp.vision.images import colour_of, to_input
 
 DELTA = 1e-5

@@ -28,17 +28,16 @@ import torch
 from compare_priors import EPSILONS, held_out_accuracy
 from experiment import add_row, dprandp, has_row, read, spread
 
-from dprandp import toml
 from dprandp.cli import session
-from dprandp.config import ProbeConfig, build, resolve
-from dprandp.datasets import open_dataset
-from dprandp.stages import pretrain_wrn
-from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.synthetic_statistics import synthetic_views
-from dprandp.vision import whitening
-from dprandp.vision.extractors import build_extractor, extract, load_weights
+from dprandp.config import toml
+from dprandp.config.schema import ProbeConfig, build, resolve
+from dprandp.data import open_dataset
+from dprandp.dpsgd.statistics import synthetic_views
+from dprandp.models import whitening
+from dprandp.models.extractor import build_extractor, extract, load_weights
+from dprandp.models.whitening import Part
+from dprandp.pretrain import load_extractor, wrn
 from dprandp.vision.images import as_declared, colour_of, to_input
-from dprandp.vision.whitening import Part
 
 TIMED_STEPS = 6
 
@@ -118,7 +117,7 @@ def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(quiet=True))
         before = time.process_time()
-        trainer = pretrain_wrn.begun_trainer(config, context)
+        trainer = wrn.begun_trainer(config, context)
         trainer.step(0)
         begun = time.process_time()
         for step in range(1, 1 + TIMED_STEPS):

@@ -106,7 +106,7 @@ def subset_of(args: argparse.Namespace, data: str) -> str:
     """A smaller training split of a known data set, as an npz file; by a public seed, whatever the run's."""
     path = args.out / f"{data}-{args.subset}.npz"
     if not path.exists():
-        from dprandp.datasets import open_dataset
+        from dprandp.data import open_dataset
 
         dataset = open_dataset(data, args.data_dir)
         train, test = dataset.train(), dataset.test()

@@ -18,24 +18,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark import generator
 from torch import Tensor
 
-from dprandp import config
-from dprandp.benchmark import generator
-from dprandp.console import Console
-from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.privacy.noise import SystemRandom, add_gaussian_noise
-from dprandp.privacy.unit_clipping import clipped_softmax_sum_of_units
-from dprandp.rundir import RunDir
-from dprandp.stages import features, finetune, generate, pretrain, probe
-from dprandp.stages.clipped_sums import Batch, ClippedSums, SumSettings
-from dprandp.stages.context import Context
-from dprandp.stages.head import HeadSettings, begin_head, update_head
-from dprandp.vision import whitening
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.contrastive import ContrastiveTrainer
-from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.precision import AUTO, FLOAT32, decide
+from dprandp import finetune, generate, pretrain, probe
+from dprandp.config import schema
+from dprandp.dpsgd import features
+from dprandp.dpsgd.clipped_sums import Batch, ClippedSums, SumSettings
+from dprandp.models import whitening
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.precision import AUTO, FLOAT32, decide
+from dprandp.pretrain.contrastive import ContrastiveTrainer
+from dprandp.privacy.clipping import clipped_softmax_sum, clipped_softmax_sum_of_units
+from dprandp.privacy.randomness import SystemRandom, add_gaussian_noise
+from dprandp.probe.head import HeadSettings, begin_head, update_head
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
 from dprandp.vision.views import ViewChoices
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def model_of(settings: dict[str, Any], device: torch.device, asked: str = AUTO) 
         settings: of ``pretrain``. device: where it is put.
         asked: 'float32', or 'auto' for the precision that a stage would decide for.
     """
-    extractor = build_extractor(config.build("pretrain", settings), torch.Generator().manual_seed(0))
+    extractor = build_extractor(schema.build("pretrain", settings), torch.Generator().manual_seed(0))
     seen = extract(extractor, images_of(32, 24), mirror=False)
     whitener = whitening.fit(seen, DIMS, parts=extractor.parts)
     extractor.precision = decide(asked, settings["arch"], device.type)
@@ -240,7 +240,7 @@ def _pretraining(
     """The gradient of a step, and its embeddings, for choices of views that were drawn on the CPU."""
     kind = decide(asked, settings["arch"], device.type)
     sizes = {"steps": 4, "batch_size": 4 * images, "projection_hidden": 32}
-    given = config.build("pretrain", settings | sizes | {"precision": kind})
+    given = schema.build("pretrain", settings | sizes | {"precision": kind})
 
     def trainer(where: torch.device) -> ContrastiveTrainer:
         network = build_extractor(given, torch.Generator().manual_seed(0))
@@ -269,14 +269,14 @@ def _stages(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         public, data = Path(folder) / "public", _data(Path(folder) / "data.npz")
         with stage_context(public, CPU) as given:
-            generate.run(config.build("generate", {"process": "dead-leaves", "count": 60, "resolution": 32}), given)
-            pretrain.run(config.build("pretrain", settings | {"random_init": True}), given)
+            generate.run(schema.build("generate", {"process": "dead-leaves", "count": 60, "resolution": 32}), given)
+            pretrain.run(schema.build("pretrain", settings | {"random_init": True}), given)
         for where, kind in ((CPU, FLOAT32), *((device, kind) for kind in TOLERANCE)):
             run = Path(shutil.copytree(public, Path(folder) / str(len(losses))))
             with stage_context(run, where) as given, convolutions(kind):
                 values = {"data": data, "epsilon": math.inf, "precision": kind}
-                fitted = probe.run(config.build("probe", values | PROBE), given)
-                tuned = finetune.run(config.build("finetune", values | FINETUNE), given)
+                fitted = probe.run(schema.build("probe", values | PROBE), given)
+                tuned = finetune.run(schema.build("finetune", values | FINETUNE), given)
             losses.append([fitted["loss"], tuned["loss"]])
     expected, *found = losses
     errors = [max(abs(a / b - 1) for a, b in zip(each, expected, strict=True)) for each in found]

@@ -19,15 +19,16 @@ from device_checks import CLASSES, CLIP_NORM, batch_of, images_of, model_of, sta
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp import config
+from dprandp import generate
+from dprandp.config import schema
+from dprandp.dpsgd import features
+from dprandp.dpsgd.clipped_sums import Batch
+from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.precision import AUTO, autocast, decide
+from dprandp.pretrain.contrastive import ContrastiveTrainer
 from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.privacy.noise import SystemRandom, add_gaussian_noise
-from dprandp.stages import features, generate
-from dprandp.stages.clipped_sums import Batch
-from dprandp.stages.head import HeadSettings, begin_head, update_head
-from dprandp.vision.contrastive import ContrastiveTrainer
-from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.precision import AUTO, autocast, decide
+from dprandp.privacy.randomness import SystemRandom, add_gaussian_noise
+from dprandp.probe.head import HeadSettings, begin_head, update_head
 from dprandp.vision.views import keyed_uniforms, private_views
 
 DISTINCT = 64
@@ -112,7 +113,7 @@ def _repeated(resolution: int, count: int) -> Tensor:
 def _pretraining(device: torch.device, scale: Scale) -> dict[str, Any]:
     """A whole contrastive step, and nothing but forward and backward of the same views."""
     kind = decide(AUTO, scale.pretraining["arch"], device.type)
-    given = config.build("pretrain", scale.pretraining | {"precision": kind})
+    given = schema.build("pretrain", scale.pretraining | {"precision": kind})
     network = build_extractor(given, torch.Generator().manual_seed(0))
     trainer = ContrastiveTrainer(network, given, _repeated(64, 2 * given.batch_size).to(device))
     steps, views = iter(range(given.steps)), 2 * given.batch_size
@@ -201,5 +202,5 @@ def _images(device: torch.device, scale: Scale) -> dict[str, Any]:
     ) as given:
         process = "stylegan-oriented" if scale.seconds else "dead-leaves"
         values = {"process": process, "count": scale.made, "resolution": 64 if scale.seconds else 32}
-        made = generate.run(config.build("generate", values), given)
+        made = generate.run(schema.build("generate", values), given)
     return {"unit": "images", "rate": made["images_per_second"], "peak_gb": None}

@@ -21,11 +21,10 @@ import time
 
 import torch
 
-from dprandp import config
-from dprandp.stages.clipped_sums import Batch, ClippedSums, SumSettings
-from dprandp.stages.frozen_blocks import choose_blocks
-from dprandp.stages.masks import rule_of
-from dprandp.stages.scratch import start_model
+from dprandp.config import schema
+from dprandp.dpsgd.clipped_sums import Batch, ClippedSums, SumSettings
+from dprandp.dpsgd.masks import choose_blocks, rule_of
+from dprandp.finetune.start import start_model
 
 STEPS = 3
 
@@ -60,7 +59,7 @@ def measure(args: argparse.Namespace, keep: str) -> dict:
     torch.set_num_threads(1)
     masked, whole = keep == "mask", keep == "1"
     given = {"freeze": "random", "keep": 0.1} if masked else {"freeze": "last", "scope": "block", "keep": float(keep)}
-    settings = config.build("finetune", {"source": "scratch", "arch": args.arch, **({} if whole else given)})
+    settings = schema.build("finetune", {"source": "scratch", "arch": args.arch, **({} if whole else given)})
     model, _ = start_model(settings, 10)
     generator = torch.Generator().manual_seed(0)
     model.head.data.normal_(generator=generator)

@@ -32,11 +32,12 @@ import device_rates
 import torch
 from experiment import add_row, read
 
-from dprandp import config, environment
+from dprandp import generate, pretrain
+from dprandp.config import schema
 from dprandp.errors import DprandpError
-from dprandp.signals import Interrupted
-from dprandp.stages import generate, pretrain
-from dprandp.stages.context import prepare_device
+from dprandp.runs import directory
+from dprandp.runs.context import prepare_device
+from dprandp.runs.signals import Interrupted
 
 NO_DEVICE = 3
 PIECE = 16 * 2**20
@@ -70,7 +71,7 @@ def main() -> int:
     failed = [f"{row['kind']}: {row['name']}" for row in rows if not row["passed"]]
     table = _table(rows)
     (asked.out / "table.txt").write_text(table + "\n", encoding="utf-8")
-    facts = {**environment.facts(), "seconds": round(time.monotonic() - started, 1), "failed": failed}
+    facts = {**directory.facts(), "seconds": round(time.monotonic() - started, 1), "failed": failed}
     (asked.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(table)
     print(f"{len(rows) - len(failed)} of {len(rows)} passed on {facts['device']} in {facts['seconds']} s")
@@ -114,13 +115,13 @@ def _pretrain(asked: argparse.Namespace, device: torch.device, log: Path) -> dic
     count, workers = (16 if asked.quick else asked.images), len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, device_checks.stage_context(Path(folder), device, workers) as given:
         process = {"process": "dead-leaves", "resolution": 32} if asked.quick else {"resolution": 64}
-        generate.run(config.resolve("generate", size, None, process | {"count": count}), given)
-        planned = config.resolve("pretrain", size, None, flags)
+        generate.run(schema.resolve("generate", size, None, process | {"count": count}), given)
+        planned = schema.resolve("pretrain", size, None, flags)
         left = ends - time.monotonic()
         measured = [row for row in read(log) if (row["kind"], row["name"]) == ("rate", "pretraining step")]
         if not asked.quick and measured and measured[0]["passed"]:
             steps = int(0.9 * max(1.0, left - RESERVE) * measured[0]["rate"] / (2 * planned.batch_size))
-            planned = config.resolve("pretrain", size, None, flags | {"steps": max(1, min(planned.steps, steps))})
+            planned = schema.resolve("pretrain", size, None, flags | {"steps": max(1, min(planned.steps, steps))})
         clock = threading.Timer(max(1.0, left), os.kill, (os.getpid(), signal.SIGTERM))  # saves a checkpoint
         clock.start()
         stage = given.rundir.stage_dir(pretrain.STAGE)

@@ -22,13 +22,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dprandp import __version__, checkpoint, config, priors
-from dprandp.config import as_dict
+from dprandp import __version__, priors
+from dprandp.config import schema
+from dprandp.config.schema import as_dict
 from dprandp.errors import DprandpError
-from dprandp.files import atomic_write, to_json
-from dprandp.rundir import RunDir
-from dprandp.stages.prior import card_text
-from dprandp.tensorfile import tensors_to_bytes
+from dprandp.pretrain.shipped import card_text
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import tensors_to_bytes
+from dprandp.runs.directory import RunDir
+from dprandp.runs.files import atomic_write, to_json
 
 LICENCE = "MIT"
 FLAGS = {
@@ -98,7 +100,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 def command(stage: str, made: dict[str, Any], name: str) -> str:
     """The command line that makes a stage with these settings."""
     size = made["size"]
-    default = as_dict(config.resolve(stage, size, None, {}))
+    default = as_dict(schema.resolve(stage, size, None, {}))
     changed = {key: value for key, value in made.items() if value != default.get(key)}
     hidden = sorted(changed.keys() - set(FLAGS[stage]))
     if hidden:

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from dprandp.dpsgd.features import FeatureFile
 from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.stages.feature_file import FeatureFile
 
 CLASSES = 10
 BLOCK = 2048

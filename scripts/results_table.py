@@ -22,8 +22,8 @@ from pathlib import Path
 import experiment
 from experiment import add_row, has_row, read, spread
 
-from dprandp import checkpoint
-from dprandp.tensorfile import tensors_to_bytes
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import tensors_to_bytes
 
 EPSILONS = ("1", "8", "inf")
 EXTRACTORS = ("learned", "random")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dprandp
-from dprandp import faults
+from dprandp.runs import faults
 
 PACKAGE = Path(dprandp.__file__).parent
 
@@ -105,93 +105,89 @@ def below(package: str, names) -> set[str]:
 def test_imports_are_found_however_they_are_written():
     source = """
         from __future__ import annotations
-        import dprandp.privacy.noise as noise
+        import dprandp.privacy.randomness as randomness
         from . import whitening
         from ..privacy.plan import make_plan
         def later():
-            from dprandp.datasets import open_dataset
+            from dprandp.data import open_dataset
         if TYPE_CHECKING:
             from dprandp import stages
     """
     found = imported_modules(tree_of(source), "dprandp.vision.images")
     assert {
-        "dprandp.privacy.noise", "dprandp.vision.whitening", "dprandp.privacy.plan", "dprandp.datasets",
+        "dprandp.privacy.randomness", "dprandp.vision.whitening", "dprandp.privacy.plan", "dprandp.data",
         "dprandp.stages",
     } <= found  # fmt: skip
     assert "dprandp.vision.images" in imported_modules(tree_of("from .images import f"), "dprandp.vision", True)
     assert len(FILES) > 50
-    assert "dprandp.privacy.plan" in reached("dprandp.stages.probe")  # through stages.private
-    assert "dprandp.privacy.plan" not in package_imports("dprandp.stages.features")
-    assert "dprandp.privacy.plan" in reached("dprandp.stages.features")
+    assert "dprandp.privacy.mechanism" in reached("dprandp.probe")  # through dpsgd.stage
+    assert "dprandp.privacy.mechanism" not in package_imports("dprandp.dpsgd.features")
+    assert "dprandp.privacy.mechanism" in reached("dprandp.dpsgd.features")
 
 
-FOUNDATIONS = {
-    "errors": set(),
-    "environment": set(),
-    "toml": {"errors"},
-    "threads": set(),
-    "sizes": set(),
-    "published": {"errors"},
-    "finetune_options": {"errors"},
-    "pretrain_config": {"errors"},
-    "continual_config": {"errors"},
-    "config": {"continual_config", "errors", "finetune_options", "pretrain_config", "published", "sizes", "toml"},
-    "faults": {"errors"},
-    "signals": {"errors"},
-    "tensorfile": {"errors"},
-    "rankwire": {"errors", "tensorfile"},
-    "ranks": {"errors", "rankwire"},
-    "files": {"errors", "faults"},
-    "console": {"errors", "files"},
-    "locking": {"errors", "files"},
-    "runresults": {"errors"},
-    "runtable": {"errors", "files", "runresults"},
-    "checkpoint": {"errors", "faults", "files", "tensorfile"},
-    "runfolder": {"errors", "files", "locking", "runtable"},
-    "rundir": {"environment", "errors", "files", "runfolder", "runtable", "toml"},
-}
-
-
-@pytest.mark.parametrize("name", FOUNDATIONS)
-def test_the_foundations_import_nothing_above_them(name):
-    assert package_imports(f"dprandp.{name}") <= {f"dprandp.{other}" for other in FOUNDATIONS[name]}
-
-
-LEDGER_AND_NUMBERS = {
-    "privacy", "privacy.accounting", "privacy.discrete_cost", "privacy.gaussian_dp", "privacy.group", "privacy.ledger",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("package", "others"),
-    [
-        ("synth", {"errors"}),
-        ("privacy", {"errors", "threads"}),  # so that it can be read, tested and trusted alone
-        ("datasets", {"errors", "runresults"}),  # how a result names the unit of privacy
-        ("vision", {"errors", "config", "pretrain_config", "threads"}),
-        # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
-        ("reporting", {"errors", "config", "files", "rundir", "runledger", "runresults", "toml", *LEDGER_AND_NUMBERS}),
-        ("report", {"faults", "files", "rundir", "reporting.*"}),
-        ("model_card", {"reporting.*"}),
-    ],
+LAYERS = (
+    {"errors", "threads"},
+    {"config", "synth", "vision", "privacy"},
+    {"models"},
+    {"runs"},
+    {"data", "priors", "generate", "report"},
+    {"pretrain"},
+    {"dpsgd"},
+    {"probe", "continual", "release"},
+    {"finetune", "tune"},
+    {"audit", "inspection", "pipeline"},
+    {"cli"},
+    {"__main__"},
 )
-def test_a_part_of_the_package_knows_only_what_it_needs(package, others):
-    inside = below(f"dprandp.{package}", FILES)
+"""The rooms of the package, from the lowest: a room imports those of lower layers."""
+
+NARROWER = {
+    "synth": {"errors"},
+    "privacy": {"errors", "threads"},  # so that it can be read, tested and trusted alone
+    "vision": {"errors"},
+    "data": {"errors", "runs.results"},  # how a result names the unit of privacy
+    # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
+    "report": {
+        "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.guarantees", "privacy.ledger",
+    },
+    # the public stages: they reach neither privacy/ nor data/
+    "generate": {"errors", "config", "synth", "vision", "models", "runs"},
+    "pretrain": {"errors", "config", "synth", "vision", "models", "runs", "generate", "priors"},
+}  # fmt: skip
+"""Rooms that may know less than their layer allows."""
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def level(name: str) -> int:
+    return next(index for index, rooms in enumerate(LAYERS) if room(name) in rooms)
+
+
+def test_every_room_has_a_layer() -> None:
+    rooms = {room(name) for name in FILES if name != "dprandp"}
+    assert rooms == set().union(*LAYERS)
+    assert sum(map(len, LAYERS)) == len(rooms)
+
+
+def test_imports_go_down_the_layers() -> None:
+    up = [
+        (name, other) for name in FILES if name != "dprandp" for other in package_imports(name)
+        if room(other) != room(name) and level(other) >= level(name)
+    ]  # fmt: skip
+    assert up == []
+    assert level("dprandp.cli.flags") > level("dprandp.models.wrn") > level("dprandp.errors")
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_a_room_knows_only_what_it_needs(name: str) -> None:
+    inside = below(f"dprandp.{name}", FILES)
     assert inside
-    allowed = inside | {f"dprandp.{other}" for other in others}
-    allowed = allowed.union(*(below(name.removesuffix(".*"), FILES) for name in allowed if name.endswith(".*")))
+    allowed = inside.union(*(below(f"dprandp.{other}", FILES) for other in NARROWER[name]))
+    allowed |= {parent for module in allowed for parent in parents(module)}
     for module in inside:
         assert package_imports(module) <= allowed, module
-
-
-def test_nothing_imports_the_command_line_and_only_it_and_the_benchmark_import_the_stages():
-    for module in FILES:
-        used = package_imports(module)
-        if module != "dprandp.__main__" and module not in below("dprandp.cli", FILES):
-            assert not below("dprandp.cli", used), module
-            assert not below("dprandp.benchmark", used) or module in below("dprandp.benchmark", FILES), module
-            if module not in below("dprandp.stages", FILES) | below("dprandp.benchmark", FILES):
-                assert not below("dprandp.stages", used), module
 
 
 def circles(imports: dict[str, frozenset[str]]) -> list[set[str]]:
@@ -218,52 +214,44 @@ def test_imports_go_in_no_circles():
 
 
 @pytest.mark.parametrize("stage", ["generate", "pretrain"])
-def test_public_stages_reach_neither_privacy_nor_data(stage):
-    loaded = reached(f"dprandp.stages.{stage}")
+def test_public_stages_reach_neither_privacy_nor_data(stage: str) -> None:
+    loaded = reached(f"dprandp.{stage}")
     assert below("dprandp.vision", loaded)  # the closure is not empty
     assert not below("dprandp.privacy", loaded)
-    assert not below("dprandp.datasets", loaded)
-    assert "dprandp.stages.private" not in loaded
+    assert not below("dprandp.data", loaded)
+    assert not below("dprandp.dpsgd", loaded)
 
 
-# What may be taken from dprandp.datasets, and by whom. Only open_dataset leads to pixels, by train() and test() below.
-MAY_IMPORT_DATASETS = {
-    "dprandp.stages.private": {"Dataset", "DataSpec"},  # types
-    "dprandp.stages.private_plan": {"open_dataset", "without_public_part"},
-    "dprandp.stages.training_data": {"Dataset"},  # which data a run is about, by their content
-    "dprandp.stages.public_tasks": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
+# What may be taken from dprandp.data, and by whom. Only open_dataset leads to pixels, by train() and test() below.
+MAY_IMPORT_DATA = {
+    "dprandp.dpsgd.stage": {"Dataset", "DataSpec", "open_dataset", "without_public_part"},
+    "dprandp.dpsgd.training_data": {"Dataset"},  # which data a run is about, by their content
+    "dprandp.dpsgd.units": {"Dataset", "DataSpec"},  # types
+    "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
+    "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
-    "dprandp.stages.overview": {"list_datasets", "open_dataset", "check_data"},
-    "dprandp.stages.doctor": {"list_datasets"},
-    "dprandp.stages.unit_rows": {"Dataset", "DataSpec"},  # types
-    "dprandp.stages.probe": {"DataSpec"},  # a type
-    "dprandp.stages.synthetic_statistics": {"DataSpec"},  # a type
-    "dprandp.stages.predict": {"read_unlabelled", "skipped_text"},  # new images, not a data set
-    "dprandp.stages.tune_public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
-    "dprandp.stages.audit_loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
-    "dprandp.stages.audit_continual": {"Dataset"},  # a type
+    "dprandp.inspection.overview": {"list_datasets", "open_dataset", "check_data"},
+    "dprandp.inspection.doctor": {"list_datasets"},
+    "dprandp.probe": {"DataSpec"},  # a type
+    "dprandp.release": {"read_unlabelled", "skipped_text"},  # new images, not a data set
+    "dprandp.tune.public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
+    "dprandp.audit.loops": {"Dataset", "DataSpec", "Split"},  # to make up public records
+    "dprandp.audit.continual": {"Dataset"},  # a type
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
-MAY_IMPORT_PRIVATE_STAGE = {
-    "dprandp.stages.continual", "dprandp.stages.continual_loop",
-    "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.head", "dprandp.stages.probe",
-    "dprandp.stages.release",
-    "dprandp.stages.tune_private",
-    "dprandp.stages.tune_settings",  # a constant
-    "dprandp.stages.planning", "dprandp.stages.private_plan",  # plans, without pixels
-    "dprandp.stages.audit", "dprandp.stages.audit_loops",  # the same loops, watched
-}  # fmt: skip
+MAY_OPEN_A_PRIVATE_STAGE = {"dpsgd", "probe", "finetune", "continual", "tune", "audit", "pipeline"}
+"""Rooms; the last one plans, without pixels."""
 MAY_READ_PIXELS = {
     "train": {
-        "dprandp.stages.features", "dprandp.stages.finetune", "dprandp.stages.tune_public",
-        "dprandp.stages.continual_loop", "dprandp.stages.public_tasks",
+        "dprandp.dpsgd.features", "dprandp.finetune", "dprandp.tune.public", "dprandp.continual.loop",
+        "dprandp.continual.public",
     },
-    "test": {"dprandp.stages.release"},
-    "fingerprint": {"dprandp.stages.training_data", "dprandp.stages.features"},
-    "image_fingerprint": {"dprandp.stages.training_data"},
-    "same_images_as": {"dprandp.stages.public_tasks", "dprandp.stages.tune_public"},
-    "grouping": {"dprandp.stages.unit_rows"},
-}
+    "test": {"dprandp.dpsgd.release"},
+    "fingerprint": {"dprandp.dpsgd.training_data", "dprandp.dpsgd.features"},
+    "image_fingerprint": {"dprandp.dpsgd.training_data"},
+    "same_images_as": {"dprandp.continual.public", "dprandp.tune.public"},
+    "grouping": {"dprandp.dpsgd.units"},
+}  # fmt: skip
 
 
 def pixel_reads(tree: ast.Module) -> set[str]:
@@ -305,22 +293,22 @@ def test_pixel_reads_are_found():
 
 
 def test_private_pixels_are_read_in_few_places():
-    outside = [name for name in FILES if name not in below("dprandp.datasets", FILES)]
+    outside = [name for name in FILES if name not in below("dprandp.data", FILES)]
     for name in outside:
-        assert names_from("dprandp.datasets", TREES[name]) <= MAY_IMPORT_DATASETS.get(name, set()), name
-        by_any_door = below("dprandp.datasets", package_imports(name))
-        assert by_any_door == ({"dprandp.datasets"} if names_from("dprandp.datasets", TREES[name]) else set()), name
+        assert names_from("dprandp.data", TREES[name]) <= MAY_IMPORT_DATA.get(name, set()), name
+        by_any_door = below("dprandp.data", package_imports(name))
+        assert by_any_door == ({"dprandp.data"} if names_from("dprandp.data", TREES[name]) else set()), name
     for method, allowed in MAY_READ_PIXELS.items():
         assert {name for name in outside if method in pixel_reads(TREES[name])} <= allowed, method
-    users = {name for name in FILES if "dprandp.stages.private" in package_imports(name)}
-    assert users <= MAY_IMPORT_PRIVATE_STAGE
+    users = {room(name) for name in FILES if "dprandp.dpsgd.stage" in package_imports(name)}
+    assert users <= MAY_OPEN_A_PRIVATE_STAGE
 
 
 def test_the_pixel_allow_list_has_no_dead_entries():
-    outside = [name for name in FILES if name not in below("dprandp.datasets", FILES)]
+    outside = [name for name in FILES if name not in below("dprandp.data", FILES)]
     found = {method: {name for name in outside if method in pixel_reads(TREES[name])} for method in MAY_READ_PIXELS}
-    assert "dprandp.stages.features" in found["train"]
-    assert found["test"] == {"dprandp.stages.release"}
+    assert "dprandp.dpsgd.features" in found["train"]
+    assert found["test"] == {"dprandp.dpsgd.release"}
 
 
 # ------------------------------------------------------------------------------------------------ what must not occur
@@ -444,10 +432,10 @@ def test_no_code_from_files_and_no_silenced_failures(name):
 
 def test_the_only_unpickling_is_torchvisions_of_files_with_the_publishers_checksum():
     """CIFAR's official batches are pickles. torchvision unpickles a batch only after its MD5 matched the official one;
-    that it does is tried in tests/datasets. Here: no other module of the package touches those classes, and the class
+    that it does is tried in tests/data. Here: no other module of the package touches those classes, and the class
     is used as it is (a subclass might leave the check out)."""
     users = {name for name, source in SOURCES.items() if "CIFAR10" in source and "torchvision" in source}
-    assert users == {"dprandp.datasets.builtin"}
+    assert users == {"dprandp.data.known"}
     bases = {ast.unparse(base) for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
              for base in node.bases}  # fmt: skip
     assert not {base for base in bases if "CIFAR" in base}

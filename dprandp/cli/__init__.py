@@ -1,9 +1,8 @@
 """The command line.
 
-    flags.py     every flag, declared once        stages.py   generate, pretrain, probe, finetune
-    session.py   flags -> configuration, context   about.py    status, report, account, datasets
-    continual.py   continue, diagnose
-    run.py, predict.py, export.py, doctor.py, verify.py, tune.py, audit.py, bench.py, priors.py   one command each
+    flags.py     every flag, declared once        stages.py   the stages, run, tune, audit, diagnose
+    session.py   flags -> configuration, context   about.py    status, report, account, datasets, priors
+    release.py   predict, export                   checks.py   doctor, verify
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -17,24 +16,10 @@ from typing import Annotated
 
 import typer
 
-from dprandp import __version__, faults
-from dprandp.cli import (
-    about,
-    audit,
-    bench,
-    continual,
-    doctor,
-    export,
-    predict,
-    priors,
-    run,
-    session,
-    stages,
-    together,
-    tune,
-    verify,
-)  # fmt: skip
-from dprandp.signals import end_on_signals
+from dprandp import __version__
+from dprandp.cli import about, checks, release, session, stages, together
+from dprandp.runs import faults
+from dprandp.runs.signals import end_on_signals
 
 app = typer.Typer(
     name="dprandp",
@@ -47,17 +32,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
-app.add_typer(continual.app)
-app.add_typer(run.app)
-app.add_typer(predict.app)
-app.add_typer(export.app)
-app.add_typer(tune.app)
+app.add_typer(release.app)
 app.add_typer(about.app)
-app.add_typer(doctor.app)
-app.add_typer(verify.app)
-app.add_typer(priors.app)
-app.add_typer(audit.app)
-app.add_typer(bench.app)
+app.add_typer(checks.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -72,15 +49,19 @@ def _root(
     together.refuse_command(context.invoked_subcommand)
 
 
-def main() -> None:
-    """Entry point of the console script: run a command, turn errors into messages and exit codes."""
+def main(application: typer.Typer = app) -> None:
+    """Entry point of the console script: run a command, turn errors into messages and exit codes.
+
+    Args:
+        application: the commands; those of a script, where it reports its errors in the same way.
+    """
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug
     code: object = 0
     try:
         together.join()  # under torchrun; only rank 0 comes back
-        app(standalone_mode=True)
+        application(standalone_mode=True)
     except SystemExit as end:
         code = end.code
     except (Exception, KeyboardInterrupt) as error:

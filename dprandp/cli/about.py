@@ -10,9 +10,10 @@ import typer
 from dprandp.cli import flags, session
 from dprandp.cli.session import DEFAULT_RUN
 from dprandp.errors import UsageError
-from dprandp.rundir import RunDir
+from dprandp.runs.directory import RunDir
 
 app = typer.Typer()
+
 
 @app.command(rich_help_panel="About a run")
 def status(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.Debug = False) -> None:
@@ -22,7 +23,7 @@ def status(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.
     [dim]dprandp status --run runs/cifar --json[/dim]
     """
     console = session.console(json=json, debug=debug)
-    from dprandp.stages import overview
+    from dprandp.inspection import overview
 
     table = overview.status(RunDir.open(run, create=False))
     console.result(table, overview.status_lines(table))
@@ -38,7 +39,7 @@ def report(
     [dim]dprandp report --run runs/cifar[/dim]
     """
     console = session.console(json=json, quiet=quiet, debug=debug)
-    from dprandp import report as report_module
+    from dprandp.report import page as report_module
 
     with session.opened(run) as rundir:
         path = report_module.write(rundir)
@@ -82,7 +83,7 @@ def account(
     [dim]dprandp account --noise-multiplier 40.9 --steps 120 --curve[/dim]
     """
     console = session.console(json=json, debug=debug)
-    from dprandp.stages import calculator
+    from dprandp.inspection import calculator
 
     if (eps is None) == (noise_multiplier is None):
         raise UsageError(
@@ -122,7 +123,7 @@ def datasets(
     [dim]dprandp datasets --check npz:scans.npz --unit-column patient[/dim]
     """
     console = session.console(json=json, debug=debug)
-    from dprandp.stages import overview
+    from dprandp.inspection import overview
 
     if check is not None:
         found = overview.check_dataset(check, data_dir, classes, unit_column)
@@ -132,3 +133,32 @@ def datasets(
         raise UsageError("--unit-column and --classes belong to --check", fix="name the data set with --check NAME")
     rows = overview.datasets(data_dir, data, download=download)
     return console.result({"datasets": rows}, overview.dataset_lines(rows))
+
+
+# -------------------------------------------------------------------------------------------------------------- priors
+#
+# The command priors: which finished extractors ship with the package.
+
+
+@app.command(rich_help_panel="About a run")
+def priors(
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Compare every file with its card; exit with 4 where one is damaged.",
+                     rich_help_panel=flags.DATA),
+    ] = False,
+    json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:  # fmt: skip
+    """List the shipped priors, for --prior: process, size, features, results, licence.
+
+    [dim]dprandp priors[/dim]
+    [dim]dprandp priors --check --json[/dim]
+    """
+    console = session.console(json=json, debug=debug)
+    from dprandp.pretrain import shipped
+
+    rows = shipped.table()
+    console.result({"priors": rows}, shipped.lines(rows))
+    if check:
+        shipped.check(rows)

@@ -1,6 +1,6 @@
 """The command line's flags: names, units, defaults and help, each declared once and shared by the commands.
 
-``None`` always means "not given": ``config.resolve`` then takes the value of the size, or of the run.
+``None`` always means "not given": ``schema.resolve`` then takes the value of the size, or of the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dprandp.config import DEFAULT_DATA, SIZES
+from dprandp.config.schema import DEFAULT_DATA, SIZES
 
 DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
 
@@ -306,4 +306,67 @@ RunPretrainSteps = Annotated[
     int | None,
     typer.Option("--pretrain-steps", help="Pretraining steps of a wrn. Default: 100 (tiny), 600 (small), "
                  "82000 (paper).", rich_help_panel=TRAINING),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ finetune flags
+#
+# Flags of ``dprandp finetune`` alone: recipes, public weights, the network's shape, ingredients of the update.
+
+Source = Annotated[
+    str | None,
+    typer.Option("--from", help="Start from the probe; from scratch, a random network without Phase I or II (De et al. "
+                 "2022); or, init, from the public weights of --init. Default: probe, or init where --init is given.",
+                 rich_help_panel=TRAINING, metavar="probe|scratch|init"),
+]  # fmt: skip
+ScratchArch = Annotated[
+    str | None,
+    typer.Option(help="With --from scratch or --init: wrn-DEPTH-WIDTH, or nf-resnet-50. Default: wrn-16-4.",
+                 rich_help_panel=TRAINING),
+]  # fmt: skip
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and "
+                 "--eps; σ is always calibrated. Flags win over it. Default: none.",
+                 rich_help_panel=TRAINING, metavar="de2022"),
+]  # fmt: skip
+Init = Annotated[
+    Path | None,
+    typer.Option("--init", help="safetensors file with public weights of --arch. That they are public is yours to "
+                 "declare, with --init-source. Default: none.", rich_help_panel=TRAINING, metavar="FILE"),
+]  # fmt: skip
+InitSource = Annotated[
+    str | None,
+    typer.Option(help="What the weights of --init were learned from; stored and shown. Default: none, needed with "
+                 "--init.", rich_help_panel=TRAINING, metavar="TEXT"),
+]  # fmt: skip
+LayerOrder = Annotated[
+    str | None,
+    typer.Option(help="What comes before a convolution of a wrn made here: relu-norm-conv, norm-relu-conv, "
+                 "norm-relu-conv+relu-norm-skip, relu-norm-conv+norm-relu-skip. Default: relu-norm-conv.",
+                 rich_help_panel=TRAINING, metavar="ORDER"),
+]  # fmt: skip
+Padding = Annotated[
+    str | None,
+    typer.Option(help="Of its convolutions with stride 2: symmetric, or same (De et al.). Default: symmetric.",
+                 rich_help_panel=TRAINING, metavar="symmetric|same"),
+]  # fmt: skip
+Pooling = Annotated[
+    str | None,
+    typer.Option(help="Grids that its features are averaged over: 1, 4 or 1+4. Default: 1+4, or 1 (nf-resnet-50).",
+                 rich_help_panel=TRAINING, metavar="GRIDS"),
+]  # fmt: skip
+PrivateOptimizer = Annotated[
+    str | None,
+    typer.Option(help="What is done with noisy gradients: sgd or adam. Default: sgd.", rich_help_panel=TRAINING,
+                 metavar="sgd|adam"),
+]  # fmt: skip
+Momentum = Annotated[
+    float | None,
+    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam).", rich_help_panel=TRAINING),
+]
+Ema = Annotated[
+    float | None,
+    typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "
+                 "ones. Default: 0.9999, less in the first steps.", rich_help_panel=TRAINING),
 ]  # fmt: skip

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dprandp.cli import together
-from dprandp.config import SIZES, StageConfig, as_dict
-from dprandp.config import resolve as resolve_config
-from dprandp.console import Console
+from dprandp.config.schema import SIZES, WITHOUT_PHASE_ONE, StageConfig, as_dict
+from dprandp.config.schema import resolve as resolve_config
+from dprandp.config.toml import read as read_toml
 from dprandp.errors import InputError, UsageError
-from dprandp.finetune_options import WITHOUT_PHASE_ONE
-from dprandp.rundir import STAGES, RunDir
-from dprandp.toml import read as read_toml
+from dprandp.runs.console import Console
+from dprandp.runs.directory import STAGES, RunDir
 
 DEFAULT_RUN = Path("runs/default")
 
@@ -104,7 +103,7 @@ def public_stages(
         UsageError: no such prior, or a configuration file that sets one of the two stages.
         CheckpointError: the prior's files are damaged.
     """
-    from dprandp.stages.prior import public_stages
+    from dprandp.pretrain.shipped import public_stages
 
     if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):
         raise UsageError(
@@ -130,7 +129,7 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     """'rgb' or 'grey' as a data set declares its channels; None where none is named. Reads no pixel."""
     if data is None:
         return None
-    from dprandp.datasets import open_dataset
+    from dprandp.data import open_dataset
     from dprandp.vision import images
 
     spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
@@ -145,7 +144,7 @@ def require_data(
     Raises:
         InputError: they are not; which file to put where.
     """
-    from dprandp.datasets import open_dataset
+    from dprandp.data import open_dataset
 
     open_dataset(data, data_dir, download=download, num_classes=classes, unit_column=unit_column).require()
 
@@ -168,8 +167,8 @@ def context(
     Raises:
         UsageError: a flag out of its range.
     """
-    from dprandp.ranks import ALONE
-    from dprandp.stages.context import Context, prepare_device
+    from dprandp.runs.context import Context, prepare_device
+    from dprandp.runs.parallel import ALONE
 
     ranks = together.leader or ALONE
     if ranks.size > 1:
@@ -197,7 +196,7 @@ def context(
 
 def run_stage(name: str, config, context, public: Mapping[str, StageConfig] | None = None) -> dict:
     """Run a stage, after the ``public`` stages that come before it, and print its result."""
-    from dprandp.stages import pipeline
+    from dprandp import pipeline
 
     if name == "probe" and public:  # before minutes of images
         facts = {"classes": config.classes, "unit_column": config.unit_column, "download": context.download}
@@ -210,7 +209,7 @@ def run_stage(name: str, config, context, public: Mapping[str, StageConfig] | No
 
 def print_plan(stage: str, config, context, public: Mapping[str, StageConfig] | None = None) -> None:
     """Print what a stage would run; ``public`` stages are themselves only planned."""
-    from dprandp.stages import planning
+    from dprandp.pipeline import plan as planning
 
     plan = planning.plan(stage, config, context, public or {})
     context.console.result(plan, planning.plan_lines(plan))
@@ -222,7 +221,7 @@ def released_model(run: Path, folder: Path | None):
     Raises:
         InputError: there is none. CheckpointError: it is damaged, or the run's ledger does not bear it out.
     """
-    from dprandp.stages.released_model import load_model, load_run_model
+    from dprandp.release import load_model, load_run_model
 
     model = load_run_model(RunDir.open(run, create=False)) if folder is None else load_model(folder)
     if model.not_private_because is not None:

@@ -1,7 +1,7 @@
 """One command on several processes: ``torchrun --nproc-per-node N -m dprandp ...``.
 
-Rank 0 runs the command; the others serve it (``ranks.py``), whatever flags they were given. What several processes
-cannot do is refused.
+Rank 0 runs the command; the others serve it (``runs/parallel.py``), whatever flags they were given. What several
+processes cannot do is refused.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dprandp.console import Console
 from dprandp.errors import DprandpError, UsageError
+from dprandp.runs.console import Console
 
 if TYPE_CHECKING:
-    from dprandp.ranks import Leader
+    from dprandp.runs.parallel import Leader
 
 COMMANDS = ("generate", "pretrain", "probe", "finetune", "run")
 """That several processes can do."""
@@ -34,14 +34,14 @@ def join() -> None:
     global leader
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return  # without the import of torch
-    from dprandp.ranks import Leader
-    from dprandp.ranks import join as join_others
+    from dprandp.runs.parallel import Leader
+    from dprandp.runs.parallel import join as join_others
 
     met = join_others()
     if isinstance(met, Leader):
         leader = met
         return
-    from dprandp.stages.followers import serve
+    from dprandp.dpsgd.followers import serve
 
     # A signal reaches all processes of a job. It is for rank 0 to obey, at the end of a step; a second one is final.
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -5,7 +5,7 @@
     NAME.md            the card for people, written from NAME.json
 
 ``scripts/make_prior.py`` makes all three from a finished run. What else a probe needs, the statistics of synthetic
-features, is not shipped: it is made again from the process and the seed on the card (``stages/prior.py``).
+features, is not shipped: it is made again from the process and the seed on the card (``pretrain/shipped.py``).
 
 Nothing here is trusted: a file whose hash is not its card's is refused.
 """
@@ -20,12 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dprandp.config import GenerateConfig, PretrainConfig, build
+from dprandp.config.schema import GenerateConfig, PretrainConfig, build, extractors_of
 from dprandp.errors import CheckpointError, UsageError, nearest
-from dprandp.files import from_json, storage_errors
-from dprandp.pretrain_config import extractors_of
-from dprandp.runresults import wrong_entry
-from dprandp.tensorfile import tensors_from_bytes
+from dprandp.runs.checkpoint import tensors_from_bytes
+from dprandp.runs.files import from_json, storage_errors
+from dprandp.runs.results import wrong_entry
 
 FOLDER = Path(__file__).parent
 FORMAT = 1
@@ -46,7 +45,7 @@ class Card:
         sha256: of NAME.safetensors, in hexadecimal.
         bytes: its size.
         generate, pretrain: configurations of the stages that made it.
-        result: of its pretraining (``stages/pretrain.py``): arch, feature_dim, parameters, steps, evaluation.
+        result: of its pretraining (``pretrain/__init__.py``): arch, feature_dim, parameters, steps, evaluation.
         commands: that make it again.
         seconds: of the two stages, by name.
         hardware: where it was made.

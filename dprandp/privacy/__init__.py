@@ -1,21 +1,18 @@
-"""Everything that privacy rests on, in small pieces that do not know one another; ``plan`` alone couples them.
+"""Everything that privacy rests on, in small pieces that do not know one another; ``mechanism`` alone couples them.
 
 ================  =============================================================================================
 ``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
 ``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
 ``prv``           the numerical accountant (sampled batches), both directions
 ``sampled_loss``  the privacy loss of one sampled step: what ``prv`` composes
-``tradeoff``      what a guarantee leaves to an attacker; replacing a record instead of zeroing it out
-``sampling``      true Poisson batches
-``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``
-``unit_clipping`` the same where a record is several images, one patient's say
-``noise``         randomness from the operating system, Gaussian noise
-``discrete_noise``  discrete Gaussian noise on a lattice; ``discrete_cost`` is what it takes of δ
-``group``         what ε says about several records together
-``ledger``        the append-only record of what was paid, written before it is used
+``adaptive``      several stages, each planned after the results of those before it were seen
+``guarantees``    what a guarantee leaves to an attacker: the trade-off curve, replaced records, groups of records
+``randomness``    randomness from the operating system, Poisson batches, Gaussian and discrete Gaussian noise
+``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``, for records of one or several images
+``ledger``        the append-only record of what was spent, written before it is used
 ``tuning``        what the best of a random number of private trials costs, in Rényi DP
 ``selection``     one plan that couples them for such trials
-``plan``          one plan that couples them: what runs is what was accounted
+``mechanism``     one plan that couples them: what runs is what was accounted
 ``auditing``      attacks on the mechanism, whose success is held against the claim; nothing here needs it
 ================  =============================================================================================
 
@@ -36,6 +33,6 @@ K       views                 augmented views of one record, averaged before the
 ======  ====================  ===================================================================================
 
 This package imports nothing of dprandp but ``errors`` and ``threads``, so that it can be read, tested and trusted
-alone. It re-exports nothing: ``from dprandp.privacy.plan import make_plan`` says where a name lives, and accounting
-needs no torch.
+alone. It re-exports nothing: ``from dprandp.privacy.mechanism import make_plan`` says where a name lives, and
+accounting needs no torch.
 """

@@ -45,6 +45,7 @@ from scipy.special import log_ndtr, ndtr
 
 from dprandp.errors import BudgetError
 from dprandp.privacy.accounting import (
+    DELTA_SHARE,
     FIXED,
     MAX_NOISE_MULTIPLIER,
     EpsilonBound,
@@ -52,6 +53,7 @@ from dprandp.privacy.accounting import (
     GaussianEvent,
     Warn,
     calibrate,
+    check_distance,
     compose,
     gaussian_mu,
     merge_events,
@@ -59,8 +61,7 @@ from dprandp.privacy.accounting import (
     warn_by_log,
 )
 from dprandp.privacy.calibration import nudge, settle
-from dprandp.privacy.discrete_cost import DELTA_SHARE, check_distance
-from dprandp.privacy.tradeoff import privacy_curve
+from dprandp.privacy.guarantees import privacy_curve
 from dprandp.privacy.tuning import TuningEvent
 
 SLACK = 0.04

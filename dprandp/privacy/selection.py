@@ -37,8 +37,8 @@ from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.noise import RandomSource, add_gaussian_noise
-from dprandp.privacy.plan import refuse_overspending, validate_budget
+from dprandp.privacy.mechanism import refuse_overspending, validate_budget
+from dprandp.privacy.randomness import RandomSource, add_gaussian_noise
 from dprandp.privacy.tuning import TrialCount, TuningEvent
 
 _SMALLEST_MU, _LARGEST_MU = 1e-4, 100.0
@@ -135,7 +135,7 @@ def make_selection_plan(
     Args:
         spend_epsilon: cumulative ε that may be spent once this is done, at most ``epsilon_total``, finite.
         mean_trials: expected number of trials, above 1.
-        spent, warn: as for ``plan.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
+        spent, warn: as for ``mechanism.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
 
     Guarantee:
         ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
@@ -252,7 +252,7 @@ class PrivateSelection:
     Guarantee:
         The result of ``run`` costs ``plan.event``, paid before any trial is handed out, whatever the number of trials
         turns out to be. That number is not returned, stored or logged; who can time the run learns something of it
-        (see ``noise.py``, *Time*).
+        (see ``randomness.py``, *Time*).
 
     Raises:
         BudgetError: the plan does not fit into its target beside what the ledger holds.

@@ -18,15 +18,7 @@ import numpy as np
 import torch
 
 from dprandp.errors import UsageError, nearest
-from dprandp.synth import (
-    dead_leaves,
-    dead_leaves_textures,
-    fractal,
-    perlin,
-    statistical,
-    stylegan,
-    stylegan_random,
-)
+from dprandp.synth import dead_leaves, dead_leaves_textures, fractal, perlin, statistical, stylegan, stylegan_random
 from dprandp.synth.compose import Process, kmeans_leaves, mixture
 from dprandp.synth.stylegan_draws import HIGHFREQ, SPARSE
 

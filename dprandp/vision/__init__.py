@@ -1,14 +1,8 @@
-"""Networks, batched views, the contrastive loss and the metrics. Knows nothing of privacy, datasets or run directories.
+"""Images on their way into a network, and what is measured at its other end. Knows of no privacy, data set or run.
 
 =============  ==========================================================================================
-module         what it holds
+``images``     uint8 images to a network's input; synthetic images by position, left in their files
+``views``      two contrastive views of a public image; K crop-and-flip views of a private one; colour changes
+``metrics``    what is reported about a test split; k-nearest-neighbour accuracy of features
 =============  ==========================================================================================
-wrn.py         the WideResNet of the published system and its throw-away projection head
-views.py       two contrastive views of a public image; K crop-and-flip views of a private one
-colour.py      batched colour changes, for views.py
-losses.py      alignment and uniformity on the unit sphere
-metrics.py     what is reported about a test split; k-nearest-neighbour accuracy of features
-=============  ==========================================================================================
-
-Layers that mix examples (batch statistics of any kind) do not occur here: per-example clipping would be meaningless.
 """

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import linprog
 
 from dprandp.errors import UsageError
-from dprandp.privacy.auditing.one_run import (
+from dprandp.privacy.auditing.games import (
     choose_guesses,
     count_correct,
     one_run_bound,

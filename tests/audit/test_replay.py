@@ -16,15 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from dprandp.privacy.auditing.canaries import dirac_scores, rehearsal_plan, trial_mu, trial_steps
-from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
+from dprandp.audit import loops
+from dprandp.audit.loops import canary_run, make_head_records, replay_head
+from dprandp.privacy.auditing.controls import (
+    CONTROLS,
+    FAITHFUL,
+    Control,
+    dirac_scores,
+    rehearsal_plan,
+    trial_mu,
+    trial_steps,
+)
+from dprandp.privacy.auditing.games import two_world_bound
 from dprandp.privacy.auditing.replay import Check, Tape, Watch, compare
-from dprandp.privacy.auditing.two_world import two_world_bound
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan
-from dprandp.stages import audit_loops
-from dprandp.stages.audit_loops import canary_run, make_head_records, replay_head
+from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan
 
 PLAN = PrivatePlan("probe", 1000, 1.0, 8, 4.0, 0.5, 1, 10.0, 1e-5)
 SAMPLED = replace(PLAN, sample_rate=0.2, views=2)
@@ -151,7 +158,7 @@ def test_there_is_a_control_for_every_promised_fault() -> None:
 
 def test_the_loop_that_is_replayed_is_that_of_the_stage(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in the stage's clip is seen: nothing here is a copy of it."""
-    from dprandp.stages import head
+    from dprandp.probe import head
 
     monkeypatch.setattr(head, "clipped_softmax_sum", lambda x, y, w, c, **how: x.nan_to_num().T @ torch.eye(3)[y])
     assert "the sums differ by at most the clip norm" in failed(replayed(PLAN, features, "long"))
@@ -200,7 +207,7 @@ def test_trials_are_even_and_bounded() -> None:
 
 
 def test_canaries_of_one_run(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_loops, "OTHERS", 12)
+    monkeypatch.setattr(loops, "OTHERS", 12)
     included = np.random.default_rng(0).random(400) < 0.5
     generator = torch.Generator().manual_seed(0)
     for plan in (PLAN, SAMPLED):

@@ -8,23 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from dprandp import config
-from dprandp.config import PretrainConfig
+from dprandp.audit.loops import hardened, made_up_images, most_wrong, records_for, rehearsal_context, replay_finetune
+from dprandp.config import schema
+from dprandp.config.schema import PretrainConfig
+from dprandp.dpsgd import clipped_sums
+from dprandp.models import whitening
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor
 from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check
-from dprandp.privacy.plan import PrivatePlan
-from dprandp.stages import clipped_sums
-from dprandp.stages.audit_loops import (
-    hardened,
-    made_up_images,
-    most_wrong,
-    records_for,
-    rehearsal_context,
-    replay_finetune,
-)
-from dprandp.vision import whitening
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor
+from dprandp.privacy.mechanism import PrivatePlan
 
 PLAN = PrivatePlan("finetune", 1000, 0.2, 4, 1.5, 1.0, 2, 10.0, 1e-5)
 CLASSES = 3
@@ -51,7 +44,7 @@ def replayed(
     images = torch.randint(256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
     dataset, split = made_up_images(images, CLASSES, records_for(plan, 3), True, generator)
     model = hardened(model_of(arch), generator)
-    settings = config.build("finetune", {"checkpoint_every": 100, **changes})
+    settings = schema.build("finetune", {"checkpoint_every": 100, **changes})
     with rehearsal_context() as context:
         watched = most_wrong(model, split)
         return replay_finetune(plan, settings, model, 1.0, 0.1, dataset, watched, context, steps, control)

@@ -10,12 +10,7 @@ import pytest
 from scipy import stats
 
 from dprandp.errors import UsageError
-from dprandp.privacy.auditing.two_world import (
-    largest_bound,
-    rate_upper_bound,
-    two_world_bound,
-    two_world_power,
-)
+from dprandp.privacy.auditing.games import largest_bound, rate_upper_bound, two_world_bound, two_world_power
 
 SIGNIFICANCE = 1e-3
 

@@ -15,30 +15,30 @@ QUICK = ("--trials", 200, "--canaries", 40)
 
 # Faults in the package itself, as a careless change would make them.
 WEAK_NOISE = """
-from dprandp.privacy import plan
-add = plan.add_gaussian_noise
-plan.add_gaussian_noise = lambda sums, std, random: add(sums, std / 10, random)
+from dprandp.privacy import mechanism
+add = mechanism.add_gaussian_noise
+mechanism.add_gaussian_noise = lambda sums, std, random: add(sums, std / 10, random)
 """
 NO_CLIP = """
-from dprandp.stages import clipped_sums
+from dprandp.dpsgd import clipped_sums
 clip = clipped_sums.sum_of_clipped
 clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: clip(gradients, parameters, 1e6, **how)
 """
 BLIND = """
 from dprandp.privacy.auditing.controls import Control
-from dprandp.stages import audit_tests
-audit_tests.CONTROLS = (Control("no fault at all"),)
+from dprandp.audit import games
+games.CONTROLS = (Control("no fault at all"),)
 """
 
 
 READING_FAILS = """
-from dprandp import datasets
-read = datasets.Dataset.train
+from dprandp import data
+read = data.Dataset.train
 def train(self):
     if self.spec.name != "audit":
         raise RuntimeError("private data were read")
     return read(self)
-datasets.Dataset.train = train
+data.Dataset.train = train
 """
 
 

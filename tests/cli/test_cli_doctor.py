@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from cli_process import Dprandp, state_of
 
-from dprandp import locking
+from dprandp.inspection import doctor
 from dprandp.privacy.accounting import EpsilonBound
 from dprandp.privacy.ledger import Ledger
-from dprandp.stages import doctor
+from dprandp.runs import directory
 
 RunAfter = Callable[[str], Path]
 
@@ -95,9 +95,9 @@ def test_unfinished_and_stale_stages_are_no_failures(run_after: RunAfter, tmp_pa
 
 def test_a_run_in_use(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     run = run_after("probe")
-    held = locking.acquire(run / ".lock", run)
+    held = directory.acquire(run / ".lock", run)
     done = dprandp("doctor", "--run", run, "--data-dir", tmp_path)
-    locking.release(held)
+    directory.release(held)
     assert done.code == 0
     assert "warn  lock          another dprandp process" in done.out
     (run / "1-generate/manifest.json").unlink()

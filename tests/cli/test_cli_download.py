@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from cli_process import Dprandp, refused
 
-from dprandp.datasets import KNOWN
+from dprandp.data import KNOWN
 from dprandp.errors import UsageError
-from dprandp.stages import overview
+from dprandp.inspection import overview
 
 RunAfter = Callable[[str], Path]
 
@@ -20,7 +20,7 @@ FAKE = """
 import dataclasses
 import numpy as np, torchvision
 from pathlib import Path
-from dprandp.datasets import KNOWN
+from dprandp.data import KNOWN
 
 spec = dataclasses.replace(KNOWN["mnist"].spec(), train_examples=60, test_examples=20)
 KNOWN["mnist"] = dataclasses.replace(KNOWN["mnist"], spec=lambda: spec)

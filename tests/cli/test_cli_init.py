@@ -11,7 +11,7 @@ import torch
 from cli_process import Dprandp, refused
 from safetensors.torch import load_file, save_file
 
-from dprandp.vision.wrn import WideResNet
+from dprandp.models.wrn import WideResNet
 
 SAID = "drawn in a test, from no data at all"
 

@@ -36,21 +36,21 @@ def broken(*arguments, **options):
     raise {error}
 """
 PLACES = {
-    "features": "from dprandp.stages import features; features.features_of_blocks = broken",
-    "views": "from dprandp.stages import features; features.to_input = broken",
-    "labels": "from dprandp.datasets import base; base.check_split = broken; "
-    "import dprandp.datasets.base as b; b.Dataset.train = broken",
-    "fingerprint": "from dprandp.datasets import Dataset; Dataset.fingerprint = broken",
-    "gradient of the head": "from dprandp.stages import head; head.clipped_softmax_sum = broken",
-    "sampler": "from dprandp.privacy.sampling import PoissonSampler; PoissonSampler.draw = broken",
-    "noise": "from dprandp.privacy import plan; plan.add_gaussian_noise = broken",
-    "test metrics": "from dprandp.stages import release; release.classification_metrics = broken",
-    "a thread": "from dprandp.vision.patchnet import PatchNet; PatchNet.extract = broken",
+    "features": "from dprandp.dpsgd import features; features.features_of_blocks = broken",
+    "views": "from dprandp.dpsgd import features; features.to_input = broken",
+    "labels": "from dprandp.data import base; base.check_split = broken; "
+    "import dprandp.data.base as b; b.Dataset.train = broken",
+    "fingerprint": "from dprandp.data import Dataset; Dataset.fingerprint = broken",
+    "gradient of the head": "from dprandp.probe import head; head.clipped_softmax_sum = broken",
+    "sampler": "from dprandp.privacy.randomness import PoissonSampler; PoissonSampler.draw = broken",
+    "noise": "from dprandp.privacy import mechanism; mechanism.add_gaussian_noise = broken",
+    "test metrics": "from dprandp.dpsgd import release; release.classification_metrics = broken",
+    "a thread": "from dprandp.models.patchnet import PatchNet; PatchNet.extract = broken",
 }
 IN_FINETUNE = {
-    "gradient of everything": "from dprandp.stages import clipped_sums; clipped_sums.patchnet_gradients = broken",
-    "private views": "from dprandp.stages import clipped_sums; clipped_sums.private_views = broken",
-    "sum": "from dprandp.stages import clipped_sums; clipped_sums.sum_of_clipped = broken",
+    "gradient of everything": "from dprandp.dpsgd import clipped_sums; clipped_sums.patchnet_gradients = broken",
+    "private views": "from dprandp.dpsgd import clipped_sums; clipped_sums.private_views = broken",
+    "sum": "from dprandp.dpsgd import clipped_sums; clipped_sums.sum_of_clipped = broken",
 }
 ERRORS = {
     "value": "ValueError(f'pixel {pixel} of {path}, label {label}, class-of-shame')",
@@ -224,7 +224,7 @@ def test_21_a_bad_test_image_is_not_named_either(dprandp: Dprandp, run_after: Ru
 def test_21_a_folder_that_changes_while_it_is_read(dprandp: Dprandp, run_after: RunAfter, scans: Path) -> None:
     """A file that is listed and gone when it is read."""
     vanish = (
-        "import os\nfrom dprandp.datasets import folder\nread = folder.read_images\n"
+        "import os\nfrom dprandp.data import folder\nread = folder.read_images\n"
         "def late(paths, *rest):\n    os.unlink(paths[3])\n    return read(paths, *rest)\nfolder.read_images = late\n"
     )
     done = dprandp(*probe(run_after("pretrain"), f"folder:{scans}"), before=vanish)
@@ -263,7 +263,7 @@ def test_21_in_a_real_process(run_after: RunAfter, folder: Path, place: str, err
 
 WARN = """
 import logging, warnings
-from dprandp.stages import features
+from dprandp.dpsgd import features
 extract = features.features_of_blocks
 def talkative(*arguments, **options):
     warnings.warn("pixel 0.618267 of patient-4711", UserWarning)

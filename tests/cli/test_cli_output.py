@@ -212,7 +212,7 @@ def test_fixed_options_exist() -> None:
 # -------------------------------------------------------------------------------------------------------- exit codes
 
 BUG = """
-from dprandp.stages import overview
+from dprandp.inspection import overview
 def status(rundir): raise KeyError("patient 4711")
 overview.status = status
 """

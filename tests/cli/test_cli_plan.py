@@ -14,8 +14,8 @@ from cli_process import Dprandp, refused, state_of
 from test_cli_budget import NO_PIXELS
 
 from dprandp.cli import session
-from dprandp.config import as_dict, build
-from dprandp.rundir import RunDir
+from dprandp.config.schema import as_dict, build
+from dprandp.runs.directory import RunDir
 
 RunAfter = Callable[[str], Path]
 

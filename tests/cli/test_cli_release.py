@@ -17,9 +17,7 @@ from cli_process import Dprandp, arrays, refused, state_of
 from PIL import Image
 
 from dprandp.errors import CheckpointError, DprandpError, StorageError, UsageError
-from dprandp.stages.export import EXPORTED_FILES, export
-from dprandp.stages.predict import predict
-from dprandp.stages.released_model import load_model
+from dprandp.release import EXPORTED_FILES, export, load_model, predict
 
 RunAfter = Callable[[str], Path]
 PICTURE = "first.png"

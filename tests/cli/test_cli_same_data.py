@@ -17,7 +17,7 @@ from PIL import Image
 RunAfter = Callable[[str], Path]
 
 NO_PIXELS = """
-from dprandp.datasets import Dataset
+from dprandp.data import Dataset
 def read(*arguments): raise SystemExit("private pixels were read")
 Dataset.train = Dataset.test = Dataset.fingerprint = read
 """

@@ -12,7 +12,7 @@ from cli_process import Dprandp, refused, state_of
 RunAfter = Callable[[str], Path]
 
 NO_PIXELS = """
-from dprandp.datasets import Dataset
+from dprandp.data import Dataset
 def read(*arguments): raise SystemExit("private pixels were read")
 Dataset.train = Dataset.test = Dataset.fingerprint = read
 """

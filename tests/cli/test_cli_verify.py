@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from cli_process import Dprandp, refused
 
+from dprandp.inspection.verify import independent_epsilon
 from dprandp.privacy.accounting import GaussianEvent, compose
-from dprandp.runtable import result_digest
-from dprandp.stages.verify import independent_epsilon
+from dprandp.runs.directory import result_digest
 
 RunAfter = Callable[[str], Path]
 

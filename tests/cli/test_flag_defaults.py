@@ -8,19 +8,18 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 
-from dprandp.cli import continual, finetune_flags, flags
-from dprandp.config import DEFAULT_DATA, FinetuneConfig, build, resolve
-from dprandp.datasets import KNOWN
-from dprandp.pretrain_config import lr_of
-from dprandp.sizes import SIZES
-from dprandp.stages.budget import default_delta
-from dprandp.stages.masks import rule_of
-from dprandp.stages.private_optimizers import OptimizerSettings
-from dprandp.stages.private_plan import DEFAULT_SHARE
-from dprandp.stages.recipes import RECIPES
-from dprandp.stages.scratch import network_config
+from dprandp.cli import flags, stages
+from dprandp.config.presets import SIZES
+from dprandp.config.schema import DEFAULT_DATA, FinetuneConfig, build, lr_of, resolve
+from dprandp.data import KNOWN
+from dprandp.dpsgd.budget import default_delta
+from dprandp.dpsgd.masks import rule_of
+from dprandp.dpsgd.optimizers import OptimizerSettings
+from dprandp.dpsgd.stage import DEFAULT_SHARE
+from dprandp.finetune import RECIPES
+from dprandp.finetune.start import network_config
 
-MODULES = {"flags": flags, "finetune": finetune_flags, "continue": continual}
+MODULES = {"flags": flags, "continue": stages}
 
 
 def text(value: Any) -> str:
@@ -139,16 +138,16 @@ EXPECTED: dict[str, Callable[[], str]] = {
     "flags.ProbeLr": lambda: unset("probe", "lr", "set by the noise and the data's size"),
     "flags.ProbeViews": lambda: by_size("probe", "views"),
     "flags.RunPretrainSteps": lambda: by_size("pretrain", "steps"),
-    "finetune.Source": lambda: f"{by_size('finetune', 'source')}, or init where --init is given",
-    "finetune.Arch": lambda: by_size("finetune", "arch"),
-    "finetune.Recipe": lambda: unset("finetune", "recipe", "none"),
-    "finetune.Init": lambda: unset("finetune", "init", "none"),
-    "finetune.InitSource": lambda: unset("finetune", "init_source", "none, needed with --init"),
-    "finetune.LayerOrder": lambda: network("layer_order"),
-    "finetune.Padding": lambda: network("padding"),
-    "finetune.Optimizer": lambda: unset("finetune", "optimizer", "sgd"),
-    "finetune.Momentum": momenta,
-    "finetune.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
+    "flags.Source": lambda: f"{by_size('finetune', 'source')}, or init where --init is given",
+    "flags.ScratchArch": lambda: by_size("finetune", "arch"),
+    "flags.Recipe": lambda: unset("finetune", "recipe", "none"),
+    "flags.Init": lambda: unset("finetune", "init", "none"),
+    "flags.InitSource": lambda: unset("finetune", "init_source", "none, needed with --init"),
+    "flags.LayerOrder": lambda: network("layer_order"),
+    "flags.Padding": lambda: network("padding"),
+    "flags.PrivateOptimizer": lambda: unset("finetune", "optimizer", "sgd"),
+    "flags.Momentum": momenta,
+    "flags.Ema": lambda: f"{by_size('finetune', 'ema')}, less in the first steps",
     "continue.Public": lambda: by_size("continue", "public"),
     "continue.Instances": lambda: by_size("continue", "instances"),
     "continue.ContinueShare": lambda: by_size("continue", "share"),
@@ -165,7 +164,7 @@ EXPECTED: dict[str, Callable[[], str]] = {
 
 NO_SETTING = {
     "flags.Model", "flags.Size", "flags.Download", "flags.UnitColumn", "flags.Workers",
-    "finetune.Pooling",  # by the extractor's class: 1+4, or 1 for nf-resnet-50
+    "flags.Pooling",  # by the extractor's class: 1+4, or 1 for nf-resnet-50
 }  # fmt: skip
 """Defaults that no configuration holds: of what the run or the machine has."""
 

@@ -11,7 +11,7 @@ from device_checks import QUICK, Sizes
 from emulated import emulation, own_process
 from test_device_stages import KNOWN
 
-from dprandp.vision.wrn import LAYER_ORDERS
+from dprandp.models.wrn import LAYER_ORDERS
 
 WIDE = {"arch": "wrn-10-1", "feature_stages": "all"}
 FURTHER: dict[str, dict] = {

@@ -21,11 +21,14 @@ import torch
 from emulated import emulation, own_process
 from tiny_run import CONTINUE, DEEP, FINETUNE, GENERATE, PRETRAIN, PROBE, SCRATCH
 
-from dprandp import config, ranks
-from dprandp.signals import Interrupted, Stop
-from dprandp.stages import continual, features, finetune, generate, pretrain, probe, tune_private, tune_public
-from dprandp.stages.context import Context
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp import continual, finetune, generate, pretrain, probe
+from dprandp.config import schema
+from dprandp.dpsgd import features
+from dprandp.runs import parallel
+from dprandp.runs.context import Context
+from dprandp.runs.signals import Interrupted, Stop
+from dprandp.tune import private, public
+from dprandp.tune.settings import TuneConfig
 
 CPU = torch.device("cpu")
 
@@ -37,29 +40,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 ONCE_A_STAGE = {
-    "vision/extractors.py add_weights: _to_copy": "the hash of an extractor",
+    "models/extractor.py add_weights: _to_copy": "the hash of an extractor",
     "tensorfile.py <dictcomp>: _to_copy": "checkpoints are files",
-    "stages/release.py <dictcomp>: _to_copy": "the released model is a file",
-    "stages/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
-    "stages/head.py released_head: _local_scalar_dense": "whether there is an average to release",
-    "stages/finetune.py _train: _to_copy": "the parameters that are released",
-    "stages/continual_loop.py <dictcomp>: _to_copy": "the parameters that are released",
-    "stages/masks.py <dictcomp>: _to_copy": "weights are chosen on the CPU, once or every so many steps",
-    "stages/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
-    "stages/public_steps.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",
-    "vision/contrastive.py train: _local_scalar_dense": "the mean loss, every ten steps",
-    "stages/tune_public.py choose_publicly: _to_copy": "which held-out images a setting got right",
+    "dpsgd/release.py <dictcomp>: _to_copy": "the released model is a file",
+    "dpsgd/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
+    "probe/head.py released_head: _local_scalar_dense": "whether there is an average to release",
+    "finetune/__init__.py _train: _to_copy": "the parameters that are released",
+    "continual/loop.py <dictcomp>: _to_copy": "the parameters that are released",
+    "dpsgd/masks.py <dictcomp>: _to_copy": "weights are chosen on the CPU, once or every so many steps",
+    "dpsgd/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
+    "continual/public.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",
+    "pretrain/contrastive.py train: _local_scalar_dense": "the mean loss, every ten steps",
+    "tune/public.py choose_publicly: _to_copy": "which held-out images a setting got right",
     "privacy/selection.py score: _local_scalar_dense": "a trial's score is a number",
 }
 ONCE_A_BATCH = {
-    "vision/extractors.py extract: _to_copy": "features are collected on the CPU, 256 images at a time",
+    "models/extractor.py extract: _to_copy": "features are collected on the CPU, 256 images at a time",
 }
 ONCE_A_STEP = {
-    "privacy/plan.py release: _local_scalar_dense": "sums that are not finite are not released",
+    "privacy/mechanism.py release: _local_scalar_dense": "sums that are not finite are not released",
     "privacy/selection.py release: _local_scalar_dense": "the same in a trial",
-    "stages/head.py fit_head: _to_copy": "the norms of a step, for metrics.jsonl",
-    "stages/finetune.py _train: _to_copy": "the same",
-    "stages/continual_loop.py private_steps: _to_copy": "the same",
+    "probe/head.py fit_head: _to_copy": "the norms of a step, for metrics.jsonl",
+    "finetune/__init__.py _train: _to_copy": "the same",
+    "continual/loop.py private_steps: _to_copy": "the same",
 }
 KNOWN = ONCE_A_STAGE.keys() | ONCE_A_BATCH.keys() | ONCE_A_STEP.keys()
 
@@ -81,7 +84,7 @@ def per_step(waits: Counter[str], steps: int) -> bool:
     """Whether nothing unknown was waited for, and the device once a step where it must be."""
     unknown = waits.keys() - KNOWN
     assert not unknown, f"the processor waits for the device: {sorted(unknown)}"
-    return waits["privacy/plan.py release: _local_scalar_dense"] == steps
+    return waits["privacy/mechanism.py release: _local_scalar_dense"] == steps
 
 
 PROBE_HERE = PROBE | {"steps": 4, "statistics_images": 12}
@@ -100,10 +103,10 @@ def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
 
     def stages(run: Path, device: torch.device) -> list[dict[str, Any]]:
         with context(run, device) as given:
-            generate.run(config.build("generate", GENERATE), given)
-            pretrain.run(config.build("pretrain", ARCHITECTURES[arch]), given)
-            probed = probe.run(config.build("probe", PROBE_HERE | {"data": data}), given)
-            return [probed, finetune.run(config.build("finetune", FINETUNE_HERE | {"data": data}), given)]
+            generate.run(schema.build("generate", GENERATE), given)
+            pretrain.run(schema.build("pretrain", ARCHITECTURES[arch]), given)
+            probed = probe.run(schema.build("probe", PROBE_HERE | {"data": data}), given)
+            return [probed, finetune.run(schema.build("finetune", FINETUNE_HERE | {"data": data}), given)]
 
     expected = stages(tmp_path / "cpu", CPU)
     with emulation() as (device, waits):
@@ -132,7 +135,7 @@ QUICK = ("discrete noise", "some blocks")
 def test_every_option_goes_on_after_an_interruption(tmp_path, options):
     """Three steps, interrupted after the second: checkpoints come back to the device."""
     data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-    values = config.build("finetune", SCRATCH | {"data": data} | OPTIONS[options])
+    values = schema.build("finetune", SCRATCH | {"data": data} | OPTIONS[options])
 
     def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
         with context(run, device) as given:
@@ -147,8 +150,8 @@ def test_every_option_goes_on_after_an_interruption(tmp_path, options):
     assert found["lost_steps"] == 0
     discrete = OPTIONS[options].get("noise") == "discrete"
     unknown = waits.keys() - KNOWN
-    assert unknown == ({"privacy/discrete_noise.py add_discrete_noise: _to_copy"} if discrete else set())
-    assert waits["privacy/plan.py release: _local_scalar_dense"] == 3
+    assert unknown == ({"privacy/randomness.py add_discrete_noise: _to_copy"} if discrete else set())
+    assert waits["privacy/mechanism.py release: _local_scalar_dense"] == 3
 
 
 @contextlib.contextmanager
@@ -175,12 +178,12 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
     """Features that fit into the device's memory, and features that are sent in blocks."""
     made = tiny_run.blobs(train=48, test=16)
     np.savez(tmp_path / "blobs.npz", **made, groups_train=np.arange(48) // 3)
-    values = config.build("probe", PROBE_HERE | {"data": f"npz:{tmp_path / 'blobs.npz'}", "views": 2})
+    values = schema.build("probe", PROBE_HERE | {"data": f"npz:{tmp_path / 'blobs.npz'}", "views": 2})
 
     def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
         with context(run, device) as given:
-            generate.run(config.build("generate", GENERATE), given)
-            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
+            generate.run(schema.build("generate", GENERATE), given)
+            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
             with stopped_after(2), pytest.raises(Interrupted):
                 probe.run(values, given)
             return probe.run(values, given)
@@ -200,12 +203,12 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
 @own_process
 def test_a_continued_training_is_that_of_the_cpu(tmp_path):
     data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-    values = config.build("continue", CONTINUE | {"data": data, "steps": 4, "switch": "2", "batch_size": 8})
+    values = schema.build("continue", CONTINUE | {"data": data, "steps": 4, "switch": "2", "batch_size": 8})
 
     def stages(run: Path, device: torch.device) -> dict[str, Any]:
         with context(run, device) as given:
-            generate.run(config.build("generate", GENERATE), given)
-            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
+            generate.run(schema.build("generate", GENERATE), given)
+            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
             with stopped_after(3), pytest.raises(Interrupted):
                 continual.run(values, given)
             return continual.run(values, given)
@@ -221,14 +224,14 @@ def test_a_continued_training_is_that_of_the_cpu(tmp_path):
 @own_process
 def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
     data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-    choose = {"private": tune_private.choose_privately, "synthetic": tune_public.choose_publicly}[on]
+    choose = {"private": private.choose_privately, "synthetic": public.choose_publicly}[on]
     tune = TuneConfig(on=on, trials=2)
 
     def tuned(run: Path, device: torch.device) -> tuple[dict[str, Any], float, Any]:
         with context(run, device) as given:
-            generate.run(config.build("generate", GENERATE), given)
-            pretrain.run(config.build("pretrain", ARCHITECTURES["vit"]), given)
-            return choose(config.build("probe", PROBE_HERE | {"data": data}), tune, given)
+            generate.run(schema.build("generate", GENERATE), given)
+            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
+            return choose(schema.build("probe", PROBE_HERE | {"data": data}), tune, given)
 
     expected = tuned(tmp_path / "cpu", CPU)
     with emulation() as (device, waits):
@@ -248,10 +251,10 @@ def test_what_ranks_exchange_goes_through_the_cpu():
         def together(self, exchange: Any) -> None:
             exchange()
 
-    together = ranks._Together()
+    together = parallel._Together()
     together.size, together._wire = 2, Wire()
-    kept = ranks.dist
-    ranks.dist = types.SimpleNamespace(
+    kept = parallel.dist
+    parallel.dist = types.SimpleNamespace(
         all_gather=lambda received, own: (seen.append(own), [each.copy_(own) for each in received]),
         all_reduce=lambda own: (seen.append(own), own.mul_(2)),
     )
@@ -265,5 +268,5 @@ def test_what_ranks_exchange_goes_through_the_cpu():
             assert total.tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
             assert [len(each) for each in gathered] == [2, 1]
     finally:
-        ranks.dist = kept
+        parallel.dist = kept
     assert {each.device.type for each in seen} == {"cpu"}

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import clipped_softmax_sum, clipped_sum
-from dprandp.privacy.unit_clipping import clipped_softmax_sum_of_units
-from dprandp.stages.context import prepare_device
+from dprandp.privacy.clipping import clipped_softmax_sum, clipped_softmax_sum_of_units, clipped_sum
+from dprandp.runs.context import prepare_device
 
 ROWS, LABELS, WEIGHT = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(3, 2)
 

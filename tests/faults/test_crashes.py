@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import ledger_of, plans_of, write_blobs
 from victims import KILLED, RECORD, STEPS, Victim
 
-from dprandp.config import STAGE_CONFIGS
+from dprandp.config.schema import STAGE_CONFIGS
 from dprandp.privacy.accounting import compose
 
 
@@ -171,7 +171,7 @@ def test_10_a_plan_that_was_not_fixed_is_not_mixed_with_other_settings(victim: C
     made = victim("finetune")
     assert made.command("--clip", 2, fault="renamed:3").code == KILLED  # run.json and config.toml say 2
     assert "finetune" not in plans_of(made.run)
-    clips = "from dprandp.stages import clipped_sums\nhonest = clipped_sums.sum_of_clipped\n"
+    clips = "from dprandp.dpsgd import clipped_sums\nhonest = clipped_sums.sum_of_clipped\n"
     clips += "def recorded(rows, parameters, clip_norm, **how):\n"
     clips += "    write(kind='clip', clip_norm=clip_norm)\n    return honest(rows, parameters, clip_norm, **how)\n"
     clips += "clipped_sums.sum_of_clipped = recorded\n"

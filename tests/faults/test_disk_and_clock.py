@@ -13,7 +13,7 @@ from cli_process import Dprandp, refused, state_of
 from tiny_run import ledger_of, plans_of
 from victims import KILLED, RECORD, Victim, Work
 
-from dprandp import runtable
+from dprandp.runs import directory
 
 # The n-th fsync of the process fails: of a whole file under its temporary name, of a folder, of the ledger.
 FULL = """
@@ -153,8 +153,8 @@ class Clock(module.datetime):
     @classmethod
     def utcnow(cls): return module.datetime.fromtimestamp(tick(), module.UTC).replace(tzinfo=None)
 time.time = tick
-import dprandp.runtable, dprandp.privacy.ledger
-for place in (dprandp.runtable, dprandp.privacy.ledger):
+import dprandp.runs.directory, dprandp.privacy.ledger
+for place in (dprandp.runs.directory, dprandp.privacy.ledger):
     place.datetime = Clock
 """
 CLOCKS = {"backwards": (2_000_000_000, 3600), "standing still": (1_000_000_000, 0), "before 1980": (10, 1e-3)}
@@ -192,13 +192,13 @@ def test_10_no_two_beginnings_share_a_time(tmp_path: Path, monkeypatch: pytest.M
     """Also on a clock that stands still or goes back: by its time a beginning knows its plan."""
     hours = iter([5, 5, 4, 9, 1, 9])
 
-    class Clock(runtable.datetime):
+    class Clock(directory.datetime):
         @classmethod
         def now(cls, tz=None):
-            return runtable.datetime(2026, 1, 1, next(hours), tzinfo=tz)
+            return directory.datetime(2026, 1, 1, next(hours), tzinfo=tz)
 
-    monkeypatch.setattr("dprandp.runtable.datetime", Clock)
-    table, seen = runtable.Table(), []
+    monkeypatch.setattr("dprandp.runs.directory.datetime", Clock)
+    table, seen = directory.Table(), []
     for _ in range(6):
         table.begin("probe", {}, {})
         seen.append(table.stages["probe"].started)

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import dprandp
-from dprandp import checkpoint, faults
 from dprandp.errors import UsageError
-from dprandp.files import remove_leftovers
-from dprandp.rundir import RunDir
+from dprandp.runs import checkpoint, faults
+from dprandp.runs.directory import RunDir
+from dprandp.runs.files import remove_leftovers
 
 KILLED = -signal.SIGKILL
 
@@ -38,7 +38,7 @@ def python(script: str, *arguments: object, fault: str | None = None) -> subproc
 SERVER = """
 import json, os, sys
 import torch
-from dprandp import checkpoint, faults
+from dprandp.runs import checkpoint, faults
 
 torch.set_num_threads(1)
 
@@ -181,7 +181,7 @@ def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, saver: Saver)
 @pytest.mark.parametrize(("fault", "content"), [("temp-written:1", "old"), ("renamed:1", "new")])
 def test_atomic_write(tmp_path: Path, fault: str, content: str) -> None:
     (tmp_path / "a.json").write_text("old")
-    script = "import sys; from dprandp.files import atomic_write; atomic_write(sys.argv[1], 'new')"
+    script = "import sys; from dprandp.runs.files import atomic_write; atomic_write(sys.argv[1], 'new')"
     done = python(script, tmp_path / "a.json", fault=fault)
     assert done.returncode == KILLED
     assert "killing this process now" in done.stderr
@@ -194,7 +194,7 @@ def test_atomic_write(tmp_path: Path, fault: str, content: str) -> None:
 
 OVERWRITE = """
 import sys
-from dprandp.rundir import RunDir
+from dprandp.runs.directory import RunDir
 run = RunDir.open(sys.argv[1], create=True)
 with run.lock():
     begun = run.begin("generate", {"seed": 2}, {}, overwrite=True)
@@ -226,7 +226,7 @@ def test_overwrite_never_mixes_two_configurations(tmp_path: Path, name: str, hit
 
 
 def test_nothing_happens_without_the_variable_or_before_the_nth_hit() -> None:
-    script = "from dprandp import faults\nfor _ in range(3): faults.point('renamed'); print('passed', flush=True)"
+    script = "from dprandp.runs import faults\nfor _ in range(3): faults.point('renamed'); print('passed', flush=True)"
     assert python(script).stdout.count("passed") == 3
     done = python(script, fault="renamed:3")
     assert (done.returncode, done.stdout.count("passed")) == (KILLED, 2)

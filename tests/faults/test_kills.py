@@ -28,7 +28,7 @@ import pytest
 from cli_process import Dprandp
 from victims import KILLED, Victim, Work
 
-from dprandp import faults
+from dprandp.runs import faults
 
 PUBLIC = """
 [generate]

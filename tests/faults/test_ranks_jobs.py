@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tiny_run import ledger_of, plans_of
 from victims import KILLED, Work
 
-from dprandp import faults
+from dprandp.runs import faults
 
 SEEDED = ["--insecure-seed", 1, "--json"]
 DIE = """
 import os
-from dprandp.stages import clipped_sums
+from dprandp.dpsgd import clipped_sums
 honest, steps = clipped_sums.ClippedSums.of, []
 def dying(sums, parameters, step, batch, *more):
     if step == 2:
@@ -125,7 +125,7 @@ def test_16_an_error_of_rank_0_is_said_once(dprandp: Dprandp, work: Work, probed
 
 
 def test_16_an_error_of_another_rank_is_said_once_by_rank_0(dprandp: Dprandp, work: Work, probed: Path) -> None:
-    broken = "from dprandp.stages import clipped_sums; clipped_sums.private_views = lambda *a, **k: {}['pixel 77']"
+    broken = "from dprandp.dpsgd import clipped_sums; clipped_sums.private_views = lambda *a, **k: {}['pixel 77']"
     jobs = ranks_of(dprandp, 2, *finetune(work, probed), before={1: broken})
     refused(jobs[0], 1, "rank 1 of 2", "KeyError in", "--debug")
     assert "77" not in jobs[0].err
@@ -138,7 +138,7 @@ def test_16_noise_on_a_rank_is_refused_before_it_is_released(dprandp: Dprandp, w
     """The positive control: a mechanism that adds noise on every rank."""
     noisy = """
 import torch
-from dprandp.stages import clipped_sums
+from dprandp.dpsgd import clipped_sums
 honest = clipped_sums.sum_of_clipped
 clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: {
     name: value + norm * torch.randn(value.shape)
@@ -156,8 +156,8 @@ clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: {
 def test_16_a_signal_to_all_saves_and_ends(
     dprandp: Dprandp, work: Work, probed: Path, signum: signal.Signals
 ) -> None:
-    slow = "from dprandp.privacy import plan\nimport time\nhonest = plan.PrivateStep.release\n"
-    slow += "plan.PrivateStep.release = lambda step, sums: (time.sleep(.5), honest(step, sums))[1]"
+    slow = "from dprandp.privacy import mechanism\nimport time\nhonest = mechanism.PrivateStep.release\n"
+    slow += "mechanism.PrivateStep.release = lambda step, sums: (time.sleep(.5), honest(step, sums))[1]"
     jobs = start_ranks(dprandp, 2, *finetune(work, probed), before={0: slow})
     log = probed / "4-finetune/metrics.jsonl"
     jobs[0].wait_until(lambda: log.exists() and log.read_text() != "")

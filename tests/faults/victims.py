@@ -12,8 +12,9 @@ from typing import Any
 from cli_process import Done, Dprandp
 from tiny_run import FINETUNE, PROBE, TRAIN, ledger_of, plans_of
 
-from dprandp import faults, toml
+from dprandp.config import toml
 from dprandp.privacy.accounting import GaussianEvent, compose, merge_events
+from dprandp.runs import faults
 
 KILLED = -signal.SIGKILL
 STEPS = {"probe": 16, "finetune": 4, "finetune.head": 16}
@@ -22,7 +23,7 @@ STEPS = {"probe": 16, "finetune": 4, "finetune.head": 16}
 # call of its own, so that a kill loses nothing of it. PAUSE slows the steps down for whoever wants to interrupt them.
 RECORD = """
 import hashlib, json, os, time
-from dprandp.privacy import noise, plan, sampling
+from dprandp.privacy import mechanism, randomness
 
 log = os.open(os.environ["SEEN"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 pause = float(os.environ.get("PAUSE", "0"))
@@ -30,7 +31,7 @@ pause = float(os.environ.get("PAUSE", "0"))
 def write(**values):
     os.write(log, (json.dumps(values) + "\\n").encode())
 
-words, draw, release = noise.SystemRandom.words, sampling.PoissonSampler.draw, plan.PrivateStep.release
+words, draw, release = randomness.SystemRandom.words, randomness.PoissonSampler.draw, mechanism.PrivateStep.release
 
 def recorded_words(self, count):
     made = words(self, count)
@@ -49,9 +50,9 @@ def recorded_release(self, sums):
     made = release(self, sums)
     return made
 
-noise.SystemRandom.words = recorded_words
-sampling.PoissonSampler.draw = recorded_draw
-plan.PrivateStep.release = recorded_release
+randomness.SystemRandom.words = recorded_words
+randomness.PoissonSampler.draw = recorded_draw
+mechanism.PrivateStep.release = recorded_release
 """
 
 

@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 
 from dprandp import cli
 from dprandp.cli import session
-from dprandp.console import Console
 from dprandp.errors import DprandpError
+from dprandp.runs.console import Console
 
 SECONDS = 20.0
 """A case that computes longer hangs; ordinary ones take milliseconds. So does one that waits ten times as long."""

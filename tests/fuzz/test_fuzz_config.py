@@ -12,7 +12,7 @@ import pytest
 from fuzzing import JUNK, attempt, command, dice, explore, mutated_bytes, sizes, tree
 from hypothesis import strategies as st
 
-from dprandp import config
+from dprandp.config import schema
 
 WHOLE = """size = "tiny"
 [generate]
@@ -30,7 +30,7 @@ steps = 3
 ema = 0.9
 """
 
-WORDS = sorted({field.name for kind in config.STAGE_CONFIGS.values() for field in dataclasses.fields(kind)})
+WORDS = sorted({field.name for kind in schema.STAGE_CONFIGS.values() for field in dataclasses.fields(kind)})
 NAMES = st.sampled_from([*WORDS, *WORDS, "unknown", "", "a b", "__class__", "self", "\u0661"])
 SCALARS = st.one_of(
     st.sampled_from([value for value in JUNK if isinstance(value, bool | int | float | str)]),
@@ -41,7 +41,7 @@ SCALARS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
         [
-            *config.SIZES,
+            *schema.SIZES,
             "wrn-16-4",
             "wrn-10-1",
             "wrn-99999-1",
@@ -64,7 +64,7 @@ VALUES = st.one_of(
 )
 TABLES = st.dictionaries(NAMES, VALUES, max_size=5)
 DOCUMENTS = st.dictionaries(
-    st.sampled_from([*config.STAGE_CONFIGS, "generate", "probes", "size"]),
+    st.sampled_from([*schema.STAGE_CONFIGS, "generate", "probes", "size"]),
     st.one_of(TABLES, TABLES, VALUES),
     max_size=4,
 )
@@ -85,8 +85,8 @@ def key_of(key: str) -> str:
     return json.dumps(key, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def check_in_range(stage: str, made: config.StageConfig) -> None:
-    assert type(made) is config.STAGE_CONFIGS[stage]
+def check_in_range(stage: str, made: schema.StageConfig) -> None:
+    assert type(made) is schema.STAGE_CONFIGS[stage]
     for key, value in dataclasses.asdict(made).items():
         if isinstance(value, float):
             assert not math.isnan(value), key
@@ -95,7 +95,7 @@ def check_in_range(stage: str, made: config.StageConfig) -> None:
 
 
 def resolved(stage: str, file: Path, size: str) -> None:
-    check_in_range(stage, config.resolve(stage, size, file, {}))
+    check_in_range(stage, schema.resolve(stage, size, file, {}))
 
 
 @sizes(50, 1500)
@@ -109,7 +109,7 @@ def test_documents(tmp_path: Path, cases: int, record_property) -> None:
         )
         attempt(lambda: resolved(stage, file, size))
 
-    strategy = st.tuples(DOCUMENTS, st.sampled_from(list(config.STAGE_CONFIGS)), st.sampled_from(config.SIZES))
+    strategy = st.tuples(DOCUMENTS, st.sampled_from(list(schema.STAGE_CONFIGS)), st.sampled_from(schema.SIZES))
     record_property("cases tried", explore(strategy, check, cases, cases < 1000))
 
 
@@ -119,7 +119,7 @@ def test_damaged_files(tmp_path: Path, cases: int, record_property) -> None:
 
     def check(draw: random.Random) -> None:
         file.write_bytes(mutated_bytes(draw, WHOLE.replace('size = "tiny"\n', "").encode()))
-        attempt(lambda: resolved(draw.choice(list(config.STAGE_CONFIGS)), file, "tiny"))
+        attempt(lambda: resolved(draw.choice(list(schema.STAGE_CONFIGS)), file, "tiny"))
 
     record_property("cases tried", explore(dice, check, cases, cases < 1000))
 

@@ -14,8 +14,8 @@ import numpy as np
 from fuzzing import attempt, dice, explore, mutated_bytes, sizes
 from PIL import Image
 
-from dprandp.datasets import open_dataset
-from dprandp.datasets.images import read_images
+from dprandp.data import open_dataset
+from dprandp.data.decode import read_images
 from dprandp.errors import DprandpError
 
 SECRET = "patient-4711"

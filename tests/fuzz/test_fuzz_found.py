@@ -14,17 +14,18 @@ import pytest
 import torch
 from fuzzing import attempt, command
 
-from dprandp import checkpoint, config, runtable
-from dprandp.datasets import open_dataset
+from dprandp import release
+from dprandp.config import schema
+from dprandp.data import open_dataset
+from dprandp.dpsgd.budget import read_plan_file
+from dprandp.dpsgd.stage import PrivatePlan
 from dprandp.errors import DprandpError
-from dprandp.files import from_json
-from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
-from dprandp.rundir import RunDir
-from dprandp.stages import overview, released_model
-from dprandp.stages.budget import read_plan_file
-from dprandp.stages.context import recorded
-from dprandp.stages.private import PrivatePlan
+from dprandp.inspection import overview
+from dprandp.privacy.ledger import FIRST_PREVIOUS, FORMAT, Ledger, seal
+from dprandp.runs import checkpoint, directory
+from dprandp.runs.context import recorded
+from dprandp.runs.directory import RunDir
+from dprandp.runs.files import from_json
 from dprandp.vision.images import INPUT_SIZE
 
 
@@ -172,12 +173,12 @@ def test_formats_that_are_none(tmp_path: Path, version: object) -> None:
 
 def test_nesting_without_end(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(b'{"format": 1, "stages": ' + b"[" * 100_000)
-    refused(lambda: runtable.read(tmp_path / "run.json"), 4, "no valid JSON")
+    refused(lambda: directory.read(tmp_path / "run.json"), 4, "no valid JSON")
 
 
 def test_a_configuration_of_another_version() -> None:
-    values = config.as_dict(config.GenerateConfig())
-    assert recorded("generate", values) == config.GenerateConfig()
+    values = schema.as_dict(schema.GenerateConfig())
+    assert recorded("generate", values) == schema.GenerateConfig()
     for change in ({"sharpen": 2}, {"count": "60"}, {"count": 0}):
         refused(lambda change=change: recorded("generate", values | change), 4, "generate", "--overwrite")
 
@@ -261,27 +262,27 @@ def test_flags_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_numbers_beyond_all_bounds(stage: str, key: str) -> None:
     """A count of 10**15 would be a table of as many shards before the first one is made."""
-    refused(lambda: config.build(stage, {key: 10**15}), 2, "out of all bounds", key)
+    refused(lambda: schema.build(stage, {key: 10**15}), 2, "out of all bounds", key)
 
 
 def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("a." * 20_000 + "b = 1")
-    refused(lambda: config.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
+    refused(lambda: schema.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
     (tmp_path / "a.toml").write_text(f'[probe]\ndata = "npz:{"../" * 40}a.npz"\n')
-    assert config.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
+    assert schema.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
 
 
 @pytest.mark.parametrize("extractor", [None, [], "wrn-16-4"])
 def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None:
     described = {
-        "format": released_model.MODEL_FORMAT,
+        "format": release.MODEL_FORMAT,
         "input": {"shape": [32, 32, 3], "size": INPUT_SIZE, "mirror": True},
         "classes": ["a", "b"],
-        "sha256": {name: "0" for name in released_model.MODEL_FILES if name != "config.json"},
+        "sha256": {name: "0" for name in release.MODEL_FILES if name != "config.json"},
         "result": {"stage": "probe", "private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
         "extractor": {},
         "precision": "float32",
     }
-    assert released_model._config(tmp_path, json.dumps(described).encode()) == described
+    assert release._config(tmp_path, json.dumps(described).encode()) == described
     damaged = json.dumps(described | {"extractor": extractor}).encode()
-    refused(lambda: released_model._config(tmp_path, damaged), 4, "no description of a model")
+    refused(lambda: release._config(tmp_path, damaged), 4, "no description of a model")

@@ -12,7 +12,7 @@ import numpy as np
 from fuzzing import Dice, attempt, dice, explore, mutated_bytes, sizes
 from hypothesis import strategies as st
 
-from dprandp.datasets import open_dataset
+from dprandp.data import open_dataset
 
 SECRET = 173
 """A label that is out of range; no message may hold it."""

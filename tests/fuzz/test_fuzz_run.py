@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from fuzzing import Told, attempt, command, dice, explore, mutated, mutated_bytes, sizes, tree
 
-from dprandp import checkpoint
+from dprandp import pipeline, release
 from dprandp.cli import session
-from dprandp.config import StageConfig
-from dprandp.console import Console
+from dprandp.config.schema import StageConfig
 from dprandp.errors import DprandpError
-from dprandp.files import to_json
-from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
-from dprandp.rundir import OPTIONAL_STAGES, STAGES, RunDir
-from dprandp.stages import overview, pipeline, planning, released_model
-from dprandp.stages.context import Context
+from dprandp.inspection import overview
+from dprandp.pipeline import plan as planning
+from dprandp.privacy.ledger import FIRST_PREVIOUS, Ledger, seal
+from dprandp.runs import checkpoint
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import OPTIONAL_STAGES, STAGES, RunDir
+from dprandp.runs.files import to_json
 
 Copy = Callable[[Path], Path]
 
@@ -282,11 +283,11 @@ def test_model_folders(damaged: Damaged, cases: int, record_property) -> None:
     folder = damaged.run / "model"
     whole = {path: path.read_bytes() for path in folder.iterdir()}
     pixels = np.zeros((1, 16, 16, 3), np.uint8)
-    scores = released_model.load_model(folder).probabilities(pixels)
+    scores = release.load_model(folder).probabilities(pixels)
     assert scores.shape == (1, 3)
 
     def use() -> None:
-        model = released_model.load_model(folder)
+        model = release.load_model(folder)
         _ = model.not_private_because
         if np.prod(model.shape) < 10**6:
             model.probabilities(np.zeros((1, *model.shape), np.uint8))

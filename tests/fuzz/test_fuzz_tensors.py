@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from fuzzing import attempt, dice, explore, mutated, mutated_bytes, sizes
 
-from dprandp import checkpoint
-from dprandp.tensorfile import tensors_from_bytes, tensors_to_bytes
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
 
 TENSORS = {"conv.weight": torch.arange(12.0).reshape(3, 4), "bias": torch.zeros(3, dtype=torch.float16)}
 

@@ -68,7 +68,7 @@ def test_the_doctor_computes(dprandp: Dprandp, tmp_path: Path, processor: str) -
     done = dprandp("doctor", "--run", tmp_path / "run", "--json", DPRANDP_PRETEND_BFLOAT16=processor)
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
     assert check["state"] == "ok", check
-    wrong = "from dprandp.stages import self_check; self_check.NOISE_MULTIPLIER = 0.5"
+    wrong = "from dprandp.inspection import self_check; self_check.NOISE_MULTIPLIER = 0.5"
     done = dprandp("doctor", "--run", tmp_path / "run", "--json", before=wrong)
     assert done.code == 1
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")

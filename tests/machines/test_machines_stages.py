@@ -22,13 +22,14 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp.config import build
+from dprandp import pretrain
+from dprandp.audit.records import Facts
+from dprandp.config.schema import build
+from dprandp.dpsgd.features import BATCH
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.stages import pretrain, tune_public
-from dprandp.stages.audit_facts import Facts
-from dprandp.stages.extraction import BATCH
-from dprandp.stages.released_model import load_model
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp.release import load_model
+from dprandp.tune import public
+from dprandp.tune.settings import TuneConfig
 
 ODD = BATCH + 1
 WIDE = {"arch": "wrn-10-1", "random_init": True}
@@ -156,7 +157,7 @@ def test_later_stages_compute_as_the_probe_did(
     monkeypatch.setattr(pretrain, "decide", lambda *given: asked.append(given[0]) or decided(*given))
     with context(run) as given:
         assert Facts(given).model.extractor.precision == "bfloat16"
-        tune_public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
+        public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
     for options in ({}, {"overwrite": True}):  # one budget, so each fine-tunes a copy
         tuned = Path(shutil.copytree(run, tmp_path / f"tuned-{len(options)}"))
         result = run_finetune(tuned, small_data, options, steps=1, refit_steps=0, batch_size=6)

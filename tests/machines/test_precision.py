@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.config import PretrainConfig, build
+from dprandp.config.schema import PretrainConfig, build
+from dprandp.dpsgd import features as extraction
 from dprandp.errors import UsageError
-from dprandp.stages import extraction, self_check
+from dprandp.inspection import self_check
+from dprandp.models import precision
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.per_example.patchnet import per_example_gradients
+from dprandp.models.per_example.wrn import WrnGradients
+from dprandp.models.precision import BFLOAT16, FLOAT32, autocast, decide, has_fast_bfloat16
+from dprandp.models.whitening import Whitener
 from dprandp.threads import in_parts
-from dprandp.vision import precision
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor, extract
-from dprandp.vision.patchnet_gradients import per_example_gradients
-from dprandp.vision.precision import BFLOAT16, FLOAT32, autocast, decide, has_fast_bfloat16
-from dprandp.vision.whitening import Whitener
-from dprandp.vision.wrn_gradients import WrnGradients
 
 NETWORKS = {
     "patchnet": {"filters": 8},

@@ -23,9 +23,9 @@ from dprandp.privacy.clipping import (
     clipped_sum,
     per_example_gradients,
     refuse_cross_example_layers,
+    squared_norms,
     sum_of_clipped,
 )
-from dprandp.privacy.gradient_rows import squared_norms
 
 # How large one example's values are; what a hostile or broken record could hold.
 KINDS = {

@@ -19,15 +19,29 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy import accounting, discrete_cost, discrete_noise, group
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.discrete_cost import DELTA_SHARE, DISTANCE, LATTICE_BITS, MOST_COORDINATES, check_distance
-from dprandp.privacy.discrete_noise import add_discrete_noise, discrete_gaussian, granularity, lattice_scale
+from dprandp.privacy import accounting, guarantees, randomness
+from dprandp.privacy.accounting import (
+    DELTA_SHARE,
+    DISTANCE,
+    LATTICE_BITS,
+    MOST_COORDINATES,
+    GaussianEvent,
+    calibrate,
+    check_distance,
+    compose,
+)
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
-from dprandp.privacy.group import compose_group
+from dprandp.privacy.guarantees import compose_group
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.noise import InsecureSeed, SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, make_plan
+from dprandp.privacy.mechanism import PrivateMechanism, make_plan
+from dprandp.privacy.randomness import (
+    InsecureSeed,
+    SystemRandom,
+    add_discrete_noise,
+    discrete_gaussian,
+    granularity,
+    lattice_scale,
+)
 
 ALPHA = 1e-6
 DRAWS = 60_000
@@ -80,7 +94,7 @@ def test_large_scales_are_gaussian_too():
 
 def test_the_slow_exact_comparison_has_the_same_distribution(monkeypatch):
     """Once in 2^39 values the doubles do not decide; here they never do."""
-    monkeypatch.setattr(discrete_noise, "_MARGIN", 1e9)
+    monkeypatch.setattr(randomness, "_MARGIN", 1e9)
     assert chi2_p(discrete_gaussian(3, 4000, SystemRandom()), 3) > ALPHA
     assert chi2_p(discrete_gaussian(3, 4000, SystemRandom()) * 2, 3) < ALPHA
 
@@ -99,7 +113,7 @@ class Words(SystemRandom):
 
 
 def test_levels_on_a_threshold_are_decided_by_its_lower_half():
-    thresholds = discrete_noise._thresholds()
+    thresholds = randomness._thresholds()
     assert len(thresholds) == 13
     total = sum(math.exp(-k * k / 2) for k in range(20))
     assert [t / 2**128 for t in thresholds[:4]] == pytest.approx(
@@ -107,8 +121,8 @@ def test_levels_on_a_threshold_are_decided_by_its_lower_half():
     )
     upper, lower = divmod(thresholds[1], 2**64)
     for below, level in ((lower - 1, 1), (lower, 2)):
-        assert discrete_noise._level(1, Words(upper, below)).tolist() == [level]
-    assert discrete_noise._level(3, Words(0, upper - 1, upper + 1)).tolist() == [0, 1, 2]
+        assert randomness._level(1, Words(upper, below)).tolist() == [level]
+    assert randomness._level(3, Words(0, upper - 1, upper + 1)).tolist() == [0, 1, 2]
 
 
 def test_the_exact_comparison_agrees_with_fractions():
@@ -120,14 +134,14 @@ def test_the_exact_comparison_agrees_with_fractions():
     bits = int((min(series) * 2**64 - near) * 2**128)
     for more, expected in ((bits - 2**40, True), (bits + 2**40, False)):
         words = Words(more >> 64, more & (2**64 - 1))
-        assert discrete_noise._accepts_exactly(k, offset, scale, near, words) is expected
+        assert randomness._accepts_exactly(k, offset, scale, near, words) is expected
 
 
 def test_values_below_a_limit_are_uniform():
-    drawn = discrete_noise._below(5, 50_000, SystemRandom())
+    drawn = randomness._below(5, 50_000, SystemRandom())
     assert stats.chisquare(np.bincount(drawn, minlength=5)).pvalue > ALPHA
     assert stats.chisquare(np.bincount(np.minimum(drawn, 3), minlength=5)[:4]).pvalue < ALPHA
-    assert set(discrete_noise._below(1, 100, SystemRandom()).tolist()) == {0}
+    assert set(randomness._below(1, 100, SystemRandom()).tolist()) == {0}
 
 
 def test_noise_is_fresh_and_the_insecure_seed_repeats():
@@ -194,9 +208,9 @@ def test_every_tensor_and_every_coordinate_gets_all_of_the_noise(value):
 
 def test_the_sensitivity_is_raised_for_the_coordinates_of_all_tensors_together(monkeypatch):
     scales = []
-    honest = discrete_noise.discrete_gaussian
+    honest = randomness.discrete_gaussian
     monkeypatch.setattr(
-        discrete_noise, "discrete_gaussian", lambda scale, *rest: scales.append(scale) or honest(scale, *rest)
+        randomness, "discrete_gaussian", lambda scale, *rest: scales.append(scale) or honest(scale, *rest)
     )
     sums = noise_checks.sums_of()
     add_discrete_noise(sums, CLIP, SIGMA, SystemRandom())
@@ -234,7 +248,7 @@ def test_sums_that_are_too_large_or_too_many_are_refused(monkeypatch):
     for value in (1e30, math.inf, math.nan):
         with pytest.raises(RuntimeError, match="too large"):
             add_discrete_noise({"a": torch.tensor([value])}, CLIP, SIGMA, SystemRandom())
-    monkeypatch.setattr(discrete_noise, "MOST_COORDINATES", 3)
+    monkeypatch.setattr(randomness, "MOST_COORDINATES", 3)
     with pytest.raises(UsageError, match="4 parameters"):
         add_discrete_noise({"a": torch.zeros(4)}, CLIP, SIGMA, SystemRandom())
     for clip_norm, sigma in ((0.0, 1.0), (1.0, 0.0), (1.0, math.inf), (math.nan, 1.0)):
@@ -266,8 +280,8 @@ def test_the_distances_of_coordinates_and_steps_add_up(scale, monkeypatch):
     alone = 0.5 * float(np.abs(probability - rounded).sum())
     both = 0.5 * float(np.abs(np.outer(probability, probability) - np.outer(rounded, rounded)).sum())
     assert 1.3 * alone < both <= 2 * alone
-    monkeypatch.setattr(discrete_cost, "DISTANCE", alone)
-    monkeypatch.setattr(discrete_cost, "MOST_COORDINATES", 2)
+    monkeypatch.setattr(accounting, "DISTANCE", alone)
+    monkeypatch.setattr(accounting, "MOST_COORDINATES", 2)
     epsilon = 1.5
     enough = (1 + math.exp(epsilon)) * 2 * alone / DELTA_SHARE  # δ that pays for one step of two coordinates
     for steps in (1, 3, 50):
@@ -300,7 +314,7 @@ def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delt
 
 def test_the_distance_is_that_of_all_discrete_steps(monkeypatch):
     asked = []
-    for module in (accounting, group):
+    for module in (accounting, guarantees):
         monkeypatch.setattr(module, "check_distance", lambda *values: asked.append(values))
     events = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(9.0, 0.1, 5, True), GaussianEvent(30.0, 1.0, 11)]
     bound = compose(events, 1e-5)
@@ -373,7 +387,7 @@ def test_a_mechanism_with_discrete_noise_is_paid_for_as_such(tmp_path):
 
 
 def test_a_ledger_names_the_kind_of_noise():
-    from dprandp.privacy.ledger_line import Charge
+    from dprandp.privacy.ledger import Charge
 
     charge = Charge("probe", 1, 0, 2, 7, 9.0, 0.5, 1.0, "discrete", "os-entropy")
     line = b'{"kind":"charge","stage":"probe","attempt":1,"step":0,"steps":2,"planned":7,"noise_multiplier":9.0,'

@@ -12,7 +12,7 @@ from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.analytic import PARTICIPATIONS, moved_epsilon
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta
-from dprandp.privacy.group import compose_group, group_privacy
+from dprandp.privacy.guarantees import compose_group, group_privacy
 from dprandp.privacy.prv import Component
 
 

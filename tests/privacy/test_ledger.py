@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from dprandp.errors import CheckpointError, StorageError, UsageError
-from dprandp.privacy import ledger_line
+from dprandp.privacy import ledger as ledger_line
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import compose_stages
-from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.ledger_line import FIRST_PREVIOUS, FORMAT, seal
+from dprandp.privacy.ledger import FIRST_PREVIOUS, FORMAT, Ledger, seal
 
 VALUES = {"planned": 100, "noise_multiplier": 9.25, "sample_rate": 0.08192, "clip_norm": 1.0, "random": "os-entropy"}
 
@@ -193,7 +192,7 @@ def test_every_flipped_byte_of_a_complete_line_is_found(filled, path):
 def test_a_missing_ledger_and_a_newer_format_are_refused(path):
     with pytest.raises(CheckpointError, match="missing"):
         Ledger.open(path)
-    from dprandp.privacy.ledger_line import FIRST_PREVIOUS, seal
+    from dprandp.privacy.ledger import FIRST_PREVIOUS, seal
 
     path.write_bytes(seal({"kind": "header", "format": 99, "examples": 5}, FIRST_PREVIOUS)[0])
     with pytest.raises(CheckpointError, match="format 99"):

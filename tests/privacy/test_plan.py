@@ -12,11 +12,11 @@ import torch
 from scipy import stats
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy import plan as plan_module
+from dprandp.privacy import mechanism as plan_module
 from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.noise import InsecureSeed, SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, PrivateStep, make_plan, validate_budget
+from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep, make_plan, validate_budget
+from dprandp.privacy.randomness import InsecureSeed, SystemRandom
 
 N, Q, T, CLIP = 400, 0.25, 30, 0.5
 

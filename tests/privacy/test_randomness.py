@@ -19,10 +19,8 @@ import torch
 from scipy import stats
 
 from dprandp.errors import UsageError
-from dprandp.privacy import noise
-from dprandp.privacy.discrete_noise import discrete_gaussian
-from dprandp.privacy.noise import InsecureSeed, SystemRandom, add_gaussian_noise
-from dprandp.privacy.sampling import PoissonSampler
+from dprandp.privacy import randomness
+from dprandp.privacy.randomness import InsecureSeed, PoissonSampler, SystemRandom, add_gaussian_noise, discrete_gaussian
 
 ALPHA = 1e-6
 
@@ -351,6 +349,6 @@ def test_system_randomness_ignores_every_seed():
 
 
 def test_the_floating_point_limit_is_stated_with_its_severity():
-    text = Path(noise.__file__).read_text(encoding="utf-8")
+    text = Path(randomness.__file__).read_text(encoding="utf-8")
     assert "Floating point" in text
     assert "Severity" in text

@@ -14,7 +14,7 @@ import torch
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.noise import InsecureSeed, SystemRandom
+from dprandp.privacy.randomness import InsecureSeed, SystemRandom
 from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial, make_selection_plan
 
 N = 400

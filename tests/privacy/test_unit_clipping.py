@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dprandp.errors import UsageError
-from dprandp.privacy.clipping import clipped_softmax_sum, sum_of_clipped
-from dprandp.privacy.unit_clipping import clipped_softmax_sum_of_units, unit_means
+from dprandp.privacy.clipping import clipped_softmax_sum, clipped_softmax_sum_of_units, sum_of_clipped, unit_means
 
 CLASSES, DIMS = 4, 6
 KINDS = {"zero": 0.0, "tiny": 1e-30, "unit": 1.0, "large": 1e4, "huge": 1e18, "nan": math.nan, "inf": math.inf}

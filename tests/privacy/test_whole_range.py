@@ -28,8 +28,7 @@ from dprandp.errors import BudgetError, DprandpError, UsageError
 from dprandp.privacy import accounting
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.analytic import log_moment, moved_epsilon
-from dprandp.privacy.group import compose_group
-from dprandp.privacy.tradeoff import REPLACE_ONE, calibrate_adjacency, compose_adjacency, trade_off
+from dprandp.privacy.guarantees import REPLACE_ONE, calibrate_adjacency, compose_adjacency, compose_group, trade_off
 
 pytestmark = pytest.mark.filterwarnings("error")
 

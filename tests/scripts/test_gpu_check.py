@@ -15,7 +15,7 @@ import pytest
 import torch
 from experiment import read
 
-from dprandp.tensorfile import tensors_from_bytes
+from dprandp.runs.checkpoint import tensors_from_bytes
 
 SCRIPT = Path(gpu_check.__file__)
 

@@ -18,16 +18,16 @@ from tiny_run import (
     run_scratch,
 )
 
-from dprandp import config
-from dprandp.stages import tune
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp import tune
+from dprandp.config import schema
+from dprandp.tune.settings import TuneConfig
 
 
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """Tuning on the private data."""
     with context(run, **(options or {})) as given:
         how = TuneConfig(on="private", trials=3)
-        return tune.run(config.build("probe", PROBE | {"data": data} | changes), how, given)
+        return tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def write_records(path: Path, kind: Kind, records: int, seed: int = 0) -> str:
     made, other = blobs(0, train=images), blobs(seed, train=images)
     private = np.ones(images, dtype=bool)
     if part:
-        from dprandp.datasets.fraction import public_positions
+        from dprandp.data.base import public_positions
 
         private[public_positions(images, part, 0)] = False
     for name in ("x_train", "y_train"):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp import ranks, rankwire
-from dprandp.console import Console
-from dprandp.stages import followers
+from dprandp.dpsgd import followers
+from dprandp.runs import parallel
+from dprandp.runs.console import Console
 
 
-class DoneAtOnce(ranks.Ranks):
+class DoneAtOnce(parallel.Ranks):
     """The leader of followers that are objects of this process; messages are packed and unpacked as between processes.
 
     Attributes:
@@ -48,15 +48,15 @@ class Hand:
         self.rank, self.size, self._leader = rank, leader.size, leader
         followers.serve(self, Console(quiet=True))
 
-    def serve(self, tasks: Mapping[str, ranks.Task], describe: object) -> int:
+    def serve(self, tasks: Mapping[str, parallel.Task], describe: object) -> int:
         self.tasks = dict(tasks)
         return 0
 
     def do(self, task: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._leader.sent.append((self.rank, task, sorted(tensors)))
-        header, received = rankwire.unpack(bytes(rankwire.pack({"facts": dict(facts)}, tensors)))
+        header, received = parallel.unpack(bytes(parallel.pack({"facts": dict(facts)}, tensors)))
         made = self.tasks[task](header["facts"], received)
-        return rankwire.unpack(bytes(rankwire.pack({}, made or {})))[1]
+        return parallel.unpack(bytes(parallel.pack({}, made or {})))[1]
 
 
 class ThreadRank:

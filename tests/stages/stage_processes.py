@@ -19,13 +19,13 @@ import json, os, sys, traceback
 import torch
 import torch._dynamo  # the first optimizer imports it: 3 seconds, once here instead of once in every child
 from pathlib import Path
-from dprandp import faults
-from dprandp.config import build
-from dprandp.console import Console
+from dprandp.runs import faults
+from dprandp.config.schema import build
+from dprandp.runs.console import Console
 from dprandp.errors import DprandpError
-from dprandp.rundir import RunDir
-from dprandp.stages import generate, pretrain
-from dprandp.stages.context import Context
+from dprandp.runs.directory import RunDir
+from dprandp import generate, pretrain
+from dprandp.runs.context import Context
 
 torch.set_num_threads(1)
 

@@ -12,14 +12,15 @@ from rank_threads import DoneAtOnce
 from safetensors.torch import load_file
 from tiny_run import PRETRAIN, PROBE, SIDE, blobs, context, read_json, run_finetune, run_probe
 
-from dprandp import checkpoint, config
+from dprandp import pretrain, tune
+from dprandp.audit.records import Facts
+from dprandp.config import schema
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.stages import planning, pretrain, tune
-from dprandp.stages.audit_facts import Facts
-from dprandp.stages.generate import load_images
-from dprandp.stages.pipeline import stage_line
-from dprandp.stages.released_model import load_model
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp.generate import load_images
+from dprandp.pipeline import plan, stage_line
+from dprandp.release import load_model
+from dprandp.runs import checkpoint
+from dprandp.tune.settings import TuneConfig
 
 Copy = Callable[[Path], Path]
 COLOURS = ("rgb", "grey")
@@ -42,7 +43,7 @@ def known_run(tmp_path_factory: pytest.TempPathFactory, public_run: Path) -> dic
     for colour in COLOURS:
         runs[colour] = Path(shutil.copytree(public_run, tmp_path_factory.mktemp(colour) / "run"))
         with context(runs[colour], overwrite=True) as given:
-            pretrain.run(config.build("pretrain", PRETRAIN | {"colour": colour}), given)
+            pretrain.run(schema.build("pretrain", PRETRAIN | {"colour": colour}), given)
     return runs
 
 
@@ -90,7 +91,7 @@ def test_every_stage_takes_the_extractor_for_the_data(
     copy: Copy, public_run: Path, data_of: dict[str, str], taken: list[str], colour: str
 ) -> None:
     run, data = copy(public_run), data_of[colour]
-    asked = config.build("probe", PROBE | {"data": data})
+    asked = schema.build("probe", PROBE | {"data": data})
     for on in ("synthetic", "private"):
         with context(copy(public_run)) as given:
             tune.run(asked, TuneConfig(on=on, trials=2), given)
@@ -122,7 +123,7 @@ def test_a_probe_of_before_goes_on_and_another_second_extractor_makes_it_stale(
     assert run_probe(run, data_of["grey"]) == first
     assert "pretrain/grey/extractor.safetensors" in read_json(run / "run.json")["stages"]["probe"]["inputs"]
     with context(run, overwrite=True) as given:
-        pretrain.run(config.build("pretrain", PRETRAIN | {"seed": 1}), given)
+        pretrain.run(schema.build("pretrain", PRETRAIN | {"seed": 1}), given)
     with pytest.raises(UsageError, match=r"grey/extractor\.safetensors"):
         run_probe(run, data_of["grey"])
 
@@ -142,10 +143,10 @@ def test_the_plan_and_the_line_say_that_there_are_two(public_run: Path, known_ru
     plans = {}
     for name, run in {"both": public_run, **known_run}.items():
         with context(copy(run), overwrite=True) as given:
-            plans[name] = planning.plan("pretrain", config.build("pretrain", {"colour": name}), given)
+            plans[name] = plan.plan("pretrain", schema.build("pretrain", {"colour": name}), given)
             assert ("one for grey data" in stage_line("pretrain", given.rundir.result("pretrain"))) == (name == "both")
     assert {name: made["extractors"] for name, made in plans.items()} == {"both": 2, "rgb": 1, "grey": 1}
-    assert "400 filters each for colour and for grey data" in planning.plan_lines(plans["both"])
+    assert "400 filters each for colour and for grey data" in plan.plan_lines(plans["both"])
     assert plans["both"]["feature_dim"] == plans["grey"]["feature_dim"]
 
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from dprandp.inspection import calculator
+from dprandp.inspection.calculator import account, account_lines, attack_lines
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
-from dprandp.stages import calculator
-from dprandp.stages.calculator import account, account_lines, attack_lines
 
 
 def test_sampled_steps():

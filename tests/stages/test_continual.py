@@ -23,23 +23,28 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp import checkpoint, config, report
-from dprandp.datasets.fraction import public_positions
+from dprandp.audit import continual
+from dprandp.audit.games import AuditSettings
+from dprandp.audit.records import Facts
+from dprandp.config import schema
+from dprandp.continual import diagnose, loop
+from dprandp.continual import public as public_steps
+from dprandp.continual.public import Training
+from dprandp.data.base import public_positions
 from dprandp.errors import BudgetError, InputError, UsageError
-from dprandp.privacy.plan import PrivatePlan
-from dprandp.stages import audit_continual, continual_loop, diagnose, planning, public_steps
-from dprandp.stages.audit_facts import Facts
-from dprandp.stages.audit_tests import AuditSettings
-from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.public_steps import Training
-from dprandp.stages.released_model import load_model
+from dprandp.pipeline import plan as planning
+from dprandp.pretrain import load_extractor
+from dprandp.privacy.mechanism import PrivatePlan
+from dprandp.release import load_model
+from dprandp.report import page as report
+from dprandp.runs import checkpoint
 
 PUBLIC = 24  # a fifth of the training images
 FOLDER = "2b-continue"
 
 
-def built(data: str, **changes: object) -> config.StageConfig:
-    return config.build("continue", CONTINUE | {"data": data} | changes)
+def built(data: str, **changes: object) -> schema.StageConfig:
+    return schema.build("continue", CONTINUE | {"data": data} | changes)
 
 
 def test_public_then_private_steps(vit_run, copy, data, record) -> None:
@@ -70,7 +75,7 @@ def test_public_then_private_steps(vit_run, copy, data, record) -> None:
 def test_every_private_gradient_is_scaled_to_just_below_the_clip_norm(vit_run, copy, data, monkeypatch) -> None:
     """Automatic clipping: a batch of one has a sum of length near C, however short its gradient is."""
     lengths = []
-    true = continual_loop.ClippedSums.of
+    true = loop.ClippedSums.of
 
     def watched(self, parameters, step, batch, masks=None):
         for row in range(min(2, len(batch.labels))):
@@ -79,7 +84,7 @@ def test_every_private_gradient_is_scaled_to_just_below_the_clip_norm(vit_run, c
             lengths.append(float(torch.stack([part.norm() for part in parts]).norm()))
         return true(self, parameters, step, batch, masks)
 
-    monkeypatch.setattr(continual_loop.ClippedSums, "of", watched)
+    monkeypatch.setattr(loop.ClippedSums, "of", watched)
     run_continue(copy(vit_run), data)
     assert lengths
     assert all(0.9 < length <= 1 for length in lengths)
@@ -228,7 +233,7 @@ def test_a_moved_switch_cannot_change_a_plan_that_was_paid(vit_run, copy, data, 
     for path in (run / FOLDER).glob("step-*"):
         path.unlink()
     (run / FOLDER / "LATEST").unlink()
-    monkeypatch.setattr(continual_loop.switching, "switch_now", lambda *given: "at step 3" if given[2] == 3 else None)
+    monkeypatch.setattr(loop.switching, "switch_now", lambda *given: "at step 3" if given[2] == 3 else None)
     with pytest.raises(Exception, match="planned as 4"):
         run_continue(run, data)
 
@@ -270,7 +275,7 @@ def test_what_was_paid_before_counts_where_the_rule_makes_another_plan(vit_run, 
     options = {"public": "synth", "switch": "plateau", "steps": 12, "check_every": 1, "share": 1.0}
     with context(run) as given:
         planned = planning.plan("continue", built(data, **options), given)
-    monkeypatch.setattr(continual_loop.switching, "switch_now", lambda *given: "at step 7" if given[2] == 7 else None)
+    monkeypatch.setattr(loop.switching, "switch_now", lambda *given: "at step 7" if given[2] == 7 else None)
     result = run_continue(run, data, **options)
     assert (result["steps"], planned["steps"]) == (5, 9)
     assert result["noise_multiplier"] < planned["noise_multiplier"]
@@ -359,8 +364,8 @@ def test_the_audit_replays_the_private_steps(vit_run, copy, data, options) -> No
     run_continue(run, data, **options)
     with context(run) as given:
         plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
-        checks, controls = audit_continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)
-        private = audit_continual.on_private_record(plan, Facts(given), given, watched=3)
+        checks, controls = continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)
+        private = continual.on_private_record(plan, Facts(given), given, watched=3)
     assert [check["name"] for check in checks if not check["passed"]] == []
     assert [check["name"] for check in private if not check["passed"]] == []
     assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length
@@ -397,8 +402,8 @@ def test_the_public_rows_are_those_declared(data, vit_run, copy) -> None:
 
 
 def continual_task(given, data):
-    from dprandp.stages.continual import open_stage
-    from dprandp.stages.public_tasks import make_task
+    from dprandp.continual import open_stage
+    from dprandp.continual.public import make_task
 
     stage = open_stage(built(data), given, write=False)
     return make_task(built(data), given, stage.spec)

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import run_probe
 
-from dprandp.datasets import KNOWN
+from dprandp.data import KNOWN
+from dprandp.dpsgd.budget import default_delta, read_plan_file
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import advised_delta
-from dprandp.privacy.plan import validate_budget
-from dprandp.rundir import RunDir
-from dprandp.stages.budget import default_delta, read_plan_file
+from dprandp.privacy.mechanism import validate_budget
+from dprandp.runs.directory import RunDir
 
 PUBLISHED = {"cifar10", "cifar100", "mnist", "fashion-mnist"}
 

@@ -18,14 +18,14 @@ import torch
 from tiny_run import blobs, context, write_blobs
 from torch import Tensor
 
-from dprandp.config import PretrainConfig
-from dprandp.datasets import open_dataset
+from dprandp.config.schema import PretrainConfig
+from dprandp.data import open_dataset
+from dprandp.dpsgd import features as features_module
+from dprandp.dpsgd.features import FeatureFile
 from dprandp.errors import StorageError, UsageError
-from dprandp.stages import features as features_module
-from dprandp.stages.context import Context
-from dprandp.stages.feature_file import FeatureFile
-from dprandp.vision.extractors import build_extractor
-from dprandp.vision.whitening import Whitener
+from dprandp.models.extractor import build_extractor
+from dprandp.models.whitening import Whitener
+from dprandp.runs.context import Context
 
 ROWS, CUT = 10, 4
 ROOT = Path(__file__).parents[2]
@@ -270,8 +270,8 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
 from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.stages.feature_file import FeatureFile
-from dprandp.stages.unit_rows import UnitFeatures, UnitRows
+from dprandp.dpsgd.features import FeatureFile
+from dprandp.dpsgd.units import UnitFeatures, UnitRows
 
 def data():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))

@@ -23,13 +23,16 @@ from tiny_run import (
 )
 from torch import Tensor, nn
 
-from dprandp.config import PretrainConfig
+from dprandp.config.schema import PretrainConfig
+from dprandp.dpsgd import clipped_sums
 from dprandp.errors import UsageError
+from dprandp.finetune import start
+from dprandp.models import extractor as extractors
+from dprandp.models import whitening
+from dprandp.models.classifier import Classifier
+from dprandp.models.per_example import patchnet
 from dprandp.privacy.clipping import ROUNDING_SLACK, per_example_gradients, sum_of_clipped
-from dprandp.privacy.sampling import PoissonSampler
-from dprandp.stages import clipped_sums, scratch
-from dprandp.vision import extractors, patchnet_gradients, whitening
-from dprandp.vision.classifier import Classifier
+from dprandp.privacy.randomness import PoissonSampler
 from dprandp.vision.images import to_input
 
 Copy = Callable[[Path], Path]
@@ -102,7 +105,7 @@ def test_6_closed_form_and_automatic_gradients_agree() -> None:
     parameters = scaled_parameters(model, scale)
     loss = clipped_sums.loss_function(model, scale, CPU)
     automatic = sum_of_clipped(per_example_gradients(loss, parameters, views, labels, 3), parameters, CLIP)
-    closed = patchnet_gradients.per_example_gradients(model, views, labels)
+    closed = patchnet.per_example_gradients(model, views, labels)
     closed = {name: clipped_sums.unscaled(name, closed[name], scale) for name in parameters}
     assert_close(sum_of_clipped([closed], parameters, CLIP), automatic, 1e-4)
     # the scale matters: with the wrong one the two are far apart
@@ -194,7 +197,7 @@ def test_8_no_gradient_moves_when_another_example_does(arch: str, closed_form: b
 
     def gradients(images: Tensor, answers: Tensor) -> dict[str, Tensor]:
         if closed_form:
-            return patchnet_gradients.per_example_gradients(model, images, answers)
+            return patchnet.per_example_gradients(model, images, answers)
         (rows,) = per_example_gradients(loss, parameters, images, answers, 5)
         return rows
 
@@ -232,7 +235,7 @@ class Mixing(nn.Module):
 
 
 def test_8_batch_norm_is_refused_by_name(tmp_path: Path, data: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(scratch, "build_extractor", lambda config, generator: Mixing())
+    monkeypatch.setattr(start, "build_extractor", lambda config, generator: Mixing())
     with pytest.raises(UsageError, match=r"extractor\.normaliser.*BatchNorm2d"):
         run_scratch(tmp_path / "run", data)
     ledger = tmp_path / "run/privacy/ledger.jsonl"

@@ -7,17 +7,16 @@ import torch
 from tiny_run import CLASSES, blobs
 from torch import Tensor
 
-from dprandp import config
-from dprandp.config import PretrainConfig
+from dprandp.config import schema
+from dprandp.config.schema import PretrainConfig
+from dprandp.dpsgd import clipped_sums, masks
+from dprandp.dpsgd.clipped_sums import Batch, ClippedSums, SumSettings
+from dprandp.dpsgd.masks import FrozenPrefix, choose_blocks, rule_of
 from dprandp.errors import UsageError
-from dprandp.stages import clipped_sums, frozen_blocks
-from dprandp.stages.clipped_sums import Batch, ClippedSums, SumSettings
-from dprandp.stages.frozen_blocks import FrozenPrefix, choose_blocks
-from dprandp.stages.masks import rule_of
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor
+from dprandp.models.whitening import PooledOnly
 from dprandp.vision.images import to_input
-from dprandp.vision.whitening import PooledOnly
 
 SETTINGS = {"scale": 0.5, "views": 1, "seed": 0, "flip": False, "clip_norm": 0.2}
 
@@ -30,9 +29,9 @@ def model_of(arch: str = "wrn-10-1") -> Classifier:
     return model
 
 
-def chosen(model: Classifier, **settings) -> frozen_blocks.FrozenBlocks:
+def chosen(model: Classifier, **settings) -> masks.FrozenBlocks:
     given = {"source": "scratch", "scope": "block", "freeze": "last", "keep": 0.5}
-    return choose_blocks(rule_of(config.build("finetune", given | settings)), model)
+    return choose_blocks(rule_of(schema.build("finetune", given | settings)), model)
 
 
 def batch(count: int) -> Batch:
@@ -41,7 +40,7 @@ def batch(count: int) -> Batch:
     return Batch(to_input(made["x_train"][:count]), labels, torch.arange(count))
 
 
-def trained(model: Classifier, blocks: frozen_blocks.FrozenBlocks) -> dict[str, Tensor]:
+def trained(model: Classifier, blocks: masks.FrozenBlocks) -> dict[str, Tensor]:
     return {
         name: value.detach().clone() / (0.5 if name.startswith("extractor.") else 1)
         for name, value in model.named_parameters()
@@ -113,7 +112,7 @@ def test_outputs_are_kept_where_views_do_not_change(monkeypatch):
     assert torch.allclose(plain.outputs(given.images[1:, None], given.members[1:]), second, atol=1e-5)
     plain.outputs(given.images[1:, None], given.members[1:])
     assert made == [3, 1, 3, 3]
-    monkeypatch.setattr(frozen_blocks, "CACHE_BYTES", 2 * first[0].numel() * 4)
+    monkeypatch.setattr(masks, "CACHE_BYTES", 2 * first[0].numel() * 4)
     small = FrozenPrefix(model, 2, keep=True)
     for _ in range(2):
         assert torch.allclose(small.outputs(given.images[:3, None], given.members[:3]), first, atol=1e-5)

@@ -17,8 +17,8 @@ from PIL import Image
 from stage_processes import Stages, stage_server
 
 from dprandp.errors import CheckpointError
-from dprandp.files import file_sha256
-from dprandp.stages.generate import _spread, load_images, read_manifest
+from dprandp.generate import _spread, load_images, read_manifest
+from dprandp.runs.files import file_sha256
 from dprandp.synth import render_block
 from dprandp.vision.images import contact_sheet
 
@@ -98,9 +98,9 @@ def test_the_preview_shows_images_of_every_shard(whole):
 def test_the_public_stages_load_neither_privacy_nor_data_sets(stages):
     """tests/test_structure.py reads it in the source; here are the modules that importing them did load."""
     loaded = stages.modules()
-    assert "dprandp.stages.generate" in loaded
-    assert "dprandp.stages.pretrain" in loaded
-    assert [name for name in loaded if name.startswith(("dprandp.privacy", "dprandp.datasets"))] == []
+    assert "dprandp.generate" in loaded
+    assert "dprandp.pretrain" in loaded
+    assert [name for name in loaded if name.startswith(("dprandp.privacy", "dprandp.data"))] == []
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -171,11 +171,11 @@ def test_a_worker_that_dies_is_an_error_with_a_way_out(stages, whole, tmp_path):
 SLOW = """
 import sys, torch
 from pathlib import Path
-from dprandp.config import GenerateConfig
-from dprandp.console import Console
-from dprandp.rundir import RunDir
-from dprandp.stages import generate
-from dprandp.stages.context import Context
+from dprandp.config.schema import GenerateConfig
+from dprandp.runs.console import Console
+from dprandp.runs.directory import RunDir
+from dprandp import generate
+from dprandp.runs.context import Context
 
 if __name__ == "__main__":
     rundir = RunDir.open(Path(sys.argv[1]), create=True)

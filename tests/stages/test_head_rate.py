@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.stages.head import HeadSettings, begin_head, default_lr, update_head
+from dprandp.probe.head import HeadSettings, begin_head, default_lr, update_head
 
 
 @pytest.mark.parametrize(("epsilon", "expected"), [(1.0, 10.0), (8.0, 62.0), (math.inf, 100.0)])

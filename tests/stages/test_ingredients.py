@@ -13,17 +13,20 @@ from safetensors.torch import load_file
 from tiny_run import Recorder, blobs, context, read_json, run_finetune
 from torch import Tensor
 
-from dprandp import checkpoint, config
+from dprandp import finetune
+from dprandp.audit import loops
+from dprandp.config import schema
+from dprandp.dpsgd import features
+from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
+from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor
+from dprandp.models.whitening import Whitener
 from dprandp.privacy.auditing.controls import CONTROLS
-from dprandp.privacy.plan import PrivatePlan
-from dprandp.ranks import ALONE, Ranks
-from dprandp.stages import audit_loops, extraction, finetune
-from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
-from dprandp.stages.private_optimizers import Optimizer, OptimizerSettings
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor
+from dprandp.privacy.mechanism import PrivatePlan
+from dprandp.runs import checkpoint
+from dprandp.runs.parallel import ALONE, Ranks
 from dprandp.vision.images import to_input
-from dprandp.vision.whitening import Whitener
 
 Copy = Callable[[Path], Path]
 Record = Callable[[Path], Recorder]
@@ -90,19 +93,19 @@ def test_22_it_is_disclosed_and_audited(copy: Copy, probed_run: Path, data: str,
     run = copy(probed_run)
     result = run_finetune(run, data, steps=2, refit_steps=0, **INGREDIENTS[name])
     assert SAID[name] in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
-    settings = config.build("finetune", {"data": data, "epsilon": 4.0} | INGREDIENTS[name])
+    settings = schema.build("finetune", {"data": data, "epsilon": 4.0} | INGREDIENTS[name])
     values = read_json(run / "privacy/plan.json")["stages"]["finetune"]["plan"]
     plan = PrivatePlan.from_dict(values)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 3, 32, 32), generator=generator).to(torch.uint8)
-    dataset, split = audit_loops.made_up_images(images, 3, 40, False, generator)
+    dataset, split = loops.made_up_images(images, 3, 40, False, generator)
     with context(run) as given:
         model, _ = finetune._probed_model(settings, given, finetune.open_stage(settings, given, write=False))
-        hard = audit_loops.hardened(model, generator)
-        watched = audit_loops.most_wrong(hard, split)
+        hard = loops.hardened(model, generator)
+        watched = loops.most_wrong(hard, split)
 
         def replayed(**options) -> list[str]:
-            checks = audit_loops.replay_finetune(
+            checks = loops.replay_finetune(
                 plan, settings, hard, result["lr"], 1.0, dataset, watched, given, 2, **options
             )
             return [check.name for check in checks if not check.passed]
@@ -148,13 +151,13 @@ def test_16_several_ranks_make_the_same_sums_where_blocks_are_frozen() -> None:
 
     def total(ranks: Ranks) -> dict[str, Tensor]:
         generator, made = torch.Generator().manual_seed(1), blobs(3)
-        extractor = build_extractor(config.PretrainConfig(arch="wrn-10-1"), generator)
+        extractor = build_extractor(schema.PretrainConfig(arch="wrn-10-1"), generator)
         model = Classifier(extractor, Whitener(extractor.feature_dim, 20, extractor.parts), 3)
         for value in (model.whitener.projection, model.head.data):
             value.normal_(generator=generator)
         frozen = tuple(f"extractor.{name}." for name, _ in extractor.units()[:2])
         here = {n: v.detach().clone() for n, v in model.named_parameters() if not n.startswith(frozen)}
-        extraction.tell_model(ranks, extractor, model.whitener, 3)
+        features.tell_model(ranks, extractor, model.whitener, 3)
         ranks.tell(SETTINGS, vars(setting))
         images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
         shares = shares_of(ranks, np.arange(5), images, labels, None)

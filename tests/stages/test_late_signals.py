@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_run import make_public, run_probe, write_blobs
 
-from dprandp.signals import Interrupted, Stop
-from dprandp.stages import probe
+from dprandp import probe
+from dprandp.runs.signals import Interrupted, Stop
 
 STEPS = 200
 """So many that not every step is saved."""

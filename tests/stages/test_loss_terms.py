@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dprandp.stages import loss_terms as module
-from dprandp.stages.loss_terms import LossTerms, loss_terms, mean_clip_factor
+from dprandp.continual import loss_terms as module
+from dprandp.continual.loss_terms import LossTerms, loss_terms, mean_clip_factor
 
 WIDTH, CLASSES, EXAMPLES = 3, 2, 6
 

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from test_ranks import CLIP, SETTING, apart, blobs, model_of, scaled
 from tiny_run import run_finetune
 
-from dprandp import checkpoint, config
+from dprandp import finetune
+from dprandp.config import schema
+from dprandp.dpsgd import features
+from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, loss_function, shares_of
+from dprandp.dpsgd.masks import ALL_WEIGHTS, MaskRule, rule_of
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import per_example_gradients
-from dprandp.ranks import ALONE
-from dprandp.stages import extraction, finetune
-from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, loss_function, shares_of
-from dprandp.stages.masks import ALL_WEIGHTS, MaskRule, rule_of
+from dprandp.runs import checkpoint
+from dprandp.runs.parallel import ALONE
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 
@@ -105,7 +107,7 @@ def test_select_chooses_anew_and_freeze_does_not() -> None:
 )
 def test_what_makes_no_sense_is_refused(settings: dict, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        rule_of(config.build("finetune", settings))
+        rule_of(schema.build("finetune", settings))
     assert said in caught.value.problem
     assert caught.value.fix
 
@@ -124,7 +126,7 @@ def test_a_refusal_comes_before_anything_is_paid(copy: Copy, probed_run: Path, d
 def total_over(ranks, masks, records) -> dict[str, torch.Tensor]:
     model, made = model_of("patchnet"), blobs(3)
     images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
-    extraction.tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
+    features.tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
     ranks.tell(SETTINGS, vars(SETTING))
     shares = shares_of(ranks, records, images, labels, None)
     return ClippedSums(model, SETTING).over_ranks(ranks, scaled(model_of("patchnet")), 4, shares, masks)

@@ -23,12 +23,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dprandp.config import build
-from dprandp.console import Console
-from dprandp.datasets import open_dataset
-from dprandp.rundir import RunDir
-from dprandp.stages import pretrain, pretrain_wrn
-from dprandp.stages.context import Context
+from dprandp.config.schema import build
+from dprandp.runs.console import Console
+from dprandp.data import open_dataset
+from dprandp.runs.directory import RunDir
+from dprandp import pretrain
+from dprandp.pretrain import wrn
+from dprandp.runs.context import Context
 from dprandp.vision.images import to_input
 
 torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def generated(folder, count, side):
 
 def steps(context, **settings):
     asked = {"arch": "wrn-10-1", "steps": 2, "batch_size": 8, "projection_hidden": 32, **settings}
-    trainer = pretrain_wrn.begun_trainer(build("pretrain", asked), context)
+    trainer = wrn.begun_trainer(build("pretrain", asked), context)
     for step in range(2):
         trainer.step(step)
 

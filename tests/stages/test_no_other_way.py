@@ -21,11 +21,14 @@ import torch
 from private_runs import KINDS, Kind, run_kind, write_records
 from tiny_run import ledger_of, metrics_of
 
-from dprandp.console import MetricsLog
-from dprandp.privacy.plan import PrivateStep
+from dprandp.continual import loop
+from dprandp.dpsgd import release, units
+from dprandp.dpsgd.clipped_sums import ClippedSums
+from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.selection import Trial
-from dprandp.stages import continual_loop, head, release, tune_private, unit_rows
-from dprandp.stages.clipped_sums import ClippedSums
+from dprandp.probe import head
+from dprandp.runs.console import MetricsLog
+from dprandp.tune import private
 
 RECORDS = 60
 LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
@@ -81,8 +84,8 @@ def install(patch: Patch) -> list[torch.Tensor]:
     patch.setattr(Trial, "release", of_trial)
     patch.setattr(Trial, "score", scored)
     patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4))
-    patch.setattr(unit_rows, "clipped_softmax_sum_of_units", noted(unit_rows.clipped_softmax_sum_of_units, 3))
-    for module in (head, tune_private):
+    patch.setattr(units, "clipped_softmax_sum_of_units", noted(units.clipped_softmax_sum_of_units, 3))
+    for module in (head, private):
         patch.setattr(module, "clipped_softmax_sum", noted(module.clipped_softmax_sum, 2))
     return points
 
@@ -168,7 +171,7 @@ def test_control_what_goes_another_way_is_seen(
 ) -> None:
     install(monkeypatch)
     kind = KINDS["continue"]
-    honest, look = PrivateStep.release, continual_loop._look
+    honest, look = PrivateStep.release, loop._look
     extra: dict[str, float] = {}
 
     def leaking(step: PrivateStep, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -191,7 +194,7 @@ def test_control_what_goes_another_way_is_seen(
     monkeypatch.setattr(PrivateStep, "release", leaking)
     monkeypatch.setattr(MetricsLog, "write", logged)
     if leak == "public loss":
-        monkeypatch.setattr(continual_loop, "_look", looked)
+        monkeypatch.setattr(loop, "_look", looked)
     if leak == "mean of pixels":
         monkeypatch.setattr(release, "evaluate", evaluated)
     first, second = exchanged(kind, request, copy, tmp_path)

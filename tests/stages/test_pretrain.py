@@ -12,17 +12,16 @@ import pytest
 import torch
 from stage_processes import Stages, stage_server
 
-from dprandp import checkpoint
-from dprandp.config import PretrainConfig, build
-from dprandp.console import Console
-from dprandp.rundir import RunDir
-from dprandp.signals import graceful_stop
-from dprandp.stages import pretrain_wrn
-from dprandp.stages.context import Context
-from dprandp.stages.generate import load_images
-from dprandp.stages.pretrain import colour_mode, load_extractor, synthetic_crops
-from dprandp.vision.extractors import extract
-from dprandp.vision.public_evaluation import MEASURES
+from dprandp.config.schema import PretrainConfig, build
+from dprandp.generate import load_images
+from dprandp.models.extractor import extract
+from dprandp.pretrain import colour_mode, load_extractor, synthetic_crops, wrn
+from dprandp.pretrain.evaluation import MEASURES
+from dprandp.runs import checkpoint
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
+from dprandp.runs.signals import graceful_stop
 
 IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
@@ -350,17 +349,17 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
 
 def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
     """Steps that the configuration alone decides, for little of the time; lines like those of the end."""
-    assert pretrain_wrn.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
-    assert pretrain_wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
-    assert pretrain_wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=100)) == 5
+    assert wrn.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
+    assert wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
+    assert wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=100)) == 5
     looking = {**WRN, "batch_size": 400, "steps": 6, "checkpoint_every": 10}  # every third step
     context, lines = context_of(fresh), []
     steps = range(1, 7)
-    monkeypatch.setattr(pretrain_wrn, "train", lambda trainer, first, on_step: sum(on_step(s, 0.5) or 1 for s in steps))
-    monkeypatch.setattr(pretrain_wrn.MetricsLog, "write", lambda self, **line: lines.append(line))
+    monkeypatch.setattr(wrn, "train", lambda trainer, first, on_step: sum(on_step(s, 0.5) or 1 for s in steps))
+    monkeypatch.setattr(wrn.MetricsLog, "write", lambda self, **line: lines.append(line))
     context.rundir.stage_dir("pretrain").mkdir()
     with graceful_stop() as stop:
-        learned = pretrain_wrn.learn(build("pretrain", looking), context, stop)
+        learned = wrn.learn(build("pretrain", looking), context, stop)
     assert learned.loss == 6  # our stand-in's
     seen = [line for line in lines if "knn_accuracy" in line]
     assert [line["step"] for line in seen] == [3]  # at the end the result says it
@@ -369,8 +368,8 @@ def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
 
 def test_no_image_that_features_are_judged_by_was_trained_on(images):
     context = context_of(images)
-    held = pretrain_wrn.held_out_images(context)
-    images_of = pretrain_wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context).images
+    held = wrn.held_out_images(context)
+    images_of = wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context).images
     trained = {image.numpy().tobytes() for image in images_of[torch.arange(len(images_of))]}
     assert (len(held), len(trained)) == (15, 45)
     assert not trained & {image.numpy().tobytes() for image in held[torch.arange(len(held))]}

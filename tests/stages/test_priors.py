@@ -13,14 +13,15 @@ import pytest
 import typer
 from tiny_run import GENERATE, PRETRAIN, PROBE, context, make_public, read_json, run_finetune, run_probe
 
-from dprandp import config, priors
+from dprandp import generate, pipeline, priors, probe
 from dprandp.cli import app
-from dprandp.datasets import open_dataset
+from dprandp.config import schema
+from dprandp.data import open_dataset
 from dprandp.errors import CheckpointError, InputError, UsageError
-from dprandp.model_card import model_card
-from dprandp.reporting.disclosure import disclosure
-from dprandp.stages import generate, pipeline, prior, probe
-from dprandp.stages.generate import blocks_of, load_images
+from dprandp.generate import blocks_of, load_images
+from dprandp.pretrain import shipped
+from dprandp.report.card import model_card
+from dprandp.report.disclosure import disclosure
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = PROBE["statistics_images"]
@@ -63,7 +64,7 @@ def folder(tmp_path, public_run, monkeypatch) -> Path:
 
 def adopt(run: Path, name: str = "tiny-test", **options: object) -> None:
     with context(run, **options) as given:
-        pipeline.adopt(prior.public_stages(name, IMAGES), given)
+        pipeline.adopt(shipped.public_stages(name, IMAGES), given)
 
 
 def flip(path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_sample_holds_the_images_that_would_be_taken_of_all(tmp_path, count, s
     runs = {}
     for name, extra in (("all", {}), ("sample", {"sample": sample})):
         with context(tmp_path / name) as given:
-            recipe = config.build("generate", {"process": "dead-leaves", "count": count, "resolution": 8, **extra})
+            recipe = schema.build("generate", {"process": "dead-leaves", "count": count, "resolution": 8, **extra})
             runs[name] = generate.run(recipe, given)
     full, sampled = (load_images(tmp_path / name / "1-generate", sample) for name in runs)
     assert np.array_equal(full, sampled)
@@ -93,11 +94,11 @@ def test_a_sample_holds_the_images_that_would_be_taken_of_all(tmp_path, count, s
 
 def test_more_than_all_is_refused(tmp_path):
     with context(tmp_path / "run") as given, pytest.raises(UsageError, match="a sample of 61"):
-        generate.run(config.build("generate", GENERATE | {"sample": 61}), given)
+        generate.run(schema.build("generate", GENERATE | {"sample": 61}), given)
 
 
 def test_without_a_sample_nothing_changes():
-    assert blocks_of(config.build("generate", GENERATE | {"count": 250})) == {0: 100, 1: 100, 2: 50}
+    assert blocks_of(schema.build("generate", GENERATE | {"count": 250})) == {0: 100, 1: 100, 2: 50}
 
 
 # ----------------------------------------------------------------------------------------------------- the same probe
@@ -150,9 +151,9 @@ def test_again_nothing_is_done_and_another_extractor_is_not_replaced_unasked(tmp
 
 def test_what_learns_the_prior_anew_is_refused(tmp_path, folder, public_run):
     with context(tmp_path / "run") as given:
-        stages = prior.public_stages("tiny-test", IMAGES)
+        stages = shipped.public_stages("tiny-test", IMAGES)
         pipeline.run_stage("generate", stages["generate"], given)
-        wrong = config.build("pretrain", PRETRAIN | {"prior": "tiny-test", "colour": "rgb", "filters": 17})
+        wrong = schema.build("pretrain", PRETRAIN | {"prior": "tiny-test", "colour": "rgb", "filters": 17})
         with pytest.raises(UsageError, match="other settings: filters = 16"):
             pipeline.run_stage("pretrain", wrong, given)
     assert not (tmp_path / "run/2-pretrain").exists()
@@ -167,7 +168,7 @@ SELDOM = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "ca
 @pytest.mark.parametrize("damage", ["flipped", "missing", "card", *SELDOM])
 def test_a_damaged_prior_is_refused_with_exit_code_4_before_anything_is_written(tmp_path, folder, damage):
     tensors, card = folder / "tiny-test.safetensors", folder / "tiny-test.json"
-    stages = prior.public_stages("tiny-test", IMAGES)
+    stages = shipped.public_stages("tiny-test", IMAGES)
     if damage == "flipped":
         flip(tensors)
     elif damage == "cut":
@@ -187,27 +188,27 @@ def test_a_damaged_prior_is_refused_with_exit_code_4_before_anything_is_written(
             pipeline.run_stage("pretrain", stages["pretrain"], given)
     assert refused.value.exit_code == 4
     assert not (tmp_path / "run/2-pretrain").exists()
-    rows = prior.table()
+    rows = shipped.table()
     assert rows[0]["problem"] == refused.value.problem
-    assert "DAMAGED" in prior.lines(rows)
+    assert "DAMAGED" in shipped.lines(rows)
     with pytest.raises(CheckpointError):
-        prior.check(rows)
+        shipped.check(rows)
 
 
 def test_tensors_that_do_not_fit_their_card_are_refused(tmp_path, folder):
     card = read_json(folder / "tiny-test.json")
     card["pretrain"]["filters"] = 17  # the hash is right, the tensors are of sixteen filters
     (folder / "tiny-test.json").write_text(json.dumps(card))
-    assert "does not fit its card" in prior.table()[0]["problem"]
+    assert "does not fit its card" in shipped.table()[0]["problem"]
 
 
 def test_an_unknown_prior_names_the_nearest(folder):
     with pytest.raises(UsageError) as refused:
-        prior.public_stages("tiny-tset")
+        shipped.public_stages("tiny-tset")
     assert "did you mean 'tiny-test'" in refused.value.fix
     for name in ("../tiny-test", "", "a/b"):
         with pytest.raises(UsageError):
-            prior.public_stages(name)
+            shipped.public_stages(name)
 
 
 @pytest.mark.slow
@@ -231,7 +232,7 @@ def test_a_prior_is_one_extractor(tmp_path, folder):
     card = read_json(folder / "tiny-test.json")
     card["pretrain"]["colour"] = "both"
     (folder / "tiny-test.json").write_text(json.dumps(card))
-    assert "is damaged" in prior.table()[0]["problem"]
+    assert "is damaged" in shipped.table()[0]["problem"]
 
 
 def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_run):
@@ -277,20 +278,20 @@ def test_some_priors_ship():
 
 @pytest.mark.parametrize("name", priors.prior_names())
 def test_a_shipped_prior_is_whole_small_and_says_how_it_was_made(name):
-    (row,) = (row for row in prior.table() if row["name"] == name)
+    (row,) = (row for row in shipped.table() if row["name"] == name)
     assert row["problem"] is None
     tensors = priors.FOLDER / f"{name}.safetensors"
     card = priors.read_card(name)
     assert tensors.stat().st_size == card.bytes <= 12 * 2**20
-    assert (priors.FOLDER / f"{name}.md").read_text(encoding="utf-8") == prior.card_text(card)
+    assert (priors.FOLDER / f"{name}.md").read_text(encoding="utf-8") == shipped.card_text(card)
     assert card.result["random_init"] is False
     # the commands on the card are those of its configurations
     group = typer.main.get_command(app)
     for command, wanted in zip(card.commands, (card.generate, card.pretrain), strict=True):
         _, stage, *words = command.split()
         flags = group.commands[stage].make_context(stage, words).params
-        given = {key: flags.get(key) for key in config.as_dict(wanted) if key in flags}
-        assert config.as_dict(config.resolve(stage, flags["size"], None, given)) == config.as_dict(wanted)
+        given = {key: flags.get(key) for key in schema.as_dict(wanted) if key in flags}
+        assert schema.as_dict(schema.resolve(stage, flags["size"], None, given)) == schema.as_dict(wanted)
 
 
 def test_the_files_of_every_prior_are_there():

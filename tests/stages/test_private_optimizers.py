@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.errors import UsageError
-from dprandp.stages.private_optimizers import Optimizer, OptimizerSettings
-from dprandp.tensorfile import tensors_from_bytes, tensors_to_bytes
-from dprandp.vision.optimizers import restore
+from dprandp.models.optimizers import restore
+from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
 
 SHAPES = {"extractor.filters": (6, 3, 2, 2), "extractor.bias": (6,), "head": (6, 3)}
 SETTINGS = {

@@ -25,14 +25,14 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp import faults
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
-from dprandp.privacy import plan as plan_module
+from dprandp.privacy import mechanism as plan_module
 from dprandp.privacy.accounting import compose, merge_events
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.plan import PrivatePlan
-from dprandp.privacy.sampling import PoissonSampler
+from dprandp.privacy.mechanism import PrivatePlan
+from dprandp.privacy.randomness import PoissonSampler
+from dprandp.runs import faults
 
 Copy = Callable[[Path], Path]
 Record = Callable[[Path], Recorder]

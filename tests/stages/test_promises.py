@@ -28,14 +28,15 @@ from tiny_run import (
 )
 from torch import Tensor
 
-from dprandp import datasets
-from dprandp.privacy.sampling import PoissonSampler
-from dprandp.rundir import RunDir
-from dprandp.stages import features as features_module
-from dprandp.stages import finetune, probe, release
-from dprandp.stages.pretrain import load_extractor
-from dprandp.vision import dictionary, whitening
-from dprandp.vision.extractors import extract
+from dprandp import data as datasets
+from dprandp import finetune, probe
+from dprandp.dpsgd import features as features_module
+from dprandp.dpsgd import release
+from dprandp.models import dictionary, whitening
+from dprandp.models.extractor import extract
+from dprandp.pretrain import load_extractor
+from dprandp.privacy.randomness import PoissonSampler
+from dprandp.runs.directory import RunDir
 
 Copy = Callable[[Path], Path]
 Record = Callable[[Path], Recorder]

@@ -19,17 +19,19 @@ from safetensors.torch import load_file
 from tiny_run import DEEP, GENERATE, Recorder, blobs, context, ledger_of, read_json, run_finetune, run_probe
 from torch import Tensor
 
-from dprandp.config import PretrainConfig, build
+from dprandp import generate
+from dprandp.config.schema import PretrainConfig, build
+from dprandp.dpsgd import clipped_sums
+from dprandp.dpsgd import features as extraction
+from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.whitening import Whitener
+from dprandp.pretrain import contrastive, wrn
 from dprandp.privacy.clipping import sum_of_clipped
-from dprandp.ranks import ALONE, Ranks, shares
-from dprandp.stages import clipped_sums, data_parallel, extraction, generate
-from dprandp.stages.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
-from dprandp.vision import contrastive
-from dprandp.vision.classifier import Classifier
-from dprandp.vision.extractors import build_extractor, extract
+from dprandp.runs.parallel import ALONE, Ranks, shares
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
-from dprandp.vision.whitening import Whitener
 
 Copy = Callable[[Path], Path]
 Record = Callable[[Path], Recorder]
@@ -296,7 +298,7 @@ def trained(rank: ThreadRank | None, pictures: Tensor, config: PretrainConfig):
     else:
         rank.ask, rank.answers = lambda *given, together=False: None, lambda: []
         own = shares(len(pictures), rank.size)[rank.rank]
-        trainer = data_parallel.SharedTrainer(network, config, pictures[own], rank, len(pictures))
+        trainer = wrn.SharedTrainer(network, config, pictures[own], rank, len(pictures))
     losses = [float(trainer.step(step)) for step in range(config.steps)]
     return SimpleNamespace(losses=losses, state=trainer.state())
 

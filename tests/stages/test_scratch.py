@@ -10,25 +10,25 @@ from safetensors.torch import load_file, save_file
 from tiny_run import forbid_reading, ledger_of, read_json, run_scratch
 from torch import Tensor
 
-from dprandp.config import build
+from dprandp.config.schema import build
 from dprandp.errors import CheckpointError, InputError, UsageError
-from dprandp.stages import scratch
-from dprandp.stages.released_model import load_model
+from dprandp.finetune import start
+from dprandp.release import load_model
 
 SOURCE = {"source": "init", "init_source": "made-up weights, drawn in a test"}
 
 
-def network(**given) -> scratch.FinetuneConfig:
+def network(**given) -> start.FinetuneConfig:
     return build("finetune", {"source": "scratch", "arch": "wrn-10-1"} | given)
 
 
 def weights(**given) -> dict[str, Tensor]:
-    model, _ = scratch.start_model(network(seed=7, **given), 3)
+    model, _ = start.start_model(network(seed=7, **given), 3)
     return {name: value.clone() for name, value in model.extractor.state_dict().items()}
 
 
 def loaded(path: Path, **given) -> tuple[dict[str, Tensor], list[str]]:
-    model, left_out = scratch.start_model(network(**(SOURCE | {"init": str(path)} | given)), 3)
+    model, left_out = start.start_model(network(**(SOURCE | {"init": str(path)} | given)), 3)
     return model.extractor.state_dict(), left_out
 
 
@@ -43,7 +43,7 @@ def test_weights_that_fit_are_taken(tmp_path, prefix, kind):
     assert left_out == ["fc.bias", "head"]
     for name, value in given.items():
         assert torch.equal(found[name], value.float())
-    assert not torch.equal(weights()["stem.weight"], scratch.start_model(network(seed=0), 3)[0].extractor.stem.weight)
+    assert not torch.equal(weights()["stem.weight"], start.start_model(network(seed=0), 3)[0].extractor.stem.weight)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 def test_architectures_that_gradients_do_not_make_are_refused():
     with pytest.raises(UsageError, match="patchnet"):
-        scratch.network_config(network(arch="patchnet"))
+        start.network_config(network(arch="patchnet"))
     with pytest.raises(UsageError, match="one layer order"):
-        scratch.network_config(network(arch="nf-resnet-50", padding="same"))
+        start.network_config(network(arch="nf-resnet-50", padding="same"))
 
 
 def test_the_networks_shape_is_that_of_the_configuration():
     order = "relu-norm-conv+norm-relu-skip"
-    extractor = scratch.start_model(network(layer_order=order, padding="same", pooling="1"), 3)[0].extractor
+    extractor = start.start_model(network(layer_order=order, padding="same", pooling="1"), 3)[0].extractor
     assert extractor.blocks[0].order.skip == "norm-relu"
     assert extractor.blocks[1].pads
     assert not extractor.blocks[0].pads
@@ -96,7 +96,7 @@ def test_a_run_from_public_weights_discloses_who_says_so(tmp_path: Path, data: s
     save_file(weights(padding="same", pooling="1"), path)
     shape = SOURCE | {"init": str(path), "padding": "same", "pooling": "1"}
     result = run_scratch(run, data, **shape, freeze="last", scope="block", keep=0.3)
-    (digest,) = scratch.init_hash(network(**shape)).values()
+    (digest,) = start.init_hash(network(**shape)).values()
     assert (result["init_sha256"], result["init_source"]) == (digest, SOURCE["init_source"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
     assert digest in card

@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from dprandp.config import ContinueConfig, build
-from dprandp.errors import UsageError
-from dprandp.stages.continual_loop import mixed
-from dprandp.stages.switching import (
+from dprandp.config.schema import ContinueConfig, build
+from dprandp.continual.loop import mixed
+from dprandp.continual.switching import (
     FEW,
     Look,
     first_look,
@@ -21,6 +20,7 @@ from dprandp.stages.switching import (
     public_weight,
     switch_now,
 )
+from dprandp.errors import UsageError
 
 NAN = math.nan
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_run import PROBE, context, make_public, write_blobs
 
-from dprandp import config
-from dprandp.datasets import open_dataset
-from dprandp.stages import synthetic_statistics
-from dprandp.stages.pretrain import load_extractor
-from dprandp.stages.synthetic_statistics import public_whitener
-from dprandp.vision import whitening
-from dprandp.vision.extractors import build_extractor, extract, load_weights
-from dprandp.vision.whitening import Whitener
+from dprandp.config import schema
+from dprandp.data import open_dataset
+from dprandp.dpsgd import statistics
+from dprandp.dpsgd.statistics import public_whitener
+from dprandp.models import whitening
+from dprandp.models.extractor import build_extractor, extract, load_weights
+from dprandp.models.whitening import Whitener
+from dprandp.pretrain import load_extractor
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def whitener_of(run: Path, change_extractor: float = 0.0, stride: int | None = None, **changes) -> Whitener:
-    settings = config.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
+    settings = schema.build("probe", PROBE | {"data": write_blobs(run.parent / "blobs.npz")} | changes)
     with context(run) as given:
         extractor, _ = load_extractor(given, "rgb")
         if change_extractor:
@@ -59,10 +59,10 @@ def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.Mo
 
 def test_views_are_random_but_repeat(run: Path) -> None:
     with context(run) as given:
-        settings = config.build("probe", PROBE)
-        first, second = (synthetic_statistics.synthetic_views(given, settings) for _ in range(2))
-        other = synthetic_statistics.synthetic_views(given, config.build("probe", PROBE | {"seed": 1}))
-        crops = synthetic_statistics.synthetic_views(given, config.build("probe", PROBE | {"statistics_views": 1}))
+        settings = schema.build("probe", PROBE)
+        first, second = (statistics.synthetic_views(given, settings) for _ in range(2))
+        other = statistics.synthetic_views(given, schema.build("probe", PROBE | {"seed": 1}))
+        crops = statistics.synthetic_views(given, schema.build("probe", PROBE | {"statistics_views": 1}))
     assert first.shape == (50, 3, 32, 32)
     assert crops.shape == (25, 3, 32, 32)
     assert first.dtype == crops.dtype == torch.uint8
@@ -79,7 +79,7 @@ def test_a_whitener_is_kept_for_the_same_extractor_alone(run: Path, monkeypatch:
     other = whitener_of(run, change_extractor=1.5)
     assert len(folders(run)) == 2
     assert not torch.allclose(other.projection, first.projection)
-    monkeypatch.setattr(synthetic_statistics, "extract_by_ranks", lambda *given: pytest.fail("computed anew"))
+    monkeypatch.setattr(statistics, "extract_by_ranks", lambda *given: pytest.fail("computed anew"))
     assert torch.equal(whitener_of(run).projection, first.projection)
 
 

@@ -26,21 +26,23 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp import config, datasets
+from dprandp import data as datasets
+from dprandp import tune
+from dprandp.config import schema
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.plan import PrivateStep
+from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.selection import Trial
 from dprandp.privacy.tuning import TuningEvent
-from dprandp.rundir import RunDir
-from dprandp.stages import tune, tune_public
-from dprandp.stages.head import HeadSettings
-from dprandp.stages.tune_settings import TuneConfig, settings_for
-from dprandp.stages.tuned import read_tuning, tuning_of
+from dprandp.probe.head import HeadSettings
+from dprandp.runs.directory import RunDir
+from dprandp.runs.tuning import read_tuning, tuning_of
+from dprandp.tune import public as tune_public
+from dprandp.tune.settings import TuneConfig, settings_for
 
 Copy = Callable[[Path], Path]
 Patch = pytest.MonkeyPatch
@@ -49,14 +51,14 @@ Patch = pytest.MonkeyPatch
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
     how = TuneConfig(**({"trials": 4} | (asked or {})))
     with context(run, **(options or {})) as given:
-        return tune.run(config.build("probe", PROBE | {"data": data} | changes), how, given)
+        return tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)
 
 
 def probe_as_tuned(run: Path, data: str, **changes: Any) -> dict[str, Any]:
     with context(run) as given:
         flags = {"data": data} | changes
-        resolved = config.resolve("probe", "tiny", run / "tuned.toml", flags)
-        from dprandp.stages import probe
+        resolved = schema.resolve("probe", "tiny", run / "tuned.toml", flags)
+        from dprandp import probe
 
         return probe.run(resolved, given)
 
@@ -75,7 +77,7 @@ def test_synthetic_tuning_reads_nothing_private_and_costs_nothing(
     assert not (run / "privacy").exists()
     assert not (run / "private").exists()
     assert len(result["tried"]) == 4
-    listed = settings_for(config.build("probe", PROBE), PROBE["dims"])
+    listed = settings_for(schema.build("probe", PROBE), PROBE["dims"])
     assert result["tried"][0]["steps"] == PROBE["steps"]
     assert len(listed) == len(set(listed)) == 30
     probed = probe_as_tuned(run, data)
@@ -133,12 +135,12 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
     """Same features, no noise: the head that ``simulate`` makes is the head that the probe releases."""
     run = copy(public_run)
     run_probe(run, data, epsilon=math.inf, lr=3.0)
-    from dprandp.stages import probe
+    from dprandp import probe
 
     features = torch.from_numpy(np.load(run / "private/features.npy"))
     labels = torch.from_numpy(datasets.open_dataset(data, run.parent).train().labels)
     simulated = tune_public.simulate(
-        features, labels, CLASSES, PROBE["steps"], config.ProbeConfig.clip_norm, math.inf, TRAIN,
+        features, labels, CLASSES, PROBE["steps"], schema.ProbeConfig.clip_norm, math.inf, TRAIN,
         HeadSettings(3.0, 0.9, "average"), torch.Generator(),
     )  # fmt: skip
     with context(run) as given:
@@ -213,7 +215,7 @@ def test_every_private_look_of_a_trial_goes_through_it(
         seen.append(("score", len(right), trial.steps))
         return score(trial, right)
 
-    monkeypatch.setattr("dprandp.stages.tune_private.clipped_softmax_sum", recorded_clip)
+    monkeypatch.setattr("dprandp.tune.private.clipped_softmax_sum", recorded_clip)
     monkeypatch.setattr(Trial, "release", recorded_release)
     monkeypatch.setattr(Trial, "score", recorded_score)
     monkeypatch.setattr(PrivateStep, "release", None)
@@ -297,7 +299,7 @@ def test_private_tuning_with_a_seed_is_not_private(copy: Copy, public_run: Path,
 def test_the_steps_of_the_settings_cost_the_same(data: str) -> None:
     """What the theorem needs: every setting of the list is one and the same Gaussian mechanism."""
     mu = gaussian_dp_mu(1.0, 1e-5)
-    steps = {setting.steps for setting in settings_for(config.build("probe", PROBE), 32)}
+    steps = {setting.steps for setting in settings_for(schema.build("probe", PROBE), 32)}
     assert len(steps) == 3
     costs = [compose([GaussianEvent(math.sqrt(t) / mu, 1.0, t)], 1e-5).upper for t in steps]
     assert costs == pytest.approx([1.0] * 3)
@@ -320,7 +322,7 @@ def test_settings_of_others_are_not_called_tuned(copy: Copy, public_run: Path, d
 @pytest.mark.parametrize("text", ["", "two\nlines", "x" * 501])
 def test_a_declaration_is_one_line(text: str) -> None:
     with pytest.raises(UsageError, match="tuned_on"):
-        config.build("probe", {"tuned_on": text})
+        schema.build("probe", {"tuned_on": text})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', json.dumps({"format": 1, "on": 3})])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_run import DEEP, PROBE, context, make_public, read_json, run_finetune, run_probe
 
-from dprandp import config
-from dprandp.datasets import open_dataset
-from dprandp.stages import tune
-from dprandp.stages.released_model import load_model
-from dprandp.stages.tune_settings import TuneConfig
+from dprandp import tune
+from dprandp.config import schema
+from dprandp.data import open_dataset
+from dprandp.release import load_model
+from dprandp.tune.settings import TuneConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) 
 def test_tuning_takes_axes_of_both_parts(copy, deep_run: Path, data: str) -> None:
     run = copy(deep_run)
     with context(run) as given:
-        made = tune.run(config.build("probe", PROBE | {"data": data}), TuneConfig(trials=6), given)
+        made = tune.run(schema.build("probe", PROBE | {"data": data}), TuneConfig(trials=6), given)
     tried = made["tried"]
     assert {setting["dims"] for setting in tried} <= {32, 16}
     assert len({setting["dims"] for setting in tried}) == 2

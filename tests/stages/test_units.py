@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny_run import TRAIN, Recorder, blobs, ledger_of, plans_of, read_json, run_finetune, run_probe, run_scratch
 
-from dprandp import report
+from dprandp.dpsgd import clipped_sums
+from dprandp.dpsgd import units as unit_rows
 from dprandp.errors import BudgetError, CheckpointError, InputError
 from dprandp.privacy import clipping
-from dprandp.rundir import RunDir
-from dprandp.stages import clipped_sums, unit_rows
+from dprandp.report import page as report
+from dprandp.runs.directory import RunDir
 
 Copy = Callable[[Path], Path]
 Patch = pytest.MonkeyPatch

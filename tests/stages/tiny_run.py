@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp import config, datasets
-from dprandp.console import Console
+from dprandp import continual, finetune, generate, pretrain, probe
+from dprandp import data as datasets
+from dprandp.config import schema
+from dprandp.dpsgd import clipped_sums
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.plan import PrivateStep
-from dprandp.privacy.sampling import PoissonSampler
-from dprandp.rundir import RunDir
-from dprandp.stages import clipped_sums, continual, finetune, generate, head, pretrain, probe
-from dprandp.stages.context import Context
+from dprandp.privacy.mechanism import PrivateStep
+from dprandp.privacy.randomness import PoissonSampler
+from dprandp.probe import head
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
 
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
 
@@ -69,29 +72,29 @@ def context(run: Path, **options: Any) -> Iterator[Context]:
 
 def make_public(run: Path, **changes: Any) -> None:
     with context(run) as given:
-        generate.run(config.build("generate", GENERATE), given)
-        pretrain.run(config.build("pretrain", PRETRAIN | changes), given)
+        generate.run(schema.build("generate", GENERATE), given)
+        pretrain.run(schema.build("pretrain", PRETRAIN | changes), given)
 
 
 def run_probe(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """The probe in this process; ``options`` go to the context, ``changes`` to the configuration."""
     with context(run, **(options or {})) as given:
-        return probe.run(config.build("probe", PROBE | {"data": data} | changes), given)
+        return probe.run(schema.build("probe", PROBE | {"data": data} | changes), given)
 
 
 def run_finetune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     with context(run, **(options or {})) as given:
-        return finetune.run(config.build("finetune", FINETUNE | {"data": data} | changes), given)
+        return finetune.run(schema.build("finetune", FINETUNE | {"data": data} | changes), given)
 
 
 def run_continue(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     with context(run, **(options or {})) as given:
-        return continual.run(config.build("continue", CONTINUE | {"data": data} | changes), given)
+        return continual.run(schema.build("continue", CONTINUE | {"data": data} | changes), given)
 
 
 def run_scratch(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     with context(run, **(options or {})) as given:
-        return finetune.run(config.build("finetune", SCRATCH | {"data": data} | changes), given)
+        return finetune.run(schema.build("finetune", SCRATCH | {"data": data} | changes), given)
 
 
 def ledger_of(run: Path) -> Ledger:

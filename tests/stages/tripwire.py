@@ -20,10 +20,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dprandp import datasets
-from dprandp.privacy.sampling import PoissonSampler
+from dprandp import data
+from dprandp.dpsgd import clipped_sums, units
+from dprandp.privacy.randomness import PoissonSampler
 from dprandp.privacy.selection import Trial
-from dprandp.stages import clipped_sums, head, tune_private, unit_rows
+from dprandp.probe import head
+from dprandp.tune import private
 
 EXAMPLES, BATCH = 117, 29
 """Sizes of the axes that are watched."""
@@ -100,8 +102,8 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def watch_numpy(split: datasets.Split) -> datasets.Split:
-    return datasets.Split(split.images.view(Watched), split.labels.view(Watched))
+def watch_numpy(split: data.Split) -> data.Split:
+    return data.Split(split.images.view(Watched), split.labels.view(Watched))
 
 
 def install(patch: pytest.MonkeyPatch) -> list[str]:
@@ -110,8 +112,8 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
     Returns:
         The charged sums, as they are made.
     """
-    train, softmax_sum, sum_of = datasets.Dataset.train, head.clipped_softmax_sum, clipped_sums.sum_of_clipped
-    sum_of_units, score = unit_rows.clipped_softmax_sum_of_units, Trial.score
+    train, softmax_sum, sum_of = data.Dataset.train, head.clipped_softmax_sum, clipped_sums.sum_of_clipped
+    sum_of_units, score = units.clipped_softmax_sum_of_units, Trial.score
     sums: list[str] = []
 
     def charged_sum(name: str, function):
@@ -129,16 +131,16 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(PoissonSampler, "draw", draw)
     patch.setattr(head, "clipped_softmax_sum", charged_sum("head", softmax_sum))
     patch.setattr(clipped_sums, "sum_of_clipped", charged_sum("all", sum_of))
-    patch.setattr(unit_rows, "clipped_softmax_sum_of_units", charged_sum("units", sum_of_units))
-    patch.setattr(tune_private, "clipped_softmax_sum", charged_sum("trial", softmax_sum))
+    patch.setattr(units, "clipped_softmax_sum_of_units", charged_sum("units", sum_of_units))
+    patch.setattr(private, "clipped_softmax_sum", charged_sum("trial", softmax_sum))
     patch.setattr(Trial, "score", charged_sum("score", score))  # a count of right answers, with noise
 
-    def watched_train(dataset: datasets.Dataset) -> datasets.Split:
+    def watched_train(dataset: data.Dataset) -> data.Split:
         with charged():  # the check of what is read may refuse it, and a rest is read through the whole
             split = train(dataset)
         return watch_numpy(split)
 
-    patch.setattr(datasets.Dataset, "train", watched_train)
+    patch.setattr(data.Dataset, "train", watched_train)
     return sums
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from dprandp.synth import colour_model, statistical, steerable
+from dprandp.synth import statistical, steerable
 from dprandp.synth.statistical import band_quantiles, impose_spectrum, match_ranks
 
 RESOLUTION = 32
@@ -220,10 +220,10 @@ def test_imposing_a_spectrum_twice_is_imposing_it_once() -> None:
 
 
 def test_colour_model_is_the_pca_of_its_reference() -> None:
-    model = colour_model.draw_colour_model(np.random.default_rng(0), 3, 16)
+    model = statistical.draw_colour_model(np.random.default_rng(0), 3, 16)
     random = np.random.default_rng(0)
     for index in range(3):
-        pixels = colour_model.draw_reference(random, 16).reshape(-1, 3)
+        pixels = statistical.draw_reference(random, 16).reshape(-1, 3)
         covariance = np.cov(pixels.T, bias=True)
         basis = model.basis[index].astype(float)
         np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-6)
@@ -236,10 +236,10 @@ def test_colour_model_is_the_pca_of_its_reference() -> None:
 
 
 def test_a_reference_has_few_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(colour_model, "NOISE", 0.0)
-    monkeypatch.setattr(colour_model, "LARGEST_BLUR", 1)
+    monkeypatch.setattr(statistical, "NOISE", 0.0)
+    monkeypatch.setattr(statistical, "LARGEST_BLUR", 1)
     random = np.random.default_rng(0)
-    references = [colour_model.draw_reference(random, 32).reshape(-1, 3) for _ in range(100)]
+    references = [statistical.draw_reference(random, 32).reshape(-1, 3) for _ in range(100)]
     counts = np.array([1 + (np.abs(np.diff(reference, axis=0)) > 1e-9).any(axis=1).sum() for reference in references])
     assert counts.min() >= 2  # of 3 colours, one may have drawn a proportion near 0
     assert counts.max() <= 22

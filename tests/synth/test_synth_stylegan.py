@@ -11,8 +11,16 @@ from scipy import stats
 from torch.nn import functional
 
 from dprandp.synth import stylegan, stylegan_draws
-from dprandp.synth.stylegan_draws import HIGHFREQ, ORIENTED, SPARSE, ConvDraws, ImageDraws, Network, Variant
-from dprandp.synth.wavelets import sign_wavelets
+from dprandp.synth.stylegan_draws import (
+    HIGHFREQ,
+    ORIENTED,
+    SPARSE,
+    ConvDraws,
+    ImageDraws,
+    Network,
+    Variant,
+    sign_wavelets,
+)
 
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 4.0
 FIR_2D = FIR[:, None] * FIR[None, :]

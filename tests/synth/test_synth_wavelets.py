@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dprandp.synth.wavelets import base_wavelets, sign_wavelets, wavelets
+from dprandp.synth.stylegan_draws import base_wavelets, sign_wavelets, wavelets
 
 
 def rotated_centre(image: np.ndarray, degrees: float) -> np.ndarray:

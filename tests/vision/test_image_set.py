@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.vision.image_set import ImageSet
-from dprandp.vision.images import WORKED_BYTES, colour_mode, random_crops
+from dprandp.vision.images import WORKED_BYTES, ImageSet, colour_mode, random_crops
 
 MODES = ("rgb", "both", "grey")
 SIZES = (5, 1, 8, 3)

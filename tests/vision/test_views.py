@@ -11,8 +11,16 @@ from torchvision.transforms import InterpolationMode
 
 from dprandp.errors import UsageError
 from dprandp.vision import views
-from dprandp.vision.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from dprandp.vision.views import ContrastiveViews, ViewChoices, keyed_uniforms, private_views
+from dprandp.vision.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    ContrastiveViews,
+    ViewChoices,
+    keyed_uniforms,
+    private_views,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dprandp.privacy.noise import SystemRandom
-from dprandp.privacy.plan import PrivateMechanism, PrivatePlan, PrivateStep
+from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
+from dprandp.privacy.randomness import SystemRandom
 
 Tensors = dict[str, torch.Tensor]
 

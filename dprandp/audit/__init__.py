@@ -1,0 +1,376 @@
+"""The audit of a run or of a bare plan: tries to contradict the claimed ε, and says what it could have seen.
+
+    audit/audit.json       every outcome; public
+    audit/audit.png        the lower bounds against the claims, and the controls
+    private/audit.json     raw numbers of the replay on private data, where that was asked for (``--with-data``)
+
+By default the records are synthetic images with random labels, so nothing private is read and everything may be
+published. With ``--with-data`` the replay also runs on the private records. Of that only *passed* or *failed* is
+published: that it passes is what the guarantee says of every data set, and so tells nothing about this one. That it
+fails may tell something about the data; keep it to yourself until the fault is mended.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dprandp import finetune, probe
+from dprandp.audit import continual
+from dprandp.audit.games import SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
+from dprandp.audit.loops import (
+    HeadRecords,
+    hardened,
+    made_up_images,
+    most_wrong,
+    records_for,
+    replay_finetune,
+    replay_head,
+)
+from dprandp.audit.records import IMAGES, Facts
+from dprandp.config.schema import FinetuneConfig, ProbeConfig
+from dprandp.continual import loop
+from dprandp.dpsgd.budget import default_delta, read_plan_file
+from dprandp.dpsgd.features import private_features, require_room
+from dprandp.dpsgd.stage import open_private_stage
+from dprandp.errors import AuditError, InputError
+from dprandp.models.classifier import Classifier
+from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
+from dprandp.privacy.auditing.replay import Check
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.mechanism import PrivatePlan, make_plan
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.files import atomic_path, atomic_write, to_json
+from dprandp.runs.ledger import ledger_file, open_run_ledger
+from dprandp.runs.results import ONE_IMAGE
+
+# -------------------------------------------------------------------------------------------------------- audit figure
+#
+# audit.png: what was claimed, what was shown, and which faults were seen.
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw an audit's result as a PNG file.
+
+    Args:
+        result: of ``audit.audit_run``.
+        path: the file.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mechanisms = result["mechanisms"]
+    faults = list(dict.fromkeys(control["name"] for found in mechanisms for control in found["controls"]))
+    figure = Figure(figsize=(11 if faults else 6, 2.2 + 0.7 * max(len(mechanisms), len(faults) / 2)),
+                    layout="constrained")  # fmt: skip
+    FigureCanvasAgg(figure)
+    left, *right = figure.subplots(1, 2 if faults else 1, squeeze=False)[0]
+    for place, found in enumerate(mechanisms):
+        left.barh(place, found["epsilon_claimed"], height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
+        left.barh(place - 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
+                  label="shown by two worlds")  # fmt: skip
+        left.barh(place + 0.17, found["one_run"]["epsilon_lower"], height=0.28, color="#d95f02",
+                  label="shown by one run")  # fmt: skip
+    left.set_yticks(range(len(mechanisms)), [found["name"] for found in mechanisms])
+    left.set_xlabel("ε")
+    left.set_title(f"{result['outcome']} (significance {result['significance']:g})", fontsize=10)
+    handles, labels = left.get_legend_handles_labels()
+    left.invert_yaxis()
+    figure.legend(handles[:3], labels[:3], fontsize=8, ncols=3, loc="outside lower left")
+    if right:
+        _controls(right[0], mechanisms, faults)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) -> None:
+    """One row a fault: its μ against the claim; hollow where only the replay saw it, a cross where nothing did."""
+    for found in mechanisms:
+        claimed = found["two_world"]["mu_claimed"]
+        for control in found["controls"]:
+            seen, place = control["by"], faults.index(control["name"])
+            shape = {"marker": "o" if seen else "x", "fillstyle": "full" if "two worlds" in seen else "none"}
+            axes.plot((control["mu_lower"] or 0) / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
+    axes.axvline(1, color="#1c2127", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yticks(range(len(faults)), faults)
+    axes.invert_yaxis()
+    axes.set_xlabel("μ shown by two worlds / μ claimed")
+    axes.set_xlim(left=0)
+    axes.set_title("faults: ● two worlds, ○ replay, × missed", fontsize=10)
+
+
+FOLDER = "audit"
+FINETUNE_STEPS = 2
+FINETUNE_BATCH = 8
+FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
+PRIVATE_RECORDS = 3
+"""Private records that are taken away, one at a time, in a replay on private data."""
+
+PUBLIC_DATA = "synthetic records with random labels; nothing private was read"
+PRIVATE_DATA = "synthetic records, and the run's private records: of those, passed or failed alone is published"
+
+
+def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
+    """Audit every finished mechanism of a run, and write ``audit/``.
+
+    Returns:
+        run, outcome, passed, significance, data, trials, canaries, seed, accounts (ledger against plan), mechanisms
+        (see ``try_mechanism``), seconds.
+
+    Raises:
+        InputError: no private stage is finished, or the run makes no claim.
+    """
+    started = time.perf_counter()
+    document, plans = _claims(context, settings.with_data)
+    spec = Facts(context)
+    parts = sum(units(settings) for _ in plans) + len(plans)
+    mechanisms, raw = [], {}
+    with context.console.progress(parts, "audit") as progress:
+        for name, plan in plans.items():
+            found = try_mechanism(plan, spec.features, spec.classes, settings, lambda: progress.advance(1))
+            found["attempt"] = document["stages"][name]["attempt"]
+            if name == finetune.STAGE:
+                found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
+                found["controls"] += controls
+            if name == loop.STAGE:
+                found["replay"]["continue"], controls = continual.on_made_up(plan, spec, settings, context)
+                found["controls"] += controls
+            if settings.with_data and "." not in name:
+                raw[name] = _on_private_data(name, plan, spec, context)
+                found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
+            found["replay"]["flagged"] = not _replays_pass(found["replay"])
+            mechanisms.append(found)
+            progress.advance(1)
+    if raw:
+        atomic_write(context.rundir.private_dir / "audit.json", to_json(raw, indent=1) + "\n")
+    result = _result(settings, mechanisms, _accounts(document, plans, context))
+    result |= {"run": str(context.rundir.path), "seconds": round(time.perf_counter() - started, 2)}
+    folder = context.rundir.path / FOLDER
+    folder.mkdir(exist_ok=True)
+    draw(result, folder / "audit.png")
+    atomic_write(folder / "audit.json", to_json(result, indent=1) + "\n")
+    return result
+
+
+def audit_plan(
+    epsilon: float,
+    delta: float | None,
+    sample_rate: float,
+    steps: int,
+    examples: int,
+    settings: AuditSettings,
+    console: Console,
+) -> dict[str, Any]:
+    """Audit the mechanism that a budget would get, without any run; writes nothing.
+
+    Returns:
+        As ``audit_run``, with run None.
+
+    Raises:
+        UsageError: a value out of its range. BudgetError: no noise is enough.
+    """
+    started = time.perf_counter()
+    if math.isinf(epsilon):
+        raise _no_claim("A plan with ε = inf")
+    plan = make_plan(
+        stage="plan", epsilon_total=epsilon, delta=delta or default_delta(examples), spend_epsilon=epsilon, spent=[],
+        examples=examples, sample_rate=sample_rate, steps=steps, clip_norm=1.0, warn=console.warn,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(settings.seed)
+    features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
+    with console.progress(units(settings), "audit") as progress:
+        found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1))
+    result = _result(settings, [found], [])
+    return result | {"run": None, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def line(result: dict[str, Any]) -> str:
+    """The result for people."""
+    shown = []
+    for found in result["mechanisms"]:
+        two, one = found["two_world"], found["one_run"]
+        caught = sum(control["flagged"] for control in found["controls"])
+        controls = f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run"
+        shown.append(
+            f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
+            f"replay {'FAILED' if found['replay']['flagged'] else 'exact'}, "
+            f"two worlds ε ≥ {two['epsilon_lower']:.3g} (n = {two['trials']}), "
+            f"one run ε ≥ {one['epsilon_lower']:.3g} (m = {one['canaries']}), {controls}"
+        )
+    return (
+        f"audit: {result['outcome']} (significance {result['significance']:g}). " + "; ".join(shown) + ". "
+        "A clean audit is no proof."
+    )
+
+
+def raise_unless_passed(result: dict[str, Any]) -> None:
+    """Turn a contradiction, or a control that was missed, into an error (exit code 1).
+
+    Raises:
+        AuditError: naming the mechanisms and tests.
+    """
+    if result["passed"]:
+        return
+    against = [
+        f"{found['name']}: {test.replace('_', ' ')}"
+        for found in result["mechanisms"]
+        for test in ("replay", "two_world", "one_run")
+        if found[test]["flagged"]
+    ] + [f"accounts: {entry['name']}" for entry in result["accounts"] if not entry["passed"]]
+    if against:
+        raise AuditError(
+            f"The audit contradicts the privacy claim ({'; '.join(against)}).",
+            fix="Do not release this model. Run the audit again: a sound mechanism is accused at most once in a "
+            f"thousand tests (significance {result['significance']:g}); if it stays, the mechanism has a fault.",
+        )
+    missed = [
+        f"{found['name']}: {control['name']}"
+        for found in result["mechanisms"]
+        for control in found["controls"]
+        if not control["flagged"]
+    ]
+    raise AuditError(
+        f"The audit failed to flag a fault that it was shown ({'; '.join(missed)}), so its silence means nothing.",
+        fix="Give more --trials; if that does not help, the audit itself is broken.",
+    )
+
+
+def _result(
+    settings: AuditSettings, mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    tests = [found[test]["flagged"] for found in mechanisms for test in ("replay", "two_world", "one_run")]
+    contradicted = any(tests) or not all(entry["passed"] for entry in accounts)
+    blind = any(not control["flagged"] for found in mechanisms for control in found["controls"])
+    outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
+    return {
+        "format": 1,
+        "outcome": outcome,
+        "passed": not (contradicted or blind),
+        "significance": SIGNIFICANCE,
+        "data": PRIVATE_DATA if settings.with_data else PUBLIC_DATA,
+        "trials": settings.trials,
+        "canaries": settings.canaries,
+        "seed": settings.seed,
+        "accounts": accounts,
+        "mechanisms": mechanisms,
+    }
+
+
+def _no_claim(what: str) -> InputError:
+    problem = f"{what} is NOT PRIVATE: it claims nothing that an audit could contradict."
+    return InputError(problem, fix="Audit a run with a finite --eps and without --insecure-seed.")
+
+
+def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
+    """The run's plan file, and the plans of the stages that are finished."""
+    ledger = open_run_ledger(context.rundir)
+    done = {row["stage"] for row in context.rundir.status() if row["result"]}
+    document = read_plan_file(context.rundir)
+    entries = (document or {"stages": {}})["stages"]
+    plans = {
+        name: PrivatePlan.from_dict(entry["plan"]) for name, entry in entries.items() if name.split(".")[0] in done
+    }
+    if not plans:
+        raise InputError(
+            f"{context.rundir.path} has no finished private stage, so there is nothing to audit.",
+            fix=f"Run: dprandp probe --run {context.rundir.path}",
+        )
+    if ledger is None or not ledger.private or any(plan.noise_multiplier == 0 for plan in plans.values()):
+        raise _no_claim(f"The run {context.rundir.path}")
+    if any(plan.noise == "discrete" for plan in plans.values()):
+        raise InputError(
+            f"{context.rundir.path} used discrete noise, and the audit replays Gaussian noise alone.",
+            fix="Audit a run with --noise gaussian.",
+        )
+    if with_data and document["unit"] != ONE_IMAGE:
+        problem = f"One unit of these data is {document['unit']}, and the replay on private data leaves out one image."
+        raise InputError(problem, fix="Audit without --with-data.")
+    return document, plans
+
+
+def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: Context) -> list[dict[str, Any]]:
+    """What the ledger holds, against the plans and the budget."""
+    ledger = Ledger.open(ledger_file(context.rundir), read_only=True)
+    found = []
+    for name, plan in plans.items():
+        attempt = document["stages"][name]["attempt"]
+        mine = [charge for charge in ledger.charges if (charge.stage, charge.attempt) == (name, attempt)]
+        planned = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
+        as_planned = all((c.noise_multiplier, c.sample_rate, c.clip_norm) == planned for c in mine)
+        count = sum(charge.steps for charge in mine)
+        good = bool(mine) and as_planned and count <= plan.steps and plan.examples == ledger.examples
+        found.append({"name": f"{name}: the ledger holds the steps of the plan", "passed": good})
+    spent = ledger.spent(document["delta"]).upper
+    found.append({"name": "the ledger stays within the budget", "passed": spent <= document["epsilon"]})
+    return found
+
+
+def _replays_pass(replay: dict[str, Any]) -> bool:
+    checks = replay["head"] + replay.get("finetune", []) + replay.get("continue", [])
+    return passed(checks) and replay.get("private_data", "passed") == "passed"
+
+
+def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
+    """The run's configuration, learning rate and factor of the extractor."""
+    row = next(row for row in context.rundir.status() if row["stage"] == finetune.STAGE)
+    return FinetuneConfig(**row["config"]), row["result"]["lr"], row["result"]["extractor_scale"]
+
+
+def _finetune_on_made_up(
+    plan: PrivatePlan, spec: Facts, settings: AuditSettings, context: Context
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
+    config, lr, scale = _finetune_settings(context)
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = records_for(plan, FINETUNE_BATCH)
+    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator)
+    hard = hardened(spec.model, generator)
+    watched = most_wrong(hard, split)
+
+    def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
+        return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)
+
+    checks = as_values(replayed(spec.model, FINETUNE_STEPS), "synthetic image")
+    checks += as_values(replayed(hard, FINETUNE_STEPS), "synthetic image, long gradient")
+    controls = []
+    if settings.controls and scale > 0:  # with a frozen extractor no gradient exceeds √2: there is little to clip
+        for control in FINETUNE_CONTROLS:
+            seen = not passed(as_values(replayed(hard, 1, control), ""))
+            name = f"{control.name}, in the fine-tune"
+            controls.append({"name": name, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None})
+    return checks, controls
+
+
+def _on_private_data(name: str, plan: PrivatePlan, spec: Facts, context: Context) -> list[dict[str, Any]]:
+    """Replays on the run's private records; every value of what is returned is private."""
+    row = next(row for row in context.rundir.status() if row["stage"] == name)
+    found, watched = [], [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
+    if name == finetune.STAGE:
+        config, lr, scale = _finetune_settings(context)
+        dataset = finetune.open_stage(config, context, write=False).dataset
+        for record in watched[:1]:
+            checks = replay_finetune(plan, config, spec.model, lr, scale, dataset, record, context, FINETUNE_STEPS)
+            found += as_values(checks, "private record")
+        return found
+    if name == loop.STAGE:
+        return continual.on_private_record(plan, spec, context, watched[0])
+    config = ProbeConfig(**row["config"])
+    stage = open_private_stage(name, config, context, write=False)
+    features, labels = private_features(
+        stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
+    )
+    require_room(2 * features.numel() * features.element_size(), "replaying on the private records")
+    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head))
+    for record in watched:
+        found += as_values(replay_head(plan, records.ending_with(record)), "private record")
+    return found

@@ -1,0 +1,1 @@
+"""Settings: ``schema`` declares and checks them, ``presets`` has sizes and recipes, ``toml`` reads and writes files."""

@@ -1,0 +1,183 @@
+"""The size dial: what tiny, small and paper mean for each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dprandp.errors import UsageError
+
+SIZES = ("tiny", "small", "paper")
+
+SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "generate": {}, "pretrain": {"feature_stages": "all"}, "continue": {}, "probe": {}, "finetune": {},
+    },
+    "small": {
+        "generate": {"count": 24_000},
+        "pretrain": {
+            "filters": 2400,
+            "layers": 2,
+            "second_filters": 3200,
+            "dictionary_patches": 400_000,
+            "feature_stages": "all",
+            "steps": 600,
+            "batch_size": 64,
+            "projection_hidden": 1024,
+        },
+        "continue": {"steps": 600, "instances": 2000},
+        "probe": {"dims": 4096, "statistics_images": 2000, "steps": 200},
+        "finetune": {},
+    },
+    # METHOD of Tang et al. 2023: 105,000 images, 200 epochs of batch 256, step schedule
+    "paper": {
+        "generate": {"count": 105_000, "resolution": 256},
+        "pretrain": {
+            "arch": "wrn-16-4",
+            "filters": 6400,
+            "layers": 2,
+            "second_filters": 6400,
+            "dictionary_patches": 1_000_000,
+            "steps": 82_000,
+            "batch_size": 256,
+            "schedule": "step",
+            "projection_hidden": 4096,
+            "checkpoint_every": 1000,
+        },
+        # Bu et al. 2024 train with B = 4096; steps and sizes are ours
+        "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
+        "probe": {"dims": 4096, "statistics_images": 4000, "steps": 100},
+        "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
+    },
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- published
+#
+# Published hyper-parameters as defaults: what ``--recipe`` stands for. They lie below a file's and flags' settings.
+#
+# De et al. 2022, "Unlocking High-Accuracy Differentially Private Image Classification through Scale", arXiv 2204.13650.
+# Their σ is not used: σ is always calibrated for the run's own N, ε and δ. Where ε lies between two of theirs the
+# number of steps is interpolated, linearly in log ε, and ``note`` says so; outside there is no recipe.
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of the table.
+
+    Attributes:
+        task: what it was tuned for. examples: N there.
+        batch_size: expected batch B. lr: learning rate. views: K.
+        steps: ε -> number of steps T.
+    """
+
+    task: str
+    examples: int
+    batch_size: int
+    lr: float
+    views: int
+    steps: Mapping[float, int]
+
+
+DE_2022: dict[tuple[str, str], Row] = {
+    ("wrn-16-4", "scratch"): Row(
+        "CIFAR-10 from scratch", 50_000, 4096, 2.0, 16, {1: 875, 2: 1125, 3: 1593, 4: 1687, 6: 1843, 8: 2500}
+    ),
+    ("wrn-40-4", "scratch"): Row(
+        "CIFAR-10 from scratch", 50_000, 16384, 4.0, 16, {1: 906, 2: 1156, 3: 1656, 4: 1765, 6: 2007, 8: 2000}
+    ),
+    ("wrn-28-10", "init"): Row(
+        "CIFAR-100 from public weights", 50_000, 16384, 1.0, 16, {1: 250, 2: 250, 4: 250, 8: 250}
+    ),
+    ("nf-resnet-50", "scratch"): Row("ImageNet from scratch", 1_281_167, 16384, 4.0, 4, {8: 71589}),
+}
+"""(architecture, source) -> its row."""
+
+COMMON = {"clipping": "rescaled", "clip_norm": 1.0, "optimizer": "sgd", "momentum": 0.0, "ema": 0.9999}
+NETWORK = {"pooling": "1"}
+WRN_ONLY = {"padding": "same", "layer_order": "relu-norm-conv"}
+
+
+def row_of(recipe: str, arch: str, source: str) -> Row:
+    """The row for an architecture.
+
+    Raises:
+        UsageError: there is none.
+    """
+    row = DE_2022.get((arch, source))
+    if row is None:
+        known = "; ".join(f"--from {there} --arch {name}" for name, there in DE_2022)
+        raise UsageError(
+            f"the recipe {recipe} has no hyper-parameters for {arch} from {source}",
+            fix=f"use one that it has ({known}), or drop --recipe",
+        )
+    return row
+
+
+def settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe sets.
+
+    Args:
+        values: what is known of the configuration so far; of these recipe, arch, source and epsilon matter.
+
+    Returns:
+        Settings of a fine-tune; empty without a recipe, or where a value is of a wrong type (which others refuse).
+
+    Raises:
+        UsageError: no such row, or an ε outside the table.
+    """
+    recipe, arch = values.get("recipe"), values.get("arch", "wrn-16-4")
+    source, epsilon = values.get("source", "probe"), values.get("epsilon", 1.0)
+    if recipe != "de2022" or source == "probe" or not isinstance(arch, str) or not isinstance(source, str):
+        return {}
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or (epsilon != math.inf and epsilon > 1e300):
+        return {}
+    row = row_of(recipe, arch, source)
+    network = NETWORK | (WRN_ONLY if arch.startswith("wrn-") else {})
+    chosen = {"batch_size": row.batch_size, "lr": row.lr, "views": row.views}
+    return COMMON | network | chosen | {"steps": steps_for(row, float(epsilon))}
+
+
+def steps_for(row: Row, epsilon: float) -> int:
+    """T for an ε: of the table, or between two of its entries; ε = ∞ takes the largest one's.
+
+    Raises:
+        UsageError: ε is below, above, or between nothing.
+    """
+    known = sorted(row.steps)
+    if epsilon == math.inf:
+        return row.steps[known[-1]]
+    if epsilon in row.steps:
+        return row.steps[int(epsilon)]
+    if not known[0] < epsilon < known[-1]:
+        listed = ", ".join(f"{each:g}" for each in known)
+        raise UsageError(
+            f"the recipe has hyper-parameters for ε = {listed}, and {epsilon:g} is not between them",
+            fix="give --steps, --batch-size, --lr and --views yourself, without --recipe",
+        )
+    low = max(each for each in known if each < epsilon)
+    high = min(each for each in known if each > epsilon)
+    part = math.log(epsilon / low) / math.log(high / low)
+    return round(row.steps[low] + part * (row.steps[high] - row.steps[low]))
+
+
+def note(recipe: str | None, arch: str, source: str, epsilon: float) -> str | None:
+    """What the recipe is for this ε, in words, for console and disclosure; None without one.
+
+    Raises:
+        As ``row_of`` and ``steps_for``.
+    """
+    if recipe is None:
+        return None
+    row = row_of(recipe, arch, source)
+    steps_for(row, epsilon)  # refuses an ε outside the table
+    said = f"{recipe} (De et al. 2022, {row.task}, N = {row.examples:,}, {arch})"
+    if epsilon not in row.steps:
+        known = sorted(row.steps)
+        if epsilon == math.inf:
+            return f"{said}; without privacy: the steps of ε = {known[-1]:g}"
+        low = max(each for each in known if each < epsilon)
+        high = min(each for each in known if each > epsilon)
+        return f"{said}; ε = {epsilon:g} is not in its table: steps interpolated between ε = {low:g} and {high:g}"
+    return said

@@ -1,0 +1,174 @@
+"""``continue``: the extractor goes on learning, from public images, then privately (Bu et al. 2024, arXiv 2402.18752).
+
+    step-NNNNNN.safetensors   parameters, average and optimizer, for resuming (removed when the stage is done)
+    extractor.safetensors     the continued extractor, which later stages of the run take in place of pretrain's
+    heads/                    the private and the public head
+    metrics.jsonl             public losses; norms of the noisy updates, functions of what is released anyway
+
+Public steps are AdamW on public images (``public.py``). Where they end is decided on public images alone
+(``switching.py``). How many private steps are left then decides σ, so the plan is fixed at the switch, before anything
+is paid (``loop.py``). With ``mix = 'public'`` no private image is learned from, and nothing is paid; they are
+read only to be known again, where a part of them is declared public, and to be refused, where a public set has as many
+images of their size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dprandp.config.schema import ContinueConfig, as_dict, fraction_of
+from dprandp.continual import switching
+from dprandp.continual.loop import DONE, HEADS, STAGE, Outcome, train
+from dprandp.continual.public import PublicTask, Training, make_task
+from dprandp.dpsgd import release
+from dprandp.dpsgd.stage import PrivateStage, name_private_stage, open_private_stage
+from dprandp.dpsgd.training_data import not_compared
+from dprandp.errors import UsageError
+from dprandp.models.classifier import Classifier
+from dprandp.models.whitening import PooledOnly
+from dprandp.pretrain import STAGE as PRETRAIN
+from dprandp.pretrain import load_extractor
+from dprandp.privacy.adaptive import Stage
+from dprandp.privacy.clipping import refuse_cross_example_layers
+from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.results import refuse_gaps
+from dprandp.runs.signals import graceful_stop
+from dprandp.runs.tuning import tuning_of
+from dprandp.vision.images import colour_of
+
+BATCH_PART = 0.08192
+"""Expected private batch as a part of N; De et al. 2022, Tang et al. 2023."""
+
+
+def run(config: ContinueConfig, context: Context) -> dict:
+    """Continue the run's extractor.
+
+    Returns:
+        stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
+        ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released,
+        mirror, tuned, tuned_on.
+
+    Raises:
+        InputError: no extractor yet, or unusable data. BudgetError: nothing is left (no private pixel was read).
+        UsageError: a patchnet, public data that are none, or settings that contradict each other.
+    """
+    context.rundir.require(PRETRAIN, STAGE)
+    config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
+    ignore = not_compared(config, context.rundir)
+    flags = {"resume": context.resume, "overwrite": context.overwrite, "ignore": ignore}
+    config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
+    stage = open_stage(config, context)
+    private, part = config.mix != "public", fraction_of(config.public) is not None
+    task = make_task(config, context, stage.spec)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from("generate", PRETRAIN) | {"public-images": _fingerprint(task)},
+        **flags,
+        private_inputs=stage.private_inputs() if private or part else None,
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    if part:
+        stage.keep_data()  # later stages are held to the data of which this one used a part
+    config = recorded(STAGE, begun.config)
+    started = time.perf_counter()
+    extractor, built_from = load_extractor(
+        context, colour_of(stage.spec.channels), PRETRAIN, precision=config.precision
+    )
+    model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
+    refuse_cross_example_layers(model)
+    training = Training(config, model, task)
+    with graceful_stop() as stop:
+        outcome = train(config, stage, training, stop, as_dict(built_from))
+    result: dict[str, Any] = {
+        "stage": STAGE,
+        "arch": built_from.arch,
+        "precision": config.precision,
+        "public_training": _public_training(config, training, outcome),
+    }
+    if private:
+        released = {name: training.average[name] for name in training.private_names}
+        model.load_state_dict(released, strict=False)
+        result |= {
+            **release.evaluate(model, stage, False, keep=False),
+            **stage.disclosure(outcome.updates),
+            "share": config.share,
+            "lr": config.lr,
+            "momentum": training.settings.beta,
+            "clipping": "automatic",
+            "optimizer": training.settings.in_words(),
+            "released": f"EMA, decay {config.ema}",
+            "mirror": False,
+            "tuned": tuning_of(context.rundir, stage.ledger, stage.plan.delta, {}),
+            "tuned_on": None,
+        }
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    outputs = [f"{DONE}.safetensors", f"{DONE}.json", f"{HEADS}/{HEADS}.safetensors"]
+    if private:
+        release.write_model(stage, model, result)
+        stage.finish(outputs, result)
+    else:
+        context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+    return result
+
+
+def open_stage(
+    config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[Stage] = ()
+) -> PrivateStage:
+    """Plan the most private steps that there may be, from public facts; with public steps alone, name the data only.
+
+    Raises:
+        As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
+    """
+    context.rundir.require(PRETRAIN, STAGE)
+    made = context.rundir.result(PRETRAIN)
+    for earlier in ("generate", PRETRAIN):
+        refuse_gaps(earlier, context.rundir.result(earlier))
+    if made["arch"] == "patchnet":
+        raise UsageError(
+            "a patchnet is a dictionary, which does not go on learning by gradients",
+            fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",
+        )
+    if config.mix == "public":
+        return name_private_stage(STAGE, config, context, fetch=False)[0]
+    return open_private_stage(
+        STAGE,
+        config,
+        context,
+        steps=switching.most_private_steps(config),
+        batch_part=BATCH_PART,
+        budget_part=config.share,
+        write=write,
+        planned=planned,
+    )
+
+
+def _public_training(config: ContinueConfig, training: Training, outcome: Outcome) -> dict[str, Any]:
+    """What is said of the public part.
+
+    Returns:
+        images (in words), examples, steps (that were public alone), mix, switch (in words), head (whether the public
+        classes are the private ones), loss (of held-out public images at the last look; None where there was none).
+    """
+    task, looks = training.task, training.looks
+    return {
+        "images": task.title,
+        "examples": task.examples,
+        "steps": outcome.switch,
+        "mix": config.mix,
+        "switch": outcome.why,
+        "head": "one for public and private images" if task.shared else "its own",
+        "loss": looks[-1].loss if looks else None,
+    }
+
+
+def _fingerprint(task: PublicTask) -> str:
+    """Hash of public images and labels, by which a resumed stage notices others; public."""
+    digest = hashlib.sha256(f"{tuple(task.images.shape)} {task.classes}".encode())
+    for tensor in (task.images, task.labels, *task.held_out):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,311 @@
+"""The state of ``continue``, and what its public images do to it: gradients, looks, and the moment of the switch.
+
+Nothing in this file sees a private image. What private steps have made of the parameters is released anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from dprandp.config.schema import SYNTHETIC, ContinueConfig, fraction_of, same_data_name
+from dprandp.continual.loss_terms import LossTerms, loss_terms
+from dprandp.continual.switching import Look
+from dprandp.data import DataSpec, open_dataset, public_part
+from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
+from dprandp.dpsgd.training_data import use_as_public
+from dprandp.errors import UsageError
+from dprandp.generate import load_images
+from dprandp.models.classifier import Classifier
+from dprandp.models.optimizers import restore
+from dprandp.models.precision import autocast
+from dprandp.runs.context import Context
+from dprandp.vision.images import INPUT_SIZE, as_declared, to_input
+from dprandp.vision.views import ContrastiveViews, private_views
+
+# -------------------------------------------------------------------------------------------------------- public tasks
+#
+# What ``continue`` learns from public images: a classification task, with images held out to see how it goes.
+#
+# * *Labelled* public data (a declared part of the training split, or another data set): their own classes. Where these
+#   are the private classes, private and public steps share one head.
+# * *Synthetic* images: each of some hundred images is a class of its own, and random views of it have to be recognised
+#   (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). A loss of one view at a time, so that its gradients'
+#   covariance and its Hessian are those that the theory of the switch speaks of.
+#
+# Everything drawn is a function of (seed, step). Nothing here touches private images, but to refuse them: a public set
+# that declares as many images of the same size as the private one is compared with it.
+
+HELD_OUT = 0.2
+"""Part of labelled public images by which the switch is decided, never trained on; 20 % as in many a split."""
+MOST_HELD_OUT = 512
+
+OWN_CLASSES, OTHER_CLASSES = "the private classes", "classes of its own"
+
+
+@dataclass(frozen=True)
+class PublicTask:
+    """Images, labels and how views are drawn.
+
+    Attributes:
+        title: what the images are, in words.
+        images: uint8 [n, 3, R, R]; R = 32, or larger for synthetic images.
+        labels: int64 [n].
+        classes: how many.
+        shared: whether the classes are the private ones, in the same order.
+        held_out: (uint8 [v, 3, 32, 32], int64 [v]).
+        flip: whether a mirrored image keeps its label.
+        spec: of the private data, as declared; synthetic images go through the same bottleneck.
+        synthetic: whether the images are those of a random process.
+        seed: public.
+    """
+
+    title: str
+    images: Tensor
+    labels: Tensor
+    classes: int
+    shared: bool
+    held_out: tuple[Tensor, Tensor]
+    flip: bool
+    spec: DataSpec
+    synthetic: bool
+    seed: int
+
+    @property
+    def examples(self) -> int:
+        """Public images that are trained on."""
+        return len(self.images)
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Views of a random batch and their labels: uint8 [size, 3, 32, 32], int64 [size]; with replacement."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step * 7_919 + 31) % 2**63)
+        chosen = torch.randint(len(self.images), (size,), generator=generator)
+        return self._views(self.images[chosen], generator), self.labels[chosen]
+
+    def _views(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if self.synthetic:
+            return _synthetic_views(images, self.spec, self.flip, generator)
+        return private_views(images, 1, generator, flip=self.flip, augment_single=True)[:, 0]
+
+
+def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
+    """The task that a configuration names.
+
+    Args:
+        config: public, data, instances, seed.
+        context: data root; the run's images for ``synth``.
+        spec: the private data's declared facts, of the private part where a fraction is declared public.
+
+    Raises:
+        UsageError: the name of public data that is none, or private data that are declared public whole.
+        InputError: files are missing or unusable.
+    """
+    if config.public == SYNTHETIC:
+        return _synthetic(config, context, spec)
+    fraction = fraction_of(config.public)
+    if fraction is None and same_data_name(config.public, config.data):
+        raise _private_and_public(config)
+    name = config.data if fraction is not None else config.public
+    classes = config.classes if fraction is not None else None
+    dataset = open_dataset(name, context.data_dir, download=context.download, num_classes=classes)
+    if fraction is None:
+        facts = {"download": context.download, "num_classes": config.classes, "unit_column": config.unit_column}
+        if dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
+            raise _private_and_public(config)
+        use_as_public(context.rundir, dataset)
+    split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
+    title = (
+        f"{len(split.labels)} images of {dataset.spec.name}, declared public by whoever ran it"
+        if fraction is None
+        else f"{len(split.labels)} training images of {dataset.spec.name}, a random part by a public seed, declared "
+        "public by whoever ran it"
+    )
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(config.seed))
+    held = min(MOST_HELD_OUT, max(1, int(HELD_OUT * len(order))))
+    if held >= len(order):
+        raise UsageError(f"{title}: too few to hold some out", fix="declare more images public")
+    images, labels = to_input(split.images)[order], torch.from_numpy(split.labels)[order]
+    return PublicTask(
+        title=title,
+        images=images[held:],
+        labels=labels[held:],
+        classes=len(dataset.spec.classes),
+        shared=dataset.spec.classes == spec.classes,
+        held_out=(images[:held], labels[:held]),
+        flip=dataset.spec.flip_ok,
+        spec=spec,
+        synthetic=False,
+        seed=config.seed,
+    )
+
+
+def _private_and_public(config: ContinueConfig) -> UsageError:
+    return UsageError(
+        f"{config.data} is private here and public there"
+        + ("" if config.data == config.public else f", under the name {config.public}"),
+        fix="declare a part of it public: --public fraction:0.1",
+    )
+
+
+def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
+    images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), config.instances))
+    images = images.permute(0, 3, 1, 2).contiguous()
+    labels = torch.arange(len(images))
+    if len(images) < 2:
+        raise UsageError("one image cannot be told apart from others", fix="make more images, or give more instances")
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    held = torch.arange(min(len(images), MOST_HELD_OUT))
+    return PublicTask(
+        title=f"{len(images)} synthetic images of this run, to be told apart",
+        images=images,
+        labels=labels,
+        classes=len(images),
+        shared=False,
+        held_out=(_synthetic_views(images[held], spec, spec.flip_ok, generator), labels[held]),
+        flip=spec.flip_ok,
+        spec=spec,
+        synthetic=True,
+        seed=config.seed,
+    )
+
+
+def _synthetic_views(images: Tensor, spec: DataSpec, flip: bool, generator: torch.Generator) -> Tensor:
+    """One view each, with the declared channels and size of the private data: uint8 [b, 3, 32, 32]."""
+    views = ContrastiveViews(INPUT_SIZE, flip=0.5 if flip else 0.0)
+    seen = views.apply(images, views.draw(images, generator))
+    pixels = (seen * 255).round_().to(torch.uint8)
+    return as_declared(pixels, channels=spec.channels, height=spec.height, width=spec.width)
+
+
+PUBLIC_HEAD = "public_head"
+TERM_EXAMPLES = 32
+"""Public examples that loss terms are estimated on."""
+TERM_PROBES = 4
+HELD_OUT_BATCH = 256
+
+
+class Training:
+    """Parameters, their moving average, and Adam; public and private steps change them in turn.
+
+    Args:
+        config: learning rates, decays, seed.
+        model: extractor and private head, on the device that computes.
+        task: the public images.
+
+    Attributes:
+        parameters: name -> float32: ``extractor.*``, ``head``, and ``public_head`` where the task has other classes.
+        average: name -> float32, the moving average since the switch.
+        optimizer: AdamW; its state is kept over the switch, but for the first moment.
+        looks: at the public images, so far.
+    """
+
+    def __init__(self, config: ContinueConfig, model: Classifier, task: PublicTask) -> None:
+        self.config, self.model, self.task = config, model, task
+        self.device = model.head.device
+        self.parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+        if not task.shared:
+            self.parameters[PUBLIC_HEAD] = model.head.new_zeros(len(model.head), task.classes).detach()
+        self.average = {name: value.clone() for name, value in self.parameters.items()}
+        self.settings = OptimizerSettings("adam", weight_decay=config.weight_decay)
+        self.optimizer = Optimizer(self.settings, self.parameters)
+        self.looks: list[Look] = []
+
+    @property
+    def public_head(self) -> str:
+        """The name of the head that public images are scored by."""
+        return "head" if self.task.shared else PUBLIC_HEAD
+
+    @property
+    def public_names(self) -> list[str]:
+        """The parameters that public gradients are of."""
+        return [name for name in self.parameters if name != "head" or self.task.shared]
+
+    @property
+    def private_names(self) -> list[str]:
+        """The parameters that private gradients are of."""
+        return [name for name in self.parameters if name != PUBLIC_HEAD]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on but the looks: the tensors that steps change, by name."""
+        tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        return tensors | self.optimizer.state
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned; tensors are checked by the caller."""
+        restore(self.state(), tensors)
+
+    def loss_of_each(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of public views, one by one.
+
+        Args:
+            parameters: those of ``public_names``.
+            images: uint8 [n, 3, 32, 32]. labels: int64 [n].
+
+        Returns:
+            float32 [n].
+        """
+        prefix = "extractor."
+        own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+        extractor = self.model.extractor
+        with autocast(extractor, self.device):
+            features = functional_call(extractor, own, (extractor.normalise(images),))
+        scores = self.model.whitener(features.float()) @ parameters[self.public_head]
+        return functional.cross_entropy(scores, labels, reduction="none")
+
+    def public_gradient(self, step: int) -> dict[str, Tensor]:
+        """The mean gradient of a batch of public views, drawn by (seed, step)."""
+        images, labels = self._on_device(*self.task.batch(step, self.config.public_batch_size))
+        leaves = {name: self.parameters[name].detach().requires_grad_() for name in self.public_names}
+        loss = self.loss_of_each(leaves, images, labels).mean()
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+    def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        """One step of AdamW on some of the parameters; every gradient is of public images, or has its noise."""
+        self.optimizer.step(gradients, lr)
+
+    def switch(self) -> None:
+        """What changes where private steps begin: the first moment is forgotten, the second and the step count stay
+        (Bu et al. 2024); the average starts here."""
+        self.optimizer.reset_first_moment()
+        for name, value in self.average.items():
+            value.copy_(self.parameters[name])
+
+    def average_in(self, private_step: int) -> None:
+        """Take the parameters into the average, after private step ``private_step`` (from 0)."""
+        decay = min(self.config.ema, (1 + private_step) / (10 + private_step))
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name], 1 - decay)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss of the public images that are not trained on."""
+        images, labels = self.task.held_out
+        own = {name: self.parameters[name] for name in self.public_names}
+        total = 0.0
+        for start in range(0, len(labels), HELD_OUT_BATCH):
+            rows = slice(start, start + HELD_OUT_BATCH)
+            total += float(self.loss_of_each(own, *self._on_device(images[rows], labels[rows])).double().sum())
+        return total / len(labels)
+
+    def terms(self, step: int, noise_multiplier: float, batch: float) -> LossTerms:
+        """The loss terms of a private step from here, estimated on public views; see ``loss_terms.py``."""
+        images, labels = self._on_device(*self.task.batch(-1 - step, TERM_EXAMPLES))
+        return loss_terms(
+            self.loss_of_each,
+            {name: self.parameters[name] for name in self.public_names},
+            images,
+            labels,
+            noise_multiplier=noise_multiplier,
+            batch=batch,
+            probes=TERM_PROBES,
+            generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + step),
+        )
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(self.device), labels.to(self.device)

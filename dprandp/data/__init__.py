@@ -1,0 +1,130 @@
+"""Any image set → a declared description, and uint8 arrays with labels when asked.
+
+>>> dataset = open_dataset("digits", Path("data"))
+>>> dataset.spec.train_examples, dataset.spec.image_shape
+(1440, (8, 8, 1))
+
+Naming a data set reads no pixel and no label; ``train()`` and ``test()`` do. Names: those of ``KNOWN``, ``folder:PATH``
+and ``npz:PATH``.
+
+The unit of privacy is one image, or, with a column that says which images belong together, one patient, say.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dprandp.data.base import SPLITS, Dataset, DataSpec, Split, check_split, public_part, without_public_part
+from dprandp.data.check import check_data
+from dprandp.data.decode import read_unlabelled, skipped_text
+from dprandp.data.folder import open_folder
+from dprandp.data.known import BUILTIN, MEDICAL, KnownSet, refuse_unsupported
+from dprandp.data.npz import open_npz
+from dprandp.data.units import EACH_IMAGE
+from dprandp.errors import InputError, UsageError, nearest
+
+__all__ = [
+    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
+    "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+]  # fmt: skip
+
+#: Name → data set, for everything but ``folder:`` and ``npz:``.
+KNOWN: dict[str, KnownSet] = {**BUILTIN, **MEDICAL}
+
+
+def open_dataset(
+    name: str,
+    data_dir: Path,
+    *,
+    download: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    flip_ok: bool | None = None,
+    unit_column: str | None = None,
+) -> Dataset:
+    """Name a data set. No pixel and no label is read, and for a known name no file is touched.
+
+    Args:
+        name: a key of ``KNOWN``, ``folder:PATH`` or ``npz:PATH`` (PATH is relative to the working directory).
+        data_dir: the data root, where known sets keep their files.
+        download: fetch a known set's files if they are missing; otherwise their absence is an error, in ``require``,
+            ``train`` and ``test``.
+        num_classes: for ``npz:`` alone, where the file does not declare its classes.
+        image_size: for ``folder:`` alone, side in pixels after resizing (default 32).
+        flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
+        unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
+
+    Raises:
+        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
+            (``download`` too, for ``npz:`` and ``folder:``).
+        InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
+    """
+    kind, colon, rest = name.partition(":")
+    own = bool(colon) and kind in ("npz", "folder")
+    for option, value, applies in (
+        ("num_classes", num_classes, own and kind == "npz"),
+        ("image_size", image_size, own and kind == "folder"),
+        ("flip_ok", flip_ok, own),
+        ("unit_column", None if unit_column == EACH_IMAGE else unit_column, own),
+    ):
+        if value is not None and not applies:
+            raise UsageError(f"{option} does not apply to the data set {name}", fix=f"leave {option} out: it is known")
+    if own:
+        if download:
+            raise UsageError(f"{name} is your own data: there is nothing to download", fix="leave --download out")
+        if not rest:
+            raise UsageError(f"{name} names no path", fix=f"write {kind}:PATH")
+        try:
+            path = Path(rest).expanduser()
+            if kind == "npz":
+                return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
+            return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
+        except RuntimeError as error:  # of expanduser
+            raise UsageError(f"{name} is in the home of nobody known here", fix="write the whole path") from error
+        except OSError as error:  # its file name may be that of a private example: the number alone is told
+            raise InputError(
+                f"the path of the {kind} data set cannot be read: {os.strerror(error.errno or errno.EIO)}",
+                fix="check the path and its permissions",
+                private_detail=str(error),
+            ) from error
+    refuse_unsupported(name)
+    if name not in KNOWN:
+        raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))
+    return KNOWN[name].open(Path(data_dir), download=download)
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """One line of ``dprandp datasets``.
+
+    Attributes:
+        name: for ``--data``.
+        title: the name people use.
+        train_examples: N.
+        classes: number of classes.
+        size: height×width×channels, such as ``"32×32×3"``.
+        available: whether its files are in the data root.
+        how_to_get: what to put into the data root.
+    """
+
+    name: str
+    title: str
+    train_examples: int
+    classes: int
+    size: str
+    available: bool
+    how_to_get: str
+
+
+def list_datasets(data_dir: Path) -> list[DatasetRow]:
+    """Every known set, in the order of ``KNOWN``; looks for files and opens none."""
+    rows = []
+    for name, known in KNOWN.items():
+        spec = known.spec()
+        size = "×".join(map(str, spec.image_shape))
+        here = not known.missing(Path(data_dir))
+        rows.append(DatasetRow(name, spec.title, spec.train_examples, len(spec.classes), size, here, known.put))
+    return rows

@@ -1,0 +1,346 @@
+"""What every data set looks like to the rest of the package: a declared description, and two splits of uint8 images.
+
+Two rules make the privacy boundary easy to see:
+
+* ``DataSpec`` never comes from a pixel or a label. It is a constant, a flag, an array *header* or a folder listing, so
+  a plan, a σ and a refusal can all be worked out before one private value is read.
+* An error about private data says *what kind* of thing is wrong, never which example, value or file. Those go to
+  ``private_detail``, which only ``--debug`` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dprandp.data.units import Units, unit_text
+from dprandp.errors import InputError, UsageError
+
+#: Splits every data set has. A third, official validation split (MedMNIST) stays unused: it is nobody's to tune on.
+SPLITS = ("train", "test")
+
+#: More classes than this is a mistake in the declaration, not a classifier.
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Public facts about a data set, known without reading a pixel or a label.
+
+    Attributes:
+        name: what ``--data`` was given.
+        title: the name people use.
+        classes: class names; label ``i`` means ``classes[i]``.
+        train_examples: N, the number of training examples. Treated as public, and said to be.
+        test_examples: number of test examples.
+        channels: 1 (grey) or 3 (RGB).
+        height: image height in pixels.
+        width: image width in pixels.
+        source: where it comes from, and its split where that is ours.
+        licence: the terms its authors state.
+        citation: whom to cite.
+        flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
+            carry meaning; also for sets nobody has declared.
+        unit_column: the column that says which images form one unit of privacy; None where each image is one.
+        unit_count: the number of those units; None where each image is one. Treated as public, and said to be.
+        published_delta: the δ at which results for this data set are published; None where there is no such custom.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    train_examples: int
+    test_examples: int
+    channels: int
+    height: int
+    width: int
+    source: str
+    licence: str
+    citation: str
+    flip_ok: bool
+    unit_column: str | None = None
+    unit_count: int | None = None
+    published_delta: float | None = None
+
+    @property
+    def unit(self) -> str:
+        """The unit of privacy in words."""
+        return unit_text(self.unit_column)
+
+    @property
+    def train_units(self) -> int:
+        """The number of units of privacy in the training split: the N of the accounting."""
+        return self.train_examples if self.unit_count is None else self.unit_count
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.height, self.width, self.channels
+
+    def examples(self, split: str) -> int:
+        """Declared number of examples of ``"train"`` or ``"test"``."""
+        return {"train": self.train_examples, "test": self.test_examples}[split]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split.
+
+    Attributes:
+        images: uint8 [N, H, W, C], 0–255, C-contiguous.
+        labels: int64 [N], 0 … classes-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+#: Reads one split: ``"train"`` or ``"test"`` → (images, labels) as they come, checked afterwards by ``check_split``.
+SplitReader = Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+
+class Dataset:
+    """A data set that has been named but not read.
+
+    Args:
+        spec: its declared facts.
+        read: reads one split.
+        require: raises InputError when a file that ``read`` needs is absent (or fetches it, where that was allowed).
+        units: which images form one unit of privacy; None where each image is one.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        read: SplitReader,
+        require: Callable[[], None] | None = None,
+        units: Units | None = None,
+    ) -> None:
+        self.spec = spec
+        self._units = units
+        self._read = read
+        self._require = require
+        self._train: Split | None = None
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.spec.name!r})"
+
+    def require(self) -> None:
+        """Make sure the files of *both* splits are there, without reading them.
+
+        Call it before any budget is spent: a test file that is missing should not be noticed after the training.
+
+        Raises:
+            InputError: which file to put where.
+            StorageError: a download was allowed and the disk refused it.
+        """
+        if self._require is not None:
+            self._require()
+
+    def train(self) -> Split:
+        """The private training split; read once, then kept in memory.
+
+        Raises:
+            InputError: a file is missing or damaged, or its arrays contradict ``spec``.
+        """
+        if self._train is None:
+            self.require()
+            self._train = check_split(self.spec, "train", *self._read("train"))
+        return self._train
+
+    def test(self) -> Split:
+        """The test split; read afresh at each call and never kept, so nothing can look at it by accident.
+
+        Raises:
+            InputError: as ``train``.
+        """
+        self.require()
+        return check_split(self.spec, "test", *self._read("test"))
+
+    def grouping(self) -> Units | None:
+        """Which training images form one unit of privacy (private); None where each image is one."""
+        return self._units
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
+
+        By it a run knows its data, whatever they are called. It is itself a function of private data (who has a guess
+        at the whole set can confirm it), so it belongs under ``private/``.
+        """
+        train = self.train()
+        digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
+        digest.update(np.ascontiguousarray(train.images).data)
+        digest.update(np.ascontiguousarray(train.labels, dtype="<i8").data)
+        if self._units is not None:
+            digest.update(np.ascontiguousarray(self._units.of_image, dtype="<i8").data)
+        return digest.hexdigest()
+
+    def image_fingerprint(self) -> str:
+        """SHA-256 (hex) of the training images alone, whatever their order, labels and units; as private as they."""
+        return images_fingerprint(self.train().images)
+
+    def same_images_as(self, other: Dataset) -> bool:
+        """Whether both training splits hold the same images. Reads them only where the declared facts allow it."""
+        ours, theirs = self.spec, other.spec
+        if (ours.train_examples, ours.image_shape) != (theirs.train_examples, theirs.image_shape):
+            return False
+        if ours.name != theirs.name and ":" not in ours.name + theirs.name:
+            return False  # two known sets
+        return self.image_fingerprint() == other.image_fingerprint()
+
+
+def image_digests(images: np.ndarray) -> list[bytes]:
+    """128 bits of each image that tell it from others; uint8 [N, ...]."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
+
+
+def images_fingerprint(images: np.ndarray) -> str:
+    """SHA-256 (hex) of images, uint8 [N, ...], in whatever order."""
+    digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
+    digest.update(b"".join(sorted(image_digests(images))))
+    return digest.hexdigest()
+
+
+def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    """Hold what was read against what was declared: shapes, types, and the range of the labels.
+
+    What is checked is whether every record is of the declared kind at all, an image with one of the declared labels.
+    The guarantee is about data sets of such records, so a file with anything else in it is refused, and the message
+    says no more than that. How the records are distributed is not checked: whether a class has any examples is decided
+    by single records, the mechanism does not need to know it, and a refusal would tell it outside ε. The owner of the
+    data can ask for it (``check_data``).
+
+    Args:
+        spec: the declared facts.
+        split: ``"train"`` or ``"test"``.
+        images: uint8 [N, H, W, C] or, when ``spec.channels`` is 1, [N, H, W].
+        labels: integer [N] or [N, 1].
+
+    Raises:
+        InputError: wrong dtype, shape or count; a label outside the declared classes.
+    """
+    if images.ndim == 3:
+        images = images[..., None]
+    expected = (spec.examples(split), *spec.image_shape)
+    if images.dtype != np.uint8 or images.shape != expected:
+        raise InputError(
+            f"the {split} images of {spec.name} are {images.dtype} {list(images.shape)}, not uint8 {list(expected)}",
+            fix="put the original file back; for a subset or a variant of your own use npz:PATH",
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != expected[:1]:
+        raise InputError(
+            f"the {split} labels of {spec.name} are {labels.dtype} {list(labels.shape)}, not integers [{expected[0]}]",
+            fix="give one integer class index per image, in the images' order",
+        )
+    known = len(spec.classes)
+    outside = (labels < 0) | (labels >= known)  # before the cast: a uint64 label could wrap around to a valid one
+    if outside.any():
+        first = int(outside.argmax())
+        raise InputError(
+            f"the {split} labels of {spec.name} hold values outside 0…{known - 1}",
+            fix=f"number the classes 0…{known - 1}, or declare the right number of classes",
+            private_detail=f"{int(outside.sum())} labels; the first at position {first} is {int(labels[first])}",
+        )
+    return Split(np.ascontiguousarray(images), labels.astype(np.int64))
+
+
+def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
+    """Refuse a class list that cannot be one.
+
+    Args:
+        classes: the declared names.
+        origin: what declared them, for the message.
+
+    Raises:
+        InputError: fewer than 2 or more than ``MAX_CLASSES`` names, a repeated, empty or unprintable name (they end up
+            in terminals, reports and file names).
+    """
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise InputError(
+            f"{origin} declares {len(classes)} classes; a classifier needs 2…{MAX_CLASSES}",
+            fix="declare every class once, also those that are rare",
+        )
+    if any(not name.strip() or not name.isprintable() for name in classes) or len(set(classes)) != len(classes):
+        raise InputError(
+            f"{origin} has class names that are empty, repeated or not printable",
+            fix="give each class its own plain-text name",
+        )
+    return classes
+
+
+# ------------------------------------------------------------------------------------------------------------ fraction
+#
+# A random part of a training split that its owner declares public, and the rest, which stays private.
+#
+# Which images are which depends on a public seed, on the declared number of images and on nothing else. The rest is a
+# data set of its own: its N is smaller, its test split is the same, and the public part cannot be reached through it.
+
+_KEY = 0x7075626C6963  # "public": so that this permutation is nobody else's for the same seed
+
+
+def public_positions(examples: int, fraction: float, seed: int) -> np.ndarray:
+    """Positions of the public part, int64, ascending: ⌊fraction · examples + ½⌋ of them.
+
+    Raises:
+        UsageError: the part, or the rest, would be empty.
+    """
+    count = int(fraction * examples + 0.5)
+    if not 0 < count < examples:
+        raise UsageError(
+            f"fraction:{fraction:g} of {examples} training images is {count}",
+            fix="give a fraction that leaves images on either side",
+        )
+    return np.sort(np.random.default_rng([_KEY, seed]).permutation(examples)[:count])
+
+
+def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """The private rest. No pixel and no label is read.
+
+    Args:
+        dataset: named, not read; one image is its unit of privacy.
+        fraction: of the training images, in (0, 1).
+        seed: public.
+
+    Raises:
+        UsageError: units of several images, or nothing left on one side.
+    """
+    _refuse_units(dataset)
+    spec = dataset.spec
+    chosen = public_positions(spec.train_examples, fraction, seed)
+    kept = np.setdiff1d(np.arange(spec.train_examples), chosen)
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        if split == "test":
+            made = dataset.test()
+            return made.images, made.labels
+        whole = dataset.train()
+        return whole.images[kept], whole.labels[kept]
+
+    return Dataset(dataclasses.replace(spec, train_examples=len(kept)), read, dataset.require)
+
+
+def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:
+    """The images and labels that were declared public; arguments as for ``without_public_part``.
+
+    Raises:
+        UsageError: as there. InputError: unusable files.
+    """
+    _refuse_units(dataset)
+    chosen = public_positions(dataset.spec.train_examples, fraction, seed)
+    whole = dataset.train()
+    return Split(whole.images[chosen], whole.labels[chosen])
+
+
+def _refuse_units(dataset: Dataset) -> None:
+    if dataset.spec.unit_column is not None:
+        raise UsageError(
+            f"the unit of privacy of {dataset.spec.name} is {dataset.spec.unit}, and a random part of the images would "
+            "split units into a public and a private half",
+            fix="put the public units into a folder of their own and give --public folder:PATH",
+        )

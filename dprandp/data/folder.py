@@ -1,0 +1,227 @@
+"""``folder:PATH``: one sub-folder per class.
+
+Two layouts::
+
+    PATH/train/CLASS/*.png   PATH/test/CLASS/*.png        two folders
+    PATH/CLASS/*.png         PATH/test.txt                a declared split: test.txt lists the test files as CLASS/NAME
+
+``PATH/units.csv`` may say which images form one unit of privacy: a header ``file,unit`` and a line per image, with the
+file as in ``train/CLASS/NAME`` or ``CLASS/NAME``.
+
+The class list is the list of sub-folder names, which is thereby declared public; the number of files is the public N.
+File names, and which file has which content, are private. Litter (``decode.py``) is ignored at every level.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dprandp.data.base import SPLITS, Dataset, DataSpec, check_class_names
+from dprandp.data.decode import EXTENSIONS, is_litter, read_images
+from dprandp.data.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
+from dprandp.errors import InputError, UsageError
+
+DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 8, 512
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of one split with their classes, sorted by class name, then file name (code points, on every system)."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+
+def open_folder(
+    root: Path, *, image_size: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
+) -> Dataset:
+    """A data set from a folder of images; only the listing and the table of units are read.
+
+    Args:
+        root: the folder, in one of the two layouts above.
+        image_size: side in pixels that each image's centre square is resized to (default 32). Public: a flag, not
+            something found in the images.
+        flip_ok: whether mirroring keeps the label; unknown counts as no.
+        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. By default
+            ``unit`` where there is a ``units.csv``; ``image`` makes each image a unit all the same.
+
+    Raises:
+        InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
+        UsageError: ``image_size`` out of range.
+    """
+    size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
+    if not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
+        raise UsageError(
+            f"the image size is {size} pixels", fix=f"give a number from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}"
+        )
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}", fix="give the folder that holds train/ and test/")
+    try:
+        classes, listings = _read_listings(root)
+    except OSError as error:
+        raise InputError(
+            f"the folder {root} cannot be listed",
+            fix="check its permissions",
+            private_detail=f"{type(error).__name__}: {error}",
+        ) from error
+    units = _units(root, listings, unit_column)
+    spec = DataSpec(
+        name=f"folder:{root}",
+        title=root.resolve().name,
+        classes=classes,
+        train_examples=len(listings["train"].paths),
+        test_examples=len(listings["test"].paths),
+        channels=3,
+        height=size,
+        width=size,
+        source="a folder of the user's",
+        licence="not stated",
+        citation="not stated",
+        flip_ok=bool(flip_ok),
+        unit_column=units and units.column,
+        unit_count=units and units.count,
+    )
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        listing = listings[split]
+        images = read_images(listing.paths, size, f"the {split} images of {spec.name}")
+        return images, np.array(listing.labels, np.int64)
+
+    return Dataset(spec, read, units=units)
+
+
+def _units(root: Path, listings: dict[str, Listing], column: str | None) -> Units | None:
+    path = root / UNITS_FILE
+    if column == EACH_IMAGE or (column is None and not path.exists()):
+        return None
+    names = {split: [file.relative_to(root).as_posix() for file in listings[split].paths] for split in SPLITS}
+    return units_of_files(path, check_column_name(column or DEFAULT_COLUMN), names["train"], names["test"])
+
+
+def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    has_folders = (root / "train").is_dir() and (root / "test").is_dir()
+    has_list = (root / "test.txt").is_file()
+    if has_folders == has_list:
+        raise InputError(
+            f"{root} holds {'both train/ + test/ and' if has_list else 'neither train/ + test/ nor'} test.txt",
+            fix="use PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* and a list of test files, PATH/test.txt",
+        )
+    for entry in _entries(root):
+        _refuse_outside(root, entry)
+    if has_list:
+        classes = class_folders(root, root, ignore=("test.txt", UNITS_FILE))
+        return classes, _split_by_list(root, list_images(root, root, classes))
+    classes = class_folders(root, root / "train")
+    strange = set(class_folders(root, root / "test")) - set(classes)
+    if strange:
+        raise InputError(
+            f"{root}/test has {len(strange)} class folders that train/ has not",
+            fix="give test/ the same sub-folders as train/",
+            private_detail=f"only in test/: {sorted(strange)}",
+        )
+    listings = {split: list_images(root, root / split, classes) for split in SPLITS}
+    return classes, {split: _not_empty(root, split, listing) for split, listing in listings.items()}
+
+
+def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
+    try:
+        lines = (root / "test.txt").read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{root}/test.txt is not UTF-8 text", fix="save it as UTF-8") from error
+    wanted = {line.strip() for line in lines if line.strip()}
+    names = [path.relative_to(root).as_posix() for path in everything.paths]
+    unknown = wanted - set(names)
+    if unknown:
+        raise InputError(
+            f"{root}/test.txt lists {len(unknown)} files that do not exist",
+            fix="write one CLASS/FILE per line, relative to the folder",
+            private_detail=f"for example {min(unknown)!r}",
+        )
+    parts: dict[str, Listing] = {}
+    for split in SPLITS:
+        chosen = [i for i, name in enumerate(names) if (name in wanted) == (split == "test")]
+        part = Listing(tuple(everything.paths[i] for i in chosen), tuple(everything.labels[i] for i in chosen))
+        parts[split] = _not_empty(root, split, part)
+    return parts
+
+
+def _not_empty(root: Path, split: str, listing: Listing) -> Listing:
+    if not listing.paths:
+        raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
+    return listing
+
+
+def class_folders(root: Path, folder: Path, ignore: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the class sub-folders of ``folder``, sorted by code point.
+
+    Raises:
+        InputError: a file lies beside them, a sub-folder is a link out of ``root``, or the names cannot be classes.
+    """
+    names = []
+    for entry in _entries(folder):
+        if entry.name in ignore:
+            continue
+        _refuse_outside(root, entry)
+        if not entry.is_dir():
+            raise InputError(
+                f"{folder} holds files beside its class folders",
+                fix="put each image into the sub-folder of its class",
+                private_detail=entry.path,
+            )
+        names.append(entry.name)
+    return check_class_names(tuple(names), str(folder))
+
+
+def list_images(root: Path, folder: Path, classes: tuple[str, ...]) -> Listing:
+    """Every image file under ``folder``/CLASS for the given classes (a class may be absent here).
+
+    Raises:
+        InputError: something there is no regular file, has no image extension, is empty, or links out of ``root``.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        for entry in _entries(folder / name) if (folder / name).is_dir() else ():
+            _refuse_outside(root, entry)
+            problem = None
+            if not entry.is_file():
+                problem = "something that is no file (a folder inside a class folder?)"
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                problem = f"a file that is no image by its name (images: {' '.join(EXTENSIONS)})"
+            elif entry.stat().st_size == 0:
+                problem = "an image file of 0 bytes"
+            if problem:
+                raise InputError(
+                    f"{folder} holds {problem}",
+                    fix="remove or mend it; --debug names it (keep that output private)",
+                    private_detail=entry.path,
+                )
+            paths.append(Path(entry.path))
+            labels.append(label)
+    return Listing(tuple(paths), tuple(labels))
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What lies in a folder, without litter, sorted by code point."""
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if not is_litter(entry.name)]
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def _refuse_outside(root: Path, entry: os.DirEntry) -> None:
+    """A link may point elsewhere inside ``root``; one that leaves it could read any file of this machine."""
+    if entry.is_symlink():
+        try:
+            target = Path(entry.path).resolve(strict=True)
+        except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+            target = None
+        if target is None or not target.is_relative_to(root.resolve()):
+            raise InputError(
+                f"{root} holds a symbolic link that leaves the folder or leads nowhere",
+                fix="copy the file into the folder instead of linking to it",
+                private_detail=entry.path,
+            )

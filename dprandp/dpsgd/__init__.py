@@ -1,0 +1,1 @@
+"""The only room with private pixels: how a private stage is opened, what it reads, and how it learns."""

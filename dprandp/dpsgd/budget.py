@@ -1,0 +1,164 @@
+"""The run's privacy budget: fixed before the first look at the data, kept with the plans in ``privacy/plan.json``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dprandp.config.schema import same_data_name
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.privacy.accounting import advised_delta
+from dprandp.privacy.mechanism import PrivatePlan, validate_budget
+from dprandp.privacy.selection import SelectionPlan
+from dprandp.runs.directory import RunDir
+from dprandp.runs.files import from_json
+from dprandp.runs.ledger import open_run_ledger, plan_file
+
+ADJACENCY = "zero-out of one record"
+"""Neighbours are data sets in one of which a record's slot is empty: the record contributes nothing to any sum, while
+N, q and all other positions stay the same. A record is one unit of privacy: one image, or all images of one patient,
+say (``DataSpec.unit``)."""
+BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
+NO_PUBLIC_PART = "none"
+ROUNDING = 1e-9
+"""Of ε: what a stage may spend was computed from the budget, with the rounding of floats."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
+
+    A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
+    that is accounted here, so a changed one is refused. So is a changed choice of the training images that were
+    declared public (``public_part``): what was private once in a run stays private, and the other way round.
+    """
+
+    data: str
+    """The name under which they were given first."""
+    epsilon: float
+    delta: float
+    examples: int
+    unit: str
+    public_part: str = NO_PUBLIC_PART
+
+    def refuse_other(self, other: Budget) -> None:
+        """Raise if a command asks for another budget than the run has, as far as declared facts tell.
+
+        Names of data do not count: which data they are is told by their content (``training_data.py``), once the plan
+        is accepted.
+
+        Raises:
+            BudgetError: ε, δ or the unit of privacy differ. UsageError: N does.
+            InputError: N does, and the data lie where the run's data lay.
+        """
+        moved = not same_data_name(self.data, other.data)
+        if moved and self.examples != other.examples:
+            raise UsageError(
+                f"this run is about {self.data} with N = {self.examples}, not {other.data} with N = {other.examples}",
+                fix="give another --run for other data",
+            )
+        if self.unit != other.unit:
+            raise BudgetError(
+                f"this run's unit of privacy was fixed as {self.unit} before its first look at the data; {other.unit} "
+                "was asked for",
+                fix="give the same --unit-column, or start a new --run and add up what both release",
+            )
+        if self.public_part != other.public_part:
+            raise BudgetError(
+                f"of this run's training images, the public part was fixed as {self.public_part} before the first look "
+                f"at the private ones; {other.public_part} was asked for",
+                fix="give the same --public and --seed, or start a new --run and add up what both release",
+            )
+        if self.examples != other.examples:
+            raise InputError(
+                f"{other.data} has N = {other.examples} now, and had N = {self.examples} when this run began",
+                fix="put the data back as they were, or start a new --run for these",
+            )
+        if (self.epsilon, self.delta) != (other.epsilon, other.delta):
+            raise BudgetError(
+                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before its first look at the "
+                f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
+                fix="leave --eps and --delta out, or start a new --run and add up what both release",
+            )
+
+
+def budget_of(document: dict[str, Any]) -> Budget:
+    """The budget that a plan file holds."""
+    part = document.get("public_part", NO_PUBLIC_PART)
+    return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
+
+
+def default_delta(examples: int, published: float | None = None) -> float:
+    """δ where none was asked for.
+
+    Args:
+        examples: N ≥ 1.
+        published: the δ at which results for the data set are published, ``DataSpec.published_delta``.
+
+    Returns:
+        The published one, if it is below 1/N; else what is advised for N records, ``accounting.advised_delta``.
+    """
+    return published if published is not None and published < 1 / examples else advised_delta(examples)
+
+
+def read_budget(rundir: RunDir) -> dict[str, Any] | None:
+    """Budget and expense of a run, read-only; None before its first private stage.
+
+    Returns:
+        data, epsilon, delta, examples, spent (upper bound of ε), private.
+    """
+    ledger, document = open_run_ledger(rundir), read_plan_file(rundir)
+    if document is None or ledger is None:
+        return None
+    spent = ledger.spent(document["delta"]).upper
+    return {key: document[key] for key in BUDGET_KEYS} | {
+        "spent": spent,
+        "private": ledger.private and math.isfinite(document["epsilon"]),
+    }
+
+
+def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
+    """Budget and plans of a run; None before its first private stage.
+
+    Raises:
+        CheckpointError: the file is damaged. InputError: it is of another format.
+    """
+    path = plan_file(rundir)
+    if not path.exists():
+        return None
+    try:
+        document = from_json(path.read_bytes())
+        document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
+        if document["format"] != 1:
+            raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
+        _refuse_nonsense(document)
+        return document
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
+        raise CheckpointError(
+            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+        ) from error
+
+
+def _refuse_nonsense(document: dict[str, Any]) -> None:
+    """Raise (ValueError, KeyError, TypeError, UsageError, CheckpointError) for a plan file that was not written so."""
+    kinds = {"data": str, "epsilon": float, "delta": float, "examples": int, "unit": str, "stages": dict}
+    for key, kind in kinds.items():
+        if not isinstance(document[key], kind) or isinstance(document[key], bool):
+            raise TypeError(f"{key} has another type")
+    if not isinstance(document.get("public_part", NO_PUBLIC_PART), str):
+        raise TypeError("public_part has another type")
+    validate_budget(document["epsilon"], document["delta"], document["examples"])
+    for name, entry in document["stages"].items():
+        selection = "mu" in entry["plan"]
+        plan = (SelectionPlan if selection else PrivatePlan).from_dict(entry["plan"])
+        counts = plan.steps if selection else (plan.steps, plan.views)
+        whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.examples, *counts)
+        if any(type(value) is not int or value < 1 for value in whole):
+            raise TypeError(f"the plan of {name} counts in other than whole numbers")
+        if not isinstance(entry["started"], str | None):
+            raise TypeError(f"the plan of {name} has no time")
+        if (plan.stage, plan.examples, plan.delta) != (name, document["examples"], document["delta"]):
+            raise ValueError(f"the plan of {name} is of another budget")
+        if plan.epsilon_target > document["epsilon"] * (1 + ROUNDING):
+            raise ValueError(f"the plan of {name} would spend more than the budget")

@@ -1,0 +1,307 @@
+"""Sums of clipped gradients of every parameter over a Poisson batch, by one process or by several.
+
+K views of each image -> the mean of their gradients (and over all images of a unit, where units have several) -> clip
+-> sum. The extractor's parameters are trained as θ = s φ with a public factor s (``extractor_scale``): the gradient of
+φ is s times that of θ, so s decides how much of the joint clip norm and of the noise the extractor takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from dprandp.dpsgd import masks as masking
+from dprandp.dpsgd.masks import FrozenPrefix
+from dprandp.models.classifier import Classifier
+from dprandp.models.per_example.patchnet import patch_layers
+from dprandp.models.per_example.patchnet import per_example_gradients as patchnet_gradients
+from dprandp.models.per_example.wrn import WrnGradients, has_layer_gradients
+from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped, unit_means
+from dprandp.runs.parallel import Ranks
+from dprandp.vision.views import keyed_uniforms, private_views
+
+CLOSED_FORM_MICROBATCH = 16
+"""Examples whose gradients are in memory together: 16 x 1600 filters x (64 + 192) weights x 4 bytes = 26 MB."""
+
+GRADIENT_BYTES = 2**27
+"""Of the gradients of a WideResNet on a CPU that are in memory together: 12 records of wrn-16-4."""
+
+DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
+"""Most views, and records, of a network without a gradient of its own that an accelerator takes together: a patchnet of
+6,400 filters has some 25 GB of responses to 256 views."""
+
+SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
+"""Tasks of the other ranks."""
+
+MASK = "mask:"
+"""Before the names of the masks that go with the parameters."""
+
+EXTRACTOR = "extractor."
+"""Before the names of the parameters that are scaled."""
+
+GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
+"""(parameters, views, labels) -> microbatches of per-example gradients; each may overwrite the one before."""
+
+
+@dataclass(frozen=True)
+class SumSettings:
+    """What a sum depends on beside model and batch; public.
+
+    Attributes:
+        scale: the extractor's factor s; 0 freezes it.
+        views: K.
+        seed: public randomness of the views.
+        flip: mirror half of the views.
+        clip_norm: C.
+        automatic: automatic clipping, see ``privacy.clipping``.
+        precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
+        microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
+        frozen_first: units of the extractor before the first that is trained (``frozen_blocks``).
+    """
+
+    scale: float
+    views: int
+    seed: int
+    flip: bool
+    clip_norm: float
+    automatic: bool = False
+    precise: bool = False
+    microbatch: int | None = None
+    frozen_first: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one step: images, or units of several. Private.
+
+    Attributes:
+        images: uint8 [M, 3, 32, 32], those of one unit next to each other.
+        labels: int64 [M].
+        members: int64 [M], the images' positions in the data set, by which their views are drawn.
+        sizes: int64 [U], images of each unit; None where every image is a record.
+    """
+
+    images: Tensor
+    labels: Tensor
+    members: Tensor
+    sizes: Tensor | None = None
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return len(self.members if self.sizes is None else self.sizes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as ``Batch(**tensors)`` takes them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class ClippedSums:
+    """Sums of clipped gradients of one model.
+
+    Args:
+        model: on the device that computes; its parameters may be overwritten, and no longer ask for gradients (those
+            that are trained are handed in).
+        settings: public.
+    """
+
+    def __init__(self, model: Classifier, settings: SumSettings) -> None:
+        self.settings, self.device = settings, model.head.device
+        model.requires_grad_(False)
+        self._prefix = None
+        if settings.frozen_first:
+            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=settings.views == 1)
+        self._gradients = gradient_source(
+            model, settings.scale, self.device, settings.microbatch, settings.frozen_first
+        )
+
+    def of(
+        self,
+        parameters: Mapping[str, Tensor],
+        step: int,
+        batch: Batch,
+        masks: masking.Masks | None = None,
+    ) -> dict[str, Tensor]:
+        """The sum over one batch, or over one rank's share of it.
+
+        Args:
+            parameters: the trained ones by name, scaled.
+            step: number of the step, by which views are drawn.
+            batch: its records; may be empty.
+            masks: gradients are cut down to the chosen weights before they are clipped.
+
+        Returns:
+            name -> float64, shaped like the parameter; zeros for an empty batch, and where nothing was chosen.
+
+        Guarantee:
+            As ``privacy.clipping``: one record (an image with its K views, or a unit with its images) adds at most
+            ``clip_norm`` in L2, over all parameters jointly. A record's views depend on (seed, step, position) alone.
+        """
+        settings = self.settings
+        draws = keyed_uniforms(batch.members, step, settings.seed, settings.views)
+        views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
+        if self._prefix is not None:
+            views = self._prefix.outputs(views, batch.members)
+        labels = batch.labels.to(self.device)
+        gradients = self._gradients(parameters, views, labels)
+        if masks:
+            gradients = _masked(gradients, masks)
+        if batch.sizes is not None:
+            gradients = unit_means(gradients, batch.sizes.tolist())
+        if settings.precise:
+            gradients = ({name: value.double() for name, value in each.items()} for each in gradients)
+        return sum_of_clipped(gradients, parameters, settings.clip_norm, automatic=settings.automatic)
+
+    def over_ranks(
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, Tensor],
+        step: int,
+        shares: Sequence[Batch],
+        masks: masking.Masks | None = None,
+    ) -> dict[str, Tensor]:
+        """The sum over a batch whose records are shared out; the ranks know model and settings already.
+
+        Args:
+            ranks: this process leads them; the first share is its own.
+            parameters, step, masks: as for ``of``.
+            shares: one for each rank. Every record of the batch is in exactly one of them; they may be empty.
+
+        Returns:
+            As ``of`` over all shares; equal to it up to the rounding of float32 (of float64 where ``precise``).
+
+        Guarantee:
+            Sensitivity ``clip_norm``: each record's gradient is computed and clipped once, whole, by the one rank that
+            has it, and the shares' sums are added in float64. So the total is the sum over records that one process
+            would make, in another order. No rank adds noise, divides, or sees the total: what is returned goes into
+            one ``PrivateStep``, whose charge, draw and noise are the only ones of the step. A share longer than its
+            records allow (C each) is refused: a rank that did not clip, or that added noise of its own, stops the run.
+
+        Raises:
+            RankLostError, RankError: a rank did not answer; nothing of the step is released.
+            RuntimeError: a rank sent something that is no sum of clipped gradients.
+        """
+        named = {f"{MASK}{name}": mask for name, mask in (masks or {}).items()}
+        ranks.tell(PARAMETERS, {"step": step}, {**parameters, **named})
+        ranks.ask(SHARE, [({}, share.tensors()) for share in shares[1:]])
+        total = self.of(parameters, step, shares[0], masks)
+        for share, answer in zip(shares[1:], ranks.answers(), strict=True):
+            self._refuse_other_than_sums(answer, total, share.records)
+            for name, value in total.items():
+                value += answer[name].to(self.device)
+        return total
+
+    def _refuse_other_than_sums(self, answer: Mapping[str, Tensor], like: Mapping[str, Tensor], records: int) -> None:
+        fits = answer.keys() == like.keys() and all(
+            answer[name].shape == value.shape and answer[name].dtype == torch.float64 for name, value in like.items()
+        )
+        most = self.settings.clip_norm * records * (1 + 1e-6)
+        if not fits or not float(torch.stack([value.norm() for value in answer.values()]).norm()) <= most:
+            raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or no sum at all")
+
+
+def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Iterator[dict[str, Tensor]]:
+    for each in gradients:
+        masking.apply(masks, each)
+        yield each
+
+
+def shares_of(
+    ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: Callable | None
+) -> list[Batch]:
+    """Share out the records of a step: whole records, as evenly as possible.
+
+    Args:
+        ranks: how many shares.
+        records: int64 [b], the members of the batch; may be none.
+        images, labels: of the whole data set.
+        rows: records -> (positions of their images, images of each), ``UnitRows.images``; None where a record is one
+            image.
+    """
+    batches = []
+    for share in ranks.shares(len(records)):
+        members, sizes = (records[share], None) if rows is None else rows(records[share])
+        places = torch.from_numpy(members)
+        chosen = places.to(images.device)
+        sizes = None if sizes is None else torch.from_numpy(sizes)
+        batches.append(Batch(images[chosen], labels[chosen], places, sizes))
+    return batches
+
+
+def gradient_source(
+    model: Classifier, scale: float, device: torch.device, microbatch: int | None, first: int = 0
+) -> GradientSource:
+    """How per-example gradients are computed: (scaled parameters, views, labels) -> microbatches.
+
+    In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for everything
+    else. All give gradients with respect to the scaled parameters.
+
+    Args:
+        first: units of the extractor that are frozen before the first trained one; the views are then what these put
+            out, float32 [B, K, ...], else uint8 [B, K, 3, 32, 32].
+    """
+    if patch_layers(model.extractor) and device.type == "cpu":
+        together = microbatch or CLOSED_FORM_MICROBATCH
+
+        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+            return functools.partial(patchnet_gradients, model)
+
+    elif has_layer_gradients(model.extractor):
+        numbers = sum(value.numel() for value in model.parameters())
+        together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
+        layers_of = functools.cache(lambda names: WrnGradients(model, first=first, trained=names))
+
+        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+            layers = layers_of(frozenset(parameters))
+            layers.refresh()
+            return layers.of
+
+    else:
+        loss = loss_function(model, scale, device)
+
+        def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+            most = 1 if device.type == "cpu" else max(1, min(DEVICE_RECORDS, DEVICE_VIEWS // views.shape[1]))
+            return per_example_gradients(loss, parameters, views, labels, microbatch or most)
+
+        return automatic
+
+    def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+        model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
+        gradients_of = begun(parameters)
+        for start in range(0, len(views), together):
+            part = slice(start, start + together)
+            gradients = gradients_of(views[part], labels[part])
+            if scale != 1:
+                for name in parameters:
+                    if name.startswith(EXTRACTOR):
+                        gradients[name].mul_(scale)
+            yield {name: gradients[name] for name in parameters}
+
+    return source
+
+
+def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
+    """The loss of one example as ``privacy.clipping`` wants it.
+
+    Returns:
+        f(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views.
+    """
+
+    def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
+        parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
+        scores = functional_call(model, parameters, (model.extractor.normalise(views),))
+        return functional.cross_entropy(scores, label.expand(len(views)))
+
+    return loss
+
+
+def unscaled(name: str, value: Tensor, scale: float) -> Tensor:
+    """θ = s φ for the extractor's parameters, unchanged for the head."""
+    return value * scale if name.startswith(EXTRACTOR) else value

@@ -1,0 +1,440 @@
+"""Features of the private images: computed once, kept in ``private/``, never released.
+
+Each row is a function of one private image and of public things (extractor, whitener, seed of the views), so the rows
+are as private as the images, and one record still touches exactly one row. They are written block by block and read
+through a memory map (below): they need not fit in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import as_dict, build
+from dprandp.dpsgd.stage import PrivateStage
+from dprandp.errors import StorageError, UsageError
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import add_weights, build_extractor, extract
+from dprandp.models.precision import precision_of
+from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.privacy.clipping import check_labels
+from dprandp.runs.directory import available_memory, free_on_device
+from dprandp.runs.files import atomic_write, from_json, move_into_place, storage_errors, to_json
+from dprandp.runs.parallel import Ranks
+from dprandp.vision.images import to_input
+from dprandp.vision.views import keyed_uniforms, private_views
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+#
+# Features of many images, by one process or by several: each rank extracts its rows, rank 0 puts them in order.
+#
+# Rows are shared out in whole batches of the size that one process takes, so that every image is extracted beside the
+# same others: equal threads and processors give equal features, to the bit.
+
+MODEL, FEATURES = "model", "features"
+"""Tasks of the other ranks."""
+
+BATCH = 256
+ROUND = 16 * BATCH
+"""Rows that a rank is asked for at a time: 13 MB of pixels."""
+BLOCK_BYTES = 2**26
+"""Of features in memory before they go to the disk."""
+
+
+def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes: int) -> None:
+    """Give the other ranks a copy of extractor and whitener, with a head of zeros."""
+    axes = whitener.axes if isinstance(whitener, Whitener) else None
+    facts = {
+        "extractor": as_dict(extractor.built_from),
+        "whitener": axes,
+        "classes": classes,
+        "precision": precision_of(extractor),
+        "device": next(extractor.parameters()).device.type,
+    }
+    tensors = {f"extractor.{name}": value for name, value in extractor.state_dict().items()}
+    tensors |= {f"whitener.{name}": value for name, value in whitener.state_dict().items()}
+    ranks.tell(MODEL, facts, tensors)
+
+
+def told_model(facts: dict, tensors: dict[str, Tensor], device: torch.device) -> Classifier:
+    """The model that ``tell_model`` described, on this rank's device."""
+    extractor = build_extractor(build("pretrain", facts["extractor"]))
+    extractor.precision = facts["precision"]
+    width, axes = extractor.feature_dim, facts["whitener"]
+    whitener = PooledOnly(width) if axes is None else Whitener(width, axes, extractor.parts)
+    model = Classifier(extractor, whitener, facts["classes"])
+    model.load_state_dict(tensors | {"head": model.head.detach()})
+    return model.to(device).eval()
+
+
+def extract_by_ranks(
+    ranks: Ranks,
+    extractor: nn.Module,
+    images: Tensor,
+    whitener: nn.Module | None,
+    mirror: bool,
+    on_batch: Callable[[int], None],
+) -> Tensor:
+    """``extract``, its rows shared out.
+
+    Args:
+        ranks: this process leads them.
+        extractor: on the device that computes; the other ranks use devices of the same kind.
+        images: uint8 [N, 3, 32, 32].
+        whitener: applied to the features; None for none.
+        mirror, on_batch: see ``extract``.
+
+    Returns:
+        float32 [N, ...] on the CPU, row i the features of image i.
+    """
+    if ranks.size == 1 or len(images) == 0:
+        return share_of_features(extractor, images, whitener, mirror, on_batch)
+    out: Tensor | None = None
+    done = 0
+    for part in features_of_blocks(
+        ranks, extractor, images.split(ROUND * ranks.size), whitener, mirror, on_batch
+    ):
+        out = torch.empty(len(images), *part.shape[1:]) if out is None else out
+        out[done : done + len(part)] = part
+        done += len(part)
+    return out
+
+
+def features_of_blocks(
+    ranks: Ranks,
+    extractor: nn.Module,
+    blocks: Iterable[Tensor],
+    whitener: nn.Module | None,
+    mirror: bool,
+    on_batch: Callable[[int], None],
+) -> Iterator[Tensor]:
+    """``extract_by_ranks`` of each block of images in turn; the other ranks are given the model once.
+
+    Args:
+        blocks: uint8 [b, 3, 32, 32] each, b ≥ 1, at most ``ROUND`` for each rank.
+
+    Yields:
+        float32 [b, ...] on the CPU for each block.
+    """
+    if ranks.size > 1:
+        tell_model(ranks, extractor, PooledOnly(extractor.feature_dim) if whitener is None else whitener, 1)
+    for images in blocks:
+        shares = ranks.shares(len(images), BATCH)
+        facts = {"mirror": mirror, "whiten": whitener is not None}
+        ranks.ask(FEATURES, [(facts, {"images": images[share]}) for share in shares[1:]])
+        own = share_of_features(extractor, images[shares[0]], whitener, mirror, on_batch)
+        others = [made["features"] for made in ranks.answers()]
+        if others:
+            on_batch(len(images) - len(own))
+        yield torch.cat([own, *others]) if others else own
+
+
+def share_of_features(
+    extractor: nn.Module,
+    images: Tensor,
+    whitener: nn.Module | None,
+    mirror: bool,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """One rank's rows; arguments as for ``extract_by_ranks``."""
+    if whitener is None:
+        return extract(extractor, images, mirror=mirror, batch_size=BATCH, on_batch=on_batch)
+    return extract(extractor, images, mirror=mirror, batch_size=BATCH, after=whitener, on_batch=on_batch)
+
+
+# -------------------------------------------------------------------------------------------------------- feature file
+#
+# Rows of features in a file: written block by block, resumed after a stop, read as a memory-mapped tensor.
+#
+#     NAME.npy            float32 [N, ...], whole
+#     NAME.key            what it was computed from, written after it: a file without its key is not believed
+#     NAME.partial        rows so far, of an extraction that was stopped
+#     NAME.partial.json   how many of them are surely on the disk, and of what extraction
+#
+# The operating system keeps in memory as much of a mapped file as there is room for, and gives that up for other uses.
+# So features that fit in memory are read at its speed, and those that do not are a matter of disk.
+
+Blocks = Callable[[int], Iterator[Tensor]]
+"""From a row on: the blocks that follow, each float32 [b, ...], b ≥ 1."""
+
+
+class FeatureFile:
+    """One named array of rows in a folder.
+
+    Args:
+        folder: private to the user.
+        name: of the files.
+        rows: N ≥ 1.
+    """
+
+    def __init__(self, folder: Path, name: str, rows: int) -> None:
+        self.path, self._tag = folder / f"{name}.npy", folder / f"{name}.key"
+        self._partial, self._journal = folder / f"{name}.partial", folder / f"{name}.partial.json"
+        self._rows = rows
+
+    def read(self, key: str, warn: Callable[[str], None]) -> Tensor | None:
+        """The whole array, if it was computed from what ``key`` is a hash of.
+
+        Returns:
+            float32 [N, ...], memory-mapped and read-only (writing to it ends the process), or None.
+        """
+        if not self.path.exists() or not self._tag.exists() or self._tag.read_text(encoding="utf-8") != key:
+            return None
+        try:
+            mapped = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if mapped.dtype == np.float32 and mapped.ndim > 1 and len(mapped) == self._rows:
+                return torch.from_dlpack(mapped)
+        except (OSError, ValueError, EOFError):
+            pass
+        warn(f"{self.path} is damaged; the features are computed again")
+        return None
+
+    def begun(self, key: str) -> int:
+        """Rows that a stopped ``write`` with this key has left on the disk."""
+        return self._resumable(key)[0]
+
+    def write(self, key: str, blocks: Blocks) -> None:
+        """Compute and store the rows that are missing, in order; ``read`` finds them afterwards.
+
+        Memory: one block. A process killed anywhere leaves rows that the next call goes on from.
+
+        Raises:
+            StorageError: too little room on the disk, or another refusal of it.
+        """
+        done, shape = self._resumable(key)
+        with storage_errors(self.path, "replace"):  # what was there is of another extraction: its room is wanted
+            self._tag.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            if not done:
+                self._journal.unlink(missing_ok=True)
+                self._partial.unlink(missing_ok=True)
+        try:
+            self._append(key, blocks, done, shape)
+        except BaseException:
+            if not self.begun(key):  # rows that no later call could go on from only take room
+                with storage_errors(self._partial, "remove"):
+                    self._partial.unlink(missing_ok=True)
+            raise
+        with storage_errors(self._journal, "remove"):
+            self._journal.unlink(missing_ok=True)
+        atomic_write(self._tag, key)
+
+    def _append(self, key: str, blocks: Blocks, done: int, shape: list[int]) -> None:
+        source = blocks(done)
+        with storage_errors(self._partial), open(self._partial, "r+b" if done else "wb") as file:
+            if done:
+                file.truncate(self._bytes(done, shape))
+                file.seek(0, os.SEEK_END)
+            for block in source:
+                if not done:
+                    shape = list(block.shape[1:])
+                    self._require_room(shape)
+                    np.lib.format.write_array_header_1_0(file, self._header(shape))
+                file.write(memoryview(block.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
+                done += len(block)
+                if done < self._rows:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    atomic_write(self._journal, to_json({"key": key, "rows": done, "shape": shape}))
+        if done != self._rows:
+            raise RuntimeError(f"{done} rows were computed instead of {self._rows}")
+        move_into_place(self._partial, self.path)
+
+    def _resumable(self, key: str) -> tuple[int, list[int]]:
+        try:
+            journal = from_json(self._journal.read_bytes())
+            rows, shape = journal["rows"], journal["shape"]
+            sound = journal["key"] == key and type(rows) is int and 0 < rows < self._rows
+            sound = sound and all(type(side) is int and side > 0 for side in shape)
+            if sound and self._partial.stat().st_size >= self._bytes(rows, shape):
+                with open(self._partial, "rb") as file:
+                    np.lib.format.read_magic(file)
+                    if np.lib.format.read_array_header_1_0(file)[0] == (self._rows, *shape):
+                        return rows, shape
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # nothing usable was begun
+        return 0, []
+
+    def _header(self, shape: list[int]) -> dict:
+        return {"descr": "<f4", "fortran_order": False, "shape": (self._rows, *shape)}
+
+    def _bytes(self, rows: int, shape: list[int]) -> int:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, self._header(shape))
+        return header.tell() + 4 * rows * math.prod(shape)
+
+    def _require_room(self, shape: list[int]) -> None:
+        needed, free = 4 * self._rows * math.prod(shape), shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise StorageError(
+                f"the features of {self._rows} images take {needed / 1e9:.3g} GB and {self.path.parent} has "
+                f"{free / 1e9:.3g} GB free",
+                fix="free some space, choose another --run folder, or give the probe fewer dims",
+            )
+
+
+PLACED_PART = 0.5
+"""Of the free memory of an accelerator that features may take there."""
+
+LABELS = {"features": "private features", "test-features": "test images"}
+
+
+def private_features(
+    stage: PrivateStage, extractor: nn.Module, whitener: Whitener, *, mirror: bool, views: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Whitened unit-norm features and labels of the private training split.
+
+    Args:
+        stage: an accepted private stage; this is where its pixels are first used.
+        extractor, whitener: public, on the device that computes.
+        mirror: average each image with its mirror image.
+        views: K; with K > 1 the views are random crops (and mirrored where the data allow it).
+        seed: public randomness of the views.
+
+    Returns:
+        float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N].
+    """
+    split = stage.dataset.train()
+    labels = torch.from_numpy(split.labels)
+    facts = f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}"
+
+    def view(images: Tensor, first: int, number: int) -> Tensor:
+        if views == 1:
+            return images
+        draws = keyed_uniforms(np.arange(first, first + len(images)), number, seed, 1)
+        return private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
+
+    key = _key(facts, extractor, whitener)
+    return _kept(stage, "features", key, split.images, extractor, whitener, mirror, view, views), labels
+
+
+def features_of_test(
+    stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool, keep: bool
+) -> Tensor:
+    """Whitened features of the test split.
+
+    Args:
+        images: uint8 [N, H, W, 1 or 3], the test split's.
+        keep: keep them like the training split's: a probe that is run again has them.
+        extractor, whitener, mirror: as for ``private_features``.
+
+    Returns:
+        float32 [N, dims].
+    """
+
+    if not keep:
+        with stage.context.console.progress(len(images), "test images") as progress:
+            ranks = stage.context.ranks
+            return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
+    facts = f"test {hashlib.sha256(np.ascontiguousarray(images)).hexdigest()} {images.shape} {mirror}"
+    return _kept(stage, "test-features", _key(facts, extractor, whitener), images, extractor, whitener, mirror)
+
+
+def _kept(
+    stage: PrivateStage,
+    name: str,
+    key: str,
+    images: np.ndarray,
+    extractor: nn.Module,
+    whitener: nn.Module,
+    mirror: bool,
+    view: Callable[[Tensor, int, int], Tensor] = lambda images, first, number: images,
+    views: int = 1,
+) -> Tensor:
+    """``private/NAME.npy`` if it was computed from what ``key`` is a hash of, else computed; memory-mapped.
+
+    Args:
+        images: uint8 [N, H, W, 1 or 3].
+        view: (uint8 [b, 3, 32, 32], position of the first of these images, number of the view) -> their views.
+        views: K; more than one have an axis of their own.
+
+    Returns:
+        float32 [N, dims] or [N, K, dims], read-only.
+    """
+    context = stage.context
+    file = FeatureFile(context.rundir.private_dir, name, len(images))
+    found = file.read(key, context.console.warn)
+    if found is not None:
+        return found
+    rows = rows_at_once(views, whitener.dims) * context.ranks.size
+    label = LABELS[name]
+
+    def blocks(begun: int) -> Iterator[Tensor]:
+        starts = range(begun, len(images), rows)
+
+        def seen() -> Iterator[Tensor]:
+            for start in starts:
+                block = to_input(images[start : start + rows])
+                yield from (view(block, start, number) for number in range(views))
+
+        with context.console.progress(len(images) * views, label, done=begun * views) as progress:
+            made = features_of_blocks(context.ranks, extractor, seen(), whitener, mirror, progress.advance)
+            for _ in starts:
+                yield next(made) if views == 1 else torch.stack([next(made) for _ in range(views)], dim=1)
+
+    file.write(key, blocks)
+    written = file.read(key, context.console.warn)
+    if written is None:
+        raise StorageError(f"{file.path} cannot be read back", fix="check the disk, then run the same command again")
+    return written
+
+
+def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features and labels where heads are fitted to them: the one place where that is decided.
+
+    Args:
+        features: float [N, d] or [N, K, d] on the CPU, memory-mapped or not.
+        labels: int64 [N] on the CPU.
+        classes: number of classes.
+        device: that computes.
+
+    Returns:
+        Both on the device, where the features fit into ``PLACED_PART`` of its free memory. Features that do not stay
+        where they are, and ``clipped_softmax_sum`` sends them to the device one block at a time, step by step.
+
+    Raises:
+        UsageError: on an accelerator, where nothing looks at them again: a label that is none.
+    """
+    if device.type == "cpu":
+        return features, labels
+    check_labels(labels, classes)
+    free = free_on_device(device)
+    fits = free is None or features.numel() * features.element_size() <= PLACED_PART * free
+    return features.to(device) if fits else features, labels.to(device)
+
+
+def rows_at_once(views: int, dims: int) -> int:
+    """Images of one rank whose features are computed before they go to the disk; whole batches, whoever resumes."""
+    most = BLOCK_BYTES // (4 * views * dims)
+    return max(BATCH, min(ROUND, most // BATCH * BATCH))
+
+
+def require_room(needed: int, what: str) -> None:
+    """Refuse work that takes ``needed`` bytes of memory beside the features where there are fewer.
+
+    Raises:
+        UsageError: exit code 2; nothing was paid for it.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise UsageError(
+            f"{what} would take {needed / 1e9:.3g} GB of memory, and {available / 1e9:.3g} GB are available",
+            fix="use a machine with more memory, or fewer dims; the probe itself reads features from the disk",
+        )
+
+
+def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:
+    """A hash of everything the features are made from."""
+    digest = hashlib.sha256(f"{facts} {getattr(whitener, 'parts', ())}".encode())
+    for module in (extractor, whitener):
+        add_weights(digest, module)
+    return digest.hexdigest()

@@ -1,0 +1,307 @@
+"""Which weights a step trains: differential privacy meets pruning (Adamczewski & Park 2023, arXiv 2303.04612).
+
+*Freeze* chooses once and trains the chosen weights alone; *select* keeps the network dense and updates another choice
+every R steps. Matrices and filters of the extractor are chosen from; head, norms, gains and biases are always trained.
+
+A choice is a mask, m. The gradient of a record is multiplied by m *before* its norm is taken, and so is the noisy sum:
+what is left is a Gaussian mechanism in as many dimensions as there are chosen weights.
+
+Guarantee:
+    A mask never depends on private data but through what was released before: at random it depends on the public seed,
+    by magnitude on public weights (freeze) or on the parameters that noisy updates have made (select). Given the mask,
+    a masked gradient is no longer than the whole one, so the sensitivity of the clipped sum is that of
+    ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private gradients would be a
+    release of its own, which no step pays for: it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dprandp.config.schema import FinetuneConfig
+from dprandp.errors import UsageError, nearest
+from dprandp.models.classifier import Classifier
+from dprandp.models.precision import autocast
+
+CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
+SCOPES = ("global", "layer", "block")
+BLOCK_CRITERIA = (*CRITERIA, "last")
+DEFAULT_EVERY = 10
+
+Masks = dict[str, Tensor]
+"""Tensor name -> bool, of its shape: which weights are trained. A tensor not named is trained whole."""
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How weights are chosen; public.
+
+    Attributes:
+        mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
+        keep: part of the weights that is chosen, in (0, 1).
+        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (``frozen_blocks`` chooses them).
+        every: steps between two choices of select. seed: public randomness.
+        zero: weights that freeze does not choose become zero.
+    """
+
+    mode: str
+    criterion: str
+    keep: float
+    scope: str
+    every: int
+    seed: int
+    zero: bool
+
+    def due(self, step: int) -> bool:
+        """Whether another choice holds from this step on."""
+        return self.mode == "select" and step > 0 and step % self.every == 0
+
+    def choose(self, parameters: Mapping[str, Tensor], step: int) -> Masks:
+        """The weights that are trained from a step on.
+
+        Args:
+            parameters: name -> float tensor, all that are trained: public ones for freeze, released ones for select.
+            step: number of the step.
+
+        Returns:
+            ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first. On their device.
+
+        Raises:
+            UsageError: there is nothing to choose from.
+        """
+        of = {name: value for name, value in parameters.items() if name.startswith("extractor.") and value.ndim >= 2}
+        if not of:
+            raise UsageError("no weight of the extractor is trained, so none can be chosen", fix="leave --keep out")
+        random = np.random.default_rng([self.seed, step])
+        scores = {
+            name: torch.from_numpy(random.random(tuple(value.shape)))
+            if self.criterion == "random"
+            else value.detach().abs().double().cpu()
+            for name, value in of.items()
+        }
+        if self.scope == "layer":
+            masks = {name: _largest(score.flatten(), self.keep) for name, score in scores.items()}
+        else:
+            together = _largest(torch.cat([score.flatten() for score in scores.values()]), self.keep)
+            parts = together.split([score.numel() for score in scores.values()])
+            masks = dict(zip(scores, parts, strict=True))
+        return {name: mask.view(of[name].shape).to(of[name].device) for name, mask in masks.items()}
+
+    def in_words(self, masks: Masks) -> str:
+        """For the disclosure."""
+        chosen, of = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
+        how = "at random from a public seed" if self.criterion == "random" else "by magnitude"
+        when = "once, before the training" if self.mode == "freeze" else f"anew every {self.every} steps"
+        after = "" if self.mode == "select" else "; the others are zero" if self.zero else "; the others stay"
+        return f"{chosen:,} of {of:,} weights of the extractor, chosen {how} {when}{after}; and head, norms, biases"
+
+
+ALL_WEIGHTS = "all"
+
+
+def rule_of(config: FinetuneConfig) -> MaskRule | None:
+    """The rule that a configuration asks for; None where every weight is trained.
+
+    Raises:
+        UsageError: values out of range, or settings that contradict each other or would do nothing.
+    """
+    for name in ("freeze", "select"):
+        if getattr(config, name) == "gradient":
+            raise UsageError(
+                f"--{name} gradient is refused: a mask made from the private gradients would be one more release about "
+                "the data, which epsilon does not count",
+                fix=f"give --{name} random, or --{name} magnitude: both cost nothing",
+            )
+    blocks = config.scope == "block"
+    freeze = BLOCK_CRITERIA if blocks else CRITERIA
+    if config.freeze == "last" and not blocks:
+        raise UsageError("--freeze last chooses whole blocks", fix="give --scope block with it")
+    for name, known in (("freeze", freeze), ("select", CRITERIA), ("scope", SCOPES), ("prune", PRUNES)):
+        value = getattr(config, name)
+        if value is not None and value not in known:
+            raise UsageError(f"--{name} {value!r} is unknown", fix=nearest(value, known))
+    if config.freeze is not None and config.select is not None:
+        raise UsageError("--freeze and --select exclude each other", fix="give one of them")
+    criterion = config.freeze or config.select
+    if (criterion is None) != (config.keep is None):
+        problem = "--keep chooses nothing by itself" if criterion is None else "nobody said how much is to be trained"
+        raise UsageError(problem, fix="give --freeze or --select, and --keep with it, such as --keep 0.1")
+    for name, wanted in (("prune", "freeze"), ("every", "select"), ("scope", "keep")):
+        if getattr(config, name) is not None and getattr(config, wanted) is None:
+            raise UsageError(f"--{name} belongs to --{wanted}, which was not given", fix=f"give --{wanted}, or drop it")
+    if criterion is None:
+        return None
+    if not 0 < config.keep < 1:
+        raise UsageError(f"--keep {config.keep:g} lies outside (0, 1)", fix="give a part such as --keep 0.1")
+    if config.every is not None and not 1 <= config.every <= 10**9:
+        raise UsageError(f"--every {config.every} is no number of steps", fix="give one of 1 or more")
+    if blocks and config.select is not None:
+        raise UsageError("--select chooses single weights, not blocks", fix="give --freeze with --scope block")
+    if blocks and config.prune == "zero":
+        raise UsageError("a network without whole blocks computes nothing", fix="give --prune hold with --scope block")
+    if config.extractor_scale == 0:
+        raise UsageError("extractor_scale = 0 freezes the extractor whole", fix="leave it out, or --keep")
+    return MaskRule(
+        mode="freeze" if config.freeze else "select",
+        criterion=criterion,
+        keep=config.keep,
+        scope=config.scope or "global",
+        every=config.every or DEFAULT_EVERY,
+        seed=config.seed,
+        zero=config.prune == "zero",
+    )
+
+
+@torch.no_grad()
+def apply(masks: Masks, tensors: Mapping[str, Tensor]) -> None:
+    """Set to zero what is not chosen, in place; [B, ...] tensors of a batch are masked row by row."""
+    for name, mask in masks.items():
+        tensors[name].mul_(mask)
+
+
+def _largest(scores: Tensor, keep: float) -> Tensor:
+    """bool [n]: the largest scores; of equal ones the first."""
+    count = max(1, math.floor(keep * len(scores) + 0.5))
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[torch.sort(scores, descending=True, stable=True).indices[:count]] = True
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------------- frozen blocks
+#
+# Training whole blocks of a network and leaving the others as they are: what that saves.
+#
+# A mask over single weights (``masks.py``) lowers the dimension that the noise fills, but every gradient is computed
+# still. Where whole blocks are frozen, their weights get no gradient; below the first trained block nothing is
+# back-propagated, nothing is kept for it, and with one view per example (no augmentation) its output never changes: it
+# is computed once per image and kept.
+#
+# Guarantee:
+#     Which blocks are trained depends on public things alone: the seed, the weights at the start, the blocks' order.
+#     What is kept of a record is a function of that record's pixels and of frozen weights; it is held in memory (of the
+#     device that computes), used for that record's gradient, and never written.
+
+CACHE_BYTES = 2**30
+"""Of outputs of frozen blocks that are kept; beyond it they are computed anew."""
+
+FORWARD_VIEWS = 64
+"""Views that pass the frozen blocks together."""
+
+
+@dataclass(frozen=True)
+class FrozenBlocks:
+    """A choice of blocks; public.
+
+    Attributes:
+        frozen: beginnings of the names of parameters that are not trained, such as ``extractor.stem.``.
+        first: how many of the network's units come before the first trained one.
+        of: how many units there are.
+        how: the choice in words.
+    """
+
+    frozen: tuple[str, ...]
+    first: int
+    of: int
+    how: str
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of the classifier is trained."""
+        return not name.startswith(self.frozen)
+
+    def in_words(self) -> str:
+        """For the disclosure."""
+        return (
+            f"{self.of - len(self.frozen)} of {self.of} blocks of the extractor (stem and residual blocks), chosen "
+            f"{self.how} once, before the training; what comes after them, and the head; the others stay"
+        )
+
+
+def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
+    """The blocks that a rule with scope 'block' trains: the stem and each residual block count as one.
+
+    Args:
+        rule: criterion 'random' (by the public seed), 'magnitude' (largest mean |θ|), or 'last' (nearest to the head).
+        model: as it starts, made of public things.
+
+    Returns:
+        ⌊keep · n + ½⌋ of the n blocks are trained, at least one.
+
+    Raises:
+        UsageError: the network has no blocks.
+    """
+    if not hasattr(model.extractor, "units"):
+        raise UsageError("this network has no blocks to freeze", fix="give --scope global or layer, or a wrn")
+    if model.extractor.reads_earlier_stages:
+        raise UsageError(
+            "this network's features come from earlier blocks too, so none of them can be left out",
+            fix="give --scope global or layer, or an extractor made with feature_stages = last",
+        )
+    units = model.extractor.units()
+    count = max(1, int(rule.keep * len(units) + 0.5))
+    if rule.criterion == "random":
+        scores = np.random.default_rng([rule.seed, 0]).random(len(units))
+    elif rule.criterion == "magnitude":
+        weights = [torch.cat([p.detach().flatten() for p in unit.parameters() if p.ndim >= 2]) for _, unit in units]
+        scores = np.array([float(each.abs().double().mean()) for each in weights])
+    else:
+        scores = np.arange(len(units))
+    trained = set(np.argsort(-scores, kind="stable")[:count].tolist())
+    frozen = tuple(f"extractor.{name}." for place, (name, _) in enumerate(units) if place not in trained)
+    how = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
+    return FrozenBlocks(frozen, min(trained), len(units), how[rule.criterion])
+
+
+class FrozenPrefix:
+    """The blocks before the first trained one, on one rank.
+
+    Args:
+        model: on the device that computes; not changed.
+        first: how many units of its extractor are frozen before the first trained one, at least 1.
+        keep: whether an image's output never changes, so that it may be kept.
+    """
+
+    def __init__(self, model: Classifier, first: int, keep: bool) -> None:
+        self.model, self.first, self._keep = model, first, keep
+        self._kept: dict[int, Tensor] = {}
+        self._room = CACHE_BYTES
+
+    @torch.no_grad()
+    def outputs(self, views: Tensor, members: Tensor) -> Tensor:
+        """What the first trained block is given.
+
+        Args:
+            views: uint8 [B, K, 3, 32, 32].
+            members: int64 [B] on the CPU, positions in the data set, by which outputs are kept.
+
+        Returns:
+            float32 [B, K, ...] on the device of ``views``.
+        """
+        places = members.tolist()
+        missing = [row for row, place in enumerate(places) if place not in self._kept]
+        made: dict[int, Tensor] = {}
+        step = max(1, FORWARD_VIEWS // views.shape[1])
+        for start in range(0, len(missing), step):
+            rows = missing[start : start + step]
+            out = self._forward(views[rows].flatten(0, 1)).unflatten(0, (len(rows), views.shape[1]))
+            made |= dict(zip(rows, out.unbind(0), strict=True))
+        found = [made[row] if row in made else self._kept[place] for row, place in enumerate(places)]
+        for row, value in made.items():
+            size = value.numel() * value.element_size()
+            if self._keep and size <= self._room:
+                self._kept[places[row]] = value.clone()  # of its own: a row would keep its whole block
+                self._room -= size
+        return torch.stack(found) if found else self._forward(views.new_zeros(1, *views.shape[2:]))[None][:0]
+
+    def _forward(self, images: Tensor) -> Tensor:
+        extractor = self.model.extractor
+        with autocast(extractor, images.device):
+            out = extractor.normalise(images)
+            for _, unit in extractor.units()[: self.first]:
+                out = unit(out)
+        return out.float()

@@ -1,0 +1,126 @@
+"""Steps with noisy gradients, by torch's SGD with momentum and Adam (AdamW where weights decay).
+
+    optimizer = Optimizer(OptimizerSettings("adam"), parameters)
+    optimizer.step(noisy_gradients, lr)                      # the parameters change in place
+    optimizer.state                                          # for a checkpoint, and to copy one's tensors into
+
+Guarantee:
+    Everything here is a function of noisy gradients, public settings and what was released before: post-processing. No
+    function of this file may ever be given a gradient of private images without its noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dprandp.config.schema import OPTIMIZERS
+from dprandp.errors import UsageError, nearest
+from dprandp.models.optimizers import begun, state_of
+
+DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
+"""De et al. 2022; Kingma & Ba 2015."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Public settings.
+
+    Attributes:
+        kind: 'sgd' or 'adam'.
+        momentum: β in [0, 1): of the velocity v ← βv + g, or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
+        second_momentum: Adam's β₂ in [0, 1).
+        stabiliser: Adam's addition to the root of the second moment, above 0.
+        weight_decay: λ ≥ 0. Adam's is decoupled, θ ← θ − lr λ θ (Loshchilov & Hutter 2019); SGD's is part of g.
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    kind: str = "sgd"
+    momentum: float | None = None
+    second_momentum: float = 0.999
+    stabiliser: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in OPTIMIZERS:
+            raise UsageError(f"the optimizer {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
+        for name in ("momentum", "second_momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{name} = {value!r} lies outside [0, 1)", fix=f"choose a {name} in that range")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"weight_decay = {self.weight_decay!r} is no decay", fix="give 0 or a small number")
+        if not 0 < self.stabiliser < math.inf:
+            raise UsageError(f"stabiliser = {self.stabiliser!r} is not above 0", fix="give 1e-8, or a small number")
+
+    @property
+    def beta(self) -> float:
+        """The momentum that holds."""
+        return DEFAULT_MOMENTUM[self.kind] if self.momentum is None else self.momentum
+
+    def in_words(self) -> str:
+        """For the disclosure."""
+        name = {"sgd": "SGD", "adam": "AdamW" if self.weight_decay else "Adam"}[self.kind]
+        words = f"{name} on the noisy gradients, momentum {self.beta:g}"
+        return words + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
+
+
+class Optimizer:
+    """SGD or Adam over named parameters.
+
+    Under noise Adam's second moment is mostly that of the noise: all coordinates then get about the same step. That is
+    a property of DP-Adam, not mended here.
+
+    Args:
+        settings: public.
+        parameters: name -> float32 tensor of any shape; ``step`` changes them in place.
+    """
+
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters, decay = dict(parameters), settings.weight_decay
+        named = list(self.parameters.items())
+        if settings.kind == "sgd":
+            made = torch.optim.SGD(named, momentum=settings.beta, weight_decay=decay)
+        else:
+            betas = (settings.beta, settings.second_momentum)
+            made = torch.optim.AdamW(named, betas=betas, eps=settings.stabiliser, weight_decay=decay)
+        self._torch = begun(made)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Name -> tensor that ``step`` changes in place; all names begin with ``optimizer.``."""
+        return state_of(self._torch)
+
+    def reset_first_moment(self) -> None:
+        """Make Adam forget its direction; scale and step count stay (Bu et al. 2024: at the switch from public to
+        private)."""
+        for state in self._torch.state.values():
+            state["exp_avg"].zero_()
+
+    @torch.no_grad()
+    def step(self, noisy_gradients: Mapping[str, Tensor], lr: float, masks: Mapping[str, Tensor] | None = None) -> None:
+        """One update of the parameters that a gradient is given of.
+
+        Args:
+            noisy_gradients: name -> tensor like the parameter, with its noise; not changed.
+            lr: learning rate, above 0.
+            masks: name -> bool tensor; where False the parameter stays as it is, whatever momentum and decay would do.
+                Names left out are updated whole.
+        """
+        stay = {name: self.parameters[name].clone() for name in masks or ()}
+        for name, gradient in noisy_gradients.items():
+            self.parameters[name].grad = gradient
+        self._torch.param_groups[0]["lr"] = lr
+        self._torch.step()
+        for parameter, state in self._torch.state.items():
+            if parameter.grad is None and "step" in state:
+                state["step"] += 1  # Adam's count is of all steps, also of those without a gradient of this parameter
+        self._torch.zero_grad()
+        for name, before in stay.items():
+            self.parameters[name].copy_(torch.where(masks[name], self.parameters[name], before))

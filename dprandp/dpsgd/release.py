@@ -1,0 +1,88 @@
+"""What leaves the run: the result on the test split, and ``model/``, which holds nothing but what may be released."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from dprandp.config.schema import WITHOUT_PHASE_ONE, as_dict, public_data_name
+from dprandp.dpsgd.features import features_of_test
+from dprandp.dpsgd.stage import PrivateStage
+from dprandp.models.classifier import Classifier
+from dprandp.models.precision import precision_of
+from dprandp.report.card import model_card
+from dprandp.runs.files import atomic_write, to_json
+from dprandp.vision.images import INPUT_SIZE
+from dprandp.vision.metrics import classification_metrics
+
+MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
+"""The allow-list of ``model/``; a test holds it."""
+
+MODEL_FORMAT = 2
+"""1, before there was a precision, is refused by name."""
+
+
+def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> dict[str, Any]:
+    """Measure the stage's final model on the test split, once; nothing is chosen by it.
+
+    Args:
+        keep: keep the features in ``private/``; for an extractor that a further probe will have too.
+
+    Returns:
+        data, title, classes, accuracy, balanced_accuracy, auc, loss, confusion, majority_accuracy (of always answering
+        the test split's most frequent class), train_examples, test_examples.
+    """
+    spec = stage.spec
+    test = stage.dataset.test()
+    features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror, keep=keep)
+    scores = features @ model.head.detach().cpu()
+    metrics = classification_metrics(scores, torch.from_numpy(test.labels))
+    return {
+        "data": stage.budget.data,
+        "title": spec.title,
+        "classes": list(spec.classes),
+        **metrics,
+        "majority_accuracy": max(Counter(test.labels.tolist()).values()) / len(test.labels),
+        "train_examples": spec.train_examples,
+        "test_examples": spec.test_examples,
+    }
+
+
+def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) -> None:
+    """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
+
+    The training split reaches these files only through the noisy updates that made ``model`` and ``result``. No file
+    says where the data lie. ``dprandp/release.py`` reads them back.
+    """
+    rundir = stage.context.rundir
+    folder: Path = rundir.model_dir
+    recorded = {row["stage"]: row for row in rundir.status()}
+    if result.get("source") in WITHOUT_PHASE_ONE:  # whatever else the run holds, this model was not made from it
+        pretrain, generate, arch = {}, {}, result["arch"]
+    else:
+        pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
+        if result["stage"] != "continue" and recorded["continue"]["result"]:
+            pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
+        arch = pretrain["arch"]
+    result = {**result, "data": public_data_name(result["data"])}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    card = model_card(result, pretrain, generate)
+    content = {"model.safetensors": to_safetensors(tensors), "MODEL_CARD.md": card.encode("utf-8")}
+    config = {
+        "format": MODEL_FORMAT,
+        "arch": arch,
+        "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
+        "precision": precision_of(model.extractor),
+        "classes": result["classes"],
+        "input": {"size": INPUT_SIZE, "mirror": result["mirror"], "shape": list(stage.spec.image_shape)},
+        "result": result,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
+    }
+    for name, data in content.items():
+        atomic_write(folder / name, data)
+    atomic_write(folder / "config.json", to_json(config, indent=1) + "\n")

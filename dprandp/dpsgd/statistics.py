@@ -1,0 +1,91 @@
+"""Statistics of synthetic features, of which the whitener is made: public, shaped by the data's declaration alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import ProbeConfig
+from dprandp.data import DataSpec
+from dprandp.dpsgd.features import extract_by_ranks
+from dprandp.models import whitening
+from dprandp.models.extractor import add_weights
+from dprandp.pretrain import synthetic_crops
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import check_tensors
+from dprandp.runs.context import Context
+from dprandp.vision.images import as_declared
+from dprandp.vision.views import ContrastiveViews
+
+WHITENER = "whitener"
+
+SYNTHETIC_SEED = 1
+"""Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
+
+BLOCK = 250
+"""Images whose views are made together."""
+
+
+def public_whitener(
+    config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
+) -> whitening.Whitener:
+    """Statistics of synthetic features, as declared facts of the data shape them; public.
+
+    Kept beside the extractor, for other probes of the same run with the same extractor.
+    """
+    weights = hashlib.sha256()
+    add_weights(weights, extractor)  # `continue` may have changed them since
+    wanted = {
+        "dims": config.dims,
+        "images": config.statistics_images,
+        "views": config.statistics_views,
+        "floor": config.whitening_floor,
+        "seed": config.seed,
+        "mirror": mirror,
+        "shape": list(spec.image_shape),
+        "extractor": weights.hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
+    folder.mkdir(exist_ok=True)
+    if checkpoint.latest(folder) == WHITENER:
+        return whitener_of(checkpoint.load(folder, WHITENER), extractor)
+    views = as_declared(synthetic_views(context, config), channels=spec.channels, height=spec.height, width=spec.width)
+    with context.console.progress(len(views), "synthetic features") as progress:
+        features = extract_by_ranks(context.ranks, extractor, views, None, mirror, progress.advance)
+    whitener = whitening.fit(
+        features, config.dims, config.whitening_floor, extractor.parts, views=config.statistics_views
+    )
+    checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
+    return whitener
+
+
+def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
+    """A saved whitener, for the extractor that it was made for."""
+    projection = loaded.tensors.get("projection")
+    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
+    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
+    check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
+    whitener.load_state_dict(loaded.tensors)
+    return whitener
+
+
+def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
+    """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
+
+    Views are crops and other colours, as the published contrast has them but for mirroring. That is left to the
+    features: where the data declare that it changes nothing, images are averaged with their mirror images.
+    """
+    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+    if config.statistics_views == 1:
+        return crops
+    generator = torch.Generator().manual_seed(config.seed + SYNTHETIC_SEED)
+    made = ContrastiveViews(crops.shape[-1], flip=0.0)
+    blocks = []
+    for block in crops.split(BLOCK):
+        views = [made.apply(block, made.draw(block, generator)) for _ in range(config.statistics_views)]
+        blocks.append((torch.stack(views, dim=1).flatten(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(blocks)

@@ -1,0 +1,108 @@
+"""Which data a run is about: told by their content, under whatever name they are given.
+
+    private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
+                                 stage that declares a part of it public
+    private/public-data.json     hashes of the images of whole sets that the run has used as public ones
+
+A hash of private data lets anyone confirm a guess at them, so it stays in ``private/`` and in no other file. Only equal
+data are recognised: a set of which one image was changed is another set.
+"""
+
+from __future__ import annotations
+
+from dprandp.config.schema import FRACTION, SYNTHETIC, ContinueConfig, same_data_name
+from dprandp.data import Dataset
+from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
+from dprandp.runs.files import atomic_write, to_json
+
+KEPT, PUBLIC = "training-data.json", "public-data.json"
+
+
+def fingerprint_of(dataset: Dataset) -> str:
+    """Hash of private images, labels and units, in order; reads them."""
+    return dataset.fingerprint()
+
+
+def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
+    """Record what the run's data are: their fingerprint, and that of the images alone, in whatever order."""
+    hashes = {"train": fingerprint, "images": dataset.image_fingerprint()}
+    atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
+
+
+def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
+    """Raise unless these are the run's data.
+
+    Args:
+        name: what the run calls its data.
+        fingerprint: of the data that were given.
+
+    Raises:
+        InputError: they are others. CheckpointError: the record is lost or damaged.
+    """
+    path = rundir.path / "private" / KEPT
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing, so nothing tells whether these are the data that this run is about",
+            fix="restore the run's private folder from a copy, or start a new run",
+        )
+    if read_hashes(path).get("train") != fingerprint:
+        raise InputError(
+            f"the training data are not those that this run began with ({name}): their content, order, labels or units "
+            "differ",
+            fix="give --data the same data again, wherever they lie now, or start a new --run for these",
+        )
+
+
+def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
+    """Refuse a whole set as public where its images are the run's private ones; else remember that it was public.
+
+    What was learned from it cost nothing, so a later private stage refuses the same images (``refuse_public``).
+
+    Raises:
+        UsageError: they are the run's training images, under whatever name, order and labels.
+    """
+    images = dataset.image_fingerprint()
+    private = rundir.path / "private" / KEPT
+    if private.exists() and read_hashes(private).get("images") == images:
+        raise UsageError(
+            f"{dataset.spec.name} holds the private images that this run is about, and was given as public",
+            fix="give other public data, or --public fraction:0.1 to declare a part of them public",
+        )
+    known = _public_sets(rundir)
+    if images not in known.values():
+        path = rundir.private_dir / PUBLIC
+        atomic_write(path, to_json(known | {str(len(known)): images}, indent=1) + "\n")
+
+
+def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
+    """Raise BudgetError if the run has used these private images as public ones: that cost was never counted."""
+    known = _public_sets(rundir)
+    if known and dataset.image_fingerprint() in known.values():
+        raise BudgetError(
+            f"this run has used the images of {dataset.spec.name} as public data, so it cannot count what it tells "
+            "about them",
+            fix="start a new --run for these data, with other public data or none",
+        )
+
+
+def _public_sets(rundir: RunDir) -> dict[str, str]:
+    path = rundir.path / "private" / PUBLIC
+    return read_hashes(path) if path.exists() else {}
+
+
+def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:
+    """Settings of ``continue`` of which another spelling is no change, beside those that never count.
+
+    What they name is compared by its content when the stage begins: private data that it reads, and a public set. Of
+    private data that it only shapes its images by, the path is compared.
+    """
+    before = next(row["config"] for row in rundir.status() if row["stage"] == "continue") or {}
+    part = config.public.startswith(FRACTION)
+    sets = (config.public, before.get("public", SYNTHETIC))
+    known = []
+    if not any(what == SYNTHETIC or what.startswith(FRACTION) for what in sets):
+        known.append("public")
+    if config.mix != "public" or part or same_data_name(before.get(DATA, ""), config.data):
+        known.append(DATA)
+    return (*IGNORED, *known)

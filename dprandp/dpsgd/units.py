@@ -1,0 +1,79 @@
+"""From units of privacy to the rows of their images, and back to one clipped contribution for each unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dprandp.data import Dataset, DataSpec
+from dprandp.privacy.clipping import clipped_softmax_sum_of_units
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Which images a unit has. Private.
+
+    Attributes:
+        order: int64 [N], the images' positions, those of one unit next to each other, in their old order.
+        offsets: int64 [U+1]: unit u has the images order[offsets[u] : offsets[u+1]].
+    """
+
+    order: np.ndarray
+    offsets: np.ndarray
+
+    def places(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in ``order`` of all images of these units (int64 [U]), unit by unit; and how many each unit has."""
+        sizes = self.offsets[units + 1] - self.offsets[units]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.repeat(self.offsets[units], sizes) + within, sizes
+
+    def images(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``places``, but positions of the images in the data set."""
+        places, sizes = self.places(units)
+        return self.order[places], sizes
+
+
+def unit_rows(dataset: Dataset | None) -> UnitRows | None:
+    """Which images each record of the sampler stands for; None where every image (or given row) is a record."""
+    units = None if dataset is None else dataset.grouping()
+    if units is None:
+        return None
+    sizes = np.bincount(units.of_image, minlength=units.count)
+    return UnitRows(np.argsort(units.of_image, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
+    """What to say before a run on somebody's own images without units; a function of declared facts alone.
+
+    How many duplicates there are, or persons with several images, is private: a run does not count them.
+    """
+    if asked is not None or spec.unit_column is not None or not spec.name.startswith(("npz:", "folder:")):
+        return None
+    return (
+        "note: one image is the unit of privacy. Where a person has several, or an image occurs twice, ε is too small: "
+        f"give --unit-column NAME, and see `dprandp datasets --check {spec.name}` (its answer is private)"
+    )
+
+
+class UnitFeatures:
+    """Features and labels of all images, from which clipped sums over units are taken; nothing large is copied.
+
+    Args:
+        rows: which images a unit has.
+        features: float [N, d] or [N, K, d].
+        labels: int64 [N].
+    """
+
+    def __init__(self, rows: UnitRows, features: Tensor, labels: Tensor) -> None:
+        self._rows, self._features, self._labels = rows, features, labels
+
+    def clipped_sum(self, units: np.ndarray, weight: Tensor, clip_norm: float, *, precise: bool) -> Tensor:
+        """See ``clipped_softmax_sum_of_units``; ``units``, int64 [U], maybe none, are the members of the batch."""
+        images, sizes = self._rows.images(units)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+        return clipped_softmax_sum_of_units(
+            self._features, self._labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images)
+        )

@@ -1,0 +1,318 @@
+"""Phase I, first half: images of a random process, as shards on disk. No data is read; no privacy is spent.
+
+    shard-00000.npy ...   uint8 [<= block, R, R, 3], one block of the process each
+    manifest.json         process, seed, count, resolution, and every shard's SHA-256
+    preview.png           a contact sheet of the first images
+
+A shard is a function of (process, seed, block, resolution) alone: any number of workers or ranks makes the same bytes,
+and a resumed run makes only the shards that are missing. Under several ranks each renders whole shards in its own
+process, and rank 0 writes them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dprandp.config.schema import GenerateConfig, as_dict
+from dprandp.errors import CheckpointError, StorageError, UsageError
+from dprandp.runs import faults
+from dprandp.runs.context import Context, recorded
+from dprandp.runs.files import atomic_path, atomic_write, file_sha256, from_json
+from dprandp.runs.parallel import Ranks
+from dprandp.runs.signals import graceful_stop
+from dprandp.synth import RESOLUTIONS, process_named, render_block
+from dprandp.vision.images import contact_sheet
+
+# ------------------------------------------------------------------------------------------------------------- workers
+#
+# Processes that make images beside this one.
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """So many processes, which end with this one, however it ends."""
+    # spawn: a fork of a process whose torch has started threads may hang
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
+
+
+@contextmanager
+def interrupts_left_to_us() -> Iterator[None]:
+    """Workers start at a submission and inherit this mask: Ctrl-C reaches them too, but it is for us to obey."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def lost_worker() -> StorageError:
+    """What to say when a worker has died."""
+    return StorageError(
+        "a worker process died while it made images, most likely for want of memory",
+        fix="run the same command again with fewer --workers; whole shards are kept",
+    )
+
+
+def _begin() -> None:
+    """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+STAGE = "generate"
+PREVIEW_IMAGES = 96
+PREVIEW_COLUMNS = 16
+RENDER = "render"
+"""Task of the other ranks."""
+
+
+def run(config: GenerateConfig, context: Context) -> dict:
+    """Write the images of ``config`` into the run directory.
+
+    Returns:
+        process, count, resolution, images_per_second, seconds.
+
+    Raises:
+        UsageError: unknown process, or a configuration other than the one the directory holds.
+        StorageError: the disk refuses.
+    """
+    check(config)
+    begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = recorded(STAGE, begun.config)
+    blocks = blocks_of(config)  # of the recorded configuration, which --resume keeps
+    folder = context.rundir.stage_dir(STAGE)
+    started = time.perf_counter()
+    missing = [block for block, count in blocks.items() if not _is_whole(folder, block, count, config.resolution)]
+    made = _render_all(config, folder, {block: blocks[block] for block in missing}, context)
+    seconds = time.perf_counter() - started
+
+    manifest = {
+        "process": config.process,
+        "seed": config.seed,
+        "count": sum(blocks.values()),
+        "resolution": config.resolution,
+        "shards": [
+            {"file": shard_name(block), "count": count, "sha256": file_sha256(folder / shard_name(block))}
+            for block, count in blocks.items()
+        ],
+    }
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    with atomic_path(folder / "preview.png") as temporary:
+        Image.fromarray(contact_sheet(load_images(folder, PREVIEW_IMAGES), PREVIEW_COLUMNS)).save(temporary)
+    result = {
+        "process": config.process,
+        "count": sum(blocks.values()),
+        "resolution": config.resolution,
+        "images_per_second": round(made / seconds, 1) if made else None,
+        "seconds": round(seconds, 2),
+    }
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, ["manifest.json"]), result)
+    return result
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse an unknown process (UsageError), a resolution that is not offered, or a sample of more than there are."""
+    process_named(config.process)
+    if config.sample is not None and config.sample > config.count:
+        raise UsageError(
+            f"a sample of {config.sample} cannot be taken of {config.count} images", fix="give a smaller sample"
+        )
+    if config.resolution not in RESOLUTIONS:
+        raise UsageError(f"resolution = {config.resolution} is not offered", fix=f"choose one of {RESOLUTIONS}")
+
+
+def blocks_of(config: GenerateConfig) -> dict[int, int]:
+    """Which blocks of the process are rendered, and how many images of each.
+
+    With ``sample`` these are the images, and no others, that ``open_images(folder, sample)`` would return if all
+    ``count`` were there: the first of every block, as evenly as the blocks allow.
+
+    Raises:
+        UsageError: unknown process.
+    """
+    size = process_named(config.process).block_size
+    sizes = [min(size, config.count - start) for start in range(0, config.count, size)]
+    return {block: count for block, count in enumerate(_spread(sizes, config.sample)) if count}
+
+
+def open_images(
+    folder: Path, limit: int | None = None, *, from_end: bool = False, without_end: int = 0
+) -> list[np.ndarray]:
+    """The images of a finished ``generate`` stage, spread evenly over its shards, where they lie.
+
+    Args:
+        folder: the stage's folder.
+        limit: at most this many (None: all). As many images are taken from every shard, from its beginning, give or
+            take one; where a shard is too short, the others make up for it.
+        from_end: take them from the shards' ends instead.
+        without_end: leave out those that ``from_end`` takes for this limit.
+
+    Returns:
+        uint8 [n, R, R, 3] for each shard of which n > 0 are taken, memory-mapped and read-only.
+
+    Raises:
+        CheckpointError: a shard is missing or its bytes are not those of the manifest.
+    """
+    shards = _shards(folder)
+    held_out = _spread([len(shard) for shard in shards], without_end)
+    shards = [shard[: len(shard) - held] for shard, held in zip(shards, held_out, strict=True)]
+    counts = _spread([len(shard) for shard in shards], limit)
+    parts = zip(shards, counts, strict=True)
+    taken = [shard[len(shard) - count :] if from_end else shard[:count] for shard, count in parts]
+    return [part for part in taken if len(part)] or taken[:1]
+
+
+def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
+    """A copy in memory of what ``open_images`` opens, uint8 [N, R, R, 3]: for a few images."""
+    return np.concatenate(open_images(folder, limit, from_end=from_end))
+
+
+def _spread(sizes: list[int], limit: int | None) -> list[int]:
+    """How many images to take from shards of these sizes: min(limit, all there are), as evenly as the sizes allow."""
+    left = sum(sizes) if limit is None else min(limit, sum(sizes))
+    counts = [0] * len(sizes)
+    while left:
+        open_shards = [index for index, size in enumerate(sizes) if counts[index] < size]
+        for index in open_shards[:left]:
+            counts[index] += 1
+        left -= min(left, len(open_shards))
+    return counts
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a finished ``generate`` stage.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not a manifest.
+    """
+    try:
+        manifest = from_json((folder / "manifest.json").read_bytes())
+        listed = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]]
+        if listed and [name for name, _ in listed] == [shard_name(block) for block in range(len(listed))]:
+            return manifest
+        problem = None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = error
+    raise CheckpointError(
+        f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"
+    ) from problem
+
+
+def _shards(folder: Path) -> list[np.ndarray]:
+    """All shards, memory-mapped, their bytes checked."""
+    manifest = read_manifest(folder)
+    shards = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or file_sha256(path) != shard["sha256"]:
+            raise CheckpointError(
+                f"{path} is missing or not as it was written (its SHA-256 differs from the manifest's)",
+                fix="run `dprandp generate --overwrite` to make the images again",
+            )
+        if not _is_whole(folder, len(shards), shard.get("count"), manifest.get("resolution")):
+            raise CheckpointError(
+                f"{path} does not hold the images that the manifest describes",
+                fix="run `dprandp generate --overwrite` to make the images again",
+            )
+        shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return shards
+
+
+def shard_name(block: int) -> str:
+    """File name of a block's shard."""
+    return f"shard-{block:05d}.npy"
+
+
+def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], context: Context) -> int:
+    """Render the given blocks (block -> images) and return how many images that were."""
+    total = sum(blocks.values())
+    jobs = [(config.process, config.seed, block, count, config.resolution, folder) for block, count in blocks.items()]
+    with graceful_stop() as stop, context.console.progress(total, "images") as progress:
+        if context.ranks.size > 1:
+            for start in range(0, len(jobs), context.ranks.size):
+                progress.advance(_render_round(jobs[start : start + context.ranks.size], context.ranks))
+                stop.raise_if_requested()
+            return total
+        if context.workers == 1 or len(jobs) <= 1:
+            for job in jobs:
+                progress.advance(_write_shard(*job))
+                stop.raise_if_requested()
+            return total
+        with worker_pool(min(context.workers, len(jobs))) as pool:
+            with interrupts_left_to_us():
+                pending = {pool.submit(_write_shard, *job) for job in jobs}
+            try:
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        progress.advance(future.result())
+                    stop.raise_if_requested()
+            except BrokenProcessPool as error:
+                stop.raise_if_requested()  # the signal that stopped us has ended a worker as well
+                raise lost_worker() from error
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    return total
+
+
+Job = tuple[str, int, int, int, int, Path]
+"""Process, seed, block, count, resolution, folder."""
+
+
+def _render_round(jobs: list[Job], ranks: Ranks) -> int:
+    """One shard by each rank, as far as there are any; returns how many images that were."""
+    first, *others = jobs
+    asked = [({"job": job[:-1]}, {}) for job in others]
+    ranks.ask(RENDER, asked + [({"job": None}, {})] * (ranks.size - len(jobs)))
+    count = _write_shard(*first)
+    for job, made in zip(others, ranks.answers()[: len(others)], strict=True):
+        count += _write_images(made["images"].numpy(), job[2], job[-1])
+    return count
+
+
+def rendered_for(job: list | None) -> dict[str, torch.Tensor]:
+    """A shard's images, uint8 [count, R, R, 3], as another rank makes them for rank 0; nothing for no job."""
+    return {} if job is None else {"images": torch.from_numpy(render_block(*job))}
+
+
+def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:
+    return _write_images(render_block(process, seed, block, count, resolution), block, folder)
+
+
+def _write_images(images: np.ndarray, block: int, folder: Path) -> int:
+    with atomic_path(folder / shard_name(block)) as temporary:
+        np.save(temporary, images, allow_pickle=False)
+    faults.point("shard-written")
+    return len(images)
+
+
+def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:
+    """Whether the block's shard is there with the right shape and type (it took its name only once it was whole)."""
+    path = folder / shard_name(block)
+    if not path.is_file():
+        return False
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        return images.dtype == np.uint8 and images.shape == (count, resolution, resolution, 3)
+    except (ValueError, OSError, EOFError):
+        return False

@@ -1,0 +1,1 @@
+"""Questions about runs, budgets and this machine. Nothing here changes a run."""

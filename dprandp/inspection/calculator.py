@@ -1,0 +1,173 @@
+"""``dprandp account``: σ for an ε or ε for a σ, the whole curve, and what they leave to an attacker. Reads no data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dprandp.errors import UsageError
+from dprandp.privacy.accounting import GaussianEvent, warn_by_log
+from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.guarantees import (
+    ADD_REMOVE,
+    REPLACE_ONE,
+    ZERO_OUT,
+    calibrate_adjacency,
+    compose_adjacency,
+    compose_group,
+    trade_off,
+)
+
+CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))
+FALSE_POSITIVE_RATES = (0.001, 0.01, 0.05)
+
+NEIGHBOURS = {
+    ZERO_OUT: "zero-out of one record",
+    ADD_REMOVE: "add/remove one record",
+    REPLACE_ONE: "replace one record",
+}
+EXACT, THROUGH_POINT = "exact", "the Gaussian through (ε, δ)"
+DOUBLED = "replacing a record moves a sum by up to 2C instead of C, which doubles μ (exact)"
+TWO_MOVES = (
+    "replacing is emptying a slot and filling it again: group privacy along the whole zero-out curve, "
+    "(ε₁ + ε₂, δ₁ + exp(ε₁) δ₂), an upper bound (Dong, Roth & Su 2022, Theorem 2.14)"
+)
+
+
+def account(
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    adjacency: str = ZERO_OUT,
+    curve: bool = True,
+) -> dict[str, Any]:
+    """σ for an ε, or ε for a σ, and what that means.
+
+    Returns:
+        noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
+        accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
+        through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how ε follows from that of zero-out; None
+        unless a record is replaced), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and,
+        if asked for, curve (delta and epsilon, lists).
+
+    Raises:
+        UsageError: a value out of its range. BudgetError: no noise is enough.
+    """
+    if noise_multiplier is None:
+        noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency, _silent)
+    events = [GaussianEvent(noise_multiplier, sample_rate, steps)]
+    said: list[str] = []
+    bound = compose_adjacency(events, delta, adjacency, said.append)
+    attacker = trade_off(events, adjacency, said.append)
+    for sentence in dict.fromkeys(said):
+        warn_by_log(sentence)
+    mu, mu_is = attacker.mu, EXACT
+    if mu is None:
+        mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
+    elif math.isinf(mu):
+        mu, mu_is = None, None
+    relation = DOUBLED if attacker.mu is not None else TWO_MOVES
+    result = {
+        "noise_multiplier": noise_multiplier,
+        "sample_rate": sample_rate,
+        "steps": steps,
+        "delta": delta,
+        "epsilon": bound.upper,
+        "epsilon_estimate": bound.estimate,
+        "epsilon_lower": bound.lower,
+        "accountant": bound.accountant,
+        "equivalent_mu": mu,
+        "equivalent_mu_is": mu_is,
+        "adjacency": NEIGHBOURS[adjacency],
+        "adjacency_relation": relation if adjacency == REPLACE_ONE else None,
+        "attack": {
+            "false_positive_rate": list(FALSE_POSITIVE_RATES),
+            "true_positive_rate": [attacker.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES],
+            "advantage": attacker.advantage,
+            "source": attacker.source,
+        },
+    }
+    if curve:
+        found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS]
+        result["curve"] = {"delta": list(CURVE_DELTAS), "epsilon": found}
+    return result
+
+
+def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
+    """ε of ``size`` records together, for what ``account`` answered; nothing for a size of 1.
+
+    Returns:
+        group_size, and where it is above 1 group_epsilon (upper bound at the same δ; infinite where no bound was
+        found) and group_accountant.
+
+    Raises:
+        UsageError: the size is below 1, or groups of replaced records are asked for.
+    """
+    if size == 1:
+        return {"group_size": 1}
+    if result["adjacency"] == NEIGHBOURS[REPLACE_ONE]:
+        raise UsageError(
+            f"--group-size {size} is accounted for records that are zeroed out together, not replaced",
+            fix="leave --adjacency at zero-out",
+        )
+    event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
+    bound = compose_group([event], result["delta"], size, _silent)
+    return {"group_size": size, "group_epsilon": bound.upper, "group_accountant": bound.accountant}
+
+
+def account_lines(result: dict[str, Any]) -> str:
+    """``account`` for people: one line, and the curve, if asked for, as a table below it."""
+    sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
+    mu = ""
+    if result["equivalent_mu"] is not None:
+        named = "" if result["equivalent_mu_is"] == EXACT else f", {THROUGH_POINT}"
+        mu = f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}{named}"
+    line = (
+        f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
+        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
+        f"({result['adjacency']}; {result['accountant']}{mu}){_group_line(result)}"
+    )
+    if "curve" not in result:
+        return line
+    rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
+    table = [f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows]
+    return "\n".join([line, "       δ  ε", *table])
+
+
+def _group_line(result: dict[str, Any]) -> str:
+    if "group_epsilon" not in result:
+        return ""
+    size, epsilon = result["group_size"], result["group_epsilon"]
+    return f"\n{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})"
+
+
+def attack_lines(result: dict[str, Any]) -> str:
+    """What an attacker gains, in plain words."""
+    attack = result["attack"]
+    alarms = " / ".join(f"{100 * rate:g}" for rate in attack["false_positive_rate"])
+    found = " / ".join(_percent(rate) for rate in attack["true_positive_rate"])
+    replacing = result["adjacency"] == NEIGHBOURS[REPLACE_ONE]
+    goal = "which of two records was there" if replacing else "that a record was there"
+    lines = [
+        f"attacker: knowing all other records and everything released, at {alarms} % false alarms, one can tell {goal} "
+        f"in at most {found} % of cases",
+        f"best advantage (true minus false positives): {_percent(attack['advantage'])} % ({attack['source']})",
+    ]
+    if result["adjacency_relation"]:
+        lines.append(f"adjacency: {result['adjacency_relation']}")
+    return "\n".join(lines)
+
+
+def _silent(sentence: str) -> None:
+    """For searches and curves: the accountant of the result is named once, by the result."""
+
+
+def _percent(rate: float) -> str:
+    """To three digits, rounded up: what is printed is never below the bound."""
+    if rate <= 0:
+        return "0"
+    rate = max(rate, 1e-100)
+    digits = 2 - math.floor(math.log10(100 * rate))
+    return f"{min(100.0, math.ceil(round(100 * rate * 10**digits, 6)) / 10**digits):g}"

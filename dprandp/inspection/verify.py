@@ -1,0 +1,195 @@
+"""``dprandp verify``: do a run's claims follow from its ledger, as somebody else would check them?
+
+Reads what may be handed on: run.json, ``privacy/`` and ``model/``. Neither the private data nor ``private/`` is needed.
+The chain of hashes is computed again here, and ε by another library (dp-accounting, privacy loss distributions), so
+that an error of this program's ledger or accountant would show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dprandp.dpsgd.budget import read_plan_file
+from dprandp.errors import AuditError, CheckpointError, DprandpError, InputError
+from dprandp.release import load_run_model
+from dprandp.report.card import card_rows
+from dprandp.report.disclosure import disclosure, epsilon_text
+from dprandp.runs.directory import RunDir
+from dprandp.runs.ledger import ledger_file, open_run_ledger
+
+TOLERANCE = 0.01
+"""The other library rounds upwards, by less than this part of ε for the numbers of steps that occur here."""
+
+FIGURES = 12
+"""Rows of the disclosure, from its first, that are figures of the mechanism: all of them must stand on the card."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: its name, whether it holds, what was found, and the exit code where it does not."""
+
+    name: str
+    passed: bool
+    found: str
+    code: int = 0
+
+
+def verify(rundir: RunDir) -> dict[str, Any]:
+    """Check a run's claims.
+
+    Returns:
+        run (path), passed, exit_code (0, or that of the first claim that does not hold: 1 for an ε that is too low,
+        else 4), checks (dicts of name, passed, found).
+
+    Raises:
+        InputError: no private stage of the run is finished, so it claims nothing.
+    """
+    if not any("epsilon" in (row["result"] or {}) for row in rundir.status()):
+        raise InputError(
+            f"{rundir.path} has no private stage that is finished, so it claims nothing",
+            fix=f"run: dprandp probe --run {shlex.quote(str(rundir.path))}",
+        )
+    checks = [
+        _attempt("ledger", lambda: _chain(rundir)),
+        _attempt("run and ledger", lambda: _run_and_ledger(rundir)),
+        _attempt("plans", lambda: _plans(rundir)),
+        *_epsilons(rundir),
+        _attempt("model", lambda: _model(rundir)),
+    ]
+    failed = [check for check in checks if not check.passed]
+    return {
+        "run": str(rundir.path),
+        "passed": not failed,
+        "exit_code": failed[0].code if failed else 0,
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def verify_lines(result: dict[str, Any]) -> str:
+    """``verify`` for people."""
+    rows = [f"{'holds' if row['passed'] else 'FAILS':<6} {row['name']:<16} {row['found']}" for row in result["checks"]]
+    rows.append("all claims hold" if result["passed"] else "the run's claims DO NOT HOLD: do not rely on them")
+    return "\n".join(rows)
+
+
+def independent_epsilon(charges: list[dict[str, Any]], delta: float) -> float:
+    """ε of charged steps by dp-accounting, for parameters that were fixed beforehand; rounded upwards.
+
+    Args:
+        charges: lines of the ledger with noise_multiplier, sample_rate and steps.
+        delta: δ in (0, 1).
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    if any(charge["noise_multiplier"] == 0 for charge in charges):
+        return math.inf
+    totals: dict[tuple[float, float], int] = {}
+    for charge in charges:
+        key = (charge["sample_rate"], charge["noise_multiplier"])
+        totals[key] = totals.get(key, 0) + charge["steps"]
+    mu = math.sqrt(sum(steps / sigma**2 for (rate, sigma), steps in totals.items() if rate == 1))
+    parts = [pld.from_gaussian_mechanism(1 / mu)] if mu else []
+    parts += [
+        pld.from_gaussian_mechanism(sigma, sampling_prob=rate).self_compose(steps)
+        for (rate, sigma), steps in totals.items()
+        if rate < 1
+    ]
+    if not parts:
+        return 0.0
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.compose(part)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _attempt(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except DprandpError as error:
+        return Check(name, False, str(error).split("\n")[0], error.exit_code)
+
+
+def _lines(rundir: RunDir) -> list[dict[str, Any]]:
+    """The ledger's lines. Raises CheckpointError where their hashes do not form a chain."""
+    path = ledger_file(rundir)
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        previous = "0" * 64
+        for number, line in enumerate(lines, 1):
+            body = {key: value for key, value in line.items() if key != "hash"}
+            digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+            if line["hash"] != digest or line["previous"] != previous:
+                raise CheckpointError(f"line {number} of {path} breaks the chain", fix="do not rely on this run")
+            previous = digest
+            if line["kind"] == "charge":
+                _ = [line[key] + 0 for key in ("attempt", "steps", "noise_multiplier", "sample_rate", "clip_norm")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a ledger", fix="do not rely on this run") from error
+    return lines
+
+
+def _chain(rundir: RunDir) -> str:
+    lines = _lines(rundir)
+    steps = sum(line["steps"] for line in lines if line["kind"] == "charge")
+    return f"{len(lines)} lines form a chain, {steps} steps were charged"
+
+
+def _run_and_ledger(rundir: RunDir) -> str:
+    open_run_ledger(rundir, warn=lambda text: None)
+    return "the results, the last line and the budget that the run notes are those of the ledger"
+
+
+def _plans(rundir: RunDir) -> str:
+    document, lines = read_plan_file(rundir), _lines(rundir)
+    entries = {} if document is None else document["stages"]
+    for name, entry in entries.items():
+        plan = entry["plan"]
+        if "mu" in plan:  # a selection among private trials
+            continue
+        own = [line for line in lines if (line.get("stage"), line.get("attempt")) == (name, entry["attempt"])]
+        charged = [line for line in own if line["kind"] == "charge"]
+        keys = ("noise_multiplier", "sample_rate", "clip_norm", "noise")
+        other = [line for line in charged if any(line[key] != plan[key] for key in keys)]
+        if other or sum(line["steps"] for line in charged) > plan["steps"]:
+            raise CheckpointError(f"what was charged for {name} is not its plan", fix="do not rely on this run")
+    return f"what was charged is what was planned ({', '.join(entries) or 'nothing'})"
+
+
+def _epsilons(rundir: RunDir) -> list[Check]:
+    """A claim for each private result: its ε is not below that of the lines that it was computed from."""
+    results = [(row["stage"], row["result"]) for row in rundir.status() if "epsilon" in (row["result"] or {})]
+    return [_attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result)) for stage, result in results]
+
+
+def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
+    charges = []
+    for line in _lines(rundir):
+        if line["kind"] == "charge":
+            charges.append(line)
+        if line["kind"] == "tuning":
+            return "not computed again: paid tuning is accounted in Rényi DP alone"
+        if line["hash"] == result.get("ledger_head"):
+            break
+    else:
+        raise CheckpointError("the result names no line of the ledger", fix="do not rely on this run")
+    other = independent_epsilon(charges, result["delta"])
+    said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; dp-accounting has {other:.4g}"
+    if not result["epsilon"] >= other * (1 - TOLERANCE):
+        raise AuditError(f"reported {said}", fix="do not rely on this run")
+    return said
+
+
+def _model(rundir: RunDir) -> str:
+    model = load_run_model(rundir)
+    card = model.content["MODEL_CARD.md"].decode("utf-8")
+    result = {**model.result, "epsilon": float(model.result["epsilon"])}
+    missing = [row for row in card_rows(disclosure(result)[:FIGURES]) if row not in card]
+    if missing:
+        raise CheckpointError(f"the card does not say: {missing[0]}", fix="do not rely on this run")
+    return f"hashes as described; {FIGURES} figures of the card are those of the result"

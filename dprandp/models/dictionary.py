@@ -1,0 +1,242 @@
+"""Learn patch layers from synthetic images: whitening of patches, then a spherical k-means dictionary; layer by layer.
+
+Source: Coates & Ng 2012, "Learning feature representations with k-means", with synthetic patches in place of real ones.
+Only images of a random process come in here, so nothing in this file costs privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dprandp.models.patchnet import PatchLayer, ResponseLayer, normalise_patches
+
+PATCH_FLOOR = 0.1
+"""Added to the eigenvalues of the patch covariance: directions with less energy are noise and stay small."""
+
+CHANNEL_FLOOR = 0.1
+"""The same for the channels of the second layer, relative to the mean of the eigenvalues that are kept."""
+
+RESPONSE_CROPS = 3000
+"""Crops that the channels of the second layer are whitened by."""
+
+RESPONSE_PATCHES, PATCHES_OF_A_CROP = 120_000, 40
+"""What the second layer is learned from: 120,000 patches of 576 numbers are 276 MB. Where a crop has fewer patches than
+PATCHES_OF_A_CROP, all of them are taken, and more crops."""
+
+OnIteration = Callable[[int, float], None]
+
+Patches = Callable[[Tensor], Tensor]
+"""Images uint8 [B, 3, H, W] to the patches that a layer looks at, [B, d, L]."""
+
+BLOCK = 1024
+"""Vectors that are compared with all atoms together: the memory of their products is used again, not asked for anew."""
+
+
+def learn(
+    chain: tuple[PatchLayer, ...],
+    crops: Tensor,
+    count: int,
+    iterations: int,
+    generator: torch.Generator,
+    on_iteration: OnIteration = lambda iteration, similarity: None,
+) -> None:
+    """Fill a chain of layers with what is learned from images of a random process.
+
+    Args:
+        chain: to fill in place, a ``PatchNet`` and maybe a ``ResponseLayer`` on top of it. The small dictionary that
+            the second layer looks at the patches below with is learned from the same patches as theirs.
+        crops: uint8 [N, 3, 32, 32], in random order.
+        count: patches of pixels to learn from.
+        iterations: passes of each k-means.
+        generator: public randomness.
+        on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, or three for two layers).
+    """
+    first = chain[0]
+    done = 0
+
+    def kmeans(vectors: Tensor, clusters: int) -> Tensor:
+        nonlocal done
+        before = done
+
+        def told(iteration: int, similarity: float) -> None:
+            on_iteration(before + iteration, similarity)
+
+        done += iterations
+        return spherical_kmeans(vectors, clusters, iterations, generator, told)
+
+    def below(images: Tensor) -> Tensor:
+        return first.pixel_patches(first.normalise(images))
+
+    basis, centre, whitened = _whitened(sample_patches(crops, count, first.patch_size, generator), len(first.basis))
+    _fill(first, basis=basis, centre=centre, weight=kmeans(whitened, len(first.weight)))
+    if len(chain) == 1:
+        return
+    second = chain[1]
+    atoms = kmeans(whitened, len(second.map_weight))
+    del whitened
+    _fill(second, map_weight=atoms @ basis, map_bias=-(atoms @ centre))
+    channel_basis, channel_centre = channel_whitening(second, below, crops[:RESPONSE_CROPS])
+    _fill(second, channel_basis=channel_basis, channel_centre=channel_centre)
+    per_crop = min(PATCHES_OF_A_CROP, second.positions**2)
+    chosen = crops[: -(-RESPONSE_PATCHES // per_crop)]
+    responses = sample_response_patches(second, below, chosen, per_crop, generator)
+    basis, centre, whitened = _whitened(responses, len(second.basis))
+    del responses
+    _fill(second, basis=basis, centre=centre, weight=kmeans(whitened, len(second.weight)))
+
+
+def _whitened(patches: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A whitening's basis and centre, and the patches along its axes."""
+    basis, centre = whitening(patches, dims)
+    return basis, centre, patches @ basis.t() - centre
+
+
+@torch.no_grad()
+def _fill(layer: PatchLayer, **values: Tensor) -> None:
+    for name, value in values.items():
+        getattr(layer, name).copy_(value)
+
+
+@torch.no_grad()
+def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardise and whiten the channels of a layer's maps, to the ones with the most energy.
+
+    Args:
+        layer: its ``map_weight`` and ``map_bias`` are learned already.
+        below: the patches that it answers to.
+        crops: uint8 [N, 3, H, W], *synthetic*.
+
+    Returns:
+        basis [C, 2 M] float32 = (Λ + floor)^(-1/2) Vᵀ / deviation, with Λ, V of the correlations over all positions of
+        all maps and floor = ``CHANNEL_FLOOR`` times the mean of the C values kept, and centre [C] = basis @ mean.
+    """
+    channels, dims = layer.channel_basis.shape[1], len(layer.channel_basis)
+    total, squares, count = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels).double(), 0
+    for batch in crops.split(64):
+        columns = layer.maps(below(batch)).transpose(0, 1).flatten(1).double()
+        total += columns.sum(dim=1)
+        squares += columns @ columns.t()
+        count += columns.shape[1]
+    mean = total / count
+    covariance = squares / count - torch.outer(mean, mean)
+    deviation = covariance.diagonal().clamp(min=0).sqrt() + 1e-3  # a channel that hardly answers is not blown up
+    values, vectors = torch.linalg.eigh(covariance / torch.outer(deviation, deviation))
+    values, vectors = values[-dims:].flip(0).clamp(min=0), vectors[:, -dims:].flip(1)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    scale = (values + CHANNEL_FLOOR * values.mean()).sqrt()
+    basis = (vectors / scale / deviation[:, None]).t()
+    return basis.float().contiguous(), (basis @ mean).float()
+
+
+@torch.no_grad()
+def sample_response_patches(
+    layer: ResponseLayer, below: Patches, crops: Tensor, per_crop: int, generator: torch.Generator
+) -> Tensor:
+    """Patches of a layer's maps from random places of every crop.
+
+    Args:
+        layer: all but its dictionary and ``basis`` are learned already.
+        below: the patches that it answers to.
+        crops: uint8 [N, 3, H, W].
+        per_crop: patches of each; places are drawn with replacement, unless all of them are asked for.
+        generator: public randomness.
+
+    Returns:
+        [N * per_crop, d] float32, as ``layer.lift`` gives them.
+    """
+    chunks = []
+    for batch in crops.split(64):
+        patches = layer.lift(below(batch))
+        if per_crop < patches.shape[2]:
+            chosen = torch.randint(patches.shape[2], (len(batch), 1, per_crop), generator=generator)
+            patches = patches.gather(2, chosen.expand(-1, patches.shape[1], -1))
+        chunks.append(patches.transpose(1, 2).flatten(0, 1))
+    return torch.cat(chunks)
+
+
+def sample_patches(images: Tensor, count: int, patch_size: int, generator: torch.Generator) -> Tensor:
+    """Contrast-normalised patches from random places of random images.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        count: how many patches.
+        patch_size: side in pixels.
+        generator: public randomness.
+
+    Returns:
+        [count, C * patch_size**2] float32.
+    """
+    per_image = -(-count // len(images))
+    chunks = []
+    for batch in images.split(512):
+        unfolded = functional.unfold(batch.to(torch.float32) / 255, patch_size)
+        chosen = torch.randint(unfolded.shape[2], (len(batch), 1, per_image), generator=generator)
+        patches = unfolded.gather(2, chosen.expand(-1, unfolded.shape[1], -1))
+        chunks.append(normalise_patches(patches).transpose(1, 2).flatten(0, 1))
+    patches = torch.cat(chunks)
+    return patches[torch.randperm(len(patches), generator=generator)[:count]]
+
+
+def whitening(patches: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """PCA whitening of a set of vectors, to the axes with the most energy.
+
+    Args:
+        patches: [N, d] float32.
+        dims: axes to keep, r, at most d.
+
+    Returns:
+        basis [r, d] = (Λ + ``PATCH_FLOOR``)^(-1/2) Vᵀ, float32, and centre [r] = basis @ mean, so that
+        ``basis @ p - centre`` is the whitened patch. Eigenvectors' signs make their largest entry positive.
+    """
+    mean = patches.mean(dim=0)
+    centred = (patches - mean).to(torch.float64)
+    values, vectors = torch.linalg.eigh(centred.t() @ centred / len(patches))
+    values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    basis = (vectors / (values.clamp(min=0) + PATCH_FLOOR).sqrt()).t().to(torch.float32).contiguous()
+    return basis, basis @ mean
+
+
+def spherical_kmeans(
+    vectors: Tensor,
+    clusters: int,
+    iterations: int,
+    generator: torch.Generator,
+    on_iteration: OnIteration = lambda iteration, similarity: None,
+) -> Tensor:
+    """Unit-norm atoms; a vector belongs to the atom with the largest |inner product|, with its sign.
+
+    Args:
+        vectors: [N, d] float32, whitened.
+        clusters: number of atoms F.
+        iterations: passes over the vectors.
+        generator: public randomness (the starting atoms, and new ones where an atom lost all its vectors).
+        on_iteration: called with the iteration and the mean |inner product| of a vector with its atom.
+
+    Returns:
+        [F, d] float32 with rows of norm 1.
+    """
+    chosen = torch.randint(len(vectors), (clusters,), generator=generator)
+    atoms = functional.normalize(vectors[chosen] + 1e-3 * torch.randn(clusters, vectors.shape[1], generator=generator))
+    for iteration in range(iterations):
+        sums = torch.zeros_like(atoms)
+        members = torch.zeros(clusters)
+        similarity = 0.0
+        for block in vectors.split(BLOCK):
+            products = block @ atoms.t()
+            strength, nearest = products.abs().max(dim=1)
+            signed = products.gather(1, nearest[:, None])  # the step of Coates & Ng: weight by the product itself
+            sums.index_add_(0, nearest, signed * block)
+            members.index_add_(0, nearest, torch.ones(len(block)))
+            similarity += float(strength.sum())
+        empty = members == 0
+        if bool(empty.any()):
+            fresh = torch.randint(len(vectors), (int(empty.sum()),), generator=generator)
+            sums[empty] = vectors[fresh]
+        atoms = functional.normalize(sums + 1e-12)
+        on_iteration(iteration, similarity / len(vectors))
+    return atoms

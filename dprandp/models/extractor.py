@@ -1,0 +1,205 @@
+"""The architectures by name, behind one interface.
+
+An extractor is an ``nn.Module`` with
+
+* ``feature_dim``: int;
+* ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
+* ``parts``: ``whitening.Part``s, which of the features are whitened together;
+* ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
+* ``precision``: 'float32' or 'bfloat16', what its products are computed in (``precision.py``);
+* ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given, from which its like can be built.
+
+To add one: write its module, give it a name here, and say in ``pretrain/__init__.py`` how it learns from images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import PretrainConfig
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.models.nf_resnet import NFResNet50
+from dprandp.models.patchnet import DeepPatchNet, PatchLayer, PatchNet, ResponseLayer, positions_above
+from dprandp.models.precision import AUTO, FLOAT32, autocast, full_precision, precision_of
+from dprandp.models.vit import VisionTransformer, parse_vit
+from dprandp.models.wrn import WideResNet, parse_wrn
+from dprandp.vision.images import INPUT_SIZE
+
+NF_RESNET = "nf-resnet-50"
+ARCHITECTURES = (
+    f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, vit-DEPTH-WIDTH-PATCH such as vit-4-64-4, or {NF_RESNET}"
+)
+
+EARLIER_GRIDS = ("4+16", "1+9")
+"""Of a WRN's first two stages. Each has half the channels of the next stage and twice its cells: equally wide parts."""
+
+
+def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
+    """An untrained extractor, which computes in ``config.precision``; in float32 where that is not decided yet.
+
+    Args:
+        config: ``arch`` and the fields of that architecture.
+        generator: public randomness for the initial weights.
+
+    Raises:
+        UsageError: unknown architecture, or sizes that do not fit together.
+    """
+    network = _build(config, generator)
+    network.built_from = config
+    network.precision = FLOAT32 if config.precision == AUTO else config.precision
+    return network
+
+
+def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
+    if config.arch == "patchnet":
+        return _patchnet(config, generator)
+    if config.arch.startswith("wrn-"):
+        depth, width = parse_wrn(config.arch)
+        return WideResNet(
+            depth,
+            width,
+            layer_order=config.layer_order,
+            weight_standardisation=config.weight_standardisation,
+            pooling=config.pooling or "1+4",
+            padding=config.padding or "symmetric",
+            earlier=EARLIER_GRIDS if config.feature_stages == "all" else (),
+            generator=generator,
+        )
+    if config.arch == NF_RESNET:
+        return NFResNet50(pooling=config.pooling or "1", generator=generator)
+    if config.arch.startswith("vit-"):
+        return VisionTransformer(*parse_vit(config.arch), generator=generator)
+    raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
+
+
+def refuse_unlearnable(config: PretrainConfig) -> None:
+    """Refuse an architecture that Phase I has no way to teach; random weights need none.
+
+    Raises:
+        UsageError: naming what does.
+    """
+    if config.arch == NF_RESNET and not config.random_init:
+        raise UsageError(
+            f"{NF_RESNET} is not learned from synthetic images",
+            fix=f"pretrain patchnet or a wrn, or train it without: dprandp finetune --from scratch --arch {NF_RESNET}",
+        )
+
+
+def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
+    two = config.layers == 2
+    positions = (INPUT_SIZE - config.patch_size) // config.stride + 1
+    if (positions_above(positions) if two else positions) < 2:  # quarters need two patches a side
+        raise UsageError(
+            f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
+            f"of a {INPUT_SIZE}-pixel image" + (", after two layers" if two else ""),
+            fix="give a smaller patch_size or stride" + (", or one layer" if two else ""),
+        )
+    patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
+    first = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims)
+    _random_dictionary(first, generator)
+    if not two:
+        return first
+    second = ResponseLayer(config.second_filters, first)
+    _random_unit_rows(second.map_weight, generator)
+    _random_rows(second.channel_basis, generator)
+    _random_dictionary(second, generator)
+    return DeepPatchNet(first, second)
+
+
+def _random_dictionary(layer: PatchLayer, generator: torch.Generator | None) -> None:
+    _random_rows(layer.basis, generator)
+    _random_unit_rows(layer.weight.data, generator)
+
+
+def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:
+    """Orthonormal rows."""
+    basis.copy_(torch.linalg.qr(torch.randn(*reversed(basis.shape), generator=generator))[0].t())
+
+
+def _random_unit_rows(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Patches have length up to √d or near it: unit-norm filters answer with unit variance."""
+    weight.normal_(generator=generator)
+    weight.div_(weight.norm(dim=1, keepdim=True))
+
+
+def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill an extractor with the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or type; all are named.
+    """
+    own = extractor.state_dict()
+    wrong = [f"{name}: missing" for name in own.keys() - tensors.keys()]
+    wrong += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
+    wrong += [
+        f"{name}: {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    wrong += [
+        f"{name}: {tensors[name].dtype} instead of {own[name].dtype}"
+        for name in own.keys() & tensors.keys()
+        if own[name].dtype != tensors[name].dtype
+    ]
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint does not fit the architecture: " + "; ".join(sorted(wrong)),
+            fix="use the configuration that the checkpoint was made with",
+        )
+    extractor.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def extract(
+    extractor: nn.Module,
+    images: Tensor,
+    *,
+    mirror: bool,
+    batch_size: int = 256,
+    after: Callable[[Tensor], Tensor] = lambda features: features,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """Features of many images, each image on its own.
+
+    Args:
+        extractor: an extractor, on the device that computes.
+        images: uint8 [N, 3, 32, 32].
+        mirror: average the features of each image and its mirror image.
+        batch_size: images at a time.
+        after: applied to each batch of features [b, feature_dim]; its results are what is collected.
+        on_batch: called with the number of images done, for progress.
+
+    Returns:
+        float32 [N, ...] on the CPU.
+    """
+    if images.shape[1:] != (3, INPUT_SIZE, INPUT_SIZE):
+        raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {INPUT_SIZE}, {INPUT_SIZE})")
+    device = next(extractor.parameters()).device
+    compute = getattr(extractor, "extract", None) or (lambda batch: extractor.features(extractor.normalise(batch)))
+    out: Tensor | None = None
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device)
+        with autocast(extractor, device):
+            features = compute(batch)
+            if mirror:
+                features = (features + compute(batch.flip(-1))) / 2
+        with full_precision(device):
+            values = after(features.to(torch.float32)).to("cpu")
+        if out is None:
+            out = torch.empty(len(images), *values.shape[1:])
+        out[start : start + len(values)] = values
+        on_batch(len(values))
+    return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")
+
+
+def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
+    """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
+    digest.update(repr(getattr(module, "built_from", None)).encode())  # the stride of patches is no weight
+    digest.update(precision_of(module).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -1,0 +1,66 @@
+"""Optimizers of torch whose state is named tensors from the beginning, so that a checkpoint resumes exactly.
+
+torch makes an optimizer's state in its first step. Here it is there before: what a checkpoint holds can be compared
+with it, and copied into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import PretrainConfig, lr_of
+from dprandp.errors import UsageError
+
+
+def build_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """The optimizer of public training that a configuration names, over named parameters.
+
+    ``sgd`` with momentum (published), or ``adamw`` (Loshchilov & Hutter 2019).
+    """
+    lr, decay = lr_of(config), config.weight_decay
+    if config.optimizer == "sgd":
+        return begun(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+    if config.optimizer == "adamw":
+        return begun(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
+    raise UsageError(f"there is no optimizer called {config.optimizer!r}", fix="see dprandp pretrain --help")
+
+
+def begun(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW with the state that torch gives it in its first step; all its parameters in one group."""
+    (group,) = optimizer.param_groups
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        if "betas" in group:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # read in every step
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        elif group["momentum"]:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that the next step depends on beside parameters and settings, by name: the tensors that steps change.
+
+    Args:
+        optimizer: ``begun``, over named parameters.
+    """
+    (group,) = optimizer.param_groups
+    return {
+        f"optimizer.{kind}.{name}": value
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def restore(state: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy what was saved of a state into its tensors: onto their devices, and into their order in memory.
+
+    Args:
+        state: name -> tensor, changed in place.
+        saved: tensors of these names and shapes; others among them are left alone.
+    """
+    for name, value in state.items():
+        value.copy_(saved[name])

@@ -1,0 +1,439 @@
+"""Patch layers: convolutional layers whose filters are a dictionary of synthetic patches; ``PatchNet`` has one.
+
+The classical patch pipeline (Coates & Ng 2011, "The importance of encoding versus training with sparse coding and
+vector quantization") with every learned part taken from images of a random process: whitening of patches and a
+spherical k-means dictionary (``dictionary.py``). The network is
+
+    local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
+    -> averages over five regions (below) -> square root
+
+The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
+large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
+often a pattern occurs rather than where it happens to be strongest. The network has the same interface as the WRN
+(``extractor.py``). Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III; the
+whitening of patches stays as it is. No layer looks at more than one image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dprandp.models.precision import full_precision
+from dprandp.models.whitening import Part
+from dprandp.threads import in_parts
+
+# ------------------------------------------------------------------------------------------------------------- regions
+#
+# Regions of an image that a patch layer averages its responses over, as weights over the positions of patches.
+#
+# Quarters that overlap, and a centre that fades out, change little where an object moves a little; hard borders let all
+# of a response jump from one average to another. Experiment in ``scripts/README.md``, "Regions".
+
+CENTRE = 0.25
+"""Standard deviation of the centre's Gaussian, as a part of the side."""
+
+
+def region_weights(positions: int) -> Tensor:
+    """Four quarters that pass into each other between a quarter and three quarters of each side, then the centre.
+
+    Args:
+        positions: of patches, per side.
+
+    Returns:
+        float32 [5, positions**2], each row of sum 1.
+    """
+    places = (torch.arange(positions) + 0.5) / positions
+    first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
+    middle = torch.exp(-(((places - 0.5) / CENTRE) ** 2) / 2)
+    halves = torch.stack([first, 1 - first])
+    quarters = torch.einsum("ai,bj->abij", halves, halves).flatten(0, 1)
+    weights = torch.cat([quarters, torch.outer(middle, middle)[None]]).flatten(1)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+CONTRAST_FLOOR = 10 / 255
+"""Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels: flat patches stay flat."""
+
+ROOT_FLOOR = 0.01
+"""Added to an average before its root is taken, so that the slope at zero is 5 and not infinite."""
+
+TILE = 400
+"""Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
+
+ROWS = 1000
+"""Positions handled together in ``extract``: of one image in the first layer, of several where a layer has few."""
+
+GROUP = 16
+"""Images whose patches are held together in ``extract``."""
+
+
+class PatchLayer(nn.Module):
+    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions.
+
+    What the patches are of is a matter of the kind of layer: pixels for ``PatchNet``, responses for ``ResponseLayer``.
+
+    Args:
+        filters: size of the dictionary, F.
+        width: numbers in a patch, d.
+        patch_dims: axes r that patches are whitened to.
+        positions: patches per side; there are L = positions**2 of them.
+        threshold: responses in [-threshold, threshold] count as zero.
+
+    Attributes:
+        basis: [r, d] float32, whitening of patches in the order of ``torch.nn.functional.unfold``; centre: [r] float32,
+            what it makes of the mean patch. Not trained.
+        weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
+        pooling: [R, L] float32, R regions as rows of weights over the L positions.
+        feature_dim: 2 * R * F.
+    """
+
+    def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int, threshold: float) -> None:
+        super().__init__()
+        self.threshold, self.positions = threshold, positions
+        self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
+        self.bias = nn.Parameter(torch.zeros(filters))
+        self.register_buffer("basis", torch.eye(patch_dims, width))
+        self.register_buffer("centre", torch.zeros(patch_dims))
+        self.register_buffer("pooling", region_weights(positions), persistent=False)
+        self.feature_dim = 2 * len(self.pooling) * filters
+
+    def whitened(self, patches: Tensor) -> Tensor:
+        """Patches [B, d, L] along the axes of the whitening, [B, r, L]."""
+        return self.basis @ patches - self.centre[:, None]
+
+    def excess(self, patches: Tensor) -> Tensor:
+        """Mean excess of the responses over the threshold, differentiable.
+
+        Args:
+            patches: float [B, d, L], contrast-normalised.
+
+        Returns:
+            float [B, 2, R, F]: for each sign, in each region, of each filter.
+        """
+        responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2)
+        positive = self.pooling @ functional.relu(responses - self.threshold)
+        negative = self.pooling @ functional.relu(-responses - self.threshold)
+        return torch.stack([positive, negative], dim=1)
+
+    @torch.no_grad()
+    def excess_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
+        """The same numbers several times faster, on a CPU: few enough responses at a time that they stay in the cache.
+
+        Args:
+            patches: float32 [b, L, d], patch after patch.
+            columns: [r, F], the filters' transpose, contiguous.
+            out: [b, 2, R, F], to be filled.
+        """
+        at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
+        room = torch.empty(2, min(at_once, len(patches)) * patches.shape[1] * tile)
+        for some, filled in zip(patches.split(at_once), out.split(at_once), strict=True):
+            whitened = torch.addmm(-self.centre, some.flatten(0, 1), self.basis.t())
+            for start in range(0, len(self.weight), tile):
+                chosen = slice(start, start + tile)
+                bias = self.bias[chosen]
+                count = len(whitened) * len(bias)
+                responses, excess = (half[:count].view(len(whitened), len(bias)) for half in room)
+                torch.addmm(bias, whitened, columns[:, chosen], out=responses)
+                by_image = excess.view(len(some), -1, len(bias))
+                # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
+                torch.clamp(responses, min=self.threshold, out=excess)
+                filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(self.threshold)
+                torch.clamp(responses, max=-self.threshold, out=excess)
+                filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(self.threshold).neg_()
+
+
+class PatchExtractor:
+    """What one patch layer and two on top of each other have in common as an extractor (``extractor.py``).
+
+    Attributes:
+        chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
+    """
+
+    chain: tuple[PatchLayer, ...]
+
+    @staticmethod
+    def normalise(images: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] to float32 in [0, 1]. The patches' own contrast normalisation does the rest."""
+        return images.to(torch.float32) / 255
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
+        first, *later = self.chain
+        found = [first.pixel_patches(images)]
+        for layer in later:
+            found.append(layer.lift(found[-1]))
+        return found
+
+    def features(self, images: Tensor) -> Tensor:
+        """Differentiable features.
+
+        Args:
+            images: float [B, C, image_size, image_size] in [0, 1].
+
+        Returns:
+            [B, feature_dim] float: of each layer, first the first one, √(``PatchLayer.excess`` + ``ROOT_FLOOR``).
+        """
+        means = [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
+        return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
+
+    @torch.no_grad()
+    def extract(self, images: Tensor) -> Tensor:
+        """The same numbers as ``features``, several times faster, without gradients.
+
+        A tile of filters at a time, so that the responses never leave the cache; as many threads as torch is allowed,
+        each with whole images. On an accelerator this is ``features``.
+
+        Args:
+            images: uint8 [B, C, image_size, image_size].
+
+        Returns:
+            [B, feature_dim] float32.
+        """
+        if images.device.type != "cpu":
+            return self.features(self.normalise(images))
+        out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
+        columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
+        if len(images):
+            parts = min(torch.get_num_threads(), len(images))  # none without an image
+            in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]), parts)
+        return out
+
+    def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
+        """Fill ``out`` [b, feature_dim] with the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
+        widths = [layer.feature_dim for layer in self.chain]
+        with torch.no_grad(), full_precision(images.device):
+            for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
+                patches: Tensor | None = None
+                for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
+                    if patches is None:
+                        patches = torch.stack([layer.pixel_rows(image) for image in self.normalise(group)])
+                    else:
+                        patches = torch.stack([layer.lift_rows(one) for one in patches])
+                    layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                # rounding may leave a mean of zeros just below zero
+                rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
+
+
+class PatchNet(PatchExtractor, PatchLayer):
+    """A dictionary over patches of pixels.
+
+    Args:
+        filters: size of the dictionary, F.
+        patch_size: side of a patch in pixels.
+        patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
+        stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
+        threshold: see ``PatchLayer``.
+        image_size: side of the (square) input in pixels.
+        channels: 3.
+
+    Attributes:
+        parts: all features are whitened together.
+    """
+
+    def __init__(
+        self,
+        filters: int,
+        *,
+        patch_size: int = 6,
+        patch_dims: int | None = None,
+        stride: int = 1,
+        threshold: float = 0.25,
+        image_size: int = 32,
+        channels: int = 3,
+    ) -> None:
+        width = channels * patch_size**2
+        super().__init__(
+            filters,
+            width=width,
+            patch_dims=patch_dims or width,
+            positions=(image_size - patch_size) // stride + 1,
+            threshold=threshold,
+        )
+        self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
+        self.parts = (Part(self.feature_dim, 1.0),)
+
+    @property
+    def chain(self) -> tuple[PatchLayer, ...]:
+        """This layer alone."""
+        return (self,)
+
+    def pixel_patches(self, images: Tensor) -> Tensor:
+        """Each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``).
+
+        Args:
+            images: float [B, C, H, W] in [0, 1].
+
+        Returns:
+            float [B, C patch_size**2, L].
+        """
+        return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
+
+    def pixel_rows(self, image: Tensor) -> Tensor:
+        """The same of one image, float32 [C, H, W] in [0, 1], patch after patch: [L, C patch_size**2]."""
+        windows = image.unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
+        patches = windows.permute(1, 2, 0, 3, 4).reshape(self.positions**2, -1)
+        patches = patches - patches.mean(dim=1, keepdim=True)
+        return patches.div_(patches.square().mean(dim=1, keepdim=True).add_(1e-12).sqrt_().add_(CONTRAST_FLOOR))
+
+
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Minus the mean, over (standard deviation + ``CONTRAST_FLOOR``), along dimension -2.
+
+    Args:
+        patches: float [..., d, L], pixels in [0, 1].
+
+    Returns:
+        float [..., d, L].
+    """
+    centred = patches - patches.mean(dim=-2, keepdim=True)
+    deviation = centred.square().mean(dim=-2, keepdim=True).add(1e-12).sqrt()  # 1e-12: sqrt has no gradient at 0
+    return centred / (deviation + CONTRAST_FLOOR)
+
+
+# ------------------------------------------------------------------------------------------------------ response layer
+#
+# The second layer: a dictionary over patches of the responses to the patches below.
+#
+# The same recipe once more (Coates & Ng 2011, "Selecting receptive fields in deep networks", stack it likewise): a
+# small dictionary of the patches below answers at every position, its two-sided responses are averaged over overlapping
+# 3 x 3 windows and their roots taken, the channels are whitened, and patches of these maps get a dictionary of their
+# own. Everything is learned from images of a random process (``dictionary.py``).
+#
+#     filters on patches -> two-sided ReLU -> 3 x 3 averages at every second position -> root -> whitened channels
+#     -> patches of 3 x 3 positions, each divided by its length -> ``PatchLayer``
+#
+# The features say what lies next to what, which those of one layer do not, and are whitened as a part of their own. On
+# a 32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
+
+WINDOW, STEP = 3, 2
+"""Responses are averaged over WINDOW x WINDOW positions, at every STEP-th."""
+
+RESPONSE_PATCH = 3
+"""Side of a patch of responses, in positions of the maps."""
+
+LENGTH_FLOOR = 0.1
+"""Of a patch of responses, relative to √d, the length of one with unit variance: empty patches stay short."""
+
+SHARE = 0.5
+"""Of the squared length of all features, for each layer. Experiments on CIFAR-10's training split at ε = 1: with 1,600
+filters in both (10,000 images fitted, 4,000 held out) 70.2, 70.7, 70.3 % for .2, .4, .6 to the second, where the first
+layer alone had 68.5 and the second alone 67.4; with 2,400 and 3,200 (20,000 fitted, 10,000 held out) 71.1 for .4 and
+71.3 for .5."""
+
+
+class ResponseLayer(PatchLayer):
+    """A dictionary over patches of responses.
+
+    Args:
+        filters: size of the dictionary, F.
+        below: the layer whose patches get the small dictionary that the maps are of; it is looked at and not kept.
+        map_filters: size M of the small dictionary; the maps have 2 M channels, one for each sign.
+        map_dims: channels kept after whitening, C.
+        response_patch: side k of a patch of responses, in positions of the maps.
+        patch_dims: axes r that these are whitened to; at most C k**2.
+        threshold: see ``PatchLayer``; of the maps too.
+
+    Attributes:
+        map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
+        channel_basis: [C, 2 M] float32, channel_centre: [C]: whitening of the channels.
+        None of the four is trained: what lies below this dictionary stays as Phase I left it.
+    """
+
+    def __init__(
+        self,
+        filters: int,
+        below: PatchLayer,
+        *,
+        map_filters: int = 256,
+        map_dims: int = 64,
+        response_patch: int = RESPONSE_PATCH,
+        patch_dims: int = 192,
+        threshold: float = 0.25,
+    ) -> None:
+        width = map_dims * response_patch**2
+        super().__init__(
+            filters,
+            width=width,
+            patch_dims=min(patch_dims, width),
+            positions=positions_above(below.positions, response_patch),
+            threshold=threshold,
+        )
+        self.below_positions, self.response_patch = below.positions, response_patch
+        self.register_buffer("map_weight", torch.zeros(map_filters, below.basis.shape[1]))
+        self.register_buffer("map_bias", torch.zeros(map_filters))
+        self.register_buffer("channel_basis", torch.eye(map_dims, 2 * map_filters))
+        self.register_buffer("channel_centre", torch.zeros(map_dims))
+
+    def maps(self, below: Tensor) -> Tensor:
+        """Patches below [B, d, L] to roots of averaged responses, [B, 2 M, S, S]; first all positive ones."""
+        responses = self.map_weight @ below + self.map_bias[:, None]
+        responses = responses.unflatten(2, (self.below_positions, self.below_positions))
+        both = torch.cat([responses - self.threshold, -responses - self.threshold], dim=1)
+        return functional.avg_pool2d(functional.relu(both), WINDOW, STEP).add(ROOT_FLOOR).sqrt()
+
+    def lift(self, below: Tensor) -> Tensor:
+        """Patches below [B, d, L] to patches of responses [B, C k**2, L'], each u made u / (‖u‖ / √(C k**2) + floor).
+
+        The floor is ``LENGTH_FLOOR``.
+        """
+        maps = self.maps(below)
+        channels = self.channel_basis @ maps.flatten(2) - self.channel_centre[:, None]
+        patches = functional.unfold(channels.unflatten(2, maps.shape[2:]), self.response_patch)
+        return patches / (patches.norm(dim=1, keepdim=True) / math.sqrt(patches.shape[1]) + LENGTH_FLOOR)
+
+    @torch.no_grad()
+    def lift_rows(self, below: Tensor) -> Tensor:
+        """The same of one image, faster on a CPU: [L, d] to [L', C k**2], patch after patch.
+
+        With the channels last, windows are sums of whole rows of memory.
+        """
+        side, filters = self.below_positions, len(self.map_weight)
+        responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
+        excess = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``excess_rows``
+        positive = window_means(excess)
+        maps = positive.new_empty(*positive.shape[:2], 2 * filters)
+        torch.sub(positive, self.threshold - ROOT_FLOOR, out=maps[..., :filters])
+        torch.clamp(responses, max=-self.threshold, out=excess)
+        torch.sub(window_means(excess).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
+        maps = maps.clamp_(min=ROOT_FLOOR).sqrt_().flatten(0, 1)
+        channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t())
+        windows = channels.view(*positive.shape[:2], -1).unfold(0, self.response_patch, 1)
+        patches = windows.unfold(1, self.response_patch, 1).reshape(self.positions**2, -1)
+        return patches.div_(patches.norm(dim=1, keepdim=True).div_(math.sqrt(patches.shape[1])).add_(LENGTH_FLOOR))
+
+
+class DeepPatchNet(PatchExtractor, nn.Module):
+    """A ``PatchNet`` and a ``ResponseLayer`` on top: the features of both, side by side.
+
+    Args:
+        first: over patches of pixels. second: over patches of responses to those.
+
+    Attributes:
+        feature_dim: the sum of theirs. parts: each is whitened apart.
+    """
+
+    def __init__(self, first: PatchNet, second: ResponseLayer) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.feature_dim = first.feature_dim + second.feature_dim
+        self.parts = tuple(Part(layer.feature_dim, SHARE) for layer in self.chain)
+
+    @property
+    def chain(self) -> tuple[PatchLayer, ...]:
+        """The layers from the pixels upwards."""
+        return (self.first, self.second)
+
+
+def window_means(maps: Tensor) -> Tensor:
+    """``avg_pool2d(maps, 3, 2)`` of float [S, S, channels]."""
+    rows = (maps[:-2:2] + maps[1:-1:2]).add_(maps[2::2])
+    return (rows[:, :-2:2] + rows[:, 1:-1:2]).add_(rows[:, 2::2]).div_(WINDOW**2)
+
+
+def positions_above(positions: int, response_patch: int = RESPONSE_PATCH) -> int:
+    """Patches of responses per side over so many patches below; under 1 where there is no room for any."""
+    return (positions - WINDOW) // STEP + 1 - response_patch + 1

@@ -1,0 +1,1 @@
+"""Per-example gradients, written out for the networks whose layers allow it."""

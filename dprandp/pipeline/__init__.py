@@ -1,0 +1,98 @@
+"""The four stages by name, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from dprandp import continual, finetune, generate, pretrain, probe
+from dprandp.config.schema import StageConfig, as_dict
+from dprandp.report import page
+from dprandp.report.disclosure import epsilon_text
+from dprandp.runs.context import Context
+from dprandp.runs.results import refuse_gaps
+from dprandp.runs.signals import graceful_stop
+
+RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
+    "generate": generate.run,
+    "pretrain": pretrain.run,
+    "continue": continual.run,
+    "probe": probe.run,
+    "finetune": finetune.run,
+}
+
+
+IN_ORDER = ("generate", "pretrain", "probe", "finetune")
+"""The stages of ``dprandp run``; an extractor is continued by whoever asks for it."""
+
+
+def run_stage(name: str, config: StageConfig, context: Context) -> dict:
+    """Run one stage, or return the recorded result of a finished one. The result begins with ``stage``."""
+    result = RUNNERS[name](config, context)
+    refuse_gaps(name, result)  # it may have been recorded long ago, by another version
+    return {"stage": name, **result}
+
+
+def adopt(public: dict[str, StageConfig], context: Context) -> None:
+    """Bring a run to where a probe may begin, with a shipped prior: its images, then its extractor.
+
+    Args:
+        public: of ``shipped.public_stages``. What the run holds already is skipped.
+        context: ``overwrite`` is meant for the probe; of these two stages it starts afresh only what is another.
+    """
+    for name, config in public.items():
+        recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
+        afresh = context.overwrite and recorded is not None and recorded != as_dict(config)
+        result = run_stage(name, config, replace(context, overwrite=afresh))
+        context.console.say(stage_line(name, result))
+
+
+def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
+    """Run all four stages and write the report.
+
+    Args:
+        resolve: stage name to configuration, called when its turn comes.
+        context: shared by all stages.
+
+    Returns:
+        The last private stage's result, with ``report`` (path) and ``results`` (one per stage).
+    """
+    results = {}
+    with graceful_stop() as stop:
+        for name in IN_ORDER:
+            if name == "finetune" and results["probe"]["share"] == 1:
+                context.console.say("finetune: skipped, the probe was given the whole budget (--share 1)")
+                continue
+            results[name] = run_stage(name, resolve(name), context)
+            context.console.say(stage_line(name, results[name]))
+            stop.raise_if_requested()
+    path = page.write(context.rundir)
+    last = results.get("finetune", results["probe"])
+    return {**last, "report": str(path), "results": results}
+
+
+def line(result: dict) -> str:
+    """The last line of ``dprandp run``."""
+    return f"{stage_line(result['stage'], result)}; report: {result['report']}"
+
+
+def stage_line(name: str, result: dict) -> str:
+    """One line for people, from a stage's result."""
+    seconds = f"{result['seconds']:.0f} s"
+    if name == "generate":
+        return f"generate: {result['count']} images of {result['process']} at {result['resolution']} px in {seconds}"
+    if name == "pretrain" and "prior" in result:
+        return f"pretrain: the prior {result['prior']} ({result['arch']}, {result['feature_dim']} features)"
+    if name == "pretrain":
+        quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
+        apart = ", one extractor for colour and one for grey data" if pretrain.GREY in result else ""
+        return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}{apart}, in {seconds}"
+    if name == "continue":
+        done = result["public_training"]
+        said = f"continue: {result['arch']}, {done['images']}; {done['switch']}"
+        if "epsilon" not in result:
+            return f"{said}; nothing private was read, in {seconds}"
+        name = f"{said}; then"
+    privacy = f"ε = {epsilon_text(result['epsilon'])}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
+    return f"{name}: {result['data']} test accuracy {100 * result['accuracy']:.2f} % at {privacy}, in {seconds}"

@@ -1,0 +1,333 @@
+"""``--plan``: what would run and what privacy it would cost, from public facts alone.
+
+No pixel is read, nothing is written. Time and memory are not foretold: they depend on the machine.
+
+A plan refuses what the stage would refuse, as far as that shows without reading data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dprandp import continual, finetune
+from dprandp.config.schema import (
+    ContinueConfig,
+    GenerateConfig,
+    PretrainConfig,
+    ProbeConfig,
+    StageConfig,
+    as_dict,
+    extractors_of,
+    switch_step,
+)
+from dprandp.continual import switching
+from dprandp.dpsgd.budget import read_plan_file
+from dprandp.dpsgd.stage import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
+from dprandp.dpsgd.training_data import not_compared
+from dprandp.generate import blocks_of
+from dprandp.generate import check as check_images
+from dprandp.models.extractor import build_extractor, refuse_unlearnable
+from dprandp.models.precision import AUTO
+from dprandp.pretrain.shipped import shipped
+from dprandp.privacy.adaptive import Stage, compose_stages
+from dprandp.privacy.mechanism import PrivatePlan, make_plan
+from dprandp.runs.context import Context, recorded
+from dprandp.runs.directory import DATA, IGNORED
+from dprandp.runs.files import size_text
+from dprandp.runs.results import ONE_IMAGE
+
+# ------------------------------------------------------------------------------------------------------ continual plan
+#
+# ``continue --plan``: what is known before the public images have said where private steps begin.
+
+
+def facts(config: ContinueConfig) -> dict[str, Any]:
+    """What a plan says beside the mechanism.
+
+    Returns:
+        public (the images), public_steps (before the first private one, at the least), switch (the rule; None where
+        the plan's steps and noise are those that will be, and not the most there may be).
+    """
+    ruled = config.mix == "step" and switch_step(config) is None
+    least = config.steps - switching.most_private_steps(config)
+    return {"public": config.public, "public_steps": least, "switch": config.switch if ruled else None}
+
+
+def public_alone(config: ContinueConfig, context: Context, action: str) -> dict[str, Any]:
+    """``mix = 'public'``: no private image is read, and nothing is paid.
+
+    Returns:
+        stage, action, data (that the images are shaped like), public, steps.
+    """
+    return {
+        "stage": continual.STAGE,
+        "action": action,
+        "data": continual.open_stage(config, context, write=False).spec.name,
+        "public": config.public,
+        "steps": config.steps,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- plan lines
+#
+# A plan in words.
+
+ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
+
+
+def line_of(made: Mapping[str, Any]) -> str:
+    """One stage's plan, a dictionary of ``plan``, in one line."""
+    action = ACTIONS[made["action"]]
+    if made["stage"] == "generate":
+        size = size_text(made["disk_bytes"])
+        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px, {size}{action}"
+    if made["stage"] == "pretrain":
+        if "prior" in made:
+            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
+        how = _dictionary(made) if "filters" in made else f"{made['steps']} steps of {made['batch_size']} images"
+        how = "random weights" if made["random_init"] else how
+        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
+    if "epsilon_after" not in made:
+        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε{action}"
+    refit = made["refit"]
+    then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
+    size = f"N = {made['examples']}"
+    if made["unit"] != ONE_IMAGE:
+        size += f" units, each {made['unit']}, {made['train_examples']} images"
+    noise = ", discrete noise" if made["noise"] == "discrete" else ""
+    if made["stage"] == "continue":
+        noise += ", after public ones" if made["public_steps"] else ""
+        noise += "; T and σ at most these: the switch decides" if made["switch"] else ""
+    return (
+        f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
+        f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
+        f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
+        f"δ = {made['delta']:g}{action}"
+    )
+
+
+def _dictionary(made: Mapping[str, Any]) -> str:
+    return f"{made['filters']} filters" + (" each for colour and for grey data" if made["extractors"] > 1 else "")
+
+
+Plan = dict[str, Any]
+
+
+def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
+    """What one stage would run.
+
+    Args:
+        public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
+
+    Returns:
+        stage, action (fresh | resume | skip), and
+
+        * generate: process, count, resolution, seed, shards, disk_bytes (of the pixels);
+        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
+          learned) or batch_size (wrn);
+        * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
+          fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
+
+    Raises:
+        As the stage, before it reads data.
+    """
+    if name == "generate":
+        return _generate(config, context)
+    if name == "pretrain":
+        if not public:
+            context.rundir.require("generate", name)
+        return _pretrain(config, context)
+    if name == "continue" and config.mix == "public":
+        action, config = _foreseen(name, config, context)
+        return public_alone(config, context, action)
+    return _private(name, config, context)[0]
+
+
+def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
+    """What ``dprandp run`` would do: each stage planned on top of those planned before it.
+
+    Args:
+        resolve: (stage, configurations planned so far) -> configuration.
+
+    Returns:
+        stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, and stages (a plan each; no fine-tune
+        where the probe has the whole budget).
+    """
+    configs: dict[str, StageConfig] = {}
+    plans: list[Plan] = []
+
+    def planned(name: str, make: Callable[[StageConfig], Plan]) -> None:
+        configs[name] = _effective(name, resolve(name, configs), context)
+        plans.append(make(configs[name]))
+
+    planned("generate", lambda config: _generate(config, context))
+    planned("pretrain", lambda config: _pretrain(config, context))
+    events: list[Stage] = []
+
+    def private(name: str) -> Callable[[StageConfig], Plan]:
+        def make(config: StageConfig) -> Plan:
+            arch = configs["pretrain"].arch if "probe" in configs else None
+            made, left = _private(name, config, context, arch, events)
+            events.extend(left)
+            return made
+
+        return make
+
+    planned("probe", private("probe"))
+    if _share(configs["probe"]) != 1:
+        planned("finetune", private("finetune"))
+    return {
+        "stage": "run",
+        **{key: plans[-1][key] for key in ("data", "examples", "delta", "epsilon_after")},
+        "epsilon": configs["probe"].epsilon,
+        "stages": plans,
+    }
+
+
+def plan_lines(result: Plan) -> str:
+    """``plan`` and ``plan_run`` for people."""
+    if result["stage"] == "run":
+        lines = [line_of(made) for made in result["stages"]]
+        if result["stages"][-1]["stage"] == "probe":
+            lines.append("finetune: none, the probe is given the whole budget (--share 1)")
+        return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
+                                  f"δ = {result['delta']:g}"])  # fmt: skip
+    return line_of(result)
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+
+def _generate(config: GenerateConfig, context: Context) -> Plan:
+    check_images(config)
+    action, config = _foreseen("generate", config, context)
+    blocks = blocks_of(config)
+    count = sum(blocks.values())
+    return {
+        "stage": "generate",
+        "action": action,
+        "process": config.process,
+        "count": count,
+        "resolution": config.resolution,
+        "seed": config.seed,
+        "shards": len(blocks),
+        "disk_bytes": count * 3 * config.resolution**2,
+    }
+
+
+def _pretrain(config: PretrainConfig, context: Context) -> Plan:
+    action, config = _foreseen("pretrain", config, context)
+    refuse_unlearnable(config)
+    with torch.device("meta"):  # laid out without memory
+        network = build_extractor(config)
+    kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
+    if config.arch != "patchnet":
+        kind = {"batch_size": config.batch_size}
+    steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
+    if config.prior:
+        shipped(config)  # refuses a damaged one
+        kind, steps = {"prior": config.prior}, 0
+    return {
+        "stage": "pretrain",
+        "action": action,
+        "arch": config.arch,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "feature_dim": network.feature_dim,
+        "random_init": config.random_init,
+        "steps": 0 if config.random_init else steps,
+        **kind,
+    }
+
+
+def _private(
+    name: str,
+    config: PrivateConfig,
+    context: Context,
+    arch: str | None = None,
+    planned: Sequence[Stage] = (),
+) -> tuple[Plan, list[Stage]]:
+    """A private stage on top of what was paid and what is planned before it.
+
+    Args:
+        arch: of an extractor that is planned, and a probe with it; None to look at the run's own.
+        planned: what is not paid yet of the stages planned before.
+
+    Returns:
+        The plan, and what of it is not paid yet.
+    """
+    name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
+    action, config = _foreseen(name, config, context)
+    refit_steps = 0
+    if name == "finetune":
+        stage = finetune.open_stage(config, context, write=False, planned=planned, arch=arch)
+        refit_steps = finetune.choices(config, context, arch)[2]
+    elif name == "continue":
+        stage = continual.open_stage(config, context, write=False)
+    else:
+        stage = open_private_stage(name, config, context, write=False)
+    document = read_plan_file(context.rundir)
+    ledger = stage.ledger if document else None
+    refit_name = f"{name}.{finetune.HEAD}"
+    recorded = (document or {"stages": {}})["stages"].get(refit_name, {})
+    refit_is_recorded = recorded.get("parent_attempt") == stage.attempt
+    refit_key = (refit_name, recorded["attempt"] if refit_is_recorded else 0)
+    before = [*(ledger.stages(besides=[(name, stage.attempt), refit_key]) if ledger else []), *planned]
+    mechanisms = {(name, stage.attempt): stage.plan}
+    if refit_is_recorded:
+        mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])
+    elif refit_steps:
+        mechanisms[refit_key] = make_plan(
+            stage=refit_name,
+            epsilon_total=stage.budget.epsilon,
+            delta=stage.budget.delta,
+            spend_epsilon=stage.budget.epsilon,
+            spent=[*before, [stage.plan.event]],
+            examples=stage.budget.examples,
+            steps=refit_steps,
+            noise=stage.plan.noise,
+            warn=context.console.warn,
+            **finetune.REFIT,
+        )
+    whole = [*before, *([made.event] for made in mechanisms.values())]
+    after = compose_stages(whole, stage.plan.delta, context.console.warn)
+    left: list[Stage] = []
+    for key, made in mechanisms.items():
+        charged = ledger.charged_steps(*key) if ledger else 0
+        if made.sample_rate == 1 and charged < made.steps:
+            left.append([dataclasses.replace(made.event, steps=made.steps - charged)])
+        elif charged == 0:
+            left.append([made.event])
+    refit = mechanisms.get(refit_key)
+    keys = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
+    return {
+        **stage.plan.to_dict(),
+        "stage": name,
+        "action": action,
+        "data": stage.spec.name,
+        "unit": stage.spec.unit,
+        "train_examples": stage.spec.train_examples,
+        **(facts(config) if name == "continue" else {}),
+        "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
+        "epsilon_after": after.upper,
+    }, left
+
+
+def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
+    ignore = not_compared(config, context.rundir) if isinstance(config, ContinueConfig) else (*IGNORED, DATA)
+    if getattr(config, "precision", None) == AUTO:
+        ignore = (*ignore, "precision")  # what the stage has decided stands
+    flags = {"resume": context.resume, "overwrite": context.overwrite}
+    begun = context.rundir.foresee(name, as_dict(config), ignore=ignore, **flags)
+    return begun.action, recorded(name, begun.config)
+
+
+def _effective(name: str, config: StageConfig, context: Context) -> StageConfig:
+    return _foreseen(name, config, context)[1]
+
+
+def _share(config: ProbeConfig) -> float:
+    return DEFAULT_SHARE if config.share is None else config.share

@@ -1,0 +1,233 @@
+"""Phase I, second half: a feature extractor from synthetic images. No data is read; no privacy is spent.
+
+    step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
+    extractor.safetensors     the finished extractor, with its configuration in extractor.json
+    metrics.jsonl             loss and public evaluation, or dictionary similarity, step by step
+    grey/                     the same three of a second patchnet, where the colour of the data is not known yet
+
+Two ways to learn, chosen by ``arch``:
+
+* ``patchnet``: dictionaries of whitened patches, in one layer or two (``models/dictionary.py``), a laptop's minutes;
+* ``wrn-D-K``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
+
+With ``prior`` nothing is learned: a shipped extractor takes its place (``shipped.py``).
+
+A dictionary of colour patches wastes most of its filters on grey images. Where nobody has said what the data are, a
+patchnet is therefore learned twice, from the same images in colour and in grey, each to the byte as with ``--colour``
+alone. Later stages take the one that the data's declared channels ask for: a public fact, so the choice costs nothing.
+
+Under several ranks a WRN is learned by all of them (``wrn.py``), a dictionary by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import PretrainConfig, as_dict, extractors_of
+from dprandp.generate import open_images
+from dprandp.models import dictionary
+from dprandp.models.extractor import build_extractor, load_weights, refuse_unlearnable
+from dprandp.models.precision import AUTO, decide, precision_of
+from dprandp.pretrain.evaluation import MEASURES, evaluate
+from dprandp.pretrain.shipped import shipped
+from dprandp.pretrain.wrn import facts_of, held_out_images, learn
+from dprandp.runs import checkpoint
+from dprandp.runs.console import MetricsLog
+from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.signals import Stop, graceful_stop
+from dprandp.vision.images import ImageSet, colour_mode, random_crops
+
+STAGE, CONTINUE = "pretrain", "continue"
+EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
+"""What an extractor is made by; the last one need not be there."""
+EXTRACTOR = "extractor"
+GREY = "grey"
+"""Folder of the second extractor, and key of its measures in the result."""
+
+
+def run(config: PretrainConfig, context: Context) -> dict:
+    """Learn an extractor from the run's synthetic images.
+
+    Returns:
+        arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
+        ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and those of
+        ``wrn.facts_of``; with a prior also prior, prior_sha256 and prior_images (that it was learned from).
+        Where there are two extractors, all this is said of the one for colour, and under ``GREY`` are the other's
+        measures.
+
+    Raises:
+        InputError: there are no images yet.
+        UsageError: unknown architecture, or a configuration other than the one the directory holds.
+    """
+    build_extractor(config)  # refuses an unknown architecture before anything is written
+    refuse_unlearnable(config)
+    context.rundir.require("generate", STAGE)
+    config = with_precision(STAGE, config, context, config.arch)
+    flags = {"resume": context.resume, "overwrite": context.overwrite}
+    foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
+    ready, known, from_outside = shipped(foreseen) if foreseen.prior else (None, {}, {})
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from("generate") | from_outside,
+        **flags,
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config, *beside = extractors_of(recorded(STAGE, begun.config))
+    started = time.perf_counter()
+    with graceful_stop() as stop:
+        for other in beside:
+            _learn_beside(other, context, stop)
+        done = checkpoint.resume(begun.directory, warn=context.console.warn)
+        if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
+            network, _ = _network_of(done, context, config.precision)
+            steps, views_per_second, loss = done.entry("steps", int), None, done.meta.get("loss")
+        elif ready is not None:
+            network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
+        elif config.random_init:
+            network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
+        elif config.arch == "patchnet":
+            network = _learn_dictionaries(config, context, begun.directory, stop)
+            steps, views_per_second, loss = config.dictionary_iterations, None, None
+        else:
+            learned = learn(config, context, stop)
+            network, steps = learned.network, config.steps
+            views_per_second, loss = learned.views_per_second, learned.loss
+    _save(network, config, steps, loss, begun.directory)
+    # What is judged is what was saved: a network just trained lies in memory in another order, and in bfloat16 another
+    # order of sums is another digit of the measures.
+    network, _ = _network_of(checkpoint.load_finished(begun.directory, EXTRACTOR, STAGE), context, config.precision)
+    result = {
+        "arch": config.arch,
+        "random_init": config.random_init,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "feature_dim": network.feature_dim,
+        "precision": precision_of(network),
+        "steps": steps,
+        "views_per_second": views_per_second,
+        "loss": loss,
+        **(known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
+    }
+    outputs = [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]
+    for other in beside:
+        result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
+        outputs += [f"{GREY}/{name}" for name in outputs]
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+    return result
+
+
+def require_extractor(context: Context, needed_by: str) -> None:
+    """Refuse (InputError) unless the run has a finished extractor, and a finished ``continue`` where that was begun."""
+    context.rundir.require(STAGE, needed_by)
+    if any(row["stage"] == CONTINUE and row["state"] != "missing" for row in context.rundir.status()):
+        context.rundir.require(CONTINUE, needed_by)
+
+
+def load_extractor(
+    context: Context, colour: str, made_by: str | None = None, precision: str = AUTO
+) -> tuple[nn.Module, PretrainConfig]:
+    """The run's finished extractor on the context's device, and the configuration that laid it out.
+
+    Args:
+        colour: of the data, 'rgb' or 'grey', as they declare it: decides where the run has an extractor for each.
+        precision: what it is to compute in; what it was pretrained in has no say.
+        made_by: 'pretrain' or 'continue'; None for the one that later stages take, the continued one if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit.
+    """
+    made_by = made_by or (CONTINUE if context.rundir.result(CONTINUE) else STAGE)
+    folder = context.rundir.stage_dir(made_by)
+    if colour == GREY and made_by == STAGE and len(extractors_of(pretrained(context))) > 1:
+        folder /= GREY
+    return _network_of(checkpoint.load_finished(folder, EXTRACTOR, made_by), context, precision)
+
+
+def pretrained(context: Context) -> PretrainConfig:
+    """The configuration that the run's ``pretrain`` was begun with.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    (row,) = (row for row in context.rundir.status() if row["stage"] == STAGE)
+    return recorded(STAGE, row["config"] or {})
+
+
+def _network_of(
+    loaded: checkpoint.Checkpoint, context: Context, precision: str
+) -> tuple[nn.Module, PretrainConfig]:
+    config = recorded(STAGE, loaded.entry("config", dict))
+    network = build_extractor(config)
+    load_weights(network, loaded.tensors)
+    network.precision = decide(precision, config.arch, context.device.type)
+    return network.to(context.device).eval(), config
+
+
+def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
+    """Random crops of the run's synthetic images at the extractor's input size.
+
+    Returns:
+        uint8 [count, 3, 32, 32] (fewer where there are fewer images), shuffled.
+    """
+    images = ImageSet(open_images(context.rundir.stage_dir("generate"), count))
+    generator = torch.Generator().manual_seed(seed)
+    crops = random_crops(images, generator)
+    return crops[torch.randperm(len(crops), generator=generator)]
+
+
+# ---------------------------------------------------------------------------------------------------------- patchnet
+
+
+def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
+    """Learn the second extractor into its own folder, unless it is there already."""
+    folder = context.rundir.stage_dir(STAGE) / GREY
+    folder.mkdir(exist_ok=True)
+    done = checkpoint.resume(folder, warn=context.console.warn)
+    if done is None:
+        network = _learn_dictionaries(config, context, folder, stop)
+    else:
+        network, _ = _network_of(done, context, config.precision)
+    _save(network, config, config.dictionary_iterations, None, folder)  # again: a kill may have come before its pointer
+
+
+def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
+    meta = {"config": as_dict(config), "steps": steps, "loss": loss}
+    checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
+
+
+def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, stop: Stop) -> nn.Module:
+    log = MetricsLog(folder / "metrics.jsonl", 0)
+    generator = _generator(config)
+    crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
+    network = build_extractor(config)
+    passes = config.dictionary_iterations * (2 * config.layers - 1)
+    with context.console.progress(passes, f"dictionary passes ({config.colour})") as progress:
+
+        def on_iteration(iteration: int, similarity: float) -> None:
+            log.write(step=iteration + 1, similarity=similarity)
+            progress.advance(1)
+            stop.raise_if_requested()  # minutes of work with nothing to save half-way: a rerun repeats it
+
+        dictionary.learn(
+            network.chain, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration
+        )
+    return network.to(context.device)
+
+
+# ------------------------------------------------------------------------------------------------- public evaluation
+
+
+def _evaluation(network: nn.Module, config: PretrainConfig, context: Context) -> dict[str, Any]:
+    images = held_out_images(context)
+    return evaluate(network, images, _generator(config)) if len(images) else dict.fromkeys(MEASURES)
+
+
+def _generator(config: PretrainConfig) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed)

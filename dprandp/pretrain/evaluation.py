@@ -1,0 +1,98 @@
+"""How good features are, judged on synthetic images alone: no data, no privacy cost.
+
+Every image is a class of its own; one random crop of it is known, another is to be recognised. Beside that, two
+quantities of Wang & Isola 2020 and the effective rank of Roy & Vetterli 2007, which need no classes. None of them says
+how well features serve a particular data set: they tell a training that goes well from one that collapses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.models.extractor import extract
+from dprandp.pretrain.contrastive import alignment, uniformity
+from dprandp.vision.images import Pictures, random_crops
+from dprandp.vision.metrics import knn_accuracy
+
+RIDGE = 1e-3
+"""Of the linear classifier, relative to the mean of the squared singular values."""
+
+MEASURES = ("knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank")
+
+DIGITS = 4
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Pictures, generator: torch.Generator) -> dict[str, float]:
+    """Judge an extractor by two random crops of each image.
+
+    Args:
+        network: an extractor; left in the mode that it is in.
+        images: uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU or left on the disk.
+        generator: public randomness of the crops.
+
+    Returns:
+        knn_accuracy: of second crops by the nearest first crop, cosine similarity; chance is 1/n.
+        linear_accuracy: of second crops by a ridge regression on the first ones; chance is 1/n.
+        alignment: mean squared distance between the two crops' features, on the unit sphere, in [0, 4].
+        uniformity: log mean exp(-2 squared distance) of different images' features, in [-8, 0]; lower is more spread.
+        effective_rank: see ``effective_rank``.
+        All of features minus the mean of the first crops', rounded to four digits.
+    """
+    training = network.training
+    network.eval()
+    first, second = (extract(network, random_crops(images, generator), mirror=False) for _ in range(2))
+    network.train(training)
+    centre = first.mean(dim=0)
+    first, second = first - centre, second - centre
+    labels = torch.arange(len(images))
+    values = (
+        knn_accuracy(first, labels, second, labels, k=1),
+        linear_accuracy(first, labels, second, labels),
+        float(alignment(first, second)),
+        float(uniformity(first)),
+        effective_rank(torch.cat([first, second])),
+    )
+    return {name: round(value, DIGITS) for name, value in zip(MEASURES, values, strict=True)}
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy (nats) of the covariance's eigenvalues, as parts of their sum.
+
+    Args:
+        features: float [n, D], n >= 2.
+
+    Returns:
+        From 1 (all variance along one direction) to min(n - 1, D) (equal along all); 0 where nothing varies.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    if not values.sum() > 0:
+        return 0.0
+    parts = values / values.sum()
+    return float(torch.special.entr(parts).sum().exp())
+
+
+def linear_accuracy(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Share of test rows for which a linear classifier finds the right class.
+
+    The classifier is the ridge regression of one-hot labels on standardised features, without intercept, solved in its
+    dual form: n equations.
+
+    Args:
+        features: float [n, D], about centred. labels: int64 [n], at least 0.
+        test_features, test_labels: [m, D], [m].
+
+    Returns:
+        Accuracy in [0, 1].
+    """
+    deviation = features.std(dim=0)
+    scale = 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
+    known, asked = (features * scale).double(), (test_features * scale).double()
+    gram = known @ known.T
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+    one_hot = torch.nn.functional.one_hot(labels, int(labels.max()) + 1).double()
+    scores = asked @ known.T @ torch.linalg.solve(gram, one_hot)
+    return float((scores.argmax(dim=1) == test_labels).double().mean())

@@ -1,0 +1,438 @@
+"""What a guarantee leaves to an attacker, and what it says when a record is replaced instead of zeroed out.
+
+*The attacker* decides from all that was released whether a record was there. At a false-positive rate α the best rate
+of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
+Differential Privacy", Propositions 2.4 and 2.12): each (ε, δ) on it allows at most
+
+    min(δ + exp(ε) α,  1 − exp(−ε) (1 − δ − α))
+
+and the least of these over the whole curve is the tightest bound that the curve gives. Full batches have the closed
+form Φ(Φ⁻¹(α) + μ). The advantage, the largest g(α) − α, is δ at ε = 0.
+
+*Replacing a record* is zeroing one out and filling its slot with another. For full batches the sum then moves by up to
+2C instead of C, which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under
+composition, and tables that assume one are not used here. What is proven is group privacy along the two moves: if the
+mechanism is (ε₁, δ₁)- and (ε₂, δ₂)-DP under zero-out, then
+
+    P(M(D) ∈ S) ≤ exp(ε₁) P(M(D₀) ∈ S) + δ₁ ≤ exp(ε₁ + ε₂) P(M(D′) ∈ S) + δ₁ + exp(ε₁) δ₂
+
+so it is (ε₁ + ε₂, δ₁ + exp(ε₁) δ₂)-DP under replace-one; the best split is searched along the whole curve. This equals
+g(g(α)) for trade-offs (Dong et al. 2022, Theorem 2.14), and where the mechanism is Gaussian it is again 2μ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy.accounting import (
+    DELTA_SHARE,
+    MAX_NOISE_MULTIPLIER,
+    EpsilonBound,
+    GaussianEvent,
+    Warn,
+    calibrate,
+    check_distance,
+    components_of,
+    compose,
+    gaussian_mu,
+    merge_events,
+    warn_by_log,
+)
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
+
+# --------------------------------------------------------------------------------------------------------------- group
+#
+# Group privacy: what a guarantee for one record says about k records that are zeroed out together.
+#
+# Where each step is a full batch the answer is exact: k records move a sum by k C at most, so a μ-GDP mechanism is
+# kμ-GDP for groups of k (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Theorem 2.14, and tight for the
+# Gaussian). For sampled batches the general bound is used: k neighbours in a row, each (ε, δ')-private, give (Vadhan
+# 2017, "The complexity of differential privacy", Lemma 2.2)
+#
+#     (k ε, δ' (exp(k ε) − 1) / (exp(ε) − 1)).
+#
+# As ε depends on δ', the δ' is searched for which the second entry is the δ that was asked for. This bound is valid and
+# not tight: Poisson sampling rarely draws all of a group into one batch (Ganesh 2024, "Tight group-level DP guarantees
+# for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of. Where it is worse than all
+# k records moving every step that draws one of them (``analytic.moved_epsilon``), that bound is given.
+
+# A δ' smaller than this is not tried.
+_SMALLEST_LOG_DELTA = -300 * math.log(10)
+_LARGEST_SIZE = 10**15
+# The search ends where the δ of the group is between this part of the one asked for and the whole.
+_CLOSE_ENOUGH = 0.9
+
+
+def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
+    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, whatever the mechanism.
+
+    Args:
+        epsilon: ε ≥ 0; inf gives (inf, delta).
+        delta: δ in [0, 1).
+        size: k, from 1 to 1e15.
+
+    Guarantee:
+        Every (epsilon, delta)-private mechanism has it. δ may exceed 1, which says nothing.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    _require_size(size)
+    if not (epsilon >= 0 and 0 <= delta < 1):
+        raise UsageError(f"ε = {epsilon} with δ = {delta} is no guarantee.", fix="Give ε of at least 0 and δ below 1.")
+    if math.isinf(epsilon):
+        return math.inf, delta
+    log_delta = math.log(delta) + _log_growth(epsilon, size) if delta else -math.inf
+    return size * epsilon, math.exp(log_delta) if log_delta < 700 else math.inf
+
+
+def compose_group(
+    events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = warn_by_log
+) -> EpsilonBound:
+    """Bound ε of running all events, for groups of ``size`` records, at ``delta``.
+
+    Args:
+        events: as for ``accounting.compose``.
+        delta: δ of the guarantee for groups, in (0, 1).
+        size: k, from 1 to 1e15; 1 is ``accounting.compose``.
+        warn: see ``accounting.compose``.
+
+    Guarantee:
+        The composition is (``upper``, ``delta``)-DP under zero-out of up to ``size`` records, under the
+        conditions of ``compose``. Exact for full batches; an upper bound otherwise (``lower`` is that of one record).
+
+    Raises:
+        UsageError: δ or the size is out of its range. BudgetError: as ``compose``.
+    """
+    _require_size(size)
+    single = compose(events, delta, warn)
+    if size == 1 or math.isinf(single.upper) or not any(event.steps for event in events):
+        return single
+    mu = gaussian_mu(events)
+    if mu is not None:
+        discrete = sum(event.steps for event in events if event.discrete)
+        exact = gaussian_dp_epsilon(size * mu, delta * (1 - DELTA_SHARE) if discrete else delta)
+        if discrete:
+            check_distance(discrete, exact, delta)
+        return EpsilonBound(exact, exact, exact, delta, f"{single.accountant}, groups of {size}: kμ")
+    upper, by = _by_the_general_bound(events, delta, size)
+    name = f"{by}, groups of {size}: general bound"
+    if not any(event.discrete for event in events):
+        from dprandp.privacy import analytic
+
+        together, by = analytic.moved_epsilon(components_of(merge_events(events)), delta, size, size)
+        if together < upper:
+            upper, name = together, f"{by}, groups of {size}: all in one step"
+    return EpsilonBound(min(single.lower, upper), upper, upper, delta, name)
+
+
+def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: int) -> tuple[float, str]:
+    """The smallest kε(δ') found among δ' that give the group no more than ``delta``, and the accountant of that ε(δ');
+    inf where none was found.
+
+    A smaller δ' raises ε, and with it the growth of δ', but more slowly than δ' falls. So δ' is lowered by what the
+    group's δ exceeds its goal, until it fits; then the interval between what fits and what does not is halved.
+    """
+    goal = math.log(delta)
+    high, low = goal, -math.inf  # log δ' that is too large, and one that fits
+    best, by = math.inf, "none"
+    tried = goal
+    for _ in range(40):
+        bound = compose(events, math.exp(tried), lambda sentence: None)
+        epsilon = bound.upper
+        excess = tried + _log_growth(epsilon, size) - goal
+        if excess <= 0:
+            (best, by), low = min((best, by), (size * epsilon, bound.accountant)), tried
+            if excess > math.log(_CLOSE_ENOUGH) or high - low < 0.05:
+                break
+        else:
+            high = tried
+        tried = max(tried - 1.2 * excess, _SMALLEST_LOG_DELTA) if low == -math.inf else (high + low) / 2
+        if tried <= _SMALLEST_LOG_DELTA and low == -math.inf:
+            break
+    return best, by
+
+
+def _log_growth(epsilon: float, size: int) -> float:
+    """log((exp(kε) − 1)/(exp(ε) − 1)) = log Σ_{i<k} exp(iε), without overflow."""
+    if epsilon == 0:
+        return math.log(size)
+    return (size - 1) * epsilon + math.log(-math.expm1(-size * epsilon)) - math.log(-math.expm1(-epsilon))
+
+
+def _require_size(size: int) -> None:
+    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
+        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")
+
+
+ZERO_OUT, ADD_REMOVE, REPLACE_ONE = "zero-out", "add-remove", "replace-one"
+ADJACENCIES = {ZERO_OUT: 1, ADD_REMOVE: 1, REPLACE_ONE: 2}
+"""Relation -> zero-out moves between neighbours. Add/remove has the same sums with and without the record, hence the
+same curve (``accounting``); it is the relation of the accountants' theorems, and no claim about N."""
+
+# What numerical error may add to a rate; and as a part of δ where the curve is read at one δ.
+_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-3
+# The same for ε, as a part of it. Rates need more: at ε = 0 an error of ε is one of the advantage.
+_EPSILON_SHARE, _EPSILON_SHARE_FOR_RATES = 0.0025, 0.0005
+_MOST_POINTS = 5000
+# The smallest δ at which a curve without a grid is tabled.
+_LEAST_DELTA = 1e-300
+WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Best true-positive rates of an attacker.
+
+    Attributes:
+        mu: of the Gaussian whose trade-off it is exactly; None for sampled steps; inf without noise.
+        epsilons, deltas: points of the zero-out curve, ε ascending from 0, both valid upper bounds; empty when mu
+            is known.
+        moves: as in ``ADJACENCIES``.
+        source: how it was found.
+        most_mu: of a Gaussian whose trade-off is no better for the record: full batches in place of sampled ones.
+    """
+
+    mu: float | None
+    epsilons: np.ndarray
+    deltas: np.ndarray
+    moves: int
+    source: str
+    most_mu: float = math.inf
+
+    def true_positive_rate(self, false_positive_rate: float) -> float:
+        """g(α): no test with that false-positive rate, in [0, 1], finds the record more often than this.
+
+        Raises:
+            UsageError: the rate is outside [0, 1] or NaN.
+        """
+        if not 0 <= false_positive_rate <= 1:
+            raise UsageError(
+                f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1, such as 0.01."
+            )
+        if self.mu is not None:
+            return _gaussian_rate(false_positive_rate, self.mu)
+        rate = false_positive_rate
+        for _ in range(self.moves):
+            rate = self._one_move(rate)
+        return min(rate, _gaussian_rate(false_positive_rate, self.most_mu))
+
+    def _one_move(self, rate: float) -> float:
+        with np.errstate(under="ignore"):
+            scaled = np.exp(np.minimum(self.epsilons + math.log(rate), 0)) if rate else 0.0
+        rising = self.deltas + scaled
+        falling = 1 - np.exp(-self.epsilons) * (1 - self.deltas - rate)
+        return float(min(1.0, rising.min(), falling.min()))
+
+    @property
+    def advantage(self) -> float:
+        """The largest difference of true- and false-positive rate: 0 for a guess, 1 when nothing is hidden.
+
+        For two moves: δ₁ + exp(ε₁) δ₂ at ε₁ = −ε₂, where δ(−ε) = 1 − exp(−ε) (1 − δ(ε)).
+        """
+        if self.mu is not None:
+            return math.erf(self.mu / (2 * math.sqrt(2)))
+        most = math.erf(self.most_mu / (2 * math.sqrt(2)))
+        if self.moves == 1:
+            return min(most, float(self.deltas.min(where=self.epsilons == 0, initial=1.0)))
+        return float(min(most, (1 - np.exp(-self.epsilons) * (1 - 2 * self.deltas)).min()))
+
+
+def _gaussian_rate(rate: float, mu: float) -> float:
+    if rate in (0.0, 1.0):
+        return rate if math.isfinite(mu) else 1.0
+    return float(ndtr(ndtri(rate) + mu))
+
+
+def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: Warn = warn_by_log) -> TradeOff:
+    """The tightest trade-off that is known for a composition.
+
+    Args:
+        events: what was, or would be, run.
+        adjacency: a key of ``ADJACENCIES``.
+        warn: called with one sentence when the PRV accountant refuses.
+
+    Guarantee:
+        Every rate is an upper bound; see the module for the sources.
+
+    Raises:
+        UsageError: the adjacency is unknown.
+    """
+    moves = _moves(adjacency)
+    mu = math.inf if any(e.steps and e.noise_multiplier == 0 for e in events) else gaussian_mu(events)
+    none = np.zeros(0)
+    if mu is not None:
+        return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
+    merged = tuple(merge_events(events))
+    epsilons, deltas, source = privacy_curve(merged, _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
+    return TradeOff(None, epsilons, deltas, moves, source + _path(moves), moves * _full_batch_mu(merged))
+
+
+def compose_adjacency(
+    events: Sequence[GaussianEvent], delta: float, adjacency: str = ZERO_OUT, warn: Warn = warn_by_log
+) -> EpsilonBound:
+    """``accounting.compose`` for any adjacency.
+
+    Guarantee:
+        The composition is (``upper``, ``delta``)-DP under ``adjacency``, on the conditions of ``compose``.
+
+    Raises:
+        UsageError: δ or the adjacency is senseless. BudgetError: as ``compose``.
+    """
+    if _moves(adjacency) == 1:
+        return compose(events, delta, warn)
+    if gaussian_mu(events) is not None:
+        exact = compose_group(events, delta, 2, warn)  # two moves of one record, or one of two: both double μ
+        return replace(exact, accountant=compose(events, delta, warn).accountant)
+    from dprandp.privacy import analytic
+
+    if any(event.discrete for event in events):
+        raise UsageError(
+            "Sampled steps with discrete noise are not accounted for replacing a record.",
+            fix="Use zero-out, full batches, or Gaussian noise.",
+        )
+    single = compose(events, delta, warn)
+    if not math.isfinite(single.upper):
+        return single
+    merged = tuple(merge_events(events))
+    most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
+    share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
+    # Where that hides the record already there is no need for a curve.
+    epsilons, deltas, source = privacy_curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
+    upper = _two_moves(epsilons, deltas, delta) if most else None
+    # Replacing a record by one that contributes nothing is zeroing it out.
+    if upper is None or most < upper:
+        return EpsilonBound(min(single.lower, most), most, most, delta, f"{by}, moved by 2C")
+    return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + _path(2))
+
+
+def calibrate_adjacency(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    adjacency: str = ZERO_OUT,
+    warn: Warn = warn_by_log,
+) -> float:
+    """``accounting.calibrate`` (of a fresh budget) for any adjacency.
+
+    Guarantee:
+        ``compose_adjacency([GaussianEvent(result, sample_rate, steps)], delta, adjacency).upper <= epsilon``.
+
+    Raises:
+        BudgetError: no noise is enough. UsageError: a value is outside its range.
+    """
+    moves = _moves(adjacency)
+    if moves == 1 or math.isinf(epsilon):
+        return calibrate(epsilon, delta, sample_rate, steps, warn=warn)
+    if sample_rate == 1:
+        return 2 * calibrate(epsilon, delta, sample_rate, steps, warn=warn)
+    from dprandp.privacy import calibration
+
+    complaints: list[str] = []
+
+    def upper(noise_multiplier: float) -> float:
+        complaints.clear()
+        event = GaussianEvent(noise_multiplier, sample_rate, steps)
+        return compose_adjacency([event], delta, adjacency, complaints.append).upper
+
+    try:
+        guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=lambda sentence: None)
+    except BudgetError:
+        guess = MAX_NOISE_MULTIPLIER  # half the budget is a place to start from, not what is asked
+    found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
+    if found is None:
+        raise BudgetError(
+            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps, however large the "
+            "noise.",
+            fix="Give a larger --eps, or fewer steps.",
+        )
+    upper(found)
+    for complaint in complaints[:1]:
+        warn(complaint)
+    return found
+
+
+def _full_batch_mu(merged: Sequence[GaussianEvent]) -> float:
+    """μ of the same steps on full batches. Also for replacing: one record's part in a sample then moves by 2C."""
+    from dprandp.privacy import analytic
+
+    return analytic.full_batch_mu(components_of(merged))
+
+
+def _moves(adjacency: str) -> int:
+    if adjacency not in ADJACENCIES:
+        *others, last = ADJACENCIES
+        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {', '.join(others)} or {last}.")
+    return ADJACENCIES[adjacency]
+
+
+def _path(moves: int) -> str:
+    return "" if moves == 1 else ", group privacy of two zero-out moves"
+
+
+def privacy_curve(
+    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under zero-out for every i.
+
+    Args:
+        events: merged, at least one, none without noise.
+        delta_error: what the numerical error may add to every δ.
+        epsilon_share: what it may add to every ε, as a part of the ε at ``delta_error / 1e-3``.
+        warn: called with one sentence where the PRV accountant refuses and a looser bound stands in.
+
+    Returns:
+        ε ascending from 0 and δ descending, float64 [n]; and where they come from, in words.
+    """
+    epsilons, deltas, source, complaint = _cached_curve(events, delta_error, epsilon_share)
+    if complaint:
+        warn(complaint)
+    return epsilons, deltas, source
+
+
+@lru_cache(maxsize=64)
+def _cached_curve(
+    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float
+) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    from dprandp.privacy import analytic, prv
+
+    components = components_of(events)
+    delta = delta_error / _DELTA_SHARE
+    try:
+        error = epsilon_share * prv.sketch_epsilon(components, delta)
+        epsilons, deltas = prv.prv_curve(components, delta_error, error)
+    except prv.AccountantRefused as refusal:
+        least = max(1e-3 * delta, _LEAST_DELTA)
+        epsilons, deltas = analytic.analytic_curve(components, np.geomspace(0.9, least, 60))
+        return epsilons, deltas, WITHOUT_GRID, f"The PRV accountant refused ({refusal}); {WITHOUT_GRID} is looser."
+    stride = -(-len(epsilons) // _MOST_POINTS)
+    return epsilons[::stride], deltas[::stride], "the whole PRV curve", None
+
+
+def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float | None:
+    """The least ε₁ + ε₂ along the curve with δ₁ + exp(ε₁) δ₂ ≤ δ; None when the curve ends before."""
+
+    def enough(epsilon: float) -> bool:
+        first = epsilons <= epsilon
+        rest = np.searchsorted(epsilons, epsilon - epsilons[first], side="right") - 1
+        with np.errstate(divide="ignore"):  # log 0 of a δ that underflowed
+            grown = np.exp(np.minimum(epsilons[first] + np.log(deltas[rest]), 700))
+        return bool((deltas[first] + grown).min() <= delta)
+
+    low, high = 0.0, float(2 * epsilons[-1])
+    if enough(low):
+        return low
+    if not enough(high):
+        return None
+    while high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,341 @@
+"""The one place that couples sampling, clipping, noise and accounting: what runs is what was accounted.
+
+A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` carries it out: it pays, then hands out a
+Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected
+batch. It cannot be made to run more steps, at another rate, or with other noise, than the plan that was accounted.
+
+    mechanism = PrivateMechanism(plan, ledger, SystemRandom(), attempt=1)
+    for step in mechanism.steps():                                   # paid and on disk before ``step`` exists
+        sums = sum_of_clipped(gradients_of(step.indices), ...)       # zeros for an empty batch
+        gradient = step.release(sums)                                # exactly once a step
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dprandp.errors import BudgetError, CheckpointError, UsageError
+from dprandp.privacy.accounting import GaussianEvent, Warn, advised_delta, warn_by_log
+from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.randomness import NoiseKind, PoissonSampler, RandomSource, add_discrete_noise, add_gaussian_noise
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """One stage's private steps. Everything here is public and chosen before the data are read.
+
+    Args:
+        stage: name of the stage, as in the ledger.
+        examples: N ≥ 1, the public number of records: of units of privacy, each one image or one patient, say.
+        sample_rate: q in (0, 1].
+        steps: T ≥ 1.
+        noise_multiplier: σ ≥ 0; 0 means no privacy.
+        clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
+        views: K ≥ 1 views of a record, averaged before the clip.
+        epsilon_target: what the run may have spent in total after this stage; inf means no privacy.
+        delta: δ in (0, 1/N).
+        noise: 'gaussian', or 'discrete' (see ``discrete_noise``).
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    stage: str
+    examples: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    clip_norm: float
+    views: int
+    epsilon_target: float
+    delta: float
+    noise: NoiseKind = "gaussian"
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("gaussian", "discrete"):
+            raise UsageError(f"The noise is {self.noise!r}.", fix="Give gaussian or discrete.")
+        validate_budget(self.epsilon_target, self.delta, self.examples)
+        _ = self.event
+        if self.steps < 1 or self.views < 1:
+            raise UsageError(f"The plan has {self.steps} steps of {self.views} views.", fix="Give at least 1 of each.")
+        if not 1e-8 <= self.clip_norm <= 1e8:
+            raise UsageError(f"The clip norm is {self.clip_norm}.", fix="Give a number from 1e-8 to 1e8.")
+        if self.noise_multiplier == 0 and not math.isinf(self.epsilon_target):
+            raise UsageError("A plan without noise has a finite epsilon.", fix="Give --eps inf, or noise.")
+
+    @property
+    def event(self) -> GaussianEvent:
+        """What the accountant is asked about."""
+        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
+
+    @property
+    def expected_batch(self) -> float:
+        """B = q N: the public divisor, whatever the size of the batch that was drawn."""
+        return self.sample_rate * self.examples
+
+    @property
+    def noise_std(self) -> float:
+        """σ C: standard deviation of the noise in one coordinate of a step's sum."""
+        return self.noise_multiplier * self.clip_norm
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite epsilon is the string ``"inf"``."""
+        return {**asdict(self), "epsilon_target": "inf" if math.isinf(self.epsilon_target) else self.epsilon_target}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivatePlan:
+        """The inverse of ``to_dict``. Raises CheckpointError for missing or unknown keys, UsageError for bad values."""
+        try:
+            return cls(**{**values, "epsilon_target": float(values["epsilon_target"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "The privacy plan has missing, unknown or unreadable entries.",
+                fix="Restore it from a copy, or --overwrite.",
+            ) from error
+
+
+def validate_budget(epsilon: float, delta: float, examples: int, share: float = 1.0) -> None:
+    """Raise UsageError for a budget without meaning: ε ≤ 0 or NaN, δ not in (0, 1/N), share not in (0, 1]."""
+    if not epsilon > 0:
+        raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
+    if examples < 1:
+        raise UsageError(f"The number of examples is {examples}.", fix="Give a data set with at least one example.")
+    if not 0 < delta < 1 / examples:
+        raise UsageError(
+            f"delta is {delta}, but it must lie between 0 and 1/{examples} = {1 / examples:.3g}: at 1/N, publishing "
+            "one whole record at random would count as private.",
+            fix=f"Give a --delta below {1 / examples:.3g}, for instance {advised_delta(examples):g}.",
+        )
+    if not 0 < share <= 1:
+        raise UsageError(f"share is {share}.", fix="Give a number above 0, at most 1.")
+
+
+def make_plan(
+    *,
+    stage: str,
+    epsilon_total: float,
+    delta: float,
+    spend_epsilon: float,
+    spent: Sequence[Stage],
+    examples: int,
+    sample_rate: float,
+    steps: int,
+    clip_norm: float,
+    views: int = 1,
+    noise: NoiseKind = "gaussian",
+    warn: Warn = warn_by_log,
+) -> PrivatePlan:
+    """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise that was found.
+
+    Args:
+        epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
+        spend_epsilon: cumulative ε that may be spent once this stage is done, at most ``epsilon_total``.
+        spent: ``ledger.stages()``: every stage that the run has paid for.
+        stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
+        warn: see ``accounting.compose``.
+
+    Guarantee:
+        ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
+
+    Raises:
+        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little.
+        UsageError: a value is outside its range.
+    """
+    validate_budget(epsilon_total, delta, examples)
+    if not 0 < spend_epsilon <= epsilon_total:
+        raise UsageError(
+            f"The stage may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
+            fix="Give a share of the budget above 0, at most 1.",
+        )
+    sigma = calibrate_stage(spend_epsilon, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
+    plan = PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, spend_epsilon, delta, noise)
+    if noise == "discrete":
+        compose_stages([*spent, [plan.event]], delta, warn)  # refuses an ε for which the lattice is too coarse
+    return plan
+
+
+def refuse_overspending(
+    stage: str, stages: Sequence[Stage], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
+) -> None:
+    """The last look at a plan, by whoever carries it out: everything the run will have paid is within the target.
+
+    Args:
+        stage: for the message. fix: likewise.
+        stages: those that the ledger holds, and the whole of what is planned.
+        delta, warn: as for ``compose_stages``.
+        epsilon_target: finite.
+
+    Raises:
+        BudgetError: it is not, or no bound was found.
+    """
+    total = compose_stages(stages, delta, warn).upper
+    if not total <= epsilon_target:
+        problem = f"Stage {stage} would bring this run to ε = {total:.4g}, above its {epsilon_target:g}."
+        raise BudgetError(problem, fix=fix)
+
+
+class PrivateStep:
+    """One paid step. ``number`` is the update it makes, from 0; ``indices`` (int64 [b], b may be 0) is private."""
+
+    def __init__(self, number: int, indices: np.ndarray, plan: PrivatePlan, random: RandomSource) -> None:
+        self.number = number
+        self.indices = indices
+        self.released = False
+        self._plan = plan
+        self._random = random
+
+    def release(self, clipped_sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """(sum + N(0, (σC)² I)) / (qN), or its discrete counterpart: the only thing that leaves a step.
+
+        Args:
+            clipped_sums: name -> sum of clipped gradients over ``indices``, sensitivity ``clip_norm`` over all names
+                jointly; zeros for an empty batch.
+
+        Returns:
+            float32 tensors of the same names and shapes.
+
+        Guarantee:
+            Noise is added once, to every coordinate, whatever the batch. A second call raises.
+
+        Raises:
+            RuntimeError: a second release, nothing to release, or sums that are not finite (bugs of the caller).
+        """
+        if self.released:
+            raise RuntimeError("a step's sum was released twice: its noise would be averaged away")
+        plan, noisy = self._plan, {}
+        discrete = plan.noise == "discrete" and plan.noise_multiplier > 0
+        if not discrete:  # drawn before the sums are asked for: a device may still be computing them
+            noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)
+        finite = [torch.isfinite(total).all() for total in clipped_sums.values()]
+        if not finite or not bool(torch.stack(finite).all()):
+            raise RuntimeError("the clipped sums of a step are missing or not finite: they were not clipped as planned")
+        self.released = True
+        if discrete:
+            noisy = add_discrete_noise(clipped_sums, plan.clip_norm, plan.noise_multiplier, self._random)
+        return {name: (total / plan.expected_batch).to(torch.float32) for name, total in noisy.items()}
+
+
+class PrivateMechanism:
+    """Carries out a plan, step by step, paying before each.
+
+    Args:
+        plan: what was accounted.
+        ledger: the run's ledger, open for writing.
+        random: ``SystemRandom()``; anything else makes the run not private.
+        attempt: 1 for a stage's first plan, one more for each plan made afresh (``--overwrite``); unchanged by a
+            resume.
+        start_step: updates that the checkpoint holds; 0 for a fresh start.
+        charge_block: steps paid at once. A crash loses at most this many paid steps; larger blocks save fsyncs.
+        warn: see ``accounting.compose``.
+
+    Guarantee:
+        * Steps paid in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not privacy.
+        * Everything else in the ledger, composed with the whole plan, is within ``plan.epsilon_target``: checked
+          here, before anything is drawn, for whatever plan was handed in.
+        * Each step's batch and noise are drawn after its charge is on disk, and drawn afresh after a resume.
+
+    Raises:
+        BudgetError: the plan does not fit into its target beside what the ledger holds.
+        CheckpointError: the ledger is of other data or of another plan, or shows fewer steps than the checkpoint.
+    """
+
+    def __init__(
+        self,
+        plan: PrivatePlan,
+        ledger: Ledger,
+        random: RandomSource,
+        attempt: int = 1,
+        start_step: int = 0,
+        charge_block: int = 1,
+        warn: Warn = warn_by_log,
+    ) -> None:
+        if charge_block < 1:
+            raise UsageError(f"The charge block is {charge_block}.", fix="Give a whole number of at least 1.")
+        self.plan, self.attempt, self.charge_block = plan, attempt, charge_block
+        self.next_step = start_step
+        self._ledger, self._random = ledger, random
+        self._prepaid = 0
+        self._sampler = PoissonSampler(plan.examples, plan.sample_rate, random)
+        self._refuse_mismatch(start_step)
+        if math.isfinite(plan.epsilon_target):
+            others = ledger.stages(besides=[(plan.stage, attempt)])
+            refuse_overspending(
+                plan.stage,
+                [*others, [plan.event]],
+                plan.delta,
+                plan.epsilon_target,
+                fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
+                if others
+                else "Plan the stage again with more noise, or give a larger --eps.",
+                warn=warn,
+            )
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps that can still be made: those never paid, and those paid here but not handed out yet."""
+        return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._prepaid
+
+    @property
+    def private(self) -> bool:
+        """False with repeatable randomness or without noise."""
+        return self._random.private and self.plan.noise_multiplier > 0
+
+    def steps(self) -> Iterator[PrivateStep]:
+        """The remaining steps. Each must be released, also one with an empty batch, before the next is asked for.
+
+        Raises:
+            RuntimeError: the step before was not released (a bug of the caller: skipping steps is not what was
+                accounted).
+        """
+        while self.remaining_steps > 0:
+            if self._prepaid == 0:
+                self._pay(min(self.charge_block, self.remaining_steps))
+            self._prepaid -= 1
+            step = PrivateStep(self.next_step, self._sampler.draw(), self.plan, self._random)
+            self.next_step += 1
+            yield step
+            if not step.released:
+                raise RuntimeError("a paid step was not released; an empty batch is released as zeros")
+
+    def _pay(self, steps: int) -> None:
+        self._ledger.charge(
+            stage=self.plan.stage,
+            attempt=self.attempt,
+            steps=steps,
+            planned=self.plan.steps,
+            noise_multiplier=self.plan.noise_multiplier,
+            sample_rate=self.plan.sample_rate,
+            clip_norm=self.plan.clip_norm,
+            random=self._random.mode,
+            noise=self.plan.noise,
+        )
+        self._prepaid = steps
+
+    def _refuse_mismatch(self, start_step: int) -> None:
+        plan, ledger = self.plan, self._ledger
+        charged = ledger.charged_steps(plan.stage, self.attempt)
+        wanted = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm, plan.noise, plan.steps)
+        problem = None
+        if ledger.examples != plan.examples:
+            problem = f"The ledger is of {ledger.examples} examples, the plan of {plan.examples}."
+        elif not ledger.last_attempt(plan.stage) <= self.attempt <= ledger.last_attempt(plan.stage) + 1:
+            problem = f"Attempt {self.attempt} of stage {plan.stage} does not follow what the ledger holds."
+        elif any(
+            (c.noise_multiplier, c.sample_rate, c.clip_norm, c.noise, c.planned) != wanted
+            for c in ledger.charges
+            if (c.stage, c.attempt) == (plan.stage, self.attempt)
+        ):
+            problem = f"The ledger holds steps of stage {plan.stage} of another plan: other noise, rate, clip or steps."
+        elif not 0 <= start_step <= charged:
+            problem = f"The checkpoint holds {start_step} updates, but only {charged} steps of it were paid."
+        if problem:
+            raise CheckpointError(
+                problem, fix="Restore the run's privacy folder and checkpoint together, or --overwrite."
+            )

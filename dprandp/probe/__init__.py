@@ -1,0 +1,144 @@
+"""Phase II: a linear head on frozen features, fitted with DP-SGD.
+
+    statistics/whitener.safetensors   statistics of *synthetic* features (public)
+    step-NNNNNN.safetensors           the head and its momentum, for resuming (removed when the training is done)
+    head.safetensors                  the released head
+    metrics.jsonl                     norms of the noisy updates: functions of what is released anyway
+
+Private pixels pass through the frozen extractor once, each image on its own; their features stay in ``private/``. The
+only thing learned from them comes out of ``PrivateMechanism``.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from dprandp.config.schema import ProbeConfig, as_dict
+from dprandp.data import DataSpec
+from dprandp.dpsgd import release
+from dprandp.dpsgd.features import private_features
+from dprandp.dpsgd.stage import DEFAULT_SHARE, open_private_stage
+from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
+from dprandp.models import whitening
+from dprandp.models.classifier import Classifier
+from dprandp.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor
+from dprandp.probe.head import HEAD, HeadSettings, default_lr, fit_head
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import check_tensors
+from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.results import refuse_gaps
+from dprandp.runs.signals import graceful_stop
+from dprandp.runs.tuning import tuning_of
+from dprandp.vision.images import colour_of
+
+STAGE = "probe"
+WHITENER_FILE = f"statistics/{WHITENER}.safetensors"
+
+
+def run(config: ProbeConfig, context: Context) -> dict:
+    """Fit the head and write the model.
+
+    Returns:
+        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
+        mirror, extractor_colour (of the images that the extractor was learned from), tuned (see
+        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds.
+
+    Raises:
+        InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
+    """
+    require_extractor(context, STAGE)
+    config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
+    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
+        refuse_gaps(earlier, context.rundir.result(earlier))
+    stage = open_private_stage(STAGE, config, context)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from(*EXTRACTOR_STAGES),
+        resume=context.resume,
+        overwrite=context.overwrite,
+        private_inputs=stage.private_inputs(),
+    )
+    if begun.action == "skip":
+        return context.rundir.result(STAGE)
+    config = recorded(STAGE, begun.config)
+    started = time.perf_counter()
+    stage.fix_plan()
+    spec = stage.spec
+
+    # ------------------------------------------------------------------------------------- public: extractor, whitener
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
+    if warning := colour_warning(extractor.built_from.colour, spec):
+        context.console.warn(warning)
+    mirror = spec.flip_ok if config.mirror is None else config.mirror
+    whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec), extractor)
+    model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
+
+    # ------------------------------------------------------------------------ private: features, then nothing but noise
+    features, labels = private_features(
+        stage, extractor, whitener, mirror=mirror, views=stage.plan.views, seed=config.seed
+    )
+    plan = stage.plan
+    lr = config.lr or default_lr(stage.epsilon_alone, plan.delta, plan.examples, config.steps, plan.clip_norm)
+    with graceful_stop() as stop:
+        settings = HeadSettings(lr, config.momentum, config.released)
+        head, updates = fit_head(stage, features, labels, torch.zeros_like(model.head), settings, begun.directory, stop)
+    model.head.data.copy_(head)
+
+    # -------------------------------------------------------------------------------------------------- test, once; out
+    result = {
+        "stage": STAGE,
+        **release.evaluate(model, stage, mirror, keep=True),
+        **stage.disclosure(updates),
+        "share": DEFAULT_SHARE if config.share is None else config.share,
+        "lr": lr,
+        "momentum": config.momentum,
+        "released": config.released,
+        "mirror": mirror,
+        "precision": config.precision,
+        "extractor_colour": extractor.built_from.colour,
+        "tuned": tuning_of(
+            context.rundir, stage.ledger, stage.plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
+        ),
+        "tuned_on": config.tuned_on,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    release.write_model(stage, model, result)
+    stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)
+    return result
+
+
+def colour_warning(colour: str, spec: DataSpec) -> str | None:
+    """What to say where an extractor has only seen images of the other kind; None where it fits the data."""
+    data = colour_of(spec.channels)
+    if colour in ("both", data):
+        return None
+    return (
+        f"this extractor was learned from {colour} images, and {spec.name} declares {data} ones: it works, less well; "
+        f"`dprandp pretrain --colour {data}`, or a prior made so (`dprandp priors`), fits"
+    )
+
+
+def load_whitener(context: Context, extractor: nn.Module) -> whitening.Whitener:
+    """The whitener of a finished probe, for the run's extractor."""
+    folder = context.rundir.stage_dir(STAGE) / "statistics"
+    return whitener_of(checkpoint.load_finished(folder, WHITENER, STAGE), extractor)
+
+
+def load_head(context: Context, like: Tensor) -> Tensor:
+    """The released head of a finished probe, float32 [dims, classes], of the shape and type of ``like``."""
+    loaded = checkpoint.load_finished(context.rundir.stage_dir(STAGE), HEAD, STAGE)
+    check_tensors(loaded.tensors, {HEAD: like}, loaded.path)
+    return loaded.tensors[HEAD]
+
+
+def _keep_whitener(context: Context, whitener: whitening.Whitener, extractor: nn.Module) -> whitening.Whitener:
+    """The probe's own copy; the one it kept before, after a stop."""
+    own = context.rundir.stage_dir(STAGE) / "statistics"
+    own.mkdir(exist_ok=True)
+    if checkpoint.latest(own) != WHITENER:
+        checkpoint.save(own, WHITENER, whitener.state_dict(), {}, keep=1)
+    return load_whitener(context, extractor)

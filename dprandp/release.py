@@ -1,0 +1,362 @@
+"""``model/`` read back: its bytes checked, its network built and filled.
+
+Nothing but the three files of ``model/`` is read: a released model works without the run that made it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dprandp.config import schema as configuration
+from dprandp.data import read_unlabelled, skipped_text
+from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
+from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor
+from dprandp.models.precision import BFLOAT16, FLOAT32
+from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.report.disclosure import why_not_private
+from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
+from dprandp.runs.directory import RunDir, thawed
+from dprandp.runs.files import atomic_write, from_json, storage_errors
+from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.results import wrong_entry
+from dprandp.vision.images import INPUT_SIZE, to_input
+
+MAX_CONFIG_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A released model, ready to use.
+
+    Attributes:
+        network: on the CPU, in evaluation mode.
+        classes: names; score i is that of ``classes[i]``.
+        shape: height, width, channels of the images it was trained on, before they were resized for the network.
+        mirror: whether features are averaged over an image and its mirror image.
+        config: all of ``config.json``.
+        content: name -> bytes of the files, as they were verified.
+    """
+
+    network: Classifier
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    mirror: bool
+    config: dict[str, Any]
+    content: dict[str, bytes]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the stage that made the model reported: test metrics and the privacy disclosure."""
+        return self.config["result"]
+
+    @property
+    def not_private_because(self) -> str | None:
+        """The reason for the stamp NOT PRIVATE; None for a private model."""
+        return why_not_private({**self.result, "epsilon": float(self.result["epsilon"])})
+
+    def probabilities(self, images: np.ndarray) -> torch.Tensor:
+        """Classify images; each by itself.
+
+        Args:
+            images: uint8 [N, height, width, channels] of ``shape``.
+
+        Returns:
+            float32 [N, classes], rows sum to 1: the softmax of the scores. They are not calibrated.
+        """
+        return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
+
+
+def load_model(folder: Path | str) -> ReleasedModel:
+    """Read a ``model/`` folder (or an exported copy of one).
+
+    Raises:
+        InputError: there is no model. CheckpointError: a file is missing, damaged, not the one that was released, of a
+            newer format, or describes another network than the weights are of.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or not (folder / "config.json").exists():
+        raise InputError(
+            f"there is no model in {folder}", fix="finish a probe or a fine-tune first, or check --run or --model"
+        )
+    content = {}
+    for name in MODEL_FILES:
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is missing, or a link", fix="restore the folder from a copy")
+        with storage_errors(path, "read"):
+            content[name] = path.read_bytes()
+    config = _config(folder / "config.json", content["config.json"])
+    for name, digest in config["sha256"].items():
+        if hashlib.sha256(content[name]).hexdigest() != digest:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was released: its sha256 differs from that in config.json",
+                fix="restore the folder from a copy",
+            )
+    classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
+    network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
+    return ReleasedModel(network, classes, shape, config["input"]["mirror"], config, content)
+
+
+def load_run_model(rundir: RunDir) -> ReleasedModel:
+    """The model of a run, held against the run's ledger and results.
+
+    Raises:
+        As ``load_model`` and ``open_run_ledger``. CheckpointError: the model was not made in this run, or says other
+            things of itself than the run does.
+    """
+    model, ledger = load_model(rundir.model_dir), open_run_ledger(rundir)
+    if ledger is None or not ledger.includes(model.result.get("ledger_head", "")):
+        raise CheckpointError(
+            f"{rundir.model_dir} holds a model whose privacy cost is not in this run's ledger",
+            fix="restore the run as a whole from a copy; a model from elsewhere is named with --model",
+        )
+    said = rundir.result(model.result["stage"])
+    if said.get("ledger_head") == model.result["ledger_head"]:  # else its stage was begun afresh since
+        own = thawed(model.result)
+        if said | {"data": own["data"]} != own:
+            raise CheckpointError(
+                f"{rundir.model_dir / 'config.json'} says other things of the model than run.json does",
+                fix="restore the run's model folder from a copy",
+            )
+    return model
+
+
+def _config(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse and check config.json, field by field, as far as the network is built from it."""
+    why = "it is no valid JSON"
+    try:
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError("too long")
+        config = from_json(data)
+        why = "it is no description of a model"
+        if isinstance(config, dict) and type(config.get("format")) is int and config["format"] != MODEL_FORMAT:
+            newer = config["format"] > MODEL_FORMAT
+            raise CheckpointError(
+                f"{path} has format {config['format']}; this version reads {MODEL_FORMAT}",
+                fix="upgrade dprandp" if newer else "use the version of dprandp that made it, or make the model again",
+            )
+        shape, classes, result = config["input"]["shape"], config["classes"], config["result"]
+        fits = (
+            config["format"] == MODEL_FORMAT
+            and config["input"]["size"] == INPUT_SIZE
+            and type(config["input"]["mirror"]) is bool
+            and isinstance(config["extractor"], dict)
+            and config["precision"] in (FLOAT32, BFLOAT16)
+            and len(shape) == 3
+            and all(type(side) is int and 1 <= side <= 10_000 for side in shape)
+            and shape[2] in (1, 3)
+            and len(classes) >= 2
+            and all(isinstance(name, str) for name in classes)
+            and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
+            and type(result["private"]) is bool
+            and isinstance(result["random"], str)
+            and isinstance(result["stage"], str)
+            and wrong_entry(result) is None
+            and not math.isnan(float(result["epsilon"]) + float(result["noise_multiplier"]))
+        )
+        if not fits:
+            raise ValueError("a value out of its range")
+        return config
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {why}", fix="restore the folder from a copy") from error
+
+
+def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> Classifier:
+    """Build the network that the configuration describes, and fill it.
+
+    It is laid out without memory first and held against the file: a description cannot ask for more than is there.
+    """
+    tensors = tensors_from_bytes(data, path)
+    projection = tensors.get("whitener.projection")
+    if projection is not None and projection.ndim != 2:
+        raise CheckpointError(f"{path} holds a whitener that is no matrix", fix="restore the folder from a copy")
+
+    def build() -> Classifier:
+        extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
+        extractor.precision = config["precision"]
+        width = extractor.feature_dim
+        whitener = PooledOnly(width)
+        if projection is not None:
+            whitener = Whitener(width, projection.shape[1], extractor.parts)
+        return Classifier(extractor, whitener, classes)
+
+    try:
+        with torch.device("meta"):
+            layout = build().state_dict()
+    except (DprandpError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path.parent / 'config.json'} describes no network that this version can build",
+            fix="restore the folder from a copy, or upgrade dprandp",
+        ) from error
+    try:
+        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in layout.items()}, path)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, fix="restore the folder from a copy") from error
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds tensors that are not float32", fix="restore the folder from a copy")
+    network = build()
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+#
+# A copy of ``model/`` to hand on: the three releasable files as they were verified, and an example that loads them.
+
+EXAMPLE_FILE = "example.py"
+EXPORTED_FILES = (*MODEL_FILES, EXAMPLE_FILE)
+"""The allow-list of an export; a test holds it."""
+
+EXAMPLE = '''"""Classify images with the model in this folder: python example.py IMAGE...
+
+Needs dprandp (pip install dprandp).{stamp}"""
+
+import sys
+from pathlib import Path
+
+from dprandp.stages.predict import predict
+from dprandp.stages.released_model import load_model
+
+model = load_model(Path(__file__).parent)  # checks the files' hashes; they hold numbers and text, no code
+for row in predict(model, [Path(name) for name in sys.argv[1:]]):
+    print(row["image"], row["class"], round(row["probability"], 4))
+'''
+
+
+def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = False) -> dict[str, Any]:
+    """Write a copy of a verified model.
+
+    Args:
+        model: see ``load_model``; its bytes in memory are what is written, so nothing can change in between.
+        target: a folder that is new or empty, or a new file ending in ``.zip``.
+        allow_not_private: consent to hand on a model without a guarantee. It stays stamped NOT PRIVATE.
+
+    Guarantee:
+        Nothing but ``EXPORTED_FILES`` is written, and every byte of them is releasable.
+
+    Returns:
+        export (path), files (names), bytes (in all), private, epsilon, delta.
+
+    Raises:
+        UsageError: the target exists, or the model is not private and no consent was given.
+        CheckpointError: a model that is not private has a card that does not say so. StorageError: the disk refuses.
+    """
+    reason = model.not_private_because
+    if reason is not None and not allow_not_private:
+        raise UsageError(
+            f"this model is NOT PRIVATE: {reason}",
+            fix="make a private one with a finite --eps, or give --allow-not-private and handle the export as you "
+            "handle the training images",
+        )
+    if reason is not None and b"NOT PRIVATE" not in model.content["MODEL_CARD.md"]:
+        raise CheckpointError(
+            "the model is NOT PRIVATE, but its MODEL_CARD.md does not say so", fix="restore model/ from a copy"
+        )
+    stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
+    content = {**model.content, EXAMPLE_FILE: EXAMPLE.format(stamp=stamp).encode("utf-8")}
+    if target.suffix.lower() == ".zip":
+        if target.exists():
+            raise UsageError(f"{target} exists", fix="give another name, or delete it first")
+        with storage_errors(target.parent, "create"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, _zipped(content, target.stem))
+    else:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target} exists and is no empty folder", fix="give a new folder, or a name ending .zip")
+        with storage_errors(target, "create"):
+            target.mkdir(parents=True, exist_ok=True)
+        for name in EXPORTED_FILES:
+            atomic_write(target / name, content[name])
+    return {
+        "export": str(target),
+        "files": list(EXPORTED_FILES),
+        "bytes": sum(map(len, content.values())),
+        "private": reason is None,
+        "epsilon": model.result["epsilon"],
+        "delta": model.result["delta"],
+    }
+
+
+def export_line(result: dict[str, Any]) -> str:
+    """``export`` for people."""
+    size = f"{len(result['files'])} files, {result['bytes'] / 1e6:.1f} MB"
+    stamp = f"ε = {result['epsilon']:.4g}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
+    return f"export: {result['export']} ({size}; {stamp})"
+
+
+def _zipped(content: dict[str, bytes], folder: str) -> bytes:
+    """A zip with one folder; the same bytes for the same content."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in EXPORTED_FILES:
+            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), content[name], zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- predict
+#
+# Classify new images with a released model. Reads ``model/`` and the images, and nothing else of a run.
+
+__all__ = ["predict", "prediction_csv", "prediction_lines", "skipped_text"]
+
+
+def predict(
+    model: ReleasedModel,
+    images: Sequence[Path] = (),
+    data: str | None = None,
+    on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
+) -> list[dict[str, Any]]:
+    """The most probable class of each image.
+
+    Args:
+        model: see ``load_model``.
+        images: image files of any size.
+        data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
+        on_skipped: called with the number of files of each kind that were skipped, where there are any.
+
+    Returns:
+        One row per image: image (its name), class, probability (of that class), probabilities (class -> number).
+
+    Raises:
+        InputError: an image is missing or damaged. UsageError: there is none.
+    """
+    names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
+    table = model.probabilities(pixels)
+    rows = []
+    for name, row in zip(names, table.tolist(), strict=True):
+        best = max(range(len(row)), key=row.__getitem__)
+        probabilities = dict(zip(model.classes, row, strict=True))
+        rows.append({"image": name, "class": model.classes[best], "probability": row[best],
+                     "probabilities": probabilities})  # fmt: skip
+    return rows
+
+
+def prediction_lines(rows: list[dict[str, Any]]) -> str:
+    """``predict`` for people: one line per image, aligned."""
+    wide = max(len(row["image"]) for row in rows)
+    long = max(len(row["class"]) for row in rows)
+    return "\n".join(f"{row['image']:<{wide}}  {row['class']:<{long}}  {row['probability']:.4f}" for row in rows)
+
+
+def prediction_csv(rows: list[dict[str, Any]]) -> str:
+    """``predict`` as CSV: image, class, probability, then the probability of every class under its name."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "class", "probability", *rows[0]["probabilities"]])
+    for row in rows:
+        numbers = [row["probability"], *row["probabilities"].values()]
+        writer.writerow([row["image"], row["class"], *(f"{value:.6g}" for value in numbers)])
+    return text.getvalue()

@@ -1,0 +1,538 @@
+"""What must be said beside every privacy claim: one list, shared by the report and the model card.
+
+A number ε without its mechanism, its neighbours, its unit and its limits says nothing. ``disclosure`` is that list;
+nothing in it is computed from private data. All of it comes from the result that a private stage recorded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.special import ndtr, ndtri
+
+from dprandp.errors import CheckpointError
+from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS
+from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
+from dprandp.privacy.guarantees import group_privacy
+from dprandp.runs.results import ONE_IMAGE
+
+# ------------------------------------------------------------------------------------------------------------- wording
+#
+# Words that depend on what one record is (an image, or all images of a patient, say), on the kind of noise, and on
+# whether the extractor was learned in the run or shipped.
+
+Facts = Mapping[str, Any]
+
+GROUP_SIZES = (2, 5, 10)
+"""Of which the disclosure of an image-level guarantee says what is left of it."""
+
+DISCRETE_LIMIT = (
+    "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
+    f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. What is "
+    "left is the rounding of what is summed: a head's sums are made in float64, below the slack of the clip; features "
+    "and gradients of a whole network are float32, and where they are computed in batches their last bits may depend "
+    "on the images beside them."
+)
+DISCRETE_TAILS = (
+    "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
+    f"noise is paid for with a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: who can time the training "
+    "may learn from that."
+)
+
+
+def several_images(result: Facts) -> bool:
+    """Whether a unit of privacy may have several images."""
+    return result["unit"] != ONE_IMAGE
+
+
+def noun(result: Facts) -> str:
+    """What one record is: ``image``, or ``patient``, as the column is called."""
+    return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
+
+
+def units_and_images(result: Facts) -> str:
+    """N in words."""
+    if not several_images(result):
+        return f"{result['train_examples']}, treated as public{_declared(result)}"
+    return (
+        f"{result['train_units']} units, which are this guarantee's N, with {result['train_examples']} images in all; "
+        "both numbers are treated as public"
+    )
+
+
+def _declared(result: Facts) -> str:
+    """Of training images that nobody promises to hide."""
+    if "public_part" not in result:
+        return ""
+    return (
+        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it "
+        "is not among them, and not protected"
+    )
+
+
+def clipped_gradient(result: Facts) -> str:
+    """Whose gradient is clipped."""
+    if not several_images(result):
+        return "each example's gradient"
+    return f"each {noun(result)}'s gradient, the mean over all its images,"
+
+
+def clip_in_words(result: Facts) -> str:
+    """What is done to it."""
+    if result.get("clipping", "norm") == "automatic":
+        return "is scaled to just below L2 norm C, whatever its length (automatic clipping, Bu et al. 2023)"
+    if result.get("clipping", "norm") == "rescaled":
+        return "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)"
+    return "is clipped to L2 norm C"
+
+
+def update_in_words(result: Facts) -> str:
+    """What becomes of a noisy sum: none of it costs privacy."""
+    done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
+    recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
+    return f"{done}{recipe}"
+
+
+def public_weights(result: Facts) -> str | None:
+    """Where a network's first weights came from, if from a file; that they are public was declared, not checked."""
+    if not result.get("init_sha256"):
+        return None
+    return (
+        f"weights from a file (sha256 {result['init_sha256']}), declared public by whoever ran this, in these words: "
+        f"“{result['init_source']}”. This program cannot check that: where the file was made from the private images, "
+        "or from anything else that must stay hidden, ε does not cover it"
+    )
+
+
+def noise_in_words(result: Facts) -> str:
+    """What is added to a step's sum."""
+    if result["noise"] == "discrete":
+        return (
+            "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
+            "σC per coordinate"
+        )
+    return "the sum gets noise N(0, (σC)²) per coordinate"
+
+
+def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The general limits, with what the kind of noise and the unit change about them; the labels stay the same."""
+    texts = dict(general)
+    if result["noise"] == "discrete":
+        texts["Limit: floating-point noise (severity low)"] = DISCRETE_LIMIT
+        texts["Limit: tails and timing"] = DISCRETE_TAILS
+    if several_images(result):
+        one = noun(result)
+        texts["Limit: N is treated as public"] = (
+            f"The number of units ({one}) sets the sampling rate, the divisor and δ; it is printed here, as is the "
+            "number of images. Where these are themselves a secret, this guarantee does not cover them."
+        )
+        texts["Limit: other copies"] = (
+            f"ε counts what this run directory released. Other runs on the same images add to it. All images of one "
+            f"{one} are protected together where the column gives them the same value; those of the same person under "
+            "two values, or duplicates in two units, are not."
+        )
+    return list(texts.items())
+
+
+def groups(result: Facts) -> str:
+    """What the guarantee is worth for several records together."""
+    epsilon, delta = result["epsilon"], result["delta"]
+    one = noun(result)
+    if math.isinf(epsilon) or not result["private"]:
+        return f"no guarantee, as for one {one}"
+    exact = result["accountant"].startswith("exact Gaussian DP") and result["noise"] == "gaussian"
+    parts = []
+    for size in GROUP_SIZES:
+        if exact:
+            bound = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta)
+            parts.append(f"{size}: ε = {_up(bound)}")
+        else:
+            bound, group_delta = group_privacy(epsilon, delta, size)
+            parts.append(f"{size}: ε = {_up(bound)} with δ = {min(1.0, group_delta):.2g}")
+    how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
+    return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."
+
+
+def _up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
+
+
+def public_steps(training: Facts) -> str:
+    """What ``continue`` did with public images, from ``public_training`` of its result."""
+    mixed = {
+        "cosine": "; a public gradient was mixed into every private step, with a weight that rose from 0 towards 1",
+        "ratio": "; a public gradient was mixed into every private step, by the ratio of the numbers of examples",
+    }.get(training["mix"], "")
+    began = "" if training["mix"] == "public" else f"; private steps began {training['switch']}"
+    if training["mix"] in ("cosine", "ratio", "private"):
+        began = f"; {training['switch']}"
+    return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
+
+
+def continued(result: Facts) -> str:
+    """How an extractor was continued before a later stage took it, from the result of ``continue``."""
+    private = "without private images"
+    if "epsilon" in result:
+        private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
+    return f"continued: {public_steps(result['public_training'])}; {private}"
+
+
+def shipped_prior(pretrain: Facts, generate: Facts) -> str:
+    """Which prior a run took instead of learning an extractor; that it saw no data; what to compare it with."""
+    process = f" of the random process {generate['process']}" if generate else ""
+    return (
+        f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
+        f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
+    )
+
+
+def public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
+    """Everything that went into a stage beside the private images."""
+    declared = (
+        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
+        f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
+    )
+    if weights := public_weights(result):
+        return f"{weights[0].upper()}{weights[1:]}; {declared}"
+    if result.get("source") == "scratch" or not pretrain:
+        return f"A randomly initialised network; {declared}"
+    if "public_training" in result:
+        declared = f"{public_steps(result['public_training'])}; {declared}"
+    if pretrain.get("continued"):
+        declared = f"{continued(pretrain['continued'])}; {declared}"
+    images = "synthetic images"
+    if generate:
+        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
+    if pretrain.get("prior"):
+        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
+    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
+
+
+Facts = Mapping[str, Any]
+
+NEEDED = (
+    "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy",
+    "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
+    "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
+    "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
+    "also_charged", "ledger_head", "noise", "precision",
+)  # fmt: skip
+"""Keys that the result of a private stage must have. A disclosure with a gap is worse than none."""
+
+RELEASED = {
+    "average": "the mean of the second half of the iterates",
+    "ema": "the exponential moving average of the iterates",
+    "last": "the last iterate",
+}
+
+# What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
+DEFAULTS_CHOSEN_ON = (
+    "Default learning rates, steps and sizes were chosen on public benchmark data sets; on such a set the accuracy is "
+    "therefore slightly optimistic. Trying several settings on the private data and keeping the best spends privacy "
+    "that ε does not count, unless all were tried in this run directory."
+)
+
+LIMITS = (
+    (
+        "Limit: floating-point noise (severity low)",
+        "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed "
+        "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, "
+        "because what is published is a trained model and not single noisy sums.",
+    ),
+    (
+        "Limit: tails and timing",
+        "Noise values never exceed 8.6 standard deviations; what is cut off has probability 1e-17 per coordinate and "
+        "step, to be added to δ in thought. Nothing runs in constant time: who can time the training may learn from "
+        "that.",
+    ),
+    (
+        "Limit: N is treated as public",
+        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. Where the size "
+        "of the data set is itself a secret, this guarantee does not cover it.",
+    ),
+    (
+        "Limit: test split",
+        "Each private stage (continue, probe, fine-tune) evaluates the model that it releases on the test split once, "
+        "at the stage's own end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
+        "the training images, not the test images.",
+    ),
+    (
+        "Limit: other copies",
+        "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
+        "person, or duplicates, are protected one by one and not as a group.",
+    ),
+)
+
+
+def check(result: Facts) -> None:
+    """Refuse a result that cannot be disclosed in full.
+
+    Raises:
+        CheckpointError: a key is missing; the message names it.
+    """
+    needed = [*NEEDED, "train_units"] if result.get("unit", ONE_IMAGE) != ONE_IMAGE else NEEDED
+    missing = [key for key in needed if key not in result]
+    if missing:
+        raise CheckpointError(
+            f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",
+            fix="make the stage again with --overwrite; what it has spent stays spent",
+        )
+
+
+def disclosure(
+    result: Facts,
+    pretrain: Facts | None = None,
+    generate: Facts | None = None,
+    *,
+    changed: Sequence[str] | None = None,
+) -> list[tuple[str, str]]:
+    """Everything a reader needs to judge the guarantee of one private stage.
+
+    Args:
+        result: the stage's result, with the keys ``NEEDED``.
+        pretrain, generate: results of the public stages, None or empty where there are none.
+        changed: settings other than the defaults, as ``"steps = 300 (default 120)"``; None if not known.
+
+    Returns:
+        (label, value) pairs of plain text, always the same labels in the same order.
+
+    Raises:
+        CheckpointError: the result lacks a key.
+    """
+    check(result)
+    rows = [
+        ("Mechanism", _mechanism(result)),
+        ("ε (privacy loss)", _epsilon(result)),
+        ("Also counted in ε", _also_charged(result)),
+        ("δ", _delta(result)),
+        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed){_slot(result)}"),
+        ("Unit of privacy", f"{result['unit']}"),
+        ("Several records together", groups(result)),
+        ("N (training examples)", units_and_images(result)),
+        (
+            "q (sampling rate)",
+            f"{number(result['sample_rate'])} per step, expected batch qN = {number(result['expected_batch'])}",
+        ),
+        ("T (noisy steps)", _steps(result)),
+        ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
+        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
+        ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("Update", update_in_words(result)),
+        ("Trained weights", result.get("trained_weights", "the head alone" if result["stage"] == "probe" else "all")),
+        ("Second mechanism (refit)", _refit(result.get("refit"))),
+        ("Accountant", f"{result['accountant']}, upper bound"),
+        ("Random numbers", _random(result)),
+        ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
+        ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
+        ("Tuned, and on what", _tuned(result, changed)),
+        ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),
+        *limits(result, LIMITS),
+    ]
+    return rows
+
+
+def why_not_private(result: Facts) -> str | None:
+    """The reason for the stamp NOT PRIVATE, or None for a private result."""
+    if math.isinf(result["epsilon"]) or result["noise_multiplier"] == 0:
+        return "It was trained without noise (ε = ∞): there is no guarantee at all."
+    if result["random"] != "os-entropy":
+        return (
+            "Its noise came from a seed (--insecure-seed): whoever knows or guesses the seed can take the noise away "
+            "again, so the computed ε is void."
+        )
+    if not result["private"]:
+        return "An earlier step of this run had no noise, or noise from a seed (see privacy/ledger.jsonl): ε is void."
+    return None
+
+
+def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.01) -> float:
+    """Best true-positive rate of a membership test at a false-positive rate, for the equivalent Gaussian mechanism.
+
+    Φ(Φ⁻¹(FPR) + μ), Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation (6). Exact for full-batch Gaussian
+    steps; for sampled ones the equivalent Gaussian stands in for the true trade-off curve.
+
+    Args:
+        epsilon: ε ≥ 0; infinite gives 1.
+        delta: δ in (0, 1).
+        false_positive_rate: in (0, 1).
+    """
+    if math.isinf(epsilon):
+        return 1.0
+    return float(ndtr(ndtri(false_positive_rate) + equivalent_mu(epsilon, delta)))
+
+
+def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool | None = None) -> str:
+    """What the guarantee means, in one or two plain sentences.
+
+    Args:
+        result: of a private stage.
+        epsilon: the ε to explain, if more was spent than the result says.
+        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default judged
+            by the result's own sampling rate.
+    """
+    reason = why_not_private(result)
+    if reason is not None:
+        return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
+    epsilon = result["epsilon"] if epsilon is None else epsilon
+    rate = detection_rate(epsilon, result["delta"])
+    exact = (result["sample_rate"] == 1 if exact is None else exact) and not tuning_was_paid(result)
+    bound = "at most" if exact else "at most about"
+    known, hidden = "every training image but one", "that image"
+    if several_images(result):
+        known, hidden = f"every training image but those of one {noun(result)}", f"that {noun(result)}"
+    return (
+        f"Suppose an attacker knows {known}, sees all that this run released, and accepts "
+        f"1\u00a0% false alarms: the presence of {hidden} is then detected {bound} {percent(rate, up=True)} of the "
+        f"time, where guessing gives 1\u00a0%."
+    )
+
+
+def epsilon_text(epsilon: float) -> str:
+    """ε to three decimals, rounded up: what is printed is never below the truth."""
+    if math.isinf(epsilon):
+        return "∞"
+    return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def number(value: float | None) -> str:
+    """A number for people: at most six significant digits, ∞ for infinity, – for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float) and math.isinf(value):
+        return "∞"
+    if isinstance(value, int):
+        return str(value)
+    return re.sub(r"e([+-])0+", r"e\1", f"{value:.6g}").replace("e+", "e")
+
+
+def percent(value: float, up: bool = False) -> str:
+    """``0.4312`` as ``43.1 %`` with a space that does not break; ``up`` rounds up."""
+    tenths = math.ceil(value * 1000 - 1e-9) if up else round(value * 1000)
+    return f"{tenths / 10:g}\u00a0%"
+
+
+def _mechanism(result: Facts) -> str:
+    if result["noise_multiplier"] == 0:
+        return "None: clipped gradient sums without noise. This is no private mechanism."
+    full = result["sample_rate"] == 1
+    name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
+    one = _record(result)
+    batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
+    return (
+        f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
+        f"once per step, and is divided by the public qN, not by the size of the batch that was drawn."
+    )
+
+
+def _delta(result: Facts) -> str:
+    """δ, and how far it is from 1/N, where it would promise nothing to somebody."""
+    share = result["delta"] * result.get("train_units", result["train_examples"])
+    said = f"{number(result['delta'])}, which is {share:.2g}/N"
+    if share <= ADVISED_SHARE * (1 + 1e-9):
+        return said
+    return (
+        f"{said}. At 1/N, publishing one whole record at random would count as private; at most {ADVISED_SHARE:g}/N is "
+        "advised, unless results are to be compared with others that are published at this δ"
+    )
+
+
+def _slot(result: Facts) -> str:
+    """What zero-out means, for readers who know add/remove."""
+    if not str(result["adjacency"]).startswith("zero-out"):
+        return ""
+    return (
+        f": the slot of one {_record(result)} is left empty, so that it contributes nothing to any sum; N, q, the "
+        "divisor and all other positions stay the same. The accountant's theorems for adding or removing a record "
+        "bound the same sums, with the record and without it"
+    )
+
+
+def _record(result: Facts) -> str:
+    return noun(result) if several_images(result) else "example"
+
+
+def _epsilon(result: Facts) -> str:
+    if math.isinf(result["epsilon"]):
+        return "∞: NOT PRIVATE, no noise was added"
+    void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
+    return (
+        f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this "
+        f"stage has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
+        f"{number(result['epsilon_total'])}.{void}"
+    )
+
+
+def _refit(refit: Facts | None) -> str:
+    if not refit:
+        return "none"
+    lost = f", {refit['lost_steps']} of them lost in interruptions" if refit["lost_steps"] else ""
+    return (
+        f"then the head alone, on the features of the tuned extractor, with all that was left of ε: "
+        f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
+        f"C = {number(refit['clip_norm'])}, K = 1"
+    )
+
+
+def _steps(result: Facts) -> str:
+    text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
+    if result["lost_steps"]:
+        text += f"; {result['lost_steps']} of these were lost in interruptions: paid for, not part of the model"
+    return text
+
+
+def _random(result: Facts) -> str:
+    if result["random"] == "os-entropy":
+        return "os-entropy: noise and batches from the operating system, never seeded, stored or repeated"
+    return f"{result['random']}: noise and batches from a seed that can be repeated. NOT PRIVATE."
+
+
+def _tuned(result: Facts, changed: Sequence[str] | None) -> str:
+    parts = [_tuned_here(result.get("tuned")) + "."]
+    if result.get("tuned_on"):
+        parts.append(f"Declared by whoever ran it, of settings tuned elsewhere: tuned on “{result['tuned_on']}”.")
+    parts.append(DEFAULTS_CHOSEN_ON)
+    if changed is not None:
+        own = f"Set by whoever ran it: {', '.join(changed)}."
+        parts.append(own if changed else "All settings of this stage are defaults.")
+    return " ".join(parts)
+
+
+def _tuned_here(tuned: Facts | None) -> str:
+    """What `dprandp tune` did in this run: on what, how many trials, at which cost."""
+    if not tuned:
+        return "Nothing in this run, where the program selected nothing by results: no choice among epochs or settings"
+    names = ", ".join(tuned["settings"]) or "nothing that was finished"
+    cost = f"ε = {epsilon_text(tuned['charged_epsilon'])} by itself, part of the ε above"
+    if tuned["on"] == "private":
+        said = (
+            f"{names} of the probe, on the private data, paid for: the best of a random number of private trials "
+            f"({tuned['trials']} expected), {cost}"
+        )
+    else:
+        what = "synthetic images of this run" if tuned["on"] == "synthetic" else (
+            f"the training split of {tuned['on']}, declared public by whoever ran it"
+        )
+        said = f"{names} of the probe, on {what}: {tuned['trials']} settings tried under simulated noise, no cost in ε"
+        if tuned["charged_epsilon"] > 0:
+            said += f"; before that on the private data, {cost}"
+    return said if tuned["used"] else said + "; the stage ran with other settings"
+
+
+def tuning_was_paid(result: Facts) -> bool:
+    """Whether ε holds the cost of tuning on the private data."""
+    return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
+
+
+def _also_charged(result: Facts) -> str:
+    """What the ledger holds beside this stage's own mechanism: stages before it, and abandoned attempts."""
+    parts = [
+        f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
+        f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
+        f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
+        for charged in result["also_charged"]
+    ]
+    return "; ".join(parts) or "nothing: this is all that the run's ledger holds, but for what is named below"

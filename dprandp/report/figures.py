@@ -1,0 +1,131 @@
+"""Learning curves and large confusion matrices as SVG inside the page: no file beside it, text that stays text.
+
+Matplotlib draws with placeholder colours, which are replaced by the page's CSS variables afterwards, so that the same
+drawing serves the light and the dark page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dprandp.errors import CheckpointError
+from dprandp.report.markup import Markup, raw, tag
+
+POINTS = 600
+"""Most points of a curve; a longer one is thinned out."""
+
+PREVIEW_WIDTH = 1280
+"""Pixels; a wider contact sheet is made smaller."""
+
+_COLOURS = {"#010203": "var(--ink)", "#040506": "var(--line)", "#070809": "var(--accent)"}
+_INK, _LINE, _ACCENT = _COLOURS
+
+
+def curve(name: str, steps: Sequence[float], values: Sequence[float | None], title: str, label: str) -> Markup:
+    """A line over steps.
+
+    Args:
+        name: unique in the page; prefix of the drawing's ids.
+        steps: x values.
+        values: y values of the same number; None and NaN are gaps.
+        title: of the drawing, for those who do not see it.
+        label: of the y axis.
+    """
+    every = -(-len(steps) // POINTS)
+    x = np.asarray(steps, dtype=float)[::every]
+    y = np.asarray([np.nan if value is None else value for value in values], dtype=float)[::every]
+    figure = _figure(4.6, 2.5)
+    axes = figure.add_subplot()
+    axes.plot(x, y, color=_ACCENT, linewidth=1.6, marker="o" if len(x) < 15 else None, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.margins(x=0.02)
+    axes.locator_params(axis="x", nbins=6, integer=True)
+    axes.grid(axis="y", color=_LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, name, title)
+
+
+def heat_picture(name: str, confusion: Sequence[Sequence[int]], title: str) -> Markup:
+    """A confusion matrix with more classes than a table can show: shade = share of the true class."""
+    counts = np.asarray(confusion, dtype=float)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # colour in alpha, so that an empty cell shows the page, light or dark
+    picture = np.zeros((*share.shape, 4))
+    picture[..., :3] = np.array([0xD9, 0x5F, 0x02]) / 255
+    diagonal = np.eye(len(share), dtype=bool)
+    picture[diagonal, :3] = np.array([0x2F, 0x7F, 0xC4]) / 255
+    picture[..., 3] = np.sqrt(share)  # small shares would not be seen
+    figure = _figure(4.6, 4.6)
+    axes = figure.add_subplot()
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_xlabel("predicted class (number)")
+    axes.set_ylabel("true class (number)")
+    return _svg(figure, name, title)
+
+
+def preview_image(path: Path, alternative: str) -> Markup:
+    """A picture file as an ``img`` with its data inside; decoded and written anew, so only pixels get through.
+
+    Raises:
+        CheckpointError: the file is no whole picture.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CheckpointError(
+            f"{path} is no whole PNG file", fix="run `dprandp generate --overwrite` to make it again"
+        ) from error
+    if picture.width > PREVIEW_WIDTH:
+        picture = picture.resize((PREVIEW_WIDTH, max(1, round(picture.height * PREVIEW_WIDTH / picture.width))))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    source = f"data:image/jpeg;base64,{data}"
+    return tag("img", src=source, alt=alternative, width=picture.width, height=picture.height)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # late: half a second that a stage without a report need not wait
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure, name: str, title: str) -> Markup:
+    """The drawing as an ``svg`` element without any outside reference."""
+    import matplotlib
+
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=_INK, labelsize=9)
+        axes.xaxis.label.set(color=_INK, fontsize=9)
+        axes.yaxis.label.set(color=_INK, fontsize=9)
+        for spine in axes.spines.values():
+            spine.set_color(_LINE)
+    figure.patch.set_alpha(0)
+    buffer = io.StringIO()
+    # the salt makes ids, and so the page, the same every time
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["DejaVu Sans"]}
+    with matplotlib.rc_context(settings):
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
+    view = re.search(r'viewBox="[^"]*"', drawing).group()
+    for placeholder, variable in _COLOURS.items():
+        drawing = drawing.replace(placeholder, variable)
+    drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", drawing)
+    # a new opening tag: without the namespaces, which HTML does not need, and without a fixed size
+    inner = drawing[drawing.index(">") + 1 :].rstrip().removesuffix("</svg>")
+    opening = f'<svg {view} role="img" aria-labelledby="{name}-title">'
+    return raw(opening + tag("title", title, id_=f"{name}-title") + inner + "</svg>")

@@ -1,0 +1,292 @@
+"""What a person reads: progress and advice on stderr, the result on stdout, metrics in metrics.jsonl.
+
+stdout carries the result and nothing else, so that ``dprandp probe --json | jq`` always works. Bars appear only on a
+terminal; in a log file there is a plain line every ten seconds.
+
+Imports nothing of the package but ``errors`` and ``files``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import rich.console
+import rich.progress
+from rich.text import Text
+
+from dprandp.errors import DprandpError
+from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between two lines of plain progress."""
+
+SHOW_WARNING = warnings.showwarning
+"""As Python shows warnings."""
+
+
+class Progress(Protocol):
+    """What ``Console.progress`` yields."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say that ``count`` more units are done; ``note`` is a short remark such as ``loss 2.31``."""
+
+
+class Console:
+    """Everything a command prints.
+
+    Args:
+        quiet: stderr carries nothing but errors.
+        json: the result is one JSON object instead of one line.
+        debug: errors come with a traceback (without local variables) and the private detail of the error.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        quiet: bool = False,
+        json: bool = False,
+        debug: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.quiet = quiet
+        self.json = json
+        self.debug = debug
+        self.bars = not quiet and _wants_bars()
+        self._clock = clock
+        self._stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print to stderr, unless quiet."""
+        if self.quiet:
+            return
+        if self.bars:
+            # Through rich, so that a live bar moves down instead of being torn. Text: brackets are no markup.
+            self._stderr.print(Text(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print ``warning: text`` to stderr, unless quiet."""
+        self.say(f"warning: {text}")
+
+    def next(self, command: str) -> None:
+        """Print what to run next, unless quiet."""
+        self.say(f"next: {command}")
+
+    def result(self, payload: Mapping[str, Any], line: str) -> None:
+        """Print the result to stdout: ``payload`` as one JSON object with ``--json``, else ``line``.
+
+        Infinities are the strings "inf" and "-inf" in JSON, NaN is null.
+
+        Raises:
+            StorageError: stdout is a file on a full disk, or the like.
+        """
+        text = to_json(dict(payload)) if self.json else line
+        with storage_errors("stdout"):
+            try:
+                print(text, flush=True)
+            except OSError as error:
+                # Python would try once more when it closes stdout at exit, and exit with a code of its own.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                if not isinstance(error, BrokenPipeError):  # the reader (``head``) has had enough: no error
+                    raise
+
+    def error(self, error: BaseException) -> int:
+        """Print an error to stderr, quiet or not.
+
+        Without ``--debug`` a bug is reported by its type and place alone: the message of an arbitrary exception may
+        hold a private value (the key of a KeyError, a file name).
+
+        Returns:
+            The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
+        """
+        told = self.described(error)
+        if isinstance(error, KeyboardInterrupt):
+            print("error: interrupted; what the last checkpoint holds is safe", file=sys.stderr)
+            return 130
+        print(f"error: {told['problem']}", file=sys.stderr)
+        if isinstance(error, DprandpError) or not self.debug or told["exit_code"] == 6:
+            print(f"  fix: {told['fix']}", file=sys.stderr)
+        if self.debug and isinstance(error, DprandpError) and error.private_detail:
+            print(f"  private detail, do not publish: {error.private_detail}", file=sys.stderr)
+        return told["exit_code"]
+
+    def described(self, error: BaseException) -> dict[str, Any]:
+        """What may be said of an error: exit_code, problem, fix. With ``--debug`` the traceback goes to stderr."""
+        if self.debug:
+            sys.stderr.write("".join(traceback.format_exception(error)))
+        if isinstance(error, DprandpError):
+            return {"exit_code": error.exit_code, "problem": error.problem, "fix": error.fix}
+        if isinstance(error, OSError) and error.errno:
+            # In the system's words for the number: the error's own may name a private file.
+            problem = f"the system refused to read or write: {os.strerror(error.errno)}"
+            return {
+                "exit_code": 6, "problem": problem,
+                "fix": "check the paths, permissions and the disk; --debug shows the place",
+            }  # fmt: skip
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+        return {
+            "exit_code": 1, "problem": f"this is a bug in dprandp: {type(error).__name__}{place}",
+            "fix": "run again with --debug for the traceback; it may show private values",
+        }  # fmt: skip
+
+    def route_logging(self) -> None:
+        """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
+
+        They go nowhere else, and at no other level, whatever handlers and level a library gives the root logger:
+        ``opacus`` gives it a handler when it is imported, by which every warning would appear a second time.
+
+        A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
+        value. With ``--debug`` it is shown whole.
+        """
+        warnings.showwarning = SHOW_WARNING if self.debug else self._show_warning
+        logger = logging.getLogger("dprandp")
+        for handler in [handler for handler in logger.handlers if isinstance(handler, _ToConsole)]:
+            logger.removeHandler(handler)
+        logger.addHandler(_ToConsole(self))
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
+
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
+    ) -> None:
+        self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
+
+    @contextmanager
+    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:
+        """Show how far a loop is.
+
+        Args:
+            total: units in all.
+            label: the name of the work.
+            done: units done before, when a run goes on; they do not count towards the speed.
+        """
+        if self.quiet:
+            yield _Silent()
+        elif self.bars:
+            columns = (
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[note]}", markup=False),
+            )
+            with rich.progress.Progress(*columns, console=self._stderr) as bars:
+                yield _Bar(bars, bars.add_task(label, total=total, completed=done, note=""))
+        else:
+            plain = _Lines(self, total, label, done)
+            yield plain
+            plain.end()
+
+
+def _wants_bars() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class _Silent:
+    def advance(self, count: int = 1, note: str = "") -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=count, note=note)
+
+
+class _Lines:
+    """A line every ``PLAIN_INTERVAL`` seconds, and one at the end."""
+
+    def __init__(self, console: Console, total: int, label: str, done: int) -> None:
+        self._console, self._total, self._label = console, total, label
+        self._before = self._done = done
+        self._started = self._spoke = console._clock()
+        self._note = ""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        self._note = note
+        now = self._console._clock()
+        if now - self._spoke >= PLAIN_INTERVAL:
+            self._spoke = now
+            rate = (self._done - self._before) / (now - self._started)
+            left = f", {_duration((self._total - self._done) / rate)} left" if rate > 0 else ""
+            self._say(f"{rate:.3g}/s{left}")
+
+    def end(self) -> None:
+        self._say(f"in {_duration(self._console._clock() - self._started)}")
+
+    def _say(self, tail: str) -> None:
+        note = f" {self._note}" if self._note else ""
+        self._console.say(f"{self._label} {self._done}/{self._total} {tail}{note}")
+
+
+class _ToConsole(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warn(record.getMessage())
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, each with its ``step``.
+
+    A run that goes on from the checkpoint before step ``resume_at`` will write that step's line again; opening the log
+    therefore drops the lines from there on, and a last line that a crash left torn.
+
+    Args:
+        path: the file; its folder exists.
+        resume_at: the first step still to be done; 0 starts an empty log.
+
+    Raises:
+        StorageError: the disk refuses (here and in ``write``).
+    """
+
+    def __init__(self, path: Path | str, resume_at: int = 0) -> None:
+        self.path = Path(path)
+        kept: list[str] = []
+        if resume_at > 0 and self.path.exists():
+            with storage_errors(self.path, "read"):
+                text = self.path.read_bytes().decode("utf-8", errors="replace")
+            kept = [line for line in text.split("\n") if _step(line, resume_at) < resume_at]
+        atomic_write(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append ``{"step": step, ...values}``. Values are public JSON values."""
+        line = to_json({"step": step, **values}) + "\n"
+        # Opened for each line: no descriptor to lose, and whoever follows the file sees every line at once.
+        with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def _step(line: str, otherwise: int) -> float:
+    """The step of a line of metrics.jsonl; ``otherwise`` for a line that is none."""
+    try:
+        record = from_json(line)
+    except ValueError:
+        return otherwise
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int | float) else otherwise

@@ -1,0 +1,103 @@
+"""What a stage is given beside its configuration: where to write, how to report, and what only affects speed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dprandp.config.schema import StageConfig, build
+from dprandp.runs.console import Console
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.config.schema import WITHOUT_PHASE_ONE
+from dprandp.runs.parallel import ALONE, Ranks
+from dprandp.runs.directory import RunDir
+from dprandp.models.precision import AUTO, decide
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage needs that is not part of the experiment: none of it changes a public stage's result.
+
+    Attributes:
+        rundir: opened and locked.
+        console: progress to stderr.
+        device: where tensors live.
+        data_dir: data root.
+        download: fetch a known data set's files where they are missing; nothing is fetched otherwise.
+        workers: processes for image generation.
+        microbatch: examples whose gradients are held together; None lets the stage choose. Memory only.
+        resume: keep the recorded configuration, fall back to the last good checkpoint.
+        overwrite: start the stage afresh.
+        insecure_seed: seed of the noise for tests; makes the run NOT PRIVATE. None is OS entropy.
+        ranks: the processes that compute for this one, which leads them; by default none.
+    """
+
+    rundir: RunDir
+    console: Console
+    device: torch.device
+    data_dir: Path
+    download: bool = False
+    workers: int = 1
+    microbatch: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    insecure_seed: int | None = None
+    ranks: Ranks = ALONE
+
+
+def prepare_device(name: str) -> torch.device:
+    """The device that a ``--device`` flag names, and the process-wide settings that every stage wants.
+
+    Raises:
+        UsageError: unknown name, or a device that is not there.
+    """
+    # Softmax tails are denormal numbers, on which a CPU is a hundred times slower; they add nothing to any sum.
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest")  # some containers set less, with which no sum is clipped exactly
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"--device {name!r} is unknown", fix="use auto, cpu, cuda or cuda:0")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
+        )
+    return device
+
+
+def with_precision(stage: str, config: StageConfig, context: Context, arch: str) -> StageConfig:
+    """A stage's configuration with its precision decided: as given, else as recorded, else by architecture and device.
+
+    A stage that was begun keeps its precision on another machine, so its numbers are of one kind; and a fine-tune goes
+    on in that of its probe.
+
+    Raises:
+        UsageError: see ``precision.decide``.
+    """
+    asked = config.precision
+    recorded = {row["stage"]: (row["config"] or {}).get("precision", AUTO) for row in context.rundir.status()}
+    if asked == AUTO and not context.overwrite:
+        asked = recorded[stage]
+    if asked == AUTO and stage == "finetune" and config.source not in WITHOUT_PHASE_ONE:
+        asked = recorded["probe"]
+    return replace(config, precision=decide(asked, arch, context.device.type))
+
+
+def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
+    """A stage's configuration as a run recorded it.
+
+    Raises:
+        CheckpointError: it has other settings than this version, or values out of range.
+    """
+    try:
+        return build(stage, values)
+    except UsageError as error:
+        raise CheckpointError(
+            f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
+            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+        ) from error

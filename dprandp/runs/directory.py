@@ -1,0 +1,759 @@
+"""The run directory: its layout, its lock, and the table of what was done with which configuration.
+
+``run.json`` holds one record per stage: state, configuration, hashes of inputs and outputs, result. A finished stage is
+not run again while nothing it depends on changed; a change is refused, naming what differs and the ways out. Nothing
+here knows what a stage does.
+
+Inputs that come from another stage are named ``STAGE/FILE`` (``generate/manifest.json``), by which staleness is found:
+a stage is *stale* when the files it was made from are no longer those its predecessor has now.
+
+Imports nothing of the package but ``errors``, ``environment``, ``files``, ``runfolder``, ``runtable`` and ``toml``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+import errno
+import fcntl
+from dprandp.errors import StorageError
+from dprandp.runs.files import storage_errors
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from dprandp import __version__
+from dprandp.errors import CheckpointError
+from dprandp.runs.files import from_json, storage_errors, to_json
+from dprandp.runs.results import wrong_entry
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+from dprandp.errors import InputError, UsageError, nearest
+from dprandp.runs.files import remove_leftovers, storage_errors
+import secrets
+from dataclasses import dataclass
+from typing import Any, Literal
+from dprandp.config import toml
+from dprandp.errors import InputError, UsageError
+from dprandp.runs.files import atomic_path, atomic_write, file_sha256, storage_errors, to_json
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+#
+# The facts about the machine in env.json: enough to explain a difference, nothing that identifies anybody.
+
+def facts() -> dict[str, Any]:
+    """Versions, platform and device as plain values; no host name, user name or path."""
+    import torch  # late: the commands that only read a run need no torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+    }
+
+
+def free_on_device(device) -> int | None:
+    """Bytes that are free on an accelerator (a ``torch.device``); None where nobody says."""
+    import torch  # late, as above
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may still take without swapping, as Linux estimates it; None where nobody says."""
+    listed = Path("/proc/meminfo")
+    if not listed.is_file():
+        return None
+    for line in listed.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- locking
+#
+# One process at a time in a run directory.
+#
+# Two processes that spend one privacy budget at the same time would each see what the other has not yet written, so the
+# lock is part of the privacy argument and there is no way to run without it. It is an advisory ``flock`` on the file
+# ``.lock``: the kernel lets go of it when the holder dies, however it dies, so no stale lock needs removing.
+#
+# Imports nothing of the package but ``errors`` and ``files``.
+
+_held: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    # A forked worker that outlives a killed parent would keep the lock through its inherited descriptor.
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def acquire(path: Path, owner: Path) -> int:
+    """Take the lock file ``path`` without waiting.
+
+    Args:
+        path: the lock file; created if missing, never removed (removing it would let two holders in).
+        owner: the run directory, for the message.
+
+    Returns:
+        The descriptor for ``release``.
+
+    Raises:
+        StorageError: another process holds it (the message names its process id), or the file system has no locks.
+    """
+    with storage_errors(path, "open"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(descriptor, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise StorageError(
+                f"another dprandp process (pid {holder}) is at work in {owner}",
+                fix="wait until it has finished or stop it, or choose another folder with --run",
+            ) from error
+        raise StorageError(
+            f"the file system of {owner} cannot lock files ({error.strerror}), so the privacy budget cannot be guarded",
+            fix="choose a folder on a local disk with --run",
+        ) from error
+    with storage_errors(path):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    _held.add(descriptor)
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Give the lock back (in a forked child, where it is already gone: do nothing)."""
+    if descriptor in _held:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------ runtable
+#
+# ``run.json``: reading, checking and writing the table of stages.
+#
+# ::
+#
+#     {"format": 1, "dprandp": "0.1.0", "ledger_head": "...", "stages": {"generate": {"state": "done", "config": {...},
+#      "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
+#
+# ``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
+# first private stage. It outlives ``--overwrite``: whoever opens the ledger compares (``ledger.py``).
+#
+# Imports nothing of the package but ``errors``, ``files``, ``runresults`` and the version.
+
+FORMAT = 1
+STATES = ("partial", "done", "stale")
+STAGES = {
+    "generate": "1-generate",
+    "pretrain": "2-pretrain",
+    "continue": "2b-continue",
+    "probe": "3-probe",
+    "finetune": "4-finetune",
+}
+OPTIONAL_STAGES = ("continue",)
+"""Of which a run need not have one, and nobody is told that it is missing."""
+
+
+@dataclass
+class Record:
+    """One stage in run.json. Times are UTC, ISO 8601; ``finished`` is None while the stage is partial."""
+
+    state: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    result: dict[str, Any]
+    started: str
+    finished: str | None
+
+
+@dataclass
+class Table:
+    """The stages of a run, by name, and the head of its privacy ledger (64 hexadecimal digits), if it has one."""
+
+    stages: dict[str, Record] = field(default_factory=dict)
+    ledger_head: str | None = None
+
+    def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Put a stage under way with nothing made yet; what was built on its former outputs becomes stale."""
+        before = self.stages.get(stage)
+        self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
+        self._refresh()
+
+    def finish(self, stage: str, outputs: dict[str, str], result: dict[str, Any]) -> None:
+        """Record a stage as done; what was built on these very outputs is no longer stale."""
+        record = self.stages[stage]
+        record.state, record.outputs, record.result, record.finished = "done", outputs, frozen(result), _now()
+        self._refresh()
+
+    def stale_because(self, stage: str) -> list[str]:
+        """Why a stage's recorded inputs are not its predecessors' present outputs; empty if they are."""
+        record = self.stages.get(stage)
+        if record is None:
+            return []
+        reasons = []
+        for name, digest in record.inputs.items():
+            source, _, file = name.partition("/")
+            if source not in STAGES:
+                continue  # comes from outside the run: whoever begins the stage compares it
+            predecessor = self.stages.get(source)
+            if predecessor is None or predecessor.state == "partial":
+                reasons.append(f"stage {source!r}, which it was made from, is unfinished")
+            elif predecessor.outputs.get(file) != digest:
+                reasons.append(f"it was made from another {name}")
+            elif source != stage and self.stale_because(source):
+                reasons.append(f"stage {source!r}, which it was made from, is stale")
+        made_from = {name.partition("/")[0] for name in record.inputs}
+        if "continue" in self.stages and "pretrain" in made_from and "continue" not in made_from | {stage}:
+            reasons.append("the extractor was continued since")
+        return sorted(set(reasons))
+
+    def to_json(self) -> str:
+        stages = {stage: dataclasses.asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
+        document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head, "stages": stages}
+        return to_json(document, indent=1) + "\n"
+
+    def _refresh(self) -> None:
+        for stage, record in self.stages.items():
+            if record.state != "partial":
+                record.state = "stale" if self.stale_because(stage) else "done"
+
+
+def read(path: Path) -> Table:
+    """Read run.json; a missing file is an empty table.
+
+    Raises:
+        CheckpointError: not valid, or written by a newer version (which it names).
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        return Table()
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        document = from_json(content)
+    except ValueError as error:
+        raise _corrupt(path, "it is no valid JSON") from error
+    if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] < 1:
+        raise _corrupt(path, "it has no format number")
+    if document["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {document['format']}, written by dprandp {document.get('dprandp')}; "
+            f"this is dprandp {__version__}, which reads up to format {FORMAT}",
+            fix="upgrade dprandp, or choose another run with --run",
+        )
+    stages = document.get("stages")
+    if not isinstance(stages, dict):
+        raise _corrupt(path, "it has no table of stages")
+    head = document.get("ledger_head")
+    if not (head is None or (isinstance(head, str) and re.fullmatch("[0-9a-f]{64}", head))):
+        raise _corrupt(path, "its head of the privacy ledger is no hash")
+    return Table({stage: _record(path, stage, value) for stage, value in stages.items()}, head)
+
+
+def read_hashes(path: Path) -> dict[str, str]:
+    """Read a JSON file of name -> hash.
+
+    Raises:
+        CheckpointError: it is missing or no such file, so nothing tells whether the inputs are still the same.
+    """
+    try:
+        hashes = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _corrupt(path, "the recorded hashes of the inputs cannot be read") from error
+    if not isinstance(hashes, dict):
+        raise _corrupt(path, "it holds no table of hashes")
+    return hashes
+
+
+def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON makes of a dict: tuples become lists, infinities strings, NaN null."""
+    return json.loads(to_json(dict(value)))
+
+
+def result_digest(result: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of a stage's result as run.json holds it; the same before and after a round trip."""
+    return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
+
+
+def thawed(value: Any) -> Any:
+    """Undo ``frozen`` as far as it can be undone: the strings "inf" and "-inf" become floats again."""
+    if isinstance(value, dict):
+        return {key: thawed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [thawed(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
+    """``"steps was 10, is now 20"`` for each setting that differs; a setting that is None is the same as none."""
+    return [
+        f"{key} was {_shown(old.get(key))}, is now {_shown(new.get(key))}"
+        for key in sorted({*old, *new} - set(ignore))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _record(path: Path, stage: str, value: Any) -> Record:
+    fields = {entry.name for entry in dataclasses.fields(Record)}
+    if stage not in STAGES or not isinstance(value, dict) or set(value) != fields or value["state"] not in STATES:
+        raise _corrupt(path, f"its record of stage {stage!r} is malformed")
+    if not all(isinstance(value[name], dict) for name in ("config", "inputs", "outputs", "result")):
+        raise _corrupt(path, f"its record of stage {stage!r} is malformed")
+    hashes = [digest for name in ("inputs", "outputs") for digest in value[name].values()]
+    if not all(isinstance(digest, str) for digest in hashes) or not all(map(_is_file_name, value["outputs"])):
+        raise _corrupt(path, f"the files in its record of stage {stage!r} are malformed")
+    if not _is_moment(value["started"]) or not (value["finished"] is None or _is_moment(value["finished"])):
+        raise _corrupt(path, f"the times in its record of stage {stage!r} are malformed")
+    wrong = wrong_entry(value["result"])
+    if wrong is not None:
+        raise _corrupt(path, f"{wrong!r} in its result of stage {stage!r} is of another kind")
+    return Record(**value)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether this names a file below a stage's folder: nothing read from run.json may lead out of the run."""
+    parts = name.split("/")
+    return len(name) < 200 and name.isprintable() and all(part not in ("", ".", "..") for part in parts)
+
+
+def _is_moment(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _corrupt(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is corrupt: {why}",
+        fix="restore it from a copy, or start a new run with --run; the ledger in privacy/ is a separate file",
+    )
+
+
+def _now(after: str | None = None) -> str:
+    """The time; where the clock stands still or went back, a microsecond after ``after``.
+
+    By ``started`` a plan is known to be of this beginning of a stage and not of an earlier one, so no two beginnings
+    may share it, whatever the clock says.
+    """
+    now = datetime.now(UTC)
+    if after is not None:
+        now = max(now, datetime.fromisoformat(after) + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")
+
+
+# ----------------------------------------------------------------------------------------------------------- runfolder
+#
+# The folder of one run: where things are, who may write, and nothing about what was done.
+#
+# Imports nothing of the package but ``errors``, ``files``, ``locking`` and ``runtable``.
+
+_FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
+_KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model"}
+
+
+class RunFolder:
+    """Layout and lock of a run directory; ``RunDir`` adds the table of stages."""
+
+    def __init__(self, path: Path | str, create: bool) -> None:
+        self.path = Path(path)
+        self._create = create
+        self._descriptor: int | None = None
+        self._depth = 0
+
+    @classmethod
+    def open(cls, path: Path | str, create: bool) -> Self:
+        """Open a run directory.
+
+        Args:
+            path: the folder.
+            create: make it, and later its sub-folders, if missing. False for commands that only read.
+
+        Raises:
+            InputError: not there (``create=False``), or not a folder.
+            UsageError: a folder with other things in it and no run.json.
+            StorageError: it cannot be made.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file, not a run directory", fix="name a folder with --run")
+        if not path.exists() and not create:
+            raise InputError(
+                f"there is no run at {path}", fix=f"start one: dprandp generate --run {shlex.quote(str(path))}"
+            )
+        with storage_errors(path, "create"):
+            path.mkdir(parents=True, exist_ok=True)
+        if not (path / "run.json").exists():
+            strangers = sorted(e.name for e in path.iterdir() if e.name not in _KNOWN and not e.name.startswith("."))
+            if strangers:
+                raise UsageError(
+                    f"{path} is no run directory: it has no run.json, and holds {strangers[0]!r}",
+                    fix="name a new or empty folder with --run",
+                )
+        return cls(path, create)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. May be nested within one object.
+
+        Raises:
+            StorageError: another process holds it; the message names its process id.
+        """
+        if self._depth == 0:
+            self._descriptor = acquire(self.path / ".lock", self.path)
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._sweep()
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0 and self._descriptor is not None:
+                release(self._descriptor)
+                self._descriptor = None
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder of a stage: ``stage_dir("generate")`` is ``runs/x/1-generate``. Made by ``begin``, not here."""
+        return self.path / STAGES[known_stage(stage)]
+
+    @property
+    def privacy_dir(self) -> Path:
+        """``privacy/``: plan and ledger. ``overwrite`` never touches it."""
+        return self._folder("privacy", 0o777)
+
+    @property
+    def private_dir(self) -> Path:
+        """``private/``, readable by its owner alone: what is computed from private data and must not be released."""
+        return self._folder("private", 0o700)
+
+    @property
+    def model_dir(self) -> Path:
+        """``model/``: what may be released, and nothing else."""
+        return self._folder("model", 0o777)
+
+    def _folder(self, name: str, mode: int) -> Path:
+        path = self.path / name
+        if self._create:
+            with storage_errors(path, "create"):
+                path.mkdir(mode=mode, exist_ok=True)
+                if mode == 0o700:
+                    path.chmod(mode)  # also for a folder that was there before, copied with other permissions
+        return path
+
+    def _need_lock(self) -> None:
+        if self._depth == 0:
+            raise RuntimeError("hold RunDir.lock() around begin and finish")
+
+    def _sweep(self) -> None:
+        remove_leftovers(self.path)
+        for trash in self.path.glob(".trash-*"):
+            with storage_errors(trash, "remove"):
+                shutil.rmtree(trash)
+
+
+def known_stage(stage: str) -> str:
+    """The stage's name, or ``UsageError`` if there is no such stage."""
+    if stage not in STAGES:
+        raise UsageError(f"unknown stage {stage!r}", fix=nearest(stage, STAGES))
+    return stage
+
+
+__all__ = ["OPTIONAL_STAGES", "STAGES", "Begin", "RunDir", "atomic_path", "atomic_write"]
+
+IGNORED = ("device", "microbatch", "workers")
+"""Settings that decide where and how fast a stage runs and never what comes out."""
+
+DATA = "data"
+"""The setting that names private data: its spelling is not compared where their content is."""
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What ``RunDir.begin`` decided.
+
+    Attributes:
+        action: "fresh" (the stage folder is empty), "resume" (go on from the last checkpoint) or "skip" (nothing to
+            do).
+        config: the configuration to run with; on "resume" and "skip" the recorded one, but for the ignored settings.
+        directory: the stage's folder; it exists.
+    """
+
+    action: Literal["fresh", "resume", "skip"]
+    config: dict[str, Any]
+    directory: Path
+
+
+class RunDir(RunFolder):
+    """One run. Make it with ``RunDir.open``; hold ``lock()`` around everything that writes."""
+
+    def begin(
+        self,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        ignore: Collection[str] = IGNORED,
+        private_inputs: Mapping[str, str] | None = None,
+    ) -> Begin:
+        """Decide whether a stage starts, goes on or is skipped, and record that it is under way.
+
+        * finished, same configuration and inputs: "skip";
+        * begun, same configuration and inputs: "resume", whether or not ``resume`` is given;
+        * the configuration differs: refused; ``resume`` keeps the recorded one, ``overwrite`` starts afresh;
+        * the inputs differ: refused; only ``overwrite`` helps, as nothing half-made from other inputs can be continued.
+
+        ``overwrite`` empties the stage's folder and makes the stages built on it stale. It touches neither ``privacy/``
+        nor ``private/``: what was spent stays spent.
+
+        Args:
+            stage: a key of ``STAGES``.
+            config: JSON values, flat; compared after a round trip through JSON. Public: it is written in clear.
+            inputs: name -> hash of everything public the stage is made from; see ``inputs_from``.
+            resume: ``--resume`` was given.
+            overwrite: ``--overwrite`` was given.
+            ignore: settings that are not compared.
+            private_inputs: name -> hash of private inputs. A hash of private data is itself private (it lets anyone
+                confirm a guess), so these are compared in the same way but kept in ``private/``. Where they are given,
+                the name of the data is ignored: they may have moved.
+
+        Raises:
+            UsageError: configuration or inputs differ; both flags; files of unknown origin in the stage's folder.
+            CheckpointError: run.json is corrupt or newer.
+        """
+        self._need_lock()
+        directory = self.stage_dir(stage)
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
+        table = self._table()
+        record = table.stages.get(stage)
+        wanted = frozen(config)
+        private_file = self.path / "private" / f"inputs-{stage}.json"
+        if overwrite:
+            self._empty(directory)
+            record = None
+        elif record is None and directory.exists() and any(directory.iterdir()):
+            raise UsageError(
+                f"{directory} holds files, but run.json knows nothing of stage {stage!r}",
+                fix="choose another folder with --run, or give --overwrite to delete them",
+            )
+        if record is None:
+            if private_inputs is not None:
+                atomic_write(self.private_dir / private_file.name, to_json(dict(private_inputs), indent=1) + "\n")
+            table.begin(stage, wanted, dict(inputs))
+            self._write(table)
+            if not (self.path / "env.json").exists():
+                atomic_write(self.path / "env.json", to_json(facts(), indent=1) + "\n")
+            return self._prepared("fresh", wanted, directory)
+        recorded, present = dict(record.inputs), dict(inputs)
+        if private_inputs is not None:
+            recorded |= read_hashes(private_file)
+            present |= private_inputs
+            ignore = (*ignore, DATA)
+        changed = sorted(name for name in {*recorded, *present} if recorded.get(name) != present.get(name))
+        if changed:
+            raise UsageError(
+                f"stage {stage!r} in {self.path} was made from other inputs: {', '.join(changed)} changed",
+                fix="give --overwrite to start the stage afresh from the present inputs",
+            )
+        if not resume:
+            self._refuse_other(stage, record.config, wanted, ignore)
+        kept = _kept(record.config, wanted, ignore)
+        if record.state == "partial":
+            return self._prepared("resume", kept, directory)
+        reasons = self._stale_because(table, stage)
+        if reasons:
+            raise UsageError(
+                f"stage {stage!r} in {self.path} is stale: {reasons[0]}", fix="give --overwrite to make it afresh"
+            )
+        return Begin("skip", thawed(kept), directory)
+
+    def foresee(
+        self,
+        stage: str,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        ignore: Collection[str] = (*IGNORED, DATA),
+    ) -> Begin:
+        """What ``begin`` would decide, as far as the configuration tells: writes nothing, needs no lock.
+
+        Inputs are not compared: for a private stage they would have to be read. So nothing is said of other data.
+
+        Raises:
+            UsageError: the configuration differs; both flags. CheckpointError: run.json is corrupt or newer.
+        """
+        directory = self.stage_dir(stage)
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
+        record, wanted = self._table().stages.get(stage), frozen(config)
+        if overwrite or record is None:
+            return Begin("fresh", thawed(wanted), directory)
+        if not resume:
+            self._refuse_other(stage, record.config, wanted, ignore)
+        kept = _kept(record.config, wanted, ignore)
+        return Begin("resume" if record.state == "partial" else "skip", thawed(kept), directory)
+
+    def finish(
+        self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any], *, ledger_head: str | None = None
+    ) -> None:
+        """Record a stage as done.
+
+        Args:
+            stage: the stage begun before.
+            outputs: file below the stage's folder -> sha256; see ``hash_outputs``. What later stages depend on.
+            result: the stage's public result, JSON values.
+            ledger_head: of a private stage, the ledger's head after it (see ``keep_ledger_head``).
+        """
+        self._need_lock()
+        absent = [name for name in outputs if not (self.stage_dir(stage) / name).is_file()]
+        if absent:
+            raise ValueError(f"stage {stage!r} did not write its output {absent[0]!r}")
+        table = self._table()
+        table.finish(stage, dict(outputs), dict(result))
+        table.ledger_head = ledger_head or table.ledger_head
+        self._write(table)
+
+    @property
+    def ledger_head(self) -> str | None:
+        """Hash of the last line that the run's privacy ledger is known to have had; None before a private stage."""
+        return self._table().ledger_head
+
+    def keep_ledger_head(self, head: str) -> None:
+        """Record the head of the privacy ledger: from now on a ledger without this line is known to be cut or lost."""
+        self._need_lock()
+        table = self._table()
+        if table.ledger_head != head:
+            table.ledger_head = head
+            self._write(table)
+
+    def hash_outputs(self, stage: str, names: Collection[str]) -> dict[str, str]:
+        """sha256 of files below the stage's folder, for ``finish``."""
+        return {name: file_sha256(self.stage_dir(stage) / name) for name in names}
+
+    def inputs_from(self, *stages: str) -> dict[str, str]:
+        """The present outputs of these stages, named for ``begin``: ``{"generate/manifest.json": sha256}``."""
+        table = self._table()
+        return {
+            f"{stage}/{name}": digest
+            for stage in stages
+            for name, digest in (table.stages[stage].outputs if stage in table.stages else {}).items()
+        }
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row per stage, in order.
+
+        Returns:
+            dicts of stage, state (missing | partial | done | stale), reasons (why it is stale), started, finished,
+            config, result; the last four are None where the stage is missing.
+        """
+        table = self._table()
+        rows = []
+        for stage in STAGES:
+            record = table.stages.get(stage)
+            reasons = self._stale_because(table, stage)
+            state = record.state if record else "missing"
+            if reasons and state == "done":
+                state = "stale"
+            row = {"stage": stage, "state": state, "reasons": reasons}
+            for key in ("started", "finished", "config", "result"):
+                row[key] = thawed(getattr(record, key)) if record else None
+            rows.append(row)
+        return rows
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """The result given to ``finish``; empty if the stage is not finished."""
+        record = self._table().stages.get(known_stage(stage))
+        return thawed(record.result) if record else {}
+
+    def require(self, stage: str, needed_by: str) -> None:
+        """Refuse unless ``stage`` is done and fresh.
+
+        Raises:
+            InputError: it is missing, unfinished or stale; the fix is the command to run.
+        """
+        row = next(row for row in self.status() if row["stage"] == known_stage(stage))
+        if row["state"] == "done":
+            return
+        why, flag = {
+            "missing": (f"which {self.path} does not have", ""),
+            "partial": (f"which was begun in {self.path} and not finished", " --resume"),
+            "stale": (f"which is stale in {self.path}: {'; '.join(row['reasons'])}", " --overwrite"),
+        }[row["state"]]
+        raise InputError(
+            f"stage {needed_by!r} needs stage {stage!r}, {why}",
+            fix=f"run: dprandp {stage} --run {shlex.quote(str(self.path))}{flag}",
+        )
+
+    def _refuse_other(
+        self, stage: str, recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]
+    ) -> None:
+        differing = differences(recorded, wanted, ignore)
+        if differing:
+            raise UsageError(
+                f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(differing),
+                fix="give --resume to go on with the recorded settings, or --overwrite to start the stage afresh",
+            )
+
+    def _empty(self, directory: Path) -> None:
+        # Out of the way in one step first: killed half-way through the deletion, old checkpoints must not stay behind
+        # to be resumed under the new configuration.
+        if directory.exists():
+            with storage_errors(directory, "empty"):
+                os.replace(directory, self.path / f".trash-{secrets.token_hex(4)}")
+        self._sweep()
+
+    def _prepared(self, action: Literal["fresh", "resume"], config: dict[str, Any], directory: Path) -> Begin:
+        plain = thawed(config)
+        with storage_errors(directory, "create"):
+            directory.mkdir(exist_ok=True)
+        if not (directory / "config.toml").exists():
+            atomic_write(directory / "config.toml", toml.dumps(plain))
+        return Begin(action, plain, directory)
+
+    def _stale_because(self, table: Table, stage: str) -> list[str]:
+        reasons = table.stale_because(stage)
+        record = table.stages.get(stage)
+        if record is not None and record.state != "partial":
+            absent = [name for name in record.outputs if not (self.stage_dir(stage) / name).is_file()]
+            reasons += [f"its file {name} is missing" for name in absent]
+        return reasons
+
+    def _table(self) -> Table:
+        return read(self.path / "run.json")
+
+    def _write(self, table: Table) -> None:
+        atomic_write(self.path / "run.json", table.to_json())
+
+
+def _kept(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """The recorded configuration, but for what is not compared."""
+    return {**recorded, **{key: value for key, value in wanted.items() if key in ignore}}

@@ -1,0 +1,207 @@
+"""Whole files or none: the one way in which this package writes to disk.
+
+``atomic_write`` (small files) and ``atomic_path`` (large ones) write under a temporary name in the same folder, force
+the bytes to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or
+the new one, never a part. Every ``OSError`` on the way becomes a ``StorageError`` that says what happened and what to
+do.
+
+Imports nothing of the package but ``errors`` and ``faults``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dprandp.runs import faults
+from dprandp.errors import StorageError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.[^.]+)?")
+
+_SHORT_WRITE = 0
+"""In place of the error number that numpy does not give when the disk took only a part of an array."""
+
+_ADVICE = {
+    _SHORT_WRITE: (
+        "not all of it could be written or read",
+        "free some space or raise the limit on file sizes (ulimit -f), then run the same command again",
+    ),
+    errno.ENOSPC: ("the disk is full", "free some space, then run the same command again"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space within the quota, then run the same command again"),
+    errno.EFBIG: (
+        "the file is larger than the limit set for this process or file system",
+        "raise the limit (ulimit -f), or choose another folder",
+    ),
+    errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
+    errno.EACCES: ("permission denied", "change the folder's permissions, or choose another folder"),
+    errno.EPERM: ("the operation is not permitted", "change the folder's permissions, or choose another folder"),
+}
+
+
+@contextmanager
+def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
+    """Turn every ``OSError`` of the block into a ``StorageError`` naming ``path``.
+
+    Args:
+        path: the file or folder at work. It appears in the message, so it must not be the name of a private example.
+        action: the verb of the message, ``cannot {action} {path}``.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason, fix = _ADVICE.get(
+            error.errno or _SHORT_WRITE,
+            (error.strerror or type(error).__name__, "check the disk and the path, then run the same command again"),
+        )
+        raise StorageError(f"cannot {action} {path}: {reason}", fix=fix) from error
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path to write; the file takes its real name only when the block ends well.
+
+    The temporary path is in the same folder (a rename across file systems is not atomic) and keeps the suffix, because
+    writers such as ``numpy.save`` append their own suffix where it is missing. On any exception the temporary file is
+    removed and the old file stays. A process killed inside the block leaves the temporary file behind;
+    ``remove_leftovers`` sweeps it away.
+
+    Raises:
+        StorageError: any ``OSError``, including those of the block.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    with storage_errors(path):
+        try:
+            yield temporary
+            move_into_place(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a file that is written to its end its real name, bytes and name forced to the disk.
+
+    Args:
+        temporary: in the same folder as ``path``; nobody has it open for writing.
+
+    Raises:
+        StorageError: any ``OSError``.
+    """
+    with storage_errors(path):
+        _fsync(temporary, os.O_RDWR)
+        faults.point("temp-written")
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+        faults.point("renamed")
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` (a string is written as UTF-8), wholly or not at all.
+
+    When the call returns the content is on the disk, not only in the kernel's cache.
+
+    Raises:
+        StorageError: disk full, quota, read-only, no permission, or any other ``OSError``. The old file is intact and
+            no temporary file is left.
+    """
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+
+
+def fsync_directory(directory: Path | str) -> None:
+    """Force a folder's entries (new names, renames) to the disk: fsync of a file does not cover its name."""
+    _fsync(Path(directory), os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: Path | str) -> list[Path]:
+    """Remove the temporary files that killed processes left below ``directory``.
+
+    Call it only while no other process writes there (``RunDir.lock`` does).
+
+    Returns:
+        The removed paths, sorted.
+    """
+    leftovers = sorted(path for path in Path(directory).rglob(".*.partial*") if _TEMPORARY.fullmatch(path.name))
+    for path in leftovers:
+        with storage_errors(path, "remove"):
+            path.unlink(missing_ok=True)
+    return leftovers
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``49 MB``."""
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB")
+    return f"{float(f'{count / unit:.2g}'):g} {name}"
+
+
+def file_sha256(path: Path | str) -> str:
+    """Hex sha256 of a file's bytes, read in pieces."""
+    with storage_errors(path, "read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Serialise to JSON that every parser accepts, keys in the given order.
+
+    JSON has no infinity and no NaN, and Python's default would print bare words that only Python reads back. Here
+    infinities become the strings ``"inf"`` and ``"-inf"`` (``float()`` understands them: the ε of a run without privacy
+    is one), NaN becomes ``null``.
+
+    Raises:
+        TypeError: a value JSON cannot hold.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def from_json(content: bytes | str) -> Any:
+    """Parse JSON from a file that may be damaged or hostile.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds text that is no valid Unicode (a lone surrogate),
+            which could be neither printed nor written again, or a whole number beyond the range of a float, which
+            no arithmetic could take.
+    """
+    try:
+        value = json.loads(content, parse_int=_whole)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def _whole(digits: str) -> int:
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"it holds a whole number of {len(digits)} digits") from error
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(float(value))
+    return value

@@ -1,0 +1,133 @@
+"""The privacy ledger of a run, held against what the run itself says it has spent.
+
+A ledger alone cannot tell that it was deleted, or that lines were cut off its end. So the run keeps the hash of the
+last line that was written (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``), and
+the ledger keeps the hash of what each finished stage reported and, in its first line, the budget as it was fixed. Every
+command that spends, reports or releases opens the ledger here, so none goes on with an ε that is too low or a budget
+that is too large: after a lost folder, an old backup, or an edited run.json or plan.json.
+
+What it cannot tell: a run that was put back to an earlier state as a whole, or a copy of it. ε counts what one run
+directory has released; whoever uses two copies adds them up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dprandp.errors import CheckpointError
+from dprandp.runs.files import from_json, storage_errors
+from dprandp.privacy.accounting import Warn, warn_by_log
+from dprandp.privacy.ledger import Ledger
+from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import result_digest
+
+ALWAYS_PRIVATE = ("probe", "finetune")
+"""Of the stages that may read private data, those that always do; ``continue`` may read public data alone."""
+
+
+SEALED = ("epsilon", "delta", "examples", "unit", "public_part")
+"""Entries of plan.json that were fixed before the first look at the data; the last only where there is one."""
+
+
+def ledger_file(rundir: RunDir) -> Path:
+    """Where the ledger is."""
+    return rundir.path / "privacy" / "ledger.jsonl"
+
+
+def plan_file(rundir: RunDir) -> Path:
+    """Where budget and plans are kept."""
+    return rundir.path / "privacy" / "plan.json"
+
+
+def open_run_ledger(
+    rundir: RunDir,
+    *,
+    write: bool = False,
+    warn: Warn = warn_by_log,
+    fault_point: Callable[[str], None] = lambda name: None,
+) -> Ledger | None:
+    """The run's ledger; None where no private stage was ever begun.
+
+    Args:
+        rundir: the run.
+        write: open it for charges; the run's lock must be held.
+        warn, fault_point: as for ``Ledger.open``.
+
+    Guarantee:
+        The ledger that is returned holds every line that it held when a stage of this run last wrote a checkpoint,
+        finished or began its charges, each private result in run.json is the one that was computed from it, and the
+        budget in plan.json is the one that the ledger was begun with.
+
+    Raises:
+        CheckpointError: the ledger is lost, damaged, older than the run or of another run; the recorded result of a
+            private stage is not the one that the stage reported; or the budget was changed. StorageError: the disk
+            refuses.
+    """
+    path, head = ledger_file(rundir), rundir.ledger_head
+    rows = {row["stage"]: row["result"] for row in rundir.status() if row["result"]}
+    results = {stage: result for stage, result in rows.items() if stage in ALWAYS_PRIVATE or "epsilon" in result}
+    if head is None and results:
+        raise CheckpointError(
+            f"{rundir.path / 'run.json'} reports stage {next(iter(results))!r} and does not name the privacy ledger "
+            "that it was charged to",
+            fix="restore run.json from a copy, or start a new --run and add up what both release",
+        )
+    planned = plan_file(rundir).exists()
+    if head is None and not path.exists() and not planned:
+        return None
+    ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
+    if head is not None and not ledger.includes(head):
+        raise CheckpointError(
+            f"{path} lacks lines that this run has written to it: it was cut, restored from an old copy, or is of "
+            "another run",
+            fix="restore the run's privacy folder as it was after the last stage; where that is lost, the run's budget "
+            "counts as spent: start a new --run and add up what both release",
+        )
+    if ledger.events() and not planned:
+        raise CheckpointError(
+            f"{plan_file(rundir)} is missing, but the ledger beside it holds charges",
+            fix="restore it from a copy: without it nobody knows this run's budget",
+        )
+    if planned:
+        _refuse_changed_budget(ledger, plan_file(rundir))
+    for stage, result in results.items():
+        seal = ledger.seals.get(stage)
+        if seal is None or seal.digest != result_digest(result):
+            raise CheckpointError(
+                f"the result of stage {stage!r} in {rundir.path / 'run.json'} is not the one that the stage reported: "
+                "its hash differs from that in the privacy ledger",
+                fix="restore run.json and the privacy folder together from a copy",
+            )
+    return ledger
+
+
+def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of plan.json that the ledger's header keeps, as finite JSON values."""
+    found = {key: document[key] for key in SEALED if key in document}
+    return {key: str(value) if value == math.inf else value for key, value in found.items()}
+
+
+def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    fixed = ledger.budget or {}
+    try:
+        document = from_json(content)
+    except ValueError:
+        document = None
+    present = sealed_budget(document) if isinstance(document, dict) else {}
+    if not isinstance(document, dict) or fixed.keys() - present.keys():
+        raise CheckpointError(
+            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+        )
+    changed = [key for key in SEALED if present.get(key) != fixed.get(key)]
+    if changed:
+        said = "; ".join(f"{key} is {present.get(key)!r} there and {fixed.get(key)!r} in the ledger" for key in changed)
+        raise CheckpointError(
+            f"{path} was changed since this run's budget was fixed: {said}",
+            fix="restore it from a copy, or put the ledger's values back; for another budget start a new --run and add "
+            "up what both release",
+        )

@@ -1,0 +1,84 @@
+"""What ``dprandp tune`` left in a run, and what a private stage says about it.
+
+    tune.json    what was tried on what, and what was chosen; public (paid for, where the data were private)
+    tuned.toml   the chosen settings, for ``probe --config``
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dprandp.config import toml
+from dprandp.errors import CheckpointError
+from dprandp.runs.files import atomic_write, from_json, to_json
+from dprandp.privacy.accounting import compose
+from dprandp.privacy.ledger import Ledger
+from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import frozen, thawed
+
+RECORD, SETTINGS = "tune.json", "tuned.toml"
+SYNTHETIC, PRIVATE = "synthetic", "private"
+FORMAT = 1
+_NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
+
+
+def write_tuning(rundir: RunDir, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write both files; the record last, since it is what says that tuning is done.
+
+    Args:
+        record: on, trials, chosen, asked, and whatever else is public.
+        settings: of ``[probe]``.
+    """
+    note = f"# Chosen by `dprandp tune` on {json.dumps(record['on'], ensure_ascii=True)}; see {RECORD}.\n"
+    atomic_write(rundir.path / SETTINGS, note + toml.dumps({"probe": settings}))
+    atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **record}, indent=1) + "\n")
+
+
+def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
+    """The record of the run's tuning; None where nothing was tuned.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    path = rundir.path / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = thawed(from_json(path.read_bytes()))
+        if record.pop("format") == FORMAT and all(isinstance(record[key], kind) for key, kind in _NEEDED.items()):
+            return record
+        problem = None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = error
+    raise CheckpointError(
+        f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was paid stays paid"
+    ) from problem
+
+
+def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What a stage's result says about tuning in its run.
+
+    Args:
+        ledger: of the run; what it holds counts, whatever the files say.
+        delta: δ at which the cost is stated.
+        settings: what the stage ran with, by the names of the record's ``chosen``.
+
+    Returns:
+        on, trials (expected ones where on is 'private'), charged_epsilon (upper bound, alone; part of the run's ε),
+        settings (names of what was tuned), used (the stage ran with what was chosen). None where nothing was tuned.
+    """
+    record = read_tuning(rundir)
+    paid = [charge.event for charge in ledger.tunings]
+    if record is None and not paid:
+        return None
+    if record is None:  # the ledger is what counts
+        record = {"on": PRIVATE, "trials": round(paid[-1].trials.mean), "chosen": {}}
+    chosen = record["chosen"]
+    return {
+        "on": record["on"],
+        "trials": record["trials"],
+        "charged_epsilon": compose(paid, delta).upper,
+        "settings": sorted(chosen),
+        "used": bool(chosen) and all(settings.get(name) == value for name, value in frozen(chosen).items()),
+    }

@@ -1,0 +1,91 @@
+"""Choose settings of the probe: free of charge on public images, or on the private data at a price.
+
+    --on synthetic   (default) a task made of the run's own synthetic images       tune_public.py
+    --on NAME        a data set that whoever runs this declares public             tune_public.py
+    --on private     the private data; the cost is charged to the run's budget     tune_private.py
+
+What is written: ``tune.json`` and ``tuned.toml`` (see ``runs/tuning.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dprandp.config.schema import ProbeConfig, as_dict, same_data_name
+from dprandp.errors import UsageError
+from dprandp.pretrain import EXTRACTOR_STAGES, require_extractor
+from dprandp.runs.context import Context
+from dprandp.runs.directory import frozen
+from dprandp.runs.tuning import PRIVATE, read_tuning, write_tuning
+from dprandp.tune.private import choose_privately
+from dprandp.tune.public import choose_publicly
+from dprandp.tune.settings import TuneConfig, private_data
+
+STAGE = "tune"
+
+
+def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, Any]:
+    """Choose settings and write ``tune.json`` and ``tuned.toml``.
+
+    Args:
+        config: of the probe to tune for: data, ε, share, and the defaults of what is tuned.
+        tune: how.
+        context: an opened and locked run.
+
+    Returns:
+        The record (see ``runs/tuning.py``), with ``stage``.
+
+    Raises:
+        UsageError: settings that are not simulated, or other tuning than the run has.
+        InputError: no extractor yet, or missing data. BudgetError: paid tuning does not fit (no pixel was read).
+    """
+    if config.batch_size is not None or config.views > 1:
+        raise UsageError(
+            "tune knows full batches of single views only", fix="leave --batch-size and --views out of what is tuned"
+        )
+    if same_data_name(tune.on, config.data):
+        raise private_data(tune.on)
+    require_extractor(context, STAGE)
+    asked = frozen(
+        {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from(*EXTRACTOR_STAGES)}
+    )
+    before = read_tuning(context.rundir) if not context.overwrite else None
+    if before is not None:
+        if _alike(frozen(before["asked"]), asked):
+            return {"stage": STAGE, **before}
+        raise UsageError(
+            f"this run was tuned before, on {before['on']}, for other settings",
+            fix="use its tuned.toml, or give --overwrite to tune again; what was paid stays paid",
+        )
+    choose = choose_privately if tune.on == PRIVATE else choose_publicly
+    record, lr, chosen = choose(config, tune, context)
+    settings = {"lr": lr, "steps": chosen.steps, "dims": chosen.dims}
+    record = {"on": tune.on, "trials": tune.trials, "chosen": settings, **record, "asked": asked}
+    kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
+    write_tuning(context.rundir, record, kept | settings)
+    return {"stage": STAGE, **record}
+
+
+def _alike(before: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the same was asked for; other spellings of a path are no difference."""
+    old, new = before.get("probe"), asked["probe"]
+    if not isinstance(old, dict):
+        return False
+    for ours, theirs, key in ((old, new, "data"), (before, asked, "on")):
+        if not same_data_name(str(ours.get(key)), theirs[key]):
+            return False
+    return {**before, "on": asked["on"], "probe": {**old, "data": new["data"]}} == asked
+
+
+def line(result: dict[str, Any]) -> str:
+    """The result for people."""
+    chosen = ", ".join(f"{name} = {value:.4g}" for name, value in result["chosen"].items())
+    if result["on"] == PRIVATE:
+        how = f"private data, {result['trials']} trials expected, ε = {result['charged_epsilon']:.4g} charged"
+    else:
+        how = (
+            f"{result['on']}, {len(result['tried'])} settings tried, {100 * result['accuracy']:.1f} % against "
+            f"{100 * result['default_accuracy']:.1f} % of the default, nothing charged"
+        )
+    return f"tune: {chosen} ({how})"

@@ -1,0 +1,104 @@
+"""Settings chosen on the private data, paid for: the best of a random number of private fits.
+
+Each fit is scored by a noisy count on private records that it was not fitted on; only the best setting and its score
+come out. ``privacy/selection.py`` says why one fit is a Gaussian mechanism, ``privacy/tuning.py`` what the best costs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dprandp.config.schema import ProbeConfig
+from dprandp.dpsgd.features import placed, private_features, require_room
+from dprandp.dpsgd.stage import name_private_stage
+from dprandp.dpsgd.statistics import public_whitener
+from dprandp.errors import UsageError
+from dprandp.pretrain import load_extractor
+from dprandp.privacy.accounting import calibrate, compose
+from dprandp.privacy.clipping import clipped_softmax_sum
+from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
+from dprandp.probe.head import HeadSettings, begin_head, lr_at, released_head, update_head
+from dprandp.runs.context import Context, with_precision
+from dprandp.runs.results import ONE_IMAGE
+from dprandp.tune.settings import Setting, TuneConfig, settings_for, share_of
+from dprandp.vision.images import colour_of
+
+STAGE = "tune"
+
+ETA = 0.0
+"""Logarithmic number of paid trials: of Papernot & Steinke's distributions a cheap one for its mean."""
+
+ROWS_AT_ONCE = 1024
+
+
+def choose_privately(
+    config: ProbeConfig, tune: TuneConfig, context: Context
+) -> tuple[dict[str, Any], float, Setting]:
+    """Try settings on the private data, as ``privacy/selection.py`` allows; records nothing but what that returns.
+
+    In particular no duration: it would tell about the number of trials, which the theorem keeps secret.
+    """
+    stage, _ = name_private_stage(STAGE, config, context)
+    spec, budget = stage.spec, stage.budget
+    if spec.unit != ONE_IMAGE:
+        raise UsageError(
+            f"tuning on private data counts single images, and one unit of these data is {spec.unit}",
+            fix="tune with --on synthetic or on a public set; the probe then protects whole units",
+        )
+    spent = stage.open_ledger(write=True)
+    precision = with_precision("probe", config, context, context.rundir.result("pretrain")["arch"]).precision
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
+    mirror = spec.flip_ok if config.mirror is None else config.mirror
+    whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
+    settings = settings_for(config, whitener.axes)
+    stage.plan = plan = make_selection_plan(
+        stage=STAGE, epsilon_total=budget.epsilon, delta=budget.delta, spend_epsilon=tune.spend * share_of(config),
+        spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
+        clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=context.console.warn,
+    )  # fmt: skip
+    # what the probe will have: planned now, so that a budget that is too small is noticed before it is touched
+    sigma = calibrate(share_of(config), budget.delta, 1.0, config.steps, [*spent, plan.event], context.console.warn)
+    probe_mu = math.sqrt(config.steps) / sigma
+    stage.fix_plan()
+    selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, context.console.warn)
+    # ------------------------------------------------------------------------------------------------ private from here
+    features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)
+    require_room(features.numel() * features.element_size() // 2, "tune's candidates with half the dimensions")
+    features, labels = placed(features, labels, len(spec.classes), context.device)
+    context.console.say("tune: a random number of private trials, about which nothing is said")
+
+    def one_trial(trial: Trial) -> None:
+        setting = settings[trial.setting]
+        default = config.lr or lr_at(plan.mu, round(trial.expected_fitted), config.steps, plan.clip_norm)
+        rule = HeadSettings(setting.lr_factor * default, config.momentum, config.released)
+        fitted, held_out = torch.from_numpy(trial.fitted), torch.from_numpy(trial.held_out)
+        seen = whitener.cut(features, setting.dims)
+        state = begin_head(torch.zeros(seen.shape[1], len(spec.classes), device=context.device))
+        for number in range(trial.steps):
+            clipped = clipped_softmax_sum(seen, labels, state["head"], plan.clip_norm, rows=fitted)
+            update_head(state, trial.release(clipped), rule, number, trial.steps)
+        head = released_head(state, rule)
+        parts = held_out.split(ROWS_AT_ONCE)  # never all of them
+        answers = [(seen[part].to(head.device) @ head).argmax(dim=1) for part in parts]
+        trial.score(torch.cat(answers) == labels[held_out])
+
+    best, score = selection.run(one_trial)
+    stage.keep_head()
+    # ------------------------------------------------------------------------------------------ from here on: paid for
+    record = {
+        "noisy_right_answers": score,
+        "noise_std": plan.score_std,
+        "held_out_examples_expected": plan.held_out * plan.examples,
+        "charged_epsilon": compose([plan.event], plan.delta).upper,
+        "epsilon": stage.ledger.spent(plan.delta).upper,
+        "delta": plan.delta,
+        "plan": plan.to_dict(),
+        "settings": [asdict(setting) for setting in settings],
+        "private": stage.ledger.private,
+    }
+    default = config.lr or lr_at(probe_mu, spec.train_examples, config.steps, config.clip_norm)
+    return record, default * settings[best].lr_factor, settings[best]

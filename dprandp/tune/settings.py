@@ -1,0 +1,68 @@
+"""What ``dprandp tune`` may choose among, and how it is asked: public, whatever the choice is made on."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from dprandp.config.schema import ProbeConfig
+from dprandp.dpsgd.stage import DEFAULT_SHARE
+from dprandp.errors import UsageError
+from dprandp.runs.tuning import SYNTHETIC
+
+LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
+STEP_FACTORS = (1.0, 0.5, 2.0)
+DIM_FACTORS = (1.0, 0.5)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune.
+
+    Attributes:
+        on: 'synthetic', 'private', or the name of a public data set.
+        trials: settings to try; with 'private' the expected number of trials.
+        spend: with 'private': part of the probe's share of ε that tuning may take, in (0, 1).
+        held_out: with 'private': chance of a record to be scored on rather than fitted on, in (0, 1).
+    """
+
+    on: str = SYNTHETIC
+    trials: int = 12
+    spend: float = 0.3
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.trials <= 1000:
+            raise UsageError(f"--trials {self.trials} lies outside [2, 1000]", fix="give a number such as 12")
+        for flag, value in (("--spend", self.spend), ("--held-out", self.held_out)):
+            if not 0 < value < 1:
+                raise UsageError(f"{flag} {value} lies outside (0, 1)", fix=f"give a {flag} such as 0.3")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One candidate: factor on the default learning rate, steps, axes that each part of the features is whitened to."""
+
+    lr_factor: float
+    steps: int
+    dims: int
+
+
+def private_data(on: str) -> UsageError:
+    """What to raise where settings were to be tuned for nothing on the private data."""
+    return UsageError(
+        f"--on {on} is the private data set itself",
+        fix="give --on private, which is charged to the budget, or the name of public data",
+    )
+
+
+def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
+    """The public list of candidates, the configuration's own first; ``dims`` is what the whitener has."""
+    made = itertools.product(LR_FACTORS, STEP_FACTORS, DIM_FACTORS)
+    listed = [Setting(lr, max(1, round(t * config.steps)), max(1, round(d * dims))) for lr, t, d in made]
+    return list(dict.fromkeys(listed))
+
+
+def share_of(config: ProbeConfig) -> float:
+    """ε of the probe by its configuration, inf for none."""
+    return config.epsilon * (DEFAULT_SHARE if config.share is None else config.share)

@@ -1,0 +1,176 @@
+"""Single image files: what is decoded, and what is refused because it would need a guess; no message names a file."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dprandp.data import open_dataset
+from dprandp.data.decode import MAX_PIXELS, read_images
+from dprandp.errors import InputError
+
+SECRET = "patient-4711"
+
+
+def picture(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def opened(root: Path, **options: object):
+    return open_dataset(f"folder:{root}", root, **options)
+
+
+def test_centre_square_is_cut_and_nothing_outside_leaks_in(root):
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[..., 2] = 255
+    wide[:, 30:70] = (200, 10, 0)
+    Image.fromarray(wide).save(root / "train/owl/0.png")
+    small = opened(root, image_size=16).train().images[0]
+    assert small.shape == (16, 16, 3)
+    assert (small == (200, 10, 0)).all()
+
+
+def test_resizing_averages(root):
+    """A 64×64 chequerboard of 2×2 blocks becomes even grey at 16×16: no aliasing."""
+    board = np.kron(np.indices((32, 32)).sum(0) % 2, np.ones((2, 2), int)).astype(np.uint8) * 255
+    Image.fromarray(board).save(root / "train/owl/0.png")
+    middle = opened(root, image_size=16).train().images[0][2:-2, 2:-2].astype(int)
+    assert abs(middle - 127).max() < 12
+
+
+def test_each_image_is_read_by_itself(root):
+    paths = sorted((root / "train/owl").iterdir())
+    together = read_images(paths, 20, "the images")
+    for index, path in enumerate(paths):
+        np.testing.assert_array_equal(together[index], read_images([path], 20, "the images")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("a.png", "L"), ("a.png", "1"), ("a.png", "P"), ("a.JPG", "RGB"), ("a.jpeg", "L"), ("a.bmp", "RGB"),
+     ("a.gif", "P"), ("a.tif", "RGB"), ("a.TIFF", "L"), ("a.webp", "RGB")],
+)  # fmt: skip
+def test_formats_taken(root, name, mode):
+    image = Image.fromarray(picture(99)).convert(mode)
+    image.save(root / "train/owl" / name, **({"lossless": True} if name.endswith("webp") else {}))
+    got = opened(root).train().images[3].astype(int)  # "a" sorts after "0" … "2"
+    difference = abs(got - np.asarray(image.convert("RGB"), int)).max()
+    assert difference == 0 or (name.lower().endswith(("jpg", "jpeg")) and difference > 0)
+
+
+def grey_png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def sixteen_bit_rgb_png() -> bytes:
+    body = zlib.compress(b"".join(b"\0" + b"\x12\x34" * 3 * 8 for _ in range(8)))
+    content = bytearray(b"\x89PNG\r\n\x1a\n")
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return bytes(content)
+
+
+def write_bad(path: Path, kind: str) -> None:
+    image = Image.fromarray(picture(1))
+    if kind == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(path.with_suffix(".jpg"), exif=exif)
+    elif kind == "rotated-png":
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image.save(path, exif=exif)
+    elif kind == "grey-16":
+        Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(path)
+    elif kind == "rgb-16":
+        path.write_bytes(sixteen_bit_rgb_png())
+    elif kind == "float":
+        Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(path.with_suffix(".tif"))
+    elif kind == "cmyk":
+        image.convert("CMYK").save(path.with_suffix(".jpg"))
+    elif kind == "alpha":
+        image.convert("RGBA").save(path)
+    elif kind == "palette-transparent":
+        image.convert("P").save(path, transparency=0)
+    elif kind == "animated":
+        image.save(path.with_suffix(".gif"), save_all=True, append_images=[Image.fromarray(picture(2))])
+    elif kind == "pages":
+        image.save(path.with_suffix(".tif"), save_all=True, append_images=[Image.fromarray(picture(2))])
+    elif kind == "bomb":
+        path.write_bytes(grey_png_header(60_000, 60_000))
+    elif kind == "large":
+        path.write_bytes(grey_png_header(8_000, MAX_PIXELS // 8_000 + 1))
+    elif kind == "corrupt":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20)
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "script":
+        path.with_suffix(".jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    elif kind == "other-format":
+        image.save(path, format="PPM")  # one that Pillow could read, behind a name that promises another
+    elif kind == "truncated":
+        image.save(path)
+        path.write_bytes(path.read_bytes()[:-600])
+    elif kind == "truncated-jpeg":
+        image.save(path.with_suffix(".jpg"))
+        path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:-300])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("rotated", "rotated"), ("rotated-png", "rotated"), ("grey-16", "16-bit"), ("rgb-16", "16-bit"),
+     ("float", "float"), ("cmyk", "CMYK"), ("alpha", "transparent"), ("palette-transparent", "transparent"),
+     ("animated", "animated"), ("pages", "pages"), ("bomb", "damaged"), ("large", "50 million"),
+     ("corrupt", "damaged"), ("text", "damaged"), ("script", "damaged"), ("other-format", "damaged"),
+     ("truncated", "damaged"), ("truncated-jpeg", "damaged")],
+)  # fmt: skip
+def test_refused_image_is_not_named(root, kind, says):
+    write_bad(root / "train" / "wren" / f"{SECRET}.png", kind)
+    dataset = opened(root)
+    with pytest.raises(InputError, match=says) as caught:
+        dataset.train()
+    assert caught.value.exit_code == 3
+    assert SECRET not in str(caught.value)
+    assert "wren" not in str(caught.value)
+    assert SECRET in caught.value.private_detail
+    dataset.test()  # its own files are fine
+
+
+def test_camera_photograph_that_stands_upright_is_taken(root):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    exif[0x010F] = "a camera"
+    Image.fromarray(picture(1)).save(root / "train/owl/photo.jpg", exif=exif)
+    assert opened(root).train().images.shape[0] == 7
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(["a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp"]))
+def test_damaged_file_is_decoded_or_refused_but_never_a_crash(tmp_path, data, name):
+    path = tmp_path / name
+    Image.fromarray(picture(3, 9, 11)).save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    try:
+        images = read_images([path], 8, "the images")
+    except InputError as error:
+        told = str(error)
+    else:
+        told = ""
+        assert images.shape == (1, 8, 8, 3)
+    assert name not in told

@@ -1,0 +1,290 @@
+"""The extractors behind one interface, extraction in batches, and the classifier's isolation of examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from dprandp.config.schema import PretrainConfig
+from dprandp.errors import CheckpointError, UsageError
+from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import build_extractor, extract, load_weights
+from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.models.wrn import LAYER_ORDERS
+from dprandp.privacy.clipping import per_example_gradients
+
+ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1"]
+TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(arch, seed=0, **options):
+    named = TWO_LAYERS if arch == "two-layer" else {"arch": arch}
+    config = PretrainConfig(**({"filters": 20} | named | options))
+    return build_extractor(config, torch.Generator().manual_seed(seed)).eval()
+
+
+def images(count, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+
+
+@torch.no_grad()
+def features_one_by_one(net, batch, mirror):
+    rows = []
+    for image in batch:
+        row = net.features(net.normalise(image[None]))[0]
+        if mirror:
+            row = (row + net.features(net.normalise(torch.flip(image, [2])[None]))[0]) / 2
+        rows.append(row)
+    return torch.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_extractor_is_the_generators_and_keeps_the_interface(arch):
+    first, again, other = network(arch, 1), network(arch, 1), network(arch, 2)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert any(not torch.equal(tensor, other.state_dict()[name]) for name, tensor in first.state_dict().items())
+    features = first.features(first.normalise(images(2)))
+    assert features.shape == (2, first.feature_dim)
+    assert features.requires_grad
+    assert features.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "named"),
+    [("resnet-18", "'resnet-18'"), ("", "''"), ("patch-net", "'patch-net'"), ("wrn", "'wrn'"), ("wrn-11-2", "depth 11"),
+     ("wrn-16-0", "width 0"), ("wrn-16-4-2", "'wrn-16-4-2'")],
+)  # fmt: skip
+def test_an_unknown_architecture_is_refused_by_name(arch, named):
+    with pytest.raises(UsageError) as caught:
+        build_extractor(PretrainConfig(arch=arch))
+    assert named in caught.value.problem
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(("patch_size", "stride"), [(32, 1), (40, 1), (31, 2), (6, 27)])
+def test_patches_that_do_not_fill_the_grid_are_refused(patch_size, stride):
+    """A region without patches would be an average of nothing: NaN. The largest that fit give finite features."""
+    with pytest.raises(UsageError, match=f"patch_size = {patch_size} with stride = {stride}"):
+        network("patchnet", patch_size=patch_size, stride=stride)
+    for fitting in ({"patch_size": 31}, {"patch_size": 6, "stride": 26}, {"patch_size": 30, "stride": 2}):
+        assert extract(network("patchnet", **fitting), images(2), mirror=False).isfinite().all()
+
+
+def test_two_layers_need_a_larger_image():
+    with pytest.raises(UsageError, match=r"patch_size = 25 .* after two layers") as caught:
+        network("two-layer", patch_size=25)
+    assert "one layer" in caught.value.fix
+    assert extract(network("two-layer", patch_size=24), images(2), mirror=False).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_extract_equals_features_one_by_one(arch, mirror):
+    net, batch = network(arch), images(7)
+    expected = features_one_by_one(net, batch, mirror)
+    got = extract(net, batch, mirror=mirror, batch_size=3)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    plain = features_one_by_one(net, batch, not mirror)
+    assert (got - plain).abs().max() > 1e-2  # the mirror image does count
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_extract_in_the_machines_own_precision_stays_close(arch):
+    net, batch = network(arch), images(6)
+    expected = features_one_by_one(net, batch, False)
+    got = extract(net, batch, mirror=False)
+    spread = (expected - expected.mean(dim=0)).norm()
+    assert (got - expected).norm() < 0.1 * spread
+    assert (got[0] - expected[1]).norm() > 0.1 * spread  # the tolerance tells one image from another
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_mirror_averaging_forgets_the_side(arch):
+    net, batch = network(arch), images(3)
+    once, turned = extract(net, batch, mirror=True), extract(net, batch.flip(-1), mirror=True)
+    torch.testing.assert_close(once, turned, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(extract(net, batch, mirror=False), extract(net, batch.flip(-1), mirror=False), rtol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_batch_size_changes_nothing(arch):
+    net, batch = network(arch), images(9)
+    reference = extract(net, batch, mirror=True, batch_size=9)
+    for batch_size in (1, 2, 4, 256):
+        torch.testing.assert_close(
+            extract(net, batch, mirror=True, batch_size=batch_size), reference, rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_extract_treats_each_image_alone(arch):
+    net, batch = network(arch), images(6)
+    changed = batch.clone()
+    changed[3] = 255 - changed[3]
+    moved = (extract(net, batch, mirror=True) - extract(net, changed, mirror=True)).abs().amax(dim=1)
+    assert moved[3] > 1e-3
+    assert moved[[0, 1, 2, 4, 5]].max() == 0
+
+
+def test_after_and_progress_are_called_batch_by_batch():
+    net, batch, counts = network("patchnet"), images(7), []
+
+    def after(features):
+        return features[:, :2].sum(dim=1, keepdim=True)
+
+    got = extract(net, batch, mirror=False, batch_size=3, after=after, on_batch=counts.append)
+    assert counts == [3, 3, 1]
+    torch.testing.assert_close(got, after(extract(net, batch, mirror=False)))
+    assert not got.requires_grad
+
+
+def test_no_images_give_no_rows_of_the_right_width():
+    net = network("patchnet")
+    assert extract(net, images(0), mirror=True).shape == (0, net.feature_dim)
+    assert extract(net, images(0), mirror=True, after=lambda f: f[:, :5]).shape == (0, 5)
+
+
+def test_images_of_another_size_are_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match=r"\(3, 28, 28\), expected \(3, 32, 32\)"):
+        extract(network("patchnet"), images(2)[:, :, :28, :28], mirror=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_weights_survive_a_round_trip(arch):
+    source, target = network(arch, 1), network(arch, 2)
+    load_weights(target, source.state_dict())
+    assert torch.equal(extract(source, images(2), mirror=False), extract(target, images(2), mirror=False))
+
+
+def test_weights_that_do_not_fit_are_refused_naming_every_tensor():
+    net = network("patchnet")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    own = net.state_dict()
+    cases = [
+        ({name: own[name] for name in own.keys() - {"bias"}}, ["bias: missing"]),
+        ({**own, "gain": torch.ones(1)}, ["gain: unknown"]),
+        ({**own, "weight": torch.zeros(21, 64), "bias": torch.zeros(21)},
+         ["bias: (21,) instead of (20,)", "weight: (21, 64) instead of (20, 64)"]),
+        ({**own, "weight": net.weight.data.half()}, ["weight: torch.float16 instead of torch.float32"]),
+        ({}, ["basis: missing", "bias: missing", "centre: missing", "weight: missing"]),
+    ]  # fmt: skip
+    for tensors, named in cases:
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(net, tensors)
+        assert caught.value.problem.endswith("; ".join(named))
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor, before[name])  # nothing was half-loaded
+
+
+def test_a_wrn_does_not_take_another_ones_weights():
+    with pytest.raises(CheckpointError, match=r"stem\.gain: unknown"):
+        load_weights(network("wrn-10-1", weight_standardisation=False), network("wrn-10-1").state_dict())
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.conv1\.weight: \(32, 16, 3, 3\) instead of"):
+        load_weights(network("wrn-10-1"), network("wrn-10-2").state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------- classifier
+
+
+def classifier(arch, whiten=True, classes=4, **options):
+    net = network(arch, **options)
+    whitener = Whitener(net.feature_dim, 12, net.parts) if whiten else PooledOnly(net.feature_dim)
+    if whiten:
+        whitener.projection.normal_(generator=torch.Generator().manual_seed(7))
+    model = Classifier(net, whitener, classes)
+    model.head.data.normal_(generator=torch.Generator().manual_seed(8))
+    return model
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_scores_are_whitened_features_times_the_head(arch):
+    model, batch = classifier(arch), images(4)
+    centred, start, parts = features_one_by_one(model.extractor, batch, True) - model.whitener.mean, 0, []
+    for width, share in model.extractor.parts:
+        own = slice(start, start + width)
+        whitened = centred[:, own] @ model.whitener.projection[own]
+        parts.append(share**0.5 * whitened / whitened.norm(dim=1, keepdim=True))
+        start += width
+    assert start == model.extractor.feature_dim
+    expected = torch.cat(parts, dim=1) @ model.head.detach()
+    torch.testing.assert_close(model.predict(batch, mirror=True), expected, rtol=1e-4, atol=1e-5)
+    plain = model(model.extractor.normalise(batch)).detach()
+    torch.testing.assert_close(model.predict(batch, mirror=False), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_head_is_zero():
+    net = network("patchnet")
+    assert Classifier(net, Whitener(net.feature_dim, 3), 5).head.eq(0).all()
+
+
+def examples_that_move_score(model, batch, index):
+    """Indices of the images on which the scores of image ``index`` depend, by their gradient."""
+    pixels = model.extractor.normalise(batch).requires_grad_()
+    model(pixels)[index].square().sum().backward()
+    return pixels.grad.flatten(1).abs().amax(dim=1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("patchnet", {}), ("two-layer", {})]
+    + [("wrn-10-1", {"layer_order": order}) for order in LAYER_ORDERS]
+    + [("wrn-10-1", {"weight_standardisation": False})],
+)
+def test_an_examples_scores_depend_on_its_own_pixels_alone(arch, options, whiten):
+    assert examples_that_move_score(classifier(arch, whiten, **options).train(), images(4), 2) == [2]
+
+
+def test_a_layer_that_mixes_examples_would_be_noticed():
+    model = classifier("wrn-10-1")
+    model.extractor.final_norm = nn.BatchNorm2d(model.extractor.map_channels)
+    assert examples_that_move_score(model.train(), images(4), 2) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_per_example_gradients_of_the_whole_model_are_isolated(arch):
+    """Example i's gradient keeps its bytes when example j changes, and equals plain backpropagation of i alone."""
+    model = classifier(arch)
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters, views, label):
+        scores = functional_call(model, {**parameters, **buffers}, (model.extractor.normalise(views),))
+        return functional.cross_entropy(scores, label.expand(len(views)))
+
+    batch, labels = images(8).view(4, 2, 3, 32, 32), torch.tensor([0, 1, 2, 3])  # four examples of two views
+    changed = batch.clone()
+    changed[1] = 255 - changed[1]
+    first, second = (next(per_example_gradients(loss, parameters, x, labels, 4)) for x in (batch, changed))
+    moved = torch.stack([(first[name] - second[name]).flatten(1).abs().amax(dim=1) for name in parameters]).amax(dim=0)
+    assert moved[1] > 1e-4
+    assert moved[[0, 2, 3]].max() == 0
+    for index in range(4):
+        model.zero_grad()
+        scores = model(model.extractor.normalise(batch[index]))
+        functional.cross_entropy(scores, labels[index].expand(2)).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(first[name][index], parameter.grad, rtol=2e-3, atol=2e-5)

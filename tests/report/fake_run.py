@@ -1,0 +1,162 @@
+"""A realistic run directory, made through the run directory's own interface, without any training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dprandp.config import schema
+from dprandp.privacy.ledger import Ledger
+from dprandp.report import page
+from dprandp.runs.console import MetricsLog
+from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.files import atomic_write
+
+EVIL = "<script>alert(1)</script>"
+CANARY = "canary-of-the-private-folder"
+
+GENERATED = {
+    "process": "stylegan-oriented",
+    "count": 4000,
+    "resolution": 64,
+    "images_per_second": 212.4,
+    "seconds": 18.8,
+}
+PRETRAINED = {
+    "arch": "patchnet",
+    "random_init": False,
+    "parameters": 43_600,
+    "feature_dim": 3200,
+    "steps": 8,
+    "views_per_second": None,
+    "loss": None,
+    "knn_accuracy": 0.615,
+    "seconds": 41.2,
+}
+
+
+def private_result(stage: str, **changes: Any) -> dict[str, Any]:
+    """The result of a private stage on the digits, every number of it different from every other."""
+    classes = changes.pop("classes", [str(digit) for digit in range(10)])
+    count = len(classes)
+    matrix = (np.eye(count, dtype=int) * 31).tolist()
+    for true in range(count):
+        matrix[true][(3 * true + 1) % count] += 5
+    full = stage == "probe"
+    result = {
+        "stage": stage,
+        "data": "digits",
+        "title": "Handwritten digits",
+        "classes": classes,
+        "accuracy": 0.8611 if full else 0.8917,
+        "balanced_accuracy": 0.8573,
+        "auc": 0.9876,
+        "loss": 0.5432,
+        "majority_accuracy": 0.1028,
+        "confusion": matrix,
+        "train_examples": 1437,
+        "test_examples": 360,
+        "epsilon": 0.2991 if full else 0.9987,
+        "delta": 1e-5,
+        "epsilon_target": 0.3 if full else 1.0,
+        "epsilon_total": 1.0,
+        "accountant": "Gaussian DP, closed form" if full else "PRV (prv-accountant 0.2.0)",
+        "noise_multiplier": 133.7 if full else 2.345,
+        "sample_rate": 1.0 if full else 0.0207,
+        "steps": 120 if full else 20,
+        "attempt": 1,
+        "charged_steps": 123 if full else 22,
+        "also_charged": [] if full else [
+            {"stage": "probe", "attempt": 1, "sample_rate": 1.0, "noise_multiplier": 133.7, "clip_norm": 1.25,
+             "charged_steps": 123}
+        ],
+        "ledger_head": "0" * 64,
+        "lost_steps": 3 if full else 2,
+        "clip_norm": 1.25,
+        "views": 4,
+        "expected_batch": 1437 if full else 29.7459,
+        "lr": 0.777,
+        "momentum": 0.9,
+        "seconds": 9.5 if full else 75.0,
+        "device": "cpu",
+        "private": True,
+        "random": "os-entropy",
+        "released": "average" if full else "EMA, decay 0.9999",
+        "adjacency": "zero-out of one record",
+        "unit": "one image",
+        "train_units": 1437,
+        "noise": "gaussian",
+        "precision": "float32",
+        "mirror": False,
+    }
+    probed = {"share": 0.3, "extractor_colour": "grey"}
+    result |= probed if full else {"source": "probe", "arch": "patchnet", "extractor_scale": 0.1}
+    return result | changes
+
+
+def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy") -> None:
+    ledger.charge(
+        stage=stage, attempt=1, steps=steps, noise_multiplier=noise_multiplier, sample_rate=1.0, clip_norm=1.25,
+        random=random, planned=10_000,
+    )  # fmt: skip
+
+
+def complete(run: RunDir, stage: str, result: dict[str, Any], lines: int, **settings: Any) -> None:
+    """Run a stage as the real ones do, but for its work; ``lines`` of metrics at most."""
+    begun = run.begin(stage, schema.as_dict(schema.build(stage, settings)), {})
+    log = MetricsLog(begun.directory / "metrics.jsonl")
+    rng = np.random.default_rng(5)
+    if stage == "generate":
+        sheet = rng.integers(0, 256, (24, 16, 3), dtype=np.uint8)
+        Image.fromarray(sheet).resize((1024, 384)).save(begun.directory / "preview.png")
+    elif stage == "pretrain":
+        for step in range(min(lines, 8)):
+            log.write(step=step + 1, similarity=0.6 - 0.2 / (step + 1))
+    else:
+        for step in range(min(lines, result["steps"])):
+            norms = {"update_norm": float(rng.normal(3, 0.1)), "weight_norm": 0.4 * math.sqrt(step)}
+            log.write(step=step, **norms, secret=12321.5)
+    finish(run, stage, result)
+
+
+def finish(run: RunDir, stage: str, result: dict[str, Any]) -> None:
+    """As the stages do: a private result is sealed in the ledger."""
+    if "epsilon" not in result:
+        run.finish(stage, {}, result)
+        return
+    ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")
+    ledger.seal_result(stage=stage, attempt=1, digest=result_digest(result))
+    run.finish(stage, {}, result, ledger_head=ledger.head)
+
+
+def make_run(path: Path, stages: int = 4, lines: int = 1, **changes: Any) -> RunDir:
+    """A run whose first ``stages`` stages are done; ``changes`` go into the results of the private ones.
+
+    A single line of metrics makes no curve, which saves the time of drawing it.
+    """
+    run = RunDir.open(path, create=True)
+    with run.lock():
+        if stages > 0:
+            complete(run, "generate", GENERATED, lines)
+        if stages > 1:
+            complete(run, "pretrain", PRETRAINED, lines)
+        if stages > 2:
+            budget = {"epsilon": 1.0, "delta": 1e-5, "examples": 1437}
+            atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
+            atomic_write(run.private_dir / "notes.json", json.dumps({"training_loss": CANARY}))
+            ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
+            charge(ledger, "probe", 123, 133.7, changes.get("random", "os-entropy"))
+            complete(run, "probe", private_result("probe", **changes), lines, views=4, clip_norm=1.25)
+        if stages > 3:
+            charge(Ledger.open(ledger.path), "finetune", 22, 30.0)
+            complete(run, "finetune", private_result("finetune", **changes), lines, views=4, clip_norm=1.25)
+    return run
+
+
+def written(run: RunDir) -> str:
+    return page.write(run).read_text(encoding="utf-8")

@@ -1,0 +1,220 @@
+"""The disclosure, field by field, in the report and in the model card; and the numbers that explain it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_run import EVIL, GENERATED, PRETRAINED, make_run, private_result, written
+from html_page import Page
+
+from dprandp.errors import CheckpointError
+from dprandp.report import disclosure as disclosing
+from dprandp.report import page
+from dprandp.report.card import model_card
+from dprandp.report.disclosure import disclosure
+
+# -------------------------------------------------------------------------------------------------------- disclosure
+
+
+FIELDS = {
+    "mechanism": (r"^Mechanism$", r"Poisson-subsampled Gaussian mechanism"),
+    "epsilon": (r"^ε ", r"0\.999\b.*upper bound.*stage 1, of the run 1\b"),
+    "delta": (r"^δ$", r"^1e-5, which is 0\.014/N$"),
+    "adjacency": (r"^Adjacency$", r"zero-out of one record.*N, q, the divisor and all other positions stay the same"),
+    "unit": (r"^Unit of privacy$", r"one image"),
+    "groups": (r"^Several records together$", r"2: ε = .*10: ε = .*--group-size"),
+    "N": (r"^N ", r"1437\b.*public"),
+    "q": (r"^q ", r"0\.0207\b.*qN = 29\.7459"),
+    "T": (r"^T ", r"\b20 planned, 22 charged.*\b2 of these were lost"),
+    "sigma": (r"^σ ", r"2\.345\b"),
+    "C": (r"^C ", r"1\.25\b"),
+    "K": (r"^K ", r"^4\b"),
+    "accountant and version": (r"^Accountant$", r"PRV \(prv-accountant 0\.2\.0\)"),
+    "RNG mode": (r"^Random numbers$", r"^os-entropy"),
+    "tuned, and on what": (r"^Tuned", r"public benchmark.*Set by whoever ran it: lr = 3"),
+    "public": (r"^Public inputs$", r"4000 synthetic images.*stylegan-oriented.*patchnet.*Handwritten digits"),
+    "released": (r"^Released$", r"EMA, decay 0\.9999.*test metrics"),
+    "floating point": (r"^Limit: floating-point noise \(severity low\)$", r"Mironov.*float64"),
+    "tails and timing": (r"^Limit: tails", r"8\.6 standard deviations.*constant time"),
+    "N public": (r"^Limit: N", r"public|not cover"),
+    "test split": (
+        r"^Limit: test split$",
+        r"Each private stage .*evaluates .*once, at the stage's own end; nothing is chosen .*without noise",
+    ),
+    "other copies": (r"^Limit: other", r"add to it.*same person"),
+}
+"""Every field that must be disclosed beside an ε: how it is labelled, and what its value says for the run above."""
+
+
+def undisclosed(rows: list[tuple[str, str]]) -> list[str]:
+    """The fields that a disclosure lacks."""
+    return [
+        field
+        for field, (label, value) in FIELDS.items()
+        if not any(re.search(label, name) and re.search(value, said) for name, said in rows)
+    ]
+
+
+def test_disclosure_is_complete_field_by_field() -> None:
+    rows = disclosure(private_result("finetune"), PRETRAINED, GENERATED, changed=["lr = 3 (default automatic)"])
+    assert undisclosed(rows) == []
+    # the positive control: without a row, exactly its field is missed
+    lost = [undisclosed(rows[:index] + rows[index + 1 :]) for index in range(len(rows))]
+    assert sorted(field for fields in lost for field in fields) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "label"),
+    [
+        ("epsilon", 0.7, "ε (privacy loss)"),
+        ("epsilon_target", 0.7, "ε (privacy loss)"),
+        ("delta", 1e-6, "δ"),
+        ("adjacency", "replace one record", "Adjacency"),
+        ("unit", "one patient (column p)", "Unit of privacy"),
+        ("unit", "one patient (column p)", "N (training examples)"),
+        ("unit", "one patient (column p)", "Mechanism"),
+        ("unit", "one patient (column p)", "Limit: other copies"),
+        ("noise", "discrete", "Mechanism"),
+        ("noise", "discrete", "Limit: floating-point noise (severity low)"),
+        ("noise", "discrete", "Limit: tails and timing"),
+        ("epsilon", 0.7, "Several records together"),
+        ("train_examples", 999, "N (training examples)"),
+        ("sample_rate", 0.5, "q (sampling rate)"),
+        ("expected_batch", 33, "q (sampling rate)"),
+        ("steps", 21, "T (noisy steps)"),
+        ("charged_steps", 33, "T (noisy steps)"),
+        ("lost_steps", 0, "T (noisy steps)"),
+        ("noise_multiplier", 3.5, "σ (noise multiplier)"),
+        ("noise_multiplier", 0.0, "Mechanism"),
+        ("sample_rate", 1.0, "Mechanism"),
+        ("clip_norm", 2.5, "C (clip norm)"),
+        ("views", 16, "K (views per example)"),
+        ("accountant", "RDP (opacus 1.5)", "Accountant"),
+        ("random", "insecure-seed", "Random numbers"),
+        ("released", "last", "Released"),
+        ("source", "scratch", "Public inputs"),
+    ],
+)
+def test_disclosure_follows_the_result(key: str, value: Any, label: str) -> None:
+    before = dict(disclosure(private_result("finetune"), PRETRAINED, GENERATED))
+    after = dict(disclosure(private_result("finetune", **{key: value}), PRETRAINED, GENERATED))
+    assert before.keys() == after.keys()
+    assert before[label] != after[label]
+
+
+@pytest.mark.parametrize(("delta", "share"), [(1e-5, "0.5/N"), (2e-6, "0.1/N")])
+def test_delta_is_held_against_one_over_n(delta: float, share: str) -> None:
+    facts = {"delta": delta, "train_examples": 50_000, "train_units": 50_000}
+    said = dict(disclosure(private_result("finetune", **facts)))["δ"]
+    assert f"which is {share}" in said
+    assert ("at most 0.1/N is advised" in said) == (share == "0.5/N")
+
+
+def test_report_and_card_show_the_whole_disclosure(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x")
+    text = Page(written(run)).text
+    card = model_card(private_result("finetune"), PRETRAINED, GENERATED)
+    plain = card.replace("\\", "")
+    for stage in ("probe", "finetune"):
+        for label, value in disclosure(private_result(stage), PRETRAINED, GENERATED):
+            assert label in text
+            assert value in text, label
+            if stage == "finetune":
+                assert f"| {label} | {value} |" in plain
+    assert "Also counted in ε | probe: q = 1, T = 123, σ = 133.7, C = 1.25 |" in plain
+
+
+@pytest.mark.parametrize("key", disclosing.NEEDED)
+def test_incomplete_result_is_refused(key: str) -> None:
+    result = private_result("finetune")
+    del result[key]
+    with pytest.raises(CheckpointError, match=rf"lacks {key}\b"):
+        disclosure(result)
+
+
+# ---------------------------------------------------------------------------------------------------- the model card
+
+
+def test_model_card_sections() -> None:
+    card = model_card(private_result("probe"), PRETRAINED, GENERATED)
+    assert re.findall(r"^## (.*)$", card, flags=re.MULTILINE) == [
+        "Privacy",
+        "Intended use",
+        "Out-of-scope use",
+        "Data",
+        "How it was trained",
+        "Metrics on the 360 test images",
+        "Disclosure",
+    ]
+    for content in (
+        "(ε = 0.3, δ = 1e-5)-differential privacy",
+        "Licence of the data: not known",
+        "86.1 %",
+        "learned from 4000 images of the random process stylegan-oriented",
+        "A linear head was trained",
+    ):
+        assert content in card, content
+    assert "NOT PRIVATE" not in card
+
+
+def test_model_card_from_scratch() -> None:
+    card = model_card(private_result("finetune", source="scratch"), {}, {})
+    assert "started from random weights" in card
+    assert "synthetic images" not in card.replace("constants or synthetic images", "")
+    assert "All parameters were trained" in card
+
+
+def test_model_card_escapes_and_shortens() -> None:
+    classes = [EVIL, "a|b", "*c*\nd", *map(str, range(60))]
+    card = model_card(private_result("probe", classes=classes, title="T|<b>"), PRETRAINED, GENERATED)
+    assert "<script" not in card
+    assert "<b>" not in card
+    assert "a\\|b" in card
+    assert "and 13 more" in card
+    for line in card.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_detection_rate_is_that_of_the_best_test() -> None:
+    # μ = 0.268 at (1, 1e-5) and 1.666 at (8, 1e-5); the best test between N(0,1) and N(μ,1) is a threshold
+    for epsilon, mu in ((1.0, 0.268), (8.0, 1.666)):
+        threshold = NormalDist().inv_cdf(0.99)
+        expected = 1 - NormalDist(mu).cdf(threshold)
+        assert disclosing.detection_rate(epsilon, 1e-5) == pytest.approx(expected, rel=5e-3)
+    assert disclosing.detection_rate(math.inf, 1e-5) == 1
+    assert disclosing.detection_rate(0.0, 1e-5) == pytest.approx(0.01, abs=1e-4)
+
+
+def test_privacy_sentence_is_exact_only_for_full_batches() -> None:
+    assert "at most 1." in disclosing.privacy_sentence(private_result("probe"))
+    assert "at most about 2" in disclosing.privacy_sentence(private_result("finetune"))
+    assert "at most about" in disclosing.privacy_sentence(private_result("probe"), 0.9, exact=False)
+
+
+def test_printed_epsilon_is_never_below_the_truth() -> None:
+    for epsilon in [0.0, 1e-9, 0.3, 0.29901, 0.9999, 1.0, 1.0000004, 7.9996, 3.1415926]:
+        shown = float(disclosing.epsilon_text(epsilon))
+        assert epsilon - 1e-12 <= shown + 1e-12
+        assert shown - epsilon <= 1e-3
+    assert disclosing.epsilon_text(math.inf) == "∞"
+    assert disclosing.epsilon_text(0.3) == "0.3"
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.8917, 360), (0.0, 20), (1.0, 20), (0.5, 10_000)])
+def test_wilson_interval_against_its_definition(share: float, count: int) -> None:
+    """The shares p whose normal approximation does not reject what was seen, found by trying them."""
+    tried = np.linspace(0, 1, 200_001)
+    accepted = tried[(share - tried) ** 2 <= 1.96**2 * tried * (1 - tried) / count + 1e-15]
+    low, high = page.wilson(share, count)
+    assert low == pytest.approx(accepted.min(), abs=2e-5)
+    assert high == pytest.approx(accepted.max(), abs=2e-5)
