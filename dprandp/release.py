@@ -227,8 +227,7 @@ Needs dprandp (pip install dprandp).{stamp}"""
 import sys
 from pathlib import Path
 
-from dprandp.stages.predict import predict
-from dprandp.stages.released_model import load_model
+from dprandp.release import load_model, predict
 
 model = load_model(Path(__file__).parent)  # checks the files' hashes; they hold numbers and text, no code
 for row in predict(model, [Path(name) for name in sys.argv[1:]]):

@@ -15,8 +15,9 @@ from dprandp.cli import flags, main, session
 app = typer.Typer()
 
 
-@app.command()
+@flags.command(app, "The benchmark", options=("json", "quiet", "debug"))
 def bench(
+    call: flags.Call,
     only: Annotated[
         list[str] | None,
         typer.Option(help="This part alone; may be repeated. Default: all.", rich_help_panel=flags.PERFORMANCE,
@@ -34,12 +35,9 @@ def bench(
     listed: Annotated[
         bool, typer.Option("--list", help="Name the parts and measure nothing.", rich_help_panel=flags.OUTPUT)
     ] = False,
-    json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    debug: flags.Debug = False,
 ) -> None:  # fmt: skip
     """Measure how fast each stage is beside what could be used instead: ratios within one run, and scaling curves."""
-    console = session.console(json=json, quiet=quiet, debug=debug)
+    console = session.console(call.options)
     from benchmark import registry, suite, table
 
     from dprandp.runs.context import prepare_device

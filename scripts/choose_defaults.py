@@ -18,6 +18,7 @@ import torch
 from experiment import add_row, dprandp, has_row, read
 
 from dprandp.cli import session
+from dprandp.cli.flags import Options
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import open_dataset
 from dprandp.dpsgd.statistics import public_whitener
@@ -92,9 +93,10 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
     dataset = open_dataset(DATA, args.data_dir)
     split = dataset.train()
     images, labels = to_input(split.images[: FIT + HELD_OUT]), torch.from_numpy(split.labels[: FIT + HELD_OUT])
-    console = session.console(quiet=True)
+    options = Options(quiet=True, data_dir=args.data_dir)
+    console = session.console(options)
     with session.opened(args.out / "run") as rundir:
-        context = session.context(rundir, console, data_dir=args.data_dir)
+        context = session.context(rundir, console, options)
         extractor, _ = load_extractor(context, colour_of(dataset.spec.channels))
         config = ProbeConfig(data=DATA, dims=DEFAULT["dims"], whitening_floor=floor)
         mirror = dataset.spec.flip_ok

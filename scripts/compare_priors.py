@@ -27,6 +27,7 @@ from experiment import add_row, dprandp, has_row, read, spread
 from torch import Tensor
 
 from dprandp.cli import session
+from dprandp.cli.flags import Options
 from dprandp.config import toml
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec, open_dataset
@@ -158,7 +159,8 @@ def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, p
     images = to_input(dataset.train().images[: args.fit + args.held_out])
     config = ProbeConfig(data=cell["data"], seed=cell["seed"], **probe)
     with session.opened(run) as rundir:
-        context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
+        options = Options(quiet=True, data_dir=args.data_dir)
+        context = session.context(rundir, session.console(options), options)
         extractor, _ = load_extractor(context, colour_of(dataset.spec.channels))
         mirror = dataset.spec.flip_ok if config.mirror is None else config.mirror
         whitener = public_whitener(config, context, extractor, mirror, dataset.spec)

@@ -29,6 +29,7 @@ from compare_priors import EPSILONS, held_out_accuracy
 from experiment import add_row, dprandp, has_row, read, spread
 
 from dprandp.cli import session
+from dprandp.cli.flags import Options
 from dprandp.config import toml
 from dprandp.config.schema import ProbeConfig, build, resolve
 from dprandp.data import open_dataset
@@ -115,7 +116,7 @@ def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
     """Steps that the budget pays for, what comes before them included."""
     config = build("pretrain", {"size": "tiny", "steps": 10**6, **changes})
     with session.opened(run) as rundir:
-        context = session.context(rundir, session.console(quiet=True))
+        context = session.context(rundir, session.console(Options(quiet=True)), Options())
         before = time.process_time()
         trainer = wrn.begun_trainer(config, context)
         trainer.step(0)
@@ -141,7 +142,8 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
     images, labels = to_input(split.images[:count]), torch.from_numpy(split.labels[:count])
     probe = resolve("probe", "tiny", None, {"data": cell["data"]})
     with session.opened(run) as rundir:
-        context = session.context(rundir, session.console(quiet=True), data_dir=args.data_dir)
+        options = Options(quiet=True, data_dir=args.data_dir)
+        context = session.context(rundir, session.console(options), options)
         trained, config = load_extractor(context, colour_of(spec.channels))
         extractor = build_extractor(replace(config, feature_stages="all"))
         load_weights(extractor, trained.state_dict())

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.session import DEFAULT_RUN
+from dprandp.cli.flags import Call
 from dprandp.runs.directory import RunDir
 
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="About a run")
-def doctor(
-    data_dir: flags.DataDir = Path("data"),
-    device: flags.Device = "auto",
-    run: flags.Run = DEFAULT_RUN,
-    json: flags.Json = False,
-    debug: flags.Debug = False,
-) -> None:
+@flags.command(app, "About a run", options=(*flags.RUN, "data_dir", "device"))
+def doctor(call: Call) -> None:
     """Check this machine (libraries, arithmetic, disk, data) and the run (hashes, ledger, lock, model).
 
     Repairs nothing. Exit code: 0 without a failure, else that of the first one: 1 wrong arithmetic, 3 a library, 4 a
@@ -29,11 +21,12 @@ def doctor(
     [dim]dprandp doctor[/dim]
     [dim]dprandp doctor --run runs/cifar --json[/dim]
     """
-    console = session.console(json=json, debug=debug)
+    console = session.console(call.options)
     from dprandp.inspection import doctor as examination
 
-    checks = examination.examine(run, data_dir, device)
-    result = examination.as_result(run, checks)
+    options = call.options
+    checks = examination.examine(options.run, options.data_dir, options.device)
+    result = examination.as_result(options.run, checks)
     console.result(result, examination.lines(checks))
     if result["exit_code"]:
         raise typer.Exit(result["exit_code"])
@@ -44,8 +37,8 @@ def doctor(
 # The command verify: do a run's claims follow from its ledger?
 
 
-@app.command(rich_help_panel="About a run")
-def verify(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.Debug = False) -> None:
+@flags.command(app, "About a run", options=flags.RUN)
+def verify(call: Call) -> None:
     """Check a run's claims as an outsider would: ledger, plans, ε by another library, results, model and card.
 
     Needs run.json, privacy/ and model/; neither the data nor private/. Exit code: 0 where all claims hold, 1 for an ε
@@ -54,10 +47,10 @@ def verify(run: flags.Run = DEFAULT_RUN, json: flags.Json = False, debug: flags.
     [dim]dprandp verify[/dim]
     [dim]dprandp verify --run runs/cifar --json[/dim]
     """
-    console = session.console(json=json, debug=debug)
+    console = session.console(call.options)
     from dprandp.inspection import verify as verifying
 
-    result = verifying.verify(RunDir.open(run, create=False))
+    result = verifying.verify(RunDir.open(call.options.run, create=False))
     console.result(result, verifying.verify_lines(result))
     if result["exit_code"]:
         raise typer.Exit(result["exit_code"])

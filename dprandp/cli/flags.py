@@ -1,372 +1,207 @@
-"""The command line's flags: names, units, defaults and help, each declared once and shared by the commands.
+"""The command line's options, made from declarations: the settings of ``config/schema.py``, and ``Options`` below.
 
 ``None`` always means "not given": ``schema.resolve`` then takes the value of the size, or of the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dprandp.config.schema import DEFAULT_DATA, SIZES
+from dprandp.config.schema import STAGE_CONFIGS, default_text
+from dprandp.config.settings import (
+    DATA,
+    OUTPUT,
+    PERFORMANCE,
+    PRIVACY,
+    TRAINING,
+    Setting,
+    choices_of,
+    plain_type,
+    setting,
+    settings_of,
+    types_of,
+)
 
-DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
-
-Run = Annotated[Path, typer.Option("--run", help="Run directory.", rich_help_panel=OUTPUT, metavar="DIR")]
-Model = Annotated[
-    Path | None,
-    typer.Option(help="A model/ folder or an export. Default: the run's.", rich_help_panel=DATA, metavar="DIR"),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(help="One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. "
-                 "Default: that of the stage before, else tiny.", rich_help_panel=TRAINING, metavar="|".join(SIZES)),
-]  # fmt: skip
-Config = Annotated[
-    Path | None,
-    typer.Option(help="TOML with a table per stage; flags win over it.", rich_help_panel=TRAINING, metavar="FILE"),
-]
-Seed = Annotated[
-    int | None, typer.Option(help="Public randomness only; never the noise. Default: 0.", rich_help_panel=TRAINING)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.", rich_help_panel=PERFORMANCE)]
-Precision = Annotated[
-    str | None,
-    typer.Option(help="Products of the network: float32, bfloat16, or auto: bfloat16 for a wrn or vit where the device "
-                 "multiplies it faster, else float32. Decided when the stage begins, and recorded. Default: auto.",
-                 rich_help_panel=PERFORMANCE, metavar="auto|float32|bfloat16"),
-]  # fmt: skip
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Keep the recorded settings; use the last good checkpoint.", rich_help_panel=OUTPUT),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Start the stage afresh. What was spent on privacy stays spent.", rich_help_panel=OUTPUT
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but errors on stderr.", rich_help_panel=OUTPUT)]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Tracebacks and private details of errors; not for publication.",
-                 rich_help_panel=OUTPUT),
-]  # fmt: skip
-Plan = Annotated[
-    bool,
-    typer.Option("--plan", help="Print what would run and what ε it would cost; read no data.", rich_help_panel=OUTPUT),
-]
-DataName = Annotated[
-    str | None,
-    typer.Option("--data", help=f"Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH. "
-                 f"Default: the run's, else {DEFAULT_DATA}.", rich_help_panel=DATA, metavar="NAME"),
-]  # fmt: skip
-DataDir = Annotated[
-    Path, typer.Option(help="Folder with the files of the known data sets.", rich_help_panel=DATA, metavar="DIR")
-]
-Download = Annotated[
-    bool,
-    typer.Option("--download", help="Fetch a known data set's files where they are missing. "
-                 "Default: nothing is fetched.", rich_help_panel=DATA),
-]  # fmt: skip
-Classes = Annotated[
-    int | None,
-    typer.Option(help="Number of classes, for npz: files that do not declare it.", rich_help_panel=DATA, metavar="C"),
-]
-UnitColumn = Annotated[
-    str | None,
-    typer.Option("--unit-column", help="What must be hidden as a whole: images with equal values in this array of npz: "
-                 "data (patient or patient_train), or column of units.csv in folder: data, are one unit of privacy. "
-                 "Default: groups_train, or unit, where the data have it; else each image. image: each image.",
-                 rich_help_panel=PRIVACY, metavar="NAME"),
-]  # fmt: skip
-Noise = Annotated[
-    str | None,
-    typer.Option("--noise", help="gaussian, or discrete: sums and noise on a lattice, without the gaps of floating "
-                 "point. Default: gaussian.", rich_help_panel=PRIVACY, metavar="gaussian|discrete"),
-]  # fmt: skip
-Epsilon = Annotated[
-    float | None,
-    typer.Option("--eps", help="Total ε for everything this run releases about the data; inf = NOT PRIVATE. "
-                 "Default: the run's, else 1.", rich_help_panel=PRIVACY),
-]  # fmt: skip
-Delta = Annotated[
-    float | None,
-    typer.Option(help="δ, the chance that ε fails. Default: the run's, else 1e-5, or 0.1/N (one digit, rounded down) "
-                 "where that is smaller; 1e-5 for cifar10, cifar100, mnist and fashion-mnist, as in published results.",
-                 rich_help_panel=PRIVACY),
-]  # fmt: skip
-Share = Annotated[
-    float | None,
-    typer.Option(help="Part of ε for the probe, in (0, 1]; 1: all that is left, and nothing for finetune. "
-                 "Default: 0.3.", rich_help_panel=PRIVACY),
-]  # fmt: skip
-Clip = Annotated[
-    float | None,
-    typer.Option("--clip", help="Clip norm C: largest L2 norm of an example's gradient. Default: 0.5 for the probe, 1 "
-                 "for the fine-tune.", rich_help_panel=PRIVACY),
-]  # fmt: skip
-Clipping = Annotated[
-    str | None,
-    typer.Option(help="norm: gradients longer than C are cut to C; automatic: all are scaled to just below C, so that "
-                 "C need not be tuned; rescaled: norm, then divided by C. Default: norm.", rich_help_panel=PRIVACY),
-]  # fmt: skip
-Freeze = Annotated[
-    str | None,
-    typer.Option(help="Train a part of the extractor's weights, chosen once: random or magnitude; with --scope block "
-                 "also last. Needs --keep. Default: all are trained.",
-                 rich_help_panel=TRAINING, metavar="HOW"),
-]  # fmt: skip
-Select = Annotated[
-    str | None,
-    typer.Option(help="The same, chosen anew every --every steps. Default: all are trained.",
-                 rich_help_panel=TRAINING, metavar="HOW"),
-]  # fmt: skip
-Keep = Annotated[
-    float | None,
-    typer.Option(help="The part that --freeze or --select trains, such as 0.1; head, norms and biases always are. "
-                 "Default: all are trained.", rich_help_panel=TRAINING),
-]  # fmt: skip
-Prune = Annotated[
-    str | None,
-    typer.Option(help="What --freeze does to the other weights: hold or zero. Default: hold.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Every = Annotated[
-    int | None, typer.Option(help="Steps between two choices of --select. Default: 10.", rich_help_panel=TRAINING)
-]
-Scope = Annotated[
-    str | None,
-    typer.Option(help="--keep is a part of all weights (global), of each tensor (layer), or, with --freeze, of whole "
-                 "blocks (block), which saves time and memory. Default: global.", rich_help_panel=TRAINING),
-]  # fmt: skip
-InsecureSeed = Annotated[
-    int | None,
-    typer.Option(help="Seed the noise, for tests. The run is stamped NOT PRIVATE.", rich_help_panel=PRIVACY),
-]
-Views = Annotated[
-    int | None,
-    typer.Option(help="Augmented views K of each example, averaged before the clip. Default: 1.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="Expected batch B = qN of Poisson sampling. Default: N (every example, q = 1).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Updates T. Default: 120 (tiny), 200 (small), 100 (paper).", rich_help_panel=TRAINING),
-]
-Lr = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate. Default: set by the noise and the data's size.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-FinetuneViews = Annotated[
-    int | None,
-    typer.Option("--views", help="Augmented views K of each example, averaged before the clip. "
-                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
-FinetuneBatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", help="Expected batch B = qN of Poisson sampling. Default: 0.02 N (patchnet), "
-                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
-FinetuneSteps = Annotated[
-    int | None,
-    typer.Option("--steps", help="Updates T. Default: 8 (patchnet), 40 (wrn), 100 (from scratch), 779 (paper).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-FinetuneLr = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate. Default: 4 (patchnet), 0.4 (wrn), 2 (from scratch).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-TunedOn = Annotated[
-    str | None,
-    typer.Option(help="What these settings were tuned on, if you tuned elsewhere; stored and shown. Default: nothing.",
-                 rich_help_panel=OUTPUT, metavar="TEXT"),
-]  # fmt: skip
-Microbatch = Annotated[
-    str,
-    typer.Option(help="Examples whose gradients are in memory together: auto or n. Never changes the result.",
-                 rich_help_panel=PERFORMANCE, metavar="auto|n"),
-]  # fmt: skip
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Processes that make images. Default: one per core. Never changes the images.",
-                 rich_help_panel=PERFORMANCE),
-]  # fmt: skip
-Process = Annotated[
-    str | None,
-    typer.Option("--process", help="stylegan-oriented (default), stylegan-random, stylegan-highfreq, stylegan-sparse, "
-                 "dead-leaves (or dead-leaves-shapes), dead-leaves-squares, dead-leaves-oriented, "
-                 "dead-leaves-textures, spectrum, spectrum-color, wmm, spectrum-color-wmm, fractal, perlin; over any "
-                 "of them kml:NAME, kml-mixup:NAME, mixture:NAME,NAME,...", rich_help_panel=DATA, metavar="NAME"),
-]  # fmt: skip
-Count = Annotated[
-    int | None,
-    typer.Option(help="Number of images to make. Default: 4000 (tiny), 24000 (small), 105000 (paper).",
-                 rich_help_panel=DATA),
-]  # fmt: skip
-Resolution = Annotated[
-    int | None,
-    typer.Option(help="Their width and height in pixels. Default: 64, or 256 (paper).", rich_help_panel=DATA),
-]
-Prior = Annotated[
-    str | None,
-    typer.Option("--prior", help="Use a shipped extractor (see `dprandp priors`) instead of making one. "
-                 "Default: none, or the run's.", rich_help_panel=TRAINING, metavar="NAME"),
-]  # fmt: skip
-Arch = Annotated[
-    str | None,
-    typer.Option(help="patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4. "
-                 "Default: patchnet, or wrn-16-4 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
-Layers = Annotated[
-    int | None,
-    typer.Option(help="Layers of a patchnet, 1 or 2. Default: 1, or 2 (small, paper).", rich_help_panel=TRAINING),
-]
-RandomInit = Annotated[
-    bool | None, typer.Option("--random-init", help="Keep the random weights: a control.", rich_help_panel=TRAINING)
-]
-
-PretrainSteps = Annotated[
-    int | None,
-    typer.Option(help="Steps of a wrn. Default: 100 (tiny), 600 (small), 82000 (paper).", rich_help_panel=TRAINING),
-]
-PretrainBatchSize = Annotated[
-    int | None,
-    typer.Option(help="Images of a wrn's step, two views of each. Default: 32 (tiny), 64 (small), 256 (paper).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-PretrainLr = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate of a wrn. Default: 0.03, or 0.12 (paper); 0.001 for adamw.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Optimizer = Annotated[
-    str | None,
-    typer.Option(help="Of a wrn: sgd or adamw. Default: sgd.", rich_help_panel=TRAINING, metavar="NAME"),
-]
-FeatureStages = Annotated[
-    str | None,
-    typer.Option(help="Features of a wrn: averages of its last stage's map, or of all three stages'. Costs no time. "
-                 "Default: all, or last (paper).", rich_help_panel=TRAINING, metavar="last|all"),
-]  # fmt: skip
-
-# ------------------------------------------------------------------- `run` alone: what goes to one of its four stages
-# Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from.
-
-RunSteps = Annotated[
-    int | None,
-    typer.Option("--steps", help="Updates T of the fine-tune. Default: 8 (patchnet), 40 (wrn), 779 (paper).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-RunBatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", help="Expected batch B = qN of the fine-tune. Default: 0.02 N (patchnet), "
-                 "0.082 N (wrn), 4096 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
-RunLr = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate of the fine-tune. Default: 4 (patchnet), 0.4 (wrn).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-RunViews = Annotated[
-    int | None,
-    typer.Option("--views", help="Augmented views K of each example in the fine-tune, averaged before the clip. "
-                 "Default: 1, or 16 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
-ProbeSteps = Annotated[
-    int | None,
-    typer.Option("--probe-steps", help="Updates T of the probe. Default: 120 (tiny), 200 (small), 100 (paper).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-ProbeBatchSize = Annotated[
-    int | None,
-    typer.Option("--probe-batch-size", help="Expected batch B = qN of the probe. Default: N (every example, q = 1).",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-ProbeLr = Annotated[
-    float | None,
-    typer.Option("--probe-lr", help="Learning rate of the probe. Default: set by the noise and the data's size.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-ProbeViews = Annotated[
-    int | None,
-    typer.Option("--probe-views", help="Augmented views K of each example in the probe. Default: 1.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-RunPretrainSteps = Annotated[
-    int | None,
-    typer.Option("--pretrain-steps", help="Pretraining steps of a wrn. Default: 100 (tiny), 600 (small), "
-                 "82000 (paper).", rich_help_panel=TRAINING),
-]  # fmt: skip
+DEFAULT_RUN = Path("runs/default")
+PANELS = (DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT)
 
 
-# ------------------------------------------------------------------------------------------------------ finetune flags
-#
-# Flags of ``dprandp finetune`` alone: recipes, public weights, the network's shape, ingredients of the update.
+@dataclass(frozen=True)
+class Options:
+    """What a command is told beside settings: where things lie, what is printed, what only affects speed."""
 
-Source = Annotated[
-    str | None,
-    typer.Option("--from", help="Start from the probe; from scratch, a random network without Phase I or II (De et al. "
-                 "2022); or, init, from the public weights of --init. Default: probe, or init where --init is given.",
-                 rich_help_panel=TRAINING, metavar="probe|scratch|init"),
-]  # fmt: skip
-ScratchArch = Annotated[
-    str | None,
-    typer.Option(help="With --from scratch or --init: wrn-DEPTH-WIDTH, or nf-resnet-50. Default: wrn-16-4.",
-                 rich_help_panel=TRAINING),
-]  # fmt: skip
-Recipe = Annotated[
-    str | None,
-    typer.Option(help="de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and "
-                 "--eps; σ is always calibrated. Flags win over it. Default: none.",
-                 rich_help_panel=TRAINING, metavar="de2022"),
-]  # fmt: skip
-Init = Annotated[
-    Path | None,
-    typer.Option("--init", help="safetensors file with public weights of --arch. That they are public is yours to "
-                 "declare, with --init-source. Default: none.", rich_help_panel=TRAINING, metavar="FILE"),
-]  # fmt: skip
-InitSource = Annotated[
-    str | None,
-    typer.Option(help="What the weights of --init were learned from; stored and shown. Default: none, needed with "
-                 "--init.", rich_help_panel=TRAINING, metavar="TEXT"),
-]  # fmt: skip
-LayerOrder = Annotated[
-    str | None,
-    typer.Option(help="What comes before a convolution of a wrn made here: relu-norm-conv, norm-relu-conv, "
-                 "norm-relu-conv+relu-norm-skip, relu-norm-conv+norm-relu-skip. Default: relu-norm-conv.",
-                 rich_help_panel=TRAINING, metavar="ORDER"),
-]  # fmt: skip
-Padding = Annotated[
-    str | None,
-    typer.Option(help="Of its convolutions with stride 2: symmetric, or same (De et al.). Default: symmetric.",
-                 rich_help_panel=TRAINING, metavar="symmetric|same"),
-]  # fmt: skip
-Pooling = Annotated[
-    str | None,
-    typer.Option(help="Grids that its features are averaged over: 1, 4 or 1+4. Default: 1+4, or 1 (nf-resnet-50).",
-                 rich_help_panel=TRAINING, metavar="GRIDS"),
-]  # fmt: skip
-PrivateOptimizer = Annotated[
-    str | None,
-    typer.Option(help="What is done with noisy gradients: sgd or adam. Default: sgd.", rich_help_panel=TRAINING,
-                 metavar="sgd|adam"),
-]  # fmt: skip
-Momentum = Annotated[
-    float | None,
-    typer.Option(help="Of the optimizer, in [0, 1). Default: 0 (sgd), 0.9 (adam).", rich_help_panel=TRAINING),
-]
-Ema = Annotated[
-    float | None,
-    typer.Option(help="Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "
-                 "ones. Default: 0.9999, less in the first steps.", rich_help_panel=TRAINING),
+    data_dir: Path = setting(Path("data"), "Folder with the files of the known data sets.", True, panel=DATA,
+                             metavar="DIR")  # fmt: skip
+    download: bool = setting(False, "Fetch a known data set's files where they are missing. Default: nothing is "
+                             "fetched.", True, panel=DATA)  # fmt: skip
+    insecure_seed: int | None = setting(None, "Seed the noise, for tests. The run is stamped NOT PRIVATE.", True,
+                                        panel=PRIVACY)  # fmt: skip
+    prior: str | None = setting(
+        None, "Use a shipped extractor (see `dprandp priors`) instead of making one. Default: none, or the run's.",
+        True, metavar="NAME",
+    )  # fmt: skip
+    size: str | None = setting(
+        None, "One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. Default: that of "
+        "the stage before, else tiny.", True, metavar="tiny|small|paper",
+    )  # fmt: skip
+    config: Path | None = setting(None, "TOML with a table per stage; flags win over it.", True, metavar="FILE")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:i.", True, panel=PERFORMANCE)
+    workers: int | None = setting(None, "Processes that make images. Default: one per core. Never changes the images.",
+                                  True, panel=PERFORMANCE)  # fmt: skip
+    microbatch: str = setting(
+        "auto", "Examples whose gradients are in memory together: auto or n. Never changes the result.", True,
+        panel=PERFORMANCE, metavar="auto|n",
+    )  # fmt: skip
+    run: Path = setting(DEFAULT_RUN, "Run directory.", True, panel=OUTPUT, metavar="DIR")
+    plan: bool = setting(False, "Print what would run and what ε it would cost; read no data.", True, panel=OUTPUT)
+    resume: bool = setting(False, "Keep the recorded settings; use the last good checkpoint.", True, panel=OUTPUT)
+    overwrite: bool = setting(False, "Start the stage afresh. What was spent on privacy stays spent.", True,
+                              panel=OUTPUT)  # fmt: skip
+    json: bool = setting(False, "One JSON object on stdout.", True, panel=OUTPUT)
+    quiet: bool = setting(False, "Nothing but errors on stderr.", True, panel=OUTPUT)
+    debug: bool = setting(False, "Tracebacks and private details of errors; not for publication.", True, panel=OUTPUT)
+
+
+RUN = ("run", "json", "debug")
+TALKING = (*RUN, "quiet")
+STAGE = (*TALKING, "size", "config", "plan", "resume", "overwrite")
+PRIVATE_STAGE = (*STAGE, "data_dir", "download", "device", "insecure_seed")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command was given.
+
+    Attributes:
+        given: stage -> setting -> value; None where a flag was not given.
+        options: those that the command does not have are at their defaults.
+    """
+
+    given: dict[str, dict[str, Any]]
+    options: Options
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option of one command.
+
+    Attributes:
+        parameter: its name in Python.
+        option: on the command line, such as '--eps'.
+        help: with the default.
+        kind: int, float, str, bool or Path, or one of them or None.
+        value: where it was not given.
+        targets: (stage, setting) pairs that it sets; none: it is a field of ``Options``.
+    """
+
+    parameter: str
+    option: str
+    help: str
+    panel: str
+    metavar: str | None
+    kind: Any
+    value: Any
+    targets: tuple[tuple[str, str], ...] = ()
+
+    def annotation(self) -> Any:
+        """As typer wants it."""
+        made = typer.Option(self.option, help=self.help, rich_help_panel=self.panel, metavar=self.metavar)
+        return Annotated[self.kind, made]
+
+
+def of_options(names: Sequence[str]) -> list[Flag]:
+    """The flags of some fields of ``Options``, in the order of their declaration."""
+    declared, kinds = settings_of(Options), types_of(Options)
+    return [
+        Flag(name, str(made.flag), made.help, made.panel, made.metavar, kinds[name], getattr(Options, name))
+        for name, made in declared.items() if name in names
+    ]  # fmt: skip
+
+
+def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = "", says: str = "") -> list[Flag]:
+    """The flags of settings.
+
+    Args:
+        stages: those whose setting of this name each flag sets; the first declares it.
+        names: of the settings; None: all that have a flag.
+        prefix: of parameter and option, such as 'probe-'.
+        says: stands before the help, such as 'Of the probe: '.
+    """
+    kind = STAGE_CONFIGS[stages[0]]
+    flags = []
+    for name, made in settings_of(kind).items():
+        if made.flag is None or (names is not None and name not in names):
+            continue
+        option = "--" + prefix + made.flag.removeprefix("--")
+        plain = bool if plain_type(types_of(kind)[name]) is bool else plain_type(types_of(kind)[name])
+        flags.append(
+            Flag(prefix.replace("-", "_") + name, option, help_text(stages, name, made, says), made.panel,
+                 made.metavar or "|".join(map(str, choices_of(types_of(kind)[name]))) or None, plain | None, None,
+                 tuple((stage, name) for stage in stages))
+        )  # fmt: skip
+    return flags
+
+
+def help_text(stages: Sequence[str], name: str, made: Setting, says: str = "") -> str:
+    """A setting's help with its default: that of all stages, or each stage's own; ``says`` stands before it."""
+    defaults = {stage: default_text(stage, name) for stage in stages}
+    said = defaults[stages[0]]
+    if len(set(defaults.values())) > 1:
+        said = ", ".join(f"{value} ({stage})" for stage, value in defaults.items())
+    words = says + made.help[0].lower() + made.help[1:] if says else made.help
+    return words if said is None else f"{words} Default: {said}."
+
+
+def command(
+    app: typer.Typer, panel: str, flags: Sequence[Flag] = (), options: Sequence[str] = RUN, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command: its own parameters are flags as typer reads them, the first is a ``Call``.
+
+    Args:
+        app: what the command is added to.
+        panel: of the list of commands.
+        flags: of settings.
+        options: names of fields of ``Options``.
+        name: of the command; None: the function's.
+    """
+    made = [*flags, *of_options(options)]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        hints = get_type_hints(function, include_extras=True)
+
+        def called(**values: Any) -> None:
+            given: dict[str, dict[str, Any]] = {}
+            for flag in made:
+                for stage, setting_name in flag.targets:
+                    given.setdefault(stage, {})[setting_name] = values[flag.parameter]
+            told = {flag.parameter: values[flag.parameter] for flag in made if not flag.targets}
+            call = Call(given, dataclasses.replace(Options(), **told))
+            function(call, **{each.name: values[each.name] for each in own})
+
+        parameters = [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        parameters += [
+            inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=flag.value,
+                              annotation=flag.annotation()) for flag in made
+        ]  # fmt: skip
+        parameters.sort(key=lambda each: PANELS.index(each.annotation.__metadata__[0].rich_help_panel))
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name, rich_help_panel=panel)(called)
+        return function
+
+    return decorate
+
+
+__all__ = [
+    "DATA", "DEFAULT_RUN", "OUTPUT", "PERFORMANCE", "PRIVACY", "PRIVATE_STAGE", "RUN", "STAGE", "TALKING", "TRAINING",
+    "Call", "Flag", "Options", "command", "of_options", "of_settings",
 ]  # fmt: skip

@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.session import DEFAULT_RUN
+from dprandp.cli.flags import Call
 from dprandp.errors import UsageError
 
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="A model")
+@flags.command(app, "A model", options=flags.TALKING)
 def predict(
+    call: Call,
     images: Annotated[
         list[Path] | None,
         typer.Argument(help="Image files of any size.", metavar="IMAGE...", show_default=False,
@@ -27,8 +28,11 @@ def predict(
                      "it; other files are skipped and counted). Labels are not read.", rich_help_panel=flags.DATA,
                      metavar="NAME"),
     ] = None,
-    run: flags.Run = DEFAULT_RUN,
-    model: flags.Model = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model/ folder or an export. Default: the run's.", rich_help_panel=flags.DATA,
+                     metavar="DIR"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write a table with the probability of every class. Default: print class and probability.",
@@ -37,22 +41,19 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --out.", rich_help_panel=flags.OUTPUT)
     ] = False,
-    json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    debug: flags.Debug = False,
 ) -> None:  # fmt: skip
     """Classify images with a run's model: reads its model/ folder and the images, nothing else of the run.
 
     [dim]dprandp predict scan1.png scan2.png[/dim]
     [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]
     """
-    console = session.console(json=json, quiet=quiet, debug=debug)
+    console = session.console(call.options)
     from dprandp import release as prediction
     from dprandp.runs.files import atomic_write
 
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"{out} exists", fix="give another name, or --overwrite")
-    loaded = session.released_model(run, model)
+    loaded = session.released_model(call.options.run, model)
     skipped: dict[str, int] = {}
     rows = prediction.predict(loaded, images or [], data, skipped.update)
     if skipped:
@@ -76,8 +77,9 @@ def predict(
 # The command export: a released model, copied for others.
 
 
-@app.command(rich_help_panel="A model")
+@flags.command(app, "A model", options=flags.TALKING)
 def export(
+    call: Call,
     *,
     allow_not_private: Annotated[
         bool,
@@ -89,19 +91,15 @@ def export(
         typer.Option(help="A new folder, or a new file whose name ends in .zip.", rich_help_panel=flags.OUTPUT,
                      metavar="DIR|FILE.zip"),
     ],
-    run: flags.Run = DEFAULT_RUN,
-    json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    debug: flags.Debug = False,
 ) -> None:  # fmt: skip
     """Copy a run's model, verified, for others: weights, configuration, model card, and an example that loads them.
 
     [dim]dprandp export --out scans-classifier[/dim]
     [dim]dprandp export --run runs/cifar --out cifar.zip[/dim]
     """
-    console = session.console(json=json, quiet=quiet, debug=debug)
+    console = session.console(call.options)
     from dprandp import release as exporting
 
-    model = session.released_model(run, None)
+    model = session.released_model(call.options.run, None)
     result = exporting.export(model, out, allow_not_private=allow_not_private)
     console.result(result, exporting.export_line(result))

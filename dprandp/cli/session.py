@@ -5,28 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dprandp.cli import together
-from dprandp.config.schema import SIZES, WITHOUT_PHASE_ONE, StageConfig, as_dict
+from dprandp.cli.flags import DEFAULT_RUN, Call, Options
+from dprandp.config.schema import SIZES, WITHOUT_PHASE_ONE, PrivateConfig, StageConfig, as_dict
 from dprandp.config.schema import resolve as resolve_config
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import InputError, UsageError
 from dprandp.runs.console import Console
 from dprandp.runs.directory import STAGES, RunDir
 
-DEFAULT_RUN = Path("runs/default")
-
 current = Console()
 """The console of the command under way; errors raised before a command has parsed its flags go to this plain one."""
 
 
-def console(*, json: bool = False, quiet: bool = False, debug: bool = False) -> Console:
+def console(options: Options) -> Console:
     """Set up the command's console."""
     global current
-    current = Console(quiet=quiet, json=json, debug=debug)
+    current = Console(quiet=options.quiet, json=options.json, debug=options.debug)
     current.route_logging()
     return current
 
@@ -51,11 +50,15 @@ def looked_at(path: Path, create: bool = False) -> Iterator[RunDir]:
         yield RunDir.open(empty, create=False)
 
 
+def directory(options: Options, create: bool = False) -> contextlib.AbstractContextManager[RunDir]:
+    """The run directory of a command that may be asked for its plan alone."""
+    return looked_at(options.run, create) if options.plan else opened(options.run, create)
+
+
 def resolve(
     rundir: RunDir,
     stage: str,
-    size: str | None,
-    file: Path | None,
+    options: Options,
     given: dict[str, Any],
     planned: Mapping[str, StageConfig] | None = None,
     fitting: Mapping[str, Any] | None = None,
@@ -69,6 +72,7 @@ def resolve(
     recorded |= {name: as_dict(config) for name, config in (planned or {}).items()}
     order = list(STAGES)
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
+    size = options.size
     if size is None and before:
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
@@ -83,7 +87,7 @@ def resolve(
         inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
         if recorded[stage].get("colour") == "both":  # fits whatever the data are
             inherited["colour"] = "both"
-    return resolve_config(stage, size or SIZES[0], file, given, inherited)
+    return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 
 
 def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -94,9 +98,7 @@ def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def public_stages(
-    rundir: RunDir, prior: str, size: str | None, file: Path | None, given: dict[str, Any]
-) -> dict[str, StageConfig]:
+def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> dict[str, StageConfig]:
     """What ``generate`` and ``pretrain`` are with a shipped prior; as many images as the probe takes statistics of.
 
     Raises:
@@ -105,12 +107,13 @@ def public_stages(
     """
     from dprandp.pretrain.shipped import public_stages
 
+    prior, file = str(options.prior), options.config
     if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):
         raise UsageError(
             f"{file} sets {tables[0]}, and the prior {prior} brings its own",
             fix=f"take the table [{tables[0]}] out of the file, or leave --prior out",
         )
-    probe = resolve(rundir, "probe", size, file, given, public_stages(prior))
+    probe = resolve(rundir, "probe", options, given, public_stages(prior))
     return public_stages(prior, probe.statistics_images)
 
 
@@ -136,9 +139,7 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     return images.colour_of(spec.channels)
 
 
-def require_data(
-    data: str, data_dir: Path, *, classes: int | None, unit_column: str | None, download: bool
-) -> None:
+def require_data(config: PrivateConfig, options: Options) -> None:
     """Make sure that a data set's files are there, fetching them if allowed, before hours of public stages.
 
     Raises:
@@ -146,22 +147,13 @@ def require_data(
     """
     from dprandp.data import open_dataset
 
-    open_dataset(data, data_dir, download=download, num_classes=classes, unit_column=unit_column).require()
+    open_dataset(
+        config.data, options.data_dir, download=options.download, num_classes=config.classes,
+        unit_column=config.unit_column,
+    ).require()  # fmt: skip
 
 
-def context(
-    rundir: RunDir,
-    console: Console,
-    *,
-    device: str = "cpu",
-    data_dir: Path = Path("data"),
-    download: bool = False,
-    workers: int | None = None,
-    microbatch: int | None = None,
-    insecure_seed: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-):
+def context(rundir: RunDir, console: Console, options: Options, device: str | None = None):
     """What a stage is given beside its configuration, from flags.
 
     Raises:
@@ -170,37 +162,74 @@ def context(
     from dprandp.runs.context import Context, prepare_device
     from dprandp.runs.parallel import ALONE
 
+    device = options.device if device is None else device
+    workers, seed = options.workers, options.insecure_seed
     ranks = together.leader or ALONE
     if ranks.size > 1:
         together.refuse_flags(device, workers)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
-    if insecure_seed is not None and insecure_seed < 0:
-        raise UsageError(f"--insecure-seed {insecure_seed} is negative", fix="give 0 or more")
-    if insecure_seed is not None:
+    if seed is not None and seed < 0:
+        raise UsageError(f"--insecure-seed {seed} is negative", fix="give 0 or more")
+    if seed is not None:
         console.warn("--insecure-seed makes the noise predictable: this run is NOT PRIVATE")
     return Context(
         rundir=rundir,
         console=console,
         device=prepare_device(device),
-        data_dir=data_dir,
-        download=download,
+        data_dir=options.data_dir,
+        download=options.download,
         workers=workers or len(os.sched_getaffinity(0)),
-        microbatch=microbatch,
-        resume=resume,
-        overwrite=overwrite,
-        insecure_seed=insecure_seed,
+        microbatch=microbatch(options.microbatch),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        insecure_seed=seed,
         ranks=ranks,
     )
 
 
-def run_stage(name: str, config, context, public: Mapping[str, StageConfig] | None = None) -> dict:
+def stage_command(
+    stage: str,
+    call: Call,
+    following: Callable[[dict[str, Any]], str],
+    *,
+    create: bool = False,
+    fitting: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> None:
+    """Run one stage, after those that a shipped prior stands for, and print its result; or print its plan.
+
+    Args:
+        stage: its name.
+        call: what the command was given.
+        following: the command to suggest next, by the stage's result.
+        create: whether the run may be a new one.
+        fitting: see ``resolve``.
+        device: instead of the flag's.
+    """
+    options, given = call.options, call.given[stage]
+    told = console(options)
+    with directory(options, create) as rundir:
+        public: dict[str, StageConfig] = {}
+        if options.prior is not None:
+            public = public_stages(rundir, options, given if stage == "probe" else {})
+        config = public.get(stage) or resolve(rundir, stage, options, given, public, fitting)
+        made = context(rundir, told, options, device)
+        if options.plan:
+            return print_plan(stage, config, made, public)
+        result = run_stage(stage, config, made, options, public)
+    told.next(command(following(result), options.run))
+    return None
+
+
+def run_stage(
+    name: str, config: StageConfig, context, options: Options, public: Mapping[str, StageConfig] | None = None
+) -> dict[str, Any]:
     """Run a stage, after the ``public`` stages that come before it, and print its result."""
     from dprandp import pipeline
 
     if name == "probe" and public:  # before minutes of images
-        facts = {"classes": config.classes, "unit_column": config.unit_column, "download": context.download}
-        require_data(config.data, context.data_dir, **facts)
+        require_data(config, options)
     pipeline.adopt({stage: made for stage, made in (public or {}).items() if stage != name}, context)
     result = pipeline.run_stage(name, config, context)
     context.console.result(result, pipeline.stage_line(name, result))
@@ -239,5 +268,6 @@ def microbatch(text: str) -> int | None:
 
 
 def command(stage: str, run: Path) -> str:
-    """A command line to suggest."""
-    return f"dprandp {stage}" + ("" if run == DEFAULT_RUN else f" --run {run}")
+    """A command line to suggest; ``stage`` may have flags of its own."""
+    name, _, more = stage.partition(" ")
+    return f"dprandp {name}" + ("" if run == DEFAULT_RUN else f" --run {run}") + (f" {more}" if more else "")

@@ -54,6 +54,41 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a fine-tune that the configuration leaves open, by architecture.
+
+    Attributes:
+        steps: of the joint training. lr: learning rate of the head. extractor_scale: see ``dprandp/finetune``.
+        batch_part: expected batch as a part of N. refit_steps: 0 for no refit.
+    """
+
+    steps: int
+    lr: float
+    extractor_scale: float
+    batch_part: float
+    refit_steps: int = 0
+
+
+RECIPES: dict[str, Recipe] = {
+    "patchnet": Recipe(steps=8, lr=4.0, extractor_scale=0.1, batch_part=0.02, refit_steps=120),
+    "wrn": Recipe(steps=40, lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # rates of Tang et al. 2023
+    "scratch": Recipe(steps=100, lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # rates of De et al. 2022
+}
+
+
+def recipe_for(arch: str, source: str) -> Recipe:
+    """Defaults for an architecture; 'scratch' has its own."""
+    return RECIPES["scratch" if source == "scratch" else "patchnet" if arch == "patchnet" else "wrn"]
+
+
+def by_recipe(field: str, *names: str, form: str = "{:g}", named: bool = True) -> str:
+    """A field of some recipes as help texts state it: '8 (patchnet), 40 (wrn)'."""
+    words = {"scratch": "from scratch"}
+    said = {name: form.format(getattr(RECIPES[name], field)) for name in names}
+    return ", ".join(f"{value} ({words.get(name, name)})" if named else value for name, value in said.items())
+
+
 # ----------------------------------------------------------------------------------------------------------- published
 #
 # Published hyper-parameters as defaults: what ``--recipe`` stands for. They lie below a file's and flags' settings.

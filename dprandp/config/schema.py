@@ -1,474 +1,369 @@
-"""One frozen dataclass per stage, the size dial that fills it, and TOML in and out.
+"""The settings of every stage: one frozen dataclass each, in which a setting is declared once (``settings.py``).
 
 Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
 directory and the report as they are.
 
 A stage's configuration is resolved in this order, later wins: the size's defaults, what the run decided before (its
 data and budget), a published recipe, a ``--config`` file's section of the stage's name, the flags given on the command
-line. ``None`` means "decided by the stage from public facts" (the data set's declared size, ε), and the stage's
-docstring says how.
+line. ``None`` means "decided by the stage from public facts" (the data set's declared size, ε), and the setting's help
+says how.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
 from dprandp.config import presets
-from dprandp.config.presets import SIZE_DEFAULTS, SIZES
+from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
+from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, Setting, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
 
-# ---------------------------------------------------------------------------------------------------- continual config
-#
-# Settings of ``continue``: public steps, then private ones (Bu et al. 2024); this file has those of the others.
-#
-# Imports nothing of the package but ``errors``.
-
+DEFAULT_DATA = "digits"
 SYNTHETIC = "synth"
 FRACTION = "fraction:"
-MIXES = ("step", "cosine", "ratio", "public", "private")
 SWITCHES = ("plateau", "decelerator")
-
-
-@dataclass(frozen=True)
-class ContinueConfig:
-    """Between Phases I and II: the extractor goes on learning, from public images and then privately."""
-
-    size: str = "tiny"
-    public: str = SYNTHETIC
-    """'synth' (the run's synthetic images), 'fraction:F' (a random part F of the training split, declared public), or
-    the name of a data set that is declared public, such as folder:PATH."""
-    data: str = "digits"
-    epsilon: float = 1.0
-    delta: float | None = None
-    share: float = 0.7
-    """Part of what is left of ε; 1 leaves nothing for a probe on the same data."""
-    steps: int = 200
-    """T, public and private together."""
-    switch: str = "plateau"
-    """Where public steps end: 'plateau' of the public validation loss, 'decelerator', or a step number."""
-    mix: str = "step"
-    """α of g = α g_public + (1 − α) g_private: 'step' at the switch; 'cosine', 'ratio'; 'public', 'private' alone."""
-    check_every: int = 10
-    """Public steps between two looks at the public validation loss, by which the switch is decided."""
-    batch_size: int | None = None
-    """Expected private batch. None: 0.08192 N."""
-    public_batch_size: int = 64
-    lr: float = 0.001
-    """Of the private and the mixed steps."""
-    public_lr: float = 0.002
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    """With automatic clipping the unit of sum and noise, and nothing else."""
-    views: int = 1
-    ema: float = 0.9999
-    instances: int = 256
-    """With public = 'synth': images that are to be told apart."""
-    checkpoint_every: int = 20
-    classes: int | None = None
-    unit_column: str | None = None
-    noise: str = "gaussian"
-    precision: str = "auto"
-    """As for ``pretrain``."""
-    seed: int = 0
-
-
-def validate_continue(config: ContinueConfig) -> None:
-    """Refuse what only this stage can have wrong; ``validate`` does the rest.
-
-    Raises:
-        UsageError: naming the value.
-    """
-    if config.mix not in MIXES:
-        raise UsageError(f"[continue] mix = {config.mix!r} is unknown", fix=nearest(config.mix, MIXES))
-    if switch_step(config) is None and config.switch not in SWITCHES:
-        raise UsageError(
-            f"[continue] switch = {config.switch!r} is no step and no rule",
-            fix=f"give {' or '.join(SWITCHES)}, or a number of public steps",
-        )
-    step = switch_step(config)
-    if step is not None and step >= config.steps and config.mix == "step":
-        raise UsageError(
-            f"switch = {step} leaves no private step of {config.steps}",
-            fix=f"switch before step {config.steps}, or give mix = 'public' for public steps alone",
-        )
-    if config.share == 0 or not 0 < config.share <= 1:
-        raise UsageError(f"share = {config.share!r} lies outside (0, 1]", fix="give a part of ε such as 0.7, or 1")
-    if not 0 <= config.weight_decay < 1:
-        raise UsageError(f"weight_decay = {config.weight_decay!r} lies outside [0, 1)", fix="give a small one, or 0")
-    if config.public.startswith(FRACTION):
-        fraction_of(config.public)
-    elif not config.public.strip():
-        raise UsageError("public names nothing", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
-
-
-def switch_step(config: ContinueConfig) -> int | None:
-    """The step at which the switch was asked for; None where a rule decides."""
-    text = config.switch
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
-
-
-def fraction_of(public: str) -> float | None:
-    """F of ``fraction:F``; None for other public data.
-
-    Raises:
-        UsageError: F is no number in (0, 1).
-    """
-    if not public.startswith(FRACTION):
-        return None
-    text = public.removeprefix(FRACTION)
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise UsageError(
-            f"public = {public!r}: {text!r} is no part of the training split", fix="give fraction:0.1, say"
-        )
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------- finetune options
-#
-# Options of the fine-tune beyond the plain DP-SGD: published recipes, public weights, masks, ingredients.
-#
-# Everything is public and None by default: not used. ``FinetuneConfig`` inherits these fields.
-
-LONGEST_TEXT = 500
-
-OPTION_CHOICES = {
-    "recipe": ("de2022",),
-    "padding": ("symmetric", "same"),
-    "pooling": ("1", "4", "1+4"),
-    "layer_order": (
-        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip",
-    ),
-}  # fmt: skip
-
-OPTIMIZERS = ("sgd", "adam")
-"""See ``dpsgd/optimizers.py``. Not those of public training, which is asked for by the same name."""
-
 WITHOUT_PHASE_ONE = ("scratch", "init")
-"""Sources that need neither Phase I nor Phase II: random weights, or public ones from a file."""
+"""Sources of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
+DEFAULT_SHARE = 0.3
+"""Part of ε for the probe. Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
+PATCHNET, SECOND_LAYER, NETWORK = "patchnet", "second layer", "network"
+"""What a setting of ``pretrain`` may belong to alone; a network learns by gradients."""
+
+MANY, VERY_MANY = 10**6, 10**9
+"""Limits beyond which no machine's memory or patience reaches: a slip of the finger."""
+
+
+# ---------------------------------------------------------------------------------------------- settings of many stages
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """Fields that ``FinetuneConfig`` has beside its own."""
+class Common:
+    """Of every stage."""
 
-    recipe: str | None = None
-    """'de2022': the hyper-parameters of De et al. 2022 for this architecture and ε (see ``presets.py``)."""
-    init: str | None = None
-    """safetensors file with public weights of the network, for source = 'init'."""
-    init_source: str | None = None
-    """What they were learned from, in the user's words: she declares them public."""
-    layer_order: str | None = None
-    """Of a network that is not pretrained here; a key of ``vision.wrn.LAYER_ORDERS``. None: relu-norm-conv."""
-    padding: str | None = None
-    """'same': convolutions with stride 2 pad as De et al.'s do (below and right); None: 'symmetric'."""
-    pooling: str | None = None
-    """Grids that features are averaged over. None: '1+4'; '1' is the published global average."""
-    optimizer: str | None = None
-    """What is done with noisy gradients: 'sgd' (None: so) or 'adam'."""
-    momentum: float | None = None
-    """None: 0 for sgd, 0.9 for adam."""
-    freeze: str | None = None
-    """'random' or 'magnitude': train a part of the extractor's weights, chosen once (see ``dpsgd/masks.py``); with
-    scope = 'block' also 'last'."""
-    select: str | None = None
-    """The same, chosen anew every ``every`` steps."""
-    keep: float | None = None
-    """The part that is trained."""
-    prune: str | None = None
-    """With freeze: 'hold' leaves the other weights as they are (None: so), 'zero' removes them."""
-    every: int | None = None
-    """With select. None: 10."""
-    scope: str | None = None
-    """The part is taken of all weights together ('global'; None: so), of each tensor ('layer'), or of whole blocks
-    ('block'; see ``dpsgd/masks.py``)."""
-
-
-def validate_options(values: Mapping[str, Any]) -> None:
-    """Refuse values out of range, and combinations that make no sense, in words.
-
-    Args:
-        values: settings of a fine-tune that are not None.
-
-    Raises:
-        UsageError: naming the value.
-    """
-    optimizer = values.get("optimizer", "sgd")
-    if optimizer not in OPTIMIZERS:
-        raise UsageError(f"[finetune] optimizer = {optimizer!r} is unknown", fix=nearest(optimizer, OPTIMIZERS))
-    _validate_start(values)
-
-
-def _validate_start(values: Mapping[str, Any]) -> None:
-    source = values.get("source", "probe")
-    if source == "init" and "init" not in values:
-        raise UsageError("--from init needs a file of public weights", fix="give --init FILE.safetensors")
-    if "init" in values and source != "init":
-        raise UsageError(f"--init brings public weights, and --from {source} does not use them", fix="drop one of them")
-    if ("init" in values) != ("init_source" in values):
-        problem = "--init-source without --init says nothing"
-        if "init" in values:
-            problem = "nobody said where the weights of --init come from: that they are public is yours to declare"
-        raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
-    text = values.get("init_source")
-    if text is not None and not (text.isprintable() and 0 < len(text) <= LONGEST_TEXT):
-        raise UsageError(
-            f"init_source is not one line of 1 to {LONGEST_TEXT} printable characters", fix="say it in one short line"
-        )
-    if source not in WITHOUT_PHASE_ONE:
-        for key in ("layer_order", "padding", "pooling", "recipe"):
-            if key in values:
-                raise UsageError(
-                    f"--{key.replace('_', '-')} is for a network that is made here; --from {source} has one already",
-                    fix="give --from scratch or --init FILE with it, or drop it",
-                )
-
-
-# ----------------------------------------------------------------------------------------------------- pretrain config
-#
-# Settings of Phase I's second half, and which of them belong to which way of learning.
-#
-# Imports nothing of the package but ``errors``.
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-"""See ``models/precision.py``."""
-
-PUBLIC_OPTIMIZERS = ("sgd", "adamw")
-"""See ``models/optimizers.py``."""
-
-COLOURS = ("rgb", "grey", "both")
-"""Of the data that an extractor is for; see ``PretrainConfig.colour``."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Phase I, second half: a feature extractor from those images. Fields of the other architecture are unused."""
-
-    size: str = "tiny"
-    arch: str = "patchnet"
-    seed: int = 0
-    random_init: bool = False
-    """Keep the extractor as initialised: the control experiment that says what Phase I was worth."""
-    colour: str = "both"
-    """Of the data that it is for: 'rgb', 'grey', or 'both' where they are not known yet. A patchnet for both is two
-    dictionaries (``extractors_of``); a network that learns by gradients is one, and sees every second image in grey."""
-    prior: str | None = None
-    """A shipped prior (``priors/``) to be taken as it is; all other settings are then those of its card."""
-    precision: str = "auto"
-    """What the network's products are computed in; 'auto' is decided by architecture and device when the stage begins,
-    and recorded. A patchnet has no choice: float32."""
-    # patchnet
-    filters: int = 400
-    patch_size: int = 6
-    patch_dims: int = 64
-    stride: int = 1
-    dictionary_patches: int = 100_000
-    dictionary_iterations: int = 8
-    layers: int = 1
-    """2: beside the features of patches of pixels those of patches of their responses."""
-    second_filters: int = 400
-    # wrn-D-K
-    steps: int = 100
-    batch_size: int = 32
-    optimizer: str = "sgd"
-    lr: float | None = None
-    """None: by optimizer and size, see ``lr_of``."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    grow: bool = False
-    """Views of half the side in the first half of the steps: a quarter of the time each."""
-    projection_hidden: int = 512
-    projection_dim: int = 128
-    layer_order: str = "relu-norm-conv"
-    weight_standardisation: bool = True
-    padding: str | None = None
-    """Of convolutions with stride 2: 'symmetric' (None: so), or 'same' as De et al. 2022."""
-    pooling: str | None = None
-    """Grids that the last stage's map is averaged over; None: '1+4'."""
-    feature_stages: str = "last"
-    """Features: averages of the 'last' stage's map (published), or of those of 'all' three stages (tiny, small)."""
-    checkpoint_every: int = 20
-
-
-CHOICES = {"optimizer": PUBLIC_OPTIMIZERS, "feature_stages": ("last", "all")}
-
-_SECOND_LAYER = {"layers", "second_filters"}
-_PATCHNET = _SECOND_LAYER | {
-    "filters", "patch_size", "patch_dims", "stride", "dictionary_patches", "dictionary_iterations",
-}  # fmt: skip
-_WRN = {
-    "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "grow", "projection_hidden",
-    "projection_dim", "layer_order", "weight_standardisation", "padding", "pooling", "feature_stages",
-    "checkpoint_every",
-}  # fmt: skip
-
-
-_LEARNING = {
-    "dictionary_patches", "dictionary_iterations", "steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
-    "schedule", "grow", "projection_hidden", "projection_dim", "checkpoint_every",
-}  # fmt: skip
-
-
-def extractors_of(config: PretrainConfig) -> tuple[PretrainConfig, ...]:
-    """The extractors that a configuration asks for: itself, or one for colour and then one for grey data.
-
-    Learning a dictionary takes seconds, so where the data are not known there is one for each kind. Random weights
-    have seen no image: one network serves both kinds.
-    """
-    if config.arch == "patchnet" and config.colour == "both" and not config.random_init:
-        return tuple(dataclasses.replace(config, colour=colour) for colour in ("rgb", "grey"))
-    return (config,)
-
-
-def unused(config: PretrainConfig) -> set[str]:
-    """Settings that have no say in what a configuration describes; they are not recorded."""
-    return _of_another_network(config) | (_LEARNING if config.random_init else set())
-
-
-def _of_another_network(config: PretrainConfig) -> set[str]:
-    if config.arch == "patchnet":
-        return {"precision"} | _WRN | (_SECOND_LAYER if config.layers == 1 else set())
-    return (
-        _PATCHNET
-        | ({"momentum"} if config.optimizer == "adamw" else set())
+    size: Literal["tiny", "small", "paper"] = setting(
+        "tiny", "One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper."
     )
-
-
-def check(config: PretrainConfig) -> None:
-    """Refuse settings that do not go together.
-
-    Raises:
-        UsageError: a choice that is unknown, or two that exclude each other.
-    """
-    values: dict[str, Any] = dataclasses.asdict(config)
-    for key, known in CHOICES.items():
-        if values[key] not in known:
-            raise UsageError(f"[pretrain] {key} = {values[key]!r} is unknown", fix=nearest(values[key], known))
-    if config.arch == "patchnet" and config.precision == "bfloat16":
-        raise UsageError(
-            "[pretrain] precision = 'bfloat16', and a patchnet computes in float32",
-            fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
-        )
-
-
-def lr_of(config: PretrainConfig) -> float:
-    """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for adamw."""
-    if config.lr is not None:
-        return config.lr
-    if config.optimizer == "adamw":
-        return 1e-3
-    return 0.12 if config.size == "paper" else 0.03
-
-
-DEFAULT_DATA = "digits"
-
-LARGEST = 2**63 - 1
-"""Of any whole number, as in TOML: what the random generators take for a seed."""
+    seed: int = setting(0, "Public randomness only; never the noise.", True, low=0, wrong="is negative",
+                        fix="give a seed of 0 or more")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class Network:
+    """Of stages that compute with a network."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Products of the network: float32, bfloat16, or auto: bfloat16 for a wrn or vit where the device "
+        "multiplies it faster, else float32. Decided when the stage begins, and recorded. A patchnet: float32.",
+        True, panel=PERFORMANCE,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Private(Network, Common):
+    """Of the private stages: the data, the budget and the noise."""
+
+    data: str = setting(
+        DEFAULT_DATA, "Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH.", True, panel=DATA,
+        metavar="NAME", inherited=True,
+    )  # fmt: skip
+    classes: int | None = setting(
+        None, "Number of classes, for npz: files that do not declare it.", True, panel=DATA, metavar="C",
+        low=2, most=10**5,
+    )  # fmt: skip
+    unit_column: str | None = setting(
+        None, "What must be hidden as a whole: images with equal values in this array of npz: data (patient or "
+        "patient_train), or column of units.csv in folder: data, are one unit of privacy. image: each image.",
+        True, panel=PRIVACY, metavar="NAME", otherwise="groups_train, or unit, where the data have it; else each image",
+    )  # fmt: skip
+    epsilon: float = setting(
+        1.0, "Total ε for everything this run releases about the data; inf = NOT PRIVATE.", "--eps", panel=PRIVACY,
+        inherited=True, above=0, infinite=True, wrong="is no privacy budget",
+        fix="give a number above 0, such as --eps 1, or --eps inf for a model without privacy",
+    )  # fmt: skip
+    delta: float | None = setting(
+        None, "δ, the chance that ε fails.", True, panel=PRIVACY, above=0, below=1,
+        otherwise="the run's, else 1e-5, or 0.1/N (one digit, rounded down) where that is smaller; 1e-5 for cifar10, "
+        "cifar100, mnist and fashion-mnist, as in published results",
+        fix="use a delta below 1/N, such as 1e-5",
+    )  # fmt: skip
+    noise: Literal["gaussian", "discrete"] = setting(
+        "gaussian", "gaussian, or discrete: sums and noise on a lattice, without the gaps of floating point.", True,
+        panel=PRIVACY,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- Phase I
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Common):
     """Phase I, first half: images of a random process."""
 
-    size: str = "tiny"
-    process: str = "stylegan-oriented"
-    count: int = 4000
-    resolution: int = 64
-    seed: int = 0
-    sample: int | None = None
-    """Make only so many of the ``count`` images: those that a later stage takes of all as a sample. None: all."""
+    process: str = setting(
+        "stylegan-oriented", "stylegan-oriented, stylegan-random, stylegan-highfreq, stylegan-sparse, dead-leaves (or "
+        "dead-leaves-shapes), dead-leaves-squares, dead-leaves-oriented, dead-leaves-textures, spectrum, "
+        "spectrum-color, wmm, spectrum-color-wmm, fractal, perlin; over any of them kml:NAME, kml-mixup:NAME, "
+        "mixture:NAME,NAME,...", True, panel=DATA, metavar="NAME",
+    )  # fmt: skip
+    count: int = setting(4000, "Number of images to make.", True, panel=DATA, above=0, most=10**8)
+    resolution: int = setting(64, "Their width and height in pixels.", True, panel=DATA, above=0)
+    sample: int | None = setting(
+        None, "Make only so many of the count images: those that a later stage takes of all as a sample.",
+        above=0, most=10**8, otherwise="all",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class PretrainConfig(Network, Common):
+    """Phase I, second half: a feature extractor from those images. Settings of another architecture are unused."""
+
+    arch: str = setting(
+        "patchnet", "patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4.", True
+    )
+    random_init: bool = setting(False, "Keep the random weights: a control that says what Phase I is worth.", True)
+    colour: Literal["rgb", "grey", "both"] = setting(
+        "both", "Learn for rgb or grey data, or both: later stages take what fits. A patchnet for both is two "
+        "dictionaries; a network that learns by gradients is one, and sees every second image in grey.", True,
+        panel=DATA,
+    )  # fmt: skip
+    prior: str | None = setting(None, "A shipped prior, taken as it is; all other settings are those of its card.")
+    filters: int = setting(400, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
+    patch_size: int = setting(6, "Side of its patches in pixels.", above=0, of=PATCHNET)
+    patch_dims: int = setting(64, "Components that patches are whitened to.", above=0, of=PATCHNET)
+    stride: int = setting(1, "Pixels from one patch to the next.", above=0, of=PATCHNET)
+    dictionary_patches: int = setting(100_000, "Patches that the filters are learned from.", above=0, most=10**8,
+                                      of=PATCHNET, learning=True)  # fmt: skip
+    dictionary_iterations: int = setting(8, "Iterations of spherical k-means.", above=0, most=MANY, of=PATCHNET,
+                                         learning=True)  # fmt: skip
+    layers: int = setting(
+        1, "Layers of a patchnet, 1 or 2: features of patches of pixels, and of patches of their responses.",
+        True, low=1, below=3, of=SECOND_LAYER,
+    )  # fmt: skip
+    second_filters: int = setting(400, "Filters of the second layer.", above=0, most=10**5, of=SECOND_LAYER)
+    steps: int = setting(100, "Steps of a wrn or vit.", True, above=0, most=VERY_MANY, of=NETWORK, learning=True)
+    batch_size: int = setting(32, "Images of such a step, two views of each.", True, above=0, most=VERY_MANY,
+                              of=NETWORK, learning=True)  # fmt: skip
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "Of a wrn or vit.", True, of=NETWORK, learning=True)
+    lr: float | None = setting(
+        None, "Learning rate of a wrn or vit.", True, above=0, of=NETWORK, learning=True,
+        otherwise="0.03, or 0.12 (paper); 0.001 for adamw",
+    )  # fmt: skip
+    momentum: float = setting(0.9, "Of sgd.", low=0, below=1, of=NETWORK, learning=True)
+    weight_decay: float = setting(1e-4, "Of the optimizer.", low=0, of=NETWORK, learning=True)
+    schedule: Literal["cosine", "step"] = setting("cosine", "Of the learning rate.", of=NETWORK, learning=True)
+    grow: bool = setting(False, "Views of half the side in the first half of the steps: a quarter of the time each.",
+                         of=NETWORK, learning=True)  # fmt: skip
+    projection_hidden: int = setting(512, "Width of the projection head's hidden layer.", above=0, most=MANY,
+                                     of=NETWORK, learning=True)  # fmt: skip
+    projection_dim: int = setting(128, "Dimensions in which views are compared.", above=0, most=MANY, of=NETWORK,
+                                  learning=True)  # fmt: skip
+    layer_order: Literal[
+        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
+    ] = setting("relu-norm-conv", "What comes before a convolution of a wrn.", of=NETWORK)
+    weight_standardisation: bool = setting(True, "Of a wrn's convolutions.", of=NETWORK)
+    padding: Literal["symmetric", "same"] | None = setting(
+        None, "Of convolutions with stride 2: symmetric, or same as De et al. 2022.", of=NETWORK, otherwise="symmetric"
+    )
+    pooling: Literal["1", "4", "1+4"] | None = setting(
+        None, "Grids that the last stage's map is averaged over.", of=NETWORK, otherwise="1+4"
+    )
+    feature_stages: Literal["last", "all"] = setting(
+        "last", "Features of a wrn: averages of its last stage's map (published), or of all three stages'. Costs no "
+        "time.", True, of=NETWORK,
+    )  # fmt: skip
+    checkpoint_every: int = setting(20, "Steps between two checkpoints.", above=0, most=VERY_MANY, of=NETWORK,
+                                    learning=True)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- between Phases I and II
+
+
+@dataclass(frozen=True)
+class ContinueConfig(Private):
+    """Between Phases I and II: the extractor goes on learning, from public images and then privately."""
+
+    public: str = setting(
+        SYNTHETIC, "Public images: synth (the run's synthetic ones), fraction:F (a random part F of the training "
+        "split, which you declare public), or a data set that you declare public, such as folder:PATH.", True,
+        panel=DATA, metavar="WHAT",
+    )  # fmt: skip
+    instances: int = setting(256, "With --public synth: images to tell apart.", True, panel=DATA, above=0, most=10**7)
+    share: float = setting(
+        0.7, "Part of what is left of ε for the private steps, in (0, 1]; 1 leaves nothing for a probe on the same "
+        "data.", True, panel=PRIVACY, above=0, most=1, fix="give a part of ε such as 0.7, or 1",
+    )  # fmt: skip
+    switch: str = setting(
+        "plateau", "Where private steps begin: plateau of the loss of held-out public images; decelerator, when noise "
+        "costs less than a tenth of a step, estimated on public images; or a step.", True,
+        metavar="plateau|decelerator|STEP",
+    )  # fmt: skip
+    mix: Literal["step", "cosine", "ratio", "public", "private"] = setting(
+        "step", "Weight α of the public gradient: step (1, then 0 from the switch on), cosine or ratio (in every "
+        "private step), public or private (alone).", True,
+    )  # fmt: skip
+    steps: int = setting(200, "Public and private steps in all.", True, above=0, most=VERY_MANY)
+    check_every: int = setting(10, "Public steps between two evaluations of the public validation loss, by which the "
+                               "switch is decided.", above=0, most=VERY_MANY)  # fmt: skip
+    batch_size: int | None = setting(
+        None, "Expected private batch B = qN of Poisson sampling.", True, above=0, most=VERY_MANY,
+        otherwise=f"{by_recipe('batch_part', 'wrn', form='{:.2g} N', named=False)}, 4096 (paper)",
+    )  # fmt: skip
+    public_batch_size: int = setting(64, "Images of a public step.", True, above=0, most=MANY)
+    lr: float = setting(0.001, "AdamW's learning rate of the private and the mixed steps.", True, above=0)
+    public_lr: float = setting(0.002, "AdamW's learning rate of public steps.", True, above=0)
+    weight_decay: float = setting(0.01, "AdamW's.", low=0, below=1, fix="give a small one, or 0")
+    clip_norm: float = setting(1.0, "With automatic clipping the unit of sum and noise, and nothing else.", above=0)
+    views: int = setting(1, "Augmented views K of each private example, averaged before the clip.", True, above=0,
+                         most=10**4)  # fmt: skip
+    ema: float = setting(0.9999, "Decay of the moving average of the parameters that is released.", low=0, below=1)
+    checkpoint_every: int = setting(20, "Steps between two checkpoints.", above=0, most=VERY_MANY)
+
+
+# ------------------------------------------------------------------------------------------------------------ Phase II
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Private):
     """Phase II: a head on frozen features, fitted with DP-SGD."""
 
-    size: str = "tiny"
-    data: str = DEFAULT_DATA
-    epsilon: float = 1.0
-    delta: float | None = None
-    share: float | None = None
-    steps: int = 120
-    batch_size: int | None = None
-    """Expected batch; None is full batch (sampling rate 1)."""
-    lr: float | None = None
-    momentum: float = 0.9
-    clip_norm: float = 0.5
-    """C. A gradient here is (p − y) xᵀ with x of unit norm, so about .95 long at first and shorter once an example is
-    fitted. A bound that only the first ones reach pays noise for a length that they soon no longer have."""
-    views: int = 1
-    released: str = "average"
-    """What is released: the 'average' of the second half of the iterates, the 'ema', or the 'last' one."""
-    dims: int = 1024
-    """Axes that each part of the features is whitened to (a layer of patches is one; so is each stage of a WRN)."""
-    statistics_images: int = 1000
-    """Synthetic images of which the whitener's statistics are taken."""
-    statistics_views: int = 4
-    """Of each; features are evened by how the views differ (``whitening.fit``). 1: crops, and no evening."""
-    whitening_floor: float = 0.1
-    mirror: bool | None = None
-    """Average the features of an image and its mirror image; None follows the data set's declaration."""
-    classes: int | None = None
-    """Number of classes, for data that do not declare it."""
-    unit_column: str | None = None
-    """What says which images form one unit of privacy; 'image': each its own; None: as the data declare it."""
-    noise: str = "gaussian"
-    tuned_on: str | None = None
-    """What these settings were tuned on elsewhere, in the user's words: stored and shown, nothing else."""
-    precision: str = "auto"
-    """As for ``pretrain``; of the features."""
-    seed: int = 0
+    share: float | None = setting(
+        None, "Part of ε for the probe, in (0, 1]; 1: all that is left, and nothing for finetune.", True, panel=PRIVACY,
+        above=0, most=1, otherwise=f"{DEFAULT_SHARE:g}",
+        fix="give the probe a part of epsilon such as 0.3, or 1 to fit nothing but the probe",
+    )  # fmt: skip
+    # A gradient here is (p − y) xᵀ with x of unit norm, so about .95 long at first and shorter once an example is
+    # fitted. A bound that only the first ones reach adds noise for a length that they soon no longer have.
+    clip_norm: float = setting(0.5, "Clip norm C: largest L2 norm of an example's gradient.", "--clip", panel=PRIVACY,
+                               above=0)  # fmt: skip
+    steps: int = setting(120, "Updates T.", True, above=0, most=VERY_MANY)
+    batch_size: int | None = setting(
+        None, "Expected batch B = qN of Poisson sampling.", True, above=0, most=VERY_MANY,
+        otherwise="N (every example, q = 1)",
+    )  # fmt: skip
+    lr: float | None = setting(None, "Learning rate.", True, above=0, otherwise="set by the noise and the data's size")
+    momentum: float = setting(0.9, "Of the noisy gradients.", low=0, below=1)
+    views: int = setting(1, "Augmented views K of each example, averaged before the clip.", True, above=0, most=10**4)
+    released: Literal["average", "ema", "last"] = setting(
+        "average", "What is released: the average of the second half of the iterates, the ema, or the last one."
+    )
+    dims: int = setting(1024, "Components that each part of the features is whitened to (a layer of patches is one; so "
+                        "is each stage of a WRN).", above=0, most=MANY)  # fmt: skip
+    statistics_images: int = setting(1000, "Synthetic images of which the whitener's statistics are taken.", above=0,
+                                     most=10**8)  # fmt: skip
+    statistics_views: int = setting(
+        4, "Views of each; features are divided by how much the views of an image differ (within-class covariance "
+        "normalisation). 1: crops alone, without it.", above=0, most=1000,
+    )  # fmt: skip
+    whitening_floor: float = setting(
+        0.1, "Added to the eigenvalues of the features' covariance, relative to their mean.", above=0
+    )
+    mirror: bool | None = setting(None, "Average the features of an image and its mirror image.",
+                                  otherwise="as the data set declares")  # fmt: skip
+    tuned_on: str | None = setting(
+        None, "What these settings were tuned on, if you tuned elsewhere; stored and shown.", True, panel=OUTPUT,
+        metavar="TEXT", line=True, otherwise="nothing",
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- Phase III
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(FinetuneOptions):
+class FinetuneConfig(Private):
     """Phase III: every parameter, with DP-SGD."""
 
-    size: str = "tiny"
-    source: str = "probe"
-    """'probe' starts from Phases I and II, 'scratch' from random weights (De et al. 2022), 'init' from public ones."""
-    data: str = DEFAULT_DATA
-    epsilon: float = 1.0
-    delta: float | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    extractor_scale: float | None = None
-    """Factor on the extractor's gradient before the joint clip, and on its update: its share of clip and noise."""
-    clip_norm: float = 1.0
-    views: int = 1
-    clipping: str = "norm"
-    """'norm' shortens gradients longer than the clip norm; 'automatic' brings all of them to just below it; 'rescaled'
-    is 'norm' with sum and noise divided by the clip norm (De et al. 2022), so that it does not scale the rate."""
-    ema: float = 0.9999
-    refit_steps: int | None = None
-    """Full-batch steps of the head on the tuned features at the end; 0 for none. None: as the architecture's recipe."""
-    refit_part: float = 0.85
-    """Part of the remaining ε that the refit takes, where there is one."""
-    arch: str = "wrn-16-4"
-    """Used by the sources 'scratch' and 'init' alone."""
-    checkpoint_every: int = 10
-    classes: int | None = None
-    unit_column: str | None = None
-    noise: str = "gaussian"
-    precision: str = "auto"
-    """As for ``pretrain``."""
-    seed: int = 0
+    source: Literal["probe", "scratch", "init"] = setting(
+        "probe", "Start from the probe; from scratch, a random network without Phase I or II (De et al. 2022); or, "
+        "init, from the public weights of --init.", "--from", otherwise="probe, or init where --init is given",
+    )  # fmt: skip
+    arch: str = setting("wrn-16-4", "With --from scratch or --init: wrn-DEPTH-WIDTH, or nf-resnet-50.", True)
+    recipe: Literal["de2022"] | None = setting(
+        None, "de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and --eps; "
+        "σ is always calibrated. Flags win over it.", True, otherwise="none",
+    )  # fmt: skip
+    init: str | None = setting(
+        None, "safetensors file with public weights of --arch. That they are public is yours to declare, with "
+        "--init-source.", True, metavar="FILE", otherwise="none",
+    )  # fmt: skip
+    init_source: str | None = setting(
+        None, "What the weights of --init were learned from; stored and shown.", True, metavar="TEXT", line=True,
+        otherwise="none, needed with --init",
+    )  # fmt: skip
+    layer_order: Literal[
+        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
+    ] | None = setting(
+        None, "What comes before a convolution of a wrn made here.", True, metavar="ORDER", otherwise="relu-norm-conv"
+    )
+    padding: Literal["symmetric", "same"] | None = setting(
+        None, "Of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
+    )
+    pooling: Literal["1", "4", "1+4"] | None = setting(
+        None, "Grids that its features are averaged over: 1 (published), 4 or both.", True, metavar="GRIDS",
+        otherwise="1+4, or 1 (nf-resnet-50)",
+    )  # fmt: skip
+    clip_norm: float = setting(1.0, "Clip norm C: largest L2 norm of an example's gradient.", "--clip", panel=PRIVACY,
+                               above=0)  # fmt: skip
+    clipping: Literal["norm", "automatic", "rescaled"] = setting(
+        "norm", "norm: gradients longer than C are cut to C; automatic: all are scaled to just below C, so that C need "
+        "not be tuned; rescaled: norm, then sum and noise are divided by C (De et al. 2022).", True, panel=PRIVACY,
+    )  # fmt: skip
+    steps: int | None = setting(
+        None, "Updates T.", True, above=0, most=VERY_MANY,
+        otherwise=f"{by_recipe('steps', 'patchnet', 'wrn', 'scratch')}, "
+        f"{SIZE_DEFAULTS['paper']['finetune']['steps']} (paper)",
+    )  # fmt: skip
+    batch_size: int | None = setting(
+        None, "Expected batch B = qN of Poisson sampling.", True, above=0, most=VERY_MANY,
+        otherwise=f"{by_recipe('batch_part', 'patchnet', 'wrn', form='{:.2g} N')}, "
+        f"{SIZE_DEFAULTS['paper']['finetune']['batch_size']} (paper)",
+    )  # fmt: skip
+    lr: float | None = setting(None, "Learning rate.", True, above=0,
+                               otherwise=by_recipe("lr", "patchnet", "wrn", "scratch"))  # fmt: skip
+    extractor_scale: float | None = setting(
+        None, "Factor on the extractor's gradient before the joint clip, and on its update: its share of clip and "
+        "noise.", low=0, otherwise=by_recipe("extractor_scale", "patchnet", "wrn"),
+    )  # fmt: skip
+    views: int = setting(1, "Augmented views K of each example, averaged before the clip.", True, above=0, most=10**4)
+    optimizer: Literal["sgd", "adam"] | None = setting(None, "What is done with noisy gradients: sgd or adam.", True,
+                                                       otherwise="sgd")  # fmt: skip
+    momentum: float | None = setting(None, "Of the optimizer, in [0, 1).", True, low=0, below=1,
+                                     otherwise="0 (sgd), 0.9 (adam)")  # fmt: skip
+    ema: float = setting(
+        0.9999, "Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last ones.",
+        True, low=0, below=1, otherwise="0.9999, less in the first steps",
+    )  # fmt: skip
+    freeze: str | None = setting(
+        None, "Train a part of the extractor's weights, chosen once: random or magnitude; with --scope block also "
+        "last. Needs --keep.", True, metavar="HOW", otherwise="all are trained",
+    )  # fmt: skip
+    select: str | None = setting(None, "The same, chosen anew every --every steps.", True, metavar="HOW",
+                                 otherwise="all are trained")  # fmt: skip
+    keep: float | None = setting(
+        None, "The part that --freeze or --select trains, such as 0.1; head, norms and biases always are.", True,
+        otherwise="all are trained",
+    )  # fmt: skip
+    prune: str | None = setting(None, "What --freeze does to the other weights: hold or zero.", True, otherwise="hold")
+    every: int | None = setting(None, "Steps between two choices of --select.", True, otherwise="10")
+    scope: str | None = setting(
+        None, "--keep is a part of all weights (global), of each tensor (layer), or, with --freeze, of whole blocks "
+        "(block), which saves time and memory.", True, otherwise="global",
+    )  # fmt: skip
+    refit_steps: int | None = setting(
+        None, "Full-batch steps of the head on the tuned features at the end; 0 for none.", low=0, most=VERY_MANY,
+        wrong="is negative", fix="give refit_steps of 0 or more", otherwise=by_recipe("refit_steps", "patchnet", "wrn"),
+    )  # fmt: skip
+    refit_part: float = setting(0.85, "Part of the remaining ε that the refit takes, where there is one.", low=0,
+                                below=1)  # fmt: skip
+    checkpoint_every: int = setting(10, "Steps between two checkpoints.", above=0, most=VERY_MANY)
 
 
 StageConfig = GenerateConfig | PretrainConfig | ContinueConfig | ProbeConfig | FinetuneConfig
+PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
@@ -477,6 +372,9 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "probe": ProbeConfig,
     "finetune": FinetuneConfig,
 }
+
+
+# --------------------------------------------------------------------------------------- from values to a configuration
 
 
 def resolve(
@@ -509,41 +407,29 @@ def resolve(
         given = section
     given = given | {key: value for key, value in flags.items() if value is not None}
     if stage == "finetune":
-        _refuse_architecture_of_probe({**values, **given}, given)
+        source = (values | given).get("source", FinetuneConfig.source)
+        if "arch" in given and source not in WITHOUT_PHASE_ONE:
+            _refuse_network_setting("arch", source)
         values |= presets.settings(values | given)
     return build(stage, values | given)
-
-
-def _refuse_architecture_of_probe(values: dict[str, Any], given: dict[str, Any]) -> None:
-    source = values.get("source", FinetuneConfig.source)
-    if "arch" in given and source not in WITHOUT_PHASE_ONE:
-        raise UsageError(
-            f"--arch is for a network that is made here; --from {source} has one already",
-            fix="give --from scratch or --init FILE with it, or drop it",
-        )
 
 
 def build(stage: str, values: dict[str, Any]) -> StageConfig:
     """Configuration from plain values, checked key by key.
 
     Raises:
-        UsageError: unknown key, wrong type, or a value out of its range.
+        UsageError: unknown key, wrong type, a value out of its range, or settings that do not go together.
     """
-    kind = STAGE_CONFIGS[stage]
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            raise UsageError(f"[{stage}] has no setting {key!r}", fix=nearest(key, hints))
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise UsageError(f"[{stage}] {key} has more than 64 bits", fix=f"give a {key} of at most {LARGEST}")
-        if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
-            raise UsageError(f"[{stage}] {key} = {value!r} holds what cannot be printed", fix=f"give a plain {key}")
-        if not _fits(value, hints[key]):
-            expected = str(getattr(hints[key], "__name__", hints[key])).replace(" | None", "")
-            raise UsageError(f"[{stage}] {key} = {value!r} is not of type {expected}", fix=f"give {key} as {expected}")
-    config = kind(**{key: float(v) if hints[key] in (float, float | None) and v is not None else v
-                     for key, v in values.items()})
-    validate(stage, config)
+    config = checked(stage, STAGE_CONFIGS[stage], values)
+    if isinstance(config, PretrainConfig) and config.arch == "patchnet" and config.precision == "bfloat16":
+        raise UsageError(
+            "[pretrain] precision = 'bfloat16', and a patchnet computes in float32",
+            fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
+        )
+    if isinstance(config, FinetuneConfig):
+        _check_start(config)
+    if isinstance(config, ContinueConfig):
+        _check_switch(config)
     return config
 
 
@@ -556,12 +442,130 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
 def _unused(config: StageConfig) -> set[str]:
     """Settings that have no say in what a configuration describes: they are neither recorded nor shown."""
     if isinstance(config, PretrainConfig):
-        return unused(config)
+        used = {None, PATCHNET} if config.arch == "patchnet" else {None, NETWORK}
+        used |= {SECOND_LAYER} if config.arch == "patchnet" and config.layers > 1 else set()
+        declared = settings_of(PretrainConfig).items()
+        idle = {name for name, made in declared if made.of not in used or (made.learning and config.random_init)}
+        return idle | ({"precision"} if config.arch == "patchnet" else set()) | (
+            {"momentum"} if config.optimizer == "adamw" else set()
+        )
     if not isinstance(config, FinetuneConfig):
         return set()
     made_here = config.source in WITHOUT_PHASE_ONE  # whose recipes have no refit
     no_refit = config.refit_steps == 0 or (made_here and config.refit_steps is None)
     return (set() if made_here else {"arch"}) | ({"refit_part"} if no_refit else set())
+
+
+def default_text(stage: str, name: str) -> str | None:
+    """A setting's default as help texts and documentation state it, for all sizes; None where there is none."""
+    made: Setting = settings_of(STAGE_CONFIGS[stage])[name]
+    if made.otherwise is not None:
+        return made.otherwise
+    values = {size: SIZE_DEFAULTS[size][stage].get(name, getattr(STAGE_CONFIGS[stage], name)) for size in SIZES}
+    if all(value is None or value is False for value in values.values()):
+        return None
+    shown = {size: text(value) for size, value in values.items()}
+    first = shown["tiny"]
+    others = [size for size in SIZES if shown[size] != first]
+    if not others:
+        said = first
+    elif len({shown[size] for size in others}) == 1:
+        said = f"{first}, or {shown[others[0]]} ({', '.join(others)})"
+    else:
+        said = ", ".join(f"{value} ({size})" for size, value in shown.items())
+    return f"the run's, else {said}" if made.inherited else said
+
+
+# ------------------------------------------------------------------------------------------ what settings mean together
+
+
+def extractors_of(config: PretrainConfig) -> tuple[PretrainConfig, ...]:
+    """The extractors that a configuration asks for: itself, or one for colour and then one for grey data.
+
+    Learning a dictionary takes seconds, so where the data are not known there is one for each kind. Random weights
+    have seen no image: one network serves both kinds.
+    """
+    if config.arch == "patchnet" and config.colour == "both" and not config.random_init:
+        return tuple(dataclasses.replace(config, colour=colour) for colour in ("rgb", "grey"))
+    return (config,)
+
+
+def lr_of(config: PretrainConfig) -> float:
+    """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for adamw."""
+    if config.lr is not None:
+        return config.lr
+    if config.optimizer == "adamw":
+        return 1e-3
+    return 0.12 if config.size == "paper" else 0.03
+
+
+def switch_step(config: ContinueConfig) -> int | None:
+    """The step at which the switch was asked for; None where a rule decides."""
+    asked = config.switch
+    return int(asked) if asked.isascii() and asked.isdecimal() and len(asked) <= 9 else None
+
+
+def fraction_of(public: str) -> float | None:
+    """F of ``fraction:F``; None for other public data.
+
+    Raises:
+        UsageError: F is no number in (0, 1).
+    """
+    if not public.startswith(FRACTION):
+        return None
+    given = public.removeprefix(FRACTION)
+    try:
+        value = float(given)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise UsageError(
+            f"public = {public!r}: {given!r} is no part of the training split", fix="give fraction:0.1, say"
+        )
+    return value
+
+
+def _check_switch(config: ContinueConfig) -> None:
+    step = switch_step(config)
+    if step is None and config.switch not in SWITCHES:
+        raise UsageError(
+            f"[continue] switch = {config.switch!r} is no step and no rule",
+            fix=f"give {' or '.join(SWITCHES)}, or a number of public steps",
+        )
+    if step is not None and step >= config.steps and config.mix == "step":
+        raise UsageError(
+            f"switch = {step} leaves no private step of {config.steps}",
+            fix=f"switch before step {config.steps}, or give mix = 'public' for public steps alone",
+        )
+    if config.public.startswith(FRACTION):
+        fraction_of(config.public)
+    elif not config.public.strip():
+        raise UsageError("public names nothing", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
+
+
+def _check_start(config: FinetuneConfig) -> None:
+    if config.source == "init" and config.init is None:
+        raise UsageError("--from init needs a file of public weights", fix="give --init FILE.safetensors")
+    if config.init is not None and config.source != "init":
+        raise UsageError(
+            f"--init brings public weights, and --from {config.source} does not use them", fix="drop one of them"
+        )
+    if (config.init is None) != (config.init_source is None):
+        problem = "--init-source without --init says nothing"
+        if config.init is not None:
+            problem = "nobody said where the weights of --init come from: that they are public is yours to declare"
+        raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
+    if config.source not in WITHOUT_PHASE_ONE:
+        for key in ("layer_order", "padding", "pooling", "recipe"):
+            if getattr(config, key) is not None:
+                _refuse_network_setting(key, config.source)
+
+
+def _refuse_network_setting(key: str, source: str) -> None:
+    raise UsageError(
+        f"--{key.replace('_', '-')} is for a network that is made here; --from {source} has one already",
+        fix="give --from scratch or --init FILE with it, or drop it",
+    )
 
 
 def public_data_name(name: str) -> str:
@@ -591,90 +595,3 @@ def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]
     if not isinstance(section, dict):
         raise UsageError(f"{file}: {stage} is not a table", fix=f"write [{stage}] and its settings below it")
     return section
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML or command-line value may stand for a field of this type (an int may stand for a float)."""
-    allowed = getattr(hint, "__args__", (hint,))
-    if value is None:
-        return type(None) in allowed
-    if isinstance(value, bool):
-        return bool in allowed
-    if isinstance(value, int):
-        return int in allowed or float in allowed
-    return isinstance(value, tuple(kind for kind in allowed if kind is not type(None)))
-
-
-_POSITIVE = (
-    "count", "sample", "resolution", "filters", "patch_size", "patch_dims", "stride", "dictionary_patches",
-    "dictionary_iterations", "second_filters", "steps", "batch_size", "projection_hidden", "projection_dim",
-    "checkpoint_every", "views", "dims", "statistics_images", "statistics_views", "lr", "clip_norm",
-    "whitening_floor", "instances", "check_every", "public_batch_size", "public_lr",
-)  # fmt: skip
-
-
-_AT_MOST = {
-    "count": 10**8, "sample": 10**8, "filters": 10**5, "second_filters": 10**5, "dictionary_patches": 10**8,
-    "dictionary_iterations": 10**6, "steps": 10**9, "refit_steps": 10**9,
-    "batch_size": 10**9, "projection_hidden": 10**6, "projection_dim": 10**6, "views": 10**4, "dims": 10**6,
-    "statistics_images": 10**8, "statistics_views": 10**3, "classes": 10**5, "checkpoint_every": 10**9,
-    "instances": 10**7, "check_every": 10**9, "public_batch_size": 10**6,
-}  # fmt: skip
-"""Beyond these no machine's memory or patience reaches: a slip of the finger."""
-
-
-def validate(stage: str, config: StageConfig) -> None:
-    """Refuse values out of range (UsageError), naming the value."""
-    values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-    for key in _POSITIVE:
-        value = values.get(key)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{key} = {value!r} is not a positive number", fix=f"give a {key} above 0")
-    for key, most in _AT_MOST.items():
-        if values.get(key, 0) > most:
-            raise UsageError(f"{key} = {values[key]} is out of all bounds", fix=f"give a {key} of at most {most}")
-    ranges = {"momentum": (0, 1), "ema": (0, 1), "extractor_scale": (0, math.inf), "refit_part": (0, 1)}
-    ranges |= {"weight_decay": (0, math.inf), "classes": (2, math.inf), "layers": (1, 3)}
-    for key, (low, high) in ranges.items():
-        value = values.get(key)
-        if value is not None and not low <= value < high:
-            raise UsageError(f"{key} = {value!r} lies outside [{low}, {high})", fix=f"choose a {key} in that range")
-    for key in ("seed", "refit_steps"):
-        if values.get(key, 0) < 0:
-            raise UsageError(f"{key} = {values[key]} is negative", fix=f"give a {key} of 0 or more")
-    if "epsilon" in values and not values["epsilon"] > 0:
-        raise UsageError(
-            f"epsilon = {values['epsilon']!r} is no privacy budget",
-            fix="give a number above 0, such as --eps 1, or --eps inf for a model without privacy",
-        )
-    if "delta" in values and not 0 < values["delta"] < 1:
-        raise UsageError(f"delta = {values['delta']!r} lies outside (0, 1)", fix="use a delta below 1/N, such as 1e-5")
-    if "share" in values and not 0 < values["share"] <= 1:
-        raise UsageError(
-            f"share = {values['share']!r} lies outside (0, 1]",
-            fix="give the probe a part of epsilon such as 0.3, or 1 to fit nothing but the probe",
-        )
-    if "tuned_on" in values and not (values["tuned_on"].isprintable() and 0 < len(values["tuned_on"]) <= LONGEST_TEXT):
-        raise UsageError(
-            f"tuned_on is not one line of 1 to {LONGEST_TEXT} printable characters", fix="say it in one short line"
-        )
-    choices = {
-        "schedule": ("cosine", "step"),
-        "released": ("average", "ema", "last"),
-        "source": ("probe", "scratch", "init"),
-        "colour": COLOURS,
-        "noise": ("gaussian", "discrete"),
-        "clipping": ("norm", "automatic", "rescaled"),
-        "size": SIZES,
-        "precision": PRECISIONS,
-        **OPTION_CHOICES,
-    }
-    for key, known in choices.items():
-        if key in values and values[key] not in known:
-            raise UsageError(f"[{stage}] {key} = {values[key]!r} is unknown", fix=nearest(str(values[key]), known))
-    if stage == "finetune":
-        validate_options(values)
-    if isinstance(config, PretrainConfig):
-        check(config)
-    if isinstance(config, ContinueConfig):
-        validate_continue(config)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dprandp.config.schema import OPTIMIZERS
 from dprandp.errors import UsageError, nearest
 from dprandp.models.optimizers import begun, state_of
 
@@ -48,8 +47,8 @@ class OptimizerSettings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in OPTIMIZERS:
-            raise UsageError(f"the optimizer {self.kind!r} is unknown", fix=nearest(self.kind, OPTIMIZERS))
+        if self.kind not in DEFAULT_MOMENTUM:
+            raise UsageError(f"the optimizer {self.kind!r} is unknown", fix=nearest(self.kind, DEFAULT_MOMENTUM))
         for name in ("momentum", "second_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dprandp.config.schema import ContinueConfig, FinetuneConfig, ProbeConfig, fraction_of
+from dprandp.config.schema import DEFAULT_SHARE, ContinueConfig, FinetuneConfig, PrivateConfig, ProbeConfig, fraction_of
 from dprandp.data import Dataset, DataSpec, open_dataset, without_public_part
 from dprandp.dpsgd import training_data
 from dprandp.dpsgd.budget import ADJACENCY, NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
@@ -351,11 +351,6 @@ def started(rundir: RunDir, name: str) -> str | None:
 #
 # The order matters: name the data set (declared facts only), read the run's budget and ledger, find σ from what is
 # left, or refuse. No pixel is read in this file.
-
-PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
-
-DEFAULT_SHARE = 0.3
-"""Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
 
 
 def name_private_stage(

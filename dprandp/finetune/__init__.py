@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dprandp import probe
-from dprandp.config.presets import note
+from dprandp.config.presets import Recipe, note, recipe_for
 from dprandp.config.schema import FinetuneConfig, ProbeConfig, as_dict
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
@@ -51,39 +50,6 @@ from dprandp.runs.results import refuse_gaps
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.runs.tuning import tuning_of
 from dprandp.vision.images import colour_of, to_input
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-#
-# What each architecture's fine-tune does where the configuration leaves it open.
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Defaults of an architecture that the configuration leaves open.
-
-    Attributes:
-        steps: of the joint training. lr: learning rate of the head. extractor_scale: see the module's docstring.
-        batch_part: expected batch as a part of N. refit_steps: 0 for no refit.
-    """
-
-    steps: int
-    lr: float
-    extractor_scale: float
-    batch_part: float
-    refit_steps: int = 0
-
-
-RECIPES: dict[str, Recipe] = {
-    "patchnet": Recipe(steps=8, lr=4.0, extractor_scale=0.1, batch_part=0.02, refit_steps=120),
-    "wrn": Recipe(steps=40, lr=0.4, extractor_scale=1.0, batch_part=0.08192),  # rates of Tang et al. 2023
-    "scratch": Recipe(steps=100, lr=2.0, extractor_scale=1.0, batch_part=0.08192),  # rates of De et al. 2022
-}
-
-
-def recipe_for(arch: str, source: str) -> Recipe:
-    """Defaults for an architecture; 'scratch' has its own."""
-    return RECIPES["scratch" if source == "scratch" else "patchnet" if arch == "patchnet" else "wrn"]
-
 
 # -------------------------------------------------------------------------------------------------------- update facts
 #

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dprandp.config.schema import PRECISIONS
 from dprandp.errors import UsageError
 
-AUTO, FLOAT32, BFLOAT16 = PRECISIONS
+AUTO, FLOAT32, BFLOAT16 = "auto", "float32", "bfloat16"
 
 PRETEND = "DPRANDP_PRETEND_BFLOAT16"
 """Environment variable: 1 or 0 stands in for what the processor says, so that either kind can be tested on any."""

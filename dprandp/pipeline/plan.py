@@ -15,9 +15,11 @@ import torch
 
 from dprandp import continual, finetune
 from dprandp.config.schema import (
+    DEFAULT_SHARE,
     ContinueConfig,
     GenerateConfig,
     PretrainConfig,
+    PrivateConfig,
     ProbeConfig,
     StageConfig,
     as_dict,
@@ -26,7 +28,7 @@ from dprandp.config.schema import (
 )
 from dprandp.continual import switching
 from dprandp.dpsgd.budget import read_plan_file
-from dprandp.dpsgd.stage import DEFAULT_SHARE, PrivateConfig, name_private_stage, open_private_stage
+from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.dpsgd.training_data import not_compared
 from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images

@@ -34,7 +34,7 @@ from dprandp.models import dictionary
 from dprandp.models.extractor import build_extractor, load_weights, refuse_unlearnable
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
-from dprandp.pretrain.shipped import shipped
+from dprandp.pretrain.shipped import shipped_extractor
 from dprandp.pretrain.wrn import facts_of, held_out_images, learn
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
@@ -70,7 +70,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     config = with_precision(STAGE, config, context, config.arch)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
-    ready, known, from_outside = shipped(foreseen) if foreseen.prior else (None, {}, {})
+    ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, {}, {})
     begun = context.rundir.begin(
         STAGE,
         as_dict(config),

@@ -40,7 +40,7 @@ def public_stages(name: str, statistics_images: int | None = None) -> dict[str, 
     return {"generate": images, "pretrain": replace(card.pretrain, prior=name)}
 
 
-def shipped(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any], dict[str, str]]:
+def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any], dict[str, str]]:
     """The extractor of the prior that a configuration names.
 
     Returns:
@@ -101,7 +101,7 @@ def table() -> list[dict[str, Any]]:
                 "licence": card.licence,
                 "sha256": card.sha256,
             }
-            shipped(replace(card.pretrain, prior=name))
+            shipped_extractor(replace(card.pretrain, prior=name))
         except DprandpError as error:
             row["problem"] = error.problem
     return rows

@@ -16,11 +16,11 @@ import time
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import ProbeConfig, as_dict
+from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig, as_dict
 from dprandp.data import DataSpec
 from dprandp.dpsgd import release
 from dprandp.dpsgd.features import private_features
-from dprandp.dpsgd.stage import DEFAULT_SHARE, open_private_stage
+from dprandp.dpsgd.stage import open_private_stage
 from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from dprandp.config.schema import ProbeConfig
-from dprandp.dpsgd.stage import DEFAULT_SHARE
+from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig
 from dprandp.errors import UsageError
 from dprandp.runs.tuning import SYNTHETIC
 

@@ -14,6 +14,7 @@ from cli_process import Dprandp, refused, state_of
 from test_cli_budget import NO_PIXELS
 
 from dprandp.cli import session
+from dprandp.cli.flags import Options
 from dprandp.config.schema import as_dict, build
 from dprandp.runs.directory import RunDir
 
@@ -162,5 +163,6 @@ def test_the_colour_that_fits_the_data(
             rundir.begin("pretrain", config, {}, resume=False, overwrite=False)
     toml = tmp_path / "c.toml"
     toml.write_text(f'[pretrain]\ncolour = "{file}"\n' if file else "")
-    config = session.resolve(rundir, "pretrain", None, toml, {"colour": None}, fitting={"colour": "grey"})
+    options = Options(config=toml)
+    config = session.resolve(rundir, "pretrain", options, {"colour": None}, fitting={"colour": "grey"})
     assert config.colour == resolved

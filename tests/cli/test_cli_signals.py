@@ -79,7 +79,7 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
 
 STOPPED_OUTSIDE_THE_LOOP = """
 import os, signal, time
-from dprandp.vision import whitening
+from dprandp.models import whitening
 def fit(*arguments, **settings):
     os.kill(os.getpid(), signal.{name})
     time.sleep(10)

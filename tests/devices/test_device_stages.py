@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 ONCE_A_STAGE = {
     "models/extractor.py add_weights: _to_copy": "the hash of an extractor",
-    "tensorfile.py <dictcomp>: _to_copy": "checkpoints are files",
+    "runs/checkpoint.py <dictcomp>: _to_copy": "checkpoints are files",
     "dpsgd/release.py <dictcomp>: _to_copy": "the released model is a file",
     "dpsgd/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
     "probe/head.py released_head: _local_scalar_dense": "whether there is an average to release",

@@ -14,6 +14,7 @@ from fuzzing import Told, attempt, command, dice, explore, mutated, mutated_byte
 
 from dprandp import pipeline, release
 from dprandp.cli import session
+from dprandp.cli.flags import Options
 from dprandp.config.schema import StageConfig
 from dprandp.errors import DprandpError
 from dprandp.inspection import overview
@@ -115,8 +116,8 @@ class Damaged:
         """A stage's configuration and context, as the command line makes them."""
         with session.opened(self.run) as rundir:
             given = {"data": self.data} if name in ("probe", "finetune") else {}
-            config = session.resolve(rundir, name, None, self.settings_file, given)
-            act(config, session.context(rundir, Console(quiet=True)))
+            config = session.resolve(rundir, name, Options(config=self.settings_file), given)
+            act(config, session.context(rundir, Console(quiet=True), Options(device="cpu")))
 
     def look_at_all(self) -> None:
         table = overview.status(RunDir.open(self.run, create=False))

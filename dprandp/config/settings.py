@@ -1,0 +1,186 @@
+"""What a setting is: declared once, as a dataclass field, with its help, unit, range, choices, default and flag.
+
+The command line's options (``cli/flags.py``), the checks of configuration files, what a run records and the tables of
+``docs/settings.md`` are made from these declarations. A new setting is one line in ``schema.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dprandp.errors import UsageError, nearest
+
+DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "Performance", "Output"
+"""Panels of the command line's help."""
+
+LARGEST = 2**63 - 1
+"""Of any whole number, as in TOML: what the random generators take for a seed."""
+
+LONGEST_TEXT = 500
+"""Characters of what a user says in her own words."""
+
+SLIP = 1000
+"""A limit of at least this many is no range to choose from: beyond it lies a slip of the finger."""
+
+_KEY = "setting"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting beside its name, type and default.
+
+    Attributes:
+        help: what it is, in one or two sentences; units and meaning of special values included.
+        flag: its option on the command line; None where only a configuration file sets it.
+        panel: of the help in which it is listed.
+        metavar: how its value is called there; None: by its type or choices.
+        otherwise: the default in words, where the value alone does not say it.
+        inherited: whether a later stage takes it from the run.
+        above, low, below, most: value > above, value >= low, value < below, value <= most.
+        wrong: what a value out of range is, in words; fix: what to give instead.
+        infinite: whether inf is a value.
+        line: whether it is one short line of text.
+        of: what alone it belongs to, such as 'patchnet'; None: to everything.
+        learning: whether it says how weights are learned, and so nothing about random ones.
+    """
+
+    help: str
+    flag: str | None = None
+    panel: str = TRAINING
+    metavar: str | None = None
+    otherwise: str | None = None
+    inherited: bool = False
+    above: float | None = None
+    low: float | None = None
+    below: float | None = None
+    most: float | None = None
+    wrong: str | None = None
+    fix: str | None = None
+    infinite: bool = False
+    line: bool = False
+    of: str | None = None
+    learning: bool = False
+
+
+def setting(default: Any, help: str, flag: str | bool | None = None, **facts: Any) -> Any:
+    """A field of a configuration; ``flag`` True stands for the field's own name."""
+    return dataclasses.field(default=default, metadata={_KEY: Setting(help, flag, **facts)})  # type: ignore[arg-type]
+
+
+@cache
+def settings_of(kind: type) -> Mapping[str, Setting]:
+    """The settings of a configuration, by name, in the order of their declaration."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        made: Setting = field.metadata[_KEY]
+        if made.flag is True:
+            made = dataclasses.replace(made, flag="--" + field.name.replace("_", "-"))
+        found[field.name] = made
+    return types.MappingProxyType(found)
+
+
+@cache
+def types_of(kind: type) -> Mapping[str, Any]:
+    """Name -> type of a configuration's fields."""
+    hints = get_type_hints(kind)
+    return types.MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(kind)})
+
+
+def plain_type(hint: Any) -> type:
+    """int, float, bool or str: the type of a value that is not None."""
+    for each in _alternatives(hint):
+        return type(get_args(each)[0]) if get_origin(each) is Literal else each
+    raise TypeError(f"{hint} has no plain type")
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal type allows; () for other types."""
+    return tuple(value for each in _alternatives(hint) if get_origin(each) is Literal for value in get_args(each))
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [part for part in parts if part is not type(None)]
+
+
+def text(value: Any) -> str:
+    """A value as help texts show it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
+    """A configuration from plain values, each of which is checked against its declaration.
+
+    Args:
+        stage: its name in messages.
+        kind: its dataclass.
+        values: name -> value; what is left out has its default.
+
+    Raises:
+        UsageError: an unknown name, a wrong type, or a value out of its range; naming it.
+    """
+    from pydantic import ValidationError
+
+    declared, hints = settings_of(kind), types_of(kind)
+    for name, value in values.items():
+        if name not in declared:
+            raise UsageError(f"[{stage}] has no setting {name!r}", fix=nearest(name, declared))
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"[{stage}] {name} has more than 64 bits", fix=f"give a {name} of at most {LARGEST}")
+        if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            raise UsageError(f"[{stage}] {name} = {value!r} holds what cannot be printed", fix=f"give a plain {name}")
+    try:
+        clean = vars(_model(kind).model_validate(dict(values)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise _refusal(stage, name, values[name], hints[name], declared[name], first["type"]) from None
+    for name, made in declared.items():
+        value = clean[name]
+        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) > made.infinite):
+            raise _refusal(stage, name, value, hints[name], made, "finite_number")
+        if made.line and value is not None and not (value.isprintable() and 0 < len(value) <= LONGEST_TEXT):
+            problem = f"{name} is not one line of 1 to {LONGEST_TEXT} printable characters"
+            raise UsageError(problem, fix="say it in one short line")
+    return kind(**clean)
+
+
+@cache
+def _model(kind: type) -> Any:
+    """The pydantic model of a configuration, which checks types strictly, and ranges."""
+    from pydantic import ConfigDict, Field, create_model
+
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        made = settings_of(kind)[field.name]
+        limits = {"gt": made.above, "ge": made.low, "lt": made.below, "le": made.most}
+        given = {key: value for key, value in limits.items() if value is not None}
+        fields[field.name] = (Annotated[types_of(kind)[field.name], Field(**given)], field.default)
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+
+
+def _refusal(stage: str, name: str, value: Any, hint: Any, made: Setting, kind: str) -> UsageError:
+    """What to say of a value that pydantic refused, by the kind of its error."""
+    if kind == "literal_error" and isinstance(value, str):
+        return UsageError(f"[{stage}] {name} = {value!r} is unknown", fix=nearest(value, choices_of(hint)))
+    slip = made.most is not None and made.most >= SLIP
+    if kind == "less_than_equal" and slip:
+        return UsageError(f"{name} = {value} is out of all bounds", fix=f"give a {name} of at most {made.most:.0f}")
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
+        lowest = f"({made.above:g}" if made.above is not None else f"[{'-inf' if made.low is None else f'{made.low:g}'}"
+        highest = f"{made.below:g})" if made.below is not None else "inf)" if made.most is None else f"{made.most:g}]"
+        positive = made.above == 0 and made.below is None and (made.most is None or slip)
+        wrong = made.wrong or ("is not a positive number" if positive else f"lies outside {lowest}, {highest}")
+        fix = made.fix or (f"give a {name} above 0" if positive else f"choose a {name} in that range")
+        return UsageError(f"{name} = {value!r} {wrong}", fix=fix)
+    expected = plain_type(hint).__name__
+    return UsageError(f"[{stage}] {name} = {value!r} is not of type {expected}", fix=f"give {name} as {expected}")
