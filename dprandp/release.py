@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
-from dprandp.data import read_unlabelled, skipped_text
+from dprandp.data import brought_to, read_unlabelled, skipped_text
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.models.classifier import Classifier
@@ -77,6 +77,21 @@ class ReleasedModel:
             float32 [N, classes], rows sum to 1: the softmax of the scores. They are not calibrated.
         """
         return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
+
+    def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
+        """The most probable class of each image; the rows of ``predict``.
+
+        Args:
+            images: an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
+
+        Raises:
+            InputError: a file is missing or damaged, or an array holds no images.
+        """
+        if isinstance(images, np.ndarray):
+            table = self.probabilities(brought_to(images, self.shape))
+            return rows_of(self, [f"[{index}]" for index in range(len(table))], table)
+        paths = [images] if isinstance(images, Path | str) else images
+        return predict(self, [Path(path) for path in paths])
 
 
 def load_model(folder: Path | str) -> ReleasedModel:
@@ -333,7 +348,11 @@ def predict(
         InputError: an image is missing or damaged. UsageError: there is none.
     """
     names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
-    table = model.probabilities(pixels)
+    return rows_of(model, names, model.probabilities(pixels))
+
+
+def rows_of(model: ReleasedModel, names: Sequence[str], table: torch.Tensor) -> list[dict[str, Any]]:
+    """A row per image from the probabilities [N, classes]; see ``predict``."""
     rows = []
     for name, row in zip(names, table.tolist(), strict=True):
         best = max(range(len(row)), key=row.__getitem__)

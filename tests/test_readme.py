@@ -70,6 +70,21 @@ def test_every_link_and_picture_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(there), anchor
 
 
+@pytest.mark.slow
+def test_the_example_in_python_runs(tmp_path: Path) -> None:
+    [example] = re.findall(r"^```python\n(.*?)^```", PAGES[ROOT / "README.md"], re.M | re.S)
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "scan.png")
+    setup = "import numpy as np\nfeatures, labels = np.eye(10)[np.arange(500) % 10], np.arange(500) % 10\n"
+    checks = "assert images.shape == (16, 64, 64, 3) and 40 < sigma < 42 and head.epsilon <= 1\n"
+    checks += "assert result['accuracy'] > 0.88 and (head.predict(features).numpy() == labels).mean() > 0.9\n"
+    done = subprocess.run(
+        [sys.executable, "-c", setup + example + checks], cwd=tmp_path, env=environment(), text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in [str(digit) for digit in range(10)]
+
+
 def test_the_first_page_is_short_and_leads_to_all_others() -> None:
     readme = PAGES[ROOT / "README.md"]
     assert len(readme.splitlines()) <= 200

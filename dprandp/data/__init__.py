@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dprandp.data.base import SPLITS, Dataset, DataSpec, Split, check_split, public_part, without_public_part
 from dprandp.data.check import check_data
-from dprandp.data.decode import read_unlabelled, skipped_text
+from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
 from dprandp.data.known import BUILTIN, MEDICAL, KnownSet, refuse_unsupported
 from dprandp.data.npz import open_npz
@@ -27,8 +27,8 @@ from dprandp.data.units import EACH_IMAGE
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "check_data", "check_split", "list_datasets",
-    "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "brought_to", "check_data", "check_split",
+    "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 #: Name → data set, for everything but ``folder:`` and ``npz:``.

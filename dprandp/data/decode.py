@@ -479,10 +479,29 @@ def read_unlabelled(
     if kind == "npz":
         images = _from_npz(Path(rest).expanduser())
         names += [f"{rest}[{index}]" for index in range(len(images))]
-        parts += [_resized(_grey_or_rgb(image[None], shape[2])[0], shape)[None] for image in images]
+        parts.append(brought_to(images, shape))
     if not names:
         raise UsageError("there is no image to classify", fix="name image files, or give --data npz:PATH | folder:PATH")
     return names, np.concatenate(parts)
+
+
+def brought_to(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Images of any size as uint8 [N, height, width, channels] of ``shape``; cut and resized as files are.
+
+    Args:
+        images: uint8 [H, W], [H, W, C] or [N, H, W, C] with C = 1 or 3.
+
+    Raises:
+        InputError: the array holds no such images.
+    """
+    many = images[None] if images.ndim == 3 else images[None, ..., None] if images.ndim == 2 else images
+    if many.dtype != np.uint8 or many.ndim != 4 or many.shape[3] not in (1, 3) or 0 in many.shape:
+        raise InputError(
+            f"an array of type {images.dtype} and shape {list(images.shape)} holds no images",
+            fix="give uint8 [height, width, 3] or [N, height, width, 3], or one channel for grey",
+        )
+    sized = np.stack([_resized(image, (*shape[:2], image.shape[2])) for image in many])
+    return _grey_or_rgb(sized, shape[2])
 
 
 def skipped_text(kinds: Mapping[str, int]) -> str:

@@ -1,0 +1,340 @@
+"""The Python API: the pieces of the command line for a notebook.
+
+>>> import dprandp
+>>> dprandp.random_images("dead-leaves", count=2, resolution=32).shape
+(2, 32, 32, 3)
+
+Images of a random process as an array (``random_images``) or a dataset (``RandomImages``); ``noise_multiplier`` for a
+budget and ``epsilon`` of a noise multiplier; a private head on one's own features under a ledger
+(``fit_private_head``); all stages in one call (``run``); a released model (``load_model``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dprandp import pipeline, release
+from dprandp.config.schema import StageConfig, resolve
+from dprandp.errors import InputError, UsageError
+from dprandp.privacy import accounting
+from dprandp.privacy.clipping import clipped_softmax_sum
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.mechanism import PrivateMechanism, make_plan
+from dprandp.privacy.randomness import SystemRandom
+from dprandp.probe.head import HeadSettings, begin_head, default_lr, released_head, update_head
+from dprandp.release import ReleasedModel
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context, prepare_device
+from dprandp.runs.directory import RunDir
+from dprandp.synth import process_named, render_block
+
+__all__ = [
+    "PrivateHead", "RandomImages", "ReleasedModel", "epsilon", "fit_private_head", "load_model", "noise_multiplier",
+    "random_images", "run",
+]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- images from nothing
+
+
+class RandomImages(torch.utils.data.Dataset):
+    """Images of a random process, made when they are asked for; the same for the same arguments.
+
+    >>> images = RandomImages("perlin", count=10, resolution=16)
+    >>> len(images), images[3].shape, images[3].dtype
+    (10, torch.Size([3, 16, 16]), torch.uint8)
+
+    Images are made in blocks (400 of most processes), of which the last is kept: read them in order, or shuffle within
+    blocks. No data are read, so it costs no privacy.
+
+    Args:
+        process: a name that ``dprandp generate --process`` takes.
+        count: number of images, 1 or more.
+        resolution: their side in pixels: 8, 16, 32, 64, 128, 256 or 512.
+        seed: public.
+        transform: applied to each image, a uint8 tensor [3, resolution, resolution].
+
+    Raises:
+        UsageError: an unknown process, or an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        process: str = "stylegan-oriented",
+        *,
+        count: int,
+        resolution: int = 64,
+        seed: int = 0,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        if count < 1:
+            raise UsageError(f"count is {count}", fix="ask for at least one image")
+        self.process, self.count, self.resolution, self.seed = process_named(process), count, resolution, seed
+        self.transform = transform
+        self._block, self._images = -1, np.empty(0, np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"image {index} of {self.count}")
+        block, place = divmod(index % self.count, self.process.block_size)
+        if block != self._block:
+            self._images, self._block = self._made(block), block
+        image = torch.from_numpy(self._images[place]).permute(2, 0, 1)
+        return image if self.transform is None else self.transform(image)
+
+    def _made(self, block: int) -> np.ndarray:
+        size = min(self.process.block_size, self.count - block * self.process.block_size)
+        return render_block(self.process.name, self.seed, block, size, self.resolution)
+
+
+def random_images(
+    process: str = "stylegan-oriented", *, count: int, resolution: int = 64, seed: int = 0
+) -> np.ndarray:
+    """Images of a random process; no data are read, so they cost no privacy.
+
+    >>> random_images("dead-leaves", count=4, resolution=32, seed=1).dtype
+    dtype('uint8')
+
+    Args:
+        process, count, resolution, seed: see ``RandomImages``.
+
+    Returns:
+        uint8 [count, resolution, resolution, 3]; those that ``dprandp generate`` writes for the same arguments.
+
+    Raises:
+        UsageError: an unknown process, or an argument out of its range.
+    """
+    made = RandomImages(process, count=count, resolution=resolution, seed=seed)
+    blocks = -(-count // made.process.block_size)
+    return np.concatenate([made._made(block) for block in range(blocks)])
+
+
+# ---------------------------------------------------------------------------------------------------- noise and budget
+
+
+def noise_multiplier(epsilon: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
+    """The smallest noise multiplier σ that was found for a budget.
+
+    >>> round(noise_multiplier(1.0, 1e-5, steps=120), 1)
+    40.9
+
+    Args:
+        epsilon: ε above 0, inf for none.
+        delta: δ in (0, 1).
+        steps: T, updates of DP-SGD.
+        sample_rate: q in (0, 1], the probability of a record to be in a batch (Poisson sampling); 1: full batches.
+
+    Returns:
+        σ: the noise's standard deviation over the clip norm.
+
+    Guarantee:
+        ``epsilon(result, delta, ...) <= epsilon`` for zero-out of one record.
+
+    Raises:
+        UsageError: a value out of its range. BudgetError: no noise is enough.
+    """
+    return accounting.calibrate(epsilon, delta, sample_rate, steps)
+
+
+def epsilon(noise_multiplier: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
+    """An upper bound on the ε of DP-SGD with Gaussian noise, for zero-out of one record.
+
+    >>> epsilon(41.0, 1e-5, steps=120) < 1.01
+    True
+
+    Args:
+        noise_multiplier: σ, the noise's standard deviation over the clip norm.
+        delta, steps, sample_rate: see ``noise_multiplier``.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    event = accounting.GaussianEvent(noise_multiplier, sample_rate, steps)
+    return accounting.compose([event], delta).upper
+
+
+# ------------------------------------------------------------------------------------- a head on one's own features
+
+
+@dataclass(frozen=True)
+class PrivateHead:
+    """A linear softmax head, fitted privately; may be released.
+
+    Attributes:
+        weights: float32 [d, classes].
+        epsilon: upper bound on what the ledger has spent since it was begun, this head included.
+        delta: δ of that bound.
+        noise_multiplier: σ of the fit.
+    """
+
+    weights: Tensor
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+
+    def scores(self, features: Tensor | np.ndarray) -> Tensor:
+        """float32 [N, classes] of features [N, d]; rows are scaled to unit length first, as in the fit."""
+        return unit_rows(features, self.weights.shape[0]) @ self.weights
+
+    def predict(self, features: Tensor | np.ndarray) -> Tensor:
+        """int64 [N]: the most probable class of each row of features [N, d]."""
+        return self.scores(features).argmax(dim=1)
+
+
+def fit_private_head(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
+    *,
+    classes: int,
+    epsilon: float,
+    ledger: Path | str,
+    delta: float | None = None,
+    steps: int = 120,
+    clip_norm: float = 0.5,
+    lr: float | None = None,
+    momentum: float = 0.9,
+) -> PrivateHead:
+    """A linear head on features that you computed, fitted with full-batch DP-SGD: the probe without a run directory.
+
+    >>> head = fit_private_head(features, labels, classes=10, epsilon=1.0, ledger="ledger.jsonl")    # doctest: +SKIP
+    >>> (head.predict(test_features) == test_labels).float().mean()                                  # doctest: +SKIP
+
+    Args:
+        features: float [N, d], one row per record, each computed from that record and public things alone. Statistics
+            of the private features, such as their mean, must not be taken out: that would not be counted.
+        labels: whole numbers [N] in 0 … classes − 1.
+        classes: their number, declared and not counted in the labels.
+        epsilon: total ε of everything in the ledger once this head is fitted.
+        ledger: file that keeps what was spent on these N records; begun where it does not exist. Keep it with the data:
+            a second fit on the same records must name the same ledger, and gets what is left.
+        delta: None: 1e-5, or 0.1/N where that is smaller.
+        steps: updates T. clip_norm: C, the largest L2 norm of a record's gradient.
+        lr: None: set by the noise and N. momentum: of the noisy gradients, in [0, 1).
+
+    Guarantee:
+        The head is (ε, δ)-private for zero-out of one record, together with every other head of the same ledger; N is
+        taken to be public. Features and labels enter only through sums of gradients of sensitivity C, which are charged
+        to the ledger, then made noisy with randomness from the operating system.
+
+    Raises:
+        UsageError: shapes that do not fit, or a value out of its range. BudgetError: too little is left in the ledger.
+        CheckpointError: the ledger is damaged, or of another number of records.
+    """
+    rows = unit_rows(features, None)
+    targets = torch.as_tensor(np.asarray(labels))
+    if targets.ndim != 1 or len(targets) != len(rows) or targets.dtype.is_floating_point or not len(rows):
+        raise UsageError(
+            f"labels of shape {list(targets.shape)} and type {targets.dtype} do not fit {len(rows)} rows of features",
+            fix="give one whole number per row",
+        )
+    if classes < 2:
+        raise UsageError(f"classes is {classes}", fix="declare at least two classes")
+    if bool(((targets < 0) | (targets >= classes)).any()):  # says something of the labels, to their owner alone
+        raise InputError("a label lies outside 0 … classes - 1", fix="declare the right number of classes")
+    examples = len(rows)
+    delta = accounting.advised_delta(examples) if delta is None else delta
+    path = Path(ledger)
+    opened = Ledger.open(path) if path.exists() else Ledger.create(path, examples)
+    plan = make_plan(
+        stage="head", epsilon_total=epsilon, delta=delta, spend_epsilon=epsilon, spent=opened.stages(),
+        examples=examples, sample_rate=1.0, steps=steps, clip_norm=clip_norm,
+    )  # fmt: skip
+    alone = accounting.compose([plan.event], delta).upper
+    rate = default_lr(alone, delta, examples, steps, clip_norm) if lr is None else lr
+    settings = HeadSettings(rate, momentum, "average")
+    state = begin_head(torch.zeros(rows.shape[1], classes))
+    mechanism = PrivateMechanism(
+        plan, opened, SystemRandom(), attempt=opened.last_attempt("head") + 1, charge_block=steps
+    )
+    for step in mechanism.steps():
+        clipped = clipped_softmax_sum(rows, targets.long(), state["head"], clip_norm)
+        update_head(state, step.release({"head": clipped})["head"], settings, step.number, steps)
+    return PrivateHead(released_head(state, settings), opened.spent(delta).upper, delta, plan.noise_multiplier)
+
+
+def unit_rows(features: Tensor | np.ndarray, width: int | None) -> Tensor:
+    """float32 [N, d] whose rows have length 1; a row that is not finite becomes zero.
+
+    Raises:
+        UsageError: not two dimensions, or another width than ``width``.
+    """
+    rows = torch.as_tensor(features).to(torch.float32)
+    if rows.ndim != 2 or (width is not None and rows.shape[1] != width):
+        wanted = "[N, d]" if width is None else f"[N, {width}]"
+        raise UsageError(f"features have the shape {list(rows.shape)}", fix=f"give {wanted}")
+    finite = rows.isfinite().all(dim=1, keepdim=True)
+    return functional.normalize(torch.where(finite, rows, torch.zeros(())), dim=1)
+
+
+# --------------------------------------------------------------------------------------------------- runs and models
+
+
+def run(
+    data: str = "digits",
+    *,
+    epsilon: float = 1.0,
+    directory: Path | str = "runs/default",
+    size: str = "tiny",
+    share: float | None = None,
+    data_dir: Path | str = "data",
+    device: str = "auto",
+    quiet: bool = True,
+    **settings: dict[str, Any],
+) -> dict[str, Any]:
+    """All four stages and the report, as ``dprandp run``; finished stages are skipped.
+
+    >>> run("digits", epsilon=1.0, directory="runs/digits")["accuracy"]                                # doctest: +SKIP
+
+    Args:
+        data: a known data set, ``npz:PATH`` or ``folder:PATH``.
+        epsilon: total ε for everything that the run releases about the data.
+        directory: of the run.
+        size: 'tiny', 'small' or 'paper'.
+        share: part of ε for the probe; 1: no fine-tune.
+        data_dir: folder with the files of the known data sets. device: 'auto', 'cpu', 'cuda' or 'cuda:i'.
+        quiet: say nothing while it runs.
+        settings: stage -> settings, such as ``generate={"count": 8000}``; see ``docs/settings.md``.
+
+    Returns:
+        What ``dprandp run --json`` prints: accuracy, epsilon, delta, report, results and more.
+
+    Raises:
+        UsageError, InputError, BudgetError: as the stages do.
+    """
+    budget = {"data": data, "epsilon": epsilon}
+    asked = {"generate": {}, "pretrain": {}, "probe": budget | {"share": share}, "finetune": budget}
+    for stage, values in settings.items():
+        if stage not in asked:
+            raise UsageError(f"there is no stage {stage!r} in a run", fix=f"settings are of {', '.join(asked)}")
+        asked[stage] = asked[stage] | values
+    configs: dict[str, StageConfig] = {stage: resolve(stage, size, None, values) for stage, values in asked.items()}
+    rundir = RunDir.open(Path(directory), create=True)
+    with rundir.lock():
+        context = Context(rundir, Console(quiet=quiet), prepare_device(device), Path(data_dir))
+        return pipeline.run(configs.__getitem__, context)
+
+
+def load_model(path: Path | str) -> ReleasedModel:
+    """A released model: of a run directory, of its ``model/`` folder, or an export of it.
+
+    >>> model = load_model("runs/digits")                                                              # doctest: +SKIP
+    >>> model.predict("scan.png")[0]["class"]                                                          # doctest: +SKIP
+
+    Raises:
+        InputError: there is none. CheckpointError: it is damaged, or the run's ledger does not bear it out.
+    """
+    path = Path(path)
+    if (path / "run.json").exists():
+        return release.load_run_model(RunDir.open(path, create=False))
+    return release.load_model(path)
