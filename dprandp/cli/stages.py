@@ -199,6 +199,7 @@ def _refuse_unused(tuning: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------- tune and audit
 
+
 TUNED = ("data", "classes", "unit_column", "epsilon", "delta", "share", "clip_norm", "steps", "lr", "seed")
 
 

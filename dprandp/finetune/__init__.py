@@ -55,6 +55,7 @@ from dprandp.vision.images import colour_of, to_input
 #
 # What a fine-tune does with its noisy sums, in the words and numbers that its disclosure shows.
 
+
 def settings_of(config: FinetuneConfig) -> OptimizerSettings:
     """The optimizer that a configuration asks for.
 

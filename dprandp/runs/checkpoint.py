@@ -11,23 +11,22 @@ which is older, so that an interrupted and resumed run leaves the same bytes as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NoReturn
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from dprandp.errors import CheckpointError
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from dprandp.errors import CheckpointError
 from dprandp.runs import faults
 from dprandp.runs.files import atomic_write, file_sha256, from_json, storage_errors, to_json
-
 
 # ---------------------------------------------------------------------------------------------------------- tensorfile
 #
@@ -35,6 +34,7 @@ from dprandp.runs.files import atomic_write, file_sha256, from_json, storage_err
 #
 # A safetensors file is a JSON header and raw numbers; reading one runs no code. Used by ``checkpoint`` and for the
 # released model.
+
 
 class DamagedCheckpointError(CheckpointError):
     """The file is not what was written (as opposed to: it is whole, but belongs to another configuration)."""

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from dprandp.config.schema import StageConfig, build
-from dprandp.runs.console import Console
+from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig, build
 from dprandp.errors import CheckpointError, UsageError
-from dprandp.config.schema import WITHOUT_PHASE_ONE
-from dprandp.runs.parallel import ALONE, Ranks
-from dprandp.runs.directory import RunDir
 from dprandp.models.precision import AUTO, decide
+from dprandp.runs.console import Console
+from dprandp.runs.directory import RunDir
+from dprandp.runs.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)

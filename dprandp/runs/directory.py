@@ -12,43 +12,42 @@ Imports nothing of the package but ``errors``, ``environment``, ``files``, ``run
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
-from typing import Any
+import dataclasses
 import errno
 import fcntl
-from dprandp.errors import StorageError
-from dprandp.runs.files import storage_errors
-import dataclasses
 import hashlib
 import json
+import os
+import platform
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from dprandp import __version__
-from dprandp.errors import CheckpointError
-from dprandp.runs.files import from_json, storage_errors, to_json
-from dprandp.runs.results import wrong_entry
+import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
-from dprandp.errors import InputError, UsageError, nearest
-from dprandp.runs.files import remove_leftovers, storage_errors
-import secrets
-from dataclasses import dataclass
-from typing import Any, Literal
-from dprandp.config import toml
-from dprandp.errors import InputError, UsageError
-from dprandp.runs.files import atomic_path, atomic_write, file_sha256, storage_errors, to_json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, Self
 
+from dprandp import __version__
+from dprandp.config import toml
+from dprandp.errors import CheckpointError, InputError, StorageError, UsageError, nearest
+from dprandp.runs.files import (
+    atomic_path,
+    atomic_write,
+    file_sha256,
+    from_json,
+    remove_leftovers,
+    storage_errors,
+    to_json,
+)
+from dprandp.runs.results import wrong_entry
 
 # --------------------------------------------------------------------------------------------------------- environment
 #
 # The facts about the machine in env.json: enough to explain a difference, nothing that identifies anybody.
+
 
 def facts() -> dict[str, Any]:
     """Versions, platform and device as plain values; no host name, user name or path."""

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from dprandp.errors import CheckpointError
-from dprandp.runs.files import from_json, storage_errors
 from dprandp.privacy.accounting import Warn, warn_by_log
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import RunDir
-from dprandp.runs.directory import result_digest
+from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.files import from_json, storage_errors
 
 ALWAYS_PRIVATE = ("probe", "finetune")
 """Of the stages that may read private data, those that always do; ``continue`` may read public data alone."""

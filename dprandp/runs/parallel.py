@@ -26,20 +26,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NoReturn
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from dprandp.errors import StorageError, UsageError
-from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any
-from dprandp.errors import DprandpError
 
+from dprandp.errors import DprandpError, StorageError, UsageError
+from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
 
 # ------------------------------------------------------------------------------------------------------------ rankwire
 #

@@ -11,11 +11,10 @@ from typing import Any
 
 from dprandp.config import toml
 from dprandp.errors import CheckpointError
-from dprandp.runs.files import atomic_write, from_json, to_json
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import RunDir
-from dprandp.runs.directory import frozen, thawed
+from dprandp.runs.directory import RunDir, frozen, thawed
+from dprandp.runs.files import atomic_write, from_json, to_json
 
 RECORD, SETTINGS = "tune.json", "tuned.toml"
 SYNTHETIC, PRIVATE = "synthetic", "private"
