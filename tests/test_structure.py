@@ -6,6 +6,7 @@ Every checker below is first shown a few lines that it must flag: one that flags
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import textwrap
 from functools import cache
@@ -231,7 +232,7 @@ MAY_IMPORT_DATA = {
     "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.inspection.overview": {"list_datasets", "open_dataset", "check_data"},
-    "dprandp.inspection.doctor": {"list_datasets"},
+    "dprandp.inspection.check": {"list_datasets"},
     "dprandp.probe": {"DataSpec"},  # a type
     "dprandp.release": {"brought_to", "read_unlabelled", "skipped_text"},  # new images, not a data set
     "dprandp.tune.public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
@@ -495,3 +496,20 @@ def test_every_fault_point_is_used_and_every_used_one_is_known():
     used = set().union(*(fault_points(tree) for tree in TREES.values()))
     assert used == set(faults.POINTS)
     assert len(set(faults.POINTS)) == len(faults.POINTS)
+
+
+# ---------------------------------------------------------------------------------------------------- names that exist
+
+
+@pytest.mark.parametrize("folder", ["dprandp", "scripts", "tests"])
+def test_every_name_that_is_imported_from_the_package_exists(folder: str) -> None:
+    """At any depth: an import in a function fails only when the function is called."""
+    missing = []
+    for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "dprandp":
+                module = importlib.import_module(str(node.module))
+                names = [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in FILES]
+                missing += [f"{path}:{node.lineno} {name}" for name in names if not hasattr(module, name)]
+    assert missing == []
+    assert not hasattr(importlib.import_module("dprandp.errors"), "no_such_name")

@@ -1,8 +1,8 @@
 """The command line.
 
     flags.py     every flag, declared once        stages.py   the stages, run, tune, audit, diagnose
-    session.py   flags -> configuration, context   about.py    status, report, account, datasets, priors
-    release.py   predict, export                   checks.py   doctor, verify
+    session.py   flags -> configuration, context   about.py    status, report, verify, account, datasets, priors
+    release.py   predict, export
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__
-from dprandp.cli import about, checks, release, session, stages, together
+from dprandp.cli import about, release, session, stages, together
 from dprandp.runs import faults
 from dprandp.runs.signals import end_on_signals
 
@@ -34,7 +34,6 @@ app = typer.Typer(
 app.add_typer(stages.app)
 app.add_typer(release.app)
 app.add_typer(about.app)
-app.add_typer(checks.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""Commands that look at a run, or at nothing: status, report, account, datasets."""
+"""Commands that look at a run, or at nothing: status, report, verify, account, datasets, priors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,34 @@ from dprandp.runs.directory import RunDir
 app = typer.Typer()
 
 
-@flags.command(app, "About a run", options=flags.RUN)
-def status(call: Call) -> None:
-    """Show which stages are done, partial, stale or missing, and what was spent.
+@flags.command(app, "About a run", options=(*flags.RUN, "data_dir", "device"))
+def status(
+    call: Call,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Examine the run's files (hashes, ledger, lock, model) and this machine "
+                     "(libraries, arithmetic, disk, data). Repairs nothing.", rich_help_panel=flags.OUTPUT),
+    ] = False,
+) -> None:  # fmt: skip
+    """Show which stages are done, partial, stale or missing, and what was spent; or --check the run and this machine.
+
+    Exit code of --check: 0 without a failure, else that of the first one: 1 wrong arithmetic, 3 a library, 4 a corrupt
+    file, 5 ε, 6 disk or lock.
 
     [dim]dprandp status[/dim]
-    [dim]dprandp status --run runs/cifar --json[/dim]
+    [dim]dprandp status --run runs/cifar --check[/dim]
     """
-    console = session.console(call.options)
+    console, options = session.console(call.options), call.options
+    if check:
+        from dprandp.inspection import check as examination
+
+        checks = examination.examine(options.run, options.data_dir, options.device)
+        result = examination.as_result(options.run, checks)
+        console.result(result, examination.lines(checks))
+        raise typer.Exit(result["exit_code"])
     from dprandp.inspection import overview
 
-    table = overview.status(RunDir.open(call.options.run, create=False))
+    table = overview.status(RunDir.open(options.run, create=False))
     console.result(table, overview.status_lines(table))
 
 
@@ -41,6 +58,25 @@ def report(call: Call) -> None:
     with session.opened(call.options.run) as rundir:
         path = report_module.write(rundir)
     console.result({"report": str(path)}, f"report: {path}")
+
+
+@flags.command(app, "About a run", options=flags.RUN)
+def verify(call: Call) -> None:
+    """Check a run's claims as an outsider would: ledger, plans, ε by another library, results, model and card.
+
+    Needs run.json, privacy/ and model/; neither the data nor private/. Exit code: 0 where all claims hold, 1 for an ε
+    that is too low, 4 for files that contradict each other.
+
+    [dim]dprandp verify[/dim]
+    [dim]dprandp verify --run runs/cifar --json[/dim]
+    """
+    console = session.console(call.options)
+    from dprandp.inspection import verify as verifying
+
+    result = verifying.verify(RunDir.open(call.options.run, create=False))
+    console.result(result, verifying.verify_lines(result))
+    if result["exit_code"]:
+        raise typer.Exit(result["exit_code"])
 
 
 @flags.command(app, "About a run", options=("json", "debug"))

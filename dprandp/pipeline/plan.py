@@ -34,7 +34,7 @@ from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
 from dprandp.models.extractor import build_extractor, refuse_unlearnable
 from dprandp.models.precision import AUTO
-from dprandp.pretrain.shipped import shipped
+from dprandp.pretrain.shipped import shipped_extractor
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
 from dprandp.runs.context import Context, recorded
@@ -231,7 +231,7 @@ def _pretrain(config: PretrainConfig, context: Context) -> Plan:
         kind = {"batch_size": config.batch_size}
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
     if config.prior:
-        shipped(config)  # refuses a damaged one
+        shipped_extractor(config)  # refuses a damaged one
         kind, steps = {"prior": config.prior}, 0
     return {
         "stage": "pretrain",

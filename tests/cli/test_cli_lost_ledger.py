@@ -134,12 +134,12 @@ def test_refused_after_a_finetune(
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, *EDITS, *EDITS_OF_THE_PLAN])
-def test_doctor_sees_it(
+def test_status_check_sees_it(
     dprandp: Dprandp, run_after: RunAfter, stages: Stages, loss: Callable[[Path, Stages], None]
 ) -> None:
     run = run_after("probe")
     loss(run, stages)
-    done = dprandp("doctor", "--run", run, "--json")
+    done = dprandp("status", "--check", "--run", run, "--json")
     assert done.code == 4, done.err
     found = {check["name"]: check["state"] for check in done.json["checks"]}
     assert found["ledger"] == "fail"

@@ -177,7 +177,7 @@ def test_16_what_one_process_does_is_refused(dprandp: Dprandp, work: Work, probe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["tune", "audit", "predict", "export", "account", "status", "doctor", "datasets"])
+@pytest.mark.parametrize("command", ["tune", "audit", "predict", "export", "account", "status", "datasets"])
 def test_16_all_that_one_process_does_is_refused(dprandp: Dprandp, command: str) -> None:
     jobs = ranks_of(dprandp, 2, command)
     refused(jobs[0], 2, f"`dprandp {command}` is the work of one process, not of 2")

@@ -59,17 +59,17 @@ def test_precision_is_an_option_and_recorded(dprandp: Dprandp, tmp_path: Path) -
 
 
 def test_a_pretended_processor_must_be_said_plainly(dprandp: Dprandp, tmp_path: Path) -> None:
-    done = dprandp("doctor", "--run", tmp_path / "run", DPRANDP_PRETEND_BFLOAT16="perhaps")
+    done = dprandp("status", "--check", "--run", tmp_path / "run", DPRANDP_PRETEND_BFLOAT16="perhaps")
     assert done.code == 2
     assert "neither 0 nor 1" in done.err
 
 
-def test_the_doctor_computes(dprandp: Dprandp, tmp_path: Path, processor: str) -> None:
-    done = dprandp("doctor", "--run", tmp_path / "run", "--json", DPRANDP_PRETEND_BFLOAT16=processor)
+def test_status_check_computes(dprandp: Dprandp, tmp_path: Path, processor: str) -> None:
+    done = dprandp("status", "--check", "--run", tmp_path / "run", "--json", DPRANDP_PRETEND_BFLOAT16=processor)
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
     assert check["state"] == "ok", check
     wrong = "from dprandp.inspection import self_check; self_check.NOISE_MULTIPLIER = 0.5"
-    done = dprandp("doctor", "--run", tmp_path / "run", "--json", before=wrong)
+    done = dprandp("status", "--check", "--run", tmp_path / "run", "--json", before=wrong)
     assert done.code == 1
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
     assert check["state"] == "fail"

@@ -1,4 +1,4 @@
-"""``dprandp doctor``: is this machine fit for a run, and is the run whole? Reads, reports, repairs nothing.
+"""``dprandp status --check``: is this machine fit for a run, and is the run whole? Reads, reports, repairs nothing.
 
 No pixel of a data set is read: whether its files are there is all that is asked.
 """
@@ -152,7 +152,7 @@ def _disk(run: Path) -> Iterator[Check]:
     free = shutil.disk_usage(folder).free
     state = FAIL if free < DISK_FAIL else WARN if free < DISK_WARN else OK
     yield Check("disk", state, f"{free / 1e9:.1f} GB free at {folder}", StorageError.exit_code)
-    trial = folder / f".doctor-{secrets.token_hex(4)}"
+    trial = folder / f".check-{secrets.token_hex(4)}"
     try:
         trial.touch()
         trial.unlink()

@@ -1,4 +1,4 @@
-"""doctor: a whole run passes; each kind of damage is found, named, and gives its exit code."""
+"""status --check: a whole run passes; each kind of damage is found, named, and gives its exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_process import Dprandp, state_of
 
-from dprandp.inspection import doctor
+from dprandp.inspection import check as examination
 from dprandp.privacy.accounting import EpsilonBound
 from dprandp.privacy.ledger import Ledger
 from dprandp.runs import directory
@@ -20,7 +20,7 @@ RunAfter = Callable[[str], Path]
 def test_a_whole_run(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     run = run_after("finetune")
     before = state_of(run)
-    done = dprandp("doctor", "--run", run, "--data-dir", tmp_path, "--json")
+    done = dprandp("status", "--check", "--run", run, "--data-dir", tmp_path, "--json")
     assert done.code == 0, done.out
     checks = {check["name"]: check for check in done.json["checks"]}
     assert {
@@ -66,10 +66,10 @@ def test_damage_is_found(run_after: RunAfter, tmp_path: Path, name: str) -> None
     run = run_after("finetune")
     damage(run)
     before = state_of(run)
-    found = {made.name: made for made in doctor.examine(run, tmp_path)}
+    found = {made.name: made for made in examination.examine(run, tmp_path)}
     assert found[check].state == state
     assert said in found[check].found
-    assert doctor.exit_code(list(found.values())) == code
+    assert examination.exit_code(list(found.values())) == code
     assert state_of(run) == before
 
 
@@ -77,9 +77,9 @@ def test_overspent_budget_is_found(run_after: RunAfter, tmp_path: Path, monkeypa
     """No command spends that much; so the spending is made up."""
     run = run_after("finetune")
     monkeypatch.setattr(Ledger, "spent", lambda ledger, delta: EpsilonBound(2.5, 2.5, 2.5, delta, "made up"))
-    checks = doctor.examine(run, tmp_path)
+    checks = examination.examine(run, tmp_path)
     assert [(check.name, check.found[:4]) for check in checks if check.state == "fail"] == [("plan", "ε = ")]
-    assert doctor.exit_code(checks) == 5
+    assert examination.exit_code(checks) == 5
 
 
 def test_unfinished_and_stale_stages_are_no_failures(run_after: RunAfter, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_unfinished_and_stale_stages_are_no_failures(run_after: RunAfter, tmp_pa
     document["stages"]["finetune"] |= {"state": "partial", "outputs": {}, "finished": None}
     document["stages"]["probe"]["inputs"]["generate/manifest.json"] = "0" * 64
     (run / "run.json").write_text(json.dumps(document))
-    found = {check.name: check for check in doctor.examine(run, tmp_path)}
+    found = {check.name: check for check in examination.examine(run, tmp_path)}
     assert (found["finetune"].state, found["finetune"].found[:5]) == ("warn", "begun")
     assert (found["probe"].state, found["probe"].found[:5]) == ("warn", "stale")
 
@@ -96,26 +96,26 @@ def test_unfinished_and_stale_stages_are_no_failures(run_after: RunAfter, tmp_pa
 def test_a_run_in_use(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     run = run_after("probe")
     held = directory.acquire(run / ".lock", run)
-    done = dprandp("doctor", "--run", run, "--data-dir", tmp_path)
+    done = dprandp("status", "--check", "--run", run, "--data-dir", tmp_path)
     directory.release(held)
     assert done.code == 0
     assert "warn  lock          another dprandp process" in done.out
     (run / "1-generate/manifest.json").unlink()
-    done = dprandp("doctor", "--run", run, "--data-dir", tmp_path)
+    done = dprandp("status", "--check", "--run", run, "--data-dir", tmp_path)
     assert (done.code, done.err) == (4, "")
     assert "fail  generate" in done.out
 
 
 def test_no_run_yet_and_no_place_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = doctor.examine(tmp_path / "deep" / "new", tmp_path)
-    assert doctor.exit_code(checks) == 0
+    checks = examination.examine(tmp_path / "deep" / "new", tmp_path)
+    assert examination.exit_code(checks) == 0
     assert checks[-1].found.endswith("does not exist yet")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    assert doctor.exit_code(doctor.examine(tmp_path / "file" / "x", tmp_path)) == 6
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e8}))
-    assert doctor.exit_code(doctor.examine(tmp_path / "new", tmp_path)) == 6
-    monkeypatch.setattr(doctor, "LIBRARIES", (*doctor.LIBRARIES, "no-such-library"))
-    checks = doctor.examine(tmp_path / "new", tmp_path)
-    assert doctor.exit_code(checks) == 3
-    assert "missing: no-such-library" in doctor.lines(checks)
+    assert examination.exit_code(examination.examine(tmp_path / "file" / "x", tmp_path)) == 6
+    monkeypatch.setattr(examination.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e8}))
+    assert examination.exit_code(examination.examine(tmp_path / "new", tmp_path)) == 6
+    monkeypatch.setattr(examination, "LIBRARIES", (*examination.LIBRARIES, "no-such-library"))
+    checks = examination.examine(tmp_path / "new", tmp_path)
+    assert examination.exit_code(checks) == 3
+    assert "missing: no-such-library" in examination.lines(checks)
