@@ -2,8 +2,6 @@
 
 torch splits every operation over its threads and waits for the slowest, which wastes much of a small machine when the
 operations are short or a core is busy elsewhere. Threads that each work through their own part wait once.
-
-Imports nothing of the package.
 """
 
 from __future__ import annotations

@@ -31,8 +31,6 @@ from dprandp.threads import in_parts
 # ------------------------------------------------------------------------------------------------------------- devices
 #
 # What clipping asks of the device that computes: where rows go, what may be waited for, with how many bits it adds.
-#
-# Imports nothing of the package but ``errors``.
 
 
 def sent(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -71,8 +69,6 @@ def require_full_precision(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------------- gradient rows
 #
 # Per-example gradients as rows of numbers, and the norms of the rows.
-#
-# Imports nothing of the package.
 
 NORM_PIECE = 128
 """Numbers of a gradient whose squares are added in float32."""

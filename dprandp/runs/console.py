@@ -2,8 +2,6 @@
 
 stdout carries the result and nothing else, so that ``dprandp probe --json | jq`` always works. Bars appear only on a
 terminal; in a log file there is a plain line every ten seconds.
-
-Imports nothing of the package but ``errors`` and ``files``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ here knows what a stage does.
 
 Inputs that come from another stage are named ``STAGE/FILE`` (``generate/manifest.json``), by which staleness is found:
 a stage is *stale* when the files it was made from are no longer those its predecessor has now.
-
-Imports nothing of the package but ``errors``, ``environment``, ``files``, ``runfolder``, ``runtable`` and ``toml``.
 """
 
 from __future__ import annotations
@@ -88,8 +86,6 @@ def available_memory() -> int | None:
 # Two processes that spend one privacy budget at the same time would each see what the other has not yet written, so the
 # lock is part of the privacy argument and there is no way to run without it. It is an advisory ``flock`` on the file
 # ``.lock``: the kernel lets go of it when the holder dies, however it dies, so no stale lock needs removing.
-#
-# Imports nothing of the package but ``errors`` and ``files``.
 
 _held: set[int] = set()
 
@@ -158,8 +154,6 @@ def release(descriptor: int) -> None:
 #
 # ``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
 # first private stage. It outlives ``--overwrite``: whoever opens the ledger compares (``ledger.py``).
-#
-# Imports nothing of the package but ``errors``, ``files``, ``runresults`` and the version.
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
@@ -370,8 +364,6 @@ def _now(after: str | None = None) -> str:
 # ----------------------------------------------------------------------------------------------------------- runfolder
 #
 # The folder of one run: where things are, who may write, and nothing about what was done.
-#
-# Imports nothing of the package but ``errors``, ``files``, ``locking`` and ``runtable``.
 
 _FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
 _KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model"}

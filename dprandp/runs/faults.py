@@ -4,8 +4,6 @@ A *fault point* does nothing until the environment holds ``DPRANDP_FAULT=name:n`
 process, from 1) that the run passes the point of that name, the process kills itself with SIGKILL: no cleanup, no
 ``finally``, no buffer flushed. What a resumed run finds on the disk is then exactly what a power cut or the kernel's
 out-of-memory killer leaves.
-
-Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations

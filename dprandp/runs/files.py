@@ -4,8 +4,6 @@
 the bytes to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or
 the new one, never a part. Every ``OSError`` on the way becomes a ``StorageError`` that says what happened and what to
 do.
-
-Imports nothing of the package but ``errors`` and ``faults``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 ``run.json`` may come from another version, a careless edit or a damaged disk. What is read from it is checked once,
 here, so that no reader has to expect a text where a number belongs.
-
-Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations

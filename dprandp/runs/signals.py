@@ -2,8 +2,6 @@
 
 The first SIGINT or SIGTERM only raises a flag; the training loop looks at it between two steps, saves a checkpoint and
 raises ``Interrupted``, which becomes exit code 130 or 143. The second signal ends the process at once.
-
-Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations

@@ -57,14 +57,14 @@ def test_readable() -> None:
     )
 
 
-@pytest.mark.parametrize("bad", [{"a": object()}, {1: 2}, {"a": [None]}, {"a": {"b": {"c": 1}}}, {"a": [{"b": 1}]}])
+@pytest.mark.parametrize("bad", [{"a": object()}, {1: 2}, {"a": [None]}])
 def test_refuses_what_it_cannot_write(bad: dict[Any, Any]) -> None:
     with pytest.raises(TypeError):
         toml.dumps(bad)
 
 
 def test_refuses_a_lone_surrogate() -> None:
-    with pytest.raises(ValueError, match="Unicode"):
+    with pytest.raises(ValueError, match="surrogates"):
         toml.dumps({"a": "\ud800"})
 
 
