@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.cli import flags
+from dprandp.config.schema import GenerateConfig
+from dprandp.config.settings import settings_of
 from dprandp.errors import UsageError
 from dprandp.synth import ALIASES, LEAVES, PROCESSES, block_generator, process_named, render_block
 
@@ -178,7 +179,7 @@ def test_wrong_parts_are_named(name: str, message: str) -> None:
 def test_the_error_and_the_help_list_every_process() -> None:
     with pytest.raises(UsageError) as caught:
         process_named("no such thing")
-    helped = re.findall(r"[a-z][a-z-]+", flags.Process.__metadata__[0].help)
+    helped = re.findall(r"[a-z][a-z-]+", settings_of(GenerateConfig)["process"].help)
     for name in (*PROCESSES, *ALIASES, *LEAVES, "mixture"):
         assert name in caught.value.fix
         assert name in helped
