@@ -22,6 +22,7 @@ from pathlib import Path
 import experiment
 from experiment import add_row, has_row, read, spread
 
+from dprandp.dpsgd.statistics import PUBLIC_FOLDER
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_to_bytes
 
@@ -101,8 +102,8 @@ def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -
 
 def keep_features(run: Path, public: Path) -> None:
     """Let the other budgets reuse the public statistics and the private features (their key says what they are of)."""
-    for statistics_folder in (run / "2-pretrain").glob("statistics-*"):
-        kept = public / "2-pretrain" / statistics_folder.name
+    for statistics_folder in (run / PUBLIC_FOLDER).iterdir():
+        kept = public / PUBLIC_FOLDER / statistics_folder.name
         if not kept.exists():
             shutil.copytree(statistics_folder, kept, copy_function=os.link)
     folder = public / "private"

@@ -21,6 +21,8 @@ from dprandp.vision.images import as_declared
 from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
+PUBLIC_FOLDER = "whitening"
+"""Of the run; no stage writes into the folder of another."""
 
 SYNTHETIC_SEED = 1
 """Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
@@ -34,7 +36,8 @@ def public_whitener(
 ) -> whitening.Whitener:
     """Statistics of synthetic features, as declared facts of the data shape them; public.
 
-    Kept beside the extractor, for other probes of the same run with the same extractor.
+    Kept in a public folder of the run, for whatever stage needs them: they are a function of the extractor and of
+    settings, by whose hash they are named.
     """
     weights = hashlib.sha256()
     add_weights(weights, extractor)  # `continue` may have changed them since
@@ -49,8 +52,8 @@ def public_whitener(
         "extractor": weights.hexdigest(),
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    folder = context.rundir.stage_dir("pretrain") / f"statistics-{key}"
-    folder.mkdir(exist_ok=True)
+    folder = context.rundir.path / PUBLIC_FOLDER / key
+    folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.latest(folder) == WHITENER:
         return whitener_of(checkpoint.load(folder, WHITENER), extractor)
     views = as_declared(synthetic_views(context, config), channels=spec.channels, height=spec.height, width=spec.width)

@@ -12,7 +12,7 @@ from tiny_run import PROBE, context, make_public, write_blobs
 from dprandp.config import schema
 from dprandp.data import open_dataset
 from dprandp.dpsgd import statistics
-from dprandp.dpsgd.statistics import public_whitener
+from dprandp.dpsgd.statistics import PUBLIC_FOLDER, public_whitener
 from dprandp.models import whitening
 from dprandp.models.extractor import build_extractor, extract, load_weights
 from dprandp.models.whitening import Whitener
@@ -39,7 +39,7 @@ def whitener_of(run: Path, change_extractor: float = 0.0, stride: int | None = N
 
 
 def folders(run: Path) -> set[str]:
-    return {path.name for path in (run / "2-pretrain").glob("statistics-*")}
+    return {path.name for path in (run / PUBLIC_FOLDER).iterdir()}
 
 
 def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
