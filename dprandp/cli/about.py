@@ -93,6 +93,7 @@ def account(
     result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or json)
     result |= calculator.account_group(result, group_size)
     if not json:
+        console.say(calculator.opinion_lines(result))
         console.say(calculator.attack_lines(result))
     console.result(result, calculator.account_lines(result))
 
