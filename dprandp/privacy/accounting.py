@@ -377,7 +377,8 @@ def _calibrate(
             events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
             return _sketch(components_of(events), delta)
 
-        guess = calibration.solve(sketch, epsilon * calibration.AIM, _first_guess(epsilon, delta, sample_rate, steps), MAX_NOISE_MULTIPLIER)
+        start = _first_guess(epsilon, delta, sample_rate, steps)
+        guess = calibration.solve(sketch, epsilon * calibration.AIM, start, MAX_NOISE_MULTIPLIER)
         found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         left = "What is left of " if spent else ""
