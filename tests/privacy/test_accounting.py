@@ -9,6 +9,7 @@ import itertools
 import math
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
@@ -254,6 +255,54 @@ def test_two_steps_equal_numerical_integration_over_both_outcomes(q, sigma, plac
         exact = float(np.maximum(np.outer(p, p) - math.exp(epsilon) * np.outer(other, other), 0).sum()) * area
         found = float(one.distribution.get_delta_for_epsilon(epsilon))
         assert exact * (1 - 1e-4) - 1e-10 <= found <= exact * (1 + 1e-2) + 1e-6
+
+
+def exact_delta(q: float, sigma: float, direction: str, epsilon: float) -> mpmath.mpf:
+    """δ(ε) of one step with 60 digits, from the point where the loss is ε."""
+    with mpmath.workdps(60):
+        q, sigma, epsilon = mpmath.mpf(q), mpmath.mpf(sigma), mpmath.mpf(epsilon)
+        sign = 1 if direction == "remove" else -1
+        ratio = (mpmath.exp(sign * epsilon) - 1 + q) / q
+        if ratio <= 0:
+            return 1 - mpmath.exp(epsilon) if sign == 1 else mpmath.mpf(0)
+        x = sigma**2 * mpmath.log(ratio) + mpmath.mpf(1) / 2
+        alone, moved = (mpmath.erfc(sign * (x - centre) / sigma / mpmath.sqrt(2)) / 2 for centre in (0, 1))
+        mixed = (1 - q) * alone + q * moved
+        upper, lower = (mixed, alone) if sign == 1 else (alone, mixed)
+        return upper - mpmath.exp(epsilon) * lower
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma"), [(0.1, 1.0), (0.5, 0.02), (1e-6, 1.0), (1e-4, 1e3), (0.9, 3.0), (1 - 1e-9, 1.0), (1e-3, 0.3)]
+)
+@pytest.mark.parametrize("direction", ["remove", "add"])
+def test_the_curve_of_one_step_is_right_to_a_unit_of_rounding(q, sigma, direction):
+    """What the accounting for rounding rests on: 40 units a step are taken off δ."""
+    adjacency = {"remove": pld.AdjacencyType.REMOVE, "add": pld.AdjacencyType.ADD}[direction]
+    loss = pld.GaussianPrivacyLoss(
+        sigma, sampling_prob=q, log_mass_truncation_bound=-40, adjacency_type=adjacency
+    )
+    bounds, most = loss.connect_dots_bounds(), -math.log1p(-q)
+    random = np.random.default_rng(0)
+    epsilons = np.concatenate([
+        random.uniform(bounds.epsilon_lower, bounds.epsilon_upper, 30), most * random.uniform(-1, 1, 20),
+        most * (1 - 10 ** random.uniform(-8, 0, 20)),
+    ])  # fmt: skip
+    for epsilon, delta in zip(epsilons.tolist(), loss.get_delta_for_epsilon(epsilons).tolist(), strict=True):
+        assert float(exact_delta(q, sigma, direction, epsilon) - delta) <= 2 * np.finfo(float).eps
+
+
+def test_no_point_of_the_grid_is_where_the_library_rounds_a_loss_to_its_largest():
+    sampled = Component(1.0, 0.5, 3)
+    losses = [
+        pld.GaussianPrivacyLoss(1.0, sampling_prob=0.5, log_mass_truncation_bound=-30, adjacency_type=direction)
+        for direction in (pld.AdjacencyType.REMOVE, pld.AdjacencyType.ADD)
+    ]
+    for parts in (7, 100, 1000):
+        wanted = math.log(2) / parts
+        mesh = pld._mesh([sampled], [[loss] for loss in losses], 1e-13, wanted)
+        assert wanted < mesh < 1.001 * wanted
+        assert abs(round(math.log(2) / mesh) * mesh / math.log(2) - 1) > 1e-8
 
 
 def test_both_directions_enter_the_promise(monkeypatch):
