@@ -15,7 +15,7 @@ events               accountant                                              err
 ===================  ======================================================  ===========================================
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
-some sampled         privacy loss distributions, both directions (``pld``)   0.02 % (T > 1e6: more), included in upper
+some sampled         privacy loss distributions, both directions (``pld``)   0.05 % (T > 1e5: more), included in upper
 where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, 5 to 50 % loose
 where that refuses   the same, announced by ``warn``                         the same
 some paid tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose

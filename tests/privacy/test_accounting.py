@@ -463,6 +463,23 @@ def test_a_broken_curve_of_one_step_is_a_refusal_and_a_named_fallback(monkeypatc
     falls_back()
 
 
+def test_a_finer_mesh_that_is_refused_leaves_the_bound_of_the_first(monkeypatch):
+    honest, component = pld._compose, Component(9.2, 0.08192, 100)
+    scales: list[float] = []
+
+    def once(components, delta, scale, share):
+        scales.append(scale)
+        if len(scales) > 1:
+            raise pld.AccountantRefused("only once")
+        return honest(components, delta, scale, share)
+
+    expected = pld.pld_epsilon([component], 1e-5, 0.31)
+    monkeypatch.setattr(pld, "_compose", once)
+    low, _, high = pld.pld_epsilon([component], 1e-5, 1.0)
+    assert len(scales) == 2
+    assert low < expected[0] < expected[2] < high < 1.1 * expected[2]
+
+
 def test_a_negative_epsilon_is_zero(monkeypatch, forgetful):
     monkeypatch.setattr(Broken, "answer", staticmethod(lambda: 0.0), raising=False)
     monkeypatch.setattr(pld, "create_pmf_pessimistic_connect_dots_fixed_gap", Broken)
