@@ -89,7 +89,7 @@ for line in sys.stdin:
 
 PRELOADED = (
     "pytest", "hypothesis", "numpy", "torch", "torchvision", "scipy.optimize", "scipy.stats", "opacus.accountants",
-    "prv_accountant",
+    "prv_accountant", "dp_accounting.pld",
 )  # fmt: skip
 """What takes long, and is not the package's."""
 

@@ -125,6 +125,7 @@ def account(
     result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or call.options.json)
     result |= calculator.account_group(result, group_size)
     if not call.options.json:
+        console.say(calculator.opinion_lines(result))
         console.say(calculator.attack_lines(result))
     console.result(result, calculator.account_lines(result))
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent, warn_by_log
+from dprandp.privacy.accounting import GaussianEvent, compose, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.guarantees import (
     ADD_REMOVE,
@@ -17,6 +17,7 @@ from dprandp.privacy.guarantees import (
     compose_group,
     trade_off,
 )
+from dprandp.privacy.opinions import Opinion, refuse_contradiction, second_opinions
 
 CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.05)
@@ -48,18 +49,22 @@ def account(
     Returns:
         noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
         accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
-        through (ε, δ)"; None without privacy), adjacency, adjacency_relation (how ε follows from that of zero-out; None
+        through (ε, δ)"; None without privacy), opinions (of other libraries: name, epsilon_lower, epsilon_upper or
+        None, why there is none), adjacency, adjacency_relation (how ε follows from that of zero-out; None
         unless a record is replaced), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and,
         if asked for, curve (delta and epsilon, lists).
 
     Raises:
-        UsageError: a value out of its range. BudgetError: no noise is enough.
+        UsageError: a value out of its range. BudgetError: no noise is enough. AuditError: two accountants contradict
+            each other.
     """
     if noise_multiplier is None:
         noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency, _silent)
     events = [GaussianEvent(noise_multiplier, sample_rate, steps)]
     said: list[str] = []
     bound = compose_adjacency(events, delta, adjacency, said.append)
+    opinions = second_opinions(events, delta)
+    refuse_contradiction(bound if adjacency != REPLACE_ONE else compose(events, delta, _silent), opinions)
     attacker = trade_off(events, adjacency, said.append)
     for sentence in dict.fromkeys(said):
         warn_by_log(sentence)
@@ -78,6 +83,15 @@ def account(
         "epsilon_estimate": bound.estimate,
         "epsilon_lower": bound.lower,
         "accountant": bound.accountant,
+        "opinions": [
+            {
+                "name": each.name,
+                "epsilon_lower": each.lower,
+                "epsilon_upper": each.upper if math.isfinite(each.upper) else None,
+                "why": each.why,
+            }
+            for each in opinions
+        ],
         "equivalent_mu": mu,
         "equivalent_mu_is": mu_is,
         "adjacency": NEIGHBOURS[adjacency],
@@ -158,6 +172,17 @@ def attack_lines(result: dict[str, Any]) -> str:
     if result["adjacency_relation"]:
         lines.append(f"adjacency: {result['adjacency_relation']}")
     return "\n".join(lines)
+
+
+def opinion_lines(result: dict[str, Any]) -> str:
+    """What other libraries say of the ε; of zero-out, also where a record is replaced."""
+    of = " (of zero-out)" if result["adjacency"] == NEIGHBOURS[REPLACE_ONE] else ""
+    opinions = [
+        Opinion(each["name"], each["epsilon_lower"], math.inf if each["epsilon_upper"] is None else
+                each["epsilon_upper"], each["why"])
+        for each in result["opinions"]
+    ]  # fmt: skip
+    return "\n".join(f"another opinion{of}: {opinion}" for opinion in opinions)
 
 
 def _silent(sentence: str) -> None:

@@ -29,7 +29,10 @@ from dprandp.runs.ledger import open_run_ledger
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
-LIBRARIES = ("torch", "torchvision", "numpy", "safetensors", "opacus", "prv-accountant", "medmnist", "scikit-learn")
+LIBRARIES = (
+    "torch", "torchvision", "numpy", "safetensors", "opacus", "dp-accounting", "prv-accountant", "medmnist",
+    "scikit-learn",
+)  # fmt: skip
 OLDEST_TORCH = (2, 10)
 """Before it, ``torch.load`` had holes through which a file could run code; other libraries may still call it."""
 

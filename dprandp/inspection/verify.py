@@ -1,15 +1,14 @@
 """``dprandp verify``: do a run's claims follow from its ledger, as somebody else would check them?
 
 Reads what may be handed on: run.json, ``privacy/`` and ``model/``. Neither the private data nor ``private/`` is needed.
-The chain of hashes is computed again here, and ε by another library (dp-accounting, privacy loss distributions), so
-that an error of this program's ledger or accountant would show.
+The chain of hashes is computed again here, and ε by other libraries than those that reported it (prv-accountant, whose
+lower bound is certified, and Opacus' Rényi DP), so that an error of this program's ledger or accountant would show.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,14 +16,13 @@ from typing import Any
 
 from dprandp.dpsgd.budget import read_plan_file
 from dprandp.errors import AuditError, CheckpointError, DprandpError, InputError
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.opinions import Opinion, second_opinions
 from dprandp.release import load_run_model
 from dprandp.report.card import card_rows
 from dprandp.report.disclosure import disclosure, epsilon_text
 from dprandp.runs.directory import RunDir
 from dprandp.runs.ledger import ledger_file, open_run_ledger
-
-TOLERANCE = 0.01
-"""The other library rounds upwards, by less than this part of ε for the numbers of steps that occur here."""
 
 FIGURES = 12
 """Rows of the disclosure, from its first, that are figures of the mechanism: all of them must stand on the card."""
@@ -78,34 +76,18 @@ def verify_lines(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def independent_epsilon(charges: list[dict[str, Any]], delta: float) -> float:
-    """ε of charged steps by dp-accounting, for parameters that were fixed beforehand; rounded upwards.
+def independent_opinions(charges: list[dict[str, Any]], delta: float) -> list[Opinion]:
+    """ε of charged steps by other libraries, for parameters that were fixed beforehand: see ``privacy.opinions``.
 
     Args:
         charges: lines of the ledger with noise_multiplier, sample_rate and steps.
         delta: δ in (0, 1).
     """
-    from dp_accounting.pld import privacy_loss_distribution as pld
+    return second_opinions(_events(charges), delta)
 
-    if any(charge["noise_multiplier"] == 0 for charge in charges):
-        return math.inf
-    totals: dict[tuple[float, float], int] = {}
-    for charge in charges:
-        key = (charge["sample_rate"], charge["noise_multiplier"])
-        totals[key] = totals.get(key, 0) + charge["steps"]
-    mu = math.sqrt(sum(steps / sigma**2 for (rate, sigma), steps in totals.items() if rate == 1))
-    parts = [pld.from_gaussian_mechanism(1 / mu)] if mu else []
-    parts += [
-        pld.from_gaussian_mechanism(sigma, sampling_prob=rate).self_compose(steps)
-        for (rate, sigma), steps in totals.items()
-        if rate < 1
-    ]
-    if not parts:
-        return 0.0
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
+
+def _events(charges: list[dict[str, Any]]) -> list[GaussianEvent]:
+    return [GaussianEvent(each["noise_multiplier"], each["sample_rate"], each["steps"]) for each in charges]
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Check:
@@ -178,9 +160,14 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
             break
     else:
         raise CheckpointError("the result names no line of the ledger", fix="do not rely on this run")
-    other = independent_epsilon(charges, result["delta"])
-    said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; dp-accounting has {other:.4g}"
-    if not result["epsilon"] >= other * (1 - TOLERANCE):
+    opinions = independent_opinions(charges, result["delta"])
+    said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; {'; '.join(map(str, opinions))}"
+    # where the other library has no lower bound there is only the one that reported: better than nothing
+    lower = max(each.lower for each in opinions)
+    if lower == 0:
+        lower = compose(_events(charges), result["delta"], lambda sentence: None).lower
+        said += f"; by the same library again, from the ledger: ε ≥ {lower:.4g}"
+    if not result["epsilon"] >= lower * (1 - 1e-6):
         raise AuditError(f"reported {said}", fix="do not rely on this run")
     return said
 

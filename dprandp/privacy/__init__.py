@@ -3,8 +3,9 @@
 ================  =============================================================================================
 ``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
 ``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
-``prv``           the numerical accountant (sampled batches), both directions
-``sampled_loss``  the privacy loss of one sampled step: what ``prv`` composes
+``pld``           privacy loss distributions (sampled batches), both directions, by dp-accounting
+``analytic``      bounds that need no grid, such as Rényi DP
+``opinions``      what prv-accountant and Opacus say of the same ε; a contradiction is an error
 ``adaptive``      several stages, each planned after the results of those before it were seen
 ``guarantees``    what a guarantee leaves to an attacker: the trade-off curve, replaced records, groups of records
 ``randomness``    randomness from the operating system, Poisson batches, Gaussian and discrete Gaussian noise

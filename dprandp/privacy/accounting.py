@@ -15,8 +15,8 @@ events               accountant                                              err
 ===================  ======================================================  ===========================================
 none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
-some sampled         privacy random variables, both directions (``prv``)     0.25 % (q ~ 1e-3: 1 %), included in upper
-where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, loose where q T is small
+some sampled         privacy loss distributions, both directions (``pld``)   0.05 % (T > 1e5: more), included in upper
+where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, 5 to 50 % loose
 where that refuses   the same, announced by ``warn``                         the same
 some paid tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
@@ -33,7 +33,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 from dprandp.errors import BudgetError, UsageError
@@ -82,8 +81,6 @@ def check_distance(steps: int, epsilon: float, delta: float) -> None:
 Warn = Callable[[str], None]
 warn_by_log: Warn = logging.getLogger(__name__).warning
 
-# The half-width of the numerical bounds: this part of ε, and no less than the floor.
-_RELATIVE_ERROR, _ERROR_FLOOR = 0.0025, 1e-9
 # A budget of which less than this part is left would buy steps of nothing but noise.
 _LEAST_PART = 0.005
 # Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
@@ -199,7 +196,7 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
     Args:
         events: what was, or would be, run.
         delta: δ in (0, 1).
-        warn: called with one sentence when the PRV accountant refuses or two accountants contradict each other.
+        warn: called with one sentence when the PLD accountant refuses or two accountants contradict each other.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under zero-out of one record, provided each step is a Poisson
@@ -254,42 +251,40 @@ def _continuous(events: Sequence[Event]) -> list[Event]:
 @lru_cache(maxsize=512)
 def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
     """Everything in Rényi DP: the only currency that paid tuning has."""
-    from dprandp.privacy import prv
+    from dprandp.privacy import analytic
 
     steps = [event for event in merged if isinstance(event, GaussianEvent)]
     tuning = [event for event in merged if isinstance(event, TuningEvent)]
-    epsilon = prv.rough_epsilon(components_of(steps), delta, tuning)
+    epsilon = analytic.renyi_epsilon(components_of(steps), delta, tuning)
     return EpsilonBound(0.0, epsilon, epsilon, delta, "Rényi DP, tuning by Papernot & Steinke 2022, Theorem 2")
 
 
 @lru_cache(maxsize=512)
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
     """The smallest of all that is proven; and what there is to say about it."""
-    from dprandp.privacy import analytic, prv  # load most of scipy: only here, only when they are needed
+    from dprandp.privacy import analytic, pld  # load most of scipy: only here, only when they are needed
 
     components = components_of(merged)
     simple, simple_name = analytic.analytic_epsilon(components, delta)
     if simple == 0:
         return EpsilonBound(0.0, 0.0, 0.0, delta, simple_name), None
     try:
-        fine = max(_RELATIVE_ERROR * prv.sketch_epsilon(components, delta), _ERROR_FLOOR)
-        lower, estimate, upper = (max(0.0, value) for value in prv.prv_epsilon(components, delta, fine))
-    except prv.AccountantRefused as refusal:
-        complaint = f"The PRV accountant refused ({refusal}); {simple_name} gives the looser ε ≤ {simple:.4g}."
+        lower, estimate, upper = pld.pld_epsilon(components, delta, simple)
+    except pld.AccountantRefused as refusal:
+        complaint = f"The PLD accountant refused ({refusal}); {simple_name} gives the looser ε ≤ {simple:.4g}."
         return EpsilonBound(0.0, simple, simple, delta, simple_name), complaint
-    name = f"PRV (prv-accountant {version('prv-accountant')})"
     if lower > simple * (1 + 1e-6):
         # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
-        complaint = f"PRV (ε ≥ {lower:.6g}) contradicts {simple_name} (ε ≤ {simple:.6g}): the larger is kept."
-        return EpsilonBound(lower, estimate, max(upper, simple), delta, name), complaint
+        complaint = f"PLD (ε ≥ {lower:.6g}) contradicts {simple_name} (ε ≤ {simple:.6g}): the larger is kept."
+        return EpsilonBound(lower, estimate, max(upper, simple), delta, pld.NAME), complaint
     if simple < upper:
         return EpsilonBound(min(lower, simple), min(estimate, simple), simple, delta, simple_name), None
-    return EpsilonBound(lower, estimate, upper, delta, name), None
+    return EpsilonBound(lower, estimate, upper, delta, pld.NAME), None
 
 
 def components_of(events: Sequence[GaussianEvent]) -> list[Any]:
     """Sampled events as they are; all full-batch events as one Gaussian of the same μ, which is exact and cheaper."""
-    from dprandp.privacy.prv import Component
+    from dprandp.privacy.analytic import Component
 
     full = [event for event in events if event.sample_rate == 1]
     components = [Component(e.noise_multiplier, e.sample_rate, e.steps) for e in events if e.sample_rate < 1]
@@ -382,8 +377,8 @@ def _calibrate(
             events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
             return _sketch(components_of(events), delta)
 
-        goal = epsilon * calibration.AIM / (1 + _RELATIVE_ERROR)
-        guess = calibration.solve(sketch, goal, _first_guess(epsilon, delta, sample_rate, steps), MAX_NOISE_MULTIPLIER)
+        start = _first_guess(epsilon, delta, sample_rate, steps)
+        guess = calibration.solve(sketch, epsilon * calibration.AIM, start, MAX_NOISE_MULTIPLIER)
         found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         left = "What is left of " if spent else ""
@@ -404,10 +399,11 @@ def _first_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -
 
 
 def _sketch(components: Sequence[Any], delta: float) -> float:
-    """A fast, unpromised value of ε to aim with; a bound without a grid where the PRV accountant refuses."""
-    from dprandp.privacy import analytic, prv
+    """ε on a coarse grid, to aim with; a bound without a grid where the PLD accountant refuses, or that is less."""
+    from dprandp.privacy import analytic, pld
 
+    simple = analytic.analytic_epsilon(components, delta)[0]
     try:
-        return prv.sketch_epsilon(components, delta)
-    except prv.AccountantRefused:
-        return analytic.analytic_epsilon(components, delta)[0]
+        return min(simple, pld.pld_epsilon(components, delta, simple, pld.COARSE)[2])
+    except pld.AccountantRefused:
+        return simple

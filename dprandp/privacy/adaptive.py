@@ -1,6 +1,6 @@
 """What several stages cost together when each may be planned after a look at the results of those before it.
 
-Numerical composition (PRV, PLD) bounds mechanisms whose parameters were fixed beforehand. Somebody who sees the
+Numerical composition (PLD, PRV) bounds mechanisms whose parameters were fixed beforehand. Somebody who sees the
 accuracy of a probe and then chooses sampling rate and steps of the fine-tune is outside of that theorem (Rogers, Roth,
 Ullman & Vadhan 2016). What holds for such choices is called a privacy filter. The one used here is Gaussian: each stage
 is charged the μ of a Gaussian mechanism that *covers* it, and the squares are added.
@@ -71,8 +71,6 @@ Stage = Sequence[Event]
 """Everything that one attempt of one stage was planned to do."""
 
 _ACCOUNTANT = "Gaussian-DP filter over stages"
-_CURVE_ERROR = 0.0005
-"""Part of ε by which the numerical curve of a stage may be wrong, at most; a cover pays for it."""
 
 
 def compose_stages(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
@@ -197,7 +195,7 @@ def _cover(events: tuple[GaussianEvent, ...], slack: float) -> tuple[float, str 
     # a sampled step is never less private than the same step on the full batch
     full = gaussian_mu([replace(event, sample_rate=1.0) for event in events])
     complaints: list[str] = []
-    epsilons, deltas, _ = privacy_curve(events, slack / 4, _CURVE_ERROR, complaints.append)
+    epsilons, deltas, _ = privacy_curve(events, slack / 4, complaints.append)
     # between two points of the curve δ is at most that of the first, and a Gaussian's at least that of the second
     wanted = deltas[:-1] - slack
     here = wanted > 0

@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import betainc, log_ndtr
 
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
-
-if TYPE_CHECKING:
-    from dprandp.privacy.prv import Component
+from dprandp.privacy.tuning import TuningEvent
 
 FULL_BATCHES = "Gaussian DP of full batches (closed form)"
 PARTICIPATIONS = "Gaussian DP averaged over the number of participations"
@@ -48,6 +45,14 @@ _LEAST_RATE = 1e-25
 # What integration and rounding may take from a moment, as a part of it; added to it.
 _SLACK = 1e-9
 _MOST_COUNTS = 2000
+
+
+class Component(NamedTuple):
+    """``steps`` independent uses of one sampled Gaussian; sample_rate = 1 is the plain Gaussian."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
 
 
 def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[float, str]:
@@ -82,8 +87,7 @@ def moved_epsilon(
         The composition is (result, delta)-DP for such data sets.
     """
     moved = [
-        replace(
-            each,
+        each._replace(
             noise_multiplier=each.noise_multiplier / distance,
             sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
         )
@@ -177,16 +181,18 @@ def _counted_delta(mus: np.ndarray, more: np.ndarray, epsilon: float) -> float:
 # ---------------------------------------------------------------- Rényi DP
 
 
-def renyi_epsilon(components: Sequence[Component], delta: float) -> float:
+def renyi_epsilon(
+    components: Sequence[Component], delta: float, tuning: Sequence[TuningEvent] = ()
+) -> float:
     """ε by the best Rényi order. Coarse steps outward from where it should be, then a golden section."""
-    kl = _divergence(components, float(_ORDERS[0]))
+    kl = _divergence(components, float(_ORDERS[0]), tuning)
     if math.sqrt(min(kl / 2, -math.expm1(-kl))) <= delta:
         return 0.0
     known: dict[float, float] = {}
 
     def epsilon(order: float) -> float:
         if order not in known:
-            known[order] = _divergence(components, order) + _conversion(order, delta)
+            known[order] = _divergence(components, order, tuning) + _conversion(order, delta)
         return known[order]
 
     variance = math.fsum(each.steps * (each.sample_rate / each.noise_multiplier) ** 2 for each in components
@@ -217,10 +223,10 @@ def renyi_epsilon(components: Sequence[Component], delta: float) -> float:
     return max(0.0, min(known.values()))
 
 
-def _divergence(components: Sequence[Component], order: float) -> float:
+def _divergence(components: Sequence[Component], order: float, tuning: Sequence[TuningEvent] = ()) -> float:
     """Rényi divergence of the composition at 1 + ``order``."""
     moments = (each.steps * log_moment(each.sample_rate, each.noise_multiplier, order) for each in components)
-    return math.fsum(moments) / order
+    return math.fsum(moments) / order + math.fsum(float(event.rdp(np.array(1 + order))) for event in tuning)
 
 
 def _conversion(order: float, delta: float) -> float:

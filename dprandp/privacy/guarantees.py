@@ -177,11 +177,9 @@ ADJACENCIES = {ZERO_OUT: 1, ADD_REMOVE: 1, REPLACE_ONE: 2}
 """Relation -> zero-out moves between neighbours. Add/remove has the same sums with and without the record, hence the
 same curve (``accounting``); it is the relation of the accountants' theorems, and no claim about N."""
 
-# What numerical error may add to a rate; and as a part of δ where the curve is read at one δ.
-_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-3
-# The same for ε, as a part of it. Rates need more: at ε = 0 an error of ε is one of the advantage.
-_EPSILON_SHARE, _EPSILON_SHARE_FOR_RATES = 0.0025, 0.0005
-_MOST_POINTS = 5000
+# The least δ of a curve: what its end may add to a rate; and as a part of δ where the curve is read at one δ.
+_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-2
+_CURVE_POINTS = 5000
 # The smallest δ at which a curve without a grid is tabled.
 _LEAST_DELTA = 1e-300
 WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
@@ -257,7 +255,7 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: 
     Args:
         events: what was, or would be, run.
         adjacency: a key of ``ADJACENCIES``.
-        warn: called with one sentence when the PRV accountant refuses.
+        warn: called with one sentence when the PLD accountant refuses.
 
     Guarantee:
         Every rate is an upper bound; see the module for the sources.
@@ -271,7 +269,7 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: 
     if mu is not None:
         return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
     merged = tuple(merge_events(events))
-    epsilons, deltas, source = privacy_curve(merged, _RATE_ERROR, _EPSILON_SHARE_FOR_RATES, warn)
+    epsilons, deltas, source = privacy_curve(merged, _RATE_ERROR, warn)
     return TradeOff(None, epsilons, deltas, moves, source + _path(moves), moves * _full_batch_mu(merged))
 
 
@@ -303,9 +301,9 @@ def compose_adjacency(
         return single
     merged = tuple(merge_events(events))
     most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
-    share = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
+    least = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
     # Where that hides the record already there is no need for a curve.
-    epsilons, deltas, source = privacy_curve(merged, share, _EPSILON_SHARE, warn) if most else (None, None, "")
+    epsilons, deltas, source = privacy_curve(merged, least, warn) if most else (None, None, "")
     upper = _two_moves(epsilons, deltas, delta) if most else None
     # Replacing a record by one that contributes nothing is zeroing it out.
     if upper is None or most < upper:
@@ -379,20 +377,19 @@ def _path(moves: int) -> str:
 
 
 def privacy_curve(
-    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float, warn: Warn
+    events: tuple[GaussianEvent, ...], least: float, warn: Warn
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under zero-out for every i.
 
     Args:
         events: merged, at least one, none without noise.
-        delta_error: what the numerical error may add to every δ.
-        epsilon_share: what it may add to every ε, as a part of the ε at ``delta_error / 1e-3``.
-        warn: called with one sentence where the PRV accountant refuses and a looser bound stands in.
+        least: the smallest δ that the curve should reach; rounding may end it before.
+        warn: called with one sentence where the PLD accountant refuses and a looser bound stands in.
 
     Returns:
         ε ascending from 0 and δ descending, float64 [n]; and where they come from, in words.
     """
-    epsilons, deltas, source, complaint = _cached_curve(events, delta_error, epsilon_share)
+    epsilons, deltas, source, complaint = _cached_curve(events, least)
     if complaint:
         warn(complaint)
     return epsilons, deltas, source
@@ -400,21 +397,18 @@ def privacy_curve(
 
 @lru_cache(maxsize=64)
 def _cached_curve(
-    events: tuple[GaussianEvent, ...], delta_error: float, epsilon_share: float
+    events: tuple[GaussianEvent, ...], least: float
 ) -> tuple[np.ndarray, np.ndarray, str, str | None]:
-    from dprandp.privacy import analytic, prv
+    from dprandp.privacy import analytic, pld
 
-    components = components_of(events)
-    delta = delta_error / _DELTA_SHARE
+    components, least = components_of(events), max(least, _LEAST_DELTA)
     try:
-        error = epsilon_share * prv.sketch_epsilon(components, delta)
-        epsilons, deltas = prv.prv_curve(components, delta_error, error)
-    except prv.AccountantRefused as refusal:
-        least = max(1e-3 * delta, _LEAST_DELTA)
+        scale = analytic.analytic_epsilon(components, least)[0]
+        epsilons, deltas = pld.pld_curve(components, least, scale, _CURVE_POINTS)
+    except pld.AccountantRefused as refusal:
         epsilons, deltas = analytic.analytic_curve(components, np.geomspace(0.9, least, 60))
-        return epsilons, deltas, WITHOUT_GRID, f"The PRV accountant refused ({refusal}); {WITHOUT_GRID} is looser."
-    stride = -(-len(epsilons) // _MOST_POINTS)
-    return epsilons[::stride], deltas[::stride], "the whole PRV curve", None
+        return epsilons, deltas, WITHOUT_GRID, f"The PLD accountant refused ({refusal}); {WITHOUT_GRID} is looser."
+    return epsilons, deltas, "the whole PLD curve", None
 
 
 def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float | None:

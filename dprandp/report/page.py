@@ -338,6 +338,9 @@ def disclosures(run: Run) -> Markup:
         else:
             cells = zip(stages, values, strict=True)
             rows.append([label, *(tag("td", value, data_column=stage) for stage, value in cells)])
+    if run.spending.opinions:
+        said = f"of the run's ledger, parameters taken as fixed beforehand: {'; '.join(run.spending.opinions)}"
+        rows.append(["Other accountants", tag("td", said, colspan=len(stages) if len(stages) > 1 else None)])
     caption = "What the guarantee is, what it rests on, and where it ends"
     return section("Disclosure", table(["", *stages], rows, caption, class_="facts"), id_="disclosure")
 

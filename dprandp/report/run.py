@@ -13,6 +13,7 @@ from typing import Any
 from dprandp import __version__
 from dprandp.config import schema
 from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.privacy.opinions import refuse_contradiction, second_opinions
 from dprandp.report.disclosure import check
 from dprandp.runs.directory import RunDir
 from dprandp.runs.files import from_json, storage_errors
@@ -40,6 +41,7 @@ class Spending:
     total: float | None
     insecure: bool
     unfinished: bool
+    opinions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,11 @@ def _shown(key: str, value: Any) -> Any:
 
 
 def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
-    """The largest ε that a finished stage reports, or that of the whole ledger where that is more."""
+    """The largest ε that a finished stage reports, or that of the whole ledger where that is more.
+
+    Raises:
+        AuditError: two accountants contradict each other.
+    """
     private = [results[stage] for stage in paying(results)]
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     delta = private[-1]["delta"] if private else plan.get("delta")
@@ -159,8 +165,12 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
     epsilon = max((result["epsilon"] for result in private), default=0.0)
     ledger = open_run_ledger(rundir)  # a result without its ledger proves nothing, and is refused
     unfinished = False
+    opinions: tuple[str, ...] = ()
     if ledger is not None and ledger.events() and delta is not None:
-        composed = ledger.spent(float(delta)).upper
+        bound = ledger.spent(float(delta))
+        others = second_opinions(ledger.events(), float(delta))
+        refuse_contradiction(bound, others)
+        opinions, composed = tuple(map(str, others)), bound.upper
         unfinished = composed > epsilon * (1 + 1e-6)
         epsilon = max(epsilon, composed)
     return Spending(
@@ -169,6 +179,7 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
         total=None if total is None else float(total),
         insecure=ledger is not None and not ledger.private,
         unfinished=unfinished,
+        opinions=opinions,
     )
 
 

@@ -1,4 +1,4 @@
-"""The accountant: noise for a budget, found cold, against the noise search of the library that it builds on.
+"""The accountant: noise for a budget, found cold, against the noise search of another library, prv-accountant.
 
 Our caches are emptied before every call; the library has none. Our result must keep the promised bound. The library is
 asked for ε to within 1 % (in --quick 3 %), which is wider than our own bounds; the two must then agree on σ to 3 %.

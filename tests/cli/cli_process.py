@@ -29,7 +29,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "110", "NO_COLOR": "1", "TERM"
 SERVER = """
 import contextlib, gc, json, os, resource, signal, sys
 import torch
-import dprandp.privacy.prv, dprandp.report.page, dprandp.inspection.overview, dprandp.pipeline
+import dprandp.privacy.pld, dprandp.privacy.opinions, dprandp.report.page, dprandp.inspection.overview, dprandp.pipeline
 import opacus.accountants.analysis.rdp, torch.nn.functional
 from dprandp.cli import main
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy import accounting, calibration, sampled_loss
+from dprandp.privacy import accounting, analytic, calibration
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.calibration import ACCEPT, nudge, settle, solve
 
@@ -107,8 +107,8 @@ def forget_everything():
     for remembered in (
         accounting._calibrate,
         accounting._compose_sampled,
-        sampled_loss._log_moment,
-        sampled_loss._log_binomials,
+        analytic.log_moment,
+        analytic._participations,
     ):
         remembered.cache_clear()
 

@@ -10,10 +10,9 @@ from scipy import stats
 
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
-from dprandp.privacy.analytic import PARTICIPATIONS, moved_epsilon
+from dprandp.privacy.analytic import PARTICIPATIONS, Component, moved_epsilon
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta
 from dprandp.privacy.guarantees import compose_group, group_privacy
-from dprandp.privacy.prv import Component
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10])

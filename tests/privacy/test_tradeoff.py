@@ -11,7 +11,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.stats import norm
 
 from dprandp.errors import UsageError
-from dprandp.privacy import guarantees, prv
+from dprandp.privacy import guarantees, pld
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
 from dprandp.privacy.guarantees import REPLACE_ONE, calibrate_adjacency, compose_adjacency, trade_off
@@ -139,9 +139,9 @@ def test_the_fallback_is_named_aloud_and_looser(monkeypatch):
     tight = trade_off(events)
 
     def refuse(*arguments):
-        raise prv.AccountantRefused("for a test")
+        raise pld.AccountantRefused("for a test")
 
-    monkeypatch.setattr(prv, "prv_curve", refuse)
+    monkeypatch.setattr(pld, "pld_curve", refuse)
     guarantees._cached_curve.cache_clear()
     said: list[str] = []
     loose = trade_off(events, warn=said.append)

@@ -360,7 +360,7 @@ def test_the_command_line_answers_on_a_grid(more):
     ("arguments", "expected"),
     [
         ("--eps 0.01 --delta 1e-10 --sample-rate 0.0001 --steps 1000000", "T = 1000000: ε = 0.0099"),
-        ("--noise-multiplier 0.3 --sample-rate 0.01 --steps 1000", "ε = 70.8"),
+        ("--noise-multiplier 0.3 --sample-rate 0.01 --steps 1000", "ε = 69.8"),
         ("--noise-multiplier 1e160", "ε = 0.0000"),
         ("--noise-multiplier 1e155 --sample-rate .5", "ε = 0.0000"),
     ],

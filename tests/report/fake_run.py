@@ -65,7 +65,7 @@ def private_result(stage: str, **changes: Any) -> dict[str, Any]:
         "delta": 1e-5,
         "epsilon_target": 0.3 if full else 1.0,
         "epsilon_total": 1.0,
-        "accountant": "Gaussian DP, closed form" if full else "PRV (prv-accountant 0.2.0)",
+        "accountant": "Gaussian DP, closed form" if full else "PLD (dp-accounting 0.6.0)",
         "noise_multiplier": 133.7 if full else 2.345,
         "sample_rate": 1.0 if full else 0.0207,
         "steps": 120 if full else 20,

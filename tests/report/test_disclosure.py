@@ -35,7 +35,7 @@ FIELDS = {
     "sigma": (r"^σ ", r"2\.345\b"),
     "C": (r"^C ", r"1\.25\b"),
     "K": (r"^K ", r"^4\b"),
-    "accountant and version": (r"^Accountant$", r"PRV \(prv-accountant 0\.2\.0\)"),
+    "accountant and version": (r"^Accountant$", r"PLD \(dp-accounting 0\.6\.0\)"),
     "RNG mode": (r"^Random numbers$", r"^os-entropy"),
     "tuned, and on what": (r"^Tuned", r"public benchmark.*Set by whoever ran it: lr = 3"),
     "public": (r"^Public inputs$", r"4000 synthetic images.*stylegan-oriented.*patchnet.*Handwritten digits"),

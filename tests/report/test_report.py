@@ -14,10 +14,12 @@ from html_page import Page, outside_references
 from PIL import Image
 
 from dprandp.config import schema
-from dprandp.errors import CheckpointError
+from dprandp.errors import AuditError, CheckpointError
+from dprandp.privacy.opinions import Opinion
 from dprandp.report import figures
 from dprandp.report import page as report
 from dprandp.report import page as style
+from dprandp.report import run as run_module
 from dprandp.runs import faults
 
 
@@ -61,6 +63,18 @@ def test_sections_in_order_with_their_content(full: str) -> None:
         assert content in page.text, content
     assert "PRIVATE" in page.texts
     assert "NOT PRIVATE" not in full
+
+
+def test_other_accountants_are_shown_and_a_contradiction_is_an_error(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Other accountants" in full
+    assert "prv-accountant" in full
+    assert "opacus" in full
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(run_module, "second_opinions", lambda events, delta: [Opinion("another (PRV)", 50.0, 60.0)])
+    with pytest.raises(AuditError, match="contradict each other"):
+        written(run)
 
 
 def test_configuration_is_exact(full: str) -> None:
