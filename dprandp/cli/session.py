@@ -170,7 +170,7 @@ def context(
     from dprandp.runs.context import Context, prepare_device
     from dprandp.runs.parallel import ALONE
 
-    ranks = together.leader or ALONE
+    ranks = together.ranks or ALONE
     if ranks.size > 1:
         together.refuse_flags(device, workers)
     if workers is not None and workers < 1:
