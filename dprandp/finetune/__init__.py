@@ -6,8 +6,7 @@
     metrics.jsonl             norms of the noisy updates: functions of what is released anyway
 
 One loop for every architecture: Poisson batch -> clipped sum (``clipped_sums.py``; of several ranks each adds its
-share, and rank 0 does the rest) -> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor
-s.
+share, and rank 0 does the rest) -> noise -> step. The extractor's parameters are trained as θ = s φ, s a public factor.
 
 Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
 cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.

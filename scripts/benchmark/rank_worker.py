@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from dprandp.dpsgd.followers import serve
 
 from benchmark import finetuning, generator, patchnet
 from benchmark.timing import alternate
@@ -19,7 +20,6 @@ from dprandp import generate
 from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
 from dprandp.dpsgd.features import BATCH, extract_by_ranks, tell_model
-from dprandp.dpsgd.followers import serve
 from dprandp.models.extractor import build_extractor
 from dprandp.pretrain import wrn
 from dprandp.pretrain.contrastive import ContrastiveTrainer

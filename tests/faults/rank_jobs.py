@@ -12,7 +12,6 @@ from pathlib import Path
 import torch.distributed as dist
 from cli_process import ENVIRONMENT, TIMEOUT, Done, Dprandp, Running
 
-
 STORES: list[dist.Store] = []
 """Where the jobs meet: with torchrun it is torchrun's process, which outlives the ranks; here this one."""
 
