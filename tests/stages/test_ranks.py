@@ -279,7 +279,8 @@ def private_stages(ranks: Ranks, run: Path, options: dict, *settings: dict, nois
             clipped_sums.sum_of_clipped = honest
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_16_probe_and_fine_tune_of_several_ranks_equal_those_of_one(
     copy: Copy, public_run: Path, data: str, size: int
 ) -> None:
