@@ -12,8 +12,8 @@ collectives of torch.distributed unpickle). They are neither encrypted nor authe
 of private images: *the processes and the network between them are inside the trust boundary*, like the disk with the
 data.
 
-A rank that dies or hangs ends the job: the others wait ``timeout()`` seconds at most in what all do together. Where
-rank 0 works alone for longer, or reads data, a thread tells every now and then that the process is alive.
+A rank that dies ends the job at once, one that hangs after ``timeout()`` seconds: so long the others wait in a
+collective. Where rank 0 may work alone for longer (``first``), threads show meanwhile that the processes live.
 
 Imports nothing of the package but ``errors``.
 """
