@@ -6,6 +6,7 @@ The result, JSON on stdout: work -> [seconds alone …], [seconds together …],
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -103,9 +104,10 @@ def main(scale: str, rounds: int) -> None:
             while len(ranks.broadcast_rows(None)):  # rank 0 decides how often
                 together()
             continue
-        begin = lambda: ranks.broadcast_rows(torch.ones(1, dtype=torch.int64))  # noqa: E731
-        samples = alternate({"alone": alone, "together": lambda work=together: (begin(), work())}, rounds)
-        ranks.broadcast_rows(torch.zeros(0, dtype=torch.int64))
+        again, enough = torch.ones(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        by_all = functools.partial(lambda work, ranks, row: (ranks.broadcast_rows(row), work()), together, ranks, again)
+        samples = alternate({"alone": alone, "together": by_all}, rounds)
+        ranks.broadcast_rows(enough)
         results[name] = {side: [sample.wall for sample in samples[side]] for side in samples} | {"units": units}
     if ranks.is_first:
         print(json.dumps(results), flush=True)
