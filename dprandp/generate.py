@@ -5,8 +5,8 @@
     preview.png           a contact sheet of the first images
 
 A shard is a function of (process, seed, block, resolution) alone: any number of workers or ranks makes the same bytes,
-and a resumed run makes only the shards that are missing. Under several ranks each renders whole shards in its own
-process, and rank 0 writes them all.
+and a resumed run makes only the shards that are missing. Of several ranks each renders whole shards; they are gathered
+on rank 0, which writes them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,32 +80,43 @@ def _begin() -> None:
 STAGE = "generate"
 PREVIEW_IMAGES = 96
 PREVIEW_COLUMNS = 16
-RENDER = "render"
-"""Task of the other ranks."""
 
 
 def run(config: GenerateConfig, context: Context) -> dict:
     """Write the images of ``config`` into the run directory.
 
     Returns:
-        process, count, resolution, images_per_second, seconds.
+        process, count, resolution, images_per_second, seconds; nothing ({}) on another rank than rank 0.
 
     Raises:
         UsageError: unknown process, or a configuration other than the one the directory holds.
         StorageError: the disk refuses.
     """
     check(config)
+    todo = context.ranks.first(lambda: _to_render(config, context))
+    if todo is None:
+        return context.rundir.result(STAGE)
+    config = recorded(STAGE, todo["config"])
+    blocks = blocks_of(config)  # of the recorded configuration, which --resume keeps
+    started = time.perf_counter()
+    made = _render_all(config, {block: blocks[block] for block in todo["missing"]}, context)
+    seconds = time.perf_counter() - started
+    return _finish(config, made, seconds, context) if context.ranks.is_first else {}
+
+
+def _to_render(config: GenerateConfig, context: Context) -> dict[str, Any] | None:
+    """Begin the stage in the run directory: the configuration there, and the blocks to render; None if it is done."""
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
-        return context.rundir.result(STAGE)
+        return None
     config = recorded(STAGE, begun.config)
-    blocks = blocks_of(config)  # of the recorded configuration, which --resume keeps
-    folder = context.rundir.stage_dir(STAGE)
-    started = time.perf_counter()
-    missing = [block for block, count in blocks.items() if not _is_whole(folder, block, count, config.resolution)]
-    made = _render_all(config, folder, {block: blocks[block] for block in missing}, context)
-    seconds = time.perf_counter() - started
+    sizes = blocks_of(config).items()
+    missing = [block for block, count in sizes if not _is_whole(begun.directory, block, count, config.resolution)]
+    return {"config": as_dict(config), "missing": missing}
 
+
+def _finish(config: GenerateConfig, made: int, seconds: float, context: Context) -> dict:
+    folder, blocks = context.rundir.stage_dir(STAGE), blocks_of(config)
     manifest = {
         "process": config.process,
         "seed": config.seed,
@@ -242,9 +254,9 @@ def shard_name(block: int) -> str:
     return f"shard-{block:05d}.npy"
 
 
-def _render_all(config: GenerateConfig, folder: Path, blocks: dict[int, int], context: Context) -> int:
+def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context) -> int:
     """Render the given blocks (block -> images) and return how many images that were."""
-    total = sum(blocks.values())
+    total, folder = sum(blocks.values()), context.rundir.stage_dir(STAGE)
     jobs = [(config.process, config.seed, block, count, config.resolution, folder) for block, count in blocks.items()]
     with graceful_stop() as stop, context.console.progress(total, "images") as progress:
         if context.ranks.size > 1:
@@ -280,19 +292,15 @@ Job = tuple[str, int, int, int, int, Path]
 
 
 def _render_round(jobs: list[Job], ranks: Ranks) -> int:
-    """One shard by each rank, as far as there are any; returns how many images that were."""
-    first, *others = jobs
-    asked = [({"job": job[:-1]}, {}) for job in others]
-    ranks.ask(RENDER, asked + [({"job": None}, {})] * (ranks.size - len(jobs)))
-    count = _write_shard(*first)
-    for job, made in zip(others, ranks.answers()[: len(others)], strict=True):
-        count += _write_images(made["images"].numpy(), job[2], job[-1])
-    return count
-
-
-def rendered_for(job: list | None) -> dict[str, torch.Tensor]:
-    """A shard's images, uint8 [count, R, R, 3], as another rank makes them for rank 0; nothing for no job."""
-    return {} if job is None else {"images": torch.from_numpy(render_block(*job))}
+    """A shard by each rank, as far as there are any; rank 0 writes them. Returns how many images that were."""
+    process, seed, _, _, resolution, _ = jobs[0]
+    counts = [count for _, _, _, count, _, _ in jobs] + [0] * (ranks.size - len(jobs))
+    own = np.zeros((0, resolution, resolution, 3), np.uint8)
+    if ranks.rank < len(jobs):
+        own = render_block(process, seed, jobs[ranks.rank][2], counts[ranks.rank], resolution)
+    for job, made in zip(jobs, ranks.gather(torch.from_numpy(own), counts), strict=False):
+        _write_images(made.numpy(), job[2], job[-1])
+    return sum(counts)
 
 
 def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:

@@ -41,7 +41,9 @@ from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "dprandp", "tests"
-IGNORED = (".*", "data", "runs", "build", "dist", "__pycache__", "*.egg-info")
+IGNORED = (".*", "__pycache__", "*.egg-info")
+NOT_NEEDED = {"data", "runs", "build", "dist"}
+"""Folders of the project itself; the package has some of these names too."""
 LIMIT = 300
 """Seconds after which the tests of one mutation are taken to hang: it is noticed, then."""
 
@@ -178,7 +180,12 @@ def paths_of(names: Iterable[str], root: Path) -> list[str]:
 def copied(root: Path, folder: Path) -> Path:
     """A copy of what tests need, whose bytecode is believed for equal sources alone."""
     copy = folder / "whole"
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*IGNORED), symlinks=True)
+    anywhere = shutil.ignore_patterns(*IGNORED)
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | (NOT_NEEDED & set(names) if Path(folder) == root else set())
+
+    shutil.copytree(root, copy, ignore=ignored, symlinks=True)
     compileall.compile_dir(copy / PACKAGE, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
     return copy
 

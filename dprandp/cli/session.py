@@ -164,7 +164,7 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
 
     device = options.device if device is None else device
     workers, seed = options.workers, options.insecure_seed
-    ranks = together.leader or ALONE
+    ranks = together.ranks or ALONE
     if ranks.size > 1:
         together.refuse_flags(device, workers)
     if workers is not None and workers < 1:

@@ -1,72 +1,67 @@
 """One command on several processes: ``torchrun --nproc-per-node N -m dprandp ...``.
 
-Rank 0 runs the command; the others serve it (``runs/parallel.py``), whatever flags they were given. What several
-processes cannot do is refused.
+Rank 0 reads the flags and the run, and announces each stage, with its configuration; every rank then runs it. What
+several processes cannot do is refused.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dprandp.errors import DprandpError, UsageError
+from dprandp.runs import signals
 from dprandp.runs.console import Console
 
 if TYPE_CHECKING:
-    from dprandp.runs.parallel import Leader
+    from dprandp.runs.parallel import Ranks
 
 COMMANDS = ("generate", "pretrain", "probe", "finetune", "run")
 """That several processes can do."""
 
-leader: Leader | None = None
-"""This process, if it leads others."""
+ranks: Ranks | None = None
+"""Of rank 0, if there are others."""
 
 
 def join() -> None:
-    """Under ``torchrun``: meet the others. Rank 0 returns; another rank serves it and exits with its exit code.
+    """Under ``torchrun``: meet the others. Rank 0 returns; another rank runs the stages with it, and exits as it does.
 
     Raises:
         UsageError, RankLostError: the processes do not find together.
     """
-    global leader
+    global ranks
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return  # without the import of torch
-    from dprandp.runs.parallel import Leader
     from dprandp.runs.parallel import join as join_others
 
     met = join_others()
-    if isinstance(met, Leader):
-        leader = met
-        return
-    from dprandp.dpsgd.followers import serve
-
-    # A signal reaches all processes of a job. It is for rank 0 to obey, at the end of a step; a second one is final.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _carry_on)
-    console = Console(quiet=True, debug="--debug" in sys.argv)
-    try:
-        code = serve(met, console)
-    except DprandpError as error:
-        code = console.error(error)
-    sys.stderr.flush()
-    os._exit(code)  # without the goodbyes of libraries to processes that may be gone
+    if not met.is_first:
+        _run_stages(met)
+    ranks = met
+    ranks.stage_done()
 
 
 def end(code: object) -> None:
-    """Let the other ranks go, with this exit code."""
-    if leader is not None:
-        leader.end(code if isinstance(code, int) else int(code is not None))
+    """Under ``torchrun``, end rank 0 with an exit code, which the other ranks will have too."""
+    if ranks is None:
+        return
+    code = code if isinstance(code, int) else int(code is not None)
+    try:
+        if code == 0:
+            ranks.announce(None)
+        else:
+            ranks.leave_words({"exit_code": code, "problem": None, "fix": None})
+    except DprandpError as error:
+        code = Console().error(error)
+    _exit(code)
 
 
 def refuse_command(command: str | None) -> None:
     """Raise UsageError for a command that is one process's work."""
-    if leader is not None and command is not None and command not in COMMANDS:
+    if ranks is not None and command is not None and command not in COMMANDS:
         raise UsageError(
-            f"`dprandp {command}` is the work of one process, not of {leader.size}",
+            f"`dprandp {command}` is the work of one process, not of {ranks.size}",
             fix=f"run it without torchrun; several processes can do: {', '.join(COMMANDS)}",
         )
 
@@ -84,5 +79,30 @@ def refuse_flags(device: str, workers: int | None) -> None:
         )
 
 
-def _carry_on(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)
+def _run_stages(met: Ranks) -> NoReturn:
+    """On another rank, run each stage that rank 0 announces; in silence, but for the loss of the others."""
+    from dprandp import pipeline
+    from dprandp.runs.parallel import RankError, RankLostError
+
+    signals.leave_to_rank_0()
+    console = Console(quiet=True, debug="--debug" in sys.argv)
+    console.route_logging()
+    code = 0
+    try:
+        while (stage := met.announced()) is not None:
+            pipeline.run_announced(stage, met, console)
+    except RankError as error:
+        code = error.exit_code
+    except RankLostError as error:
+        code = console.error(error)
+    except BaseException as error:
+        told = console.described(error)
+        met.leave_words(told)
+        code = told["exit_code"]
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the goodbyes of libraries to processes that may be gone

@@ -21,7 +21,7 @@ from dprandp.config.schema import ContinueConfig
 from dprandp.continual import switching
 from dprandp.continual.public import Training
 from dprandp.continual.switching import Look
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, shares_of
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.errors import CheckpointError
@@ -196,7 +196,7 @@ def private_steps(
     for step in mechanism.steps():
         # --------------------------------------------------------------------------------- private: a clipped sum
         parameters = {name: training.parameters[name] for name in training.private_names}
-        batch = shares_of(ALONE, step.indices, images, labels, None if rows is None else rows.images)[0]
+        batch = share_of(ALONE, step.indices, images, labels, None if rows is None else rows.images)
         clipped = sums.of(parameters, step.number, batch)
         # ----------------------------------------------------------------------- from here on: post-processing of noise
         noisy = step.release(clipped)

@@ -8,7 +8,7 @@ K views of each image -> the mean of their gradients (and over all images of a u
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from dprandp.models.per_example.patchnet import patch_layers
 from dprandp.models.per_example.patchnet import per_example_gradients as patchnet_gradients
 from dprandp.models.per_example.wrn import WrnGradients, has_layer_gradients
 from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped, unit_means
+from dprandp.privacy.mechanism import PrivateStep
 from dprandp.runs.parallel import Ranks
 from dprandp.vision.views import keyed_uniforms, private_views
 
@@ -36,12 +37,6 @@ GRADIENT_BYTES = 2**27
 DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
 """Most views, and records, of a network without a gradient of its own that an accelerator takes together: a patchnet of
 6,400 filters has some 25 GB of responses to 256 views."""
-
-SETTINGS, PARAMETERS, SHARE = "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"
-"""Tasks of the other ranks."""
-
-MASK = "mask:"
-"""Before the names of the masks that go with the parameters."""
 
 EXTRACTOR = "extractor."
 """Before the names of the parameters that are scaled."""
@@ -97,10 +92,6 @@ class Batch:
     def records(self) -> int:
         """How many records there are."""
         return len(self.members if self.sizes is None else self.sizes)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, as ``Batch(**tensors)`` takes them."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class ClippedSums:
@@ -164,46 +155,46 @@ class ClippedSums:
         ranks: Ranks,
         parameters: Mapping[str, Tensor],
         step: int,
-        shares: Sequence[Batch],
+        share: Batch,
         masks: masking.Masks | None = None,
     ) -> dict[str, Tensor]:
-        """The sum over a batch whose records are shared out; the ranks know model and settings already.
+        """The sum over a batch whose records are shared out among the ranks, at rank 0's parameters.
 
         Args:
-            ranks: this process leads them; the first share is its own.
-            parameters, step, masks: as for ``of``.
-            shares: one for each rank. Every record of the batch is in exactly one of them; they may be empty.
+            ranks: of which this is one; all call this together, with the same model and settings.
+            parameters, masks: as for ``of``, of the same names on every rank; overwritten by those of rank 0.
+            step: as for ``of``.
+            share: this rank's. Every record of the batch is in exactly one rank's share; shares may be empty.
 
         Returns:
-            As ``of`` over all shares; equal to it up to the rounding of float32 (of float64 where ``precise``).
+            On rank 0 as ``of`` over all shares; equal to it up to the rounding of float32 (of float64 where
+            ``precise``). Undefined on the others.
 
         Guarantee:
             Sensitivity ``clip_norm``: each record's gradient is computed and clipped once, whole, by the one rank that
             has it, and the shares' sums are added in float64. So the total is the sum over records that one process
-            would make, in another order. No rank adds noise, divides, or sees the total: what is returned goes into
-            one ``PrivateStep``, whose charge, draw and noise are the only ones of the step. A share longer than its
-            records allow (C each) is refused: a rank that did not clip, or that added noise of its own, stops the run.
+            would make, in another order. No rank adds noise or divides; what is returned on rank 0 goes into one
+            ``PrivateStep``, whose charge, draw and noise are the only ones of the step. A share longer than its records
+            allow (C each) is refused before it is added: a rank that did not clip, or that added noise of its own, ends
+            the job.
 
         Raises:
-            RankLostError, RankError: a rank did not answer; nothing of the step is released.
-            RuntimeError: a rank sent something that is no sum of clipped gradients.
+            RankLostError, RankError: a rank ended or hangs; nothing of the step is released.
+            RuntimeError: this rank's share is no sum of clipped gradients.
         """
-        named = {f"{MASK}{name}": mask for name, mask in (masks or {}).items()}
-        ranks.tell(PARAMETERS, {"step": step}, {**parameters, **named})
-        ranks.ask(SHARE, [({}, share.tensors()) for share in shares[1:]])
-        total = self.of(parameters, step, shares[0], masks)
-        for share, answer in zip(shares[1:], ranks.answers(), strict=True):
-            self._refuse_other_than_sums(answer, total, share.records)
-            for name, value in total.items():
-                value += answer[name].to(self.device)
+        ranks.broadcast([*parameters.values(), *(masks or {}).values()])
+        total = self.of(parameters, step, share, masks)
+        if ranks.size > 1:
+            self._refuse_other_than_sums(total, parameters, share.records)
+        ranks.reduce(total)
         return total
 
-    def _refuse_other_than_sums(self, answer: Mapping[str, Tensor], like: Mapping[str, Tensor], records: int) -> None:
-        fits = answer.keys() == like.keys() and all(
-            answer[name].shape == value.shape and answer[name].dtype == torch.float64 for name, value in like.items()
+    def _refuse_other_than_sums(self, share: Mapping[str, Tensor], like: Mapping[str, Tensor], records: int) -> None:
+        fits = share.keys() == like.keys() and all(
+            share[name].shape == value.shape and share[name].dtype == torch.float64 for name, value in like.items()
         )
         most = self.settings.clip_norm * records * (1 + 1e-6)
-        if not fits or not float(torch.stack([value.norm() for value in answer.values()]).norm()) <= most:
+        if not fits or not float(torch.stack([value.norm() for value in share.values()]).norm()) <= most:
             raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or no sum at all")
 
 
@@ -213,26 +204,54 @@ def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Ite
         yield each
 
 
-def shares_of(
-    ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: Callable | None
-) -> list[Batch]:
-    """Share out the records of a step: whole records, as evenly as possible.
+@dataclass(frozen=True)
+class Draw:
+    """What a rank other than rank 0 knows of a ``PrivateStep``: number, and indices (int64 [b], private)."""
+
+    number: int
+    indices: np.ndarray
+
+
+def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[PrivateStep | Draw]:
+    """The steps of a mechanism, on every rank: rank 0 pays and draws, and broadcasts what it drew.
 
     Args:
-        ranks: how many shares.
+        ranks: of which this is one.
+        steps: of the mechanism, on rank 0; not looked at elsewhere.
+
+    Guarantee:
+        A step is charged and its batch drawn on rank 0 alone, before any rank has it.
+
+    Raises:
+        RankLostError, RankError: a rank ended or hangs. On rank 0 as ``steps``.
+    """
+    if ranks.size == 1:
+        yield from steps
+    elif ranks.is_first:
+        for step in steps:
+            ranks.broadcast_rows(torch.tensor([step.number, *step.indices.tolist()]))
+            yield step
+        ranks.broadcast_rows(torch.zeros(0, dtype=torch.int64))
+    else:
+        while len(row := ranks.broadcast_rows(None)):
+            yield Draw(int(row[0]), row[1:].numpy())
+
+
+def share_of(ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: Callable | None) -> Batch:
+    """This rank's share of the records of a step: whole records, shared out as evenly as possible.
+
+    Args:
+        ranks: of which this is one.
         records: int64 [b], the members of the batch; may be none.
         images, labels: of the whole data set.
         rows: records -> (positions of their images, images of each), ``UnitRows.images``; None where a record is one
             image.
     """
-    batches = []
-    for share in ranks.shares(len(records)):
-        members, sizes = (records[share], None) if rows is None else rows(records[share])
-        places = torch.from_numpy(members)
-        chosen = places.to(images.device)
-        sizes = None if sizes is None else torch.from_numpy(sizes)
-        batches.append(Batch(images[chosen], labels[chosen], places, sizes))
-    return batches
+    own = records[ranks.shares(len(records))[ranks.rank]]
+    members, sizes = (own, None) if rows is None else rows(own)
+    places = torch.from_numpy(members)
+    chosen = places.to(images.device)
+    return Batch(images[chosen], labels[chosen], places, None if sizes is None else torch.from_numpy(sizes))
 
 
 def gradient_source(

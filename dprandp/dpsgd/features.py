@@ -19,13 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import as_dict, build
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.errors import StorageError, UsageError
-from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights, build_extractor, extract
-from dprandp.models.precision import precision_of
-from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.models.extractor import add_weights, extract
+from dprandp.models.whitening import Whitener
 from dprandp.privacy.clipping import check_labels
 from dprandp.runs.directory import available_memory, free_on_device
 from dprandp.runs.files import atomic_write, from_json, move_into_place, storage_errors, to_json
@@ -35,45 +32,16 @@ from dprandp.vision.views import keyed_uniforms, private_views
 
 # ---------------------------------------------------------------------------------------------------------- extraction
 #
-# Features of many images, by one process or by several: each rank extracts its rows, rank 0 puts them in order.
+# Features of many images, by one process or by several: each rank extracts its rows, they are gathered on rank 0.
 #
 # Rows are shared out in whole batches of the size that one process takes, so that every image is extracted beside the
 # same others: equal threads and processors give equal features, to the bit.
 
-MODEL, FEATURES = "model", "features"
-"""Tasks of the other ranks."""
-
 BATCH = 256
 ROUND = 16 * BATCH
-"""Rows that a rank is asked for at a time: 13 MB of pixels."""
+"""Rows of a rank that are extracted at a time: 13 MB of pixels."""
 BLOCK_BYTES = 2**26
 """Of features in memory before they go to the disk."""
-
-
-def tell_model(ranks: Ranks, extractor: nn.Module, whitener: nn.Module, classes: int) -> None:
-    """Give the other ranks a copy of extractor and whitener, with a head of zeros."""
-    axes = whitener.axes if isinstance(whitener, Whitener) else None
-    facts = {
-        "extractor": as_dict(extractor.built_from),
-        "whitener": axes,
-        "classes": classes,
-        "precision": precision_of(extractor),
-        "device": next(extractor.parameters()).device.type,
-    }
-    tensors = {f"extractor.{name}": value for name, value in extractor.state_dict().items()}
-    tensors |= {f"whitener.{name}": value for name, value in whitener.state_dict().items()}
-    ranks.tell(MODEL, facts, tensors)
-
-
-def told_model(facts: dict, tensors: dict[str, Tensor], device: torch.device) -> Classifier:
-    """The model that ``tell_model`` described, on this rank's device."""
-    extractor = build_extractor(build("pretrain", facts["extractor"]))
-    extractor.precision = facts["precision"]
-    width, axes = extractor.feature_dim, facts["whitener"]
-    whitener = PooledOnly(width) if axes is None else Whitener(width, axes, extractor.parts)
-    model = Classifier(extractor, whitener, facts["classes"])
-    model.load_state_dict(tensors | {"head": model.head.detach()})
-    return model.to(device).eval()
 
 
 def extract_by_ranks(
@@ -84,26 +52,27 @@ def extract_by_ranks(
     mirror: bool,
     on_batch: Callable[[int], None],
 ) -> Tensor:
-    """``extract``, its rows shared out.
+    """``extract``, its rows shared out; all ranks call this together.
 
     Args:
-        ranks: this process leads them.
-        extractor: on the device that computes; the other ranks use devices of the same kind.
+        ranks: of which this is one.
+        extractor: on the device that computes; equal on all ranks, as are the images.
         images: uint8 [N, 3, 32, 32].
         whitener: applied to the features; None for none.
         mirror, on_batch: see ``extract``.
 
     Returns:
-        float32 [N, ...] on the CPU, row i the features of image i.
+        float32 [N, ...] on the CPU, row i the features of image i; on other ranks than rank 0 no rows, [0, ...].
     """
     if ranks.size == 1 or len(images) == 0:
-        return share_of_features(extractor, images, whitener, mirror, on_batch)
+        return _rows_of(extractor, images, whitener, mirror, on_batch)
+    blocks = images.split(ROUND * ranks.size)
+    own = ((block[ranks.shares(len(block), BATCH)[ranks.rank]], len(block)) for block in blocks)
     out: Tensor | None = None
     done = 0
-    for part in features_of_blocks(
-        ranks, extractor, images.split(ROUND * ranks.size), whitener, mirror, on_batch
-    ):
-        out = torch.empty(len(images), *part.shape[1:]) if out is None else out
+    for part in features_of_blocks(ranks, extractor, own, whitener, mirror, on_batch):
+        if out is None:
+            out = torch.empty(len(images) if ranks.is_first else 0, *part.shape[1:])
         out[done : done + len(part)] = part
         done += len(part)
     return out
@@ -112,40 +81,31 @@ def extract_by_ranks(
 def features_of_blocks(
     ranks: Ranks,
     extractor: nn.Module,
-    blocks: Iterable[Tensor],
+    blocks: Iterable[tuple[Tensor, int]],
     whitener: nn.Module | None,
     mirror: bool,
     on_batch: Callable[[int], None],
 ) -> Iterator[Tensor]:
-    """``extract_by_ranks`` of each block of images in turn; the other ranks are given the model once.
+    """``extract_by_ranks`` of each block of images in turn.
 
     Args:
-        blocks: uint8 [b, 3, 32, 32] each, b ≥ 1, at most ``ROUND`` for each rank.
+        blocks: for each block this rank's rows, uint8 [b, 3, 32, 32] with b ≥ 0, and the size of the whole block, ≥ 1;
+            they are ``ranks.shares(size, BATCH)[rank]`` of it.
 
     Yields:
-        float32 [b, ...] on the CPU for each block.
+        float32 [size, ...] on the CPU for each block; on other ranks than rank 0 no rows, [0, ...].
     """
-    if ranks.size > 1:
-        tell_model(ranks, extractor, PooledOnly(extractor.feature_dim) if whitener is None else whitener, 1)
-    for images in blocks:
-        shares = ranks.shares(len(images), BATCH)
-        facts = {"mirror": mirror, "whiten": whitener is not None}
-        ranks.ask(FEATURES, [(facts, {"images": images[share]}) for share in shares[1:]])
-        own = share_of_features(extractor, images[shares[0]], whitener, mirror, on_batch)
-        others = [made["features"] for made in ranks.answers()]
-        if others:
-            on_batch(len(images) - len(own))
-        yield torch.cat([own, *others]) if others else own
+    for images, size in blocks:
+        own = _rows_of(extractor, images, whitener, mirror, on_batch)
+        parts = ranks.gather(own, [share.stop - share.start for share in ranks.shares(size, BATCH)])
+        if ranks.size > 1:
+            on_batch(size - len(own))
+        yield parts[0] if len(parts) == 1 else torch.cat([own[:0], *parts])
 
 
-def share_of_features(
-    extractor: nn.Module,
-    images: Tensor,
-    whitener: nn.Module | None,
-    mirror: bool,
-    on_batch: Callable[[int], None] = lambda count: None,
+def _rows_of(
+    extractor: nn.Module, images: Tensor, whitener: nn.Module | None, mirror: bool, on_batch: Callable[[int], None]
 ) -> Tensor:
-    """One rank's rows; arguments as for ``extract_by_ranks``."""
     if whitener is None:
         return extract(extractor, images, mirror=mirror, batch_size=BATCH, on_batch=on_batch)
     return extract(extractor, images, mirror=mirror, batch_size=BATCH, after=whitener, on_batch=on_batch)
@@ -301,7 +261,11 @@ def private_features(
         seed: public randomness of the views.
 
     Returns:
-        float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N].
+        float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N]. On other ranks than
+        rank 0, which take part in the extraction, the features have no rows.
+
+    Raises:
+        InputError: the ranks have other data, or another extractor, than one another.
     """
     split = stage.dataset.train()
     labels = torch.from_numpy(split.labels)
@@ -328,15 +292,22 @@ def features_of_test(
         extractor, whitener, mirror: as for ``private_features``.
 
     Returns:
-        float32 [N, dims].
-    """
+        float32 [N, dims]; without rows on other ranks than rank 0.
 
-    if not keep:
+    Raises:
+        As ``private_features``.
+    """
+    ranks = stage.context.ranks
+    if not keep and ranks.size == 1:
         with stage.context.console.progress(len(images), "test images") as progress:
-            ranks = stage.context.ranks
             return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
     facts = f"test {hashlib.sha256(np.ascontiguousarray(images)).hexdigest()} {images.shape} {mirror}"
-    return _kept(stage, "test-features", _key(facts, extractor, whitener), images, extractor, whitener, mirror)
+    key = _key(facts, extractor, whitener)
+    if keep:
+        return _kept(stage, "test-features", key, images, extractor, whitener, mirror)
+    ranks.refuse_different("test images", lambda: key)
+    with stage.context.console.progress(len(images), "test images") as progress:
+        return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
 
 
 def _kept(
@@ -358,29 +329,37 @@ def _kept(
         views: K; more than one have an axis of their own.
 
     Returns:
-        float32 [N, dims] or [N, K, dims], read-only.
+        float32 [N, dims] or [N, K, dims], read-only; without rows on other ranks than rank 0.
     """
-    context = stage.context
+    context, ranks = stage.context, stage.context.ranks
     file = FeatureFile(context.rundir.private_dir, name, len(images))
-    found = file.read(key, context.console.warn)
-    if found is not None:
-        return found
-    rows = rows_at_once(views, whitener.dims) * context.ranks.size
+    ranks.refuse_different(LABELS[name], lambda: key)
+    found = file.read(key, context.console.warn) if ranks.is_first else None
+    if ranks.first(lambda: found is not None):
+        return torch.empty(0, whitener.dims) if found is None else found
+    rows = rows_at_once(views, whitener.dims) * ranks.size
     label = LABELS[name]
 
     def blocks(begun: int) -> Iterator[Tensor]:
         starts = range(begun, len(images), rows)
 
-        def seen() -> Iterator[Tensor]:
+        def seen() -> Iterator[tuple[Tensor, int]]:
             for start in starts:
-                block = to_input(images[start : start + rows])
-                yield from (view(block, start, number) for number in range(views))
+                size = min(rows, len(images) - start)
+                own = ranks.shares(size, BATCH)[ranks.rank]
+                block = to_input(images[start + own.start : start + own.stop])
+                yield from ((view(block, start + own.start, number), size) for number in range(views))
 
         with context.console.progress(len(images) * views, label, done=begun * views) as progress:
-            made = features_of_blocks(context.ranks, extractor, seen(), whitener, mirror, progress.advance)
+            made = features_of_blocks(ranks, extractor, seen(), whitener, mirror, progress.advance)
             for _ in starts:
                 yield next(made) if views == 1 else torch.stack([next(made) for _ in range(views)], dim=1)
 
+    begun = ranks.first(lambda: file.begun(key))
+    if not ranks.is_first:
+        for _ in blocks(begun):
+            pass  # its rows are gathered on rank 0
+        return torch.empty(0, whitener.dims)
     file.write(key, blocks)
     written = file.read(key, context.console.warn)
     if written is None:

@@ -35,11 +35,14 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
 
     Returns:
         data, title, classes, accuracy, balanced_accuracy, auc, loss, confusion, majority_accuracy (of always answering
-        the test split's most frequent class), train_examples, test_examples.
+        the test split's most frequent class), train_examples, test_examples. On other ranks than rank 0, which take
+        part in the extraction, nothing ({}).
     """
     spec = stage.spec
     test = stage.dataset.test()
     features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror, keep=keep)
+    if not stage.context.ranks.is_first:
+        return {}
     scores = features @ model.head.detach().cpu()
     metrics = classification_metrics(scores, torch.from_numpy(test.labels))
     return {

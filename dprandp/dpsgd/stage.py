@@ -10,11 +10,20 @@ The order matters and is the same in both stages:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dprandp.config.schema import DEFAULT_SHARE, ContinueConfig, FinetuneConfig, PrivateConfig, ProbeConfig, fraction_of
+from dprandp.config.schema import (
+    DEFAULT_SHARE,
+    ContinueConfig,
+    FinetuneConfig,
+    PrivateConfig,
+    ProbeConfig,
+    as_dict,
+    build,
+    fraction_of,
+)
 from dprandp.data import Dataset, DataSpec, open_dataset, without_public_part
 from dprandp.dpsgd import training_data
 from dprandp.dpsgd.budget import ADJACENCY, NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
@@ -134,6 +143,8 @@ class PrivateStage:
         Raises:
             As ``private_inputs``.
         """
+        if not self.context.ranks.is_first:
+            return  # rank 0 writes
         self.keep_data()  # before the plan: a plan without it would look like a lost record
         document = read_plan_file(self.context.rundir) or {
             "format": 1,
@@ -397,6 +408,41 @@ def name_private_stage(
     if fetch or not context.download:
         dataset.require()
     return PrivateStage(name, dataset, budget, context), document
+
+
+def on_all_ranks(
+    name: str, context: Context, begin: Callable[[], tuple[PrivateStage, PrivateConfig] | None]
+) -> tuple[PrivateStage, PrivateConfig] | None:
+    """Let rank 0 begin a private stage, and give every rank its plan and its configuration.
+
+    Args:
+        name: of the stage.
+        begin: on rank 0, plans the stage and begins it in the run directory; None where it is done already.
+
+    Returns:
+        What ``begin`` returned, on every rank. The stage of another rank than rank 0 has a plan and the named data, and
+        no ledger: it cannot pay, so it cannot draw or release either.
+
+    Guarantee:
+        No other rank has read a pixel before the plan was accepted on rank 0. All have the same training data, which
+        are those that rank 0 recorded or compared: else no rank comes back.
+
+    Raises:
+        As ``begin``. InputError: a rank has no data, or others.
+    """
+
+    def told(begun: tuple[PrivateStage, PrivateConfig] | None) -> dict[str, Any] | None:
+        return begun and {"plan": begun[0].plan.to_dict(), "config": as_dict(begun[1])}
+
+    begun = context.ranks.first(begin, told)
+    if isinstance(begun, dict):
+        config = build(name, begun["config"])
+        stage, _ = name_private_stage(name, config, context)
+        stage.plan = PrivatePlan.from_dict(begun["plan"])
+        begun = stage, config
+    if begun is not None:
+        context.ranks.refuse_different("training data", lambda: training_data.fingerprint_of(begun[0].dataset))
+    return begun
 
 
 def open_private_stage(

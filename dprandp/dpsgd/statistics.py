@@ -37,8 +37,13 @@ def public_whitener(
     """Statistics of synthetic features, as declared facts of the data shape them; public.
 
     Kept in a public folder of the run, for whatever stage needs them: they are a function of the extractor and of
-    settings, by whose hash they are named.
+    settings, by whose hash they are named. All ranks extract the features; rank 0 makes and keeps the statistics, and
+    the others read them.
+
+    Raises:
+        InputError: the ranks have other settings, or another extractor, than one another.
     """
+    ranks = context.ranks
     weights = hashlib.sha256()
     add_weights(weights, extractor)  # `continue` may have changed them since
     wanted = {
@@ -52,18 +57,24 @@ def public_whitener(
         "extractor": weights.hexdigest(),
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    ranks.refuse_different("extractor", lambda: key)
     folder = context.rundir.path / PUBLIC_FOLDER / key
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.latest(folder) == WHITENER:
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    if ranks.first(lambda: checkpoint.latest(folder) == WHITENER):
         return whitener_of(checkpoint.load(folder, WHITENER), extractor)
     views = as_declared(synthetic_views(context, config), channels=spec.channels, height=spec.height, width=spec.width)
     with context.console.progress(len(views), "synthetic features") as progress:
-        features = extract_by_ranks(context.ranks, extractor, views, None, mirror, progress.advance)
-    whitener = whitening.fit(
-        features, config.dims, config.whitening_floor, extractor.parts, views=config.statistics_views
-    )
-    checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
-    return whitener
+        features = extract_by_ranks(ranks, extractor, views, None, mirror, progress.advance)
+
+    def fitted() -> whitening.Whitener:
+        settings = (config.dims, config.whitening_floor, extractor.parts)
+        whitener = whitening.fit(features, *settings, views=config.statistics_views)
+        checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
+        return whitener
+
+    whitener = ranks.first(fitted, told=lambda made: None)
+    return whitener or whitener_of(checkpoint.load(folder, WHITENER), extractor)
 
 
 def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:

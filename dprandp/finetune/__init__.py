@@ -5,8 +5,8 @@
     refit/                    the head fitted once more on the tuned features, where the recipe says so
     metrics.jsonl             norms of the noisy updates: functions of what is released anyway
 
-One loop for every architecture: Poisson batch -> clipped sum (``clipped_sums.py``, by all ranks where there are
-several) -> noise -> step. The extractor's parameters are trained as θ = s φ with a public factor s.
+One loop for every architecture: Poisson batch -> clipped sum (``clipped_sums.py``; of several ranks each adds its
+share, and rank 0 does the rest) -> noise -> step. The extractor's parameters are trained as θ = s φ, s a public factor.
 
 Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
 cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.
@@ -14,6 +14,7 @@ cheap full-batch steps of the head on the features of the tuned extractor, from 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,19 +28,21 @@ from dprandp.config.presets import Recipe, note, recipe_for
 from dprandp.config.schema import FinetuneConfig, ProbeConfig, as_dict
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
-from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
-from dprandp.dpsgd.features import private_features, tell_model
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
+from dprandp.dpsgd.features import private_features
 from dprandp.dpsgd.masks import FrozenBlocks, choose_blocks
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
-from dprandp.dpsgd.stage import PrivateStage, open_private_stage
+from dprandp.dpsgd.stage import PrivateStage, on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
 from dprandp.finetune.start import init_hash
 from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import add_weights
 from dprandp.models.optimizers import restore
 from dprandp.pretrain import load_extractor
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
+from dprandp.privacy.mechanism import PrivateMechanism
 from dprandp.probe.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.runs import checkpoint, faults
 from dprandp.runs.checkpoint import check_tensors
@@ -101,28 +104,18 @@ def run(config: FinetuneConfig, context: Context) -> dict:
 
     Returns:
         The keys of ``release.evaluate``, ``PrivateStage.disclosure`` and ``update_facts``, and stage, source, arch, lr,
-        extractor_scale, released, mirror, tuned, tuned_on, seconds.
+        extractor_scale, released, mirror, tuned, tuned_on, seconds. On another rank than rank 0 nothing ({}).
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
         UsageError: the network has a layer that mixes examples, or options contradict each other.
     """
+    ranks = context.ranks
+    begun = on_all_ranks(STAGE, context, lambda: _begin(config, context))
+    if begun is None:
+        return context.rundir.result(STAGE) if ranks.is_first else {}
+    stage, config = begun  # the recorded one, after --resume
     alone = scratch.without_phase_one(config)
-    stage = open_stage(config, context)
-    config = with_precision(STAGE, config, context, choices(config, context)[0])
-    begun = context.rundir.begin(
-        STAGE,
-        as_dict(config),
-        scratch.init_hash(config)
-        if alone
-        else context.rundir.inputs_from("generate", "pretrain", "continue", "probe"),
-        resume=context.resume,
-        overwrite=context.overwrite,
-        private_inputs=stage.private_inputs(),
-    )
-    if begun.action == "skip":
-        return context.rundir.result(STAGE)
-    config = recorded(STAGE, begun.config)  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
     start = _start_alone(config, stage) if alone else None  # refuses a file before anything is paid
@@ -136,9 +129,12 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         parameters, updates, trained_weights = _train(config, stage, model, lr, scale, stop)
         model.load_state_dict(parameters, strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
+    measured = release.evaluate(model, stage, mirror, keep=False)
+    if not ranks.is_first:
+        return {}
     result = {
         "stage": STAGE,
-        **release.evaluate(model, stage, mirror, keep=False),
+        **measured,
         **stage.disclosure(updates),
         **({"epsilon_target": stage.budget.epsilon} if refit else {}),
         "refit": refit,
@@ -157,6 +153,24 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     stage.finish(outputs, result)
     return result
+
+
+def _begin(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, FinetuneConfig] | None:
+    """Plan the stage and begin it in the run directory: with its recorded configuration; None if it is done."""
+    alone = scratch.without_phase_one(config)
+    stage = open_stage(config, context)
+    config = with_precision(STAGE, config, context, choices(config, context)[0])
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        scratch.init_hash(config)
+        if alone
+        else context.rundir.inputs_from("generate", "pretrain", "continue", "probe"),
+        resume=context.resume,
+        overwrite=context.overwrite,
+        private_inputs=stage.private_inputs(),
+    )
+    return None if begun.action == "skip" else (stage, recorded(STAGE, begun.config))
 
 
 def open_stage(
@@ -262,11 +276,15 @@ def _train(
     state = {f"parameters.{name}": value for name, value in parameters.items()} | optimizer.state
     state |= {f"ema.{name}": value for name, value in average.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
-    first_step, ledger_head = 0, None
-    saved = checkpoint.resume(folder, warn=stage.context.console.warn)
-    if saved is not None and saved.name == MODEL:  # stopped between the last step and the end of the stage
-        check_tensors(saved.tensors, parameters, saved.path)
-        return saved.tensors, saved.entry("updates", int), trained_weights
+    ranks, first_step, ledger_head = stage.context.ranks, 0, None
+    saved = checkpoint.resume(folder, warn=stage.context.console.warn) if ranks.is_first else None
+    ended = saved is not None and saved.name == MODEL  # stopped between the last step and the end of the stage
+    updates = ranks.first(lambda: saved.entry("updates", int) if ended else None)
+    if updates is not None:
+        released = saved.tensors if ended else {name: value.cpu() for name, value in start.items()}
+        check_tensors(released, parameters, folder / f"{MODEL}.safetensors")
+        ranks.broadcast(released[name] for name in start)
+        return released, updates, trained_weights
     if saved is not None:
         check_tensors(saved.tensors, state, saved.path)
         restore(state, saved.tensors)
@@ -285,76 +303,95 @@ def _train(
         microbatch=stage.context.microbatch,
         frozen_first=0 if blocks is None else blocks.first,
     )
-    sums, ranks = ClippedSums(model, settings), stage.context.ranks
-    tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
-    ranks.tell(SETTINGS, vars(settings))
-    rows = unit_rows(stage.dataset)
-    log = MetricsLog(folder / "metrics.jsonl", first_step)
-    mechanism = stage.mechanism(first_step, ledger_head)
+    ranks.refuse_different("model and settings", lambda: _digest(model, settings))
+    sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)
+
+    def begin() -> tuple[MetricsLog, PrivateMechanism]:
+        return MetricsLog(folder / "metrics.jsonl", first_step), stage.mechanism(first_step, ledger_head)
 
     def save(done: int) -> None:
         checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.keep_head()})
 
-    with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
-        for step in mechanism.steps():
-            # ----------------------------------------------------------------------------- private: a clipped sum
-            if rule is not None and rule.due(step.number):
-                for name, mask in rule.choose(parameters, step.number).items():
-                    masks[name].copy_(mask)
-            shares = shares_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
-            try:
-                clipped = sums.over_ranks(ranks, parameters, step.number, shares, masks)
-            except (RankError, RankLostError):
-                if step.number > first_step:  # the step is lost and stays paid; the updates before it need not be
-                    save(step.number)
-                raise
-            # ------------------------------------------------------------------- from here on: post-processing of noise
-            update = step.release(clipped)
-            masking.apply(masks, update)
-            if config.clipping == "rescaled":
-                update = {name: value / stage.plan.clip_norm for name, value in update.items()}
-            optimizer.step(update, lr, masks)
-            decay = min(config.ema, (1 + step.number) / (10 + step.number))
-            for name, value in average.items():
-                value.lerp_(parameters[name], 1 - decay)
-            faults.point("update-applied")
-            update_norm = torch.stack([u.norm() for u in update.values()]).norm()
-            norms = torch.stack([update_norm, parameters["head"].norm()]).tolist()  # a device is waited for once
-            log.write(step=step.number, update_norm=norms[0], weight_norm=norms[1])
-            progress.advance(1)
-            done = step.number + 1
-            due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
-            stop.end_step(due, partial(save, done))
+    log, mechanism = ranks.first(begin, told=lambda made: [None, None])
+    done = first_step
+    try:
+        with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
+            for step in steps_on_all(ranks, mechanism.steps() if ranks.is_first else ()):
+                # ------------------------------------------------------------------------- private: a clipped sum
+                if ranks.is_first and rule is not None and rule.due(step.number):
+                    for name, mask in rule.choose(parameters, step.number).items():
+                        masks[name].copy_(mask)
+                share = share_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
+                clipped = sums.over_ranks(ranks, parameters, step.number, share, masks)
+                if not ranks.is_first:
+                    continue
+                # -------------------------------------------------------- from here on: post-processing of noise
+                update = step.release(clipped)
+                masking.apply(masks, update)
+                if config.clipping == "rescaled":
+                    update = {name: value / stage.plan.clip_norm for name, value in update.items()}
+                optimizer.step(update, lr, masks)
+                decay = min(config.ema, (1 + step.number) / (10 + step.number))
+                for name, value in average.items():
+                    value.lerp_(parameters[name], 1 - decay)
+                faults.point("update-applied")
+                update_norm = torch.stack([u.norm() for u in update.values()]).norm()
+                norms = torch.stack([update_norm, parameters["head"].norm()]).tolist()  # a device is waited for once
+                log.write(step=step.number, update_norm=norms[0], weight_norm=norms[1])
+                progress.advance(1)
+                done = step.number + 1
+                due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
+                stop.end_step(due, partial(save, done))
+    except (RankError, RankLostError):
+        if ranks.is_first and done > first_step:  # the step is lost and stays paid; the updates before it need not be
+            save(done)
+        raise
     released = {}
     for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
         mean = average[name]
         released[name] = torch.where(mean == _scaled(name, value, scale), value, unscaled(name, mean, scale)).cpu()
-    checkpoint.save(folder, MODEL, released, {"updates": mechanism.next_step}, keep=1)
-    return released, mechanism.next_step, trained_weights
+    updates = ranks.first(lambda: mechanism.next_step)
+    if ranks.is_first:
+        checkpoint.save(folder, MODEL, released, {"updates": updates}, keep=1)
+    ranks.broadcast(released.values())
+    return released, updates, trained_weights
+
+
+def _digest(model: Classifier, settings: SumSettings) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for module in (model.extractor, model.whitener):
+        add_weights(digest, module)
+    return digest.hexdigest()
 
 
 def _scaled(name: str, value: Tensor, scale: float) -> Tensor:
     return value / (scale if name.startswith("extractor.") else 1)
 
 
-def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict:
-    """Fit the head once more, full batch, on the tuned features, with all that is left; returns its disclosure."""
-    context = stage.context
+def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict | None:
+    """Fit the head once more, full batch, on the tuned features, with all that is left; returns its disclosure, or None
+    on another rank than rank 0."""
+    context, ranks = stage.context, stage.context.ranks
     folder = context.rundir.stage_dir(STAGE) / "refit"
-    folder.mkdir(exist_ok=True)
-    further = stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT)
+    if ranks.is_first:
+        folder.mkdir(exist_ok=True)
+    further = ranks.first(lambda: stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT), told=lambda made: None)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
-    plan = further.plan
-    lr = default_lr(further.epsilon_alone, plan.delta, plan.examples, steps, plan.clip_norm)
-    settings = HeadSettings(lr, momentum=0.9, released="average")
-    head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
-    model.head.data.copy_(head)
-    return {
-        "noise_multiplier": plan.noise_multiplier,
-        "sample_rate": plan.sample_rate,
-        "steps": plan.steps,
-        "lost_steps": further.ledger.charged_steps(further.name, further.attempt) - updates,
-        "clip_norm": plan.clip_norm,
-        "lr": lr,
-        "momentum": settings.momentum,
-    }
+
+    def fitted() -> dict[str, Any]:
+        plan = further.plan
+        lr = default_lr(further.epsilon_alone, plan.delta, plan.examples, steps, plan.clip_norm)
+        settings = HeadSettings(lr, momentum=0.9, released="average")
+        head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
+        model.head.data.copy_(head)
+        return {
+            "noise_multiplier": plan.noise_multiplier,
+            "sample_rate": plan.sample_rate,
+            "steps": plan.steps,
+            "lost_steps": further.ledger.charged_steps(further.name, further.attempt) - updates,
+            "clip_norm": plan.clip_norm,
+            "lr": lr,
+            "momentum": settings.momentum,
+        }
+
+    return ranks.first(fitted, told=lambda made: None)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dprandp import continual, finetune, generate, pretrain, probe
-from dprandp.config.schema import StageConfig, as_dict
+from dprandp.config.schema import StageConfig, as_dict, build
 from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text
-from dprandp.runs.context import Context
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context, device_of_rank
+from dprandp.runs.directory import RunDir
+from dprandp.runs.parallel import Ranks
 from dprandp.runs.results import refuse_gaps
 from dprandp.runs.signals import graceful_stop
 
@@ -28,10 +32,31 @@ IN_ORDER = ("generate", "pretrain", "probe", "finetune")
 
 
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
-    """Run one stage, or return the recorded result of a finished one. The result begins with ``stage``."""
+    """Run one stage, on all ranks, or return the recorded result of a finished one. It begins with ``stage``."""
+    facts = {"run": str(context.rundir.path), "data_dir": str(context.data_dir), "device": context.device.type}
+    facts |= {"stage": name, "config": as_dict(config), "microbatch": context.microbatch}
+    context.ranks.announce(facts)
     result = RUNNERS[name](config, context)
+    context.ranks.stage_done()
     refuse_gaps(name, result)  # it may have been recorded long ago, by another version
     return {"stage": name, **result}
+
+
+def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
+    """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks.
+
+    Raises:
+        As the stage.
+    """
+    context = Context(
+        rundir=RunDir.open(stage["run"], create=False),
+        console=console,
+        device=device_of_rank(stage["device"]),
+        data_dir=Path(stage["data_dir"]),
+        microbatch=stage["microbatch"],
+        ranks=ranks,
+    )
+    RUNNERS[stage["stage"]](build(stage["stage"], stage["config"]), context)
 
 
 def adopt(public: dict[str, StageConfig], context: Context) -> None:

@@ -16,12 +16,13 @@ A dictionary of colour patches wastes most of its filters on grey images. Where 
 patchnet is therefore learned twice, from the same images in colour and in grey, each to the byte as with ``--colour``
 alone. Later stages take the one that the data's declared channels ask for: a public fact, so the choice costs nothing.
 
-Under several ranks a WRN is learned by all of them (``wrn.py``), a dictionary by rank 0 alone.
+Of several ranks all learn a WRN together (``wrn.py``); all else is done by rank 0.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dprandp.models.extractor import build_extractor, load_weights, refuse_unlea
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
 from dprandp.pretrain.shipped import shipped_extractor
-from dprandp.pretrain.wrn import facts_of, held_out_images, learn
+from dprandp.pretrain.wrn import Learned, facts_of, held_out_images, learn
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, recorded, with_precision
@@ -58,12 +59,49 @@ def run(config: PretrainConfig, context: Context) -> dict:
         ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and those of
         ``wrn.facts_of``; with a prior also prior, prior_sha256 and prior_images (that it was learned from).
         Where there are two extractors, all this is said of the one for colour, and under ``GREY`` are the other's
-        measures.
+        measures. On another rank than rank 0 nothing ({}).
 
     Raises:
         InputError: there are no images yet.
         UsageError: unknown architecture, or a configuration other than the one the directory holds.
     """
+    ranks = context.ranks
+    with graceful_stop() as stop:
+        begun = ranks.first(lambda: _begin(config, context, stop), told=_trained_by_all)
+        if begun is None:
+            return context.rundir.result(STAGE) if ranks.is_first else {}
+        learned = begun.learned if ranks.is_first else None
+        if learned is None:
+            learned = learn(begun.config if ranks.is_first else recorded(STAGE, begun), context, stop)
+        return ranks.first(lambda: _finish(begun, learned, context), told=lambda result: {})
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage that has begun.
+
+    Attributes:
+        config: recorded. beside: that of the second extractor, which is there already, if there is to be one.
+        learned: the extractor; None where a WRN is still to be trained.
+        steps: of its training. known: what a prior's card says. started: seconds.
+    """
+
+    config: PretrainConfig
+    beside: list[PretrainConfig]
+    directory: Path
+    learned: Learned | None
+    steps: int
+    known: dict[str, Any]
+    started: float
+
+
+def _trained_by_all(begun: _Begun | None) -> dict[str, Any] | None:
+    """What the other ranks do: train a WRN of this configuration, or nothing (None)."""
+    return as_dict(begun.config) if begun is not None and begun.learned is None else None
+
+
+def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | None:
+    """Begin the stage in the run directory, and do all of it that is one process's work; None if it is done."""
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
@@ -78,28 +116,29 @@ def run(config: PretrainConfig, context: Context) -> dict:
         **flags,
     )
     if begun.action == "skip":
-        return context.rundir.result(STAGE)
+        return None
     config, *beside = extractors_of(recorded(STAGE, begun.config))
-    started = time.perf_counter()
-    with graceful_stop() as stop:
-        for other in beside:
-            _learn_beside(other, context, stop)
-        done = checkpoint.resume(begun.directory, warn=context.console.warn)
-        if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
-            network, _ = _network_of(done, context, config.precision)
-            steps, views_per_second, loss = done.entry("steps", int), None, done.meta.get("loss")
-        elif ready is not None:
-            network, steps, views_per_second, loss = ready, known["steps"], None, known["loss"]
-        elif config.random_init:
-            network, steps, views_per_second, loss = build_extractor(config, _generator(config)), 0, None, None
-        elif config.arch == "patchnet":
-            network = _learn_dictionaries(config, context, begun.directory, stop)
-            steps, views_per_second, loss = config.dictionary_iterations, None, None
-        else:
-            learned = learn(config, context, stop)
-            network, steps = learned.network, config.steps
-            views_per_second, loss = learned.views_per_second, learned.loss
-    _save(network, config, steps, loss, begun.directory)
+    started, learned, steps = time.perf_counter(), None, config.steps
+    for other in beside:
+        _learn_beside(other, context, stop)
+    done = checkpoint.resume(begun.directory, warn=context.console.warn)
+    if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
+        network, _ = _network_of(done, context, config.precision)
+        learned, steps = Learned(network, None, done.meta.get("loss")), done.entry("steps", int)
+    elif ready is not None:
+        learned, steps = Learned(ready, None, known["loss"]), known["steps"]
+    elif config.random_init:
+        learned, steps = Learned(build_extractor(config, _generator(config)), None, None), 0
+    elif config.arch == "patchnet":
+        network = _learn_dictionaries(config, context, begun.directory, stop)
+        learned, steps = Learned(network, None, None), config.dictionary_iterations
+    return _Begun(config, beside, begun.directory, learned, steps, known, started)
+
+
+def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
+    """Save the extractor, evaluate it, and record the stage as done."""
+    config = begun.config
+    _save(learned.network, config, begun.steps, learned.loss, begun.directory)
     # What is judged is what was saved: a network just trained lies in memory in another order, and in bfloat16 another
     # order of sums is another digit of the measures.
     network, _ = _network_of(checkpoint.load_finished(begun.directory, EXTRACTOR, STAGE), context, config.precision)
@@ -109,16 +148,16 @@ def run(config: PretrainConfig, context: Context) -> dict:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "feature_dim": network.feature_dim,
         "precision": precision_of(network),
-        "steps": steps,
-        "views_per_second": views_per_second,
-        "loss": loss,
-        **(known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
+        "steps": begun.steps,
+        "views_per_second": learned.views_per_second,
+        "loss": learned.loss,
+        **(begun.known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
     }
     outputs = [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]
-    for other in beside:
+    for other in begun.beside:
         result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
         outputs += [f"{GREY}/{name}" for name in outputs]
-    result["seconds"] = round(time.perf_counter() - started, 2)
+    result["seconds"] = round(time.perf_counter() - begun.started, 2)
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 

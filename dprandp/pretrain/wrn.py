@@ -12,11 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import PretrainConfig, as_dict, build
+from dprandp.config.schema import PretrainConfig
 from dprandp.generate import open_images, read_manifest
 from dprandp.models.extractor import build_extractor
 from dprandp.pretrain.contrastive import ContrastiveTrainer, align_uniformity, train
@@ -25,147 +24,10 @@ from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context
-from dprandp.runs.parallel import Follower, Leader, shares
+from dprandp.runs.parallel import Ranks
 from dprandp.runs.signals import Stop
 from dprandp.vision.images import ImageSet
 from dprandp.vision.views import ViewChoices
-
-# ------------------------------------------------------------------------------------------------------- data parallel
-#
-# Contrastive pretraining by several ranks: each has a part of the images, and all take every step together.
-#
-# The loss compares all embeddings of a batch with one another. Each rank embeds the chosen images that it has; the
-# embeddings are gathered; each rank takes the whole batch's loss and follows its gradient through its own embeddings
-# alone; the ranks' gradients add up to that of one process with the same batch, as every embedding belongs to one rank.
-# The ranks begin with the same weights and add the same sum, so they stay equal. Rank 0's state is what is saved.
-
-IMAGES, BEGIN, STEP = "contrastive.images", "contrastive.begin", "contrastive.step"
-"""Tasks of the other ranks."""
-
-MESSAGE_BYTES = 2**26
-"""Of images that are sent at a time."""
-
-
-class SharedTrainer(ContrastiveTrainer):
-    """One rank's part of a contrastive training.
-
-    Args:
-        network, config: as for ``ContrastiveTrainer``, equal on all ranks.
-        images: n of them, this rank's part of all, in the order of the ranks; n may be 0.
-        ranks: all of them.
-        count: of all images.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        config: PretrainConfig,
-        images: ImageSet | Tensor,
-        ranks: Leader | Follower,
-        count: int,
-    ) -> None:
-        super().__init__(network, config, images)
-        self.ranks, self.count = ranks, count
-        self.starts = [share.start for share in shares(count, ranks.size)]
-
-    def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
-        """As ``ContrastiveTrainer.backward``; all ranks end up with the gradient of the whole batch."""
-        starts = torch.tensor(self.starts[1:], device=chosen.device)
-        owner = torch.bucketize(chosen, starts, right=True)
-        rank = self.ranks.rank
-        mine = torch.nonzero(owner == rank)[:, 0]
-        x, y = self.embed(chosen[mine] - self.starts[rank], _rows(first, mine), _rows(second, mine))
-        counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
-        parts = self.ranks.gathered(torch.cat([x.detach().float(), y.detach().float()], dim=1), counts)
-        parts[rank] = torch.cat([x.float(), y.float()], dim=1)  # the same values, with their gradient
-        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
-        loss.backward()
-        parameters = [*self.network.parameters(), *self.head.parameters()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
-        total = self.ranks.summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return loss.detach()
-
-    def step(self, step: int) -> Tensor:
-        """As ``ContrastiveTrainer.step``; rank 0's makes the others take it as well."""
-        if self.ranks.rank:
-            return super().step(step)
-        self.ranks.ask(STEP, [({"step": step}, {})] * (self.ranks.size - 1), together=True)
-        loss = super().step(step)
-        self.ranks.answers()
-        return loss
-
-
-def lead(
-    ranks: Leader,
-    network: nn.Module,
-    config: PretrainConfig,
-    images: ImageSet,
-    device: torch.device,
-) -> SharedTrainer:
-    """The trainer of rank 0, with the images shared out; ``begin`` must follow.
-
-    Args:
-        network, config: as for ``ContrastiveTrainer``.
-        images: all of them, on the CPU.
-        device: of rank 0; the others use one of the same kind.
-    """
-    own, *others = ranks.shares(len(images))
-    most = max(1, MESSAGE_BYTES // math.prod(images.shape[1:]))
-    facts = {"device": device.type, "of": len(images), "colour": images.colour}
-    for start in range(0, max(share.stop - share.start for share in others), most):
-        begins = [min(share.start + start, share.stop) for share in others]
-        rows = [slice(begin, min(begin + most, share.stop)) for begin, share in zip(begins, others, strict=True)]
-        parts = [torch.from_numpy(images.pixels(each)) for each in rows]
-        told = [facts | {"start": start, "first": share.start} for share in others]
-        ranks.ask(IMAGES, [(said, {"images": part}) for said, part in zip(told, parts, strict=True)])
-        ranks.answers()
-    return SharedTrainer(network, config, images.part(own).to(device), ranks, len(images))
-
-
-def begin(trainer: SharedTrainer) -> None:
-    """Give the other ranks the state from which rank 0 is about to go on."""
-    facts = {"config": as_dict(trainer.config)}
-    trainer.ranks.ask(BEGIN, [(facts, trainer.state())] * (trainer.ranks.size - 1))
-    trainer.ranks.answers()
-
-
-class SharedTraining:
-    """What another rank does for ``lead`` and ``begin``, by task."""
-
-    def __init__(self, ranks: Follower) -> None:
-        self._ranks = ranks
-        self._images: list[np.ndarray] = []
-        self._facts: dict[str, Any] = {}
-        self._device: torch.device
-        self._trainer: SharedTrainer
-
-    def images(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Take a part of this rank's images; the first part makes it forget those of an earlier training."""
-        self._images = [*(self._images if facts["start"] else []), tensors["images"].numpy()]
-        self._facts, self._device = facts, device
-        return {}
-
-    def begin(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the trainer."""
-        config = build("pretrain", facts["config"])
-        colour, first, count = (self._facts[key] for key in ("colour", "first", "of"))
-        images = ImageSet(self._images, colour, first).to(self._device)
-        self._trainer = SharedTrainer(build_extractor(config), config, images, self._ranks, count)
-        self._trainer.load_state(tensors)
-        return {}
-
-    def step(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take a step with the others."""
-        self._trainer.step(facts["step"])
-        return {}
-
-
-def _rows(choices: ViewChoices, rows: Tensor) -> ViewChoices:
-    picked = {name: getattr(choices, name)[rows] for name in ("boxes", "flip", "factors", "grey")}
-    return replace(choices, **picked)
-
 
 STAGE = "pretrain"
 
@@ -181,34 +43,94 @@ WATCHING_PART = 0.04
 MOST_LOOKS = 50
 
 
+class SharedTrainer(ContrastiveTrainer):
+    """A contrastive training whose batches are shared out among the ranks.
+
+    The loss compares all embeddings of a batch with one another. Each rank embeds its share of the images; the
+    embeddings are gathered everywhere; each rank takes the whole batch's loss and follows its gradient through its own
+    embeddings alone. The sum of the ranks' gradients is that of one process with the same batch, as every embedding
+    belongs to one rank. The ranks begin with the same state and add the same bits, so they stay equal; rank 0 saves its
+    own.
+
+    Args:
+        network, config, images: as for ``ContrastiveTrainer``, equal on all ranks.
+        ranks: that share the batches; one alone has them whole.
+    """
+
+    def __init__(self, network: nn.Module, config: PretrainConfig, images: ImageSet | Tensor, ranks: Ranks) -> None:
+        super().__init__(network, config, images)
+        self.ranks = ranks
+
+    def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
+        """As ``ContrastiveTrainer.backward``; all ranks end up with the gradient of the whole batch."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            return super().backward(chosen, first, second)
+        shares = ranks.shares(len(chosen))
+        mine = shares[ranks.rank]
+        own = torch.cat(self.embed(chosen[mine], _rows(first, mine), _rows(second, mine)), dim=1).float()
+        parts = ranks.gather(own.detach(), [share.stop - share.start for share in shares], everywhere=True)
+        parts[ranks.rank] = own  # the same values, with their gradient
+        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
+        loss.backward()
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        ranks.all_reduce(total)
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return loss.detach()
+
+    def agree(self) -> None:
+        """Give every rank the state of rank 0."""
+        state = self.state()
+        self.ranks.broadcast(state.values())
+        if not self.ranks.is_first:
+            self.load_state(state)
+
+
+def _rows(choices: ViewChoices, rows: slice) -> ViewChoices:
+    picked = {name: getattr(choices, name)[rows] for name in ("boxes", "flip", "factors", "grey")}
+    return replace(choices, **picked)
+
+
 @dataclass(frozen=True)
 class Learned:
-    """A network, the views that it saw a second (None: no step was left), and the mean loss of the last steps."""
+    """A network, the views that it saw a second (None: no step was left), and the mean loss of the last steps (None
+    where nothing was trained by gradients)."""
 
     network: nn.Module
     views_per_second: float | None
-    loss: float
+    loss: float | None
 
 
 def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
-    """Train from the last checkpoint to the end of the configuration; writes checkpoints and metrics.jsonl.
+    """Train from the last checkpoint to the end of the configuration; rank 0 writes checkpoints and metrics.jsonl.
 
     Raises:
         UsageError: settings that cannot be met. CheckpointError: one of another configuration.
     """
-    folder = context.rundir.stage_dir(STAGE)
-    saved = checkpoint.resume(folder, warn=context.console.warn)
+    folder, ranks = context.rundir.stage_dir(STAGE), context.ranks
     trainer = begun_trainer(config, context)
-    first_step, loss = 0, math.nan
-    if saved is not None:
+    loss = math.nan
+
+    def resumed() -> int:
+        nonlocal loss
+        saved = checkpoint.resume(folder, warn=context.console.warn)
+        if saved is None:
+            return 0
         check_tensors(saved.tensors, trainer.state(), saved.path)
         trainer.load_state(saved.tensors)
-        first_step, told = saved.entry("step", int), saved.meta.get("loss")
+        step, told = saved.entry("step", int), saved.meta.get("loss")
         loss = math.nan if told is None else told  # before the first mean there is none
         trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
-        context.console.say(f"pretrain: going on at step {first_step} of {config.steps}")
-    if isinstance(trainer, SharedTrainer):
-        begin(trainer)
+        context.console.say(f"pretrain: going on at step {step} of {config.steps}")
+        return step
+
+    first_step = ranks.first(resumed)
+    trainer.agree()
+    if not ranks.is_first:
+        return Learned(trainer.network, None, train(trainer, first_step, on_step=lambda done, mean: None))
     log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
     watched = held_out_images(context, WATCHED)
     every = steps_between_looks(config)
@@ -269,12 +191,9 @@ def _held_out(context: Context) -> int:
     return held if held >= 2 else 0
 
 
-def begun_trainer(config: PretrainConfig, context: Context) -> ContrastiveTrainer:
+def begun_trainer(config: PretrainConfig, context: Context) -> SharedTrainer:
     """The trainer as the configuration begins it."""
     network = build_extractor(config, torch.Generator().manual_seed(config.seed))
-    images = ImageSet(
-        open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context)), config.colour
-    )
-    if isinstance(context.ranks, Leader):
-        return lead(context.ranks, network, config, images, context.device)
-    return ContrastiveTrainer(network, config, images.to(context.device))
+    shards = open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context))
+    images = ImageSet(shards, config.colour).to(context.device)
+    return SharedTrainer(network, config, images, context.ranks)

@@ -20,7 +20,7 @@ from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig, as_dict
 from dprandp.data import DataSpec
 from dprandp.dpsgd import release
 from dprandp.dpsgd.features import private_features
-from dprandp.dpsgd.stage import open_private_stage
+from dprandp.dpsgd.stage import PrivateStage, on_all_ranks, open_private_stage
 from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
@@ -44,27 +44,16 @@ def run(config: ProbeConfig, context: Context) -> dict:
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
         mirror, extractor_colour (of the images that the extractor was learned from), tuned (see
-        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds.
+        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds. On another rank than rank 0 nothing ({}).
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
     """
-    require_extractor(context, STAGE)
-    config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
-    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
-        refuse_gaps(earlier, context.rundir.result(earlier))
-    stage = open_private_stage(STAGE, config, context)
-    begun = context.rundir.begin(
-        STAGE,
-        as_dict(config),
-        context.rundir.inputs_from(*EXTRACTOR_STAGES),
-        resume=context.resume,
-        overwrite=context.overwrite,
-        private_inputs=stage.private_inputs(),
-    )
-    if begun.action == "skip":
-        return context.rundir.result(STAGE)
-    config = recorded(STAGE, begun.config)
+    ranks = context.ranks
+    begun = on_all_ranks(STAGE, context, lambda: _begin(config, context))
+    if begun is None:
+        return context.rundir.result(STAGE) if ranks.is_first else {}
+    stage, config = begun
     started = time.perf_counter()
     stage.fix_plan()
     spec = stage.spec
@@ -74,7 +63,9 @@ def run(config: ProbeConfig, context: Context) -> dict:
     if warning := colour_warning(extractor.built_from.colour, spec):
         context.console.warn(warning)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = _keep_whitener(context, public_whitener(config, context, extractor, mirror, spec), extractor)
+    whitener = public_whitener(config, context, extractor, mirror, spec)
+    if ranks.is_first:
+        whitener = _keep_whitener(context, whitener, extractor)
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
@@ -83,15 +74,24 @@ def run(config: ProbeConfig, context: Context) -> dict:
     )
     plan = stage.plan
     lr = config.lr or default_lr(stage.epsilon_alone, plan.delta, plan.examples, config.steps, plan.clip_norm)
-    with graceful_stop() as stop:
-        settings = HeadSettings(lr, config.momentum, config.released)
-        head, updates = fit_head(stage, features, labels, torch.zeros_like(model.head), settings, begun.directory, stop)
-    model.head.data.copy_(head)
+
+    def fitted() -> int:
+        settings, folder = HeadSettings(lr, config.momentum, config.released), context.rundir.stage_dir(STAGE)
+        with graceful_stop() as stop:
+            start = torch.zeros_like(model.head)
+            head, updates = fit_head(stage, features, labels, start, settings, folder, stop)
+        model.head.data.copy_(head)
+        return updates
+
+    updates = ranks.first(fitted)
 
     # -------------------------------------------------------------------------------------------------- test, once; out
+    measured = release.evaluate(model, stage, mirror, keep=True)
+    if not ranks.is_first:
+        return {}
     result = {
         "stage": STAGE,
-        **release.evaluate(model, stage, mirror, keep=True),
+        **measured,
         **stage.disclosure(updates),
         "share": DEFAULT_SHARE if config.share is None else config.share,
         "lr": lr,
@@ -109,6 +109,24 @@ def run(config: ProbeConfig, context: Context) -> dict:
     release.write_model(stage, model, result)
     stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)
     return result
+
+
+def _begin(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig] | None:
+    """Plan the stage and begin it in the run directory: with its recorded configuration; None if it is done."""
+    require_extractor(context, STAGE)
+    config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
+    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
+        refuse_gaps(earlier, context.rundir.result(earlier))
+    stage = open_private_stage(STAGE, config, context)
+    begun = context.rundir.begin(
+        STAGE,
+        as_dict(config),
+        context.rundir.inputs_from(*EXTRACTOR_STAGES),
+        resume=context.resume,
+        overwrite=context.overwrite,
+        private_inputs=stage.private_inputs(),
+    )
+    return None if begun.action == "skip" else (stage, recorded(STAGE, begun.config))
 
 
 def colour_warning(colour: str, spec: DataSpec) -> str | None:

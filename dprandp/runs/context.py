@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig, build
-from dprandp.errors import CheckpointError, UsageError
+from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.models.precision import AUTO, decide
 from dprandp.runs.console import Console
 from dprandp.runs.directory import RunDir
@@ -32,7 +33,8 @@ class Context:
         resume: keep the recorded configuration, fall back to the last good checkpoint.
         overwrite: start the stage afresh.
         insecure_seed: seed of the noise for tests; makes the run NOT PRIVATE. None is OS entropy.
-        ranks: the processes that compute for this one, which leads them; by default none.
+        ranks: the processes that run the stage together, as this one sees them. Ranks other than rank 0 read the run
+            directory and never write to it.
     """
 
     rundir: RunDir
@@ -66,6 +68,25 @@ def prepare_device(name: str) -> torch.device:
         raise UsageError(
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices", fix="use --device cpu"
         )
+    return device
+
+
+def device_of_rank(kind: str) -> torch.device:
+    """This rank's device of rank 0's kind: the CPU, or the accelerator whose number is its own on its machine.
+
+    Raises:
+        InputError: its machine has no device for each of its processes.
+    """
+    device = prepare_device("cpu")
+    if kind != "cpu":
+        local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= found:
+            raise InputError(
+                f"there are {found} CUDA devices on its machine, and it is process {local + 1} there",
+                fix="start one process for each device, or give --device cpu",
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     return device
 
 

@@ -1,25 +1,21 @@
-"""Several processes as one: rank 0 leads, the others compute what it asks for (torch.distributed, under ``torchrun``).
+"""Several processes that run one stage together: one program, many ranks, under ``torchrun`` (torch.distributed).
 
-Rank 0 runs a command as if it were alone and alone has the run directory, the data, the ledger, the random bits, the
-optimizer and the printing. The others wait for a *task*, compute it and answer; they hold no state that a resumed run
-would need. So a run may go on with any number of processes.
+Every rank runs the same stage function. What is done once is done by rank 0: it alone writes to the run directory,
+charges the ledger, draws batches and noise, and prints. Each rank computes its share of the rows; sums are reduced to
+rank 0, and what rank 0 made of them is broadcast. So no rank but rank 0 holds anything that a resumed run needs, and a
+run may go on with any number of processes.
 
-    ranks.tell("task", facts, tensors)          to every follower, without an answer
-    ranks.ask("task", [(facts, tensors), ...])  a part for each follower ...
-    own = compute(first part)                   ... the leader does its own meanwhile ...
-    ranks.answers()                             ... and has theirs, in the order of the ranks
+``ALONE``, the one process of an ordinary run, has all the rows and exchanges nothing; a stage reads the same for both.
 
-In a task that is done *together* all ranks also exchange tensors among themselves (``gathered``, ``summed``).
+Tensors on accelerators go through NCCL, all else through gloo. Messages are numbers and JSON, never code (the object
+collectives of torch.distributed unpickle). They are neither encrypted nor authenticated, and hold gradients and
+features of private images: *the processes and the network between them are inside the trust boundary*, like the disk
+with the data.
 
-``ALONE``, the one process of an ordinary run, has no followers: ``tell`` and ``ask`` do nothing, ``answers`` is empty,
-and a stage reads the same for one process and for many.
+A rank that dies ends the job at once, one that hangs after ``timeout()`` seconds: so long the others wait in a
+collective. Where rank 0 may work alone for longer (``first``), threads show meanwhile that the processes live.
 
-Messages are data, never code. Everything goes through gloo and the memory of the CPU, also where
-tensors live on accelerators: sums are float64, added in the order of the ranks, and needed where the noise is drawn.
-Messages are neither encrypted nor authenticated, and hold private images, labels and gradients. *The processes and the
-network between them are inside the trust boundary*, like the disk with the data.
-
-Imports nothing of the package but ``errors`` and ``rankwire``.
+Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations
@@ -27,356 +23,287 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dprandp.errors import DprandpError, StorageError, UsageError
-from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
+from dprandp.errors import DprandpError, InputError, StorageError, UsageError
 
-# ------------------------------------------------------------------------------------------------------------ rankwire
-#
-# Messages between ranks: JSON and tensors, over gloo.
-#
-# A message is the length of its header, the header, and a safetensors file: what a peer sends is data, never code (the
-# object collectives of torch.distributed unpickle). Messages are neither encrypted nor authenticated.
-#
-# Imports nothing of the package but ``errors`` and ``tensorfile``.
+TIMEOUT, TIMEOUT_VARIABLE = 300.0, "DPRANDP_RANKS_TIMEOUT"
+"""Seconds that a rank waits for one that gives no sign, unless the environment says otherwise."""
 
-TIMEOUT = 1800.0
-"""Seconds that a process waits for another that gives no sign. One that dies is noticed at once: its sockets close."""
+MEETING = timedelta(minutes=10)
+"""How long the processes may take to start."""
 
 AGAIN = "run the same command again, with as many processes as you like: it goes on from the last checkpoint"
-_ENDED = "ended"
 
 
 class RankLostError(StorageError):
-    """A process is gone, or cannot be reached (exit code 6)."""
-
-
-class Wire:
-    """Bytes between the leader and one follower, and a word that outlives the leader.
-
-    Attributes:
-        rank: of this process. size: processes in all.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self.rank, self.size = store, rank, size
-
-    @classmethod
-    def from_environment(cls) -> Wire:
-        """Meet the processes that ``torchrun`` started.
-
-        Raises:
-            UsageError: the environment is not one that ``torchrun`` makes. RankLostError: they cannot be reached.
-        """
-        wait = timedelta(seconds=TIMEOUT)
-        # a restarted job meets in the same store, where the words of the job before still stand
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-            store = dist.PrefixStore(f"dprandp/{attempt}", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
-        except ValueError as error:
-            raise UsageError(
-                f"RANK and WORLD_SIZE are set, but not as torchrun sets them: {error}",
-                fix="start several processes with `torchrun --nproc-per-node N -m dprandp ...`, or unset both for one",
-            ) from error
-        except RuntimeError as error:
-            raise RankLostError(
-                "the processes of this job could not reach one another",
-                fix="check torchrun's address and port; GLOO_SOCKET_IFNAME names the network interface to use",
-            ) from error
-        return cls(store, rank, size)
-
-    def send(self, rank: int, message: bytearray) -> None:
-        """Send to a rank that receives; returns when it has. Raises RankLostError."""
-        try:
-            dist.send(torch.tensor([len(message)]), dst=rank)
-            dist.send(torch.frombuffer(message, dtype=torch.uint8), dst=rank)
-        except RuntimeError as error:
-            self._lost(rank, error)
-
-    def receive(self, rank: int) -> bytes:
-        """The next message of a rank. Raises RankLostError."""
-        length = torch.zeros(1, dtype=torch.int64)
-        try:
-            dist.recv(length, src=rank)
-            message = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(message, src=rank)
-        except RuntimeError as error:
-            self._lost(rank, error)
-        return message.numpy().tobytes()
-
-    def together(self, exchange: Callable[[], Any]) -> None:
-        """Take part in a collective operation. Raises RankLostError."""
-        try:
-            exchange()
-        except RuntimeError as error:
-            raise RankLostError(
-                f"rank {self.rank} of {self.size} lost another, which ended or has not answered for "
-                f"{TIMEOUT / 60:.0f} minutes",
-                fix=AGAIN,
-            ) from error
-
-    def say_ended(self, exit_code: int) -> None:
-        """Leave the leader's exit code where followers find it that are at work."""
-        try:
-            self._store.set(_ENDED, str(exit_code))
-        except RuntimeError:
-            return  # the store is gone: so are those who would look
-
-    def ended(self) -> int | None:
-        """The leader's exit code, if it has left one."""
-        try:
-            return int(self._store.get(_ENDED)) if self._store.check([_ENDED]) else None
-        except RuntimeError:
-            return None
-
-    def _lost(self, rank: int, error: RuntimeError) -> NoReturn:
-        raise RankLostError(
-            f"rank {self.rank} of {self.size} lost rank {rank}, which ended or has not answered for "
-            f"{TIMEOUT / 60:.0f} minutes",
-            fix=AGAIN,
-        ) from error
-
-
-def pack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray:
-    """The length of the header in 8 bytes, the header, and a safetensors file."""
-    text = json.dumps(header).encode()
-    return bytearray(len(text).to_bytes(8, "little") + text + tensors_to_bytes(tensors))
-
-
-def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of what ``pack`` made."""
-    end = 8 + int.from_bytes(message[:8], "little")
-    return json.loads(message[8:end]), tensors_from_bytes(message[end:], "a message of another rank")
-
-
-Facts = Mapping[str, Any]
-Tensors = Mapping[str, Tensor]
-Task = Callable[[dict[str, Any], dict[str, Tensor]], Tensors | None]
-
-SIGN_OF_LIFE = 60.0
-"""Seconds between two signs that the leader gives to followers it has nothing to ask."""
-
-END, ALIVE = "end", "alive"
+    """A process is gone, or hangs, or cannot be reached (exit code 6)."""
 
 
 class RankError(DprandpError):
-    """A follower could not do its task; its own words and its exit code."""
+    """Another rank ended with an error; its own words and its exit code."""
 
     def __init__(self, rank: int, size: int, told: Mapping[str, Any]) -> None:
         self.exit_code = int(told["exit_code"])
         super().__init__(f"rank {rank} of {size}: {told['problem']}", fix=told["fix"])
 
 
-def shares(count: int, size: int, block: int = 1) -> list[slice]:
-    """Cut ``count`` rows into ``size`` runs of rows, in order, as evenly as whole blocks of rows allow.
+def timeout() -> float:
+    """Seconds after which a rank that gives no sign is taken to be lost.
 
-    Guarantee:
-        Every row is in exactly one share. Shares may be empty.
+    Raises:
+        UsageError: the environment holds no number above 0.
     """
-    blocks = -(-count // block)
-    ends = [min(count, block * (rank * blocks // size)) for rank in range(size + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]
+    given = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"{TIMEOUT_VARIABLE}={given} is no number of seconds above 0", fix="unset it, or give 300")
+    return seconds
 
 
 class Ranks:
-    """The leader of ``size`` processes, which may be 1.
+    """The processes that run a stage together, as one of them sees them; by default one process alone.
+
+    Every method but ``shares`` is a collective: all ranks call the same ones, in the same order.
 
     Attributes:
-        rank: 0.
-        size: processes in all, the leader among them.
+        rank: of this process. size: processes in all.
+
+    Raises:
+        RankLostError: a process died, or gave no sign for ``timeout()`` seconds. RankError: one ended with an error.
     """
 
-    rank, size = 0, 1
+    def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size, self._timeout = rank, size, timeout() if store else TIMEOUT
+        self._store = store
+        self._between = ExitStack()  # of rank 0: what tells the others that it is alive, between two stages
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes, pays, draws and prints."""
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------ who does what
 
     def shares(self, count: int, block: int = 1) -> list[slice]:
-        """One share of ``count`` rows for each rank; see the function of this name."""
-        return shares(count, self.size, block)
+        """Cut ``count`` rows into a run of rows for each rank, in order, as evenly as whole blocks of rows allow.
 
-    def tell(self, task: str, facts: Facts | None = None, tensors: Tensors | None = None) -> None:
-        """Send every follower the same; an error there is raised here by the next ``answers``."""
-
-    def ask(self, task: str, parts: Sequence[tuple[Facts, Tensors]], *, together: bool = False) -> None:
-        """Send each follower its part, in the order of the ranks from 1; ``answers`` must follow.
-
-        ``together``: the leader takes part in the task, and a follower that cannot must end, not answer.
+        Guarantee:
+            Every row is in exactly one share. Shares may be empty.
         """
-        if parts:
-            raise RuntimeError("one process alone has nobody to ask")
+        blocks = -(-count // block)
+        ends = [min(count, block * (rank * blocks // self.size)) for rank in range(self.size + 1)]
+        return [slice(start, end) for start, end in pairwise(ends)]
 
-    def answers(self) -> list[dict[str, Tensor]]:
-        """What the followers made of their parts, CPU tensors by name, in the order of the ranks from 1.
+    def first(self, work: Callable[[], Any], told: Callable[[Any], Any] = lambda made: made) -> Any:
+        """Let rank 0 do some work alone, however long it takes.
 
-        Raises:
-            RankLostError: a follower is gone. RankError: a follower could not do it.
+        Args:
+            work: of rank 0; what it raises ends the job.
+            told: what the other ranks are to know of what it made: a JSON value.
+
+        Returns:
+            On rank 0 what ``work`` returned, elsewhere what ``told`` made of it.
         """
-        return []
+        if self.size == 1:
+            return work()
+        with self._patience():
+            made = work() if self.is_first else None
+        message = self._message(json.dumps(told(made)).encode() if self.is_first else b"")
+        return made if self.is_first else json.loads(message)
 
-    def end(self, exit_code: int) -> None:
-        """Let the followers go, with the exit code that the leader will have."""
+    def announce(self, stage: Mapping[str, Any] | None) -> None:
+        """On rank 0, say which stage all run next (a JSON value); None: the command has ended well."""
+        if self.size > 1:
+            self._between.close()
+            self._message(json.dumps(stage).encode())
+
+    def stage_done(self) -> None:
+        """On rank 0, before each ``announce``: the others wait for it, however long it takes."""
+        if self.size > 1 and self.is_first:
+            self._between.enter_context(self._patience())
+
+    def announced(self) -> dict[str, Any] | None:
+        """On another rank, what rank 0 announces."""
+        with self._patience():
+            pass
+        return json.loads(self._message(b""))
+
+    def refuse_different(self, what: str, digest: Callable[[], str]) -> None:
+        """Raise InputError on every rank unless all have the same of something.
+
+        Args:
+            what: for the message.
+            digest: makes a hash of it, in hexadecimal, however long it takes; not called where a process is alone.
+        """
+        if self.size == 1:
+            return
+        with self._patience():
+            own = torch.frombuffer(bytearray.fromhex(digest()), dtype=torch.uint8)[None]
+        every = torch.cat(self.gather(own, [1] * self.size, everywhere=True))
+        if not bool((every == every[0]).all()):
+            raise InputError(
+                f"the {self.size} processes do not have the same {what}",
+                fix="give every process the same files: on one machine, in a shared folder, or as equal copies",
+            )
+
+    # ------------------------------------------------------------------------------------------------------ tensors
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors, of the same shapes and dtypes on every rank, by those of rank 0."""
+        if self.size == 1:
+            return
+        tensors = list(tensors)
+        device = tensors[0].device
+        packed = torch.cat([tensor.detach().to(device).flatten().view(torch.uint8) for tensor in tensors])
+        self._collective(lambda: dist.broadcast(packed, 0), packed)
+        if not self.is_first:
+            parts = packed.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+    def broadcast_rows(self, rows: Tensor | None) -> Tensor:
+        """Rank 0's int64 [n] on every rank, whatever n; the others give None."""
+        message = self._message(b"" if rows is None else rows.numpy().tobytes())
+        return torch.frombuffer(bytearray(message), dtype=torch.int64) if message else torch.zeros(0, dtype=torch.int64)
+
+    def reduce(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over the ranks, on rank 0, in place; undefined elsewhere."""
+        if self.size > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+            self._collective(lambda: dist.reduce(flat, 0), flat)
+            for tensor, part in zip(tensors.values(), flat.split([t.numel() for t in tensors.values()]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum of all ranks' tensors, in place: the same bits on every rank."""
+        if self.size > 1:
+            self._collective(lambda: dist.all_reduce(tensor), tensor)
+
+    def gather(self, own: Tensor, counts: Sequence[int], *, everywhere: bool = False) -> list[Tensor]:
+        """Every rank's rows, in the order of the ranks: on rank 0, or everywhere; none ([]) on the others.
+
+        Args:
+            own: [counts[rank], ...] of any dtype.
+            counts: rows of each rank, known to all.
+        """
+        if self.size == 1:
+            return [own]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        received = [torch.empty_like(padded) for _ in counts] if everywhere or self.is_first else None
+        if everywhere:
+            self._collective(lambda: dist.all_gather(received, padded), padded)
+        else:
+            self._collective(lambda: dist.gather(padded, received, 0), padded)
+        return [rows[:count] for rows, count in zip(received or [], counts, strict=False)]
+
+    # ----------------------------------------------------------------------------------------------- life and death
+
+    def leave_words(self, told: Mapping[str, Any]) -> None:
+        """Before this rank ends with an error: leave exit_code, problem and fix where the others find them."""
+        try:
+            self._store.set(f"ended/{self.rank}", json.dumps(dict(told)))
+        except RuntimeError:
+            return  # the store is gone: so are those who would look
+
+    def _message(self, data: bytes) -> bytes:
+        length = torch.tensor([len(data)])
+        self._collective(lambda: dist.broadcast(length, 0))
+        sent = torch.zeros(int(length), dtype=torch.uint8)
+        if data:
+            sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if len(sent):
+            self._collective(lambda: dist.broadcast(sent, 0))
+        return sent.numpy().tobytes()
+
+    def _collective(self, exchange: Callable[[], Any], on: Tensor | None = None) -> None:
+        try:
+            if on is not None and on.is_cuda:  # NCCL notices no dead process; gloo does, so all meet there first
+                dist.all_reduce(torch.zeros(1))
+            exchange()
+        except RuntimeError as error:
+            raise self._explained() from error
+
+    def _explained(self) -> DprandpError:
+        for rank in range(self.size):
+            try:
+                if self._store.check([f"ended/{rank}"]):
+                    return RankError(rank, self.size, json.loads(self._store.get(f"ended/{rank}")))
+            except RuntimeError:
+                break
+        return RankLostError(
+            f"rank {self.rank} of {self.size} lost another, which ended or gave no sign for {self._timeout:g} seconds",
+            fix=AGAIN,
+        )
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """All ranks leave this block together, however long each is in it; meanwhile they show that they live."""
+        done, gone, failed = threading.Event(), threading.Event(), []
+
+        def show() -> None:
+            everyone = torch.zeros(1)
+            try:
+                while not everyone:
+                    done.wait(self._timeout / 4)
+                    if gone.is_set():
+                        return
+                    everyone.fill_(done.is_set())
+                    self._collective(lambda: dist.all_reduce(everyone, dist.ReduceOp.MIN))
+            except DprandpError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            gone.set()
+            done.set()
+            raise
+        done.set()
+        thread.join()
+        if failed:
+            raise failed[0]
 
 
 ALONE = Ranks()
 """One process."""
 
 
-class _Together:
-    """What all ranks do at the same time."""
-
-    size: int
-    _wire: Wire
-
-    def gathered(self, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Every rank's rows, in the order of the ranks.
-
-        Args:
-            own: float [counts[rank], D].
-            counts: rows of each rank, known to all.
-
-        Raises:
-            RankLostError: a process is gone.
-        """
-        padded = torch.zeros(max(counts), own.shape[1], dtype=own.dtype)
-        padded[: len(own)] = own
-        received = [torch.empty_like(padded) for _ in range(self.size)]
-        self._wire.together(lambda: dist.all_gather(received, padded))
-        return [rows[:count].to(own.device) for rows, count in zip(received, counts, strict=True)]
-
-    def summed(self, own: Tensor) -> Tensor:
-        """The sum of all ranks' tensors of one shape, the same bits on every rank; replaces ``own``.
-
-        Raises:
-            RankLostError: a process is gone.
-        """
-        total = own.cpu()  # on the CPU the tensor itself
-        self._wire.together(lambda: dist.all_reduce(total))
-        return own if total is own else own.copy_(total)
-
-
-class Leader(_Together, Ranks):
-    """Rank 0 of several processes."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.size, self._wire = wire.size, wire
-        self._speaking = threading.Lock()
-        self._owed = False  # followers are at work, or a message was cut short: they listen to nothing else
-        self._over = threading.Event()
-        threading.Thread(target=self._give_signs, daemon=True).start()
-
-    def tell(self, task: str, facts: Facts | None = None, tensors: Tensors | None = None) -> None:
-        message = pack({"task": task, "facts": dict(facts or {}), "answer": False}, tensors or {})
-        with self._speaking:
-            self._owed = True
-            for rank in range(1, self.size):
-                self._wire.send(rank, message)
-            self._owed = False
-
-    def ask(self, task: str, parts: Sequence[tuple[Facts, Tensors]], *, together: bool = False) -> None:
-        if len(parts) != self.size - 1:
-            raise RuntimeError(f"{len(parts)} parts for {self.size - 1} followers")
-        self._speaking.acquire()
-        self._owed = True
-        for rank, (facts, tensors) in enumerate(parts, 1):
-            header = {"task": task, "facts": dict(facts), "answer": True, "together": together}
-            self._wire.send(rank, pack(header, tensors))
-
-    def answers(self) -> list[dict[str, Tensor]]:
-        if not self._owed:
-            raise RuntimeError("nothing was asked")
-        received = [unpack(self._wire.receive(rank)) for rank in range(1, self.size)]
-        self._owed = False
-        self._speaking.release()
-        for rank, (header, _) in enumerate(received, 1):
-            if header["error"] is not None:
-                raise RankError(rank, self.size, header["error"])
-        return [tensors for _, tensors in received]
-
-    def end(self, exit_code: int) -> None:
-        self._over.set()
-        self._wire.say_ended(exit_code)  # for those who are at work and will find nobody to answer to
-        if self._owed or not self._speaking.acquire(timeout=SIGN_OF_LIFE):
-            return
-        message = pack({"task": END, "facts": {"exit_code": exit_code}, "answer": False}, {})
-        for rank in range(1, self.size):
-            try:
-                self._wire.send(rank, message)
-            except RankLostError:
-                continue  # it is gone already; the others are to be told all the same
-
-    def _give_signs(self) -> None:
-        message = pack({"task": ALIVE, "facts": {}, "answer": False}, {})
-        while not self._over.wait(SIGN_OF_LIFE):
-            if self._speaking.acquire(blocking=False):
-                try:
-                    for rank in range(1, self.size):
-                        self._wire.send(rank, message)
-                except RankLostError:
-                    return  # the leader will find out when it wants something
-                finally:
-                    self._speaking.release()
-
-
-class Follower(_Together):
-    """One of the other ranks."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.rank, self.size, self._wire = wire.rank, wire.size, wire
-
-    def serve(self, tasks: Mapping[str, Task], describe: Callable[[Exception], Mapping[str, Any]]) -> int:
-        """Do the leader's tasks until it ends.
-
-        Args:
-            tasks: name -> function of (facts, tensors) that returns tensors where an answer is wanted.
-            describe: what the leader is told of an error: exit_code, problem, fix; nothing private.
-
-        Returns:
-            The exit code that the leader has.
-
-        Raises:
-            RankLostError: the leader is gone without a word.
-            Exception: of a task that is done together, where the leader waits for more than an answer.
-        """
-        trouble: Mapping[str, Any] | None = None
-        try:
-            while True:
-                header, tensors = unpack(self._wire.receive(0))
-                if header["task"] == END:
-                    return int(header["facts"]["exit_code"])
-                if header["task"] == ALIVE:
-                    continue
-                made = None
-                if trouble is None:
-                    try:
-                        made = tasks[header["task"]](header["facts"], tensors)
-                    except RankLostError:
-                        raise
-                    except Exception as error:  # of any kind: the leader is told, and ends this process
-                        if header.get("together"):
-                            raise
-                        trouble = describe(error)
-                if header["answer"]:
-                    self._wire.send(0, pack({"error": trouble}, made or {}))
-        except RankLostError:
-            ended = self._wire.ended()
-            if ended is None:
-                raise
-            return ended
-
-
-def join() -> Leader | Follower:
+def join() -> Ranks:
     """Meet the other processes that ``torchrun`` started.
 
     Raises:
         UsageError: the environment is not one that ``torchrun`` makes. RankLostError: they cannot be reached.
     """
-    wire = Wire.from_environment()
-    return Leader(wire) if wire.rank == 0 else Follower(wire)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    # a restarted job meets in the same store, where the words of the job before still stand
+    attempt, wait = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), timedelta(seconds=timeout())
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        store = dist.PrefixStore(f"dprandp/{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    except ValueError as error:
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set, but not as torchrun sets them: {error}",
+            fix="start several processes with `torchrun --nproc-per-node N -m dprandp ...`, or unset both for one",
+        ) from error
+    except RuntimeError as error:
+        raise RankLostError(
+            "the processes of this job could not reach one another",
+            fix="check torchrun's address and port; GLOO_SOCKET_IFNAME names the network interface to use",
+        ) from error
+    return Ranks(store, rank, size)

@@ -106,6 +106,16 @@ def _end(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def leave_to_rank_0() -> None:
+    """On another rank than rank 0, let the first SIGINT or SIGTERM pass in silence: a signal reaches all processes of
+    a job, and rank 0 obeys it, saves, and ends them all. A second one ends this process."""
+    global _active
+    _active = Stop()
+    for signum in _SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+
+
 @contextmanager
 def graceful_stop() -> Iterator[Stop]:
     """Hold SIGINT and SIGTERM back until the next step boundary.

@@ -1,11 +1,12 @@
 """``python -m benchmark.rank_worker SCALE ROUNDS`` under ``torchrun``: work by one process and by all, in turn.
 
-Rank 0 does each piece of work alone while the others wait, then with them, A B A B …; every process has one thread.
+Rank 0 does each piece of work alone while the others wait, then all do it, A B A B …; every process has one thread.
 The result, JSON on stdout: work -> [seconds alone …], [seconds together …], units done in a call.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -15,17 +16,13 @@ import torch
 
 from benchmark import finetuning, generator, patchnet
 from benchmark.timing import alternate
-from dprandp import generate
 from dprandp.config.schema import PretrainConfig
-from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
-from dprandp.dpsgd.features import BATCH, extract_by_ranks, tell_model
-from dprandp.dpsgd.followers import serve
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.features import BATCH, extract_by_ranks
 from dprandp.models.extractor import build_extractor
-from dprandp.pretrain import wrn
-from dprandp.pretrain.contrastive import ContrastiveTrainer
-from dprandp.runs.console import Console
+from dprandp.pretrain.wrn import SharedTrainer
 from dprandp.runs.context import prepare_device
-from dprandp.runs.parallel import ALONE, Leader, Ranks, join
+from dprandp.runs.parallel import ALONE, Ranks, join
 from dprandp.synth import render_block
 from dprandp.vision.images import ImageSet
 
@@ -45,9 +42,8 @@ def images_of(ranks: Ranks, sizes: dict) -> Sides:
     jobs = [("stylegan-oriented", 0, block, sizes["shard"], sizes["resolution"]) for block in range(ranks.size)]
 
     def together() -> None:
-        ranks.ask(generate.RENDER, [({"job": list(job)}, {}) for job in jobs[1:]])
-        render_block(*jobs[0])
-        ranks.answers()
+        images = torch.from_numpy(render_block(*jobs[ranks.rank]))
+        ranks.gather(images, [sizes["shard"]] * ranks.size)
 
     return lambda: [render_block(*job) for job in jobs], together, sizes["shard"] * ranks.size
 
@@ -70,12 +66,10 @@ def sums_of(ranks: Ranks, sizes: dict) -> Sides:
     model, batch = bench.model(), bench.batch
     settings = SumSettings(1.0, sizes["views"], 0, True, finetuning.CLIP_NORM)
     sums, parameters = ClippedSums(model, settings), {n: p.detach().clone() for n, p in model.named_parameters()}
-    tell_model(ranks, model.extractor, model.whitener, 10)
-    ranks.tell(SETTINGS, vars(settings))
 
     def by(who: Ranks) -> Callable[[], object]:
-        shares = shares_of(who, batch.members.numpy(), batch.images, batch.labels, None)
-        return lambda: sums.over_ranks(who, parameters, 0, shares)
+        share = share_of(who, batch.members.numpy(), batch.images, batch.labels, None)
+        return lambda: sums.over_ranks(who, parameters, 0, share)
 
     return by(ALONE), by(ranks), batch.records
 
@@ -85,12 +79,12 @@ def steps_of(ranks: Ranks, sizes: dict) -> Sides:
     config = PretrainConfig(
         arch=sizes["arch"], batch_size=sizes["examples"] * ranks.size, projection_hidden=64, steps=10_000
     )
-    pixels, device = generator.images(32, 4 * config.batch_size), torch.device("cpu")
-    alone = ContrastiveTrainer(build_extractor(config, torch.Generator().manual_seed(0)), config, pixels)
-    network = build_extractor(config, torch.Generator().manual_seed(0))
+    pixels = generator.images(32, 4 * config.batch_size)
     stored = ImageSet([pixels.permute(0, 2, 3, 1).numpy()])
-    shared = wrn.lead(ranks, network, config, stored, device)
-    wrn.begin(shared)
+    alone, shared = (
+        SharedTrainer(build_extractor(config, torch.Generator().manual_seed(0)), config, stored, who)
+        for who in (ALONE, ranks)
+    )
     own, common = iter(range(config.steps)), iter(range(config.steps))
     return lambda: alone.step(next(own)), lambda: shared.step(next(common)), 2 * config.batch_size
 
@@ -99,21 +93,27 @@ WORKS = {"generate": images_of, "extract": features_of, "finetune": sums_of, "pr
 
 
 def main(scale: str, rounds: int) -> None:
-    """Serve, or lead and print."""
-    met = join()
-    if not isinstance(met, Leader):
-        os._exit(serve(met, Console(quiet=True)))  # without the goodbyes of libraries to processes that may be gone
+    """Measure, as one of the ranks; rank 0 prints."""
+    ranks = join()
     prepare_device("cpu")
     torch.set_num_threads(1)
     results = {}
-    try:
-        for name, make in WORKS.items():
-            alone, together, units = make(met, SIZES[scale])
-            samples = alternate({"alone": alone, "together": together}, rounds)
-            results[name] = {side: [sample.wall for sample in samples[side]] for side in samples} | {"units": units}
-    finally:
-        met.end(0)
-    print(json.dumps(results), flush=True)
+    for name, make in WORKS.items():
+        alone, together, units = make(ranks, SIZES[scale])
+        if not ranks.is_first:
+            while len(ranks.broadcast_rows(None)):  # rank 0 decides how often
+                together()
+            continue
+        again, enough = torch.ones(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        by_all = functools.partial(lambda work, ranks, row: (ranks.broadcast_rows(row), work()), together, ranks, again)
+        samples = alternate({"alone": alone, "together": by_all}, rounds)
+        ranks.broadcast_rows(enough)
+        results[name] = {side: [sample.wall for sample in samples[side]] for side in samples} | {"units": units}
+    if ranks.is_first:
+        print(json.dumps(results), flush=True)
+    ranks.refuse_different("end", lambda: "00")  # all leave together
+    sys.stdout.flush()
+    os._exit(0)  # without the goodbyes of libraries to processes that may be gone
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,6 @@ from tiny_run import CONTINUE, DEEP, FINETUNE, GENERATE, PRETRAIN, PROBE, SCRATC
 from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config import schema
 from dprandp.dpsgd import features
-from dprandp.runs import parallel
 from dprandp.runs.context import Context
 from dprandp.runs.signals import Interrupted, Stop
 from dprandp.tune import private, public
@@ -238,35 +236,3 @@ def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
         found = tuned(tmp_path / "device", device)
     assert found[1:] == expected[1:]
     assert not waits.keys() - KNOWN
-
-
-@own_process
-def test_what_ranks_exchange_goes_through_the_cpu():
-    """gloo moves memory of the CPU alone."""
-    seen: list[torch.Tensor] = []
-
-    class Wire:
-        size, rank = 2, 0
-
-        def together(self, exchange: Any) -> None:
-            exchange()
-
-    together = parallel._Together()
-    together.size, together._wire = 2, Wire()
-    kept = parallel.dist
-    parallel.dist = types.SimpleNamespace(
-        all_gather=lambda received, own: (seen.append(own), [each.copy_(own) for each in received]),
-        all_reduce=lambda own: (seen.append(own), own.mul_(2)),
-    )
-    try:
-        with emulation() as (device, _):
-            rows = torch.arange(6.0).view(2, 3).to(device)
-            gathered = together.gathered(rows, [2, 1])
-            total = together.summed(rows)
-            assert total is rows
-            assert {each.device.type for each in (total, *gathered)} == {"emulated"}
-            assert total.tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
-            assert [len(each) for each in gathered] == [2, 1]
-    finally:
-        parallel.dist = kept
-    assert {each.device.type for each in seen} == {"cpu"}

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch.distributed as dist
 from cli_process import ENVIRONMENT, TIMEOUT, Done, Dprandp, Running
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+STORES: list[dist.Store] = []
+"""Where the jobs meet: with torchrun it is torchrun's process, which outlives the ranks; here this one."""
 
 
 def start_ranks(
     dprandp: Dprandp, size: int, *arguments: object, before: Mapping[int, str] | None = None, **environment: str
 ) -> list[Running]:
     """Start a command on ``size`` ranks; ``before`` is Python for some of them (rank -> source)."""
-    job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
+    job |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return [
         dprandp.start(
             *arguments, before=(before or {}).get(rank, ""), RANK=str(rank), LOCAL_RANK=str(rank), **job, **environment

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,29 @@ from safetensors.torch import load_file
 from tiny_run import ledger_of, plans_of
 from victims import KILLED, Work
 
-from dprandp.runs import faults
+from dprandp.runs import faults, parallel
 
 SEEDED = ["--insecure-seed", 1, "--json"]
-DIE = """
-import os
+AT_STEP_2 = """
+import os, signal, time
 from dprandp.dpsgd import clipped_sums
-honest, steps = clipped_sums.ClippedSums.of, []
-def dying(sums, parameters, step, batch, *more):
+honest = clipped_sums.ClippedSums.of
+def broken(sums, parameters, step, batch, *more):
     if step == 2:
-        os.kill(os.getpid(), 9)
+        {}
     return honest(sums, parameters, step, batch, *more)
-clipped_sums.ClippedSums.of = dying
+clipped_sums.ClippedSums.of = broken
 """
+DIE, HANG, STOP = (AT_STEP_2.format(what) for what in (
+    "os.kill(os.getpid(), 9)", "time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)",
+))  # fmt: skip
+HANG_WITH_THE_NOISE = """
+import time
+from dprandp.privacy import mechanism
+honest = mechanism.PrivateStep.release
+mechanism.PrivateStep.release = lambda step, sums: (time.sleep(1000 * (step.number == 2)), honest(step, sums))[1]
+"""
+SOON = {parallel.TIMEOUT_VARIABLE: "6"}
 
 
 @pytest.fixture
@@ -101,20 +112,70 @@ def assert_goes_on(dprandp: Dprandp, work: Work, run: Path, size: int, lost: int
     assert result["epsilon"] <= result["epsilon_total"]
 
 
-def test_16_a_killed_follower_ends_the_job_and_one_process_goes_on(dprandp: Dprandp, work: Work, probed: Path) -> None:
+@pytest.mark.parametrize("again", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_16_a_rank_that_dies_ends_the_job_and_any_number_goes_on(
+    dprandp: Dprandp, work: Work, probed: Path, again: int
+) -> None:
     jobs = ranks_of(dprandp, 3, *finetune(work, probed), before={2: DIE})
     assert jobs[2].code == KILLED
-    refused(jobs[0], 6, "rank 0 of 3 lost rank 2", "run the same command again")
+    refused(jobs[0], 6, "rank 0 of 3 lost another", "run the same command again")
     assert jobs[1].code == 6
     assert (probed / "4-finetune/LATEST").read_text() == "step-000002\n"  # the updates before it were saved
-    assert_goes_on(dprandp, work, probed, 1, lost=1)
+    assert_goes_on(dprandp, work, probed, again, lost=1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "size"),
+    [(1, HANG, 2), pytest.param(2, HANG, 3, marks=pytest.mark.slow), pytest.param(1, STOP, 2, marks=pytest.mark.slow),
+     pytest.param(0, HANG, 2, marks=pytest.mark.slow), pytest.param(0, HANG_WITH_THE_NOISE, 2, marks=pytest.mark.slow),
+     pytest.param(0, STOP, 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_16_a_rank_that_hangs_ends_the_job_in_time(
+    dprandp: Dprandp, work: Work, probed: Path, rank: int, how: str, size: int
+) -> None:
+    jobs = start_ranks(dprandp, size, *finetune(work, probed), before={rank: how}, **SOON)
+    log = probed / "4-finetune/metrics.jsonl"
+    jobs[0].wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 2)
+    started, hanging = time.monotonic(), jobs.pop(rank)
+    for job in jobs:
+        refused(job.end(), 6, f"of {size} lost another, which ended or gave no sign for 6 seconds", "run the same")
+    assert time.monotonic() - started < 20
+    hanging.signal(signal.SIGKILL)
+    assert hanging.end().code == KILLED
+    assert_goes_on(dprandp, work, probed, size, lost=1)
+
+
+@pytest.mark.slow
+def test_16_a_stopped_rank_0_is_noticed_while_it_works_alone(dprandp: Dprandp, work: Work, tmp_path: Path) -> None:
+    """And one that only takes longer than the others would wait is not taken for lost."""
+    run = Path(shutil.copytree(work.runs["probe"], tmp_path / "run"))
+    slow = "import os, time\nfrom dprandp import probe\nhonest = probe.fit_head\n"
+    slow += "probe.fit_head = lambda *given: (time.sleep(12), honest(*given))[1]"
+    probe = ["probe", "--run", run, "--config", "poisson.toml", "--data", work.data, "--json"]
+    result_of(ranks_of(dprandp, 2, *probe, before={0: slow}, **SOON))
+    stopped = slow.replace("time.sleep(12)", "os.kill(os.getpid(), 19)")
+    jobs = start_ranks(dprandp, 2, *probe, "--overwrite", "--share", 0.5, before={0: stopped}, **SOON)
+    refused(jobs[1].end(), 6, "rank 1 of 2 lost another")
+    jobs[0].signal(signal.SIGKILL)
+    jobs[0].end()
+
+
+def test_16_ranks_with_other_data_end_before_any_step(dprandp: Dprandp, work: Work, probed: Path) -> None:
+    other = """
+from dprandp.dpsgd import stage
+stage.training_data.fingerprint_of = lambda dataset: "ab" * 32
+"""
+    jobs = ranks_of(dprandp, 2, *finetune(work, probed), before={1: other})
+    refused(jobs[0], 3, "the 2 processes do not have the same training data", "give every process the same files")
+    silent(jobs[1:], 3)
+    assert ledger_of(probed).charged_steps("finetune", 1) == 0
 
 
 @pytest.mark.slow
 def test_16_a_killed_leader_ends_the_job_and_other_ranks_go_on(dprandp: Dprandp, work: Work, probed: Path) -> None:
     jobs = ranks_of(dprandp, 2, *finetune(work, probed), **{faults.VARIABLE: "update-applied:3"})
     assert jobs[0].code == KILLED
-    refused(jobs[1], 6, "rank 1 of 2 lost rank 0")
+    refused(jobs[1], 6, "rank 1 of 2 lost another")
     assert_goes_on(dprandp, work, probed, 3, lost=1)
 
 
@@ -135,7 +196,7 @@ def test_16_an_error_of_another_rank_is_said_once_by_rank_0(dprandp: Dprandp, wo
 
 @pytest.mark.slow
 def test_16_noise_on_a_rank_is_refused_before_it_is_released(dprandp: Dprandp, work: Work, probed: Path) -> None:
-    """The positive control: a mechanism that adds noise on every rank."""
+    """The positive control: a mechanism that adds noise on every rank; the rank itself does not add its share."""
     noisy = """
 import torch
 from dprandp.dpsgd import clipped_sums
@@ -147,7 +208,7 @@ clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: {
 """
     jobs = ranks_of(dprandp, 2, *finetune(work, probed), before={1: noisy})
     assert [done.code for done in jobs] == [1, 1]
-    assert "bug in dprandp" in jobs[0].err
+    assert "rank 1 of 2: this is a bug in dprandp: RuntimeError in clipped_sums.py" in jobs[0].err
     assert not (probed / "4-finetune/LATEST").exists()
 
 
@@ -261,9 +322,22 @@ def test_16_torchrun_starts_a_job_again_whose_rank_died(work: Work, probed: Path
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = torchrun(work.folder, 2, *finetune(work, probed, "--json"), flags=("--max-restarts=1",), PYTHONPATH=path)
     assert done.code == 0, done.err
-    assert "rank 0 of 2 lost rank 1" in done.err
+    assert "rank 0 of 2 lost another" in done.err, done.err
     result = json.loads(done.out)
     assert (result["charged_steps"], result["lost_steps"]) == (4, 1)
+
+
+@pytest.mark.slow
+def test_16_torchrun_ends_a_job_in_which_a_rank_hangs(work: Work, probed: Path, tmp_path: Path) -> None:
+    lines = "".join(f"    {line}\n" for line in HANG.strip().splitlines())
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n{lines}")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    started = time.monotonic()
+    done = torchrun(work.folder, 2, *finetune(work, probed), PYTHONPATH=path, **SOON)
+    assert done.code != 0
+    assert done.err.count("rank 0 of 2 lost another, which ended or gave no sign for 6 seconds") == 1
+    assert time.monotonic() - started < 90
+    assert ledger_of(probed).charged_steps("finetune", 1) == 3
 
 
 @pytest.mark.slow

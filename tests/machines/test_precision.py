@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 
 import numpy as np
 import pytest
 import torch
 
+from dprandp import finetune
 from dprandp.config.schema import PretrainConfig, build
-from dprandp.dpsgd import features as extraction
+from dprandp.dpsgd.clipped_sums import SumSettings
 from dprandp.errors import UsageError
 from dprandp.inspection import self_check
 from dprandp.models import precision
@@ -181,19 +181,11 @@ def test_every_part_computes_as_its_caller_does(parts: int) -> None:
         assert in_parts(work, parts) == [(torch.float32, True)] * parts
 
 
-def test_another_rank_is_told_the_precision() -> None:
-    told: dict = {}
-
-    class Listening:
-        def tell(self, task, facts, tensors):
-            told.update(facts=facts, tensors=tensors)
-
-    model = classifier("wrn", BFLOAT16)
-    extraction.tell_model(Listening(), model.extractor, model.whitener, 3)
-    theirs = extraction.told_model(told["facts"], told["tensors"], torch.device("cpu"))
-    assert theirs.extractor.precision == BFLOAT16
-    own, other = (extract(each.extractor, images(3), mirror=False) for each in (model, theirs))
-    assert hashlib.sha256(own.numpy().tobytes()).digest() == hashlib.sha256(other.numpy().tobytes()).digest()
+def test_ranks_of_other_precisions_do_not_compute_together() -> None:
+    """Another rank computes in the precision that rank 0 recorded; if it does not, its model is another one."""
+    settings = SumSettings(1.0, 1, 0, True, 1.0)
+    digests = [finetune._digest(classifier("wrn", kind), settings) for kind in (BFLOAT16, FLOAT32, BFLOAT16)]
+    assert digests[0] == digests[2] != digests[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- self-check

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_threads import DoneAtOnce
+from rank_processes import of_rank_0
 from safetensors.torch import load_file
 from tiny_run import Recorder, blobs, context, read_json, run_finetune
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from dprandp import finetune
 from dprandp.audit import loops
 from dprandp.config import schema
-from dprandp.dpsgd import features
-from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
@@ -25,7 +24,7 @@ from dprandp.models.whitening import Whitener
 from dprandp.privacy.auditing.controls import CONTROLS
 from dprandp.privacy.mechanism import PrivatePlan
 from dprandp.runs import checkpoint
-from dprandp.runs.parallel import ALONE, Ranks
+from dprandp.runs.parallel import Ranks
 from dprandp.vision.images import to_input
 
 Copy = Callable[[Path], Path]
@@ -146,24 +145,22 @@ def test_11_a_stopped_run_goes_on_with_the_state_it_had(
         assert torch.equal(value, saved[key]), key
 
 
-def test_16_several_ranks_make_the_same_sums_where_blocks_are_frozen() -> None:
+def total_of_the_later_blocks(ranks: Ranks) -> dict[str, Tensor]:
     setting = SumSettings(scale=0.5, views=2, seed=5, flip=True, clip_norm=0.05, frozen_first=2)
+    generator, made = torch.Generator().manual_seed(1), blobs(3)
+    extractor = build_extractor(schema.PretrainConfig(arch="wrn-10-1"), generator)
+    model = Classifier(extractor, Whitener(extractor.feature_dim, 20, extractor.parts), 3)
+    for value in (model.whitener.projection, model.head.data):
+        value.normal_(generator=generator)
+    frozen = tuple(f"extractor.{name}." for name, _ in extractor.units()[:2])
+    here = {n: v.detach().clone() for n, v in model.named_parameters() if not n.startswith(frozen)}
+    images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
+    share = share_of(ranks, np.arange(5), images, labels, None)
+    return ClippedSums(model, setting).over_ranks(ranks, here, 4, share)
 
-    def total(ranks: Ranks) -> dict[str, Tensor]:
-        generator, made = torch.Generator().manual_seed(1), blobs(3)
-        extractor = build_extractor(schema.PretrainConfig(arch="wrn-10-1"), generator)
-        model = Classifier(extractor, Whitener(extractor.feature_dim, 20, extractor.parts), 3)
-        for value in (model.whitener.projection, model.head.data):
-            value.normal_(generator=generator)
-        frozen = tuple(f"extractor.{name}." for name, _ in extractor.units()[:2])
-        here = {n: v.detach().clone() for n, v in model.named_parameters() if not n.startswith(frozen)}
-        features.tell_model(ranks, extractor, model.whitener, 3)
-        ranks.tell(SETTINGS, vars(setting))
-        images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
-        shares = shares_of(ranks, np.arange(5), images, labels, None)
-        return ClippedSums(model, setting).over_ranks(ranks, here, 4, shares)
 
-    alone, two = total(ALONE), total(DoneAtOnce(2))
+def test_16_several_ranks_make_the_same_sums_where_blocks_are_frozen() -> None:
+    alone, two = (of_rank_0(size, total_of_the_later_blocks) for size in (1, 2))
     for name, value in alone.items():
         assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6), name
     assert float(alone["head"].norm()) > 0

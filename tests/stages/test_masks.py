@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_threads import DoneAtOnce
+from rank_processes import of_rank_0
 from safetensors.torch import load_file
 from test_ranks import CLIP, SETTING, apart, blobs, model_of, scaled
 from tiny_run import run_finetune
 
 from dprandp import finetune
 from dprandp.config import schema
-from dprandp.dpsgd import features
-from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, loss_function, shares_of
+from dprandp.dpsgd.clipped_sums import ClippedSums, loss_function, share_of
 from dprandp.dpsgd.masks import ALL_WEIGHTS, MaskRule, rule_of
 from dprandp.errors import UsageError
 from dprandp.privacy.clipping import per_example_gradients
 from dprandp.runs import checkpoint
-from dprandp.runs.parallel import ALONE
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 
@@ -126,10 +124,9 @@ def test_a_refusal_comes_before_anything_is_paid(copy: Copy, probed_run: Path, d
 def total_over(ranks, masks, records) -> dict[str, torch.Tensor]:
     model, made = model_of("patchnet"), blobs(3)
     images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
-    features.tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
-    ranks.tell(SETTINGS, vars(SETTING))
-    shares = shares_of(ranks, records, images, labels, None)
-    return ClippedSums(model, SETTING).over_ranks(ranks, scaled(model_of("patchnet")), 4, shares, masks)
+    masks = {name: mask & (ranks.rank == 0) for name, mask in masks.items()}  # the others are given rank 0's
+    share = share_of(ranks, records, images, labels, None)
+    return ClippedSums(model, SETTING).over_ranks(ranks, scaled(model_of("patchnet")), 4, share, masks)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -150,7 +147,7 @@ def test_4_the_mask_comes_before_the_norm(size: int) -> None:
         for name in parameters:
             right[name] += cut[name] * min(1, CLIP / norms[0])
             wrong[name] += cut[name] * min(1, CLIP / norms[1])
-    total = total_over(ALONE if size == 1 else DoneAtOnce(size), masks, records)
+    total = of_rank_0(size, total_over, masks, records)
     assert apart(total, right) < 1e-3
     assert apart(total, wrong) > 1e-2
     assert all(not total[name][~mask].any() for name, mask in masks.items())

@@ -1,6 +1,6 @@
-"""Promise 16, with the ranks in this process: sums, features, images and steps are one process's, for any number.
+"""Promise 16 for functions and stages: sums, features, images and steps are one process's, for any number of ranks.
 
-What needs processes of their own (a rank that dies, exit codes, torchrun) is in tests/faults/test_ranks_*.py.
+Whole commands, ranks that die or hang, exit codes and torchrun are in tests/faults/test_ranks_*.py.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rank_threads import DoneAtOnce, ThreadRank, in_threads
+from rank_processes import context_of, of_rank_0, on_ranks
 from safetensors.torch import load_file
-from tiny_run import DEEP, GENERATE, Recorder, blobs, context, ledger_of, read_json, run_finetune, run_probe
+from tiny_run import DEEP, FINETUNE, GENERATE, PROBE, Recorder, blobs, ledger_of, read_json
 from torch import Tensor
 
-from dprandp import generate
+from dprandp import finetune, generate, probe
 from dprandp.config.schema import PretrainConfig, build
 from dprandp.dpsgd import clipped_sums
 from dprandp.dpsgd import features as extraction
-from dprandp.dpsgd.clipped_sums import SETTINGS, ClippedSums, SumSettings, shares_of, unscaled
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, unscaled
+from dprandp.errors import InputError
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.whitening import Whitener
 from dprandp.pretrain import contrastive, wrn
 from dprandp.privacy.clipping import sum_of_clipped
-from dprandp.runs.parallel import ALONE, Ranks, shares
+from dprandp.runs import parallel
+from dprandp.runs.parallel import ALONE, Ranks
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
 
 Copy = Callable[[Path], Path]
-Record = Callable[[Path], Recorder]
 CLIP = 0.05
 SETTING = SumSettings(scale=0.3, views=2, seed=5, flip=True, clip_norm=CLIP)
 
@@ -64,15 +65,16 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return difference / math.sqrt(sum(float(value.double().square().sum()) for value in right.values()))
 
 
-def total_over(ranks: Ranks, arch: str, records: np.ndarray, rows=None, settings: SumSettings = SETTING):
-    model = model_of(arch)
-    made = blobs(3)
+def totals_over(ranks: Ranks, arch: str, batches: list[np.ndarray], settings: SumSettings = SETTING) -> list[dict]:
+    """The clipped sum of each batch; ranks but rank 0 have other parameters until they are given rank 0's."""
+    made, found = blobs(3), []
     images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
-    parameters = scaled(model)
-    extraction.tell_model(ranks, model.extractor, model.whitener, model.head.shape[1])
-    ranks.tell(SETTINGS, vars(settings))
-    sums = ClippedSums(model, settings)
-    return sums.over_ranks(ranks, parameters, 4, shares_of(ranks, records, images, labels, rows))
+    for records in batches:
+        model = model_of(arch)
+        parameters = {name: value + ranks.rank for name, value in scaled(model).items()}
+        share = share_of(ranks, records, images, labels, None)
+        found.append(ClippedSums(model, settings).over_ranks(ranks, parameters, 4, share))
+    return found
 
 
 def by_hand(arch: str, records: np.ndarray) -> dict[str, Tensor]:
@@ -101,7 +103,7 @@ def by_hand(arch: str, records: np.ndarray) -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [1, 4])
 def test_16_every_row_is_in_exactly_one_share(size: int, block: int) -> None:
     for count in range(40):
-        shares = DoneAtOnce(size).shares(count, block)
+        shares = Ranks(None, 0, size).shares(count, block)
         assert len(shares) == size
         assert [row for share in shares for row in range(count)[share]] == list(range(count))
         assert all(share.start % block == 0 for share in shares if share.start < count)
@@ -118,7 +120,7 @@ def test_16_a_unit_is_never_cut() -> None:
         return np.concatenate([np.arange(u, u + s) % 10 for u, s in zip(units, sizes, strict=True)] or [units]), sizes
 
     for size in (1, 2, 3, 7):
-        shares = shares_of(DoneAtOnce(size), np.arange(5), images, labels, rows)
+        shares = [share_of(Ranks(None, rank, size), np.arange(5), images, labels, rows) for rank in range(size)]
         assert sum(share.records for share in shares) == 5
         assert all(int(share.sizes.sum()) == len(share.members) for share in shares)
         assert torch.cat([share.sizes for share in shares]).tolist() == [1, 2, 1, 2, 1]
@@ -128,19 +130,15 @@ def test_16_a_unit_is_never_cut() -> None:
 
 
 @pytest.mark.parametrize("arch", ["patchnet", pytest.param("wrn-10-1", marks=pytest.mark.slow)])
-def test_16_the_clipped_sum_of_several_ranks_is_that_of_one_by_hand(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = np.array([3, 77, 119])
+def test_16_the_clipped_sum_of_several_ranks_is_that_of_one_by_hand(arch: str) -> None:
+    records, none = np.array([3, 77, 119]), np.array([], dtype=np.int64)
     oracle = by_hand(arch, records)
     for size in (1, 2, 5):  # with 5 ranks, two shares are empty
-        assert apart(total_over(DoneAtOnce(size), arch, records), oracle) < 1e-4
-    assert apart(total_over(DoneAtOnce(2), arch, records[:-1]), oracle) > 1e-2  # the oracle would see a lost record
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_16_an_empty_batch_is_zeros(size: int) -> None:
-    total = total_over(DoneAtOnce(size), "patchnet", np.array([], dtype=np.int64))
-    assert total.keys() == scaled(model_of("patchnet")).keys()
-    assert all(value.dtype == torch.float64 and not value.any() for value in total.values())
+        whole, fewer, empty = of_rank_0(size, totals_over, arch, [records, records[:-1], none])
+        assert apart(whole, oracle) < 1e-4
+        assert apart(fewer, oracle) > 1e-2  # the oracle would see a lost record
+        assert empty.keys() == oracle.keys()
+        assert all(value.dtype == torch.float64 and not value.any() for value in empty.values())
 
 
 @pytest.mark.parametrize("precise", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -148,10 +146,10 @@ def test_4_sensitivity_over_ranks(precise: bool) -> None:
     """A record more or less changes the sum by at most C, also where it moves others from rank to rank."""
     settings = SumSettings(**(vars(SETTING) | {"precise": precise, "clip_norm": 1e-3}))
     records = np.array([1, 8, 30, 31, 60, 61, 90])
+    batches = [records, *(np.delete(records, left_out) for left_out in (0, 3, 6))]
     for size in (2, 3):
-        whole = total_over(DoneAtOnce(size), "patchnet", records, settings=settings)
-        for left_out in (0, 3, 6):
-            fewer = total_over(DoneAtOnce(size), "patchnet", np.delete(records, left_out), settings=settings)
+        whole, *others = of_rank_0(size, totals_over, "patchnet", batches, settings)
+        for fewer in others:
             moved = math.sqrt(sum(float((whole[name] - fewer[name]).square().sum()) for name in whole))
             assert 0.9e-3 < moved <= 1e-3 * (1 + 1e-6)
 
@@ -172,66 +170,145 @@ def broken_sum(kind: str) -> Callable:
     return broken
 
 
+class Unheard(Ranks):
+    """One of two ranks; what it would add to the sum is kept."""
+
+    def broadcast(self, tensors) -> None:
+        pass
+
+    def reduce(self, tensors) -> None:
+        self.added = tensors
+
+
 @pytest.mark.parametrize("kind", ["not clipped", "noise of its own", "not a number", "other type"])
-def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    ranks, records = DoneAtOnce(2), np.arange(6)
-    total_over(ranks, "patchnet", records)
-    honest, broken = sum_of_clipped, broken_sum(kind)
-    calls = []
-
-    def on_rank_1(gradients, parameters, clip_norm, **options):
-        calls.append(1)
-        one = broken if len(calls) % 2 else honest  # the other rank is first
-        return one(gradients, parameters, clip_norm, **options)
-
-    monkeypatch.setattr(clipped_sums, "sum_of_clipped", on_rank_1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rank: int
+) -> None:
+    ranks = Unheard(None, rank, 2)
+    totals_over(ranks, "patchnet", [np.arange(6)])
+    assert vars(ranks).pop("added")
+    monkeypatch.setattr(clipped_sums, "sum_of_clipped", broken_sum(kind))
     with pytest.raises(RuntimeError, match="a rank's sum"):
-        total_over(ranks, "patchnet", records)
+        totals_over(ranks, "patchnet", [np.arange(6)])
+    assert not hasattr(ranks, "added")
+
+
+def broken_on_rank_1(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        clipped_sums.sum_of_clipped = broken_sum("noise of its own")
+    totals_over(ranks, "patchnet", [np.arange(6)])
+
+
+def test_16_the_others_release_nothing_of_such_a_step() -> None:
+    first, broken = on_ranks(2, broken_on_rank_1)
+    assert (first.args[0], broken.args[0]) == ("RankLostError", "RuntimeError")
+
+
+# --------------------------------------------------------------------------------------------------- collectives
+
+
+def everything(ranks: Ranks) -> None:
+    """Each collective once; every rank checks what it has then."""
+    assert ranks.first(lambda: {"rank": ranks.rank}) == {"rank": 0}
+    assert ranks.first(lambda: object, told=lambda made: "word") == (object if ranks.is_first else "word")
+    tensors = [torch.full((2, 3), float(ranks.rank)), torch.tensor([ranks.rank > 0, True]), torch.tensor(ranks.rank)]
+    tensors.append(torch.arange(6.0).view(2, 3).T + ranks.rank)  # not contiguous
+    ranks.broadcast(tensors)
+    assert not tensors[0].any()
+    assert tensors[1].tolist() == [False, True]
+    assert tensors[2] == 0
+    assert torch.equal(tensors[3], torch.arange(6.0).view(2, 3).T)
+    for rows in ([], [7, 2**40]):
+        given = torch.tensor(rows, dtype=torch.int64)
+        assert ranks.broadcast_rows(given if ranks.is_first else None).tolist() == rows
+    sums = {"a": torch.ones(2, 2, dtype=torch.float64), "b": torch.tensor(float(ranks.rank), dtype=torch.float64)}
+    ranks.reduce(sums)
+    if ranks.is_first:
+        assert sums["a"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
+        assert sums["b"] == 3
+    total = torch.tensor([1.0, ranks.rank])
+    ranks.all_reduce(total)
+    assert total.tolist() == [3.0, 3.0]
+    own = torch.full((ranks.rank, 2), ranks.rank, dtype=torch.uint8)
+    for everywhere in (False, True):
+        parts = ranks.gather(own, [0, 1, 2], everywhere=everywhere)
+        expected = [[], [[1, 1]], [[2, 2]] * 2] if everywhere or ranks.is_first else []
+        assert [part.tolist() for part in parts] == expected
+    ranks.refuse_different("thing", lambda: "ab" * 32)
+    with pytest.raises(InputError, match="the 3 processes do not have the same thing"):
+        ranks.refuse_different("thing", lambda: f"a{ranks.rank}" * 32)
+
+
+def test_16_collectives() -> None:
+    assert on_ranks(3, everything) == [None] * 3
+
+
+def test_tensors_of_accelerators_are_preceded_by_a_meeting_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL does not notice that a process is gone; gloo does."""
+    done = []
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor: done.append(tensor.device.type))
+    ranks = Ranks(None, 0, 2)
+    for is_cuda in (False, True):
+        ranks._collective(lambda: done.append("exchange"), SimpleNamespace(is_cuda=is_cuda))
+    assert done == ["exchange", "cpu", "exchange"]
 
 
 # ----------------------------------------------------------------------------------------------------- whole stages
 
 
+def private_stages(ranks: Ranks, run: Path, options: dict, *settings: dict, noisy: bool = False) -> list | None:
+    """Probe, where it has settings, then fine-tune; what was seen on rank 0: (indices, noise) of each release."""
+    recorder = Recorder(run)
+    if noisy:
+        honest = sum_of_clipped
+        clipped_sums.sum_of_clipped = lambda *given, **how: {
+            name: value + 1e-3 * torch.randn(value.shape) for name, value in honest(*given, **how).items()
+        }
+    try:
+        with pytest.MonkeyPatch.context() as patch, context_of(ranks, run, **options) as context:
+            recorder.install(patch)
+            for name, stage, values in zip(("probe", "finetune"), (probe, finetune), settings, strict=True):
+                if values:
+                    made = stage.run(build(name, values), context)
+                    assert (made == {}) != ranks.is_first
+        assert ranks.is_first or not (recorder.draws or recorder.releases)  # rank 0 alone draws and adds noise
+        return [(release.indices, release.noise) for release in recorder.releases]
+    finally:
+        if noisy:
+            clipped_sums.sum_of_clipped = honest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_16_probe_and_fine_tune_of_several_ranks_equal_those_of_one(
-    copy: Copy, public_run: Path, data: str, record: Record, size: int
+    copy: Copy, public_run: Path, data: str, size: int
 ) -> None:
     released, seen = [], []
-    for ranks in (ALONE, DoneAtOnce(size)):
+    settings = [table | {"data": data, "views": 2} for table in (PROBE, FINETUNE)]
+    for count in (1, size):
         run = copy(public_run)
-        options = {"insecure_seed": 1, "ranks": ranks}
-        with pytest.MonkeyPatch.context() as patch:
-            seen.append(Recorder(run).install(patch))
-            run_probe(run, data, options, views=2)
-            run_finetune(run, data, options, views=2)
+        seen.append(of_rank_0(count, private_stages, run, {"insecure_seed": 1}, *settings))
         released.append(load_file(run / "model/model.safetensors"))
         charges = ledger_of(run).charges
-        # one charge, one draw and one noisy release a step, on the leader alone
-        assert sum(charge.steps for charge in charges) == len(seen[-1].draws) == len(seen[-1].releases) == 8 + 4 + 6
+        # one charge and one noisy release a step, on rank 0 alone
+        assert sum(charge.steps for charge in charges) == len(seen[-1]) == 8 + 4 + 6
     assert apart(released[1], released[0]) < 1e-5
-    for alone, together in zip(seen[0].releases, seen[1].releases, strict=True):
-        assert np.array_equal(alone.indices, together.indices)
-        assert torch.allclose(alone.noise, together.noise, atol=1e-4)
-    tasks = {task for _, task, _ in ranks.sent}
-    assert tasks == {"model", "features", "clipped-sums", "clipped-sums.parameters", "clipped-sums.share"}
-    names = {name for _, task, names in ranks.sent if task.startswith("clipped-sums") for name in names}
-    assert names == {"head", "extractor.weight", "extractor.bias", "images", "labels", "members"}
+    for alone, together in zip(*seen, strict=True):
+        assert np.array_equal(alone[0], together[0])
+        assert torch.allclose(alone[1], together[1], atol=1e-4)
 
 
-def test_16_noise_on_every_rank_would_be_noticed(
-    copy: Copy, probed_run: Path, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def noisy_stages(ranks: Ranks, *given) -> list | None:
+    return private_stages(ranks, *given, noisy=True)
+
+
+def test_16_noise_on_every_rank_would_be_noticed(copy: Copy, probed_run: Path, data: str) -> None:
     """The comparison above sees a rank that adds a little noise, too little to be refused."""
-    honest, released = sum_of_clipped, []
-
-    def faulty(*given, **options):
-        return {name: value + 1e-3 * torch.randn(value.shape) for name, value in honest(*given, **options).items()}
-
-    for used in (honest, faulty):
-        monkeypatch.setattr(clipped_sums, "sum_of_clipped", used)
+    released = []
+    for stages in (private_stages, noisy_stages):
         run = copy(probed_run)
-        run_finetune(run, data, {"insecure_seed": 1, "ranks": DoneAtOnce(2)}, refit_steps=0)
+        of_rank_0(2, stages, run, {"insecure_seed": 1}, {}, FINETUNE | {"data": data, "refit_steps": 0})
         released.append(load_file(run / "model/model.safetensors"))
     assert apart(*released) > 1e-5
 
@@ -241,12 +318,13 @@ def test_16_units_of_several_images(copy: Copy, public_run: Path, tmp_path: Path
     arrays = blobs()
     arrays["patient_train"], arrays["patient_test"] = np.arange(120) // 4, np.arange(40)
     np.savez(tmp_path / "patients.npz", **arrays)
-    data, released = f"npz:{tmp_path / 'patients.npz'}", []
-    for ranks in (ALONE, DoneAtOnce(3)):
+    given = {"data": f"npz:{tmp_path / 'patients.npz'}", "unit_column": "patient"}
+    settings = [PROBE | given | {"steps": 2}]
+    settings.append(FINETUNE | given | {"batch_size": 7, "noise": "discrete", "refit_steps": 0})
+    released = []
+    for size in (1, 3):
         run = copy(public_run)
-        options = {"insecure_seed": 1, "ranks": ranks}
-        run_probe(run, data, options, unit_column="patient", steps=2)
-        run_finetune(run, data, options, unit_column="patient", batch_size=7, noise="discrete", refit_steps=0)
+        of_rank_0(size, private_stages, run, {"insecure_seed": 1}, *settings)
         released.append(load_file(run / "model/model.safetensors"))
     assert apart(released[1], released[0]) < 1e-5
 
@@ -254,36 +332,43 @@ def test_16_units_of_several_images(copy: Copy, public_run: Path, tmp_path: Path
 # --------------------------------------------------------------------------------------------------- the public stages
 
 
-def test_16_features_equal_those_of_one_process_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "BATCH", 8)
-    monkeypatch.setattr(extraction, "ROUND", 16)
-    model = model_of("patchnet")
-    images = to_input(blobs(3)["x_train"])[:75]
+def features_over(ranks: Ranks, count: int) -> list[tuple[Tensor, int]]:
+    """Features of some images, with and without whitener, and how many were reported as done."""
+    extraction.BATCH, extraction.ROUND = 8, 16
+    model, found = model_of("patchnet"), []
+    images = to_input(blobs(3)["x_train"])[:count]
     for whitener, mirror in ((model.whitener, True), (None, False)):
-        after = (lambda features: features) if whitener is None else whitener
-        alone = extract(model.extractor, images, mirror=mirror, batch_size=8, after=after)
-        for size in (2, 3, 5):
-            done: list[int] = []
-            made = extraction.extract_by_ranks(
-                DoneAtOnce(size), model.extractor, images, whitener, mirror, done.append
-            )
+        done: list[int] = []
+        made = extraction.extract_by_ranks(ranks, model.extractor, images, whitener, mirror, done.append)
+        found.append((made, sum(done)))
+        assert ranks.is_first or len(made) == 0
+    return found
+
+
+def test_16_features_equal_those_of_one_process_to_the_bit() -> None:
+    model, images = model_of("patchnet"), to_input(blobs(3)["x_train"])[:75]
+    whitened = extract(model.extractor, images, mirror=True, batch_size=8, after=model.whitener)
+    plain = extract(model.extractor, images, mirror=False, batch_size=8)
+    for size in (2, 3, 5):
+        for (made, done), alone in zip(of_rank_0(size, features_over, 75), (whitened, plain), strict=True):
             assert torch.equal(made, alone)
-            assert sum(done) == len(images)
-    nothing = extraction.extract_by_ranks(DoneAtOnce(2), model.extractor, images[:0], None, False, done.append)
-    assert nothing.shape == (0, model.extractor.feature_dim)
+            assert done == len(images)
+    assert [made.shape for made, _ in of_rank_0(2, features_over, 0)] == [(0, 20), (0, model.extractor.feature_dim)]
 
 
-def test_16_images_are_the_same_bytes(tmp_path: Path, public_run: Path) -> None:
+def rendered(ranks: Ranks, run: Path) -> dict | None:
     settings = build("generate", GENERATE | {"process": "perlin", "count": 900})
+    with context_of(ranks, run) as given:
+        return generate.run(settings, given)
+
+
+def test_16_images_are_the_same_bytes(tmp_path: Path) -> None:
     manifests = []
-    for ranks in (ALONE, DoneAtOnce(2)):
-        with context(tmp_path / f"{ranks.size}", ranks=ranks) as given:
-            made = generate.run(settings, given)
-            assert made["count"] == 900
-            manifests.append(read_json(given.rundir.stage_dir("generate") / "manifest.json"))
+    for size in (1, 2):
+        assert of_rank_0(size, rendered, tmp_path / f"{size}")["count"] == 900
+        manifests.append(read_json(tmp_path / f"{size}/1-generate/manifest.json"))
     assert manifests[0] == manifests[1]
     assert len(manifests[0]["shards"]) > 2  # an odd number or not, the last round may leave a rank idle
-    assert any(task == "render" for _, task, _ in ranks.sent)
 
 
 TINY = PretrainConfig(
@@ -291,45 +376,42 @@ TINY = PretrainConfig(
 )
 
 
-def trained(rank: ThreadRank | None, pictures: Tensor, config: PretrainConfig):
-    network = build_extractor(config, torch.Generator().manual_seed(3))
-    if rank is None:
+def trained(ranks: Ranks, pictures: Tensor, config: PretrainConfig) -> tuple[list[float], dict[str, Tensor]]:
+    network = build_extractor(config, torch.Generator().manual_seed(3 + ranks.rank))
+    if ranks.size == 1:
         trainer = contrastive.ContrastiveTrainer(network, config, pictures)
     else:
-        rank.ask, rank.answers = lambda *given, together=False: None, lambda: []
-        own = shares(len(pictures), rank.size)[rank.rank]
-        trainer = wrn.SharedTrainer(network, config, pictures[own], rank, len(pictures))
+        trainer = wrn.SharedTrainer(network, config, pictures, ranks)
+        trainer.agree()  # with rank 0: the others begin with other weights
     losses = [float(trainer.step(step)) for step in range(config.steps)]
-    return SimpleNamespace(losses=losses, state=trainer.state())
+    return losses, trainer.state()
+
+
+def selfish(ranks: Ranks, *given) -> tuple[list[float], dict[str, Tensor]]:
+    """A rank that compares its own images alone."""
+    ranks.gather = lambda own, counts, everywhere: [own if rank == ranks.rank else own[:0] for rank in range(2)]
+    return trained(ranks, *given)
 
 
 LATER = pytest.param(2, 12, 3, 5e-3, marks=pytest.mark.slow)  # later steps enlarge the rounding of the first
 
 
 @pytest.mark.parametrize(("size", "count", "steps", "tolerance"), [(3, 2, 1, 1e-4), LATER])
-def test_16_contrastive_steps_equal_those_of_one_process(
-    size: int, count: int, steps: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_16_contrastive_steps_equal_those_of_one_process(size: int, count: int, steps: int, tolerance: float) -> None:
     random = np.random.default_rng(0)
     pictures = torch.from_numpy(random.integers(0, 255, (count, 3, 32, 32)).astype(np.uint8))
-    config = replace(TINY, steps=steps)  # of two images, one of three ranks has none
-    alone = trained(None, pictures, config)
-    together = in_threads(size, lambda rank: trained(rank, pictures, config))
-    for rank in together:
-        assert rank.losses == pytest.approx(alone.losses, rel=1e-3)
-        assert apart(rank.state, alone.state) < tolerance  # gradients (the momentum) among it
-        assert apart(rank.state, together[0].state) == 0  # the ranks stay equal to one another
+    config = replace(TINY, steps=steps, batch_size=count if count < 3 else TINY.batch_size)
+    losses, state = trained(ALONE, pictures, config)  # of a batch of two images, one of three ranks has none
+    together = on_ranks(size, trained, pictures, config)
+    for theirs, theirs_after in together:
+        assert theirs == pytest.approx(losses, rel=1e-3)
+        assert apart(theirs_after, state) < tolerance  # gradients (the momentum) among it
+        assert apart(theirs_after, together[0][1]) == 0  # the ranks stay equal to one another
 
 
-def test_16_without_the_others_embeddings_the_loss_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_without_the_others_embeddings_the_loss_is_another() -> None:
     """The control: ranks that compare their own images alone, and average, do not equal one process."""
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8))
     config = replace(TINY, steps=1)
-    alone = trained(None, pictures, config)
-
-    def selfish(rank: ThreadRank):
-        rank.gathered = lambda own, counts: [own if r == rank.rank else own[:0] for r in range(rank.size)]
-        return trained(rank, pictures, config)
-
-    together = in_threads(2, selfish)
-    assert apart(together[0].state, alone.state) > 0.05
+    _, alone = trained(ALONE, pictures, config)
+    assert apart(of_rank_0(2, selfish, pictures, config)[1], alone) > 0.05

@@ -1,0 +1,90 @@
+"""A few small processes that meet as ranks (gloo) and call one function each: forked from a server that has torch."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dprandp.runs import parallel
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
+from dprandp.runs.parallel import Ranks
+
+SECONDS = 120.0
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "pytest", "dprandp.pipeline", "tiny_run"])
+
+
+class FailedRank(Exception):
+    """What a rank raised: the name of its class, and its words."""
+
+
+def on_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Any]:
+    """What ``work(ranks, *given)`` returns on each of several ranks; a ``FailedRank`` where it raised something."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes = [PROCESSES.Pipe(duplex=False) for _ in range(size)]
+    everyone = [
+        PROCESSES.Process(target=_rank, args=(rank, size, store.port, pipes[rank][1], work, given))
+        for rank in range(size)
+    ]
+    for process in everyone:
+        process.start()
+    try:
+        results = []
+        for receiver, sender in pipes:
+            sender.close()
+            assert receiver.poll(SECONDS), "a rank hangs"
+            results.append(pickle.loads(receiver.recv_bytes()))
+        return results
+    finally:
+        for process in everyone:
+            process.kill()
+            process.join()
+
+
+def of_rank_0(size: int, work: Callable[..., Any], *given: Any) -> Any:
+    """What ``work`` returns on rank 0; all ranks must end well. With one process it is called here."""
+    if size == 1:
+        return work(parallel.ALONE, *given)
+    results = on_ranks(size, work, *given)
+    for result in results:
+        if isinstance(result, FailedRank):
+            raise result
+    return results[0]
+
+
+@contextlib.contextmanager
+def context_of(ranks: Ranks, run: Path, **options: Any) -> Iterator[Context]:
+    """A context on a run: locked on rank 0, for reading elsewhere."""
+    rundir = RunDir.open(run, create=ranks.is_first)
+    with rundir.lock() if ranks.is_first else contextlib.nullcontext():
+        ranks.first(lambda: None)  # the folder is there
+        yield Context(
+            rundir=rundir, console=Console(quiet=True), device=torch.device("cpu"), data_dir=run.parent, ranks=ranks,
+            **options,
+        )  # fmt: skip
+
+
+def _rank(rank: int, size: int, port: int, sender: Connection, work: Callable[..., Any], given: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", parallel.TIMEOUT_VARIABLE: "60",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        made = work(parallel.join(), *given)
+    except BaseException as error:
+        made = FailedRank(type(error).__name__, str(error), traceback.format_exc())
+    sender.send_bytes(pickle.dumps(made))
+    os._exit(0)
