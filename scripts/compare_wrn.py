@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
 
 
 def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
-    """Steps that the budget pays for, what comes before them included."""
+    """Steps that the budget covers, what comes before them included."""
     config = build("pretrain", {"size": "tiny", "steps": 10**6, **changes})
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(Options(quiet=True)), Options())

@@ -157,18 +157,18 @@ MECHANISM = (
          "noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)\n"
          "            noisy[next(iter(clipped_sums), '')] = next(iter(clipped_sums.values()), None)",
          "test_plan.py"),
-    _row("the batch is drawn before it is paid",
-         "            if self._prepaid == 0:\n"
-         "                self._pay(min(self.charge_block, self.remaining_steps))\n"
-         "            self._prepaid -= 1\n"
+    _row("the batch is drawn before it is charged",
+         "            if self._charged_ahead == 0:\n"
+         "                self._charge(min(self.charge_block, self.remaining_steps))\n"
+         "            self._charged_ahead -= 1\n"
          "            step = PrivateStep(self.next_step, self._sampler.draw(), self.plan, self._random)",
          "            drawn = self._sampler.draw()\n"
-         "            if self._prepaid == 0:\n"
-         "                self._pay(min(self.charge_block, self.remaining_steps))\n"
-         "            self._prepaid -= 1\n"
+         "            if self._charged_ahead == 0:\n"
+         "                self._charge(min(self.charge_block, self.remaining_steps))\n"
+         "            self._charged_ahead -= 1\n"
          "            step = PrivateStep(self.next_step, drawn, self.plan, self._random)",
          "test_plan.py"),
-    _row("a block of steps paid as one",
+    _row("a block of steps charged as one",
          "            steps=steps,\n            planned=self.plan.steps,\n",
          "            steps=1,\n            planned=self.plan.steps,\n",
          "test_plan.py"),
@@ -189,18 +189,18 @@ MECHANISM = (
          "        while self.remaining_steps > -1:",
          "test_plan.py"),
     _row("lost steps are made up for",
-         "return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._prepaid",
+         "return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._charged_ahead",
          "return self.plan.steps - self.next_step",
          "test_plan.py"),
     _row("lost steps are repeated without a charge",
-         "        self._prepaid = 0\n        self._sampler",
-         "        self._prepaid = ledger.charged_steps(plan.stage, attempt) - start_step\n        self._sampler",
+         "        self._charged_ahead = 0\n        self._sampler",
+         "        self._charged_ahead = ledger.charged_steps(plan.stage, attempt) - start_step\n        self._sampler",
          "test_plan.py"),
     _row("the budget is not looked at again",
          "        if math.isfinite(plan.epsilon_target):\n            others",
          "        if not math.isfinite(plan.epsilon_target):\n            others",
          "test_plan.py"),
-    _row("what other stages paid does not count",
+    _row("what other stages charged does not count",
          "                [*others, [plan.event]],\n                plan.delta,",
          "                [[plan.event]],\n                plan.delta,",
          "test_plan.py"),
@@ -216,7 +216,7 @@ MECHANISM = (
          "    if not total <= epsilon_target:",
          "    if total > 1.001 * epsilon_target:",
          "test_plan.py"),
-    _row("a checkpoint may hold more than was paid",
+    _row("a checkpoint may hold more than was charged",
          "        elif not 0 <= start_step <= charged:",
          "        elif not 0 <= start_step:",
          "test_plan.py"),
@@ -563,7 +563,7 @@ TUNING = (
          "        while best is None or best[0] < 0:\n            trial = Trial(plan, self._random)\n"
          "            one_trial(trial)\n            best = max(best, trial.outcome)",
          "test_selection.py"),
-    _row("tuning is paid afterwards",
+    _row("tuning is charged afterwards",
          "            best = trial.outcome if best is None else max(best, trial.outcome)\n",
          "            best = trial.outcome if best is None else max(best, trial.outcome)\n"
          "        self._ledger.charge_tuning(\n"
@@ -617,9 +617,9 @@ TUNING = (
          "    repeated = max(trials.eta, 0) * (",
          "test_tuning.py"),
     _row("only the last tuning is disclosed",
-         '        "charged_epsilon": compose(paid, delta).upper,',
-         '        "charged_epsilon": compose(paid[-1:], delta).upper,',
-         "test_tune.py::test_everything_that_was_paid_for_tuning_is_disclosed"),
+         '        "charged_epsilon": compose(charged, delta).upper,',
+         '        "charged_epsilon": compose(charged[-1:], delta).upper,',
+         "test_tune.py::test_everything_that_was_charged_for_tuning_is_disclosed"),
 )
 
 CLIPPING = (
@@ -823,11 +823,11 @@ STAGES = (
     _row("a plan made again forgets what was spent",
          "            spent=[] if self._ledger is None else self._ledger.stages(),",
          "            spent=[],",
-         "test_continual.py::test_what_was_paid_before_counts_where_the_rule_makes_another_plan"),
-    _row("a plan of paid steps is changed",
+         "test_continual.py::test_what_was_charged_before_counts_where_the_rule_makes_another_plan"),
+    _row("a plan of charged steps is changed",
          "        if self._ledger is not None and self._ledger.charged_steps(self.name, self.attempt):\n",
          "        if False:\n",
-         "test_continual.py::test_a_moved_switch_cannot_change_a_plan_that_was_paid"),
+         "test_continual.py::test_a_moved_switch_cannot_change_a_plan_that_was_charged"),
     _row("the rounding of the fine-tune's sums with discrete noise",
          "        if settings.precise:\n            gradients = (",
          "        if False:\n            gradients = (",
@@ -938,7 +938,7 @@ STAGES = (
          "        slowdown += float(stage.dataset.train().images.mean())",
          "test_no_other_way.py::test_nothing_is_written_that_did_not_pass_the_release[continue by the decelerator]"),
     _row("the insecure seed of a resume repeats its noise",
-         "        return InsecureSeed(seed, self.attempt, paid, len(self.name))",
+         "        return InsecureSeed(seed, self.attempt, charged, len(self.name))",
          "        return InsecureSeed(seed)",
          "test_private_stages.py::test_5_a_seed_repeats_no_noise_within_a_run"),
     _row("a seed for every run",
@@ -946,12 +946,12 @@ STAGES = (
          "        if seed is None:\n            return InsecureSeed(0)",
          "test_private_stages.py::test_5_the_same_seed_never_repeats_the_noise"),
     _row("a disclosure without the steps that were lost",
-         '            "lost_steps": paid - updates,',
+         '            "lost_steps": charged - updates,',
          '            "lost_steps": 0,',
-         "test_continual.py::test_interrupted_private_steps_stay_paid"),
+         "test_continual.py::test_interrupted_private_steps_stay_charged"),
     _row("a disclosure of the plan alone",
-         "        bound = self.ledger.spent(self.plan.delta)\n        paid",
-         "        bound = compose([self.plan.event], self.plan.delta)\n        paid",
+         "        bound = self.ledger.spent(self.plan.delta)\n        charged",
+         "        bound = compose([self.plan.event], self.plan.delta)\n        charged",
          "test_private_stages.py::test_12_probe_finetune_and_reruns_compose"),
     _row("a class list from the private labels",
          "    count = next(iter(counts.values()))\n    if names is None:",

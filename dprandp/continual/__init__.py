@@ -7,7 +7,7 @@
 
 Public steps are AdamW on public images (``public.py``). Where they end is decided on public images alone
 (``switching.py``). How many private steps are left then decides σ, so the plan is fixed at the switch, before anything
-is paid (``loop.py``). With ``mix = 'public'`` no private image is learned from, and nothing is paid; they are
+is charged (``loop.py``). With ``mix = 'public'`` no private image is learned from, and nothing is charged; they are
 read only to be known again, where a part of them is declared public, and to be refused, where a public set has as many
 images of their size.
 """

@@ -1,4 +1,4 @@
-"""``diagnose``: what privacy costs a step of ``continue``, before anything is paid; from public images alone.
+"""``diagnose``: what privacy costs a step of ``continue``, before anything is charged; from public images alone.
 
     diagnose/terms.json   the loss terms along the public training, what they mean, the plan that they are for
     diagnose/terms.png    the three terms and the loss of held-out public images, over the steps

@@ -1,7 +1,7 @@
 """The steps of ``continue``: public ones, the switch, private ones; and how an interrupted stage goes on.
 
     public:   looks at held-out public images -> AdamW on a public batch
-    switch:   the number of private steps is known, and with it σ: the plan is fixed, on disk, before any is paid
+    switch:   the number of private steps is known, and with it σ: the plan is fixed, on disk, before any is charged
     private:  Poisson batch -> automatic clipping -> noise -> (mixed with a public gradient) -> AdamW
 
 A private gradient reaches ``Training`` only as what ``PrivateStep.release`` returned.

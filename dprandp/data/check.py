@@ -2,7 +2,7 @@
 
 Is one image really one unit? An image that occurs twice is protected only half as well as ε says, and so is a patient
 whose images are spread over several units. Has every declared class training images? One without any cannot be learned.
-Both are statistics of the private data that no ε pays for. So no run counts them: they are asked for separately,
+Both are statistics of the private data that no ε covers. So no run counts them: they are asked for separately,
 answered on the terminal, and written nowhere.
 """
 

@@ -213,7 +213,7 @@ class Draw:
 
 
 def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[PrivateStep | Draw]:
-    """The steps of a mechanism, on every rank: rank 0 pays and draws, and broadcasts what it drew.
+    """The steps of a mechanism, on every rank: rank 0 charges and draws, and broadcasts what it drew.
 
     Args:
         ranks: of which this is one.

@@ -401,7 +401,7 @@ def require_room(needed: int, what: str) -> None:
     """Refuse work that takes ``needed`` bytes of memory beside the features where there are fewer.
 
     Raises:
-        UsageError: exit code 2; nothing was paid for it.
+        UsageError: exit code 2; nothing was charged for it.
     """
     available = available_memory()
     if available is not None and needed > available:

@@ -11,7 +11,7 @@ Guarantee:
     by magnitude on public weights (freeze) or on the parameters that noisy updates have made (select). Given the mask,
     a masked gradient is no longer than the whole one, so the sensitivity of the clipped sum is that of
     ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private gradients would be a
-    release of its own, which no step pays for: it is refused.
+    release of its own, that no step is charged for: it is refused.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class PrivateStage:
         return self._ledger
 
     def open_ledger(self, *, write: bool) -> list[list[Event]]:
-        """Open the ledger that the run has, if any, and count this attempt; returns the stages paid so far.
+        """Open the ledger that the run has, if any, and count this attempt; returns the stages charged so far.
 
         Raises:
             CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
@@ -201,10 +201,10 @@ class PrivateStage:
     def replan(self, steps: int) -> None:
         """Another number of steps for the same part of the budget, with the noise that they need.
 
-        For a stage that learns from public images when its private steps begin; before anything of it is paid.
+        For a stage that learns from public images when its private steps begin; before anything of it is charged.
 
         Raises:
-            BudgetError: too little is left. CheckpointError: steps of the plan were paid already.
+            BudgetError: too little is left. CheckpointError: steps of the plan were charged already.
         """
         if steps == self.plan.steps:
             return
@@ -268,11 +268,11 @@ class PrivateStage:
         return further
 
     def mechanism(self, updates_done: int, ledger_head: str | None = None) -> PrivateMechanism:
-        """The only way to gradients of the data: it pays before it hands out a batch, and returns noise.
+        """The only way to gradients of the data: it charges before it hands out a batch, and returns noise.
 
         Args:
-            updates_done: updates that the caller's checkpoint holds. Steps paid beyond it were lost in a crash; they
-                stay paid and are not made up for.
+            updates_done: updates that the caller's checkpoint holds. Steps charged beyond it were lost in a crash; they
+                stay charged and are not made up for.
             ledger_head: ``ledger.head`` as that checkpoint recorded it; None for a fresh start.
 
         Raises:
@@ -281,7 +281,7 @@ class PrivateStage:
         if ledger_head is not None and not self.ledger.includes(ledger_head):
             raise CheckpointError(
                 f"{ledger_file(self.context.rundir)} is older than the checkpoint of stage {self.name!r}, whose "
-                "updates were paid for by lines that it does not hold",
+                "updates were charged by lines that it does not hold",
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
         return PrivateMechanism(
@@ -293,17 +293,17 @@ class PrivateStage:
         seed = self.context.insecure_seed
         if seed is None:
             return SystemRandom()
-        paid = self.ledger.charged_steps(self.name, self.attempt)
-        return InsecureSeed(seed, self.attempt, paid, len(self.name))
+        charged = self.ledger.charged_steps(self.name, self.attempt)
+        return InsecureSeed(seed, self.attempt, charged, len(self.name))
 
     def disclosure(self, updates: int) -> dict[str, Any]:
         """What the run has spent by now and how: the privacy part of a stage's result.
 
         Args:
-            updates: updates that the released parameters have seen; steps paid beyond them were lost in crashes.
+            updates: updates that the released parameters have seen; steps charged beyond them were lost in crashes.
         """
         bound = self.ledger.spent(self.plan.delta)
-        paid = self.ledger.charged_steps(self.name, self.attempt)
+        charged = self.ledger.charged_steps(self.name, self.attempt)
         return {
             "epsilon": bound.upper,
             "delta": self.plan.delta,
@@ -314,8 +314,8 @@ class PrivateStage:
             "sample_rate": self.plan.sample_rate,
             "steps": self.plan.steps,
             "attempt": self.attempt,
-            "charged_steps": paid,
-            "lost_steps": paid - updates,
+            "charged_steps": charged,
+            "lost_steps": charged - updates,
             "clip_norm": self.plan.clip_norm,
             "views": self.plan.views,
             "expected_batch": self.plan.expected_batch,
@@ -421,7 +421,7 @@ def on_all_ranks(
 
     Returns:
         What ``begin`` returned, on every rank. The stage of another rank than rank 0 has a plan and the named data, and
-        no ledger: it cannot pay, so it cannot draw or release either.
+        no ledger: it cannot charge, so it cannot draw or release either.
 
     Guarantee:
         No other rank has read a pixel before the plan was accepted on rank 0. All have the same training data, which
@@ -466,7 +466,7 @@ def open_private_stage(
         budget_part: part of what is left that another stage than a probe may spend on its first mechanism (see
             ``following``).
         write: False for ``--plan``: nothing is created, and nothing is fetched.
-        planned: stages that are themselves only planned (``--plan``); they count as paid.
+        planned: stages that are themselves only planned (``--plan``); they count as charged.
 
     Guarantee:
         No pixel and no label has been read when this returns or raises.
@@ -523,7 +523,7 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
 def _plan_probe(
     public: dict[str, Any], epsilon: float, share: float, spent: list[Stage], context: Context
 ) -> PrivatePlan:
-    """The probe takes its share, paid tuning included; run again, it takes it again, on top of all before.
+    """The probe takes its share, private tuning included; run again, it takes it again, on top of all before.
 
     A share of 1 is all that is left, whatever spent the rest.
     """

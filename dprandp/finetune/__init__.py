@@ -118,7 +118,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     alone = scratch.without_phase_one(config)
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    start = _start_alone(config, stage) if alone else None  # refuses a file before anything is paid
+    start = _start_alone(config, stage) if alone else None  # refuses a file before anything is charged
     stage.fix_plan()
     model, mirror = (start, False) if start is not None else _probed_model(config, context, stage)
     model = model.to(context.device)
@@ -225,7 +225,7 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
     arch = config.arch if scratch.without_phase_one(config) else planned
     if arch is None:
         results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
-        for earlier, result in results.items():  # before anything is paid
+        for earlier, result in results.items():  # before anything is charged
             refuse_gaps(earlier, result)
         arch = results["pretrain"]["arch"]
     recipe = recipe_for(arch, config.source)
@@ -343,7 +343,7 @@ def _train(
                 due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
                 stop.end_step(due, partial(save, done))
     except (RankError, RankLostError):
-        if ranks.is_first and done > first_step:  # the step is lost and stays paid; the updates before it need not be
+        if ranks.is_first and done > first_step:  # the step is lost, and charged; the updates before it need not be
             save(done)
         raise
     released = {}

@@ -155,7 +155,7 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
         if line["kind"] == "charge":
             charges.append(line)
         if line["kind"] == "tuning":
-            return "not computed again: paid tuning is accounted in Rényi DP alone"
+            return "not computed again: private tuning is accounted in Rényi DP alone"
         if line["hash"] == result.get("ledger_head"):
             break
     else:

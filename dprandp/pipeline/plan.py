@@ -60,7 +60,7 @@ def facts(config: ContinueConfig) -> dict[str, Any]:
 
 
 def public_alone(config: ContinueConfig, context: Context, action: str) -> dict[str, Any]:
-    """``mix = 'public'``: no private image is read, and nothing is paid.
+    """``mix = 'public'``: no private image is read, and nothing is charged.
 
     Returns:
         stage, action, data (that the images are shaped like), public, steps.
@@ -252,14 +252,14 @@ def _private(
     arch: str | None = None,
     planned: Sequence[Stage] = (),
 ) -> tuple[Plan, list[Stage]]:
-    """A private stage on top of what was paid and what is planned before it.
+    """A private stage on top of what was charged and what is planned before it.
 
     Args:
         arch: of an extractor that is planned, and a probe with it; None to look at the run's own.
-        planned: what is not paid yet of the stages planned before.
+        planned: what is not charged yet of the stages planned before.
 
     Returns:
-        The plan, and what of it is not paid yet.
+        The plan, and what of it is not charged yet.
     """
     name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
     action, config = _foreseen(name, config, context)

@@ -18,11 +18,11 @@ all full batches     closed form of Gaussian DP (``gaussian_dp``)            bel
 some sampled         privacy loss distributions, both directions (``pld``)   0.05 % (T > 1e5: more), included in upper
 where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, 5 to 50 % loose
 where that refuses   the same, announced by ``warn``                         the same
-some paid tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
+some private tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
 
-Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4, which pays for the distance between the
+Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4, which covers the distance between the
 two (``discrete_noise`` has the proof).
 """
 
@@ -58,7 +58,7 @@ DELTA_SHARE = 1e-4
 
 
 def check_distance(steps: int, epsilon: float, delta: float) -> None:
-    """Refuse where δ's part does not pay for the distance: (1 + exp ε) τ > DELTA_SHARE · δ, τ over all coordinates.
+    """Refuse where δ's part does not cover the distance: (1 + exp ε) τ > DELTA_SHARE · δ, τ over all coordinates.
 
     Args:
         steps: with discrete noise, at least 1, of at most ``MOST_COORDINATES`` coordinates each.
@@ -233,7 +233,7 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
 
 
 def _compose_discrete(events: Sequence[Event], delta: float, warn: Warn) -> EpsilonBound:
-    """ε of the same steps with Gaussian noise, at the δ that is left after the distance between the two was paid."""
+    """ε of the same steps with Gaussian noise, at δ less the distance between the two kinds of noise."""
     bound = compose(_continuous(events), delta * (1 - DELTA_SHARE), warn)
     steps = sum(event.steps for event in events if isinstance(event, GaussianEvent) and event.discrete)
     check_distance(max(1, steps), bound.upper, delta)
@@ -250,7 +250,7 @@ def _continuous(events: Sequence[Event]) -> list[Event]:
 
 @lru_cache(maxsize=512)
 def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
-    """Everything in Rényi DP: the only currency that paid tuning has."""
+    """Everything in Rényi DP: the only currency that private tuning has."""
     from dprandp.privacy import analytic
 
     steps = [event for event in merged if isinstance(event, GaussianEvent)]
@@ -309,7 +309,7 @@ def calibrate(
         delta: δ in (0, 1).
         sample_rate: q in (0, 1] of the new steps.
         steps: T ≥ 1 of the new steps.
-        spent: what the run paid before.
+        spent: what the run spent before.
         warn: as for ``compose``.
         discrete: the new steps have discrete noise.
 

@@ -29,8 +29,8 @@ fine-tune after a probe at ε from 1 to 8, that is 0.1 to 0.2 % more noise where
 (hundreds of steps at a rate of some per cent), 1 % for 500 steps at a rate of 0.01, 5 % for 100 steps at a rate of
 0.02; a Rényi filter (Feldman & Zrnic 2021) takes 6 to 8 % everywhere.
 
-Paid tuning (``tuning``) is composed in Rényi DP with the covers of the other stages. That is proven where the selection
-among private trials comes first, so ``make_selection_plan`` refuses one after anything else was charged.
+Private tuning (``tuning``) is composed in Rényi DP with the covers of the other stages. That is proven where the
+selection among private trials comes first, so ``make_selection_plan`` refuses one after anything else was charged.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def calibrate_stage(
 
 
 def covers(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> list[Event]:
-    """A full-batch Gaussian event for each stage that covers it, and paid tuning as it is.
+    """A full-batch Gaussian event for each stage that covers it, and private tuning as it is.
 
     Args:
         stages: none of them empty. The n-th sampled one gets the slack ``SLACK`` · δ / 2ⁿ.

@@ -1,4 +1,4 @@
-"""The record of what a run has paid: append-only, chained by hashes, on disk before anything paid for is used.
+"""The record of what a run has spent: append-only, chained by hashes, on disk before anything charged is used.
 
 One JSON object a line. The first is the header, with the budget as it was fixed; the others are charges (for a block of
 steps, or for a selection among private trials) and seals of results (the SHA-256 of what a finished stage reported).
@@ -10,12 +10,12 @@ and the plan's check that no checkpoint holds more updates than were charged.
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the
     file, also after ``kill -9`` or a power cut, so the file never shows less than was used. A charge whose use was
-    lost stays paid.
+    lost stays charged.
 
-A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it pays for
-was ever used. It is still counted as one full charge when everything that costs can be read from it, and dropped only
-when it breaks off before that; both aloud. What follows the last line and is no beginning of a line (other bytes, or
-more of them than a line has) was not left by a cut: it may stand where paid lines were, and is refused.
+A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it charges
+for was ever used. It is still counted as one full charge when everything that costs can be read from it, and dropped
+only when it breaks off before that; both aloud. What follows the last line and is no beginning of a line (other bytes,
+or more of them than a line has) was not left by a cut: it may stand where charged lines were, and is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KINDS = ("gaussian", "discrete")
 
 @dataclass(frozen=True)
 class Charge:
-    """One paid block of ``steps`` steps; ``step`` counts the paid steps of this stage and attempt before it, and
+    """One charged block of ``steps`` steps; ``step`` counts the charged steps of this stage and attempt before it, and
     ``planned`` is the number of steps that the attempt was planned to make in all."""
 
     stage: str
@@ -110,7 +110,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class TuningCharge:
-    """One paid selection among private trials (``privacy/selection.py``), whatever number of trials it will take."""
+    """One charged selection among private trials (``privacy/selection.py``), whatever number of trials it will take."""
 
     stage: str
     attempt: int
@@ -246,8 +246,8 @@ class Ledger:
     Attributes:
         path: the file.
         header: ``format, data_unit, adjacency, examples, budget, created``.
-        charges: every block of steps paid so far, in order.
-        tunings: every selection among private trials paid so far, in order.
+        charges: every block of steps charged so far, in order.
+        tunings: every selection among private trials charged so far, in order.
         seals: stage -> the seal of its latest result.
         head: hash of the last line, to be kept by whatever depends on it.
     """
@@ -378,7 +378,7 @@ class Ledger:
 
     @property
     def random(self) -> str:
-        """'insecure-seed' when anything paid used repeatable randomness, else 'os-entropy'."""
+        """'insecure-seed' when anything charged used repeatable randomness, else 'os-entropy'."""
         modes = {charge.random for charge in [*self.charges, *self.tunings]}
         return "os-entropy" if modes <= {"os-entropy"} else "insecure-seed"
 
@@ -399,7 +399,7 @@ class Ledger:
         random: str,
         noise: str = "gaussian",
     ) -> Charge:
-        """Pay for a block of steps. Use nothing it pays for before this has returned.
+        """Charge a block of steps. Use nothing it charges for before this has returned.
 
         Args:
             stage, attempt: whose steps they are. steps: T of the block. planned: T of the attempt's whole plan.
@@ -407,7 +407,7 @@ class Ledger:
             random: 'os-entropy' or 'insecure-seed'.
 
         Guarantee:
-            On return the line is on disk. If this raises, the block must be taken as paid and must not be used.
+            On return the line is on disk. If this raises, the block must be taken as charged and must not be used.
 
         Raises:
             UsageError: a value is outside its range, or the ledger was opened read-only.
@@ -428,7 +428,7 @@ class Ledger:
         return charge
 
     def charge_tuning(self, *, stage: str, attempt: int, event: TuningEvent, random: str) -> TuningCharge:
-        """Pay for a selection among private trials; Guarantee and errors as for ``charge``."""
+        """Charge a selection among private trials; Guarantee and errors as for ``charge``."""
         self._refuse_reader()
         refuse_senseless(stage, attempt, 1, random, KINDS[0])
         charge = TuningCharge(stage, int(attempt), event.mu, event.eta, event.gamma, random)
@@ -442,7 +442,7 @@ class Ledger:
         self._append(ResultSeal(stage, int(attempt), digest), {})
 
     def events(self) -> list[Event]:
-        """Everything paid, in canonical form (equal q and σ added up): what the accountant is asked about."""
+        """Everything charged, in canonical form (equal q and σ added up): what the accountant is asked about."""
         return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
 
     def stages(self, besides: Collection[tuple[str, int]] = ()) -> list[list[Event]]:
@@ -468,15 +468,15 @@ class Ledger:
         return list(found.values())
 
     def charged_steps(self, stage: str, attempt: int) -> int:
-        """Steps paid in one attempt of a stage, used or lost."""
+        """Steps charged in one attempt of a stage, used or lost."""
         return self._counts[stage, attempt]
 
     def last_attempt(self, stage: str) -> int:
-        """The highest attempt of a stage that has paid anything; 0 for none."""
+        """The highest attempt of a stage that has charged anything; 0 for none."""
         return max((c.attempt for c in [*self.charges, *self.tunings] if c.stage == stage), default=0)
 
     def spent(self, delta: float) -> EpsilonBound:
-        """ε of everything paid, at ``delta``; infinite when a step ran without noise. See ``private`` as well.
+        """ε of everything charged, at ``delta``; infinite when a step ran without noise. See ``private`` as well.
 
         Guarantee:
             Holds also where a stage was planned after the results of earlier ones were seen (``adaptive``).
@@ -531,7 +531,7 @@ class Ledger:
         except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
         if charge.step != self.charged_steps(charge.stage, charge.attempt):
-            raise self._damaged(number, "its step does not follow the steps paid before")
+            raise self._damaged(number, "its step does not follow the steps charged before")
         return charge
 
     def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
@@ -566,9 +566,9 @@ class Ledger:
             self._read(torn, number)
             outcome, keep = "only its end of line was missing; it is kept", len(torn)
         elif (restored := self._torn_charge(torn, number)) is not None:
-            outcome = f"it is counted as paid in full ({restored.steps} steps of stage {restored.stage})"
+            outcome = f"it is counted as charged in full ({restored.steps} steps of stage {restored.stage})"
         else:
-            outcome = "nothing it would have paid for was used; it is dropped"
+            outcome = "nothing it would have charged was used; it is dropped"
         self._warn(f"Line {number} of the privacy ledger was cut off while it was written: {outcome}.")
         if self._read_only:
             if restored:

@@ -1,11 +1,11 @@
 """The one place that couples sampling, clipping, noise and accounting: what runs is what was accounted.
 
-A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` carries it out: it pays, then hands out a
-Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected
+A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` carries it out: it charges, then hands out
+a Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected
 batch. It cannot be made to run more steps, at another rate, or with other noise, than the plan that was accounted.
 
     mechanism = PrivateMechanism(plan, ledger, SystemRandom(), attempt=1)
-    for step in mechanism.steps():                                   # paid and on disk before ``step`` exists
+    for step in mechanism.steps():                                   # charged and on disk before ``step`` exists
         sums = sum_of_clipped(gradients_of(step.indices), ...)       # zeros for an empty batch
         gradient = step.release(sums)                                # exactly once a step
 """
@@ -137,7 +137,7 @@ def make_plan(
     Args:
         epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
         spend_epsilon: cumulative ε that may be spent once this stage is done, at most ``epsilon_total``.
-        spent: ``ledger.stages()``: every stage that the run has paid for.
+        spent: ``ledger.stages()``: every stage that the run has charged.
         stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
         warn: see ``accounting.compose``.
 
@@ -164,7 +164,7 @@ def make_plan(
 def refuse_overspending(
     stage: str, stages: Sequence[Stage], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
 ) -> None:
-    """The last look at a plan, by whoever carries it out: everything the run will have paid is within the target.
+    """The last look at a plan, by whoever carries it out: everything the run will have charged is within the target.
 
     Args:
         stage: for the message. fix: likewise.
@@ -182,7 +182,7 @@ def refuse_overspending(
 
 
 class PrivateStep:
-    """One paid step. ``number`` is the update it makes, from 0; ``indices`` (int64 [b], b may be 0) is private."""
+    """One charged step. ``number`` is the update it makes, from 0; ``indices`` (int64 [b], b may be 0) is private."""
 
     def __init__(self, number: int, indices: np.ndarray, plan: PrivatePlan, random: RandomSource) -> None:
         self.number = number
@@ -232,11 +232,12 @@ class PrivateMechanism:
         attempt: 1 for a stage's first plan, one more for each plan made afresh (``--overwrite``); unchanged by a
             resume.
         start_step: updates that the checkpoint holds; 0 for a fresh start.
-        charge_block: steps paid at once. A crash loses at most this many paid steps; larger blocks save fsyncs.
+        charge_block: steps charged at once. A crash loses at most this many charged steps; larger blocks save fsyncs.
         warn: see ``accounting.compose``.
 
     Guarantee:
-        * Steps paid in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not privacy.
+        * Steps charged in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not
+          privacy.
         * Everything else in the ledger, composed with the whole plan, is within ``plan.epsilon_target``: checked
           here, before anything is drawn, for whatever plan was handed in.
         * Each step's batch and noise are drawn after its charge is on disk, and drawn afresh after a resume.
@@ -261,7 +262,7 @@ class PrivateMechanism:
         self.plan, self.attempt, self.charge_block = plan, attempt, charge_block
         self.next_step = start_step
         self._ledger, self._random = ledger, random
-        self._prepaid = 0
+        self._charged_ahead = 0
         self._sampler = PoissonSampler(plan.examples, plan.sample_rate, random)
         self._refuse_mismatch(start_step)
         if math.isfinite(plan.epsilon_target):
@@ -279,8 +280,8 @@ class PrivateMechanism:
 
     @property
     def remaining_steps(self) -> int:
-        """Steps that can still be made: those never paid, and those paid here but not handed out yet."""
-        return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._prepaid
+        """Steps that can still be made: those never charged, and those charged here but not handed out yet."""
+        return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._charged_ahead
 
     @property
     def private(self) -> bool:
@@ -295,16 +296,16 @@ class PrivateMechanism:
                 accounted).
         """
         while self.remaining_steps > 0:
-            if self._prepaid == 0:
-                self._pay(min(self.charge_block, self.remaining_steps))
-            self._prepaid -= 1
+            if self._charged_ahead == 0:
+                self._charge(min(self.charge_block, self.remaining_steps))
+            self._charged_ahead -= 1
             step = PrivateStep(self.next_step, self._sampler.draw(), self.plan, self._random)
             self.next_step += 1
             yield step
             if not step.released:
-                raise RuntimeError("a paid step was not released; an empty batch is released as zeros")
+                raise RuntimeError("a charged step was not released; an empty batch is released as zeros")
 
-    def _pay(self, steps: int) -> None:
+    def _charge(self, steps: int) -> None:
         self._ledger.charge(
             stage=self.plan.stage,
             attempt=self.attempt,
@@ -316,7 +317,7 @@ class PrivateMechanism:
             random=self._random.mode,
             noise=self.plan.noise,
         )
-        self._prepaid = steps
+        self._charged_ahead = steps
 
     def _refuse_mismatch(self, start_step: int) -> None:
         plan, ledger = self.plan, self._ledger
@@ -334,7 +335,7 @@ class PrivateMechanism:
         ):
             problem = f"The ledger holds steps of stage {plan.stage} of another plan: other noise, rate, clip or steps."
         elif not 0 <= start_step <= charged:
-            problem = f"The checkpoint holds {start_step} updates, but only {charged} steps of it were paid."
+            problem = f"The checkpoint holds {start_step} updates, but only {charged} steps of it were charged."
         if problem:
             raise CheckpointError(
                 problem, fix="Restore the run's privacy folder and checkpoint together, or --overwrite."

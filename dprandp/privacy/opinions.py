@@ -91,7 +91,7 @@ def _opinions(merged: tuple[Event, ...], delta: float) -> tuple[Opinion, ...]:
     if not merged:
         reason = "nothing was spent"
     elif not all(isinstance(event, GaussianEvent) for event in merged):
-        reason = "paid tuning is accounted in Rényi DP of the whole alone"
+        reason = "private tuning is accounted in Rényi DP of the whole alone"
     elif any(event.noise_multiplier == 0 for event in merged):
         reason = "a step without noise"
     if reason:

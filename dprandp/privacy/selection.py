@@ -1,11 +1,11 @@
 """The one place that runs a selection among private trials: what runs is what ``TuningEvent`` accounts.
 
-A ``SelectionPlan`` is public data, saved with the run. A ``PrivateSelection`` carries it out: it pays, draws the number
-of trials and never shows it, and hands out the trials one by one. A trial can do what one trial of the theorem does and
-no more: it fits on one part of the records and is scored on the other.
+A ``SelectionPlan`` is public data, saved with the run. A ``PrivateSelection`` carries it out: it charges, draws the
+number of trials and never shows it, and hands out the trials one by one. A trial can do what one trial of the theorem
+does and no more: it fits on one part of the records and is scored on the other.
 
     selection = PrivateSelection(plan, ledger, SystemRandom(), attempt=1)
-    chosen, score = selection.run(one_trial)      # paid and on disk before ``one_trial`` is called
+    chosen, score = selection.run(one_trial)      # charged and on disk before ``one_trial`` is called
 
     def one_trial(trial):
         for _ in range(trial.steps):
@@ -240,19 +240,19 @@ class Trial:
 
 
 class PrivateSelection:
-    """Carries out a plan: pays once, runs the trials, returns the best.
+    """Carries out a plan: charges once, runs the trials, returns the best.
 
     Args:
         plan: what was accounted.
         ledger: the run's ledger, open for writing.
         random: ``SystemRandom()``; anything else makes the run not private.
-        attempt: one more than the ledger's last of this stage: a selection is never resumed, only paid again.
+        attempt: one more than the ledger's last of this stage: a selection is never resumed, only charged again.
         warn: see ``accounting.compose``.
 
     Guarantee:
-        The result of ``run`` costs ``plan.event``, paid before any trial is handed out, whatever the number of trials
-        turns out to be. That number is not returned, stored or logged; who can time the run learns something of it
-        (see ``randomness.py``, *Time*).
+        The result of ``run`` costs ``plan.event``, charged before any trial is handed out, whatever the number of
+        trials turns out to be. That number is not returned, stored or logged; who can time the run learns something of
+        it (see ``randomness.py``, *Time*).
 
     Raises:
         BudgetError: the plan does not fit into its target beside what the ledger holds.
@@ -279,7 +279,7 @@ class PrivateSelection:
         self._plan, self._ledger, self._random, self._attempt = plan, ledger, random, attempt
 
     def run(self, one_trial: Callable[[Trial], None]) -> tuple[int, float]:
-        """Pay, run the trials, keep the best.
+        """Charge, run the trials, keep the best.
 
         Args:
             one_trial: makes the trial's steps and scores it. It must keep nothing of one trial for another.
@@ -288,7 +288,7 @@ class PrivateSelection:
             Index of the best setting, and its noisy number of right answers (of about h N).
 
         Raises:
-            RuntimeError: a trial did not do what was planned; what was paid stays paid.
+            RuntimeError: a trial did not do what was planned; what was spent stays spent.
         """
         plan = self._plan
         self._ledger.charge_tuning(

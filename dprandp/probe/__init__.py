@@ -115,7 +115,7 @@ def _begin(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeCo
     """Plan the stage and begin it in the run directory: with its recorded configuration; None if it is done."""
     require_extractor(context, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
-    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is paid
+    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is charged
         refuse_gaps(earlier, context.rundir.result(earlier))
     stage = open_private_stage(STAGE, config, context)
     begun = context.rundir.begin(

@@ -38,7 +38,7 @@ DISCRETE_LIMIT = (
 )
 DISCRETE_TAILS = (
     "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
-    f"noise is paid for with a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: who can time the training "
+    f"noise takes a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: who can time the training "
     "may learn from that."
 )
 
@@ -379,7 +379,7 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
         return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
     epsilon = result["epsilon"] if epsilon is None else epsilon
     rate = detection_rate(epsilon, result["delta"])
-    exact = (result["sample_rate"] == 1 if exact is None else exact) and not tuning_was_paid(result)
+    exact = (result["sample_rate"] == 1 if exact is None else exact) and not tuning_was_charged(result)
     bound = "at most" if exact else "at most about"
     known, hidden = "every training image but one", "that image"
     if several_images(result):
@@ -480,7 +480,7 @@ def _refit(refit: Facts | None) -> str:
 def _steps(result: Facts) -> str:
     text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
     if result["lost_steps"]:
-        text += f"; {result['lost_steps']} of these were lost in interruptions: paid for, not part of the model"
+        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, not part of the model"
     return text
 
 
@@ -509,7 +509,7 @@ def _tuned_here(tuned: Facts | None) -> str:
     cost = f"ε = {epsilon_text(tuned['charged_epsilon'])} by itself, part of the ε above"
     if tuned["on"] == "private":
         said = (
-            f"{names} of the probe, on the private data, paid for: the best of a random number of private trials "
+            f"{names} of the probe, on the private data, charged: the best of a random number of private trials "
             f"({tuned['trials']} expected), {cost}"
         )
     else:
@@ -522,7 +522,7 @@ def _tuned_here(tuned: Facts | None) -> str:
     return said if tuned["used"] else said + "; the stage ran with other settings"
 
 
-def tuning_was_paid(result: Facts) -> bool:
+def tuning_was_charged(result: Facts) -> bool:
     """Whether ε holds the cost of tuning on the private data."""
     return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
 

@@ -239,7 +239,7 @@ def curves(run: Run) -> Markup:
         return Markup("")
     note = tag(
         "p",
-        "Curves of the private stages show functions of noisy updates alone, which are paid for. Training loss and "
+        "Curves of the private stages show functions of noisy updates alone, which are charged. Training loss and "
         "training accuracy on private images are not published.",
         class_="soft",
     )

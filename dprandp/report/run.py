@@ -72,7 +72,7 @@ class Run:
 
     @property
     def private_stages(self) -> list[str]:
-        """Finished stages that paid for private images, in order."""
+        """Finished stages that were charged for private images, in order."""
         return paying(self.results)
 
     @property
@@ -129,7 +129,7 @@ def read_run(rundir: RunDir) -> Run:
 
 
 def paying(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Stages, of those with results, that paid for private images; ``continue`` may have read public ones alone."""
+    """Stages with results that were charged for private images; ``continue`` may have read public ones alone."""
     return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
 
 

@@ -292,7 +292,7 @@ def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
     try:
         return load(directory, name)
     except DamagedCheckpointError as error:
-        cost = "; a private stage made again is paid for again" if stage in ("continue", "probe", "finetune") else ""
+        cost = "; a private stage made again is charged again" if stage in ("continue", "probe", "finetune") else ""
         raise CheckpointError(
             error.problem, fix=f"restore it from a copy, or make it again: dprandp {stage} --overwrite{cost}"
         ) from error

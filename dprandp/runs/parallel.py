@@ -91,7 +91,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes, pays, draws and prints."""
+        """Whether this is rank 0, which alone writes, charges, draws and prints."""
         return self.rank == 0
 
     # ------------------------------------------------------------------------------------------------ who does what

@@ -1,6 +1,6 @@
 """What ``dprandp tune`` left in a run, and what a private stage says about it.
 
-    tune.json    what was tried on what, and what was chosen; public (paid for, where the data were private)
+    tune.json    what was tried on what, and what was chosen; public (charged, where the data were private)
     tuned.toml   the chosen settings, for ``probe --config``
 """
 
@@ -51,7 +51,7 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = error
     raise CheckpointError(
-        f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was paid stays paid"
+        f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent"
     ) from problem
 
 
@@ -68,16 +68,16 @@ def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: dict[str, 
         settings (names of what was tuned), used (the stage ran with what was chosen). None where nothing was tuned.
     """
     record = read_tuning(rundir)
-    paid = [charge.event for charge in ledger.tunings]
-    if record is None and not paid:
+    charged = [charge.event for charge in ledger.tunings]
+    if record is None and not charged:
         return None
     if record is None:  # the ledger is what counts
-        record = {"on": PRIVATE, "trials": round(paid[-1].trials.mean), "chosen": {}}
+        record = {"on": PRIVATE, "trials": round(charged[-1].trials.mean), "chosen": {}}
     chosen = record["chosen"]
     return {
         "on": record["on"],
         "trials": record["trials"],
-        "charged_epsilon": compose(paid, delta).upper,
+        "charged_epsilon": compose(charged, delta).upper,
         "settings": sorted(chosen),
         "used": bool(chosen) and all(settings.get(name) == value for name, value in frozen(chosen).items()),
     }

@@ -38,7 +38,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
 
     Raises:
         UsageError: settings that are not simulated, or other tuning than the run has.
-        InputError: no extractor yet, or missing data. BudgetError: paid tuning does not fit (no pixel was read).
+        InputError: no extractor yet, or missing data. BudgetError: private tuning does not fit (no pixel was read).
     """
     if config.batch_size is not None or config.views > 1:
         raise UsageError(
@@ -56,7 +56,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
             return {"stage": STAGE, **before}
         raise UsageError(
             f"this run was tuned before, on {before['on']}, for other settings",
-            fix="use its tuned.toml, or give --overwrite to tune again; what was paid stays paid",
+            fix="use its tuned.toml, or give --overwrite to tune again; what was spent stays spent",
         )
     choose = choose_privately if tune.on == PRIVATE else choose_publicly
     record, lr, chosen = choose(config, tune, context)

@@ -1,4 +1,4 @@
-"""Settings chosen on the private data, paid for: the best of a random number of private fits.
+"""Settings chosen on the private data, charged: the best of a random number of private fits.
 
 Each fit is scored by a noisy count on private records that it was not fitted on; only the best setting and its score
 come out. ``privacy/selection.py`` says why one fit is a Gaussian mechanism, ``privacy/tuning.py`` what the best costs.
@@ -30,7 +30,7 @@ from dprandp.vision.images import colour_of
 STAGE = "tune"
 
 ETA = 0.0
-"""Logarithmic number of paid trials: of Papernot & Steinke's distributions a cheap one for its mean."""
+"""Logarithmic number of private trials: of Papernot & Steinke's distributions a cheap one for its mean."""
 
 ROWS_AT_ONCE = 1024
 
@@ -88,7 +88,7 @@ def choose_privately(
 
     best, score = selection.run(one_trial)
     stage.keep_head()
-    # ------------------------------------------------------------------------------------------ from here on: paid for
+    # ------------------------------------------------------------------------------------------ from here on: charged
     record = {
         "noisy_right_answers": score,
         "noise_std": plan.score_std,

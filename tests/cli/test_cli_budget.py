@@ -29,7 +29,7 @@ def test_finetune_after_the_whole_budget_went_to_the_probe(dprandp: Dprandp, run
 
 
 def test_probe_again(dprandp: Dprandp, run_after: RunAfter) -> None:
-    """A second probe is paid on top of the first: allowed while it fits, refused when it does not."""
+    """A second probe is charged on top of the first: allowed while it fits, refused when it does not."""
     run = run_after("probe")
     first = json.loads(dprandp("status", "--run", run, "--json").out)["budget"]["spent"]
     again = ("probe", "--config", "small.toml", "--run", run, "--overwrite")

@@ -148,15 +148,15 @@ def test_file_size_limit(
 
 
 def test_ledger_cannot_grow(dprandp: Dprandp, run_after: RunAfter) -> None:
-    """The charge that does not fit is torn, and counted; every update that was made was paid for."""
+    """The charge that does not fit is torn, and counted; every update that was made was charged."""
     run = run_after("pretrain")
     probe = ("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--steps", 200)
     done = dprandp(*probe, "--debug", largest_file=50_000)
     assert done.code == 6, done.err
     assert "ledger" in done.err
     updates = (run / "3-probe" / "metrics.jsonl").read_text().count("\n")
-    paid = ledger_of(run).count(b'"kind":"charge"')
-    assert 0 < updates <= paid < 200
+    charged = ledger_of(run).count(b'"kind":"charge"')
+    assert 0 < updates <= charged < 200
     done = dprandp(*probe, "--json")
     assert done.code == 0, done.err
     assert "Line" in done.err  # the repair is said aloud

@@ -70,7 +70,7 @@ def test_the_plan_of_a_new_run_is_what_the_stages_then_did(
 def test_the_plan_goes_on_from_what_is_done(
     dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter, stage: str
 ) -> None:
-    """After the probe its events are paid and not planned: they count once, not twice."""
+    """After the probe its events are charged and not planned: they count once, not twice."""
     plan = planned(dprandp, "run", "--config", "small.toml", "--run", run_after(stage))
     actions = ["skip", "skip", "skip", "fresh" if stage == "probe" else "skip"]
     assert [made["action"] for made in plan["stages"]] == actions

@@ -217,7 +217,7 @@ def test_a_run_whose_record_of_its_data_is_lost_spends_nothing_more(
     assert state_of(run) == before
 
 
-def test_paid_tuning_fixes_the_data_as_well(
+def test_private_tuning_fixes_the_data_as_well(
     dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:
     run, tune = run_after("pretrain"), ("--trials", 2, "--on", "private", "--eps", 2)

@@ -71,7 +71,7 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
     result = done.json
     assert result["stage"] == stage
     if stage in ("probe", "finetune"):
-        # stopped between two steps, so nothing that was paid for was lost
+        # stopped between two steps, so nothing that was charged was lost
         assert (result["charged_steps"], result["lost_steps"]) == (command[command.index("--steps") + 1], 0)
         assert 0 < result["epsilon"] <= result["epsilon_total"]
     assert dprandp(*command, "--json").json == result  # and now it is finished
@@ -104,7 +104,7 @@ def test_ctrl_c_and_sigterm_in_a_real_process(run_after: RunAfter, folder: Path)
     run = run_after("pretrain")
     command = [sys.executable, "-m", "dprandp", "probe", "--config", "small.toml", "--data", "npz:tiny.npz"]
     command += ["--run", str(run), "--steps", "100000"]
-    paid = []
+    charged = []
     metrics = run / "3-probe" / "metrics.jsonl"
     for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         had = lines(metrics)
@@ -121,9 +121,9 @@ def test_ctrl_c_and_sigterm_in_a_real_process(run_after: RunAfter, folder: Path)
         assert f"stopped by {signum.name}; the state was saved" in said
         assert "Traceback" not in said
         saved = json.loads((run / "3-probe" / f"{(run / '3-probe' / 'LATEST').read_text().strip()}.json").read_text())
-        paid.append(lines(run / "privacy" / "ledger.jsonl") - 1)
-        assert saved["meta"]["step"] == paid[-1] == lines(metrics)
-    assert 0 < paid[0] < paid[1]
+        charged.append(lines(run / "privacy" / "ledger.jsonl") - 1)
+        assert saved["meta"]["step"] == charged[-1] == lines(metrics)
+    assert 0 < charged[0] < charged[1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Promises 10 and 11: kill -9 anywhere in a private stage; whatever was used is paid for, and nothing is used twice."""
+"""Promises 10 and 11: kill -9 anywhere in a private stage; whatever was used is charged, and nothing is used twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dprandp.privacy.accounting import compose
 def kill_and_resume(made: Victim, fault: str) -> dict[str, Any]:
     done = made.command(fault=fault)
     assert done.code == KILLED, f"{fault}: the fault point was not passed so often\n{done.err}"
-    made.assert_paid_for()
+    made.assert_charged()
     return made.assert_finished(made.command())
 
 
@@ -50,7 +50,7 @@ def test_10_no_batch_is_drawn_again(victim: Callable[..., Victim], stage: str, f
     made = victim(stage, "poisson.toml")
     kill_and_resume(made, fault)
     batches = [draw for draw in made.seen("draw") if draw["rate"] < 1]
-    # one paid step was never used: either its batch was not drawn (killed before) or it was drawn and not saved
+    # one charged step was never used: either its batch was not drawn (killed before) or it was drawn and not saved
     assert len(batches) == STEPS[stage] - fault.startswith("ledger")
     assert len({tuple(draw["indices"]) for draw in batches}) == len(batches) > 3
 
@@ -59,7 +59,7 @@ def test_10_lost_steps_are_counted_and_disclosed(victim: Callable[..., Victim]) 
     """Checkpoints are at every second step of sixteen: killed in the middle of step 8 (the eighth), 1 or 2 are lost."""
     made = victim("probe")
     assert made.command(fault="update-applied:8").code == KILLED
-    assert (made.paid()["probe"], made.used()["probe"]) == (8, 8)
+    assert (made.charged()["probe"], made.used()["probe"]) == (8, 8)
     result = made.assert_finished(made.command())
     assert (result["charged_steps"], result["lost_steps"]) == (16, 2)  # steps 7 and 8; the checkpoint holds 6
     assert made.used()["probe"] == 16
@@ -72,11 +72,11 @@ def test_10_killed_again_and_again(victim: Callable[..., Victim]) -> None:
     made = victim("probe")
     deaths = 0
     while (done := made.command(fault="update-applied:3")).code == KILLED:
-        made.assert_paid_for()
+        made.assert_charged()
         deaths += 1
         assert deaths < 10
     result = made.assert_finished(done)
-    assert deaths == 5  # of three paid steps each; the sixteenth is made alone
+    assert deaths == 5  # of three charged steps each; the sixteenth is made alone
     assert result["lost_steps"] == 5
     assert result["epsilon"] <= 1.2 + 1e-9
 
@@ -94,7 +94,7 @@ def test_10_a_ledger_line_torn_by_a_power_cut(victim: Callable[..., Victim]) -> 
 
 
 def test_10_a_ledger_older_than_its_checkpoint_is_refused(victim: Callable[..., Victim]) -> None:
-    """Restored from a copy, the ledger would forget what was paid since."""
+    """Restored from a copy, the ledger would forget what was charged since."""
     made = victim("probe")
     assert made.command(fault="update-applied:2").code == KILLED
     old = (made.run / "privacy/ledger.jsonl").read_bytes()
@@ -107,7 +107,7 @@ def test_10_a_ledger_older_than_its_checkpoint_is_refused(victim: Callable[..., 
 def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], stage: str, tmp_path: Path) -> None:
     made = victim(stage)
     assert made.command(fault="update-applied:3").code == KILLED
-    before, used = made.paid(), made.used()
+    before, used = made.charged(), made.used()
     refused(made.command("--steps", 17), 2, "steps was", "--resume", "--overwrite")
     refused(made.command("--clip", 2), 2, f"clip_norm was {STAGE_CONFIGS[stage].clip_norm}, is now 2.0")
     refused(made.command("--eps", 5), 5, "fixed at ε = 4")
@@ -119,7 +119,7 @@ def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], 
         refused(made.command("--resume"), 3, "not those that this run began with", "new --run")
     finally:
         original.write_bytes(kept)
-    assert (made.paid(), made.used()) == (before, used)
+    assert (made.charged(), made.used()) == (before, used)
     made.assert_finished(made.command("--resume", "--steps", 17))  # the recorded settings, not the new ones
 
 
@@ -132,19 +132,19 @@ def test_11_sigterm_then_the_same_command(victim: Callable[..., Victim], stage: 
     done = running.end()
     made.count_updates(done)
     assert done.code == 143, done.err
-    made.assert_paid_for()
+    made.assert_charged()
     assert sum(made.used().values()) < sum(STEPS[name] for name in STEPS if name.startswith(stage))
     result = made.assert_finished(made.command())
     assert result["lost_steps"] == 0  # saved before it stopped
 
 
 def test_10_overwrite_after_a_kill_pays_again(victim: Callable[..., Victim]) -> None:
-    """Started afresh, the stage is a new attempt on top of what was paid; the old steps stay paid."""
+    """Started afresh, the stage is a new attempt on top of what was charged; the old steps stay charged."""
     made = victim("probe")
     assert made.command(fault="update-applied:5").code == KILLED
     done = made.command("--overwrite", "--share", 0.2)
     assert done.code == 0, done.err
-    made.assert_paid_for()
+    made.assert_charged()
     made.assert_nothing_repeated()
     ledger, result = ledger_of(made.run), done.json
     assert (ledger.charged_steps("probe", 1), ledger.charged_steps("probe", 2)) == (5, 16)
@@ -161,7 +161,7 @@ def test_10_an_overwrite_killed_before_its_plan_is_fixed(victim: Callable[..., V
     assert made.command("--overwrite", fault=f"renamed:{hit}").code == KILLED
     done = made.command("--overwrite") if hit == 1 else made.command()
     assert done.code == 0, done.err
-    made.assert_paid_for()
+    made.assert_charged()
     assert done.json["lost_steps"] == 0
     assert bool(load_file(made.run / "model/model.safetensors")["head"].any())
 

@@ -34,14 +34,14 @@ def disk_full_at(made: Victim, number: int) -> bool:
     before = FULL.format(number=number) + RECORD
     done = made.dprandp(*made.arguments(), before=before, **made.environment("", 0))
     made.count_updates(done)
-    made.assert_paid_for()
+    made.assert_charged()
     assert not list(made.run.rglob("*.partial*"))
     if done.code == 0:
         return False
     refused(done, 6, "disk is full" if "ledger" not in done.err else "ledger")
     done = made.command()
     assert done.code == 0, done.err
-    made.assert_paid_for()
+    made.assert_charged()
     made.assert_nothing_repeated()
     for name, entry in plans_of(made.run).items():
         assert ledger_of(made.run).charged_steps(name, entry["attempt"]) == entry["plan"]["steps"]
@@ -94,7 +94,7 @@ def test_15_a_read_only_file_system(dprandp: Dprandp, work: Work, command: str) 
 
 
 def test_15_two_processes_on_one_run(victim: Callable[..., Victim]) -> None:
-    """Started together: one works, the other is refused, and the budget is paid once."""
+    """Started together: one works, the other is refused, and the budget is charged once."""
     made = victim("probe")
     running = [made.start(pause=0.1) for _ in range(3)]
     ends = sorted((process.end() for process in running), key=lambda done: done.code)
@@ -102,7 +102,7 @@ def test_15_two_processes_on_one_run(victim: Callable[..., Victim]) -> None:
     for done in ends[1:]:
         refused(done, 6, "another dprandp process (pid")
     assert ledger_of(made.run).charged_steps("probe", 1) == plans_of(made.run)["probe"]["plan"]["steps"]
-    made.assert_paid_for()
+    made.assert_charged()
 
 
 @pytest.mark.slow
@@ -179,10 +179,10 @@ def test_10_no_decision_rests_on_the_clock(victim: Callable[..., Victim], clock:
     assert command(made, "--overwrite", fault="renamed:2").code == KILLED  # begun again, its plan not yet written
     done = command(made)
     assert done.code == 0, done.err
-    assert done.json["lost_steps"] == 0  # it was not taken for the first attempt, whose steps are all paid
+    assert done.json["lost_steps"] == 0  # it was not taken for the first attempt, whose steps are all charged
     ledger = ledger_of(made.run)
     assert (ledger.charged_steps("probe", 1), ledger.charged_steps("probe", 2)) == (16, 16)
-    made.assert_paid_for()
+    made.assert_charged()
     for look in (["status", "--json"], ["report"]):
         done = made.dprandp(*look, "--run", made.run, before=CLOCK.format(start=start, step=step))
         assert done.code == 0, done.err

@@ -11,7 +11,7 @@ report     temp-written, renamed, report-written
 =========  ======================================================================================
 
 Public stages and the report end with the bytes of an uninterrupted run (promise 11), private ones with every update
-paid for and nothing used twice (promise 10).
+charged and nothing used twice (promise 10).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_10_killed_at_every_hit_of_every_point(
         if done.code == 0:
             break
         assert done.code == KILLED
-        made.assert_paid_for()
+        made.assert_charged()
         made.assert_finished(made.command())
         shutil.rmtree(made.run)
         hit += 1
@@ -205,7 +205,7 @@ def test_10_killed_at_random_times(
             running.signal(signal.SIGKILL)
             done = running.end()
             made.count_updates(done)
-            made.assert_paid_for()
+            made.assert_charged()
             if done.code == 0:
                 break
             assert done.code == KILLED

@@ -99,8 +99,8 @@ def test_16_a_fine_tune_on_several_ranks_equals_one(
 
 
 def assert_goes_on(dprandp: Dprandp, work: Work, run: Path, size: int, lost: int) -> None:
-    paid = ledger_of(run).charged_steps("finetune", 1)
-    assert paid == 3  # the step that was under way is paid
+    charged = ledger_of(run).charged_steps("finetune", 1)
+    assert charged == 3  # the step that was under way is charged
     if size == 1:
         done = dprandp(*finetune(work, run, "--json"))
         assert done.code == 0, done.err

@@ -116,7 +116,7 @@ class Victim:
         lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if line["kind"] == kind]
 
-    def paid(self) -> dict[str, int]:
+    def charged(self) -> dict[str, int]:
         """Mechanism -> steps in the ledger, of all attempts."""
         if not (self.run / "privacy/ledger.jsonl").exists():
             return dict.fromkeys(STEPS, 0)
@@ -128,11 +128,11 @@ class Victim:
         releases = self.seen("release")
         return {name: sum(r["mechanism"] == name for r in releases) for name in STEPS}
 
-    def assert_paid_for(self) -> None:
+    def assert_charged(self) -> None:
         """What was used is in the ledger, and ε of the ledger is not below ε of what was used."""
-        paid, used = self.paid(), self.used()
-        assert all(used[name] <= paid[name] for name in used if used[name]), (used, paid)
-        assert len(self.seen("draw")) <= sum(paid.values())
+        charged, used = self.charged(), self.used()
+        assert all(used[name] <= charged[name] for name in used if used[name]), (used, charged)
+        assert len(self.seen("draw")) <= sum(charged.values())
         truth = merge_events([GaussianEvent(r["sigma"], r["rate"], 1) for r in self.seen("release")])
         if truth:
             assert compose(truth, 1e-5).lower <= ledger_of(self.run).spent(1e-5).upper
@@ -144,9 +144,9 @@ class Victim:
         assert len(set(batches)) == len(batches)
 
     def assert_finished(self, done: Done) -> dict[str, Any]:
-        """The stage ended well after all: plan kept to the letter, every step paid once, lost ones disclosed."""
+        """The stage ended well after all: plan kept to the letter, every step charged once, lost ones disclosed."""
         assert done.code == 0, done.err
-        self.assert_paid_for()
+        self.assert_charged()
         self.assert_nothing_repeated()
         result = done.json
         mechanisms = [self.stage] if self.stage == "probe" else ["finetune", "finetune.head"]
@@ -155,7 +155,7 @@ class Victim:
             plan, attempt = plans[name]["plan"], plans[name]["attempt"]
             assert ledger.charged_steps(name, attempt) == plan["steps"] == STEPS[name]
             part = result["refit"] if name == "finetune.head" else result
-            assert part["lost_steps"] == plan["steps"] - self.updates[name]  # whatever else was paid for
+            assert part["lost_steps"] == plan["steps"] - self.updates[name]  # whatever else was charged
         assert result["charged_steps"] == STEPS[self.stage]
         assert result["epsilon"] == ledger.spent(result["delta"]).upper
         assert result["epsilon"] <= (result["epsilon_total"] if self.stage == "finetune" else result["epsilon_target"])

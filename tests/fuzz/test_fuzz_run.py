@@ -351,7 +351,7 @@ NEEDED = [
 def test_a_stage_on_damaged_results_of_others(
     probed: Path, copy_of: Copy, settings_file: Path, data: str, cases: int, record_property
 ) -> None:
-    """A stage that reads a damaged file of an earlier one is refused, pays for nothing and leaves no part of a file."""
+    """A stage that reads a damaged file of an earlier one is refused, charges nothing and leaves no part of a file."""
 
     def check(draw: random.Random) -> None:
         file, stage = draw.choice(NEEDED)

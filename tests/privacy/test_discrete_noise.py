@@ -283,12 +283,12 @@ def test_the_distances_of_coordinates_and_steps_add_up(scale, monkeypatch):
     monkeypatch.setattr(accounting, "DISTANCE", alone)
     monkeypatch.setattr(accounting, "MOST_COORDINATES", 2)
     epsilon = 1.5
-    enough = (1 + math.exp(epsilon)) * 2 * alone / DELTA_SHARE  # δ that pays for one step of two coordinates
+    enough = (1 + math.exp(epsilon)) * 2 * alone / DELTA_SHARE  # δ that covers one step of two coordinates
     for steps in (1, 3, 50):
         check_distance(steps, epsilon, enough * steps * 1.0001)
         with pytest.raises(BudgetError):
             check_distance(steps, epsilon, enough * steps * 0.9999)
-        with pytest.raises(BudgetError):  # of the two, what is really lost is not paid for by a tenth of that
+        with pytest.raises(BudgetError):  # of the two, what is really lost is not charged by a tenth of that
             check_distance(steps, epsilon, both * (1 + math.exp(epsilon)) * steps / DELTA_SHARE)
 
 

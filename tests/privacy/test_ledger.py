@@ -227,7 +227,7 @@ def test_a_line_torn_anywhere_is_repaired_aloud_and_never_counts_more_than_it_co
         assert ledger.charged_steps("finetune", 2) == (5 if counted else 0)
         assert counted == ("counted" in said[0] or "kept" in said[0])
         if b'"random":"os-entropy",' in data[start:cut]:
-            assert counted == 1  # everything that costs can be read: it is paid
+            assert counted == 1  # everything that costs can be read: it is charged
         quiet: list[str] = []
         again = Ledger.open(path, warn=quiet.append)
         assert quiet == []
@@ -275,7 +275,7 @@ def test_zeros_after_a_power_cut_are_a_torn_line(filled, path, left):
 @pytest.mark.parametrize(
     "end",
     [
-        pytest.param(lambda lines: b"\x07\xfe" * 50, id="other bytes over paid lines"),
+        pytest.param(lambda lines: b"\x07\xfe" * 50, id="other bytes over charged lines"),
         pytest.param(lambda lines: lines[-1][:90] + b"\xff", id="other bytes in the line"),
         pytest.param(lambda lines: lines[-1][1:90], id="the middle of a line"),
         pytest.param(lambda lines: bytes(len(lines[-1]) + len(lines[-2])), id="zeros over two lines"),
@@ -360,7 +360,7 @@ def test_a_failed_fsync_means_no_charge_was_confirmed(filled, path, monkeypatch)
     with pytest.raises(StorageError, match="Input/output error"):
         filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
     monkeypatch.undo()
-    assert Ledger.open(path).charged_steps("finetune", 2) == 6  # paid, though it was not used
+    assert Ledger.open(path).charged_steps("finetune", 2) == 6  # charged, though it was not used
 
 
 @pytest.mark.parametrize(

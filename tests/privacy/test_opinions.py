@@ -80,7 +80,7 @@ def test_an_upper_bound_of_one_direction_is_no_contradiction():
     [
         ([], 1e-5, "nothing was spent"),
         ([GaussianEvent(0.0, 0.1, 1)], 1e-5, "without noise"),
-        ([TuningEvent(0.5, 0.0, 0.1)], 1e-5, "paid tuning"),
+        ([TuningEvent(0.5, 0.0, 0.1)], 1e-5, "private tuning"),
         ([GaussianEvent(0.01, 0.1, 5)], 1e-5, "beyond its range"),
         ([GaussianEvent(50.0 + i, 0.1, 1) for i in range(30)], 1e-5, "different events"),
         ([GaussianEvent(100.0, 0.1, 10**6)], 1e-9, "floating point"),

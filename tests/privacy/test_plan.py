@@ -1,4 +1,4 @@
-"""Promises 2, 3, 7, 10, 12, 13 inside ``privacy``: what runs is what was accounted, and it is paid for first."""
+"""Promises 2, 3, 7, 10, 12, 13 inside ``privacy``: what runs is what was accounted, and it is charged first."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def test_the_charge_is_on_disk_before_the_batch_is_drawn(ledger):
     class Watch(SystemRandom):
         def uniform(self, count):
             if count == N:
-                paid.append(Ledger.open(ledger.path).charged_steps("probe", 1))
+                charged.append(Ledger.open(ledger.path).charged_steps("probe", 1))
             return super().uniform(count)
 
-    paid: list[int] = []
+    charged: list[int] = []
     run(PrivateMechanism(plan_of(steps=4), ledger, Watch()))
-    assert paid == [1, 2, 3, 4]
+    assert charged == [1, 2, 3, 4]
 
 
 def test_the_divisor_is_public(ledger):
@@ -172,16 +172,16 @@ def test_removing_one_record_changes_no_divisor_schedule_or_file_size(tmp_path):
 def test_lost_steps_stay_paid_and_the_plan_is_never_exceeded(ledger, block):
     plan = plan_of()
     run(PrivateMechanism(plan, ledger, SystemRandom(), charge_block=block), steps=10)
-    paid = ledger.charged_steps("probe", 1)
-    assert 10 <= paid < 10 + block
+    charged = ledger.charged_steps("probe", 1)
+    assert 10 <= charged < 10 + block
     # the checkpoint held 6 updates when the process was killed
     resumed = PrivateMechanism(plan, Ledger.open(ledger.path), SystemRandom(), start_step=6, charge_block=block)
-    assert resumed.remaining_steps == T - paid
+    assert resumed.remaining_steps == T - charged
     numbers = []
     for step in resumed.steps():
         numbers.append(step.number)
         step.release(ZEROS)
-    assert numbers == list(range(6, 6 + T - paid))
+    assert numbers == list(range(6, 6 + T - charged))
     assert Ledger.open(ledger.path).charged_steps("probe", 1) == T
     assert Ledger.open(ledger.path).spent(plan.delta).upper <= plan.epsilon_target
     assert run(PrivateMechanism(plan, Ledger.open(ledger.path), SystemRandom(), start_step=6)) == []

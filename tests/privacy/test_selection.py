@@ -1,4 +1,4 @@
-"""A selection among private trials: paid first, run as it was accounted, and silent about the number of trials."""
+"""A selection among private trials: charged first, run as it was accounted, and silent about the number of trials."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_paid_before_the_first_trial_and_once(ledger: Ledger) -> None:
         try:
             selection = PrivateSelection(plan, ledger, SystemRandom(), attempt)
         except BudgetError:
-            assert attempt == 2  # paid again, it does not fit any more
+            assert attempt == 2  # charged again, it does not fit any more
             break
         selection.run(looking)
     else:
@@ -245,6 +245,6 @@ def test_a_tuning_line_is_sealed_like_the_others(ledger: Ledger) -> None:
     with pytest.raises(CheckpointError, match="Line 2"):
         Ledger.open(ledger.path)
     said = []
-    ledger.path.write_bytes(whole[:-30])  # its call never returned, so nothing it pays for was used
+    ledger.path.write_bytes(whole[:-30])  # its call never returned, so nothing it charges for was used
     assert Ledger.open(ledger.path, warn=said.append).events() == []
     assert "dropped" in said[0]

@@ -181,7 +181,7 @@ def test_tuning_composes_with_everything(others: list) -> None:
 
 
 def test_full_batches_depend_on_their_sum_alone() -> None:
-    """So that the number of steps may be chosen by a result that was paid for."""
+    """So that the number of steps may be chosen by a result that was charged."""
     parts = [[GaussianEvent(math.sqrt(steps) / 0.2, 1.0, steps)] for steps in (1, 60, 240)]
     assert len({round(compose([TUNING, *events], 1e-5).upper, 9) for events in parts}) == 1
 

@@ -1,4 +1,4 @@
-"""Public stages in processes of their own, so that a test can kill them; imports are paid for once."""
+"""Public stages in processes of their own, so that a test can kill them; imports are done once."""
 
 from __future__ import annotations
 

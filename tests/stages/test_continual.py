@@ -1,4 +1,4 @@
-"""``continue``: what it reads, what it pays, how it goes on, and what later stages make of it."""
+"""``continue``: what it reads, what it charges, how it goes on, and what later stages make of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def built(data: str, **changes: object) -> schema.StageConfig:
 
 
 def test_public_then_private_steps(vit_run, copy, data, record) -> None:
-    """N is without the public part; what was seen is what was planned and paid; the test split is read once, last."""
+    """N is without the public part; what was seen is what was planned and charged; the test split comes last."""
     run = copy(vit_run)
     seen = record(run)
     result = run_continue(run, data)
@@ -61,7 +61,7 @@ def test_public_then_private_steps(vit_run, copy, data, record) -> None:
     assert observed.noise_multiplier == pytest.approx(plan["plan"]["noise_multiplier"], rel=0.05)
     assert result["epsilon"] <= 0.7 * 8 + 1e-9
     assert ledger_of(run).spent(result["delta"]).upper == pytest.approx(result["epsilon"])
-    assert seen.paid == [1, 2, 3, 4]  # before the batch is drawn
+    assert seen.charged == [1, 2, 3, 4]  # before the batch is drawn
     assert {place for place, _ in seen.tests} == {4}
     public = result["public_training"]
     assert (public["steps"], public["head"]) == (4, "one for public and private images")
@@ -206,25 +206,25 @@ def test_interrupted_public_steps_go_on_byte_for_byte(vit_run, copy, data, monke
 
 
 @pytest.mark.parametrize(("update", "lost"), [(5, 1), (8, 2)])  # a checkpoint every second step
-def test_interrupted_private_steps_stay_paid(vit_run, copy, data, monkeypatch, record, update, lost) -> None:
+def test_interrupted_private_steps_stay_charged(vit_run, copy, data, monkeypatch, record, update, lost) -> None:
     run = copy(vit_run)
     seen = record(run)
     stop_at(monkeypatch, update)
     with pytest.raises(Stopped):
         run_continue(run, data)
     monkeypatch.undo()
-    paid = len(seen.releases)
-    assert paid == update - 4 == ledger_of(run).charged_steps("continue", 1)
+    charged = len(seen.releases)
+    assert charged == update - 4 == ledger_of(run).charged_steps("continue", 1)
     seen = record(run)
     result = run_continue(run, data)
     assert result["charged_steps"] == 4
     assert result["lost_steps"] == lost
-    assert len(seen.releases) == 4 - paid
+    assert len(seen.releases) == 4 - charged
     assert result["epsilon"] <= 0.7 * 8 + 1e-9
     assert result["public_training"]["steps"] == 4
 
 
-def test_a_moved_switch_cannot_change_a_plan_that_was_paid(vit_run, copy, data, monkeypatch) -> None:
+def test_a_moved_switch_cannot_change_a_plan_that_was_charged(vit_run, copy, data, monkeypatch) -> None:
     run = copy(vit_run)
     stop_at(monkeypatch, 6)
     with pytest.raises(Stopped):
@@ -268,7 +268,7 @@ def test_a_rule_never_needs_more_noise_than_was_planned_for(vit_run, copy, data)
     assert result["noise_multiplier"] <= planned["noise_multiplier"]
 
 
-def test_what_was_paid_before_counts_where_the_rule_makes_another_plan(vit_run, copy, data, monkeypatch) -> None:
+def test_what_was_charged_before_counts_where_the_rule_makes_another_plan(vit_run, copy, data, monkeypatch) -> None:
     """The plan is made again when the number of private steps is known: for what is left, not for the whole."""
     run = copy(vit_run)
     before = run_probe(run, data, epsilon=8.0)["epsilon"]

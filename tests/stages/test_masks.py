@@ -112,10 +112,10 @@ def test_what_makes_no_sense_is_refused(settings: dict, said: str) -> None:
 
 def test_a_refusal_comes_before_anything_is_paid(copy: Copy, probed_run: Path, data: str) -> None:
     run = copy(probed_run)
-    paid = (run / "privacy/ledger.jsonl").read_bytes()
+    charged = (run / "privacy/ledger.jsonl").read_bytes()
     with pytest.raises(UsageError, match="one more release"):
         run_finetune(run, data, freeze="gradient", keep=0.5)
-    assert (run / "privacy/ledger.jsonl").read_bytes() == paid
+    assert (run / "privacy/ledger.jsonl").read_bytes() == charged
 
 
 # ------------------------------------------------------------------------------------------------------------ clipping

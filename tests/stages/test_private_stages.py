@@ -1,4 +1,4 @@
-"""Promises 1, 2, 3, 5, 10 and 12 on whole stages: what runs is planned, paid for first, and accounted as it ran."""
+"""Promises 1, 2, 3, 5, 10 and 12 on whole stages: what runs is planned, charged first, and accounted as it ran."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_10_every_batch_is_paid_for_before_it_is_drawn(
     before = 0 if stage == "probe" else 8
     seen = record(run)
     (run_probe if stage == "probe" else run_finetune)(run, data)
-    assert seen.paid == list(range(before + 1, before + 1 + len(seen.draws)))
+    assert seen.charged == list(range(before + 1, before + 1 + len(seen.draws)))
 
 
 def test_3_an_empty_batch_is_a_charged_and_noisy_step(
@@ -267,7 +267,7 @@ def test_12_probe_finetune_and_reruns_compose(copy: Copy, tuned_run: Path, publi
 def test_12_the_refit_of_another_attempt_is_one_of_its_own(
     copy: Copy, probed_run: Path, data: str, monkeypatch: Patch
 ) -> None:
-    """Stopped in its refit, then begun afresh: all steps of both attempts are paid, out of the one budget."""
+    """Stopped in its refit, then begun afresh: all steps of both attempts are charged, out of the one budget."""
     run = copy(probed_run)
     with monkeypatch.context() as patch:
         patch.setattr(faults, "point", stopping_at(4 + 2, faults.point))
@@ -276,12 +276,12 @@ def test_12_the_refit_of_another_attempt_is_one_of_its_own(
     stopped = ledger_of(run)
     assert (stopped.charged_steps("finetune", 1), stopped.charged_steps("finetune.head", 1)) == (4, 2)
     result = run_finetune(run, data, {"overwrite": True})
-    paid = ledger_of(run)
-    assert [paid.charged_steps("finetune", attempt) for attempt in (1, 2)] == [4, 4]
-    assert [paid.charged_steps("finetune.head", attempt) for attempt in (1, 2)] == [2, 6]
+    charged = ledger_of(run)
+    assert [charged.charged_steps("finetune", attempt) for attempt in (1, 2)] == [4, 4]
+    assert [charged.charged_steps("finetune.head", attempt) for attempt in (1, 2)] == [2, 6]
     assert plans_of(run)["finetune.head"]["parent_attempt"] == plans_of(run)["finetune.head"]["attempt"] == 2
-    assert compose(paid.events(), result["delta"]).lower <= result["epsilon"] <= 4
-    assert result["epsilon"] == paid.spent(result["delta"]).upper
+    assert compose(charged.events(), result["delta"]).lower <= result["epsilon"] <= 4
+    assert result["epsilon"] == charged.spent(result["delta"]).upper
 
 
 def test_12_over_budget_reads_nothing(copy: Copy, tuned_run: Path, data: str, monkeypatch: Patch) -> None:

@@ -385,7 +385,7 @@ def test_17_the_feature_cache_is_of_these_data_and_this_extractor(
 def test_21_a_bug_inside_a_stage_is_not_swallowed_and_pays(
     copy: Copy, public_run: Path, data: str, monkeypatch: Patch
 ) -> None:
-    """An exception in the middle leaves the paid steps paid."""
+    """An exception in the middle leaves the charged steps charged."""
     run = copy(public_run)
     draw, count = PoissonSampler.draw, iter(range(100))
 

@@ -167,7 +167,7 @@ def test_the_default_stays_unless_another_is_clearly_better() -> None:
     assert tune_public.better_than_default(rights("xxxx......", "...xxxxxxx")) == 1  # 6 gained, 3 lost: 3 ≥ √9
 
 
-# ---------------------------------------------------------------------------------------------------------------- paid
+# ------------------------------------------------------------------------------------------------------------- charged
 
 
 def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, data: str) -> None:
@@ -191,14 +191,14 @@ def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, da
     tuned = run_finetune(run, data)
     assert probed["epsilon"] < tuned["epsilon"] <= PROBE["epsilon"]
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
-    assert "paid for: the best of a random number of private trials (4 expected)" in card
+    assert "charged: the best of a random number of private trials (4 expected)" in card
     assert "at most about" in card
 
 
 def test_every_private_look_of_a_trial_goes_through_it(
     copy: Copy, public_run: Path, data: str, monkeypatch: Patch
 ) -> None:
-    """Rebuilt from outside: the sums of a trial are over its fitted part, at the plan's clip norm, as often as paid."""
+    """Rebuilt from outside: a trial's sums are over its fitted part, at the plan's clip norm, as often as charged."""
     run = copy(public_run)
     seen: list[tuple] = []
     release, score, clip = Trial.release, Trial.score, clipped_softmax_sum
@@ -264,7 +264,7 @@ def test_tuning_again(copy: Copy, public_run: Path, data: str) -> None:
         run_tune(run, data)
     with pytest.raises(BudgetError):
         run_tune(run, data, {"overwrite": True}, asked={"on": "private"})
-    run_tune(run, data, {"overwrite": True})  # on synthetic images now; what was paid is not forgotten
+    run_tune(run, data, {"overwrite": True})  # on synthetic images now; what was charged is not forgotten
     probed = probe_as_tuned(run, data)
     assert (probed["tuned"]["on"], probed["tuned"]["charged_epsilon"]) == ("synthetic", first["charged_epsilon"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
@@ -279,7 +279,7 @@ def test_a_lost_record_does_not_hide_what_was_paid(copy: Copy, public_run: Path,
     assert (tuned["on"], tuned["charged_epsilon"], tuned["used"]) == ("private", result["charged_epsilon"], False)
 
 
-def test_everything_that_was_paid_for_tuning_is_disclosed(tmp_path: Path) -> None:
+def test_everything_that_was_charged_for_tuning_is_disclosed(tmp_path: Path) -> None:
     """Tuned twice: the cost is that of both, whatever the record says of the last."""
     ledger = Ledger.create(tmp_path / "ledger.jsonl", TRAIN)
     events = [TuningEvent(0.05, 0.0, 0.1), TuningEvent(0.11, 0.0, 0.2)]

@@ -138,16 +138,16 @@ class Recorder:
 
     Attributes:
         draws: (N, q, indices) of each call of the sampler.
-        paid: steps in the ledger on disk at each of these calls.
+        charged: steps in the ledger on disk at each of these calls.
         clips: (C, records) of each clipped sum.
         lengths: for each clipped sum, norm of the largest single record's part (closed-form sums only).
         releases: noisy steps.
-        tests: number of releases and of paid steps at each reading of the test split.
+        tests: number of releases and of charged steps at each reading of the test split.
     """
 
     run: Path
     draws: list[tuple[int, float, np.ndarray]] = field(default_factory=list)
-    paid: list[int] = field(default_factory=list)
+    charged: list[int] = field(default_factory=list)
     clips: list[tuple[float, int]] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
@@ -160,7 +160,7 @@ class Recorder:
         def recorded_draw(sampler: PoissonSampler) -> np.ndarray:
             indices = draw(sampler)
             self.draws.append((sampler.examples, sampler.sample_rate, indices))
-            self.paid.append(self._paid())
+            self.charged.append(self._charged())
             return indices
 
         def recorded_release(step: PrivateStep, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -192,7 +192,7 @@ class Recorder:
             return total
 
         def recorded_test(dataset: datasets.Dataset) -> datasets.Split:
-            self.tests.append((len(self.releases), self._paid()))
+            self.tests.append((len(self.releases), self._charged()))
             return test(dataset)
 
         patch.setattr(PoissonSampler, "draw", recorded_draw)
@@ -202,7 +202,7 @@ class Recorder:
         patch.setattr(datasets.Dataset, "test", recorded_test)
         return self
 
-    def _paid(self) -> int:
+    def _charged(self) -> int:
         return sum(charge.steps for charge in ledger_of(self.run).charges)
 
     def of(self, mechanism: str) -> list[Release]:

@@ -66,7 +66,7 @@ _allowed = 0
 
 @contextlib.contextmanager
 def charged() -> Iterator[None]:
-    """Inside, examples may be added up: what comes out is paid for and gets noise."""
+    """Inside, examples may be added up: what comes out is charged and gets noise."""
     global _allowed
     _allowed += 1
     try:
