@@ -46,7 +46,6 @@ TRAININGS: dict[str, dict] = {
     "random weights": {"random_init": True},
     "sgd": {},
     "adamw": {"optimizer": "adamw"},
-    "adamw, growing": {"optimizer": "adamw", "grow": True},
 }
 """Name -> settings of pretrain that differ from those of ``--size tiny``."""
 
@@ -125,11 +124,6 @@ def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
             trainer.step(step)
         each = (time.process_time() - begun) / TIMED_STEPS
         fixed = begun - before - each
-        if config.grow:  # the first half is timed above; the second has views of full size
-            trainer.config = replace(config, grow=False)
-            begun = time.process_time()
-            trainer.step(TIMED_STEPS + 1)
-            each = (each + time.process_time() - begun) / 2
     return max(10, int((args.cpu_seconds - fixed) / each))
 
 

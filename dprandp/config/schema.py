@@ -156,8 +156,6 @@ class PretrainConfig(Network, Common):
     momentum: float = setting(0.9, "Of sgd.", low=0, below=1, of=NETWORK, learning=True)
     weight_decay: float = setting(1e-4, "Of the optimizer.", low=0, of=NETWORK, learning=True)
     schedule: Literal["cosine", "step"] = setting("cosine", "Of the learning rate.", of=NETWORK, learning=True)
-    grow: bool = setting(False, "Views of half the side in the first half of the steps: a quarter of the time each.",
-                         of=NETWORK, learning=True)  # fmt: skip
     projection_hidden: int = setting(512, "Width of the projection head's hidden layer.", above=0, most=MANY,
                                      of=NETWORK, learning=True)  # fmt: skip
     projection_dim: int = setting(128, "Dimensions in which views are compared.", above=0, most=MANY, of=NETWORK,

@@ -173,7 +173,7 @@ class ContrastiveTrainer:
 
     Args:
         network: a WRN with ``trunk`` and ``normalise``; trained in place.
-        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, grow, projection_*.
+        config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
 
     Attributes:
@@ -206,8 +206,6 @@ class ContrastiveTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.optimizer.zero_grad(set_to_none=True)
-        small = self.config.grow and 2 * step < self.config.steps
-        self.views.size = INPUT_SIZE // 2 if small else INPUT_SIZE
         loss = self.backward(*self.draw(step))
         self.optimizer.step()
         return loss

@@ -110,15 +110,6 @@ def test_the_loss_goes_down():
     assert np.mean(trained[-4:]) < np.mean(run(still, 19, 23)) - 0.25
 
 
-def test_small_views_come_first_where_the_training_grows(pictures):
-    made = trainer(pictures, replace(TINY, grow=True, steps=4))
-    sizes = []
-    embed = made.network.normalise
-    made.network.normalise = lambda views: sizes.append(views.shape[-1]) or embed(views)
-    run(made, 0, 4)
-    assert sizes == [16, 16, 32, 32]
-
-
 def test_every_parameter_that_is_used_is_trained(pictures):
     made = trainer(pictures)
     before = {name: tensor.clone() for name, tensor in made.state().items()}
