@@ -14,7 +14,7 @@ from rank_jobs import ranks_of
 TINY = ["--config", "small.toml"]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_whole_chain_and_one_image(dprandp: Dprandp, tmp_path: Path, processor: str, threads: int) -> None:
     """Every stage, then the prediction of a single image, which no other thread can take part in."""
     run = tmp_path / "run"

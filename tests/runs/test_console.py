@@ -239,8 +239,13 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("library", LIBRARIES)
+SLOW = ("opacus", "after")
+CASES = [(library, when) for library in LIBRARIES for when in ("before", "after")]
+
+
+@pytest.mark.parametrize(
+    ("library", "when"), [pytest.param(*case, marks=pytest.mark.slow) if case == SLOW else case for case in CASES]
+)
 def test_a_warning_arrives_once_whatever_a_library_does_to_the_root_logger(library: str, when: str) -> None:
     """In a process of its own; the library is imported before the console routes the log, or after."""
     route = "Console(quiet='quiet' in sys.argv).route_logging()"

@@ -43,11 +43,9 @@ def test_the_parts_are_listed_and_others_refused() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {"generator", "probe", "finetune", "ranks", "curves"} <= set(json.loads(done.stdout)["parts"])
-    refusals = {("--only", "nothing"): "no part 'nothing'", ("--only", "curves", "--quick"): "--quick has no curves"}
-    for arguments, message in refusals.items():
-        done = bench(*arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
+    done = bench("--only", "curves", "--quick")
+    assert done.returncode == 2
+    assert "--quick has no curves" in done.stderr
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return gpu_check.main()
 
 
+@pytest.mark.slow
 def test_the_whole_script_in_tiny_sizes(tmp_path):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--device", "cpu", "--quick", "--pretrain", "5"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
