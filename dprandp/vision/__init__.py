@@ -3,6 +3,6 @@
 =============  ==========================================================================================
 ``images``     uint8 images to a network's input; synthetic images by position, left in their files
 ``views``      two contrastive views of a public image; K crop-and-flip views of a private one; colour changes
-``metrics``    what is reported about a test split; k-nearest-neighbour accuracy of features
+``metrics``    what is reported about a test split
 =============  ==========================================================================================
 """

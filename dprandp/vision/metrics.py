@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, roc_auc_score
 from torch import Tensor
@@ -70,57 +69,6 @@ def classification_metrics(
         "loss": float(-np.maximum(log_probabilities[np.arange(len(labels)), labels], _LOSS_FLOOR).mean()),
         "confusion": confusion_matrix(labels, predicted, labels=np.arange(classes)).tolist(),
     }
-
-
-@torch.no_grad()
-def knn_accuracy(
-    features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20, *, block: int = 1024
-) -> float:
-    """Share of test rows whose k nearest neighbours by cosine similarity vote for the right class.
-
-    Every neighbour has one vote. A tie goes to the class with the larger sum of similarities, then to the smaller class
-    number. For public features only: neither the vote nor the result is private.
-
-    Args:
-        features: floating [N, D]; a row of zeros has similarity 0 to everything.
-        labels: int64 [N], at least 0.
-        test_features, test_labels: [M, D], [M], M >= 1, on the same device.
-        k: neighbours, 1..N.
-        block: test rows compared at once; memory is block · N floats, the result does not change.
-
-    Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        UsageError: k outside 1..N, or shapes that do not fit.
-    """
-    if not 1 <= k <= len(features):
-        raise UsageError(f"k = {k} neighbours cannot be taken from {len(features)} rows", fix="use a k from 1 to N")
-    if (
-        features.ndim != 2
-        or test_features.ndim != 2
-        or features.shape[1] != test_features.shape[1]
-        or labels.shape != features.shape[:1]
-        or test_labels.shape != test_features.shape[:1]
-        or len(test_labels) == 0
-    ):
-        raise UsageError(
-            f"features {tuple(features.shape)} with labels {tuple(labels.shape)} and test features "
-            f"{tuple(test_features.shape)} with labels {tuple(test_labels.shape)} do not fit",
-            fix="pass [N, D], [N], [M, D], [M] with M at least 1",
-        )
-    references = F.normalize(features.float(), dim=1).T
-    classes = int(labels.max()) + 1
-    right = 0
-    for start in range(0, len(test_features), block):
-        queries = F.normalize(test_features[start : start + block].float(), dim=1)
-        similarity, neighbours = (queries @ references).topk(k, dim=1)
-        # A vote is 1 plus at most 1/(k + 1), so that k similarities together can break a tie but never outvote a vote.
-        votes = 1 + (1 + similarity.double().clamp(-1, 1)) / (2 * (k + 1))
-        tally = torch.zeros(len(queries), classes, dtype=torch.float64, device=queries.device)
-        tally.scatter_add_(1, labels[neighbours], votes)
-        right += int((tally.argmax(dim=1) == test_labels[start : start + block]).sum())
-    return right / len(test_features)
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:

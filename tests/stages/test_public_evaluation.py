@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dprandp.pretrain.evaluation import MEASURES, effective_rank, evaluate, linear_accuracy
+from dprandp.pretrain.evaluation import MEASURES, effective_rank, evaluate, linear_accuracy, nearest_accuracy
 from dprandp.synth import render_block
 
 
@@ -89,3 +89,15 @@ def test_it_is_a_function_of_the_seed_and_leaves_the_network_as_it_was():
     assert first == again != other
     assert network.training
     assert network.matrix.grad is None
+
+
+def test_the_nearest_row_is_that_of_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(30, 5, generator=generator)
+    second = 3 * first + 2 * torch.randn(30, 5, generator=generator)
+    right = 0
+    for position, query in enumerate(second):
+        cosines = [float(query @ row / (query.norm() * row.norm())) for row in first]
+        right += cosines.index(max(cosines)) == position
+    assert 3 < right < 27
+    assert nearest_accuracy(first, second) == pytest.approx(right / 30)

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from dprandp.errors import InputError, UsageError
-from dprandp.vision.metrics import classification_metrics, knn_accuracy
+from dprandp.vision.metrics import classification_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -115,48 +115,3 @@ def test_bfloat16_scores_are_accepted():
 def test_bad_input_is_refused(scores, labels, kind, error):
     with pytest.raises(error):
         classification_metrics(scores, labels, kind=kind)
-
-
-def slow_knn(features, labels, test_features, test_labels, k):
-    right = 0
-    for query, truth in zip(test_features, test_labels, strict=True):
-        cosines = [float(query @ row / (query.norm() * row.norm())) for row in features]
-        nearest = sorted(range(len(features)), key=lambda i: -cosines[i])[:k]
-        votes: dict[int, list[float]] = {}
-        for index in nearest:
-            votes.setdefault(int(labels[index]), []).append(cosines[index])
-        winner = max(sorted(votes), key=lambda c: (len(votes[c]), sum(votes[c])))
-        right += winner == int(truth)
-    return right / len(test_features)
-
-
-@pytest.mark.parametrize("k", [1, 2, 4, 7, 40])
-def test_knn_equals_the_slow_loop(k):
-    generator = torch.Generator().manual_seed(k)
-    labels = torch.randint(5, (40,), generator=generator)
-    test_labels = torch.randint(5, (33,), generator=generator)
-    centres = torch.randn(5, 6, generator=generator)
-    features = centres[labels] + torch.randn(40, 6, generator=generator)
-    test_features = (centres[test_labels] + torch.randn(33, 6, generator=generator)) * 7
-    expected = slow_knn(features, labels, test_features, test_labels, k)
-    for block in (1, 8, 1024):
-        assert knn_accuracy(features, labels, test_features, test_labels, k, block=block) == pytest.approx(expected)
-
-
-def test_knn_tie_goes_to_the_closer_class():
-    features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    labels = torch.tensor([0, 1])
-    query = torch.tensor([[1.0, 1.5]])
-    assert knn_accuracy(features, labels, query, torch.tensor([1]), k=2) == 1
-    assert knn_accuracy(features, labels, query, torch.tensor([0]), k=2) == 0
-
-
-def test_knn_refuses_what_does_not_fit():
-    features, labels = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
-    for k in (0, 5):
-        with pytest.raises(UsageError):
-            knn_accuracy(features, labels, features, labels, k=k)
-    with pytest.raises(UsageError):
-        knn_accuracy(features, labels, torch.randn(4, 2), labels, k=1)
-    with pytest.raises(UsageError):
-        knn_accuracy(features, labels[:3], features, labels, k=1)
