@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, log: Path, data: str, arch: str, epsilon: 
     if has_row(log, cell):
         return
     start = args.out / f"start-{arch}-s{seed}"
-    if not (start / "2-pretrain" / "extractor.json").exists():
+    if not (start / "2-pretrain" / "extractor.safetensors").exists():
         shutil.rmtree(start, ignore_errors=True)
         dprandp("generate", "--run", start, "--process", "perlin", "--count", 100, "--resolution", 32, "--seed", seed)
         dprandp("pretrain", "--run", start, "--arch", arch, "--random-init", "--seed", seed)

@@ -107,7 +107,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
             "tuned_on": None,
         }
     result["seconds"] = round(time.perf_counter() - started, 2)
-    outputs = [f"{DONE}.safetensors", f"{DONE}.json", f"{HEADS}/{HEADS}.safetensors"]
+    outputs = [f"{DONE}.safetensors", f"{HEADS}/{HEADS}.safetensors"]
     if private:
         release.write_model(stage, model, result)
         stage.finish(outputs, result)

@@ -153,7 +153,7 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
         "loss": learned.loss,
         **(begun.known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
     }
-    outputs = [f"{EXTRACTOR}.safetensors", f"{EXTRACTOR}.json"]
+    outputs = [f"{EXTRACTOR}.safetensors"]
     for other in begun.beside:
         result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
         outputs += [f"{GREY}/{name}" for name in outputs]

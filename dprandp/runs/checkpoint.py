@@ -1,8 +1,8 @@
-"""Checkpoints as data: tensors in safetensors, everything else in JSON, a hash over the tensors.
+"""Checkpoints as data: one safetensors file each, with the stage's own numbers and a hash in its header.
 
-A checkpoint NAME in a folder is ``NAME.safetensors`` and, beside it, ``NAME.json`` with the sha256, size, shapes and
-dtypes of the tensors and the caller's ``meta``. ``LATEST`` holds the name of the newest whole one. Nothing here can run
-code: safetensors is a header and raw numbers. Files are written atomically and in this order, so a process killed
+A checkpoint NAME in a folder is ``NAME.safetensors``. Its header's metadata hold, as JSON, the caller's ``meta`` and
+the sha256 of tensors and ``meta``. ``LATEST`` holds the name of the newest whole one. Nothing here can run code:
+safetensors is a header and raw numbers. Both files are written atomically and in this order, so a process killed
 anywhere leaves ``LATEST`` on a checkpoint that loads.
 
 Names are ordered with their digits read as numbers (``step-9`` before ``step-10``); that order, and no clock, says
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from dprandp.errors import CheckpointError
 from dprandp.runs import faults
-from dprandp.runs.files import atomic_write, file_sha256, from_json, storage_errors, to_json
+from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
 # ---------------------------------------------------------------------------------------------------------- tensorfile
 #
@@ -40,16 +40,20 @@ class DamagedCheckpointError(CheckpointError):
     """The file is not what was written (as opposed to: it is whole, but belongs to another configuration)."""
 
 
-def tensors_to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def tensors_to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The bytes of a safetensors file: same values, same bytes, whatever the device, the strides or shared storage.
 
     Args:
         tensors: name -> dense tensor of any shape and dtype; not changed.
+        metadata: of the header.
     """
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(_plain(tensors), metadata)
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU that share no memory."""
+    as_is = torch.contiguous_format
+    return {name: tensor.detach().cpu().clone(memory_format=as_is) for name, tensor in tensors.items()}
 
 
 def tensors_from_bytes(data: bytes, path: Path | str) -> dict[str, torch.Tensor]:
@@ -101,7 +105,9 @@ def _refuse(path: Path | str, problem: str) -> NoReturn:
     )
 
 
-FORMAT = 1
+FORMAT = 2
+KEY = "dprandp"
+"""Of the header's metadata."""
 POINTER = "LATEST"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _START_AGAIN = "resume from an older checkpoint with --resume, or start this stage afresh with --overwrite"
@@ -164,22 +170,10 @@ def save(
     if not _NAME.fullmatch(name) or name == POINTER or keep < 1:
         raise ValueError(f"bad checkpoint name {name!r} or keep {keep}")
     directory = Path(directory)
-    path, sidecar = directory / f"{name}.safetensors", directory / f"{name}.json"
-    data = tensors_to_bytes(tensors)
-    record = {
-        "format": FORMAT,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "bytes": len(data),
-        "tensors": {key: _describe(tensor) for key, tensor in sorted(tensors.items())},
-        "meta": dict(meta),
-    }
-    if path.exists() and sidecar.exists():
-        # Two files cannot be replaced in one step. For the moment between, the sidecar describes both contents.
-        old = _record_of(file_sha256(path), _read_json_or_none(sidecar))
-        if old is not None:
-            atomic_write(sidecar, _sealed({**record, "superseded": old}))
-    atomic_write(path, data)
-    atomic_write(sidecar, _sealed(record))
+    path = directory / f"{name}.safetensors"
+    plain, kept = _plain(tensors), json.loads(to_json(dict(meta)))
+    description = {"format": FORMAT, "sha256": _digest(plain, kept), "meta": kept}
+    atomic_write(path, safetensors.torch.save(plain, {KEY: json.dumps(description, sort_keys=True)}))
     atomic_write(directory / POINTER, name + "\n")
     faults.point("pointer-moved")
     _remove_all_but(directory, name, keep)
@@ -299,69 +293,51 @@ def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
 
 
 def _load_whole(path: Path) -> Checkpoint:
-    sidecar = path.with_name(path.name.removesuffix(".safetensors") + ".json")
-    for needed in (path, sidecar):
-        if not needed.is_file():
-            raise DamagedCheckpointError(f"the checkpoint file {needed} is missing", fix=_START_AGAIN)
-    record = _read_json_or_none(sidecar)
-    if record is not None and isinstance(record.get("format"), int) and record["format"] > FORMAT:
-        raise CheckpointError(
-            f"{sidecar} has format {record['format']}; this version reads up to {FORMAT}",
-            fix="upgrade dprandp to the version that wrote it",
-        )
-    if record is None or record.get("description_sha256") != _seal(record):
-        raise DamagedCheckpointError(f"the checkpoint's description {sidecar} is damaged", fix=_START_AGAIN)
+    if not path.is_file():
+        raise DamagedCheckpointError(f"the checkpoint file {path} is missing", fix=_START_AGAIN)
     with storage_errors(path, "read"):
         data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    size, record = record.get("bytes"), _record_of(digest, record)
-    if record is None:
-        what = (
-            f"{len(data)} bytes instead of {size}" if len(data) != size else "its sha256 differs from the recorded one"
-        )
-        raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {what}", fix=_START_AGAIN)
-    tensors = tensors_from_bytes(data, path)
-    described = {key: _describe(tensor) for key, tensor in tensors.items()}
-    if not isinstance(record.get("meta"), dict) or record.get("tensors") != described:
-        raise DamagedCheckpointError(
-            f"the checkpoint's description {sidecar} does not fit its tensors", fix=_START_AGAIN
-        )
-    return Checkpoint(tensors, record["meta"], path)
-
-
-def _describe(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-
-
-def _record_of(digest: str, record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The description, of the one or two in a sidecar, that belongs to tensors with this sha256."""
-    superseded = (record or {}).get("superseded")
-    for candidate in (record, superseded):
-        if isinstance(candidate, dict) and candidate.get("sha256") == digest:
-            return {key: value for key, value in candidate.items() if key != "superseded"}
-    return None
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    sealed = {key: value for key, value in record.items() if key != "description_sha256"}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
-
-
-def _sealed(record: dict[str, Any]) -> str:
-    """JSON text of a description with its own hash, so that a bit flipped in ``meta`` is noticed as one in the tensors
-    is."""
-    plain = json.loads(to_json(record))
-    return to_json({**plain, "description_sha256": _seal(plain)}, indent=1) + "\n"
-
-
-def _read_json_or_none(path: Path) -> dict[str, Any] | None:
-    with storage_errors(path, "read"):
-        content = path.read_bytes()
     try:
-        record = from_json(content)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        tensors = tensors_from_bytes(data, path)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(error.problem, fix=_START_AGAIN) from error
+    description = _description(data)
+    form = description.get("format")
+    if type(form) is int and form != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {form}; this version reads {FORMAT}",
+            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+        )
+    meta = description.get("meta")
+    if form is None or not isinstance(meta, dict) or description.get("sha256") != _digest(tensors, meta):
+        raise DamagedCheckpointError(
+            f"the checkpoint {path} is damaged: its sha256 differs from the recorded one", fix=_START_AGAIN
+        )
+    return Checkpoint(tensors, meta, path)
+
+
+def _description(data: bytes) -> dict[str, Any]:
+    """What the header of a whole safetensors file says of the checkpoint; {} where it says nothing that can be read."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        description = from_json(header["__metadata__"][KEY].encode())
+    except (KeyError, ValueError):
+        return {}
+    return description if isinstance(description, dict) else {}
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors, with their names, types and shapes, and of ``meta``.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        meta: plain JSON values.
+    """
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{json.dumps(name)} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _age(name: str) -> list[tuple[int, str]]:
@@ -374,6 +350,4 @@ def _remove_all_but(directory: Path, newest: str, keep: int) -> None:
     for path in directory.glob("*.safetensors"):
         if path.stem not in kept and _NAME.fullmatch(path.stem):
             with storage_errors(path, "remove"):
-                # The tensors go last: only by them does the next call find what a killed one left.
-                path.with_name(path.stem + ".json").unlink(missing_ok=True)
                 path.unlink()

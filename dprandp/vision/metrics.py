@@ -1,4 +1,4 @@
-"""What is reported about a test split, through scikit-learn, and the k-nearest-neighbour accuracy of features."""
+"""What is reported about a test split, through scikit-learn."""
 
 from __future__ import annotations
 

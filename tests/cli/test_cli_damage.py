@@ -34,7 +34,7 @@ NEEDED = [
     ("generate", "1-generate/shard-00000.npy", "pretrain"),
     ("generate", "1-generate/manifest.json", "pretrain"),
     ("pretrain", "2-pretrain/grey/extractor.safetensors", "probe"),
-    ("pretrain", "2-pretrain/grey/extractor.json", "probe"),
+    ("pretrain", "2-pretrain/grey/extractor.safetensors", "probe"),
     ("pretrain", "1-generate/shard-00001.npy", "probe"),
     ("probe", "3-probe/head.safetensors", "finetune"),
     ("probe", "3-probe/statistics/whitener.safetensors", "finetune"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from cli_process import ENVIRONMENT, TIMEOUT, Dprandp, refused
+
+from dprandp.runs import checkpoint
 
 RunAfter = Callable[[str], Path]
 
@@ -120,9 +121,9 @@ def test_ctrl_c_and_sigterm_in_a_real_process(run_after: RunAfter, folder: Path)
         assert process.returncode == code, said
         assert f"stopped by {signum.name}; the state was saved" in said
         assert "Traceback" not in said
-        saved = json.loads((run / "3-probe" / f"{(run / '3-probe' / 'LATEST').read_text().strip()}.json").read_text())
+        saved = checkpoint.load(run / "3-probe")
         charged.append(lines(run / "privacy" / "ledger.jsonl") - 1)
-        assert saved["meta"]["step"] == charged[-1] == lines(metrics)
+        assert saved.meta["step"] == charged[-1] == lines(metrics)
     assert 0 < charged[0] < charged[1]
 
 

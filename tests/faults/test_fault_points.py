@@ -115,11 +115,10 @@ def every_fault(files: int) -> list[str]:
     ]
 
 
-# Under a new name three files are written; over the same name four, as the description is written twice.
-@pytest.mark.parametrize(("after", "files"), [("step-2", 3), ("step-1", 4)])
-def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver, after: str, files: int) -> None:
+@pytest.mark.parametrize("after", ["step-2", "step-1"])
+def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver, after: str) -> None:
     found = []
-    for fault in every_fault(files):
+    for fault in every_fault(2):
         folder = tmp_path / fault
         folder.mkdir()
         assert saver.save(folder, ("step-1", 1, None), (after, 2, fault)) == KILLED
@@ -133,33 +132,33 @@ def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver,
         assert saver.save(folder, (after, 3, None)) == 0
         assert assert_whole(folder) == 3
         names = {"step-1", after}
-        assert set(os.listdir(folder)) == {"LATEST"} | {f"{n}.{s}" for n in names for s in ("json", "safetensors")}
-    # The new state is there from one rename on: that of LATEST, or that of the tensors replaced in place.
-    turn = {"step-2": 5, "step-1": 3}[after]
+        assert set(os.listdir(folder)) == {"LATEST"} | {f"{name}.safetensors" for name in names}
+    # The new state is there from one rename on: that of LATEST, or that of the file replaced in place.
+    turn = {"step-2": 3, "step-1": 1}[after]
     assert found == [1] * turn + [2] * (len(found) - turn)
 
 
 def test_a_kill_within_the_repair_of_a_kill(tmp_path: Path, saver: Saver) -> None:
-    """Twice killed while replacing the same checkpoint: the description must still fit the tensors on the disk."""
+    """Twice killed while replacing the same checkpoint."""
     found = set()
-    for first in range(1, 5):
-        for second in range(1, 5):
+    for first in every_fault(2):
+        for second in every_fault(2):
             folder = tmp_path / f"{first}-{second}"
             folder.mkdir()
-            assert saver.save(folder, ("step-1", 1, None), ("step-1", 2, f"renamed:{first}")) == KILLED
-            assert saver.save(folder, ("step-1", 3, f"renamed:{second}")) == KILLED
+            assert saver.save(folder, ("step-1", 1, None), ("step-1", 2, first)) == KILLED
+            assert saver.save(folder, ("step-1", 3, second)) == KILLED
             found.add(assert_whole(folder))
     assert found == {1, 2, 3}
 
 
 def test_first_checkpoint_killed_means_start_again(tmp_path: Path, saver: Saver) -> None:
     found = []
-    for fault in every_fault(3):
+    for fault in every_fault(2):
         folder = tmp_path / fault
         folder.mkdir()
         assert saver.save(folder, ("step-1", 1, fault)) == KILLED
         found.append(checkpoint.resume(folder, warn=lambda text: None) is not None)
-    assert found == [False] * 3 + [True] * 4  # whole from the moment its description is in place
+    assert found == [False] + [True] * 4  # whole from the moment that the file has its name
 
 
 def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, saver: Saver) -> None:

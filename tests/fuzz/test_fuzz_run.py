@@ -257,8 +257,9 @@ def test_ledger(damaged: Damaged, cases: int, record_property) -> None:
 
 OTHERS = [
     "env.json", "1-generate/manifest.json", "1-generate/shard-00000.npy", "1-generate/config.toml",
-    "2-pretrain/extractor.json", "2-pretrain/LATEST", "2-pretrain/config.toml", "3-probe/head.json", "3-probe/LATEST",
-    "3-probe/metrics.jsonl", "private/inputs-probe.json", "private/inputs-finetune.json", "private/features.key",
+    "2-pretrain/extractor.safetensors", "2-pretrain/LATEST", "2-pretrain/config.toml",
+    "3-probe/head.safetensors", "3-probe/LATEST", "3-probe/metrics.jsonl",
+    "private/inputs-probe.json", "private/inputs-finetune.json", "private/features.key",
     "model/config.json", "model/model.safetensors", "model/MODEL_CARD.md",
 ]  # fmt: skip
 
@@ -332,16 +333,18 @@ def test_reports(damaged: Damaged, cases: int, record_property) -> None:
 
 
 def resealed(content: bytes, draw: random.Random) -> bytes:
-    """A checkpoint's description, changed and sealed again: whole, but of something else."""
-    record = mutated(draw, json.loads(content), 1)
-    return checkpoint._sealed(record).encode() if isinstance(record, dict) else text_of(record)
+    """A checkpoint whose description was changed and hashed again: whole, but of something else."""
+    tensors = checkpoint.tensors_from_bytes(content, "x")
+    meta = mutated(draw, checkpoint._description(content)["meta"], 1)
+    sealed = {"format": checkpoint.FORMAT, "sha256": checkpoint._digest(tensors, meta), "meta": meta}
+    return checkpoint.tensors_to_bytes(tensors, {checkpoint.KEY: json.dumps(sealed)})
 
 
 NEEDED = [
-    ("2-pretrain/extractor.json", "probe"), ("2-pretrain/extractor.safetensors", "probe"),
-    ("3-probe/statistics/whitener.json", "finetune"), ("3-probe/statistics/whitener.safetensors", "finetune"),
-    ("3-probe/head.json", "finetune"), ("3-probe/head.safetensors", "finetune"),
-    ("2-pretrain/extractor.json", "finetune"), ("1-generate/manifest.json", "pretrain"),
+    ("2-pretrain/extractor.safetensors", "probe"),
+    ("3-probe/statistics/whitener.safetensors", "finetune"),
+    ("3-probe/head.safetensors", "finetune"),
+    ("2-pretrain/extractor.safetensors", "finetune"), ("1-generate/manifest.json", "pretrain"),
     ("1-generate/shard-00000.npy", "pretrain"), ("3-probe/LATEST", "finetune"), ("run.json", "finetune"),
     ("run.json", "probe"), ("run.json", "pretrain"),
 ]  # fmt: skip
@@ -358,11 +361,11 @@ def test_a_stage_on_damaged_results_of_others(
         run = copy_of(probed)
         content = (run / file).read_bytes()
         changed = mutated_bytes(draw, content)
-        if file.endswith(".json") and draw.random() < 0.8:
+        if file.endswith((".json", ".safetensors")) and draw.random() < 0.8:
             try:
                 changed = (
                     resealed(content, draw)
-                    if "description_sha256" in json.loads(content)
+                    if file.endswith(".safetensors")
                     else text_of(mutated(draw, json.loads(content)))
                 )
             except (ValueError, TypeError):

@@ -100,7 +100,7 @@ def test_the_result_and_the_files(learned, name):
         assert result["loss"] < 0
     else:
         assert (result["steps"], result["views_per_second"], result["loss"]) == (3, None, None)
-    own = ["LATEST", "extractor.json", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
+    own = ["LATEST", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
     grey = [] if name == "wrn" else [f"grey/{file}" for file in own]
     assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
     assert RunDir.open(run, create=False).result("pretrain") == result
@@ -249,7 +249,7 @@ def test_killed_and_resumed_weights_are_the_uninterrupted_ones(stages, learned, 
     assert RunDir.open(fresh, create=False).status()[1]["state"] == "partial"
     result = stages.must("pretrain", fresh, WRN)
     run, expected = learned["wrn"]
-    same = ["LATEST", "config.toml", "extractor.json", "extractor.safetensors"]
+    same = ["LATEST", "config.toml", "extractor.safetensors"]
     assert {name: files(fresh)[name] for name in same} == {name: files(run)[name] for name in same}
     assert sorted(files(fresh)) == sorted(files(run))
     assert {**timeless(result), "loss": None} == {**timeless(expected), "loss": None}
