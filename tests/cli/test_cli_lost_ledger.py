@@ -194,7 +194,7 @@ def test_a_ledger_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfte
     shutil.copytree(run, other)
     for path in (other / "run.json", other / "privacy"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in ("3-probe", "model", "private", "2-pretrain", "1-generate"):
+    for folder in ("3-probe", "model", "private", "2-pretrain", "1-generate", "whitening"):
         shutil.rmtree(other / folder)
     for stage, flags in {
         "generate": ["--workers", 1], "pretrain": [], "probe": ["--data", "npz:tiny.npz", "--eps", 2]
