@@ -584,6 +584,8 @@ class Sequence:
     def touch(self) -> None:
         """Somebody changes files of the run."""
         files = sorted(path for path in self.run.rglob("*") if path.is_file() and path.name != ".lock")
+        if not files:
+            return
         telling = [path for path in files if path.name in TELLING]
         file = self.chance.choice(telling if telling and self.chance.random() < 0.6 else files)
         kinds: list[Callable[[Path], str]] = [self.edit_byte, self.edit_number, self.delete, self.cut, self.swap]
@@ -684,8 +686,8 @@ def run_sequence(world: World, base: Path, seed: int, index: int) -> dict[str, A
     for _ in range(chance.randint(4, 12)):
         try:
             sequence.act()
-        except AssertionError as error:  # a command that hangs
-            sequence.observer.flag(str(error))
+        except Exception as error:  # a command that hangs, or that shows what the observer cannot read
+            sequence.observer.flag(repr(error))
         if sequence.observer.problems:
             break
     return {
