@@ -251,8 +251,8 @@ class Observer:
     def take(self, name: str, file: Path) -> list[dict[str, Any]]:
         """Enter into the books what a command's process recorded; returns its releases."""
         events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        if name in ("status", "audit"):  # they try the mechanism on made-up data
-            events = [event for event in events if event.get("data", True)]
+        if name in ("status", "audit"):  # they try the mechanism on made-up data, with repeated noise
+            return []
         for event in events:
             small = event["kind"] == "draw" and (event["rate"] == 1 or event["size"] < 4)  # may well come twice
             if event["kind"] in ("words", "draw") and not small:
