@@ -78,6 +78,12 @@ def open_run_ledger(
     if head is None and not path.exists() and not planned:
         return None
     ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
+    if head is None and ledger.events():  # the run notes its ledger before the first charge
+        raise CheckpointError(
+            f"{path} holds charges, and {rundir.path / 'run.json'} does not know of it: run.json is lost or older, so "
+            "nothing tells whether the ledger is whole",
+            fix="restore run.json from a copy, or start a new --run and add up what both release",
+        )
     if head is not None and not ledger.includes(head):
         raise CheckpointError(
             f"{path} lacks lines that this run has written to it: it was cut, restored from an old copy, or is of "

@@ -64,6 +64,11 @@ def edit_accuracy(run: Path, stages: Stages) -> None:
     edit(run, lambda document: document["stages"]["probe"]["result"].update(accuracy=0.99))
 
 
+def put_back_run_json_alone(run: Path, stages: Stages) -> None:
+    """As it was before the first private stage: it does not know of a ledger, so it would not miss lines of it."""
+    shutil.copy(stages["pretrain"] / "run.json", run / "run.json")
+
+
 def forget_the_head(run: Path, stages: Stages) -> None:
     edit(run, lambda document: document.update(ledger_head=None))
 
@@ -143,6 +148,21 @@ def test_status_check_sees_it(
     assert done.code == 4, done.err
     found = {check["name"]: check["state"] for check in done.json["checks"]}
     assert found["ledger"] == "fail"
+
+
+@pytest.mark.parametrize("name", ["status", "report", "probe afresh", "tune", "predict"])
+@pytest.mark.parametrize("privacy", ["finetune", "probe"])
+def test_an_older_run_json_does_not_vouch_for_a_ledger(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, name: str, privacy: str
+) -> None:
+    """run.json from before the first private stage, and a ledger from some time after it: it may lack any number of
+    lines, here those of the fine-tune."""
+    run = run_after("finetune")
+    put_back_run_json_alone(run, stages)
+    if privacy == "probe":
+        put_back_the_probes(run, stages)
+    refuses(dprandp, run, name)
+    refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore run.json")
 
 
 @pytest.mark.parametrize("name", ["status", "finetune", "plan", "audit"])
