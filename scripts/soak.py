@@ -17,8 +17,8 @@ d. The ε that was spent is not above the budget, and never falls from one look 
 e. No random words and no batch are used twice; and all releases of a run are about the same training data.
 
 What is forgiven are the limits that ``dprandp/runs/ledger.py`` and docs/privacy.md name, and these alone: lines of the
-ledger that are gone although ``run.json`` as it is now does not know of them. That is so where (1) ``run.json`` and the
-ledger both were put back to an earlier state, or (2) the lines came after the last checkpoint of a stage that was
+ledger that are gone while neither ``run.json`` nor the released model, as they are now, knows of them. That is so where
+(1) the run was put back to an earlier state, or (2) the lines came after the last checkpoint of a stage that was
 killed. Releases that the lost lines had paid for are struck from the observer's books.
 
     python scripts/soak.py --count 100 --log soak.jsonl      a row for each sequence; goes on where it was stopped
@@ -283,6 +283,12 @@ class Observer:
         except (ValueError, KeyError, TypeError, OSError):
             return
         spent = any(line.get("kind") in ("charge", "tuning") for line in lines)
+        try:
+            model = json.loads((self.run / "model" / "config.json").read_bytes())["result"]["ledger_head"]
+        except (ValueError, KeyError, TypeError, OSError):
+            model = None
+        if model is not None and model not in present:
+            return
         if head in present or (head is None and not spent):
             self.releases = [event for event in self.releases if event["line"] not in gone]
             self._known, self._floor = present, 0.0
@@ -652,7 +658,12 @@ class Sequence:
         name = file.relative_to(self.run)
         if len(name.parts) > 1 and self.chance.random() < 0.6:
             name = Path(name.parts[0])
-        old, new = copy / name, self.run / name
+        self.restore(copy / name, self.run / name)
+        return f"{name} as in {copy.name}"
+
+    @staticmethod
+    def restore(old: Path, new: Path) -> None:
+        """Put a file or a folder in the place of another; also one that was not there then."""
         if new.is_dir():
             shutil.rmtree(new)
         new.unlink(missing_ok=True)
@@ -661,7 +672,6 @@ class Sequence:
         elif old.exists():
             new.parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(old, new)
-        return f"{name} as in {copy.name}"
 
     def other_data(self) -> None:
         """The data move, or others lie where they lay."""

@@ -165,6 +165,30 @@ def test_an_older_run_json_does_not_vouch_for_a_ledger(
     refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore run.json")
 
 
+@pytest.mark.parametrize("name", ["status", "report", "finetune", "probe afresh", "predict", "audit"])
+def test_a_backup_that_is_older_than_the_model_is_refused(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, name: str
+) -> None:
+    """run.json and privacy/ as they were after the probe, which fit each other; the model was released since."""
+    run = run_after("finetune")
+    shutil.copy(stages["probe"] / "run.json", run / "run.json")
+    put_back_the_probes(run, stages)
+    refuses(dprandp, run, name)
+    refused(dprandp("status", "--run", run), 4, "older than the model", "restore the run as a whole")
+    shutil.rmtree(run / "model")
+    shutil.copytree(stages["probe"] / "model", run / "model")
+    assert dprandp("status", "--run", run).code == 0
+
+
+def test_a_model_without_any_ledger_is_refused(dprandp: Dprandp, run_after: RunAfter, stages: Stages) -> None:
+    """run.json as it was before the first private stage, and no privacy folder: only the model tells."""
+    run = run_after("probe")
+    put_back_run_json_alone(run, stages)
+    delete_the_folder(run, stages)
+    refuses(dprandp, run, "status")
+    refuses(dprandp, run, "probe afresh")
+
+
 @pytest.mark.parametrize("name", ["status", "finetune", "plan", "audit"])
 def test_a_stage_that_may_spend_more_than_the_budget_is_refused(
     dprandp: Dprandp, run_after: RunAfter, name: str

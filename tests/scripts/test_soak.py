@@ -140,16 +140,10 @@ def test_only_a_run_that_was_put_back_whole_is_forgiven(make: Make) -> None:
     assert probe(made, "--share", 0.3, "--overwrite").code == 0
     spent = made.observer.truth(1e-5)
     made.observer.untouched = False
-    for name in ("privacy", "run.json"):  # after the first of them the run refuses, after both it cannot know
-        old, new = made.base / "copy" / name, made.run / name
-        if new.is_dir():
-            shutil.rmtree(new)
-            shutil.copytree(old, new)
-            made.look()
-            assert made.observer.truth(1e-5) == spent
-        else:
-            shutil.copy(old, new)
-    made.look()
+    for name in ("privacy", "run.json", "model"):  # after the first two the run refuses, then it cannot know
+        assert made.observer.truth(1e-5) == spent
+        made.restore(made.base / "copy" / name, made.run / name)
+        made.look()
     assert made.observer.truth(1e-5) < spent / 2
     assert made.observer.problems == []
 
