@@ -473,11 +473,12 @@ class Sequence:
 
     def arguments(self, name: str = "") -> list[object]:
         """A command at random, with flags that fit or do not."""
-        draw, config = self.chance.random, ["--config", self.world.folder / "small.toml"]
-        usual = {"probe": 8, "finetune": 6, "continue": 4 if "wrn" in self.arch else 1, "tune": 1.5, "report": 1,
-                 "verify": 0.7, "predict": 0.7, "export": 0.7, "generate": 0.5, "pretrain": 0.7}  # fmt: skip
-        rare = {"check": 0.15, "audit": 0.1}
-        weights = usual | rare if self.run.exists() else {"generate": 1}
+        config = ["--config", self.world.folder / "small.toml"]
+        probed = (self.run / "3-probe" / "head.json").exists()
+        usual = {"probe": 6, "finetune": 8 if probed else 1, "continue": 4 if "wrn" in self.arch else 0.3, "tune": 1.5}
+        looks = dict.fromkeys(["report", "verify", "predict", "export"], 1.2 if probed else 0.2)
+        rare = {"generate": 0.3, "pretrain": 0.5, "check": 0.2, "audit": 0.2}
+        weights = usual | looks | rare if (self.run / "2-pretrain").exists() else {"generate": 1, "pretrain": 1}
         name = name or self.chance.choices(list(weights), list(weights.values()))[0]
         if name == "check":
             return ["status", "--check"]
@@ -498,7 +499,7 @@ class Sequence:
         else:
             made += self._private(name)
         if name != "tune":
-            made += [flag for flag in ("--overwrite", "--resume") if draw() < 0.15]
+            made += [flag for flag in ("--overwrite", "--resume") if self.chance.random() < 0.2]
         return made
 
     def _private(self, name: str) -> list[object]:
@@ -546,8 +547,10 @@ class Sequence:
 
     def broken(self) -> None:
         """A command that something happens to."""
-        names = ["probe", "probe", "finetune", "finetune", "continue", "tune", "pretrain", "generate", "report"]
-        arguments = self._last = self.arguments(self.chance.choice(names) if self.run.exists() else "")
+        names = ["probe", "probe", "finetune", "finetune", "finetune", "pretrain", "generate", "report", "tune"]
+        names += ["continue"] * (2 if "wrn" in self.arch else 0)
+        ready = (self.run / "3-probe" / "head.json").exists() and self.chance.random() < 0.7
+        arguments = self._last = self.arguments(self.chance.choice(names) if ready else "")
         self.accidents += 1
         kind = self.chance.choice(["point", "point", "kill", "signal", "fsync", "limit", "clock"])
         self.history.append(f"accident: {kind}")
