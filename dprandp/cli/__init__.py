@@ -19,7 +19,7 @@ import typer
 from dprandp import __version__
 from dprandp.cli import about, release, session, stages, together
 from dprandp.runs import faults
-from dprandp.runs.signals import end_on_signals
+from dprandp.runs.signals import end_on_signals, ended_by
 
 app = typer.Typer(
     name="dprandp",
@@ -64,6 +64,7 @@ def main(application: typer.Typer = app) -> None:
     except SystemExit as end:
         code = end.code
     except (Exception, KeyboardInterrupt) as error:
-        code = session.current.error(error)
+        signum = ended_by()
+        code = session.current.error(error) if signum is None else 128 + signum
     together.end(code)
     sys.exit(code)

@@ -168,7 +168,8 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
     opinions: tuple[str, ...] = ()
     if ledger is not None and ledger.events() and delta is not None:
         bound = ledger.spent(float(delta))
-        others = second_opinions(ledger.events(), float(delta))
+        # about what counts: of a sampled stage that was stopped its whole plan, not the steps that it made
+        others = second_opinions([event for stage in ledger.stages() for event in stage], float(delta))
         refuse_contradiction(bound, others)
         opinions, composed = tuple(map(str, others)), bound.upper
         unfinished = composed > epsilon * (1 + 1e-6)

@@ -4,7 +4,7 @@ A ledger alone cannot tell that it was deleted, or that lines were cut off its e
 last line that was written (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``), and
 the ledger keeps the hash of what each finished stage reported and, in its first line, the budget as it was fixed. Every
 command that spends, reports or releases opens the ledger here, so none goes on with an ε that is too low or a budget
-that is too large: after a lost folder, an old backup, or an edited run.json or plan.json.
+that is too large: after a lost folder, an old backup of some files, or an edited run.json or plan.json.
 
 What it cannot tell: a run that was put back to an earlier state as a whole, or a copy of it. ε counts what one run
 directory has released; whoever uses two copies adds them up.
@@ -57,8 +57,9 @@ def open_run_ledger(
 
     Guarantee:
         The ledger that is returned holds every line that it held when a stage of this run last wrote a checkpoint,
-        finished or began its charges, each private result in run.json is the one that was computed from it, and the
-        budget in plan.json is the one that the ledger was begun with.
+        finished or began its charges, and when the model was made that is in ``model/``; each private result in
+        run.json is the one that was computed from it, and the budget in plan.json is the one that the ledger was begun
+        with.
 
     Raises:
         CheckpointError: the ledger is lost, damaged, older than the run or of another run; the recorded result of a
@@ -74,16 +75,28 @@ def open_run_ledger(
             "that it was charged to",
             fix="restore run.json from a copy, or start a new --run and add up what both release",
         )
-    planned = plan_file(rundir).exists()
-    if head is None and not path.exists() and not planned:
+    planned, model = plan_file(rundir).exists(), model_head(rundir)
+    if head is None and model is None and not path.exists() and not planned:
         return None
     ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
+    if head is None and ledger.events():  # the run notes its ledger before the first charge
+        raise CheckpointError(
+            f"{path} holds charges, and {rundir.path / 'run.json'} does not know of it: run.json is lost or older, so "
+            "nothing tells whether the ledger is whole",
+            fix="restore run.json from a copy, or start a new --run and add up what both release",
+        )
     if head is not None and not ledger.includes(head):
         raise CheckpointError(
             f"{path} lacks lines that this run has written to it: it was cut, restored from an old copy, or is of "
             "another run",
             fix="restore the run's privacy folder as it was after the last stage; where that is lost, the run's budget "
             "counts as spent: start a new --run and add up what both release",
+        )
+    if model is not None and not ledger.includes(model):
+        raise CheckpointError(
+            f"{rundir.path / 'model'} holds a model whose privacy cost is not in this run's ledger: run.json and the "
+            "ledger are older than the model, or it is of another run",
+            fix="restore the run as a whole from a copy; a model from elsewhere is named with --model",
         )
     if ledger.events() and not planned:
         raise CheckpointError(
@@ -101,6 +114,20 @@ def open_run_ledger(
                 fix="restore run.json and the privacy folder together from a copy",
             )
     return ledger
+
+
+def model_head(rundir: RunDir) -> str | None:
+    """The line of the ledger that the released model says it was paid for by; None where there is no such model."""
+    path = rundir.path / "model" / "config.json"
+    if not path.is_file():
+        return None
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        head = from_json(content)["result"]["ledger_head"]
+    except (ValueError, KeyError, TypeError):
+        return None  # whoever loads the model says what is wrong with it
+    return head if isinstance(head, str) else None
 
 
 def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,16 @@ class Stop:
 
 
 _active: Stop | None = None
+_ended: int | None = None
+
+
+def ended_by() -> int | None:
+    """The signal that is ending this program outside of a ``graceful_stop``; None while there is none.
+
+    For whoever meets another exception on the way out: a library that is written in C may have made it of the
+    ``SystemExit`` (pydantic does, while it builds a validator), and then it is no bug.
+    """
+    return _ended
 
 
 def end_on_signals() -> None:
@@ -97,6 +107,8 @@ def end_on_signals() -> None:
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
+    global _ended
+    _ended = signum
     for held in _SIGNALS:
         if signal.getsignal(held) is _end:
             signal.signal(held, signal.SIG_DFL)  # a second one ends the process at once

@@ -7,17 +7,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from dprandp.config import toml
 from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import RunDir, frozen, thawed
+from dprandp.runs.directory import RunDir, frozen, result_digest, thawed
 from dprandp.runs.files import atomic_write, from_json, to_json
+from dprandp.runs.ledger import open_run_ledger
 
 RECORD, SETTINGS = "tune.json", "tuned.toml"
 SYNTHETIC, PRIVATE = "synthetic", "private"
+TUNE = "tune"
+"""As the ledger calls paid tuning."""
 FORMAT = 1
 _NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
@@ -53,6 +57,31 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     raise CheckpointError(
         f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent"
     ) from problem
+
+
+def seal_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:
+    """Keep the hash of what paid tuning is about to report in the ledger; the run's lock must be held."""
+    ledger = open_run_ledger(rundir, write=True)
+    if ledger is None:
+        raise RuntimeError("tuning on private data without a ledger")
+    ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
+    rundir.keep_ledger_head(ledger.head)
+
+
+def refuse_other_than_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless this is what the run's last paid tuning reported: its ε is shown again."""
+    ledger = open_run_ledger(rundir)
+    seal = None if ledger is None else ledger.seals.get(TUNE)
+    if seal is None or seal.digest != _digest(record):
+        raise CheckpointError(
+            f"{rundir.path / RECORD} is not what the tuning reported: its hash differs from that in the privacy ledger",
+            fix="restore it and the privacy folder together from a copy, or take the settings of tuned.toml",
+        )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of a record as it was made or as it was read; where the data lie is not compared (see ``asked``)."""
+    return result_digest({key: value for key, value in record.items() if key != "asked"})
 
 
 def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: dict[str, Any]) -> dict[str, Any] | None:

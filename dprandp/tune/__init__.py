@@ -17,7 +17,7 @@ from dprandp.errors import UsageError
 from dprandp.pretrain import EXTRACTOR_STAGES, require_extractor
 from dprandp.runs.context import Context
 from dprandp.runs.directory import frozen
-from dprandp.runs.tuning import PRIVATE, read_tuning, write_tuning
+from dprandp.runs.tuning import PRIVATE, read_tuning, refuse_other_than_paid, seal_paid, write_tuning
 from dprandp.tune.private import choose_privately
 from dprandp.tune.public import choose_publicly
 from dprandp.tune.settings import TuneConfig, private_data
@@ -38,6 +38,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
 
     Raises:
         UsageError: settings that are not simulated, or other tuning than the run has.
+        CheckpointError: the run's ledger does not bear out what private tuning recorded before.
         InputError: no extractor yet, or missing data. BudgetError: private tuning does not fit (no pixel was read).
     """
     if config.batch_size is not None or config.views > 1:
@@ -53,6 +54,8 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:
         if _alike(frozen(before["asked"]), asked):
+            if tune.on == PRIVATE:
+                refuse_other_than_paid(context.rundir, before)
             return {"stage": STAGE, **before}
         raise UsageError(
             f"this run was tuned before, on {before['on']}, for other settings",
@@ -63,6 +66,8 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     settings = {"lr": lr, "steps": chosen.steps, "dims": chosen.dims}
     record = {"on": tune.on, "trials": tune.trials, "chosen": settings, **record, "asked": asked}
     kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
+    if tune.on == PRIVATE:
+        seal_paid(context.rundir, record)
     write_tuning(context.rundir, record, kept | settings)
     return {"stage": STAGE, **record}
 

@@ -64,6 +64,11 @@ def edit_accuracy(run: Path, stages: Stages) -> None:
     edit(run, lambda document: document["stages"]["probe"]["result"].update(accuracy=0.99))
 
 
+def put_back_run_json_alone(run: Path, stages: Stages) -> None:
+    """As it was before the first private stage: it does not know of a ledger, so it would not miss lines of it."""
+    shutil.copy(stages["pretrain"] / "run.json", run / "run.json")
+
+
 def forget_the_head(run: Path, stages: Stages) -> None:
     edit(run, lambda document: document.update(ledger_head=None))
 
@@ -143,6 +148,45 @@ def test_status_check_sees_it(
     assert done.code == 4, done.err
     found = {check["name"]: check["state"] for check in done.json["checks"]}
     assert found["ledger"] == "fail"
+
+
+@pytest.mark.parametrize("name", ["status", "report", "probe afresh", "tune", "predict"])
+@pytest.mark.parametrize("privacy", ["finetune", "probe"])
+def test_an_older_run_json_does_not_vouch_for_a_ledger(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, name: str, privacy: str
+) -> None:
+    """run.json from before the first private stage, and a ledger from some time after it: it may lack any number of
+    lines, here those of the fine-tune."""
+    run = run_after("finetune")
+    put_back_run_json_alone(run, stages)
+    if privacy == "probe":
+        put_back_the_probes(run, stages)
+    refuses(dprandp, run, name)
+    refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore run.json")
+
+
+@pytest.mark.parametrize("name", ["status", "report", "finetune", "probe afresh", "predict", "audit"])
+def test_a_backup_that_is_older_than_the_model_is_refused(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, name: str
+) -> None:
+    """run.json and privacy/ as they were after the probe, which fit each other; the model was released since."""
+    run = run_after("finetune")
+    shutil.copy(stages["probe"] / "run.json", run / "run.json")
+    put_back_the_probes(run, stages)
+    refuses(dprandp, run, name)
+    refused(dprandp("status", "--run", run), 4, "older than the model", "restore the run as a whole")
+    shutil.rmtree(run / "model")
+    shutil.copytree(stages["probe"] / "model", run / "model")
+    assert dprandp("status", "--run", run).code == 0
+
+
+def test_a_model_without_any_ledger_is_refused(dprandp: Dprandp, run_after: RunAfter, stages: Stages) -> None:
+    """run.json as it was before the first private stage, and no privacy folder: only the model tells."""
+    run = run_after("probe")
+    put_back_run_json_alone(run, stages)
+    delete_the_folder(run, stages)
+    refuses(dprandp, run, "status")
+    refuses(dprandp, run, "probe afresh")
 
 
 @pytest.mark.parametrize("name", ["status", "finetune", "plan", "audit"])

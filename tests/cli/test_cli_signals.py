@@ -137,3 +137,26 @@ def test_ctrl_c_while_many_workers_render(dprandp: Dprandp, tmp_path: Path) -> N
     refused(running.end(), 130, "SIGINT")
     assert dprandp(*command).code == 0
     assert len(list((run / "1-generate").glob("shard-*.npy"))) == 15
+
+
+# A library in C that is interrupted by a signal, and makes an exception of its own of what the handler raised.
+SWALLOWED = """
+import os, signal, time
+from dprandp.inspection import overview
+def status(rundir):
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(10)
+    except BaseException as error:
+        raise ValueError("in C") from error
+overview.status = status
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_a_library_turns_into_another_error_is_no_bug(
+    dprandp: Dprandp, run_after: RunAfter, name: str, code: int
+) -> None:
+    done = dprandp("status", "--run", run_after("generate"), before=SWALLOWED.format(name=name))
+    refused(done, code, f"stopped by {name}", "run the same command again")
+    assert "bug" not in done.err

@@ -87,6 +87,28 @@ def test_unfinished_probe_alone(tmp_path: Path) -> None:
     assert "no privacy was spent" not in page.text
 
 
+@pytest.mark.parametrize("finished", [2, 3])
+def test_the_other_libraries_are_asked_about_what_counts(tmp_path: Path, finished: int) -> None:
+    """A sampled stage that was stopped after a step counts as its whole plan, for every accountant."""
+    run = make_run(tmp_path / "x", stages=finished)
+    with run.lock():
+        if finished == 2:
+            budget = {"epsilon": 1.0, "delta": 1e-5}
+            atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
+            Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
+        run.begin("finetune", schema.as_dict(schema.build("finetune", {})), {})
+    ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")
+    ledger.charge(
+        stage="finetune", attempt=1, steps=1, planned=40, noise_multiplier=4.0, sample_rate=0.3, clip_norm=1.0,
+        random="os-entropy",
+    )  # fmt: skip
+    text = Page(written(run)).text
+    shown = float(re.search(r"spent ε = ([\d.]+)" if finished == 2 else r"ε, spent ([\d.]+)", text).group(1))
+    assert shown >= ledger.spent(1e-5).upper > 1
+    if finished == 3:
+        assert float(re.search(r"\(Rényi DP\): ε ≤ ([\d.]+)", text).group(1)) > 1
+
+
 def test_stale_stage_is_named(tmp_path: Path) -> None:
     run = RunDir.open(tmp_path / "x", create=True)
     with run.lock():

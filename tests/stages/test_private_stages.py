@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -372,7 +373,8 @@ def test_12_the_plan_cannot_be_lost(probed_run: Path, copy: Copy, data: str, mon
 
 def forge(path: Path) -> None:
     """Another ledger that shows as much as this one: all steps of an attempt as one charge, the chain in order. The
-    run's own note of its head is forged as well, so that the checkpoint alone can tell."""
+    run's own note of its head is forged as well, and the model of an earlier stage gone, so that the checkpoint alone
+    can tell."""
     old = Ledger.open(path)
     path.unlink()
     made = Ledger.create(path, old.examples, old.data_unit, budget=old.budget)
@@ -387,6 +389,7 @@ def forge(path: Path) -> None:
     table = path.parents[1] / "run.json"
     document = json.loads(table.read_text())
     table.write_text(json.dumps(document | {"ledger_head": made.head}))
+    shutil.rmtree(path.parents[1] / "model", ignore_errors=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,25 @@ def test_tuning_again(copy: Copy, public_run: Path, data: str) -> None:
     assert (probed["tuned"]["on"], probed["tuned"]["charged_epsilon"]) == ("synthetic", first["charged_epsilon"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "before that on the private data" in card
+
+
+@pytest.mark.parametrize("key", ["epsilon", "charged_epsilon", "noisy_right_answers", "chosen"])
+def test_an_edited_record_is_not_shown_again(copy: Copy, public_run: Path, data: str, key: str) -> None:
+    run = copy(public_run)
+    run_tune(run, data, asked={"on": "private"})
+    document = read_json(run / "tune.json")
+    document[key] = {"lr": 1.0, "steps": 1, "dims": 1} if key == "chosen" else 0.01
+    (run / "tune.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="not what the tuning reported"):
+        run_tune(run, data, asked={"on": "private"})
+
+
+def test_paid_tuning_is_not_shown_again_without_its_ledger(copy: Copy, public_run: Path, data: str) -> None:
+    run = copy(public_run)
+    run_tune(run, data, asked={"on": "private"})
+    shutil.rmtree(run / "privacy")
+    with pytest.raises(CheckpointError, match="privacy ledger"):
+        run_tune(run, data, asked={"on": "private"})
 
 
 def test_a_lost_record_does_not_hide_what_was_paid(copy: Copy, public_run: Path, data: str) -> None:
