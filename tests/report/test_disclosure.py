@@ -45,7 +45,7 @@ FIELDS = {
     "N public": (r"^Limit: N", r"public|not cover"),
     "test split": (
         r"^Limit: test split$",
-        r"Each private stage .*evaluates .*once, at the stage's own end; nothing is chosen .*without noise",
+        r"Each private stage .*evaluates .*once, at its end; nothing is chosen .*without noise",
     ),
     "other copies": (r"^Limit: other", r"add to it.*same person"),
 }

@@ -129,7 +129,7 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     assert tuned["epsilon"] == pytest.approx(ledger_of(run).spent(tuned["delta"]).upper)
     card = (run / "model/MODEL_CARD.md").read_text()
     assert "continue: q = 0.25, T = 4" in card
-    assert "declared public by whoever ran it" in card
+    assert "declared public by the user" in card
     with context(run) as given:
         page = report.write(given.rundir).read_text()
     assert "fraction 0.2 by seed 0" in page
