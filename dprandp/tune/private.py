@@ -54,7 +54,7 @@ def choose_privately(
     extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
-    settings = settings_for(config, whitener.axes)
+    settings = settings_for(config, whitener.components)
     stage.plan = plan = make_selection_plan(
         stage=STAGE, epsilon_total=budget.epsilon, delta=budget.delta, spend_epsilon=tune.spend * share_of(config),
         spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,

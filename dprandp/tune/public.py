@@ -62,7 +62,7 @@ def choose_publicly(
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
     default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps, config.clip_norm)
     features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)
-    settings = settings_for(config, whitener.axes)
+    settings = settings_for(config, whitener.components)
     generator = torch.Generator().manual_seed(config.seed + SEED)
     order = [0, *(1 + torch.randperm(len(settings) - 1, generator=generator)).tolist()][: tune.trials]
     rights: dict[int, Tensor] = {}

@@ -202,7 +202,7 @@ def test_another_configuration(dprandp: Dprandp, run_after: RunAfter, case: tupl
     run = run_after("finetune")
     before = state_of(run)
     done = dprandp(stage, "--config", "small.toml", "--run", run, *flags)
-    refused(done, 2, *fragments, "--resume to go on with the recorded settings", "--overwrite to start")
+    refused(done, 2, *fragments, "--resume to continue with the recorded settings", "--overwrite to restart")
     assert state_of(run) == before
 
 
@@ -252,7 +252,7 @@ def test_no_run_to_look_at(dprandp: Dprandp, folder: Path, tmp_path: Path, comma
     assert not (tmp_path / "no").exists()
     refused(dprandp(command, "--run", folder / "tiny.npz"), 3, "is a file, not a run directory", "--run")
     (tmp_path / "holiday.jpg").touch()
-    refused(dprandp(command, "--run", tmp_path), 2, "no run directory", "'holiday.jpg'", "--run")
+    refused(dprandp(command, "--run", tmp_path), 2, "not a run directory", "'holiday.jpg'", "--run")
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 

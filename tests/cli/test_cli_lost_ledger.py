@@ -159,7 +159,7 @@ def test_a_changed_budget_is_named_with_both_values(dprandp: Dprandp, run_after:
     run = run_after("probe")
     raise_the_budget(run, {})
     asked = ("finetune", "--config", "small.toml", "--run", run)
-    refused(dprandp(*asked), 4, "epsilon is 5.0 there and 2.0 in the ledger", "put the ledger's values back")
+    refused(dprandp(*asked), 4, "epsilon is 5.0 there and 2.0 in the ledger", "with the ledger's values")
     edit_plan(run, lambda document: document.update(epsilon=2.0))  # the way out that the message names
     done = dprandp(*asked)
     assert done.code == 0, done.err
@@ -194,7 +194,7 @@ def test_a_ledger_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfte
     shutil.copytree(run, other)
     for path in (other / "run.json", other / "privacy"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in ("3-probe", "model", "private", "2-pretrain", "1-generate"):
+    for folder in ("3-probe", "model", "private", "whitening", "2-pretrain", "1-generate"):
         shutil.rmtree(other / folder)
     for stage, flags in {
         "generate": ["--workers", 1], "pretrain": [], "probe": ["--data", "npz:tiny.npz", "--eps", 2]

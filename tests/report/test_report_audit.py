@@ -56,7 +56,7 @@ def test_the_section(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert content in page.text, content
     assert EVIL not in html
-    assert "other plans" not in page.text
+    assert "changed since the audit" not in page.text
     assert "audit" not in " ".join(path.name for path in (run.path / "model").glob("*")).lower()
 
 

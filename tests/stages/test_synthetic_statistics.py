@@ -44,8 +44,8 @@ def folders(run: Path) -> set[str]:
 
 def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    even = whitening._even
-    monkeypatch.setattr(whitening, "_even", lambda axes, views: seen.append(views) or even(axes, views))
+    normalise = whitening._normalise_within
+    monkeypatch.setattr(whitening, "_normalise_within", lambda components, views: seen.append(views) or normalise(components, views))
     whitener_of(run)
     (views,) = seen
     assert views.shape == (25, 2, 32)
