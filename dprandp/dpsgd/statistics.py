@@ -80,8 +80,8 @@ def public_whitener(
 def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
     """A saved whitener, for the extractor that it was made for."""
     projection = loaded.tensors.get("projection")
-    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
-    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
+    components = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
+    whitener = whitening.Whitener(extractor.feature_dim, components, extractor.parts)
     check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
     whitener.load_state_dict(loaded.tensors)
     return whitener
@@ -90,8 +90,8 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
 def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
     """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
 
-    Views are crops and other colours, as the published contrast has them but for mirroring. That is left to the
-    features: where the data declare that it changes nothing, images are averaged with their mirror images.
+    Views are crops and other colours, as in the published contrast, without mirroring: where the data declare that
+    mirroring keeps the class, features are averaged over an image and its mirror image anyway.
     """
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     if config.statistics_views == 1:

@@ -73,7 +73,7 @@ class Run:
     @property
     def private_stages(self) -> list[str]:
         """Finished stages that were charged for private images, in order."""
-        return paying(self.results)
+        return charged_stages(self.results)
 
     @property
     def final(self) -> dict[str, Any] | None:
@@ -111,7 +111,7 @@ def read_run(rundir: RunDir) -> Run:
         )
     for stage, result in results.items():
         refuse_gaps(stage, result)
-        if stage in paying(results):
+        if stage in charged_stages(results):
             check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
     audit, audit_is_old = _read_audit(rundir)
@@ -128,7 +128,7 @@ def read_run(rundir: RunDir) -> Run:
     )
 
 
-def paying(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def charged_stages(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Stages with results that were charged for private images; ``continue`` may have read public ones alone."""
     return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
 
@@ -158,7 +158,7 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
     Raises:
         AuditError: two accountants contradict each other.
     """
-    private = [results[stage] for stage in paying(results)]
+    private = [results[stage] for stage in charged_stages(results)]
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")

@@ -285,4 +285,4 @@ def test_a_model_without_an_extractor(tmp_path: Path, extractor: object) -> None
     }
     assert release._config(tmp_path, json.dumps(described).encode()) == described
     damaged = json.dumps(described | {"extractor": extractor}).encode()
-    refused(lambda: release._config(tmp_path, damaged), 4, "no description of a model")
+    refused(lambda: release._config(tmp_path, damaged), 4, "does not describe a model")

@@ -40,7 +40,8 @@ def test_features_vary_equally_between_views(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(whitening, "VIEW_RIDGE", 0.0)
     features = views_of()
     plain, normalised = fitted(features, 1), fitted(features, VIEWS)
-    rows = zip(plain.rows(), plain(features).split(COMPONENTS, 1), normalised(features).split(COMPONENTS, 1), strict=True)
+    old, new = plain(features).split(COMPONENTS, 1), normalised(features).split(COMPONENTS, 1)
+    rows = zip(plain.rows(), old, new, strict=True)
     for (own, length), old, new in rows:
         old = old / length
         assert np.linalg.cond(within(old)) > 2  # there was something to do

@@ -68,7 +68,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         loaded(tmp_path / "absent.safetensors")
     (tmp_path / "w.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         loaded(tmp_path / "w.safetensors")
     save_file(weights(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="instead of"):
