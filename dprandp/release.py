@@ -289,8 +289,7 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
         atomic_write(target, _zipped(content, target.stem))
     else:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target} exists and is not an empty folder", fix="give a new folder, or a name ending "
-                                                                                ".zip")
+            raise UsageError(f"{target} exists and is not empty", fix="give a new folder, or a name ending .zip")
         with storage_errors(target, "create"):
             target.mkdir(parents=True, exist_ok=True)
         for name in EXPORTED_FILES:

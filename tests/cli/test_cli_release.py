@@ -239,8 +239,8 @@ def test_export_to_a_zip(dprandp: Dprandp, model_alone: Path, stages: dict[str, 
     (tmp_path / "file").touch()
     for target, kind, said in (
         ("deep/tiny.zip", UsageError, "tiny.zip exists"),
-        ("unpacked", UsageError, "is not an empty folder"),
-        ("file", UsageError, "is not an empty folder"),
+        ("unpacked", UsageError, "exists and is not empty"),
+        ("file", UsageError, "exists and is not empty"),
         ("file/x", StorageError, "cannot create"),
         ("file/x.zip", StorageError, "cannot create"),
     ):

@@ -266,7 +266,7 @@ def test_private_data_are_not_public_under_another_name(
     before = state_of(vit)
     for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
         done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
-        refused(done, 2, "is private here and public there", "fraction:0.1")
+        refused(done, 2, "is given both as private and as public data", "fraction:0.1")
     tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
     refused(tuned, 2, "is the private data set itself")
     assert state_of(vit) == before
@@ -316,7 +316,7 @@ def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit
     shutil.rmtree(tmp_path / "again/test/dark")
     for name in (f"folder:{root}/", f"folder:{root}/../scans", f"folder:{tmp_path}/again"):
         done = dprandp(*CONTINUE, "--run", vit, "--data", "folder:scans", "--public", name, folder=tmp_path)
-        refused(done, 2, "is private here and public there")
+        refused(done, 2, "is given both as private and as public data")
     assert not (vit / "privacy").exists()
 
 

@@ -337,7 +337,7 @@ def test_other_public_data_with_classes_of_their_own(vit_run, copy, data, tmp_pa
 def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
     with pytest.raises(UsageError, match="patchnet is a dictionary"):
         run_continue(copy(public_run), data)
-    with pytest.raises(UsageError, match="private here and public there"):
+    with pytest.raises(UsageError, match="both as private and as public data"):
         run_continue(copy(vit_run), data, public=data)
     run = copy(vit_run)
     run_continue(run, data)

@@ -44,8 +44,8 @@ def folders(run: Path) -> set[str]:
 
 def test_views_of_each_image_normalise_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    normalise = whitening._normalise_within
-    monkeypatch.setattr(whitening, "_normalise_within", lambda made, views: seen.append(views) or normalise(made, views))
+    real = whitening._normalise_within
+    monkeypatch.setattr(whitening, "_normalise_within", lambda made, views: seen.append(views) or real(made, views))
     whitener_of(run)
     (views,) = seen
     assert views.shape == (25, 2, 32)
