@@ -1,4 +1,4 @@
-"""Statistics of synthetic features, of which the whitener is made: public, shaped by the data's declaration alone."""
+"""Statistics of synthetic features for the whitener: public, dependent only on the data's declared facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
 PUBLIC_FOLDER = "whitening"
-"""Of the run; no stage writes into the folder of another."""
+"""The folder of the run's statistics, which belongs to no stage."""
 
 SYNTHETIC_SEED = 1
 """Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
@@ -36,9 +36,9 @@ def public_whitener(
 ) -> whitening.Whitener:
     """Statistics of synthetic features, as declared facts of the data shape them; public.
 
-    Kept in a public folder of the run, for whatever stage needs them: they are a function of the extractor and of
-    settings, by whose hash they are named. All ranks extract the features; rank 0 makes and keeps the statistics, and
-    the others read them.
+    They are stored in a public folder of the run for all stages, under a hash of the extractor and the settings, on
+    which
+    they depend. All ranks extract the features; rank 0 computes and stores the statistics, and the others read them.
 
     Raises:
         InputError: the ranks have other settings, or another extractor, than one another.
@@ -78,7 +78,7 @@ def public_whitener(
 
 
 def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
-    """A saved whitener, for the extractor that it was made for."""
+    """A saved whitener, for its extractor."""
     projection = loaded.tensors.get("projection")
     components = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
     whitener = whitening.Whitener(extractor.feature_dim, components, extractor.parts)

@@ -75,7 +75,7 @@ NORM_PIECE = 128
 
 
 def as_rows(gradients: torch.Tensor) -> torch.Tensor:
-    """[B, ...] as [B, numbers] in the order of memory: no copy where each row is dense, whatever its layout."""
+    """[B, ...] as [B, numbers] in the order of memory: no copy where each row is dense, in any layout."""
     return gradients.permute(0, *_order(gradients)).reshape(len(gradients), math.prod(gradients.shape[1:]))
 
 
@@ -351,7 +351,7 @@ def _softmax_part(
     precision, classes = weight.dtype, weight.shape[1]
     views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=weight.device)
-    # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
+    # One buffer for all conversions: allocating memory for every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else weight.new_empty((block, *features.shape[1:]))
     for start in range(0, len(labels), block):
         x = features[start : start + block] if rows is None else features[rows[start : start + block]]

@@ -71,7 +71,7 @@ _CLOSE_ENOUGH = 0.9
 
 
 def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
-    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, whatever the mechanism.
+    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, for any mechanism.
 
     Args:
         epsilon: ε ≥ 0; inf gives (inf, delta).

@@ -83,7 +83,7 @@ class SystemRandom(_WordSource):
 
 
 class InsecureSeed(_WordSource):
-    """Repeatable values for tests. Whoever knows the seed can subtract the noise: NOT PRIVATE.
+    """Repeatable values for tests. Anyone who knows the seed can subtract the noise: NOT PRIVATE.
 
     Args:
         seed: a whole number of at least 0.
@@ -117,7 +117,7 @@ def add_gaussian_noise(
         New float32 tensors on the devices of the old ones.
 
     Guarantee:
-        Noise is drawn afresh for every coordinate of every tensor in every call; noise and sum are float64 until the
+        New noise is drawn for every coordinate of every tensor in every call; noise and sum are float64 until the
         end.
 
     Raises:
@@ -198,7 +198,7 @@ def add_discrete_noise(
         (rounded to 53 bits where they are larger, after the noise).
 
     Guarantee:
-        See the top of this file. Noise is drawn afresh for every coordinate in every call.
+        See the top of this file. New noise is drawn for every coordinate in every call.
 
     Raises:
         UsageError: σ or C is out of range, or there are more than ``MOST_COORDINATES`` coordinates.
@@ -343,7 +343,7 @@ def _accepts_exactly(k: int, offset: int, scale: int, word: int, random: RandomS
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 #
-# True Poisson sampling: each record enters each step's batch on its own coin, whatever the others do.
+# True Poisson sampling: each record enters each step's batch by its own coin, independently of all others.
 
 class PoissonSampler:
     """Batches of a Poisson sample of the records 0 … examples−1.

@@ -237,7 +237,7 @@ def test_paths_too_long_for_the_system(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["npz:~nobody-of-this-name/a.npz", "folder:~nobody-of-this-name/a"])
 def test_homes_of_nobody(tmp_path: Path, name: str) -> None:
-    refused(lambda: open_dataset(name, tmp_path), 2, "home of nobody")
+    refused(lambda: open_dataset(name, tmp_path), 2, "unknown home folder")
 
 
 @pytest.mark.parametrize(
