@@ -105,7 +105,7 @@ class PatchLayer(nn.Module):
         """Whitened patches: [B, d, L] to [B, r, L]."""
         return self.basis @ patches - self.centre[:, None]
 
-    def excess(self, patches: Tensor) -> Tensor:
+    def thresholded(self, patches: Tensor) -> Tensor:
         """Mean thresholded responses, differentiable.
 
         Args:
@@ -120,7 +120,7 @@ class PatchLayer(nn.Module):
         return torch.stack([positive, negative], dim=1)
 
     @torch.no_grad()
-    def excess_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
+    def thresholded_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
         """The same numbers several times faster, on a CPU: the responses of a tile stay in the cache.
 
         Args:
@@ -136,13 +136,13 @@ class PatchLayer(nn.Module):
                 chosen = slice(start, start + tile)
                 bias = self.bias[chosen]
                 count = len(whitened) * len(bias)
-                responses, excess = (half[:count].view(len(whitened), len(bias)) for half in room)
+                responses, thresholded = (half[:count].view(len(whitened), len(bias)) for half in room)
                 torch.addmm(bias, whitened, columns[:, chosen], out=responses)
-                by_image = excess.view(len(some), -1, len(bias))
+                by_image = thresholded.view(len(some), -1, len(bias))
                 # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
-                torch.clamp(responses, min=self.threshold, out=excess)
+                torch.clamp(responses, min=self.threshold, out=thresholded)
                 filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(self.threshold)
-                torch.clamp(responses, max=-self.threshold, out=excess)
+                torch.clamp(responses, max=-self.threshold, out=thresholded)
                 filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(self.threshold).neg_()
 
 
@@ -175,9 +175,9 @@ class PatchExtractor:
             images: float [B, C, image_size, image_size] in [0, 1].
 
         Returns:
-            [B, feature_dim] float: for each layer, in order, √(``PatchLayer.excess`` + ``ROOT_FLOOR``).
+            [B, feature_dim] float: for each layer, in order, √(``PatchLayer.thresholded`` + ``ROOT_FLOOR``).
         """
-        means = [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
+        means = [layer.thresholded(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
         return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ class PatchExtractor:
                         patches = torch.stack([layer.pixel_rows(image) for image in self.normalise(group)])
                     else:
                         patches = torch.stack([layer.lift_rows(one) for one in patches])
-                    layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                    layer.thresholded_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
                 # rounding may leave a mean of zeros just below zero
                 rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
 
@@ -395,12 +395,12 @@ class ResponseLayer(PatchLayer):
         """
         side, filters = self.below_positions, len(self.map_weight)
         responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
-        excess = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``excess_rows``
-        positive = window_means(excess)
+        thresholded = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``thresholded_rows``
+        positive = window_means(thresholded)
         maps = positive.new_empty(*positive.shape[:2], 2 * filters)
         torch.sub(positive, self.threshold - ROOT_FLOOR, out=maps[..., :filters])
-        torch.clamp(responses, max=-self.threshold, out=excess)
-        torch.sub(window_means(excess).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
+        torch.clamp(responses, max=-self.threshold, out=thresholded)
+        torch.sub(window_means(thresholded).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
         maps = maps.clamp_(min=ROOT_FLOOR).sqrt_().flatten(0, 1)
         channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t())
         windows = channels.view(*positive.shape[:2], -1).unfold(0, self.response_patch, 1)

@@ -1,4 +1,4 @@
-"""Randomness that privacy rests on, and the Gaussian noise made of it.
+"""The randomness that privacy depends on, and its Gaussian noise.
 
 Guarantee:
     ``SystemRandom`` takes every bit from the operating system (``os.urandom``). It keeps no state, so nothing can be
@@ -38,7 +38,7 @@ Tensors = TypeVar("Tensors", Mapping[str, torch.Tensor], Sequence[torch.Tensor])
 
 
 class RandomSource(Protocol):
-    """Where batches and noise come from; ``mode`` goes into the ledger."""
+    """A source of batches and noise; ``mode`` goes into the ledger."""
 
     mode: RandomMode
     private: bool
