@@ -46,14 +46,14 @@ __all__ = [
 
 
 class RandomImages(torch.utils.data.Dataset):
-    """Images of a random process, made when they are asked for; the same for the same arguments.
+    """Images of a random process, generated on access; the same for the same arguments.
 
     >>> images = RandomImages("perlin", count=10, resolution=16)
     >>> len(images), images[3].shape, images[3].dtype
     (10, torch.Size([3, 16, 16]), torch.uint8)
 
-    Images are made in blocks (400 of most processes), of which the last is kept: read them in order, or shuffle within
-    blocks. No data are read, so it costs no privacy.
+    Images are made in blocks (400 of most processes), of which the last is cached: read them in order, or shuffle
+    within blocks. No data are read, so this costs no privacy.
 
     Args:
         process: a name that ``dprandp generate --process`` takes.
@@ -76,7 +76,7 @@ class RandomImages(torch.utils.data.Dataset):
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
         if count < 1:
-            raise UsageError(f"count is {count}", fix="ask for at least one image")
+            raise UsageError(f"count is {count}", fix="give a count of 1 or more")
         self.process, self.count, self.resolution, self.seed = process_named(process), count, resolution, seed
         self.transform = transform
         self._block, self._images = -1, np.empty(0, np.uint8)
@@ -110,7 +110,7 @@ def random_images(
         process, count, resolution, seed: see ``RandomImages``.
 
     Returns:
-        uint8 [count, resolution, resolution, 3]; those that ``dprandp generate`` writes for the same arguments.
+        uint8 [count, resolution, resolution, 3], equal to those of ``dprandp generate`` with the same arguments.
 
     Raises:
         UsageError: an unknown process, or an argument out of its range.
@@ -169,7 +169,7 @@ def epsilon(noise_multiplier: float, delta: float, *, steps: int, sample_rate: f
 
 @dataclass(frozen=True)
 class PrivateHead:
-    """A linear softmax head, fitted privately; may be released.
+    """A privately fitted linear softmax head; it may be released.
 
     Attributes:
         weights: float32 [d, classes].
@@ -211,13 +211,15 @@ def fit_private_head(
     >>> (head.predict(test_features) == test_labels).float().mean()                                  # doctest: +SKIP
 
     Args:
-        features: float [N, d], one row per record, each computed from that record and public things alone. Statistics
-            of the private features, such as their mean, must not be taken out: that would not be counted.
+        features: float [N, d], one row per record, each computed from that record and public inputs only. Do not
+        subtract
+            statistics of the private features, such as their mean: ε would not cover them.
         labels: whole numbers [N] in 0 … classes − 1.
-        classes: their number, declared and not counted in the labels.
-        epsilon: total ε of everything in the ledger once this head is fitted.
-        ledger: file that keeps what was spent on these N records; begun where it does not exist. Keep it with the data:
-            a second fit on the same records must name the same ledger, and gets what is left.
+        classes: their declared number; never count it in the labels.
+        epsilon: total ε of everything in the ledger after this fit.
+        ledger: file that records the spent budget of these N records; created if it does not exist. Keep it with the
+        data:
+            a second fit on the same records must name the same ledger, and gets the remaining budget.
         delta: None: 1e-5, or 0.1/N where that is smaller.
         steps: updates T. clip_norm: C, the largest L2 norm of a record's gradient.
         lr: None: set by the noise and N. momentum: of the noisy gradients, in [0, 1).
@@ -240,7 +242,7 @@ def fit_private_head(
         )
     if classes < 2:
         raise UsageError(f"classes is {classes}", fix="declare at least two classes")
-    if bool(((targets < 0) | (targets >= classes)).any()):  # says something of the labels, to their owner alone
+    if bool(((targets < 0) | (targets >= classes)).any()):  # reveals something about the labels, to their owner only
         raise InputError("a label lies outside 0 … classes - 1", fix="declare the right number of classes")
     examples = len(rows)
     delta = accounting.advised_delta(examples) if delta is None else delta
@@ -301,9 +303,9 @@ def run(
         epsilon: total ε for everything that the run releases about the data.
         directory: of the run.
         size: 'tiny', 'small' or 'paper'.
-        share: part of ε for the probe; 1: no fine-tune.
+        share: fraction of ε for the probe; 1: no fine-tune.
         data_dir: folder with the files of the known data sets. device: 'auto', 'cpu', 'cuda' or 'cuda:i'.
-        quiet: say nothing while it runs.
+        quiet: print nothing.
         settings: stage -> settings, such as ``generate={"count": 8000}``; see ``docs/settings.md``.
 
     Returns:
@@ -326,13 +328,13 @@ def run(
 
 
 def load_model(path: Path | str) -> ReleasedModel:
-    """A released model: of a run directory, of its ``model/`` folder, or an export of it.
+    """A released model, from a run directory, its ``model/`` folder, or an export.
 
     >>> model = load_model("runs/digits")                                                              # doctest: +SKIP
     >>> model.predict("scan.png")[0]["class"]                                                          # doctest: +SKIP
 
     Raises:
-        InputError: there is none. CheckpointError: it is damaged, or the run's ledger does not bear it out.
+        InputError: there is none. CheckpointError: it is damaged, or contradicts the run's ledger.
     """
     path = Path(path)
     if (path / "run.json").exists():

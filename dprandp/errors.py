@@ -6,12 +6,12 @@ Imports nothing of the package. ``cli.py`` turns each class into its exit code; 
 code  class                  meaning
 ====  =====================  =====================================================
 1     (any other exception)  a bug in dprandp
-1     AuditError             the audit contradicts the privacy claim, or missed a fault it was shown
+1     AuditError             the audit contradicts the privacy claim, or missed an injected fault
 1     BenchmarkError         a ratio of speed regressed past its bound, or two ways to compute the same disagree
 2     UsageError             a flag or a configuration value makes no sense
 3     InputError             an input is missing or invalid (data, shards, folders)
 4     CheckpointError        a checkpoint is corrupt or belongs to something else
-5     BudgetError            the privacy budget refuses
+5     BudgetError            the privacy budget would be exceeded
 6     StorageError           disk full, read-only, locked, or another IO failure
 130   (SIGINT) / 143 (SIGTERM), after a saved checkpoint
 ====  =====================  =====================================================
@@ -24,13 +24,13 @@ from collections.abc import Iterable
 
 
 class DprandpError(Exception):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and correct.
 
     Args:
-        problem: one sentence saying what was wrong, with the offending value. It must hold nothing private:
+        problem: one sentence saying what was wrong, with the wrong value. It must contain nothing private:
             no pixel, label, index or file name of a private example.
         fix: one sentence saying what to do next.
-        private_detail: what only the data's owner may see (a file name, a position). Printed with ``--debug`` alone.
+        private_detail: details for the data's owner only (a file name, a position), printed only with ``--debug``.
     """
 
     exit_code = 1
@@ -64,19 +64,19 @@ class CheckpointError(DprandpError):
 
 
 class BudgetError(DprandpError):
-    """The privacy budget does not allow what was asked (exit code 5)."""
+    """The privacy budget would be exceeded (exit code 5)."""
 
     exit_code = 5
 
 
 class StorageError(DprandpError):
-    """The disk refused: full, read-only, locked by another process (exit code 6)."""
+    """A failure of the disk: full, read-only, locked by another process (exit code 6)."""
 
     exit_code = 6
 
 
 class AuditError(DprandpError):
-    """The audit contradicts the privacy claim, or missed a fault that it was shown (exit code 1: a bug somewhere)."""
+    """The audit contradicts the privacy claim, or missed an injected fault (exit code 1: a bug)."""
 
     exit_code = 1
 

@@ -40,18 +40,18 @@ from dprandp.vision.images import contact_sheet
 
 # ------------------------------------------------------------------------------------------------------------- workers
 #
-# Processes that make images beside this one.
+# Worker processes.
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """So many processes, which end with this one, however it ends."""
+    """A pool of processes, which end when this one ends, even by kill -9."""
     # spawn: a fork of a process whose torch has started threads may hang
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
 
 
 @contextmanager
 def interrupts_left_to_us() -> Iterator[None]:
-    """Workers start at a submission and inherit this mask: Ctrl-C reaches them too, but it is for us to obey."""
+    """Block SIGINT while workers start, so that they inherit the mask: only this process handles Ctrl-C."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -60,15 +60,15 @@ def interrupts_left_to_us() -> Iterator[None]:
 
 
 def lost_worker() -> StorageError:
-    """What to say when a worker has died."""
+    """The error for a dead worker."""
     return StorageError(
-        "a worker process died while it made images, most likely for want of memory",
+        "a worker process died while it made images, probably for lack of memory",
         fix="run the same command again with fewer --workers; whole shards are kept",
     )
 
 
 def _begin() -> None:
-    """Start of a worker: end it when its parent is gone, even by kill -9; it would wait for work for ever."""
+    """Start of a worker: end it when its parent is gone, even by kill -9."""
 
     def watch() -> None:
         parent_process().join()
@@ -86,7 +86,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
     """Write the images of ``config`` into the run directory.
 
     Returns:
-        process, count, resolution, images_per_second, seconds; nothing ({}) on another rank than rank 0.
+        process, count, resolution, images_per_second, seconds; {} on ranks other than rank 0.
 
     Raises:
         UsageError: unknown process, or a configuration other than the one the directory holds.
@@ -105,7 +105,7 @@ def run(config: GenerateConfig, context: Context) -> dict:
 
 
 def _to_render(config: GenerateConfig, context: Context) -> dict[str, Any] | None:
-    """Begin the stage in the run directory: the configuration there, and the blocks to render; None if it is done."""
+    """Begin the stage in the run directory and return its blocks to render; None if it is done."""
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
         return None
@@ -142,7 +142,7 @@ def _finish(config: GenerateConfig, made: int, seconds: float, context: Context)
 
 
 def check(config: GenerateConfig) -> None:
-    """Refuse an unknown process (UsageError), a resolution that is not offered, or a sample of more than there are."""
+    """Raise UsageError for an unknown process, an unsupported resolution, or a sample of more than ``count``."""
     process_named(config.process)
     if config.sample is not None and config.sample > config.count:
         raise UsageError(
@@ -153,10 +153,10 @@ def check(config: GenerateConfig) -> None:
 
 
 def blocks_of(config: GenerateConfig) -> dict[int, int]:
-    """Which blocks of the process are rendered, and how many images of each.
+    """The blocks of the process that are rendered, and their numbers of images.
 
-    With ``sample`` these are the images, and no others, that ``open_images(folder, sample)`` would return if all
-    ``count`` were there: the first of every block, as evenly as the blocks allow.
+    With ``sample`` these are exactly the images that ``open_images(folder, sample)`` would take of all ``count``: the
+    first of every block, as evenly as the blocks allow.
 
     Raises:
         UsageError: unknown process.
@@ -169,12 +169,13 @@ def blocks_of(config: GenerateConfig) -> dict[int, int]:
 def open_images(
     folder: Path, limit: int | None = None, *, from_end: bool = False, without_end: int = 0
 ) -> list[np.ndarray]:
-    """The images of a finished ``generate`` stage, spread evenly over its shards, where they lie.
+    """The images of a finished ``generate`` stage, memory-mapped, taken evenly from its shards.
 
     Args:
         folder: the stage's folder.
-        limit: at most this many (None: all). As many images are taken from every shard, from its beginning, give or
-            take one; where a shard is too short, the others make up for it.
+        limit: at most this many (None: all). Equally many images (± 1) are taken from the beginning of every shard; if
+        a
+            shard is too short, more are taken from the others.
         from_end: take them from the shards' ends instead.
         without_end: leave out those that ``from_end`` takes for this limit.
 
@@ -194,12 +195,12 @@ def open_images(
 
 
 def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
-    """A copy in memory of what ``open_images`` opens, uint8 [N, R, R, 3]: for a few images."""
+    """The images of ``open_images`` copied into memory, uint8 [N, R, R, 3]: for a few images."""
     return np.concatenate(open_images(folder, limit, from_end=from_end))
 
 
 def _spread(sizes: list[int], limit: int | None) -> list[int]:
-    """How many images to take from shards of these sizes: min(limit, all there are), as evenly as the sizes allow."""
+    """The number of images to take from each shard: min(limit, all) in total, as evenly as the sizes allow."""
     left = sum(sizes) if limit is None else min(limit, sum(sizes))
     counts = [0] * len(sizes)
     while left:
@@ -237,7 +238,7 @@ def _shards(folder: Path) -> list[np.ndarray]:
         path = folder / shard["file"]
         if not path.is_file() or file_sha256(path) != shard["sha256"]:
             raise CheckpointError(
-                f"{path} is missing or not as it was written (its SHA-256 differs from the manifest's)",
+                f"{path} is missing or has changed (its SHA-256 differs from the manifest's)",
                 fix="run `dprandp generate --overwrite` to make the images again",
             )
         if not _is_whole(folder, len(shards), shard.get("count"), manifest.get("resolution")):
@@ -279,7 +280,7 @@ def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context
                         progress.advance(future.result())
                     stop.raise_if_requested()
             except BrokenProcessPool as error:
-                stop.raise_if_requested()  # the signal that stopped us has ended a worker as well
+                stop.raise_if_requested()  # the signal may have ended a worker as well
                 raise lost_worker() from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -292,7 +293,7 @@ Job = tuple[str, int, int, int, int, Path]
 
 
 def _render_round(jobs: list[Job], ranks: Ranks) -> int:
-    """A shard by each rank, as far as there are any; rank 0 writes them. Returns how many images that were."""
+    """Render one shard on each rank; rank 0 writes them. Returns the number of images."""
     process, seed, _, _, resolution, _ = jobs[0]
     counts = [count for _, _, _, count, _, _ in jobs] + [0] * (ranks.size - len(jobs))
     own = np.zeros((0, resolution, resolution, 3), np.uint8)
@@ -315,7 +316,7 @@ def _write_images(images: np.ndarray, block: int, folder: Path) -> int:
 
 
 def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:
-    """Whether the block's shard is there with the right shape and type (it took its name only once it was whole)."""
+    """Whether the block's shard is there with the right shape and type (it gets its name only when complete)."""
     path = folder / shard_name(block)
     if not path.is_file():
         return False

@@ -1,6 +1,6 @@
-"""``model/`` read back: its bytes checked, its network built and filled.
+"""Read ``model/``: check its bytes, build its network and fill it.
 
-Nothing but the three files of ``model/`` is read: a released model works without the run that made it.
+Only the three files of ``model/`` are read: a released model works without the run that made it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ReleasedModel:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the stage that made the model reported: test metrics and the privacy disclosure."""
+        """The result of the stage that made the model: test metrics and the privacy disclosure."""
         return self.config["result"]
 
     @property
@@ -68,7 +68,7 @@ class ReleasedModel:
         return why_not_private({**self.result, "epsilon": float(self.result["epsilon"])})
 
     def probabilities(self, images: np.ndarray) -> torch.Tensor:
-        """Classify images; each by itself.
+        """Class probabilities of images, each computed independently.
 
         Args:
             images: uint8 [N, height, width, channels] of ``shape``.
@@ -99,7 +99,7 @@ def load_model(folder: Path | str) -> ReleasedModel:
 
     Raises:
         InputError: there is no model. CheckpointError: a file is missing, damaged, not the one that was released, of a
-            newer format, or describes another network than the weights are of.
+            newer format, or describes a network that does not fit the weights.
     """
     folder = Path(folder)
     if not folder.is_dir() or not (folder / "config.json").exists():
@@ -126,37 +126,37 @@ def load_model(folder: Path | str) -> ReleasedModel:
 
 
 def load_run_model(rundir: RunDir) -> ReleasedModel:
-    """The model of a run, held against the run's ledger and results.
+    """The model of a run, compared with the run's ledger and results.
 
     Raises:
-        As ``load_model`` and ``open_run_ledger``. CheckpointError: the model was not made in this run, or says other
-            things of itself than the run does.
+        As ``load_model`` and ``open_run_ledger``. CheckpointError: the model was not made in this run, or
+            contradicts run.json.
     """
     model, ledger = load_model(rundir.model_dir), open_run_ledger(rundir)
     if ledger is None or not ledger.includes(model.result.get("ledger_head", "")):
         raise CheckpointError(
             f"{rundir.model_dir} holds a model whose privacy cost is not in this run's ledger",
-            fix="restore the run as a whole from a copy; a model from elsewhere is named with --model",
+            fix="restore the whole run from a copy; use --model for a model from elsewhere",
         )
     said = rundir.result(model.result["stage"])
-    if said.get("ledger_head") == model.result["ledger_head"]:  # else its stage was begun afresh since
+    if said.get("ledger_head") == model.result["ledger_head"]:  # else its stage was restarted since
         own = thawed(model.result)
         if said | {"data": own["data"]} != own:
             raise CheckpointError(
-                f"{rundir.model_dir / 'config.json'} says other things of the model than run.json does",
+                f"{rundir.model_dir / 'config.json'} contradicts run.json about the model",
                 fix="restore the run's model folder from a copy",
             )
     return model
 
 
 def _config(path: Path, data: bytes) -> dict[str, Any]:
-    """Parse and check config.json, field by field, as far as the network is built from it."""
-    why = "it is no valid JSON"
+    """Parse and check config.json, for every field that the network is built from."""
+    why = "it is not valid JSON"
     try:
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError("too long")
         config = from_json(data)
-        why = "it is no description of a model"
+        why = "it does not describe a model"
         if isinstance(config, dict) and type(config.get("format")) is int and config["format"] != MODEL_FORMAT:
             newer = config["format"] > MODEL_FORMAT
             raise CheckpointError(
@@ -192,12 +192,12 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
 def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> Classifier:
     """Build the network that the configuration describes, and fill it.
 
-    It is laid out without memory first and held against the file: a description cannot ask for more than is there.
+    It is first built without memory and compared with the file, so that a hostile description cannot exhaust memory.
     """
     tensors = tensors_from_bytes(data, path)
     projection = tensors.get("whitener.projection")
     if projection is not None and projection.ndim != 2:
-        raise CheckpointError(f"{path} holds a whitener that is no matrix", fix="restore the folder from a copy")
+        raise CheckpointError(f"{path} holds a whitener that is not a matrix", fix="restore the folder from a copy")
 
     def build() -> Classifier:
         extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
@@ -213,7 +213,7 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
             layout = build().state_dict()
     except (DprandpError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path.parent / 'config.json'} describes no network that this version can build",
+            f"{path.parent / 'config.json'} describes a network that this version cannot build",
             fix="restore the folder from a copy, or upgrade dprandp",
         ) from error
     try:
@@ -229,11 +229,11 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
 
 # -------------------------------------------------------------------------------------------------------------- export
 #
-# A copy of ``model/`` to hand on: the three releasable files as they were verified, and an example that loads them.
+# A copy of ``model/`` for others: the three verified files, and an example that loads them.
 
 EXAMPLE_FILE = "example.py"
 EXPORTED_FILES = (*MODEL_FILES, EXAMPLE_FILE)
-"""The allow-list of an export; a test holds it."""
+"""The allow-list of an export."""
 
 EXAMPLE = '''"""Classify images with the model in this folder: python example.py IMAGE...
 
@@ -254,9 +254,9 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
     """Write a copy of a verified model.
 
     Args:
-        model: see ``load_model``; its bytes in memory are what is written, so nothing can change in between.
+        model: see ``load_model``; its bytes in memory are written, so nothing can change in between.
         target: a folder that is new or empty, or a new file ending in ``.zip``.
-        allow_not_private: consent to hand on a model without a guarantee. It stays stamped NOT PRIVATE.
+        allow_not_private: consent to export a model without a guarantee. It stays stamped NOT PRIVATE.
 
     Guarantee:
         Nothing but ``EXPORTED_FILES`` is written, and every byte of them is releasable.
@@ -289,7 +289,7 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
         atomic_write(target, _zipped(content, target.stem))
     else:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target} exists and is no empty folder", fix="give a new folder, or a name ending .zip")
+            raise UsageError(f"{target} exists and is not empty", fix="give a new folder, or a name ending .zip")
         with storage_errors(target, "create"):
             target.mkdir(parents=True, exist_ok=True)
         for name in EXPORTED_FILES:
@@ -322,7 +322,7 @@ def _zipped(content: dict[str, bytes], folder: str) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------------- predict
 #
-# Classify new images with a released model. Reads ``model/`` and the images, and nothing else of a run.
+# Classify new images with a released model. Reads only ``model/`` and the images.
 
 __all__ = ["predict", "prediction_csv", "prediction_lines", "skipped_text"]
 

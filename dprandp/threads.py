@@ -1,7 +1,7 @@
 """Parallel work on a CPU without barriers: as many threads as torch is allowed, each doing single-threaded tensor work.
 
-torch splits every operation over its threads and waits for the slowest, which wastes much of a small machine when the
-operations are short or a core is busy elsewhere. Threads that each work through their own part wait once.
+torch splits every operation over its threads and waits for the slowest, which wastes time if operations are short or a
+core is busy. Threads that each work through their own part wait only once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 def in_parts(work: Callable[[int, int], Result], parts: int | None = None) -> list[Result]:
     """Call ``work(part, parts)`` for every part at once; results in the order of the parts.
 
-    Gradient mode and CPU autocast are those of the caller in every part. torch keeps both per thread: without this, a
-    part that happens to stay in the calling thread would compute in another precision than the others.
+    Gradient mode and CPU autocast are those of the caller in every part. torch keeps both per thread, so otherwise the
+    part in the calling thread could compute in another precision than the others.
 
     Args:
         work: does part number ``part`` of ``parts``; torch uses one thread inside.
-        parts: how many; by default the number of threads torch is set to.
+        parts: their number; by default torch's number of threads.
     """
     threads = torch.get_num_threads()
     parts = parts or threads

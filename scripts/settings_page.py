@@ -13,7 +13,7 @@ from dprandp.config.settings import SLIP, Setting, choices_of, plain_type, setti
 HEAD = """# Settings
 
 Every setting of every stage. Each can stand in the stage's table of a `--config FILE.toml`; those with a flag can be
-given on the command line, which wins over the file. This page is made from the declarations
+given on the command line, which overrides the file. This page is made from the declarations
 (`python scripts/settings_page.py`).
 """
 

@@ -1,4 +1,4 @@
-"""Commands that look at a run, or at nothing: status, report, verify, account, datasets, priors."""
+"""Commands about a run, the accounting, data sets and priors: status, report, verify, account, datasets, priors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def account(
     adjacency: Annotated[
         str,
         typer.Option(
-            help="What must not be noticed: zero-out (a record's slot is empty), add-remove or replace-one.",
+            help="How neighbours differ: zero-out (a record's slot is empty), add-remove or replace-one.",
             rich_help_panel=flags.PRIVACY,
         ),
     ] = "zero-out",
@@ -106,10 +106,10 @@ def account(
     ] = False,
     group_size: Annotated[
         int,
-        typer.Option(help="Also the ε of k records together, such as one person's.", rich_help_panel=flags.PRIVACY),
+        typer.Option(help="Also give ε for k records together, such as one person's.", rich_help_panel=flags.PRIVACY),
     ] = 1,
 ) -> None:
-    """Calculate σ from ε, or ε from σ, and what that leaves to an attacker; reads no data.
+    """Calculate σ from ε, or ε from σ, and the best attack at that ε; reads no data.
 
     [dim]dprandp account --eps 1 --sample-rate 0.08192 --steps 875[/dim]
     [dim]dprandp account --noise-multiplier 40.9 --steps 120 --curve[/dim]
@@ -136,17 +136,17 @@ def datasets(
     call: Call,
     data: Annotated[
         str | None,
-        typer.Option(help="This data set alone. Default: all.", rich_help_panel=flags.DATA, metavar="NAME"),
+        typer.Option(help="List only this data set. Default: all.", rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
     check: Annotated[
         str | None,
         typer.Option("--check", help="Count duplicates, units and empty classes of this data set (known name, "
                      "npz:PATH, folder:PATH). "
-                     "Reads private data; the answer is private and is written nowhere. Default: none.",
+                     "Reads private data; the result is private and is not stored. Default: none.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
 ) -> None:  # fmt: skip
-    """List the data sets that --data knows and which are at hand; fetch one with --download, or --check your own.
+    """List the data sets for --data, and which of them are present; fetch one with --download, or --check your own.
 
     [dim]dprandp datasets --data fashion-mnist --download --data-dir /data[/dim]
     [dim]dprandp datasets --check npz:scans.npz --unit-column patient[/dim]
@@ -157,10 +157,10 @@ def datasets(
     options, given = call.options, call.given["probe"]
     if check is not None:
         found = overview.check_dataset(check, options.data_dir, given["classes"], given["unit_column"])
-        console.say("what follows was counted in private data without noise: keep it, and do not publish it")
+        console.say("these counts are of private data, without noise: do not publish them")
         return console.result(found, overview.check_lines(found))
     if any(value is not None for value in given.values()):
-        raise UsageError("--unit-column and --classes belong to --check", fix="name the data set with --check NAME")
+        raise UsageError("--unit-column and --classes need --check", fix="name the data set with --check NAME")
     rows = overview.datasets(options.data_dir, data, download=options.download)
     return console.result({"datasets": rows}, overview.dataset_lines(rows))
 
@@ -179,7 +179,7 @@ def priors(
                      rich_help_panel=flags.DATA),
     ] = False,
 ) -> None:  # fmt: skip
-    """List the shipped priors, for --prior: process, size, features, results, licence.
+    """List the shipped priors for --prior: process, size, features, results, licence.
 
     [dim]dprandp priors[/dim]
     [dim]dprandp priors --check --json[/dim]

@@ -35,7 +35,7 @@ PANELS = (DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT)
 
 @dataclass(frozen=True)
 class Options:
-    """What a command is told beside settings: where things lie, what is printed, what only affects speed."""
+    """Options of a command that are not settings of a stage: paths, output, and speed."""
 
     data_dir: Path = setting(Path("data"), "Folder with the files of the known data sets.", True, panel=DATA,
                              metavar="DIR")  # fmt: skip
@@ -48,10 +48,10 @@ class Options:
         True, metavar="NAME",
     )  # fmt: skip
     size: str | None = setting(
-        None, "One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper. Default: that of "
+        None, "Sets all other defaults: tiny (minutes on 2 cores), small (half an hour), paper. Default: that of "
         "the stage before, else tiny.", True, metavar="tiny|small|paper",
     )  # fmt: skip
-    config: Path | None = setting(None, "TOML with a table per stage; flags win over it.", True, metavar="FILE")
+    config: Path | None = setting(None, "TOML with a table per stage; flags override it.", True, metavar="FILE")
     device: str = setting("auto", "auto, cpu, cuda or cuda:i.", True, panel=PERFORMANCE)
     workers: int | None = setting(None, "Processes that make images. Default: one per core. Never changes the images.",
                                   True, panel=PERFORMANCE)  # fmt: skip
@@ -62,7 +62,7 @@ class Options:
     run: Path = setting(DEFAULT_RUN, "Run directory.", True, panel=OUTPUT, metavar="DIR")
     plan: bool = setting(False, "Print what would run and what ε it would cost; read no data.", True, panel=OUTPUT)
     resume: bool = setting(False, "Keep the recorded settings; use the last good checkpoint.", True, panel=OUTPUT)
-    overwrite: bool = setting(False, "Start the stage afresh. What was spent on privacy stays spent.", True,
+    overwrite: bool = setting(False, "Restart the stage. The privacy budget already spent stays spent.", True,
                               panel=OUTPUT)  # fmt: skip
     json: bool = setting(False, "One JSON object on stdout.", True, panel=OUTPUT)
     quiet: bool = setting(False, "Nothing but errors on stderr.", True, panel=OUTPUT)
@@ -111,7 +111,7 @@ class Flag:
     targets: tuple[tuple[str, str], ...] = ()
 
     def annotation(self) -> Any:
-        """As typer wants it."""
+        """The type annotation for typer."""
         made = typer.Option(self.option, help=self.help, rich_help_panel=self.panel, metavar=self.metavar)
         return Annotated[self.kind, made]
 
@@ -126,13 +126,13 @@ def of_options(names: Sequence[str]) -> list[Flag]:
 
 
 def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = "", says: str = "") -> list[Flag]:
-    """The flags of settings.
+    """The flags of some stages' settings.
 
     Args:
-        stages: those whose setting of this name each flag sets; the first declares it.
+        stages: each flag sets the setting of its name in all of these; the first one's declaration is used.
         names: of the settings; None: all that have a flag.
         prefix: of parameter and option, such as 'probe-'.
-        says: stands before the help, such as 'Of the probe: '.
+        says: put before the help, such as 'Of the probe: '.
     """
     kind = STAGE_CONFIGS[stages[0]]
     flags = []
@@ -150,7 +150,7 @@ def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = 
 
 
 def help_text(stages: Sequence[str], name: str, made: Setting, says: str = "") -> str:
-    """A setting's help with its default: that of all stages, or each stage's own; ``says`` stands before it."""
+    """A setting's help with its default for all stages, or for each; ``says`` is put before it."""
     defaults = {stage: default_text(stage, name) for stage in stages}
     said = defaults[stages[0]]
     if len(set(defaults.values())) > 1:
@@ -162,7 +162,7 @@ def help_text(stages: Sequence[str], name: str, made: Setting, says: str = "") -
 def command(
     app: typer.Typer, panel: str, flags: Sequence[Flag] = (), options: Sequence[str] = RUN, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command: its own parameters are flags as typer reads them, the first is a ``Call``.
+    """Make a function a command. Its first parameter is a ``Call``; the others are flags as typer reads them.
 
     Args:
         app: what the command is added to.

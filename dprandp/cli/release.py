@@ -1,4 +1,4 @@
-"""The command predict: new images through a released model."""
+"""The commands predict and export: classify new images with a released model, and copy the model for others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predict(
         bool, typer.Option("--overwrite", help="Replace the file of --out.", rich_help_panel=flags.OUTPUT)
     ] = False,
 ) -> None:  # fmt: skip
-    """Classify images with a run's model: reads its model/ folder and the images, nothing else of the run.
+    """Classify images with a run's model. Reads only its model/ folder and the images.
 
     [dim]dprandp predict scan1.png scan2.png[/dim]
     [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]
@@ -73,8 +73,6 @@ def predict(
 
 
 # -------------------------------------------------------------------------------------------------------------- export
-#
-# The command export: a released model, copied for others.
 
 
 @flags.command(app, "A model", options=flags.TALKING)
@@ -83,7 +81,7 @@ def export(
     *,
     allow_not_private: Annotated[
         bool,
-        typer.Option("--allow-not-private", help="Export a model without a guarantee too, stamped NOT PRIVATE.",
+        typer.Option("--allow-not-private", help="Export the model even if it is NOT PRIVATE; the stamp stays.",
                      rich_help_panel=flags.PRIVACY),
     ] = False,
     out: Annotated[

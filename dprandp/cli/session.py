@@ -19,7 +19,7 @@ from dprandp.runs.console import Console
 from dprandp.runs.directory import STAGES, RunDir
 
 current = Console()
-"""The console of the command under way; errors raised before a command has parsed its flags go to this plain one."""
+"""The console of the running command; errors raised before its flags are parsed go to this plain one."""
 
 
 def console(options: Options) -> Console:
@@ -41,8 +41,8 @@ def opened(path: Path, create: bool = False) -> Iterator[RunDir]:
 
 
 @contextlib.contextmanager
-def looked_at(path: Path, create: bool = False) -> Iterator[RunDir]:
-    """The run directory for ``--plan``: neither locked nor written to. A run yet to be made is an empty folder."""
+def unlocked(path: Path, create: bool = False) -> Iterator[RunDir]:
+    """The run directory for ``--plan``: neither locked nor written to. A run that does not exist is an empty folder."""
     if path.exists() or not create:
         yield RunDir.open(path, create=False)
         return
@@ -51,8 +51,8 @@ def looked_at(path: Path, create: bool = False) -> Iterator[RunDir]:
 
 
 def directory(options: Options, create: bool = False) -> contextlib.AbstractContextManager[RunDir]:
-    """The run directory of a command that may be asked for its plan alone."""
-    return looked_at(options.run, create) if options.plan else opened(options.run, create)
+    """The run directory of a command that has ``--plan``."""
+    return unlocked(options.run, create) if options.plan else opened(options.run, create)
 
 
 def resolve(
@@ -65,8 +65,8 @@ def resolve(
 ):
     """Configuration from flags, with what the run already decided (size, data, budget) as defaults.
 
-    ``planned`` stages count as decided by the run. ``fitting`` values suit the data, as they are declared: they stand
-    where neither a flag nor the configuration file says otherwise.
+    ``planned`` stages count as decided by the run. ``fitting`` values follow from the declared data: flags and the
+    configuration file override them.
     """
     recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
     recorded |= {name: as_dict(config) for name, config in (planned or {}).items()}
@@ -79,19 +79,19 @@ def resolve(
     decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
-        if "data" in recorded.get("finetune", {}):  # begun after the data had moved, maybe
+        if "data" in recorded.get("finetune", {}):  # its path may be newer
             inherited["data"] = recorded["finetune"]["data"]
     elif stage in ("continue", "probe") and stage not in recorded and (other := _private_before(recorded)):
         inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:
         inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
-        if recorded[stage].get("colour") == "both":  # fits whatever the data are
+        if recorded[stage].get("colour") == "both":  # fits all data
             inherited["colour"] = "both"
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 
 
 def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The configuration of another private stage of the run, by which its data and its budget are known."""
+    """The configuration of another private stage of the run, which holds the run's data and budget."""
     found = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
     if found.get("mix") == "public":  # it had no budget
         return {key: value for key, value in found.items() if key not in ("epsilon", "delta", "noise")}
@@ -99,7 +99,7 @@ def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> dict[str, StageConfig]:
-    """What ``generate`` and ``pretrain`` are with a shipped prior; as many images as the probe takes statistics of.
+    """The stages ``generate`` and ``pretrain`` of a shipped prior, with as many images as the probe's statistics take.
 
     Raises:
         UsageError: no such prior, or a configuration file that sets one of the two stages.
@@ -110,7 +110,7 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
     prior, file = str(options.prior), options.config
     if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):
         raise UsageError(
-            f"{file} sets {tables[0]}, and the prior {prior} brings its own",
+            f"{file} sets {tables[0]}, which the prior {prior} sets too",
             fix=f"take the table [{tables[0]}] out of the file, or leave --prior out",
         )
     probe = resolve(rundir, "probe", options, given, public_stages(prior))
@@ -118,18 +118,18 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
 
 
 def refuse_made(prior: str, **given: Any) -> None:
-    """Raise UsageError for a flag that sets how an extractor is made: a prior is made already."""
+    """Raise UsageError for a flag that sets how an extractor is made, which a prior does not need."""
     for name, value in given.items():
         if value is not None:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"{flag} sets how an extractor is made, and the prior {prior} is made already",
+                f"{flag} sets how an extractor is made, but the prior {prior} is a finished one",
                 fix=f"leave {flag} or --prior out",
             )
 
 
 def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> str | None:
-    """'rgb' or 'grey' as a data set declares its channels; None where none is named. Reads no pixel."""
+    """'rgb' or 'grey', from the declared channels of a data set; None without a name. Reads no pixel."""
     if data is None:
         return None
     from dprandp.data import open_dataset
@@ -140,10 +140,10 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
 
 
 def require_data(config: PrivateConfig, options: Options) -> None:
-    """Make sure that a data set's files are there, fetching them if allowed, before hours of public stages.
+    """Make sure that a data set's files are present, fetching them if allowed, before hours of public stages.
 
     Raises:
-        InputError: they are not; which file to put where.
+        InputError: files are missing; it says which file to put where.
     """
     from dprandp.data import open_dataset
 
@@ -154,7 +154,7 @@ def require_data(config: PrivateConfig, options: Options) -> None:
 
 
 def context(rundir: RunDir, console: Console, options: Options, device: str | None = None):
-    """What a stage is given beside its configuration, from flags.
+    """The context of a stage, from flags.
 
     Raises:
         UsageError: a flag out of its range.
@@ -197,12 +197,12 @@ def stage_command(
     fitting: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> None:
-    """Run one stage, after those that a shipped prior stands for, and print its result; or print its plan.
+    """Run one stage, after the stages that a shipped prior replaces, and print its result; or print its plan.
 
     Args:
         stage: its name.
         call: what the command was given.
-        following: the command to suggest next, by the stage's result.
+        following: from the stage's result to the command to suggest next.
         create: whether the run may be a new one.
         fitting: see ``resolve``.
         device: instead of the flag's.
@@ -245,10 +245,10 @@ def print_plan(stage: str, config, context, public: Mapping[str, StageConfig] | 
 
 
 def released_model(run: Path, folder: Path | None):
-    """The model of ``--model``, or of the run; says aloud when it has no guarantee.
+    """The model of ``--model``, or of the run; warns if it has no guarantee.
 
     Raises:
-        InputError: there is none. CheckpointError: it is damaged, or the run's ledger does not bear it out.
+        InputError: there is none. CheckpointError: it is damaged, or contradicts the run's ledger.
     """
     from dprandp.release import load_model, load_run_model
 

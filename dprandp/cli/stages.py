@@ -32,7 +32,7 @@ def pretrain(
     call: Call,
     data: Annotated[
         str | None,
-        typer.Option(help="Learn only for the colour that this data set declares; reads none of its files.",
+        typer.Option(help="Learn only for the declared colour of this data set; reads none of its files.",
                      rich_help_panel=flags.DATA, metavar="NAME"),
     ] = None,
 ) -> None:  # fmt: skip
@@ -67,7 +67,7 @@ def probe(call: Call) -> None:
 
 @flags.command(app, "Stages", of_settings("finetune"), (*flags.PRIVATE_STAGE, "microbatch"))
 def finetune(call: Call) -> None:
-    """Phase III: train every parameter with DP-SGD, on the budget that the probe left.
+    """Phase III: train all parameters with DP-SGD, on the remaining budget.
 
     [dim]dprandp finetune[/dim]
     [dim]dprandp finetune --from scratch --recipe de2022 --data cifar10 --eps 8 --run runs/scratch[/dim]
@@ -80,7 +80,7 @@ def finetune(call: Call) -> None:
 
 @flags.command(app, "Stages", of_settings("continue"), (*flags.PRIVATE_STAGE, "microbatch"), name="continue")
 def continue_extractor(call: Call) -> None:
-    """Between Phases I and II: the extractor learns on, from public images, then privately (Bu et al. 2024).
+    """Between Phases I and II: train the extractor further, on public images, then privately (Bu et al. 2024).
 
     [dim]dprandp continue --public fraction:0.1 --data digits --eps 2[/dim]
     [dim]dprandp continue --switch decelerator --mix step --plan[/dim]
@@ -97,7 +97,7 @@ DIAGNOSED = (
 @flags.command(app, "About a run", of_settings("continue", names=DIAGNOSED),
                (*flags.TALKING, "data_dir", "download", "device", "size", "config"))  # fmt: skip
 def diagnose(call: Call) -> None:
-    """What privacy would cost a step of `continue`, term by term, from public images alone; nothing is charged.
+    """Estimate what privacy costs a step of `continue`, term by term, on public images; nothing is charged.
 
     [dim]dprandp diagnose --public fraction:0.1 --data digits --eps 2[/dim]
     [dim]dprandp diagnose --steps 500 --batch-size 512 --json[/dim]
@@ -126,7 +126,7 @@ RUN_FLAGS = (
     *of_settings("probe", names=TUNING, prefix="probe-", says="Of the probe: "),
     *of_settings("finetune", names=TUNING, says="Of the fine-tune: "),
 )
-"""Steps, batch size, learning rate and views without a prefix go to the fine-tune, which they come from."""
+"""Flags of steps, batch size, learning rate and views without a prefix set the fine-tune."""
 
 
 @flags.command(app, "Stages", RUN_FLAGS, (*flags.PRIVATE_STAGE, "prior", "workers", "microbatch"), name="run")
@@ -170,9 +170,9 @@ def run_all(call: Call) -> None:
 
 
 def _all_stages(resolve, rundir: RunDir, resume: bool) -> dict[str, Any]:
-    """Every stage's configuration before the first one runs: a wrong value is refused at once, not hours later.
+    """Every stage's configuration, checked before the first one runs, so that no wrong value fails hours later.
 
-    With ``resume`` the settings that the run has recorded stand.
+    ``resume`` keeps the settings that the run has recorded.
     """
     configs: dict[str, Any] = {}
     for stage in STAGES:
@@ -183,17 +183,17 @@ def _all_stages(resolve, rundir: RunDir, resume: bool) -> dict[str, Any]:
         for row in rundir.status():
             if row["config"] and row["stage"] in configs:
                 now = configs[row["stage"]]
-                moved = {"data": now.data} if "data" in row["config"] else {}  # known by content, wherever they lie now
+                moved = {"data": now.data} if "data" in row["config"] else {}  # data are known by content, not by path
                 configs[row["stage"]] = type(now)(**row["config"] | moved)
     return configs
 
 
 def _refuse_unused(tuning: dict[str, Any]) -> None:
-    """Flags of the fine-tune where there is none: passing over them would look like obeying them."""
+    """Refuse flags of the fine-tune where there is none."""
     unused = [f"--{name.replace('_', '-')}" for name, value in tuning.items() if value is not None]
     if unused:
         raise UsageError(
-            f"{', '.join(unused)} set the fine-tune, and with --share 1 there is none",
+            f"{', '.join(unused)} set the fine-tune, but --share 1 leaves none",
             fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or a smaller --share",
         )
 
@@ -215,12 +215,12 @@ def tune(
     ] = "synthetic",
     spend: Annotated[
         float,
-        typer.Option(help="With --on private: part of the probe's share of ε for tuning.",
+        typer.Option(help="With --on private: fraction of the probe's ε for tuning.",
                      rich_help_panel=flags.PRIVACY),
     ] = 0.3,
     held_out: Annotated[
         float,
-        typer.Option(help="With --on private: chance of an image to be scored on, not fitted on, in a trial.",
+        typer.Option(help="With --on private: chance that a trial scores on an image instead of fitting it.",
                      rich_help_panel=flags.PRIVACY),
     ] = 0.2,
     trials: Annotated[
@@ -255,8 +255,8 @@ def audit(
     ] = None,
     with_data: Annotated[
         bool,
-        typer.Option("--with-data", help="Replay on the run's private data too. Reads them; publishes passed or "
-                     "failed alone.", rich_help_panel=flags.DATA),
+        typer.Option("--with-data", help="Also make the paired run on the run's private data; publishes only passed "
+                     "or failed.", rich_help_panel=flags.DATA),
     ] = False,
     eps: Annotated[
         float | None,
@@ -273,12 +273,12 @@ def audit(
         typer.Option(help="With --eps: q in (0, 1]. Default 1, full batch.", rich_help_panel=flags.PRIVACY),
     ] = None,
     trials: Annotated[
-        int, typer.Option(help="Trials of the two-world test, a world.", rich_help_panel=flags.PRIVACY)
+        int, typer.Option(help="Runs of the distinguishing game on each data set.", rich_help_panel=flags.PRIVACY)
     ] = 5000,
     canaries: Annotated[int, typer.Option(help="Canaries of the one-run test.", rich_help_panel=flags.PRIVACY)] = 1000,
     controls: Annotated[
         bool,
-        typer.Option("--controls/--no-controls", help="Run the positive controls: known faults that must be flagged.",
+        typer.Option("--controls/--no-controls", help="Inject known faults, which must be flagged.",
                      rich_help_panel=flags.PRIVACY),
     ] = True,
     steps: Annotated[
@@ -295,10 +295,10 @@ def audit(
     plan_only = {"--delta": delta, "--sample-rate": sample_rate, "--steps": steps, "--examples": examples}
     given = [name for name, value in plan_only.items() if value is not None]
     if eps is None and given:
-        raise UsageError(f"{given[0]} describes a plan, and there is no --eps", fix="give --eps too, or only --run")
+        raise UsageError(f"{given[0]} describes a plan, which needs --eps", fix="give --eps too, or only --run")
     if eps is not None and (run != DEFAULT_RUN or with_data):
         raise UsageError(
-            "--eps audits a bare plan, --run and --with-data belong to a run", fix="leave out the one or the other"
+            "--eps audits a plan without a run; --run and --with-data need a run", fix="leave out one of them"
         )
     from dprandp import audit as stage
     from dprandp.audit.games import AuditSettings

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from dprandp.runs.parallel import Ranks
 
 COMMANDS = ("generate", "pretrain", "probe", "finetune", "run")
-"""That several processes can do."""
+"""Commands that several processes can share."""
 
 ranks: Ranks | None = None
-"""Of rank 0, if there are others."""
+"""The processes, as rank 0 sees them; None for a single process."""
 
 
 def join() -> None:
-    """Under ``torchrun``: meet the others. Rank 0 returns; another rank runs the stages with it, and exits as it does.
+    """Under ``torchrun``, join the other processes. Rank 0 returns; any other rank runs the stages, and exits with it.
 
     Raises:
-        UsageError, RankLostError: the processes do not find together.
+        UsageError, RankLostError: the processes cannot connect.
     """
     global ranks
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
@@ -58,11 +58,11 @@ def end(code: object) -> None:
 
 
 def refuse_command(command: str | None) -> None:
-    """Raise UsageError for a command that is one process's work."""
+    """Raise UsageError for a command of one process."""
     if ranks is not None and command is not None and command not in COMMANDS:
         raise UsageError(
-            f"`dprandp {command}` is the work of one process, not of {ranks.size}",
-            fix=f"run it without torchrun; several processes can do: {', '.join(COMMANDS)}",
+            f"`dprandp {command}` runs in one process, not in {ranks.size}",
+            fix=f"run it without torchrun; several processes can run {', '.join(COMMANDS)}",
         )
 
 
@@ -71,16 +71,16 @@ def refuse_flags(device: str, workers: int | None) -> None:
     if device.startswith("cuda:"):
         raise UsageError(
             f"--device {device} names one device for several processes",
-            fix="give --device cuda: each process takes the device of its own number on its machine",
+            fix="give --device cuda: each process takes the device with its own number",
         )
     if workers is not None and workers > 1:
         raise UsageError(
-            f"--workers {workers} and several processes", fix="leave --workers out: the processes are the workers"
+            f"--workers {workers} does not go with several processes", fix="leave --workers out"
         )
 
 
 def _run_stages(met: Ranks) -> NoReturn:
-    """On another rank, run each stage that rank 0 announces; in silence, but for the loss of the others."""
+    """On another rank, run each stage that rank 0 announces; print nothing unless the others are lost."""
     from dprandp import pipeline
     from dprandp.runs.parallel import RankError, RankLostError
 
@@ -105,4 +105,4 @@ def _run_stages(met: Ranks) -> NoReturn:
 def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the goodbyes of libraries to processes that may be gone
+    os._exit(code)  # no shutdown hooks of libraries: they may wait for lost processes

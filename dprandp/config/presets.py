@@ -1,4 +1,4 @@
-"""The size dial: what tiny, small and paper mean for each stage."""
+"""The defaults of each stage at the sizes tiny, small and paper, and published recipes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def recipe_for(arch: str, source: str) -> Recipe:
 
 
 def by_recipe(field: str, *names: str, form: str = "{:g}", named: bool = True) -> str:
-    """A field of some recipes as help texts state it: '8 (patchnet), 40 (wrn)'."""
+    """A field of some recipes, for help texts: '8 (patchnet), 40 (wrn)'."""
     words = {"scratch": "from scratch"}
     said = {name: form.format(getattr(RECIPES[name], field)) for name in names}
     return ", ".join(f"{value} ({words.get(name, name)})" if named else value for name, value in said.items())
@@ -91,7 +91,7 @@ def by_recipe(field: str, *names: str, form: str = "{:g}", named: bool = True) -
 
 # ----------------------------------------------------------------------------------------------------------- published
 #
-# Published hyper-parameters as defaults: what ``--recipe`` stands for. They lie below a file's and flags' settings.
+# Published hyper-parameters, selected by ``--recipe``. Configuration files and flags override them.
 #
 # De et al. 2022, "Unlocking High-Accuracy Differentially Private Image Classification through Scale", arXiv 2204.13650.
 # Their σ is not used: σ is always calibrated for the run's own N, ε and δ. Where ε lies between two of theirs the
@@ -145,19 +145,19 @@ def row_of(recipe: str, arch: str, source: str) -> Row:
         known = "; ".join(f"--from {there} --arch {name}" for name, there in DE_2022)
         raise UsageError(
             f"the recipe {recipe} has no hyper-parameters for {arch} from {source}",
-            fix=f"use one that it has ({known}), or drop --recipe",
+            fix=f"use one of these ({known}), or leave --recipe out",
         )
     return row
 
 
 def settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe sets.
+    """The settings that a recipe gives.
 
     Args:
-        values: what is known of the configuration so far; of these recipe, arch, source and epsilon matter.
+        values: the configuration so far; recipe, arch, source and epsilon are used.
 
     Returns:
-        Settings of a fine-tune; empty without a recipe, or where a value is of a wrong type (which others refuse).
+        Settings of a fine-tune; empty without a recipe, or where a value has the wrong type (refused elsewhere).
 
     Raises:
         UsageError: no such row, or an ε outside the table.
@@ -175,10 +175,10 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steps_for(row: Row, epsilon: float) -> int:
-    """T for an ε: of the table, or between two of its entries; ε = ∞ takes the largest one's.
+    """T for an ε, from the table or interpolated between two entries; ε = ∞ takes that of the largest.
 
     Raises:
-        UsageError: ε is below, above, or between nothing.
+        UsageError: ε is outside the table.
     """
     known = sorted(row.steps)
     if epsilon == math.inf:
@@ -188,7 +188,7 @@ def steps_for(row: Row, epsilon: float) -> int:
     if not known[0] < epsilon < known[-1]:
         listed = ", ".join(f"{each:g}" for each in known)
         raise UsageError(
-            f"the recipe has hyper-parameters for ε = {listed}, and {epsilon:g} is not between them",
+            f"the recipe has hyper-parameters for ε = {listed}, but not for ε = {epsilon:g}",
             fix="give --steps, --batch-size, --lr and --views yourself, without --recipe",
         )
     low = max(each for each in known if each < epsilon)
@@ -198,7 +198,7 @@ def steps_for(row: Row, epsilon: float) -> int:
 
 
 def note(recipe: str | None, arch: str, source: str, epsilon: float) -> str | None:
-    """What the recipe is for this ε, in words, for console and disclosure; None without one.
+    """The recipe for this ε in words, for console and disclosure; None without one.
 
     Raises:
         As ``row_of`` and ``steps_for``.

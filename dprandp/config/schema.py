@@ -3,10 +3,9 @@
 Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
 directory and the report as they are.
 
-A stage's configuration is resolved in this order, later wins: the size's defaults, what the run decided before (its
-data and budget), a published recipe, a ``--config`` file's section of the stage's name, the flags given on the command
-line. ``None`` means "decided by the stage from public facts" (the data set's declared size, ε), and the setting's help
-says how.
+A later source wins over an earlier one: the size's defaults, what the run decided before (its data and budget), a
+published recipe, the stage's table in a ``--config`` file, the flags of the command line. ``None`` means "decided by
+the stage from public facts" (the data set's declared size, ε); the setting's help says how.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ SYNTHETIC = "synth"
 FRACTION = "fraction:"
 SWITCHES = ("plateau", "decelerator")
 WITHOUT_PHASE_ONE = ("scratch", "init")
-"""Sources of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
+"""Starting points of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
 DEFAULT_SHARE = 0.3
-"""Part of ε for the probe. Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II serve best."""
+"""Fraction of ε for the probe. Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II is best."""
 PATCHNET, SECOND_LAYER, NETWORK = "patchnet", "second layer", "network"
-"""What a setting of ``pretrain`` may belong to alone; a network learns by gradients."""
+"""The kinds of extractor that a setting of ``pretrain`` may be for; a network learns by gradients."""
 
 MANY, VERY_MANY = 10**6, 10**9
-"""Limits beyond which no machine's memory or patience reaches: a slip of the finger."""
+"""Upper limits of settings; a larger value is taken for a typing error."""
 
 
 # ---------------------------------------------------------------------------------------------- settings of many stages
@@ -43,29 +42,29 @@ MANY, VERY_MANY = 10**6, 10**9
 
 @dataclass(frozen=True)
 class Common:
-    """Of every stage."""
+    """Settings of every stage."""
 
     size: Literal["tiny", "small", "paper"] = setting(
-        "tiny", "One dial for everything else: tiny (minutes on 2 cores), small (half an hour), paper."
+        "tiny", "Sets all other defaults: tiny (minutes on 2 cores), small (half an hour), paper."
     )
-    seed: int = setting(0, "Public randomness only; never the noise.", True, low=0, wrong="is negative",
+    seed: int = setting(0, "Seed of public randomness; never of the noise.", True, low=0, wrong="is negative",
                         fix="give a seed of 0 or more")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Network:
-    """Of stages that compute with a network."""
+    """Settings of stages that compute with a network."""
 
     precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Products of the network: float32, bfloat16, or auto: bfloat16 for a wrn or vit where the device "
-        "multiplies it faster, else float32. Decided when the stage begins, and recorded. A patchnet: float32.",
+        "auto", "Number format of the network's products: float32, bfloat16, or auto (bfloat16 for a wrn or vit where "
+        "the device multiplies it faster, else float32), decided when the stage begins. A patchnet takes float32.",
         True, panel=PERFORMANCE,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Private(Network, Common):
-    """Of the private stages: the data, the budget and the noise."""
+    """Settings of the private stages: the data, the budget and the noise."""
 
     data: str = setting(
         DEFAULT_DATA, "Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH.", True, panel=DATA,
@@ -76,8 +75,8 @@ class Private(Network, Common):
         low=2, most=10**5,
     )  # fmt: skip
     unit_column: str | None = setting(
-        None, "What must be hidden as a whole: images with equal values in this array of npz: data (patient or "
-        "patient_train), or column of units.csv in folder: data, are one unit of privacy. image: each image.",
+        None, "Unit of privacy: images with equal values in this array of npz: data (patient or patient_train), or "
+        "column of units.csv in folder: data, are one unit. image: each image is a unit.",
         True, panel=PRIVACY, metavar="NAME", otherwise="groups_train, or unit, where the data have it; else each image",
     )  # fmt: skip
     epsilon: float = setting(
@@ -113,25 +112,25 @@ class GenerateConfig(Common):
     count: int = setting(4000, "Number of images to make.", True, panel=DATA, above=0, most=10**8)
     resolution: int = setting(64, "Their width and height in pixels.", True, panel=DATA, above=0)
     sample: int | None = setting(
-        None, "Make only so many of the count images: those that a later stage takes of all as a sample.",
+        None, "Make only this many of the count images: the sample that a later stage would take of all.",
         above=0, most=10**8, otherwise="all",
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PretrainConfig(Network, Common):
-    """Phase I, second half: a feature extractor from those images. Settings of another architecture are unused."""
+    """Phase I, second half: a feature extractor from those images. Settings of other architectures are unused."""
 
     arch: str = setting(
         "patchnet", "patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4.", True
     )
-    random_init: bool = setting(False, "Keep the random weights: a control that says what Phase I is worth.", True)
+    random_init: bool = setting(False, "Keep the random weights: a control for the effect of Phase I.", True)
     colour: Literal["rgb", "grey", "both"] = setting(
-        "both", "Learn for rgb or grey data, or both: later stages take what fits. A patchnet for both is two "
-        "dictionaries; a network that learns by gradients is one, and sees every second image in grey.", True,
+        "both", "Colour of the data: rgb, grey or both. With both, a patchnet learns two dictionaries, of which later "
+        "stages take the one that fits; a wrn or vit sees every second image in grey.", True,
         panel=DATA,
     )  # fmt: skip
-    prior: str | None = setting(None, "A shipped prior, taken as it is; all other settings are those of its card.")
+    prior: str | None = setting(None, "A shipped prior, used unchanged; all other settings are those of its card.")
     filters: int = setting(400, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
     patch_size: int = setting(6, "Side of its patches in pixels.", above=0, of=PATCHNET)
     patch_dims: int = setting(64, "Components that patches are whitened to.", above=0, of=PATCHNET)
@@ -146,29 +145,30 @@ class PretrainConfig(Network, Common):
     )  # fmt: skip
     second_filters: int = setting(400, "Filters of the second layer.", above=0, most=10**5, of=SECOND_LAYER)
     steps: int = setting(100, "Steps of a wrn or vit.", True, above=0, most=VERY_MANY, of=NETWORK, learning=True)
-    batch_size: int = setting(32, "Images of such a step, two views of each.", True, above=0, most=VERY_MANY,
+    batch_size: int = setting(32, "Images of a step of a wrn or vit, two views of each.", True, above=0, most=VERY_MANY,
                               of=NETWORK, learning=True)  # fmt: skip
-    optimizer: Literal["sgd", "adamw"] = setting("sgd", "Of a wrn or vit.", True, of=NETWORK, learning=True)
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "Optimizer of a wrn or vit.", True, of=NETWORK, learning=True)
     lr: float | None = setting(
         None, "Learning rate of a wrn or vit.", True, above=0, of=NETWORK, learning=True,
         otherwise="0.03, or 0.12 (paper); 0.001 for adamw",
     )  # fmt: skip
-    momentum: float = setting(0.9, "Of sgd.", low=0, below=1, of=NETWORK, learning=True)
-    weight_decay: float = setting(1e-4, "Of the optimizer.", low=0, of=NETWORK, learning=True)
-    schedule: Literal["cosine", "step"] = setting("cosine", "Of the learning rate.", of=NETWORK, learning=True)
+    momentum: float = setting(0.9, "Momentum of sgd.", low=0, below=1, of=NETWORK, learning=True)
+    weight_decay: float = setting(1e-4, "Weight decay of the optimizer.", low=0, of=NETWORK, learning=True)
+    schedule: Literal["cosine", "step"] = setting("cosine", "Schedule of the learning rate.", of=NETWORK, learning=True)
     projection_hidden: int = setting(512, "Width of the projection head's hidden layer.", above=0, most=MANY,
                                      of=NETWORK, learning=True)  # fmt: skip
     projection_dim: int = setting(128, "Dimensions in which views are compared.", above=0, most=MANY, of=NETWORK,
                                   learning=True)  # fmt: skip
     layer_order: Literal[
         "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
-    ] = setting("relu-norm-conv", "What comes before a convolution of a wrn.", of=NETWORK)
-    weight_standardisation: bool = setting(True, "Of a wrn's convolutions.", of=NETWORK)
+    ] = setting("relu-norm-conv", "Order of operations around a convolution of a wrn.", of=NETWORK)
+    weight_standardisation: bool = setting(True, "Standardise the filters of a wrn.", of=NETWORK)
     padding: Literal["symmetric", "same"] | None = setting(
-        None, "Of convolutions with stride 2: symmetric, or same as De et al. 2022.", of=NETWORK, otherwise="symmetric"
+        None, "Padding of convolutions with stride 2: symmetric, or same (De et al. 2022).", of=NETWORK,
+        otherwise="symmetric",
     )
     pooling: Literal["1", "4", "1+4"] | None = setting(
-        None, "Grids that the last stage's map is averaged over.", of=NETWORK, otherwise="1+4"
+        None, "Grids over which the last stage's map is averaged.", of=NETWORK, otherwise="1+4"
     )
     feature_stages: Literal["last", "all"] = setting(
         "last", "Features of a wrn: averages of its last stage's map (published), or of all three stages'. Costs no "
@@ -183,26 +183,26 @@ class PretrainConfig(Network, Common):
 
 @dataclass(frozen=True)
 class ContinueConfig(Private):
-    """Between Phases I and II: the extractor goes on learning, from public images and then privately."""
+    """Between Phases I and II: train the extractor further, on public images and then privately."""
 
     public: str = setting(
         SYNTHETIC, "Public images: synth (the run's synthetic ones), fraction:F (a random part F of the training "
         "split, which you declare public), or a data set that you declare public, such as folder:PATH.", True,
         panel=DATA, metavar="WHAT",
     )  # fmt: skip
-    instances: int = setting(256, "With --public synth: images to tell apart.", True, panel=DATA, above=0, most=10**7)
+    instances: int = setting(256, "With --public synth: images, each a class.", True, panel=DATA, above=0, most=10**7)
     share: float = setting(
-        0.7, "Part of what is left of ε for the private steps, in (0, 1]; 1 leaves nothing for a probe on the same "
-        "data.", True, panel=PRIVACY, above=0, most=1, fix="give a part of ε such as 0.7, or 1",
+        0.7, "Fraction of the remaining ε for the private steps, in (0, 1]; 1 leaves nothing for a probe on the same "
+        "data.", True, panel=PRIVACY, above=0, most=1, fix="give a fraction of ε such as 0.7, or 1",
     )  # fmt: skip
     switch: str = setting(
-        "plateau", "Where private steps begin: plateau of the loss of held-out public images; decelerator, when noise "
-        "costs less than a tenth of a step, estimated on public images; or a step.", True,
+        "plateau", "Where private steps begin: plateau (of the loss on held-out public images), decelerator (when "
+        "noise costs less than a tenth of a step, estimated on public images), or the number of the step.", True,
         metavar="plateau|decelerator|STEP",
     )  # fmt: skip
     mix: Literal["step", "cosine", "ratio", "public", "private"] = setting(
         "step", "Weight α of the public gradient: step (1, then 0 from the switch on), cosine or ratio (in every "
-        "private step), public or private (alone).", True,
+        "private step), public (1) or private (0).", True,
     )  # fmt: skip
     steps: int = setting(200, "Public and private steps in all.", True, above=0, most=VERY_MANY)
     check_every: int = setting(10, "Public steps between two evaluations of the public validation loss, by which the "
@@ -214,8 +214,8 @@ class ContinueConfig(Private):
     public_batch_size: int = setting(64, "Images of a public step.", True, above=0, most=MANY)
     lr: float = setting(0.001, "AdamW's learning rate of the private and the mixed steps.", True, above=0)
     public_lr: float = setting(0.002, "AdamW's learning rate of public steps.", True, above=0)
-    weight_decay: float = setting(0.01, "AdamW's.", low=0, below=1, fix="give a small one, or 0")
-    clip_norm: float = setting(1.0, "With automatic clipping the unit of sum and noise, and nothing else.", above=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay.", low=0, below=1, fix="give a small one, or 0")
+    clip_norm: float = setting(1.0, "Scale of sum and noise; with automatic clipping it changes nothing else.", above=0)
     views: int = setting(1, "Augmented views K of each private example, averaged before the clip.", True, above=0,
                          most=10**4)  # fmt: skip
     ema: float = setting(0.9999, "Decay of the moving average of the parameters that is released.", low=0, below=1)
@@ -230,12 +230,12 @@ class ProbeConfig(Private):
     """Phase II: a head on frozen features, fitted with DP-SGD."""
 
     share: float | None = setting(
-        None, "Part of ε for the probe, in (0, 1]; 1: all that is left, and nothing for finetune.", True, panel=PRIVACY,
+        None, "Fraction of ε for the probe, in (0, 1]; 1: all of it, and nothing for finetune.", True, panel=PRIVACY,
         above=0, most=1, otherwise=f"{DEFAULT_SHARE:g}",
-        fix="give the probe a part of epsilon such as 0.3, or 1 to fit nothing but the probe",
+        fix="give the probe a fraction of epsilon such as 0.3, or 1 to fit nothing but the probe",
     )  # fmt: skip
     # A gradient here is (p − y) xᵀ with x of unit norm, so about .95 long at first and shorter once an example is
-    # fitted. A bound that only the first ones reach adds noise for a length that they soon no longer have.
+    # fitted. A larger bound would add noise for a length that gradients soon no longer have.
     clip_norm: float = setting(0.5, "Clip norm C: largest L2 norm of an example's gradient.", "--clip", panel=PRIVACY,
                                above=0)  # fmt: skip
     steps: int = setting(120, "Updates T.", True, above=0, most=VERY_MANY)
@@ -244,18 +244,18 @@ class ProbeConfig(Private):
         otherwise="N (every example, q = 1)",
     )  # fmt: skip
     lr: float | None = setting(None, "Learning rate.", True, above=0, otherwise="set by the noise and the data's size")
-    momentum: float = setting(0.9, "Of the noisy gradients.", low=0, below=1)
+    momentum: float = setting(0.9, "Momentum of the noisy gradients.", low=0, below=1)
     views: int = setting(1, "Augmented views K of each example, averaged before the clip.", True, above=0, most=10**4)
     released: Literal["average", "ema", "last"] = setting(
         "average", "What is released: the average of the second half of the iterates, the ema, or the last one."
     )
-    dims: int = setting(1024, "Components that each part of the features is whitened to (a layer of patches is one; so "
-                        "is each stage of a WRN).", above=0, most=MANY)  # fmt: skip
-    statistics_images: int = setting(1000, "Synthetic images of which the whitener's statistics are taken.", above=0,
+    dims: int = setting(1024, "Components to which each part of the features is whitened (one part for each layer of "
+                        "patches, or each stage of a WRN).", above=0, most=MANY)  # fmt: skip
+    statistics_images: int = setting(1000, "Synthetic images for the whitener's statistics.", above=0,
                                      most=10**8)  # fmt: skip
     statistics_views: int = setting(
-        4, "Views of each; features are divided by how much the views of an image differ (within-class covariance "
-        "normalisation). 1: crops alone, without it.", above=0, most=1000,
+        4, "Views of each image for the within-class covariance normalisation, where a class is the views of one "
+        "image. 1: crops only, without that normalisation.", above=0, most=1000,
     )  # fmt: skip
     whitening_floor: float = setting(
         0.1, "Added to the eigenvalues of the features' covariance, relative to their mean.", above=0
@@ -263,7 +263,7 @@ class ProbeConfig(Private):
     mirror: bool | None = setting(None, "Average the features of an image and its mirror image.",
                                   otherwise="as the data set declares")  # fmt: skip
     tuned_on: str | None = setting(
-        None, "What these settings were tuned on, if you tuned elsewhere; stored and shown.", True, panel=OUTPUT,
+        None, "Data on which you tuned these settings elsewhere; stored and shown.", True, panel=OUTPUT,
         metavar="TEXT", line=True, otherwise="nothing",
     )  # fmt: skip
 
@@ -276,32 +276,33 @@ class FinetuneConfig(Private):
     """Phase III: every parameter, with DP-SGD."""
 
     source: Literal["probe", "scratch", "init"] = setting(
-        "probe", "Start from the probe; from scratch, a random network without Phase I or II (De et al. 2022); or, "
-        "init, from the public weights of --init.", "--from", otherwise="probe, or init where --init is given",
+        "probe", "Starting point: the probe; scratch, a random network without Phase I or II (De et al. 2022); or "
+        "init, the public weights of --init.", "--from", otherwise="probe, or init where --init is given",
     )  # fmt: skip
     arch: str = setting("wrn-16-4", "With --from scratch or --init: wrn-DEPTH-WIDTH, or nf-resnet-50.", True)
     recipe: Literal["de2022"] | None = setting(
         None, "de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and --eps; "
-        "σ is always calibrated. Flags win over it.", True, otherwise="none",
+        "σ is always calibrated. Flags override the recipe.", True, otherwise="none",
     )  # fmt: skip
     init: str | None = setting(
-        None, "safetensors file with public weights of --arch. That they are public is yours to declare, with "
-        "--init-source.", True, metavar="FILE", otherwise="none",
+        None, "safetensors file with public weights of --arch. Declare their source with --init-source.", True,
+        metavar="FILE", otherwise="none",
     )  # fmt: skip
     init_source: str | None = setting(
-        None, "What the weights of --init were learned from; stored and shown.", True, metavar="TEXT", line=True,
+        None, "Data from which the weights of --init were learned; stored and shown.", True, metavar="TEXT", line=True,
         otherwise="none, needed with --init",
     )  # fmt: skip
     layer_order: Literal[
         "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
     ] | None = setting(
-        None, "What comes before a convolution of a wrn made here.", True, metavar="ORDER", otherwise="relu-norm-conv"
+        None, "Order of operations around a convolution of a wrn made here.", True, metavar="ORDER",
+        otherwise="relu-norm-conv",
     )
     padding: Literal["symmetric", "same"] | None = setting(
-        None, "Of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
+        None, "Padding of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
     )
     pooling: Literal["1", "4", "1+4"] | None = setting(
-        None, "Grids that its features are averaged over: 1 (published), 4 or both.", True, metavar="GRIDS",
+        None, "Grids over which its features are averaged: 1 (published), 4 or both.", True, metavar="GRIDS",
         otherwise="1+4, or 1 (nf-resnet-50)",
     )  # fmt: skip
     clip_norm: float = setting(1.0, "Clip norm C: largest L2 norm of an example's gradient.", "--clip", panel=PRIVACY,
@@ -323,39 +324,39 @@ class FinetuneConfig(Private):
     lr: float | None = setting(None, "Learning rate.", True, above=0,
                                otherwise=by_recipe("lr", "patchnet", "wrn", "scratch"))  # fmt: skip
     extractor_scale: float | None = setting(
-        None, "Factor on the extractor's gradient before the joint clip, and on its update: its share of clip and "
+        None, "Factor on the extractor's gradient before the joint clip, and on its update: sets its part of clip and "
         "noise.", low=0, otherwise=by_recipe("extractor_scale", "patchnet", "wrn"),
     )  # fmt: skip
     views: int = setting(1, "Augmented views K of each example, averaged before the clip.", True, above=0, most=10**4)
-    optimizer: Literal["sgd", "adam"] | None = setting(None, "What is done with noisy gradients: sgd or adam.", True,
+    optimizer: Literal["sgd", "adam"] | None = setting(None, "Optimizer of the noisy gradients: sgd or adam.", True,
                                                        otherwise="sgd")  # fmt: skip
-    momentum: float | None = setting(None, "Of the optimizer, in [0, 1).", True, low=0, below=1,
+    momentum: float | None = setting(None, "Momentum of the optimizer, in [0, 1).", True, low=0, below=1,
                                      otherwise="0 (sgd), 0.9 (adam)")  # fmt: skip
     ema: float = setting(
-        0.9999, "Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last ones.",
-        True, low=0, below=1, otherwise="0.9999, less in the first steps",
+        0.9999, "Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "
+        "ones.", True, low=0, below=1, otherwise="0.9999, less in the first steps",
     )  # fmt: skip
     freeze: str | None = setting(
         None, "Train a part of the extractor's weights, chosen once: random or magnitude; with --scope block also "
         "last. Needs --keep.", True, metavar="HOW", otherwise="all are trained",
     )  # fmt: skip
-    select: str | None = setting(None, "The same, chosen anew every --every steps.", True, metavar="HOW",
+    select: str | None = setting(None, "Like --freeze, with a new choice every --every steps.", True, metavar="HOW",
                                  otherwise="all are trained")  # fmt: skip
     keep: float | None = setting(
-        None, "The part that --freeze or --select trains, such as 0.1; head, norms and biases always are.", True,
-        otherwise="all are trained",
+        None, "Fraction of weights that --freeze or --select trains, such as 0.1; head, norms and biases are always "
+        "trained.", True, otherwise="all are trained",
     )  # fmt: skip
     prune: str | None = setting(None, "What --freeze does to the other weights: hold or zero.", True, otherwise="hold")
     every: int | None = setting(None, "Steps between two choices of --select.", True, otherwise="10")
     scope: str | None = setting(
-        None, "--keep is a part of all weights (global), of each tensor (layer), or, with --freeze, of whole blocks "
-        "(block), which saves time and memory.", True, otherwise="global",
+        None, "What --keep is a fraction of: all weights (global), each tensor (layer), or, with --freeze, whole "
+        "blocks (block), which saves time and memory.", True, otherwise="global",
     )  # fmt: skip
     refit_steps: int | None = setting(
         None, "Full-batch steps of the head on the tuned features at the end; 0 for none.", low=0, most=VERY_MANY,
         wrong="is negative", fix="give refit_steps of 0 or more", otherwise=by_recipe("refit_steps", "patchnet", "wrn"),
     )  # fmt: skip
-    refit_part: float = setting(0.85, "Part of the remaining ε that the refit takes, where there is one.", low=0,
+    refit_part: float = setting(0.85, "Fraction of the remaining ε for the refit, if there is one.", low=0,
                                 below=1)  # fmt: skip
     checkpoint_every: int = setting(10, "Steps between two checkpoints.", above=0, most=VERY_MANY)
 
@@ -385,7 +386,7 @@ def resolve(
         size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
-        inherited: what the run decided before; file and flags win over it.
+        inherited: what the run decided before; file and flags override it.
 
     Raises:
         UsageError: unknown size, key or value out of range.
@@ -397,7 +398,7 @@ def resolve(
     given: dict[str, Any] = {}
     if file is not None:
         section = _section(read_toml(file), stage, file)
-        if section.get("size", size) != size:  # its other defaults would not be those of the size it names
+        if section.get("size", size) != size:
             raise UsageError(
                 f"{file} says size = {section['size']!r} for {stage}, the command says {size!r}",
                 fix="give that size with --size, or take the line out of the file",
@@ -421,7 +422,7 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     config = checked(stage, STAGE_CONFIGS[stage], values)
     if isinstance(config, PretrainConfig) and config.arch == "patchnet" and config.precision == "bfloat16":
         raise UsageError(
-            "[pretrain] precision = 'bfloat16', and a patchnet computes in float32",
+            "[pretrain] precision = 'bfloat16', but a patchnet computes in float32",
             fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
         )
     if isinstance(config, FinetuneConfig):
@@ -432,13 +433,13 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
 
 
 def as_dict(config: StageConfig) -> dict[str, Any]:
-    """Plain values of a configuration; None, and settings that have no say in it, left out."""
+    """Plain values of a configuration, without None and without settings that have no effect in it."""
     unused = _unused(config)
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in unused}
 
 
 def _unused(config: StageConfig) -> set[str]:
-    """Settings that have no say in what a configuration describes: they are neither recorded nor shown."""
+    """Settings that have no effect in a configuration: they are neither recorded nor shown."""
     if isinstance(config, PretrainConfig):
         used = {None, PATCHNET} if config.arch == "patchnet" else {None, NETWORK}
         used |= {SECOND_LAYER} if config.arch == "patchnet" and config.layers > 1 else set()
@@ -498,7 +499,7 @@ def lr_of(config: PretrainConfig) -> float:
 
 
 def switch_step(config: ContinueConfig) -> int | None:
-    """The step at which the switch was asked for; None where a rule decides."""
+    """The requested step of the switch; None where a rule decides."""
     asked = config.switch
     return int(asked) if asked.isascii() and asked.isdecimal() and len(asked) <= 9 else None
 
@@ -518,7 +519,8 @@ def fraction_of(public: str) -> float | None:
         value = 0.0
     if not 0 < value < 1:
         raise UsageError(
-            f"public = {public!r}: {given!r} is no part of the training split", fix="give fraction:0.1, say"
+            f"public = {public!r}: {given!r} is not a number between 0 and 1",
+            fix="give a fraction such as fraction:0.1",
         )
     return value
 
@@ -527,18 +529,18 @@ def _check_switch(config: ContinueConfig) -> None:
     step = switch_step(config)
     if step is None and config.switch not in SWITCHES:
         raise UsageError(
-            f"[continue] switch = {config.switch!r} is no step and no rule",
+            f"[continue] switch = {config.switch!r} is neither a step nor a rule",
             fix=f"give {' or '.join(SWITCHES)}, or a number of public steps",
         )
     if step is not None and step >= config.steps and config.mix == "step":
         raise UsageError(
-            f"switch = {step} leaves no private step of {config.steps}",
-            fix=f"switch before step {config.steps}, or give mix = 'public' for public steps alone",
+            f"switch = {step} leaves no private step among {config.steps} steps",
+            fix=f"give a switch below {config.steps}, or mix = 'public' for public steps only",
         )
     if config.public.startswith(FRACTION):
         fraction_of(config.public)
     elif not config.public.strip():
-        raise UsageError("public names nothing", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
+        raise UsageError("public is empty", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
 
 
 def _check_start(config: FinetuneConfig) -> None:
@@ -546,12 +548,12 @@ def _check_start(config: FinetuneConfig) -> None:
         raise UsageError("--from init needs a file of public weights", fix="give --init FILE.safetensors")
     if config.init is not None and config.source != "init":
         raise UsageError(
-            f"--init brings public weights, and --from {config.source} does not use them", fix="drop one of them"
+            f"--from {config.source} does not use the public weights of --init", fix="leave out one of the two flags"
         )
     if (config.init is None) != (config.init_source is None):
-        problem = "--init-source without --init says nothing"
+        problem = "--init-source was given without --init"
         if config.init is not None:
-            problem = "nobody said where the weights of --init come from: that they are public is yours to declare"
+            problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
         raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
     if config.source not in WITHOUT_PHASE_ONE:
         for key in ("layer_order", "padding", "pooling", "recipe"):
@@ -561,22 +563,19 @@ def _check_start(config: FinetuneConfig) -> None:
 
 def _refuse_network_setting(key: str, source: str) -> None:
     raise UsageError(
-        f"--{key.replace('_', '-')} is for a network that is made here; --from {source} has one already",
-        fix="give --from scratch or --init FILE with it, or drop it",
+        f"--{key.replace('_', '-')} sets a new network, but --from {source} continues an existing one",
+        fix="give --from scratch or --init FILE with it, or leave it out",
     )
 
 
 def public_data_name(name: str) -> str:
-    """A data set's name as it may be published: of ``npz:`` and ``folder:`` the last part of the path alone.
-
-    Where a file lies on somebody's disk (user names, project names) is nobody else's business.
-    """
+    """A data set's name as it may be published: only the last part of a path, which may name users or projects."""
     kind, colon, path = name.partition(":")
     return f"{kind}:{os.path.basename(os.path.abspath(os.path.expanduser(path)))}" if colon and path else name
 
 
 def same_data_name(one: str, other: str) -> bool:
-    """Whether two names of data sets are spellings of one: paths of ``npz:`` and ``folder:`` are resolved from here."""
+    """Whether two names mean the same data set, with the paths of ``npz:`` and ``folder:`` resolved."""
     return _resolved(one) == _resolved(other)
 
 
@@ -588,7 +587,7 @@ def _resolved(name: str) -> str:
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:
     for key in document:
         if key not in STAGE_CONFIGS:
-            raise UsageError(f"{file} has a table [{key}] that is no stage", fix=nearest(key, STAGE_CONFIGS))
+            raise UsageError(f"{file} has a table [{key}], which is not a stage", fix=nearest(key, STAGE_CONFIGS))
     section = document.get(stage, {})
     if not isinstance(section, dict):
         raise UsageError(f"{file}: {stage} is not a table", fix=f"write [{stage}] and its settings below it")

@@ -1,4 +1,4 @@
-"""What a setting is: declared once, as a dataclass field, with its help, unit, range, choices, default and flag.
+"""A setting is declared once, as a dataclass field with its help, unit, range, choices, default and flag.
 
 The command line's options (``cli/flags.py``), the checks of configuration files, what a run records and the tables of
 ``docs/settings.md`` are made from these declarations. A new setting is one line in ``schema.py``.
@@ -21,34 +21,34 @@ DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT = "Data", "Privacy", "Training", "P
 """Panels of the command line's help."""
 
 LARGEST = 2**63 - 1
-"""Of any whole number, as in TOML: what the random generators take for a seed."""
+"""Upper limit of every whole number, as in TOML and for seeds of the random generators."""
 
 LONGEST_TEXT = 500
-"""Characters of what a user says in her own words."""
+"""Most characters of a setting that is free text."""
 
 SLIP = 1000
-"""A limit of at least this many is no range to choose from: beyond it lies a slip of the finger."""
+"""An upper limit at or above this one only catches typing errors, so messages do not call it a range."""
 
 _KEY = "setting"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its name, type and default.
+    """Everything about a setting except its name, type and default.
 
     Attributes:
-        help: what it is, in one or two sentences; units and meaning of special values included.
+help: one or two sentences, with units and the meaning of special values.
         flag: its option on the command line; None where only a configuration file sets it.
-        panel: of the help in which it is listed.
-        metavar: how its value is called there; None: by its type or choices.
-        otherwise: the default in words, where the value alone does not say it.
+panel: of the help text that lists it.
+metavar: name of its value there; None: its type or choices.
+otherwise: the default in words, where the value alone does not show it.
         inherited: whether a later stage takes it from the run.
         above, low, below, most: value > above, value >= low, value < below, value <= most.
-        wrong: what a value out of range is, in words; fix: what to give instead.
+wrong: the words for a value out of range; fix: what to give instead.
         infinite: whether inf is a value.
         line: whether it is one short line of text.
-        of: what alone it belongs to, such as 'patchnet'; None: to everything.
-        learning: whether it says how weights are learned, and so nothing about random ones.
+of: the only kind of extractor it is for, such as 'patchnet'; None: all.
+learning: whether it only concerns how weights are learned, so has no effect on random ones.
     """
 
     help: str
@@ -118,7 +118,7 @@ def text(value: Any) -> str:
 
 
 def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from plain values, each of which is checked against its declaration.
+    """A configuration from plain values, each checked against its declaration.
 
     Args:
         stage: its name in messages.
@@ -137,7 +137,7 @@ def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"[{stage}] {name} has more than 64 bits", fix=f"give a {name} of at most {LARGEST}")
         if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
-            raise UsageError(f"[{stage}] {name} = {value!r} holds what cannot be printed", fix=f"give a plain {name}")
+            raise UsageError(f"[{stage}] {name} = {value!r} cannot be printed", fix=f"give a plain {name}")
     try:
         clean = vars(_model(kind).model_validate(dict(values)))
     except ValidationError as error:
@@ -150,7 +150,7 @@ def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
             raise _refusal(stage, name, value, hints[name], made, "finite_number")
         if made.line and value is not None and not (value.isprintable() and 0 < len(value) <= LONGEST_TEXT):
             problem = f"{name} is not one line of 1 to {LONGEST_TEXT} printable characters"
-            raise UsageError(problem, fix="say it in one short line")
+            raise UsageError(problem, fix="give one short line of text")
     return kind(**clean)
 
 
@@ -169,12 +169,12 @@ def _model(kind: type) -> Any:
 
 
 def _refusal(stage: str, name: str, value: Any, hint: Any, made: Setting, kind: str) -> UsageError:
-    """What to say of a value that pydantic refused, by the kind of its error."""
+    """The error for a value that pydantic refused, by the kind of its error."""
     if kind == "literal_error" and isinstance(value, str):
         return UsageError(f"[{stage}] {name} = {value!r} is unknown", fix=nearest(value, choices_of(hint)))
     slip = made.most is not None and made.most >= SLIP
     if kind == "less_than_equal" and slip:
-        return UsageError(f"{name} = {value} is out of all bounds", fix=f"give a {name} of at most {made.most:.0f}")
+        return UsageError(f"{name} = {value} is too large", fix=f"give a {name} of at most {made.most:.0f}")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
         lowest = f"({made.above:g}" if made.above is not None else f"[{'-inf' if made.low is None else f'{made.low:g}'}"
         highest = f"{made.below:g})" if made.below is not None else "inf)" if made.most is None else f"{made.most:g}]"

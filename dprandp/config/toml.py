@@ -13,9 +13,9 @@ import tomli_w
 from dprandp.errors import InputError
 
 MOST_BYTES, MOST_DOTS = 65_536, 200
-"""Of a file, and of one line. The standard library's parser takes time that grows with the square of the parts of a
-dotted key, and with the number of such keys: within these limits any file is parsed, or refused, in a tenth of a
-second. A configuration that sets everything there is takes 3,000 bytes and has one dot in a key, if any."""
+"""Limits of a file, and of one line. The time of the standard library's parser grows with the square of the parts of a
+dotted key: within these limits any file is parsed, or refused, in a tenth of a second. A configuration with every
+setting takes 3,000 bytes and has at most one dot in a key."""
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read(file: Path) -> dict[str, Any]:
 
     Raises:
         InputError: missing, unreadable, not TOML, of more than ``MOST_BYTES``, or with more than ``MOST_DOTS`` dots in
-            a line. The two limits are checked before anything is parsed, in time that grows with the file alone.
+            a line. Both limits are checked before anything is parsed.
     """
     try:
         with file.open("rb") as stream:
@@ -33,13 +33,13 @@ def read(file: Path) -> dict[str, Any]:
         raise InputError(f"cannot read configuration {file}: {error.strerror}", fix="check the path") from error
     if len(content) > MOST_BYTES:
         raise InputError(
-            f"{file} holds {size} bytes, and a configuration may hold at most {MOST_BYTES}",
-            fix="name the TOML file with the settings; anything else belongs into other files",
+            f"{file} has {size} bytes; a configuration may have at most {MOST_BYTES}",
+            fix="check that this is the TOML file with the settings",
         )
     for number, line in enumerate(content.splitlines(), start=1):
         if (dots := line.count(b".")) > MOST_DOTS:
             raise InputError(
-                f"line {number} of {file} holds {dots} dots, and a line may hold at most {MOST_DOTS}",
+                f"line {number} of {file} has {dots} dots; a line may have at most {MOST_DOTS}",
                 fix="write settings as name = value below the table of their stage, such as [probe]",
             )
     try:
@@ -48,7 +48,7 @@ def read(file: Path) -> dict[str, Any]:
         fix = "write one table for each stage, and plain values"
         raise InputError(f"{file} is not valid TOML: it is nested too deeply", fix=fix) from error
     except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise InputError(f"{file} is not valid TOML: {error}", fix="mend the line it names") from error
+        raise InputError(f"{file} is not valid TOML: {error}", fix="correct that line") from error
 
 
 def dumps(table: Mapping[str, Any]) -> str:

@@ -1,15 +1,14 @@
-"""``continue``: the extractor goes on learning, from public images, then privately (Bu et al. 2024, arXiv 2402.18752).
+"""``continue``: train the extractor further, on public images, then privately (Bu et al. 2024, arXiv 2402.18752).
 
     step-NNNNNN.safetensors   parameters, average and optimizer, for resuming (removed when the stage is done)
     extractor.safetensors     the continued extractor, which later stages of the run take in place of pretrain's
     heads/                    the private and the public head
     metrics.jsonl             public losses; norms of the noisy updates, functions of what is released anyway
 
-Public steps are AdamW on public images (``public.py``). Where they end is decided on public images alone
-(``switching.py``). How many private steps are left then decides σ, so the plan is fixed at the switch, before anything
-is charged (``loop.py``). With ``mix = 'public'`` no private image is learned from, and nothing is charged; they are
-read only to be known again, where a part of them is declared public, and to be refused, where a public set has as many
-images of their size.
+Public steps are AdamW on public images (``public.py``). Public images alone decide where they end (``switching.py``).
+The number of remaining private steps then determines σ, so the plan is fixed at the switch, before anything is charged
+(``loop.py``). With ``mix = 'public'`` nothing is learned from private images, and nothing is charged. They are read
+only to compute their hash, if a part of them is declared public, and to refuse a public set that equals them.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from dprandp.runs.tuning import tuning_of
 from dprandp.vision.images import colour_of
 
 BATCH_PART = 0.08192
-"""Expected private batch as a part of N; De et al. 2022, Tang et al. 2023."""
+"""Expected private batch as a fraction of N; De et al. 2022, Tang et al. 2023."""
 
 
 def run(config: ContinueConfig, context: Context) -> dict:
@@ -52,8 +51,8 @@ def run(config: ContinueConfig, context: Context) -> dict:
         mirror, tuned, tuned_on.
 
     Raises:
-        InputError: no extractor yet, or unusable data. BudgetError: nothing is left (no private pixel was read).
-        UsageError: a patchnet, public data that are none, or settings that contradict each other.
+        InputError: no extractor yet, or unusable data. BudgetError: the budget is spent (no private pixel was read).
+        UsageError: a patchnet, unknown public data, or settings that contradict each other.
     """
     context.rundir.require(PRETRAIN, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
@@ -73,7 +72,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     if begun.action == "skip":
         return context.rundir.result(STAGE)
     if part:
-        stage.keep_data()  # later stages are held to the data of which this one used a part
+        stage.keep_data()  # later stages must use the data of which this one used a part
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
     extractor, built_from = load_extractor(
@@ -119,7 +118,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
 def open_stage(
     config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[Stage] = ()
 ) -> PrivateStage:
-    """Plan the most private steps that there may be, from public facts; with public steps alone, name the data only.
+    """Plan the largest possible number of private steps, from public facts; with public steps only, record the data.
 
     Raises:
         As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
@@ -130,7 +129,7 @@ def open_stage(
         refuse_gaps(earlier, context.rundir.result(earlier))
     if made["arch"] == "patchnet":
         raise UsageError(
-            "a patchnet is a dictionary, which does not go on learning by gradients",
+            "a patchnet is a dictionary, which `continue` cannot train by gradients",
             fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",
         )
     if config.mix == "public":
@@ -148,11 +147,11 @@ def open_stage(
 
 
 def _public_training(config: ContinueConfig, training: Training, outcome: Outcome) -> dict[str, Any]:
-    """What is said of the public part.
+    """The facts about the public part.
 
     Returns:
         images (in words), examples, steps (that were public alone), mix, switch (in words), head (whether the public
-        classes are the private ones), loss (of held-out public images at the last look; None where there was none).
+        classes are the private ones), loss (on held-out public images at the last evaluation, or None).
     """
     task, looks = training.task, training.looks
     return {
@@ -167,7 +166,7 @@ def _public_training(config: ContinueConfig, training: Training, outcome: Outcom
 
 
 def _fingerprint(task: PublicTask) -> str:
-    """Hash of public images and labels, by which a resumed stage notices others; public."""
+    """Hash of public images and labels, with which a resumed stage compares them; public."""
     digest = hashlib.sha256(f"{tuple(task.images.shape)} {task.classes}".encode())
     for tensor in (task.images, task.labels, *task.held_out):
         digest.update(tensor.contiguous().numpy().tobytes())

@@ -1,12 +1,13 @@
-"""``diagnose``: what privacy costs a step of ``continue``, before anything is charged; from public images alone.
+"""``diagnose``: the cost of privacy in a step of ``continue``, estimated on public images before anything is charged.
 
     diagnose/terms.json   the loss terms along the public training, what they mean, the plan that they are for
     diagnose/terms.png    the three terms and the loss of held-out public images, over the steps
 
-It is the public half of ``continue``, run in memory and thrown away: the same extractor, images, steps and seed, with
-the loss terms of a private step (``loss_terms.py``) estimated at every look. σ and B are those of the plan that
-``continue`` would have. Of the private data nothing is used but what is declared (a public set of as many images is
-compared with them, and refused if it is they); nothing is charged.
+It runs the public half of ``continue`` in memory, with the same extractor, images, steps and seed, and estimates the
+loss terms of a private step (``loss_terms.py``) at every evaluation. σ and B are those of the plan of ``continue``.
+Only
+the declared facts of the private data are used, except that a public set of as many images is compared with them, and
+refused if equal. Nothing is charged.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for name, (label, colour) in TERMS.items():  # a logarithm shows no negative estimate: a gap is left there
+    for name, (label, colour) in TERMS.items():  # negative estimates are gaps on a logarithmic scale
         values = [row[name] if row[name] > 0 else math.nan for row in result["terms"]]
         left.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
     left.set_yscale("log")
@@ -80,7 +81,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 STAGE = "diagnose"
 ENOUGH = 2.0
-"""B over B*, or B* over B, up to which the batch is called about right: a factor of two changes a step by little."""
+"""Largest B/B* or B*/B at which the batch is called about right: a factor of two changes a step little."""
 
 
 def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     """
     if config.mix in ("public", "private"):
         raise UsageError(
-            f"mix = {config.mix!r} mixes nothing and switches nowhere", fix="give --mix step, cosine or ratio"
+            f"mix = {config.mix!r} has no switch to diagnose", fix="give --mix step, cosine or ratio"
         )
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
@@ -144,7 +145,7 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
 
 
 def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | None]) -> list[str]:
-    """What the terms say about this run, in sentences.
+    """The meaning of the terms for this run, in sentences.
 
     Args:
         found: at least one.
@@ -152,7 +153,7 @@ def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | Non
         rules: see ``run``.
     """
     if found[0].noise_multiplier == 0:
-        return ["There is no noise (ε = ∞), so there is nothing that privacy could cost: the decelerator is 0."]
+        return ["There is no noise (ε = ∞), so privacy costs nothing: the decelerator is 0."]
     said = [_cost(found[0], f"After {steps[0]} public steps")]
     if len(found) > 1:
         said.append(_cost(found[-1], f"After {steps[-1]}"))
@@ -164,7 +165,7 @@ def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | Non
             said.append("Public steps have not made private ones much cheaper on these images.")
     step = rules["decelerator"]
     said.append(
-        "--switch decelerator would not ask for private steps before the latest step."
+        "--switch decelerator would not begin private steps before the latest step."
         if step is None
         else f"--switch decelerator would begin private steps at step {step}."
     )
@@ -177,7 +178,7 @@ def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | Non
     said.append(_batch(found[-1]))
     said.append(
         "The terms are those of gradient descent, to second order, with this σ: another batch size or number of steps "
-        "has another σ, and AdamW another metric. They compare moments of one training; they do not predict accuracy."
+        "has another σ, and AdamW another metric. They compare steps of one training and do not predict accuracy."
     )
     return said
 
@@ -201,7 +202,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def _rules(config: ContinueConfig, rows: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Where each rule would begin private steps; None where not before the latest step."""
+    """The step at which each rule would begin private steps; None if not before the latest step."""
     looks = [switching.Look(row["step"], row["loss"], row["slowdown"]) for row in rows]
     found: dict[str, int | None] = dict.fromkeys(("plateau", "decelerator"))
     for count, look in enumerate(looks, 1):
@@ -219,7 +220,7 @@ def _cost(terms: LossTerms, when: str) -> str:
     if math.isnan(ratio):
         return (
             f"{when} the estimated curvature is not positive (GᵀHG = {terms.along_gradient:.3g}, tr(H) = "
-            f"{terms.trace:.3g}), so the second-order picture says nothing there."
+            f"{terms.trace:.3g}), so the second-order estimate is not valid."
         )
     return (
         f"{when} privacy's term is {ratio:.3g} times the other two: a private step can lower the loss by "
@@ -230,12 +231,12 @@ def _cost(terms: LossTerms, when: str) -> str:
 def _batch(terms: LossTerms) -> str:
     best, batch = terms.best_batch, terms.batch
     if math.isnan(best):
-        return "No best batch size can be told where a curvature is not positive."
+        return "There is no estimate of the best batch size where a curvature is not positive."
     if best > ENOUGH * batch:
         return (
-            f"B* = {best:.3g} for this σ, above the planned B = {batch:.4g}: noise rules, and a larger --batch-size "
-            "makes each step worth more."
+            f"B* = {best:.3g} for this σ, above the planned B = {batch:.4g}: noise dominates, and a larger "
+            "--batch-size improves each step."
         )
     if best < batch / ENOUGH:
-        return f"B* = {best:.3g} for this σ, below the planned B = {batch:.4g}: the batch is larger than it need be."
+        return f"B* = {best:.3g} for this σ, below the planned B = {batch:.4g}: the batch is larger than necessary."
     return f"B* = {best:.3g} for this σ: the planned B = {batch:.4g} is about right."

@@ -1,6 +1,6 @@
-"""The steps of ``continue``: public ones, the switch, private ones; and how an interrupted stage goes on.
+"""The steps of ``continue``: public ones, the switch, private ones; and resuming.
 
-    public:   looks at held-out public images -> AdamW on a public batch
+    public:   evaluations on held-out public images -> AdamW on a public batch
     switch:   the number of private steps is known, and with it σ: the plan is fixed, on disk, before any is charged
     private:  Poisson batch -> automatic clipping -> noise -> (mixed with a public gradient) -> AdamW
 
@@ -33,15 +33,15 @@ from dprandp.runs.signals import Stop
 from dprandp.vision.images import to_input
 
 STAGE, DONE, HEADS = "continue", "extractor", "heads"
-"""``DONE`` is the checkpoint that later stages read; the heads lie in a folder of their own."""
+"""``DONE`` is the checkpoint that later stages read; the heads are in a folder of their own."""
 
 TOGETHER = 2**23
-"""Numbers in the gradients that a CPU holds together where the microbatch is left open: 32 MB."""
+"""Numbers in the gradients that a CPU holds at a time by default: 32 MB."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training went; public.
+    """The outcome of a training; public.
 
     Attributes:
         switch: the first private step; the number of all steps if there is none.
@@ -55,12 +55,12 @@ class Outcome:
 
 
 def train(config: ContinueConfig, stage: PrivateStage, training: Training, stop: Stop, built_from: dict) -> Outcome:
-    """Train from the last checkpoint on, or from the start.
+    """Train from the last checkpoint, or from the start.
 
     Args:
         config: as recorded.
-        stage: with its plan for the most private steps; with ``mix = 'public'`` it has none.
-        training: at its start. Afterwards ``average`` holds what is released.
+        stage: with its plan for the largest number of private steps; none with ``mix = 'public'``.
+        training: at its start. Afterwards ``average`` holds the released parameters.
         stop: asked after every step.
         built_from: the extractor's configuration, for its checkpoint.
 
@@ -69,7 +69,7 @@ def train(config: ContinueConfig, stage: PrivateStage, training: Training, stop:
     """
     folder = stage.context.rundir.stage_dir(STAGE)
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
-    if saved is not None and saved.name == DONE:  # stopped between the last step and the end of the stage
+    if saved is not None and saved.name == DONE:  # stopped after the last step
         heads = checkpoint.load_finished(folder / HEADS, HEADS, STAGE)
         tensors = {f"extractor.{name}": value for name, value in saved.tensors.items()} | heads.tensors
         check_tensors(tensors, training.average, saved.path)
@@ -125,7 +125,7 @@ def _public_steps(
     save: Callable[[int, Outcome | None], None],
     advance: Callable[[int], None],
 ) -> tuple[int, str]:
-    """Public steps until private ones are due: the step at which they are, and why."""
+    """Public steps until private ones begin; the step and the reason."""
     for step in range(first, config.steps):
         if step % config.check_every == 0 and config.mix in ("step", "public"):
             look = _look(config, stage, training, step)
@@ -139,11 +139,11 @@ def _public_steps(
         advance(1)
         done = step + 1
         stop.end_step(done % config.checkpoint_every == 0, partial(save, done, None))
-    return config.steps, "public steps alone were wanted"
+    return config.steps, "only public steps were requested"
 
 
 def _look(config: ContinueConfig, stage: PrivateStage, training: Training, step: int) -> Look:
-    """At the held-out images; and at the loss terms of a private step from here, where these decide."""
+    """Evaluate the held-out images; and the loss terms of a private step, if these decide the switch."""
     slowdown = None
     if config.mix == "step" and config.switch == "decelerator":
         slowdown = training.terms(step, stage.plan.noise_multiplier, stage.plan.expected_batch).slowdown
@@ -162,7 +162,7 @@ def private_steps(
     save: Callable[[int, Outcome], None] = lambda done, begun: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """The private steps that are left.
+    """The remaining private steps.
 
     Args:
         config, stage, training, stop: as for ``train``; the plan is fixed.
@@ -208,7 +208,7 @@ def private_steps(
         faults.point("update-applied")
         if log is not None:
             norm = torch.stack([value.norm() for value in gradient.values()]).norm()
-            norms = torch.stack([norm, training.parameters["head"].norm()]).tolist()  # a device is waited for once
+            norms = torch.stack([norm, training.parameters["head"].norm()]).tolist()  # one synchronisation
             log.write(step=number, update_norm=norms[0], weight_norm=norms[1])
         advance(1)
         done = number + 1
@@ -218,7 +218,7 @@ def private_steps(
 
 
 def mixed(noisy: dict[str, Tensor], public: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """α g_public + (1 − α) g_private, name by name; where one of them has no such name it counts as zero."""
+    """α g_public + (1 − α) g_private, name by name; a missing name counts as zero."""
     out = {name: (1 - weight) * value for name, value in noisy.items()}
     for name, value in public.items():
         out[name] = out[name] + weight * value if name in out else weight * value
@@ -226,14 +226,14 @@ def mixed(noisy: dict[str, Tensor], public: dict[str, Tensor], weight: float) ->
 
 
 def _together(training: Training, device: torch.device) -> int | None:
-    """Examples whose gradients a CPU takes together: many for a small network, where calls cost more than sums."""
+    """Examples whose gradients a CPU computes together: many for a small network, where calls cost more than sums."""
     if device.type != "cpu":
         return None
     return max(1, min(64, TOGETHER // sum(value.numel() for value in training.parameters.values())))
 
 
 def _keep(folder: Path, training: Training, outcome: Outcome, built_from: dict) -> None:
-    """Write what is released, the extractor last: it is what says that the training is done."""
+    """Write the released tensors, the extractor last: its presence means that the training is done."""
     prefix = "extractor."
     tensors = {name: value.cpu() for name, value in training.average.items()}
     (folder / HEADS).mkdir(exist_ok=True)

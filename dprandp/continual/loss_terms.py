@@ -5,9 +5,9 @@ clip norm, and mean clip factor c, the step of the best length lowers the loss, 
 
     ΔL* = ½ |G|⁴ / ( GᵀHG + tr(HΣ)/B + σ² tr(H) / (c² B²) )
 
-The first term is curvature along the gradient, the second the batch's own noise, the third what privacy adds: the
-*decelerator*. Of a larger batch only the last two fall; B* = √(σ² tr(H) / (c² GᵀHG)) makes the third as large as the
-first. All three are for steps of gradient descent; an adaptive optimizer changes their metric, not their story.
+The first term is curvature along the gradient, the second the noise of the batch, the third is added by privacy: the
+*decelerator*. A larger batch reduces only the last two; B* = √(σ² tr(H) / (c² GᵀHG)) makes the third as large as the
+first. All three are for steps of gradient descent; an adaptive optimizer changes their metric.
 
 tr(H) and tr(HΣ) come from Hutchinson's probes, vᵀHv with random v: v of random signs for the one; for the other
 v = Σ_i s_i (g_i − G)/√(n−1) with random signs s_i, the gradient of a weighted loss, which needs no single gradient.
@@ -57,20 +57,20 @@ class LossTerms:
 
     @property
     def decelerator(self) -> float:
-        """σ² tr(H) / (c² B²): what privacy adds to the denominator."""
+        """σ² tr(H) / (c² B²): privacy's term of the denominator."""
         return self.trace * (self.noise_multiplier / (self.clip_factor * self.batch)) ** 2
 
     @property
     def improvement(self) -> float:
-        """ΔL*; NaN where the curvature that was found is not positive, and the theory says nothing."""
+        """ΔL*; NaN where the estimated curvature is not positive."""
         below = self.along_gradient + self.sampling + self.decelerator
         return 0.5 * self.gradient_squared**2 / below if below > 0 else math.nan
 
     @property
     def slowdown(self) -> float:
-        """The decelerator over the other two terms together: how many times as much; NaN where they are not positive.
+        """The decelerator over the sum of the other two terms; NaN where they are not positive.
 
-        1 means that privacy halves what a step can do; 0, that it costs nothing.
+        1 means that privacy halves the improvement of a step; 0, that it costs nothing.
         """
         others = self.along_gradient + self.sampling
         return self.decelerator / others if others > 0 and self.trace >= 0 else math.nan
@@ -83,7 +83,7 @@ class LossTerms:
         return self.noise_multiplier / self.clip_factor * math.sqrt(self.trace / self.along_gradient)
 
     def to_dict(self) -> dict[str, float]:
-        """All of it, by name."""
+        """All attributes by name."""
         derived = ("sampling", "decelerator", "improvement", "slowdown", "best_batch")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -154,7 +154,7 @@ def loss_terms(
 def mean_clip_factor(
     loss_of_each: LossOfEach, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, microbatch: int = 16
 ) -> float:
-    """The mean of 1/(|g_i| + .01) over public examples: what automatic clipping with C = 1 does to a gradient."""
+    """The mean over public examples of the factor of automatic clipping with C = 1, 1/(|g_i| + .01)."""
 
     def loss(values: Mapping[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return loss_of_each(values, image[None], label[None])[0]

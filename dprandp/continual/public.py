@@ -1,6 +1,6 @@
-"""The state of ``continue``, and what its public images do to it: gradients, looks, and the moment of the switch.
+"""The state of ``continue``, and its public work: gradients, evaluations, and the switch.
 
-Nothing in this file sees a private image. What private steps have made of the parameters is released anyway.
+Nothing in this file reads a private image. The parameters after private steps are released anyway.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from dprandp.vision.views import ContrastiveViews, private_views
 
 # -------------------------------------------------------------------------------------------------------- public tasks
 #
-# What ``continue`` learns from public images: a classification task, with images held out to see how it goes.
+# The public task of ``continue``: classification, with held-out images.
 #
 # * *Labelled* public data (a declared part of the training split, or another data set): their own classes. Where these
 #   are the private classes, private and public steps share one head.
 # * *Synthetic* images: each of some hundred images is a class of its own, and random views of it have to be recognised
-#   (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). A loss of one view at a time, so that its gradients'
-#   covariance and its Hessian are those that the theory of the switch speaks of.
+#   (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). The loss is of one view at a time, as the theory of
+# the
+#   switch requires for the gradients' covariance and the Hessian.
 #
-# Everything drawn is a function of (seed, step). Nothing here touches private images, but to refuse them: a public set
-# that declares as many images of the same size as the private one is compared with it.
+# All random choices are functions of (seed, step). Private images are only compared with a public set that declares as
+# many images of the same size, to refuse it if equal.
 
 HELD_OUT = 0.2
-"""Part of labelled public images by which the switch is decided, never trained on; 20 % as in many a split."""
+"""Fraction of labelled public images that are held out to decide the switch."""
 MOST_HELD_OUT = 512
 
 OWN_CLASSES, OTHER_CLASSES = "the private classes", "classes of its own"
@@ -53,14 +54,14 @@ class PublicTask:
     """Images, labels and how views are drawn.
 
     Attributes:
-        title: what the images are, in words.
+        title: of the images, in words.
         images: uint8 [n, 3, R, R]; R = 32, or larger for synthetic images.
         labels: int64 [n].
         classes: how many.
         shared: whether the classes are the private ones, in the same order.
         held_out: (uint8 [v, 3, 32, 32], int64 [v]).
         flip: whether a mirrored image keeps its label.
-        spec: of the private data, as declared; synthetic images go through the same bottleneck.
+        spec: of the private data, as declared; synthetic images get the same channels and size.
         synthetic: whether the images are those of a random process.
         seed: public.
     """
@@ -78,7 +79,7 @@ class PublicTask:
 
     @property
     def examples(self) -> int:
-        """Public images that are trained on."""
+        """Number of public training images."""
         return len(self.images)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         spec: the private data's declared facts, of the private part where a fraction is declared public.
 
     Raises:
-        UsageError: the name of public data that is none, or private data that are declared public whole.
+        UsageError: unknown public data, or private data of which all are declared public.
         InputError: files are missing or unusable.
     """
     if config.public == SYNTHETIC:
@@ -120,10 +121,10 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         use_as_public(context.rundir, dataset)
     split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
     title = (
-        f"{len(split.labels)} images of {dataset.spec.name}, declared public by whoever ran it"
+        f"{len(split.labels)} images of {dataset.spec.name}, declared public by the user"
         if fraction is None
         else f"{len(split.labels)} training images of {dataset.spec.name}, a random part by a public seed, declared "
-        "public by whoever ran it"
+        "public by the user"
     )
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(config.seed))
     held = min(MOST_HELD_OUT, max(1, int(HELD_OUT * len(order))))
@@ -146,7 +147,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
 
 def _private_and_public(config: ContinueConfig) -> UsageError:
     return UsageError(
-        f"{config.data} is private here and public there"
+        f"{config.data} is given both as private and as public data"
         + ("" if config.data == config.public else f", under the name {config.public}"),
         fix="declare a part of it public: --public fraction:0.1",
     )
@@ -157,11 +158,11 @@ def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> Publ
     images = images.permute(0, 3, 1, 2).contiguous()
     labels = torch.arange(len(images))
     if len(images) < 2:
-        raise UsageError("one image cannot be told apart from others", fix="make more images, or give more instances")
+        raise UsageError("the public task needs at least two images", fix="make more images, or give more instances")
     generator = torch.Generator().manual_seed(config.seed + 1)
     held = torch.arange(min(len(images), MOST_HELD_OUT))
     return PublicTask(
-        title=f"{len(images)} synthetic images of this run, to be told apart",
+        title=f"{len(images)} synthetic images of this run, each a class",
         images=images,
         labels=labels,
         classes=len(images),
@@ -200,8 +201,8 @@ class Training:
     Attributes:
         parameters: name -> float32: ``extractor.*``, ``head``, and ``public_head`` where the task has other classes.
         average: name -> float32, the moving average since the switch.
-        optimizer: AdamW; its state is kept over the switch, but for the first moment.
-        looks: at the public images, so far.
+        optimizer: AdamW; its state is kept over the switch, except for the first moment.
+        looks: evaluations of the public images, so far.
     """
 
     def __init__(self, config: ContinueConfig, model: Classifier, task: PublicTask) -> None:
@@ -217,27 +218,27 @@ class Training:
 
     @property
     def public_head(self) -> str:
-        """The name of the head that public images are scored by."""
+        """The name of the head for public images."""
         return "head" if self.task.shared else PUBLIC_HEAD
 
     @property
     def public_names(self) -> list[str]:
-        """The parameters that public gradients are of."""
+        """The parameters with public gradients."""
         return [name for name in self.parameters if name != "head" or self.task.shared]
 
     @property
     def private_names(self) -> list[str]:
-        """The parameters that private gradients are of."""
+        """The parameters with private gradients."""
         return [name for name in self.parameters if name != PUBLIC_HEAD]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on but the looks: the tensors that steps change, by name."""
+        """The tensors that steps change, by name; with ``looks``, all that the next step depends on."""
         tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         return tensors | self.optimizer.state
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what ``state`` returned; tensors are checked by the caller."""
+        """Load the result of ``state``; the caller has checked the tensors."""
         restore(self.state(), tensors)
 
     def loss_of_each(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -270,21 +271,21 @@ class Training:
         self.optimizer.step(gradients, lr)
 
     def switch(self) -> None:
-        """What changes where private steps begin: the first moment is forgotten, the second and the step count stay
-        (Bu et al. 2024); the average starts here."""
+        """Begin private steps: reset the first moment, keep the second and the step count (Bu et al. 2024), start the
+        average."""
         self.optimizer.reset_first_moment()
         for name, value in self.average.items():
             value.copy_(self.parameters[name])
 
     def average_in(self, private_step: int) -> None:
-        """Take the parameters into the average, after private step ``private_step`` (from 0)."""
+        """Update the average with the parameters, after private step ``private_step`` (from 0)."""
         decay = min(self.config.ema, (1 + private_step) / (10 + private_step))
         for name, value in self.average.items():
             value.lerp_(self.parameters[name], 1 - decay)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss of the public images that are not trained on."""
+        """Mean loss of the held-out public images."""
         images, labels = self.task.held_out
         own = {name: self.parameters[name] for name in self.public_names}
         total = 0.0

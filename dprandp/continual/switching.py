@@ -1,7 +1,7 @@
 """When public steps end and private ones begin, and how the two are mixed (Bu et al. 2024).
 
-Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy, and where private
-steps begin says nothing about private data.
+Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy, and the switch
+reveals nothing about private data.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from statistics import median
 from dprandp.config.schema import ContinueConfig, switch_step
 
 LATEST = 0.8
-"""Part of all steps after which private ones begin, whatever the rule says: a run without them would learn nothing."""
+"""Fraction of all steps after which private ones begin under every rule, so that no run is without them."""
 
 PATIENCE = 3
-"""Looks at the public validation loss without progress that are a plateau."""
+"""Evaluations of the public validation loss without progress that make a plateau."""
 
 PROGRESS = 0.01
-"""Relative: what the loss has to fall below the best before, to count as progress."""
+"""Smallest relative decrease of the loss below its earlier minimum that counts as progress."""
 
 FEW = 0.1
-"""The decelerator over the other terms (``LossTerms.slowdown``) at which private steps begin: such a step then does
-nine tenths of what it could without noise. The median of the last ``PATIENCE`` looks counts: one estimate may err."""
+"""The decelerator over the other terms (``LossTerms.slowdown``) at which private steps begin: a step then
+achieves nine tenths of the improvement without noise. The median of the last ``PATIENCE`` evaluations decides."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the public training.
+    """One evaluation of the public training.
 
     Attributes:
         step: public steps done.
         loss: mean loss of the held-out public images.
-        slowdown: of ``LossTerms``; NaN where it says nothing, None where it was not estimated.
+        slowdown: of ``LossTerms``; NaN where undefined, None where not estimated.
     """
 
     step: int
@@ -47,14 +47,14 @@ class Look:
 
     @classmethod
     def from_list(cls, values: Sequence[float | None]) -> Look:
-        """What ``to_list`` returned, after a round trip through JSON."""
+        """From the result of ``to_list``, after conversion to JSON and back."""
         step, loss, slowdown, estimated = values
         found = None if not estimated else math.nan if slowdown is None else slowdown
         return cls(int(step), math.nan if loss is None else float(loss), found)
 
 
 def plateau(losses: Sequence[float]) -> bool:
-    """Whether the last ``PATIENCE`` losses bring no progress over the best before them; a loss that is NaN is none."""
+    """Whether the last ``PATIENCE`` losses show no progress over the best one before them; NaN is no progress."""
     if len(losses) <= PATIENCE:
         return False
     before = min((loss for loss in losses[:-PATIENCE] if not math.isnan(loss)), default=math.inf)
@@ -62,7 +62,7 @@ def plateau(losses: Sequence[float]) -> bool:
 
 
 def few(looks: Sequence[Look]) -> bool:
-    """Whether noise costs a private step little, by the last ``PATIENCE`` looks; an estimate that is NaN says no."""
+    """Whether noise costs a private step little in the last ``PATIENCE`` evaluations; False for NaN."""
     if len(looks) < PATIENCE:
         return False
     ratios = [math.inf if look.slowdown is None else look.slowdown for look in looks[-PATIENCE:]]
@@ -70,13 +70,13 @@ def few(looks: Sequence[Look]) -> bool:
 
 
 def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str | None:
-    """Whether private steps begin, before step ``step`` (counted from 0); why, in words, or None.
+    """The reason, in words, for beginning private steps before step ``step`` (from 0), or None.
 
     Args:
-        looks: so far, in order; the last one may be of this very step.
+        looks: evaluations so far, in order; the last one may be of this step.
     """
     if config.mix in ("cosine", "ratio", "private"):
-        return f"every step is private (mix = {config.mix})" if config.mix != "private" else "no public step was wanted"
+        return f"every step is private (mix = {config.mix})" if config.mix != "private" else "no public step was given"
     if config.mix == "public":
         return None
     fixed = switch_step(config)
@@ -84,23 +84,23 @@ def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str 
         return f"at step {fixed}, as given" if step >= fixed else None
     fresh = bool(looks) and looks[-1].step == step
     if fresh and config.switch == "plateau" and plateau([look.loss for look in looks]):
-        return f"at step {step}: the public validation loss has come to a plateau"
+        return f"at step {step}: the public validation loss has reached a plateau"
     if fresh and config.switch == "decelerator" and few(looks):
         return f"at step {step}: the decelerator has become small, on public images ({looks[-1].slowdown:.2g})"
     latest = latest_switch(config)
     if step >= latest:
-        return f"at step {latest}, the latest: the rule ({config.switch}) did not ask for it before"
+        return f"at step {latest}, the latest possible: the rule ({config.switch}) did not switch before"
     return None
 
 
 def latest_switch(config: ContinueConfig) -> int:
-    """The step at which private ones begin at the latest."""
+    """The latest step at which private ones begin."""
     fixed = switch_step(config)
     return min(config.steps - 1, math.ceil(LATEST * config.steps)) if fixed is None else fixed
 
 
 def most_private_steps(config: ContinueConfig) -> int:
-    """Private steps if the rule asks for them at the first look that it may; as many as there are at a given step."""
+    """The largest number of private steps: that of a rule at its first evaluation, or of a given step."""
     if config.mix == "public":
         return 0
     if config.mix != "step":
@@ -110,7 +110,7 @@ def most_private_steps(config: ContinueConfig) -> int:
 
 
 def first_look(config: ContinueConfig) -> int:
-    """The first step at which a rule may ask for the switch."""
+    """The first step at which a rule may switch."""
     looks = PATIENCE if config.switch == "plateau" else PATIENCE - 1  # beside the one at step 0
     return min(looks * config.check_every, latest_switch(config))
 

@@ -7,7 +7,7 @@
 Naming a data set reads no pixel and no label; ``train()`` and ``test()`` do. Names: those of ``KNOWN``, ``folder:PATH``
 and ``npz:PATH``.
 
-The unit of privacy is one image, or, with a column that says which images belong together, one patient, say.
+The unit of privacy is one image, or, with a column that says which images belong together, for example one patient.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def open_dataset(
                 return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
             return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
         except RuntimeError as error:  # of expanduser
-            raise UsageError(f"{name} is in the home of nobody known here", fix="write the whole path") from error
-        except OSError as error:  # its file name may be that of a private example: the number alone is told
+            raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
+        except OSError as error:  # only the number: its file name may be that of a private example
             raise InputError(
                 f"the path of the {kind} data set cannot be read: {os.strerror(error.errno or errno.EIO)}",
                 fix="check the path and its permissions",
@@ -120,7 +120,7 @@ class DatasetRow:
 
 
 def list_datasets(data_dir: Path) -> list[DatasetRow]:
-    """Every known set, in the order of ``KNOWN``; looks for files and opens none."""
+    """Every known set, in the order of ``KNOWN``; opens no file."""
     rows = []
     for name, known in KNOWN.items():
         spec = known.spec()

@@ -1,9 +1,9 @@
-"""What every data set looks like to the rest of the package: a declared description, and two splits of uint8 images.
+"""The common interface of data sets: a declared description, and two splits of uint8 images.
 
 Two rules make the privacy boundary easy to see:
 
 * ``DataSpec`` never comes from a pixel or a label. It is a constant, a flag, an array *header* or a folder listing, so
-  a plan, a σ and a refusal can all be worked out before one private value is read.
+  a plan, a σ and a refusal can all be computed before a private value is read.
 * An error about private data says *what kind* of thing is wrong, never which example, value or file. Those go to
   ``private_detail``, which only ``--debug`` prints.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from dprandp.data.units import Units, unit_text
 from dprandp.errors import InputError, UsageError
 
-#: Splits every data set has. A third, official validation split (MedMNIST) stays unused: it is nobody's to tune on.
+#: The splits of every data set. A third, official validation split (MedMNIST) stays unused.
 SPLITS = ("train", "test")
 
 #: More classes than this is a mistake in the declaration, not a classifier.
@@ -32,10 +32,10 @@ class DataSpec:
     """Public facts about a data set, known without reading a pixel or a label.
 
     Attributes:
-        name: what ``--data`` was given.
+        name: the value of ``--data``.
         title: the name people use.
         classes: class names; label ``i`` means ``classes[i]``.
-        train_examples: N, the number of training examples. Treated as public, and said to be.
+        train_examples: N, the number of training examples. Treated as public, and disclosed as such.
         test_examples: number of test examples.
         channels: 1 (grey) or 3 (RGB).
         height: image height in pixels.
@@ -44,9 +44,9 @@ class DataSpec:
         licence: the terms its authors state.
         citation: whom to cite.
         flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
-            carry meaning; also for sets nobody has declared.
+            carry meaning; also where it is not declared.
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
-        unit_count: the number of those units; None where each image is one. Treated as public, and said to be.
+        unit_count: the number of those units; None where each image is one. Treated as public, and disclosed as such.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
     """
 
@@ -130,9 +130,9 @@ class Dataset:
         return f"Dataset({self.spec.name!r})"
 
     def require(self) -> None:
-        """Make sure the files of *both* splits are there, without reading them.
+        """Make sure the files of *both* splits are present, without reading them.
 
-        Call it before any budget is spent: a test file that is missing should not be noticed after the training.
+        Call it before any budget is spent, so that a missing test file is not noticed after the training.
 
         Raises:
             InputError: which file to put where.
@@ -153,7 +153,7 @@ class Dataset:
         return self._train
 
     def test(self) -> Split:
-        """The test split; read afresh at each call and never kept, so nothing can look at it by accident.
+        """The test split; read again at each call and never kept, so that nothing uses it by accident.
 
         Raises:
             InputError: as ``train``.
@@ -168,8 +168,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
 
-        By it a run knows its data, whatever they are called. It is itself a function of private data (who has a guess
-        at the whole set can confirm it), so it belongs under ``private/``.
+        It identifies a run's data under any name. It is itself a function of private data (it can confirm a guess at
+        the whole set), so it belongs under ``private/``.
         """
         train = self.train()
         digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
@@ -180,7 +180,7 @@ class Dataset:
         return digest.hexdigest()
 
     def image_fingerprint(self) -> str:
-        """SHA-256 (hex) of the training images alone, whatever their order, labels and units; as private as they."""
+        """SHA-256 (hex) of the training images in any order, without labels and units; as private as they."""
         return images_fingerprint(self.train().images)
 
     def same_images_as(self, other: Dataset) -> bool:
@@ -194,25 +194,24 @@ class Dataset:
 
 
 def image_digests(images: np.ndarray) -> list[bytes]:
-    """128 bits of each image that tell it from others; uint8 [N, ...]."""
+    """A 128-bit hash of each image; uint8 [N, ...]."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
 
 
 def images_fingerprint(images: np.ndarray) -> str:
-    """SHA-256 (hex) of images, uint8 [N, ...], in whatever order."""
+    """SHA-256 (hex) of images, uint8 [N, ...], in any order."""
     digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
     digest.update(b"".join(sorted(image_digests(images))))
     return digest.hexdigest()
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    """Hold what was read against what was declared: shapes, types, and the range of the labels.
+    """Check the data against the declaration: shapes, types, and the range of the labels.
 
-    What is checked is whether every record is of the declared kind at all, an image with one of the declared labels.
-    The guarantee is about data sets of such records, so a file with anything else in it is refused, and the message
-    says no more than that. How the records are distributed is not checked: whether a class has any examples is decided
-    by single records, the mechanism does not need to know it, and a refusal would tell it outside ε. The owner of the
-    data can ask for it (``check_data``).
+    Every record must be an image with one of the declared labels. The guarantee is about data sets of such records, so
+    a file with anything else in it is refused, and the message says only that. The distribution of the records is not
+    checked: single records decide whether a class has any examples, and a refusal would reveal it outside ε. The owner
+    of the data can check it (``check_data``).
 
     Args:
         spec: the declared facts.
@@ -229,7 +228,7 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
     if images.dtype != np.uint8 or images.shape != expected:
         raise InputError(
             f"the {split} images of {spec.name} are {images.dtype} {list(images.shape)}, not uint8 {list(expected)}",
-            fix="put the original file back; for a subset or a variant of your own use npz:PATH",
+            fix="restore the original file; for a subset or a variant of your own use npz:PATH",
         )
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -251,7 +250,7 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
 
 
 def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
-    """Refuse a class list that cannot be one.
+    """Refuse an invalid class list.
 
     Args:
         classes: the declared names.
@@ -264,7 +263,7 @@ def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise InputError(
             f"{origin} declares {len(classes)} classes; a classifier needs 2…{MAX_CLASSES}",
-            fix="declare every class once, also those that are rare",
+            fix="declare every class once, also rare ones",
         )
     if any(not name.strip() or not name.isprintable() for name in classes) or len(set(classes)) != len(classes):
         raise InputError(
@@ -278,8 +277,9 @@ def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
 #
 # A random part of a training split that its owner declares public, and the rest, which stays private.
 #
-# Which images are which depends on a public seed, on the declared number of images and on nothing else. The rest is a
-# data set of its own: its N is smaller, its test split is the same, and the public part cannot be reached through it.
+# The choice depends only on a public seed and on the declared number of images. The rest is a data set of its own:
+# its N
+# is smaller, its test split is the same, and it gives no access to the public part.
 
 _KEY = 0x7075626C6963  # "public": so that this permutation is nobody else's for the same seed
 

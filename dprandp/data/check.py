@@ -1,9 +1,8 @@
-"""What the owner of a data set may want to know before a run, and nobody else may know.
+"""Private facts about a data set for its owner, before a run: duplicates, units and empty classes.
 
-Is one image really one unit? An image that occurs twice is protected only half as well as ε says, and so is a patient
-whose images are spread over several units. Has every declared class training images? One without any cannot be learned.
-Both are statistics of the private data that no ε covers. So no run counts them: they are asked for separately,
-answered on the terminal, and written nowhere.
+An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
+units. A class without training images cannot be learned. These are statistics of the private data that no ε covers. So
+no run counts them: a separate command prints them on the terminal and stores nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dprandp.data.base import Dataset, image_digests
 
 
 def check_data(dataset: Dataset) -> dict[str, Any]:
-    """Count exact duplicates and find empty classes. Everything returned is private, but for the declared facts.
+    """Count exact duplicates and find empty classes. Everything returned is private, except for the declared facts.
 
     Args:
         dataset: named; this reads both its splits.
@@ -25,7 +24,7 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
     Returns:
         data, unit, train_examples, train_units (declared facts); largest_unit: images of the largest unit;
         repeated_images: training images that equal an earlier one, pixel by pixel; across_units: training images of
-        which a copy lies in another unit; largest_copies: units that hold one and the same image, at most;
+        which a copy lies in another unit; largest_copies: units that hold the same image, at most;
         contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
         copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
         empty_classes: names of the declared classes that have no training image.

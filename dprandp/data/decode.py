@@ -1,7 +1,7 @@
 """One image file to one uint8 array: safely, and the same on every machine.
 
-Whatever would need a guess is refused instead of guessed: rotation flags, 16-bit values, transparency, printing
-colours, several frames. A silent conversion would be a silent change of the data.
+Ambiguous files are refused: rotation flags, 16-bit values, transparency, printing colours, several frames. A silent
+conversion would be a silent change of the data.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dprandp.errors import InputError, UsageError
 #
 # Whether all pixels of an image file were in the file, or some were made up by the decoder.
 #
-# A file that simply breaks off makes Pillow raise. A file whose *image data* end early inside a container that is in
-# order (a tool has rewritten what was left of a damaged file, say) does not: decoders fill in the rest and say nothing.
-# What the rest looks like depends on the format, and so does how it is noticed.
+# Pillow raises for a truncated file, but not for a file whose *image data* end early inside an intact container (for
+# example, if a tool has rewritten a damaged file): decoders silently fill in the rest. The filling, and so the check,
+# depends on the format.
 #
 # PNG, GIF, TIFF, BMP
 #     The decoder writes what it finds into a canvas, and what it does not find keeps the canvas's colour. So the file
@@ -43,8 +43,7 @@ from dprandp.errors import InputError, UsageError
 #     The library refuses streams that end early, but for the last byte or two. These are noticed as with JPEG, by bytes
 #     at the end of the stream.
 #
-# What cannot be noticed is image data that were overwritten with other data which decode, such as zeros in an
-# uncompressed file.
+# Image data that were overwritten with other valid data, such as zeros in an uncompressed file, cannot be noticed.
 
 #: Formats that Pillow may try; the extension only selects which files are meant to be images.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
@@ -256,7 +255,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 logging.getLogger("PIL").propagate = False
 
 INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove it")
-"""What is wrong with an image that is not all there, and what to do."""
+"""The problem of an incomplete image, and the fix."""
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
@@ -332,8 +331,8 @@ def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
             part = image.convert("RGB").crop((left, top, left + columns, top + rows))
             return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
     except Exception as error:
-        # A decoder fed a hostile file may raise anything at all, and none of it is a bug of ours.
-        raise _refusal(what, "damaged or no image", "replace or remove it", path, f"{type(error).__name__}") from error
+        # A decoder may raise any exception for a hostile file.
+        raise _refusal(what, "damaged or not an image", "replace or remove it", path, type(error).__name__) from error
     raise _refusal(what, *(objection or INCOMPLETE), path, "")
 
 
@@ -363,12 +362,12 @@ def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
     if cannot_be_checked(image):
         return "a TIFF compressed as a fax or as old JPEG, where missing pixels go unnoticed", "save it as PNG"
     if image.getexif().get(_ORIENTATION, 1) != 1:
-        return "marked as rotated (EXIF orientation)", "turn the pixels themselves and drop the mark"
+        return "marked as rotated (EXIF orientation)", "rotate the pixels themselves and remove the mark"
     return None
 
 
 def _bits_per_channel(image: Image.Image, path: Path) -> int:
-    """Bits in the file; Pillow shows 16-bit RGB as 8-bit and says nothing."""
+    """Bits in the file; Pillow silently shows 16-bit RGB as 8-bit."""
     if image.format == "PNG":
         with path.open("rb") as stream:
             return stream.read(_PNG_DEPTH_BYTE + 1)[_PNG_DEPTH_BYTE]
@@ -390,10 +389,10 @@ def _has_second_frame(image: Image.Image) -> bool:
 
 # -------------------------------------------------------------------------------------------------------------- litter
 #
-# Litter: what programs leave in folders unasked. It is never data, and is ignored wherever a folder is listed.
+# Litter: files that programs create in folders. They are never data, and are ignored wherever a folder is listed.
 #
-# Nothing else is ignored silently. In particular unfinished downloads (``scan.png.part``) are no litter: they stand for
-# an image that should be there, and N must be right.
+# Nothing else is ignored silently. In particular unfinished downloads (``scan.png.part``) are not litter: an image is
+# missing, and N must be right.
 
 _NAMES = frozenset(
     {
@@ -423,14 +422,14 @@ def is_litter(name: str) -> bool:
 #
 # New images to classify: files, a folder of them, or one array of an ``.npz`` file. No labels, no splits.
 #
-# These are not the data that a guarantee speaks of, so a file that cannot be read is named. In a folder, litter
-# is ignored; what else is no image by its name is skipped and counted, for the caller to say so.
+# The guarantee does not cover these data, so messages name a file that cannot be read. In a folder, litter is ignored;
+# other files without the name of an image are skipped and counted.
 
 ARRAYS = ("images", "x", "x_test")
 """Names under which an ``.npz`` file may hold the images; exactly one of them has to be there."""
 
 LINKED, SPECIAL, BARE = "links to folders", "no regular files", "no extension"
-"""Kinds of skipped files that have no extension to be called by."""
+"""Kinds of skipped files without an extension."""
 
 _LONGEST_EXTENSION = 16
 

@@ -8,7 +8,7 @@ Two layouts::
 ``PATH/units.csv`` may say which images form one unit of privacy: a header ``file,unit`` and a line per image, with the
 file as in ``train/CLASS/NAME`` or ``CLASS/NAME``.
 
-The class list is the list of sub-folder names, which is thereby declared public; the number of files is the public N.
+The class list is the list of sub-folder names, and so is public; the number of files is the public N.
 File names, and which file has which content, are private. Litter (``decode.py``) is ignored at every level.
 """
 

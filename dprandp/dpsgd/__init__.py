@@ -1,1 +1,1 @@
-"""The only room with private pixels: how a private stage is opened, what it reads, and how it learns."""
+"""The only package with private pixels: how a private stage is opened, what it reads, and how it learns."""

@@ -1,4 +1,4 @@
-"""The run's privacy budget: fixed before the first look at the data, kept with the plans in ``privacy/plan.json``."""
+"""The run's privacy budget: fixed before the data are first read, kept with the plans in ``privacy/plan.json``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 NO_PUBLIC_PART = "none"
 ROUNDING = 1e-9
-"""Of ε: what a stage may spend was computed from the budget, with the rounding of floats."""
+"""Tolerance of ε for rounding, as a stage's target is computed from the budget."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the run may spend in all, fixed before its first look at the data (``privacy/plan.json``).
+    """The budget of the whole run, fixed before the data are first read (``privacy/plan.json``).
 
-    A budget that was chosen after seeing a result would need another theory (a privacy odometer) than the composition
-    that is accounted here, so a changed one is refused. So is a changed choice of the training images that were
-    declared public (``public_part``): what was private once in a run stays private, and the other way round.
+    A budget chosen after seeing a result would need a privacy odometer instead of the composition that is accounted
+    here, so a changed budget is refused. So is a changed choice of the training images that are declared public
+    (``public_part``): private images of a run stay private, and public ones public.
     """
 
     data: str
-    """The name under which they were given first."""
+    """The name under which the data were first given."""
     epsilon: float
     delta: float
     examples: int
@@ -43,7 +43,7 @@ class Budget:
     public_part: str = NO_PUBLIC_PART
 
     def refuse_other(self, other: Budget) -> None:
-        """Raise if a command asks for another budget than the run has, as far as declared facts tell.
+        """Raise if a command's budget differs from the run's, as far as declared facts show.
 
         Names of data do not count: which data they are is told by their content (``training_data.py``), once the plan
         is accepted.
@@ -60,37 +60,37 @@ class Budget:
             )
         if self.unit != other.unit:
             raise BudgetError(
-                f"this run's unit of privacy was fixed as {self.unit} before its first look at the data; {other.unit} "
+                f"this run's unit of privacy was fixed as {self.unit} before the data were read; {other.unit} "
                 "was asked for",
-                fix="give the same --unit-column, or start a new --run and add up what both release",
+                fix="give the same --unit-column, or start a new --run and add up the ε of both",
             )
         if self.public_part != other.public_part:
             raise BudgetError(
-                f"of this run's training images, the public part was fixed as {self.public_part} before the first look "
-                f"at the private ones; {other.public_part} was asked for",
-                fix="give the same --public and --seed, or start a new --run and add up what both release",
+                f"of this run's training images, the public part was fixed as {self.public_part} before the private "
+                f"ones were read; {other.public_part} was asked for",
+                fix="give the same --public and --seed, or start a new --run and add up the ε of both",
             )
         if self.examples != other.examples:
             raise InputError(
-                f"{other.data} has N = {other.examples} now, and had N = {self.examples} when this run began",
-                fix="put the data back as they were, or start a new --run for these",
+                f"{other.data} has N = {other.examples} now, but had N = {self.examples} when this run began",
+                fix="restore the earlier data, or start a new --run for these",
             )
         if (self.epsilon, self.delta) != (other.epsilon, other.delta):
             raise BudgetError(
-                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before its first look at the "
-                f"data; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
-                fix="leave --eps and --delta out, or start a new --run and add up what both release",
+                f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before the data were "
+                f"read; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
+                fix="leave --eps and --delta out, or start a new --run and add up the ε of both",
             )
 
 
 def budget_of(document: dict[str, Any]) -> Budget:
-    """The budget that a plan file holds."""
+    """The budget in a plan file."""
     part = document.get("public_part", NO_PUBLIC_PART)
     return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
 
 
 def default_delta(examples: int, published: float | None = None) -> float:
-    """δ where none was asked for.
+    """The default δ.
 
     Args:
         examples: N ≥ 1.
@@ -103,7 +103,7 @@ def default_delta(examples: int, published: float | None = None) -> float:
 
 
 def read_budget(rundir: RunDir) -> dict[str, Any] | None:
-    """Budget and expense of a run, read-only; None before its first private stage.
+    """Budget and spent ε of a run, read-only; None before its first private stage.
 
     Returns:
         data, epsilon, delta, examples, spent (upper bound of ε), private.
@@ -136,7 +136,7 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
         return document
     except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
         raise CheckpointError(
-            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+            f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"
         ) from error
 
 

@@ -32,14 +32,14 @@ CLOSED_FORM_MICROBATCH = 16
 """Examples whose gradients are in memory together: 16 x 1600 filters x (64 + 192) weights x 4 bytes = 26 MB."""
 
 GRADIENT_BYTES = 2**27
-"""Of the gradients of a WideResNet on a CPU that are in memory together: 12 records of wrn-16-4."""
+"""Bytes of a WideResNet's gradients in the memory of a CPU at a time: 12 records of wrn-16-4."""
 
 DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
-"""Most views, and records, of a network without a gradient of its own that an accelerator takes together: a patchnet of
-6,400 filters has some 25 GB of responses to 256 views."""
+"""Most views, and records, that an accelerator computes together by automatic differentiation: a patchnet of 6,400
+filters has some 25 GB of responses to 256 views."""
 
 EXTRACTOR = "extractor."
-"""Before the names of the parameters that are scaled."""
+"""Prefix of the names of the scaled parameters."""
 
 GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
 """(parameters, views, labels) -> microbatches of per-example gradients; each may overwrite the one before."""
@@ -47,7 +47,7 @@ GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[
 
 @dataclass(frozen=True)
 class SumSettings:
-    """What a sum depends on beside model and batch; public.
+    """The public settings of a sum.
 
     Attributes:
         scale: the extractor's factor s; 0 freezes it.
@@ -90,7 +90,7 @@ class Batch:
 
     @property
     def records(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         return len(self.members if self.sizes is None else self.sizes)
 
 
@@ -120,7 +120,7 @@ class ClippedSums:
         batch: Batch,
         masks: masking.Masks | None = None,
     ) -> dict[str, Tensor]:
-        """The sum over one batch, or over one rank's share of it.
+        """The sum over one batch, or over one rank's part of it.
 
         Args:
             parameters: the trained ones by name, scaled.
@@ -158,7 +158,7 @@ class ClippedSums:
         share: Batch,
         masks: masking.Masks | None = None,
     ) -> dict[str, Tensor]:
-        """The sum over a batch whose records are shared out among the ranks, at rank 0's parameters.
+        """The sum over a batch whose records are distributed over the ranks, at rank 0's parameters.
 
         Args:
             ranks: of which this is one; all call this together, with the same model and settings.
@@ -180,7 +180,7 @@ class ClippedSums:
 
         Raises:
             RankLostError, RankError: a rank ended or hangs; nothing of the step is released.
-            RuntimeError: this rank's share is no sum of clipped gradients.
+            RuntimeError: this rank's part is not a sum of clipped gradients.
         """
         ranks.broadcast([*parameters.values(), *(masks or {}).values()])
         total = self.of(parameters, step, share, masks)
@@ -195,7 +195,7 @@ class ClippedSums:
         )
         most = self.settings.clip_norm * records * (1 + 1e-6)
         if not fits or not float(torch.stack([value.norm() for value in share.values()]).norm()) <= most:
-            raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or no sum at all")
+            raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or not finite")
 
 
 def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Iterator[dict[str, Tensor]]:
@@ -206,14 +206,14 @@ def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Ite
 
 @dataclass(frozen=True)
 class Draw:
-    """What a rank other than rank 0 knows of a ``PrivateStep``: number, and indices (int64 [b], private)."""
+    """A ``PrivateStep`` on ranks other than rank 0: number, and indices (int64 [b], private)."""
 
     number: int
     indices: np.ndarray
 
 
 def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[PrivateStep | Draw]:
-    """The steps of a mechanism, on every rank: rank 0 charges and draws, and broadcasts what it drew.
+    """The steps of a mechanism, on every rank: rank 0 charges and draws, and broadcasts the batch.
 
     Args:
         ranks: of which this is one.
@@ -238,7 +238,7 @@ def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[Private
 
 
 def share_of(ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: Callable | None) -> Batch:
-    """This rank's share of the records of a step: whole records, shared out as evenly as possible.
+    """This rank's part of the records of a step: whole records, divided as evenly as possible.
 
     Args:
         ranks: of which this is one.
@@ -307,7 +307,7 @@ def gradient_source(
 
 
 def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
-    """The loss of one example as ``privacy.clipping`` wants it.
+    """The loss of one example, for ``privacy.clipping``.
 
     Returns:
         f(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views.

@@ -1,8 +1,8 @@
 """Features of the private images: computed once, kept in ``private/``, never released.
 
-Each row is a function of one private image and of public things (extractor, whitener, seed of the views), so the rows
-are as private as the images, and one record still touches exactly one row. They are written block by block and read
-through a memory map (below): they need not fit in memory.
+Each row is a function of one private image and of public inputs (extractor, whitener, seed of the views), so the rows
+are as private as the images, and one record still affects exactly one row. They are written block by block and read
+through a memory map (below), so they need not fit in memory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dprandp.vision.views import keyed_uniforms, private_views
 #
 # Features of many images, by one process or by several: each rank extracts its rows, they are gathered on rank 0.
 #
-# Rows are shared out in whole batches of the size that one process takes, so that every image is extracted beside the
-# same others: equal threads and processors give equal features, to the bit.
+# Rows are distributed in whole batches of the size that one process takes, so that every image is in the same batch:
+# equal threads and processors give equal features, to the bit.
 
 BATCH = 256
 ROUND = 16 * BATCH
 """Rows of a rank that are extracted at a time: 13 MB of pixels."""
 BLOCK_BYTES = 2**26
-"""Of features in memory before they go to the disk."""
+"""Bytes of features in memory before they are written to the disk."""
 
 
 def extract_by_ranks(
@@ -52,7 +52,7 @@ def extract_by_ranks(
     mirror: bool,
     on_batch: Callable[[int], None],
 ) -> Tensor:
-    """``extract``, its rows shared out; all ranks call this together.
+    """``extract`` with its rows distributed over the ranks; all ranks call this together.
 
     Args:
         ranks: of which this is one.
@@ -116,15 +116,16 @@ def _rows_of(
 # Rows of features in a file: written block by block, resumed after a stop, read as a memory-mapped tensor.
 #
 #     NAME.npy            float32 [N, ...], whole
-#     NAME.key            what it was computed from, written after it: a file without its key is not believed
+#     NAME.key            hash of the inputs, written after it: a file without its key is not used
 #     NAME.partial        rows so far, of an extraction that was stopped
-#     NAME.partial.json   how many of them are surely on the disk, and of what extraction
+#     NAME.partial.json   the number of them that are on the disk, and the key of the extraction
 #
-# The operating system keeps in memory as much of a mapped file as there is room for, and gives that up for other uses.
-# So features that fit in memory are read at its speed, and those that do not are a matter of disk.
+# The operating system caches as much of a mapped file as fits in free memory. So features that fit are read at the
+# speed
+# of memory, others at that of the disk.
 
 Blocks = Callable[[int], Iterator[Tensor]]
-"""From a row on: the blocks that follow, each float32 [b, ...], b ≥ 1."""
+"""From a first row to the blocks from there on, each float32 [b, ...], b ≥ 1."""
 
 
 class FeatureFile:
@@ -142,7 +143,7 @@ class FeatureFile:
         self._rows = rows
 
     def read(self, key: str, warn: Callable[[str], None]) -> Tensor | None:
-        """The whole array, if it was computed from what ``key`` is a hash of.
+        """The whole array, if its key is ``key``.
 
         Returns:
             float32 [N, ...], memory-mapped and read-only (writing to it ends the process), or None.
@@ -163,7 +164,7 @@ class FeatureFile:
         return self._resumable(key)[0]
 
     def write(self, key: str, blocks: Blocks) -> None:
-        """Compute and store the rows that are missing, in order; ``read`` finds them afterwards.
+        """Compute and store the missing rows, in order, for ``read``.
 
         Memory: one block. A process killed anywhere leaves rows that the next call goes on from.
 
@@ -171,7 +172,7 @@ class FeatureFile:
             StorageError: too little room on the disk, or another refusal of it.
         """
         done, shape = self._resumable(key)
-        with storage_errors(self.path, "replace"):  # what was there is of another extraction: its room is wanted
+        with storage_errors(self.path, "replace"):  # remove another extraction's file, to free its space
             self._tag.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
             if not done:
@@ -180,7 +181,7 @@ class FeatureFile:
         try:
             self._append(key, blocks, done, shape)
         except BaseException:
-            if not self.begun(key):  # rows that no later call could go on from only take room
+            if not self.begun(key):  # remove rows that no later call can use
                 with storage_errors(self._partial, "remove"):
                     self._partial.unlink(missing_ok=True)
             raise
@@ -236,14 +237,14 @@ class FeatureFile:
         needed, free = 4 * self._rows * math.prod(shape), shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise StorageError(
-                f"the features of {self._rows} images take {needed / 1e9:.3g} GB and {self.path.parent} has "
-                f"{free / 1e9:.3g} GB free",
+                f"the features of {self._rows} images take {needed / 1e9:.3g} GB and only {free / 1e9:.3g} GB are free "
+                f"in {self.path.parent}",
                 fix="free some space, choose another --run folder, or give the probe fewer dims",
             )
 
 
 PLACED_PART = 0.5
-"""Of the free memory of an accelerator that features may take there."""
+"""Fraction of an accelerator's free memory for features."""
 
 LABELS = {"features": "private features", "test-features": "test images"}
 
@@ -321,7 +322,7 @@ def _kept(
     view: Callable[[Tensor, int, int], Tensor] = lambda images, first, number: images,
     views: int = 1,
 ) -> Tensor:
-    """``private/NAME.npy`` if it was computed from what ``key`` is a hash of, else computed; memory-mapped.
+    """``private/NAME.npy`` if its key is ``key``, else computed; memory-mapped.
 
     Args:
         images: uint8 [N, H, W, 1 or 3].
@@ -368,7 +369,7 @@ def _kept(
 
 
 def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features and labels where heads are fitted to them: the one place where that is decided.
+    """Features and labels on the device that fits the head; only this function decides where.
 
     Args:
         features: float [N, d] or [N, K, d] on the CPU, memory-mapped or not.
@@ -381,7 +382,7 @@ def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device)
         where they are, and ``clipped_softmax_sum`` sends them to the device one block at a time, step by step.
 
     Raises:
-        UsageError: on an accelerator, where nothing looks at them again: a label that is none.
+        UsageError: on an accelerator, where labels are not checked again: an invalid label.
     """
     if device.type == "cpu":
         return features, labels
@@ -392,13 +393,13 @@ def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device)
 
 
 def rows_at_once(views: int, dims: int) -> int:
-    """Images of one rank whose features are computed before they go to the disk; whole batches, whoever resumes."""
+    """Images of one rank whose features are computed before they are written; whole batches, also after a resume."""
     most = BLOCK_BYTES // (4 * views * dims)
     return max(BATCH, min(ROUND, most // BATCH * BATCH))
 
 
 def require_room(needed: int, what: str) -> None:
-    """Refuse work that takes ``needed`` bytes of memory beside the features where there are fewer.
+    """Refuse work that takes ``needed`` bytes of memory beside the features if fewer are available.
 
     Raises:
         UsageError: exit code 2; nothing was charged for it.
@@ -406,13 +407,13 @@ def require_room(needed: int, what: str) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise UsageError(
-            f"{what} would take {needed / 1e9:.3g} GB of memory, and {available / 1e9:.3g} GB are available",
+            f"{what} would take {needed / 1e9:.3g} GB of memory, but {available / 1e9:.3g} GB are available",
             fix="use a machine with more memory, or fewer dims; the probe itself reads features from the disk",
         )
 
 
 def _key(facts: str, extractor: nn.Module, whitener: nn.Module) -> str:
-    """A hash of everything the features are made from."""
+    """A hash of all inputs of the features."""
     digest = hashlib.sha256(f"{facts} {getattr(whitener, 'parts', ())}".encode())
     for module in (extractor, whitener):
         add_weights(digest, module)

@@ -1,17 +1,21 @@
-"""Which weights a step trains: differential privacy meets pruning (Adamczewski & Park 2023, arXiv 2303.04612).
+"""Masks of the trained weights: differentially private training with pruning (Adamczewski & Park 2023, arXiv
+2303.04612).
 
-*Freeze* chooses once and trains the chosen weights alone; *select* keeps the network dense and updates another choice
-every R steps. Matrices and filters of the extractor are chosen from; head, norms, gains and biases are always trained.
+*Freeze* chooses once and trains only the chosen weights; *select* keeps the network dense and updates another choice
+every R steps. The choice is among matrices and filters of the extractor; head, norms, gains and biases are always
+trained.
 
 A choice is a mask, m. The gradient of a record is multiplied by m *before* its norm is taken, and so is the noisy sum:
-what is left is a Gaussian mechanism in as many dimensions as there are chosen weights.
+the result is a Gaussian mechanism in as many dimensions as there are chosen weights.
 
 Guarantee:
-    A mask never depends on private data but through what was released before: at random it depends on the public seed,
-    by magnitude on public weights (freeze) or on the parameters that noisy updates have made (select). Given the mask,
-    a masked gradient is no longer than the whole one, so the sensitivity of the clipped sum is that of
-    ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private gradients would be a
-    release of its own, that no step is charged for: it is refused.
+    A mask depends on private data only through earlier releases: a random one depends on the public seed, one by
+    magnitude on public weights (freeze) or on parameters after noisy updates (select). Given the mask, a masked
+    gradient
+    is no longer than the whole one, so the sensitivity of the clipped sum is that of ``privacy.clipping``; dropping
+    noisy
+    coordinates is post-processing. A mask made from private gradients would be a further release that is not charged,
+    so it is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How weights are chosen; public.
+    """The rule of choice; public.
 
     Attributes:
         mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
@@ -59,7 +63,7 @@ class MaskRule:
     zero: bool
 
     def due(self, step: int) -> bool:
-        """Whether another choice holds from this step on."""
+        """Whether the choice changes at this step."""
         return self.mode == "select" and step > 0 and step % self.every == 0
 
     def choose(self, parameters: Mapping[str, Tensor], step: int) -> Masks:
@@ -73,7 +77,7 @@ class MaskRule:
             ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first. On their device.
 
         Raises:
-            UsageError: there is nothing to choose from.
+            UsageError: there are no weights to choose from.
         """
         of = {name: value for name, value in parameters.items() if name.startswith("extractor.") and value.ndim >= 2}
         if not of:
@@ -94,10 +98,10 @@ class MaskRule:
         return {name: mask.view(of[name].shape).to(of[name].device) for name, mask in masks.items()}
 
     def in_words(self, masks: Masks) -> str:
-        """For the disclosure."""
+        """The text for the disclosure."""
         chosen, of = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
         how = "at random from a public seed" if self.criterion == "random" else "by magnitude"
-        when = "once, before the training" if self.mode == "freeze" else f"anew every {self.every} steps"
+        when = "once, before the training" if self.mode == "freeze" else f"every {self.every} steps"
         after = "" if self.mode == "select" else "; the others are zero" if self.zero else "; the others stay"
         return f"{chosen:,} of {of:,} weights of the extractor, chosen {how} {when}{after}; and head, norms, biases"
 
@@ -106,7 +110,7 @@ ALL_WEIGHTS = "all"
 
 
 def rule_of(config: FinetuneConfig) -> MaskRule | None:
-    """The rule that a configuration asks for; None where every weight is trained.
+    """The rule of a configuration; None if every weight is trained.
 
     Raises:
         UsageError: values out of range, or settings that contradict each other or would do nothing.
@@ -114,8 +118,8 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
     for name in ("freeze", "select"):
         if getattr(config, name) == "gradient":
             raise UsageError(
-                f"--{name} gradient is refused: a mask made from the private gradients would be one more release about "
-                "the data, which epsilon does not count",
+                f"--{name} gradient is refused: a mask made from the private gradients would be a further release "
+                "about the data, which epsilon does not count",
                 fix=f"give --{name} random, or --{name} magnitude: both cost nothing",
             )
     blocks = config.scope == "block"
@@ -130,23 +134,23 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
         raise UsageError("--freeze and --select exclude each other", fix="give one of them")
     criterion = config.freeze or config.select
     if (criterion is None) != (config.keep is None):
-        problem = "--keep chooses nothing by itself" if criterion is None else "nobody said how much is to be trained"
+        problem = "--keep needs --freeze or --select" if criterion is None else "--freeze and --select need --keep"
         raise UsageError(problem, fix="give --freeze or --select, and --keep with it, such as --keep 0.1")
     for name, wanted in (("prune", "freeze"), ("every", "select"), ("scope", "keep")):
         if getattr(config, name) is not None and getattr(config, wanted) is None:
-            raise UsageError(f"--{name} belongs to --{wanted}, which was not given", fix=f"give --{wanted}, or drop it")
+            raise UsageError(f"--{name} needs --{wanted}, which was not given", fix=f"give --{wanted} too")
     if criterion is None:
         return None
     if not 0 < config.keep < 1:
-        raise UsageError(f"--keep {config.keep:g} lies outside (0, 1)", fix="give a part such as --keep 0.1")
+        raise UsageError(f"--keep {config.keep:g} lies outside (0, 1)", fix="give a fraction such as --keep 0.1")
     if config.every is not None and not 1 <= config.every <= 10**9:
-        raise UsageError(f"--every {config.every} is no number of steps", fix="give one of 1 or more")
+        raise UsageError(f"--every {config.every} is not a number of steps", fix="give 1 or more")
     if blocks and config.select is not None:
         raise UsageError("--select chooses single weights, not blocks", fix="give --freeze with --scope block")
     if blocks and config.prune == "zero":
         raise UsageError("a network without whole blocks computes nothing", fix="give --prune hold with --scope block")
     if config.extractor_scale == 0:
-        raise UsageError("extractor_scale = 0 freezes the extractor whole", fix="leave it out, or --keep")
+        raise UsageError("extractor_scale = 0 freezes the whole extractor", fix="leave it out, or --keep")
     return MaskRule(
         mode="freeze" if config.freeze else "select",
         criterion=criterion,
@@ -160,7 +164,7 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
 
 @torch.no_grad()
 def apply(masks: Masks, tensors: Mapping[str, Tensor]) -> None:
-    """Set to zero what is not chosen, in place; [B, ...] tensors of a batch are masked row by row."""
+    """Set weights that are not chosen to zero, in place; [B, ...] tensors of a batch are masked row by row."""
     for name, mask in masks.items():
         tensors[name].mul_(mask)
 
@@ -175,23 +179,24 @@ def _largest(scores: Tensor, keep: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- frozen blocks
 #
-# Training whole blocks of a network and leaving the others as they are: what that saves.
+# Training only whole blocks of a network, to save time and memory.
 #
-# A mask over single weights (``masks.py``) lowers the dimension that the noise fills, but every gradient is computed
-# still. Where whole blocks are frozen, their weights get no gradient; below the first trained block nothing is
-# back-propagated, nothing is kept for it, and with one view per example (no augmentation) its output never changes: it
-# is computed once per image and kept.
+# A mask over single weights reduces the dimension of the noise, but every gradient is still computed. With whole frozen
+# blocks, their weights get no gradient; below the first trained block nothing is back-propagated or stored, and with
+# one
+# view per example (no augmentation) the input of that block never changes: it is computed once per image and kept.
 #
 # Guarantee:
-#     Which blocks are trained depends on public things alone: the seed, the weights at the start, the blocks' order.
-#     What is kept of a record is a function of that record's pixels and of frozen weights; it is held in memory (of the
-#     device that computes), used for that record's gradient, and never written.
+#     The choice of blocks depends only on public inputs: the seed, the initial weights, the blocks' order. The stored
+#     output of a record is a function of that record's pixels and of frozen weights; it stays in memory, is used for
+# that
+#     record's gradient, and is never written.
 
 CACHE_BYTES = 2**30
-"""Of outputs of frozen blocks that are kept; beyond it they are computed anew."""
+"""Bytes of outputs of frozen blocks that are kept; others are computed again."""
 
 FORWARD_VIEWS = 64
-"""Views that pass the frozen blocks together."""
+"""Views in one pass of the frozen blocks."""
 
 
 @dataclass(frozen=True)
@@ -215,10 +220,11 @@ class FrozenBlocks:
         return not name.startswith(self.frozen)
 
     def in_words(self) -> str:
-        """For the disclosure."""
+        """The text for the disclosure."""
         return (
             f"{self.of - len(self.frozen)} of {self.of} blocks of the extractor (stem and residual blocks), chosen "
-            f"{self.how} once, before the training; what comes after them, and the head; the others stay"
+            f"{self.how} once, before the training, are trained, with the layers after them and the head; the others "
+            f"are not"
         )
 
 
@@ -273,7 +279,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def outputs(self, views: Tensor, members: Tensor) -> Tensor:
-        """What the first trained block is given.
+        """The input of the first trained block.
 
         Args:
             views: uint8 [B, K, 3, 32, 32].
@@ -294,7 +300,7 @@ class FrozenPrefix:
         for row, value in made.items():
             size = value.numel() * value.element_size()
             if self._keep and size <= self._room:
-                self._kept[places[row]] = value.clone()  # of its own: a row would keep its whole block
+                self._kept[places[row]] = value.clone()  # a copy: a row would keep its whole block in memory
                 self._room -= size
         return torch.stack(found) if found else self._forward(views.new_zeros(1, *views.shape[2:]))[None][:0]
 

@@ -5,8 +5,8 @@
     optimizer.state                                          # for a checkpoint, and to copy one's tensors into
 
 Guarantee:
-    Everything here is a function of noisy gradients, public settings and what was released before: post-processing. No
-    function of this file may ever be given a gradient of private images without its noise.
+    Everything here is post-processing: a function of noisy gradients, public settings and earlier releases. Never call
+    these functions with a gradient of private images without its noise.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class OptimizerSettings:
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} = {value!r} lies outside [0, 1)", fix=f"choose a {name} in that range")
         if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"weight_decay = {self.weight_decay!r} is no decay", fix="give 0 or a small number")
+            raise UsageError(f"weight_decay = {self.weight_decay!r} is not a weight decay", fix="give 0 or more")
         if not 0 < self.stabiliser < math.inf:
             raise UsageError(f"stabiliser = {self.stabiliser!r} is not above 0", fix="give 1e-8, or a small number")
 
     @property
     def beta(self) -> float:
-        """The momentum that holds."""
+        """The momentum, as given or by default."""
         return DEFAULT_MOMENTUM[self.kind] if self.momentum is None else self.momentum
 
     def in_words(self) -> str:
@@ -73,8 +73,8 @@ class OptimizerSettings:
 class Optimizer:
     """SGD or Adam over named parameters.
 
-    Under noise Adam's second moment is mostly that of the noise: all coordinates then get about the same step. That is
-    a property of DP-Adam, not mended here.
+    Under noise Adam's second moment is mostly that of the noise, so all coordinates get about the same step. This is a
+    property of DP-Adam, not corrected here.
 
     Args:
         settings: public.
@@ -97,19 +97,19 @@ class Optimizer:
         return state_of(self._torch)
 
     def reset_first_moment(self) -> None:
-        """Make Adam forget its direction; scale and step count stay (Bu et al. 2024: at the switch from public to
+        """Reset Adam's first moment; scale and step count stay (Bu et al. 2024: at the switch from public to
         private)."""
         for state in self._torch.state.values():
             state["exp_avg"].zero_()
 
     @torch.no_grad()
     def step(self, noisy_gradients: Mapping[str, Tensor], lr: float, masks: Mapping[str, Tensor] | None = None) -> None:
-        """One update of the parameters that a gradient is given of.
+        """One update of the parameters that have a gradient.
 
         Args:
             noisy_gradients: name -> tensor like the parameter, with its noise; not changed.
             lr: learning rate, above 0.
-            masks: name -> bool tensor; where False the parameter stays as it is, whatever momentum and decay would do.
+            masks: name -> bool tensor; where False the parameter does not change, not even by momentum or decay.
                 Names left out are updated whole.
         """
         stay = {name: self.parameters[name].clone() for name in masks or ()}

@@ -1,4 +1,4 @@
-"""What leaves the run: the result on the test split, and ``model/``, which holds nothing but what may be released."""
+"""The releases of a run: the result on the test split, and ``model/``, which holds only what may be released."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
-"""The allow-list of ``model/``; a test holds it."""
+"""The allow-list of ``model/``."""
 
 MODEL_FORMAT = 2
-"""1, before there was a precision, is refused by name."""
+"""Format 1 had no precision; it is refused by name."""
 
 
 def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> dict[str, Any]:
-    """Measure the stage's final model on the test split, once; nothing is chosen by it.
+    """Evaluate the stage's final model on the test split, once; the result chooses nothing.
 
     Args:
         keep: keep the features in ``private/``; for an extractor that a further probe will have too.
@@ -59,13 +59,13 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
 def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) -> None:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
-    The training split reaches these files only through the noisy updates that made ``model`` and ``result``. No file
-    says where the data lie. ``dprandp/release.py`` reads them back.
+    The training split affects these files only through the noisy updates of ``model`` and ``result``. No file has the
+    path of the data. ``dprandp/release.py`` reads them.
     """
     rundir = stage.context.rundir
     folder: Path = rundir.model_dir
     recorded = {row["stage"]: row for row in rundir.status()}
-    if result.get("source") in WITHOUT_PHASE_ONE:  # whatever else the run holds, this model was not made from it
+    if result.get("source") in WITHOUT_PHASE_ONE:  # not made from the run's other stages
         pretrain, generate, arch = {}, {}, result["arch"]
     else:
         pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))

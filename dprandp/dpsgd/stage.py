@@ -1,4 +1,4 @@
-"""What the two private stages share: one budget, one ledger, and private pixels read only once a plan is accepted.
+"""The common part of the private stages: one budget, one ledger, and private pixels read only after a plan is accepted.
 
 The order matters and is the same in both stages:
 
@@ -58,7 +58,7 @@ class PrivateStage:
         dataset: named, not read.
         budget: the run's.
         plan: accepted.
-        attempt: 1, or one more for every time the stage was started afresh.
+        attempt: 1, or one more for every restart of the stage.
     """
 
     def __init__(self, name: str, dataset: Dataset, budget: Budget, context: Context) -> None:
@@ -82,7 +82,7 @@ class PrivateStage:
         return self._ledger
 
     def open_ledger(self, *, write: bool) -> list[list[Event]]:
-        """Open the ledger that the run has, if any, and count this attempt; returns the stages charged so far.
+        """Open the run's ledger, if any, and count this attempt; returns the stages charged so far.
 
         Raises:
             CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
@@ -107,17 +107,17 @@ class PrivateStage:
 
     @property
     def epsilon_alone(self) -> float:
-        """ε of this stage's plan by itself; what its learning rate may be chosen by, being public."""
+        """ε of this stage's plan by itself, which is public and may determine its learning rate."""
         return compose([self.plan.event], self.plan.delta, self.context.console.warn).upper
 
     def private_inputs(self) -> dict[str, str]:
-        """Read the training data and refuse others than the run's; their hash, for ``RunDir.begin``.
+        """Read the training data, refuse any but the run's, and return their hash for ``RunDir.begin``.
 
         The run is held to its data once a plan is fixed, or once ``continue`` has declared a part of them public.
 
         Raises:
             InputError: the data are unusable, or others. BudgetError: the run has used the same images as public ones.
-            CheckpointError: what is known of the run's data is lost.
+            CheckpointError: the record of the run's data is lost.
         """
         if self._fingerprint is None:
             found, rundir = training_data.fingerprint_of(self.dataset), self.context.rundir
@@ -129,7 +129,7 @@ class PrivateStage:
         return {"train": self._fingerprint}
 
     def keep_data(self) -> None:
-        """Record what the run's data are, where no plan has done so yet."""
+        """Record the hash of the run's data, if no plan has done so yet."""
         fingerprint = self.private_inputs()["train"]
         if not plan_file(self.context.rundir).exists():
             training_data.keep(self.context.rundir, self.dataset, fingerprint)
@@ -211,8 +211,9 @@ class PrivateStage:
         if self._ledger is not None and self._ledger.charged_steps(self.name, self.attempt):
             raise CheckpointError(
                 f"the ledger holds steps of stage {self.name!r} that were planned as {self.plan.steps}, and now "
-                f"{steps} are to be made",
-                fix="restore the stage's folder together with the privacy folder, or start it afresh with --overwrite",
+                f"{steps} are planned",
+                fix="restore the stage's folder together with the privacy folder, or restart the stage with "
+                    "--overwrite",
             )
         plan = self.plan
         self.plan = make_plan(
@@ -231,7 +232,7 @@ class PrivateStage:
         )
 
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
-        """A further mechanism of the same stage, planned with everything that is left of the run's budget.
+        """A further mechanism of the same stage, planned with the remaining budget of the run.
 
         Args:
             name: as the ledger will call it, such as 'finetune.head'.
@@ -241,7 +242,7 @@ class PrivateStage:
             A stage with its plan written. After a crash it is the plan that was written then.
 
         Raises:
-            BudgetError: nothing is left.
+            BudgetError: the budget is spent.
         """
         further = PrivateStage(name, self.dataset, self.budget, self.context)
         further._ledger, further._fingerprint = self.ledger, self._fingerprint
@@ -297,7 +298,7 @@ class PrivateStage:
         return InsecureSeed(seed, self.attempt, charged, len(self.name))
 
     def disclosure(self, updates: int) -> dict[str, Any]:
-        """What the run has spent by now and how: the privacy part of a stage's result.
+        """The privacy part of a stage's result: what the run has spent, and how.
 
         Args:
             updates: updates that the released parameters have seen; steps charged beyond them were lost in crashes.
@@ -332,7 +333,7 @@ class PrivateStage:
         }
 
     def _also_charged(self) -> list[dict[str, Any]]:
-        """What the ledger holds beside this stage's own mechanisms, a dict of public facts each, in order.
+        """The ledger's charges other than this stage's own mechanisms, a dict of public facts each, in order.
 
         A selection among private trials is not in this list: the result's ``tuned`` names it.
         """
@@ -352,16 +353,16 @@ def _data_unit(spec: DataSpec) -> str:
 
 
 def started(rundir: RunDir, name: str) -> str | None:
-    """When the stage was begun; a plan of an earlier beginning is not this one's."""
+    """When the stage was begun; a plan of an earlier beginning does not count."""
     return next((row["started"] for row in rundir.status() if row["stage"] == name), None)
 
 
 # -------------------------------------------------------------------------------------------------------- private plan
 #
-# How a private stage comes to its plan: from the budget, the ledger and public facts, or not at all.
+# The plan of a private stage, from the budget, the ledger and public facts.
 #
-# The order matters: name the data set (declared facts only), read the run's budget and ledger, find σ from what is
-# left, or refuse. No pixel is read in this file.
+# The order matters: name the data set (declared facts only), read the run's budget and ledger, find σ for the
+# remaining budget, or refuse. This file reads no pixel.
 
 
 def name_private_stage(
@@ -402,7 +403,7 @@ def name_private_stage(
     )
     validate_budget(budget.epsilon, budget.delta, examples)
     if fixed is not None:
-        open_run_ledger(context.rundir, warn=lambda text: None)  # first of all: is this the budget that was fixed?
+        open_run_ledger(context.rundir, warn=lambda text: None)  # first: is the fixed budget unchanged?
         fixed.refuse_other(budget)
         budget = replace(budget, data=fixed.data)
     if fetch or not context.download:
@@ -473,7 +474,7 @@ def open_private_stage(
 
     Raises:
         InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
-        BudgetError: what is left does not allow the stage.
+        BudgetError: the remaining budget is too small for the stage.
     """
     stage, document = name_private_stage(name, config, context, fetch=write)
     dataset, budget, examples = stage.dataset, stage.budget, stage.budget.examples
@@ -501,7 +502,7 @@ def open_private_stage(
         before = compose_stages(spent, budget.delta, context.console.warn).upper
         target = before + budget_part * (budget.epsilon - before) if math.isfinite(budget.epsilon) else math.inf
         if before >= budget.epsilon:
-            target = budget.epsilon  # let the planner refuse, with its own words
+            target = budget.epsilon  # the planner refuses
         stage.plan = make_plan(
             **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
         )
@@ -509,8 +510,8 @@ def open_private_stage(
 
 
 def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] | None:
-    """(fraction, seed) of the training images that the run's ``continue`` declares public: they are nobody's secret in
-    any later stage of the run, and no record of its N. Later stages are held to the same data by their content."""
+    """(fraction, seed) of the training images that the run's ``continue`` declares public: they are public in every
+    later stage of the run, and not counted in its N. Later stages must use the same data, compared by content."""
     if not isinstance(config, ContinueConfig):
         row = next(row for row in context.rundir.status() if row["stage"] == "continue")
         if row["config"] is None:
@@ -523,9 +524,10 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
 def _plan_probe(
     public: dict[str, Any], epsilon: float, share: float, spent: list[Stage], context: Context
 ) -> PrivatePlan:
-    """The probe takes its share, private tuning included; run again, it takes it again, on top of all before.
+    """The budget fraction of the probe, including private tuning; a repeated probe takes it again, on top of earlier
+    spending.
 
-    A share of 1 is all that is left, whatever spent the rest.
+    A share of 1 is the whole remaining budget.
     """
     warn = context.console.warn
     own = epsilon * share
@@ -539,7 +541,7 @@ def _plan_probe(
         raise BudgetError(
             f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
             f"{epsilon:g}",
-            fix="give a smaller --share, keep the probe there is, or start a new --run and add up what both release",
+            fix="give a smaller --share, keep the existing probe, or start a new --run and add up the ε of both",
         )
     return PrivatePlan(**public, noise_multiplier=sigma, epsilon_target=epsilon)
 

@@ -1,4 +1,4 @@
-"""Statistics of synthetic features, of which the whitener is made: public, shaped by the data's declaration alone."""
+"""Statistics of synthetic features for the whitener: public, dependent only on the data's declared facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dprandp.vision.views import ContrastiveViews
 
 WHITENER = "whitener"
 PUBLIC_FOLDER = "whitening"
-"""Of the run; no stage writes into the folder of another."""
+"""The folder of the run's statistics, which belongs to no stage."""
 
 SYNTHETIC_SEED = 1
 """Added to the seed for the crops that the whitener is fitted to, so that they differ from the pretraining's."""
@@ -36,9 +36,9 @@ def public_whitener(
 ) -> whitening.Whitener:
     """Statistics of synthetic features, as declared facts of the data shape them; public.
 
-    Kept in a public folder of the run, for whatever stage needs them: they are a function of the extractor and of
-    settings, by whose hash they are named. All ranks extract the features; rank 0 makes and keeps the statistics, and
-    the others read them.
+    They are stored in a public folder of the run for all stages, under a hash of the extractor and the settings, on
+    which
+    they depend. All ranks extract the features; rank 0 computes and stores the statistics, and the others read them.
 
     Raises:
         InputError: the ranks have other settings, or another extractor, than one another.
@@ -78,10 +78,10 @@ def public_whitener(
 
 
 def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitening.Whitener:
-    """A saved whitener, for the extractor that it was made for."""
+    """A saved whitener, for its extractor."""
     projection = loaded.tensors.get("projection")
-    axes = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
-    whitener = whitening.Whitener(extractor.feature_dim, axes, extractor.parts)
+    components = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
+    whitener = whitening.Whitener(extractor.feature_dim, components, extractor.parts)
     check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
     whitener.load_state_dict(loaded.tensors)
     return whitener
@@ -90,8 +90,8 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
 def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
     """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
 
-    Views are crops and other colours, as the published contrast has them but for mirroring. That is left to the
-    features: where the data declare that it changes nothing, images are averaged with their mirror images.
+    Views are crops and other colours, as in the published contrast, without mirroring: where the data declare that
+    mirroring keeps the class, features are averaged over an image and its mirror image anyway.
     """
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     if config.statistics_views == 1:

@@ -1,11 +1,11 @@
-"""Which data a run is about: told by their content, under whatever name they are given.
+"""The identity of a run's data: their content, not their name.
 
     private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
                                  stage that declares a part of it public
     private/public-data.json     hashes of the images of whole sets that the run has used as public ones
 
-A hash of private data lets anyone confirm a guess at them, so it stays in ``private/`` and in no other file. Only equal
-data are recognised: a set of which one image was changed is another set.
+A hash of private data lets anyone confirm a guess at them, so it is stored only in ``private/``. Only equal data are
+recognised: a set with one changed image is another set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fingerprint_of(dataset: Dataset) -> str:
 
 
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
-    """Record what the run's data are: their fingerprint, and that of the images alone, in whatever order."""
+    """Record the fingerprints of the run's data: of everything in order, and of the images in any order."""
     hashes = {"train": fingerprint, "images": dataset.image_fingerprint()}
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
@@ -43,14 +43,14 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
     path = rundir.path / "private" / KEPT
     if not path.exists():
         raise CheckpointError(
-            f"{path} is missing, so nothing tells whether these are the data that this run is about",
+            f"{path} is missing, so it is unknown whether these are the data of this run",
             fix="restore the run's private folder from a copy, or start a new run",
         )
     if read_hashes(path).get("train") != fingerprint:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "
             "differ",
-            fix="give --data the same data again, wherever they lie now, or start a new --run for these",
+            fix="give the same data with --data, from any path, or start a new --run for these",
         )
 
 
@@ -60,7 +60,7 @@ def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
     What was learned from it cost nothing, so a later private stage refuses the same images (``refuse_public``).
 
     Raises:
-        UsageError: they are the run's training images, under whatever name, order and labels.
+        UsageError: they are the run's training images, under any name, order and labels.
     """
     images = dataset.image_fingerprint()
     private = rundir.path / "private" / KEPT

@@ -1,4 +1,4 @@
-"""Phase III: every parameter with DP-SGD, on the budget that the probe left; or from scratch (De et al. 2022).
+"""Phase III: train all parameters with DP-SGD, on the remaining budget; or from scratch (De et al. 2022).
 
     step-NNNNNN.safetensors   parameters, momentum and EMA, for resuming (removed when the training is done)
     model.safetensors         the tuned parameters (EMA)
@@ -8,8 +8,8 @@
 One loop for every architecture: Poisson batch -> clipped sum (``clipped_sums.py``; of several ranks each adds its
 share, and rank 0 does the rest) -> noise -> step. The extractor's parameters are trained as θ = s φ, s a public factor.
 
-Where steps on the whole network are dear and few (patchnet on a CPU), most of the budget is better spent on a *refit*:
-cheap full-batch steps of the head on the features of the tuned extractor, from where the joint training left it.
+Where steps on the whole network are expensive and few (patchnet on a CPU), most of the budget is better spent on a
+*refit*: cheap full-batch steps of the head on the features of the tuned extractor, from the head of the joint training.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from dprandp.vision.images import colour_of, to_input
 
 # -------------------------------------------------------------------------------------------------------- update facts
 #
-# What a fine-tune does with its noisy sums, in the words and numbers that its disclosure shows.
+# The processing of a fine-tune's noisy sums, as its disclosure shows it.
 
 
 def settings_of(config: FinetuneConfig) -> OptimizerSettings:
-    """The optimizer that a configuration asks for.
+    """The optimizer of a configuration.
 
     Raises:
         UsageError: values out of range.
@@ -96,7 +96,7 @@ def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]
 STAGE = "finetune"
 MODEL = "model"
 REFIT = {"sample_rate": 1.0, "clip_norm": ProbeConfig.clip_norm}
-"""The mechanism of the refit, but for its steps and noise."""
+"""The mechanism of the refit, without its steps and noise."""
 
 
 def run(config: FinetuneConfig, context: Context) -> dict:
@@ -118,7 +118,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     alone = scratch.without_phase_one(config)
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    start = _start_alone(config, stage) if alone else None  # refuses a file before anything is charged
+    start = _start_alone(config, stage) if alone else None  # refuses a file before charging
     stage.fix_plan()
     model, mirror = (start, False) if start is not None else _probed_model(config, context, stage)
     model = model.to(context.device)
@@ -213,7 +213,7 @@ def open_stage(
 
 
 def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
-    """What was tuned: nothing of this stage, but what the probe says of the head that it starts from."""
+    """The tuning of the probe's head, if the stage starts from it; this stage itself has none."""
     rundir = stage.context.rundir
     if not scratch.without_phase_one(config):
         return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
@@ -275,7 +275,7 @@ def _train(
     average = {name: value.clone() for name, value in parameters.items()}
     state = {f"parameters.{name}": value for name, value in parameters.items()} | optimizer.state
     state |= {f"ema.{name}": value for name, value in average.items()}
-    state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's depend on the parameters that were
+    state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's masks depend on earlier parameters
     ranks, first_step, ledger_head = stage.context.ranks, 0, None
     saved = checkpoint.resume(folder, warn=stage.context.console.warn) if ranks.is_first else None
     ended = saved is not None and saved.name == MODEL  # stopped between the last step and the end of the stage
@@ -343,11 +343,11 @@ def _train(
                 due = done % config.checkpoint_every == 0 or mechanism.remaining_steps == 0
                 stop.end_step(due, partial(save, done))
     except (RankError, RankLostError):
-        if ranks.is_first and done > first_step:  # the step is lost, and charged; the updates before it need not be
+        if ranks.is_first and done > first_step:  # the step is charged but lost; save the updates before it
             save(done)
         raise
     released = {}
-    for name, value in start.items():  # what has not moved is what it was: dividing and multiplying by s may round
+    for name, value in start.items():  # keep unchanged values exactly: s may round
         mean = average[name]
         released[name] = torch.where(mean == _scaled(name, value, scale), value, unscaled(name, mean, scale)).cpu()
     updates = ranks.first(lambda: mechanism.next_step)
@@ -369,8 +369,8 @@ def _scaled(name: str, value: Tensor, scale: float) -> Tensor:
 
 
 def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict | None:
-    """Fit the head once more, full batch, on the tuned features, with all that is left; returns its disclosure, or None
-    on another rank than rank 0."""
+    """Fit the head once more, full batch, on the tuned features, with the remaining budget; returns its disclosure, or
+    None on ranks other than rank 0."""
     context, ranks = stage.context, stage.context.ranks
     folder = context.rundir.stage_dir(STAGE) / "refit"
     if ranks.is_first:

@@ -1,7 +1,7 @@
-"""Networks that no Phase I made: with random weights (De et al. 2022), or with public weights from a file.
+"""Networks without Phase I: with random weights (De et al. 2022), or with public weights from a file.
 
-Whether weights from a file are public is not something that a program can see. Whoever gives the file declares it; the
-declaration and the file's hash are recorded and shown wherever ε is.
+A program cannot check whether weights from a file are public. The user declares it; the declaration and the file's hash
+are recorded and shown wherever ε is.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Questions about runs, budgets and this machine. Nothing here changes a run."""
+"""Commands about runs, budgets and this machine. Nothing here changes a run."""

@@ -1,4 +1,4 @@
-"""``dprandp account``: σ for an ε or ε for a σ, the whole curve, and what they leave to an attacker. Reads no data."""
+"""``dprandp account``: σ for an ε or ε for a σ, the whole curve, and the best attack. Reads no data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEIGHBOURS = {
 EXACT, THROUGH_POINT = "exact", "the Gaussian through (ε, δ)"
 DOUBLED = "replacing a record moves a sum by up to 2C instead of C, which doubles μ (exact)"
 TWO_MOVES = (
-    "replacing is emptying a slot and filling it again: group privacy along the whole zero-out curve, "
+    "replacing means emptying a slot and filling it again: group privacy along the whole zero-out curve, "
     "(ε₁ + ε₂, δ₁ + exp(ε₁) δ₂), an upper bound (Dong, Roth & Su 2022, Theorem 2.14)"
 )
 
@@ -44,7 +44,7 @@ def account(
     adjacency: str = ZERO_OUT,
     curve: bool = True,
 ) -> dict[str, Any]:
-    """σ for an ε, or ε for a σ, and what that means.
+    """σ for an ε, or ε for a σ, and the attack that it allows.
 
     Returns:
         noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
@@ -110,7 +110,7 @@ def account(
 
 
 def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
-    """ε of ``size`` records together, for what ``account`` answered; nothing for a size of 1.
+    """ε of ``size`` records together, for a result of ``account``; {} for a size of 1.
 
     Returns:
         group_size, and where it is above 1 group_epsilon (upper bound at the same δ; infinite where no bound was
@@ -123,7 +123,7 @@ def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
         return {"group_size": 1}
     if result["adjacency"] == NEIGHBOURS[REPLACE_ONE]:
         raise UsageError(
-            f"--group-size {size} is accounted for records that are zeroed out together, not replaced",
+            f"--group-size {size} is only for records that are zeroed out together, not replaced",
             fix="leave --adjacency at zero-out",
         )
     event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
@@ -158,7 +158,7 @@ def _group_line(result: dict[str, Any]) -> str:
 
 
 def attack_lines(result: dict[str, Any]) -> str:
-    """What an attacker gains, in plain words."""
+    """The attacker's gain, in words."""
     attack = result["attack"]
     alarms = " / ".join(f"{100 * rate:g}" for rate in attack["false_positive_rate"])
     found = " / ".join(_percent(rate) for rate in attack["true_positive_rate"])
@@ -175,7 +175,7 @@ def attack_lines(result: dict[str, Any]) -> str:
 
 
 def opinion_lines(result: dict[str, Any]) -> str:
-    """What other libraries say of the ε; of zero-out, also where a record is replaced."""
+    """The ε of other libraries; of zero-out, also where a record is replaced."""
     of = " (of zero-out)" if result["adjacency"] == NEIGHBOURS[REPLACE_ONE] else ""
     opinions = [
         Opinion(each["name"], each["epsilon_lower"], math.inf if each["epsilon_upper"] is None else
@@ -186,11 +186,11 @@ def opinion_lines(result: dict[str, Any]) -> str:
 
 
 def _silent(sentence: str) -> None:
-    """For searches and curves: the accountant of the result is named once, by the result."""
+    """Print nothing during searches and curves: the result names its accountant once."""
 
 
 def _percent(rate: float) -> str:
-    """To three digits, rounded up: what is printed is never below the bound."""
+    """To three digits, rounded up."""
     if rate <= 0:
         return "0"
     rate = max(rate, 1e-100)

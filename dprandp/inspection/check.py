@@ -1,6 +1,6 @@
-"""``dprandp status --check``: is this machine fit for a run, and is the run whole? Reads, reports, repairs nothing.
+"""``dprandp status --check``: check this machine and the files of a run. Repairs nothing.
 
-No pixel of a data set is read: whether its files are there is all that is asked.
+No pixel of a data set is read, only whether its files are present.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ LIBRARIES = (
     "scikit-learn",
 )  # fmt: skip
 OLDEST_TORCH = (2, 10)
-"""Before it, ``torch.load`` had holes through which a file could run code; other libraries may still call it."""
+"""In older versions a file could run code through ``torch.load``, which other libraries may still call."""
 
 DISK_WARN, DISK_FAIL = 5e9, 2e8
 """Bytes: a run of size small needs about 1 GB, one of size paper 30 GB."""
 
 ENVIRONMENT_CODE = InputError.exit_code
-"""Of a missing library: something that is needed is not there."""
+"""Exit code for a missing library."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, ok | warn | fail, what was found, and the exit code of a failure (else 0)."""
+    """One line: the name, ok | warn | fail, the finding, and the exit code of a failure (else 0)."""
 
     name: str
     state: str
@@ -110,11 +110,11 @@ def _environment() -> Iterator[Check]:
     if number < OLDEST_TORCH:
         yield Check("torch", FAIL, f"{found}; older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}", ENVIRONMENT_CODE)
     elif torch.get_num_threads() < cores():
-        yield Check("torch", WARN, f"{found}: OMP_NUM_THREADS holds it back, or unset it")
+        yield Check("torch", WARN, f"{found}: OMP_NUM_THREADS limits it; unset it to use all cores")
     else:
         yield Check("torch", OK, found)
     try:
-        import torchvision.ops  # its compiled part is where a torchvision of another torch fails
+        import torchvision.ops  # its compiled part fails if torchvision does not fit torch
 
         torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
         yield Check("torchvision", OK, torchvision.__version__)
@@ -136,7 +136,7 @@ def _arithmetic(device: str) -> Iterator[Check]:
     if apart <= 1:
         yield Check("arithmetic", OK, f"{found}: as stored")
     else:
-        why = f"{found}: {where} is {apart:.2g} times its tolerance from what it should be"
+        why = f"{found}: {where} is {apart:.2g} times its tolerance from the stored number"
         yield Check("arithmetic", FAIL, f"{why}; do not train here: reinstall torch, or use another --device", 1)
 
 
@@ -167,7 +167,7 @@ def _disk(run: Path) -> Iterator[Check]:
 def _data(data_dir: Path) -> Iterator[Check]:
     rows = list_datasets(data_dir)
     here = [row.name for row in rows if row.available]
-    yield Check("data", OK, f"at hand in {data_dir}: {', '.join(here)} ({len(rows) - len(here)} known sets are not)")
+    yield Check("data", OK, f"present in {data_dir}: {', '.join(here)} ({len(rows) - len(here)} known sets are not)")
 
 
 # ------------------------------------------------------------------------------------------------------ inside the run
@@ -213,19 +213,19 @@ def _lock(run: Path) -> Check:
     try:
         directory.release(directory.acquire(path, run))
     except StorageError as error:
-        return Check("lock", WARN, f"{error.problem}; what it is writing may look broken below")
+        return Check("lock", WARN, f"{error.problem}; files that it is writing may look broken below")
     return Check("lock", OK, "free")
 
 
 def _stage(run: Path, table: Table, stage: str, record: Record) -> Check:
     if record.state == "partial":
-        return Check(stage, WARN, "begun and not finished; the same command goes on")
+        return Check(stage, WARN, "begun but not finished; the same command continues it")
     folder = run / STAGES[stage]
     for name, digest in record.outputs.items():
         if not (folder / name).is_file():
             return Check(stage, FAIL, f"{folder / name} is missing", 4)
         if file_sha256(folder / name) != digest:
-            return Check(stage, FAIL, f"{folder / name} is not as it was written: its sha256 differs", 4)
+            return Check(stage, FAIL, f"{folder / name} has changed: its sha256 differs", 4)
     if stage == "generate":
         from dprandp.generate import load_images
 
@@ -237,7 +237,7 @@ def _stage(run: Path, table: Table, stage: str, record: Record) -> Check:
 
 
 def _privacy(run: Path) -> list[Check]:
-    """Ledger, plan, and who may read ``private/``."""
+    """Ledger, plan, and the mode of ``private/``."""
     checks = []
     checks += _attempt("ledger", lambda: _ledger(RunDir.open(run, create=False)))
     checks += _attempt("plan", lambda: _plan(RunDir.open(run, create=False)))
@@ -258,7 +258,7 @@ def _ledger(rundir: RunDir) -> list[Check]:
         return []
     steps = sum(charge.steps for charge in ledger.charges)
     stamp = "" if ledger.private else "; NOT PRIVATE: steps without noise, or with noise from a seed"
-    found = f"whole, {steps} steps charged; the results in run.json are those it holds{stamp}"
+    found = f"whole, {steps} steps charged; the results in run.json agree with it{stamp}"
     return [Check("ledger", WARN, said[0]) if said else Check("ledger", WARN if stamp else OK, found)]
 
 

@@ -1,4 +1,4 @@
-"""Answers that train nothing: status and the list of data sets."""
+"""The commands status and datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
 
 SHOWN_CLASSES = 20
-"""Empty classes that are named for people; JSON has all of them."""
+"""Most empty classes that the text names; JSON has all of them."""
 
 
 def status(rundir: RunDir) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def check_lines(found: dict[str, Any]) -> str:
         f"  images of the largest unit                          {found['largest_unit']}",
         f"  images that repeat an earlier one exactly           {found['repeated_images']}",
         f"  images with a copy in another unit                  {found['across_units']}",
-        f"  units that hold one and the same image, at most     {found['largest_copies']}",
+        f"  units that hold the same image, at most             {found['largest_copies']}",
         f"  distinct images with contradicting labels           {found['contradicting_labels']}",
         f"  training images with a copy in the test split       {found['in_test']}",
     ]
@@ -101,10 +101,10 @@ def check_lines(found: dict[str, Any]) -> str:
     lines.append(f"  declared classes without a training image           {len(empty)}")
     if empty:
         shown = ", ".join(empty[:SHOWN_CLASSES]) + (", …" if len(empty) > SHOWN_CLASSES else "")
-        lines.append(f"No training image has the label {shown}: a run goes on, and never learns these classes.")
+        lines.append(f"No training image has the label {shown}: a run continues, and never learns these classes.")
     if found["across_units"]:
         lines.append(
-            f"An image in {found['largest_copies']} units is protected as a group of so many (dprandp account "
+            f"An image in {found['largest_copies']} units is protected as a group of that size (dprandp account "
             f"--group-size {found['largest_copies']}). Remove the copies, or give them one unit (--unit-column)."
         )
     if found["in_test"] or found["units_in_test"]:

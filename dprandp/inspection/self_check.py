@@ -1,8 +1,7 @@
-"""Does this machine compute what others do? A forward pass and a private step of small networks, and stored numbers.
+"""A self-check of the arithmetic: a forward pass and a private step of small networks, compared with stored numbers.
 
-Weights, images and noise come from a seed, so every machine is asked the same question; no data set and no run is read.
-The stored numbers were computed in float32. A broken library, a wrong instruction set or a device that computes
-something else shows here in a second, before hours of training.
+Weights, images and noise come from a seed; no data set and no run is read. The stored numbers were computed in float32.
+A broken library, a wrong instruction set or a faulty device shows here in a second, before hours of training.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ EXAMPLES, CLASSES, VIEWS, DIMS = 4, 3, 2, 16
 CLIP_NORM, NOISE_MULTIPLIER = 0.5, 1.0
 
 TOLERANCE = {FLOAT32: 1e-3, BFLOAT16: 0.05}
-"""Largest difference from the stored numbers, relative to the length of the vector that is looked at."""
+"""Largest difference from the stored numbers, relative to the length of the vector."""
 
 STORED = {
     "patchnet": {
@@ -48,7 +47,7 @@ STORED = {
 
 
 def measure(arch: str, device: torch.device, precision: str) -> dict[str, tuple[float, float]]:
-    """What this machine computes.
+    """The results of this machine.
 
     Args:
         arch: one of ``ARCHITECTURES``.
@@ -90,8 +89,8 @@ def compare(device: torch.device) -> tuple[float, str, str]:
     """Measure every architecture in the precision that a stage would choose, and compare.
 
     Returns:
-        The largest difference as a part of its tolerance (above 1: this machine computes something else), where it
-        is, and the precisions in words.
+        The largest difference as a fraction of its tolerance (above 1: this machine computes something else), its
+        place, and the precisions in words.
     """
     worst, where, said = 0.0, "", []
     for arch in ARCHITECTURES:

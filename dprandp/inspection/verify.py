@@ -1,8 +1,8 @@
-"""``dprandp verify``: do a run's claims follow from its ledger, as somebody else would check them?
+"""``dprandp verify``: check, like an outsider, whether a run's claims follow from its ledger.
 
-Reads what may be handed on: run.json, ``privacy/`` and ``model/``. Neither the private data nor ``private/`` is needed.
-The chain of hashes is computed again here, and ε by other libraries than those that reported it (prv-accountant, whose
-lower bound is certified, and Opacus' Rényi DP), so that an error of this program's ledger or accountant would show.
+Reads run.json, ``privacy/`` and ``model/``; needs neither the private data nor ``private/``. It recomputes the chain of
+hashes, and ε by other libraries than those that reported it (prv-accountant, whose lower bound is certified, and
+Opacus' Rényi DP), so that an error of this program's ledger or accountant would show.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dprandp.runs.directory import RunDir
 from dprandp.runs.ledger import ledger_file, open_run_ledger
 
 FIGURES = 12
-"""Rows of the disclosure, from its first, that are figures of the mechanism: all of them must stand on the card."""
+"""The first rows of the disclosure, figures of the mechanism, which must all be on the card."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim: its name, whether it holds, what was found, and the exit code where it does not."""
+    """One claim: its name, whether it holds, the finding, and the exit code if it fails."""
 
     name: str
     passed: bool
@@ -50,7 +50,7 @@ def verify(rundir: RunDir) -> dict[str, Any]:
     """
     if not any("epsilon" in (row["result"] or {}) for row in rundir.status()):
         raise InputError(
-            f"{rundir.path} has no private stage that is finished, so it claims nothing",
+            f"{rundir.path} has no finished private stage, so there is no claim to check",
             fix=f"run: dprandp probe --run {shlex.quote(str(rundir.path))}",
         )
     checks = [
@@ -124,7 +124,7 @@ def _chain(rundir: RunDir) -> str:
 
 def _run_and_ledger(rundir: RunDir) -> str:
     open_run_ledger(rundir, warn=lambda text: None)
-    return "the results, the last line and the budget that the run notes are those of the ledger"
+    return "the run's results, last line and budget agree with the ledger"
 
 
 def _plans(rundir: RunDir) -> str:
@@ -139,8 +139,8 @@ def _plans(rundir: RunDir) -> str:
         keys = ("noise_multiplier", "sample_rate", "clip_norm", "noise")
         other = [line for line in charged if any(line[key] != plan[key] for key in keys)]
         if other or sum(line["steps"] for line in charged) > plan["steps"]:
-            raise CheckpointError(f"what was charged for {name} is not its plan", fix="do not rely on this run")
-    return f"what was charged is what was planned ({', '.join(entries) or 'nothing'})"
+            raise CheckpointError(f"the charges of {name} differ from its plan", fix="do not rely on this run")
+    return f"the charges agree with the plans ({', '.join(entries) or 'none'})"
 
 
 def _epsilons(rundir: RunDir) -> list[Check]:
@@ -155,14 +155,14 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
         if line["kind"] == "charge":
             charges.append(line)
         if line["kind"] == "tuning":
-            return "not computed again: private tuning is accounted in Rényi DP alone"
+            return "not recomputed: private tuning is accounted only in Rényi DP"
         if line["hash"] == result.get("ledger_head"):
             break
     else:
         raise CheckpointError("the result names no line of the ledger", fix="do not rely on this run")
     opinions = independent_opinions(charges, result["delta"])
     said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; {'; '.join(map(str, opinions))}"
-    # where the other library has no lower bound there is only the one that reported: better than nothing
+    # without a lower bound of the other library, the one that reported is used
     lower = max(each.lower for each in opinions)
     if lower == 0:
         lower = compose(_events(charges), result["delta"], lambda sentence: None).lower
@@ -178,5 +178,5 @@ def _model(rundir: RunDir) -> str:
     result = {**model.result, "epsilon": float(model.result["epsilon"])}
     missing = [row for row in card_rows(disclosure(result)[:FIGURES]) if row not in card]
     if missing:
-        raise CheckpointError(f"the card does not say: {missing[0]}", fix="do not rely on this run")
-    return f"hashes as described; {FIGURES} figures of the card are those of the result"
+        raise CheckpointError(f"the card lacks: {missing[0]}", fix="do not rely on this run")
+    return f"hashes as described; {FIGURES} figures of the card agree with the result"

@@ -1,4 +1,4 @@
-"""The model that is released: extractor, public whitening, private linear head."""
+"""The released model: extractor, public whitening, private linear head."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Learn patch layers from synthetic images: whitening of patches, then a spherical k-means dictionary; layer by layer.
 
 Source: Coates & Ng 2012, "Learning feature representations with k-means", with synthetic patches in place of real ones.
-Only images of a random process come in here, so nothing in this file costs privacy.
+All inputs are images of a random process, so nothing in this file costs privacy.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ CHANNEL_FLOOR = 0.1
 """The same for the channels of the second layer, relative to the mean of the eigenvalues that are kept."""
 
 RESPONSE_CROPS = 3000
-"""Crops that the channels of the second layer are whitened by."""
+"""Crops for the whitening of the second layer's channels."""
 
 RESPONSE_PATCHES, PATCHES_OF_A_CROP = 120_000, 40
-"""What the second layer is learned from: 120,000 patches of 576 numbers are 276 MB. Where a crop has fewer patches than
+"""Patches for learning the second layer: 120,000 patches of 576 numbers are 276 MB. If a crop has fewer patches than
 PATCHES_OF_A_CROP, all of them are taken, and more crops."""
 
 OnIteration = Callable[[int, float], None]
 
 Patches = Callable[[Tensor], Tensor]
-"""Images uint8 [B, 3, H, W] to the patches that a layer looks at, [B, d, L]."""
+"""From images uint8 [B, 3, H, W] to the input patches of a layer, [B, d, L]."""
 
 BLOCK = 1024
-"""Vectors that are compared with all atoms together: the memory of their products is used again, not asked for anew."""
+"""Vectors that are compared with all atoms at a time, so that the memory of their products is reused."""
 
 
 def learn(
@@ -44,11 +44,12 @@ def learn(
     generator: torch.Generator,
     on_iteration: OnIteration = lambda iteration, similarity: None,
 ) -> None:
-    """Fill a chain of layers with what is learned from images of a random process.
+    """Learn a chain of layers from images of a random process.
 
     Args:
-        chain: to fill in place, a ``PatchNet`` and maybe a ``ResponseLayer`` on top of it. The small dictionary that
-            the second layer looks at the patches below with is learned from the same patches as theirs.
+        chain: filled in place: a ``PatchNet`` and optionally a ``ResponseLayer`` on top of it, whose small dictionary
+        is
+            learned from the same patches.
         crops: uint8 [N, 3, 32, 32], in random order.
         count: patches of pixels to learn from.
         iterations: passes of each k-means.
@@ -90,7 +91,7 @@ def learn(
 
 
 def _whitened(patches: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A whitening's basis and centre, and the patches along its axes."""
+    """A whitening's basis and centre, and the whitened patches."""
     basis, centre = whitening(patches, dims)
     return basis, centre, patches @ basis.t() - centre
 
@@ -103,11 +104,11 @@ def _fill(layer: PatchLayer, **values: Tensor) -> None:
 
 @torch.no_grad()
 def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise and whiten the channels of a layer's maps, to the ones with the most energy.
+    """Standardise and whiten the channels of a layer's maps, and keep the components with the most energy.
 
     Args:
         layer: its ``map_weight`` and ``map_bias`` are learned already.
-        below: the patches that it answers to.
+        below: its input patches.
         crops: uint8 [N, 3, H, W], *synthetic*.
 
     Returns:
@@ -123,7 +124,7 @@ def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tu
         count += columns.shape[1]
     mean = total / count
     covariance = squares / count - torch.outer(mean, mean)
-    deviation = covariance.diagonal().clamp(min=0).sqrt() + 1e-3  # a channel that hardly answers is not blown up
+    deviation = covariance.diagonal().clamp(min=0).sqrt() + 1e-3  # so that a weak channel is not amplified
     values, vectors = torch.linalg.eigh(covariance / torch.outer(deviation, deviation))
     values, vectors = values[-dims:].flip(0).clamp(min=0), vectors[:, -dims:].flip(1)
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
@@ -140,7 +141,7 @@ def sample_response_patches(
 
     Args:
         layer: all but its dictionary and ``basis`` are learned already.
-        below: the patches that it answers to.
+        below: its input patches.
         crops: uint8 [N, 3, H, W].
         per_crop: patches of each; places are drawn with replacement, unless all of them are asked for.
         generator: public randomness.
@@ -182,11 +183,11 @@ def sample_patches(images: Tensor, count: int, patch_size: int, generator: torch
 
 
 def whitening(patches: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """PCA whitening of a set of vectors, to the axes with the most energy.
+    """PCA whitening of a set of vectors, to the components with the most energy.
 
     Args:
         patches: [N, d] float32.
-        dims: axes to keep, r, at most d.
+        dims: components to keep, r, at most d.
 
     Returns:
         basis [r, d] = (Λ + ``PATCH_FLOOR``)^(-1/2) Vᵀ, float32, and centre [r] = basis @ mean, so that

@@ -4,12 +4,12 @@ An extractor is an ``nn.Module`` with
 
 * ``feature_dim``: int;
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
-* ``parts``: ``whitening.Part``s, which of the features are whitened together;
+* ``parts``: the ``whitening.Part``s of the features, each of which is whitened separately;
 * ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
-* ``precision``: 'float32' or 'bfloat16', what its products are computed in (``precision.py``);
-* ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given, from which its like can be built.
+* ``precision``: 'float32' or 'bfloat16', the number format of its products (``precision.py``);
+* ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given.
 
-To add one: write its module, give it a name here, and say in ``pretrain/__init__.py`` how it learns from images.
+To add one: write its module, name it here, and add its training to ``pretrain/__init__.py``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ ARCHITECTURES = (
 )
 
 EARLIER_GRIDS = ("4+16", "1+9")
-"""Of a WRN's first two stages. Each has half the channels of the next stage and twice its cells: equally wide parts."""
+"""Pooling of a WRN's first two stages: half the channels of the next stage and twice its cells, so equally wide
+parts."""
 
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
-    """An untrained extractor, which computes in ``config.precision``; in float32 where that is not decided yet.
+    """An untrained extractor, which computes in ``config.precision``, or in float32 if that is undecided.
 
     Args:
         config: ``arch`` and the fields of that architecture.
@@ -77,15 +78,16 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
 
 
 def refuse_unlearnable(config: PretrainConfig) -> None:
-    """Refuse an architecture that Phase I has no way to teach; random weights need none.
+    """Refuse an architecture that Phase I cannot train; random weights need no training.
 
     Raises:
-        UsageError: naming what does.
+        UsageError: it names the alternatives.
     """
     if config.arch == NF_RESNET and not config.random_init:
         raise UsageError(
             f"{NF_RESNET} is not learned from synthetic images",
-            fix=f"pretrain patchnet or a wrn, or train it without: dprandp finetune --from scratch --arch {NF_RESNET}",
+            fix=f"pretrain patchnet or a wrn, or train it privately: dprandp finetune --from scratch --arch "
+                f"{NF_RESNET}",
         )
 
 
@@ -121,7 +123,7 @@ def _random_rows(basis: Tensor, generator: torch.Generator | None) -> None:
 
 
 def _random_unit_rows(weight: Tensor, generator: torch.Generator | None) -> None:
-    """Patches have length up to √d or near it: unit-norm filters answer with unit variance."""
+    """Patches have a length of about √d, so responses of unit-norm filters have unit variance."""
     weight.normal_(generator=generator)
     weight.div_(weight.norm(dim=1, keepdim=True))
 
@@ -163,14 +165,14 @@ def extract(
     after: Callable[[Tensor], Tensor] = lambda features: features,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Features of many images, each image on its own.
+    """Features of many images, each computed independently.
 
     Args:
         extractor: an extractor, on the device that computes.
         images: uint8 [N, 3, 32, 32].
         mirror: average the features of each image and its mirror image.
         batch_size: images at a time.
-        after: applied to each batch of features [b, feature_dim]; its results are what is collected.
+        after: applied to each batch of features [b, feature_dim]; its results are collected.
         on_batch: called with the number of images done, for progress.
 
     Returns:
@@ -197,8 +199,8 @@ def extract(
 
 
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
-    """Let a digest depend on a module: weights and their names, what it is built from, its precision."""
-    digest.update(repr(getattr(module, "built_from", None)).encode())  # the stride of patches is no weight
+    """Add a module to a digest: its weights and their names, its configuration, its precision."""
+    digest.update(repr(getattr(module, "built_from", None)).encode())  # not all settings show in the weights
     digest.update(precision_of(module).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())

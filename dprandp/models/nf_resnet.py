@@ -5,15 +5,15 @@ De et al. 2022 train it on ImageNet with DP-SGD. No layer mixes examples, and no
 * scaled weight standardisation in every convolution (``wrn.StandardisedConv2d``: gain and bias per filter);
 * ReLUs scaled by γ ≈ √(2/(1 − 1/π)), so that a unit Gaussian input leaves with unit variance;
 * a residual block h + α · s · f(β γ ReLU(h)) with α = .2, β = 1/(the standard deviation that h has at the start), and
-  a trained scalar s that starts at 0 (SkipInit): at the start the branches are silent.
+  a trained scalar s that starts at 0 (SkipInit), so that the branches start at zero.
 
 β is known in advance: each block adds α² to the variance, and a block with a shortcut convolution resets it to 1 + α²,
 as its shortcut starts from the scaled input β γ ReLU(h).
 
 Order of operations: stem conv 7×7 (64, stride 2), max pool 3×3 (stride 2); 3, 4, 6, 3 bottleneck blocks of 256, 512,
 1024, 2048 channels (convs 1×1, 3×3 with the stride, 1×1; a quarter of the channels inside), strides 1, 2, 2, 2; scaled
-ReLU; global average. All paddings are those of ``wrn.pad_same``. Stochastic depth and dropout are left out: what a
-private gradient is must not depend on a draw that the record does not own.
+ReLU; global average. All paddings are those of ``wrn.pad_same``. Stochastic depth and dropout are left out: a
+record's gradient must not depend on random numbers that it shares with others.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class NFResNet50(nn.Module):
         return normalise(images)
 
     def units(self) -> list[tuple[str, nn.Module]]:
-        """Name and module of what the input passes in turn: the stem, then each block."""
+        """Names and modules in the order of the forward pass: the stem, then each block."""
         return [("stem", _Stem(self.stem)), *((f"blocks.{place}", block) for place, block in enumerate(self.blocks))]
 
     def trunk(self, x: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ The classical patch pipeline (Coates & Ng 2011, "The importance of encoding vers
 vector quantization") with every learned part taken from images of a random process: whitening of patches and a
 spherical k-means dictionary (``dictionary.py``). The network is
 
-    local contrast normalisation -> whitening to ``patch_dims`` axes -> filters -> two-sided thresholded ReLU
+    local contrast normalisation -> whitening to ``patch_dims`` components -> filters -> two-sided thresholded ReLU
     -> averages over five regions (below) -> square root
 
 The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
-large-scale image classification") evens out sparse averages, most of which are tiny: a linear head on roots reads how
-often a pattern occurs rather than where it happens to be strongest. The network has the same interface as the WRN
-(``extractor.py``). Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III; the
-whitening of patches stays as it is. No layer looks at more than one image.
+large-scale image classification") reduces the differences among sparse averages, most of which are tiny: a linear head
+on roots reads how often a pattern occurs rather than where it is strongest. The network has the same interface as the
+WRN (``extractor.py``). Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III; the
+whitening of patches is not trained. No layer mixes images.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dprandp.threads import in_parts
 
 # ------------------------------------------------------------------------------------------------------------- regions
 #
-# Regions of an image that a patch layer averages its responses over, as weights over the positions of patches.
+# Regions of an image over which a patch layer averages its responses, as weights of the positions of patches.
 #
-# Quarters that overlap, and a centre that fades out, change little where an object moves a little; hard borders let all
-# of a response jump from one average to another. Experiment in ``scripts/README.md``, "Regions".
+# With overlapping quarters, and a centre that fades out, averages change little when an object moves a little; at hard
+# borders a whole response would jump from one average to another. Experiment in ``scripts/README.md``, "Regions".
 
 CENTRE = 0.25
 """Standard deviation of the centre's Gaussian, as a part of the side."""
 
 
 def region_weights(positions: int) -> Tensor:
-    """Four quarters that pass into each other between a quarter and three quarters of each side, then the centre.
+    """Four quarters that overlap between a quarter and three quarters of each side, then the centre.
 
     Args:
         positions: of patches, per side.
@@ -56,7 +56,8 @@ def region_weights(positions: int) -> Tensor:
 
 
 CONTRAST_FLOOR = 10 / 255
-"""Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels: flat patches stay flat."""
+"""Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels, so that flat patches stay
+flat."""
 
 ROOT_FLOOR = 0.01
 """Added to an average before its root is taken, so that the slope at zero is 5 and not infinite."""
@@ -72,20 +73,19 @@ GROUP = 16
 
 
 class PatchLayer(nn.Module):
-    """A dictionary over patches of something: filters, rectified on both sides, pooled over regions.
-
-    What the patches are of is a matter of the kind of layer: pixels for ``PatchNet``, responses for ``ResponseLayer``.
+    """A dictionary over patches of pixels (``PatchNet``) or of responses (``ResponseLayer``): filters, rectified on
+    both sides, pooled over regions.
 
     Args:
         filters: size of the dictionary, F.
         width: numbers in a patch, d.
-        patch_dims: axes r that patches are whitened to.
+        patch_dims: components r to which patches are whitened.
         positions: patches per side; there are L = positions**2 of them.
         threshold: responses in [-threshold, threshold] count as zero.
 
     Attributes:
         basis: [r, d] float32, whitening of patches in the order of ``torch.nn.functional.unfold``; centre: [r] float32,
-            what it makes of the mean patch. Not trained.
+            the whitened mean patch. Not trained.
         weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
         pooling: [R, L] float32, R regions as rows of weights over the L positions.
         feature_dim: 2 * R * F.
@@ -102,11 +102,11 @@ class PatchLayer(nn.Module):
         self.feature_dim = 2 * len(self.pooling) * filters
 
     def whitened(self, patches: Tensor) -> Tensor:
-        """Patches [B, d, L] along the axes of the whitening, [B, r, L]."""
+        """Whitened patches: [B, d, L] to [B, r, L]."""
         return self.basis @ patches - self.centre[:, None]
 
-    def excess(self, patches: Tensor) -> Tensor:
-        """Mean excess of the responses over the threshold, differentiable.
+    def thresholded(self, patches: Tensor) -> Tensor:
+        """Mean thresholded responses, differentiable.
 
         Args:
             patches: float [B, d, L], contrast-normalised.
@@ -120,8 +120,8 @@ class PatchLayer(nn.Module):
         return torch.stack([positive, negative], dim=1)
 
     @torch.no_grad()
-    def excess_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
-        """The same numbers several times faster, on a CPU: few enough responses at a time that they stay in the cache.
+    def thresholded_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
+        """The same numbers several times faster, on a CPU: the responses of a tile stay in the cache.
 
         Args:
             patches: float32 [b, L, d], patch after patch.
@@ -136,18 +136,18 @@ class PatchLayer(nn.Module):
                 chosen = slice(start, start + tile)
                 bias = self.bias[chosen]
                 count = len(whitened) * len(bias)
-                responses, excess = (half[:count].view(len(whitened), len(bias)) for half in room)
+                responses, thresholded = (half[:count].view(len(whitened), len(bias)) for half in room)
                 torch.addmm(bias, whitened, columns[:, chosen], out=responses)
-                by_image = excess.view(len(some), -1, len(bias))
+                by_image = thresholded.view(len(some), -1, len(bias))
                 # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
-                torch.clamp(responses, min=self.threshold, out=excess)
+                torch.clamp(responses, min=self.threshold, out=thresholded)
                 filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(self.threshold)
-                torch.clamp(responses, max=-self.threshold, out=excess)
+                torch.clamp(responses, max=-self.threshold, out=thresholded)
                 filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(self.threshold).neg_()
 
 
 class PatchExtractor:
-    """What one patch layer and two on top of each other have in common as an extractor (``extractor.py``).
+    """The common interface of one patch layer and of two as an extractor (``extractor.py``).
 
     Attributes:
         chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
@@ -161,7 +161,7 @@ class PatchExtractor:
         return images.to(torch.float32) / 255
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Of each layer the patches, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
+        """The patches of each layer, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
         first, *later = self.chain
         found = [first.pixel_patches(images)]
         for layer in later:
@@ -175,17 +175,17 @@ class PatchExtractor:
             images: float [B, C, image_size, image_size] in [0, 1].
 
         Returns:
-            [B, feature_dim] float: of each layer, first the first one, √(``PatchLayer.excess`` + ``ROOT_FLOOR``).
+            [B, feature_dim] float: for each layer, in order, √(``PatchLayer.thresholded`` + ``ROOT_FLOOR``).
         """
-        means = [layer.excess(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
+        means = [layer.thresholded(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
         return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
         """The same numbers as ``features``, several times faster, without gradients.
 
-        A tile of filters at a time, so that the responses never leave the cache; as many threads as torch is allowed,
-        each with whole images. On an accelerator this is ``features``.
+        It computes a tile of filters at a time, so that the responses stay in the cache, in as many threads as torch
+        may use, each with whole images. On an accelerator this is ``features``.
 
         Args:
             images: uint8 [B, C, image_size, image_size].
@@ -213,7 +213,7 @@ class PatchExtractor:
                         patches = torch.stack([layer.pixel_rows(image) for image in self.normalise(group)])
                     else:
                         patches = torch.stack([layer.lift_rows(one) for one in patches])
-                    layer.excess_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
+                    layer.thresholded_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
                 # rounding may leave a mean of zeros just below zero
                 rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
 
@@ -224,7 +224,7 @@ class PatchNet(PatchExtractor, PatchLayer):
     Args:
         filters: size of the dictionary, F.
         patch_size: side of a patch in pixels.
-        patch_dims: axes r that patches are whitened to; None is all of them, channels * patch_size**2.
+        patch_dims: components r to which patches are whitened; None: all, channels * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
         threshold: see ``PatchLayer``.
         image_size: side of the (square) input in pixels.
@@ -258,7 +258,7 @@ class PatchNet(PatchExtractor, PatchLayer):
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
-        """This layer alone."""
+        """Only this layer."""
         return (self,)
 
     def pixel_patches(self, images: Tensor) -> Tensor:
@@ -298,16 +298,18 @@ def normalise_patches(patches: Tensor) -> Tensor:
 #
 # The second layer: a dictionary over patches of the responses to the patches below.
 #
-# The same recipe once more (Coates & Ng 2011, "Selecting receptive fields in deep networks", stack it likewise): a
-# small dictionary of the patches below answers at every position, its two-sided responses are averaged over overlapping
-# 3 x 3 windows and their roots taken, the channels are whitened, and patches of these maps get a dictionary of their
-# own. Everything is learned from images of a random process (``dictionary.py``).
+# The same recipe a second time (compare Coates & Ng 2011, "Selecting receptive fields in deep networks"): the two-sided
+# responses of a small dictionary of the patches below are averaged over overlapping 3 x 3 windows, their roots are
+# taken,
+# and the channels are whitened. Patches of these maps get a dictionary of their own. Everything is learned from
+# images of
+# a random process (``dictionary.py``).
 #
 #     filters on patches -> two-sided ReLU -> 3 x 3 averages at every second position -> root -> whitened channels
 #     -> patches of 3 x 3 positions, each divided by its length -> ``PatchLayer``
 #
-# The features say what lies next to what, which those of one layer do not, and are whitened as a part of their own. On
-# a 32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
+# These features describe neighbouring patterns, which those of one layer do not, and are whitened separately. On a
+# 32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
 
 WINDOW, STEP = 3, 2
 """Responses are averaged over WINDOW x WINDOW positions, at every STEP-th."""
@@ -316,7 +318,7 @@ RESPONSE_PATCH = 3
 """Side of a patch of responses, in positions of the maps."""
 
 LENGTH_FLOOR = 0.1
-"""Of a patch of responses, relative to √d, the length of one with unit variance: empty patches stay short."""
+"""Added to a patch's length, relative to √d, the length of one with unit variance, so that empty patches stay short."""
 
 SHARE = 0.5
 """Of the squared length of all features, for each layer. Experiments on CIFAR-10's training split at ε = 1: with 1,600
@@ -330,17 +332,17 @@ class ResponseLayer(PatchLayer):
 
     Args:
         filters: size of the dictionary, F.
-        below: the layer whose patches get the small dictionary that the maps are of; it is looked at and not kept.
+        below: the layer below, whose patches the small dictionary of the maps is for; only read, not kept.
         map_filters: size M of the small dictionary; the maps have 2 M channels, one for each sign.
         map_dims: channels kept after whitening, C.
         response_patch: side k of a patch of responses, in positions of the maps.
-        patch_dims: axes r that these are whitened to; at most C k**2.
+        patch_dims: components r to which these are whitened; at most C k**2.
         threshold: see ``PatchLayer``; of the maps too.
 
     Attributes:
         map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
         channel_basis: [C, 2 M] float32, channel_centre: [C]: whitening of the channels.
-        None of the four is trained: what lies below this dictionary stays as Phase I left it.
+        None of the four is trained privately.
     """
 
     def __init__(
@@ -393,12 +395,12 @@ class ResponseLayer(PatchLayer):
         """
         side, filters = self.below_positions, len(self.map_weight)
         responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
-        excess = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``excess_rows``
-        positive = window_means(excess)
+        thresholded = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``thresholded_rows``
+        positive = window_means(thresholded)
         maps = positive.new_empty(*positive.shape[:2], 2 * filters)
         torch.sub(positive, self.threshold - ROOT_FLOOR, out=maps[..., :filters])
-        torch.clamp(responses, max=-self.threshold, out=excess)
-        torch.sub(window_means(excess).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
+        torch.clamp(responses, max=-self.threshold, out=thresholded)
+        torch.sub(window_means(thresholded).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
         maps = maps.clamp_(min=ROOT_FLOOR).sqrt_().flatten(0, 1)
         channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t())
         windows = channels.view(*positive.shape[:2], -1).unfold(0, self.response_patch, 1)
@@ -413,7 +415,7 @@ class DeepPatchNet(PatchExtractor, nn.Module):
         first: over patches of pixels. second: over patches of responses to those.
 
     Attributes:
-        feature_dim: the sum of theirs. parts: each is whitened apart.
+        feature_dim: the sum of theirs. parts: each is whitened separately.
     """
 
     def __init__(self, first: PatchNet, second: ResponseLayer) -> None:

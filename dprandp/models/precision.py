@@ -1,12 +1,12 @@
-"""In which precision a network computes: float32, or bfloat16 products where the hardware multiplies them faster.
+"""The precision of a network: float32, or bfloat16 products where the hardware multiplies them faster.
 
-Decided once, when a stage begins, recorded in its configuration, and from then on an attribute of the network,
-``network.precision``. So it is the same for every image, in every thread, on every rank, and after a resume on another
-machine: hardware changes the speed of a run, not its numbers' kind. A network that nobody decided for computes in
-float32. Parameters, statistics, heads, clipping and noise are float32 (or float64) always.
+It is decided once, when a stage begins, recorded in its configuration, and kept in ``network.precision``. So it is the
+same for every image, in every thread, on every rank, and after a resume on another machine: hardware changes the speed
+of a run, not its number format. The default is float32. Parameters, statistics, heads, clipping and noise are always
+float32 (or float64).
 
-A patch network always computes in float32: its products are small and lie in the processor's cache, and its thresholds
-would be compared with rounded numbers.
+A patch network always computes in float32: its products are small and stay in the processor's cache, and bfloat16 would
+round the responses that are compared with its thresholds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dprandp.errors import UsageError
 AUTO, FLOAT32, BFLOAT16 = "auto", "float32", "bfloat16"
 
 PRETEND = "DPRANDP_PRETEND_BFLOAT16"
-"""Environment variable: 1 or 0 stands in for what the processor says, so that either kind can be tested on any."""
+"""Environment variable: 1 or 0 overrides the processor's flag, to test either kind on any machine."""
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
@@ -70,7 +70,7 @@ def decide(asked: str, arch: str, device_type: str) -> str:
     if arch == "patchnet":
         if asked == BFLOAT16:
             raise UsageError(
-                "a patchnet computes in float32, and --precision bfloat16 was given",
+                "--precision bfloat16 was given, but a patchnet computes in float32",
                 fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
             )
         return FLOAT32
@@ -80,12 +80,12 @@ def decide(asked: str, arch: str, device_type: str) -> str:
 
 
 def precision_of(network: nn.Module) -> str:
-    """'float32' or 'bfloat16': what was decided for a network, float32 where nothing was."""
+    """The precision of a network, 'float32' by default."""
     return getattr(network, "precision", FLOAT32)
 
 
 def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
-    """The context in which a network's products are computed: in its precision, whatever surrounds the call.
+    """The context in which a network's products are computed in its precision, overriding any outer context.
 
     Autocast belongs to a thread. Work that is handed to other threads enters this context there
     (``threads.in_parts`` carries it over).
@@ -94,5 +94,6 @@ def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """The context of what is never computed in bfloat16: whitening, heads, clipping; whatever surrounds the call."""
+    """The context for whitening, heads and clipping, which are never computed in bfloat16; overrides any outer
+    context."""
     return torch.autocast(device.type, enabled=False)

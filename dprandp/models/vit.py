@@ -26,14 +26,14 @@ HEAD_WIDTH = 16
 """Channels of an attention head; published: 64, for networks of 384 channels and more."""
 
 EXPANSION = 2
-"""Hidden over outer width of the dense layers; published: 4, for networks that have the data to fill them."""
+"""Hidden over outer width of the dense layers; published: 4, for networks trained on more data."""
 
 
 def parse_vit(name: str) -> tuple[int, int, int]:
     """Read ``"vit-DEPTH-WIDTH-PATCH"``, e.g. ``"vit-4-64-4"`` -> ``(4, 64, 4)``.
 
     Raises:
-        UsageError: another spelling, a width that is no multiple of 16, or a patch that leaves no even grid.
+        UsageError: another spelling, a width that is no multiple of 16, or a patch that leave no even grid.
     """
     match = re.fullmatch(r"vit-(\d{1,2})-(\d{1,4})-(\d{1,2})", name)
     if match is None:

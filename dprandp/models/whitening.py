@@ -1,13 +1,13 @@
 """Standardise and whiten features with the statistics of *synthetic* images, then scale each to unit norm.
 
-DP-SGD adds the same noise to every coordinate of the head's gradient, so it serves features whose directions carry
-signal of like size. Whitening gives them that; the statistics come from images of a random process, which are public,
-so it costs no privacy. Nothing in this file may ever be called with private features: ``fit`` is for synthetic ones.
+DP-SGD adds the same noise to every coordinate of the head's gradient, so it works best with features whose directions
+carry signal of similar size. Whitening produces them. Its statistics come from public images of a random process, so it
+costs no privacy. Never call ``fit`` with private features.
 
-Two statistics are used. Principal axes are equalised: by how much features vary from image to image. Then features are
-*evened*: by how much they vary between views of one image (crops, other colours), which says nothing of its class.
-That is what speech processing calls within-class covariance normalisation (Hatch, Kajarekar & Stolcke 2006,
-"Within-Class Covariance Normalization for SVM-Based Speaker Recognition"), with each synthetic image as a class.
+There are two statistics. The first is the covariance over images, for the principal components. The second is the
+covariance between views of one image (crops, other colours), which carries no information about its class: within-class
+covariance normalisation (Hatch, Kajarekar & Stolcke 2006, "Within-Class Covariance Normalization for SVM-Based Speaker
+Recognition"), with each synthetic image as a class.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 VIEW_RIDGE = 0.3
-"""Added to each axis's variance between views, relative to their mean: as much as a few thousand views can tell."""
+"""Added to each component's variance between views, relative to their mean: the precision of a few thousand views."""
 
 DEVIATION_FLOOR = 1e-3
-"""Relative to the mean deviation: a feature that hardly moves on synthetic images is not blown up."""
+"""Relative to the mean deviation, so that a feature which hardly varies on synthetic images is not amplified."""
 
 
 class Part(NamedTuple):
-    """Features that are whitened by themselves.
+    """Features that are whitened together, apart from all others.
 
     Attributes:
         width: how many.
-        share: of the squared length of the whole that this part is given; the shares of all parts sum to 1.
+        share: of this part in the squared length of the whole; the shares of all parts sum to 1.
     """
 
     width: int
@@ -42,17 +42,17 @@ class Part(NamedTuple):
 class Whitener(nn.Module):
     """Each part of the features: a linear map, then division by the Euclidean norm. One image at a time.
 
-    Parts whitened apart and put side by side serve a private head better than one whitening of all: the axes with the
-    least energy, where one part would be lost in the other's noise, stay with the part that they belong to.
+    Separate whitening of the parts is better for a private head than one whitening of all, which would mix the
+    components of least energy of one part with the noise of another.
 
     Args:
-        feature_dim: D. dims: axes of each part, d.
+        feature_dim: D. dims: components of each part, d.
         parts: widths and shares of the P parts, which sum to D and 1; None: all features are one part.
 
     Attributes:
         mean: [D] float32, feature means over synthetic images.
-        projection: [D, d] float32: 1 / deviation, principal axes, and a weight 1 / (s + floor) for each axis. The rows
-            of a part are its own map.
+        projection: [D, d] float32: 1 / deviation, principal components, and a weight 1 / (s + floor) for each. The
+            rows of a part are its own map.
     """
 
     def __init__(self, feature_dim: int, dims: int, parts: Sequence[Part] | None = None) -> None:
@@ -62,17 +62,17 @@ class Whitener(nn.Module):
         self.register_buffer("projection", torch.zeros(feature_dim, dims))
 
     @property
-    def axes(self) -> int:
+    def components(self) -> int:
         """Dimensions of a part after whitening, d."""
         return self.projection.shape[1]
 
     @property
     def dims(self) -> int:
         """Dimensions after whitening, P d."""
-        return len(self.parts) * self.axes
+        return len(self.parts) * self.components
 
     def rows(self) -> Iterator[tuple[slice, float]]:
-        """Of each part: which features are its own, and the length √share that its whitened features have."""
+        """For each part, the slice of its features, and the length √share of its whitened features."""
         start = 0
         for part in self.parts:
             yield slice(start, start + part.width), math.sqrt(part.share)
@@ -88,22 +88,22 @@ class Whitener(nn.Module):
             dim=-1,
         )
 
-    def cut(self, whitened: Tensor, axes: int) -> Tensor:
-        """What a whitener of fewer axes would have made: its axes are the first ones of each part.
+    def cut(self, whitened: Tensor, components: int) -> Tensor:
+        """The result of a whitener with fewer components, which are the first ones of each part.
 
-        Exactly so without views; with views up to how much each image counted.
+        Exact without views; with views, up to the weight of each image.
 
         Args:
             whitened: float [N, P d], results of ``forward``.
-            axes: at most d.
+            components: at most d.
 
         Returns:
-            Float [N, P axes] of unit norm.
+            Float [N, P components] of unit norm.
         """
-        if axes == self.axes:
+        if components == self.components:
             return whitened
         lengths = whitened.new_tensor([length for _, length in self.rows()])
-        first = whitened.unflatten(-1, (len(self.parts), self.axes))[..., :axes]
+        first = whitened.unflatten(-1, (len(self.parts), self.components))[..., :components]
         return (lengths[:, None] * functional.normalize(first, dim=-1)).flatten(-2)
 
 
@@ -115,12 +115,13 @@ def fit(
 
     Args:
         features: [n, D] float32 of *synthetic* images (changed in place to save memory).
-        dims: axes to keep of each part; at most min(n - 1, width), fewer are kept where there are no more.
-        floor: added to the standard deviation s of each principal axis before its inverse is taken; axes with s far
-            below it are damped rather than amplified.
+        dims: components to keep of each part; at most min(n - 1, width) are kept.
+        floor: added to the standard deviation s of each principal component before its inverse is taken; components
+        with
+            s far below it are damped rather than amplified.
         parts: as for ``Whitener``.
         views: V; the rows are V views of each of n / V images, next to each other. With more than one, features are
-            evened by how the views of an image differ.
+            normalised by the covariance of the views of an image.
 
     Returns:
         The whitener. Deterministic: an eigenvector's sign is that of its product with fixed random numbers.
@@ -129,16 +130,17 @@ def fit(
     parts = tuple(parts or [Part(width, 1.0)])
     whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts)
     for own, _ in whitener.rows():
-        mean, scale, axes = _principal_axes(features[:, own], whitener.axes, floor)
+        mean, scale, components = _principal_components(features[:, own], whitener.components, floor)
         if views > 1:
-            whitened = functional.normalize(features[:, own] @ axes, dim=1)  # the features are standardised by now
-            axes = _even(axes, whitened.unflatten(0, (-1, views)))
-        whitener.mean[own], whitener.projection[own] = mean, scale[:, None] * axes
+            whitened = functional.normalize(features[:, own] @ components, dim=1)  # standardised already
+            components = _normalise_within(components, whitened.unflatten(0, (-1, views)))
+        whitener.mean[own], whitener.projection[own] = mean, scale[:, None] * components
     return whitener
 
 
-def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and scale [w], weighted axes [w, dims] of one part's features [n, w], which are standardised in place."""
+def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and scale [w], weighted components [w, dims] of one part's features [n, w], which are standardised in
+    place."""
     count, width = features.shape
     mean = features.mean(dim=0)
     features -= mean
@@ -150,22 +152,22 @@ def _principal_axes(features: Tensor, dims: int, floor: float) -> tuple[Tensor, 
     gram = (features @ features.t() if wide else features.t() @ features) / count
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values[-dims:].flip(0).clamp(min=1e-12), vectors[:, -dims:].flip(1)
-    axes = features.t() @ vectors / (values * count).sqrt() if wide else vectors
+    components = features.t() @ vectors / (values * count).sqrt() if wide else vectors
     # not the sign of the largest entry: it often has a rival of the other sign, and rounding would choose between them
-    fixed = torch.randn(len(axes), generator=torch.Generator().manual_seed(0)).to(axes)
-    signs = (fixed @ axes).sign()
-    return mean, scale, axes * signs / (values.sqrt() + floor)
+    fixed = torch.randn(len(components), generator=torch.Generator().manual_seed(0)).to(components)
+    signs = (fixed @ components).sign()
+    return mean, scale, components * signs / (values.sqrt() + floor)
 
 
-def _even(axes: Tensor, whitened: Tensor) -> Tensor:
-    """Let features vary equally in all directions from view to view of one image.
+def _normalise_within(components: Tensor, whitened: Tensor) -> Tensor:
+    """Within-class covariance normalisation, with each image as a class: its views vary equally in all directions.
 
-    With C the covariance within images, features go through L⁻¹, C + ridge = L Lᵀ. L is triangular, so axis k still
-    depends on the first k axes alone, and a whitener can be cut to fewer.
+    With C the covariance within images, features are multiplied by L⁻¹, C + ridge = L Lᵀ. L is triangular, so
+    component k still depends on the first k alone, and a whitener can be cut to fewer.
 
     Args:
-        axes: [w, d], standardised features to axes.
-        whitened: float32 [n, V, d], features along the axes, of unit norm.
+        components: [w, d], maps standardised features to components.
+        whitened: float32 [n, V, d], components of the features, of unit norm.
 
     Returns:
         Axes like those given.
@@ -175,7 +177,7 @@ def _even(axes: Tensor, whitened: Tensor) -> Tensor:
     variances = covariance.diagonal()
     variances += VIEW_RIDGE * variances.mean() + torch.finfo(torch.float32).tiny
     lower = torch.linalg.cholesky(covariance / variances.mean())
-    return torch.linalg.solve_triangular(lower.t(), axes.double(), upper=True, left=False).float()
+    return torch.linalg.solve_triangular(lower.t(), components.double(), upper=True, left=False).float()
 
 
 class PooledOnly(nn.Module):

@@ -72,7 +72,7 @@ class LayerOrder(NamedTuple):
     final: str  # after the last block
 
 
-# The orders of Sander et al. 2023 (TAN, arXiv 2210.03403), with their numbers, under names that say what they do.
+# The orders of Sander et al. 2023 (TAN, arXiv 2210.03403), with their numbers, under descriptive names.
 LAYER_ORDERS: dict[str, LayerOrder] = {
     "relu-norm-conv": LayerOrder("relu-norm", "relu-norm", "relu-norm"),  # 0: De et al. 2022, DP-RandP
     "norm-relu-conv": LayerOrder("norm-relu", "norm-relu", "norm-relu"),  # 1: the usual pre-activation block
@@ -96,7 +96,7 @@ def parse_wrn(name: str) -> tuple[int, int]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Pixels to network input, ``(pixel - IMAGE_MEAN) / IMAGE_STD``, with constants that no data set has a say in.
+    """Pixels to network input, ``(pixel - IMAGE_MEAN) / IMAGE_STD``, with constants that do not depend on a data set.
 
     Args:
         images: [..., H, W], uint8 in 0..255, or floating point in [0, 1] (augmented views).
@@ -115,7 +115,7 @@ PADDINGS = ("symmetric", "same")
 
 
 def pad_same(x: Tensor, size: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pad as the framework of De et al. 2022 does: ⌈side/stride⌉ places, what is odd goes below and right.
+    """Pad as the framework of De et al. 2022 does: ⌈side/stride⌉ places; an odd one is below and right.
 
     Args:
         x: [..., H, W]. size: of the filter. stride: of the filter. value: what to pad with.
@@ -179,7 +179,7 @@ class _Block(nn.Module):
         return self.after(x, self.seen(x))
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the first convolution sees of the block's input (but for padding)."""
+        """The input of the first convolution (before padding)."""
         return _activate(x, self.norm1, self.order.branch)
 
     def after(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -272,11 +272,11 @@ class WideResNet(nn.Module):
         return normalise(images)
 
     def units(self) -> list[tuple[str, nn.Module]]:
-        """Name and module of what the input passes in turn: the stem, then each block."""
+        """Names and modules in the order of the forward pass: the stem, then each block."""
         return [("stem", self.stem), *((f"blocks.{place}", block) for place, block in enumerate(self.blocks))]
 
     def trunk(self, x: Tensor) -> Tensor:
-        """The residual stream after the last block, without the final activation: what the published head reads.
+        """The residual stream after the last block, without the final activation: the input of the published head.
 
         Args:
             x: float [B, channels, H, W], normalised (see :func:`normalise`).
@@ -321,7 +321,7 @@ class WideResNet(nn.Module):
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all weights anew, in the order of ``module.modules()``: truncated normal of std 1/√fan_in, biases 0.
+    """Draw new weights, in the order of ``module.modules()``: truncated normal of std 1/√fan_in, biases 0.
 
     The normal is cut off at two of its standard deviations, and widened so that the std after the cut is 1/√fan_in.
     Norms and gains get weight 1 and bias 0.

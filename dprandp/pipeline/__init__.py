@@ -28,7 +28,7 @@ RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
 
 
 IN_ORDER = ("generate", "pretrain", "probe", "finetune")
-"""The stages of ``dprandp run``; an extractor is continued by whoever asks for it."""
+"""The stages of ``dprandp run``; ``continue`` is a command of its own."""
 
 
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
@@ -38,7 +38,7 @@ def run_stage(name: str, config: StageConfig, context: Context) -> dict:
     context.ranks.announce(facts)
     result = RUNNERS[name](config, context)
     context.ranks.stage_done()
-    refuse_gaps(name, result)  # it may have been recorded long ago, by another version
+    refuse_gaps(name, result)  # another version may have recorded it
     return {"stage": name, **result}
 
 
@@ -60,16 +60,16 @@ def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None
 
 
 def adopt(public: dict[str, StageConfig], context: Context) -> None:
-    """Bring a run to where a probe may begin, with a shipped prior: its images, then its extractor.
+    """Put a shipped prior into a run: its images, then its extractor.
 
     Args:
-        public: of ``shipped.public_stages``. What the run holds already is skipped.
-        context: ``overwrite`` is meant for the probe; of these two stages it starts afresh only what is another.
+        public: of ``shipped.public_stages``. Finished stages are skipped.
+        context: ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
     """
     for name, config in public.items():
         recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
-        afresh = context.overwrite and recorded is not None and recorded != as_dict(config)
-        result = run_stage(name, config, replace(context, overwrite=afresh))
+        restart = context.overwrite and recorded is not None and recorded != as_dict(config)
+        result = run_stage(name, config, replace(context, overwrite=restart))
         context.console.say(stage_line(name, result))
 
 
@@ -87,7 +87,7 @@ def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
     with graceful_stop() as stop:
         for name in IN_ORDER:
             if name == "finetune" and results["probe"]["share"] == 1:
-                context.console.say("finetune: skipped, the probe was given the whole budget (--share 1)")
+                context.console.say("finetune: skipped, the probe has the whole budget (--share 1)")
                 continue
             results[name] = run_stage(name, resolve(name), context)
             context.console.say(stage_line(name, results[name]))

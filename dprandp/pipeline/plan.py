@@ -1,8 +1,7 @@
-"""``--plan``: what would run and what privacy it would cost, from public facts alone.
+"""``--plan``: the stages that would run, and their privacy cost, from public facts only.
 
-No pixel is read, nothing is written. Time and memory are not foretold: they depend on the machine.
-
-A plan refuses what the stage would refuse, as far as that shows without reading data.
+No pixel is read, nothing is written, and time and memory are not estimated. A plan refuses what the stage would refuse,
+as far as this can be decided without reading data.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ from dprandp.runs.results import ONE_IMAGE
 
 # ------------------------------------------------------------------------------------------------------ continual plan
 #
-# ``continue --plan``: what is known before the public images have said where private steps begin.
+# ``continue --plan``: the facts before public images decide where private steps begin.
 
 
 def facts(config: ContinueConfig) -> dict[str, Any]:
-    """What a plan says beside the mechanism.
+    """The facts of a plan beside the mechanism.
 
     Returns:
-        public (the images), public_steps (before the first private one, at the least), switch (the rule; None where
-        the plan's steps and noise are those that will be, and not the most there may be).
+        public (the images), public_steps (before the first private one, at least), switch (the rule; None if the plan's
+        steps and noise are final, and not upper limits).
     """
     ruled = config.mix == "step" and switch_step(config) is None
     least = config.steps - switching.most_private_steps(config)
@@ -78,7 +77,7 @@ def public_alone(config: ContinueConfig, context: Context, action: str) -> dict[
 #
 # A plan in words.
 
-ACTIONS = {"fresh": "", "resume": " (begun before: goes on)", "skip": " (finished: nothing to do)"}
+ACTIONS = {"fresh": "", "resume": " (begun before: continues)", "skip": " (finished: nothing to do)"}
 
 
 def line_of(made: Mapping[str, Any]) -> str:
@@ -94,7 +93,7 @@ def line_of(made: Mapping[str, Any]) -> str:
         how = "random weights" if made["random_init"] else how
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
     if "epsilon_after" not in made:
-        return f"continue: {made['steps']} steps on public images alone ({made['public']}), no cost in ε{action}"
+        return f"continue: {made['steps']} steps on public images only ({made['public']}), no cost in ε{action}"
     refit = made["refit"]
     then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
     size = f"N = {made['examples']}"
@@ -103,7 +102,7 @@ def line_of(made: Mapping[str, Any]) -> str:
     noise = ", discrete noise" if made["noise"] == "discrete" else ""
     if made["stage"] == "continue":
         noise += ", after public ones" if made["public_steps"] else ""
-        noise += "; T and σ at most these: the switch decides" if made["switch"] else ""
+        noise += "; T and σ are upper limits: the switch decides" if made["switch"] else ""
     return (
         f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
         f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
@@ -120,7 +119,7 @@ Plan = dict[str, Any]
 
 
 def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
-    """What one stage would run.
+    """The plan of one stage.
 
     Args:
         public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
@@ -150,7 +149,7 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
 
 
 def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
-    """What ``dprandp run`` would do: each stage planned on top of those planned before it.
+    """The plan of ``dprandp run``, in which each stage is planned after those before it.
 
     Args:
         resolve: (stage, configurations planned so far) -> configuration.
@@ -195,7 +194,7 @@ def plan_lines(result: Plan) -> str:
     if result["stage"] == "run":
         lines = [line_of(made) for made in result["stages"]]
         if result["stages"][-1]["stage"] == "probe":
-            lines.append("finetune: none, the probe is given the whole budget (--share 1)")
+            lines.append("finetune: none, the probe has the whole budget (--share 1)")
         return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
                                   f"δ = {result['delta']:g}"])  # fmt: skip
     return line_of(result)
@@ -224,7 +223,7 @@ def _generate(config: GenerateConfig, context: Context) -> Plan:
 def _pretrain(config: PretrainConfig, context: Context) -> Plan:
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
-    with torch.device("meta"):  # laid out without memory
+    with torch.device("meta"):  # without memory
         network = build_extractor(config)
     kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
     if config.arch != "patchnet":
@@ -252,14 +251,14 @@ def _private(
     arch: str | None = None,
     planned: Sequence[Stage] = (),
 ) -> tuple[Plan, list[Stage]]:
-    """A private stage on top of what was charged and what is planned before it.
+    """A private stage, after everything that was charged or planned before it.
 
     Args:
-        arch: of an extractor that is planned, and a probe with it; None to look at the run's own.
-        planned: what is not charged yet of the stages planned before.
+        arch: of a planned extractor and probe; None: the run's own.
+        planned: mechanisms of the stages planned before that are not charged yet.
 
     Returns:
-        The plan, and what of it is not charged yet.
+        The plan, and its mechanisms that are not charged yet.
     """
     name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
     action, config = _foreseen(name, config, context)
@@ -321,7 +320,7 @@ def _private(
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:
     ignore = not_compared(config, context.rundir) if isinstance(config, ContinueConfig) else (*IGNORED, DATA)
     if getattr(config, "precision", None) == AUTO:
-        ignore = (*ignore, "precision")  # what the stage has decided stands
+        ignore = (*ignore, "precision")  # the stage has decided it
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     begun = context.rundir.foresee(name, as_dict(config), ignore=ignore, **flags)
     return begun.action, recorded(name, begun.config)

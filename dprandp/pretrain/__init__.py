@@ -7,16 +7,17 @@
 
 Two ways to learn, chosen by ``arch``:
 
-* ``patchnet``: dictionaries of whitened patches, in one layer or two (``models/dictionary.py``), a laptop's minutes;
-* ``wrn-D-K``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
+* ``patchnet``: dictionaries of whitened patches, in one layer or two (``models/dictionary.py``), in minutes on a
+laptop; * ``wrn-D-K``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
 
 With ``prior`` nothing is learned: a shipped extractor takes its place (``shipped.py``).
 
-A dictionary of colour patches wastes most of its filters on grey images. Where nobody has said what the data are, a
-patchnet is therefore learned twice, from the same images in colour and in grey, each to the byte as with ``--colour``
-alone. Later stages take the one that the data's declared channels ask for: a public fact, so the choice costs nothing.
+A dictionary of colour patches wastes most of its filters on grey images. If the colour of the data is unknown, a
+patchnet is therefore learned twice, from the same images in colour and in grey, with the same bytes as with
+``--colour``.
+Later stages take the one that fits the declared channels of the data, a public fact, so the choice costs no privacy.
 
-Of several ranks all learn a WRN together (``wrn.py``); all else is done by rank 0.
+All ranks train a WRN together (``wrn.py``); rank 0 does everything else.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from dprandp.vision.images import ImageSet, colour_mode, random_crops
 
 STAGE, CONTINUE = "pretrain", "continue"
 EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
-"""What an extractor is made by; the last one need not be there."""
+"""The stages before an extractor; the last one is optional."""
 EXTRACTOR = "extractor"
 GREY = "grey"
 """Folder of the second extractor, and key of its measures in the result."""
@@ -96,12 +97,12 @@ class _Begun:
 
 
 def _trained_by_all(begun: _Begun | None) -> dict[str, Any] | None:
-    """What the other ranks do: train a WRN of this configuration, or nothing (None)."""
+    """The work of the other ranks: the configuration of a WRN to train, or None."""
     return as_dict(begun.config) if begun is not None and begun.learned is None else None
 
 
 def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | None:
-    """Begin the stage in the run directory, and do all of it that is one process's work; None if it is done."""
+    """Begin the stage in the run directory, and do the work of a single process; None if the stage is done."""
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
@@ -122,7 +123,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     for other in beside:
         _learn_beside(other, context, stop)
     done = checkpoint.resume(begun.directory, warn=context.console.warn)
-    if done is not None and done.name == EXTRACTOR:  # stopped between the last step and the end of the stage
+    if done is not None and done.name == EXTRACTOR:  # stopped after the last step
         network, _ = _network_of(done, context, config.precision)
         learned, steps = Learned(network, None, done.meta.get("loss")), done.entry("steps", int)
     elif ready is not None:
@@ -139,8 +140,8 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
     """Save the extractor, evaluate it, and record the stage as done."""
     config = begun.config
     _save(learned.network, config, begun.steps, learned.loss, begun.directory)
-    # What is judged is what was saved: a network just trained lies in memory in another order, and in bfloat16 another
-    # order of sums is another digit of the measures.
+    # Evaluate the saved network: a freshly trained one has another memory order, and in bfloat16 another order of sums
+    # changes a digit of the measures.
     network, _ = _network_of(checkpoint.load_finished(begun.directory, EXTRACTOR, STAGE), context, config.precision)
     result = {
         "arch": config.arch,
@@ -252,7 +253,7 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, 
         def on_iteration(iteration: int, similarity: float) -> None:
             log.write(step=iteration + 1, similarity=similarity)
             progress.advance(1)
-            stop.raise_if_requested()  # minutes of work with nothing to save half-way: a rerun repeats it
+            stop.raise_if_requested()  # nothing to save half-way: a rerun repeats it
 
         dictionary.learn(
             network.chain, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration

@@ -1,8 +1,8 @@
-"""How good features are, judged on synthetic images alone: no data, no privacy cost.
+"""Evaluation of features on synthetic images only: no data, no privacy cost.
 
-Every image is a class of its own; one random crop of it is known, another is to be recognised. Beside that, two
-quantities of Wang & Isola 2020 and the effective rank of Roy & Vetterli 2007, which need no classes. None of them says
-how well features serve a particular data set: they tell a training that goes well from one that collapses.
+Every image is a class of its own; one random crop of it is known, another has to be recognised. In addition there are
+two quantities of Wang & Isola 2020 and the effective rank of Roy & Vetterli 2007, which need no classes. They detect a
+collapsed training, but do not predict accuracy on a particular data set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dprandp.pretrain.contrastive import alignment, uniformity
 from dprandp.vision.images import Pictures, random_crops
 
 RIDGE = 1e-3
-"""Of the linear classifier, relative to the mean of the squared singular values."""
+"""Ridge of the linear classifier, relative to the mean of the squared singular values."""
 
 MEASURES = ("knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank")
 
@@ -25,7 +25,7 @@ DIGITS = 4
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Pictures, generator: torch.Generator) -> dict[str, float]:
-    """Judge an extractor by two random crops of each image.
+    """Evaluate an extractor by two random crops of each image.
 
     Args:
         network: an extractor; left in the mode that it is in.

@@ -1,9 +1,9 @@
-"""A shipped prior in place of ``generate`` and ``pretrain``: what those two stages then do, and the list of priors.
+"""A shipped prior in place of ``generate`` and ``pretrain``, and the list of priors.
 
-With a prior, ``pretrain`` copies the shipped extractor into the run. What a probe needs besides is the whitener, the
-statistics of synthetic features. It depends on what the data declare (colour, size, mirror images), and for 1600
-filters it is 190 MB; so it is not shipped but made again, from the images that the prior's own run would have taken:
-``generate`` makes these alone (``GenerateConfig.sample``), from the process and the seed on the card. On the processor
+With a prior, ``pretrain`` copies the shipped extractor into the run. A probe also needs the whitener, the statistics of
+synthetic features. It depends on declared facts of the data (colour, size, mirror images), and for 1600 filters it has
+190 MB, so it is not shipped but computed from the images that the prior's own run would have taken: ``generate`` makes
+only these (``GenerateConfig.sample``), from the process and the seed on the card. On the processor
 and the versions of the card the bytes are the same; elsewhere they may differ in the last bit of a pixel. The run
 records the hash of the images, and of the whitener that came of them.
 """
@@ -33,7 +33,7 @@ def public_stages(name: str, statistics_images: int | None = None) -> dict[str, 
     Raises:
         UsageError: there is no such prior. CheckpointError: its files are damaged.
     """
-    card, _ = load_prior(name)  # refuses damaged tensors before any image is made
+    card, _ = load_prior(name)  # refuses damaged tensors before making images
     images = card.generate
     if statistics_images is not None and statistics_images < images.count:
         images = replace(images, sample=statistics_images)
@@ -56,7 +56,7 @@ def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any]
     if other:
         raise UsageError(
             f"the prior {config.prior} was made with other settings: {other[0]} = {made.get(other[0])!r}",
-            fix="leave the settings of pretrain out: a prior brings its own",
+            fix="leave the settings of pretrain out: a prior has its own",
         )
     network = build_extractor(config)
     try:
@@ -115,7 +115,7 @@ def check(rows: list[dict[str, Any]]) -> None:
     """
     for row in rows:
         if row["problem"] is not None:
-            raise CheckpointError(row["problem"], fix="install dprandp again: its files are not as they were published")
+            raise CheckpointError(row["problem"], fix="install dprandp again: its files have changed")
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
@@ -136,7 +136,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def card_text(card: Card) -> str:
-    """A card for people, in Markdown; every figure is one that the card holds."""
+    """A card in Markdown, with the figures of the card."""
     result, images = card.result, card.generate
     public = {key: value for key, value in result.items() if type(value) is float}
     measured = [

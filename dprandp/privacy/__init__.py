@@ -1,20 +1,20 @@
-"""Everything that privacy rests on, in small pieces that do not know one another; ``mechanism`` alone couples them.
+"""All code that privacy depends on, in small independent modules; only ``mechanism`` couples them.
 
 ================  =============================================================================================
 ``accounting``    events -> (lower, estimate, upper) bound on epsilon; the smallest noise for a budget
 ``gaussian_dp``   the exact closed form of the Gaussian mechanism (full batches)
 ``pld``           privacy loss distributions (sampled batches), both directions, by dp-accounting
 ``analytic``      bounds that need no grid, such as Rényi DP
-``opinions``      what prv-accountant and Opacus say of the same ε; a contradiction is an error
+``opinions``      prv-accountant and Opacus on the same ε; a contradiction is an error
 ``adaptive``      several stages, each planned after the results of those before it were seen
-``guarantees``    what a guarantee leaves to an attacker: the trade-off curve, replaced records, groups of records
+``guarantees``    the best attack under a guarantee: the trade-off curve, replaced records, groups of records
 ``randomness``    randomness from the operating system, Poisson batches, Gaussian and discrete Gaussian noise
 ``clipping``      sums of clipped gradients whose sensitivity is ``clip_norm``, for records of one or several images
-``ledger``        the append-only record of what was spent, written before it is used
-``tuning``        what the best of a random number of private trials costs, in Rényi DP
+``ledger``        the append-only record of charges, written before they are used
+``tuning``        the cost of the best of a random number of private trials, in Rényi DP
 ``selection``     one plan that couples them for such trials
 ``mechanism``     one plan that couples them: what runs is what was accounted
-``auditing``      attacks on the mechanism, whose success is held against the claim; nothing here needs it
+``auditing``      attacks on the mechanism, whose success is compared with the claim; not needed by the others
 ================  =============================================================================================
 
 The one-letter notation of the papers, used in formulas only. Code uses the long names.
@@ -22,7 +22,7 @@ The one-letter notation of the papers, used in formulas only. Code uses the long
 ======  ====================  ===================================================================================
 letter  name in the code      meaning
 ======  ====================  ===================================================================================
-N       examples              number of private records; treated as public, and said to be
+N       examples              number of private records; treated as public, and disclosed as such
 q       sample_rate           probability that a record enters a step's batch, independently of all others
 B       expected_batch        q N, the public divisor (never the size of the batch that was drawn)
 T       steps                 noisy steps

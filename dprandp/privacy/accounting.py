@@ -1,14 +1,14 @@
-"""What a list of noisy steps costs, and how much noise a budget needs.
+"""The ε of a list of noisy steps, and the noise for a budget.
 
-Events are plain data, saved with the run, so that anyone can account them again. Results are (lower, estimate, upper)
-and only ``upper`` is ever promised.
+Events are plain data, saved with the run, so that anyone can account them again. Results are (lower, estimate, upper);
+only ``upper`` is promised.
 
 The unit of privacy is one record. Data sets are neighbours under *zero-out* (Kairouz et al. 2021, "Practical and
 private (deep) learning without sampling or shuffling"; Ponomareva et al. 2023, "How to DP-fy ML"): they have the same
 public number N of positions, and one position is empty in one of them, so that it contributes nothing to any sum. The
 theorems behind the accountants are stated for adding or removing a record. They compare the noisy sum of a Poisson
 sample with one record and without it, in both directions; an empty position has the distribution of the sum without the
-record, so they hold for zero-out as they are. What only zero-out allows is to use N itself: in q, in the divisor, in δ.
+record, so they hold for zero-out unchanged. Only zero-out allows the use of N itself: in q, in the divisor, in δ.
 
 ===================  ======================================================  ===========================================
 events               accountant                                              error
@@ -41,8 +41,8 @@ from dprandp.privacy.tuning import TuningEvent
 
 # ------------------------------------------------------------------------------------------------------- discrete cost
 #
-# What discrete noise costs beside Gaussian noise of the same size: a small part of δ. The proof is in
-# ``discrete_noise``; this is apart from it so that accounting needs no torch.
+# The extra cost of discrete noise over Gaussian noise of the same size: a small part of δ. The proof is in
+# ``discrete_noise``; this is separate so that accounting needs no torch.
 
 LATTICE_BITS = 44
 """At least 2^44 lattice points per standard deviation of the noise."""
@@ -51,7 +51,7 @@ DISTANCE = 2.0 ** (-2 * LATTICE_BITS) / 40 + 2.0**-110
 """Total variation distance, per coordinate, to rounded Gaussian noise; the second term is the sampler's."""
 
 MOST_COORDINATES = 2**26
-"""Parameters of the largest model that is noised."""
+"""Most parameters of a model that gets noise."""
 
 DELTA_SHARE = 1e-4
 """The part of δ that is kept for the distance between the two kinds of noise."""
@@ -81,11 +81,11 @@ def check_distance(steps: int, epsilon: float, delta: float) -> None:
 Warn = Callable[[str], None]
 warn_by_log: Warn = logging.getLogger(__name__).warning
 
-# A budget of which less than this part is left would buy steps of nothing but noise.
+# With less than this fraction of the budget, steps would be only noise.
 _LEAST_PART = 0.005
-# Beyond this noise a step says nothing; a search that gets here has no budget left to work with.
+# With more noise a step carries no information; a search that gets here has no budget left.
 MAX_NOISE_MULTIPLIER = 1e6
-# No advice to give a larger --eps where something was spent: a run has one budget, fixed before its first look.
+# No advice to give a larger --eps after spending: a run's budget is fixed before the data are read.
 FIXED = "A run's budget cannot grow once it has begun."
 
 
@@ -93,7 +93,7 @@ ADVISED_DELTA, ADVISED_SHARE = 1e-5, 0.1
 """A δ is advised to be at most the first, and at most the second as a part of 1/N."""
 
 _LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
-"""Beyond these there is no privacy to speak of, squares leave the range of doubles, and doubles cannot count."""
+"""Limits beyond which there is no privacy, squares overflow, and doubles cannot count."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _continuous(events: Sequence[Event]) -> list[Event]:
 
 @lru_cache(maxsize=512)
 def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
-    """Everything in Rényi DP: the only currency that private tuning has."""
+    """Everything in Rényi DP, the only accounting for private tuning."""
     from dprandp.privacy import analytic
 
     steps = [event for event in merged if isinstance(event, GaussianEvent)]
@@ -261,7 +261,7 @@ def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
 
 @lru_cache(maxsize=512)
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
-    """The smallest of all that is proven; and what there is to say about it."""
+    """The smallest proven bound, and a warning about it, if any."""
     from dprandp.privacy import analytic, pld  # load most of scipy: only here, only when they are needed
 
     components = components_of(merged)
@@ -344,7 +344,7 @@ def refuse_spent(spent: float, epsilon: float, delta: float) -> None:
     if spent >= epsilon * (1 - _LEAST_PART):
         raise BudgetError(
             f"This run has already spent ε = {spent:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
-            fix=f"{FIXED} Start a new run, and add up what both release.",
+            fix=f"{FIXED} Start a new run, and add up the ε of both.",
         )
 
 
@@ -368,7 +368,7 @@ def _calibrate(
         guess = math.sqrt(steps / room) if mu_spent and room > 0 else math.sqrt(steps) / mu
         found = calibration.nudge(upper, epsilon, guess) if room > 0 else None
     elif any(isinstance(event, TuningEvent) for event in spent):
-        # One accountant for everything, and a quick one: the promised bound aims at itself.
+        # One quick accountant for everything: use the promised bound itself.
         guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), MAX_NOISE_MULTIPLIER)
         found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     else:
@@ -384,11 +384,11 @@ def _calibrate(
         left = "What is left of " if spent else ""
         raise BudgetError(
             f"{left}ε = {epsilon:g} at δ = {delta:g} is too little for {steps} steps, however large the noise.",
-            fix=f"{FIXED} Give fewer steps, or start a new run and add up what both release."
+            fix=f"{FIXED} Give fewer steps, or start a new run and add up the ε of both."
             if spent
             else "Give a larger --eps, or fewer steps.",
         )
-    upper(found)  # leave the complaint of the accepted value, if it has one
+    upper(found)  # warn about the accepted value, if necessary
     return found, complaints[-1] if complaints else None
 
 

@@ -1,18 +1,18 @@
-"""What several stages cost together when each may be planned after a look at the results of those before it.
+"""The cost of several stages, each of which may be planned after the results of those before it were seen.
 
 Numerical composition (PLD, PRV) bounds mechanisms whose parameters were fixed beforehand. Somebody who sees the
 accuracy of a probe and then chooses sampling rate and steps of the fine-tune is outside of that theorem (Rogers, Roth,
-Ullman & Vadhan 2016). What holds for such choices is called a privacy filter. The one used here is Gaussian: each stage
+Ullman & Vadhan 2016). A theorem for such choices is called a privacy filter. The one used here is Gaussian: each stage
 is charged the μ of a Gaussian mechanism that *covers* it, and the squares are added.
 
 Within a stage everything is fixed by its plan before its first step, so numerical composition finds its curve δ(ε).
 
 *Cover.* A stage is covered by (μ, s) if δ_stage(ε) ≤ δ_μ(ε) + s for all ε ≥ 0, in either direction of zero-out (the
 record is there, or its slot is empty), with δ_μ that of a Gaussian mechanism (``gaussian_dp``). Full batches are
-covered by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of steps is decided on the way (Smith & Thakurta
+covered by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of steps is chosen adaptively (Smith & Thakurta
 2022, Koskela, Tobaben & Honkela 2023). Sampled stages have a small s.
 
-*Theorem.* If Σ μ² ≤ B² and Σ s ≤ S whatever was chosen along the way, all stages together are (ε, δ_B(ε) + S)-DP.
+*Theorem.* If Σ μ² ≤ B² and Σ s ≤ S for all choices along the way, all stages together are (ε, δ_B(ε) + S)-DP.
 
 *Proof*, by induction from the last stage, with H_ε(P‖Q) = E_P[(1 − exp(ε − L))₊] and L = log P/Q.
 Let the first stage be (P, Q), covered by (μ, s); after its outcome o the rest, whatever it is, is bounded by
@@ -21,11 +21,11 @@ Let the first stage be (P, Q), covered by (μ, s); after its outcome o the rest,
 expectation of H_{ε − L'}(P‖Q) over the loss L' of that Gaussian, at most that of δ_μ(ε − L') + s, which is δ_B(ε) + s.
 For ε < 0 a cover holds as well: H_ε(P‖Q) = 1 − exp(ε) + exp(ε) H_{−ε}(Q‖P), so the difference is exp(ε) s at most.
 
-A sampled stage that was left before its end counts as a whole: when to stop may have been decided by what was seen, and
+A sampled stage that was stopped early counts as a whole: its results may have decided when to stop, and
 a plan bounds every such decision (the terms of H_ε of a growing composition are a submartingale).
 
-What it costs: S is ``SLACK`` of δ, and a cover is as close as the curve lets it be. Beside numerical composition, for a
-fine-tune after a probe at ε from 1 to 8, that is 0.1 to 0.2 % more noise where a Gaussian describes the stage well
+Cost: S is ``SLACK`` of δ, and a cover is as tight as the curve allows. Relative to numerical composition, for a
+fine-tune after a probe at ε from 1 to 8, this is 0.1 to 0.2 % more noise where a Gaussian describes the stage well
 (hundreds of steps at a rate of some per cent), 1 % for 500 steps at a rate of 0.01, 5 % for 100 steps at a rate of
 0.02; a Rényi filter (Feldman & Zrnic 2021) takes 6 to 8 % everywhere.
 
@@ -65,10 +65,10 @@ from dprandp.privacy.guarantees import privacy_curve
 from dprandp.privacy.tuning import TuningEvent
 
 SLACK = 0.04
-"""Part of δ that is set aside for the covers of sampled stages, as soon as there is more than one stage."""
+"""Fraction of δ for the covers of sampled stages, if there is more than one stage."""
 
 Stage = Sequence[Event]
-"""Everything that one attempt of one stage was planned to do."""
+"""All planned events of one attempt of one stage."""
 
 _ACCOUNTANT = "Gaussian-DP filter over stages"
 
@@ -129,7 +129,7 @@ def calibrate_stage(
     refuse_spent(compose_stages(spent, delta, warn).upper, epsilon, delta)
     share = 1 - DELTA_SHARE if discrete or _discrete_steps(spent) else 1.0
     before, left = covers(spent, delta * share, warn), delta * share * (1 - SLACK)
-    refuse_spent(compose(before, left, warn).upper, epsilon, delta)  # with what is set aside for more than one stage
+    refuse_spent(compose(before, left, warn).upper, epsilon, delta)  # with the slack for more than one stage
     guess = calibrate(epsilon, left, sample_rate, steps, before, warn)
 
     def upper(noise_multiplier: float) -> float:
@@ -141,14 +141,14 @@ def calibrate_stage(
     found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER) if exact is None else exact
     if found is None:
         raise BudgetError(
-            f"What is left of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} sampled steps.",
-            fix=f"{FIXED} Give fewer steps, or start a new run and add up what both release.",
+            f"The remaining part of ε = {epsilon:g} at δ = {delta:g} is too small for {steps} sampled steps.",
+            fix=f"{FIXED} Give fewer steps, or start a new run and add up the ε of both.",
         )
     return found
 
 
 def covers(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> list[Event]:
-    """A full-batch Gaussian event for each stage that covers it, and private tuning as it is.
+    """For each stage a full-batch Gaussian event that covers it; private tuning unchanged.
 
     Args:
         stages: none of them empty. The n-th sampled one gets the slack ``SLACK`` · δ / 2ⁿ.
@@ -216,7 +216,7 @@ def _cover(events: tuple[GaussianEvent, ...], slack: float) -> tuple[float, str 
 
 
 def _least_delta(mu: float, epsilons: np.ndarray) -> np.ndarray:
-    """δ of a μ-GDP mechanism at each ε ≥ 0, rounded down: what rounding may have added is taken off."""
+    """δ of a μ-GDP mechanism at each ε ≥ 0, rounded down by the largest rounding error."""
     first = ndtr(mu / 2 - epsilons / mu)
     exponent = log_ndtr(-mu / 2 - epsilons / mu)
     second = np.exp(epsilons + exponent)

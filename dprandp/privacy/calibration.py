@@ -1,7 +1,7 @@
-"""The search behind ``accounting.calibrate``: where a falling function of the noise meets the budget.
+"""The search behind ``accounting.calibrate``: the noise at which a falling function meets the budget.
 
-Coarse to fine: ``solve`` aims with a cheap function, ``settle`` checks with the promised one and corrects. Neither
-trusts the other, so an error in the cheap function costs time, never privacy.
+``solve`` finds a guess with a cheap function, ``settle`` checks it with the promised one and corrects it. So an error
+in the cheap function costs time, never privacy.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def settle(promised: Falling, budget: float, guess: float, largest: float) -> fl
             if exceeds >= largest:
                 break
         if exceeds and fits / exceeds < 1.0005:
-            break  # the accountant's own grain is coarser than the window
+            break  # the accountant's grid is coarser than the window
         here = (math.log(argument), math.log(max(value, 1e-300)))
         if previous and previous[0] != here[0]:
             slope = min(-0.05, (here[1] - previous[1]) / (here[0] - previous[0]))

@@ -1,8 +1,7 @@
 """Sums of clipped gradients whose L2 sensitivity to one record is ``clip_norm``.
 
 One record's gradient is the mean over its K views and is clipped once, over all parameters jointly. A record whose
-gradient is not finite counts as zero. Nothing is divided by the number of records: the public divisor is the plan's
-business.
+gradient is not finite counts as zero. Nothing is divided by the number of records: the plan has the public divisor.
 
 Guarantee (every function that takes ``clip_norm``):
     Zeroing out one record, which then contributes nothing, changes the sum by at most ``clip_norm`` in L2, over all
@@ -12,8 +11,8 @@ Guarantee (every function that takes ``clip_norm``):
     clip_norm in every coordinate); blocks and microbatches are added in float64.
 
 Automatic clipping (``automatic=True``; Bu, Wang, Zha & Karypis 2023, "Automatic Clipping", arXiv 2206.07136) scales
-every gradient to C ‖g‖/(‖g‖ + .01) instead: also those that are shorter than C. C is then nothing but the unit of sum
-and noise, so it is no longer a setting to tune. Each part stays shorter than C: the Guarantee is the same.
+every gradient to C ‖g‖/(‖g‖ + .01) instead, also those that are shorter than C. C is then only the unit of sum and
+noise, and need not be tuned. Each part stays shorter than C: the Guarantee is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dprandp.threads import in_parts
 
 # ------------------------------------------------------------------------------------------------------------- devices
 #
-# What clipping asks of the device that computes: where rows go, what may be waited for, with how many bits it adds.
+# Clipping on a device: the transfer of rows, synchronisation, and the precision of sums.
 
 
 def sent(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -75,7 +74,7 @@ NORM_PIECE = 128
 
 
 def as_rows(gradients: torch.Tensor) -> torch.Tensor:
-    """[B, ...] as [B, numbers] in the order of memory: no copy where each row is dense, whatever its layout."""
+    """[B, ...] as [B, numbers] in the order of memory: no copy where each row is dense, in any layout."""
     return gradients.permute(0, *_order(gradients)).reshape(len(gradients), math.prod(gradients.shape[1:]))
 
 
@@ -117,7 +116,7 @@ DEVICE_BLOCK = 8
 """Times as many records are worked on at a time on an accelerator, which is slowed by calls and not by a cache."""
 
 AUTOMATIC_STABILISER = 0.01
-"""γ of automatic clipping, as published: keeps gradients that vanish from being blown up to full length."""
+"""γ of automatic clipping, as published: limits the factor of vanishing gradients."""
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = False) -> torch.Tensor:
@@ -307,7 +306,7 @@ def clipped_softmax_sum(
 def check_softmax_inputs(
     features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int
 ) -> None:
-    """Refuse what ``clipped_softmax_sum`` cannot take; arguments as there. No message holds a label."""
+    """Refuse invalid arguments of ``clipped_softmax_sum``. No message contains a label."""
     _require_clip_norm(clip_norm)
     if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
         raise UsageError(
@@ -351,7 +350,7 @@ def _softmax_part(
     precision, classes = weight.dtype, weight.shape[1]
     views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=weight.device)
-    # One buffer for all conversions: memory asked for anew in every block costs more than the arithmetic.
+    # One buffer for all conversions: allocating memory for every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else weight.new_empty((block, *features.shape[1:]))
     for start in range(0, len(labels), block):
         x = features[start : start + block] if rows is None else features[rows[start : start + block]]
@@ -419,17 +418,17 @@ def _require_clip_norm(clip_norm: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- unit clipping
 #
-# Clipped sums where one record is a unit of several images: one patient, say.
+# Clipped sums where one record is a unit of several images, such as a patient.
 #
 # A unit's gradient is the mean over its images of their gradients (each the mean over the image's views), clipped once.
-# However many images a unit has, it weighs as one record, and zeroing it out with all its images is one change.
+# A unit has the weight of one record for any number of images, and zeroing it out with all its images is one change.
 #
 # Guarantee (every function here):
 #     Zeroing out one *unit*, with all its images, changes the clipped sum by at most ``clip_norm`` in L2, with
 #     the rounding allowance of ``clipping``. A unit with an image whose gradient is not finite counts as zero.
 
 BLOCK_BYTES = 2**22
-"""Of the rows, or of the units' gradients, that are in memory together."""
+"""Bytes of rows, or of the units' gradients, in memory at a time."""
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Gaussian differential privacy: the exact trade-off of full-batch Gaussian steps.
 
-A full-batch step (q = 1) with noise multiplier σ is exactly (1/σ)-GDP, and T such steps compose to √(Σ 1/σ²)-GDP with
-nothing lost (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Corollary 3.3). Its (ε, δ) curve has a closed form
+A full-batch step (q = 1) with noise multiplier σ is exactly (1/σ)-GDP, and T such steps compose to √(Σ 1/σ²)-GDP
+exactly (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Corollary 3.3). Its (ε, δ) curve has a closed form
 (Balle & Wang 2018, "Improving the Gaussian mechanism for differential privacy", Theorem 8):
 
     δ(ε) = Φ(μ/2 − ε/μ) − exp(ε) Φ(−μ/2 − ε/μ)

@@ -1,6 +1,6 @@
-"""What a guarantee leaves to an attacker, and what it says when a record is replaced instead of zeroed out.
+"""The best attack under a guarantee, and the guarantee when a record is replaced instead of zeroed out.
 
-*The attacker* decides from all that was released whether a record was there. At a false-positive rate α the best rate
+*The attacker* decides from all releases whether a record was present. At a false-positive rate α the best rate
 of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
 Differential Privacy", Propositions 2.4 and 2.12): each (ε, δ) on it allows at most
 
@@ -49,7 +49,7 @@ from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 
 # --------------------------------------------------------------------------------------------------------------- group
 #
-# Group privacy: what a guarantee for one record says about k records that are zeroed out together.
+# Group privacy: from a guarantee for one record to one for k records that are zeroed out together.
 #
 # Where each step is a full batch the answer is exact: k records move a sum by k C at most, so a μ-GDP mechanism is
 # kμ-GDP for groups of k (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Theorem 2.14, and tight for the
@@ -60,7 +60,7 @@ from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 #
 # As ε depends on δ', the δ' is searched for which the second entry is the δ that was asked for. This bound is valid and
 # not tight: Poisson sampling rarely draws all of a group into one batch (Ganesh 2024, "Tight group-level DP guarantees
-# for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it makes nothing of. Where it is worse than all
+# for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it does not use. Where it is worse than all
 # k records moving every step that draws one of them (``analytic.moved_epsilon``), that bound is given.
 
 # A δ' smaller than this is not tried.
@@ -71,7 +71,7 @@ _CLOSE_ENOUGH = 0.9
 
 
 def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
-    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, whatever the mechanism.
+    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, for any mechanism.
 
     Args:
         epsilon: ε ≥ 0; inf gives (inf, delta).
@@ -86,7 +86,7 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
     """
     _require_size(size)
     if not (epsilon >= 0 and 0 <= delta < 1):
-        raise UsageError(f"ε = {epsilon} with δ = {delta} is no guarantee.", fix="Give ε of at least 0 and δ below 1.")
+        raise UsageError(f"ε = {epsilon} with δ = {delta} is not a guarantee.", fix="Give ε ≥ 0 and δ < 1.")
     if math.isinf(epsilon):
         return math.inf, delta
     log_delta = math.log(delta) + _log_growth(epsilon, size) if delta else -math.inf
@@ -344,7 +344,7 @@ def calibrate_adjacency(
     try:
         guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=lambda sentence: None)
     except BudgetError:
-        guess = MAX_NOISE_MULTIPLIER  # half the budget is a place to start from, not what is asked
+        guess = MAX_NOISE_MULTIPLIER  # half the budget is only a starting point
     found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         raise BudgetError(

@@ -1,21 +1,22 @@
-"""The record of what a run has spent: append-only, chained by hashes, on disk before anything charged is used.
+"""The record of a run's charges: append-only, chained by hashes, on disk before anything charged is used.
 
-One JSON object a line. The first is the header, with the budget as it was fixed; the others are charges (for a block of
-steps, or for a selection among private trials) and seals of results (the SHA-256 of what a finished stage reported).
+One JSON object a line. The first is the header, with the fixed budget; the others are charges (for a block of steps, or
+for a selection among private trials) and seals of results (the SHA-256 of a finished stage's result).
 Each line carries the hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or
-removed line is found when the file is opened. The chain has no key: it finds accidents and careless edits. Lines cut
-off the end are found by what refers to them: ``includes(head)`` for the head that run.json and every checkpoint keep,
-and the plan's check that no checkpoint holds more updates than were charged.
+removed line is found when the file is opened. The chain has no key: it finds accidents and careless edits. Missing
+lines
+at the end are found by references to them: ``includes(head)`` for the head in run.json and every checkpoint, and the
+plan's check that no checkpoint holds more updates than were charged.
 
 Guarantee:
-    ``charge`` returns only after the line is on disk (fsync). Whatever is used after it returned is therefore in the
-    file, also after ``kill -9`` or a power cut, so the file never shows less than was used. A charge whose use was
-    lost stays charged.
+    ``charge`` returns only after the line is on disk (fsync), and nothing is used before it returns. So the file never
+    shows less than was used, even after ``kill -9`` or a power cut. A charge whose use was lost stays charged.
 
-A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so nothing it charges
-for was ever used. It is still counted as one full charge when everything that costs can be read from it, and dropped
-only when it breaks off before that; both aloud. What follows the last line and is no beginning of a line (other bytes,
-or more of them than a line has) was not left by a cut: it may stand where charged lines were, and is refused.
+A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so its charge was never
+used. It is still counted as one full charge if all of its costs can be read, and dropped otherwise; both with a
+warning.
+Other bytes after the last line, or more of them than a line has, do not come from a power cut: they may replace charged
+lines, and are refused.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from dprandp.privacy.tuning import TuningEvent
 
 # --------------------------------------------------------------------------------------------------------- ledger line
 #
-# One line of the privacy ledger: what a charge holds, how a line is sealed, what can be read from a torn one.
+# One line of the privacy ledger: the content of a charge, the seal of a line, the reading of a torn one.
 
 FORMAT = 3
-"""Earlier ones, in which the header did not hold the budget, are refused by name."""
+"""Earlier formats, without the budget in the header, are refused by name."""
 
 FIRST_PREVIOUS = "0" * 64
 KINDS = ("gaussian", "discrete")
@@ -71,12 +72,12 @@ class Charge:
 
     @property
     def counted(self) -> GaussianEvent:
-        """What the attempt counts as: of full batches these steps, of sampled ones the whole plan (``adaptive``)."""
+        """The event of the attempt: for full batches these steps, for sampled ones the whole plan (``adaptive``)."""
         return self.event if self.sample_rate == 1 else replace(self.event, steps=self.planned)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is no charge."""
+        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is not a charge."""
         charge = cls(**{name: record[name] for name in _NAMES})
         whole = (charge.attempt, charge.step, charge.steps, charge.planned)
         real = (charge.noise_multiplier, charge.sample_rate, charge.clip_norm)
@@ -97,7 +98,7 @@ class Charge:
 
     @classmethod
     def from_torn(cls, line: bytes) -> Charge | None:
-        """The charge at the start of a cut-off line, when all of it is there to the last comma."""
+        """The charge at the start of a torn line, if it is complete up to the last comma."""
         match = _TORN.match(line.decode("utf-8", errors="replace"))
         if not match:
             return None
@@ -110,7 +111,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class TuningCharge:
-    """One charged selection among private trials (``privacy/selection.py``), whatever number of trials it will take."""
+    """One charged selection among private trials (``privacy/selection.py``), for any number of trials."""
 
     stage: str
     attempt: int
@@ -125,7 +126,7 @@ class TuningCharge:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TuningCharge:
-        """Raises KeyError, TypeError or UsageError for a record that is no such charge."""
+        """Raises KeyError, TypeError or UsageError for a record that is not such a charge."""
         charge = cls(**{field.name: record[field.name] for field in fields(cls)})
         _ = charge.event
         return charge
@@ -136,7 +137,7 @@ class TuningCharge:
 
 @dataclass(frozen=True)
 class ResultSeal:
-    """The result of a finished stage, by its SHA-256: what run.json says of the stage is held against it."""
+    """The result of a finished stage, by its SHA-256, for comparison with run.json."""
 
     stage: str
     attempt: int
@@ -144,7 +145,7 @@ class ResultSeal:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ResultSeal:
-        """Raises KeyError, TypeError or ValueError for a record that is no such seal."""
+        """Raises KeyError, TypeError or ValueError for a record that is not such a seal."""
         seal = cls(**{field.name: record[field.name] for field in fields(cls)})
         if not (isinstance(seal.stage, str) and type(seal.attempt) is int and seal.attempt >= 1):
             raise TypeError("a value of a result's seal has another type or lies outside its range")
@@ -191,9 +192,9 @@ def unseal(line: bytes) -> tuple[dict[str, Any], str, str]:
 
 
 def begins_a_line(torn: bytes) -> bool:
-    """Whether a write cut short can have left this: the first bytes of one line, and zeros where the rest never came.
+    """Whether a torn write can have left this: the first bytes of one line, then zeros.
 
-    A file system that had noted the new length of the file, but not yet its content, shows zeros after a power cut.
+    A file system that stored the new length of the file, but not yet its content, shows zeros after a power cut.
     """
     written = torn.rstrip(b"\0")
     start = written[: len(_START)]
@@ -210,10 +211,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """What an ``OSError`` on the ledger means to the user."""
+    """The error for an ``OSError`` on the ledger."""
     return StorageError(
         f"The privacy ledger {path} could not be read or written: {error.strerror or error}.",
-        fix="Free space or mend permissions, let one process at a time use the run, then start again with --resume.",
+        fix="Free space or correct permissions, use the run in one process at a time, then start again with --resume.",
     )
 
 
@@ -222,7 +223,7 @@ def _compact(record: dict[str, Any]) -> bytes:
 
 
 def refuse_senseless(stage: str, attempt: int, steps: int, random: str, noise: str) -> None:
-    """Refuse a charge that no stage can have made.
+    """Refuse an impossible charge.
 
     Raises:
         UsageError: names the values.
@@ -231,13 +232,13 @@ def refuse_senseless(stage: str, attempt: int, steps: int, random: str, noise: s
     if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or not known:
         raise UsageError(
             f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
-            "makes no sense.",
+            "is impossible.",
             fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
         )
 
 
 ADJACENCY = "zero-out"
-"""What the header says of neighbours: data sets in one of which a record's slot is empty (see ``accounting``)."""
+"""The header's name for neighbours: in one of the data sets a record's slot is empty (see ``accounting``)."""
 
 
 class Ledger:
@@ -249,7 +250,7 @@ class Ledger:
         charges: every block of steps charged so far, in order.
         tunings: every selection among private trials charged so far, in order.
         seals: stage -> the seal of its latest result.
-        head: hash of the last line, to be kept by whatever depends on it.
+        head: hash of the last line, for everything that depends on the ledger.
     """
 
     def __init__(self, path: Path, read_only: bool, warn: Warn, fault_point: Callable[[str], None]) -> None:
@@ -283,11 +284,11 @@ class Ledger:
         Args:
             path: the file.
             examples: N ≥ 1, the public number of records.
-            data_unit: what a record is.
+            data_unit: the unit of privacy.
             warn, fault_point: as for ``open``.
-            budget: what was fixed before the first look at the data, by name, as finite JSON values. It is sealed with
-                the header; whoever keeps it elsewhere too can hold that against it. None for a ledger without a budget,
-                as that of an audit.
+            budget: the values that were fixed before the data were read, by name, as finite JSON values. They are
+            sealed
+                with the header, for comparison with copies. None for a ledger without a budget, as that of an audit.
 
         Raises:
             StorageError: the file exists or cannot be written.
@@ -343,7 +344,7 @@ class Ledger:
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"The privacy ledger {path} is missing.",
-                fix="Restore it: without it nobody knows what this run has spent.",
+                fix="Restore it: without it the spent budget of this run is unknown.",
             ) from error
         except OSError as error:
             raise storage_error(ledger.path, error) from error
@@ -368,12 +369,12 @@ class Ledger:
 
     @property
     def budget(self) -> dict[str, Any] | None:
-        """What was fixed when the ledger was begun; see ``create``."""
+        """The budget in the header; see ``create``."""
         return self.header["budget"]
 
     @property
     def private(self) -> bool:
-        """False when any step ran without noise or on repeatable randomness: then no epsilon means anything."""
+        """False if any step ran without noise or on repeatable randomness: then ε is void."""
         return self.random == "os-entropy" and all(charge.noise_multiplier > 0 for charge in self.charges)
 
     @property
@@ -383,7 +384,7 @@ class Ledger:
         return "os-entropy" if modes <= {"os-entropy"} else "insecure-seed"
 
     def includes(self, head: str) -> bool:
-        """Whether a line with this hash is in the file: False means the ledger is older than what refers to it."""
+        """Whether a line with this hash is in the file: if not, the ledger is older than the reference."""
         return head in self._hashes
 
     def charge(
@@ -399,7 +400,7 @@ class Ledger:
         random: str,
         noise: str = "gaussian",
     ) -> Charge:
-        """Charge a block of steps. Use nothing it charges for before this has returned.
+        """Charge a block of steps. Use none of them before this has returned.
 
         Args:
             stage, attempt: whose steps they are. steps: T of the block. planned: T of the attempt's whole plan.
@@ -436,23 +437,23 @@ class Ledger:
         return charge
 
     def seal_result(self, *, stage: str, attempt: int, digest: str) -> None:
-        """Record what a finished stage reports, by its SHA-256; it costs nothing. Errors as for ``charge``."""
+        """Record the SHA-256 of a finished stage's result, at no cost. Errors as for ``charge``."""
         self._refuse_reader()
         refuse_senseless(stage, attempt, 1, "os-entropy", KINDS[0])
         self._append(ResultSeal(stage, int(attempt), digest), {})
 
     def events(self) -> list[Event]:
-        """Everything charged, in canonical form (equal q and σ added up): what the accountant is asked about."""
+        """All charges in canonical form (equal q and σ added up), for the accountant."""
         return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
 
     def stages(self, besides: Collection[tuple[str, int]] = ()) -> list[list[Event]]:
-        """What each attempt of each stage counts as, in the order in which they began; see ``adaptive``.
+        """The events of each attempt of each stage, in the order in which they began; see ``adaptive``.
 
         Full batches count as far as they were charged; an attempt with sampled batches counts as its whole plan from
-        its first charge on, since it may be left at any moment.
+        its first charge on, since it may be stopped at any moment.
 
         Args:
-            besides: (stage, attempt) of those to be left out.
+            besides: (stage, attempt) pairs to leave out.
         """
         found: dict[tuple[str, int], list[Event]] = {}
         for charge in self._in_order:

@@ -1,8 +1,8 @@
-"""The one place that couples sampling, clipping, noise and accounting: what runs is what was accounted.
+"""The only module that couples sampling, clipping, noise and accounting: the run matches the accounted plan.
 
-A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` carries it out: it charges, then hands out
-a Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected
-batch. It cannot be made to run more steps, at another rate, or with other noise, than the plan that was accounted.
+A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` executes it: it charges, then returns a
+Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected batch.
+It cannot run more steps, another rate, or other noise than the accounted plan.
 
     mechanism = PrivateMechanism(plan, ledger, SystemRandom(), attempt=1)
     for step in mechanism.steps():                                   # charged and on disk before ``step`` exists
@@ -39,7 +39,7 @@ class PrivatePlan:
         noise_multiplier: σ ≥ 0; 0 means no privacy.
         clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
         views: K ≥ 1 views of a record, averaged before the clip.
-        epsilon_target: what the run may have spent in total after this stage; inf means no privacy.
+        epsilon_target: limit on the run's total ε after this stage; inf means no privacy.
         delta: δ in (0, 1/N).
         noise: 'gaussian', or 'discrete' (see ``discrete_noise``).
 
@@ -72,12 +72,12 @@ class PrivatePlan:
 
     @property
     def event(self) -> GaussianEvent:
-        """What the accountant is asked about."""
+        """The event for the accountant."""
         return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
 
     @property
     def expected_batch(self) -> float:
-        """B = q N: the public divisor, whatever the size of the batch that was drawn."""
+        """B = q N: the public divisor, for any size of the drawn batch."""
         return self.sample_rate * self.examples
 
     @property
@@ -132,7 +132,7 @@ def make_plan(
     noise: NoiseKind = "gaussian",
     warn: Warn = warn_by_log,
 ) -> PrivatePlan:
-    """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise that was found.
+    """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise found.
 
     Args:
         epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
@@ -145,7 +145,7 @@ def make_plan(
         ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
 
     Raises:
-        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little.
+        BudgetError: earlier stages have spent ``spend_epsilon``, or leave too little.
         UsageError: a value is outside its range.
     """
     validate_budget(epsilon_total, delta, examples)
@@ -164,11 +164,11 @@ def make_plan(
 def refuse_overspending(
     stage: str, stages: Sequence[Stage], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
 ) -> None:
-    """The last look at a plan, by whoever carries it out: everything the run will have charged is within the target.
+    """The final check of a plan before it is executed: the run's total charges are within the target.
 
     Args:
-        stage: for the message. fix: likewise.
-        stages: those that the ledger holds, and the whole of what is planned.
+        stage, fix: for the message.
+        stages: those in the ledger, and the whole plan.
         delta, warn: as for ``compose_stages``.
         epsilon_target: finite.
 
@@ -202,7 +202,7 @@ class PrivateStep:
             float32 tensors of the same names and shapes.
 
         Guarantee:
-            Noise is added once, to every coordinate, whatever the batch. A second call raises.
+            Noise is added once, to every coordinate, for every batch. A second call raises.
 
         Raises:
             RuntimeError: a second release, nothing to release, or sums that are not finite (bugs of the caller).
@@ -211,7 +211,7 @@ class PrivateStep:
             raise RuntimeError("a step's sum was released twice: its noise would be averaged away")
         plan, noisy = self._plan, {}
         discrete = plan.noise == "discrete" and plan.noise_multiplier > 0
-        if not discrete:  # drawn before the sums are asked for: a device may still be computing them
+        if not discrete:  # drawn while a device may still compute the sums
             noisy = add_gaussian_noise(clipped_sums, plan.noise_std, self._random)
         finite = [torch.isfinite(total).all() for total in clipped_sums.values()]
         if not finite or not bool(torch.stack(finite).all()):
@@ -223,14 +223,13 @@ class PrivateStep:
 
 
 class PrivateMechanism:
-    """Carries out a plan, step by step, paying before each.
+    """Executes a plan, step by step, and charges before each.
 
     Args:
-        plan: what was accounted.
+        plan: the accounted one.
         ledger: the run's ledger, open for writing.
         random: ``SystemRandom()``; anything else makes the run not private.
-        attempt: 1 for a stage's first plan, one more for each plan made afresh (``--overwrite``); unchanged by a
-            resume.
+        attempt: 1 for a stage's first plan, one more for each restart (``--overwrite``); unchanged by a resume.
         start_step: updates that the checkpoint holds; 0 for a fresh start.
         charge_block: steps charged at once. A crash loses at most this many charged steps; larger blocks save fsyncs.
         warn: see ``accounting.compose``.
@@ -239,11 +238,11 @@ class PrivateMechanism:
         * Steps charged in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not
           privacy.
         * Everything else in the ledger, composed with the whole plan, is within ``plan.epsilon_target``: checked
-          here, before anything is drawn, for whatever plan was handed in.
-        * Each step's batch and noise are drawn after its charge is on disk, and drawn afresh after a resume.
+          here, before anything is drawn, for every plan.
+        * Each step's batch and noise are drawn after its charge is on disk, and are new after a resume.
 
     Raises:
-        BudgetError: the plan does not fit into its target beside what the ledger holds.
+        BudgetError: the plan and the ledger together exceed the target.
         CheckpointError: the ledger is of other data or of another plan, or shows fewer steps than the checkpoint.
     """
 
@@ -272,7 +271,7 @@ class PrivateMechanism:
                 [*others, [plan.event]],
                 plan.delta,
                 plan.epsilon_target,
-                fix="Plan the stage again with --overwrite, for what is left: the run's budget cannot grow."
+                fix="Plan the stage again with --overwrite, for the remaining budget: the run's budget cannot grow."
                 if others
                 else "Plan the stage again with more noise, or give a larger --eps.",
                 warn=warn,
@@ -280,7 +279,7 @@ class PrivateMechanism:
 
     @property
     def remaining_steps(self) -> int:
-        """Steps that can still be made: those never charged, and those charged here but not handed out yet."""
+        """Steps that can still be made: those not charged yet, and those charged here but not returned yet."""
         return self.plan.steps - self._ledger.charged_steps(self.plan.stage, self.attempt) + self._charged_ahead
 
     @property
@@ -289,11 +288,11 @@ class PrivateMechanism:
         return self._random.private and self.plan.noise_multiplier > 0
 
     def steps(self) -> Iterator[PrivateStep]:
-        """The remaining steps. Each must be released, also one with an empty batch, before the next is asked for.
+        """The remaining steps. Each must be released, also one with an empty batch, before the next.
 
         Raises:
-            RuntimeError: the step before was not released (a bug of the caller: skipping steps is not what was
-                accounted).
+            RuntimeError: the step before was not released (a bug of the caller: skipped steps are
+                not accounted).
         """
         while self.remaining_steps > 0:
             if self._charged_ahead == 0:
@@ -327,7 +326,7 @@ class PrivateMechanism:
         if ledger.examples != plan.examples:
             problem = f"The ledger is of {ledger.examples} examples, the plan of {plan.examples}."
         elif not ledger.last_attempt(plan.stage) <= self.attempt <= ledger.last_attempt(plan.stage) + 1:
-            problem = f"Attempt {self.attempt} of stage {plan.stage} does not follow what the ledger holds."
+            problem = f"Attempt {self.attempt} of stage {plan.stage} does not follow the attempts in the ledger."
         elif any(
             (c.noise_multiplier, c.sample_rate, c.clip_norm, c.noise, c.planned) != wanted
             for c in ledger.charges

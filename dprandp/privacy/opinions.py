@@ -122,7 +122,7 @@ def refuse_contradiction(reported: EpsilonBound, opinions: Sequence[Opinion]) ->
 
 
 def _opinion(name: str, ask: Callable[[], tuple[float, float]]) -> Opinion:
-    """Whatever a library does, an opinion: its answer, or why it has none. Its warnings are not ours to judge."""
+    """A library's opinion: its answer, or why it has none. Its warnings are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         with warnings.catch_warnings(record=True):

@@ -16,8 +16,10 @@ them add up to more than T h²/8 + h √(T log(1/η)/2) with probability η at m
 
 *Tails.* Losses that a step, or the composition, has with probability 1e-4 δ altogether count as infinite.
 
-*Rounding* is not the library's concern, so it is ours: δ is read lower by ``ROUNDING`` a step. A Fourier transform errs
-by about 1e-16 √(log₂ N), its T-th power T times that. Measured in the far tails, where nothing should be, it is below 3
+*Rounding* is not covered by the library, so it is covered here: δ is reduced by ``ROUNDING`` a step. A Fourier
+transform errs
+by about 1e-16 √(log₂ N), its T-th power T times that. Measured in the far tails, where the mass should be zero, it is
+below 3
 units of 2.2e-16 a step; 40 are allowed for. Masses that rounding made negative are set to 0, which is an upper bound.
 """
 
@@ -45,7 +47,7 @@ FINE, COARSE = 0.02, 0.1
 """The Hoeffding term of the lower bound as a part of ε, which sets the mesh: for bounds, and for searches."""
 
 ROUNDING = 40 * float(np.finfo(np.float64).eps)
-"""What arithmetic may take from δ, for each step."""
+"""Largest error of δ by rounding, for each step."""
 
 STEP_POINTS, POINTS, EVENTS = 100_000, 400_000, 100
 """The most points of a step's grid and of a composition's, and the most different events: 1 s and 200 MiB."""
@@ -61,7 +63,7 @@ _MOST_TRIES = 5
 
 
 class AccountantRefused(Exception):
-    """The accountant cannot give a sound bound here; the caller names another one aloud."""
+    """The accountant cannot give a sound bound here; the caller uses another one and warns."""
 
 
 class Composed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Randomness that privacy rests on, and the Gaussian noise made of it.
+"""The randomness that privacy depends on, and its Gaussian noise.
 
 Guarantee:
     ``SystemRandom`` takes every bit from the operating system (``os.urandom``). It keeps no state, so nothing can be
@@ -38,7 +38,7 @@ Tensors = TypeVar("Tensors", Mapping[str, torch.Tensor], Sequence[torch.Tensor])
 
 
 class RandomSource(Protocol):
-    """Where batches and noise come from; ``mode`` goes into the ledger."""
+    """A source of batches and noise; ``mode`` goes into the ledger."""
 
     mode: RandomMode
     private: bool
@@ -83,7 +83,7 @@ class SystemRandom(_WordSource):
 
 
 class InsecureSeed(_WordSource):
-    """Repeatable values for tests. Whoever knows the seed can subtract the noise: NOT PRIVATE.
+    """Repeatable values for tests. Anyone who knows the seed can subtract the noise: NOT PRIVATE.
 
     Args:
         seed: a whole number of at least 0.
@@ -117,7 +117,7 @@ def add_gaussian_noise(
         New float32 tensors on the devices of the old ones.
 
     Guarantee:
-        Noise is drawn afresh for every coordinate of every tensor in every call; noise and sum are float64 until the
+        New noise is drawn for every coordinate of every tensor in every call; noise and sum are float64 until the
         end.
 
     Raises:
@@ -198,7 +198,7 @@ def add_discrete_noise(
         (rounded to 53 bits where they are larger, after the noise).
 
     Guarantee:
-        See the top of this file. Noise is drawn afresh for every coordinate in every call.
+        See the top of this file. New noise is drawn for every coordinate in every call.
 
     Raises:
         UsageError: σ or C is out of range, or there are more than ``MOST_COORDINATES`` coordinates.
@@ -343,7 +343,7 @@ def _accepts_exactly(k: int, offset: int, scale: int, word: int, random: RandomS
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 #
-# True Poisson sampling: each record enters each step's batch on its own coin, whatever the others do.
+# True Poisson sampling: each record enters each step's batch by its own coin, independently of all others.
 
 class PoissonSampler:
     """Batches of a Poisson sample of the records 0 … examples−1.

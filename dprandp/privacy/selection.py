@@ -250,7 +250,7 @@ class PrivateSelection:
         warn: see ``accounting.compose``.
 
     Guarantee:
-        The result of ``run`` costs ``plan.event``, charged before any trial is handed out, whatever the number of
+        The result of ``run`` costs ``plan.event``, charged before any trial is returned, for any number of
         trials turns out to be. That number is not returned, stored or logged; who can time the run learns something of
         it (see ``randomness.py``, *Time*).
 

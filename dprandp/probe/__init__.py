@@ -5,8 +5,8 @@
     head.safetensors                  the released head
     metrics.jsonl                     norms of the noisy updates: functions of what is released anyway
 
-Private pixels pass through the frozen extractor once, each image on its own; their features stay in ``private/``. The
-only thing learned from them comes out of ``PrivateMechanism``.
+Private pixels pass through the frozen extractor once, each image independently; their features stay in ``private/``.
+Only results of ``PrivateMechanism`` leave the stage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     Returns:
         The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
         mirror, extractor_colour (of the images that the extractor was learned from), tuned (see
-        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds. On another rank than rank 0 nothing ({}).
+        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds. {} on ranks other than rank 0.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
@@ -112,10 +112,10 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 
 def _begin(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig] | None:
-    """Plan the stage and begin it in the run directory: with its recorded configuration; None if it is done."""
+    """Plan the stage and begin it in the run directory, with its recorded configuration; None if it is done."""
     require_extractor(context, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
-    for earlier in ("generate", "pretrain"):  # the model's card needs them; a gap must show before anything is charged
+    for earlier in ("generate", "pretrain"):  # for the model card: refuse gaps before charging
         refuse_gaps(earlier, context.rundir.result(earlier))
     stage = open_private_stage(STAGE, config, context)
     begun = context.rundir.begin(
@@ -130,13 +130,13 @@ def _begin(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeCo
 
 
 def colour_warning(colour: str, spec: DataSpec) -> str | None:
-    """What to say where an extractor has only seen images of the other kind; None where it fits the data."""
+    """The warning for an extractor that has only seen images of the other colour; None if it fits the data."""
     data = colour_of(spec.channels)
     if colour in ("both", data):
         return None
     return (
-        f"this extractor was learned from {colour} images, and {spec.name} declares {data} ones: it works, less well; "
-        f"`dprandp pretrain --colour {data}`, or a prior made so (`dprandp priors`), fits"
+        f"this extractor was learned from {colour} images, and {spec.name} declares {data} ones, so accuracy is lower; "
+        f"`dprandp pretrain --colour {data}`, or such a prior (`dprandp priors`), fits better"
     )
 
 
@@ -154,7 +154,7 @@ def load_head(context: Context, like: Tensor) -> Tensor:
 
 
 def _keep_whitener(context: Context, whitener: whitening.Whitener, extractor: nn.Module) -> whitening.Whitener:
-    """The probe's own copy; the one it kept before, after a stop."""
+    """The probe's own copy of the whitener, or its copy from before a stop."""
     own = context.rundir.stage_dir(STAGE) / "statistics"
     own.mkdir(exist_ok=True)
     if checkpoint.latest(own) != WHITENER:

@@ -1,8 +1,8 @@
 """DP-SGD of a linear head on features that are already computed: Phase II, and the end of Phase III.
 
-The gradient of a linear softmax head has a closed form and so has its norm: a full-batch step over 50,000 examples
-takes a fraction of a second. The loop sees private features only through ``clipped_softmax_sum``, and keeps only what
-``step.release`` returns.
+The gradient of a linear softmax head and its norm have a closed form: a full-batch step over 50,000 examples takes a
+fraction of a second. The loop reads private features only through ``clipped_softmax_sum``, and keeps only the results
+of ``step.release``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CHECKPOINTS = 8
 """Checkpoints of the head per fit: a crash loses at most an eighth of the steps."""
 
 EMA_DECAY = 0.97
-"""Of ``released = "ema"``: about the last thirty iterates."""
+"""Decay of ``released = "ema"``: about the last thirty iterates."""
 
 LR_PER_SIGNAL = 10 / (0.268 * 50_000)
 LR_MAX = 100.0
 LR_STEPS = 120
-"""In more steps than these, each is as much shorter: the same way in finer steps, of which more are averaged."""
+"""With more steps than these, each is shorter in proportion, so that the path has the same length."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run says about itself, from its files alone: report.html and the model card.
+"""The report and the model card of a run, from its files alone.
 
 ==============  ========================================================================================
 ``run``         reads a run directory; never ``private/``

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what goes with a released model, so that nobody meets the weights without their guarantee."""
+"""MODEL_CARD.md, which accompanies a released model and states its guarantee."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dprandp.report.disclosure import (
 )
 
 MOST_CLASSES = 50
-"""More class names than this are counted, not listed; model/config.json holds all of them."""
+"""Most class names that the card lists; model/config.json holds all of them."""
 
 
 def model_card(
@@ -73,9 +73,9 @@ def _use(result: Mapping[str, Any]) -> str:
     return (
         f"## Intended use\n\nAssigning an image like those of {_plain(result['title'])} to one of "
         f"{len(result['classes'])} classes; research on differentially private training.\n\n"
-        "## Out-of-scope use\n\nDecisions about people, diagnosis, or safety without a validation of its own; images "
-        "unlike the training data, for which the answer means nothing; reading the scores as calibrated "
-        "probabilities. Differential privacy protects the training images, not the images that the model is shown."
+        "## Out-of-scope use\n\nDecisions about people, diagnosis, or safety without a separate validation; images "
+        "unlike the training data, for which predictions are meaningless; use of the scores as calibrated "
+        "probabilities. Differential privacy protects the training images, not the images that the model classifies."
     )
 
 
@@ -117,11 +117,11 @@ def _training(result: Mapping[str, Any], pretrain: Mapping[str, Any], generate: 
         continued = result if "public_training" in result else pretrain.get("continued")
         if continued:
             further = _plain(public_steps(continued["public_training"]))
-            prior = f"{prior.removesuffix('.')} so far. It went on learning: {further}."
+            prior = f"{prior.removesuffix('.')} before it was trained further: {further}."
         if continued and continued is not result and "epsilon" in continued:
-            prior += f" Private steps on {_plain(continued['title'])} followed, whose cost is part of ε."
+            prior += f" Private steps on {_plain(continued['title'])} followed; ε includes their cost."
     stage = "A linear head" if result["stage"] == "probe" else "All parameters"
-    learner = "DP-SGD" if why_not_private(result) is None else "DP-SGD's procedure, without its guarantee"
+    learner = "DP-SGD" if why_not_private(result) is None else "the procedure of DP-SGD, without its guarantee"
     return (
         f"## How it was trained\n\n{prior} {stage} was trained on the data with {learner}: {result['steps']} steps, "
         f"expected batch {number(result['expected_batch'])}, learning rate {number(result['lr'])}, momentum "
@@ -135,7 +135,7 @@ def _metrics(result: Mapping[str, Any]) -> str:
         ("balanced accuracy", percent(result["balanced_accuracy"])),
         ("AUC, one class against the rest", "–" if result["auc"] is None else f"{result['auc']:.4f}"),
         ("loss, nats", number(result["loss"])),
-        ("accuracy of always answering the most frequent class", percent(result["majority_accuracy"])),
+        ("accuracy of always predicting the most frequent class", percent(result["majority_accuracy"])),
     ]
     return _table(f"Metrics on the {result['test_examples']} test images", ("metric", "value"), values)
 
@@ -146,12 +146,12 @@ def _table(title: str, head: tuple[str, str], rows: Sequence[tuple[str, str]]) -
 
 
 def card_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """The lines of a card's table for (label, value) pairs, as they stand in the file."""
+    """The lines of a card's table for (label, value) pairs."""
     return [f"| {_plain(name)} | {_plain(value)} |".replace("\u00a0", " ") for name, value in rows]
 
 
 def _plain(text: object) -> str:
-    """Text from outside, so that it stays text in Markdown and in the HTML made of it."""
+    """Text from outside, escaped for Markdown and the HTML made of it."""
     flat = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", flat)
 

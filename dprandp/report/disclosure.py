@@ -1,7 +1,7 @@
-"""What must be said beside every privacy claim: one list, shared by the report and the model card.
+"""The facts that must accompany every privacy claim: one list, ``disclosure``, shared by the report and the model card.
 
-A number ε without its mechanism, its neighbours, its unit and its limits says nothing. ``disclosure`` is that list;
-nothing in it is computed from private data. All of it comes from the result that a private stage recorded.
+An ε means nothing without its mechanism, neighbours, unit and limits. All facts come from the result that a private
+stage recorded; nothing is computed from private data.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ GROUP_SIZES = (2, 5, 10)
 
 DISCRETE_LIMIT = (
     "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
-    f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. What is "
-    "left is the rounding of what is summed: a head's sums are made in float64, below the slack of the clip; features "
-    "and gradients of a whole network are float32, and where they are computed in batches their last bits may depend "
-    "on the images beside them."
+    f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. Only "
+    "the summands are rounded. A head's sums are made in float64, with errors below the slack of the clip. Features "
+    "and gradients of a whole network are float32; where they are computed in batches, their last bits may depend "
+    "on other images of the batch."
 )
 DISCRETE_TAILS = (
     "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
-    f"noise takes a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: who can time the training "
+    f"noise takes a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: somebody who can time the training "
     "may learn from that."
 )
 
@@ -49,7 +49,7 @@ def several_images(result: Facts) -> bool:
 
 
 def noun(result: Facts) -> str:
-    """What one record is: ``image``, or ``patient``, as the column is called."""
+    """The noun for one record: ``image``, or the name of the column, such as ``patient``."""
     return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
 
 
@@ -58,17 +58,17 @@ def units_and_images(result: Facts) -> str:
     if not several_images(result):
         return f"{result['train_examples']}, treated as public{_declared(result)}"
     return (
-        f"{result['train_units']} units, which are this guarantee's N, with {result['train_examples']} images in all; "
+        f"N = {result['train_units']} units, with {result['train_examples']} images in all; "
         "both numbers are treated as public"
     )
 
 
 def _declared(result: Facts) -> str:
-    """Of training images that nobody promises to hide."""
+    """The training images that were declared public."""
     if "public_part" not in result:
         return ""
     return (
-        f"; a random part of the training images ({result['public_part']}) was declared public by whoever ran it: it "
+        f"; a random part of the training images ({result['public_part']}) was declared public by the user: it "
         "is not among them, and not protected"
     )
 
@@ -81,34 +81,34 @@ def clipped_gradient(result: Facts) -> str:
 
 
 def clip_in_words(result: Facts) -> str:
-    """What is done to it."""
+    """The clipping of the gradient."""
     if result.get("clipping", "norm") == "automatic":
-        return "is scaled to just below L2 norm C, whatever its length (automatic clipping, Bu et al. 2023)"
+        return "is scaled to just below L2 norm C, for every length (automatic clipping, Bu et al. 2023)"
     if result.get("clipping", "norm") == "rescaled":
         return "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)"
     return "is clipped to L2 norm C"
 
 
 def update_in_words(result: Facts) -> str:
-    """What becomes of a noisy sum: none of it costs privacy."""
+    """The post-processing of a noisy sum, which costs no privacy."""
     done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
     recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
     return f"{done}{recipe}"
 
 
 def public_weights(result: Facts) -> str | None:
-    """Where a network's first weights came from, if from a file; that they are public was declared, not checked."""
+    """The source of a network's initial weights, if a file; that they are public was declared, not checked."""
     if not result.get("init_sha256"):
         return None
     return (
-        f"weights from a file (sha256 {result['init_sha256']}), declared public by whoever ran this, in these words: "
-        f"“{result['init_source']}”. This program cannot check that: where the file was made from the private images, "
+        f"weights from a file (sha256 {result['init_sha256']}), declared public by the user, in these words: "
+        f"“{result['init_source']}”. This program cannot check that: if the file was made from the private images, "
         "or from anything else that must stay hidden, ε does not cover it"
     )
 
 
 def noise_in_words(result: Facts) -> str:
-    """What is added to a step's sum."""
+    """The noise of a step's sum."""
     if result["noise"] == "discrete":
         return (
             "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
@@ -118,7 +118,7 @@ def noise_in_words(result: Facts) -> str:
 
 
 def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The general limits, with what the kind of noise and the unit change about them; the labels stay the same."""
+    """The general limits, adapted to the kind of noise and the unit; the labels stay the same."""
     texts = dict(general)
     if result["noise"] == "discrete":
         texts["Limit: floating-point noise (severity low)"] = DISCRETE_LIMIT
@@ -127,18 +127,18 @@ def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str,
         one = noun(result)
         texts["Limit: N is treated as public"] = (
             f"The number of units ({one}) sets the sampling rate, the divisor and δ; it is printed here, as is the "
-            "number of images. Where these are themselves a secret, this guarantee does not cover them."
+            "number of images. If they are secret, this guarantee does not cover them."
         )
         texts["Limit: other copies"] = (
             f"ε counts what this run directory released. Other runs on the same images add to it. All images of one "
-            f"{one} are protected together where the column gives them the same value; those of the same person under "
+            f"{one} are protected together if the column gives them the same value; images of one person under "
             "two values, or duplicates in two units, are not."
         )
     return list(texts.items())
 
 
 def groups(result: Facts) -> str:
-    """What the guarantee is worth for several records together."""
+    """The guarantee for several records together."""
     epsilon, delta = result["epsilon"], result["delta"]
     one = noun(result)
     if math.isinf(epsilon) or not result["private"]:
@@ -161,7 +161,7 @@ def _up(epsilon: float) -> str:
 
 
 def public_steps(training: Facts) -> str:
-    """What ``continue`` did with public images, from ``public_training`` of its result."""
+    """The public training of ``continue``, from ``public_training`` of its result."""
     mixed = {
         "cosine": "; a public gradient was mixed into every private step, with a weight that rose from 0 towards 1",
         "ratio": "; a public gradient was mixed into every private step, by the ratio of the numbers of examples",
@@ -169,19 +169,19 @@ def public_steps(training: Facts) -> str:
     began = "" if training["mix"] == "public" else f"; private steps began {training['switch']}"
     if training["mix"] in ("cosine", "ratio", "private"):
         began = f"; {training['switch']}"
-    return f"{training['steps']} steps on public images alone ({training['images']}){began}{mixed}"
+    return f"{training['steps']} steps on public images only ({training['images']}){began}{mixed}"
 
 
 def continued(result: Facts) -> str:
-    """How an extractor was continued before a later stage took it, from the result of ``continue``."""
+    """The training of an extractor by ``continue``, from the result of that stage."""
     private = "without private images"
     if "epsilon" in result:
-        private = f"then {result['charged_steps']} private steps on {result['title']}, which are counted in ε"
+        private = f"then {result['charged_steps']} private steps on {result['title']}, counted in ε"
     return f"continued: {public_steps(result['public_training'])}; {private}"
 
 
 def shipped_prior(pretrain: Facts, generate: Facts) -> str:
-    """Which prior a run took instead of learning an extractor; that it saw no data; what to compare it with."""
+    """The shipped prior that a run used instead of learning an extractor, with its hash."""
     process = f" of the random process {generate['process']}" if generate else ""
     return (
         f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
@@ -190,7 +190,7 @@ def shipped_prior(pretrain: Facts, generate: Facts) -> str:
 
 
 def public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
-    """Everything that went into a stage beside the private images."""
+    """All inputs of a stage except the private images."""
     declared = (
         f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
         f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
@@ -221,7 +221,7 @@ NEEDED = (
     "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
     "also_charged", "ledger_head", "noise", "precision",
 )  # fmt: skip
-"""Keys that the result of a private stage must have. A disclosure with a gap is worse than none."""
+"""Keys that the result of a private stage must have for a complete disclosure."""
 
 RELEASED = {
     "average": "the mean of the second half of the iterates",
@@ -229,47 +229,48 @@ RELEASED = {
     "last": "the last iterate",
 }
 
-# What nobody can read out of a run's files, said as it is. Whoever changes a default keeps this true.
+# This is not computed from a run's files: keep it true when you change a default.
 DEFAULTS_CHOSEN_ON = (
     "Default learning rates, steps and sizes were chosen on public benchmark data sets; on such a set the accuracy is "
-    "therefore slightly optimistic. Trying several settings on the private data and keeping the best spends privacy "
+    "slightly optimistic. Trying several settings on the private data and keeping the best spends privacy "
     "that ε does not count, unless all were tried in this run directory."
 )
 
 LIMITS = (
     (
         "Limit: floating-point noise (severity low)",
-        "Gaussian noise in floating point has gaps that can betray the value below it (Mironov 2012). It is computed "
-        "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. Low, "
-        "because what is published is a trained model and not single noisy sums.",
+        "Gaussian noise in floating point has gaps that can reveal the value it hides (Mironov 2012). It is computed "
+        "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. The "
+        "severity is low because a trained model is published, not single noisy sums.",
     ),
     (
         "Limit: tails and timing",
-        "Noise values never exceed 8.6 standard deviations; what is cut off has probability 1e-17 per coordinate and "
-        "step, to be added to δ in thought. Nothing runs in constant time: who can time the training may learn from "
+        "Noise values never exceed 8.6 standard deviations; the omitted tail has probability 1e-17 per coordinate and "
+        "step, which δ does not include. Nothing runs in constant time: somebody who can time the training may learn "
+        "from "
         "that.",
     ),
     (
         "Limit: N is treated as public",
-        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. Where the size "
-        "of the data set is itself a secret, this guarantee does not cover it.",
+        "The number of training images sets the sampling rate, the divisor and δ, and is printed here. If the size "
+        "of the data set is secret, this guarantee does not cover it.",
     ),
     (
         "Limit: test split",
         "Each private stage (continue, probe, fine-tune) evaluates the model that it releases on the test split once, "
-        "at the stage's own end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
+        "at its end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
         "the training images, not the test images.",
     ),
     (
         "Limit: other copies",
         "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
-        "person, or duplicates, are protected one by one and not as a group.",
+        "person, or duplicates, are protected singly and not as a group.",
     ),
 )
 
 
 def check(result: Facts) -> None:
-    """Refuse a result that cannot be disclosed in full.
+    """Refuse a result that lacks facts of the disclosure.
 
     Raises:
         CheckpointError: a key is missing; the message names it.
@@ -279,7 +280,7 @@ def check(result: Facts) -> None:
     if missing:
         raise CheckpointError(
             f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",
-            fix="make the stage again with --overwrite; what it has spent stays spent",
+            fix="run the stage again with --overwrite; the privacy budget already spent stays spent",
         )
 
 
@@ -309,7 +310,7 @@ def disclosure(
         ("ε (privacy loss)", _epsilon(result)),
         ("Also counted in ε", _also_charged(result)),
         ("δ", _delta(result)),
-        ("Adjacency", f"{result['adjacency']} (the change that must not be noticed){_slot(result)}"),
+        ("Adjacency", f"{result['adjacency']} (how neighbouring data sets differ){_slot(result)}"),
         ("Unit of privacy", f"{result['unit']}"),
         ("Several records together", groups(result)),
         ("N (training examples)", units_and_images(result)),
@@ -322,13 +323,13 @@ def disclosure(
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
         ("Update", update_in_words(result)),
-        ("Trained weights", result.get("trained_weights", "the head alone" if result["stage"] == "probe" else "all")),
+        ("Trained weights", result.get("trained_weights", "the head only" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
         ("Random numbers", _random(result)),
         ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
-        ("Tuned, and on what", _tuned(result, changed)),
+        ("Tuning, and its data", _tuned(result, changed)),
         ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),
         *limits(result, LIMITS),
     ]
@@ -341,8 +342,8 @@ def why_not_private(result: Facts) -> str | None:
         return "It was trained without noise (ε = ∞): there is no guarantee at all."
     if result["random"] != "os-entropy":
         return (
-            "Its noise came from a seed (--insecure-seed): whoever knows or guesses the seed can take the noise away "
-            "again, so the computed ε is void."
+            "Its noise came from a seed (--insecure-seed): anyone who knows or guesses the seed can remove the noise, "
+            "so the computed ε is void."
         )
     if not result["private"]:
         return "An earlier step of this run had no noise, or noise from a seed (see privacy/ledger.jsonl): ε is void."
@@ -353,7 +354,7 @@ def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.
     """Best true-positive rate of a membership test at a false-positive rate, for the equivalent Gaussian mechanism.
 
     Φ(Φ⁻¹(FPR) + μ), Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation (6). Exact for full-batch Gaussian
-    steps; for sampled ones the equivalent Gaussian stands in for the true trade-off curve.
+    steps; for sampled ones the equivalent Gaussian approximates the true trade-off curve.
 
     Args:
         epsilon: ε ≥ 0; infinite gives 1.
@@ -366,13 +367,13 @@ def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.
 
 
 def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool | None = None) -> str:
-    """What the guarantee means, in one or two plain sentences.
+    """The meaning of the guarantee, in one or two sentences.
 
     Args:
         result: of a private stage.
-        epsilon: the ε to explain, if more was spent than the result says.
-        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default judged
-            by the result's own sampling rate.
+        epsilon: the ε to explain, if more was spent than the result states.
+        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default taken
+            from the result's sampling rate.
     """
     reason = why_not_private(result)
     if reason is not None:
@@ -392,7 +393,7 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
 
 
 def epsilon_text(epsilon: float) -> str:
-    """ε to three decimals, rounded up: what is printed is never below the truth."""
+    """ε to three decimals, rounded up."""
     if math.isinf(epsilon):
         return "∞"
     return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}".rstrip("0").rstrip(".")
@@ -417,31 +418,31 @@ def percent(value: float, up: bool = False) -> str:
 
 def _mechanism(result: Facts) -> str:
     if result["noise_multiplier"] == 0:
-        return "None: clipped gradient sums without noise. This is no private mechanism."
+        return "None: clipped gradient sums without noise. This is not a private mechanism."
     full = result["sample_rate"] == 1
     name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
     one = _record(result)
     batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
     return (
         f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
-        f"once per step, and is divided by the public qN, not by the size of the batch that was drawn."
+        f"once per step, and is divided by the public qN, not by the size of the drawn batch."
     )
 
 
 def _delta(result: Facts) -> str:
-    """δ, and how far it is from 1/N, where it would promise nothing to somebody."""
+    """δ, and its ratio to 1/N, at which one record could be published."""
     share = result["delta"] * result.get("train_units", result["train_examples"])
     said = f"{number(result['delta'])}, which is {share:.2g}/N"
     if share <= ADVISED_SHARE * (1 + 1e-9):
         return said
     return (
         f"{said}. At 1/N, publishing one whole record at random would count as private; at most {ADVISED_SHARE:g}/N is "
-        "advised, unless results are to be compared with others that are published at this δ"
+        "advised, unless results are compared with others that are published at this δ"
     )
 
 
 def _slot(result: Facts) -> str:
-    """What zero-out means, for readers who know add/remove."""
+    """The meaning of zero-out, for readers who know add/remove."""
     if not str(result["adjacency"]).startswith("zero-out"):
         return ""
     return (
@@ -460,8 +461,8 @@ def _epsilon(result: Facts) -> str:
         return "∞: NOT PRIVATE, no noise was added"
     void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
     return (
-        f"{epsilon_text(result['epsilon'])}, upper bound on what everything this run released up to the end of this "
-        f"stage has spent. Target of the stage {number(result['epsilon_target'])}, of the run "
+        f"{epsilon_text(result['epsilon'])}, upper bound for everything that this run released up to the end of this "
+        f"stage. Target of the stage {number(result['epsilon_target'])}, of the run "
         f"{number(result['epsilon_total'])}.{void}"
     )
 
@@ -471,7 +472,7 @@ def _refit(refit: Facts | None) -> str:
         return "none"
     lost = f", {refit['lost_steps']} of them lost in interruptions" if refit["lost_steps"] else ""
     return (
-        f"then the head alone, on the features of the tuned extractor, with all that was left of ε: "
+        f"then the head alone, on the features of the tuned extractor, with the remaining ε: "
         f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
         f"C = {number(refit['clip_norm'])}, K = 1"
     )
@@ -480,7 +481,7 @@ def _refit(refit: Facts | None) -> str:
 def _steps(result: Facts) -> str:
     text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
     if result["lost_steps"]:
-        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, not part of the model"
+        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, but not part of the model"
     return text
 
 
@@ -493,18 +494,18 @@ def _random(result: Facts) -> str:
 def _tuned(result: Facts, changed: Sequence[str] | None) -> str:
     parts = [_tuned_here(result.get("tuned")) + "."]
     if result.get("tuned_on"):
-        parts.append(f"Declared by whoever ran it, of settings tuned elsewhere: tuned on “{result['tuned_on']}”.")
+        parts.append(f"Declared by the user for settings tuned elsewhere: tuned on “{result['tuned_on']}”.")
     parts.append(DEFAULTS_CHOSEN_ON)
     if changed is not None:
-        own = f"Set by whoever ran it: {', '.join(changed)}."
+        own = f"Set by the user: {', '.join(changed)}."
         parts.append(own if changed else "All settings of this stage are defaults.")
     return " ".join(parts)
 
 
 def _tuned_here(tuned: Facts | None) -> str:
-    """What `dprandp tune` did in this run: on what, how many trials, at which cost."""
+    """The tuning of this run: its data, its trials, its cost."""
     if not tuned:
-        return "Nothing in this run, where the program selected nothing by results: no choice among epochs or settings"
+        return "None in this run: the program chose neither epochs nor settings by results"
     names = ", ".join(tuned["settings"]) or "nothing that was finished"
     cost = f"ε = {epsilon_text(tuned['charged_epsilon'])} by itself, part of the ε above"
     if tuned["on"] == "private":
@@ -514,7 +515,7 @@ def _tuned_here(tuned: Facts | None) -> str:
         )
     else:
         what = "synthetic images of this run" if tuned["on"] == "synthetic" else (
-            f"the training split of {tuned['on']}, declared public by whoever ran it"
+            f"the training split of {tuned['on']}, declared public by the user"
         )
         said = f"{names} of the probe, on {what}: {tuned['trials']} settings tried under simulated noise, no cost in ε"
         if tuned["charged_epsilon"] > 0:
@@ -523,16 +524,16 @@ def _tuned_here(tuned: Facts | None) -> str:
 
 
 def tuning_was_charged(result: Facts) -> bool:
-    """Whether ε holds the cost of tuning on the private data."""
+    """Whether ε includes the cost of tuning on the private data."""
     return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
 
 
 def _also_charged(result: Facts) -> str:
-    """What the ledger holds beside this stage's own mechanism: stages before it, and abandoned attempts."""
+    """The ledger's other charges: stages before this one, and abandoned attempts."""
     parts = [
         f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
         f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
         f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
         for charged in result["also_charged"]
     ]
-    return "; ".join(parts) or "nothing: this is all that the run's ledger holds, but for what is named below"
+    return "; ".join(parts) or "nothing: the run's ledger holds only this stage, and what is named below"

@@ -1,7 +1,7 @@
-"""Learning curves and large confusion matrices as SVG inside the page: no file beside it, text that stays text.
+"""Learning curves and large confusion matrices as SVG inside the page, with text as text.
 
-Matplotlib draws with placeholder colours, which are replaced by the page's CSS variables afterwards, so that the same
-drawing serves the light and the dark page.
+Matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables, for the light and the
+dark page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def curve(name: str, steps: Sequence[float], values: Sequence[float | None], tit
         name: unique in the page; prefix of the drawing's ids.
         steps: x values.
         values: y values of the same number; None and NaN are gaps.
-        title: of the drawing, for those who do not see it.
+        title: of the drawing, for screen readers.
         label: of the y axis.
     """
     every = -(-len(steps) // POINTS)
@@ -72,7 +72,7 @@ def heat_picture(name: str, confusion: Sequence[Sequence[int]], title: str) -> M
 
 
 def preview_image(path: Path, alternative: str) -> Markup:
-    """A picture file as an ``img`` with its data inside; decoded and written anew, so only pixels get through.
+    """A picture file as an ``img`` with its data inside; decoded and encoded again, so that only pixels pass.
 
     Raises:
         CheckpointError: the file is no whole picture.
@@ -82,7 +82,7 @@ def preview_image(path: Path, alternative: str) -> Markup:
             picture = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CheckpointError(
-            f"{path} is no whole PNG file", fix="run `dprandp generate --overwrite` to make it again"
+            f"{path} is not a whole PNG file", fix="run `dprandp generate --overwrite` to make it again"
         ) from error
     if picture.width > PREVIEW_WIDTH:
         picture = picture.resize((PREVIEW_WIDTH, max(1, round(picture.height * PREVIEW_WIDTH / picture.width))))
@@ -94,7 +94,7 @@ def preview_image(path: Path, alternative: str) -> Markup:
 
 
 def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # late: half a second that a stage without a report need not wait
+    from matplotlib.figure import Figure  # late: it takes half a second
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -112,7 +112,7 @@ def _svg(figure, name: str, title: str) -> Markup:
             spine.set_color(_LINE)
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
-    # the salt makes ids, and so the page, the same every time
+    # the salt makes the ids reproducible
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings):
         figure.savefig(

@@ -1,6 +1,6 @@
 """HTML by function calls. A plain string is text and is escaped; only what ``tag`` and ``raw`` return is markup.
 
-Names of classes, settings and files come from outside. With this they cannot become markup by being forgotten.
+So names of classes, settings and files, which come from outside, cannot become markup by mistake.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Markup(str):
 
 
 def raw(text: str) -> Markup:
-    """Declare text to be HTML. For constants and for what a drawing library wrote."""
+    """Declare text to be HTML: only for constants and the output of a drawing library."""
     return Markup(text)
 
 

@@ -1,7 +1,7 @@
-"""report.html: one page that says what a run reached, what it cost in privacy, and what that means.
+"""report.html: accuracy and privacy of a run, and their meaning, on one page, from the run's public files.
 
-Written from the run's public files alone, whatever stages there are. The page needs nothing beside itself: its style,
-drawings and pictures are inside, it runs no script, and its content security policy forbids both.
+The page is self-contained: its style, drawings and pictures are inside. It runs no script and loads nothing, and its
+content security policy forbids both.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dprandp.runs.files import atomic_write
 
 # ------------------------------------------------------------------------------------------------------------ headline
 #
-# The top of the report: what was reached, at which price in privacy, and what the numbers mean.
+# The top of the report: accuracy, ε, and their meaning.
 
 
 def headline(run: Run) -> Markup:
-    """The headline block of a run, whatever stages it has."""
+    """The headline block of a run with any stages."""
     result = run.final
     if result is None:
         return _without_classifier(run)
@@ -48,7 +48,7 @@ def headline(run: Run) -> Markup:
 
 
 def badge(reason: str | None) -> Markup:
-    """PRIVATE, or a banner that cannot be missed."""
+    """The badge PRIVATE, or a banner NOT PRIVATE."""
     if reason is None:
         return tag("p", tag("span", "PRIVATE", class_="badge"))
     explanation = f"{reason} Handle the model as you handle the training images."
@@ -69,13 +69,13 @@ def not_private_reason(run: Run) -> str | None:
 
 
 def accuracy_sentence(result: dict[str, Any]) -> str:
-    """What the accuracy means, with the uncertainty of a finite test split."""
+    """The meaning of the accuracy, with the uncertainty of a finite test split."""
     low, high = wilson(result["accuracy"], result["test_examples"])
     return (
-        f"The model was evaluated on the {result['test_examples']} test images once, when it was finished, and nothing "
-        f"was chosen by them: {percent(result['accuracy'])} were assigned to the right one of "
+        f"The finished model was evaluated on the {result['test_examples']} test images once, and they chose "
+        f"nothing: it assigned {percent(result['accuracy'])} of them to the right one of "
         f"{len(result['classes'])} classes (95\u00a0% interval for new images of this kind: {percent(low)} to "
-        f"{percent(high)}; one training, one random draw); always answering the most frequent class "
+        f"{percent(high)}; one training, one random draw); always predicting the most frequent class "
         f"would be right in {percent(result['majority_accuracy'])}."
     )
 
@@ -144,10 +144,10 @@ def _notes(run: Run, result: dict[str, Any]) -> list[Markup]:
         )
     open_stages = [r["stage"] for r in run.rows if r["stage"] in PRIVATE_STAGES and r["state"] == "partial"]
     if open_stages:
-        notes.append(f"Stage {open_stages[-1]} was begun and is not finished.")
+        notes.append(f"Stage {open_stages[-1]} was begun but is not finished.")
     if run.spending.unfinished:
         notes.append(
-            f"ε counts the whole ledger, with steps that no finished stage reports: "
+            f"ε counts the whole ledger, including steps that no finished stage reports: "
             f"{epsilon_text(run.spending.epsilon)} instead of {epsilon_text(result['epsilon'])}."
         )
     return [tag("p", note, class_="note") for note in notes]
@@ -159,7 +159,8 @@ def _without_classifier(run: Run) -> Markup:
         privacy = "No private data was read, and no privacy was spent."
     else:
         privacy = (
-            f"No private stage is finished; tuning or a begun one has spent ε = {epsilon_text(spent.epsilon)} at "
+            f"No private stage is finished; tuning or an unfinished stage has spent ε = {epsilon_text(spent.epsilon)} "
+            f"at "
             f"δ = {number(spent.delta)} of {number(spent.total)}."
         )
     reason = not_private_reason(run)
@@ -226,7 +227,7 @@ def curves(run: Run) -> Markup:
     figures = []
     for stage, lines in run.metrics.items():
         lines = [line for line in lines if is_number(line.get("step"))]
-        # only what is known to be public: a line's unknown quantity is not drawn
+      
         for key, (label, meaning) in CURVES.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             points = [(step, value if is_number(value) else None) for step, value in points]
@@ -239,7 +240,7 @@ def curves(run: Run) -> Markup:
         return Markup("")
     note = tag(
         "p",
-        "Curves of the private stages show functions of noisy updates alone, which are charged. Training loss and "
+        "Curves of the private stages show only functions of noisy updates, which are charged. Training loss and "
         "training accuracy on private images are not published.",
         class_="soft",
     )
@@ -269,13 +270,13 @@ def budget(run: Run) -> Markup:
     items.append(tag("li", tag("i"), f"ε = {number(total)} is the budget of the run, ", at))
     label = f"{epsilon_text(spent.epsilon)} of {number(total)} spent"
     bar = tag("div", parts, class_="bar", role="img", aria_label=label)
-    note = tag("p", "ε is cumulative and does not add up: stages compose to less than their sum.", class_="soft")
+    note = tag("p", "The bar shows cumulative ε: stages compose to less than the sum of their ε.", class_="soft")
     void = tag("p", "NOT PRIVATE: these figures do not hold.") if not_private_reason(run) else None
     return section("Budget", void, bar, tag("ul", items, class_="legend"), note, id_="budget")
 
 
 def audit(run: Run) -> Markup:
-    """What the audit showed, if there was one."""
+    """The result of the audit, if there was one."""
     if run.audit is None:
         return Markup("")
     rows = []
@@ -295,14 +296,14 @@ def audit(run: Run) -> Markup:
     head = ["mechanism", "ε claimed", "ε shown by two worlds", "ε shown by one run", "record and replay", "controls"]
     caption = f"Attacks on each mechanism against its claim, significance {number(run.audit['significance'])}"
     outcome = {True: "Nothing contradicts the claims.", False: "THE AUDIT FAILED: do not rely on the claims."}
-    old = "The audit is of other plans than the run has now: run dprandp audit again." if run.audit_is_old else None
+    old = "The run's plans have changed since the audit: run dprandp audit again." if run.audit_is_old else None
     return section(
         "Audit",
         tag("p", outcome[run.audit["passed"] is True], f" Outcome: {run.audit['outcome']}."),
         tag("p", old, class_="note") if old else None,
         table(head, rows, caption),
-        tag("p", f"Data: {run.audit['data']}. A clean audit is no proof: it sees only gross faults, of the kinds that "
-            "its controls show.", class_="soft"),
+        tag("p", f"Data: {run.audit['data']}. A clean audit is no proof: it detects only gross faults, of the kinds "
+            "that it injects.", class_="soft"),
         id_="audit",
     )  # fmt: skip
 
@@ -321,7 +322,7 @@ def confusion(run: Run) -> Markup:
 
 
 def disclosures(run: Run) -> Markup:
-    """Every fact a privacy claim needs, a column per private stage."""
+    """Every fact of a privacy claim, with a column for each private stage."""
     stages = run.private_stages
     if not stages:
         return Markup("")
@@ -339,14 +340,14 @@ def disclosures(run: Run) -> Markup:
             cells = zip(stages, values, strict=True)
             rows.append([label, *(tag("td", value, data_column=stage) for stage, value in cells)])
     if run.spending.opinions:
-        said = f"of the run's ledger, parameters taken as fixed beforehand: {'; '.join(run.spending.opinions)}"
+        said = f"for the run's ledger, with parameters fixed beforehand: {'; '.join(run.spending.opinions)}"
         rows.append(["Other accountants", tag("td", said, colspan=len(stages) if len(stages) > 1 else None)])
-    caption = "What the guarantee is, what it rests on, and where it ends"
+    caption = "The guarantee, its assumptions and its limits"
     return section("Disclosure", table(["", *stages], rows, caption, class_="facts"), id_="disclosure")
 
 
 def configuration(run: Run) -> Markup:
-    """The exact configuration of each stage, folded."""
+    """The exact configuration of each stage, collapsed."""
     folded = []
     for row in run.rows:
         if row["config"] is None:
@@ -435,7 +436,7 @@ def _confusion_table(matrix: list[list[int]], classes: list[str]) -> Markup:
         for predicted, count in enumerate(counts):
             share = count / total if total else 0.0
             kind = "soft" if not count else "hit" if true == predicted else "miss"
-            # never darker than this: the count on it stays readable in the page's ink
+            # light enough for the count on it
             shade = f"--share: {0.62 * share:.3f}"
             cells.append(tag("td", count, class_=kind, style=shade if count else None, title=percent(share)))
         rows.append([classes[true], *cells, percent(counts[true] / total) if total else "–"])
@@ -447,7 +448,7 @@ def _confusion_table(matrix: list[list[int]], classes: list[str]) -> Markup:
 def _confusion_picture(matrix: list[list[int]], classes: list[str]) -> Markup:
     title = f"Confusion matrix of {len(classes)} classes"
     caption = (
-        "Rows are true classes, columns predicted ones, by number; blue is right, orange wrong; shade grows with the "
+        "Rows are true classes, columns predicted ones, by number; blue is right, orange wrong; the shade shows the "
         "share of the true class."
     )
     picture = heat_picture("confusion", matrix, title)

@@ -1,4 +1,4 @@
-"""Reads what the report needs from a run directory. Public files only: never ``private/``, never a checkpoint."""
+"""The report's inputs from a run directory: public files only, never ``private/``, never a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.results import refuse_gaps
 
 PRIVATE_STAGES = ("continue", "probe", "finetune")
-"""That may have touched private images; ``Run.private_stages`` are those that did, and are finished."""
+"""Stages that may read private images; ``Run.private_stages`` are those that did, and are finished."""
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What the run has spent, its unfinished stages included.
+    """The ε that the run has spent, including unfinished stages.
 
     Attributes:
         epsilon: upper bound; 0 if nothing was charged.
@@ -57,7 +57,7 @@ class Run:
         spending: of the whole run.
         environment: env.json.
         audit: audit.json; None if there was no audit.
-        audit_is_old: the audit is of other plans than the run has now.
+        audit_is_old: the run's plans have changed since the audit.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Run:
     @property
     def private_stages(self) -> list[str]:
         """Finished stages that were charged for private images, in order."""
-        return paying(self.results)
+        return charged_stages(self.results)
 
     @property
     def final(self) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ class Run:
         return (fresh or done)[-1]["result"] if done else None
 
     def extractor_of(self, stage: str) -> dict[str, Any] | None:
-        """What is known of the extractor that a stage began with: pretrain's result, and ``continued``, if it was."""
+        """The facts about a stage's initial extractor: pretrain's result, and ``continued`` if there is one."""
         pretrain, continued = self.results.get("pretrain"), self.results.get("continue")
         if pretrain is None or continued is None or stage == "continue":
             return pretrain
@@ -111,7 +111,7 @@ def read_run(rundir: RunDir) -> Run:
         )
     for stage, result in results.items():
         refuse_gaps(stage, result)
-        if stage in paying(results):
+        if stage in charged_stages(results):
             check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
     audit, audit_is_old = _read_audit(rundir)
@@ -128,7 +128,7 @@ def read_run(rundir: RunDir) -> Run:
     )
 
 
-def paying(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def charged_stages(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Stages with results that were charged for private images; ``continue`` may have read public ones alone."""
     return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
 
@@ -138,7 +138,7 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
     recorded = row["config"] or {}
     try:
         default = schema.as_dict(schema.resolve(row["stage"], recorded.get("size", "tiny"), None, {}))
-    except DprandpError:  # a size this version does not know: everything counts as set
+    except DprandpError:  # unknown size: all settings are listed
         default = {}
     return [
         f"{key} = {_shown(key, value)} (default {default.get(key, 'automatic')})"
@@ -148,7 +148,7 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
 
 
 def _shown(key: str, value: Any) -> Any:
-    """Where a file lies on somebody's disk is nobody else's business."""
+    """A value, without the folder of a file."""
     return os.path.basename(value) if key == "init" else value
 
 
@@ -158,12 +158,12 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
     Raises:
         AuditError: two accountants contradict each other.
     """
-    private = [results[stage] for stage in paying(results)]
+    private = [results[stage] for stage in charged_stages(results)]
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
     epsilon = max((result["epsilon"] for result in private), default=0.0)
-    ledger = open_run_ledger(rundir)  # a result without its ledger proves nothing, and is refused
+    ledger = open_run_ledger(rundir)  # refuses a result without its ledger
     unfinished = False
     opinions: tuple[str, ...] = ()
     if ledger is not None and ledger.events() and delta is not None:
@@ -253,10 +253,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _corrupt(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is corrupt: {why}",
-        fix="go on with the interrupted stage (--resume), which repairs what a crash tore; else restore the file",
+        fix="continue the interrupted stage (--resume), which repairs a torn file; else restore the file from a copy",
     )
 
 
 def is_number(value: object) -> bool:
-    """A finite number, and no truth value."""
+    """Whether a value is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,8 +5,8 @@ the sha256 of tensors and ``meta``. ``LATEST`` holds the name of the newest whol
 safetensors is a header and raw numbers. Both files are written atomically and in this order, so a process killed
 anywhere leaves ``LATEST`` on a checkpoint that loads.
 
-Names are ordered with their digits read as numbers (``step-9`` before ``step-10``); that order, and no clock, says
-which is older, so that an interrupted and resumed run leaves the same bytes as an uninterrupted one.
+Age is the order of names with their digits read as numbers (``step-9`` before ``step-10``), not a time, so that an
+interrupted and resumed run leaves the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
 # ---------------------------------------------------------------------------------------------------------- tensorfile
 #
-# Tensors in one safetensors file: to bytes, from bytes, and the check against what a configuration needs.
+# Tensors in one safetensors file: to bytes, from bytes, and the check against a configuration.
 #
 # A safetensors file is a JSON header and raw numbers; reading one runs no code. Used by ``checkpoint`` and for the
 # released model.
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The file is not what was written (as opposed to: it is whole, but belongs to another configuration)."""
+    """The file has changed since it was written (as opposed to an intact file of another configuration)."""
 
 
 def tensors_to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file: same values, same bytes, whatever the device, the strides or shared storage.
+    """The bytes of a safetensors file, which depend only on the values, not on device, strides or shared storage.
 
     Args:
         tensors: name -> dense tensor of any shape and dtype; not changed.
@@ -66,17 +66,17 @@ def tensors_from_bytes(data: bytes, path: Path | str) -> dict[str, torch.Tensor]
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(
-            f"{path} is no whole safetensors file: {error}", fix="take an intact copy, or make the file anew"
+            f"{path} is not a whole safetensors file: {error}", fix="restore it from a copy, or make it again"
         ) from error
 
 
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], expect: Mapping[str, Sequence[int] | torch.Tensor], path: Path | str
 ) -> None:
-    """Refuse tensors that are not those a configuration needs.
+    """Refuse tensors that do not fit a configuration.
 
     Args:
-        tensors: what ``path`` holds.
+        tensors: the content of ``path``.
         expect: name -> required shape, or a tensor whose shape and dtype are required.
         path: the file, for the message.
 
@@ -101,7 +101,7 @@ def check_tensors(
 def _refuse(path: Path | str, problem: str) -> NoReturn:
     raise CheckpointError(
         f"{path} {problem}",
-        fix="use the configuration the file was made with, or start the stage afresh with --overwrite",
+        fix="use the configuration the file was made with, or restart the stage with --overwrite",
     )
 
 
@@ -110,7 +110,7 @@ KEY = "dprandp"
 """Of the header's metadata."""
 POINTER = "LATEST"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_START_AGAIN = "resume from an older checkpoint with --resume, or start this stage afresh with --overwrite"
+_START_AGAIN = "resume from an older checkpoint with --resume, or restart this stage with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Checkpoint:
         if type(value) is not kind:
             raise CheckpointError(
                 f"the description of the checkpoint {self.path} has no usable entry {name!r}",
-                fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+                fix="use the version of dprandp that wrote it, or restart the stage with --overwrite",
             )
         return value
 
@@ -151,21 +151,20 @@ def save(
 ) -> Path:
     """Write checkpoint ``name``, point LATEST at it, and remove all but the ``keep`` newest.
 
-    Checkpoints whose name sorts after ``name`` are removed too: they belong to a future that was given up when the run
-    went back to an older checkpoint.
+    Checkpoints whose name sorts after ``name`` are removed too: the run went back to an older checkpoint since.
 
     Args:
         directory: an existing folder.
         name: letters, digits, ``.``, ``_``, ``-``; must sort by age, digits read as numbers: ``step-000100``.
         tensors: name -> tensor of any dtype, shape and device; not changed.
         meta: JSON values (infinities are stored as the strings "inf" and "-inf", NaN as null).
-        keep: how many checkpoints to leave, at least 1. Two, so that a damaged newest one costs little.
+        keep: number of checkpoints to leave, at least 1; the second is for a damaged newest one.
 
     Returns:
         The path of the ``.safetensors`` file.
 
     Raises:
-        StorageError: the disk refuses; LATEST still names a whole checkpoint, as a rule the previous one.
+        StorageError: the disk refuses; LATEST still names a whole checkpoint, usually the previous one.
     """
     if not _NAME.fullmatch(name) or name == POINTER or keep < 1:
         raise ValueError(f"bad checkpoint name {name!r} or keep {keep}")
@@ -181,7 +180,7 @@ def save(
 
 
 def available(directory: Path | str) -> list[str]:
-    """Names of the checkpoints in a folder, newest first, LATEST before all others; damaged ones are not sorted out."""
+    """Names of the checkpoints in a folder, newest first, LATEST before all others, including damaged ones."""
     directory = Path(directory)
     found = [path.stem for path in directory.glob("*.safetensors") if _NAME.fullmatch(path.stem)]
     names = sorted(found, key=_age, reverse=True)
@@ -213,10 +212,10 @@ def load(
 
     Args:
         directory: the folder given to ``save``.
-        name: which one; None is the one that LATEST names.
-        expect: tensor name -> required shape, or a tensor whose shape and dtype are required. None: anything goes.
-        fallback: when the file is damaged, go on with the next older whole one, and say so through ``warn``.
-        warn: where to say it; default ``logging``.
+        name: of the checkpoint; None: the one that LATEST names.
+        expect: tensor name -> required shape, or a tensor whose shape and dtype are required. None: no check.
+        fallback: if the file is damaged, use the next older whole one, and call ``warn``.
+        warn: called with the warning; default ``logging``.
 
     Raises:
         CheckpointError: none there; damaged (truncated, bits flipped, unreadable JSON); written by a newer version; or
@@ -244,13 +243,13 @@ def load(
             problems.append(error.problem)
             continue
         for problem in problems:
-            warn(f"{problem}; going on with the checkpoint {candidate}")
+            warn(f"{problem}; continuing with the checkpoint {candidate}")
         if expect is not None:
             check_tensors(checkpoint.tensors, expect, checkpoint.path)
         return checkpoint
     raise DamagedCheckpointError(
         f"no whole checkpoint is left in {directory}: " + "; ".join(problems),
-        fix="start this stage afresh with --overwrite",
+        fix="restart this stage with --overwrite",
     )
 
 
@@ -260,11 +259,11 @@ def resume(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
-    """Load what an interrupted stage goes on from: ``load`` with ``fallback``.
+    """Load the state of an interrupted stage: ``load`` with ``fallback``.
 
     Returns:
-        The newest whole checkpoint, or None when the stage was stopped before its first checkpoint was complete: then
-        there is nothing to go on from, and nothing is lost by starting at step 0.
+        The newest whole checkpoint, or None if the stage was stopped before its first checkpoint was complete, so that
+        it starts at step 0.
 
     Raises:
         CheckpointError: as ``load``; also when LATEST exists and no whole checkpoint does.
@@ -278,7 +277,7 @@ def resume(
 
 
 def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
-    """``load`` what a finished stage left, for a later stage: the advice then names the stage that made it.
+    """``load`` the checkpoint of a finished stage for a later one; errors name the stage that made it.
 
     Raises:
         CheckpointError: as ``load``.
@@ -286,7 +285,7 @@ def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
     try:
         return load(directory, name)
     except DamagedCheckpointError as error:
-        cost = "; a private stage made again is charged again" if stage in ("continue", "probe", "finetune") else ""
+        cost = "; repeating a private stage is charged again" if stage in ("continue", "probe", "finetune") else ""
         raise CheckpointError(
             error.problem, fix=f"restore it from a copy, or make it again: dprandp {stage} --overwrite{cost}"
         ) from error

@@ -1,6 +1,6 @@
-"""What a person reads: progress and advice on stderr, the result on stdout, metrics in metrics.jsonl.
+"""Output for people: progress and advice on stderr, the result on stdout, metrics in metrics.jsonl.
 
-stdout carries the result and nothing else, so that ``dprandp probe --json | jq`` always works. Bars appear only on a
+stdout carries only the result, so that ``dprandp probe --json | jq`` always works. Bars appear only on a
 terminal; in a log file there is a plain line every ten seconds.
 """
 
@@ -35,7 +35,7 @@ class Progress(Protocol):
     """What ``Console.progress`` yields."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Say that ``count`` more units are done; ``note`` is a short remark such as ``loss 2.31``."""
+        """Report ``count`` more finished units; ``note`` is a short remark such as ``loss 2.31``."""
 
 
 class Console:
@@ -67,7 +67,7 @@ class Console:
         if self.quiet:
             return
         if self.bars:
-            # Through rich, so that a live bar moves down instead of being torn. Text: brackets are no markup.
+            # Through rich, so that a live bar moves down instead of being torn. Brackets are not markup.
             self._stderr.print(Text(text))
         else:
             print(text, file=sys.stderr, flush=True)
@@ -77,7 +77,7 @@ class Console:
         self.say(f"warning: {text}")
 
     def next(self, command: str) -> None:
-        """Print what to run next, unless quiet."""
+        """Print the next command, unless quiet."""
         self.say(f"next: {command}")
 
     def result(self, payload: Mapping[str, Any], line: str) -> None:
@@ -93,23 +93,23 @@ class Console:
             try:
                 print(text, flush=True)
             except OSError as error:
-                # Python would try once more when it closes stdout at exit, and exit with a code of its own.
+                # Python would try again when it closes stdout at exit, and change the exit code.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                if not isinstance(error, BrokenPipeError):  # the reader (``head``) has had enough: no error
+                if not isinstance(error, BrokenPipeError):  # the reader (``head``) has stopped: not an error
                     raise
 
     def error(self, error: BaseException) -> int:
-        """Print an error to stderr, quiet or not.
+        """Print an error to stderr, even if quiet.
 
-        Without ``--debug`` a bug is reported by its type and place alone: the message of an arbitrary exception may
-        hold a private value (the key of a KeyError, a file name).
+        Without ``--debug`` a bug is reported only by its type and place: the message of an arbitrary exception may
+        contain a private value (the key of a KeyError, a file name).
 
         Returns:
             The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
         """
         told = self.described(error)
         if isinstance(error, KeyboardInterrupt):
-            print("error: interrupted; what the last checkpoint holds is safe", file=sys.stderr)
+            print("error: interrupted; the last checkpoint is safe", file=sys.stderr)
             return 130
         print(f"error: {told['problem']}", file=sys.stderr)
         if isinstance(error, DprandpError) or not self.debug or told["exit_code"] == 6:
@@ -119,14 +119,14 @@ class Console:
         return told["exit_code"]
 
     def described(self, error: BaseException) -> dict[str, Any]:
-        """What may be said of an error: exit_code, problem, fix. With ``--debug`` the traceback goes to stderr."""
+        """The public facts of an error: exit_code, problem, fix. With ``--debug`` the traceback goes to stderr."""
         if self.debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
         if isinstance(error, DprandpError):
             return {"exit_code": error.exit_code, "problem": error.problem, "fix": error.fix}
         if isinstance(error, OSError) and error.errno:
-            # In the system's words for the number: the error's own may name a private file.
-            problem = f"the system refused to read or write: {os.strerror(error.errno)}"
+            # The system's text for the number: the error's own may name a private file.
+            problem = f"the system could not read or write: {os.strerror(error.errno)}"
             return {
                 "exit_code": 6, "problem": problem,
                 "fix": "check the paths, permissions and the disk; --debug shows the place",
@@ -141,11 +141,11 @@ class Console:
     def route_logging(self) -> None:
         """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
 
-        They go nowhere else, and at no other level, whatever handlers and level a library gives the root logger:
-        ``opacus`` gives it a handler when it is imported, by which every warning would appear a second time.
+        Handlers and level of the root logger have no effect: ``opacus`` adds a handler when it is imported, which would
+        repeat every warning.
 
-        A Python warning of some library is shown by its type and place alone, as a bug is: its text may hold a private
-        value. With ``--debug`` it is shown whole.
+        A Python warning of a library is shown only by its type and place, like a bug: its text may contain a private
+        value. With ``--debug`` it is shown in full.
         """
         warnings.showwarning = SHOW_WARNING if self.debug else self._show_warning
         logger = logging.getLogger("dprandp")
@@ -162,12 +162,12 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:
-        """Show how far a loop is.
+        """Show the progress of a loop.
 
         Args:
             total: units in all.
             label: the name of the work.
-            done: units done before, when a run goes on; they do not count towards the speed.
+            done: units done before a resumed run; they do not count towards the speed.
         """
         if self.quiet:
             yield _Silent()
@@ -252,8 +252,8 @@ def _duration(seconds: float) -> str:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, each with its ``step``.
 
-    A run that goes on from the checkpoint before step ``resume_at`` will write that step's line again; opening the log
-    therefore drops the lines from there on, and a last line that a crash left torn.
+    A run that resumes at step ``resume_at`` writes that step's line again. So opening the log removes the lines from
+    there on, and a torn last line of a crash.
 
     Args:
         path: the file; its folder exists.
@@ -275,13 +275,13 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         """Append ``{"step": step, ...values}``. Values are public JSON values."""
         line = to_json({"step": step, **values}) + "\n"
-        # Opened for each line: no descriptor to lose, and whoever follows the file sees every line at once.
+        # Opened for each line, so that readers of the file see every line at once.
         with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
 
 
 def _step(line: str, otherwise: int) -> float:
-    """The step of a line of metrics.jsonl; ``otherwise`` for a line that is none."""
+    """The step of a line of metrics.jsonl; ``otherwise`` for an invalid line."""
     try:
         record = from_json(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a stage is given beside its configuration: where to write, how to report, and what only affects speed."""
+"""The context of a stage, apart from its configuration: where to write, how to report, and options for speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dprandp.runs.parallel import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a stage needs that is not part of the experiment: none of it changes a public stage's result.
+    """A stage's inputs that are not part of the experiment: none of them changes a public stage's result.
 
     Attributes:
         rundir: opened and locked.
@@ -29,12 +29,11 @@ class Context:
         data_dir: data root.
         download: fetch a known data set's files where they are missing; nothing is fetched otherwise.
         workers: processes for image generation.
-        microbatch: examples whose gradients are held together; None lets the stage choose. Memory only.
-        resume: keep the recorded configuration, fall back to the last good checkpoint.
-        overwrite: start the stage afresh.
+        microbatch: examples whose gradients are in memory together; None lets the stage choose. No effect on results.
+        resume: keep the recorded configuration, and start from the last good checkpoint.
+        overwrite: restart the stage.
         insecure_seed: seed of the noise for tests; makes the run NOT PRIVATE. None is OS entropy.
-        ranks: the processes that run the stage together, as this one sees them. Ranks other than rank 0 read the run
-            directory and never write to it.
+        ranks: the processes that run the stage together. Ranks other than rank 0 never write to the run directory.
     """
 
     rundir: RunDir
@@ -51,14 +50,14 @@ class Context:
 
 
 def prepare_device(name: str) -> torch.device:
-    """The device that a ``--device`` flag names, and the process-wide settings that every stage wants.
+    """The device of a ``--device`` flag; also makes the process-wide settings for every stage.
 
     Raises:
         UsageError: unknown name, or a device that is not there.
     """
-    # Softmax tails are denormal numbers, on which a CPU is a hundred times slower; they add nothing to any sum.
+    # Softmax tails are denormal numbers, on which a CPU is a hundred times slower; they change no sum.
     torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("highest")  # some containers set less, with which no sum is clipped exactly
+    torch.set_float32_matmul_precision("highest")  # with less, no sum is clipped exactly
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
@@ -72,7 +71,7 @@ def prepare_device(name: str) -> torch.device:
 
 
 def device_of_rank(kind: str) -> torch.device:
-    """This rank's device of rank 0's kind: the CPU, or the accelerator whose number is its own on its machine.
+    """This rank's device, of the same kind as rank 0's: the CPU, or the accelerator with its number on its machine.
 
     Raises:
         InputError: its machine has no device for each of its processes.
@@ -93,8 +92,7 @@ def device_of_rank(kind: str) -> torch.device:
 def with_precision(stage: str, config: StageConfig, context: Context, arch: str) -> StageConfig:
     """A stage's configuration with its precision decided: as given, else as recorded, else by architecture and device.
 
-    A stage that was begun keeps its precision on another machine, so its numbers are of one kind; and a fine-tune goes
-    on in that of its probe.
+    A stage keeps its precision when it continues on another machine, and a fine-tune takes that of its probe.
 
     Raises:
         UsageError: see ``precision.decide``.
@@ -119,5 +117,5 @@ def recorded(stage: str, values: dict[str, Any]) -> StageConfig:
     except UsageError as error:
         raise CheckpointError(
             f"the recorded configuration of stage {stage!r} is not one of this version: {error.problem}",
-            fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
+            fix="use the version of dprandp that wrote it, or restart the stage with --overwrite",
         ) from error

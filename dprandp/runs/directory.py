@@ -1,11 +1,11 @@
-"""The run directory: its layout, its lock, and the table of what was done with which configuration.
+"""The run directory: its layout, its lock, and the table of stages with their configurations.
 
 ``run.json`` holds one record per stage: state, configuration, hashes of inputs and outputs, result. A finished stage is
-not run again while nothing it depends on changed; a change is refused, naming what differs and the ways out. Nothing
-here knows what a stage does.
+not run again unless something changed that it depends on. A change is refused: the message names the difference and the
+ways out.
 
-Inputs that come from another stage are named ``STAGE/FILE`` (``generate/manifest.json``), by which staleness is found:
-a stage is *stale* when the files it was made from are no longer those its predecessor has now.
+Inputs that come from another stage are named ``STAGE/FILE`` (``generate/manifest.json``). A stage is *stale* when these
+files have changed since.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dprandp.runs.results import wrong_entry
 
 # --------------------------------------------------------------------------------------------------------- environment
 #
-# The facts about the machine in env.json: enough to explain a difference, nothing that identifies anybody.
+# The facts about the machine in env.json, without anything that identifies a person.
 
 
 def facts() -> dict[str, Any]:
@@ -61,14 +61,14 @@ def facts() -> dict[str, Any]:
 
 
 def free_on_device(device) -> int | None:
-    """Bytes that are free on an accelerator (a ``torch.device``); None where nobody says."""
+    """Free bytes of an accelerator (a ``torch.device``); None where unknown."""
     import torch  # late, as above
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def available_memory() -> int | None:
-    """Bytes that a process may still take without swapping, as Linux estimates it; None where nobody says."""
+    """Bytes that a process may still allocate without swapping, as Linux estimates them; None where unknown."""
     listed = Path("/proc/meminfo")
     if not listed.is_file():
         return None
@@ -83,21 +83,21 @@ def available_memory() -> int | None:
 #
 # One process at a time in a run directory.
 #
-# Two processes that spend one privacy budget at the same time would each see what the other has not yet written, so the
-# lock is part of the privacy argument and there is no way to run without it. It is an advisory ``flock`` on the file
-# ``.lock``: the kernel lets go of it when the holder dies, however it dies, so no stale lock needs removing.
+# Of two processes that spend one privacy budget at the same time, neither would see the other's latest charges. So the
+# lock is part of the privacy argument and cannot be switched off. It is an advisory ``flock`` on the file ``.lock``,
+# which the kernel releases when the holder dies, so no stale lock needs removing.
 
 _held: set[int] = set()
 
 
-def _let_go_in_child() -> None:
+def _release_in_child() -> None:
     # A forked worker that outlives a killed parent would keep the lock through its inherited descriptor.
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def acquire(path: Path, owner: Path) -> int:
@@ -122,7 +122,7 @@ def acquire(path: Path, owner: Path) -> int:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise StorageError(
-                f"another dprandp process (pid {holder}) is at work in {owner}",
+                f"another dprandp process (pid {holder}) is working in {owner}",
                 fix="wait until it has finished or stop it, or choose another folder with --run",
             ) from error
         raise StorageError(
@@ -137,7 +137,7 @@ def acquire(path: Path, owner: Path) -> int:
 
 
 def release(descriptor: int) -> None:
-    """Give the lock back (in a forked child, where it is already gone: do nothing)."""
+    """Release the lock (in a forked child, which does not hold it: do nothing)."""
     if descriptor in _held:
         _held.discard(descriptor)
         os.close(descriptor)
@@ -153,7 +153,7 @@ def release(descriptor: int) -> None:
 #      "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
 #
 # ``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
-# first private stage. It outlives ``--overwrite``: whoever opens the ledger compares (``ledger.py``).
+# first private stage. ``--overwrite`` keeps it, and ``ledger.py`` compares it with the ledger.
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
@@ -165,7 +165,7 @@ STAGES = {
     "finetune": "4-finetune",
 }
 OPTIONAL_STAGES = ("continue",)
-"""Of which a run need not have one, and nobody is told that it is missing."""
+"""Stages that a run need not have; a missing one is not reported."""
 
 
 @dataclass
@@ -189,19 +189,19 @@ class Table:
     ledger_head: str | None = None
 
     def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Put a stage under way with nothing made yet; what was built on its former outputs becomes stale."""
+        """Record that a stage has begun, without outputs; stages built on its former outputs become stale."""
         before = self.stages.get(stage)
         self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
         self._refresh()
 
     def finish(self, stage: str, outputs: dict[str, str], result: dict[str, Any]) -> None:
-        """Record a stage as done; what was built on these very outputs is no longer stale."""
+        """Record a stage as done; stages that were built on the same outputs are no longer stale."""
         record = self.stages[stage]
         record.state, record.outputs, record.result, record.finished = "done", outputs, frozen(result), _now()
         self._refresh()
 
     def stale_because(self, stage: str) -> list[str]:
-        """Why a stage's recorded inputs are not its predecessors' present outputs; empty if they are."""
+        """Why a stage's recorded inputs differ from its predecessors' present outputs; empty if they are equal."""
         record = self.stages.get(stage)
         if record is None:
             return []
@@ -209,7 +209,7 @@ class Table:
         for name, digest in record.inputs.items():
             source, _, file = name.partition("/")
             if source not in STAGES:
-                continue  # comes from outside the run: whoever begins the stage compares it
+                continue  # an input from outside the run is compared where the stage begins
             predecessor = self.stages.get(source)
             if predecessor is None or predecessor.state == "partial":
                 reasons.append(f"stage {source!r}, which it was made from, is unfinished")
@@ -269,7 +269,7 @@ def read_hashes(path: Path) -> dict[str, str]:
     """Read a JSON file of name -> hash.
 
     Raises:
-        CheckpointError: it is missing or no such file, so nothing tells whether the inputs are still the same.
+        CheckpointError: it is missing or damaged, so the inputs cannot be compared.
     """
     try:
         hashes = from_json(path.read_bytes())
@@ -281,7 +281,7 @@ def read_hashes(path: Path) -> dict[str, str]:
 
 
 def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON makes of a dict: tuples become lists, infinities strings, NaN null."""
+    """A dict after conversion to JSON: tuples become lists, infinities strings, NaN null."""
     return json.loads(to_json(dict(value)))
 
 
@@ -291,7 +291,7 @@ def result_digest(result: Mapping[str, Any]) -> str:
 
 
 def thawed(value: Any) -> Any:
-    """Undo ``frozen`` as far as it can be undone: the strings "inf" and "-inf" become floats again."""
+    """Undo ``frozen`` as far as possible: the strings "inf" and "-inf" become floats again."""
     if isinstance(value, dict):
         return {key: thawed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -300,7 +300,7 @@ def thawed(value: Any) -> Any:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
-    """``"steps was 10, is now 20"`` for each setting that differs; a setting that is None is the same as none."""
+    """``"steps was 10, is now 20"`` for each setting that differs; None is the same as missing."""
     return [
         f"{key} was {_shown(old.get(key))}, is now {_shown(new.get(key))}"
         for key in sorted({*old, *new} - set(ignore))
@@ -330,7 +330,7 @@ def _record(path: Path, stage: str, value: Any) -> Record:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether this names a file below a stage's folder: nothing read from run.json may lead out of the run."""
+    """Whether this names a file below a stage's folder, so that run.json cannot lead out of the run."""
     parts = name.split("/")
     return len(name) < 200 and name.isprintable() and all(part not in ("", ".", "..") for part in parts)
 
@@ -350,10 +350,9 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
 
 
 def _now(after: str | None = None) -> str:
-    """The time; where the clock stands still or went back, a microsecond after ``after``.
+    """The time, but at least a microsecond after ``after``, even if the clock stands still or goes back.
 
-    By ``started`` a plan is known to be of this beginning of a stage and not of an earlier one, so no two beginnings
-    may share it, whatever the clock says.
+    ``started`` tells which beginning of a stage a plan belongs to, so it must be unique.
     """
     now = datetime.now(UTC)
     if after is not None:
@@ -363,7 +362,7 @@ def _now(after: str | None = None) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- runfolder
 #
-# The folder of one run: where things are, who may write, and nothing about what was done.
+# The folder of one run: its layout and its lock.
 
 _FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
 _KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model"}
@@ -404,7 +403,7 @@ class RunFolder:
             strangers = sorted(e.name for e in path.iterdir() if e.name not in _KNOWN and not e.name.startswith("."))
             if strangers:
                 raise UsageError(
-                    f"{path} is no run directory: it has no run.json, and holds {strangers[0]!r}",
+                    f"{path} is not a run directory: it has no run.json, but holds {strangers[0]!r}",
                     fix="name a new or empty folder with --run",
                 )
         return cls(path, create)
@@ -440,12 +439,13 @@ class RunFolder:
 
     @property
     def private_dir(self) -> Path:
-        """``private/``, readable by its owner alone: what is computed from private data and must not be released."""
+        """``private/``, readable by its owner only: data that were computed from private data and must not be
+        released."""
         return self._folder("private", 0o700)
 
     @property
     def model_dir(self) -> Path:
-        """``model/``: what may be released, and nothing else."""
+        """``model/``: only what may be released."""
         return self._folder("model", 0o777)
 
     def _folder(self, name: str, mode: int) -> Path:
@@ -454,7 +454,7 @@ class RunFolder:
             with storage_errors(path, "create"):
                 path.mkdir(mode=mode, exist_ok=True)
                 if mode == 0o700:
-                    path.chmod(mode)  # also for a folder that was there before, copied with other permissions
+                    path.chmod(mode)  # also for an existing folder with other permissions
         return path
 
     def _need_lock(self) -> None:
@@ -478,20 +478,19 @@ def known_stage(stage: str) -> str:
 __all__ = ["OPTIONAL_STAGES", "STAGES", "Begin", "RunDir", "atomic_path", "atomic_write"]
 
 IGNORED = ("device", "microbatch", "workers")
-"""Settings that decide where and how fast a stage runs and never what comes out."""
+"""Settings that decide where and how fast a stage runs, and never its result."""
 
 DATA = "data"
-"""The setting that names private data: its spelling is not compared where their content is."""
+"""The setting that names private data; not compared where the content of the data is compared."""
 
 
 @dataclass(frozen=True)
 class Begin:
-    """What ``RunDir.begin`` decided.
+    """The decision of ``RunDir.begin``.
 
     Attributes:
-        action: "fresh" (the stage folder is empty), "resume" (go on from the last checkpoint) or "skip" (nothing to
-            do).
-        config: the configuration to run with; on "resume" and "skip" the recorded one, but for the ignored settings.
+        action: "fresh" (the stage folder is empty), "resume" (from the last checkpoint) or "skip" (nothing to do).
+        config: the configuration to run with; on "resume" and "skip" the recorded one, except for ignored settings.
         directory: the stage's folder; it exists.
     """
 
@@ -514,26 +513,26 @@ class RunDir(RunFolder):
         ignore: Collection[str] = IGNORED,
         private_inputs: Mapping[str, str] | None = None,
     ) -> Begin:
-        """Decide whether a stage starts, goes on or is skipped, and record that it is under way.
+        """Decide whether a stage starts, continues or is skipped, and record that it has begun.
 
         * finished, same configuration and inputs: "skip";
         * begun, same configuration and inputs: "resume", whether or not ``resume`` is given;
-        * the configuration differs: refused; ``resume`` keeps the recorded one, ``overwrite`` starts afresh;
-        * the inputs differ: refused; only ``overwrite`` helps, as nothing half-made from other inputs can be continued.
+        * the configuration differs: refused; ``resume`` keeps the recorded one, ``overwrite`` restarts the stage;
+        * the inputs differ: refused; only ``overwrite`` helps.
 
         ``overwrite`` empties the stage's folder and makes the stages built on it stale. It touches neither ``privacy/``
         nor ``private/``: what was spent stays spent.
 
         Args:
             stage: a key of ``STAGES``.
-            config: JSON values, flat; compared after a round trip through JSON. Public: it is written in clear.
+            config: JSON values, flat; compared after conversion to JSON. Public: it is written in clear text.
             inputs: name -> hash of everything public the stage is made from; see ``inputs_from``.
             resume: ``--resume`` was given.
             overwrite: ``--overwrite`` was given.
             ignore: settings that are not compared.
-            private_inputs: name -> hash of private inputs. A hash of private data is itself private (it lets anyone
-                confirm a guess), so these are compared in the same way but kept in ``private/``. Where they are given,
-                the name of the data is ignored: they may have moved.
+            private_inputs: name -> hash of private inputs. A hash of private data is itself private (it can confirm a
+                guess), so these are compared in the same way but kept in ``private/``. Where they are given, the name
+                of the data is ignored, since the files may have moved.
 
         Raises:
             UsageError: configuration or inputs differ; both flags; files of unknown origin in the stage's folder.
@@ -552,7 +551,7 @@ class RunDir(RunFolder):
             record = None
         elif record is None and directory.exists() and any(directory.iterdir()):
             raise UsageError(
-                f"{directory} holds files, but run.json knows nothing of stage {stage!r}",
+                f"{directory} holds files, but run.json has no record of stage {stage!r}",
                 fix="choose another folder with --run, or give --overwrite to delete them",
             )
         if record is None:
@@ -572,7 +571,7 @@ class RunDir(RunFolder):
         if changed:
             raise UsageError(
                 f"stage {stage!r} in {self.path} was made from other inputs: {', '.join(changed)} changed",
-                fix="give --overwrite to start the stage afresh from the present inputs",
+                fix="give --overwrite to restart the stage from the present inputs",
             )
         if not resume:
             self._refuse_other(stage, record.config, wanted, ignore)
@@ -582,7 +581,7 @@ class RunDir(RunFolder):
         reasons = self._stale_because(table, stage)
         if reasons:
             raise UsageError(
-                f"stage {stage!r} in {self.path} is stale: {reasons[0]}", fix="give --overwrite to make it afresh"
+                f"stage {stage!r} in {self.path} is stale: {reasons[0]}", fix="give --overwrite to restart it"
             )
         return Begin("skip", thawed(kept), directory)
 
@@ -595,9 +594,9 @@ class RunDir(RunFolder):
         overwrite: bool = False,
         ignore: Collection[str] = (*IGNORED, DATA),
     ) -> Begin:
-        """What ``begin`` would decide, as far as the configuration tells: writes nothing, needs no lock.
+        """The decision of ``begin`` from the configuration alone: writes nothing, needs no lock.
 
-        Inputs are not compared: for a private stage they would have to be read. So nothing is said of other data.
+        Inputs are not compared, since those of a private stage would have to be read.
 
         Raises:
             UsageError: the configuration differs; both flags. CheckpointError: run.json is corrupt or newer.
@@ -639,7 +638,7 @@ class RunDir(RunFolder):
         return self._table().ledger_head
 
     def keep_ledger_head(self, head: str) -> None:
-        """Record the head of the privacy ledger: from now on a ledger without this line is known to be cut or lost."""
+        """Record the head of the privacy ledger; from then on a ledger without this line is refused."""
         self._need_lock()
         table = self._table()
         if table.ledger_head != head:
@@ -711,12 +710,12 @@ class RunDir(RunFolder):
         if differing:
             raise UsageError(
                 f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(differing),
-                fix="give --resume to go on with the recorded settings, or --overwrite to start the stage afresh",
+                fix="give --resume to continue with the recorded settings, or --overwrite to restart the stage",
             )
 
     def _empty(self, directory: Path) -> None:
-        # Out of the way in one step first: killed half-way through the deletion, old checkpoints must not stay behind
-        # to be resumed under the new configuration.
+        # Rename first, in one step: if the process is killed during the deletion, no old checkpoint may be resumed
+        # under the new configuration.
         if directory.exists():
             with storage_errors(directory, "empty"):
                 os.replace(directory, self.path / f".trash-{secrets.token_hex(4)}")
@@ -746,5 +745,5 @@ class RunDir(RunFolder):
 
 
 def _kept(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
-    """The recorded configuration, but for what is not compared."""
+    """The recorded configuration, except for settings that are not compared."""
     return {**recorded, **{key: value for key, value in wanted.items() if key in ignore}}

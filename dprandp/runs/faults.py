@@ -1,9 +1,9 @@
-"""Named places at which a test may kill the process: a crash that can be repeated.
+"""Named points at which a test may kill the process, to make crashes reproducible.
 
 A *fault point* does nothing until the environment holds ``DPRANDP_FAULT=name:n``. The n-th time (counted in this
 process, from 1) that the run passes the point of that name, the process kills itself with SIGKILL: no cleanup, no
-``finally``, no buffer flushed. What a resumed run finds on the disk is then exactly what a power cut or the kernel's
-out-of-memory killer leaves.
+``finally``, no buffer flushed. The disk then holds exactly what a power cut or the kernel's out-of-memory killer would
+leave.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _hits: Counter[str] = Counter()
 
 
 def point(name: str) -> None:
-    """Die here if ``DPRANDP_FAULT`` asks for it; otherwise do nothing.
+    """Kill the process here if ``DPRANDP_FAULT`` says so; otherwise do nothing.
 
     Args:
         name: one of ``POINTS``.
 
     Raises:
-        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point. A crash test that never crashes would look
-            like a passed one.
+        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point; otherwise a crash test
+            that never crashes would pass.
         ValueError: the calling code names an unknown point.
     """
     if name not in POINTS:

@@ -1,4 +1,4 @@
-"""Whole files or none: the one way in which this package writes to disk.
+"""Atomic file writing: every file that this package writes is complete or absent.
 
 ``atomic_write`` (small files) and ``atomic_path`` (large ones) write under a temporary name in the same folder, force
 the bytes to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or
@@ -26,7 +26,7 @@ from dprandp.runs import faults
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.[^.]+)?")
 
 _SHORT_WRITE = 0
-"""In place of the error number that numpy does not give when the disk took only a part of an array."""
+"""Replaces the error number that numpy omits when only a part of an array was written."""
 
 _ADVICE = {
     _SHORT_WRITE: (
@@ -65,12 +65,12 @@ def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path to write; the file takes its real name only when the block ends well.
+    """Yield a temporary path to write; the file gets its real name only when the block ends without an error.
 
     The temporary path is in the same folder (a rename across file systems is not atomic) and keeps the suffix, because
     writers such as ``numpy.save`` append their own suffix where it is missing. On any exception the temporary file is
     removed and the old file stays. A process killed inside the block leaves the temporary file behind;
-    ``remove_leftovers`` sweeps it away.
+    ``remove_leftovers`` removes it.
 
     Raises:
         StorageError: any ``OSError``, including those of the block.
@@ -87,10 +87,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a file that is written to its end its real name, bytes and name forced to the disk.
+    """Give a completely written file its real name, with bytes and name forced to the disk.
 
     Args:
-        temporary: in the same folder as ``path``; nobody has it open for writing.
+        temporary: in the same folder as ``path``, and closed.
 
     Raises:
         StorageError: any ``OSError``.
@@ -104,7 +104,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` (a string is written as UTF-8), wholly or not at all.
+    """Replace ``path`` by ``data`` (a string is written as UTF-8), completely or not at all.
 
     When the call returns the content is on the disk, not only in the kernel's cache.
 
@@ -160,9 +160,8 @@ def file_sha256(path: Path | str) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Serialise to JSON that every parser accepts, keys in the given order.
 
-    JSON has no infinity and no NaN, and Python's default would print bare words that only Python reads back. Here
-    infinities become the strings ``"inf"`` and ``"-inf"`` (``float()`` understands them: the ε of a run without privacy
-    is one), NaN becomes ``null``.
+    JSON has no infinity and no NaN. Infinities, such as the ε of a run without privacy, become the strings ``"inf"``
+    and ``"-inf"``, which ``float()`` understands; NaN becomes ``null``.
 
     Raises:
         TypeError: a value JSON cannot hold.
@@ -174,9 +173,8 @@ def from_json(content: bytes | str) -> Any:
     """Parse JSON from a file that may be damaged or hostile.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, or holds text that is no valid Unicode (a lone surrogate),
-            which could be neither printed nor written again, or a whole number beyond the range of a float, which
-            no arithmetic could take.
+        ValueError: it is not JSON, is nested too deeply, or holds invalid Unicode (a lone surrogate) or a whole number
+            beyond the range of a float.
     """
     try:
         value = json.loads(content, parse_int=_whole)

@@ -1,13 +1,13 @@
-"""The privacy ledger of a run, held against what the run itself says it has spent.
+"""The privacy ledger of a run, compared with the run's own records.
 
-A ledger alone cannot tell that it was deleted, or that lines were cut off its end. So the run keeps the hash of the
-last line that was written (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``), and
-the ledger keeps the hash of what each finished stage reported and, in its first line, the budget as it was fixed. Every
-command that spends, reports or releases opens the ledger here, so none goes on with an ε that is too low or a budget
-that is too large: after a lost folder, an old backup of some files, or an edited run.json or plan.json.
+A ledger alone does not show that it was deleted, or that lines were cut off its end. So the run keeps the hash of the
+last written line (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``). The ledger
+keeps the hash of each finished stage's result and, in its first line, the fixed budget. Every command that spends,
+reports or releases opens the ledger here, so none continues with too low an ε or too large a budget after a lost
+folder, an old backup of some files, or an edited run.json or plan.json.
 
-What it cannot tell: a run that was put back to an earlier state as a whole, or a copy of it. ε counts what one run
-directory has released; whoever uses two copies adds them up.
+Limit: a run that was restored to an earlier state as a whole, or copied, is not noticed. ε counts what one run
+directory has released; add up the ε of copies.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from dprandp.runs.directory import RunDir, result_digest
 from dprandp.runs.files import from_json, storage_errors
 
 ALWAYS_PRIVATE = ("probe", "finetune")
-"""Of the stages that may read private data, those that always do; ``continue`` may read public data alone."""
+"""Stages that always read private data; ``continue`` may read only public data."""
 
 
 SEALED = ("epsilon", "delta", "examples", "unit", "public_part")
-"""Entries of plan.json that were fixed before the first look at the data; the last only where there is one."""
+"""Entries of plan.json that were fixed before the data were first read; the last one is optional."""
 
 
 def ledger_file(rundir: RunDir) -> Path:
-    """Where the ledger is."""
+    """The ledger's path."""
     return rundir.path / "privacy" / "ledger.jsonl"
 
 
 def plan_file(rundir: RunDir) -> Path:
-    """Where budget and plans are kept."""
+    """The path of budget and plans."""
     return rundir.path / "privacy" / "plan.json"
 
 
@@ -71,9 +71,9 @@ def open_run_ledger(
     results = {stage: result for stage, result in rows.items() if stage in ALWAYS_PRIVATE or "epsilon" in result}
     if head is None and results:
         raise CheckpointError(
-            f"{rundir.path / 'run.json'} reports stage {next(iter(results))!r} and does not name the privacy ledger "
+            f"{rundir.path / 'run.json'} reports stage {next(iter(results))!r} but does not name the privacy ledger "
             "that it was charged to",
-            fix="restore run.json from a copy, or start a new --run and add up what both release",
+            fix="restore run.json from a copy, or start a new --run and add up the ε of both",
         )
     planned, model = plan_file(rundir).exists(), model_head(rundir)
     if head is None and model is None and not path.exists() and not planned:
@@ -89,8 +89,8 @@ def open_run_ledger(
         raise CheckpointError(
             f"{path} lacks lines that this run has written to it: it was cut, restored from an old copy, or is of "
             "another run",
-            fix="restore the run's privacy folder as it was after the last stage; where that is lost, the run's budget "
-            "counts as spent: start a new --run and add up what both release",
+            fix="restore the run's privacy folder as it was after the last stage; if that is lost, the run's budget "
+            "counts as spent: start a new --run and add up the ε of both",
         )
     if model is not None and not ledger.includes(model):
         raise CheckpointError(
@@ -101,7 +101,7 @@ def open_run_ledger(
     if ledger.events() and not planned:
         raise CheckpointError(
             f"{plan_file(rundir)} is missing, but the ledger beside it holds charges",
-            fix="restore it from a copy: without it nobody knows this run's budget",
+            fix="restore it from a copy: without it this run's budget is unknown",
         )
     if planned:
         _refuse_changed_budget(ledger, plan_file(rundir))
@@ -147,13 +147,13 @@ def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
     present = sealed_budget(document) if isinstance(document, dict) else {}
     if not isinstance(document, dict) or fixed.keys() - present.keys():
         raise CheckpointError(
-            f"{path} is damaged", fix="restore it from a copy: without it nobody knows this run's budget"
+            f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"
         )
     changed = [key for key in SEALED if present.get(key) != fixed.get(key)]
     if changed:
         said = "; ".join(f"{key} is {present.get(key)!r} there and {fixed.get(key)!r} in the ledger" for key in changed)
         raise CheckpointError(
             f"{path} was changed since this run's budget was fixed: {said}",
-            fix="restore it from a copy, or put the ledger's values back; for another budget start a new --run and add "
-            "up what both release",
+            fix="restore it from a copy, or with the ledger's values; for another budget start a new --run and add "
+            "up the ε of both",
         )

@@ -1,19 +1,19 @@
 """Several processes that run one stage together: one program, many ranks, under ``torchrun`` (torch.distributed).
 
-Every rank runs the same stage function. What is done once is done by rank 0: it alone writes to the run directory,
-charges the ledger, draws batches and noise, and prints. Each rank computes its share of the rows; sums are reduced to
-rank 0, and what rank 0 made of them is broadcast. So no rank but rank 0 holds anything that a resumed run needs, and a
-run may go on with any number of processes.
+Every rank runs the same stage function. Only rank 0 writes to the run directory, charges the ledger, draws batches and
+noise, and prints. Each rank computes its part of the rows; sums are reduced to rank 0, which broadcasts the update. So
+only rank 0 holds the state that a resumed run needs, and a run may continue with any number of processes.
 
-``ALONE``, the one process of an ordinary run, has all the rows and exchanges nothing; a stage reads the same for both.
+``ALONE``, the only process of an ordinary run, has all the rows and exchanges nothing; stages need no other code for
+it.
 
 Tensors on accelerators go through NCCL, all else through gloo. Messages are numbers and JSON, never code (the object
 collectives of torch.distributed unpickle). They are neither encrypted nor authenticated, and hold gradients and
 features of private images: *the processes and the network between them are inside the trust boundary*, like the disk
 with the data.
 
-A rank that dies ends the job at once, one that hangs after ``timeout()`` seconds: so long the others wait in a
-collective. Where rank 0 may work alone for longer (``first``), threads show meanwhile that the processes live.
+A rank that dies ends the job at once; a rank that hangs ends it after ``timeout()`` seconds, the time limit of a
+collective. Where rank 0 may work alone for longer (``first``), threads signal meanwhile that the processes live.
 
 Imports nothing of the package but ``errors``.
 """
@@ -36,20 +36,20 @@ from torch import Tensor
 from dprandp.errors import DprandpError, InputError, StorageError, UsageError
 
 TIMEOUT, TIMEOUT_VARIABLE = 300.0, "DPRANDP_RANKS_TIMEOUT"
-"""Seconds that a rank waits for one that gives no sign, unless the environment says otherwise."""
+"""Default of ``timeout()``."""
 
 MEETING = timedelta(minutes=10)
-"""How long the processes may take to start."""
+"""Seconds that the processes may take to start."""
 
-AGAIN = "run the same command again, with as many processes as you like: it goes on from the last checkpoint"
+AGAIN = "run the same command again, with any number of processes: it continues from the last checkpoint"
 
 
 class RankLostError(StorageError):
-    """A process is gone, or hangs, or cannot be reached (exit code 6)."""
+    """A process died, hangs or cannot be reached (exit code 6)."""
 
 
 class RankError(DprandpError):
-    """Another rank ended with an error; its own words and its exit code."""
+    """Another rank ended with an error; with that error's message and exit code."""
 
     def __init__(self, rank: int, size: int, told: Mapping[str, Any]) -> None:
         self.exit_code = int(told["exit_code"])
@@ -57,7 +57,7 @@ class RankError(DprandpError):
 
 
 def timeout() -> float:
-    """Seconds after which a rank that gives no sign is taken to be lost.
+    """Seconds without a sign of life after which a rank is taken to be lost.
 
     Raises:
         UsageError: the environment holds no number above 0.
@@ -68,12 +68,12 @@ def timeout() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise UsageError(f"{TIMEOUT_VARIABLE}={given} is no number of seconds above 0", fix="unset it, or give 300")
+        raise UsageError(f"{TIMEOUT_VARIABLE}={given} is not a number of seconds above 0", fix="unset it, or give 300")
     return seconds
 
 
 class Ranks:
-    """The processes that run a stage together, as one of them sees them; by default one process alone.
+    """The processes that run a stage together, as seen by one of them; by default a single process.
 
     Every method but ``shares`` is a collective: all ranks call the same ones, in the same order.
 
@@ -81,23 +81,24 @@ class Ranks:
         rank: of this process. size: processes in all.
 
     Raises:
-        RankLostError: a process died, or gave no sign for ``timeout()`` seconds. RankError: one ended with an error.
+        RankLostError: a process died, or gave no sign of life for ``timeout()`` seconds. RankError: one ended with an
+        error.
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size, self._timeout = rank, size, timeout() if store else TIMEOUT
         self._store = store
-        self._between = ExitStack()  # of rank 0: what tells the others that it is alive, between two stages
+        self._between = ExitStack()  # on rank 0: sends signs of life between two stages
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes, charges, draws and prints."""
+        """Whether this is rank 0, the only one that writes, charges, draws and prints."""
         return self.rank == 0
 
     # ------------------------------------------------------------------------------------------------ who does what
 
     def shares(self, count: int, block: int = 1) -> list[slice]:
-        """Cut ``count`` rows into a run of rows for each rank, in order, as evenly as whole blocks of rows allow.
+        """Divide ``count`` rows into consecutive rows for each rank, as evenly as whole blocks of rows allow.
 
         Guarantee:
             Every row is in exactly one share. Shares may be empty.
@@ -107,14 +108,14 @@ class Ranks:
         return [slice(start, end) for start, end in pairwise(ends)]
 
     def first(self, work: Callable[[], Any], told: Callable[[Any], Any] = lambda made: made) -> Any:
-        """Let rank 0 do some work alone, however long it takes.
+        """Let rank 0 do some work alone, for any length of time.
 
         Args:
-            work: of rank 0; what it raises ends the job.
-            told: what the other ranks are to know of what it made: a JSON value.
+            work: on rank 0; its exceptions end the job.
+            told: from the result of ``work`` to the JSON value that the other ranks receive.
 
         Returns:
-            On rank 0 what ``work`` returned, elsewhere what ``told`` made of it.
+            On rank 0 the result of ``work``, elsewhere that of ``told``.
         """
         if self.size == 1:
             return work()
@@ -124,28 +125,28 @@ class Ranks:
         return made if self.is_first else json.loads(message)
 
     def announce(self, stage: Mapping[str, Any] | None) -> None:
-        """On rank 0, say which stage all run next (a JSON value); None: the command has ended well."""
+        """On rank 0, announce the next stage to all (a JSON value); None: the command has ended without an error."""
         if self.size > 1:
             self._between.close()
             self._message(json.dumps(stage).encode())
 
     def stage_done(self) -> None:
-        """On rank 0, before each ``announce``: the others wait for it, however long it takes."""
+        """On rank 0, before each ``announce``: the others wait for it without a time limit."""
         if self.size > 1 and self.is_first:
             self._between.enter_context(self._patience())
 
     def announced(self) -> dict[str, Any] | None:
-        """On another rank, what rank 0 announces."""
+        """On another rank, the stage that rank 0 announces."""
         with self._patience():
             pass
         return json.loads(self._message(b""))
 
     def refuse_different(self, what: str, digest: Callable[[], str]) -> None:
-        """Raise InputError on every rank unless all have the same of something.
+        """Raise InputError on every rank unless a hash is the same on all.
 
         Args:
             what: for the message.
-            digest: makes a hash of it, in hexadecimal, however long it takes; not called where a process is alone.
+            digest: makes the hash, in hexadecimal, without a time limit; not called in a single process.
         """
         if self.size == 1:
             return
@@ -161,7 +162,7 @@ class Ranks:
     # ------------------------------------------------------------------------------------------------------ tensors
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors, of the same shapes and dtypes on every rank, by those of rank 0."""
+        """Overwrite tensors, of the same shapes and dtypes on every rank, with those of rank 0."""
         if self.size == 1:
             return
         tensors = list(tensors)
@@ -174,7 +175,7 @@ class Ranks:
                 tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
     def broadcast_rows(self, rows: Tensor | None) -> Tensor:
-        """Rank 0's int64 [n] on every rank, whatever n; the others give None."""
+        """Rank 0's int64 [n] on every rank, for any n; the others give None."""
         message = self._message(b"" if rows is None else rows.numpy().tobytes())
         return torch.frombuffer(bytearray(message), dtype=torch.int64) if message else torch.zeros(0, dtype=torch.int64)
 
@@ -212,11 +213,11 @@ class Ranks:
     # ----------------------------------------------------------------------------------------------- life and death
 
     def leave_words(self, told: Mapping[str, Any]) -> None:
-        """Before this rank ends with an error: leave exit_code, problem and fix where the others find them."""
+        """Before this rank ends with an error: leave exit_code, problem and fix in the store for the others."""
         try:
             self._store.set(f"ended/{self.rank}", json.dumps(dict(told)))
         except RuntimeError:
-            return  # the store is gone: so are those who would look
+            return  # the store is gone, and the other ranks too
 
     def _message(self, data: bytes) -> bytes:
         length = torch.tensor([len(data)])
@@ -230,7 +231,7 @@ class Ranks:
 
     def _collective(self, exchange: Callable[[], Any], on: Tensor | None = None) -> None:
         try:
-            if on is not None and on.is_cuda:  # NCCL notices no dead process; gloo does, so all meet there first
+            if on is not None and on.is_cuda:  # NCCL does not notice a dead process; gloo does
                 dist.all_reduce(torch.zeros(1))
             exchange()
         except RuntimeError as error:
@@ -244,13 +245,13 @@ class Ranks:
             except RuntimeError:
                 break
         return RankLostError(
-            f"rank {self.rank} of {self.size} lost another, which ended or gave no sign for {self._timeout:g} seconds",
+            f"rank {self.rank} of {self.size} lost another, which ended or was silent for {self._timeout:g} seconds",
             fix=AGAIN,
         )
 
     @contextmanager
     def _patience(self) -> Iterator[None]:
-        """All ranks leave this block together, however long each is in it; meanwhile they show that they live."""
+        """All ranks leave this block together, without a time limit; meanwhile they send signs of life."""
         done, gone, failed = threading.Event(), threading.Event(), []
 
         def show() -> None:
@@ -284,13 +285,13 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """Meet the other processes that ``torchrun`` started.
+    """Connect to the other processes that ``torchrun`` started.
 
     Raises:
         UsageError: the environment is not one that ``torchrun`` makes. RankLostError: they cannot be reached.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    # a restarted job meets in the same store, where the words of the job before still stand
+    # a restarted job uses the same store, which still holds the errors of the job before
     attempt, wait = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), timedelta(seconds=timeout())
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))

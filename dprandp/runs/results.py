@@ -1,7 +1,7 @@
-"""What a stage's recorded result may hold: types of what is known by name, and what a finished stage cannot lack.
+"""The types and required keys of a stage's recorded result.
 
-``run.json`` may come from another version, a careless edit or a damaged disk. What is read from it is checked once,
-here, so that no reader has to expect a text where a number belongs.
+``run.json`` may come from another version, a careless edit or a damaged disk. So results are checked once, here, when
+they are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from dprandp.errors import CheckpointError
 
 ONE_IMAGE = "one image"
-"""How a result names its unit of privacy where each image is one."""
+"""A result's name of the unit of privacy if each image is one."""
 
 _NUMBERS = {
     "accuracy", "balanced_accuracy", "majority_accuracy", "auc", "loss", "epsilon", "delta", "epsilon_target",
@@ -40,10 +40,10 @@ _PARTS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accu
 """Numbers from 0 to 1."""
 
 _REFIT = {"sample_rate", "steps", "lost_steps", "noise_multiplier", "clip_norm"}
-"""What a refit of the head must hold: its mechanism is disclosed."""
+"""Required keys of a refit of the head, for the disclosure."""
 
 _PUBLIC_TRAINING = {"images": str, "examples": int, "steps": int, "mix": str, "switch": str, "head": str}
-"""What ``continue`` must say of its public part."""
+"""Required keys of the public part of ``continue``."""
 
 _PRIVATE = {
     "stage", "data", "classes", "accuracy", "epsilon", "delta", "private", "mirror", "seconds",
@@ -59,10 +59,10 @@ NEEDED: dict[str, set[str]] = {
 
 
 def wrong_entry(result: Mapping[str, Any]) -> str | None:
-    """The name of an entry that cannot be what its name says, or None. Entries of unknown names may be anything.
+    """The name of an entry of the wrong type, or None. Entries with unknown names may have any type.
 
     Args:
-        result: as it stands in run.json: infinities are the strings "inf" and "-inf", NaN is null.
+        result: as stored in run.json: infinities are the strings "inf" and "-inf", NaN is null.
     """
     for name, value in result.items():
         if value is None and name in _MAY_BE_MISSING:
@@ -76,7 +76,7 @@ def wrong_entry(result: Mapping[str, Any]) -> str | None:
 
 
 def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
-    """Refuse the result of a finished stage that lacks what its readers need.
+    """Refuse the result of a finished stage that lacks required keys.
 
     Raises:
         CheckpointError: the message names what is missing.
@@ -88,7 +88,7 @@ def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
     if missing:
         raise CheckpointError(
             f"the recorded result of stage {stage!r} lacks {', '.join(missing)}",
-            fix="use the version of dprandp that wrote it, or make the stage again with --overwrite",
+            fix="use the version of dprandp that wrote it, or run the stage again with --overwrite",
         )
 
 

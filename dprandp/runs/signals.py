@@ -1,6 +1,6 @@
-"""Stop when asked, at a place where nothing is lost.
+"""Stop at a signal without losing work.
 
-The first SIGINT or SIGTERM only raises a flag; the training loop looks at it between two steps, saves a checkpoint and
+The first SIGINT or SIGTERM only sets a flag; the training loop checks it between two steps, saves a checkpoint and
 raises ``Interrupted``, which becomes exit code 130 or 143. The second signal ends the process at once.
 """
 
@@ -26,7 +26,7 @@ class Interrupted(DprandpError):
         self.exit_code = 128 + int(signum)
         super().__init__(
             f"stopped by {self.signum.name}; the state was saved",
-            fix="run the same command again to go on from there",
+            fix="run the same command again to continue from there",
         )
 
 
@@ -60,7 +60,7 @@ class Stop:
         Raises:
             Interrupted: a signal was received; the step is saved.
         """
-        requested = self.requested  # read once: a signal that comes after this look waits for the next step
+        requested = self.requested  # read once: a later signal waits for the next step
         if due or requested is not None:
             save()
         if requested is not None:
@@ -69,11 +69,11 @@ class Stop:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._process
         if forked and signum == signal.SIGINT:
-            return  # Ctrl-C reaches the whole process group; a worker goes on serving until its parent ends it
+            return  # Ctrl-C reaches the whole process group; a worker continues until its parent ends it
         if self.requested is None and not forked:
             self.requested = signal.Signals(signum)
             message = f"\n{self.requested.name}: stopping after this step and saving; once more to stop at once\n"
-            # os.write, because a handler may run in the middle of a print, whose buffer refuses to be entered twice.
+            # os.write: a handler may run in the middle of a print, whose buffer cannot be entered twice.
             os.write(2, message.encode())
             return
         if os.isatty(2) and not forked:
@@ -96,10 +96,9 @@ def ended_by() -> int | None:
 
 
 def end_on_signals() -> None:
-    """Outside a ``graceful_stop``, let SIGINT and SIGTERM end the program with a word and exit code 130 or 143.
+    """Outside a ``graceful_stop``, let SIGINT and SIGTERM end the program with a message and exit code 130 or 143.
 
-    There is no step to finish there, and nothing to save: what is on the disk is whole at any moment. Ends by
-    ``SystemExit``, so that temporary files are removed and locks given back on the way.
+    Ends by ``SystemExit``, so that temporary files are removed and locks released.
     """
     for signum in _SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -119,8 +118,8 @@ def _end(signum: int, frame: FrameType | None) -> None:
 
 
 def leave_to_rank_0() -> None:
-    """On another rank than rank 0, let the first SIGINT or SIGTERM pass in silence: a signal reaches all processes of
-    a job, and rank 0 obeys it, saves, and ends them all. A second one ends this process."""
+    """On a rank other than rank 0, ignore the first SIGINT or SIGTERM, which reaches all processes of a job: rank 0
+    saves and ends them all. A second signal ends this process."""
     global _active
     _active = Stop()
     for signum in _SIGNALS:
@@ -130,7 +129,7 @@ def leave_to_rank_0() -> None:
 
 @contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """Hold SIGINT and SIGTERM back until the next step boundary.
+    """Delay SIGINT and SIGTERM until the next step boundary.
 
     ::
 
@@ -140,8 +139,8 @@ def graceful_stop() -> Iterator[Stop]:
                 stop.end_step(due, lambda: checkpoint.save(...))
 
     Nested blocks share the outermost one's flag, so a command of several stages cannot lose a signal that arrives
-    between two of them. A signal that the parent process told us to ignore (``nohup``, a background job) stays ignored.
-    Outside the main thread Python delivers no signals: the flag then never rises.
+    between two of them. A signal that the parent process ignores (``nohup``, a background job) stays ignored.
+    Outside the main thread Python delivers no signals: the flag is then never set.
     """
     global _active
     if _active is not None or threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
-"""What ``dprandp tune`` left in a run, and what a private stage says about it.
+"""The files of ``dprandp tune`` in a run, and their summary in a private stage's result.
 
-    tune.json    what was tried on what, and what was chosen; public (charged, where the data were private)
+    tune.json    the tried and the chosen settings, and the data; public (charged, where the data were private)
     tuned.toml   the chosen settings, for ``probe --config``
 """
 
@@ -27,10 +27,10 @@ _NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
 
 def write_tuning(rundir: RunDir, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write both files; the record last, since it is what says that tuning is done.
+    """Write both files; the record last, since its presence means that tuning is done.
 
     Args:
-        record: on, trials, chosen, asked, and whatever else is public.
+        record: on, trials, chosen, asked, and other public facts.
         settings: of ``[probe]``.
     """
     note = f"# Chosen by `dprandp tune` on {json.dumps(record['on'], ensure_ascii=True)}; see {RECORD}.\n"
@@ -85,22 +85,22 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a stage's result says about tuning in its run.
+    """The summary of a run's tuning in a stage's result.
 
     Args:
-        ledger: of the run; what it holds counts, whatever the files say.
+        ledger: of the run; it overrides the files.
         delta: δ at which the cost is stated.
         settings: what the stage ran with, by the names of the record's ``chosen``.
 
     Returns:
         on, trials (expected ones where on is 'private'), charged_epsilon (upper bound, alone; part of the run's ε),
-        settings (names of what was tuned), used (the stage ran with what was chosen). None where nothing was tuned.
+        settings (names of the tuned ones), used (the stage ran with the chosen ones). None where nothing was tuned.
     """
     record = read_tuning(rundir)
     charged = [charge.event for charge in ledger.tunings]
     if record is None and not charged:
         return None
-    if record is None:  # the ledger is what counts
+    if record is None:
         record = {"on": PRIVATE, "trials": round(charged[-1].trials.mean), "chosen": {}}
     chosen = record["chosen"]
     return {

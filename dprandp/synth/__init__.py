@@ -1,7 +1,7 @@
 """Public images made by random processes, the prior of the feature extractor.
 
-Nothing here reads data: an image is a function of (process, seed, block, position in the block, resolution) and of
-nothing else, so it costs no privacy, and any number of workers in any order makes the same bytes. (The bytes are those
+Nothing here reads data: an image is a function only of (process, seed, block, position in the block, resolution), so it
+costs no privacy, and any number of workers in any order makes the same bytes. (The bytes are those
 of one processor type and one version of NumPy and PyTorch: another may round differently in the last bit.)
 
 A process is a function (random generator, count, resolution) → uint8 [count, resolution, resolution, 3] of which a
@@ -77,7 +77,7 @@ PROCESSES: dict[str, ProcessSpec] = {
         ),
         ProcessSpec(
             "dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100,
-            "overlapping squares along the axes", _BARADAD,
+            "overlapping axis-aligned squares", _BARADAD,
         ),
         ProcessSpec(
             "dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100,
@@ -115,7 +115,7 @@ SYNTAX = (*(f"{name}:PROCESS" for name in LEAVES), "mixture:PROCESS,PROCESS,..."
 
 
 def process_named(name: str) -> ProcessSpec:
-    """Look a process up, or put it together: ``kml:P``, ``kml-mixup:P``, ``mixture:P,Q,...``, P and Q likewise.
+    """Find a process, or compose it: ``kml:P``, ``kml-mixup:P``, ``mixture:P,Q,...``, where P and Q are such names too.
 
     Commas always belong to the outermost mixture. What is put together has a canonical name, the same for an alias.
 
@@ -128,14 +128,14 @@ def process_named(name: str) -> ProcessSpec:
     kind, colon, rest = name.partition(":")
     if kind in LEAVES:
         if not rest:
-            raise UsageError(f"{kind} needs a process to mix", fix=f"write --process {kind}:stylegan-oriented, say")
+            raise UsageError(f"{kind} needs a process to mix", fix=f"give, say, --process {kind}:stylegan-oriented")
         return _kml(kind, process_named(rest))
     if kind == "mixture":
         parts = [part.strip() for part in rest.split(",")]
         if len(parts) < 2 or not all(parts):
             raise UsageError(
                 f"{name!r} does not name two or more processes",
-                fix="write --process mixture:stylegan-oriented,dead-leaves, say",
+                fix="give for example --process mixture:stylegan-oriented,dead-leaves",
             )
         return _mixture([process_named(part) for part in parts])
     if colon and kind in (*PROCESSES, *ALIASES):

@@ -1,6 +1,6 @@
 """Dead leaves: opaque shapes of power-law size that fall on one another until no pixel is bare.
 
-``dead-leaves-squares`` and ``dead-leaves-oriented`` have squares along the axes resp. turned ones alone,
+``dead-leaves-squares`` has only axis-aligned squares, ``dead-leaves-oriented`` only rotated ones,
 ``dead-leaves-shapes`` (or ``dead-leaves``) six kinds; ``dead-leaves-textures`` is in ``dead_leaves_textures.py``.
 
 Source: the dead-leaves process of Lee, Mumford and Huang (IJCV 2001) as Baradad et al., "Learning to See by Looking at

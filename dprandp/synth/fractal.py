@@ -3,8 +3,8 @@
 Sources: Kataoka et al., "Pre-training without Natural Images" (ACCV 2020, FractalDB): several affine maps of the plane,
 applied one after the other, each with a probability ∝ |det|; systems that fill too little of the image are drawn again.
 Anderson and Farrell, "Improving Fractal Pre-training" (WACV 2022): maps are drawn by their singular values, so that all
-of them contract and an attractor exists, and Σ(σ₁ + 2σ₂) over n maps lies between (5+n)/2 and (6+n)/2, which is where
-attractors look like something.
+of them contract and an attractor exists, and Σ(σ₁ + 2σ₂) over n maps is between (5+n)/2 and (6+n)/2, where attractors
+have visible structure.
 
 The attractor is scaled to the image. A pixel shows the mean colour of the maps whose images of the attractor meet in
 it, brighter (by the logarithm of their number) where the points are denser, on a plain background. (FractalDB paints in

@@ -27,7 +27,7 @@ from dprandp.synth import steerable
 
 # -------------------------------------------------------------------------------------------------------- colour model
 #
-# Which colours the statistical processes use, and in which proportions.
+# The colours of the statistical processes, and their proportions.
 #
 # Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, the *color* constraint: 3 to 22 uniform
 # random colours in random proportions, sorted into a striped reference image, blurred by a random box and sprinkled

@@ -1,4 +1,4 @@
-"""Everything random in the wavelet StyleGANs: the networks and the per-image draws, without any rendering.
+"""All random choices of the wavelet StyleGANs: the networks and the per-image draws, without rendering.
 
 The renderer (``stylegan.py``) and the dense oracle of the tests read the same draws. Source: Baradad et al.,
 "Learning to See by Looking at Noise", NeurIPS 2021; the architecture is StyleGAN2's (Karras et al., CVPR 2020).
@@ -109,7 +109,7 @@ COLOUR_STD = ((0.219, 0.063), (0.213, 0.062), (0.213, 0.069))
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes the processes.
+    """The differences between the processes.
 
     Attributes:
         bank: float64 [40, 3, 3], the filters.
@@ -162,7 +162,7 @@ def layer_shapes(resolution: int) -> list[LayerShape]:
 
 @dataclass(frozen=True)
 class Network:
-    """What the images of one block share.
+    """The common parameters of the images of one block.
 
     Attributes:
         shapes: the convolutions, first to last.

@@ -1,10 +1,10 @@
-"""Choose settings of the probe: free of charge on public images, or on the private data at a price.
+"""Choose settings of the probe: free of charge on public images, or on the private data, charged.
 
-    --on synthetic   (default) a task made of the run's own synthetic images       tune_public.py
-    --on NAME        a data set that whoever runs this declares public             tune_public.py
-    --on private     the private data; the cost is charged to the run's budget     tune_private.py
+    --on synthetic   (default) a task made of the run's own synthetic images       public.py
+    --on NAME        a data set that you declare public                            public.py
+    --on private     the private data; the cost is charged to the run's budget     private.py
 
-What is written: ``tune.json`` and ``tuned.toml`` (see ``runs/tuning.py``).
+It writes ``tune.json`` and ``tuned.toml`` (see ``runs/tuning.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     """
     if config.batch_size is not None or config.views > 1:
         raise UsageError(
-            "tune knows full batches of single views only", fix="leave --batch-size and --views out of what is tuned"
+            "tune works only for full batches of single views", fix="leave out batch_size and views"
         )
     if same_data_name(tune.on, config.data):
         raise private_data(tune.on)
@@ -73,7 +73,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
 
 
 def _alike(before: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether the same was asked for; other spellings of a path are no difference."""
+    """Whether the request is the same; spellings of a path may differ."""
     old, new = before.get("probe"), asked["probe"]
     if not isinstance(old, dict):
         return False

@@ -1,7 +1,8 @@
 """Settings chosen on the private data, charged: the best of a random number of private fits.
 
 Each fit is scored by a noisy count on private records that it was not fitted on; only the best setting and its score
-come out. ``privacy/selection.py`` says why one fit is a Gaussian mechanism, ``privacy/tuning.py`` what the best costs.
+come out. ``privacy/selection.py`` shows that one fit is a Gaussian mechanism, ``privacy/tuning.py`` the cost of the
+best.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dprandp.vision.images import colour_of
 STAGE = "tune"
 
 ETA = 0.0
-"""Logarithmic number of private trials: of Papernot & Steinke's distributions a cheap one for its mean."""
+"""Logarithmic number of private trials, one of Papernot & Steinke's distributions with low cost for its mean."""
 
 ROWS_AT_ONCE = 1024
 
@@ -38,15 +39,15 @@ ROWS_AT_ONCE = 1024
 def choose_privately(
     config: ProbeConfig, tune: TuneConfig, context: Context
 ) -> tuple[dict[str, Any], float, Setting]:
-    """Try settings on the private data, as ``privacy/selection.py`` allows; records nothing but what that returns.
+    """Try settings on the private data by ``privacy/selection.py``, and record only its result.
 
-    In particular no duration: it would tell about the number of trials, which the theorem keeps secret.
+    In particular, record no duration: it would reveal the number of trials, which must stay secret.
     """
     stage, _ = name_private_stage(STAGE, config, context)
     spec, budget = stage.spec, stage.budget
     if spec.unit != ONE_IMAGE:
         raise UsageError(
-            f"tuning on private data counts single images, and one unit of these data is {spec.unit}",
+            f"tuning on private data counts single images, but one unit of these data is {spec.unit}",
             fix="tune with --on synthetic or on a public set; the probe then protects whole units",
         )
     spent = stage.open_ledger(write=True)
@@ -54,13 +55,13 @@ def choose_privately(
     extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
     mirror = spec.flip_ok if config.mirror is None else config.mirror
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
-    settings = settings_for(config, whitener.axes)
+    settings = settings_for(config, whitener.components)
     stage.plan = plan = make_selection_plan(
         stage=STAGE, epsilon_total=budget.epsilon, delta=budget.delta, spend_epsilon=tune.spend * share_of(config),
         spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
         clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=context.console.warn,
     )  # fmt: skip
-    # what the probe will have: planned now, so that a budget that is too small is noticed before it is touched
+    # plan the probe now, to refuse too small a budget before charging
     sigma = calibrate(share_of(config), budget.delta, 1.0, config.steps, [*spent, plan.event], context.console.warn)
     probe_mu = math.sqrt(config.steps) / sigma
     stage.fix_plan()
@@ -69,7 +70,7 @@ def choose_privately(
     features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)
     require_room(features.numel() * features.element_size() // 2, "tune's candidates with half the dimensions")
     features, labels = placed(features, labels, len(spec.classes), context.device)
-    context.console.say("tune: a random number of private trials, about which nothing is said")
+    context.console.say("tune: running a random, secret number of private trials")
 
     def one_trial(trial: Trial) -> None:
         setting = settings[trial.setting]
@@ -82,7 +83,7 @@ def choose_privately(
             clipped = clipped_softmax_sum(seen, labels, state["head"], plan.clip_norm, rows=fitted)
             update_head(state, trial.release(clipped), rule, number, trial.steps)
         head = released_head(state, rule)
-        parts = held_out.split(ROWS_AT_ONCE)  # never all of them
+        parts = held_out.split(ROWS_AT_ONCE)  # in blocks, to bound memory
         answers = [(seen[part].to(head.device) @ head).argmax(dim=1) for part in parts]
         trial.score(torch.cat(answers) == labels[held_out])
 

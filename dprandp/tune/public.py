@@ -1,12 +1,12 @@
 """Settings chosen on public images, under the noise that the private data would get: no privacy cost.
 
-**The noise.** Settings serve a noise level. What matters is the noise beside the signal of N examples: with n < N
-public examples the noise of a step's sum is made n/N times smaller. The held-out public images decide, and the default
-is kept unless another setting is right on more of them by a standard error of the difference.
+**The noise.** The best settings depend on the ratio of noise to the signal of N examples. So with n < N public examples
+the noise of a step's sum is multiplied by n/N. The held-out public images decide; the default is kept unless another
+setting is right on more of them by a standard error of the difference.
 
 **The synthetic task.** Classes are groups of synthetic images, drawn at random, ``INSTANCES`` in all; the examples of
-an image are random crops of it, so a class is many different things that share a label and nothing else. (The networks
-behind the images are no classes to tell apart: linear heads stay at chance level.)
+an image are random crops of it, so the images of a class share only their label. (The networks that generated the
+images cannot serve as classes: linear heads stay at chance level.)
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from dprandp.tune.settings import Setting, TuneConfig, private_data, settings_fo
 from dprandp.vision.images import ImageSet, as_declared, colour_of, random_crops, to_input
 
 INSTANCES = 40
-"""Synthetic images that a task is made of, in all classes together; at least two a class."""
+"""Synthetic images of a task, in all classes together; at least two in each."""
 
 FIT, HELD_OUT = 2000, 500
-"""Most public examples to fit on, and to decide by."""
+"""Most public examples to fit, and to decide by."""
 
 SEED = 2
-"""Added to the seed for the public task, so that its crops are not the whitener's."""
+"""Added to the seed for the public task, so that its crops differ from the whitener's."""
 
 
 def choose_publicly(
     config: ProbeConfig, tune: TuneConfig, context: Context
 ) -> tuple[dict[str, Any], float, Setting]:
-    """Try settings on public images; nothing of the private data has a part in it but their declaration.
+    """Try settings on public images; of the private data only the declaration is used.
 
-    Only a public set that declares as many images of the same size is compared with them, and refused if they are it.
+    The exception: a public set that declares as many images of the same size is compared with them, and refused if
+    equal.
     """
     started = time.perf_counter()
     spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
@@ -62,7 +63,7 @@ def choose_publicly(
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
     default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps, config.clip_norm)
     features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)
-    settings = settings_for(config, whitener.axes)
+    settings = settings_for(config, whitener.components)
     generator = torch.Generator().manual_seed(config.seed + SEED)
     order = [0, *(1 + torch.randperm(len(settings) - 1, generator=generator)).tolist()][: tune.trials]
     rights: dict[int, Tensor] = {}
@@ -98,7 +99,7 @@ def better_than_default(rights: dict[int, Tensor]) -> int:
     """Index of the setting to take.
 
     Args:
-        rights: index -> bool [m], which held-out examples were answered right; index 0 is the default.
+        rights: index -> bool [m], which held-out examples were classified correctly; index 0 is the default.
 
     Returns:
         The one with the most right answers, if it is right where the default is wrong in b cases, the other way round
@@ -121,7 +122,7 @@ def simulate(
     settings: HeadSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """The probe's arithmetic on public features, with the noise that a private data set would get beside its signal.
+    """The probe's arithmetic on public features, with the signal-to-noise ratio of a private data set.
 
     Args:
         features: float32 [n, d], unit norm, *public*, on the device that computes. labels: int64 [n], there too.
@@ -174,7 +175,7 @@ def _public_task(
 def synthetic_task(
     context: Context, classes: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """A classification task of synthetic images: crops of some images a class.
+    """A classification task of synthetic images: a class is crops of some images.
 
     Returns:
         uint8 [count, 3, 32, 32], int64 [count] and the number of classes; in random order.

@@ -1,4 +1,4 @@
-"""What ``dprandp tune`` may choose among, and how it is asked: public, whatever the choice is made on."""
+"""The candidates of ``dprandp tune``, and its configuration; both are public."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TuneConfig:
     Attributes:
         on: 'synthetic', 'private', or the name of a public data set.
         trials: settings to try; with 'private' the expected number of trials.
-        spend: with 'private': part of the probe's share of ε that tuning may take, in (0, 1).
-        held_out: with 'private': chance of a record to be scored on rather than fitted on, in (0, 1).
+        spend: with 'private': fraction of the probe's ε for tuning, in (0, 1).
+        held_out: with 'private': chance that a record is scored on instead of fitted, in (0, 1).
     """
 
     on: str = SYNTHETIC
@@ -40,7 +40,7 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: factor on the default learning rate, steps, axes that each part of the features is whitened to."""
+    """One candidate: factor on the default learning rate, steps, components of each part of the whitened features."""
 
     lr_factor: float
     steps: int
@@ -48,7 +48,7 @@ class Setting:
 
 
 def private_data(on: str) -> UsageError:
-    """What to raise where settings were to be tuned for nothing on the private data."""
+    """The error for tuning on the private data without charge."""
     return UsageError(
         f"--on {on} is the private data set itself",
         fix="give --on private, which is charged to the budget, or the name of public data",
@@ -56,7 +56,7 @@ def private_data(on: str) -> UsageError:
 
 
 def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
-    """The public list of candidates, the configuration's own first; ``dims`` is what the whitener has."""
+    """The public list of candidates, the configuration's own first; ``dims`` are those of the whitener."""
     made = itertools.product(LR_FACTORS, STEP_FACTORS, DIM_FACTORS)
     listed = [Setting(lr, max(1, round(t * config.steps)), max(1, round(d * dims))) for lr, t, d in made]
     return list(dict.fromkeys(listed))

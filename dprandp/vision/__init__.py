@@ -1,8 +1,8 @@
-"""Images on their way into a network, and what is measured at its other end. Knows of no privacy, data set or run.
+"""Images as network input, and evaluation metrics. Independent of privacy, data sets and runs.
 
 =============  ==========================================================================================
-``images``     uint8 images to a network's input; synthetic images by position, left in their files
+``images``     uint8 images to a network's input; synthetic images by position, read from their files
 ``views``      two contrastive views of a public image; K crop-and-flip views of a private one; colour changes
-``metrics``    what is reported about a test split
+``metrics``    metrics of a test split
 =============  ==========================================================================================
 """

@@ -1,6 +1,6 @@
-"""Pixels to the extractor's input, the same way for private and synthetic images, one image at a time.
+"""Pixels to the extractor's input, in the same way for private and synthetic images.
 
-Everything here works on each image alone and uses nothing but declared constants (size, channels), so it may be
+Everything here works on each image independently and uses only declared constants (size, channels), so it may be
 applied to private images at no privacy cost.
 """
 
@@ -22,11 +22,11 @@ INPUT_SIZE = 32
 """Side of every extractor's input in pixels."""
 
 WORKED_BYTES = 2**22
-"""Of pixels that are converted at a time; as floats they take four times that, and about as much again to resize."""
+"""Bytes of pixels that are converted at a time; as floats they take four times that, and as much again to resize."""
 
 
 class Crops(Protocol):
-    """Images that need not be in memory: what ``ImageSet`` has, and ``random_crops`` asks for."""
+    """Images that need not be in memory, such as an ``ImageSet``, for ``random_crops``."""
 
     shape: tuple[int, int, int, int]
 
@@ -136,8 +136,8 @@ def _crops(images: Pictures, members: Tensor, corners: Tensor, side: int) -> Ten
 def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
     """Put synthetic images through the same bottleneck as a data set: its channels and its native size.
 
-    Statistics of synthetic features fit the private ones better when both were grey and 28 pixels wide before they
-    were resized. Only declared constants are used.
+    Statistics of synthetic features fit the private ones better if both had the same channels and size before resizing.
+    Only declared constants are used.
 
     Args:
         images: uint8 [N, 3, S, S] synthetic.
@@ -176,10 +176,10 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------- image set
 #
-# Synthetic images to choose from, left where they are: in their memory-mapped shards, or once on an accelerator.
+# Synthetic images by position, in their memory-mapped shards, or copied once to an accelerator.
 #
-# A set of large images may take most of the memory, so no step copies, transposes or recolours it as a whole: that is
-# done to the images, or crops, that are asked for.
+# A set of large images may take most of the memory, so only the requested images or crops are copied, transposed or
+# recoloured.
 
 class ImageSet:
     """Images by position, in a colour mode.
@@ -207,7 +207,7 @@ class ImageSet:
 
     @property
     def device(self) -> torch.device:
-        """Where chosen images come out."""
+        """The device of the returned images."""
         return torch.device("cpu") if self._moved is None else self._moved.device
 
     def to(self, device: torch.device) -> ImageSet:

@@ -1,4 +1,4 @@
-"""What is reported about a test split, through scikit-learn."""
+"""Metrics of a test split, by scikit-learn."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def classification_metrics(
         raise InputError(f"a label is not an integer in 0..{classes - 1}", fix="check the class list of the data set")
     if not np.isfinite(scores).all():
         raise UsageError(
-            "the model's scores hold values that are not finite: the training diverged",
-            fix="lower the learning rate; budget that was spent stays spent",
+            "the model's scores contain values that are not finite: the training diverged",
+            fix="lower the learning rate; the budget already spent stays spent",
         )
     log_probabilities = _log_probabilities(scores, kind)
 
@@ -83,6 +83,6 @@ def _log_probabilities(scores: np.ndarray, kind: str) -> np.ndarray:
         return log_softmax(scores, axis=1)
     if kind == "probabilities":
         if scores.min() < 0 or not np.allclose(scores.sum(axis=1), 1, atol=1e-2):
-            raise UsageError("the scores are no probabilities: negative or not summing to 1", fix="pass kind='logits'")
+            raise UsageError("the scores are not probabilities: negative or not summing to 1", fix="pass kind='logits'")
         return np.log(np.maximum(scores, np.finfo(np.float64).tiny))
     raise UsageError(f"scores of kind {kind!r} are unknown", fix="use 'logits' or 'probabilities'")

@@ -31,7 +31,7 @@ def grey(view: Tensor) -> Tensor:
 
 
 def adjust(view: Tensor, change: int, factor: Tensor) -> Tensor:
-    """One colour change of a batch, with one factor per image; meant as torchvision means it.
+    """One colour change of a batch, with one factor per image, defined as in torchvision.
 
     Args:
         view: float [B, 3, H, W] in [0, 1].
@@ -80,7 +80,7 @@ _CROP_TRIES = 10  # as in Szegedy et al. 2015's inception crop, the source of "r
 
 @dataclass(frozen=True)
 class ViewChoices:
-    """What was drawn for one view of a batch of B images. Everything lies on the images' device, but for ``order``."""
+    """The random choices of one view of a batch of B images, on the images' device, except for ``order``."""
 
     boxes: Tensor  # int64 [B, 4]: top, left, height, width of the crop, pixels
     flip: Tensor  # bool [B]: mirror left and right
@@ -150,7 +150,7 @@ class ContrastiveViews:
         return self.apply(images, first), self.apply(images, second)
 
     def draw(self, images: Tensor, generator: torch.Generator) -> ViewChoices:
-        """Draw the choices of one view of a batch; looks at the shape and the device of the images alone."""
+        """Draw the choices of one view of a batch, from the shape and the device of the images only."""
         _check_images(images)
         batch, _, height, width = images.shape
         random = torch.rand(batch, 4 * _CROP_TRIES + 6, generator=generator, device=generator.device)
@@ -204,7 +204,7 @@ class ContrastiveViews:
 
 
 def keyed_uniforms(examples: np.ndarray | Tensor, step: int, seed: int, views: int) -> Tensor:
-    """Choices for :func:`private_views` that depend on nothing but (seed, step, example, view).
+    """Choices for :func:`private_views` that depend only on (seed, step, example, view).
 
     Args:
         examples: integers [B], the examples' positions in the data set.
@@ -215,11 +215,11 @@ def keyed_uniforms(examples: np.ndarray | Tensor, step: int, seed: int, views: i
     Returns:
         float64 [B, K, 3], uniform in [0, 1) with 53 bits, on the CPU.
 
-    *Guarantee.* Row i is a function of ``examples[i]`` and of public values: which other examples share the batch, how
-    many they are and what was drawn before do not enter. So zeroing out one example, whose position is then left empty,
-    moves nobody else's views, even for an adversary who knows the seed. A generator that deals choices along the batch
-    does not have this property: leaving out example i would hand its choices to example i + 1, and so on down the
-    batch.
+    *Guarantee.* Row i is a function of ``examples[i]`` and of public values: it does not depend on the other
+    examples of the batch, their number, or earlier draws. So zeroing out one example, whose position is then left
+    empty,
+    changes no other example's views, even for an adversary who knows the seed. A generator that deals choices along the
+    batch does not have this property: without example i, its choices would go to example i + 1, and so on.
 
     Source: the output function of SplitMix64 (Steele, Lea & Flood 2014), applied once per word of the key.
     """
@@ -273,7 +273,8 @@ def private_views(
         )
     shift = _uniform_integer(randomness[..., :2], 2 * pad + 1).to(images.device)  # [B, K, 2]: top, left
     mirror = (randomness[..., 2] < (0.5 if flip else 0.0)).to(images.device)  # [B, K]
-    # A window of the mirrored padded image is the mirrored window at the opposite place: cropping and mirroring are one
+    # A window of the mirrored padded image is the mirrored window at the opposite place, so cropping and mirroring
+    # are one
     # look-up among strided windows, which copies each view once and needs no index per pixel.
     rows = _reflect(torch.arange(-pad, height + pad, device=images.device), height)
     columns = _reflect(torch.arange(-pad, width + pad, device=images.device), width)

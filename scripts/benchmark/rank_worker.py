@@ -113,7 +113,7 @@ def main(scale: str, rounds: int) -> None:
         print(json.dumps(results), flush=True)
     ranks.refuse_different("end", lambda: "00")  # all leave together
     sys.stdout.flush()
-    os._exit(0)  # without the goodbyes of libraries to processes that may be gone
+    os._exit(0)  # no shutdown hooks of libraries: they may wait for lost processes
 
 
 if __name__ == "__main__":

@@ -83,9 +83,9 @@ BAD_FINETUNE = [
     (["--microbatch", "²"], 2, "--microbatch '²'", "give auto, or 1, 2"),
     (["--from", "scrach"], 2, "'scrach' is unknown", "did you mean 'scratch'?"),
     (["--from", "scratch", "--arch", "patchnet"], 2, "cannot train 'patchnet'", "wrn-16-4"),
-    (["--freeze", "gradient", "--keep", "0.1"], 2, "one more release about the data", "--freeze random"),
-    (["--freeze", "random"], 2, "how much is to be trained", "--keep 0.1"),
-    (["--select", "random", "--keep", "0.1", "--prune", "zero"], 2, "--prune belongs to --freeze"),
+    (["--freeze", "gradient", "--keep", "0.1"], 2, "further release about the data", "--freeze random"),
+    (["--freeze", "random"], 2, "need --keep", "--keep 0.1"),
+    (["--select", "random", "--keep", "0.1", "--prune", "zero"], 2, "--prune needs --freeze"),
     (["--freeze", "magnitude", "--keep", "1.5"], 2, "--keep 1.5 lies outside (0, 1)"),
     (["--freeze", "random", "--keep", "0.1", "--scope", "blck"], 2, "'blck' is unknown", "block"),
     (["--select", "random", "--keep", "0.1", "--every", "0"], 2, "--every 0"),
@@ -202,7 +202,7 @@ def test_another_configuration(dprandp: Dprandp, run_after: RunAfter, case: tupl
     run = run_after("finetune")
     before = state_of(run)
     done = dprandp(stage, "--config", "small.toml", "--run", run, *flags)
-    refused(done, 2, *fragments, "--resume to go on with the recorded settings", "--overwrite to start")
+    refused(done, 2, *fragments, "--resume to continue with the recorded settings", "--overwrite to restart")
     assert state_of(run) == before
 
 
@@ -252,7 +252,7 @@ def test_no_run_to_look_at(dprandp: Dprandp, folder: Path, tmp_path: Path, comma
     assert not (tmp_path / "no").exists()
     refused(dprandp(command, "--run", folder / "tiny.npz"), 3, "is a file, not a run directory", "--run")
     (tmp_path / "holiday.jpg").touch()
-    refused(dprandp(command, "--run", tmp_path), 2, "no run directory", "'holiday.jpg'", "--run")
+    refused(dprandp(command, "--run", tmp_path), 2, "not a run directory", "'holiday.jpg'", "--run")
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 

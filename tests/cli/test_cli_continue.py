@@ -52,8 +52,8 @@ def test_a_run_from_plan_to_probe_over_a_kill(dprandp: Dprandp, vit: Path) -> No
 
 def test_refusals_say_what_to_do(dprandp: Dprandp, vit: Path, run_after: Callable[[str], Path]) -> None:
     refused(dprandp("continue", "--run", run_after("pretrain")), 2, "patchnet is a dictionary", "--arch wrn-16-4")
-    refused(dprandp("continue", "--run", vit, "--public", "fraction:2"), 2, "'2' is no part", "fraction:0.1")
-    refused(dprandp("continue", "--run", vit, "--switch", "later"), 2, "no step and no rule", "plateau")
+    refused(dprandp("continue", "--run", vit, "--public", "fraction:2"), 2, "'2' is not a number", "fraction:0.1")
+    refused(dprandp("continue", "--run", vit, "--switch", "later"), 2, "neither a step nor a rule", "plateau")
     refused(dprandp("diagnose", "--run", vit, "--public", "npz:tiny.npz", "--data", "npz:tiny.npz"), 2, "a part of it")
     assert not (vit / "privacy").exists()
     assert not (vit / "2b-continue").exists()

@@ -52,7 +52,7 @@ def test_hash_and_declaration_stand_in_everything_that_is_published(
 
 def test_weights_that_nobody_declared_public_are_refused(dprandp: Dprandp, weights: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    refused(dprandp(*command(run, weights)), 2, "nobody said where the weights of --init come from", "--init-source")
+    refused(dprandp(*command(run, weights)), 2, "--init needs --init-source", "--init-source")
     assert not list(run.rglob("privacy"))
     alone = [word for word in command(run, weights, "--init-source", SAID) if word not in ("--init", weights)]
-    refused(dprandp(*alone, "--from", "scratch"), 2, "--init-source without --init says nothing", "--init FILE")
+    refused(dprandp(*alone, "--from", "scratch"), 2, "--init-source was given without --init", "--init FILE")

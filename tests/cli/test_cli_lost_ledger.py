@@ -203,7 +203,7 @@ def test_a_changed_budget_is_named_with_both_values(dprandp: Dprandp, run_after:
     run = run_after("probe")
     raise_the_budget(run, {})
     asked = ("finetune", "--config", "small.toml", "--run", run)
-    refused(dprandp(*asked), 4, "epsilon is 5.0 there and 2.0 in the ledger", "put the ledger's values back")
+    refused(dprandp(*asked), 4, "epsilon is 5.0 there and 2.0 in the ledger", "with the ledger's values")
     edit_plan(run, lambda document: document.update(epsilon=2.0))  # the way out that the message names
     done = dprandp(*asked)
     assert done.code == 0, done.err

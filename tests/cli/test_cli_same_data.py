@@ -178,7 +178,7 @@ def test_data_that_changed_behind_their_name_are_refused_uncharged(
     before = state_of(run)
     for stage in ("finetune", "probe"):
         done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
-        refused(done, 3, OTHER, "npz:tiny.npz", "same data again", "new --run")
+        refused(done, 3, OTHER, "npz:tiny.npz", "same data with --data", "new --run")
     assert state_of(run) == before
 
 
@@ -189,7 +189,7 @@ def test_another_number_of_images_behind_the_same_name_is_refused_unread(
     np.savez(tmp_path / "tiny.npz", **arrays(train=123))
     before = state_of(run)
     done = dprandp("finetune", *small, "--run", run, folder=tmp_path, before=NO_PIXELS)
-    refused(done, 3, "N = 123 now, and had N = 120", "put the data back", "new --run")
+    refused(done, 3, "N = 123 now, and had N = 120", "restore the earlier data", "new --run")
     assert state_of(run) == before
 
 
@@ -266,7 +266,7 @@ def test_private_data_are_not_public_under_another_name(
     before = state_of(vit)
     for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
         done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
-        refused(done, 2, "is private here and public there", "fraction:0.1")
+        refused(done, 2, "is given both as private and as public data", "fraction:0.1")
     tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
     refused(tuned, 2, "is the private data set itself")
     assert state_of(vit) == before
@@ -316,7 +316,7 @@ def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit
     shutil.rmtree(tmp_path / "again/test/dark")
     for name in (f"folder:{root}/", f"folder:{root}/../scans", f"folder:{tmp_path}/again"):
         done = dprandp(*CONTINUE, "--run", vit, "--data", "folder:scans", "--public", name, folder=tmp_path)
-        refused(done, 2, "is private here and public there")
+        refused(done, 2, "is given both as private and as public data")
     assert not (vit / "privacy").exists()
 
 

@@ -56,11 +56,11 @@ def test_steps_between_two_entries_are_interpolated_aloud():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"epsilon": 0.5}, "0.5 is not between"),
+        ({"epsilon": 0.5}, "not for ε = 0.5"),
         ({"epsilon": 9.0}, "ε = 1, 2, 3, 4, 6, 8"),
         ({"arch": "wrn-10-1"}, "no hyper-parameters for wrn-10-1"),
-        ({"arch": "nf-resnet-50", "epsilon": 4.0}, "4 is not between"),
-        ({"source": "probe"}, "--recipe is for a network that is made here"),
+        ({"arch": "nf-resnet-50", "epsilon": 4.0}, "not for ε = 4"),
+        ({"source": "probe"}, "--recipe sets a new network"),
         ({"recipe": "de2023"}, "de2022"),
     ],
 )
@@ -99,12 +99,12 @@ def test_what_is_recorded_stands_by_itself():
     [
         ({"momentum": 1.0}, "momentum = 1.0"),
         ({"source": "init"}, "--from init needs a file"),
-        ({"source": "scratch", "init": "f"}, "--from scratch does not use them"),
-        ({"source": "init", "init": "f"}, "yours to declare"),
-        ({"source": "scratch", "init_source": "x"}, "--init-source without --init"),
+        ({"source": "scratch", "init": "f"}, "--from scratch does not use"),
+        ({"source": "init", "init": "f"}, "you must declare"),
+        ({"source": "scratch", "init_source": "x"}, "--init-source was given without --init"),
         ({"source": "init", "init": "f", "init_source": ""}, "init_source"),
-        ({"layer_order": "relu-norm-conv"}, "--layer-order is for a network that is made here"),
-        ({"padding": "same"}, "--padding is for"),
+        ({"layer_order": "relu-norm-conv"}, "--layer-order sets a new network"),
+        ({"padding": "same"}, "--padding sets"),
         ({"optimizer": "adm"}, "adam"),
     ],
 )

@@ -51,6 +51,6 @@ def test_what_is_recorded_is_enough_to_build_the_same_again(stage: str) -> None:
 
 
 def test_an_architecture_is_refused_where_it_would_have_no_say() -> None:
-    with pytest.raises(UsageError, match="--arch is for a network that is made here; --from probe has one already"):
+    with pytest.raises(UsageError, match="--arch sets a new network, but --from probe continues an existing one"):
         resolve("finetune", "tiny", None, {"arch": "wrn-16-4"})
     assert resolve("finetune", "tiny", None, {"arch": "wrn-10-1", "source": "scratch"}).arch == "wrn-10-1"

@@ -233,7 +233,7 @@ def test_16_a_signal_to_all_saves_and_ends(
 
 def test_16_what_one_process_does_is_refused(dprandp: Dprandp, work: Work, probed: Path) -> None:
     jobs = ranks_of(dprandp, 2, "report", "--run", probed)
-    refused(jobs[0], 2, "work of one process", "without torchrun")
+    refused(jobs[0], 2, "runs in one process", "without torchrun")
     silent(jobs[1:], 2)
 
 
@@ -241,14 +241,14 @@ def test_16_what_one_process_does_is_refused(dprandp: Dprandp, work: Work, probe
 @pytest.mark.parametrize("command", ["tune", "audit", "predict", "export", "account", "status", "datasets"])
 def test_16_all_that_one_process_does_is_refused(dprandp: Dprandp, command: str) -> None:
     jobs = ranks_of(dprandp, 2, command)
-    refused(jobs[0], 2, f"`dprandp {command}` is the work of one process, not of 2")
+    refused(jobs[0], 2, f"`dprandp {command}` runs in one process, not in 2")
     silent(jobs[1:], 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--workers", 3], "the processes are the workers"), (["--device", "cuda:0"], "names one device"),
+    [(["--workers", 3], "does not go with several processes"), (["--device", "cuda:0"], "names one device"),
      (["--nonsense"], "No such option")],
 )  # fmt: skip
 def test_16_flags_that_contradict_several_ranks(

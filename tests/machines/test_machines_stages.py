@@ -179,5 +179,5 @@ def test_a_model_says_its_precision(patches: Path, small_data: str, tmp_path: Pa
     config = json.loads(path.read_text(encoding="utf-8"))
     for wrong in ("float16", None, 32):
         path.write_text(json.dumps(config | {"precision": wrong}), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="no description of a model"):
+        with pytest.raises(CheckpointError, match="does not describe a model"):
             load_model(run / "model")

@@ -167,7 +167,7 @@ def test_whitener_equals_an_svd(count, width):
     expected = functional.normalize(expected, dim=1)
     got = whitener(features).double()
     torch.testing.assert_close(got.norm(dim=1), torch.ones(count, dtype=torch.float64), rtol=1e-4, atol=1e-4)
-    # axes are unique up to sign: inner products between images are what must agree
+    # components are unique up to sign: inner products between images are what must agree
     torch.testing.assert_close(got @ got.T, expected @ expected.T, rtol=2e-3, atol=2e-3)
 
 
@@ -191,7 +191,7 @@ def test_parts_are_whitened_apart_and_put_side_by_side():
     expected = torch.cat(
         [math.sqrt(0.6) * apart[0](other[:, :10]), math.sqrt(0.4) * apart[1](other[:, 10:])], dim=1
     )
-    assert (whitener.axes, whitener.dims) == (8, 16)
+    assert (whitener.components, whitener.dims) == (8, 16)
     torch.testing.assert_close(whitener(other), expected)
     torch.testing.assert_close(whitener(other).norm(dim=1), torch.ones(7))
     together = whitening.fit(features.clone(), 16)(other)
@@ -199,13 +199,13 @@ def test_parts_are_whitened_apart_and_put_side_by_side():
 
 
 def test_no_part_keeps_more_axes_than_the_smallest_has():
-    assert whitening.fit(correlated_features(200, 30), 25, parts=PARTS).axes == 10
+    assert whitening.fit(correlated_features(200, 30), 25, parts=PARTS).components == 10
 
 
 @pytest.mark.parametrize("parts", [None, PARTS])
 def test_cut_features_are_those_of_a_whitener_of_fewer_axes(parts):
     features, other = correlated_features(200, 30), correlated_features(7, 30, seed=1)
-    many, few = (whitening.fit(features.clone(), axes, parts=parts) for axes in (9, 4))
+    many, few = (whitening.fit(features.clone(), components, parts=parts) for components in (9, 4))
     torch.testing.assert_close(many.cut(many(other), 4), few(other))
     assert many.cut(many(other), 9).equal(many(other))
 

@@ -84,14 +84,14 @@ def excess_by_loops(layer, patches):
         getattr(layer, name).detach().double().numpy() for name in ("weight", "bias", "basis", "centre")
     )
     weights = weights_by_hand(len(patches))
-    excess = np.zeros((2, len(weights), len(weight)))
+    thresholded = np.zeros((2, len(weights), len(weight)))
     for row in range(len(patches)):
         for column in range(len(patches)):
             response = weight @ (basis @ patches[row, column] - centre) + bias
             for region, own in enumerate(weights):
-                excess[0, region] += own[row, column] * np.maximum(response - layer.threshold, 0)
-                excess[1, region] += own[row, column] * np.maximum(-response - layer.threshold, 0)
-    return excess.reshape(-1)
+                thresholded[0, region] += own[row, column] * np.maximum(response - layer.threshold, 0)
+                thresholded[1, region] += own[row, column] * np.maximum(-response - layer.threshold, 0)
+    return thresholded.reshape(-1)
 
 
 def all_features_by_loops(net, image):

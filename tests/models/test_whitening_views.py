@@ -11,7 +11,7 @@ from dprandp.models import whitening
 from dprandp.models.whitening import Part, Whitener
 
 PARTS = [Part(9, 0.3), Part(7, 0.7)]
-AXES = 5
+COMPONENTS = 5
 VIEWS = 3
 
 
@@ -23,8 +23,8 @@ def views_of(images: int = 400) -> Tensor:
     return (features + moves).flatten(0, 1)
 
 
-def fitted(features: Tensor, views: int, axes: int = AXES) -> Whitener:
-    return whitening.fit(features.clone(), axes, 0.1, PARTS, views=views)
+def fitted(features: Tensor, views: int, components: int = COMPONENTS) -> Whitener:
+    return whitening.fit(features.clone(), components, 0.1, PARTS, views=views)
 
 
 def within(part: Tensor) -> np.ndarray:
@@ -39,37 +39,38 @@ def unit(part: Tensor) -> Tensor:
 def test_features_vary_equally_between_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whitening, "VIEW_RIDGE", 0.0)
     features = views_of()
-    plain, evened = fitted(features, 1), fitted(features, VIEWS)
-    rows = zip(plain.rows(), plain(features).split(AXES, 1), evened(features).split(AXES, 1), strict=True)
+    plain, normalised = fitted(features, 1), fitted(features, VIEWS)
+    old, new = plain(features).split(COMPONENTS, 1), normalised(features).split(COMPONENTS, 1)
+    rows = zip(plain.rows(), old, new, strict=True)
     for (own, length), old, new in rows:
         old = old / length
         assert np.linalg.cond(within(old)) > 2  # there was something to do
-        # the map of a part, from its axes of before: found from the two projections
-        turn = torch.linalg.lstsq(plain.projection[own], evened.projection[own]).solution
+        # the map of a part, from its components without views, found from the two projections
+        turn = torch.linalg.lstsq(plain.projection[own], normalised.projection[own]).solution
         assert (turn.tril(-1).abs() < 1e-4 * turn.abs().max()).all()
         assert np.linalg.cond(within(old @ turn)) < 1.01
         assert torch.allclose(new, length * unit(old @ turn), atol=1e-4)
-    assert torch.allclose(evened(features).norm(dim=1), torch.ones(len(features)), atol=1e-5)
-    assert torch.equal(evened.mean, plain.mean)
+    assert torch.allclose(normalised(features).norm(dim=1), torch.ones(len(features)), atol=1e-5)
+    assert torch.equal(normalised.mean, plain.mean)
 
 
 def test_a_ridge_keeps_few_views_from_blowing_up_an_axis() -> None:
     features = views_of(4)[:8]  # eight views of "one" image, and four pairs of equal ones
     turned = torch.linalg.lstsq(fitted(features, 1).projection[:9], fitted(features, 8).projection[:9]).solution
     gains = torch.linalg.svdvals(turned)
-    assert 1 < gains[0] / gains[-1] < 1.01 * np.sqrt((AXES + whitening.VIEW_RIDGE) / whitening.VIEW_RIDGE)
+    assert 1 < gains[0] / gains[-1] < 1.01 * np.sqrt((COMPONENTS + whitening.VIEW_RIDGE) / whitening.VIEW_RIDGE)
     same = views_of(20)[::VIEWS].repeat_interleave(2, dim=0)  # views that do not differ
     assert torch.allclose(fitted(same, 2)(same), fitted(same, 1)(same), atol=1e-4)
 
 
 def test_fewer_axes_are_the_first_ones() -> None:
     features = views_of()
-    evened, few = fitted(features, VIEWS), fitted(features, VIEWS, axes=3)(features)
-    cut = evened.cut(evened(features), 3)
+    normalised, few = fitted(features, VIEWS), fitted(features, VIEWS, components=3)(features)
+    cut = normalised.cut(normalised(features), 3)
     assert cut.shape == few.shape
     assert (cut * few).sum(dim=1).mean() > 0.98
-    last = torch.cat([part[:, 2:] for part in evened(features).split(AXES, dim=1)], dim=1)
-    assert (unit(last) * few).sum(dim=1).mean() < 0.8  # other axes would not be alike
+    last = torch.cat([part[:, 2:] for part in normalised(features).split(COMPONENTS, dim=1)], dim=1)
+    assert (unit(last) * few).sum(dim=1).mean() < 0.8  # other components would not be alike
 
 
 def test_it_helps_a_head_that_cannot_tell_views_apart() -> None:

@@ -37,7 +37,7 @@ FIELDS = {
     "K": (r"^K ", r"^4\b"),
     "accountant and version": (r"^Accountant$", r"PLD \(dp-accounting 0\.6\.0\)"),
     "RNG mode": (r"^Random numbers$", r"^os-entropy"),
-    "tuned, and on what": (r"^Tuned", r"public benchmark.*Set by whoever ran it: lr = 3"),
+    "tuning, and its data": (r"^Tuning", r"public benchmark.*Set by the user: lr = 3"),
     "public": (r"^Public inputs$", r"4000 synthetic images.*stylegan-oriented.*patchnet.*Handwritten digits"),
     "released": (r"^Released$", r"EMA, decay 0\.9999.*test metrics"),
     "floating point": (r"^Limit: floating-point noise \(severity low\)$", r"Mironov.*float64"),
@@ -45,7 +45,7 @@ FIELDS = {
     "N public": (r"^Limit: N", r"public|not cover"),
     "test split": (
         r"^Limit: test split$",
-        r"Each private stage .*evaluates .*once, at the stage's own end; nothing is chosen .*without noise",
+        r"Each private stage .*evaluates .*once, at its end; nothing is chosen .*without noise",
     ),
     "other copies": (r"^Limit: other", r"add to it.*same person"),
 }

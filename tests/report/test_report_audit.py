@@ -56,7 +56,7 @@ def test_the_section(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert content in page.text, content
     assert EVIL not in html
-    assert "other plans" not in page.text
+    assert "changed since the audit" not in page.text
     assert "audit" not in " ".join(path.name for path in (run.path / "model").glob("*")).lower()
 
 
@@ -67,7 +67,7 @@ def test_without_an_audit_there_is_no_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"attempt": 2}, {"plan": {"steps": 119}}, {"name": "finetune"}])
 def test_an_audit_of_other_plans_is_called_old(tmp_path: Path, change: dict[str, Any]) -> None:
     audit = AUDIT | {"mechanisms": [AUDIT["mechanisms"][0] | change]}
-    assert "The audit is of other plans than the run has now" in Page(written(audited(tmp_path, audit))).text
+    assert "The run's plans have changed since the audit" in Page(written(audited(tmp_path, audit))).text
 
 
 def test_a_failed_audit_is_loud(tmp_path: Path) -> None:

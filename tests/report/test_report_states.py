@@ -68,7 +68,7 @@ def test_unfinished_stage_is_counted(tmp_path: Path) -> None:
     shown = float(re.search(r"ε, spent ([\d.]+)", page.text).group(1))
     assert truth <= shown <= truth + 1e-3
     assert shown > 0.6
-    assert "Stage finetune was begun and is not finished" in page.text
+    assert "Stage finetune was begun but is not finished" in page.text
     assert "spent after steps of unfinished stages" in page.text
 
 

@@ -51,7 +51,7 @@ def hold(*arguments: Any) -> tuple[subprocess.Popen[str], str]:
 def test_second_process_is_told_who_holds_the_run_and_kill_frees_it(tmp_path: Path) -> None:
     process, _ = hold(tmp_path / "x")
     run = RunDir.open(tmp_path / "x", create=True)
-    with pytest.raises(StorageError, match=rf"another dprandp process \(pid {process.pid}\) is at work") as caught:
+    with pytest.raises(StorageError, match=rf"another dprandp process \(pid {process.pid}\) is working") as caught:
         run.lock().__enter__()
     assert "--run" in caught.value.fix
     assert run.status()  # reading needs no lock

@@ -262,7 +262,7 @@ def test_require_names_the_command(run: RunDir) -> None:
 def test_files_of_unknown_origin_are_not_mixed_with_ours(run: RunDir) -> None:
     run.stage_dir("generate").mkdir()
     (run.stage_dir("generate") / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match="knows nothing of stage 'generate'"):
+    with pytest.raises(UsageError, match="has no record of stage 'generate'"):
         run.begin("generate", CONFIG, {})
     assert (run.stage_dir("generate") / "thesis.tex").exists()
 
@@ -289,7 +289,7 @@ def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         RunDir.open(tmp_path / "file", create=True)
-    with pytest.raises(UsageError, match=r"no run directory: it has no run\.json, and holds 'file'"):
+    with pytest.raises(UsageError, match=r"not a run directory: it has no run\.json, but holds 'file'"):
         RunDir.open(tmp_path, create=True)
 
 

@@ -129,7 +129,7 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     assert tuned["epsilon"] == pytest.approx(ledger_of(run).spent(tuned["delta"]).upper)
     card = (run / "model/MODEL_CARD.md").read_text()
     assert "continue: q = 0.25, T = 4" in card
-    assert "declared public by whoever ran it" in card
+    assert "declared public by the user" in card
     with context(run) as given:
         page = report.write(given.rundir).read_text()
     assert "fraction 0.2 by seed 0" in page
@@ -337,7 +337,7 @@ def test_other_public_data_with_classes_of_their_own(vit_run, copy, data, tmp_pa
 def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
     with pytest.raises(UsageError, match="patchnet is a dictionary"):
         run_continue(copy(public_run), data)
-    with pytest.raises(UsageError, match="private here and public there"):
+    with pytest.raises(UsageError, match="both as private and as public data"):
         run_continue(copy(vit_run), data, public=data)
     run = copy(vit_run)
     run_continue(run, data)

@@ -88,19 +88,19 @@ def test_select_chooses_anew_and_freeze_does_not() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"freeze": "gradient", "keep": 0.1}, "one more release about the data"),
-        ({"select": "gradient", "keep": 0.1}, "one more release about the data"),
+        ({"freeze": "gradient", "keep": 0.1}, "further release about the data"),
+        ({"select": "gradient", "keep": 0.1}, "further release about the data"),
         ({"freeze": "randm", "keep": 0.1}, "'randm' is unknown"),
         ({"freeze": "random", "select": "random", "keep": 0.1}, "exclude each other"),
-        ({"freeze": "random"}, "how much"),
-        ({"keep": 0.1}, "nothing by itself"),
+        ({"freeze": "random"}, "need --keep"),
+        ({"keep": 0.1}, "--keep needs"),
         ({"freeze": "random", "keep": 1.0}, "outside (0, 1)"),
         ({"freeze": "random", "keep": 0.0}, "outside (0, 1)"),
-        ({"select": "random", "keep": 0.1, "prune": "zero"}, "belongs to --freeze"),
-        ({"freeze": "random", "keep": 0.1, "every": 3}, "belongs to --select"),
-        ({"scope": "layer"}, "belongs to --keep"),
-        ({"select": "random", "keep": 0.1, "every": 0}, "no number of steps"),
-        ({"freeze": "random", "keep": 0.1, "extractor_scale": 0.0}, "freezes the extractor whole"),
+        ({"select": "random", "keep": 0.1, "prune": "zero"}, "needs --freeze"),
+        ({"freeze": "random", "keep": 0.1, "every": 3}, "needs --select"),
+        ({"scope": "layer"}, "needs --keep"),
+        ({"select": "random", "keep": 0.1, "every": 0}, "not a number of steps"),
+        ({"freeze": "random", "keep": 0.1, "extractor_scale": 0.0}, "freezes the whole extractor"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict, said: str) -> None:
@@ -113,7 +113,7 @@ def test_what_makes_no_sense_is_refused(settings: dict, said: str) -> None:
 def test_a_refusal_comes_before_anything_is_paid(copy: Copy, probed_run: Path, data: str) -> None:
     run = copy(probed_run)
     charged = (run / "privacy/ledger.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="one more release"):
+    with pytest.raises(UsageError, match="further release"):
         run_finetune(run, data, freeze="gradient", keep=0.5)
     assert (run / "privacy/ledger.jsonl").read_bytes() == charged
 

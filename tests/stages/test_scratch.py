@@ -68,7 +68,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         loaded(tmp_path / "absent.safetensors")
     (tmp_path / "w.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         loaded(tmp_path / "w.safetensors")
     save_file(weights(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="instead of"):
@@ -100,7 +100,7 @@ def test_a_run_from_public_weights_discloses_who_says_so(tmp_path: Path, data: s
     assert (result["init_sha256"], result["init_source"]) == (digest, SOURCE["init_source"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
     assert digest in card
-    assert "declared public by whoever ran this" in card
+    assert "declared public by the user" in card
     assert SOURCE["init_source"] in card
     assert str(tmp_path) not in (run / "model/config.json").read_text(encoding="utf-8") + card
     # frozen weights are those of the file, the others are not

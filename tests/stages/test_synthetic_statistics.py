@@ -42,10 +42,10 @@ def folders(run: Path) -> set[str]:
     return {path.name for path in (run / PUBLIC_FOLDER).iterdir()}
 
 
-def test_views_of_each_image_even_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_of_each_image_normalise_its_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    even = whitening._even
-    monkeypatch.setattr(whitening, "_even", lambda axes, views: seen.append(views) or even(axes, views))
+    real = whitening._normalise_within
+    monkeypatch.setattr(whitening, "_normalise_within", lambda made, views: seen.append(views) or real(made, views))
     whitener_of(run)
     (views,) = seen
     assert views.shape == (25, 2, 32)

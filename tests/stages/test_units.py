@@ -111,7 +111,7 @@ def test_20_a_run_on_patients_draws_clips_and_charges_patients(
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8").replace("\\", "")
     for text in (page, card):
         assert UNIT in text
-        assert f"{UNITS} units, which are this guarantee's N, with {TRAIN} images" in text
+        assert f"N = {UNITS} units, with {TRAIN} images" in text
         assert "every training image but those of one patient" in text
         assert "each patient's gradient, the mean over all its images, is clipped" in text
     assert f"{TRAIN} training images of {UNITS} units of privacy, each {UNIT}" in card

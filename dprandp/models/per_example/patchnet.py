@@ -1,9 +1,9 @@
 """Per-example gradients of a classifier on patch layers, in closed form: several times faster than automatic ones.
 
-The chain is short. In each layer: responses R = W P + b, features f = √(excess of R over ±threshold, pooled),
+The chain is short. In each layer: responses R = W P + b, features f = √(thresholded response of ±R, pooled),
 u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a weighted sum
 of five regions' numbers, so one example costs two matrix products of the forward's size and stays in the cache.
-Where there are two layers, each is a chain of its own: what lies below its dictionary is not trained.
+With two layers, each is a separate chain: nothing below its dictionary is trained.
 ``clipping`` does the clipping.
 """
 
@@ -101,7 +101,7 @@ def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tens
     """Add up one example's gradients over its views, a tile of filters at a time.
 
     Args:
-        patches: [K, r, L] along the axes of the whitening. pooled: [K, 2, R, F], gradients of the pooled excess.
+        patches: [K, r, L], whitened. pooled: [K, 2, R, F], gradients of the pooled thresholded responses.
         weight: [F, r], bias: [F], to be added to.
     """
     for columns, (positive, negative) in zip(patches, pooled, strict=True):

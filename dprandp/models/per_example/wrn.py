@@ -1,11 +1,12 @@
 """Per-example gradients of a classifier on a WideResNet, layer by layer: about as fast as an ordinary backward pass.
 
 All views of several records go through the network as one ordinary batch, forwards and backwards. Only the gradients
-of the parameters are kept apart: each convolution and each norm computes them record by record from its input and the
+of the parameters are kept separate: each convolution and each norm computes them record by record from its input and
+the
 gradient of its output (the book-keeping of Bu, Wang, Zha & Karypis 2023, "Differentially Private Optimization on Large
-Foundation Models at Small Cost", arXiv 2210.00038, but with gradients where that has their norms). What is linear and
-the same for all records is done once a step: filters are standardised once, and the gradient of a standardised filter
-is carried back through that map, a projection and a factor. ``clipping`` does the clipping.
+Foundation Models at Small Cost", arXiv 2210.00038, but with gradients instead of their norms). Work that is the same
+for all records is done once a step: filters are standardised once, and the gradient of a standardised filter is carried
+back through that map, a projection and a factor. ``clipping`` does the clipping.
 
 Guarantee:
     Row i of every result is a function of record i and the parameters alone: no layer of the network mixes the members
@@ -31,17 +32,17 @@ from dprandp.threads import in_parts
 
 # ------------------------------------------------------------------------------------------------------- record layers
 #
-# Layers that keep the gradients of records apart: a convolution and a norm for ``wrn_gradients``.
+# Layers with a gradient per record: a convolution and a norm.
 #
-# Each computes as the layer of the network does that it stands for, and in the backward pass hands on the gradient of
-# its input; the gradients of its own parameters it computes record by record and leaves in rows.
+# Each computes the same as the layer that it replaces. In the backward pass it returns the gradient of its input, and
+# computes the gradients of its own parameters record by record, which it stores in rows.
 
 PATCH_BYTES = 2**21
-"""Of patches that one thread of a CPU copies out at a time."""
+"""Bytes of patches that one thread of a CPU copies at a time."""
 
 
 class Place(NamedTuple):
-    """The records that a pass works on: how many, from which row of the gradients on, and whether all in one call."""
+    """The records of a pass: their number, their first row of the gradients, and whether all are in one call."""
 
     records: int
     first: int
@@ -49,16 +50,17 @@ class Place(NamedTuple):
 
 
 class Tape(threading.local):
-    """What the layers see in the thread that runs them forwards (backwards, an accelerator may use another)."""
+    """The state of the layers in the thread that runs the forward pass (an accelerator may run the backward one in
+    another)."""
 
     place: Place
 
 
 class RecordLayer(nn.Module):
-    """A layer of the twin network that keeps records apart.
+    """A layer of the copied network, with separate gradients for each record.
 
     Args:
-        like: the layer in whose place it is. source: the one whose parameters it has.
+        like: the layer that it replaces. source: the layer whose parameters it has.
         name: of the source in the classifier.
 
     Attributes:
@@ -72,7 +74,7 @@ class RecordLayer(nn.Module):
         self.rows: dict[str, Tensor] = {}
 
     def make_room(self, records: int) -> None:
-        """Have rows for so many records, or more."""
+        """Allocate rows for at least this many records."""
         if not self.rows or len(next(iter(self.rows.values()))) < records:
             self.rows = {}
             self.rows = self.empty_rows(records)
@@ -87,14 +89,14 @@ class RecordLayer(nn.Module):
 
 
 class RecordConv(RecordLayer):
-    """A convolution; its filters are those of ``source``, standardised where that does so."""
+    """A convolution with the filters of ``source``, standardised if that standardises them."""
 
     def __init__(self, like: nn.Conv2d, *others) -> None:
         super().__init__(like, *others)
         self.size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
 
     def refresh(self) -> None:
-        """Take the parameters as they are now."""
+        """Read the current parameters."""
         (source,) = self.source
         weight, self.bias = source.weight.detach(), source.bias.detach()
         self.factor = None
@@ -121,7 +123,7 @@ class RecordConv(RecordLayer):
         return _ConvFunction.apply(x, self.anchor, self)
 
     def keep_weight(self, place: Place, weight: Tensor) -> None:
-        """Store gradients of the filters in use, [records, O, height · width · channels]."""
+        """Store gradients of the (standardised) filters, [records, O, height · width · channels]."""
         rows = self.flat_rows[place.first : place.first + place.records]
         if self.factor is None:
             rows.copy_(weight)
@@ -134,7 +136,7 @@ class RecordConv(RecordLayer):
         self.keep(place, gain=along)
 
     def patches(self, x: Tensor) -> Tensor:
-        """What each output sees: [B, channels, H, W] -> [B, positions, height · width · channels]."""
+        """The input patch of each output: [B, channels, H, W] -> [B, positions, height · width · channels]."""
         (high, wide), (down, right), (above, left) = self.size, self.stride, self.padding
         x = functional.pad(x, (left, left, above, above)) if above or left else x
         x = x.contiguous(memory_format=torch.channels_last)
@@ -143,7 +145,8 @@ class RecordConv(RecordLayer):
 
 
 class _ConvFunction(torch.autograd.Function):
-    """A convolution whose backward pass gives the gradient of its input and leaves those of its parameters in rows."""
+    """A convolution whose backward pass returns the gradient of its input and stores those of its parameters in
+    rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, layer: RecordConv) -> Tensor:
@@ -221,7 +224,7 @@ class RecordNorm(RecordLayer):
         return _NormFunction.apply(x, self.anchor, self)
 
     def sizes(self, x: Tensor) -> tuple[int, int, int, int]:
-        """As the library wants them: members, channels, positions, groups."""
+        """The sizes for the library: members, channels, positions, groups."""
         return *x.shape[:2], math.prod(x.shape[2:]), self.groups
 
 
@@ -267,7 +270,7 @@ CACHED_VIEWS = 16
 """Views that one thread of a CPU works on at a time: their activations stay in its cache."""
 
 FEW_VIEWS = 4
-"""Of a record. With no more, a CPU spends longer on calls for one record at a time than it saves by its cache."""
+"""Most views of a record with which a CPU computes all records of a pass together: single calls would take longer."""
 
 
 def has_layer_gradients(extractor: nn.Module) -> bool:
@@ -282,9 +285,9 @@ class WrnGradients:
 
     Args:
         model: a classifier whose extractor ``has_layer_gradients``; its parameters are read by ``refresh``.
-        first: units of the extractor that are frozen and left out: ``of`` is given what they put out.
+        first: units of the extractor that are frozen and left out: ``of`` gets their outputs.
         trained: names of the parameters, in the classifier, that ``of`` finds gradients for: all or none of a layer's.
-            None: all. The others' values are those of now, whatever ``refresh`` finds.
+            None: all. The others keep their present values, also after ``refresh``.
         together: compute the records of a pass without a loop over them. None: on an accelerator, and on a CPU where
             records have no more than ``FEW_VIEWS``. A CPU makes a pass of a few records, one in each thread.
     """
@@ -305,7 +308,7 @@ class WrnGradients:
         self.refresh()
 
     def _replaced(self, module: nn.Module, prefix: str) -> Iterator[RecordConv | RecordNorm]:
-        """Put layers that keep records apart in the places of a network's own; the new ones."""
+        """Replace a network's layers by ``RecordLayer``s; yields them."""
         for name, child in list(module.named_children()):
             path = f"{prefix}.{name}"
             if isinstance(child, nn.Conv2d | nn.GroupNorm):
@@ -319,7 +322,7 @@ class WrnGradients:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the model's parameters as they are now: once after every change of them."""
+        """Read the model's parameters: call it once after every change of them."""
         for layer in self._layers:
             layer.refresh()
 
@@ -333,8 +336,8 @@ class WrnGradients:
 
         Returns:
             float32 by the model's names, each [B, ...]; filters with their channels last in memory. Where a record's
-            gradient is not finite, its rows are not, and no others. The next call overwrites them: memory asked for
-            anew every time would cost as much as the arithmetic on a single view.
+            gradient is not finite, its rows are not, and no others. The next call overwrites them: new memory each time
+            would cost as much as the arithmetic of a single view.
         """
         head = torch.empty(len(views), *self._model.head.shape, device=views.device)
         for layer in self._layers:
