@@ -7,8 +7,9 @@ that comes round again, or an output divided once more.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.auditing.games import LARGEST_FACTOR, Game, step_score
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
@@ -25,24 +28,32 @@ SEPARATE_VIEWS = 4
 """Views of a record in the control that clips each of them, where the plan has fewer."""
 
 
+class _Repeated(SystemRandom):
+    """Words that are drawn once, and come again after ``rewind``."""
+
+    def __init__(self, source: RandomSource) -> None:
+        self._source, self._kept, self._place = source, [], 0
+
+    def rewind(self) -> None:
+        self._place = 0
+
+    def words(self, count: int) -> np.ndarray:
+        if self._place == len(self._kept):
+            self._kept.append(self._source.words(count))
+        self._place += 1
+        return self._kept[self._place - 1]
+
+
 class _SameNoise:
-    """Noise of one shape is drawn once and then handed out again; batches stay fresh."""
+    """Every step's noise is made of the same words; batches stay fresh."""
 
     mode: RandomMode = "os-entropy"
     private = False
 
     def __init__(self, source: RandomSource) -> None:
-        self._source = source
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def uniform(self, count: int):
-        return self._source.uniform(count)
-
-    def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
-        key = tuple(shape)
-        if key not in self._kept:
-            self._kept[key] = self._source.gaussian(shape)
-        return self._kept[key].clone()
+        self._noise = _Repeated(source)
+        self.uniform, self.gaussian, self.words = source.uniform, self._noise.gaussian, self._noise.words
+        self.rewind = self._noise.rewind
 
 
 class _DividedByBatch:
@@ -96,6 +107,8 @@ class Control:
 
     def step(self, step: PrivateStep, plan: PrivatePlan) -> PrivateStep | _DividedByBatch:
         """What the loop is handed instead of the step; its ``indices`` may be changed by the caller afterwards."""
+        if self.same_noise:
+            step._random.rewind()
         return _DividedByBatch(step, plan) if self.actual_divisor else step
 
     def applies(self, plan: PrivatePlan) -> bool:
@@ -116,77 +129,128 @@ CONTROLS = (
 
 # ------------------------------------------------------------------------------------------------------------ canaries
 #
-# Scores of Dirac canaries: records whose gradient is one coordinate of the released sum and nothing else.
+# Scores of canaries: records whose gradient is one coordinate of the released sum and nothing else.
 #
-# Each canary has a coordinate of its own, so one noisy step is many independent trials: half of the coordinates belong
-# to canaries that are in the data, half to canaries that are not. The real clip makes the sum, the real mechanism adds
-# the noise. That the noise of different coordinates is independent is what ``replay`` checks.
+# Each has a coordinate of its own, so one run of the real mechanism is as many trials as it has canaries, with or
+# without the record. The real sampler draws the batches, the real clip makes the sum, the real mechanism adds the noise,
+# for all steps of the plan. That the noise of different coordinates is independent is what ``replay`` checks.
 #
 # The gradient's sign alternates from step to step, and so does the score's: for fresh noise this changes nothing, while
 # noise that comes round again cancels.
 
-BLOCK = 125
-"""Trials of each world in one mechanism."""
+BLOCK = 20_000
+"""Canaries in one run of the mechanism."""
+
+CLIPPED_AT_ONCE = 64
+"""Canaries whose gradients are clipped together, as the records of a microbatch are. Such groups are equal but for their
+place, so each size is computed once a step."""
 
 LENGTH = 100.0
 """Norm of a canary's gradient before the clip, in clip norms: the clip has to act."""
 
-TELLING_MU = 1.5
-"""Steps of a trial are added until its μ is this large, where errors of both kinds are neither rare nor common."""
+MOST_STEPS = 10_000
+"""Steps of a trial, at most; a longer plan is judged by its first ones."""
 
-MOST_STEPS = 400
-
-
-def trial_steps(plan: PrivatePlan) -> int:
-    """How many steps make one trial: an even number, if the plan has more than one step."""
-    wanted = math.ceil((TELLING_MU * plan.noise_multiplier) ** 2)
-    steps = max(1, min(plan.steps, MOST_STEPS, max(2, wanted)))
-    return steps if steps == 1 else steps - steps % 2
+PILOT = 2000
+"""Coordinates that are looked at for the size of the noise, before the trials."""
 
 
-def trial_mu(plan: PrivatePlan, steps: int) -> float:
-    """μ of ``steps`` steps that all hold the canary, √steps/σ: the claim that a trial is held against."""
-    return math.sqrt(steps) / plan.noise_multiplier
+def trial_event(plan: PrivatePlan) -> GaussianEvent:
+    """What was accounted for one trial: the whole plan, but for ``MOST_STEPS``."""
+    return replace(plan.event, steps=min(plan.steps, MOST_STEPS))
 
 
-def dirac_scores(
-    plan: PrivatePlan, trials: int, steps: int, folder: Path, control: Control = FAITHFUL
+def seconds_of(plan: PrivatePlan, canaries: int) -> float:
+    """About how long scores of so many canaries take on one processor of 2020."""
+    steps = min(plan.steps, MOST_STEPS)
+    cost = 7e-8 if plan.sample_rate == 1 else 1.6e-7
+    cost = 6e-7 if plan.noise == "discrete" else cost
+    return steps * (4e-4 * math.ceil(canaries / BLOCK) + cost * canaries)
+
+
+def game_scores(
+    plan: PrivatePlan, game: Game, folder: Path, control: Control = FAITHFUL
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of trials without and with a canary that is in every batch.
+    """Scores of a distinguishing game.
 
     Args:
         plan: what was accounted; σ > 0.
-        trials: a world.
-        steps: of each trial, at most those of the plan.
+        game: how many trials.
         folder: for ledgers; nothing in it is of use afterwards.
         control: the fault to make, if any.
 
     Returns:
-        (float64 [trials] without, float64 [trials] with) the canary, in units of the noise that was accounted: of
-        variance 1 and means 0 and ``trial_mu`` if the mechanism is what it claims to be.
+        (float64 [game.without], float64 [game.having]), log likelihood ratios.
     """
+    noise = seen_noise(plan, folder, control)
+    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
     blocks = [
-        _block(plan, min(BLOCK, trials - start), steps, folder / f"{control.name}-{start}.jsonl", control)
-        for start in range(0, trials, BLOCK)
+        canary_scores(plan, included[start : start + BLOCK], folder, control, noise)
+        for start in range(0, game.trials, BLOCK)
     ]
-    return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+    scores = np.concatenate(blocks)
+    return scores[game.having :], scores[: game.having]
 
 
-def _block(
-    plan: PrivatePlan, count: int, steps: int, ledger: Path, control: Control
-) -> tuple[np.ndarray, np.ndarray]:
-    rows = torch.eye(count, 2 * count) * (LENGTH * plan.clip_norm)  # the last ``count`` coordinates stay empty
-    if control.separate_views:
-        rows = rows.repeat(control.views(plan), 1)
-    signed = (rows, -rows)
-    total = torch.zeros(2 * count, dtype=torch.float64)
-    for step in islice(rehearsal_steps(plan, 2 * count, ledger, control), steps):
+def seen_noise(plan: PrivatePlan, folder: Path, control: Control = FAITHFUL) -> float:
+    """The noise multiplier that an attacker would measure beforehand on data without canaries: σ, if that is near.
+
+    The best score for noise of another size than was accounted is another one, so a fault in it shows more.
+    """
+    squares, steps = 0.0, min(plan.steps, 100)
+    for released, _ in _released(plan, np.zeros(PILOT, bool), folder, control, steps):
+        squares += float(np.square(released).mean())
+    found = math.sqrt(squares / steps)
+    near = abs(found / plan.noise_multiplier - 1) < max(0.03, 4 / math.sqrt(2 * PILOT * steps))
+    return plan.noise_multiplier if near else max(found, plan.noise_multiplier / LARGEST_FACTOR)
+
+
+def canary_scores(
+    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control = FAITHFUL, noise: float | None = None
+) -> np.ndarray:
+    """One run of the mechanism with canaries: the log likelihood ratio of each, with to without.
+
+    Args:
+        plan, folder, control: as for ``game_scores``.
+        included: bool [m], which canaries are in the data. The records of the others are empty.
+        noise: the noise multiplier that the attacker assumes; the plan's if None.
+
+    Returns:
+        float64 [m].
+    """
+    noise = plan.noise_multiplier if noise is None else noise
+    scores = np.zeros(len(included))
+    for released, sign in _released(plan, included, folder, control, MOST_STEPS):
+        scores += step_score(sign * released, noise, plan.sample_rate)
+    return scores
+
+
+def _released(
+    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control, steps: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The released sum of each step, float64 [m] in clip norms, and the sign of the gradients in it."""
+    count, ledger = len(included), folder / f"{next(_numbers)}.jsonl"
+    for step in islice(rehearsal_steps(plan, count, ledger, control), steps):
         sign = 1 - 2 * (step.number % 2)
-        sums = clipped_sum({"canary": signed[step.number % 2]}, control.clip_norm(plan))
-        total += sign * step.release(sums)["canary"].double()
-    per_step = plan.sample_rate * 2 * count / plan.clip_norm  # undoes the public divisor
-    scores = (total * per_step / (plan.noise_multiplier * math.sqrt(steps))).numpy()
-    return scores[count:], scores[:count]
+        drawn = step.indices[included[step.indices]]
+        groups, rest = divmod(len(drawn), CLIPPED_AT_ONCE)
+        sums = torch.zeros(count, dtype=torch.float64)
+        sums[torch.from_numpy(drawn)] = torch.cat(
+            [_clipped(CLIPPED_AT_ONCE, sign, plan, control).repeat(groups), _clipped(rest, sign, plan, control)]
+        )
+        factor = plan.sample_rate * count / plan.clip_norm  # undoes the public divisor
+        yield step.release({"canary": sums})["canary"].double().numpy() * factor, sign
+    ledger.unlink()
+
+
+_numbers = itertools.count()
+
+
+def _clipped(count: int, sign: int, plan: PrivatePlan, control: Control) -> torch.Tensor:
+    """Sum of so many canaries' clipped gradients, one coordinate for each, float64 [count]."""
+    rows = torch.eye(count) * (sign * LENGTH * plan.clip_norm)
+    rows = rows.repeat(control.views(plan), 1) if control.separate_views else rows
+    return clipped_sum({"canary": rows}, control.clip_norm(plan))["canary"]
 
 
 def rehearsal_plan(plan: PrivatePlan, examples: int) -> PrivatePlan:
