@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from dprandp.privacy.accounting import GaussianEvent
-from dprandp.privacy.auditing.games import LARGEST_FACTOR, Game, step_score
+from dprandp.privacy.auditing.games import LARGEST_FACTOR, Game, plain_bound, step_score
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
 from dprandp.privacy.randomness import RandomMode, RandomSource, SystemRandom
+from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial
 
 SEPARATE_VIEWS = 4
 """Views of a record in the control that clips each of them, where the plan has fewer."""
@@ -132,8 +133,8 @@ CONTROLS = (
 # Scores of canaries: records whose gradient is one coordinate of the released sum and nothing else.
 #
 # Each has a coordinate of its own, so one run of the real mechanism is as many trials as it has canaries, with or
-# without the record. The real sampler draws the batches, the real clip makes the sum, the real mechanism adds the noise,
-# for all steps of the plan. That the noise of different coordinates is independent is what ``replay`` checks.
+# without the record. The real sampler draws the batches, the real clip makes the sum, the real mechanism adds the
+# noise, for all steps of the plan. That the noise of different coordinates is independent is what ``replay`` checks.
 #
 # The gradient's sign alternates from step to step, and so does the score's: for fresh noise this changes nothing, while
 # noise that comes round again cancels.
@@ -142,8 +143,8 @@ BLOCK = 20_000
 """Canaries in one run of the mechanism."""
 
 CLIPPED_AT_ONCE = 64
-"""Canaries whose gradients are clipped together, as the records of a microbatch are. Such groups are equal but for their
-place, so each size is computed once a step."""
+"""Canaries whose gradients are clipped together, as the records of a microbatch are. Such groups are equal but for
+their place, so each size is computed once a step."""
 
 LENGTH = 100.0
 """Norm of a canary's gradient before the clip, in clip norms: the clip has to act."""
@@ -163,8 +164,7 @@ def trial_event(plan: PrivatePlan) -> GaussianEvent:
 def seconds_of(plan: PrivatePlan, canaries: int) -> float:
     """About how long scores of so many canaries take on one processor of 2020."""
     steps = min(plan.steps, MOST_STEPS)
-    cost = 7e-8 if plan.sample_rate == 1 else 1.6e-7
-    cost = 6e-7 if plan.noise == "discrete" else cost
+    cost = 1e-6 if plan.noise == "discrete" else 1.5e-7 if plan.sample_rate == 1 else 2.5e-7
     return steps * (4e-4 * math.ceil(canaries / BLOCK) + cost * canaries)
 
 
@@ -265,3 +265,81 @@ def rehearsal_steps(plan: PrivatePlan, examples: int, ledger: Path, control: Con
     mechanism = PrivateMechanism(runnable, Ledger.create(ledger, examples), source, charge_block=plan.steps)
     for step in mechanism.steps():
         yield control.step(step, runnable)
+
+
+# --------------------------------------------------------------------------------------------------------- paid tuning
+#
+# What a selection among private trials hands over is the best noisy score. The worst case: a trial whose noisy sums
+# speak for the canary answers as many held-out records right as they speak for it, so that the best score is about the
+# largest evidence of all trials.
+
+ANSWERS = 100
+"""Records held out on average, times μ: the noise of a count is then small beside what it says."""
+
+REACH = 8.0
+"""Evidence from −8 to 8 standard deviations is answered by none to all right."""
+
+SELECTION_CONTROL = "noise of a tenth, in paid tuning"
+
+
+def selection_outcomes(
+    plan: SelectionPlan, count: int, present: bool, folder: Path, faulty: bool = False
+) -> np.ndarray:
+    """Evidence that the real selection hands over, in ``count`` independent selections.
+
+    Args:
+        plan: what was accounted; the number of records is made up, and each setting makes one step, which by the plan
+            says as much as all of them (σ = √T/μ).
+        count: selections.
+        present: whether record 0 is the canary; else it is empty.
+        folder: for ledgers.
+        faulty: with noise ten times smaller than was accounted.
+
+    Returns:
+        float64 [count]: about the largest evidence of all trials, in standard deviations of a trial's noise.
+    """
+    answers = math.ceil(ANSWERS / min(1.0, plan.mu))
+    examples = math.ceil(answers / plan.held_out) + 1
+    mu = min(1000.0, plan.mu * 10) if faulty else plan.mu
+    real = replace(plan, examples=examples, steps=(1,) * len(plan.steps), epsilon_target=1e9, delta=1e-9, mu=mu)
+    gradient = {"canary": torch.full((1, 1), LENGTH * plan.clip_norm)}
+
+    def one_trial(trial: Trial) -> None:
+        total = torch.zeros(1, dtype=torch.float64)
+        if present and len(trial.fitted) and trial.fitted[0] == 0:
+            total = clipped_sum(gradient, plan.clip_norm)["canary"]
+        seen = float(trial.release(total)[0]) * trial.expected_fitted / plan.clip_norm * plan.mu
+        others = trial.held_out > 0
+        right = np.cumsum(others) <= round((seen + REACH) / (2 * REACH) * answers)
+        right &= others
+        trial.score(torch.from_numpy(right | (~others & present)))
+
+    found = np.empty(count)
+    for number in range(count):
+        ledger = folder / f"{next(_numbers)}.jsonl"
+        selection = PrivateSelection(real, Ledger.create(ledger, examples), SystemRandom(), 1, warn=lambda text: None)
+        found[number] = selection.run(one_trial)[1]
+        ledger.unlink()
+    return found / answers * (2 * REACH) - REACH
+
+
+def simulated_outcomes(
+    plan: SelectionPlan, count: int, present: bool, random: np.random.Generator, factor: float = 1.0
+) -> np.ndarray:
+    """What ``selection_outcomes`` returns, simulated, with the noise divided by ``factor``."""
+    trials = np.array([plan.event.trials.draw(value) for value in random.random(count)])
+    values = random.standard_normal(trials.sum()) / factor
+    values += plan.mu * present * (random.random(len(values)) >= plan.held_out)
+    return np.maximum.reduceat(values, np.concatenate([[0], np.cumsum(trials)[:-1]]))
+
+
+def selection_threshold(plan: SelectionPlan, count: int, significance: float, seed: int) -> float:
+    """The evidence above which to answer "with", from simulated selections alone: where the bound is largest."""
+    random = np.random.default_rng(seed)
+    without, having = (np.sort(simulated_outcomes(plan, 20 * count, there, random)) for there in (False, True))
+
+    def bound(threshold: float) -> float:
+        above = [(len(side) - np.searchsorted(side, threshold, "right")) // 20 for side in (without, having)]
+        return plain_bound(int(above[0]), int(above[1]), count, count, plan.delta, significance)
+
+    return float(max(np.quantile(without, 1 - np.geomspace(1 / count, 0.6, 60)), key=bound))

@@ -17,8 +17,8 @@ The threshold is fixed beforehand, so no trial is spent on choosing it.
 Guarantee:
     * *Contradiction* (``factor`` > 1) holds for every mechanism, without any assumption about its noise: one that has
       the curve it claims is accused with a probability of at most ``significance``. So does ``delta_seen``.
-    * *The bound on ε at the plan's δ* also assumes that the mechanism is one of the family: Gaussian noise of some size,
-      Poisson samples at the planned rate (Nasr et al. 2023, "Tight auditing of differentially private machine
+    * *The bound on ε at the plan's δ* also assumes that the mechanism is one of that family: Gaussian noise of some
+      size, Poisson samples at the planned rate (Nasr et al. 2023, "Tight auditing of differentially private machine
       learning", make the same assumption). Without it, an ε at δ = 1e-5 needs events that hardly ever happen.
 
 *One run* with many canaries, each of which is in the data on a coin of its own, is further down.
@@ -276,7 +276,7 @@ class Power:
 
     Attributes:
         factor: the noise is too small by this factor.
-        mean_bound: the bound on the factor that is proven, for the mean number of wrong answers.
+        mean_bound: the factor that the mean number of wrong answers proves, interpolated, at most the largest one.
         flagged: chance that the claim is contradicted.
     """
 
@@ -297,6 +297,8 @@ def game_power(
         signal: the canary's part of a score, as a part of what it is in the best attack.
     """
     most = _most_errors(game, claim, significance)
+    scales = sorted({0.0, 0.5, 0.8, 0.9, *factors})
+    curve = [0.0 if s == 0 else claim.curve(s, game.threshold) for s in scales]
     found = []
     for factor in factors:
         false_positive, false_negative = error_rates(claim.event, factor, game.threshold, seed, signal)
@@ -304,7 +306,7 @@ def game_power(
         variance = game.without * false_positive * (1 - false_positive)
         variance += game.having * false_negative * (1 - false_negative)
         seen = _delta_seen(game, round(mean), significance)
-        bound = contradicted(lambda s, seen=seen: s > 0 and claim.curve(s, game.threshold) >= seen) if seen > 0 else 0.0
+        bound = float(np.interp(seen, curve, scales))
         found.append(Power(factor, bound, float(ndtr((most + 0.5 - mean) / math.sqrt(max(variance, 1e-9))))))
     return found
 
@@ -336,8 +338,8 @@ def error_rates(
         return float(ndtr(-at * factor)), float(ndtr((at - mu) * factor))
     random = np.random.default_rng(seed)
     trials = max(2000, SIMULATED // event.steps)
-    rates = [(ideal_scores(event, np.full(trials, there), random, factor) > threshold).mean() for there in (False, True)]
-    return float(rates[0]), 1 - float(rates[1])
+    scores = [ideal_scores(event, np.full(trials, there), random, factor) for there in (False, True)]
+    return float((scores[0] > threshold).mean()), float((scores[1] <= threshold).mean())
 
 
 def ideal_scores(
@@ -348,17 +350,18 @@ def ideal_scores(
     Args:
         event: what was accounted.
         included: bool [m], which canaries are in the data.
-        random: public randomness. factor: above 0.
+        random: public randomness.
+        factor: above 0; the attacker has measured it, and scores accordingly.
     """
     sigma, rate = event.noise_multiplier, event.sample_rate
     count = len(included)
     if rate == 1:
-        mu = math.sqrt(event.steps) / sigma
-        return mu * (random.standard_normal(count) / factor + mu * included) - mu**2 / 2
+        mu = factor * math.sqrt(event.steps) / sigma
+        return mu * (random.standard_normal(count) + mu * included) - mu**2 / 2
     scores = np.zeros(count)
     for _ in range(event.steps):
         there = included & (random.random(count) < rate)
-        scores += step_score(there + random.standard_normal(count) * (sigma / factor), sigma, rate)
+        scores += step_score(there + random.standard_normal(count) * (sigma / factor), sigma / factor, rate)
     return scores
 
 
@@ -377,8 +380,8 @@ def step_score(released: np.ndarray, noise_multiplier: float, sample_rate: float
 
 # ------------------------------------------------------------------------------------------------------------- one run
 #
-# One run with m canaries. Each is in the data on a fair coin of its own; from the output of the run the attacker guesses
-# for the r most telling ones whether they were in, and is right v times.
+# One run with m canaries. Each is in the data on a fair coin of its own; from the output of the run the attacker
+# guesses for the r most telling ones whether they were in, and is right v times.
 #
 # Mahloujifar, Melis & Chaudhuri 2025, "Auditing f-differential privacy in one run", Theorem 9 and Algorithm 3. Let p_i
 # be the chance of exactly i right guesses, and x(y) the smallest false positive rate at which the claimed trade-off
@@ -388,7 +391,8 @@ def step_score(released: np.ndarray, noise_multiplier: float, sample_rate: float
 #     Σ_{j ≥ i−1} (r − j)/m p_j  ≥  x( Σ_{j ≥ i} j/m p_j ).
 #
 # If v or more right guesses had a probability of τ, these inequalities, from i = v down to 1, would force all p_j
-# together above 1, so that the probability is less. No independence is assumed: neither of the noise nor of the canaries.
+# together above 1, so that the probability is less. No independence is assumed, neither of noise nor of canaries; the
+# price is that even endless canaries of a Gaussian mechanism prove about half of its ε.
 #
 # ("Let's ask Gauss", Agrawal et al. 2026, arXiv 2606.12733, fits two normal distributions to the same scores. Its
 # bounds hold as far as the scores are normal and independent; so this file counts guesses.)
