@@ -23,7 +23,7 @@ import torch
 
 from dprandp import finetune, probe
 from dprandp.audit import continual
-from dprandp.audit.games import SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
+from dprandp.audit.games import GAME, SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
 from dprandp.audit.loops import (
     HeadRecords,
     hardened,
@@ -58,7 +58,7 @@ from dprandp.runs.results import ONE_IMAGE
 # audit.png: what was claimed, what was shown, and which faults were seen.
 
 
-GAME, NOTHING = "distinguishing game", {"epsilon_lower": 0.0, "flagged": False}
+NOTHING = {"epsilon_lower": 0.0, "flagged": False}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -228,6 +228,10 @@ def _line(found: dict[str, Any]) -> str:
         f"replay {'FAILED' if found['replay']['flagged'] else replayed}",
         f"{GAME} {bound_text(game)} ({game['trials']:,} trials with and without the record, power {power_text(game)})",
     ]
+    if "one_trial" in game:
+        shown = ", ".join(f"{100 * part['ratio']:.0f} % ({name.replace('_', ' ')})"
+                          for name, part in game["one_trial"].items())  # fmt: skip
+        parts.append(f"of the claimed μ of one trial {shown}")
     if one:
         parts.append(f"one run {bound_text(one)} ({one['canaries']:,} canaries; "
                      f"ε ≥ {one['epsilon_lower_if_independent']:.3g} if they are independent)")  # fmt: skip

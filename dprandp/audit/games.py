@@ -27,10 +27,10 @@ from dprandp.privacy.auditing.controls import (
     game_scores,
     seconds_of,
     seen_noise,
-    selection_outcomes,
-    selection_threshold,
-    simulated_outcomes,
+    selection_answers,
+    selection_evidence,
     trial_event,
+    trial_game_scores,
 )
 from dprandp.privacy.auditing.games import (
     Claim,
@@ -66,8 +66,10 @@ less than the second. Bounds of sampled steps come out .02 to .03 lower, which i
 PATIENCE = 60.0
 MOST_TRIALS = 20_000_000
 MOST_CANARIES = 200_000
-SELECTIONS = 5000
-"""Paid tunings with and as many without the canary, where ``--trials`` names no number."""
+SELECTIONS, MOST_TRIAL_GAMES = 2000, 100_000
+"""Paid tunings with and as many without the canary; and the most games on single trials of one, both together."""
+
+GAME = "distinguishing game"
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ def _control(
     with scratch_folder() as folder:
         bound = play(game, *game_scores(plan, game, folder, control), claim, SIGNIFICANCE)
     if bound.factor > 1:
-        by.append("distinguishing game")
+        by.append(GAME)
     mu = math.sqrt(claim.event.steps) / plan.noise_multiplier
     return {"name": control.name, "flagged": bool(by), "by": by, "mu_lower": bound.factor * mu}
 
@@ -319,36 +321,36 @@ def _black_box(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSet
 
 
 def _try_selection(plan: SelectionPlan, settings: AuditSettings) -> dict[str, Any]:
-    """The game on what paid tuning selects, as ``try_mechanism`` returns it.
+    """Games on single trials and on what paid tuning selects, as ``try_mechanism`` returns them.
 
-    The claim is Rényi DP of a selection, no exact curve, so the bound on ε is that of any mechanism (``plain_bound``).
+    A trial's claim is μ, an exact curve, against which ``trials`` are judged. That of the selection is Rényi DP, an
+    upper bound, so ``epsilon_lower`` is that of any mechanism (``plain_bound``) and far from it.
     """
     started = time.perf_counter()
     claimed = compose([plan.event], plan.delta).upper
-    count = settings.trials or SELECTIONS
-    threshold = selection_threshold(plan, count, SIGNIFICANCE, settings.seed)
-
-    def proven(without: np.ndarray, having: np.ndarray) -> float:
-        positives, right = int((without > threshold).sum()), int((having > threshold).sum())
-        return plain_bound(positives, right, len(without), len(having), plan.delta, SIGNIFICANCE)
-
+    claim = Claim(GaussianEvent(1 / plan.mu, 1.0, 1), plan.delta)
+    game = Game.of(0.0, 2 * settings.trials if settings.trials else min(
+        MOST_TRIAL_GAMES, choose_game(claim, NEEDED, SIGNIFICANCE).trials))  # fmt: skip
+    parts, power = {}, [asdict(one) for one in game_power(game, claim, SIGNIFICANCE, FACTORS, settings.seed)]
+    for name, held_out in (("fitted", False), ("held_out", True)):
+        found = play(game, *trial_game_scores(plan, game, held_out), claim, SIGNIFICANCE)
+        lower = found.factor * plan.mu
+        parts[name] = {"trials": round(game.trials / 2), "mu_claimed": plan.mu, "mu_lower": lower,
+                       "ratio": found.factor, "power": power, "flagged": found.factor > 1}  # fmt: skip
+    count = min(SELECTIONS, settings.trials or SELECTIONS)
+    evidence, expected = selection_evidence(plan, count, SIGNIFICANCE, settings.seed)
     with scratch_folder() as folder:
-        lower = proven(*(selection_outcomes(plan, count, there, folder) for there in (False, True)))
-        controls = []
-        if settings.controls:
-            few = min(count, CONTROL_TRIALS)
-            faulty = [selection_outcomes(plan, few, there, folder, faulty=True) for there in (False, True)]
-            seen = proven(*faulty) > claimed
-            by = ["distinguishing game"] if seen else []
-            controls = [{"name": SELECTION_CONTROL, "flagged": seen, "by": by, "mu_lower": None}]
-    random, power = np.random.default_rng(settings.seed), []
-    for factor in FACTORS:
-        bounds = [
-            proven(*(simulated_outcomes(plan, count, there, random, factor) for there in (False, True)))
-            for _ in range(20)
-        ]
-        flagged = float(np.mean(np.array(bounds) > claimed))
-        power.append({"factor": factor, "mean_bound": float(np.mean(bounds)), "flagged": flagged})
+        answers = [selection_answers(plan, count, there, evidence, folder) for there in (False, True)]
+    lower = plain_bound(*answers, count, count, plan.delta, SIGNIFICANCE)
+    controls = []
+    if settings.controls:
+        few = Game.of(0.0, 2 * CONTROL_TRIALS)
+        seen = all(
+            play(few, *trial_game_scores(plan, few, held_out, faulty=True), claim, SIGNIFICANCE).factor > 1
+            for held_out in (False, True)
+        )
+        by = [GAME] if seen else []
+        controls = [{"name": SELECTION_CONTROL, "flagged": seen, "by": by, "mu_lower": None}]
     return {
         "name": plan.stage,
         "plan": plan.to_dict(),
@@ -357,15 +359,15 @@ def _try_selection(plan: SelectionPlan, settings: AuditSettings) -> dict[str, An
         "replay": {"head": [], "flagged": False},
         "two_world": {
             "trials": count,
-            "threshold": threshold,
+            "one_trial": parts,
             "mu_claimed": plan.mu,
             "epsilon_lower": lower,
-            "epsilon_expected": power[0]["mean_bound"],
+            "epsilon_expected": expected,
             "ratio": lower / claimed,
             "significance": SIGNIFICANCE,
             "power": power,
             "seconds": time.perf_counter() - started,
-            "flagged": lower > claimed,
+            "flagged": lower > claimed or any(part["flagged"] for part in parts.values()),
         },
         "one_run": None,
         "controls": controls,

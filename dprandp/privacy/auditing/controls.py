@@ -269,77 +269,111 @@ def rehearsal_steps(plan: PrivatePlan, examples: int, ledger: Path, control: Con
 
 # --------------------------------------------------------------------------------------------------------- paid tuning
 #
-# What a selection among private trials hands over is the best noisy score. The worst case: a trial whose noisy sums
-# speak for the canary answers as many held-out records right as they speak for it, so that the best score is about the
-# largest evidence of all trials.
+# A trial of a selection is a Gaussian mechanism of parameter μ, whether the record is fitted or held out: two games,
+# one with canaries in the sums of real trials, one with a held-out canary that is counted. What the selection adds, its
+# random number of trials, is in a third, in which all that is seen is the best noisy score.
 
-ANSWERS = 100
-"""Records held out on average, times μ: the noise of a count is then small beside what it says."""
-
-REACH = 8.0
-"""Evidence from −8 to 8 standard deviations is answered by none to all right."""
+ANSWERS = 8
+"""Records held out on average, times μ, in the third game: a count of all is then far above one of none, and noise."""
 
 SELECTION_CONTROL = "noise of a tenth, in paid tuning"
 
 
-def selection_outcomes(
-    plan: SelectionPlan, count: int, present: bool, folder: Path, faulty: bool = False
-) -> np.ndarray:
-    """Evidence that the real selection hands over, in ``count`` independent selections.
+def trial_game_scores(
+    plan: SelectionPlan, game: Game, held_out: bool, faulty: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a game on single trials of a selection.
+
+    Args:
+        plan: what was accounted; the number of records, and the part that is held out, are made up.
+        game: how many trials of the game.
+        held_out: whether the canary is held out, and counted as a right answer; else it is fitted.
+        faulty: with noise ten times smaller than was accounted.
+
+    Returns:
+        float64 [game.without], float64 [game.having], log likelihood ratios of a Gaussian of parameter μ.
+    """
+    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
+    sizes = range(0, game.trials, 1 if held_out else BLOCK)
+    mu = min(1000.0, 10 * plan.mu) if faulty else plan.mu
+    part, one = (1 - 1e-12, _counted) if held_out else (1e-12, _fitted)
+    steps = (1,) * len(plan.steps) if held_out else plan.steps
+    scores = []
+    for first in sizes:
+        canaries = included[first : first + (1 if held_out else BLOCK)]
+        real = replace(plan, examples=len(canaries), held_out=part, delta=1e-12, epsilon_target=1e9, mu=mu,
+                       steps=steps)  # fmt: skip
+        scores.append(step_score(one(real, Trial(real, SystemRandom()), canaries), 1 / plan.mu, 1.0))
+    together = np.concatenate(scores)
+    return together[game.having :], together[: game.having]
+
+
+def _fitted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndarray:
+    """The mean released sum of a trial's steps, float64 [m] in clip norms: of standard deviation σ/√T = 1/μ."""
+    sums = torch.zeros(len(included), dtype=torch.float64)
+    total = torch.zeros(len(included), dtype=torch.float64)
+    drawn = trial.fitted[included[trial.fitted]]
+    for _ in range(trial.steps):
+        gradient = torch.full((1, 1), LENGTH * plan.clip_norm)
+        sums[torch.from_numpy(drawn)] = clipped_sum({"canary": gradient}, plan.clip_norm)["canary"]
+        total += trial.release(sums).double()
+    return (total * (trial.expected_fitted / plan.clip_norm / trial.steps)).numpy()
+
+
+def _counted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndarray:
+    """The noisy count of one held-out record, right if it is there."""
+    for _ in range(trial.steps):
+        trial.release(torch.zeros(1))
+    trial.score(torch.from_numpy(included[trial.held_out]))
+    return np.array([trial.outcome[0]])
+
+
+def selection_answers(plan: SelectionPlan, count: int, present: bool, evidence: float, folder: Path) -> int:
+    """In how many of ``count`` real selections the best score says that the canary is there.
+
+    A trial whose noisy sums speak for the canary, record 0, by more than ``evidence`` answers all held-out records
+    right, another none.
 
     Args:
         plan: what was accounted; the number of records is made up, and each setting makes one step, which by the plan
             says as much as all of them (σ = √T/μ).
-        count: selections.
-        present: whether record 0 is the canary; else it is empty.
+        count: selections. present: whether record 0 is the canary; else it is empty.
+        evidence: in standard deviations of a trial's noise; see ``selection_evidence``.
         folder: for ledgers.
-        faulty: with noise ten times smaller than was accounted.
-
-    Returns:
-        float64 [count]: about the largest evidence of all trials, in standard deviations of a trial's noise.
     """
-    answers = math.ceil(ANSWERS / min(1.0, plan.mu))
-    examples = math.ceil(answers / plan.held_out) + 1
-    mu = min(1000.0, plan.mu * 10) if faulty else plan.mu
-    real = replace(plan, examples=examples, steps=(1,) * len(plan.steps), epsilon_target=1e9, delta=1e-9, mu=mu)
-    gradient = {"canary": torch.full((1, 1), LENGTH * plan.clip_norm)}
+    examples = math.ceil(max(30, ANSWERS / plan.mu) / plan.held_out)
+    real = replace(plan, examples=examples, steps=(1,) * len(plan.steps), epsilon_target=1e9, delta=1e-9)
+    gradient, found = {"canary": torch.full((1, 1), LENGTH * plan.clip_norm)}, 0
 
     def one_trial(trial: Trial) -> None:
         total = torch.zeros(1, dtype=torch.float64)
         if present and len(trial.fitted) and trial.fitted[0] == 0:
             total = clipped_sum(gradient, plan.clip_norm)["canary"]
         seen = float(trial.release(total)[0]) * trial.expected_fitted / plan.clip_norm * plan.mu
-        others = trial.held_out > 0
-        right = np.cumsum(others) <= round((seen + REACH) / (2 * REACH) * answers)
-        right &= others
-        trial.score(torch.from_numpy(right | (~others & present)))
+        trial.score(torch.full((len(trial.held_out),), seen > evidence))
 
-    found = np.empty(count)
-    for number in range(count):
+    for _ in range(count):
         ledger = folder / f"{next(_numbers)}.jsonl"
         selection = PrivateSelection(real, Ledger.create(ledger, examples), SystemRandom(), 1, warn=lambda text: None)
-        found[number] = selection.run(one_trial)[1]
+        found += selection.run(one_trial)[1] > examples * plan.held_out / 2
         ledger.unlink()
-    return found / answers * (2 * REACH) - REACH
+    return found
 
 
-def simulated_outcomes(
-    plan: SelectionPlan, count: int, present: bool, random: np.random.Generator, factor: float = 1.0
-) -> np.ndarray:
-    """What ``selection_outcomes`` returns, simulated, with the noise divided by ``factor``."""
-    trials = np.array([plan.event.trials.draw(value) for value in random.random(count)])
-    values = random.standard_normal(trials.sum()) / factor
-    values += plan.mu * present * (random.random(len(values)) >= plan.held_out)
-    return np.maximum.reduceat(values, np.concatenate([[0], np.cumsum(trials)[:-1]]))
-
-
-def selection_threshold(plan: SelectionPlan, count: int, significance: float, seed: int) -> float:
-    """The evidence above which to answer "with", from simulated selections alone: where the bound is largest."""
+def selection_evidence(plan: SelectionPlan, count: int, significance: float, seed: int) -> tuple[float, float]:
+    """The evidence to ask of a trial, from simulated selections alone: where the bound is largest; and that bound."""
     random = np.random.default_rng(seed)
-    without, having = (np.sort(simulated_outcomes(plan, 20 * count, there, random)) for there in (False, True))
+    many = max(20_000, 4 * count)
+    sides = []
+    for present in (False, True):
+        trials = np.array([plan.event.trials.draw(value) for value in random.random(many)])
+        values = random.standard_normal(trials.sum())
+        values += plan.mu * present * (random.random(len(values)) >= plan.held_out)
+        sides.append(np.sort(np.maximum.reduceat(values, np.concatenate([[0], np.cumsum(trials)[:-1]]))))
 
-    def bound(threshold: float) -> float:
-        above = [(len(side) - np.searchsorted(side, threshold, "right")) // 20 for side in (without, having)]
-        return plain_bound(int(above[0]), int(above[1]), count, count, plan.delta, significance)
+    def bound(evidence: float) -> float:
+        above = [round((many - np.searchsorted(side, evidence, "right")) * count / many) for side in sides]
+        return plain_bound(*above, count, count, plan.delta, significance)
 
-    return float(max(np.quantile(without, 1 - np.geomspace(1 / count, 0.6, 60)), key=bound))
+    best = max(np.quantile(sides[0], 1 - np.geomspace(1 / count, 0.6, 60)), key=bound)
+    return float(best), bound(best)
