@@ -288,7 +288,7 @@ def audit(run: Run) -> Markup:
                 found["name"],
                 f"≤ {epsilon_text(claimed)}",
                 f"≥ {_share(game, claimed)} ({game['trials']} trials with the record and without)",
-                _power(game),
+                _less_noise(game),
                 f"≥ {_share(one, claimed)} ({one['canaries']} canaries)" if one else "not for paid tuning",
                 "contradicts" if found["replay"]["flagged"] else "exact",
                 f"{caught} of {len(controls)} flagged" if controls else "not run",
@@ -316,7 +316,7 @@ def _share(bound: dict[str, Any], claimed: float) -> str:
     return f"{number(lower)}, {100 * lower / claimed:.0f} % of the claim"
 
 
-def _power(game: dict[str, Any]) -> str:
+def _less_noise(game: dict[str, Any]) -> str:
     """How likely a contradiction would have been, were the noise too small by a factor."""
     seen = [entry for entry in game.get("power", []) if entry["factor"] > 1]
     return ", ".join(f"{entry['factor']:g} times less: {100 * entry['flagged']:.0f} %" for entry in seen) or "not known"
