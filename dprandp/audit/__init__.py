@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from dprandp import finetune, probe
 from dprandp.audit import continual
-from dprandp.audit.games import SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
+from dprandp.audit.games import GAME, SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
 from dprandp.audit.loops import (
     HeadRecords,
     hardened,
@@ -44,6 +45,8 @@ from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
 from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
+from dprandp.privacy.randomness import NoiseKind
+from dprandp.privacy.selection import SelectionPlan
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.files import atomic_path, atomic_write, to_json
@@ -53,6 +56,9 @@ from dprandp.runs.results import ONE_IMAGE
 # -------------------------------------------------------------------------------------------------------- audit figure
 #
 # audit.png: what was claimed, what was shown, and which faults were seen.
+
+
+NOTHING = {"epsilon_lower": 0.0, "flagged": False}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -77,8 +83,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for place, found in enumerate(mechanisms):
         left.barh(place, found["epsilon_claimed"], height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
         left.barh(place - 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
-                  label="shown by two worlds")  # fmt: skip
-        left.barh(place + 0.17, found["one_run"]["epsilon_lower"], height=0.28, color="#d95f02",
+                  label="shown by the distinguishing game")  # fmt: skip
+        left.barh(place + 0.17, (found["one_run"] or NOTHING)["epsilon_lower"], height=0.28, color="#d95f02",
                   label="shown by one run")  # fmt: skip
     left.set_yticks(range(len(mechanisms)), [found["name"] for found in mechanisms])
     left.set_xlabel("ε")
@@ -98,21 +104,24 @@ def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) ->
         claimed = found["two_world"]["mu_claimed"]
         for control in found["controls"]:
             seen, place = control["by"], faults.index(control["name"])
-            shape = {"marker": "o" if seen else "x", "fillstyle": "full" if "two worlds" in seen else "none"}
+            shape = {"marker": "o" if seen else "x", "fillstyle": "full" if GAME in seen else "none"}
             axes.plot((control["mu_lower"] or 0) / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
     axes.axvline(1, color="#1c2127", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yticks(range(len(faults)), faults)
     axes.invert_yaxis()
-    axes.set_xlabel("μ shown by two worlds / μ claimed")
+    axes.set_xlabel("μ shown by the game / μ claimed")
     axes.set_xlim(left=0)
-    axes.set_title("faults: ● two worlds, ○ replay, × missed", fontsize=10)
+    axes.set_title("faults: ● game, ○ replay, × missed", fontsize=10)
 
 
 FOLDER = "audit"
 FINETUNE_STEPS = 2
 FINETUNE_BATCH = 8
 FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
+UNIT_IMAGES = 3
+"""Images of a made-up record where the run protects units of several."""
+
 PRIVATE_RECORDS = 3
 """Private records that are taken away, one at a time, in a replay on private data."""
 
@@ -124,20 +133,24 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
     """Audit every finished mechanism of a run, and write ``audit/``.
 
     Returns:
-        run, outcome, passed, significance, data, trials, canaries, seed, accounts (ledger against plan), mechanisms
-        (see ``try_mechanism``), seconds.
+        run, outcome, passed, significance, data, trials and canaries (None where the claims chose), seed, accounts
+        (ledger against plan), mechanisms (see ``try_mechanism``), seconds.
 
     Raises:
         InputError: no private stage is finished, or the run makes no claim.
     """
     started = time.perf_counter()
-    document, plans = _claims(context, settings.with_data)
+    document, plans = _claims(context)
     spec = Facts(context)
+    if document["unit"] != ONE_IMAGE:
+        settings = replace(settings, images=UNIT_IMAGES)
     parts = sum(units(settings) for _ in plans) + len(plans)
     mechanisms, raw = [], {}
     with context.console.progress(parts, "audit") as progress:
         for name, plan in plans.items():
-            found = try_mechanism(plan, spec.features, spec.classes, settings, lambda: progress.advance(1))
+            found = try_mechanism(
+                plan, spec.features, spec.classes, settings, lambda: progress.advance(1), context.console.say
+            )
             found["attempt"] = document["stages"][name]["attempt"]
             if name == finetune.STAGE:
                 found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
@@ -145,7 +158,7 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
             if name == loop.STAGE:
                 found["replay"]["continue"], controls = continual.on_made_up(plan, spec, settings, context)
                 found["controls"] += controls
-            if settings.with_data and "." not in name:
+            if settings.with_data and "." not in name and isinstance(plan, PrivatePlan):
                 raw[name] = _on_private_data(name, plan, spec, context)
                 found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
             found["replay"]["flagged"] = not _replays_pass(found["replay"])
@@ -170,6 +183,7 @@ def audit_plan(
     examples: int,
     settings: AuditSettings,
     console: Console,
+    noise: NoiseKind = "gaussian",
 ) -> dict[str, Any]:
     """Audit the mechanism that a budget would get, without any run; writes nothing.
 
@@ -184,33 +198,68 @@ def audit_plan(
         raise _no_claim("A plan with ε = inf")
     plan = make_plan(
         stage="plan", epsilon_total=epsilon, delta=delta or default_delta(examples), spend_epsilon=epsilon, spent=[],
-        examples=examples, sample_rate=sample_rate, steps=steps, clip_norm=1.0, warn=console.warn,
+        examples=examples, sample_rate=sample_rate, steps=steps, clip_norm=1.0, noise=noise,
+        warn=console.warn,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(settings.seed)
     features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
     with console.progress(units(settings), "audit") as progress:
-        found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1))
+        found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1), console.say)
     result = _result(settings, [found], [])
     return result | {"run": None, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def line(result: dict[str, Any]) -> str:
     """The result for people."""
-    shown = []
-    for found in result["mechanisms"]:
-        two, one = found["two_world"], found["one_run"]
-        caught = sum(control["flagged"] for control in found["controls"])
-        controls = f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run"
-        shown.append(
-            f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
-            f"replay {'FAILED' if found['replay']['flagged'] else 'exact'}, "
-            f"two worlds ε ≥ {two['epsilon_lower']:.3g} (n = {two['trials']}), "
-            f"one run ε ≥ {one['epsilon_lower']:.3g} (m = {one['canaries']}), {controls}"
-        )
     return (
-        f"audit: {result['outcome']} (significance {result['significance']:g}). " + "; ".join(shown) + ". "
-        "A clean audit is no proof."
+        f"audit: {result['outcome']} (significance {result['significance']:g}). "
+        + "; ".join(_line(found) for found in result["mechanisms"])
+        + ". A clean audit is no proof."
     )
+
+
+def _line(found: dict[str, Any]) -> str:
+    """One mechanism for people."""
+    game, one, box = found["two_world"], found["one_run"], found.get("black_box")
+    caught = sum(control["flagged"] for control in found["controls"])
+    replayed = "exact" if found["replay"]["head"] else "not for tuning"
+    parts = [
+        f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
+        f"replay {'FAILED' if found['replay']['flagged'] else replayed}",
+        f"{GAME} {bound_text(game)} ({game['trials']:,} trials with and without the record, power {power_text(game)})",
+    ]
+    if "one_trial" in game:
+        shown = ", ".join(f"{100 * part['ratio']:.0f} % ({name.replace('_', ' ')})"
+                          for name, part in game["one_trial"].items())  # fmt: skip
+        parts.append(f"of the claimed μ of one trial {shown}")
+    if one:
+        parts.append(f"one run {bound_text(one)} ({one['canaries']:,} canaries; "
+                     f"ε ≥ {one['epsilon_lower_if_independent']:.3g} if they are independent)")  # fmt: skip
+    if box:
+        parts.append(f"released head alone {bound_text(box)}")
+    parts.append(f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run")
+    return ", ".join(parts)
+
+
+def bound_text(bound: dict[str, Any]) -> str:
+    """``ε ≥ 0.93 = 93 % of the claim``."""
+    return f"ε ≥ {bound['epsilon_lower']:.3g} = {100 * bound['ratio']:.0f} % of the claim"
+
+
+def power_text(bound: dict[str, Any]) -> str:
+    """Chance of a contradiction were the noise too small by each factor."""
+    seen = [entry for entry in bound["power"] if entry["factor"] > 1]
+    return ", ".join(f"{entry['flagged']:.2g} at noise/{entry['factor']:g}" for entry in seen)
+
+
+def _tests(mechanisms: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """(mechanism, test, whether it contradicts)."""
+    return [
+        (found["name"], GAME if test == "two_world" else test.replace("_", " "), found[test]["flagged"])
+        for found in mechanisms
+        for test in ("replay", "two_world", "one_run", "black_box")
+        if found.get(test)
+    ]
 
 
 def raise_unless_passed(result: dict[str, Any]) -> None:
@@ -222,10 +271,7 @@ def raise_unless_passed(result: dict[str, Any]) -> None:
     if result["passed"]:
         return
     against = [
-        f"{found['name']}: {test.replace('_', ' ')}"
-        for found in result["mechanisms"]
-        for test in ("replay", "two_world", "one_run")
-        if found[test]["flagged"]
+        f"{name}: {test}" for name, test, flagged in _tests(result["mechanisms"]) if flagged
     ] + [f"accounts: {entry['name']}" for entry in result["accounts"] if not entry["passed"]]
     if against:
         raise AuditError(
@@ -248,8 +294,8 @@ def raise_unless_passed(result: dict[str, Any]) -> None:
 def _result(
     settings: AuditSettings, mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    tests = [found[test]["flagged"] for found in mechanisms for test in ("replay", "two_world", "one_run")]
-    contradicted = any(tests) or not all(entry["passed"] for entry in accounts)
+    against = any(flagged for _, _, flagged in _tests(mechanisms))
+    contradicted = against or not all(entry["passed"] for entry in accounts)
     blind = any(not control["flagged"] for found in mechanisms for control in found["controls"])
     outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
     return {
@@ -271,30 +317,28 @@ def _no_claim(what: str) -> InputError:
     return InputError(problem, fix="Audit a run with a finite --eps and without --insecure-seed.")
 
 
-def _claims(context: Context, with_data: bool) -> tuple[dict[str, Any], dict[str, PrivatePlan]]:
-    """The run's plan file, and the plans of the stages that are finished."""
+def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan | SelectionPlan]]:
+    """The run's plan file, and the plans of the stages that are finished; paid tuning is, once it is in the ledger."""
     ledger = open_run_ledger(context.rundir)
     done = {row["stage"] for row in context.rundir.status() if row["result"]}
     document = read_plan_file(context.rundir)
     entries = (document or {"stages": {}})["stages"]
+    if ledger is not None:
+        done |= {charge.stage for charge in ledger.tunings}
     plans = {
-        name: PrivatePlan.from_dict(entry["plan"]) for name, entry in entries.items() if name.split(".")[0] in done
+        name: (SelectionPlan if "mu" in entry["plan"] else PrivatePlan).from_dict(entry["plan"])
+        for name, entry in entries.items()
+        if name.split(".")[0] in done
     }
-    if not plans:
+    if not any(isinstance(plan, PrivatePlan) for plan in plans.values()):
         raise InputError(
             f"{context.rundir.path} has no finished private stage, so there is nothing to audit.",
             fix=f"Run: dprandp probe --run {context.rundir.path}",
         )
-    if ledger is None or not ledger.private or any(plan.noise_multiplier == 0 for plan in plans.values()):
+    if ledger is None or not ledger.private or any(
+        isinstance(plan, PrivatePlan) and plan.noise_multiplier == 0 for plan in plans.values()
+    ):
         raise _no_claim(f"The run {context.rundir.path}")
-    if any(plan.noise == "discrete" for plan in plans.values()):
-        raise InputError(
-            f"{context.rundir.path} used discrete noise, and the audit replays Gaussian noise alone.",
-            fix="Audit a run with --noise gaussian.",
-        )
-    if with_data and document["unit"] != ONE_IMAGE:
-        problem = f"One unit of these data is {document['unit']}, and the replay on private data leaves out one image."
-        raise InputError(problem, fix="Audit without --with-data.")
     return document, plans
 
 
@@ -304,6 +348,10 @@ def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: 
     found = []
     for name, plan in plans.items():
         attempt = document["stages"][name]["attempt"]
+        if isinstance(plan, SelectionPlan):
+            paid = [one.event for one in ledger.tunings if (one.stage, one.attempt) == (name, attempt)]
+            found.append({"name": f"{name}: the ledger holds the plan's selection", "passed": paid == [plan.event]})
+            continue
         mine = [charge for charge in ledger.charges if (charge.stage, charge.attempt) == (name, attempt)]
         planned = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
         as_planned = all((c.noise_multiplier, c.sample_rate, c.clip_norm) == planned for c in mine)
@@ -333,9 +381,9 @@ def _finetune_on_made_up(
     config, lr, scale = _finetune_settings(context)
     generator = torch.Generator().manual_seed(settings.seed)
     count = records_for(plan, FINETUNE_BATCH)
-    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator)
+    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator, settings.images)
     hard = hardened(spec.model, generator)
-    watched = most_wrong(hard, split)
+    watched = most_wrong(hard, split) // settings.images
 
     def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
         return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)
@@ -370,7 +418,8 @@ def _on_private_data(name: str, plan: PrivatePlan, spec: Facts, context: Context
         stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
     )
     require_room(2 * features.numel() * features.element_size(), "replaying on the private records")
-    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head))
+    units = stage.dataset.grouping()
+    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head), units)
     for record in watched:
         found += as_values(replay_head(plan, records.ending_with(record)), "private record")
     return found

@@ -43,8 +43,9 @@ def on_made_up(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The loop on public records: its checks, and the control that shows that its clip is seen."""
     generator = torch.Generator().manual_seed(settings.seed)
-    dataset, _ = made_up_images(facts.images, facts.classes, records_for(plan, BATCH), facts.mirror, generator)
-    config, last = _config(context), dataset.spec.train_examples - 1
+    count = records_for(plan, BATCH)
+    dataset, _ = made_up_images(facts.images, facts.classes, count, facts.mirror, generator, settings.images)
+    config, last = _config(context), dataset.spec.train_units - 1
 
     def replayed(steps: int, control: Control = FAITHFUL) -> list[Check]:
         return replay(plan, config, dataset, last, facts, context, steps, control)
@@ -86,7 +87,7 @@ def replay(
         most: steps.
         control: the fault to make, if any.
     """
-    runnable = rehearsal_plan(plan, dataset.spec.train_examples)
+    runnable = rehearsal_plan(plan, dataset.spec.train_units)
     tape, notes = Tape(), None
     for present in (True, False):
         with rehearsal_context(like) as context:

@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 from dprandp import finetune
-from dprandp.config.schema import FinetuneConfig
+from dprandp.config.schema import FinetuneConfig, ProbeConfig
 from dprandp.data import Dataset, DataSpec, Split
+from dprandp.data.units import Units
 from dprandp.dpsgd.budget import Budget
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.models.classifier import Classifier
 from dprandp.privacy.auditing.controls import FAITHFUL, Control, rehearsal_plan
+from dprandp.privacy.auditing.games import Game, step_score
 from dprandp.privacy.auditing.replay import Check, Tape, Watch, compare
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan
-from dprandp.probe.head import HeadSettings, fit_head
+from dprandp.probe.head import HeadSettings, begin_head, default_lr, fit_head, released_head, update_head
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
@@ -48,12 +50,6 @@ MOST_RECORDS = 4096
 
 ROOM = 2**30
 """Free bytes of memory from which on temporary files are kept there."""
-
-OTHERS = 64
-"""Records beside the canaries in a whole run, and dimensions that they have."""
-
-STANDING_STILL = 1e-20
-"""A learning rate at which the head stays where it is, and with it a canary's gradient."""
 
 
 class Rehearsal(PrivateStage):
@@ -144,17 +140,29 @@ class HeadRecords:
     """What a head's loop is replayed on.
 
     Attributes:
-        features: float32 [N, d] or [N, K, d]; the last record is the one that is taken away.
+        features: float32 [N, d] or [N, K, d]; the last record, or unit, is the one that is taken away.
         labels: int64 [N].
         start: float32 [d, classes], the head at the first step.
+        units: which rows make one record; None where each row is one.
     """
 
     features: Tensor
     labels: Tensor
     start: Tensor
+    units: Units | None = None
+
+    @property
+    def count(self) -> int:
+        """Records."""
+        return len(self.labels) if self.units is None else self.units.count
 
     def ending_with(self, record: int) -> HeadRecords:
         """The same with this record and the last one exchanged; arrays are changed in place."""
+        if self.units is not None:
+            of_image = self.units.of_image.copy()
+            mine, last = of_image == record, of_image == self.units.count - 1
+            of_image[mine], of_image[last] = self.units.count - 1, record
+            return replace(self, units=replace(self.units, of_image=of_image))
         for array in (self.features, self.labels):
             kept = array[record].clone()
             array[record] = array[-1]
@@ -163,7 +171,7 @@ class HeadRecords:
 
 
 def make_head_records(
-    features: Tensor, classes: int, plan: PrivatePlan, kind: str, generator: torch.Generator
+    features: Tensor, classes: int, plan: PrivatePlan, kind: str, generator: torch.Generator, images: int = 1
 ) -> HeadRecords:
     """Made-up records for a head's loop, of which the last is a hard one.
 
@@ -174,8 +182,11 @@ def make_head_records(
         kind: 'ordinary', 'long' (a gradient far above the clip norm, the same in every view) or 'broken' (not a
             number).
         generator: public randomness.
+        images: of each record; the last record's are alike.
     """
     count, views = records_for(plan), max(1, plan.views)
+    units = made_up_units(count, images)
+    count *= images
     drawn = torch.randint(len(features), (count, views), generator=generator)
     rows = features[drawn].float()
     if kind == "long":
@@ -183,10 +194,23 @@ def make_head_records(
     elif kind == "broken":
         rows[-1, :, 0] = math.nan
     labels = torch.randint(classes, (count,), generator=generator)
+    rows[-images:], labels[-images:] = rows[-1].clone(), labels[-1].clone()
     start = torch.randn(features.shape[1], classes, generator=generator)
     if kind == "long":  # at the zero head every residual, and so the long gradient, points away from its label
         start.zero_()
-    return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start)
+    return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start, units)
+
+
+def made_up_units(count: int, images: int) -> Units | None:
+    """``count`` units of so many images, one after the other; None where a unit is one image."""
+    return None if images == 1 else Units("unit", np.repeat(np.arange(count), images), count)
+
+
+class _Grouped(Dataset):
+    """Of a data set, what a head's loop asks for: which rows make one record."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
 
 
 def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAITHFUL) -> list[Check]:
@@ -197,9 +221,12 @@ def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAIT
         records: the data.
         control: the fault to make, if any.
     """
-    count = len(records.labels)
+    if control.separate_views:  # of a unit the control would clip each image
+        records = replace(records, units=None)
+    count, units = records.count, records.units
     runnable = rehearsal_plan(plan, count)
     features, labels, rows = records.features, records.labels, 1
+    dataset = None if units is None else _Grouped(units)
     if control.separate_views:
         rows = control.views(plan)
         features = features.reshape(count, -1, features.shape[-1])
@@ -208,61 +235,87 @@ def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAIT
     settings = HeadSettings(lr=1.0, momentum=0.9, released="last")
     tape, notes = Tape(), None
     for present in (True, False):
-        kept = slice(None) if present else slice(None, -rows)
+        kept = slice(None) if present or units is not None else slice(None, -rows)
+        if units is not None and not present:  # the slot is empty: nothing of the unit's images is left
+            features = features.clone()
+            features[torch.from_numpy(units.of_image == count - 1)] = 0
         with rehearsal_context() as context:
             played = tape if present else tape.again()
-            stage = Rehearsal(runnable, context, control=control, tape=played, watched=count - 1, present=present,
-                              follow=notes, rows=rows)  # fmt: skip
+            stage = Rehearsal(runnable, context, dataset=dataset, control=control, tape=played, watched=count - 1,
+                              present=present, follow=notes, rows=rows)  # fmt: skip
             fit_head(stage, features[kept], labels[kept], records.start, settings, context.rundir.path, Stop())
         if present:
             notes = stage.watch.observed
     return compare(notes, stage.watch.observed, runnable, count - 1)
 
 
-def canary_run(
-    plan: PrivatePlan, features: Tensor, classes: int, included: np.ndarray, generator: torch.Generator,
-    control: Control = FAITHFUL,
-) -> np.ndarray:  # fmt: skip
-    """One whole run of a head's loop on public records and canaries.
+HEADS_AT_ONCE = 500
+"""Canaries in one fit of a head: each has a dimension of its own, so that none moves another's part of the head."""
 
-    A canary's feature vector has a dimension of its own, and a length at which its gradient is clipped. The head
-    stands still, so that a canary's gradient is the same in every step in which it is drawn.
+
+def head_game_scores(plan: PrivatePlan, game: Game) -> tuple[np.ndarray, np.ndarray, float]:
+    """Scores of a distinguishing game in which the attacker sees nothing but released heads.
+
+    The worst case that a head's loop allows: a canary is alone in a dimension, in which the head begins so far on the
+    wrong side that its gradient is clipped, and the same, in every step. The loop is the stage's, with its momentum and
+    its averaging, which weigh the steps' noise unevenly; that is all that is lost against somebody who sees every step.
 
     Args:
-        plan: what was accounted; every step of it is run.
-        features: float [n, d] public features of the other records.
-        classes: number of classes.
-        included: bool [m], which canaries are in the data. The others are zeros, which add nothing to any sum.
-        generator: public randomness: labels.
-        control: the fault to make, if any.
+        plan: of full batches.
+        game: how many trials.
 
     Returns:
-        float64 [m], in units of the noise that was accounted.
+        float64 [game.without], float64 [game.having], log likelihood ratios; and the signal that is left in a released
+        head, as a part of that in all steps.
     """
-    features = features[:OTHERS, :OTHERS]  # the others are company; most of the work is theirs if there are many
-    canaries, (count, width) = len(included), features.shape
-    rows = torch.zeros(count + canaries, width + canaries)
-    rows[:count, :width] = features
-    rows[count:, width:].diagonal().copy_(torch.from_numpy(included) * 1000 * plan.clip_norm)
-    labels = torch.randint(classes, (len(rows),), generator=generator)
-    runnable = replace(rehearsal_plan(plan, len(rows)), views=1)
-    settings = HeadSettings(lr=STANDING_STILL, momentum=0.0, released="last")
+    defaults = ProbeConfig(data="none", epsilon=1.0)
+    lr = default_lr(plan.epsilon_target, plan.delta, plan.examples, plan.steps, plan.clip_norm)
+    settings = HeadSettings(lr, defaults.momentum, defaults.released)
+    weights, start_weight = _weights(settings, plan.steps)
+    total, length = float(weights.sum()), float(weights.square().sum().sqrt())
+    noise = plan.noise_multiplier * length / total
+    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
+    scores = []
+    for first in range(0, game.trials, HEADS_AT_ONCE):
+        found = _released_canaries(plan, included[first : first + HEADS_AT_ONCE], settings, total, length, start_weight)
+        scores.append(step_score(found, noise, 1.0))
+    together = np.concatenate(scores)
+    return together[game.having :], together[: game.having], total / (length * math.sqrt(plan.steps))
+
+
+def _weights(settings: HeadSettings, steps: int) -> tuple[Tensor, float]:
+    """How much each update moves the released head, float64 [steps]; and what is left in it of the beginning."""
+    start = torch.zeros(steps + 1, dtype=torch.float64)
+    start[-1] = 1
+    state, one = begin_head(start), torch.eye(steps, steps + 1, dtype=torch.float64)
+    for number in range(steps):
+        update_head(state, one[number], settings, number, steps)
+    released = released_head(state, settings)
+    return -released[:-1], float(released[-1])
+
+
+def _released_canaries(
+    plan: PrivatePlan, included: np.ndarray, settings: HeadSettings, total: float, length: float, start_weight: float
+) -> np.ndarray:
+    """One fit: what each canary's part of the released head says of it, 0 without and 1 with it, up to noise."""
+    count = len(included)
+    runnable = replace(rehearsal_plan(plan, count), views=1)
+    moved = plan.clip_norm * (abs(total) + 12 * plan.noise_multiplier * length) / count  # what the head moves at most
+    rows = torch.diag(torch.from_numpy(included).float()) * (1000 * plan.clip_norm)
+    labels = torch.zeros(count, dtype=torch.int64)
+    start = torch.tensor([-1.0, 1.0]).expand(count, 2) * (moved + 1 / plan.clip_norm)
     with rehearsal_context() as context:
-        stage = Rehearsal(runnable, context, control=control, most=plan.steps, keep=False)
-        start = torch.zeros(width + canaries, classes)
-        fit_head(stage, rows, labels, start, settings, context.rundir.path, Stop())
-    towards = torch.full((canaries, classes), 1 / classes, dtype=torch.float64)  # softmax at the zero head - one-hot
-    towards[torch.arange(canaries), labels[count:]] -= 1
-    towards /= towards.norm(dim=1, keepdim=True)
-    found = (stage.watch.total["head"][width:] * towards).sum(dim=1)
-    return (found * runnable.expected_batch / (plan.noise_std * math.sqrt(plan.steps))).numpy()
+        stage = Rehearsal(runnable, context, most=plan.steps, keep=False)
+        released, _ = fit_head(stage, rows, labels, start, settings, context.rundir.path, Stop())
+    apart = (released.double() - start_weight * start.double()) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    return (apart / math.sqrt(2) * (runnable.expected_batch / (plan.clip_norm * total))).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tune
 
 
 def made_up_images(
-    images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator
+    images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator, each: int = 1
 ) -> tuple[Dataset, Split]:
     """A data set of public images and random labels, with every class in it; and its records.
 
@@ -272,16 +325,19 @@ def made_up_images(
         count: records to draw.
         flip: whether views may be mirrored.
         generator: public randomness.
+        each: images of a record.
     """
-    count = max(count, classes)
+    records = max(count, classes)
+    count, units = records * each, made_up_units(records, each)
     drawn = images[torch.randint(len(images), (count,), generator=generator)].permute(0, 2, 3, 1).contiguous().numpy()
     labels = torch.randperm(count, generator=generator).numpy() % classes
     spec = DataSpec(
         name="audit", title="Synthetic images with random labels", classes=tuple(map(str, range(classes))),
         train_examples=count, test_examples=0, channels=3, height=drawn.shape[1], width=drawn.shape[2],
         source="the run's own synthetic images", licence="none", citation="none", flip_ok=flip,
+        unit_column=None if units is None else "unit", unit_count=None if units is None else records,
     )  # fmt: skip
-    return Dataset(spec, lambda split: (drawn, labels)), Split(drawn, labels)
+    return Dataset(spec, lambda split: (drawn, labels), units=units), Split(drawn, labels)
 
 
 HARD_HEAD = 100.0
@@ -330,7 +386,7 @@ def replay_finetune(
         most: steps.
         control: the fault to make, if any; the fine-tune makes its own views, which cannot be separated.
     """
-    runnable = rehearsal_plan(plan, dataset.spec.train_examples)
+    runnable = rehearsal_plan(plan, dataset.spec.train_units)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tape, notes = Tape(), None
     for present in (True, False):

@@ -272,10 +272,24 @@ def audit(
         float | None,
         typer.Option(help="With --eps: q in (0, 1]. Default 1, full batch.", rich_help_panel=flags.PRIVACY),
     ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(help="With --eps: gaussian or discrete. Default gaussian.", rich_help_panel=flags.PRIVACY),
+    ] = None,
     trials: Annotated[
-        int, typer.Option(help="Runs of the distinguishing game on each data set.", rich_help_panel=flags.PRIVACY)
-    ] = 5000,
-    canaries: Annotated[int, typer.Option(help="Canaries of the one-run test.", rich_help_panel=flags.PRIVACY)] = 1000,
+        int | None,
+        typer.Option(help="Trials of the distinguishing game, with the record and as many without. Default: as many as "
+                     "the claim needs.", rich_help_panel=flags.PRIVACY),
+    ] = None,
+    canaries: Annotated[
+        int | None,
+        typer.Option(help="Canaries of the one-run test. Default: as many as the game has trials, at most 200000.",
+                     rich_help_panel=flags.PRIVACY),
+    ] = None,
+    black_box: Annotated[
+        bool,
+        typer.Option("--black-box", help="Play the game on released heads alone too.", rich_help_panel=flags.PRIVACY),
+    ] = False,
     controls: Annotated[
         bool,
         typer.Option("--controls/--no-controls", help="Inject known faults, which must be flagged.",
@@ -288,11 +302,12 @@ def audit(
     """Try to contradict the claimed ε by experiment. A clean audit is no proof; a contradiction ends with exit code 1.
 
     [dim]dprandp audit[/dim]
-    [dim]dprandp audit --run runs/cifar --trials 20000[/dim]
+    [dim]dprandp audit --run runs/cifar --trials 20000 --black-box[/dim]
     [dim]dprandp audit --eps 1 --steps 875 --sample-rate 0.08192 --examples 50000[/dim]
     """
     console, run = session.console(call.options), call.options.run
-    plan_only = {"--delta": delta, "--sample-rate": sample_rate, "--steps": steps, "--examples": examples}
+    plan_only = {"--delta": delta, "--sample-rate": sample_rate, "--steps": steps, "--examples": examples,
+                 "--noise": noise}  # fmt: skip
     given = [name for name, value in plan_only.items() if value is not None]
     if eps is None and given:
         raise UsageError(f"{given[0]} describes a plan, which needs --eps", fix="give --eps too, or only --run")
@@ -303,11 +318,11 @@ def audit(
     from dprandp import audit as stage
     from dprandp.audit.games import AuditSettings
 
-    settings = AuditSettings(trials, canaries, controls, call.given["generate"]["seed"] or 0, with_data)
+    settings = AuditSettings(trials, canaries, controls, call.given["generate"]["seed"] or 0, with_data, black_box)
     if eps is not None:
         result = stage.audit_plan(
             eps, delta, 1.0 if sample_rate is None else sample_rate, 120 if steps is None else steps,
-            10_000 if examples is None else examples, settings, console,
+            10_000 if examples is None else examples, settings, console, noise or "gaussian",
         )  # fmt: skip
     else:
         with session.opened(run) as rundir:

@@ -281,19 +281,22 @@ def audit(run: Run) -> Markup:
         return Markup("")
     rows = []
     for found in run.audit["mechanisms"]:
-        two, one, controls = found["two_world"], found["one_run"], found["controls"]
+        game, one, controls = found["two_world"], found["one_run"], found["controls"]
+        claimed = found["epsilon_claimed"]
         caught = sum(control["flagged"] for control in controls)
         rows.append(
             [
                 found["name"],
-                f"≤ {epsilon_text(found['epsilon_claimed'])}",
-                f"≥ {number(two['epsilon_lower'])} ({two['trials']} trials a world)",
-                f"≥ {number(one['epsilon_lower'])} ({one['canaries']} canaries)",
+                f"≤ {epsilon_text(claimed)}",
+                f"≥ {_share(game, claimed)} ({game['trials']} trials with the record and without)",
+                _less_noise(game),
+                f"≥ {_share(one, claimed)} ({one['canaries']} canaries)" if one else "not for paid tuning",
                 "contradicts" if found["replay"]["flagged"] else "exact",
                 f"{caught} of {len(controls)} flagged" if controls else "not run",
             ]
         )
-    head = ["mechanism", "ε claimed", "ε shown by two worlds", "ε shown by one run", "record and replay", "controls"]
+    head = ["mechanism", "ε claimed", "ε shown by the distinguishing game", "it would see less noise",
+            "ε shown by one run", "record and replay", "controls"]  # fmt: skip
     caption = f"Attacks on each mechanism against its claim, significance {number(run.audit['significance'])}"
     outcome = {True: "Nothing contradicts the claims.", False: "THE AUDIT FAILED: do not rely on the claims."}
     old = "The run's plans have changed since the audit: run dprandp audit again." if run.audit_is_old else None
@@ -306,6 +309,18 @@ def audit(run: Run) -> Markup:
             "that it injects.", class_="soft"),
         id_="audit",
     )  # fmt: skip
+
+
+def _share(bound: dict[str, Any], claimed: float) -> str:
+    """A bound, and what part of the claim it is."""
+    lower = bound["epsilon_lower"]
+    return f"{number(lower)}, {100 * lower / claimed:.0f} % of the claim"
+
+
+def _less_noise(game: dict[str, Any]) -> str:
+    """How likely a contradiction would have been, were the noise too small by a factor."""
+    seen = [entry for entry in game.get("power", []) if entry["factor"] > 1]
+    return ", ".join(f"{entry['factor']:g} times less: {100 * entry['flagged']:.0f} %" for entry in seen) or "not known"
 
 
 def confusion(run: Run) -> Markup:

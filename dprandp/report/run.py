@@ -193,7 +193,8 @@ def _read_audit(rundir: RunDir) -> tuple[dict[str, Any] | None, bool]:
     try:
         audited = {found["name"]: (found["attempt"], found["plan"]) for found in audit["mechanisms"]}
         shown = [
-            (found["epsilon_claimed"] + found["two_world"]["epsilon_lower"] + found["one_run"]["epsilon_lower"],
+            (found["epsilon_claimed"] + found["two_world"]["epsilon_lower"],
+             found["one_run"] is None or found["one_run"]["epsilon_lower"],
              found["replay"]["flagged"], [control["flagged"] for control in found["controls"]])
             for found in audit["mechanisms"]
         ]  # fmt: skip

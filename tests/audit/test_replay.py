@@ -1,7 +1,7 @@
 """Record and replay, canaries and controls: a sound loop passes, and every fault that people make is flagged.
 
 The noise comes from the operating system. Each look at it accuses a sound mechanism once in a million times, each
-two-world bound once in a thousand at most (far less in fact).
+bound once in a thousand at most.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from dprandp.audit import loops
-from dprandp.audit.loops import canary_run, make_head_records, replay_head
+from dprandp.audit.games import AuditSettings, try_mechanism
+from dprandp.audit.loops import HeadRecords, head_game_scores, make_head_records, replay_head
+from dprandp.data.units import Units
+from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.auditing.controls import (
     CONTROLS,
     FAITHFUL,
     Control,
-    dirac_scores,
+    canary_scores,
+    game_scores,
     rehearsal_plan,
-    trial_mu,
-    trial_steps,
+    seen_noise,
+    selection_answers,
+    selection_evidence,
+    trial_event,
+    trial_game_scores,
 )
-from dprandp.privacy.auditing.games import two_world_bound
+from dprandp.privacy.auditing.games import Claim, Game, plain_bound, play, step_score
 from dprandp.privacy.auditing.replay import Check, Tape, Watch, compare
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan
+from dprandp.privacy.selection import SelectionPlan
 
 PLAN = PrivatePlan("probe", 1000, 1.0, 8, 4.0, 0.5, 1, 10.0, 1e-5)
 SAMPLED = replace(PLAN, sample_rate=0.2, views=2)
@@ -164,58 +171,111 @@ def test_the_loop_that_is_replayed_is_that_of_the_stage(features: Tensor, monkey
     assert "the sums differ by at most the clip norm" in failed(replayed(PLAN, features, "long"))
 
 
-# ------------------------------------------------------------------------------------------------- canaries, two worlds
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("plan", [PLAN, replace(SAMPLED, views=1)], ids=["full", "sampled"])
+def test_units_of_several_images_and_discrete_noise(
+    plan: PrivatePlan, features: Tensor, images: int, noise: str
+) -> None:
+    plan, generator = replace(plan, noise=noise), torch.Generator().manual_seed(1)
+    for kind, moved in (("ordinary", None), ("long", 1), ("broken", 0)):
+        checks = replay_head(plan, make_head_records(features, 3, plan, kind, generator, images))
+        assert failed(checks) == []
+        if moved is not None:
+            assert checks[2].value == pytest.approx(moved, abs=1e-3)
+    for name, seen in FLAGGED_AS.items():
+        records = make_head_records(features, 3, plan, "long", generator, images)
+        assert seen in failed(replay_head(plan, records, BY_NAME[name]))
 
 
-def test_scores_have_the_promised_mean_and_variance(tmp_path: Path) -> None:
-    steps = trial_steps(PLAN)
-    without, having = dirac_scores(PLAN, 3000, steps, tmp_path)
-    assert steps == 8
-    assert trial_mu(PLAN, steps) == pytest.approx(math.sqrt(8) / 4)
-    for scores, mean in ((without, 0.0), (having, trial_mu(PLAN, steps))):
-        assert abs(scores.mean() - mean) * math.sqrt(3000) < 5  # 1 in 2 million
-        assert abs(scores.var() - 1) * math.sqrt(1500) < 6
-    assert two_world_bound(without, having, 1e-3).mu_lower <= trial_mu(PLAN, steps)
+def test_any_unit_can_be_taken_away(features: Tensor) -> None:
+    units = Units("unit", np.array([0, 1, 1, 2, 0, 2]), 3)
+    records = HeadRecords(features[:6], torch.zeros(6, dtype=torch.int64), torch.zeros(12, 3), units)
+    assert records.count == 3
+    assert records.ending_with(1).units.of_image.tolist() == [0, 2, 2, 1, 0, 1]
 
 
-SEEN_BY_TWO_WORLDS = ["noise off", "noise of a tenth", "clip off", "clip per view", "noise reused"]
+# ------------------------------------------------------------------------------------------------------ the canaries
 
 
-@pytest.mark.parametrize("name", SEEN_BY_TWO_WORLDS)
-def test_two_worlds_see_the_controls(tmp_path: Path, name: str) -> None:
-    steps = trial_steps(SAMPLED)
-    scores = dirac_scores(SAMPLED, 1000, steps, tmp_path, BY_NAME[name])
-    assert two_world_bound(*scores, 1e-3).mu_lower > trial_mu(SAMPLED, steps)
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+def test_scores_have_the_promised_mean_and_variance(tmp_path: Path, noise: str) -> None:
+    game, mu = Game.of(0.0, 6000), math.sqrt(8) / 4
+    without, having = game_scores(replace(PLAN, noise=noise), game, tmp_path)
+    for scores, mean in ((without, -(mu**2) / 2), (having, mu**2 / 2)):  # log likelihood ratios of a Gaussian
+        assert abs(scores.mean() - mean) / mu * math.sqrt(3000) < 5  # 1 in 2 million
+        assert abs(scores.var() / mu**2 - 1) * math.sqrt(1500) < 6
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", [PLAN, SAMPLED], ids=["full", "sampled"])
-def test_two_worlds_do_not_contradict_a_sound_mechanism(tmp_path: Path, plan: PrivatePlan) -> None:
-    steps = trial_steps(plan)
-    bound = two_world_bound(*dirac_scores(plan, 20_000, steps, tmp_path), 1e-3)
-    assert 0.7 * trial_mu(plan, steps) < bound.mu_lower <= trial_mu(plan, steps)
+def test_sampled_canaries_are_drawn_at_the_rate(tmp_path: Path) -> None:
+    """Without noise a score says in how many batches the canary was."""
+    plan, included = replace(SAMPLED, views=1), np.arange(4000) % 2 == 0
+    silent = BY_NAME["noise off"]
+    scores = canary_scores(plan, included, tmp_path, silent)
+    steps = np.array([float(step_score(np.array(x), 4.0, 0.2)) for x in (0.0, 1 - 1e-5)])
+    drawn = (scores - 8 * steps[0]) / (steps[1] - steps[0])
+    assert drawn[~included] == pytest.approx(0, abs=1e-2)
+    assert abs(drawn[included].mean() - 8 * 0.2) < 5 * math.sqrt(8 * 0.2 * 0.8 / 2000)
+    assert seen_noise(plan, tmp_path, silent) == pytest.approx(4.0 / 64)
+    assert seen_noise(plan, tmp_path) == 4.0
 
 
-def test_trials_are_even_and_bounded() -> None:
-    assert trial_steps(replace(PLAN, steps=1)) == 1
-    assert trial_steps(replace(PLAN, steps=7)) == 6
-    assert trial_steps(replace(PLAN, noise_multiplier=0.5)) == 2
-    assert trial_steps(replace(PLAN, noise_multiplier=100.0, steps=10_000)) == 400
+@pytest.mark.parametrize("plan", [PLAN, replace(SAMPLED, views=1)], ids=["full", "sampled"])
+@pytest.mark.parametrize("name", ["noise off", "noise of a tenth", "clip off", "clip per view"])
+def test_the_game_sees_the_controls(tmp_path: Path, name: str, plan: PrivatePlan) -> None:
+    game, claim = Game.of(0.0, 2000), Claim(trial_event(plan), 1e-5)
+    assert play(game, *game_scores(plan, game, tmp_path, BY_NAME[name]), claim, 1e-3).delta_seen > claim.curve(1, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- one run
+def test_the_game_sees_noise_that_comes_again(tmp_path: Path) -> None:
+    for plan in (PLAN, replace(PLAN, noise="discrete")):
+        game, claim = Game.of(0.0, 2000), Claim(trial_event(plan), 1e-5)
+        scores = game_scores(plan, game, tmp_path, BY_NAME["noise reused"])
+        assert play(game, *scores, claim, 1e-3).factor > 1
 
 
-def test_canaries_of_one_run(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "OTHERS", 12)
-    included = np.random.default_rng(0).random(400) < 0.5
-    generator = torch.Generator().manual_seed(0)
-    for plan in (PLAN, SAMPLED):
-        scores = canary_run(plan, features, 3, included, generator)
-        mean = plan.sample_rate * math.sqrt(plan.steps) / plan.noise_multiplier
-        assert abs(scores[~included].mean()) * math.sqrt((~included).sum()) < 5
-        assert abs(scores[included].mean() - mean) * math.sqrt(included.sum()) < 5.5
-        assert abs(scores[~included].var() - 1) < 0.6
-    silent = canary_run(PLAN, features, 3, included, generator, BY_NAME["noise off"])
-    assert silent[~included].tolist() == [0.0] * int((~included).sum())
-    assert silent[included] == pytest.approx(math.sqrt(8) / 4, rel=1e-4)
+# ----------------------------------------------------------------------------------------------- released heads alone
+
+
+def test_released_heads_say_nearly_as_much_as_all_steps() -> None:
+    plan, game = replace(PLAN, steps=60, noise_multiplier=math.sqrt(60), clip_norm=1.0), Game.of(0.0, 4000)
+    without, having, signal = head_game_scores(plan, game)
+    mu = signal  # of μ = 1
+    assert 0.8 < signal < 1
+    for scores, mean in ((without, -(mu**2) / 2), (having, mu**2 / 2)):
+        assert abs(scores.mean() - mean) / mu * math.sqrt(2000) < 5
+        assert abs(scores.var() / mu**2 - 1) * math.sqrt(1000) < 6
+
+
+# ---------------------------------------------------------------------------------------------------------- paid tuning
+
+TUNING = SelectionPlan("tune", 1000, 1.0, 0.0, 0.1, 0.1, 1.0, (2, 4), 8.0, 1e-5)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_one_trial_of_paid_tuning_is_as_gaussian_as_it_says(held_out: bool) -> None:
+    game = Game.of(0.0, 3000)
+    for scores, mean in zip(trial_game_scores(TUNING, game, held_out), (-0.5, 0.5), strict=True):
+        assert abs(scores.mean() - mean) * math.sqrt(1500) < 5
+        assert abs(scores.var() - 1) * math.sqrt(750) < 6
+    claim, faulty = Claim(GaussianEvent(1.0, 1.0, 1), 1e-5), trial_game_scores(TUNING, game, held_out, faulty=True)
+    assert play(game, *faulty, claim, 1e-3).factor > 1
+
+
+def test_what_is_selected_tells_of_the_record(tmp_path: Path) -> None:
+    evidence, expected = selection_evidence(TUNING, 150, 1e-3, 0)
+    answers = [selection_answers(TUNING, 150, there, evidence, tmp_path) for there in (False, True)]
+    assert answers[0] < answers[1]
+    bound = plain_bound(*answers, 150, 150, 1e-5, 1e-3)
+    assert bound == pytest.approx(expected, abs=1.5)
+    assert bound < compose([TUNING.event], 1e-5).upper
+
+
+def test_paid_tuning_is_audited_like_the_rest() -> None:
+    found = try_mechanism(TUNING, torch.empty(0), 3, AuditSettings(trials=200), lambda: None)
+    game = found["two_world"]
+    assert set(game["one_trial"]) == {"fitted", "held_out"}
+    assert not game["flagged"]
+    assert 0 <= game["ratio"] < 1
+    assert [entry["flagged"] for entry in found["controls"]] == [True]

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_process import Dprandp, refused, state_of
 
@@ -55,7 +56,10 @@ def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> No
     assert result["outcome"] == "nothing contradicts"
     assert [found["name"] for found in result["mechanisms"]] == MECHANISMS[stage]
     for found in result["mechanisms"]:
-        assert found["two_world"]["mu_lower"] <= found["two_world"]["mu_claimed"]
+        game = found["two_world"]
+        assert game["mu_lower"] <= game["mu_claimed"]
+        assert game["ratio"] == pytest.approx(game["epsilon_lower"] / found["epsilon_claimed"])
+        assert [entry["factor"] for entry in game["power"]] == [1.0, 1.1, 1.2, 1.5, 2.0]
         assert 0 <= found["one_run"]["epsilon_lower"] <= found["epsilon_claimed"] <= 2
         assert len(found["controls"]) == (7 if found["name"] == "finetune" else 6)
         assert all(control["flagged"] and control["by"] for control in found["controls"])
@@ -120,6 +124,33 @@ def test_a_bare_plan(dprandp: Dprandp, folder: Path) -> None:
     assert "A clean audit is no proof" in done.out
     assert done.out.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_plan_with_discrete_noise_and_its_released_heads(dprandp: Dprandp) -> None:
+    plan = ("--eps", 8, "--steps", 6, "--examples", 500, "--noise", "discrete", "--no-controls")
+    done = dprandp("audit", *plan, *QUICK, "--black-box", "--json")
+    assert done.code == 0, done.err
+    (found,) = done.json["mechanisms"]
+    assert found["plan"]["noise"] == "discrete"
+    assert 0 <= found["black_box"]["epsilon_lower"] <= found["epsilon_claimed"]
+    assert "trials of 6 steps, about" in done.err
+
+
+@pytest.mark.parametrize("kind", ["units", "discrete"])
+def test_runs_that_protect_units_or_have_discrete_noise(
+    dprandp: Dprandp, run_after: RunAfter, folder: Path, kind: str
+) -> None:
+    run, data, flags = run_after("pretrain"), "npz:tiny.npz", ("--noise", "discrete")
+    if kind == "units":
+        arrays = dict(np.load(folder / "tiny.npz"))
+        arrays["patient_train"] = np.arange(len(arrays["y_train"])) // 3
+        np.savez(folder / "patients.npz", **arrays)
+        data, flags = "npz:patients.npz", ("--unit-column", "patient_train")
+    done = dprandp("probe", "--config", "small.toml", "--run", run, "--data", data, "--eps", 2, *flags)
+    assert done.code == 0, done.err
+    done = dprandp("audit", "--run", run, *QUICK, "--with-data", "--json", "--no-controls")
+    assert done.code == 0, done.err
+    assert [found["replay"]["private_data"] for found in done.json["mechanisms"]] == ["passed"]
 
 
 def test_what_cannot_be_audited_is_refused(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:

@@ -26,7 +26,10 @@ AUDIT: dict[str, Any] = {
             "attempt": 1,
             "plan": {"steps": 120},
             "epsilon_claimed": 0.29912,
-            "two_world": {"trials": 4321, "epsilon_lower": 0.1357},
+            "two_world": {
+                "trials": 4321, "epsilon_lower": 0.1357,
+                "power": [{"factor": 1.0, "flagged": 0.001}, {"factor": 1.5, "flagged": 0.876}],
+            },
             "one_run": {"canaries": 987, "epsilon_lower": 0.0246},
             "replay": {"flagged": False},
             "controls": [{"flagged": True}, {"flagged": True}],
@@ -51,7 +54,9 @@ def test_the_section(tmp_path: Path) -> None:
     headings = [text for level, text in page.headings if level == 2]
     assert headings[headings.index("Audit") - 1] == "Budget"
     for content in (
-        "Nothing contradicts the claims.", "≤ 0.3", "≥ 0.1357 (4321 trials a world)", "≥ 0.0246 (987 canaries)",
+        "Nothing contradicts the claims.", "≤ 0.3",
+        "≥ 0.1357, 45 % of the claim (4321 trials with the record and without)",
+        "≥ 0.0246, 8 % of the claim (987 canaries)", "1.5 times less: 88 %",
         "exact", "2 of 2 flagged", "significance 0.001", "A clean audit is no proof",
     ):  # fmt: skip
         assert content in page.text, content
@@ -62,6 +67,12 @@ def test_the_section(tmp_path: Path) -> None:
 
 def test_without_an_audit_there_is_no_section(tmp_path: Path) -> None:
     assert "Audit" not in [text for _, text in Page(written(make_run(tmp_path / "run", stages=3))).headings]
+
+
+def test_paid_tuning_has_no_one_run(tmp_path: Path) -> None:
+    tuning = AUDIT["mechanisms"][0] | {"name": "tune", "one_run": None}
+    text = Page(written(audited(tmp_path, AUDIT | {"mechanisms": [*AUDIT["mechanisms"], tuning]}))).text
+    assert "not for paid tuning" in text
 
 
 @pytest.mark.parametrize("change", [{"attempt": 2}, {"plan": {"steps": 119}}, {"name": "finetune"}])

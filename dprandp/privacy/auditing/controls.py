@@ -7,8 +7,9 @@ that comes round again, or an output divided once more.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,33 +17,44 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dprandp.privacy.accounting import GaussianEvent
+from dprandp.privacy.auditing.games import LARGEST_FACTOR, Game, plain_bound, step_score
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
 from dprandp.privacy.randomness import RandomMode, RandomSource, SystemRandom
+from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial
 
 SEPARATE_VIEWS = 4
 """Views of a record in the control that clips each of them, where the plan has fewer."""
 
 
+class _Repeated(SystemRandom):
+    """Words that are drawn once, and come again after ``rewind``."""
+
+    def __init__(self, source: RandomSource) -> None:
+        self._source, self._kept, self._place = source, [], 0
+
+    def rewind(self) -> None:
+        self._place = 0
+
+    def words(self, count: int) -> np.ndarray:
+        if self._place == len(self._kept):
+            self._kept.append(self._source.words(count))
+        self._place += 1
+        return self._kept[self._place - 1]
+
+
 class _SameNoise:
-    """Noise of one shape is drawn once and then handed out again; batches stay fresh."""
+    """Every step's noise is made of the same words; batches stay fresh."""
 
     mode: RandomMode = "os-entropy"
     private = False
 
     def __init__(self, source: RandomSource) -> None:
-        self._source = source
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def uniform(self, count: int):
-        return self._source.uniform(count)
-
-    def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
-        key = tuple(shape)
-        if key not in self._kept:
-            self._kept[key] = self._source.gaussian(shape)
-        return self._kept[key].clone()
+        self._noise = _Repeated(source)
+        self.uniform, self.gaussian, self.words = source.uniform, self._noise.gaussian, self._noise.words
+        self.rewind = self._noise.rewind
 
 
 class _DividedByBatch:
@@ -96,6 +108,8 @@ class Control:
 
     def step(self, step: PrivateStep, plan: PrivatePlan) -> PrivateStep | _DividedByBatch:
         """What the loop is handed instead of the step; its ``indices`` may be changed by the caller afterwards."""
+        if self.same_noise:
+            step._random.rewind()
         return _DividedByBatch(step, plan) if self.actual_divisor else step
 
     def applies(self, plan: PrivatePlan) -> bool:
@@ -116,77 +130,127 @@ CONTROLS = (
 
 # ------------------------------------------------------------------------------------------------------------ canaries
 #
-# Scores of Dirac canaries: records whose gradient is one coordinate of the released sum and nothing else.
+# Scores of canaries: records whose gradient is one coordinate of the released sum and nothing else.
 #
-# Each canary has a coordinate of its own, so one noisy step is many independent trials: half of the coordinates belong
-# to canaries that are in the data, half to canaries that are not. The real clip makes the sum, the real mechanism adds
-# the noise. That the noise of different coordinates is independent is what ``replay`` checks.
+# Each has a coordinate of its own, so one run of the real mechanism is as many trials as it has canaries, with or
+# without the record. The real sampler draws the batches, the real clip makes the sum, the real mechanism adds the
+# noise, for all steps of the plan. That the noise of different coordinates is independent is what ``replay`` checks.
 #
 # The gradient's sign alternates from step to step, and so does the score's: for fresh noise this changes nothing, while
 # noise that comes round again cancels.
 
-BLOCK = 125
-"""Trials of each world in one mechanism."""
+BLOCK = 20_000
+"""Canaries in one run of the mechanism."""
+
+CLIPPED_AT_ONCE = 64
+"""Canaries whose gradients are clipped together, as the records of a microbatch are. Such groups are equal but for
+their place, so each size is computed once a step."""
 
 LENGTH = 100.0
 """Norm of a canary's gradient before the clip, in clip norms: the clip has to act."""
 
-TELLING_MU = 1.5
-"""Steps of a trial are added until its μ is this large, where errors of both kinds are neither rare nor common."""
+MOST_STEPS = 10_000
+"""Steps of a trial, at most; a longer plan is judged by its first ones."""
 
-MOST_STEPS = 400
-
-
-def trial_steps(plan: PrivatePlan) -> int:
-    """How many steps make one trial: an even number, if the plan has more than one step."""
-    wanted = math.ceil((TELLING_MU * plan.noise_multiplier) ** 2)
-    steps = max(1, min(plan.steps, MOST_STEPS, max(2, wanted)))
-    return steps if steps == 1 else steps - steps % 2
+PILOT = 2000
+"""Coordinates that are looked at for the size of the noise, before the trials."""
 
 
-def trial_mu(plan: PrivatePlan, steps: int) -> float:
-    """μ of ``steps`` steps that all hold the canary, √steps/σ: the claim that a trial is held against."""
-    return math.sqrt(steps) / plan.noise_multiplier
+def trial_event(plan: PrivatePlan) -> GaussianEvent:
+    """What was accounted for one trial: the whole plan, but for ``MOST_STEPS``."""
+    return replace(plan.event, steps=min(plan.steps, MOST_STEPS))
 
 
-def dirac_scores(
-    plan: PrivatePlan, trials: int, steps: int, folder: Path, control: Control = FAITHFUL
+def seconds_of(plan: PrivatePlan, canaries: int) -> float:
+    """About how long scores of so many canaries take on one processor of 2020."""
+    steps = min(plan.steps, MOST_STEPS)
+    cost = 1e-6 if plan.noise == "discrete" else 1.5e-7 if plan.sample_rate == 1 else 2.5e-7
+    return steps * (4e-4 * math.ceil(canaries / BLOCK) + cost * canaries)
+
+
+def game_scores(
+    plan: PrivatePlan, game: Game, folder: Path, control: Control = FAITHFUL
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of trials without and with a canary that is in every batch.
+    """Scores of a distinguishing game.
 
     Args:
         plan: what was accounted; σ > 0.
-        trials: a world.
-        steps: of each trial, at most those of the plan.
+        game: how many trials.
         folder: for ledgers; nothing in it is of use afterwards.
         control: the fault to make, if any.
 
     Returns:
-        (float64 [trials] without, float64 [trials] with) the canary, in units of the noise that was accounted: of
-        variance 1 and means 0 and ``trial_mu`` if the mechanism is what it claims to be.
+        (float64 [game.without], float64 [game.having]), log likelihood ratios.
     """
+    noise = seen_noise(plan, folder, control)
+    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
     blocks = [
-        _block(plan, min(BLOCK, trials - start), steps, folder / f"{control.name}-{start}.jsonl", control)
-        for start in range(0, trials, BLOCK)
+        canary_scores(plan, included[start : start + BLOCK], folder, control, noise)
+        for start in range(0, game.trials, BLOCK)
     ]
-    return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+    scores = np.concatenate(blocks)
+    return scores[game.having :], scores[: game.having]
 
 
-def _block(
-    plan: PrivatePlan, count: int, steps: int, ledger: Path, control: Control
-) -> tuple[np.ndarray, np.ndarray]:
-    rows = torch.eye(count, 2 * count) * (LENGTH * plan.clip_norm)  # the last ``count`` coordinates stay empty
-    if control.separate_views:
-        rows = rows.repeat(control.views(plan), 1)
-    signed = (rows, -rows)
-    total = torch.zeros(2 * count, dtype=torch.float64)
-    for step in islice(rehearsal_steps(plan, 2 * count, ledger, control), steps):
+def seen_noise(plan: PrivatePlan, folder: Path, control: Control = FAITHFUL) -> float:
+    """The noise multiplier that an attacker would measure beforehand on data without canaries: σ, if that is near.
+
+    The best score for noise of another size than was accounted is another one, so a fault in it shows more.
+    """
+    squares, steps = 0.0, min(plan.steps, 100)
+    for released, _ in _released(plan, np.zeros(PILOT, bool), folder, control, steps):
+        squares += float(np.square(released).mean())
+    found = math.sqrt(squares / steps)
+    near = abs(found / plan.noise_multiplier - 1) < max(0.03, 4 / math.sqrt(2 * PILOT * steps))
+    return plan.noise_multiplier if near else max(found, plan.noise_multiplier / LARGEST_FACTOR)
+
+
+def canary_scores(
+    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control = FAITHFUL, noise: float | None = None
+) -> np.ndarray:
+    """One run of the mechanism with canaries: the log likelihood ratio of each, with to without.
+
+    Args:
+        plan, folder, control: as for ``game_scores``.
+        included: bool [m], which canaries are in the data. The records of the others are empty.
+        noise: the noise multiplier that the attacker assumes; the plan's if None.
+
+    Returns:
+        float64 [m].
+    """
+    noise = plan.noise_multiplier if noise is None else noise
+    scores = np.zeros(len(included))
+    for released, sign in _released(plan, included, folder, control, MOST_STEPS):
+        scores += step_score(sign * released, noise, plan.sample_rate)
+    return scores
+
+
+def _released(
+    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control, steps: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The released sum of each step, float64 [m] in clip norms, and the sign of the gradients in it."""
+    count, ledger = len(included), folder / f"{next(_numbers)}.jsonl"
+    for step in islice(rehearsal_steps(plan, count, ledger, control), steps):
         sign = 1 - 2 * (step.number % 2)
-        sums = clipped_sum({"canary": signed[step.number % 2]}, control.clip_norm(plan))
-        total += sign * step.release(sums)["canary"].double()
-    per_step = plan.sample_rate * 2 * count / plan.clip_norm  # undoes the public divisor
-    scores = (total * per_step / (plan.noise_multiplier * math.sqrt(steps))).numpy()
-    return scores[count:], scores[:count]
+        drawn = step.indices[included[step.indices]]
+        groups, rest = divmod(len(drawn), CLIPPED_AT_ONCE)
+        sums = torch.zeros(count, dtype=torch.float64)
+        sums[torch.from_numpy(drawn)] = torch.cat(
+            [_clipped(CLIPPED_AT_ONCE, sign, plan, control).repeat(groups), _clipped(rest, sign, plan, control)]
+        )
+        factor = plan.sample_rate * count / plan.clip_norm  # undoes the public divisor
+        yield step.release({"canary": sums})["canary"].double().numpy() * factor, sign
+    ledger.unlink()
+
+
+_numbers = itertools.count()
+
+
+def _clipped(count: int, sign: int, plan: PrivatePlan, control: Control) -> torch.Tensor:
+    """Sum of so many canaries' clipped gradients, one coordinate for each, float64 [count]."""
+    rows = torch.eye(count) * (sign * LENGTH * plan.clip_norm)
+    rows = rows.repeat(control.views(plan), 1) if control.separate_views else rows
+    return clipped_sum({"canary": rows}, control.clip_norm(plan))["canary"]
 
 
 def rehearsal_plan(plan: PrivatePlan, examples: int) -> PrivatePlan:
@@ -201,3 +265,115 @@ def rehearsal_steps(plan: PrivatePlan, examples: int, ledger: Path, control: Con
     mechanism = PrivateMechanism(runnable, Ledger.create(ledger, examples), source, charge_block=plan.steps)
     for step in mechanism.steps():
         yield control.step(step, runnable)
+
+
+# --------------------------------------------------------------------------------------------------------- paid tuning
+#
+# A trial of a selection is a Gaussian mechanism of parameter μ, whether the record is fitted or held out: two games,
+# one with canaries in the sums of real trials, one with a held-out canary that is counted. What the selection adds, its
+# random number of trials, is in a third, in which all that is seen is the best noisy score.
+
+ANSWERS = 8
+"""Records held out on average, times μ, in the third game: a count of all is then far above one of none, and noise."""
+
+SELECTION_CONTROL = "noise of a tenth, in paid tuning"
+
+
+def trial_game_scores(
+    plan: SelectionPlan, game: Game, held_out: bool, faulty: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a game on single trials of a selection.
+
+    Args:
+        plan: what was accounted; the number of records, and the part that is held out, are made up.
+        game: how many trials of the game.
+        held_out: whether the canary is held out, and counted as a right answer; else it is fitted.
+        faulty: with noise ten times smaller than was accounted.
+
+    Returns:
+        float64 [game.without], float64 [game.having], log likelihood ratios of a Gaussian of parameter μ.
+    """
+    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
+    sizes = range(0, game.trials, 1 if held_out else BLOCK)
+    mu = min(1000.0, 10 * plan.mu) if faulty else plan.mu
+    part, one = (1 - 1e-12, _counted) if held_out else (1e-12, _fitted)
+    steps = (1,) * len(plan.steps) if held_out else plan.steps
+    scores = []
+    for first in sizes:
+        canaries = included[first : first + (1 if held_out else BLOCK)]
+        real = replace(plan, examples=len(canaries), held_out=part, delta=1e-12, epsilon_target=1e9, mu=mu,
+                       steps=steps)  # fmt: skip
+        scores.append(step_score(one(real, Trial(real, SystemRandom()), canaries), 1 / plan.mu, 1.0))
+    together = np.concatenate(scores)
+    return together[game.having :], together[: game.having]
+
+
+def _fitted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndarray:
+    """The mean released sum of a trial's steps, float64 [m] in clip norms: of standard deviation σ/√T = 1/μ."""
+    sums = torch.zeros(len(included), dtype=torch.float64)
+    total = torch.zeros(len(included), dtype=torch.float64)
+    drawn = trial.fitted[included[trial.fitted]]
+    for _ in range(trial.steps):
+        gradient = torch.full((1, 1), LENGTH * plan.clip_norm)
+        sums[torch.from_numpy(drawn)] = clipped_sum({"canary": gradient}, plan.clip_norm)["canary"]
+        total += trial.release(sums).double()
+    return (total * (trial.expected_fitted / plan.clip_norm / trial.steps)).numpy()
+
+
+def _counted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndarray:
+    """The noisy count of one held-out record, right if it is there."""
+    for _ in range(trial.steps):
+        trial.release(torch.zeros(1))
+    trial.score(torch.from_numpy(included[trial.held_out]))
+    return np.array([trial.outcome[0]])
+
+
+def selection_answers(plan: SelectionPlan, count: int, present: bool, evidence: float, folder: Path) -> int:
+    """In how many of ``count`` real selections the best score says that the canary is there.
+
+    A trial whose noisy sums speak for the canary, record 0, by more than ``evidence`` answers all held-out records
+    right, another none.
+
+    Args:
+        plan: what was accounted; the number of records is made up, and each setting makes one step, which by the plan
+            says as much as all of them (σ = √T/μ).
+        count: selections. present: whether record 0 is the canary; else it is empty.
+        evidence: in standard deviations of a trial's noise; see ``selection_evidence``.
+        folder: for ledgers.
+    """
+    examples = math.ceil(max(30, ANSWERS / plan.mu) / plan.held_out)
+    real = replace(plan, examples=examples, steps=(1,) * len(plan.steps), epsilon_target=1e9, delta=1e-9)
+    gradient, found = {"canary": torch.full((1, 1), LENGTH * plan.clip_norm)}, 0
+
+    def one_trial(trial: Trial) -> None:
+        total = torch.zeros(1, dtype=torch.float64)
+        if present and len(trial.fitted) and trial.fitted[0] == 0:
+            total = clipped_sum(gradient, plan.clip_norm)["canary"]
+        seen = float(trial.release(total)[0]) * trial.expected_fitted / plan.clip_norm * plan.mu
+        trial.score(torch.full((len(trial.held_out),), seen > evidence))
+
+    for _ in range(count):
+        ledger = folder / f"{next(_numbers)}.jsonl"
+        selection = PrivateSelection(real, Ledger.create(ledger, examples), SystemRandom(), 1, warn=lambda text: None)
+        found += selection.run(one_trial)[1] > examples * plan.held_out / 2
+        ledger.unlink()
+    return found
+
+
+def selection_evidence(plan: SelectionPlan, count: int, significance: float, seed: int) -> tuple[float, float]:
+    """The evidence to ask of a trial, from simulated selections alone: where the bound is largest; and that bound."""
+    random = np.random.default_rng(seed)
+    many = max(20_000, 4 * count)
+    sides = []
+    for present in (False, True):
+        trials = np.array([plan.event.trials.draw(value) for value in random.random(many)])
+        values = random.standard_normal(trials.sum())
+        values += plan.mu * present * (random.random(len(values)) >= plan.held_out)
+        sides.append(np.sort(np.maximum.reduceat(values, np.concatenate([[0], np.cumsum(trials)[:-1]]))))
+
+    def bound(evidence: float) -> float:
+        above = [round((many - np.searchsorted(side, evidence, "right")) * count / many) for side in sides]
+        return plain_bound(*above, count, count, plan.delta, significance)
+
+    best = max(np.quantile(sides[0], 1 - np.geomspace(1 / count, 0.6, 60)), key=bound)
+    return float(best), bound(best)
