@@ -134,7 +134,7 @@ def test_damage_is_noticed_and_the_last_good_one_used_aloud(tmp_path: Path, dama
     assert same(loaded.tensors, shifted(1))
     assert len(said) == 1
     assert f"step-2.{suffix}" in said[0]
-    assert "going on with the checkpoint step-1" in said[0]
+    assert "continuing with the checkpoint step-1" in said[0]
     assert checkpoint.resume(tmp_path, warn=said.append).name == "step-1"
     damage(tmp_path / f"step-1.{suffix}")
     for call in (lambda: checkpoint.load(tmp_path, fallback=True), lambda: checkpoint.resume(tmp_path)):
