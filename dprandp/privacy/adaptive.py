@@ -141,7 +141,7 @@ def calibrate_stage(
     found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER) if exact is None else exact
     if found is None:
         raise BudgetError(
-            f"The remaining part of ε = {epsilon:g} at δ = {delta:g} is too small for {steps} sampled steps.",
+            f"The remaining part of ε = {epsilon:g} at δ = {delta:g} is too little for {steps} sampled steps.",
             fix=f"{FIXED} Give fewer steps, or start a new run and add up the ε of both.",
         )
     return found

@@ -121,7 +121,7 @@ def test_predict_refuses(model_alone: Path, tmp_path: Path) -> None:
     for images, data, code, *fragments in (
         ([], None, 2, "there is no image to classify", "--data npz:PATH"),
         (["none.png"], None, 3, "there is no file", "none.png"),
-        (["text.png"], None, 3, "text.png is damaged or no image"),
+        (["text.png"], None, 3, "text.png is damaged or not an image"),
         ([], "cifar10", 2, "--data 'cifar10' names no images", "npz:PATH"),
         ([], "folder:{}/none", 3, "there is no folder", "none"),
         ([], "folder:{}/empty", 3, "empty holds no image", ".png"),

@@ -189,7 +189,7 @@ def test_another_number_of_images_behind_the_same_name_is_refused_unread(
     np.savez(tmp_path / "tiny.npz", **arrays(train=123))
     before = state_of(run)
     done = dprandp("finetune", *small, "--run", run, folder=tmp_path, before=NO_PIXELS)
-    refused(done, 3, "N = 123 now, and had N = 120", "restore the earlier data", "new --run")
+    refused(done, 3, "N = 123 now, but had N = 120", "restore the earlier data", "new --run")
     assert state_of(run) == before
 
 

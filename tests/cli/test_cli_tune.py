@@ -55,7 +55,7 @@ def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) 
     assert dprandp("status", "--run", run, "--json").json["budget"]["spent"] == charged
     dprandp("report", "--run", run)
     assert "No privacy was spent" not in (run / "report.html").read_text()
-    assert "tuning or a begun one has spent ε = 0.18" in (run / "report.html").read_text()
+    assert "tuning or an unfinished stage has spent ε = 0.18" in (run / "report.html").read_text()
     refused(dprandp("probe", "--run", run, "--data", "npz:tiny.npz", "--eps", 3), 5, "fixed at ε = 2")
     plan = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--plan", "--json", before=NO_PIXELS)
     probed = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--json")

@@ -138,7 +138,7 @@ def test_16_a_rank_that_hangs_ends_the_job_in_time(
     jobs[0].wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 2)
     started, hanging = time.monotonic(), jobs.pop(rank)
     for job in jobs:
-        refused(job.end(), 6, f"of {size} lost another, which ended or gave no sign for 6 seconds", "run the same")
+        refused(job.end(), 6, f"of {size} lost another, which ended or was silent for 6 seconds", "run the same")
     assert time.monotonic() - started < 20
     hanging.signal(signal.SIGKILL)
     assert hanging.end().code == KILLED
@@ -335,7 +335,7 @@ def test_16_torchrun_ends_a_job_in_which_a_rank_hangs(work: Work, probed: Path, 
     started = time.monotonic()
     done = torchrun(work.folder, 2, *finetune(work, probed), PYTHONPATH=path, **SOON)
     assert done.code != 0
-    assert done.err.count("rank 0 of 2 lost another, which ended or gave no sign for 6 seconds") == 1
+    assert done.err.count("rank 0 of 2 lost another, which ended or was silent for 6 seconds") == 1
     assert time.monotonic() - started < 90
     assert ledger_of(probed).charged_steps("finetune", 1) == 3
 

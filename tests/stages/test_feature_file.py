@@ -259,7 +259,7 @@ def test_blocks_are_whole_batches_that_do_not_grow_with_the_features() -> None:
 def test_copies_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "available_memory", lambda: 10**9)
     features_module.require_room(10**9, "this")
-    with pytest.raises(UsageError, match=r"this would take 1\.5 GB of memory, and 1 GB are available"):
+    with pytest.raises(UsageError, match=r"this would take 1\.5 GB of memory, but 1 GB are available"):
         features_module.require_room(3 * 10**9 // 2, "this")
 
 
