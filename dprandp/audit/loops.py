@@ -24,8 +24,7 @@ from torch import Tensor
 
 from dprandp import finetune
 from dprandp.config.schema import FinetuneConfig, ProbeConfig
-from dprandp.data import Dataset, DataSpec, Split
-from dprandp.data.units import Units
+from dprandp.data import Dataset, DataSpec, Split, Units
 from dprandp.dpsgd.budget import Budget
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.models.classifier import Classifier
