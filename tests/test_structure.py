@@ -250,7 +250,7 @@ MAY_READ_PIXELS = {
     "fingerprint": {"dprandp.dpsgd.training_data", "dprandp.dpsgd.features"},
     "image_fingerprint": {"dprandp.dpsgd.training_data"},
     "same_images_as": {"dprandp.continual.public", "dprandp.tune.public"},
-    "grouping": {"dprandp.dpsgd.units"},
+    "grouping": {"dprandp.dpsgd.units", "dprandp.audit"},  # paired runs on the private records, where asked for
 }  # fmt: skip
 
 
