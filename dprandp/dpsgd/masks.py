@@ -223,8 +223,7 @@ class FrozenBlocks:
         """The text for the disclosure."""
         return (
             f"{self.of - len(self.frozen)} of {self.of} blocks of the extractor (stem and residual blocks), chosen "
-            f"{self.how} once, before the training, are trained, with the layers after them and the head; the rest "
-            "is not"
+            f"{self.how} once before the training, are trained, with the layers after them and the head; others are not"
         )
 
 
