@@ -693,12 +693,12 @@ class Sequence:
 TELLING = ("run.json", "plan.json", "ledger.jsonl", "config.json", "MODEL_CARD.md", "LATEST", "training-data.json")
 
 
-def run_sequence(world: World, base: Path, seed: int, index: int) -> dict[str, Any]:
-    """Make one sequence; returns its row for the log."""
+def run_sequence(world: World, base: Path, seed: int, index: int, most: int = 12) -> dict[str, Any]:
+    """Make one sequence, of ``most`` actions at most; returns its row for the log."""
     chance = random.Random(f"{seed} {index}")
     began = time.monotonic()
     sequence = Sequence(world, base, chance, chance.choices(["", "patchnet", "wrn-10-1"], [1, 6, 3])[0])
-    for _ in range(chance.randint(4, 12)):
+    for _ in range(min(most, chance.randint(4, 12))):
         try:
             sequence.act()
         except Exception as error:  # a command that hangs, or that shows what the observer cannot read
