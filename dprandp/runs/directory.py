@@ -365,7 +365,7 @@ def _now(after: str | None = None) -> str:
 # The folder of one run: its layout and its lock.
 
 _FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
-_KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model"}
+_KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model", "whitening", "audit", "diagnose"}
 
 
 class RunFolder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,20 @@ def end_on_signals() -> None:
     for signum in _SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _end)
+    sys.unraisablehook = _not_raised
+
+
+def _not_raised(unraisable) -> None:
+    """A signal came while Python removed an object: nothing can be raised there, so it is raised a little later."""
+    if _ended is None or not isinstance(unraisable.exc_value, SystemExit):
+        sys.__unraisablehook__(unraisable)
+        return
+    signal.signal(signal.SIGALRM, _end_after_all)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _end_after_all(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + (_ended or signum))
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -160,3 +160,27 @@ def test_a_signal_that_a_library_turns_into_another_error_is_no_bug(
     done = dprandp("status", "--run", run_after("generate"), before=SWALLOWED.format(name=name))
     refused(done, code, f"stopped by {name}", "run the same command again")
     assert "bug" not in done.err
+
+
+# A signal while Python removes an object: what is raised there is printed and forgotten.
+FORGOTTEN = """
+import os, signal, time
+from dprandp.inspection import overview
+class Removed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.05)
+def status(rundir):
+    Removed()
+    time.sleep(10)
+    return real(rundir)
+real, overview.status = overview.status, status
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_an_object_is_removed_ends_the_command(
+    dprandp: Dprandp, run_after: RunAfter, name: str, code: int
+) -> None:
+    done = dprandp("status", "--run", run_after("generate"), before=FORGOTTEN.format(name=name))
+    refused(done, code, f"stopped by {name}", "run the same command again")
