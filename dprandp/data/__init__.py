@@ -23,11 +23,11 @@ from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
 from dprandp.data.known import BUILTIN, MEDICAL, KnownSet, refuse_unsupported
 from dprandp.data.npz import open_npz
-from dprandp.data.units import EACH_IMAGE
+from dprandp.data.units import EACH_IMAGE, Units
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "brought_to", "check_data", "check_split",
+    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data", "check_split",
     "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
