@@ -418,8 +418,8 @@ def _on_private_data(name: str, plan: PrivatePlan, spec: Facts, context: Context
         stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
     )
     require_room(2 * features.numel() * features.element_size(), "replaying on the private records")
-    units = stage.dataset.grouping()
-    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head), units)
+    grouped = None if stage.spec.unit == ONE_IMAGE else stage.dataset
+    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head), grouped)
     for record in watched:
         found += as_values(replay_head(plan, records.ending_with(record)), "private record")
     return found

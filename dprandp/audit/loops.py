@@ -27,6 +27,7 @@ from dprandp.config.schema import FinetuneConfig, ProbeConfig
 from dprandp.data import Dataset, DataSpec, Split, Units
 from dprandp.dpsgd.budget import Budget
 from dprandp.dpsgd.stage import PrivateStage
+from dprandp.dpsgd.units import unit_rows
 from dprandp.models.classifier import Classifier
 from dprandp.privacy.auditing.controls import FAITHFUL, Control, rehearsal_plan
 from dprandp.privacy.auditing.games import Game, step_score
@@ -142,26 +143,26 @@ class HeadRecords:
         features: float32 [N, d] or [N, K, d]; the last record, or unit, is the one that is taken away.
         labels: int64 [N].
         start: float32 [d, classes], the head at the first step.
-        units: which rows make one record; None where each row is one.
+        grouped: the data set that says which rows make one record; None where each row is one.
+        watched: the record that is taken away, where it is not the last.
     """
 
     features: Tensor
     labels: Tensor
     start: Tensor
-    units: Units | None = None
+    grouped: Dataset | None = None
+    watched: int | None = None
 
     @property
     def count(self) -> int:
         """Records."""
-        return len(self.labels) if self.units is None else self.units.count
+        rows = unit_rows(self.grouped)
+        return len(self.labels) if rows is None else len(rows.offsets) - 1
 
     def ending_with(self, record: int) -> HeadRecords:
         """The same with this record and the last one exchanged; arrays are changed in place."""
-        if self.units is not None:
-            of_image = self.units.of_image.copy()
-            mine, last = of_image == record, of_image == self.units.count - 1
-            of_image[mine], of_image[last] = self.units.count - 1, record
-            return replace(self, units=replace(self.units, of_image=of_image))
+        if self.grouped is not None:
+            return replace(self, watched=record)
         for array in (self.features, self.labels):
             kept = array[record].clone()
             array[record] = array[-1]
@@ -184,7 +185,7 @@ def make_head_records(
         images: of each record; the last record's are alike.
     """
     count, views = records_for(plan), max(1, plan.views)
-    units = made_up_units(count, images)
+    grouped = None if images == 1 else _Grouped(made_up_units(count, images))
     count *= images
     drawn = torch.randint(len(features), (count, views), generator=generator)
     rows = features[drawn].float()
@@ -197,7 +198,7 @@ def make_head_records(
     start = torch.randn(features.shape[1], classes, generator=generator)
     if kind == "long":  # at the zero head every residual, and so the long gradient, points away from its label
         start.zero_()
-    return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start, units)
+    return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start, grouped)
 
 
 def made_up_units(count: int, images: int) -> Units | None:
@@ -221,11 +222,11 @@ def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAIT
         control: the fault to make, if any.
     """
     if control.separate_views:  # of a unit the control would clip each image
-        records = replace(records, units=None)
-    count, units = records.count, records.units
+        records = replace(records, grouped=None)
+    count, grouped = records.count, unit_rows(records.grouped)
+    watched = count - 1 if records.watched is None else records.watched
     runnable = rehearsal_plan(plan, count)
     features, labels, rows = records.features, records.labels, 1
-    dataset = None if units is None else _Grouped(units)
     if control.separate_views:
         rows = control.views(plan)
         features = features.reshape(count, -1, features.shape[-1])
@@ -234,18 +235,18 @@ def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAIT
     settings = HeadSettings(lr=1.0, momentum=0.9, released="last")
     tape, notes = Tape(), None
     for present in (True, False):
-        kept = slice(None) if present or units is not None else slice(None, -rows)
-        if units is not None and not present:  # the slot is empty: nothing of the unit's images is left
+        kept = slice(None) if present or grouped is not None else slice(None, -rows)
+        if grouped is not None and not present:  # the slot is empty: nothing of the unit's images is left
             features = features.clone()
-            features[torch.from_numpy(units.of_image == count - 1)] = 0
+            features[torch.from_numpy(grouped.images(np.array([watched]))[0])] = 0
         with rehearsal_context() as context:
             played = tape if present else tape.again()
-            stage = Rehearsal(runnable, context, dataset=dataset, control=control, tape=played, watched=count - 1,
-                              present=present, follow=notes, rows=rows)  # fmt: skip
+            stage = Rehearsal(runnable, context, dataset=records.grouped, control=control, tape=played,
+                              watched=watched, present=present, follow=notes, rows=rows)  # fmt: skip
             fit_head(stage, features[kept], labels[kept], records.start, settings, context.rundir.path, Stop())
         if present:
             notes = stage.watch.observed
-    return compare(notes, stage.watch.observed, runnable, count - 1)
+    return compare(notes, stage.watch.observed, runnable, watched)
 
 
 HEADS_AT_ONCE = 500

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dprandp.audit.games import AuditSettings, try_mechanism
-from dprandp.audit.loops import HeadRecords, head_game_scores, make_head_records, replay_head
-from dprandp.data.units import Units
+from dprandp.audit.loops import head_game_scores, make_head_records, replay_head
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.auditing.controls import (
     CONTROLS,
@@ -189,10 +188,10 @@ def test_units_of_several_images_and_discrete_noise(
 
 
 def test_any_unit_can_be_taken_away(features: Tensor) -> None:
-    units = Units("unit", np.array([0, 1, 1, 2, 0, 2]), 3)
-    records = HeadRecords(features[:6], torch.zeros(6, dtype=torch.int64), torch.zeros(12, 3), units)
-    assert records.count == 3
-    assert records.ending_with(1).units.of_image.tolist() == [0, 2, 2, 1, 0, 1]
+    records = make_head_records(features, 3, PLAN, "long", torch.Generator().manual_seed(1), 3)
+    other = records.ending_with(2)
+    assert (other.count, other.watched) == (len(records.labels) // 3, 2)
+    assert failed(replay_head(PLAN, other)) == []
 
 
 # ------------------------------------------------------------------------------------------------------ the canaries

@@ -38,15 +38,15 @@ def model_of(arch: str) -> Classifier:
 
 
 def replayed(
-    arch: str, control: Control = FAITHFUL, steps: int = 2, plan: PrivatePlan = PLAN, **changes: Any
+    arch: str, control: Control = FAITHFUL, steps: int = 2, plan: PrivatePlan = PLAN, each: int = 1, **changes: Any
 ) -> list[Check]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
-    dataset, split = made_up_images(images, CLASSES, records_for(plan, 3), True, generator)
+    dataset, split = made_up_images(images, CLASSES, records_for(plan, 3), True, generator, each)
     model = hardened(model_of(arch), generator)
     settings = schema.build("finetune", {"checkpoint_every": 100, **changes})
     with rehearsal_context() as context:
-        watched = most_wrong(model, split)
+        watched = most_wrong(model, split) // each
         return replay_finetune(plan, settings, model, 1.0, 0.1, dataset, watched, context, steps, control)
 
 
@@ -68,6 +68,14 @@ def test_automatic_clipping_passes_and_its_absence_does_not() -> None:
     assert 0.9 < checks[2].value <= 1
     missing = failed(replayed("patchnet", BY_NAME["clip off"], 1, clipping="automatic"))
     assert "the sums differ by at most the clip norm" in missing
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+def test_units_of_several_images_pass_and_without_a_clip_do_not(noise: str) -> None:
+    plan = replace(PLAN, noise=noise)
+    assert failed(replayed("patchnet", plan=plan, each=2)) == []
+    unclipped = failed(replayed("patchnet", BY_NAME["clip off"], 1, plan=plan, each=2))
+    assert "the sums differ by at most the clip norm" in unclipped
 
 
 @pytest.mark.parametrize("mode", ["freeze", "select"])

@@ -153,6 +153,22 @@ def test_runs_that_protect_units_or_have_discrete_noise(
     assert [found["replay"]["private_data"] for found in done.json["mechanisms"]] == ["passed"]
 
 
+def test_a_run_that_paid_for_tuning(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("pretrain")
+    data = ("--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
+    for command in (("tune", "--on", "private"), ("probe",)):
+        done = dprandp(*command, *data)
+        assert done.code == 0, done.err
+    done = dprandp("audit", "--run", run, *QUICK, "--json")
+    assert done.code == 0, done.err
+    tuning, probe = sorted(done.json["mechanisms"], key=lambda found: found["name"] != "tune")
+    assert (tuning["name"], probe["name"], tuning["one_run"]) == ("tune", "probe", None)
+    assert [control["flagged"] for control in tuning["controls"]] == [True]
+    assert set(tuning["two_world"]["one_trial"]) == {"fitted", "held_out"}
+    assert all(entry["passed"] for entry in done.json["accounts"])
+    assert dprandp("report", "--run", run).code == 0
+
+
 def test_what_cannot_be_audited_is_refused(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     refused(dprandp("audit", "--run", tmp_path / "no"), 3, "there is no run at")
     refused(dprandp("audit", "--run", run_after("pretrain")), 3, "no finished private stage", "dprandp probe")

@@ -1,10 +1,10 @@
 """An audit of the mechanism: what attacks on it show, held against what was promised.
 
 ===============  =================================================================================================
-``two_world``    the lower bound on μ of Gaussian DP that two samples of scores prove
-``one_run``      the lower bound on ε that guesses about many canaries of one run prove (Steinke et al. 2023)
-``controls``     mechanisms with one known fault each, which an audit worth its name must flag
-``canaries``     scores of Dirac canaries that went through the real clip, noise and divisor
+``games``        lower bounds that scores prove: of a distinguishing game, of one run with many canaries (Mahloujifar et
+                 al. 2025), of any mechanism; how many trials a claim needs, and what they would see
+``controls``     scores of canaries that went through the real sampler, clip and noise; mechanisms with one known fault
+                 each, which an audit worth its name must flag
 ``replay``       D against D with one record zeroed out, with the same indices and the same random bits
 ===============  =================================================================================================
 
