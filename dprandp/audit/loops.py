@@ -398,4 +398,5 @@ def replay_finetune(
             finetune._train(config, stage, model, lr, scale, Stop())
         if present:
             notes = stage.watch.observed
+    model.load_state_dict(before)  # whoever replays again begins at the same place
     return compare(notes, stage.watch.observed, runnable, watched)

@@ -105,6 +105,16 @@ def test_views_that_depend_on_the_batch_are_flagged(monkeypatch: pytest.MonkeyPa
     assert "the sums differ by at most the clip norm" in failed(replayed("patchnet", plan=wide))
 
 
+def test_a_replay_leaves_the_model_as_it_was() -> None:
+    generator, model = torch.Generator().manual_seed(2), model_of("patchnet")
+    dataset, split = made_up_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CLASSES, 20, True, generator)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = schema.build("finetune", {"checkpoint_every": 100})
+    with rehearsal_context() as context:
+        replay_finetune(PLAN, settings, model, 1.0, 0.1, dataset, most_wrong(model, split), context, 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_every_class_is_made_up() -> None:
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     dataset, split = made_up_images(images, 30, 5, False, torch.Generator().manual_seed(0))
