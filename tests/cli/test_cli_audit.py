@@ -174,7 +174,7 @@ def test_what_cannot_be_audited_is_refused(dprandp: Dprandp, run_after: RunAfter
     refused(dprandp("audit", "--run", run_after("pretrain")), 3, "no finished private stage", "dprandp probe")
     refused(dprandp("audit", "--eps", "inf"), 3, "NOT PRIVATE")
     refused(dprandp("audit", "--steps", 5), 2, "--steps describes a plan")
-    refused(dprandp("audit", "--eps", 1, "--run", tmp_path), 2, "bare plan")
+    refused(dprandp("audit", "--eps", 1, "--run", tmp_path), 2, "a plan without a run")
     refused(dprandp("audit", "--eps", 1, "--trials", 5), 2, "--trials 5 is out of range")
     refused(dprandp("audit", "--eps", 1, "--delta", 0.5), 2, "delta is 0.5")
     run = run_after("pretrain")

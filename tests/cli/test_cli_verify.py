@@ -32,7 +32,7 @@ def test_the_claims_of_a_run_hold_without_its_private_part(dprandp: Dprandp, run
 
 
 def test_a_run_without_private_stages_claims_nothing(dprandp: Dprandp, run_after: RunAfter) -> None:
-    refused(dprandp("verify", "--run", run_after("pretrain")), 3, "no private stage")
+    refused(dprandp("verify", "--run", run_after("pretrain")), 3, "no finished private stage")
 
 
 def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:
@@ -57,6 +57,10 @@ def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:
     table["ledger_head"] = previous
     path.write_bytes(b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines))
     (run / "run.json").write_text(json.dumps(table))
+    config = (run / "model/config.json").read_text()
+    for old, new in renamed.items():
+        config = config.replace(old, new)
+    (run / "model/config.json").write_text(config)
 
 
 def contradicted(dprandp: Dprandp, run: Path, name: str, code: int) -> None:

@@ -80,6 +80,7 @@ def test_unfinished_probe_alone(tmp_path: Path) -> None:
         atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
         ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
         assert "no privacy was spent" in Page(written(run)).text
+        run.keep_ledger_head(ledger.head)  # as a stage does before its first charge
         charge(ledger, "probe", 4, 10.0)
         page = Page(written(run))
     shown = float(re.search(r"has spent ε = ([\d.]+)", page.text).group(1))
@@ -95,7 +96,8 @@ def test_the_other_libraries_are_asked_about_what_counts(tmp_path: Path, finishe
         if finished == 2:
             budget = {"epsilon": 1.0, "delta": 1e-5}
             atomic_write(run.privacy_dir / "plan.json", json.dumps({"format": 1, **budget}))
-            Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
+            begun = Ledger.create(run.privacy_dir / "ledger.jsonl", examples=1437, budget=budget)
+            run.keep_ledger_head(begun.head)
         run.begin("finetune", schema.as_dict(schema.build("finetune", {})), {})
     ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")
     ledger.charge(

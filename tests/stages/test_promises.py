@@ -198,7 +198,7 @@ def test_9_the_whitener_does_not_know_the_data(copy: Copy, public_run: Path, tmp
         found.append({p.name: p.read_bytes() for p in (run / "3-probe/statistics").glob("whitener.*")})
         found[-1] |= {p.name: p.read_bytes() for p in (run / "2-pretrain").rglob("*") if p.is_file()}
     assert found[0] == found[1]
-    assert {"whitener.safetensors", "whitener.json"} <= set(found[0])
+    assert "whitener.safetensors" in found[0]
 
 
 # ------------------------------------------------------------------------------------------- 17: only releasable things
