@@ -71,7 +71,9 @@ def run(config: PretrainConfig, context: Context) -> dict:
         begun = ranks.first(lambda: _begin(config, context, stop), told=_trained_by_all)
         if begun is None:
             return context.rundir.result(STAGE) if ranks.is_first else {}
-        learned = begun.learned if ranks.is_first else None
+        if ranks.is_first and begun.learned is not None:  # the other ranks had nothing to do, and have left
+            return _finish(begun, begun.learned, context)
+        learned = None
         if learned is None:
             learned = learn(begun.config if ranks.is_first else recorded(STAGE, begun), context, stop)
         return ranks.first(lambda: _finish(begun, learned, context), told=lambda result: {})
