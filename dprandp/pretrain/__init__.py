@@ -73,9 +73,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
             return context.rundir.result(STAGE) if ranks.is_first else {}
         if ranks.is_first and begun.learned is not None:  # the other ranks had nothing to do, and have left
             return _finish(begun, begun.learned, context)
-        learned = None
-        if learned is None:
-            learned = learn(begun.config if ranks.is_first else recorded(STAGE, begun), context, stop)
+        learned = learn(begun.config if ranks.is_first else recorded(STAGE, begun), context, stop)
         return ranks.first(lambda: _finish(begun, learned, context), told=lambda result: {})
 
 
