@@ -474,7 +474,7 @@ class Sequence:
     def arguments(self, name: str = "") -> list[object]:
         """A command at random, with flags that fit or do not."""
         config = ["--config", self.world.folder / "small.toml"]
-        probed = (self.run / "3-probe" / "head.json").exists()
+        probed = (self.run / "3-probe" / "head.safetensors").exists()
         usual = {"probe": 6, "finetune": 8 if probed else 1, "continue": 4 if "wrn" in self.arch else 0.3, "tune": 1.5}
         looks = dict.fromkeys(["report", "verify", "predict", "export"], 1.2 if probed else 0.2)
         rare = {"generate": 0.3, "pretrain": 0.5, "check": 0.2, "audit": 0.2}
@@ -549,7 +549,7 @@ class Sequence:
         """A command that something happens to."""
         names = ["probe", "probe", "finetune", "finetune", "finetune", "pretrain", "generate", "report", "tune"]
         names += ["continue"] * (2 if "wrn" in self.arch else 0)
-        ready = (self.run / "3-probe" / "head.json").exists() and self.chance.random() < 0.7
+        ready = (self.run / "3-probe" / "head.safetensors").exists() and self.chance.random() < 0.7
         arguments = self._last = self.arguments(self.chance.choice(names) if ready else "")
         self.accidents += 1
         kind = self.chance.choice(["point", "point", "kill", "signal", "fsync", "limit", "clock"])

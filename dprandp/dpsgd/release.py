@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 
 from dprandp.config.schema import WITHOUT_PHASE_ONE, as_dict, public_data_name
 from dprandp.dpsgd.features import features_of_test
@@ -16,6 +15,7 @@ from dprandp.dpsgd.stage import PrivateStage
 from dprandp.models.classifier import Classifier
 from dprandp.models.precision import precision_of
 from dprandp.report.card import model_card
+from dprandp.runs.checkpoint import tensors_to_bytes
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
@@ -73,9 +73,8 @@ def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) 
             pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
         arch = pretrain["arch"]
     result = {**result, "data": public_data_name(result["data"])}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     card = model_card(result, pretrain, generate)
-    content = {"model.safetensors": to_safetensors(tensors), "MODEL_CARD.md": card.encode("utf-8")}
+    content = {"model.safetensors": tensors_to_bytes(model.state_dict()), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,
         "arch": arch,

@@ -1,7 +1,7 @@
 """Phase I, second half: a feature extractor from synthetic images. No data is read; no privacy is spent.
 
     step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
-    extractor.safetensors     the finished extractor, with its configuration in extractor.json
+    extractor.safetensors     the finished extractor, with its configuration in the header
     metrics.jsonl             loss and public evaluation, or dictionary similarity, step by step
     grey/                     the same three of a second patchnet, where the colour of the data is not known yet
 

@@ -35,7 +35,6 @@ from dprandp.synth.stylegan_draws import ORIENTED, ConvDraws, ImageDraws, Networ
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
 GAIN = math.sqrt(2.0)
-TAPS = 9
 
 
 def tap_weights(draws: ConvDraws, variant: Variant, upsamples: bool) -> torch.Tensor:

@@ -180,11 +180,6 @@ class Game:
         """Both together."""
         return self.having + self.without
 
-    @property
-    def having_part(self) -> float:
-        """The part with the canary, at most 1/(1 + exp ε₀) but for games of a few trials."""
-        return self.having / self.trials
-
 
 @dataclass(frozen=True)
 class GameBound:
