@@ -140,10 +140,10 @@ def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = 
         if made.flag is None or (names is not None and name not in names):
             continue
         option = "--" + prefix + made.flag.removeprefix("--")
-        plain = bool if plain_type(types_of(kind)[name]) is bool else plain_type(types_of(kind)[name])
+        hint = types_of(kind)[name]
         flags.append(
             Flag(prefix.replace("-", "_") + name, option, help_text(stages, name, made, says), made.panel,
-                 made.metavar or "|".join(map(str, choices_of(types_of(kind)[name]))) or None, plain | None, None,
+                 made.metavar or "|".join(map(str, choices_of(hint))) or None, plain_type(hint) | None, None,
                  tuple((stage, name) for stage in stages))
         )  # fmt: skip
     return flags
