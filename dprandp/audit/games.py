@@ -54,6 +54,9 @@ SIGNIFICANCE = 1e-3
 CONTROL_TRIALS = 1000
 """Trials a world for each control; the faults are gross."""
 
+SURE = 1 - 1e-6
+"""Chance that a game sees the fault of a control which nothing else looks for."""
+
 FACTORS = (1.0, 1.1, 1.2, 1.5, 2.0)
 """Noise too small by so much: what the game would see is worked out for each."""
 
@@ -320,6 +323,19 @@ def _black_box(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSet
 # --------------------------------------------------------------------------------------------------------- paid tuning
 
 
+def selection_control_game(claim: Claim) -> Game:
+    """The smallest game, from ``CONTROL_TRIALS`` on and by doubling, that all but surely sees noise of a tenth.
+
+    No paired run looks at this fault, so the game alone has to: the smaller the claim, the more trials it takes.
+    """
+    trials = 2 * CONTROL_TRIALS
+    while trials < MOST_TRIAL_GAMES:
+        if game_power(Game.of(0.0, trials), claim, SIGNIFICANCE, (10.0,), 0)[0].flagged > SURE:
+            break
+        trials *= 2
+    return Game.of(0.0, trials)
+
+
 def _try_selection(plan: SelectionPlan, settings: AuditSettings) -> dict[str, Any]:
     """Games on single trials and on what paid tuning selects, as ``try_mechanism`` returns them.
 
@@ -344,7 +360,7 @@ def _try_selection(plan: SelectionPlan, settings: AuditSettings) -> dict[str, An
     lower = plain_bound(*answers, count, count, plan.delta, SIGNIFICANCE)
     controls = []
     if settings.controls:
-        few = Game.of(0.0, 2 * CONTROL_TRIALS)
+        few = selection_control_game(claim)
         seen = all(
             play(few, *trial_game_scores(plan, few, held_out, faulty=True), claim, SIGNIFICANCE).factor > 1
             for held_out in (False, True)

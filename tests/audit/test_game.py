@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dprandp.audit import games as audit_games
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.auditing import controls, games
@@ -275,3 +276,16 @@ def test_plain_bound_against_the_leakiest_mechanism() -> None:
 def test_senseless_scores_are_refused(without: np.ndarray, having: np.ndarray, significance: float) -> None:
     with pytest.raises(UsageError):
         play(Game(0.0, 5, 5), without, having, FULL, significance)
+
+
+@pytest.mark.parametrize("mu", [0.01, 0.03, 0.3])
+def test_the_control_of_tuning_has_as_many_trials_as_its_claim_needs(mu: float) -> None:
+    """With a fixed number, a small claim let noise of a tenth pass in one audit of ten."""
+    claim = games.Claim(GaussianEvent(1 / mu, 1.0, 1), 1e-5)
+    game = audit_games.selection_control_game(claim)
+    [seen] = games.game_power(game, claim, audit_games.SIGNIFICANCE, (10.0,), 0)
+    assert seen.flagged > 1 - 1e-5
+    least = games.Game.of(0.0, 2 * audit_games.CONTROL_TRIALS)
+    [fixed] = games.game_power(least, claim, audit_games.SIGNIFICANCE, (10.0,), 0)
+    assert (game == least) == (fixed.flagged > audit_games.SURE)
+    assert (fixed.flagged < 0.97) == (mu < 0.1)
