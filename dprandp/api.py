@@ -249,7 +249,7 @@ def fit_private_head(
     path = Path(ledger)
     opened = Ledger.open(path) if path.exists() else Ledger.create(path, examples)
     plan = make_plan(
-        stage="head", epsilon_total=epsilon, delta=delta, spend_epsilon=epsilon, spent=opened.stages(),
+        stage="head", epsilon=epsilon, delta=delta, epsilon_target=epsilon, spent=opened.stages(),
         examples=examples, sample_rate=1.0, steps=steps, clip_norm=clip_norm,
     )  # fmt: skip
     alone = accounting.compose([plan.event], delta).upper

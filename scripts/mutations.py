@@ -237,8 +237,8 @@ MECHANISM = (
          "    if not 0 < delta <= 1 / examples:",
          "test_plan.py"),
     _row("a stage may be given more than the whole",
-         "    if not 0 < spend_epsilon <= epsilon_total:\n",
-         "    if not 0 < spend_epsilon:\n",
+         "    if not 0 < epsilon_target <= epsilon:\n",
+         "    if not 0 < epsilon_target:\n",
          "test_plan.py"),
 )
 
@@ -721,8 +721,8 @@ STAGES = (
          " views=1, seed=0)",
          "test_private_stages.py::test_2_finetune_composes_three_mechanisms"),
     _row("the refit is planned without what the joint training spent",
-         "            spend_epsilon=self.budget.epsilon,\n            spent=self.ledger.stages(),",
-         "            spend_epsilon=self.budget.epsilon,\n            spent=[],",
+         "            epsilon_target=self.budget.epsilon,\n            spent=self.ledger.stages(),",
+         "            epsilon_target=self.budget.epsilon,\n            spent=[],",
          "test_private_stages.py::test_2_finetune_composes_three_mechanisms"),
     _row("a cut ledger will do",
          "        if ledger_head is not None and not self.ledger.includes(ledger_head):\n",

@@ -197,7 +197,7 @@ def audit_plan(
     if math.isinf(epsilon):
         raise _no_claim("A plan with ε = inf")
     plan = make_plan(
-        stage="plan", epsilon_total=epsilon, delta=delta or default_delta(examples), spend_epsilon=epsilon, spent=[],
+        stage="plan", epsilon=epsilon, delta=delta or default_delta(examples), epsilon_target=epsilon, spent=[],
         examples=examples, sample_rate=sample_rate, steps=steps, clip_norm=1.0, noise=noise,
         warn=console.warn,
     )  # fmt: skip

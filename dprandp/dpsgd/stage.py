@@ -218,9 +218,9 @@ class PrivateStage:
         plan = self.plan
         self.plan = make_plan(
             stage=self.name,
-            epsilon_total=self.budget.epsilon,
+            epsilon=self.budget.epsilon,
             delta=self.budget.delta,
-            spend_epsilon=plan.epsilon_target,
+            epsilon_target=plan.epsilon_target,
             spent=[] if self._ledger is None else self._ledger.stages(),
             examples=plan.examples,
             sample_rate=plan.sample_rate,
@@ -254,9 +254,9 @@ class PrivateStage:
         further.attempt = self.ledger.last_attempt(name) + 1
         further.plan = make_plan(
             stage=name,
-            epsilon_total=self.budget.epsilon,
+            epsilon=self.budget.epsilon,
             delta=self.budget.delta,
-            spend_epsilon=self.budget.epsilon,
+            epsilon_target=self.budget.epsilon,
             spent=self.ledger.stages(),
             examples=self.budget.examples,
             sample_rate=sample_rate,
@@ -504,7 +504,7 @@ def open_private_stage(
         if before >= budget.epsilon:
             target = budget.epsilon  # the planner refuses
         stage.plan = make_plan(
-            **public, epsilon_total=budget.epsilon, spend_epsilon=target, spent=spent, warn=context.console.warn
+            **public, epsilon=budget.epsilon, epsilon_target=target, spent=spent, warn=context.console.warn
         )
     return stage
 
@@ -533,7 +533,7 @@ def _plan_probe(
     own = epsilon * share
     discrete = public["noise"] == "discrete"
     if share == 1 or all(isinstance(event, TuningEvent) for stage in spent for event in stage):
-        return make_plan(**public, epsilon_total=epsilon, spend_epsilon=own, spent=spent, warn=warn)
+        return make_plan(**public, epsilon=epsilon, epsilon_target=own, spent=spent, warn=warn)
     sigma = calibrate_stage(own, public["delta"], public["sample_rate"], public["steps"], (), warn, discrete)
     event = GaussianEvent(sigma, public["sample_rate"], public["steps"], discrete)
     total = compose_stages([*spent, [event]], public["delta"], warn).upper

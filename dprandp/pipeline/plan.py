@@ -283,9 +283,9 @@ def _private(
     elif refit_steps:
         mechanisms[refit_key] = make_plan(
             stage=refit_name,
-            epsilon_total=stage.budget.epsilon,
+            epsilon=stage.budget.epsilon,
             delta=stage.budget.delta,
-            spend_epsilon=stage.budget.epsilon,
+            epsilon_target=stage.budget.epsilon,
             spent=[*before, [stage.plan.event]],
             examples=stage.budget.examples,
             steps=refit_steps,

@@ -120,9 +120,9 @@ def validate_budget(epsilon: float, delta: float, examples: int, share: float = 
 def make_plan(
     *,
     stage: str,
-    epsilon_total: float,
+    epsilon: float,
     delta: float,
-    spend_epsilon: float,
+    epsilon_target: float,
     spent: Sequence[Stage],
     examples: int,
     sample_rate: float,
@@ -132,30 +132,30 @@ def make_plan(
     noise: NoiseKind = "gaussian",
     warn: Warn = warn_by_log,
 ) -> PrivatePlan:
-    """The plan of a stage after which the run has spent at most ``spend_epsilon``, with the least noise found.
+    """The plan of a stage after which the run has spent at most ``epsilon_target``, with the least noise found.
 
     Args:
-        epsilon_total: the run's whole budget; inf plans without noise, hence without privacy.
-        spend_epsilon: cumulative ε that may be spent once this stage is done, at most ``epsilon_total``.
+        epsilon: the run's whole budget; inf plans without noise, hence without privacy.
+        epsilon_target: cumulative ε that may be spent once this stage is done, at most ``epsilon``.
         spent: ``ledger.stages()``: every stage that the run has charged.
         stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
         warn: see ``accounting.compose``.
 
     Guarantee:
-        ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
+        ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
 
     Raises:
-        BudgetError: earlier stages have spent ``spend_epsilon``, or leave too little.
+        BudgetError: earlier stages have spent ``epsilon_target``, or leave too little.
         UsageError: a value is outside its range.
     """
-    validate_budget(epsilon_total, delta, examples)
-    if not 0 < spend_epsilon <= epsilon_total:
+    validate_budget(epsilon, delta, examples)
+    if not 0 < epsilon_target <= epsilon:
         raise UsageError(
-            f"The stage may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
+            f"The stage may spend up to ε = {epsilon_target}, of a total of {epsilon}.",
             fix="Give a share of the budget above 0, at most 1.",
         )
-    sigma = calibrate_stage(spend_epsilon, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
-    plan = PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, spend_epsilon, delta, noise)
+    sigma = calibrate_stage(epsilon_target, delta, sample_rate, steps, spent, warn, discrete=noise == "discrete")
+    plan = PrivatePlan(stage, examples, sample_rate, steps, sigma, clip_norm, views, epsilon_target, delta, noise)
     if noise == "discrete":
         compose_stages([*spent, [plan.event]], delta, warn)  # refuses an ε for which the lattice is too coarse
     return plan

@@ -118,9 +118,9 @@ class SelectionPlan:
 def make_selection_plan(
     *,
     stage: str,
-    epsilon_total: float,
+    epsilon: float,
     delta: float,
-    spend_epsilon: float,
+    epsilon_target: float,
     spent: Sequence[Stage],
     examples: int,
     mean_trials: float,
@@ -130,25 +130,25 @@ def make_selection_plan(
     steps: Sequence[int],
     warn: Warn = warn_by_log,
 ) -> SelectionPlan:
-    """The plan after which the run has spent at most ``spend_epsilon``, with the largest μ that was found.
+    """The plan after which the run has spent at most ``epsilon_target``, with the largest μ that was found.
 
     Args:
-        spend_epsilon: cumulative ε that may be spent once this is done, at most ``epsilon_total``, finite.
+        epsilon_target: cumulative ε that may be spent once this is done, at most ``epsilon``, finite.
         mean_trials: expected number of trials, above 1.
         spent, warn: as for ``mechanism.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
 
     Guarantee:
-        ``compose_stages([*spent, [plan.event]], delta).upper <= spend_epsilon``. No data are read.
+        ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
 
     Raises:
-        BudgetError: what was spent already reaches ``spend_epsilon``, or leaves too little; or another stage came
+        BudgetError: what was spent already reaches ``epsilon_target``, or leaves too little; or another stage came
             first.
         UsageError: a value is outside its range.
     """
-    validate_budget(epsilon_total, delta, examples)
-    if not 0 < spend_epsilon <= epsilon_total or math.isinf(spend_epsilon):
+    validate_budget(epsilon, delta, examples)
+    if not 0 < epsilon_target <= epsilon or math.isinf(epsilon_target):
         raise UsageError(
-            f"The selection may spend up to ε = {spend_epsilon}, of a total of {epsilon_total}.",
+            f"The selection may spend up to ε = {epsilon_target}, of a total of {epsilon}.",
             fix="Give a finite --eps and a part of it above 0, at most 1.",
         )
     if any(isinstance(event, GaussianEvent) for stage in spent for event in stage):
@@ -161,21 +161,21 @@ def make_selection_plan(
     def upper(mu: float) -> float:
         return compose_stages([*spent, [TuningEvent(mu, trials.eta, trials.gamma)]], delta, warn).upper
 
-    if upper(_SMALLEST_MU) > spend_epsilon:
+    if upper(_SMALLEST_MU) > epsilon_target:
         raise BudgetError(
-            f"Tuning may bring this run to ε = {spend_epsilon:.4g}, which with what is spent already is too little.",
+            f"Tuning may bring this run to ε = {epsilon_target:.4g}, which with what is spent already is too little.",
             fix="Give tuning a larger part of the budget, or tune on synthetic images, which costs nothing.",
         )
     mu = _LARGEST_MU
-    if upper(mu) > spend_epsilon:
+    if upper(mu) > epsilon_target:
         log_mu = brentq(
-            lambda value: upper(math.exp(value)) - spend_epsilon, math.log(_SMALLEST_MU), math.log(mu), xtol=1e-6
+            lambda value: upper(math.exp(value)) - epsilon_target, math.log(_SMALLEST_MU), math.log(mu), xtol=1e-6
         )
         mu = math.exp(log_mu)
-        while upper(mu) > spend_epsilon:
+        while upper(mu) > epsilon_target:
             mu *= 1 - 1e-6
     return SelectionPlan(
-        stage, examples, mu, trials.eta, trials.gamma, held_out, clip_norm, tuple(steps), spend_epsilon, delta
+        stage, examples, mu, trials.eta, trials.gamma, held_out, clip_norm, tuple(steps), epsilon_target, delta
     )
 
 

@@ -57,7 +57,7 @@ def choose_privately(
     whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
     settings = settings_for(config, whitener.components)
     stage.plan = plan = make_selection_plan(
-        stage=STAGE, epsilon_total=budget.epsilon, delta=budget.delta, spend_epsilon=tune.spend * share_of(config),
+        stage=STAGE, epsilon=budget.epsilon, delta=budget.delta, epsilon_target=tune.spend * share_of(config),
         spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
         clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=context.console.warn,
     )  # fmt: skip

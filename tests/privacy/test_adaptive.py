@@ -156,7 +156,7 @@ def test_a_spent_budget_is_refused() -> None:
 
 def test_tuning_comes_first_or_not_at_all() -> None:
     public = {
-        "stage": "tune", "epsilon_total": 4.0, "delta": 1e-5, "spend_epsilon": 2.0, "examples": 1000,
+        "stage": "tune", "epsilon_total": 4.0, "delta": 1e-5, "epsilon_target": 2.0, "examples": 1000,
         "mean_trials": 5.0, "eta": 0.0, "held_out": 0.2, "clip_norm": 1.0, "steps": [3, 4],
     }  # fmt: skip
     plan = make_selection_plan(**public, spent=[])

@@ -364,13 +364,13 @@ def test_an_epsilon_for_which_the_lattice_is_too_coarse_is_refused():
         compose([GaussianEvent(0.3, 1.0, 20, True)], 1e-9)
     public = {"stage": "probe", "delta": 1e-9, "spent": [], "examples": 50, "sample_rate": 1.0, "steps": 10}
     with pytest.raises(BudgetError, match="--noise gaussian"):
-        make_plan(**public, epsilon_total=50.0, spend_epsilon=50.0, clip_norm=1.0, noise="discrete")
-    assert make_plan(**public, epsilon_total=math.inf, spend_epsilon=math.inf, clip_norm=1.0, noise="discrete")
+        make_plan(**public, epsilon=50.0, epsilon_target=50.0, clip_norm=1.0, noise="discrete")
+    assert make_plan(**public, epsilon=math.inf, epsilon_target=math.inf, clip_norm=1.0, noise="discrete")
 
 
 def test_a_mechanism_with_discrete_noise_is_paid_for_as_such(tmp_path):
     plan = make_plan(
-        stage="probe", epsilon_total=2.0, delta=1e-4, spend_epsilon=2.0, spent=[], examples=64, sample_rate=0.5,
+        stage="probe", epsilon=2.0, delta=1e-4, epsilon_target=2.0, spent=[], examples=64, sample_rate=0.5,
         steps=3, clip_norm=1.0, noise="discrete",
     )  # fmt: skip
     ledger = Ledger.create(tmp_path / "ledger.jsonl", 64, "patient (column patient_train)")

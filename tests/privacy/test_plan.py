@@ -240,13 +240,13 @@ PLAN = {"delta": 1e-4, "examples": N, "clip_norm": CLIP}
 
 def test_probe_finetune_and_a_rerun_share_one_budget(ledger):
     probe = make_plan(
-        stage="probe", epsilon_total=3.0, spend_epsilon=0.9, spent=ledger.stages(), sample_rate=1.0, steps=20, **PLAN
+        stage="probe", epsilon=3.0, epsilon_target=0.9, spent=ledger.stages(), sample_rate=1.0, steps=20, **PLAN
     )
     run(PrivateMechanism(probe, ledger, SystemRandom()))
     assert 0.89 <= ledger.spent(1e-4).upper <= 0.9
     spent = ledger.stages()
     tune = make_plan(
-        stage="finetune", epsilon_total=3.0, spend_epsilon=3.0, spent=spent, sample_rate=Q, steps=T, **PLAN, views=4
+        stage="finetune", epsilon=3.0, epsilon_target=3.0, spent=spent, sample_rate=Q, steps=T, **PLAN, views=4
     )
     run(PrivateMechanism(tune, ledger, SystemRandom()))
     assert ledger.events() == sorted([probe.event, tune.event], key=lambda event: event.sample_rate)
@@ -254,8 +254,8 @@ def test_probe_finetune_and_a_rerun_share_one_budget(ledger):
     with pytest.raises(BudgetError, match="already spent"):
         make_plan(
             stage="finetune",
-            epsilon_total=3.0,
-            spend_epsilon=3.0,
+            epsilon=3.0,
+            epsilon_target=3.0,
             spent=ledger.stages(),
             sample_rate=Q,
             steps=1,
@@ -329,7 +329,7 @@ def test_plans_are_plain_data():
 
 def test_an_infinite_budget_plans_without_noise():
     plan = make_plan(
-        stage="probe", epsilon_total=math.inf, spend_epsilon=math.inf, spent=[], sample_rate=1.0, steps=5, **PLAN
+        stage="probe", epsilon=math.inf, epsilon_target=math.inf, spent=[], sample_rate=1.0, steps=5, **PLAN
     )
     assert plan.noise_multiplier == 0
 
@@ -365,7 +365,7 @@ def test_the_suggested_delta_is_accepted():
 @pytest.mark.parametrize("spend", [0.0, 3.1, math.nan])
 def test_a_stage_cannot_be_given_more_than_the_whole(spend):
     with pytest.raises(UsageError, match="may spend"):
-        make_plan(stage="probe", epsilon_total=3.0, spend_epsilon=spend, spent=[], sample_rate=Q, steps=5, **PLAN)
+        make_plan(stage="probe", epsilon=3.0, epsilon_target=spend, spent=[], sample_rate=Q, steps=5, **PLAN)
 
 
 def test_a_charge_block_below_one_is_refused(ledger):

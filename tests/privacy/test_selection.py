@@ -19,7 +19,7 @@ from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial, ma
 
 N = 400
 PUBLIC = {
-    "stage": "tune", "epsilon_total": 2.0, "delta": 1e-5, "spend_epsilon": 1.0, "spent": [], "examples": N,
+    "stage": "tune", "epsilon_total": 2.0, "delta": 1e-5, "epsilon_target": 1.0, "spent": [], "examples": N,
     "mean_trials": 5.0, "eta": 0.0, "held_out": 0.25, "clip_norm": 0.5, "steps": [4, 9, 2],
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_a_plan_that_does_not_fit() -> None:
         plan_of(spent=[[plan_of().event]])
     with pytest.raises(BudgetError, match="comes first"):
         plan_of(spent=[[GaussianEvent(1e6, 1.0, 1)]])
-    for changes in ({"spend_epsilon": 3.0}, {"epsilon_total": math.inf, "spend_epsilon": math.inf}, {"held_out": 0.0},
+    for changes in ({"epsilon_target": 3.0}, {"epsilon_total": math.inf, "epsilon_target": math.inf}, {"held_out": 0.0},
                     {"steps": [3]}, {"steps": [3, 0]}, {"mean_trials": 1.0}, {"clip_norm": 0.0}):  # fmt: skip
         with pytest.raises(UsageError):
             plan_of(**changes)
