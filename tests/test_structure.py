@@ -236,7 +236,7 @@ MAY_IMPORT_DATA = {
     "dprandp.release": {"brought_to", "read_unlabelled", "skipped_text"},  # new images, not a data set
     "dprandp.tune.public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.audit.loops": {"Dataset", "DataSpec", "Split", "Units"},  # to make up public records
-    "dprandp.audit.continual": {"Dataset"},  # a type
+    "dprandp.audit.replay": {"Dataset"},  # a type
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
 }
 MAY_OPEN_A_PRIVATE_STAGE = {"dpsgd", "probe", "finetune", "continual", "tune", "audit", "pipeline"}

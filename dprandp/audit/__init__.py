@@ -13,7 +13,6 @@ fails may tell something about the data; keep it to yourself until the fault is 
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,28 +20,13 @@ from typing import Any
 
 import torch
 
-from dprandp import finetune, probe
-from dprandp.audit import continual
-from dprandp.audit.games import GAME, SIGNIFICANCE, AuditSettings, as_values, passed, try_mechanism, units
-from dprandp.audit.loops import (
-    HeadRecords,
-    hardened,
-    made_up_images,
-    most_wrong,
-    records_for,
-    replay_finetune,
-    replay_head,
-)
-from dprandp.audit.records import IMAGES, Facts
-from dprandp.config.schema import FinetuneConfig, ProbeConfig
+from dprandp import finetune
+from dprandp.audit.games import GAME, try_mechanism, units
+from dprandp.audit.loops import IMAGES, Facts, on_made_up, on_private_data, passed
+from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import default_delta, read_plan_file
-from dprandp.dpsgd.features import private_features, require_room
-from dprandp.dpsgd.stage import open_private_stage
 from dprandp.errors import AuditError, InputError
-from dprandp.models.classifier import Classifier
-from dprandp.privacy.auditing.controls import CONTROLS, FAITHFUL, Control
-from dprandp.privacy.auditing.replay import Check
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
 from dprandp.privacy.randomness import NoiseKind
@@ -53,24 +37,9 @@ from dprandp.runs.files import atomic_path, atomic_write, to_json
 from dprandp.runs.ledger import ledger_file, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE
 
-# -------------------------------------------------------------------------------------------------------- audit figure
-#
-# audit.png: what was claimed, what was shown, and which faults were seen.
-
-
-NOTHING = {"epsilon_lower": 0.0, "flagged": False}
-
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw an audit's result as a PNG file.
-
-    Args:
-        result: of ``audit.audit_run``.
-        path: the file.
-
-    Raises:
-        StorageError: the disk refuses.
-    """
+    """Draw the result of ``audit_run`` as a PNG file: what was claimed, what was shown, which faults were seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,8 +53,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.barh(place, found["epsilon_claimed"], height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
         left.barh(place - 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
                   label="shown by the distinguishing game")  # fmt: skip
-        left.barh(place + 0.17, (found["one_run"] or NOTHING)["epsilon_lower"], height=0.28, color="#d95f02",
-                  label="shown by one run")  # fmt: skip
+        one_run = found["one_run"]["epsilon_lower"] if found["one_run"] else 0.0
+        left.barh(place + 0.17, one_run, height=0.28, color="#d95f02", label="shown by one run")
     left.set_yticks(range(len(mechanisms)), [found["name"] for found in mechanisms])
     left.set_xlabel("ε")
     left.set_title(f"{result['outcome']} (significance {result['significance']:g})", fontsize=10)
@@ -116,14 +85,8 @@ def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) ->
 
 
 FOLDER = "audit"
-FINETUNE_STEPS = 2
-FINETUNE_BATCH = 8
-FINETUNE_CONTROLS = tuple(control for control in CONTROLS if control.name == "clip off")
 UNIT_IMAGES = 3
 """Images of a made-up record where the run protects units of several."""
-
-PRIVATE_RECORDS = 3
-"""Private records that are taken away, one at a time, in a replay on private data."""
 
 PUBLIC_DATA = "synthetic records with random labels; nothing private was read"
 PRIVATE_DATA = "synthetic records, and the run's private records: of those, passed or failed alone is published"
@@ -152,16 +115,15 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
                 plan, spec.features, spec.classes, settings, lambda: progress.advance(1), context.console.say
             )
             found["attempt"] = document["stages"][name]["attempt"]
-            if name == finetune.STAGE:
-                found["replay"]["finetune"], controls = _finetune_on_made_up(plan, spec, settings, context)
-                found["controls"] += controls
-            if name == loop.STAGE:
-                found["replay"]["continue"], controls = continual.on_made_up(plan, spec, settings, context)
+            if name in (finetune.STAGE, loop.STAGE):
+                found["replay"][name], controls = on_made_up(name, plan, spec, settings, context)
                 found["controls"] += controls
             if settings.with_data and "." not in name and isinstance(plan, PrivatePlan):
-                raw[name] = _on_private_data(name, plan, spec, context)
+                raw[name] = on_private_data(name, plan, spec, context)
                 found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
-            found["replay"]["flagged"] = not _replays_pass(found["replay"])
+            replay = found["replay"]
+            checks = replay["head"] + replay.get(finetune.STAGE, []) + replay.get(loop.STAGE, [])
+            replay["flagged"] = not passed(checks) or replay.get("private_data") == "failed"
             mechanisms.append(found)
             progress.advance(1)
     if raw:
@@ -221,72 +183,65 @@ def line(result: dict[str, Any]) -> str:
 def _line(found: dict[str, Any]) -> str:
     """One mechanism for people."""
     game, one, box = found["two_world"], found["one_run"], found.get("black_box")
-    caught = sum(control["flagged"] for control in found["controls"])
+
+    def shown(bound: dict[str, Any]) -> str:
+        return f"ε ≥ {bound['epsilon_lower']:.3g} = {100 * bound['ratio']:.0f} % of the claim"
+
+    power = ", ".join(f"{entry['flagged']:.2g} at noise/{entry['factor']:g}" for entry in game["power"][1:])
     replayed = "exact" if found["replay"]["head"] else "not for tuning"
     parts = [
         f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
         f"replay {'FAILED' if found['replay']['flagged'] else replayed}",
-        f"{GAME} {bound_text(game)} ({game['trials']:,} trials with and without the record, power {power_text(game)})",
+        f"{GAME} {shown(game)} ({game['trials']:,} trials with and without the record, power {power})",
     ]
     if "one_trial" in game:
-        shown = ", ".join(f"{100 * part['ratio']:.0f} % ({name.replace('_', ' ')})"
-                          for name, part in game["one_trial"].items())  # fmt: skip
-        parts.append(f"of the claimed μ of one trial {shown}")
+        told = (f"{100 * each['ratio']:.0f} % ({name.replace('_', ' ')})" for name, each in game["one_trial"].items())
+        parts.append(f"of the claimed μ of one trial {', '.join(told)}")
     if one:
-        parts.append(f"one run {bound_text(one)} ({one['canaries']:,} canaries; "
+        parts.append(f"one run {shown(one)} ({one['canaries']:,} canaries; "
                      f"ε ≥ {one['epsilon_lower_if_independent']:.3g} if they are independent)")  # fmt: skip
     if box:
-        parts.append(f"released head alone {bound_text(box)}")
+        parts.append(f"released head alone {shown(box)}")
+    caught = sum(control["flagged"] for control in found["controls"])
     parts.append(f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run")
     return ", ".join(parts)
 
 
-def bound_text(bound: dict[str, Any]) -> str:
-    """``ε ≥ 0.93 = 93 % of the claim``."""
-    return f"ε ≥ {bound['epsilon_lower']:.3g} = {100 * bound['ratio']:.0f} % of the claim"
-
-
-def power_text(bound: dict[str, Any]) -> str:
-    """Chance of a contradiction were the noise too small by each factor."""
-    seen = [entry for entry in bound["power"] if entry["factor"] > 1]
-    return ", ".join(f"{entry['flagged']:.2g} at noise/{entry['factor']:g}" for entry in seen)
-
-
-def _tests(mechanisms: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """(mechanism, test, whether it contradicts)."""
+def _against(mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> list[str]:
+    """What contradicts the claims: mechanism and test, or the account that does not hold."""
+    tests = {"replay": "replay", "two_world": GAME, "one_run": "one run", "black_box": "black box"}
     return [
-        (found["name"], GAME if test == "two_world" else test.replace("_", " "), found[test]["flagged"])
+        f"{found['name']}: {title}"
         for found in mechanisms
-        for test in ("replay", "two_world", "one_run", "black_box")
-        if found.get(test)
+        for test, title in tests.items()
+        if found.get(test) and found[test]["flagged"]
+    ] + [f"accounts: {entry['name']}" for entry in accounts if not entry["passed"]]
+
+
+def _missed(mechanisms: list[dict[str, Any]]) -> list[str]:
+    """Controls that no test flagged."""
+    return [
+        f"{found['name']}: {control['name']}"
+        for found in mechanisms
+        for control in found["controls"]
+        if not control["flagged"]
     ]
 
 
 def raise_unless_passed(result: dict[str, Any]) -> None:
-    """Turn a contradiction, or a control that was missed, into an error (exit code 1).
-
-    Raises:
-        AuditError: naming the mechanisms and tests.
-    """
+    """Turn a contradiction, or a control that was missed, into an AuditError (exit code 1) that names them."""
     if result["passed"]:
         return
-    against = [
-        f"{name}: {test}" for name, test, flagged in _tests(result["mechanisms"]) if flagged
-    ] + [f"accounts: {entry['name']}" for entry in result["accounts"] if not entry["passed"]]
+    against = _against(result["mechanisms"], result["accounts"])
     if against:
         raise AuditError(
             f"The audit contradicts the privacy claim ({'; '.join(against)}).",
             fix="Do not release this model. Run the audit again: a sound mechanism is accused at most once in a "
             f"thousand tests (significance {result['significance']:g}); if it stays, the mechanism has a fault.",
         )
-    missed = [
-        f"{found['name']}: {control['name']}"
-        for found in result["mechanisms"]
-        for control in found["controls"]
-        if not control["flagged"]
-    ]
     raise AuditError(
-        f"The audit failed to flag a fault that it was shown ({'; '.join(missed)}), so its silence means nothing.",
+        f"The audit failed to flag a fault that it was shown ({'; '.join(_missed(result['mechanisms']))}), so its "
+        "silence means nothing.",
         fix="Give more --trials; if that does not help, the audit itself is broken.",
     )
 
@@ -294,9 +249,7 @@ def raise_unless_passed(result: dict[str, Any]) -> None:
 def _result(
     settings: AuditSettings, mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    against = any(flagged for _, _, flagged in _tests(mechanisms))
-    contradicted = against or not all(entry["passed"] for entry in accounts)
-    blind = any(not control["flagged"] for found in mechanisms for control in found["controls"])
+    contradicted, blind = bool(_against(mechanisms, accounts)), bool(_missed(mechanisms))
     outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
     return {
         "format": 1,
@@ -318,7 +271,7 @@ def _no_claim(what: str) -> InputError:
 
 
 def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan | SelectionPlan]]:
-    """The run's plan file, and the plans of the stages that are finished; paid tuning is, once it is in the ledger."""
+    """The run's plan file, and the plans of finished stages; private tuning is finished once it is in the ledger."""
     ledger = open_run_ledger(context.rundir)
     done = {row["stage"] for row in context.rundir.status() if row["result"]}
     document = read_plan_file(context.rundir)
@@ -360,66 +313,4 @@ def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: 
         found.append({"name": f"{name}: the ledger holds the steps of the plan", "passed": good})
     spent = ledger.spent(document["delta"]).upper
     found.append({"name": "the ledger stays within the budget", "passed": spent <= document["epsilon"]})
-    return found
-
-
-def _replays_pass(replay: dict[str, Any]) -> bool:
-    checks = replay["head"] + replay.get("finetune", []) + replay.get("continue", [])
-    return passed(checks) and replay.get("private_data", "passed") == "passed"
-
-
-def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
-    """The run's configuration, learning rate and factor of the extractor."""
-    row = next(row for row in context.rundir.status() if row["stage"] == finetune.STAGE)
-    return FinetuneConfig(**row["config"]), row["result"]["lr"], row["result"]["extractor_scale"]
-
-
-def _finetune_on_made_up(
-    plan: PrivatePlan, spec: Facts, settings: AuditSettings, context: Context
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The fine-tune's own loop on public records: its checks, and the control that shows that its clip is seen."""
-    config, lr, scale = _finetune_settings(context)
-    generator = torch.Generator().manual_seed(settings.seed)
-    count = records_for(plan, FINETUNE_BATCH)
-    dataset, split = made_up_images(spec.images, spec.classes, count, spec.mirror, generator, settings.images)
-    hard = hardened(spec.model, generator)
-    watched = most_wrong(hard, split) // settings.images
-
-    def replayed(model: Classifier, steps: int, control: Control = FAITHFUL) -> list[Check]:
-        return replay_finetune(plan, config, model, lr, scale, dataset, watched, context, steps, control)
-
-    checks = as_values(replayed(spec.model, FINETUNE_STEPS), "synthetic image")
-    checks += as_values(replayed(hard, FINETUNE_STEPS), "synthetic image, long gradient")
-    controls = []
-    if settings.controls and scale > 0:  # with a frozen extractor no gradient exceeds √2: there is little to clip
-        for control in FINETUNE_CONTROLS:
-            seen = not passed(as_values(replayed(hard, 1, control), ""))
-            name = f"{control.name}, in the fine-tune"
-            controls.append({"name": name, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None})
-    return checks, controls
-
-
-def _on_private_data(name: str, plan: PrivatePlan, spec: Facts, context: Context) -> list[dict[str, Any]]:
-    """Replays on the run's private records; every value of what is returned is private."""
-    row = next(row for row in context.rundir.status() if row["stage"] == name)
-    found, watched = [], [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
-    if name == finetune.STAGE:
-        config, lr, scale = _finetune_settings(context)
-        dataset = finetune.open_stage(config, context, write=False).dataset
-        for record in watched[:1]:
-            checks = replay_finetune(plan, config, spec.model, lr, scale, dataset, record, context, FINETUNE_STEPS)
-            found += as_values(checks, "private record")
-        return found
-    if name == loop.STAGE:
-        return continual.on_private_record(plan, spec, context, watched[0])
-    config = ProbeConfig(**row["config"])
-    stage = open_private_stage(name, config, context, write=False)
-    features, labels = private_features(
-        stage, spec.model.extractor, spec.model.whitener, mirror=spec.mirror, views=plan.views, seed=config.seed
-    )
-    require_room(2 * features.numel() * features.element_size(), "replaying on the private records")
-    grouped = None if stage.spec.unit == ONE_IMAGE else stage.dataset
-    records = HeadRecords(features.clone(), labels.clone(), probe.load_head(context, spec.model.head), grouped)
-    for record in watched:
-        found += as_values(replay_head(plan, records.ending_with(record)), "private record")
     return found

@@ -1,124 +1,120 @@
-"""The training loops of the private stages, run for an audit: on made-up or real records, watched, to be thrown away.
+"""The training loops of the private stages, run for an audit on made-up or real records, to be thrown away.
 
-These are the loops that trained the run, with its extractor, whitener and head, and not copies of them. Each runs in a
-temporary folder with a ledger of its own, so nothing of it reaches the run, and nothing is charged: what the loops
-compute is compared and forgotten.
+These are the loops that trained the run, with its extractor, whitener and head, and not copies of them (``replay`` has
+what they run in). Made-up records are synthetic images, or their features, with random labels.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dprandp import finetune
-from dprandp.config.schema import FinetuneConfig, ProbeConfig
+from dprandp import continual, finetune, probe
+from dprandp.audit.bounds import Game, step_score
+from dprandp.audit.canaries import CLIP_OFF, FAITHFUL, Control, rehearsal_plan
+from dprandp.audit.replay import Check, Rehearsal, paired_run, rehearsal_context
+from dprandp.audit.settings import AuditSettings
+from dprandp.config.schema import ContinueConfig, FinetuneConfig, ProbeConfig
+from dprandp.continual.loop import HEADS, STAGE, Outcome, private_steps
+from dprandp.continual.public import PublicTask, Training
 from dprandp.data import Dataset, DataSpec, Split, Units
-from dprandp.dpsgd.budget import Budget
-from dprandp.dpsgd.stage import PrivateStage
+from dprandp.dpsgd.features import private_features, require_room
+from dprandp.dpsgd.stage import open_private_stage
 from dprandp.dpsgd.units import unit_rows
+from dprandp.finetune.start import network_config
 from dprandp.models.classifier import Classifier
-from dprandp.privacy.auditing.controls import FAITHFUL, Control, rehearsal_plan
-from dprandp.privacy.auditing.games import Game, step_score
-from dprandp.privacy.auditing.replay import Check, Tape, Watch, compare
-from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan
+from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.whitening import PooledOnly
+from dprandp.pretrain import STAGE as PRETRAIN
+from dprandp.pretrain import load_extractor, synthetic_crops
+from dprandp.privacy.mechanism import PrivatePlan
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, fit_head, released_head, update_head
-from dprandp.runs.console import Console
+from dprandp.runs.checkpoint import load_finished
 from dprandp.runs.context import Context
-from dprandp.runs.directory import RunDir
+from dprandp.runs.results import ONE_IMAGE
 from dprandp.runs.signals import Stop
-from dprandp.vision.images import to_input
+from dprandp.vision.images import colour_of, to_input
 
-REPLAYED_STEPS = 3
+IMAGES = 256
+"""Synthetic images that records are made of."""
 
 EXPECTED_BATCH = 16
 """Records are made up until the expected batch is this large, so that the record is seldom alone in it."""
 
 MOST_RECORDS = 4096
 
-ROOM = 2**30
-"""Free bytes of memory from which on temporary files are kept there."""
+NETWORK_STEPS, NETWORK_BATCH = 2, 8
+"""Steps, and the expected batch, of a loop that trains a network."""
+
+PRIVATE_RECORDS = 3
+"""Private records that are taken away, one at a time, in a replay of a head on private data."""
+
+PUBLIC = 16
+"""Made-up images that stand for the public ones of ``continue``."""
+
+HARD_HEAD = 100.0
+"""Standard deviation of a head at which most gradients are far longer than any clip norm."""
+
+HEADS_AT_ONCE = 500
+"""Canaries in one fit of a head: each has a dimension of its own, so that none moves another's part of the head."""
 
 
-class Rehearsal(PrivateStage):
-    """A private stage whose loop is watched, with nothing to pay for.
+class Facts:
+    """Public things of a run that records are made of.
 
-    Args:
-        plan: what was accounted, for the number of records at hand.
-        context: of a temporary run directory.
-        dataset: what the fine-tune reads; None for a loop that is given its features.
-        control: the fault to make, if any.
-        tape: the random bits.
-        watching: further arguments of ``Watch``.
+    Attributes:
+        classes, mirror: number of classes, and whether views may be mirrored.
+        images: uint8 [n, 3, 32, 32], synthetic (noise where the run has none).
+        features: float32 [n, d] of these images, from the run's extractor and whitener.
+        model: the classifier as the fine-tune finds it.
     """
 
-    def __init__(
-        self,
-        plan: PrivatePlan,
-        context: Context,
-        *,
-        dataset: Dataset | None = None,
-        control: Control = FAITHFUL,
-        tape: Tape | None = None,
-        most: int = REPLAYED_STEPS,
-        **watching: Any,
-    ) -> None:
-        budget = Budget("an audit", math.inf, plan.delta, plan.examples, "one record")
-        super().__init__(plan.stage, dataset, budget, context)
-        runnable = control.mechanism_plan(plan)
-        self._ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
-        source = control.random(Tape() if tape is None else tape)
-        mechanism = PrivateMechanism(runnable, self._ledger, source, charge_block=plan.steps)
-        self.watch = Watch(mechanism, plan, min(most, plan.steps), control.step, **watching)
-        self.plan = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
-
-    def mechanism(self, updates_done: int, ledger_head: str | None = None) -> Watch:
-        """The watched mechanism."""
-        if updates_done or ledger_head:
-            raise RuntimeError("a rehearsal begins at the beginning")
-        return self.watch
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, in memory where there is room: hundreds of small ledgers need not reach a disk."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM
-    with tempfile.TemporaryDirectory(prefix="dprandp-audit-", dir=memory if roomy else None) as folder:
-        yield Path(folder)
-
-
-@contextmanager
-def rehearsal_context(like: Context | None = None) -> Iterator[Context]:
-    """A context of its own, in a temporary folder, locked."""
-    with scratch_folder() as folder:
-        rundir = RunDir.open(folder, create=True)
-        device = torch.device("cpu") if like is None else like.device
-        with rundir.lock():
-            yield Context(
-                rundir=rundir,
-                console=Console(quiet=True),
-                device=device,
-                data_dir=folder,
-                microbatch=None if like is None else like.microbatch,
-            )
+    def __init__(self, context: Context) -> None:
+        rows = {row["stage"]: row for row in context.rundir.status()}
+        last = next(rows[name]["result"] for name in ("finetune", "probe", "continue") if rows[name]["result"])
+        self.classes, self.mirror = len(last["classes"]), last["mirror"]
+        precision = last["precision"]
+        generator = torch.Generator().manual_seed(0)
+        if rows["probe"]["result"]:
+            extractor, _ = load_extractor(context, rows["probe"]["result"]["extractor_colour"], precision=precision)
+            whitener = probe.load_whitener(context, extractor).to(context.device)
+            self.images = synthetic_crops(context, IMAGES, seed=0)
+            head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
+        elif not rows["finetune"]["result"]:
+            extractor, _ = load_extractor(context, "rgb", precision=precision)  # a continued one is for either kind
+            whitener = PooledOnly(extractor.feature_dim)
+            self.images = synthetic_crops(context, IMAGES, seed=0)
+            head = load_finished(context.rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
+        else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
+            config = FinetuneConfig(**rows["finetune"]["config"])
+            extractor, head = build_extractor(network_config(config), generator), None
+            whitener = PooledOnly(extractor.feature_dim)
+            self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
+        self.model = Classifier(extractor, whitener, self.classes).to(context.device)
+        if head is not None:
+            self.model.head.data.copy_(head)
+        self.features: Tensor = extract(
+            self.model.extractor, self.images, mirror=self.mirror, after=self.model.whitener
+        )
 
 
 def records_for(plan: PrivatePlan, batch: int = EXPECTED_BATCH) -> int:
     """How many records to make up for a replay whose expected batch is to be ``batch``."""
     return min(MOST_RECORDS, max(3 * batch, math.ceil(batch / plan.sample_rate)))
+
+
+def made_up_units(count: int, images: int) -> Units | None:
+    """``count`` units of so many images, one after the other; None where a unit is one image."""
+    return None if images == 1 else Units("unit", np.repeat(np.arange(count), images), count)
 
 
 @contextmanager
@@ -132,56 +128,47 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def as_values(checks: list[Check], on: str) -> list[dict[str, Any]]:
+    """Checks as JSON values, with what they were tried on."""
+    return [{"on": on, **asdict(check), "passed": bool(check.passed)} for check in checks]
+
+
+def passed(checks: list[dict[str, Any]]) -> bool:
+    """Whether every check of a replay holds."""
+    return all(check["passed"] for check in checks)
+
+
 # --------------------------------------------------------------------------------------------------------------- head
 
 
 @dataclass(frozen=True)
 class HeadRecords:
-    """What a head's loop is replayed on.
+    """What a head's loop is replayed on: features float32 [N, d] or [N, K, d], labels int64 [N], and the first head.
 
-    Attributes:
-        features: float32 [N, d] or [N, K, d]; the last record, or unit, is the one that is taken away.
-        labels: int64 [N].
-        start: float32 [d, classes], the head at the first step.
-        grouped: the data set that says which rows make one record; None where each row is one.
-        watched: the record that is taken away, where it is not the last.
+    ``grouped``: the data set that says which rows make one record; None where each row is one.
     """
 
     features: Tensor
     labels: Tensor
     start: Tensor
     grouped: Dataset | None = None
-    watched: int | None = None
 
-    @property
-    def count(self) -> int:
-        """Records."""
-        rows = unit_rows(self.grouped)
-        return len(self.labels) if rows is None else len(rows.offsets) - 1
 
-    def ending_with(self, record: int) -> HeadRecords:
-        """The same with this record and the last one exchanged; arrays are changed in place."""
-        if self.grouped is not None:
-            return replace(self, watched=record)
-        for array in (self.features, self.labels):
-            kept = array[record].clone()
-            array[record] = array[-1]
-            array[-1] = kept
-        return self
+class _Grouped(Dataset):
+    """Of a data set, what a head's loop asks for: which rows make one record."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
 
 
 def make_head_records(
     features: Tensor, classes: int, plan: PrivatePlan, kind: str, generator: torch.Generator, images: int = 1
 ) -> HeadRecords:
-    """Made-up records for a head's loop, of which the last is a hard one.
+    """Made-up records for a head's loop, drawn from public features, float [n, d]; the last one is a hard one.
 
     Args:
-        features: float [n, d] public features, of which records are drawn.
-        classes: number of classes.
-        plan: for the number of records and views.
         kind: 'ordinary', 'long' (a gradient far above the clip norm, the same in every view) or 'broken' (not a
             number).
-        generator: public randomness.
         images: of each record; the last record's are alike.
     """
     count, views = records_for(plan), max(1, plan.views)
@@ -201,131 +188,80 @@ def make_head_records(
     return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start, grouped)
 
 
-def made_up_units(count: int, images: int) -> Units | None:
-    """``count`` units of so many images, one after the other; None where a unit is one image."""
-    return None if images == 1 else Units("unit", np.repeat(np.arange(count), images), count)
-
-
-class _Grouped(Dataset):
-    """Of a data set, what a head's loop asks for: which rows make one record."""
-
-    def __init__(self, units: Units) -> None:
-        self._units = units
-
-
-def replay_head(plan: PrivatePlan, records: HeadRecords, control: Control = FAITHFUL) -> list[Check]:
-    """Fit a head on the records, then with the last zeroed out, with the same random bits; compare.
-
-    Args:
-        plan: what was accounted.
-        records: the data.
-        control: the fault to make, if any.
-    """
-    if control.separate_views:  # of a unit the control would clip each image
-        records = replace(records, grouped=None)
-    count, grouped = records.count, unit_rows(records.grouped)
-    watched = count - 1 if records.watched is None else records.watched
-    runnable = rehearsal_plan(plan, count)
-    features, labels, rows = records.features, records.labels, 1
+def replay_head(
+    plan: PrivatePlan, records: HeadRecords, watched: int | None = None, control: Control = FAITHFUL
+) -> list[Check]:
+    """Fit a head on the records, then with one of them (``watched``, or the last) zeroed out; see ``paired_run``."""
+    grouped = None if control.separate_views else records.grouped  # of a unit the control would clip each image
+    whose, features, labels, rows = unit_rows(grouped), records.features, records.labels, 1
+    count = len(labels) if whose is None else len(whose.offsets) - 1
+    watched = count - 1 if watched is None else watched
     if control.separate_views:
         rows = control.views(plan)
         features = features.reshape(count, -1, features.shape[-1])
         features = features[:, torch.arange(rows) % features.shape[1]].flatten(0, 1)  # views come round again
         labels = labels.repeat_interleave(rows)
+    empty = np.arange(watched * rows, (watched + 1) * rows) if whose is None else whose.images(np.array([watched]))[0]
     settings = HeadSettings(lr=1.0, momentum=0.9, released="last")
-    tape, notes = Tape(), None
-    for present in (True, False):
-        kept = slice(None) if present or grouped is not None else slice(None, -rows)
-        if grouped is not None and not present:  # the slot is empty: nothing of the unit's images is left
-            features = features.clone()
-            features[torch.from_numpy(grouped.images(np.array([watched]))[0])] = 0
-        with rehearsal_context() as context:
-            played = tape if present else tape.again()
-            stage = Rehearsal(runnable, context, dataset=records.grouped, control=control, tape=played,
-                              watched=watched, present=present, follow=notes, rows=rows)  # fmt: skip
-            fit_head(stage, features[kept], labels[kept], records.start, settings, context.rundir.path, Stop())
-        if present:
-            notes = stage.watch.observed
-    return compare(notes, stage.watch.observed, runnable, watched)
 
+    def loop(stage: Rehearsal) -> None:
+        seen, told = features, labels
+        if not stage.present:  # the slot is empty: nothing is left of its features, whose gradient is zero
+            seen, told = features.clone(), labels.clone()
+            seen[torch.from_numpy(empty)] = 0
+            told[torch.from_numpy(empty)] = (told[torch.from_numpy(empty)] + 1) % records.start.shape[1]
+        fit_head(stage, seen, told, records.start, settings, stage.context.rundir.path, Stop())
 
-HEADS_AT_ONCE = 500
-"""Canaries in one fit of a head: each has a dimension of its own, so that none moves another's part of the head."""
+    return paired_run(plan, count, watched, loop, dataset=grouped, control=control, rows=rows)
 
 
 def head_game_scores(plan: PrivatePlan, game: Game) -> tuple[np.ndarray, np.ndarray, float]:
-    """Scores of a distinguishing game in which the attacker sees nothing but released heads.
+    """Scores of a distinguishing game, on full batches, in which the attacker sees nothing but released heads.
 
     The worst case that a head's loop allows: a canary is alone in a dimension, in which the head begins so far on the
     wrong side that its gradient is clipped, and the same, in every step. The loop is the stage's, with its momentum and
     its averaging, which weigh the steps' noise unevenly; that is all that is lost against somebody who sees every step.
-
-    Args:
-        plan: of full batches.
-        game: how many trials.
-
-    Returns:
-        float64 [game.without], float64 [game.having], log likelihood ratios; and the signal that is left in a released
-        head, as a part of that in all steps.
+    Also returned is the signal that is left in a released head, as a part of that in all steps.
     """
     defaults = ProbeConfig(data="none", epsilon=1.0)
     lr = default_lr(plan.epsilon_target, plan.delta, plan.examples, plan.steps, plan.clip_norm)
     settings = HeadSettings(lr, defaults.momentum, defaults.released)
-    weights, start_weight = _weights(settings, plan.steps)
-    total, length = float(weights.sum()), float(weights.square().sum().sqrt())
-    noise = plan.noise_multiplier * length / total
-    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
-    scores = []
-    for first in range(0, game.trials, HEADS_AT_ONCE):
-        found = _released_canaries(plan, included[first : first + HEADS_AT_ONCE], settings, total, length, start_weight)
-        scores.append(step_score(found, noise, 1.0))
-    together = np.concatenate(scores)
-    return together[game.having :], together[: game.having], total / (length * math.sqrt(plan.steps))
-
-
-def _weights(settings: HeadSettings, steps: int) -> tuple[Tensor, float]:
-    """How much each update moves the released head, float64 [steps]; and what is left in it of the beginning."""
-    start = torch.zeros(steps + 1, dtype=torch.float64)
-    start[-1] = 1
-    state, one = begin_head(start), torch.eye(steps, steps + 1, dtype=torch.float64)
-    for number in range(steps):
-        update_head(state, one[number], settings, number, steps)
+    # how much each update moves the released head, float64 [steps]; and what is left in it of the beginning
+    state = begin_head(torch.eye(plan.steps + 1, dtype=torch.float64)[-1])
+    one = torch.eye(plan.steps, plan.steps + 1, dtype=torch.float64)
+    for number in range(plan.steps):
+        update_head(state, one[number], settings, number, plan.steps)
     released = released_head(state, settings)
-    return -released[:-1], float(released[-1])
+    weights, start_weight = -released[:-1], float(released[-1])
+    total, length = float(weights.sum()), float(weights.square().sum().sqrt())
+
+    def of(included: np.ndarray) -> np.ndarray:
+        """One fit: what each canary's part of the released head says of it, 0 without and 1 with it, up to noise."""
+        count = len(included)
+        runnable = replace(rehearsal_plan(plan, count), views=1)
+        moved = plan.clip_norm * (abs(total) + 12 * plan.noise_multiplier * length) / count  # by the head, at most
+        rows = torch.diag(torch.from_numpy(included).float()) * (1000 * plan.clip_norm)
+        start = torch.tensor([-1.0, 1.0]).expand(count, 2) * (moved + 1 / plan.clip_norm)
+        with rehearsal_context() as context:
+            stage = Rehearsal(runnable, context, most=plan.steps)
+            labels = torch.zeros(count, dtype=torch.int64)
+            head, _ = fit_head(stage, rows, labels, start, settings, context.rundir.path, Stop())
+        apart = (head.double() - start_weight * start.double()) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        found = apart / math.sqrt(2) * (runnable.expected_batch / (plan.clip_norm * total))
+        return step_score(found.numpy(), plan.noise_multiplier * length / total, 1.0)
+
+    return *game.scores(HEADS_AT_ONCE, of), total / (length * math.sqrt(plan.steps))
 
 
-def _released_canaries(
-    plan: PrivatePlan, included: np.ndarray, settings: HeadSettings, total: float, length: float, start_weight: float
-) -> np.ndarray:
-    """One fit: what each canary's part of the released head says of it, 0 without and 1 with it, up to noise."""
-    count = len(included)
-    runnable = replace(rehearsal_plan(plan, count), views=1)
-    moved = plan.clip_norm * (abs(total) + 12 * plan.noise_multiplier * length) / count  # what the head moves at most
-    rows = torch.diag(torch.from_numpy(included).float()) * (1000 * plan.clip_norm)
-    labels = torch.zeros(count, dtype=torch.int64)
-    start = torch.tensor([-1.0, 1.0]).expand(count, 2) * (moved + 1 / plan.clip_norm)
-    with rehearsal_context() as context:
-        stage = Rehearsal(runnable, context, most=plan.steps, keep=False)
-        released, _ = fit_head(stage, rows, labels, start, settings, context.rundir.path, Stop())
-    apart = (released.double() - start_weight * start.double()) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-    return (apart / math.sqrt(2) * (runnable.expected_batch / (plan.clip_norm * total))).numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------- fine-tune
+# ------------------------------------------------------------------------------------------------------------ networks
 
 
 def made_up_images(
     images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator, each: int = 1
 ) -> tuple[Dataset, Split]:
-    """A data set of public images and random labels, with every class in it; and its records.
+    """A data set of ``count`` records, each of ``each`` public images (uint8 [n, 3, 32, 32]), and its images.
 
-    Args:
-        images: uint8 [n, 3, 32, 32].
-        classes: number of classes.
-        count: records to draw.
-        flip: whether views may be mirrored.
-        generator: public randomness.
-        each: images of a record.
+    Labels are random, with every class among them. ``flip``: whether views may be mirrored.
     """
     records = max(count, classes)
     count, units = records * each, made_up_units(records, each)
@@ -340,10 +276,6 @@ def made_up_images(
     return Dataset(spec, lambda split: (drawn, labels), units=units), Split(drawn, labels)
 
 
-HARD_HEAD = 100.0
-"""Standard deviation of a head at which most gradients are far longer than any clip norm."""
-
-
 def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
     """A copy whose head is large and random: its scores are far apart and, for random labels, mostly wrong.
 
@@ -355,7 +287,7 @@ def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
 
 
 def most_wrong(model: Classifier, split: Split) -> int:
-    """The made-up record whose label the model's scores are furthest from: a long gradient."""
+    """The made-up image whose label the model's scores are furthest from: a long gradient."""
     scores = model.predict(to_input(split.images), mirror=False)
     own = scores.gather(1, torch.from_numpy(split.labels)[:, None])[:, 0]
     return int((scores.amax(dim=1) - own).argmax())
@@ -369,34 +301,125 @@ def replay_finetune(
     scale: float,
     dataset: Dataset,
     watched: int,
-    like: Context,
-    most: int,
+    like: Context | None = None,
+    most: int = NETWORK_STEPS,
     control: Control = FAITHFUL,
 ) -> list[Check]:
-    """Run the fine-tune's joint training with and without one record, with the same random bits; compare.
+    """Run the fine-tune's joint training with and without one record; see ``paired_run``.
 
     Args:
-        plan: what was accounted.
-        config: the run's.
-        model: where the training begins; on the context's device.
+        model: where the training begins, on the context's device; left as it was.
         lr, scale: of the head, and the extractor's factor.
         dataset: its records; private where it is the run's own.
-        watched: position of the record.
-        like: the run's context, for device and microbatch.
-        most: steps.
-        control: the fault to make, if any; the fine-tune makes its own views, which cannot be separated.
+        control: the fine-tune makes its own views, which cannot be separated.
     """
-    runnable = rehearsal_plan(plan, dataset.spec.train_units)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    tape, notes = Tape(), None
-    for present in (True, False):
-        with rehearsal_context(like) as context:
-            context.rundir.stage_dir(finetune.STAGE).mkdir()
-            stage = Rehearsal(runnable, context, dataset=dataset, control=control, most=most, watched=watched,
-                              tape=tape if present else tape.again(), present=present, follow=notes)  # fmt: skip
-            model.load_state_dict(before)  # the closed form of the gradients writes into the model
-            finetune._train(config, stage, model, lr, scale, Stop())
-        if present:
-            notes = stage.watch.observed
-    model.load_state_dict(before)  # whoever replays again begins at the same place
-    return compare(notes, stage.watch.observed, runnable, watched)
+
+    def loop(stage: Rehearsal) -> None:
+        stage.context.rundir.stage_dir(finetune.STAGE).mkdir()
+        model.load_state_dict(before)  # the closed form of the gradients writes into the model
+        finetune._train(config, stage, model, lr, scale, Stop())
+
+    checks = paired_run(plan, dataset.spec.train_units, watched, loop, dataset=dataset, like=like, most=most,
+                        control=control)  # fmt: skip
+    model.load_state_dict(before)
+    return checks
+
+
+def replay_continue(
+    plan: PrivatePlan,
+    config: ContinueConfig,
+    dataset: Dataset,
+    watched: int,
+    facts: Facts,
+    like: Context,
+    most: int = NETWORK_STEPS,
+    control: Control = FAITHFUL,
+) -> list[Check]:
+    """Run the private steps of ``continue`` with and without one record; see ``paired_run`` and ``replay_finetune``.
+
+    Examples are taken one at a time, so that leaving one out moves no rounding of the others.
+    """
+
+    def loop(stage: Rehearsal) -> None:
+        extractor, _ = load_extractor(like, colour_of(dataset.spec.channels), PRETRAIN, config.precision)
+        model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(dataset.spec.classes))
+        torch.nn.init.normal_(model.head, generator=torch.Generator().manual_seed(0))  # zeros stop gradients
+        generator = torch.Generator().manual_seed(config.seed)
+        _, split = made_up_images(facts.images, facts.classes, PUBLIC, facts.mirror, generator)
+        images, labels = to_input(split.images), torch.from_numpy(split.labels)
+        task = PublicTask(
+            title="made up", images=images, labels=labels, classes=facts.classes, shared=True, flip=facts.mirror,
+            held_out=(images, labels), spec=dataset.spec, synthetic=False, seed=config.seed,
+        )  # fmt: skip
+        training = Training(config, model.to(like.device), task)
+        private_steps(config, stage, training, Outcome(0, "an audit", 0), Stop())
+
+    return paired_run(plan, dataset.spec.train_units, watched, loop, dataset=dataset, most=most, control=control,
+                      like=replace(like, microbatch=1))  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- a run's loops
+
+
+def on_made_up(
+    name: str, plan: PrivatePlan, facts: Facts, settings: AuditSettings, context: Context
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The loop of fine-tune or ``continue`` on public records: its checks, and the control that its clip is seen."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = records_for(plan, NETWORK_BATCH)
+    dataset, split = made_up_images(facts.images, facts.classes, count, facts.mirror, generator, settings.images)
+    if name == STAGE:
+        config, last = ContinueConfig(**_row(name, context)["config"]), dataset.spec.train_units - 1
+        checks = as_values(replay_continue(plan, config, dataset, last, facts, context), "synthetic image")
+        controls, title = settings.controls, f"{CLIP_OFF.name}, in continue"
+    else:
+        config, lr, scale = _finetune_settings(context)
+        hard = hardened(facts.model, generator)
+        of_run = (dataset, most_wrong(hard, split) // settings.images, context)
+        checks = as_values(replay_finetune(plan, config, facts.model, lr, scale, *of_run), "synthetic image")
+        checks += as_values(replay_finetune(plan, config, hard, lr, scale, *of_run), "synthetic image, long gradient")
+        # with a frozen extractor no gradient exceeds √2: there is little to clip
+        controls, title = settings.controls and scale > 0, f"{CLIP_OFF.name}, in the fine-tune"
+    if not controls:
+        return checks, []
+    if name == STAGE:
+        found = replay_continue(plan, config, dataset, last, facts, context, 1, CLIP_OFF)
+    else:
+        found = replay_finetune(plan, config, hard, lr, scale, *of_run, 1, CLIP_OFF)
+    seen = not passed(as_values(found, ""))
+    return checks, [{"name": title, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None}]
+
+
+def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context) -> list[dict[str, Any]]:
+    """Replays on the run's private records; every value of what is returned is private."""
+    watched = [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
+    if name == finetune.STAGE:
+        config, lr, scale = _finetune_settings(context)
+        dataset = finetune.open_stage(config, context, write=False).dataset
+        checks = replay_finetune(plan, config, facts.model, lr, scale, dataset, watched[0], context)
+    elif name == STAGE:
+        config = ContinueConfig(**_row(name, context)["config"])
+        dataset = continual.open_stage(config, context, write=False).dataset
+        checks = replay_continue(plan, config, dataset, watched[0], facts, context)
+    else:
+        config = ProbeConfig(**_row(name, context)["config"])
+        stage = open_private_stage(name, config, context, write=False)
+        features, labels = private_features(
+            stage, facts.model.extractor, facts.model.whitener, mirror=facts.mirror, views=plan.views, seed=config.seed
+        )
+        require_room(features.numel() * features.element_size(), "replaying on the private records")
+        grouped = None if stage.spec.unit == ONE_IMAGE else stage.dataset
+        records = HeadRecords(features, labels, probe.load_head(context, facts.model.head), grouped)
+        checks = [check for record in watched for check in replay_head(plan, records, record)]
+    return as_values(checks, "private record")
+
+
+def _row(name: str, context: Context) -> dict[str, Any]:
+    return next(row for row in context.rundir.status() if row["stage"] == name)
+
+
+def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
+    """The run's configuration, learning rate and factor of the extractor."""
+    row = _row(finetune.STAGE, context)
+    return FinetuneConfig(**row["config"]), row["result"]["lr"], row["result"]["extractor_scale"]

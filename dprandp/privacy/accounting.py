@@ -1,14 +1,9 @@
-"""The ε of a list of noisy steps, and the noise for a budget.
+"""The ε of a list of noisy steps, and the noise for a budget. Of (lower, estimate, upper), only ``upper`` is promised.
 
-Events are plain data, saved with the run, so that anyone can account them again. Results are (lower, estimate, upper);
-only ``upper`` is promised.
-
-The unit of privacy is one record. Data sets are neighbours under *zero-out* (Kairouz et al. 2021, "Practical and
-private (deep) learning without sampling or shuffling"; Ponomareva et al. 2023, "How to DP-fy ML"): they have the same
-public number N of positions, and one position is empty in one of them, so that it contributes nothing to any sum. The
-theorems behind the accountants are stated for adding or removing a record. They compare the noisy sum of a Poisson
-sample with one record and without it, in both directions; an empty position has the distribution of the sum without the
-record, so they hold for zero-out unchanged. Only zero-out allows the use of N itself: in q, in the divisor, in δ.
+The unit of privacy is one record, under *zero-out* (Kairouz et al. 2021, "Practical and private (deep) learning without
+sampling or shuffling"): neighbouring data sets have the same public number N of positions, and one position is empty in
+one of them, so that it contributes nothing to any sum. The accountants' theorems are stated for adding or removing a
+record; an empty position has the distribution of the sum without it (docs/privacy.md).
 
 ===================  ======================================================  ===========================================
 events               accountant                                              error
@@ -18,31 +13,31 @@ all full batches     closed form of Gaussian DP (``gaussian_dp``)            bel
 some sampled         privacy loss distributions, both directions (``pld``)   0.05 % (T > 1e5: more), included in upper
 where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, 5 to 50 % loose
 where that refuses   the same, announced by ``warn``                         the same
-some private tuning     Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
+some private tuning  Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
 a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
 
 Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4, which covers the distance between the
-two (``discrete_noise`` has the proof).
+two (``randomness`` has the proof).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+from scipy.optimize import brentq
 
 from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy import analytic
+from dprandp.privacy.analytic import Component
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 from dprandp.privacy.tuning import TuningEvent
 
 # ------------------------------------------------------------------------------------------------------- discrete cost
-#
-# The extra cost of discrete noise over Gaussian noise of the same size: a small part of δ. The proof is in
-# ``discrete_noise``; this is separate so that accounting needs no torch.
 
 LATTICE_BITS = 44
 """At least 2^44 lattice points per standard deviation of the noise."""
@@ -81,19 +76,16 @@ def check_distance(steps: int, epsilon: float, delta: float) -> None:
 Warn = Callable[[str], None]
 warn_by_log: Warn = logging.getLogger(__name__).warning
 
-# With less than this fraction of the budget, steps would be only noise.
+# With less than this part of the budget, steps would be only noise.
 _LEAST_PART = 0.005
 # With more noise a step carries no information; a search that gets here has no budget left.
 MAX_NOISE_MULTIPLIER = 1e6
-# No advice to give a larger --eps after spending: a run's budget is fixed before the data are read.
 FIXED = "A run's budget cannot grow once it has begun."
 
-
+# A δ is advised to be at most the first, and at most the second as a part of 1/N.
 ADVISED_DELTA, ADVISED_SHARE = 1e-5, 0.1
-"""A δ is advised to be at most the first, and at most the second as a part of 1/N."""
-
+# Limits beyond which there is no privacy, squares overflow, and doubles cannot count.
 _LEAST_NOISE, _LARGEST_EPSILON, _MOST_STEPS = 1e-100, 1e150, 2**53
-"""Limits beyond which there is no privacy, squares overflow, and doubles cannot count."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class GaussianEvent:
         noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
         sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
         steps: T, from 0 to 2^53.
-        discrete: the noise is a discrete Gaussian on the lattice of ``discrete_noise``.
+        discrete: the noise is a discrete Gaussian on a lattice (``randomness``).
 
     Raises:
         UsageError: a value is outside its range, NaN or infinite.
@@ -127,14 +119,6 @@ class GaussianEvent:
         if isinstance(self.steps, bool) or not 0 <= self.steps <= _MOST_STEPS or self.steps != int(self.steps):
             raise UsageError(f"The number of steps is {self.steps}.", fix="Give a whole number from 0 to 2^53.")
 
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GaussianEvent:
-        required = float(values["noise_multiplier"]), float(values["sample_rate"]), int(values["steps"])
-        return cls(*required, bool(values["discrete"]))
-
 
 Event = GaussianEvent | TuningEvent
 
@@ -151,13 +135,7 @@ class EpsilonBound:
 
 
 def advised_delta(examples: int) -> float:
-    """1e-5, or a tenth of 1/N where that is smaller, rounded down to one significant digit.
-
-    At δ = 1/N a mechanism that publishes one whole record at random counts as private, so δ has to be far below.
-
-    Args:
-        examples: N ≥ 1.
-    """
+    """1e-5, or a tenth of 1/N (for N ``examples``) where that is smaller, rounded down to one significant digit."""
     most = min(ADVISED_DELTA, ADVISED_SHARE / examples)
     digit, _, exponent = f"{most:.0e}".partition("e")  # rounded to the nearest
     rounded = float(f"{digit}e{exponent}")
@@ -191,25 +169,20 @@ def gaussian_mu(events: Sequence[Event]) -> float | None:
 
 
 def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
-    """Bound ε of running all events on the same data, in any order, at ``delta``.
+    """Bound ε of running all events on the same data, in any order, at ``delta`` in (0, 1).
 
     Args:
-        events: what was, or would be, run.
-        delta: δ in (0, 1).
         warn: called with one sentence when the PLD accountant refuses or two accountants contradict each other.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under zero-out of one record, provided each step is a Poisson
         sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC, or discrete noise as
-        ``discrete_noise`` adds it. The parameters may differ from event to event (heterogeneous composition) but must
-        not depend on the data, nor on earlier
-        *results* that somebody looked at: numerical composition is not a privacy filter (Rogers et al. 2016) for such
-        choices. Full-batch steps are free of that condition as far as Σ T/σ² is fixed: how it is split into steps
-        changes none of their curves. With a tuning event among them everything is composed in Rényi DP.
+        ``add_discrete_noise`` adds it. The parameters may differ from event to event but must not depend on the data,
+        nor on earlier *results* that somebody looked at (``adaptive`` allows that). Full-batch steps are free of that
+        condition as far as Σ T/σ² is fixed: how it is split into steps changes none of their curves.
 
     Raises:
-        UsageError: δ is not between 0 and 1.
-        BudgetError: ε is too large for the lattice of discrete noise.
+        UsageError: δ is not between 0 and 1. BudgetError: ε is too large for the lattice of discrete noise.
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta is {delta}.", fix="Give a delta between 0 and 1, both excluded.")
@@ -233,7 +206,6 @@ def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> 
 
 
 def _compose_discrete(events: Sequence[Event], delta: float, warn: Warn) -> EpsilonBound:
-    """ε of the same steps with Gaussian noise, at δ less the distance between the two kinds of noise."""
     bound = compose(_continuous(events), delta * (1 - DELTA_SHARE), warn)
     steps = sum(event.steps for event in events if isinstance(event, GaussianEvent) and event.discrete)
     check_distance(max(1, steps), bound.upper, delta)
@@ -250,9 +222,6 @@ def _continuous(events: Sequence[Event]) -> list[Event]:
 
 @lru_cache(maxsize=512)
 def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
-    """Everything in Rényi DP, the only accounting for private tuning."""
-    from dprandp.privacy import analytic
-
     steps = [event for event in merged if isinstance(event, GaussianEvent)]
     tuning = [event for event in merged if isinstance(event, TuningEvent)]
     epsilon = analytic.renyi_epsilon(components_of(steps), delta, tuning)
@@ -262,7 +231,7 @@ def _compose_tuned(merged: tuple[Event, ...], delta: float) -> EpsilonBound:
 @lru_cache(maxsize=512)
 def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[EpsilonBound, str | None]:
     """The smallest proven bound, and a warning about it, if any."""
-    from dprandp.privacy import analytic, pld  # load most of scipy: only here, only when they are needed
+    from dprandp.privacy import pld  # takes long to load
 
     components = components_of(merged)
     simple, simple_name = analytic.analytic_epsilon(components, delta)
@@ -282,10 +251,8 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
     return EpsilonBound(lower, estimate, upper, delta, pld.NAME), None
 
 
-def components_of(events: Sequence[GaussianEvent]) -> list[Any]:
+def components_of(events: Sequence[GaussianEvent]) -> list[Component]:
     """Sampled events as they are; all full-batch events as one Gaussian of the same μ, which is exact and cheaper."""
-    from dprandp.privacy.analytic import Component
-
     full = [event for event in events if event.sample_rate == 1]
     components = [Component(e.noise_multiplier, e.sample_rate, e.steps) for e in events if e.sample_rate < 1]
     if full:
@@ -307,11 +274,8 @@ def calibrate(
     Args:
         epsilon: total ε > 0 that ``spent`` and the new steps may cost together; inf gives 0 (no noise, not private).
         delta: δ in (0, 1).
-        sample_rate: q in (0, 1] of the new steps.
-        steps: T ≥ 1 of the new steps.
-        spent: what the run spent before.
-        warn: as for ``compose``.
-        discrete: the new steps have discrete noise.
+        sample_rate, steps, discrete: q in (0, 1], T ≥ 1 and kind of noise of the new steps.
+        spent, warn: as for ``compose``.
 
     Guarantee:
         ``compose([*spent, GaussianEvent(result, sample_rate, steps, discrete)], delta).upper <= epsilon``; it is
@@ -319,8 +283,7 @@ def calibrate(
 
     Raises:
         BudgetError: ``spent`` alone reaches 99.5 % of ``epsilon``, or no noise below a multiplier of 1e6 fits into what
-            is left.
-        UsageError: a value is outside its range.
+            is left. UsageError: a value is outside its range.
     """
     if not (0 < epsilon <= _LARGEST_EPSILON or math.isinf(epsilon)):
         fix = f"Give a number above 0, at most {_LARGEST_EPSILON:g}, or inf for no privacy."
@@ -352,8 +315,6 @@ def refuse_spent(spent: float, epsilon: float, delta: float) -> None:
 def _calibrate(
     epsilon: float, delta: float, sample_rate: float, steps: int, spent: tuple[Event, ...]
 ) -> tuple[float, str | None]:
-    from dprandp.privacy import calibration
-
     complaints: list[str] = []
 
     def upper(noise_multiplier: float) -> float:
@@ -366,20 +327,18 @@ def _calibrate(
         mu = gaussian_dp_mu(epsilon, delta)
         room = mu**2 - mu_spent**2 if mu_spent else 1.0
         guess = math.sqrt(steps / room) if mu_spent and room > 0 else math.sqrt(steps) / mu
-        found = calibration.nudge(upper, epsilon, guess) if room > 0 else None
-    elif any(isinstance(event, TuningEvent) for event in spent):
-        # One quick accountant for everything: use the promised bound itself.
-        guess = calibration.solve(upper, epsilon * calibration.AIM, math.sqrt(steps), MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
+        found = nudge(upper, epsilon, guess) if room > 0 else None
     else:
 
         def sketch(noise_multiplier: float) -> float:
             events = merge_events([*spent, GaussianEvent(noise_multiplier, sample_rate, steps)])
             return _sketch(components_of(events), delta)
 
-        start = _first_guess(epsilon, delta, sample_rate, steps)
-        guess = calibration.solve(sketch, epsilon * calibration.AIM, start, MAX_NOISE_MULTIPLIER)
-        found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
+        # with private tuning, one quick accountant serves for everything: the promised bound itself
+        tuned = any(isinstance(event, TuningEvent) for event in spent)
+        start = math.sqrt(steps) if tuned else _first_guess(epsilon, delta, sample_rate, steps)
+        guess = solve(upper if tuned else sketch, epsilon * AIM, start, MAX_NOISE_MULTIPLIER)
+        found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         left = "What is left of " if spent else ""
         raise BudgetError(
@@ -398,12 +357,89 @@ def _first_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -
     return 1 / math.sqrt(math.log1p(min(max(root, 1e-150), 1e150) ** 2))
 
 
-def _sketch(components: Sequence[Any], delta: float) -> float:
+def _sketch(components: Sequence[Component], delta: float) -> float:
     """ε on a coarse grid, to aim with; a bound without a grid where the PLD accountant refuses, or that is less."""
-    from dprandp.privacy import analytic, pld
+    from dprandp.privacy import pld
 
     simple = analytic.analytic_epsilon(components, delta)[0]
     try:
         return min(simple, pld.pld_epsilon(components, delta, simple, pld.COARSE)[2])
     except pld.AccountantRefused:
         return simple
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+#
+# ``solve`` finds a guess with a cheap function, ``settle`` checks it with the promised one and corrects it. So an error
+# in the cheap function costs time, never privacy.
+
+Falling = Callable[[float], float]
+
+# ``settle`` aims at the first part of the budget and accepts anything from the second part up to the whole.
+AIM, ACCEPT = 0.9995, 0.998
+_SMALLEST = 1e-6
+
+
+def solve(function: Falling, goal: float, start: float, largest: float, tolerance: float = 1e-4) -> float:
+    """Where ``function`` (positive argument, falling) equals ``goal``, to a relative ``tolerance`` of the argument.
+
+    Returns ``inf`` when the function stays above the goal up to ``largest``, 1e-6 when it is below it there.
+    """
+
+    @cache
+    def excess(log_argument: float) -> float:
+        return math.log(max(function(math.exp(log_argument)), 1e-300)) - math.log(goal)
+
+    here = math.log(min(max(start, _SMALLEST), largest))
+    upwards = excess(here) > 0
+    end = math.log(largest if upwards else _SMALLEST)
+    stride = 0.1
+    while here != end:
+        there = min(here + stride, end) if upwards else max(here - stride, end)
+        if (excess(there) > 0) != upwards:
+            return math.exp(brentq(excess, min(here, there), max(here, there), xtol=tolerance, maxiter=60))
+        here, stride = there, 2 * stride
+    return math.inf if upwards else _SMALLEST
+
+
+def settle(promised: Falling, budget: float, guess: float, largest: float) -> float | None:
+    """The smallest argument seen at which ``promised`` is at most ``budget``, if it can be not below ACCEPT of it.
+
+    None where no argument up to ``largest`` fits.
+    """
+    fits, exceeds = math.inf, 0.0
+    argument, slope, stride = min(guess, largest), -1.0, 0.0
+    previous: tuple[float, float] | None = None
+    for _ in range(24):
+        value = promised(argument)
+        if value <= budget:
+            fits = min(fits, argument)
+            if value >= ACCEPT * budget or argument <= _SMALLEST:
+                break
+        else:
+            exceeds = max(exceeds, argument)
+            if exceeds >= largest:
+                break
+        if exceeds and fits / exceeds < 1.0005:
+            break  # the accountant's grid is coarser than the window
+        here = (math.log(argument), math.log(max(value, 1e-300)))
+        if previous and previous[0] != here[0]:
+            slope = min(-0.05, (here[1] - previous[1]) / (here[0] - previous[0]))
+        previous = here
+        last, stride = stride, max(-1.0, min(1.0, (math.log(AIM * budget) - here[1]) / slope))
+        if value > budget and math.isinf(fits):
+            stride = max(stride, 2 * last, 2e-4)  # nothing fits yet: strides double, since the function may flatten out
+        argument = math.exp(here[0] + stride)
+        if exceeds and math.isfinite(fits) and not exceeds < argument < fits:
+            argument = math.sqrt(exceeds * fits)
+        argument = max(min(argument, largest), _SMALLEST)
+    return fits if math.isfinite(fits) else None
+
+
+def nudge(promised: Falling, budget: float, guess: float) -> float | None:
+    """The first step above ``guess`` (at most 0.001 %) that fits: for guesses that are exact but for rounding."""
+    for exponent in range(-14, -4):
+        argument = guess * (1 + 10.0**exponent)
+        if promised(argument) <= budget:
+            return argument
+    return None

@@ -1,36 +1,22 @@
 """The cost of several stages, each of which may be planned after the results of those before it were seen.
 
-Numerical composition (PLD, PRV) bounds mechanisms whose parameters were fixed beforehand. Somebody who sees the
-accuracy of a probe and then chooses sampling rate and steps of the fine-tune is outside of that theorem (Rogers, Roth,
-Ullman & Vadhan 2016). A theorem for such choices is called a privacy filter. The one used here is Gaussian: each stage
-is charged the μ of a Gaussian mechanism that *covers* it, and the squares are added.
+Numerical composition (PLD, PRV) bounds mechanisms whose parameters were fixed beforehand. Where steps are chosen
+after a look at earlier results, a privacy filter is needed (Rogers, Roth, Ullman & Vadhan 2016). This one is Gaussian:
+each stage is charged the μ of a Gaussian mechanism that *covers* it, and the squares are added. Within a stage the plan
+fixes everything before the first step, so numerical composition finds its curve δ(ε).
 
-Within a stage everything is fixed by its plan before its first step, so numerical composition finds its curve δ(ε).
+*Cover.* A stage is covered by (μ, s) if δ_stage(ε) ≤ δ_μ(ε) + s for all ε ≥ 0, in either direction of zero-out, with
+δ_μ that of a Gaussian mechanism. Full batches are covered by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of
+steps is chosen adaptively (Smith & Thakurta 2022; Koskela, Tobaben & Honkela 2023). Sampled stages have a small s.
 
-*Cover.* A stage is covered by (μ, s) if δ_stage(ε) ≤ δ_μ(ε) + s for all ε ≥ 0, in either direction of zero-out (the
-record is there, or its slot is empty), with δ_μ that of a Gaussian mechanism (``gaussian_dp``). Full batches are
-covered by μ = √(Σ T/σ²) and s = 0, exactly, also where the number of steps is chosen adaptively (Smith & Thakurta
-2022, Koskela, Tobaben & Honkela 2023). Sampled stages have a small s.
+*Theorem.* If Σ μ² ≤ B² and Σ s ≤ S for all choices along the way, all stages together are (ε, δ_B(ε) + S)-DP. The proof
+is in docs/privacy.md ("Plans made after seeing results"), with what the filter costs.
 
-*Theorem.* If Σ μ² ≤ B² and Σ s ≤ S for all choices along the way, all stages together are (ε, δ_B(ε) + S)-DP.
+A sampled stage that was stopped early counts as a whole: its results may have decided when to stop, and a plan bounds
+every such decision (the terms of H_ε of a growing composition are a submartingale).
 
-*Proof*, by induction from the last stage, with H_ε(P‖Q) = E_P[(1 − exp(ε − L))₊] and L = log P/Q.
-Let the first stage be (P, Q), covered by (μ, s); after its outcome o the rest, whatever it is, is bounded by
-δ_r(·) + S − s with r² = B² − μ². So all of it costs at most E_P[δ_r(ε − L(o))] + S − s. That expectation is H_ε of the
-*independent* composition of (P, Q) with a Gaussian mechanism of parameter r; taken in the other order, it is the
-expectation of H_{ε − L'}(P‖Q) over the loss L' of that Gaussian, at most that of δ_μ(ε − L') + s, which is δ_B(ε) + s.
-For ε < 0 a cover holds as well: H_ε(P‖Q) = 1 − exp(ε) + exp(ε) H_{−ε}(Q‖P), so the difference is exp(ε) s at most.
-
-A sampled stage that was stopped early counts as a whole: its results may have decided when to stop, and
-a plan bounds every such decision (the terms of H_ε of a growing composition are a submartingale).
-
-Cost: S is ``SLACK`` of δ, and a cover is as tight as the curve allows. Relative to numerical composition, for a
-fine-tune after a probe at ε from 1 to 8, this is 0.1 to 0.2 % more noise where a Gaussian describes the stage well
-(hundreds of steps at a rate of some per cent), 1 % for 500 steps at a rate of 0.01, 5 % for 100 steps at a rate of
-0.02; a Rényi filter (Feldman & Zrnic 2021) takes 6 to 8 % everywhere.
-
-Private tuning (``tuning``) is composed in Rényi DP with the covers of the other stages. That is proven where the
-selection among private trials comes first, so ``make_selection_plan`` refuses one after anything else was charged.
+Private tuning is composed in Rényi DP with the covers of the other stages. That is proven where the selection among
+private trials comes first, so ``make_selection_plan`` refuses one after anything else was charged.
 """
 
 from __future__ import annotations
@@ -57,10 +43,11 @@ from dprandp.privacy.accounting import (
     compose,
     gaussian_mu,
     merge_events,
+    nudge,
     refuse_spent,
+    settle,
     warn_by_log,
 )
-from dprandp.privacy.calibration import nudge, settle
 from dprandp.privacy.guarantees import privacy_curve
 from dprandp.privacy.tuning import TuningEvent
 
@@ -70,16 +57,9 @@ SLACK = 0.04
 Stage = Sequence[Event]
 """All planned events of one attempt of one stage."""
 
-_ACCOUNTANT = "Gaussian-DP filter over stages"
-
 
 def compose_stages(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
-    """Bound ε of all stages on the same data, in the order in which they were begun.
-
-    Args:
-        stages: each with the events of its whole plan; empty ones are left out.
-        delta: δ in (0, 1).
-        warn: as for ``accounting.compose``.
+    """Bound ε at ``delta`` of all stages on the same data, each with the events of its whole plan, in their order.
 
     Guarantee:
         All stages together are (``upper``, ``delta``)-DP, also where the parameters of a stage were chosen after the
@@ -97,7 +77,7 @@ def compose_stages(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_l
     bound = compose(covers(stages, delta * share, warn), delta * share * (1 - SLACK), warn)
     if steps:
         check_distance(steps, bound.upper, delta)
-    name = f"{_ACCOUNTANT} ({bound.accountant})"
+    name = f"Gaussian-DP filter over stages ({bound.accountant})"
     return EpsilonBound(0.0, bound.estimate, bound.upper, delta, name + (", discrete noise" if steps else ""))
 
 
@@ -110,12 +90,7 @@ def calibrate_stage(
     warn: Warn = warn_by_log,
     discrete: bool = False,
 ) -> float:
-    """The smallest noise multiplier found for a further stage.
-
-    Args:
-        epsilon: total ε > 0 that all stages together may cost; inf gives 0 (no noise, not private).
-        delta, sample_rate, steps, discrete: as for ``accounting.calibrate``.
-        spent: the stages before, each with its whole plan.
+    """``accounting.calibrate`` for a further stage, after the whole plans of those in ``spent``.
 
     Guarantee:
         ``compose_stages([*spent, [GaussianEvent(result, sample_rate, steps, discrete)]], delta).upper <= epsilon``.
@@ -148,36 +123,26 @@ def calibrate_stage(
 
 
 def covers(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> list[Event]:
-    """For each stage a full-batch Gaussian event that covers it; private tuning unchanged.
+    """For each stage, none of them empty, a full-batch Gaussian event that covers it; private tuning unchanged.
 
-    Args:
-        stages: none of them empty. The n-th sampled one gets the slack ``SLACK`` · δ / 2ⁿ.
-        delta: δ of the whole run.
+    The n-th sampled stage gets the slack ``SLACK`` · δ / 2ⁿ, for δ of the whole run.
     """
     found: list[Event] = []
     slack = SLACK * delta
     for stage in stages:
-        gaussian = tuple(
-            replace(event, discrete=False) for event in stage if isinstance(event, GaussianEvent)
-        )
+        gaussian = [replace(event, discrete=False) for event in stage if isinstance(event, GaussianEvent)]
         mu = gaussian_mu(gaussian)
         if mu is None:
             slack /= 2
             mu = cover(gaussian, slack, warn)
-        if math.isinf(mu):
-            found.append(GaussianEvent(0.0, 1.0, 1))
-        elif mu > 0:
-            found.append(GaussianEvent(1 / mu, 1.0, 1))
+        if mu > 0:
+            found.append(GaussianEvent(1 / mu, 1.0, 1))  # without noise for an infinite μ
         found += [event for event in stage if isinstance(event, TuningEvent)]
     return found
 
 
 def cover(events: Sequence[GaussianEvent], slack: float, warn: Warn = warn_by_log) -> float:
-    """The smallest μ found that covers a composition with the given slack.
-
-    Args:
-        events: fixed beforehand; Gaussian noise.
-        slack: s > 0.
+    """The smallest μ found that covers a composition of Gaussian steps, fixed beforehand, with ``slack`` s > 0.
 
     Guarantee:
         For every ε ≥ 0, in either direction of zero-out: δ_events(ε) ≤ δ_μ(ε) + slack.
@@ -196,23 +161,22 @@ def _cover(events: tuple[GaussianEvent, ...], slack: float) -> tuple[float, str 
     full = gaussian_mu([replace(event, sample_rate=1.0) for event in events])
     complaints: list[str] = []
     epsilons, deltas, _ = privacy_curve(events, slack / 4, complaints.append)
+    complaint = complaints[-1] if complaints else None
     # between two points of the curve δ is at most that of the first, and a Gaussian's at least that of the second
     wanted = deltas[:-1] - slack
     here = wanted > 0
     wanted, ends = wanted[here], epsilons[1:][here]
-    if deltas[-1] > slack or not len(wanted):
-        return full, complaints[-1] if complaints else None
 
     def covered(mu: float) -> bool:
         return bool(np.all(wanted <= _least_delta(mu, ends)))
 
+    if deltas[-1] > slack or not len(wanted) or not covered(full):
+        return full, complaint
     low, high = 0.0, full
-    if not covered(high):
-        return full, complaints[-1] if complaints else None
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if covered(middle) else (middle, high)
-    return high, complaints[-1] if complaints else None
+    return high, complaint
 
 
 def _least_delta(mu: float, epsilons: np.ndarray) -> np.ndarray:

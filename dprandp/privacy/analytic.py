@@ -1,8 +1,7 @@
-"""Upper bounds on ε of sampled Gaussian steps that need no grid: valid for every σ, q, T and δ. Loaded when needed.
+"""Upper bounds on ε of sampled Gaussian steps that need no grid: valid for every σ, q, T and δ.
 
-Each is proven for the whole composition, so the smallest of them is a bound as well. In either direction of add/remove,
-and so of zero-out (a record that contributes nothing leaves the same Q as one that is not there), with
-P = (1−q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²):
+Each is proven for the whole composition, in either direction of add/remove and so of zero-out, with
+P = (1−q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²); so the smallest of them is a bound as well.
 
 *Full batches.* (P, Q) is what comes out of (N(1, σ²), Q) when the input is replaced by a fresh draw of Q with
 probability 1 − q, so that sampled steps are at most as revealing as full batches: √(Σ T/σ²)-GDP.
@@ -12,8 +11,8 @@ probability 1 − q, so that sampled steps are at most as revealing as full batc
 
 *Rényi DP.* With A(α) = E_Q[(P/Q)^α], the divergence of order α > 1 is log A(α)/(α − 1) in the larger direction
 (Mironov, Talwar & Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5); steps add up.
-A(α) is integrated at any order, by ``log_moment``. To ε by Balle et al. 2020, Theorem 21, for the best order; to ε = 0
-where the total variation, at most √(1 − exp(−KL)) and √(KL/2), is at most δ.
+To ε by Balle et al. 2020, Theorem 21, for the best order; to ε = 0 where the total variation, at most √(1 − exp(−KL))
+and √(KL/2), is at most δ.
 """
 
 from __future__ import annotations
@@ -56,11 +55,7 @@ class Component(NamedTuple):
 
 
 def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[float, str]:
-    """The smallest of the bounds above, and the name of the one that gave it.
-
-    Args:
-        components: the mechanisms, at least one, each with its number of steps, at least 1.
-        delta: δ in (0, 1).
+    """The smallest of the bounds above, and the name of the one that gave it; for one component or more.
 
     Guarantee:
         The composition is (result, delta)-DP under zero-out. Never NaN; infinite only beyond the range of doubles.
@@ -79,9 +74,8 @@ def moved_epsilon(
 ) -> tuple[float, str]:
     """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
 
-    The two bounds that need no sampled divergence: both data sets are sampled with the same coins, a step that draws
-    none of the records is the same in both, and one that draws any moves by ``distance`` · C at most. Zeroing
-    out k records is (k, k), replacing one is (2, 1).
+    Both data sets are sampled with the same coins: a step that draws none of the records is the same in both, and one
+    that draws any moves by ``distance`` · C at most. Zeroing out k records is (k, k), replacing one is (2, 1).
 
     Guarantee:
         The composition is (result, delta)-DP for such data sets.
@@ -108,7 +102,6 @@ def analytic_curve(components: Sequence[Component], deltas: np.ndarray) -> tuple
     Returns:
         ε ascending from 0 and δ descending, float64 [n + 1].
     """
-    # one table of orders for all δ
     tabled = _ORDERS[(_ORDERS > 1e-3) & (_ORDERS < 1e7)]
     divergences = np.array([_divergence(components, float(order)) for order in tabled])
     mu = full_batch_mu(components)
@@ -123,9 +116,6 @@ def analytic_curve(components: Sequence[Component], deltas: np.ndarray) -> tuple
 def full_batch_mu(components: Sequence[Component]) -> float:
     """μ of the same steps on full batches: √(Σ T/σ²), a bound for any sampling."""
     return math.hypot(*(math.sqrt(each.steps) / each.noise_multiplier for each in components)) * (1 + 1e-15)
-
-
-# ---------------------------------------------------------------- participations
 
 
 def participation_epsilon(components: Sequence[Component], delta: float, largest: float) -> float | None:
@@ -178,12 +168,7 @@ def _counted_delta(mus: np.ndarray, more: np.ndarray, epsilon: float) -> float:
     return float(np.dot(more, np.diff(deltas))) * (1 + 1e-6)
 
 
-# ---------------------------------------------------------------- Rényi DP
-
-
-def renyi_epsilon(
-    components: Sequence[Component], delta: float, tuning: Sequence[TuningEvent] = ()
-) -> float:
+def renyi_epsilon(components: Sequence[Component], delta: float, tuning: Sequence[TuningEvent] = ()) -> float:
     """ε by the best Rényi order. Coarse steps outward from where it should be, then a golden section."""
     kl = _divergence(components, float(_ORDERS[0]), tuning)
     if math.sqrt(min(kl / 2, -math.expm1(-kl))) <= delta:
@@ -256,7 +241,7 @@ def _variation(components: Sequence[Component]) -> float:
 def log_moment(q: float, sigma: float, order: float) -> float:
     """log A(1 + ``order``) of one step, or above it by less than 1e-6 of it wherever integration is feasible.
 
-    Otherwise it is the smaller of two bounds: full batches, and Minkowski's inequality in L_α(Q),
+    Otherwise the smaller of two bounds: full batches, and Minkowski's inequality in L_α(Q),
     ‖(1 − q) + q N(1, σ²)/N(0, σ²)‖_α ≤ 1 − q + q exp((α − 1)/(2σ²)).
     """
     q = max(q, _LEAST_RATE)
@@ -300,15 +285,9 @@ def _integrated_log_moment(q: float, c: float, order: float) -> float | None:
         small = np.abs(scaled) < 1e-4
         tiny = np.where(small, u, 0.0)
         series = alpha * order / 2 * tiny * tiny * (1 + (alpha - 2) * tiny / 3 * (1 + (alpha - 3) * tiny / 4))
-        values = np.where(
-            small,
-            bell * series,
-            np.where(
-                power < 1,
-                bell * (np.expm1(np.minimum(power, 1)) - scaled),
-                np.exp(log_values) - bell - alpha * q * (shifted - bell),
-            ),
-        )
+        near = bell * (np.expm1(np.minimum(power, 1)) - scaled)
+        far = np.exp(log_values) - bell - alpha * q * (shifted - bell)
+        values = np.where(small, bell * series, np.where(power < 1, near, far))
         rounding = 4e-16 * np.where(small, 0.0, bell * np.abs(scaled) + np.exp(log_values))
     excess = float((weights * (np.maximum(values, 0) + rounding)).sum())
     return math.log1p(excess) * (1 + _SLACK)
@@ -345,11 +324,9 @@ def _panel_edges(q: float, c: float, order: float) -> np.ndarray | None:
         return None
     edges = np.linspace(low, high, math.ceil(high - low) + 1)
     if width < 1:
-        sides = [centre]
-        distance = 0.0
-        while distance < 2:
-            distance += max(width, distance)
-            sides += [centre - distance, centre + distance]
-        sides = np.array(sides)
+        distances = [0.0]
+        while distances[-1] < 2:
+            distances.append(distances[-1] + max(width, distances[-1]))
+        sides = np.concatenate([centre - np.array(distances), centre + np.array(distances)])
         edges = np.union1d(edges, sides[(sides > low) & (sides < high)])
     return edges

@@ -3,7 +3,7 @@
 One record's gradient is the mean over its K views and is clipped once, over all parameters jointly. A record whose
 gradient is not finite counts as zero. Nothing is divided by the number of records: the plan has the public divisor.
 
-Guarantee (every function that takes ``clip_norm``):
+Guarantee (every function that takes ``clip_norm``, C from 1e-8 to 1e8, else UsageError):
     Zeroing out one record, which then contributes nothing, changes the sum by at most ``clip_norm`` in L2, over all
     parameters jointly. Clipping happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in
     one record's part, so that this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones
@@ -27,9 +27,20 @@ from torch.func import grad, vmap
 from dprandp.errors import UsageError
 from dprandp.threads import in_parts
 
-# ------------------------------------------------------------------------------------------------------------- devices
-#
-# Clipping on a device: the transfer of rows, synchronisation, and the precision of sums.
+LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
+
+ROUNDING_SLACK = 1e-5
+# A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close
+# to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
+LONGEST = 1e30
+NORM_PIECE = 128
+"""Numbers of a gradient whose squares are added in float32."""
+BLOCK, DEVICE_BLOCK = 512, 8
+"""Rows that are worked on at a time, and times as many on an accelerator: speed only, never the result."""
+BLOCK_BYTES = 2**22
+"""Bytes of rows, or of the units' gradients, in memory at a time."""
+AUTOMATIC_STABILISER = 0.01
+"""γ of automatic clipping, as published: limits the factor of vanishing gradients."""
 
 
 def sent(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -45,13 +56,9 @@ def surely_all(counted: torch.Tensor) -> bool:
 
 
 def require_full_precision(device: torch.device) -> None:
-    """Refuse settings under which products of float32 matrices are made of fewer bits.
+    """Refuse settings under which products of float32 matrices are made of fewer bits: UsageError.
 
-    With ten bits (TF32, bfloat16) a clip factor may be rounded up by 5e-4 of itself, and a record's part of a sum with
-    it: beyond the clip norm, for which the noise is made.
-
-    Raises:
-        UsageError: torch was told so, in one way or another, or is inside an autocast.
+    With ten bits (TF32, bfloat16) a record's part of a sum may be rounded up by 5e-4 of itself, beyond the clip norm.
     """
     try:
         whole = torch.get_float32_matmul_precision() == "highest"
@@ -63,14 +70,6 @@ def require_full_precision(device: torch.device) -> None:
             "the clip norm.",
             fix='Call torch.set_float32_matmul_precision("highest"), outside of any autocast.',
         )
-
-
-# ------------------------------------------------------------------------------------------------------- gradient rows
-#
-# Per-example gradients as rows of numbers, and the norms of the rows.
-
-NORM_PIECE = 128
-"""Numbers of a gradient whose squares are added in float32."""
 
 
 def as_rows(gradients: torch.Tensor) -> torch.Tensor:
@@ -88,9 +87,9 @@ def like_one(total: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 def squared_norms(rows: torch.Tensor) -> torch.Tensor:
     """Squared norms of [B, numbers], float64 [B]; infinite where a float32 number is above about 1e19.
 
-    float32 norms of short pieces, added up in float64: a tenth of the time of float64 throughout. Even in the worst
-    order of additions a piece's norm is off by 128 roundings of 3e-8, less than half of ``clipping.ROUNDING_SLACK``.
-    Numbers below 1e-19, whose squares vanish, are too short to matter for any clip norm from 1e-8 on.
+    float32 norms of short pieces, added up in float64: a tenth of the time of float64 throughout. In the worst order of
+    additions a piece's norm is off by 128 roundings of 3e-8, less than half of ``ROUNDING_SLACK``. Numbers below 1e-19,
+    whose squares vanish, are too short to matter.
     """
     if rows.dtype != torch.float32 or rows.shape[1] < 2 * NORM_PIECE:
         return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
@@ -105,35 +104,16 @@ def _order(gradients: torch.Tensor) -> list[int]:
     return sorted(range(1, gradients.ndim), key=gradients.stride, reverse=True)
 
 
-LossFunction = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
-
-ROUNDING_SLACK = 1e-5
-# A gradient longer than this many times the clip norm is treated like an infinite one: its clip factor would be close
-# to the smallest normal float32, where a product keeps too few bits to be certain of the norm.
-LONGEST = 1e30
-
-DEVICE_BLOCK = 8
-"""Times as many records are worked on at a time on an accelerator, which is slowed by calls and not by a cache."""
-
-AUTOMATIC_STABILISER = 0.01
-"""γ of automatic clipping, as published: limits the factor of vanishing gradients."""
-
-
 def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = False) -> torch.Tensor:
     """The factor that brings each norm down to ``clip_norm`` (less the rounding slack), never up unless ``automatic``.
 
     Args:
         norms: float [B], at least 0; may hold inf or NaN.
-        clip_norm: C from 1e-8 to 1e8.
-        automatic: scale each norm to just below C, short ones too.
 
     Returns:
         [B], same dtype: min(1, C (1 − slack)/norm), or C (1 − slack)/(norm + .01) if ``automatic``; 0 for a norm that
         is not finite or above 1e30 C. Where the factor is 0 the gradient itself must be replaced by zeros as well,
         since 0 · NaN is NaN.
-
-    Raises:
-        UsageError: clip_norm is outside its range or NaN.
     """
     _require_clip_norm(clip_norm)
     usable = torch.isfinite(norms) & (norms <= LONGEST * clip_norm)
@@ -148,15 +128,14 @@ def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = Fal
 def clipped_sum(
     per_example: Mapping[str, torch.Tensor], clip_norm: float, *, automatic: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Σ_i g_i · min(1, C/‖g_i‖) over the records of a batch, ‖·‖ over all parameters jointly.
+    """Σ_i g_i · min(1, C/‖g_i‖) over the records of a batch, ‖·‖ over all parameters jointly. See the Guarantee.
 
     Args:
         per_example: parameter name -> [B, ...], any floating dtype; B may be 0.
-        clip_norm: C from 1e-8 to 1e8.
         automatic: Σ_i g_i · C/(‖g_i‖ + .01) instead.
 
     Returns:
-        parameter name -> float64 [...] on the same device. See the module's Guarantee.
+        parameter name -> float64 [...] on the same device.
     """
     flat = {name: as_rows(gradients) for name, gradients in per_example.items()}
     squared = torch.stack([squared_norms(rows) for rows in flat.values()]).sum(0)
@@ -181,21 +160,18 @@ def per_example_gradients(
     labels: torch.Tensor,
     microbatch: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Gradients of each record's loss, ``microbatch`` records at a time.
+    """Gradients of each record's loss, in their order, ``microbatch`` at a time (memory only, never the result).
 
     Args:
         loss_function: (parameters, images [K, ...] of ONE record, its label) -> scalar, the mean loss over its K views.
         parameters: name -> tensor, the trained ones only.
-        images: [B, K, ...], the K views of each record.
-        labels: int64 [B].
-        microbatch: records at a time, at least 1; memory only, never the result.
+        images: [B, K, ...], the K views of each record. labels: int64 [B].
 
     Yields:
-        name -> [b, ...], b ≤ microbatch, in the order of the records.
+        name -> [b, ...], b ≤ microbatch.
 
     Guarantee:
-        The loss function sees one record at a time (by construction with ``vmap``), so no gradient depends on another
-        record.
+        The loss function sees one record at a time (by construction with ``vmap``): no gradient depends on another.
     """
     if microbatch < 1:
         raise UsageError(f"The microbatch is {microbatch}.", fix="Give a whole number of at least 1.")
@@ -216,16 +192,14 @@ def sum_of_clipped(
     *,
     automatic: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The clipped sums of all microbatches of a batch, added up; for gradients that come from elsewhere.
+    """The clipped sums of all microbatches of a batch, added up. See the Guarantee.
 
     Args:
         microbatches: each name -> [b, ...], row i the gradient of one record alone, the same names in each.
         parameters: name -> tensor of the shape of the sum.
-        clip_norm: C > 0.
-        automatic: see ``clipped_sum``.
 
     Returns:
-        name -> float64, shaped like the parameter; zeros where there are no microbatches. See the module's Guarantee.
+        name -> float64, shaped like the parameter; zeros where there are no microbatches.
     """
     _require_clip_norm(clip_norm)
     total: dict[str, torch.Tensor] = {}
@@ -244,7 +218,6 @@ def clipped_softmax_sum(
     labels: torch.Tensor,
     weight: torch.Tensor,
     clip_norm: float,
-    block: int = 512,
     precise: bool = False,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -254,40 +227,30 @@ def clipped_softmax_sum(
 
         mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
 
-    and no gradient is ever stored for one record. Both matrix products of a block are made while it is in the cache:
-    memory is read once, in order, and nothing as large as the features is made. So they may lie in a memory-mapped
-    file that is larger than memory, or on the CPU where an accelerator computes: it is sent one block at a time.
+    and no gradient is ever stored for one record. Features are read once, in order, one block at a time: they may lie
+    in a memory-mapped file larger than memory, or on the CPU where an accelerator computes. See the Guarantee.
 
     Args:
-        features: [B, D] or [B, K, D], bfloat16, float16, float32 or float64, of any norm; B may be 0. Only read. On the
-            weight's device, or on the CPU.
+        features: [B, D] or [B, K, D], any floating dtype, of any norm; B may be 0. On the weight's device or the CPU.
         labels: int64 [B], values in 0 … classes−1, on either of the two devices. On the CPU they are checked; an
             accelerator refuses others by itself, by an error that ends its use.
         weight: [D, classes], on the device that computes.
-        clip_norm: C from 1e-8 to 1e8.
-        block: records at a time; speed only, never the result.
         precise: compute in float64 throughout, so that rounding cannot add to the sensitivity (for discrete noise).
-        rows: int64 [b] on the CPU, positions of the records of the batch, each at most once; they are gathered block by
-            block. None for all B records.
+        rows: int64 [b] on the CPU, positions of the records of the batch, each at most once. None for all B records.
 
     Returns:
-        float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device. See the
-        module's Guarantee.
+        float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device.
 
     Raises:
         UsageError: shapes, labels or values do not fit. The message holds no label.
     """
-    check_softmax_inputs(features, labels, weight, clip_norm, block)
-    if rows is not None:
-        check_rows(rows, len(features))
-    views_given = features.ndim == 3
-    require_full_precision(weight.device)
+    check_softmax_inputs(features, labels, weight, clip_norm, rows)
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
-    views = features.shape[1] if views_given else 1
+    views = features.shape[1] if features.ndim == 3 else 1
     count = len(features) if rows is None else len(rows)
     on_cpu = weight.device.type == "cpu"
-    block = max(1, min((block if on_cpu else DEVICE_BLOCK * block) // views, count))
+    block = max(1, min((BLOCK if on_cpu else DEVICE_BLOCK * BLOCK) // views, count))
     if rows is not None:
         labels, rows = labels[rows.to(labels.device)], rows.to(features.device)
     labels = labels.to(weight.device)
@@ -304,7 +267,7 @@ def clipped_softmax_sum(
 
 
 def check_softmax_inputs(
-    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, block: int
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, rows: torch.Tensor | None
 ) -> None:
     """Refuse invalid arguments of ``clipped_softmax_sum``. No message contains a label."""
     _require_clip_norm(clip_norm)
@@ -315,23 +278,20 @@ def check_softmax_inputs(
         )
     if labels.device.type == "cpu":  # an accelerator would be waited for, and refuses them by itself
         check_labels(labels, weight.shape[1])
-    if block < 1:
-        raise UsageError(f"The block is {block}.", fix="Give a whole number of at least 1.")
+    if rows is not None:  # a record that came twice would weigh twice
+        inside = bool(((rows >= 0) & (rows < len(features))).all())
+        if not inside or (len(rows) and int(torch.bincount(rows).max()) > 1):
+            raise UsageError(
+                f"The rows are not different positions in 0 … {len(features) - 1}.",
+                fix="Give each record's position at most once.",
+            )
+    require_full_precision(weight.device)
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Refuse labels, int64 [B], outside 0 … classes−1; the message holds none. Waits for the labels' device."""
     if not bool(((labels >= 0) & (labels < classes)).all()):
         raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
-
-
-def check_rows(rows: torch.Tensor, count: int) -> None:
-    """Refuse positions int64 [b] outside 0 … count−1, or given twice: a record that came twice would weigh twice."""
-    inside = bool(((rows >= 0) & (rows < count)).all())
-    if not inside or (len(rows) and int(torch.bincount(rows, minlength=count).max()) > 1):
-        raise UsageError(
-            f"The rows are not different positions in 0 … {count - 1}.", fix="Give each record's position at most once."
-        )
 
 
 @torch.no_grad()
@@ -343,10 +303,7 @@ def _softmax_part(
     block: int,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum over some of the records, float64 [classes, D]; arguments as for ``clipped_softmax_sum``, checked.
-
-    ``labels``, int64 [b], are those of ``rows`` where these are given.
-    """
+    """The sum over some records, float64 [classes, D]; ``labels`` are those of ``rows`` where these are given."""
     precision, classes = weight.dtype, weight.shape[1]
     views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=weight.device)
@@ -385,25 +342,19 @@ def outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_cross_example_layers(module: nn.Module) -> None:
-    """Refuse a network in which one record's output depends on other records.
+    """Refuse by name a network in which one record's output depends on other records (UsageError).
 
-    Guarantee:
-        None beyond the named layers. Gradients are taken one record at a time in any case; what this prevents is a
-        network whose batch statistics would silently become view statistics, and running statistics of private
-        pixels.
-
-    Raises:
-        UsageError: names the layer: any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm
-            that keeps running statistics.
+    Any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps running statistics. Not
+    guaranteed beyond these. Gradients are taken one record at a time in any case; what this prevents are batch
+    statistics that would silently become view statistics, and running statistics of private pixels.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.instancenorm import _InstanceNorm
 
     for name, layer in module.named_modules():
         kind = type(layer).__name__
-        is_batch = (
-            isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)
-        ) or "batchnorm" in kind.lower()
+        is_batch = isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)
+        is_batch = is_batch or "batchnorm" in kind.lower()
         if is_batch or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
             raise UsageError(
                 f"Layer {name or '(the module itself)'!r} is a {kind}: it mixes examples or keeps statistics of them.",
@@ -418,17 +369,10 @@ def _require_clip_norm(clip_norm: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- unit clipping
 #
-# Clipped sums where one record is a unit of several images, such as a patient.
-#
-# A unit's gradient is the mean over its images of their gradients (each the mean over the image's views), clipped once.
-# A unit has the weight of one record for any number of images, and zeroing it out with all its images is one change.
-#
-# Guarantee (every function here):
-#     Zeroing out one *unit*, with all its images, changes the clipped sum by at most ``clip_norm`` in L2, with
-#     the rounding allowance of ``clipping``. A unit with an image whose gradient is not finite counts as zero.
-
-BLOCK_BYTES = 2**22
-"""Bytes of rows, or of the units' gradients, in memory at a time."""
+# One record may be a unit of several images, such as a patient. Its gradient is the mean over its images of their
+# gradients (each the mean over the image's views), clipped once: it has the weight of one record for any number of
+# images, and the Guarantee is about zeroing out the *unit*, with all its images. A unit with an image whose gradient is
+# not finite counts as zero.
 
 
 @torch.no_grad()
@@ -438,44 +382,26 @@ def clipped_softmax_sum_of_units(
     offsets: torch.Tensor,
     weight: torch.Tensor,
     clip_norm: float,
-    block_bytes: int = BLOCK_BYTES,
     precise: bool = False,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum over units of clipped gradients of the softmax cross-entropy of a linear head without bias.
+    """``clipped_softmax_sum`` over units of images: unit u with m images of K views has, and adds,
 
-    With the residual r = softmax(xW) − onehot(y) of each view's features x, unit u with m images of K views has
-
-        G_u = 1/(m K) Σ_ik x_ik r_ikᵀ        and adds        G_u · min(1, C/‖G_u‖)
+        G_u = 1/(m K) Σ_ik x_ik r_ikᵀ        and        G_u · min(1, C/‖G_u‖)
 
     Units of equal size are worked on together, a block at a time. Where mK is at least the number of classes, G_u is
-    formed and its norm is that of what is added; where it is smaller, ‖G_u‖ comes from the Gram matrices of the rows,
-    as in ``clipped_softmax_sum``, through which units of a single image go.
-
-    Rows are gathered block by block, so that the features may lie in a memory-mapped file larger than memory, or on the
-    CPU where an accelerator computes.
+    formed and its norm is that of what is added; where it is smaller, ‖G_u‖ comes from the Gram matrices of the rows.
 
     Args:
-        features: [M, D] or [M, K, D], the images' rows, those of one unit next to each other; any floating dtype.
-            Only read. On the weight's device, or on the CPU.
-        labels: int64 [M], values in 0 … classes−1; see ``clipped_softmax_sum``.
+        features, labels, weight, precise: as there; one row, or K, for each of M images.
         offsets: int64 [U+1] on the CPU, rising strictly from 0 to M: unit u has the rows offsets[u] … offsets[u+1]−1.
-        weight: [D, classes], on the device that computes.
-        clip_norm: C from 1e-8 to 1e8.
-        block_bytes: memory only, never the result.
-        precise: compute in float64 throughout.
         rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units, and
             run to m. None where the images lie unit by unit already.
-
-    Returns:
-        float32 [D, classes]; float64 for float64 features, or where ``precise``; on the weight's device.
 
     Raises:
         UsageError: shapes, labels, offsets or values do not fit. The message holds no label and no size of a unit.
     """
-    check_softmax_inputs(features, labels, weight, clip_norm, 1)
-    if rows is not None:
-        check_rows(rows, len(features))
+    check_softmax_inputs(features, labels, weight, clip_norm, rows)
     sizes = offsets.diff()
     count = len(features) if rows is None else len(rows)
     if len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((sizes < 1).any()):
@@ -483,7 +409,6 @@ def clipped_softmax_sum_of_units(
             f"The {len(offsets)} offsets do not cut {count} rows into units.",
             fix="Give offsets that rise strictly from 0 to the number of rows.",
         )
-    require_full_precision(weight.device)
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
     views = features.shape[1] if features.ndim == 3 else 1
@@ -495,7 +420,7 @@ def clipped_softmax_sum_of_units(
             total += clipped_softmax_sum(features, labels, weight, clip_norm, precise=precise, rows=single)
             continue
         width = max(size * views * weight.shape[0], weight.numel()) * weight.element_size()
-        for first in starts.split(max(1, block_bytes // width)):
+        for first in starts.split(max(1, BLOCK_BYTES // width)):
             places = first[:, None] + torch.arange(size)
             places = places if rows is None else rows[places]
             x = sent(features[places.to(features.device)], weight.device).to(precision)
@@ -535,8 +460,7 @@ def unit_means(
         sizes: images of each unit, at least 1, in order.
 
     Yields:
-        name -> [units, ...] for the units that a microbatch completes. Memory is that of the microbatch and of one
-        unit.
+        name -> [units, ...] for the units that a microbatch completes.
 
     Raises:
         RuntimeError: there are more or fewer images than the sizes add up to (a bug of the caller).

@@ -18,24 +18,16 @@ from scipy.special import log_ndtr
 
 from dprandp.errors import UsageError
 
-# A root finder stops within a few units in the last place of the root. Every result is moved by this factor to the side
-# on which the promise holds, and then checked against the closed form.
+# Results of a root finder are moved by this factor to the side on which the promise holds, and then checked.
 _OUTWARD = 1e-12
-
 # Beyond this μ (ε = 5e13) the closed form cancels in doubles, and ``_largest_epsilon`` is as good.
 _LARGEST_MU = 1e7
-
 # Of the logarithms that the closed form subtracts: some units in the last place.
 _ROUNDING = 1e-15
 
 
 def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
-    """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP, rounded up; −inf for μ = 0.
-
-    Args:
-        mu: μ ≥ 0, finite.
-        epsilon: ε ≥ 0, finite.
-    """
+    """Natural logarithm of the smallest δ at which a μ-GDP mechanism is (ε, δ)-DP, rounded up; −inf for μ = 0."""
     _require(math.isfinite(mu) and mu >= 0, "mu", mu, "a finite number of at least 0")
     _require(math.isfinite(epsilon) and epsilon >= 0, "epsilon", epsilon, "a finite number of at least 0")
     if mu == 0:
@@ -86,10 +78,7 @@ def _largest_epsilon(mu: float, log_delta: float) -> float:
 
 
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:
-    """The largest μ for which a μ-GDP mechanism is (ε, δ)-DP.
-
-    Guarantee:
-        ``gaussian_dp_delta(result, epsilon) <= delta``.
+    """The largest μ for which a μ-GDP mechanism is (ε, δ)-DP: ``gaussian_dp_delta(result, epsilon) <= delta``.
 
     Raises:
         UsageError: ε is negative, infinite or NaN, δ is not between 0 and 1.

@@ -1,4 +1,4 @@
-"""The best attack under a guarantee, and the guarantee when a record is replaced instead of zeroed out.
+"""The best attack under a guarantee, and the guarantee when a record is replaced, or several are zeroed out.
 
 *The attacker* decides from all releases whether a record was present. At a false-positive rate α the best rate
 of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
@@ -10,14 +10,19 @@ and the least of these over the whole curve is the tightest bound that the curve
 form Φ(Φ⁻¹(α) + μ). The advantage, the largest g(α) − α, is δ at ε = 0.
 
 *Replacing a record* is zeroing one out and filling its slot with another. For full batches the sum then moves by up to
-2C instead of C, which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under
-composition, and tables that assume one are not used here. What is proven is group privacy along the two moves: if the
-mechanism is (ε₁, δ₁)- and (ε₂, δ₂)-DP under zero-out, then
+2C, which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under composition;
+what is proven is group privacy along the two moves: if the mechanism is (ε₁, δ₁)- and (ε₂, δ₂)-DP under zero-out, then
 
     P(M(D) ∈ S) ≤ exp(ε₁) P(M(D₀) ∈ S) + δ₁ ≤ exp(ε₁ + ε₂) P(M(D′) ∈ S) + δ₁ + exp(ε₁) δ₂
 
 so it is (ε₁ + ε₂, δ₁ + exp(ε₁) δ₂)-DP under replace-one; the best split is searched along the whole curve. This equals
 g(g(α)) for trade-offs (Dong et al. 2022, Theorem 2.14), and where the mechanism is Gaussian it is again 2μ.
+
+*Groups.* k records move a sum by k C at most, so a μ-GDP mechanism is kμ-GDP for groups of k (Dong et al. 2022,
+Theorem 2.14): exact for full batches. For sampled ones, k neighbours in a row, each (ε, δ')-private, give (Vadhan 2017,
+"The complexity of differential privacy", Lemma 2.2) (k ε, δ' (exp(k ε) − 1) / (exp(ε) − 1)), with the δ' searched for
+at which that is the δ that was asked for. It is valid and not tight, as Poisson sampling rarely draws all of a group
+into one batch. Where it is worse than all k records moving every step that draws one of them, that bound is given.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from dprandp.errors import BudgetError, UsageError
+from dprandp.privacy import analytic
 from dprandp.privacy.accounting import (
     DELTA_SHARE,
     MAX_NOISE_MULTIPLIER,
@@ -43,48 +49,35 @@ from dprandp.privacy.accounting import (
     compose,
     gaussian_mu,
     merge_events,
+    settle,
     warn_by_log,
 )
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 
-# --------------------------------------------------------------------------------------------------------------- group
-#
-# Group privacy: from a guarantee for one record to one for k records that are zeroed out together.
-#
-# Where each step is a full batch the answer is exact: k records move a sum by k C at most, so a μ-GDP mechanism is
-# kμ-GDP for groups of k (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Theorem 2.14, and tight for the
-# Gaussian). For sampled batches the general bound is used: k neighbours in a row, each (ε, δ')-private, give (Vadhan
-# 2017, "The complexity of differential privacy", Lemma 2.2)
-#
-#     (k ε, δ' (exp(k ε) − 1) / (exp(ε) − 1)).
-#
-# As ε depends on δ', the δ' is searched for which the second entry is the δ that was asked for. This bound is valid and
-# not tight: Poisson sampling rarely draws all of a group into one batch (Ganesh 2024, "Tight group-level DP guarantees
-# for DP-SGD with sampling via mixture of Gaussians mechanisms"), which it does not use. Where it is worse than all
-# k records moving every step that draws one of them (``analytic.moved_epsilon``), that bound is given.
+ZERO_OUT, ADD_REMOVE, REPLACE_ONE = "zero-out", "add-remove", "replace-one"
+ADJACENCIES = {ZERO_OUT: 1, ADD_REMOVE: 1, REPLACE_ONE: 2}
+"""Relation -> zero-out moves between neighbours. Add/remove has the same sums with and without the record, hence the
+same curve; it is the relation of the accountants' theorems, and no claim about N."""
 
-# A δ' smaller than this is not tried.
-_SMALLEST_LOG_DELTA = -300 * math.log(10)
+# The least δ of a curve: what its end may add to a rate; and as a part of δ where the curve is read at one δ.
+_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-2
+_CURVE_POINTS = 5000
+# The smallest δ at which a curve without a grid is tabled, and the smallest δ' that is tried for a group.
+_LEAST_DELTA, _SMALLEST_LOG_DELTA = 1e-300, -300 * math.log(10)
 _LARGEST_SIZE = 10**15
-# The search ends where the δ of the group is between this part of the one asked for and the whole.
+# The search for δ' ends where the δ of the group is between this part of the one asked for and the whole.
 _CLOSE_ENOUGH = 0.9
-
+WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
+TWO_MOVES = ", group privacy of two zero-out moves"
 
 def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
-    """(ε, δ) for groups of ``size`` records, from (ε, δ) for one, for any mechanism.
+    """(ε, δ) for groups of ``size`` records, 1 to 1e15, from (ε, δ) for one, for any mechanism.
 
-    Args:
-        epsilon: ε ≥ 0; inf gives (inf, delta).
-        delta: δ in [0, 1).
-        size: k, from 1 to 1e15.
-
-    Guarantee:
-        Every (epsilon, delta)-private mechanism has it. δ may exceed 1, which says nothing.
-
-    Raises:
-        UsageError: a value is out of its range.
+    ε = inf gives (inf, delta). The δ may exceed 1, which says nothing. Raises UsageError for ε < 0, δ outside [0, 1) or
+    an impossible size.
     """
-    _require_size(size)
+    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
+        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")
     if not (epsilon >= 0 and 0 <= delta < 1):
         raise UsageError(f"ε = {epsilon} with δ = {delta} is not a guarantee.", fix="Give ε ≥ 0 and δ < 1.")
     if math.isinf(epsilon):
@@ -93,16 +86,8 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
     return size * epsilon, math.exp(log_delta) if log_delta < 700 else math.inf
 
 
-def compose_group(
-    events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = warn_by_log
-) -> EpsilonBound:
-    """Bound ε of running all events, for groups of ``size`` records, at ``delta``.
-
-    Args:
-        events: as for ``accounting.compose``.
-        delta: δ of the guarantee for groups, in (0, 1).
-        size: k, from 1 to 1e15; 1 is ``accounting.compose``.
-        warn: see ``accounting.compose``.
+def compose_group(events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = warn_by_log) -> EpsilonBound:
+    """``accounting.compose`` for groups of ``size`` records, from 1 to 1e15.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under zero-out of up to ``size`` records, under the
@@ -111,7 +96,7 @@ def compose_group(
     Raises:
         UsageError: δ or the size is out of its range. BudgetError: as ``compose``.
     """
-    _require_size(size)
+    _ = group_privacy(0.0, 0.0, size)  # refuses a senseless size
     single = compose(events, delta, warn)
     if size == 1 or math.isinf(single.upper) or not any(event.steps for event in events):
         return single
@@ -125,8 +110,6 @@ def compose_group(
     upper, by = _by_the_general_bound(events, delta, size)
     name = f"{by}, groups of {size}: general bound"
     if not any(event.discrete for event in events):
-        from dprandp.privacy import analytic
-
         together, by = analytic.moved_epsilon(components_of(merge_events(events)), delta, size, size)
         if together < upper:
             upper, name = together, f"{by}, groups of {size}: all in one step"
@@ -134,8 +117,7 @@ def compose_group(
 
 
 def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: int) -> tuple[float, str]:
-    """The smallest kε(δ') found among δ' that give the group no more than ``delta``, and the accountant of that ε(δ');
-    inf where none was found.
+    """The smallest kε(δ') found among δ' that give the group no more than ``delta``, and its accountant; inf for none.
 
     A smaller δ' raises ε, and with it the growth of δ', but more slowly than δ' falls. So δ' is lowered by what the
     group's δ exceeds its goal, until it fits; then the interval between what fits and what does not is halved.
@@ -167,24 +149,6 @@ def _log_growth(epsilon: float, size: int) -> float:
     return (size - 1) * epsilon + math.log(-math.expm1(-size * epsilon)) - math.log(-math.expm1(-epsilon))
 
 
-def _require_size(size: int) -> None:
-    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
-        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")
-
-
-ZERO_OUT, ADD_REMOVE, REPLACE_ONE = "zero-out", "add-remove", "replace-one"
-ADJACENCIES = {ZERO_OUT: 1, ADD_REMOVE: 1, REPLACE_ONE: 2}
-"""Relation -> zero-out moves between neighbours. Add/remove has the same sums with and without the record, hence the
-same curve (``accounting``); it is the relation of the accountants' theorems, and no claim about N."""
-
-# The least δ of a curve: what its end may add to a rate; and as a part of δ where the curve is read at one δ.
-_RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-2
-_CURVE_POINTS = 5000
-# The smallest δ at which a curve without a grid is tabled.
-_LEAST_DELTA = 1e-300
-WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
-
-
 @dataclass(frozen=True)
 class TradeOff:
     """Best true-positive rates of an attacker.
@@ -212,9 +176,7 @@ class TradeOff:
             UsageError: the rate is outside [0, 1] or NaN.
         """
         if not 0 <= false_positive_rate <= 1:
-            raise UsageError(
-                f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1, such as 0.01."
-            )
+            raise UsageError(f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1.")
         if self.mu is not None:
             return _gaussian_rate(false_positive_rate, self.mu)
         rate = false_positive_rate
@@ -250,19 +212,7 @@ def _gaussian_rate(rate: float, mu: float) -> float:
 
 
 def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: Warn = warn_by_log) -> TradeOff:
-    """The tightest trade-off that is known for a composition.
-
-    Args:
-        events: what was, or would be, run.
-        adjacency: a key of ``ADJACENCIES``.
-        warn: called with one sentence when the PLD accountant refuses.
-
-    Guarantee:
-        Every rate is an upper bound; see the module for the sources.
-
-    Raises:
-        UsageError: the adjacency is unknown.
-    """
+    """The tightest trade-off that is known under a key of ``ADJACENCIES`` (else UsageError); rates are upper bounds."""
     moves = _moves(adjacency)
     mu = math.inf if any(e.steps and e.noise_multiplier == 0 for e in events) else gaussian_mu(events)
     none = np.zeros(0)
@@ -270,7 +220,9 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: 
         return TradeOff(moves * mu, none, none, moves, "exact Gaussian DP" if math.isfinite(mu) else "no noise")
     merged = tuple(merge_events(events))
     epsilons, deltas, source = privacy_curve(merged, _RATE_ERROR, warn)
-    return TradeOff(None, epsilons, deltas, moves, source + _path(moves), moves * _full_batch_mu(merged))
+    # also for replacing: one record's part in a sample then moves by 2C
+    full = analytic.full_batch_mu(components_of(merged))
+    return TradeOff(None, epsilons, deltas, moves, source + (TWO_MOVES if moves > 1 else ""), moves * full)
 
 
 def compose_adjacency(
@@ -289,8 +241,6 @@ def compose_adjacency(
     if gaussian_mu(events) is not None:
         exact = compose_group(events, delta, 2, warn)  # two moves of one record, or one of two: both double μ
         return replace(exact, accountant=compose(events, delta, warn).accountant)
-    from dprandp.privacy import analytic
-
     if any(event.discrete for event in events):
         raise UsageError(
             "Sampled steps with discrete noise are not accounted for replacing a record.",
@@ -308,16 +258,11 @@ def compose_adjacency(
     # Replacing a record by one that contributes nothing is zeroing it out.
     if upper is None or most < upper:
         return EpsilonBound(min(single.lower, most), most, most, delta, f"{by}, moved by 2C")
-    return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + _path(2))
+    return EpsilonBound(min(single.lower, upper), upper, upper, delta, source + TWO_MOVES)
 
 
 def calibrate_adjacency(
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    adjacency: str = ZERO_OUT,
-    warn: Warn = warn_by_log,
+    epsilon: float, delta: float, sample_rate: float, steps: int, adjacency: str = ZERO_OUT, warn: Warn = warn_by_log
 ) -> float:
     """``accounting.calibrate`` (of a fresh budget) for any adjacency.
 
@@ -332,8 +277,6 @@ def calibrate_adjacency(
         return calibrate(epsilon, delta, sample_rate, steps, warn=warn)
     if sample_rate == 1:
         return 2 * calibrate(epsilon, delta, sample_rate, steps, warn=warn)
-    from dprandp.privacy import calibration
-
     complaints: list[str] = []
 
     def upper(noise_multiplier: float) -> float:
@@ -345,11 +288,10 @@ def calibrate_adjacency(
         guess = calibrate(epsilon / 2, delta, sample_rate, steps, warn=lambda sentence: None)
     except BudgetError:
         guess = MAX_NOISE_MULTIPLIER  # half the budget is only a starting point
-    found = calibration.settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
+    found = settle(upper, epsilon, guess, MAX_NOISE_MULTIPLIER)
     if found is None:
         raise BudgetError(
-            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps, however large the "
-            "noise.",
+            f"ε = {epsilon:g} at δ = {delta:g} under replace-one is too little for {steps} steps with any noise.",
             fix="Give a larger --eps, or fewer steps.",
         )
     upper(found)
@@ -358,27 +300,13 @@ def calibrate_adjacency(
     return found
 
 
-def _full_batch_mu(merged: Sequence[GaussianEvent]) -> float:
-    """μ of the same steps on full batches. Also for replacing: one record's part in a sample then moves by 2C."""
-    from dprandp.privacy import analytic
-
-    return analytic.full_batch_mu(components_of(merged))
-
-
 def _moves(adjacency: str) -> int:
     if adjacency not in ADJACENCIES:
-        *others, last = ADJACENCIES
-        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {', '.join(others)} or {last}.")
+        raise UsageError(f"The adjacency is {adjacency!r}.", fix=f"Give {ZERO_OUT}, {ADD_REMOVE} or {REPLACE_ONE}.")
     return ADJACENCIES[adjacency]
 
 
-def _path(moves: int) -> str:
-    return "" if moves == 1 else ", group privacy of two zero-out moves"
-
-
-def privacy_curve(
-    events: tuple[GaussianEvent, ...], least: float, warn: Warn
-) -> tuple[np.ndarray, np.ndarray, str]:
+def privacy_curve(events: tuple[GaussianEvent, ...], least: float, warn: Warn) -> tuple[np.ndarray, np.ndarray, str]:
     """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under zero-out for every i.
 
     Args:
@@ -396,10 +324,8 @@ def privacy_curve(
 
 
 @lru_cache(maxsize=64)
-def _cached_curve(
-    events: tuple[GaussianEvent, ...], least: float
-) -> tuple[np.ndarray, np.ndarray, str, str | None]:
-    from dprandp.privacy import analytic, pld
+def _cached_curve(events: tuple[GaussianEvent, ...], least: float) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    from dprandp.privacy import pld  # takes long to load
 
     components, least = components_of(events), max(least, _LEAST_DELTA)
     try:

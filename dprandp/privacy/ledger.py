@@ -1,12 +1,11 @@
 """The record of a run's charges: append-only, chained by hashes, on disk before anything charged is used.
 
 One JSON object a line. The first is the header, with the fixed budget; the others are charges (for a block of steps, or
-for a selection among private trials) and seals of results (the SHA-256 of a finished stage's result).
-Each line carries the hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or
-removed line is found when the file is opened. The chain has no key: it finds accidents and careless edits. Missing
-lines
-at the end are found by references to them: ``includes(head)`` for the head in run.json and every checkpoint, and the
-plan's check that no checkpoint holds more updates than were charged.
+for a selection among private trials) and seals of results (the SHA-256 of a finished stage's result). Each line carries
+the hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found
+when the file is opened. The chain has no key: it finds accidents and careless edits. Missing lines at the end are found
+by references to them: ``includes(head)`` for the head in run.json and every checkpoint, and the plan's check that no
+checkpoint holds more updates than were charged.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync), and nothing is used before it returns. So the file never
@@ -14,9 +13,8 @@ Guarantee:
 
 A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so its charge was never
 used. It is still counted as one full charge if all of its costs can be read, and dropped otherwise; both with a
-warning.
-Other bytes after the last line, or more of them than a line has, do not come from a power cut: they may replace charged
-lines, and are refused.
+warning. Other bytes after the last line, or more of them than a line has, do not come from a power cut: they may
+replace charged lines, and are refused.
 """
 
 from __future__ import annotations
@@ -27,36 +25,56 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.privacy.accounting import EpsilonBound, Event, GaussianEvent, Warn, merge_events, warn_by_log
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.tuning import TuningEvent
 
-# --------------------------------------------------------------------------------------------------------- ledger line
-#
-# One line of the privacy ledger: the content of a charge, the seal of a line, the reading of a torn one.
-
 FORMAT = 3
 """Earlier formats, without the budget in the header, are refused by name."""
 
+ADJACENCY = "zero-out"
+"""The header's name for neighbours: in one of the data sets a record's slot is empty (see ``accounting``)."""
+
 FIRST_PREVIOUS = "0" * 64
-KINDS = ("gaussian", "discrete")
-"""Of noise; see ``noise`` and ``discrete_noise``."""
+
+# --------------------------------------------------------------------------------------------------------------- lines
 
 
 @dataclass(frozen=True)
-class Charge:
+class _Line:
+    """What a line says of an attempt of a stage. Impossible values raise UsageError (or TypeError, of another type)."""
+
+    KIND: ClassVar[str]
+    stage: str
+    attempt: int
+
+    def __post_init__(self) -> None:
+        if not (re.fullmatch(r"[a-z0-9._-]+", self.stage) and _whole(self.attempt) and self.possible()):
+            raise UsageError(f"A ledger line is impossible: {self}.", fix="Give known names and values in their range.")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of ``record``; raises KeyError where a value is missing."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": self.KIND, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Charge(_Line):
     """One charged block of ``steps`` steps; ``step`` counts the charged steps of this stage and attempt before it, and
     ``planned`` is the number of steps that the attempt was planned to make in all."""
 
-    stage: str
-    attempt: int
+    KIND = "charge"
     step: int
     steps: int
     planned: int
@@ -65,6 +83,18 @@ class Charge:
     clip_norm: float
     noise: str
     random: str
+
+    def possible(self) -> bool:
+        _ = self.event
+        return (
+            _whole(self.steps)
+            and _whole(self.planned)
+            and _whole(self.step, 0)
+            and self.step <= self.planned - self.steps
+            and all(type(value) in (int, float) for value in (self.noise_multiplier, self.sample_rate, self.clip_norm))
+            and self.noise in ("gaussian", "discrete")
+            and _mode(self.random)
+        )
 
     @property
     def event(self) -> GaussianEvent:
@@ -76,89 +106,54 @@ class Charge:
         return self.event if self.sample_rate == 1 else replace(self.event, steps=self.planned)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Charge:
-        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError for a record that is not a charge."""
-        charge = cls(**{name: record[name] for name in _NAMES})
-        whole = (charge.attempt, charge.step, charge.steps, charge.planned)
-        real = (charge.noise_multiplier, charge.sample_rate, charge.clip_norm)
-        if not (
-            isinstance(charge.stage, str)
-            and isinstance(charge.random, str)
-            and all(type(value) is int for value in whole)
-            and all(type(value) in (int, float) for value in real)
-            and charge.attempt >= 1
-            and charge.steps >= 1
-            and 0 <= charge.step <= charge.planned - charge.steps
-        ):
-            raise TypeError("a value of a charge has another type or lies outside its range")
-        _ = charge.event
-        if charge.noise not in KINDS:
-            raise ValueError("an unknown kind of noise")
-        return charge
-
-    @classmethod
     def from_torn(cls, line: bytes) -> Charge | None:
         """The charge at the start of a torn line, if it is complete up to the last comma."""
         match = _TORN.match(line.decode("utf-8", errors="replace"))
-        if not match:
-            return None
-        values = zip(_NAMES, match.groups(), strict=True)
-        return cls.from_record({name: json.loads(value) for name, value in values})
-
-    def record(self) -> dict[str, Any]:
-        return {"kind": "charge", **asdict(self)}
+        return match and cls.from_record({name: json.loads(value) for name, value in match.groupdict().items()})
 
 
 @dataclass(frozen=True)
-class TuningCharge:
-    """One charged selection among private trials (``privacy/selection.py``), for any number of trials."""
+class TuningCharge(_Line):
+    """One charged selection among private trials (``selection``), for any number of trials."""
 
-    stage: str
-    attempt: int
+    KIND = "tuning"
     mu: float
     eta: float
     gamma: float
     random: str
 
+    def possible(self) -> bool:
+        _ = self.event
+        return _mode(self.random)
+
     @property
     def event(self) -> TuningEvent:
         return TuningEvent(self.mu, self.eta, self.gamma)
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> TuningCharge:
-        """Raises KeyError, TypeError or UsageError for a record that is not such a charge."""
-        charge = cls(**{field.name: record[field.name] for field in fields(cls)})
-        _ = charge.event
-        return charge
-
-    def record(self) -> dict[str, Any]:
-        return {"kind": "tuning", **asdict(self)}
-
 
 @dataclass(frozen=True)
-class ResultSeal:
+class ResultSeal(_Line):
     """The result of a finished stage, by its SHA-256, for comparison with run.json."""
 
-    stage: str
-    attempt: int
+    KIND = "result"
     digest: str
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> ResultSeal:
-        """Raises KeyError, TypeError or ValueError for a record that is not such a seal."""
-        seal = cls(**{field.name: record[field.name] for field in fields(cls)})
-        if not (isinstance(seal.stage, str) and type(seal.attempt) is int and seal.attempt >= 1):
-            raise TypeError("a value of a result's seal has another type or lies outside its range")
-        if not (isinstance(seal.digest, str) and re.fullmatch("[0-9a-f]{64}", seal.digest)):
-            raise ValueError("the digest of a result is no SHA-256")
-        return seal
-
-    def record(self) -> dict[str, Any]:
-        return {"kind": "result", **asdict(self)}
+    def possible(self) -> bool:
+        return bool(re.fullmatch("[0-9a-f]{64}", self.digest))
 
 
-_NAMES = [field.name for field in fields(Charge)]
-_TORN = re.compile(r'\{"kind":"charge",' + "".join(rf'"{name}":("[^"\\]*"|[^",]+),' for name in _NAMES))
+def _whole(value: Any, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def _mode(random: str) -> bool:
+    return random in ("os-entropy", "insecure-seed")
+
+
+_LINES: dict[str, type[_Line]] = {line.KIND: line for line in (Charge, TuningCharge, ResultSeal)}
+_TORN = re.compile(
+    r'\{"kind":"charge",' + "".join(rf'"{field.name}":(?P<{field.name}>"[^"\\]*"|[^",]+),' for field in fields(Charge))
+)
 _START = b'{"kind":"'
 _LONGEST_LINE = 700
 """Bytes: a charge has under 500 with every number written out to its last digit."""
@@ -175,11 +170,7 @@ def seal(body: dict[str, Any], previous: str) -> tuple[bytes, str]:
 
 
 def unseal(line: bytes) -> tuple[dict[str, Any], str, str]:
-    """(body, previous, hash) of a complete line without its end.
-
-    Raises:
-        ValueError: it is no sealed line, or was changed after it was sealed.
-    """
+    """(body, previous, hash) of a complete line without its end. Raises ValueError for one that was not sealed so."""
     try:
         record = json.loads(line)
         body = {name: value for name, value in record.items() if name not in ("previous", "hash")}
@@ -201,44 +192,28 @@ def begins_a_line(torn: bytes) -> bool:
     return len(torn) <= _LONGEST_LINE and _START.startswith(start) and all(32 <= byte < 127 for byte in written)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync of a folder: that of a file does not cover its name."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """The error for an ``OSError`` on the ledger."""
-    return StorageError(
-        f"The privacy ledger {path} could not be read or written: {error.strerror or error}.",
-        fix="Free space or correct permissions, use the run in one process at a time, then start again with --resume.",
-    )
-
-
 def _compact(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
 
 
-def refuse_senseless(stage: str, attempt: int, steps: int, random: str, noise: str) -> None:
-    """Refuse an impossible charge.
-
-    Raises:
-        UsageError: names the values.
-    """
-    known = random in ("os-entropy", "insecure-seed") and noise in KINDS
-    if not re.fullmatch(r"[a-z0-9._-]+", stage) or attempt < 1 or steps < 1 or not known:
-        raise UsageError(
-            f"A charge for stage {stage!r}, attempt {attempt}, {steps} steps, random {random!r}, {noise!r} noise "
-            "is impossible.",
-            fix="Give a lower-case stage, attempt and steps of at least 1, known random mode and noise.",
-        )
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-ADJACENCY = "zero-out"
-"""The header's name for neighbours: in one of the data sets a record's slot is empty (see ``accounting``)."""
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Raise StorageError for an ``OSError``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"The privacy ledger {path} could not be read or written: {error.strerror or error}.",
+            fix="Free space or correct permissions, use the run in one process at a time, then start again with "
+            "--resume.",
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- ledger
 
 
 class Ledger:
@@ -247,8 +222,6 @@ class Ledger:
     Attributes:
         path: the file.
         header: ``format, data_unit, adjacency, examples, budget, created``.
-        charges: every block of steps charged so far, in order.
-        tunings: every selection among private trials charged so far, in order.
         seals: stage -> the seal of its latest result.
         head: hash of the last line, for everything that depends on the ledger.
     """
@@ -256,17 +229,13 @@ class Ledger:
     def __init__(self, path: Path, read_only: bool, warn: Warn, fault_point: Callable[[str], None]) -> None:
         self.path = path
         self.header: dict[str, Any] = {}
-        self.charges: list[Charge] = []
-        self.tunings: list[TuningCharge] = []
-        self._in_order: list[Charge | TuningCharge] = []
         self.seals: dict[str, ResultSeal] = {}
         self.head = FIRST_PREVIOUS
+        self._in_order: list[Charge | TuningCharge] = []
         self._hashes: set[str] = set()
         self._counts: Counter[tuple[str, int]] = Counter()
         self._size = 0  # bytes of the file that were verified; -1 after a failed write
-        self._read_only = read_only
-        self._warn = warn
-        self._fault_point = fault_point
+        self._read_only, self._warn, self._fault_point = read_only, warn, fault_point
 
     @classmethod
     def create(
@@ -282,13 +251,11 @@ class Ledger:
         """Start a ledger: write and fsync its header.
 
         Args:
-            path: the file.
             examples: N ≥ 1, the public number of records.
             data_unit: the unit of privacy.
             warn, fault_point: as for ``open``.
-            budget: the values that were fixed before the data were read, by name, as finite JSON values. They are
-            sealed
-                with the header, for comparison with copies. None for a ledger without a budget, as that of an audit.
+            budget: the values that were fixed before the data were read, by name, as finite JSON values. None for a
+                ledger without a budget, as that of an audit.
 
         Raises:
             StorageError: the file exists or cannot be written.
@@ -301,10 +268,10 @@ class Ledger:
             "adjacency": ADJACENCY,
             "examples": int(examples),
             "budget": None if budget is None else dict(budget),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": _now(),
         }
         temporary = path.with_name(path.name + ".new")
-        try:
+        with _disk(path):
             if path.exists():
                 raise FileExistsError(f"{path.name} exists already")
             with open(temporary, "wb") as file:
@@ -312,9 +279,11 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise storage_error(path, error) from error
+            folder = os.open(path.parent, os.O_RDONLY)  # fsync of a file does not cover its name
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         return cls.open(path, warn=warn, fault_point=fault_point)
 
     @classmethod
@@ -328,26 +297,23 @@ class Ledger:
         """Read and verify a ledger; repair a torn last line unless ``read_only`` (which counts it all the same).
 
         Args:
-            path: the file.
             read_only: never write; ``charge`` is refused. For reports while a run goes on.
             warn: called with one sentence when a torn line is met.
             fault_point: called with "ledger.appended" and "ledger.fsynced" at these moments (crash tests).
 
         Raises:
-            CheckpointError: the file is missing, empty, of a newer format, or a line was edited, moved or removed;
+            CheckpointError: the file is missing, empty, of another format, or a line was edited, moved or removed;
                 the message names the line.
             StorageError: the disk refused.
         """
         ledger = cls(Path(path), read_only, warn, fault_point)
-        try:
+        with _disk(ledger.path):
+            if not ledger.path.exists():
+                raise CheckpointError(
+                    f"The privacy ledger {path} is missing.",
+                    fix="Restore it: without it the spent budget of this run is unknown.",
+                )
             data = ledger.path.read_bytes()
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"The privacy ledger {path} is missing.",
-                fix="Restore it: without it the spent budget of this run is unknown.",
-            ) from error
-        except OSError as error:
-            raise storage_error(ledger.path, error) from error
         lines = data.split(b"\n")
         torn = lines.pop()
         for number, line in enumerate(lines, start=1):
@@ -369,8 +335,17 @@ class Ledger:
 
     @property
     def budget(self) -> dict[str, Any] | None:
-        """The budget in the header; see ``create``."""
         return self.header["budget"]
+
+    @property
+    def charges(self) -> list[Charge]:
+        """Every block of steps charged so far, in order."""
+        return [charge for charge in self._in_order if isinstance(charge, Charge)]
+
+    @property
+    def tunings(self) -> list[TuningCharge]:
+        """Every selection among private trials charged so far, in order."""
+        return [charge for charge in self._in_order if isinstance(charge, TuningCharge)]
 
     @property
     def private(self) -> bool:
@@ -380,7 +355,7 @@ class Ledger:
     @property
     def random(self) -> str:
         """'insecure-seed' when anything charged used repeatable randomness, else 'os-entropy'."""
-        modes = {charge.random for charge in [*self.charges, *self.tunings]}
+        modes = {charge.random for charge in self._in_order}
         return "os-entropy" if modes <= {"os-entropy"} else "insecure-seed"
 
     def includes(self, head: str) -> bool:
@@ -400,60 +375,40 @@ class Ledger:
         random: str,
         noise: str = "gaussian",
     ) -> Charge:
-        """Charge a block of steps. Use none of them before this has returned.
-
-        Args:
-            stage, attempt: whose steps they are. steps: T of the block. planned: T of the attempt's whole plan.
-            noise_multiplier, sample_rate, clip_norm, noise: σ, q, C and kind of noise of each step.
-            random: 'os-entropy' or 'insecure-seed'.
+        """Charge a block of ``steps`` steps of the ``planned`` ones. Use none of them before this has returned.
 
         Guarantee:
             On return the line is on disk. If this raises, the block must be taken as charged and must not be used.
 
         Raises:
-            UsageError: a value is outside its range, or the ledger was opened read-only.
+            UsageError: a value is outside its range, the plan is exceeded, or the ledger was opened read-only.
             StorageError: the disk refused, or somebody else wrote to the file.
         """
-        self._refuse_reader()
-        refuse_senseless(stage, attempt, steps, random, noise)
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
         before = self.charged_steps(stage, attempt)
-        if before + steps > planned:
-            raise UsageError(
-                f"A charge would bring stage {stage!r}, attempt {attempt}, to {before + steps} steps of {planned}.",
-                fix="Plan the stage again with --overwrite.",
-            )
         charge = Charge(stage, int(attempt), before, int(steps), int(planned), *values, noise, random)
-        _ = charge.event  # refuses impossible values before they are written
-        self._append(charge, {})
+        self._append(charge)
         return charge
 
     def charge_tuning(self, *, stage: str, attempt: int, event: TuningEvent, random: str) -> TuningCharge:
         """Charge a selection among private trials; Guarantee and errors as for ``charge``."""
-        self._refuse_reader()
-        refuse_senseless(stage, attempt, 1, random, KINDS[0])
         charge = TuningCharge(stage, int(attempt), event.mu, event.eta, event.gamma, random)
-        self._append(charge, {})
+        self._append(charge)
         return charge
 
     def seal_result(self, *, stage: str, attempt: int, digest: str) -> None:
         """Record the SHA-256 of a finished stage's result, at no cost. Errors as for ``charge``."""
-        self._refuse_reader()
-        refuse_senseless(stage, attempt, 1, "os-entropy", KINDS[0])
-        self._append(ResultSeal(stage, int(attempt), digest), {})
+        self._append(ResultSeal(stage, int(attempt), digest))
 
     def events(self) -> list[Event]:
         """All charges in canonical form (equal q and σ added up), for the accountant."""
-        return merge_events([charge.event for charge in [*self.charges, *self.tunings]])
+        return merge_events([charge.event for charge in self._in_order])
 
     def stages(self, besides: Collection[tuple[str, int]] = ()) -> list[list[Event]]:
         """The events of each attempt of each stage, in the order in which they began; see ``adaptive``.
 
         Full batches count as far as they were charged; an attempt with sampled batches counts as its whole plan from
-        its first charge on, since it may be stopped at any moment.
-
-        Args:
-            besides: (stage, attempt) pairs to leave out.
+        its first charge on, since it may be stopped at any moment. ``besides``: (stage, attempt) pairs to leave out.
         """
         found: dict[tuple[str, int], list[Event]] = {}
         for charge in self._in_order:
@@ -474,7 +429,7 @@ class Ledger:
 
     def last_attempt(self, stage: str) -> int:
         """The highest attempt of a stage that has charged anything; 0 for none."""
-        return max((c.attempt for c in [*self.charges, *self.tunings] if c.stage == stage), default=0)
+        return max((charge.attempt for charge in self._in_order if charge.stage == stage), default=0)
 
     def spent(self, delta: float) -> EpsilonBound:
         """ε of everything charged, at ``delta``; infinite when a step ran without noise. See ``private`` as well.
@@ -483,10 +438,6 @@ class Ledger:
             Holds also where a stage was planned after the results of earlier ones were seen (``adaptive``).
         """
         return compose_stages(self.stages(), delta, self._warn)
-
-    def _refuse_reader(self) -> None:
-        if self._read_only:
-            raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
 
     def _read(self, line: bytes, number: int) -> None:
         """Verify one complete line and take it in."""
@@ -498,62 +449,44 @@ class Ledger:
         if previous != self.head:
             raise self._damaged(number, "the line before it was changed, moved or removed")
         if kind == "header" and number == 1:
-            if body.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
-                    fix="Use the version of dprandp that wrote it.",
-                )
-            if type(body.get("examples")) is not int or body["examples"] < 1 or type(body.get("data_unit")) is not str:
-                raise self._damaged(number, "its number of examples, or the unit they are of, makes no sense")
-            if body.get("adjacency") != ADJACENCY:
-                raise self._damaged(number, "its relation of neighbours is not the one that is accounted here")
-            if not isinstance(body.get("budget", ""), dict | None):
-                raise self._damaged(number, "it does not say what the budget is")
-            self.header = body
-        elif kind == "charge" and number > 1:
-            self._take(self._checked(body, number))
-        elif kind == "tuning" and number > 1:
-            try:
-                self._take(TuningCharge.from_record(body))
-            except (KeyError, TypeError, ValueError, UsageError) as error:
-                raise self._damaged(number, "its values make no sense") from error
-        elif kind == "result" and number > 1:
-            try:
-                self._take(ResultSeal.from_record(body))
-            except (KeyError, TypeError, ValueError) as error:
-                raise self._damaged(number, "its values make no sense") from error
+            self._read_header(body)
+        elif isinstance(kind, str) and kind in _LINES and number > 1:
+            self._take(self._checked(_LINES[kind].from_record, body, number))
         else:
             raise self._damaged(number, f"a line of kind {kind!r} does not belong here")
         self._note(digest)
 
-    def _checked(self, body: dict[str, Any], number: int) -> Charge:
+    def _read_header(self, body: dict[str, Any]) -> None:
+        if body.get("format") != FORMAT:
+            raise CheckpointError(
+                f"The privacy ledger {self.path} has format {body.get('format')}; this version reads {FORMAT}.",
+                fix="Use the version of dprandp that wrote it.",
+            )
+        if not _whole(body.get("examples")) or type(body.get("data_unit")) is not str:
+            raise self._damaged(1, "its number of examples, or the unit they are of, makes no sense")
+        if body.get("adjacency") != ADJACENCY:
+            raise self._damaged(1, "its relation of neighbours is not the one that is accounted here")
+        if not isinstance(body.get("budget", ""), dict | None):
+            raise self._damaged(1, "it does not say what the budget is")
+        self.header = body
+
+    def _checked(self, read: Callable[[Any], Any], given: Any, number: int) -> Any:
+        """What ``read`` makes of a line, if that makes sense here."""
         try:
-            charge = Charge.from_record(body)
+            charge = read(given)
         except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise self._damaged(number, "its values make no sense") from error
-        if charge.step != self.charged_steps(charge.stage, charge.attempt):
+        if isinstance(charge, Charge) and charge.step != self.charged_steps(charge.stage, charge.attempt):
             raise self._damaged(number, "its step does not follow the steps charged before")
         return charge
 
-    def _torn_charge(self, torn: bytes, number: int) -> Charge | None:
-        if not begins_a_line(torn):
-            raise self._damaged(number, "it is not the beginning of a line, so more may be lost than one")
-        try:
-            charge = Charge.from_torn(torn)
-        except (ValueError, TypeError, OverflowError, UsageError) as error:
-            raise self._damaged(number, "its values make no sense") from error
-        return self._checked(charge.record(), number) if charge else None
-
-    def _take(self, charge: Charge | TuningCharge | ResultSeal) -> None:
-        if isinstance(charge, ResultSeal):
-            self.seals[charge.stage] = charge
+    def _take(self, line: _Line) -> None:
+        if isinstance(line, ResultSeal):
+            self.seals[line.stage] = line
             return
-        self._in_order.append(charge)
-        if isinstance(charge, TuningCharge):
-            self.tunings.append(charge)
-            return
-        self.charges.append(charge)
-        self._counts[charge.stage, charge.attempt] += charge.steps
+        self._in_order.append(line)
+        if isinstance(line, Charge):
+            self._counts[line.stage, line.attempt] += line.steps
 
     def _note(self, digest: str) -> None:
         self.head = digest
@@ -562,11 +495,13 @@ class Ledger:
     def _repair(self, torn: bytes, number: int) -> None:
         """Deal with what follows the last newline (see the top of this file)."""
         restored: Charge | None = None
-        keep = 0
-        if torn.endswith(b"}"):  # whole but for its newline; if it does not verify, it was edited
+        whole = torn.endswith(b"}")  # but for its newline; if it does not verify, it was edited
+        if whole:
             self._read(torn, number)
-            outcome, keep = "only its end of line was missing; it is kept", len(torn)
-        elif (restored := self._torn_charge(torn, number)) is not None:
+            outcome = "only its end of line was missing; it is kept"
+        elif not begins_a_line(torn):
+            raise self._damaged(number, "it is not the beginning of a line, so more may be lost than one")
+        elif (restored := self._checked(Charge.from_torn, torn, number)) is not None:
             outcome = f"it is counted as charged in full ({restored.steps} steps of stage {restored.stage})"
         else:
             outcome = "nothing it would have charged was used; it is dropped"
@@ -575,25 +510,24 @@ class Ledger:
             if restored:
                 self._take(restored)
             return
-        try:
-            with open(self.path, "r+b") as file:
-                file.truncate(self._size + keep)
-                if keep:
-                    file.seek(0, os.SEEK_END)
-                    file.write(b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-        self._size += keep + 1 if keep else 0
+        kept = torn + b"\n" if whole else b""
+        with _disk(self.path), open(self.path, "r+b") as file:
+            file.truncate(self._size + max(0, len(kept) - 1))
+            if kept:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._size += len(kept)
         if restored:
-            self._append(restored, {"repaired": True})
+            self._append(restored, repaired=True)
 
-    def _append(self, charge: Charge | TuningCharge | ResultSeal, notes: dict[str, Any]) -> None:
-        body = {**charge.record(), "time": datetime.now(UTC).isoformat(timespec="seconds"), **notes}
-        line, digest = seal(body, self.head)
+    def _append(self, new: _Line, **notes: Any) -> None:
+        if self._read_only:
+            raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
+        line, digest = seal({**new.record(), "time": _now(), **notes}, self.head)
         expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown
-        try:
+        with _disk(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -605,11 +539,9 @@ class Ledger:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise storage_error(self.path, error) from error
         self._size = expected + len(line)
         self._note(digest)
-        self._take(charge)
+        self._take(new)
         self._fault_point("ledger.fsynced")
 
     def _damaged(self, number: int, reason: str) -> CheckpointError:

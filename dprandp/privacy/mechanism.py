@@ -2,7 +2,6 @@
 
 A ``PrivatePlan`` is public data, saved with the run. A ``PrivateMechanism`` executes it: it charges, then returns a
 Poisson batch, then takes the sum of clipped gradients and returns it with noise, divided by the public expected batch.
-It cannot run more steps, another rate, or other noise than the accounted plan.
 
     mechanism = PrivateMechanism(plan, ledger, SystemRandom(), attempt=1)
     for step in mechanism.steps():                                   # charged and on disk before ``step`` exists
@@ -32,16 +31,13 @@ class PrivatePlan:
     """One stage's private steps. Everything here is public and chosen before the data are read.
 
     Args:
-        stage: name of the stage, as in the ledger.
         examples: N ≥ 1, the public number of records: of units of privacy, each one image or one patient, say.
-        sample_rate: q in (0, 1].
-        steps: T ≥ 1.
+        sample_rate, steps: q in (0, 1], T ≥ 1.
         noise_multiplier: σ ≥ 0; 0 means no privacy.
         clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
         views: K ≥ 1 views of a record, averaged before the clip.
         epsilon_target: limit on the run's total ε after this stage; inf means no privacy.
         delta: δ in (0, 1/N).
-        noise: 'gaussian', or 'discrete' (see ``discrete_noise``).
 
     Raises:
         UsageError: a value is outside its range.
@@ -72,7 +68,6 @@ class PrivatePlan:
 
     @property
     def event(self) -> GaussianEvent:
-        """The event for the accountant."""
         return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
 
     @property
@@ -91,7 +86,7 @@ class PrivatePlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivatePlan:
-        """The inverse of ``to_dict``. Raises CheckpointError for missing or unknown keys, UsageError for bad values."""
+        """The inverse of ``to_dict``. Raises CheckpointError for wrong keys, UsageError for bad values."""
         try:
             return cls(**{**values, "epsilon_target": float(values["epsilon_target"])})
         except (KeyError, TypeError, ValueError) as error:
@@ -101,8 +96,8 @@ class PrivatePlan:
             ) from error
 
 
-def validate_budget(epsilon: float, delta: float, examples: int, share: float = 1.0) -> None:
-    """Raise UsageError for a budget without meaning: ε ≤ 0 or NaN, δ not in (0, 1/N), share not in (0, 1]."""
+def validate_budget(epsilon: float, delta: float, examples: int) -> None:
+    """Raise UsageError for a budget without meaning: ε ≤ 0 or NaN, N < 1, δ not in (0, 1/N)."""
     if not epsilon > 0:
         raise UsageError(f"epsilon is {epsilon}.", fix="Give a number above 0, or inf for no privacy.")
     if examples < 1:
@@ -113,8 +108,6 @@ def validate_budget(epsilon: float, delta: float, examples: int, share: float = 
             "one whole record at random would count as private.",
             fix=f"Give a --delta below {1 / examples:.3g}, for instance {advised_delta(examples):g}.",
         )
-    if not 0 < share <= 1:
-        raise UsageError(f"share is {share}.", fix="Give a number above 0, at most 1.")
 
 
 def make_plan(
@@ -138,8 +131,7 @@ def make_plan(
         epsilon: the run's whole budget; inf plans without noise, hence without privacy.
         epsilon_target: cumulative ε that may be spent once this stage is done, at most ``epsilon``.
         spent: ``ledger.stages()``: every stage that the run has charged.
-        stage, delta, examples, sample_rate, steps, clip_norm, views, noise: as in ``PrivatePlan``.
-        warn: see ``accounting.compose``.
+        The rest: as in ``PrivatePlan`` and ``accounting.compose``.
 
     Guarantee:
         ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
@@ -164,16 +156,10 @@ def make_plan(
 def refuse_overspending(
     stage: str, stages: Sequence[Stage], delta: float, epsilon_target: float, *, fix: str, warn: Warn = warn_by_log
 ) -> None:
-    """The final check of a plan before it is executed: the run's total charges are within the target.
+    """The final check before a plan is executed: BudgetError unless all stages are known to be within a finite target.
 
     Args:
-        stage, fix: for the message.
         stages: those in the ledger, and the whole plan.
-        delta, warn: as for ``compose_stages``.
-        epsilon_target: finite.
-
-    Raises:
-        BudgetError: it is not, or no bound was found.
     """
     total = compose_stages(stages, delta, warn).upper
     if not total <= epsilon_target:
@@ -185,11 +171,8 @@ class PrivateStep:
     """One charged step. ``number`` is the update it makes, from 0; ``indices`` (int64 [b], b may be 0) is private."""
 
     def __init__(self, number: int, indices: np.ndarray, plan: PrivatePlan, random: RandomSource) -> None:
-        self.number = number
-        self.indices = indices
-        self.released = False
-        self._plan = plan
-        self._random = random
+        self.number, self.indices, self.released = number, indices, False
+        self._plan, self._random = plan, random
 
     def release(self, clipped_sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """(sum + N(0, (σC)² I)) / (qN), or its discrete counterpart: the only thing that leaves a step.
@@ -202,7 +185,7 @@ class PrivateStep:
             float32 tensors of the same names and shapes.
 
         Guarantee:
-            Noise is added once, to every coordinate, for every batch. A second call raises.
+            Noise is added once, to every coordinate, for every batch.
 
         Raises:
             RuntimeError: a second release, nothing to release, or sums that are not finite (bugs of the caller).
@@ -226,13 +209,11 @@ class PrivateMechanism:
     """Executes a plan, step by step, and charges before each.
 
     Args:
-        plan: the accounted one.
         ledger: the run's ledger, open for writing.
         random: ``SystemRandom()``; anything else makes the run not private.
         attempt: 1 for a stage's first plan, one more for each restart (``--overwrite``); unchanged by a resume.
         start_step: updates that the checkpoint holds; 0 for a fresh start.
         charge_block: steps charged at once. A crash loses at most this many charged steps; larger blocks save fsyncs.
-        warn: see ``accounting.compose``.
 
     Guarantee:
         * Steps charged in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not
@@ -266,16 +247,9 @@ class PrivateMechanism:
         self._refuse_mismatch(start_step)
         if math.isfinite(plan.epsilon_target):
             others = ledger.stages(besides=[(plan.stage, attempt)])
-            refuse_overspending(
-                plan.stage,
-                [*others, [plan.event]],
-                plan.delta,
-                plan.epsilon_target,
-                fix="Plan the stage again with --overwrite, for the remaining budget: the run's budget cannot grow."
-                if others
-                else "Plan the stage again with more noise, or give a larger --eps.",
-                warn=warn,
-            )
+            fix = "--overwrite, for what is left of the budget." if others else "more noise, or a larger --eps."
+            fix, total = f"Plan the stage again with {fix}", [*others, [plan.event]]
+            refuse_overspending(plan.stage, total, plan.delta, plan.epsilon_target, fix=fix, warn=warn)
 
     @property
     def remaining_steps(self) -> int:
@@ -288,12 +262,7 @@ class PrivateMechanism:
         return self._random.private and self.plan.noise_multiplier > 0
 
     def steps(self) -> Iterator[PrivateStep]:
-        """The remaining steps. Each must be released, also one with an empty batch, before the next.
-
-        Raises:
-            RuntimeError: the step before was not released (a bug of the caller: skipped steps are
-                not accounted).
-        """
+        """The remaining steps. Each must be released, also one with an empty batch, before the next."""
         while self.remaining_steps > 0:
             if self._charged_ahead == 0:
                 self._charge(min(self.charge_block, self.remaining_steps))

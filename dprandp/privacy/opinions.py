@@ -10,9 +10,8 @@ opinion             method                                     what it says
 ==================  =========================================  =======================================================
 
 Both speak of Poisson samples whose parameters were fixed beforehand, under add/remove of one record, hence of zero-out.
-What is reported must not be below the certified lower bound, and no upper bound may be below any lower one: where that
-happens a library is wrong, and no ε is given (``refuse_contradiction``). An opinion may be missing, with its reason:
-these libraries take too long, or lose their digits, for some parameters.
+Where a certified lower bound is above an upper one, a library is wrong, and no ε is given (``refuse_contradiction``).
+An opinion may be missing, with its reason: these libraries take too long, or lose digits, for some parameters.
 """
 
 from __future__ import annotations
@@ -50,12 +49,9 @@ _SLACK, _LEAST_SLACK = 1e-6, 1e-9
 
 @dataclass(frozen=True)
 class Opinion:
-    """What another library says of ε.
+    """What another library (``name``, version and method) says of ε.
 
-    Attributes:
-        name: library, version and method.
-        lower, upper: bounds on ε; 0 and infinity where it claims none.
-        why: the reason of a missing opinion, else empty.
+    Bounds are 0 and infinity where it claims none; ``why`` is the reason of a missing opinion, else empty.
     """
 
     name: str
@@ -73,11 +69,9 @@ class Opinion:
 
 
 def second_opinions(events: Sequence[Event], delta: float) -> list[Opinion]:
-    """prv-accountant's and Opacus' opinions on the composition, for parameters that were fixed beforehand.
+    """prv-accountant's and Opacus' opinions on a composition at δ in (0, 1), for parameters that were fixed beforehand.
 
-    Args:
-        events: as for ``accounting.compose``; discrete noise counts as Gaussian, at the δ that is left for it.
-        delta: δ in (0, 1).
+    Discrete noise counts as Gaussian, at the δ that is left for it.
     """
     return list(_opinions(tuple(merge_events(events)), delta))
 
@@ -122,7 +116,6 @@ def refuse_contradiction(reported: EpsilonBound, opinions: Sequence[Opinion]) ->
 
 
 def _opinion(name: str, ask: Callable[[], tuple[float, float]]) -> Opinion:
-    """A library's opinion: its answer, or why it has none. Its warnings are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         with warnings.catch_warnings(record=True):

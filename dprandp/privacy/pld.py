@@ -1,26 +1,23 @@
 """Privacy loss distributions of sampled Gaussian steps, by Google's ``dp-accounting``: ε and the whole curve δ(ε).
 
 The loss of a step is log P/Q of what comes out, drawn from P: P with the record, Q without it (remove), or the other
-way round (add). Losses of independent steps add up, so the distribution of a step, put on a grid and convolved T times
-with itself, gives δ(ε) = E[(1 − exp(ε − loss))₊] (Koskela, Jälkö & Honkela 2020, "Computing tight differential privacy
-guarantees using FFT"). Both directions are computed, since neither covers the other under composition (Lebeda, Regehr,
-Kamath & Steinke 2024); zero-out has the same two.
+way round (add). Losses of independent steps add up: the distribution of a step, put on a grid and convolved T times,
+gives δ(ε) = E[(1 − exp(ε − loss))₊] (Koskela, Jälkö & Honkela 2020, "Computing tight differential privacy guarantees
+using FFT"). Both directions are computed, since neither covers the other under composition (Lebeda, Regehr, Kamath &
+Steinke 2024); zero-out has the same two.
 
 *Upper bound.* The library puts a step on the grid of mesh h by "connect the dots" (Doroshenko, Ghazi, Kamath, Kumar &
-Manurangsi 2022): a loss between two points is split onto both so that its mass under P and under Q stays as it is. The
-step on the grid is a pair that dominates the true one, so that every composition of it is an upper bound. What it adds
-is a variance of about h²/6 a step; with the mesh chosen below that is less than 0.05 % of ε for up to 1e5 steps.
+Manurangsi 2022). The step on the grid is a pair that dominates the true one, so that every composition of it is an
+upper bound. It adds a variance of about h²/6 a step; with the mesh chosen below, less than 0.05 % of ε up to T = 1e5.
 
 *Lower bound.* A split moves a loss up by at most h²/8 on average, within an interval of length h. By Hoeffding, T of
 them add up to more than T h²/8 + h √(T log(1/η)/2) with probability η at most, so δ(ε) is at least δ̂(ε + that) − η.
 
 *Tails.* Losses that a step, or the composition, has with probability 1e-4 δ altogether count as infinite.
 
-*Rounding* is not covered by the library, so it is covered here: δ is reduced by ``ROUNDING`` a step. A Fourier
-transform errs
-by about 1e-16 √(log₂ N), its T-th power T times that. Measured in the far tails, where the mass should be zero, it is
-below 3
-units of 2.2e-16 a step; 40 are allowed for. Masses that rounding made negative are set to 0, which is an upper bound.
+*Rounding* is not covered by the library, so it is covered here: δ is reduced by ``ROUNDING`` a step. Measured in the
+far tails, where the mass should be zero, it is below 3 units of 2.2e-16 a step; 40 are allowed for. Negative masses are
+set to 0, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -30,16 +27,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from dp_accounting.pld.pld_pmf import PLDPmf, compose_pmfs, create_pmf_pessimistic_connect_dots_fixed_gap
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
-from dprandp.privacy.analytic import log_moment
-
-if TYPE_CHECKING:
-    from dprandp.privacy.analytic import Component
+from dprandp.privacy.analytic import Component, log_moment
 
 NAME = f"PLD (dp-accounting {version('dp-accounting')})"
 
@@ -52,8 +46,7 @@ ROUNDING = 40 * float(np.finfo(np.float64).eps)
 STEP_POINTS, POINTS, EVENTS = 100_000, 400_000, 100
 """The most points of a step's grid and of a composition's, and the most different events: 1 s and 200 MiB."""
 
-_MOST_ROUNDING = 0.5
-"""As a part of δ. At a half of it, ε is 1 to 3 % larger than it had to be."""
+_MOST_ROUNDING = 0.5  # as a part of δ; at a half of it, ε is 1 to 3 % larger than it had to be
 _TAIL_SHARE, _SLACK_SHARE = 1e-4, 1e-3
 _NOISE, _LEAST_RATE = (1e-3, 1e9), 1e-15
 # The library takes a loss this near to −log(1 − q), as a part of it, for that; no point of the grid may be so near.
@@ -84,11 +77,9 @@ class Composed(NamedTuple):
 def pld_epsilon(
     components: Sequence[Component], delta: float, scale: float, share: float = FINE
 ) -> tuple[float, float, float]:
-    """(lower, estimate, upper) bounds on ε of the composition.
+    """(lower, estimate, upper) bounds on ε of a composition of one component or more, at δ in (0, 1).
 
     Args:
-        components: the mechanisms, each with its number of steps; at least one.
-        delta: δ in (0, 1).
         scale: about ε, above 0: sets the mesh. Too small a one only costs time and digits; where it is more than 1.5
             times what comes out, the mesh is made again with that.
         share: see ``FINE``.
@@ -123,16 +114,12 @@ def pld_curve(
     """Points of a valid privacy curve: the composition is (ε_i, δ_i)-DP under add/remove, hence zero-out, for every i.
 
     Args:
-        components: as for ``pld_epsilon``.
+        components, scale: as for ``pld_epsilon``; ``scale`` about ε at a δ that matters.
         delta: the least δ that the curve has to reach; where rounding is more, it ends there.
-        scale: about ε at a δ that matters, as for ``pld_epsilon``.
         points: number of points, evenly spaced in ε.
 
     Returns:
-        ε ascending from 0 and δ descending, float64 [points].
-
-    Raises:
-        AccountantRefused: as ``pld_epsilon``.
+        ε ascending from 0 and δ descending, float64 [points]. Raises as ``pld_epsilon``.
     """
     with _refusing():
         curves = _compose(components, delta, scale, FINE, most_rounding=100.0)

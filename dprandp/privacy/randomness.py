@@ -1,4 +1,4 @@
-"""The randomness that privacy depends on, and its Gaussian noise.
+"""The randomness that privacy depends on: entropy, Gaussian and discrete Gaussian noise, Poisson batches.
 
 Guarantee:
     ``SystemRandom`` takes every bit from the operating system (``os.urandom``). It keeps no state, so nothing can be
@@ -7,10 +7,9 @@ Guarantee:
 Known limits (each is part of a run's disclosure):
     * *Floating point.* A Gaussian in double precision has gaps, and gaps can show which value was released (Mironov
       2012, "On significance of the least significant bits for differential privacy"; Haney et al. 2022,
-      "Precision-based attacks and interval refining"). The noise is computed and added in float64 and the result
-      rounded to float32, which hides the 29 lowest bits, so that the known attacks do not apply directly; this is a
-      mitigation, not a proof. Severity: low for trained models, where single noisy sums are not published; where they
-      are, use ``discrete_noise``, which has no such gaps.
+      "Precision-based attacks and interval refining"). Noise is computed and added in float64 and the result rounded
+      to float32, which hides the 29 lowest bits: a mitigation, not a proof. Severity: low for trained models, where
+      single noisy sums are not published; where they are, use discrete noise, which has no such gaps.
     * *Tail.* Box-Muller from 53-bit uniforms never exceeds 8.6 standard deviations. What is cut off has probability
       1e-17 a coordinate, 3e-8 in all for 875 steps of 3 million parameters: it may be thought of as added to δ.
     * *Time.* Nothing here runs in constant time.
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from functools import cache
@@ -53,12 +51,8 @@ class RandomSource(Protocol):
         """uint64 [count], independent, uniform."""
 
 
-class _WordSource(ABC):
-    """Uniform and Gaussian values from 64-bit random words."""
-
-    @abstractmethod
-    def words(self, count: int) -> np.ndarray:
-        """As in ``RandomSource``."""
+class _WordSource:
+    """Uniform and Gaussian values from the 64-bit random words of a subclass."""
 
     def uniform(self, count: int) -> np.ndarray:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -85,9 +79,7 @@ class SystemRandom(_WordSource):
 class InsecureSeed(_WordSource):
     """Repeatable values for tests. Anyone who knows the seed can subtract the noise: NOT PRIVATE.
 
-    Args:
-        seed: a whole number of at least 0.
-        stream: further whole numbers of at least 0 (attempt, step) that pick an unrelated sequence of the same seed.
+    Further whole numbers (``stream``: attempt, step) pick an unrelated sequence of the same seed.
     """
 
     mode: RandomMode = "insecure-seed"
@@ -105,20 +97,14 @@ class InsecureSeed(_WordSource):
 def add_gaussian_noise(
     tensors: Tensors, std: float, random: RandomSource
 ) -> dict[str, torch.Tensor] | list[torch.Tensor]:
-    """Each coordinate plus independent N(0, std²), in a structure like ``tensors``.
+    """Each coordinate plus independent N(0, std²), in a structure like ``tensors``: new float32 tensors, same devices.
 
     Args:
         tensors: name -> tensor, or a list of tensors; any floating dtype, any device, any shape.
-        std: standard deviation of the noise in one coordinate, in the tensors' unit; finite, at least 0. 0 adds
-            nothing.
-        random: where the noise comes from.
-
-    Returns:
-        New float32 tensors on the devices of the old ones.
+        std: finite, at least 0, in the tensors' unit. 0 adds nothing.
 
     Guarantee:
-        New noise is drawn for every coordinate of every tensor in every call; noise and sum are float64 until the
-        end.
+        New noise is drawn for every coordinate of every tensor in every call; noise and sum are float64 until the end.
 
     Raises:
         UsageError: std is negative, infinite or NaN.
@@ -140,8 +126,8 @@ def add_gaussian_noise(
 
 # ------------------------------------------------------------------------------------------------------ discrete noise
 #
-# Discrete Gaussian noise: sum and noise are whole multiples of a public granularity, so no gap of floating point tells
-# which sum was released (Canonne, Kamath & Steinke 2020, "The discrete Gaussian for differential privacy").
+# Sum and noise are whole multiples of a public granularity, so no gap of floating point tells which sum was released
+# (Canonne, Kamath & Steinke 2020, "The discrete Gaussian for differential privacy").
 #
 # A sum of sensitivity C (L2, over d coordinates jointly) is released as  γ · (round(sum / γ) + X),  with
 #
@@ -150,30 +136,17 @@ def add_gaussian_noise(
 #     s   = ⌈σ Δ / γ⌉ with Δ = C + γ√d: rounding moves each of two neighbouring sums by at most γ/2 in a coordinate, so
 #         the rounded sums lie at most Δ apart. At 2^44 points per standard deviation Δ exceeds C by less than 1e-9 C.
 #
-# Guarantee:
-#     * *Every accountant of the Gaussian mechanism applies*, full batch or sampled, at noise multiplier σ, with δ
-#     larger
-#       by (1 + exp ε) τ, where τ = ``accounting.DISTANCE`` times the noisy coordinates of all steps, a tiny number.
-#       For: rounding Gaussian noise of standard deviation s to whole numbers commutes with adding a whole number, so a
-#       mechanism that adds rounded Gaussian noise is a function of the Gaussian mechanism. Per coordinate the total
-#       variation distance between N_Z(0, s²) and the rounded N(0, s²) is at most 1/(40 s²) for s ≥ 16 (below);
-#       distances of adaptive steps add up, and a mechanism within τ of an (ε, δ)-private one is (ε, δ + (1 + exp ε)
-#       τ)-private. ``accounting.compose`` takes this out of δ, so that the ε it gives holds at the δ it was asked for.
-#     * A step on full batches is also exactly 1/(2σ²)-concentrated (Theorem 14 of the paper); that is not used, as the
-#     ε
-#       that follows from it is larger.
-#
-#     Why 1/(40 s²): write f(x) = exp(−x²/(2s²)). The rounded value n has probability ∫ f(n+u) du / (s√2π), |u| ≤ ½, of
-#     which the linear term of Taylor's series vanishes: it differs from f(n)/(s√2π) by at most sup|f″|/24 near n, over
-#     s√2π. The sum of these suprema is at most ∫|f″| + ∫|f‴| ≤ 2.43/s + 3.79/s². Half the sum of all differences is
-#     thus at most (2.43/s² + 3.79/s³) / (48 √2π) ≤ 0.0223/s² for s ≥ 16; the normaliser differs by less than
-#     exp(−2π²s²).
+# Guarantee: every accountant of the Gaussian mechanism applies, full batch or sampled, at noise multiplier σ, with δ
+# larger by (1 + exp ε) τ, where τ is ``accounting.DISTANCE`` times the noisy coordinates of all steps. For: rounding
+# Gaussian noise of standard deviation s to whole numbers commutes with adding a whole number, so a mechanism that adds
+# rounded Gaussian noise is a function of the Gaussian mechanism. Per coordinate the total variation distance between
+# N_Z(0, s²) and the rounded N(0, s²) is at most 1/(40 s²) for s ≥ 16 (docs/privacy.md); distances of adaptive steps add
+# up, and a mechanism within τ of an (ε, δ)-private one is (ε, δ + (1 + exp ε) τ)-private.
 #
 # What remains of floating point: the sums before they are rounded. A linear head's are computed in float64
 # (``precise``), where summation stays far below the slack of the clip. Features and the gradients of a whole network
-# are computed in float32; where that is done in batches, the last bits of one record's may depend on the records beside
-# it, as with continuous noise. Severity: low, as the effect is of the size of float32 rounding. Nothing runs in
-# constant time.
+# are computed in float32, where the last bits of one record's may depend on the records beside it. Severity: low, of
+# the size of float32 rounding.
 
 # Doubles are trusted to this relative error when exp(−z) is compared with a uniform value; what is closer is decided
 # with decimals of 60 digits. Their true error is below 2⁻⁴⁶: z ≤ 14 is off by a few units in the last place, as is exp.
@@ -185,20 +158,16 @@ _LEVELS = 16
 def add_discrete_noise(
     sums: Mapping[str, torch.Tensor], clip_norm: float, noise_multiplier: float, random: RandomSource
 ) -> dict[str, torch.Tensor]:
-    """Each sum, rounded to the lattice, plus discrete Gaussian noise.
+    """Each sum, rounded to the lattice, plus discrete Gaussian noise, new for every coordinate in every call.
 
     Args:
         sums: name -> clipped sum, any floating dtype, any device, finite.
         clip_norm: C, the L2 sensitivity of all sums jointly, from 1e-8 to 1e8.
         noise_multiplier: σ > 0, finite.
-        random: where the noise comes from.
 
     Returns:
         float64 tensors of the same names and shapes: whole multiples of ``granularity(clip_norm, noise_multiplier)``
         (rounded to 53 bits where they are larger, after the noise).
-
-    Guarantee:
-        See the top of this file. New noise is drawn for every coordinate in every call.
 
     Raises:
         UsageError: σ or C is out of range, or there are more than ``MOST_COORDINATES`` coordinates.
@@ -224,11 +193,7 @@ def add_discrete_noise(
 
 
 def granularity(clip_norm: float, noise_multiplier: float) -> float:
-    """γ: the power of two with 2^44 ≤ σC/γ < 2^45. Public.
-
-    Raises:
-        UsageError: σ is not positive and finite, or C outside 1e-8 … 1e8.
-    """
+    """γ: the power of two with 2^44 ≤ σC/γ < 2^45. Public. Raises UsageError unless 0 < σ < inf and 1e-8 ≤ C ≤ 1e8."""
     if not (math.isfinite(noise_multiplier) and noise_multiplier > 0 and 1e-8 <= clip_norm <= 1e8):
         raise UsageError(
             f"Discrete noise of multiplier {noise_multiplier} at clip norm {clip_norm} makes no sense.",
@@ -246,24 +211,16 @@ def lattice_scale(clip_norm: float, noise_multiplier: float, coordinates: int) -
 
 
 def discrete_gaussian(scale: int, count: int, random: RandomSource) -> np.ndarray:
-    """int64 [count], independent values of N_Z(0, scale²).
+    """int64 [count], independent values of N_Z(0, scale²), scale from 1 to 2^48 (else UsageError).
 
     Karney 2016, "Sampling exactly from the normal distribution", for whole numbers: draw k ≥ 0 with P(k) ∝ exp(−k²/2),
     j uniform in 0 … scale−1 and a sign; with x = j/scale accept k·scale + j with probability exp(−x(2k+x)/2); reject
     the second zero. What is accepted has probability ∝ exp(−(k+x)²/2), which is the discrete Gaussian.
 
-    Args:
-        scale: s from 1 to 2^48.
-        count: at least 0.
-        random: where the bits come from.
-
     Guarantee:
         The total variation distance to the exact distribution is below 2⁻¹¹⁰ a value: k comes from cumulative
         probabilities of 128 bits; j and the sign are exact; acceptance compares a uniform value with exp in double
         precision only where that is certain, and otherwise with 60 decimal digits and 128 more bits.
-
-    Raises:
-        UsageError: scale is out of its range.
     """
     if not 1 <= scale <= 2**48:
         raise UsageError(f"The scale of the discrete noise is {scale}.", fix="Give a whole number from 1 to 2^48.")
@@ -293,10 +250,7 @@ def _level(count: int, random: RandomSource) -> np.ndarray:
 
 @cache
 def _thresholds() -> tuple[int, ...]:
-    """Σ_{i≤k} P(i) in units of 2⁻¹²⁸: a uniform 128-bit value below it means a level of at most k.
-
-    They end where 128 bits cannot tell them from 1, at k = 13.
-    """
+    """Σ_{i≤k} P(i) in units of 2⁻¹²⁸, up to where it is 1: a uniform 128-bit value below it is of level k at most."""
     with localcontext() as exact:
         exact.prec = _DIGITS
         weights = [(Decimal(-k * k) / 2).exp() for k in range(2 * _LEVELS)]
@@ -342,21 +296,14 @@ def _accepts_exactly(k: int, offset: int, scale: int, word: int, random: RandomS
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
-#
-# True Poisson sampling: each record enters each step's batch by its own coin, independently of all others.
+
 
 class PoissonSampler:
-    """Batches of a Poisson sample of the records 0 … examples−1.
-
-    Args:
-        examples: N ≥ 1, the public number of records.
-        sample_rate: q in (0, 1]; 1 takes all records and draws no coin.
-        random: where the coins come from.
+    """Batches of a true Poisson sample of the records 0 … examples−1, at a rate q in (0, 1]; 1 draws no coin.
 
     Guarantee:
         In every draw each record is included with probability q (to 2⁻⁵³), independently of the other records and of
-        all other draws. There is no shuffling, no cap, no minimum, no fixed size: the accountant's assumption,
-        literally.
+        all other draws. There is no shuffling, no cap, no minimum, no fixed size.
 
     Raises:
         UsageError: a value is outside its range.

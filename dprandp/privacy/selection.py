@@ -12,8 +12,8 @@ does and no more: it fits on one part of the records and is scored on the other.
             gradient = trial.release(clipped_sum(records[trial.fitted]))     # zeros for an empty part
         trial.score(is_right(records[trial.held_out]))
 
-One trial, as the theorem sees it, outputs (score, setting), in that order: tuples are totally ordered, the best is the
-largest. It is a Gaussian mechanism of parameter μ at most:
+One trial, as the theorem sees it, outputs (score, setting), of which the largest is the best. It is a Gaussian
+mechanism of parameter μ at most:
 
 * the setting is drawn at random, without the data, so it may be taken as fixed (quasi-convexity of the divergence);
 * each record is put into the fitted or the held-out part by a coin of its own, so given all coins it is in one of them;
@@ -49,13 +49,12 @@ class SelectionPlan:
     """A selection among settings. Everything here is public and chosen before the data are read.
 
     Args:
-        stage: name in the ledger.
         examples: N ≥ 1, the public number of records.
         mu: μ of one trial, see the top of this file.
         eta, gamma: distribution of the number of trials, see ``tuning.TrialCount``.
         held_out: chance of a record to be held out in a trial, in (0, 1).
         clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
-        steps: T ≥ 1 of each setting; its length is the number of settings, at least 2.
+        steps: T ≥ 1 of each setting, at least 2 settings.
         epsilon_target: what the run may have spent in total after this; finite.
         delta: δ in (0, 1/N).
 
@@ -88,25 +87,18 @@ class SelectionPlan:
 
     @property
     def event(self) -> TuningEvent:
-        """What the accountant is asked about."""
         return TuningEvent(self.mu, self.eta, self.gamma)
-
-    @property
-    def score_std(self) -> float:
-        """1/μ: standard deviation of the noise in a count of right answers."""
-        return 1 / self.mu
 
     def noise_std(self, setting: int) -> float:
         """σ C with σ = √T/μ: standard deviation of the noise in one coordinate of a step's sum."""
         return math.sqrt(self.steps[setting]) / self.mu * self.clip_norm
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return asdict(self) | {"steps": list(self.steps)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SelectionPlan:
-        """The inverse of ``to_dict``. Raises CheckpointError for missing or unknown keys, UsageError for bad values."""
+        """The inverse of ``to_dict``. Raises CheckpointError for wrong keys, UsageError for bad values."""
         try:
             return cls(**{**values, "steps": tuple(values["steps"])})
         except (KeyError, TypeError, ValueError) as error:
@@ -141,8 +133,7 @@ def make_selection_plan(
         ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
 
     Raises:
-        BudgetError: what was spent already reaches ``epsilon_target``, or leaves too little; or another stage came
-            first.
+        BudgetError: what was spent reaches ``epsilon_target`` or leaves too little; or another stage came first.
         UsageError: a value is outside its range.
     """
     validate_budget(epsilon, delta, examples)
@@ -200,10 +191,7 @@ class Trial:
         self._score: float | None = None
 
     def release(self, clipped_sum: torch.Tensor) -> torch.Tensor:
-        """(sum + N(0, (σC)² I)) / ((1 − h) N), at most ``steps`` times.
-
-        Args:
-            clipped_sum: over ``fitted`` alone, sensitivity ``clip_norm``.
+        """(sum + N(0, (σC)² I)) / ((1 − h) N), at most ``steps`` times, for a sum over ``fitted`` alone, sensitivity C.
 
         Raises:
             RuntimeError: more steps than planned, a step after the score, or a sum that is not finite.
@@ -229,7 +217,7 @@ class Trial:
             raise RuntimeError("a trial is scored once, after all of its steps")
         if right.dtype != torch.bool or right.shape != (len(self.held_out),):
             raise RuntimeError("a trial's score takes one bool for each held-out record")
-        self._score = float(right.sum()) + self._plan.score_std * float(self._random.gaussian((1,))[0])
+        self._score = float(right.sum()) + 1 / self._plan.mu * float(self._random.gaussian((1,))[0])
 
     @property
     def outcome(self) -> tuple[float, int]:
@@ -243,16 +231,12 @@ class PrivateSelection:
     """Carries out a plan: charges once, runs the trials, returns the best.
 
     Args:
-        plan: what was accounted.
-        ledger: the run's ledger, open for writing.
         random: ``SystemRandom()``; anything else makes the run not private.
         attempt: one more than the ledger's last of this stage: a selection is never resumed, only charged again.
-        warn: see ``accounting.compose``.
 
     Guarantee:
-        The result of ``run`` costs ``plan.event``, charged before any trial is returned, for any number of
-        trials turns out to be. That number is not returned, stored or logged; who can time the run learns something of
-        it (see ``randomness.py``, *Time*).
+        The result of ``run`` costs ``plan.event``, charged before any trial is returned, however many trials there are.
+        That number is not returned, stored or logged; who can time the run learns something of it (``randomness``).
 
     Raises:
         BudgetError: the plan does not fit into its target beside what the ledger holds.
@@ -268,24 +252,16 @@ class PrivateSelection:
                 f"the plan is of {plan.examples} examples, attempt {attempt}.",
                 fix="Restore the run's privacy folder.",
             )
-        refuse_overspending(
-            plan.stage,
-            [*ledger.stages(), [plan.event]],
-            plan.delta,
-            plan.epsilon_target,
-            fix="Give tuning a larger part of the budget, or tune on synthetic images.",
-            warn=warn,
-        )
+        total = [*ledger.stages(), [plan.event]]
+        fix = "Give tuning a larger part of the budget, or tune on synthetic images."
+        refuse_overspending(plan.stage, total, plan.delta, plan.epsilon_target, fix=fix, warn=warn)
         self._plan, self._ledger, self._random, self._attempt = plan, ledger, random, attempt
 
     def run(self, one_trial: Callable[[Trial], None]) -> tuple[int, float]:
-        """Charge, run the trials, keep the best.
+        """Charge, run the trials, keep the best: the index of its setting, and its noisy number of right answers.
 
         Args:
             one_trial: makes the trial's steps and scores it. It must keep nothing of one trial for another.
-
-        Returns:
-            Index of the best setting, and its noisy number of right answers (of about h N).
 
         Raises:
             RuntimeError: a trial did not do what was planned; what was spent stays spent.
@@ -295,12 +271,10 @@ class PrivateSelection:
             stage=plan.stage, attempt=self._attempt, event=plan.event, random=self._random.mode
         )
         count = plan.event.trials.draw(float(self._random.uniform(1)[0]))
-        best: tuple[float, int] | None = None
+        outcomes = []
         for _ in range(count):
             trial = Trial(plan, self._random)
             one_trial(trial)
-            best = trial.outcome if best is None else max(best, trial.outcome)
-        if best is None:
-            raise RuntimeError("the number of trials was zero")
-        return best[1], best[0]
-
+            outcomes.append(trial.outcome)
+        score, setting = max(outcomes)
+        return setting, score

@@ -1,9 +1,8 @@
 """What it costs to choose settings on private data: run a private training a random number of times, keep the best.
 
-Trying k settings and keeping the best costs more than one training, and trying a *fixed* number of them costs about k
-times as much. With a number of trials K that is itself random, and never shown, it costs two to three times one trial
-(Liu & Talwar 2019; Papernot & Steinke 2022, "Hyperparameter tuning with Rényi differential privacy"). What one trial
-hands over, its score included, must be private as a whole; the theorem does the rest.
+Trying a *fixed* number k of settings costs about k times one training. With a number of trials K that is itself random,
+and never shown, it costs two to three times one trial (Liu & Talwar 2019; Papernot & Steinke 2022, "Hyperparameter
+tuning with Rényi differential privacy"). What one trial hands over, its score included, must be private as a whole.
 
 Theorem 2 of Papernot & Steinke. Let one trial be (λ, ε_λ)-RDP and (λ̂, ε_λ̂)-RDP, λ > 1, λ̂ ≥ 1, with outputs in a total
 order. Draw K from the truncated negative binomial D(η, γ), η > −1, 0 < γ < 1; run K trials, independent of one another;
@@ -17,17 +16,14 @@ for every λ̂, hence for the best one. η = 1 is the geometric distribution, η
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
 
 from dprandp.errors import UsageError
 
-_MU = (1e-6, 1e3)
-_ETA_LARGEST = 100.0
 _GAMMA_SMALLEST = 1e-12
 
 
@@ -35,21 +31,15 @@ _GAMMA_SMALLEST = 1e-12
 class TrialCount:
     """D(η, γ), the truncated negative binomial distribution of the number of trials, on 1, 2, 3, …
 
-    P(K = k) is proportional to (1 − γ)^k ∏_{l<k} (l + η) / (l + 1); for η = 0 to (1 − γ)^k / k.
-
-    Args:
-        eta: η in (−1, 100]: 0 logarithmic, 1 geometric.
-        gamma: γ in [1e-12, 1): smaller means more trials.
-
-    Raises:
-        UsageError: a value is outside its range.
+    P(K = k) is proportional to (1 − γ)^k ∏_{l<k} (l + η) / (l + 1); for η = 0 to (1 − γ)^k / k. Raises UsageError where
+    η is not in (−1, 100], or γ, of which a smaller one means more trials, not in [1e-12, 1).
     """
 
     eta: float
     gamma: float
 
     def __post_init__(self) -> None:
-        if not -1 < self.eta <= _ETA_LARGEST:
+        if not -1 < self.eta <= 100:
             raise UsageError(f"eta is {self.eta}.", fix="Give a number above -1, at most 100, such as 0.")
         if not _GAMMA_SMALLEST <= self.gamma < 1:
             raise UsageError(f"gamma is {self.gamma}.", fix="Give a number from 1e-12 to below 1.")
@@ -83,10 +73,7 @@ class TrialCount:
             k += 1
 
     def draw(self, uniform: float) -> int:
-        """K from one uniform value in [0, 1), by inversion.
-
-        The sum of the probabilities is rounded; what that shifts is below 1e-12.
-        """
+        """K from one uniform value in [0, 1), by inversion; rounding shifts the probabilities by less than 1e-12."""
         total = 0.0
         for k, probability in enumerate(self.probabilities(), start=1):
             total += probability
@@ -106,17 +93,13 @@ class TrialCount:
 def selection_rdp(
     order: np.ndarray | float, at_order: np.ndarray | float, hat: float, at_hat: float, trials: TrialCount
 ) -> np.ndarray | float:
-    """Theorem 2: Rényi DP of the best of K trials (see the top of this file).
+    """Theorem 2, at the top of this file: Rényi DP of the best of K trials, at each ``order`` λ > 1.
 
     Args:
-        order: λ > 1, one or an array.
         at_order: RDP of one trial at ``order``.
         hat: λ̂ ≥ 1, any; each gives a valid bound.
         at_hat: RDP of one trial at ``hat``.
         trials: distribution of K.
-
-    Returns:
-        ε' at each order.
     """
     repeated = (1 + trials.eta) * ((1 - 1 / hat) * at_hat - math.log(trials.gamma) / hat)
     return at_order + repeated + math.log(trials.mean) / (np.asarray(order) - 1)
@@ -127,8 +110,8 @@ class TuningEvent:
     """The best of a random number of trials, each no worse than a Gaussian mechanism of parameter ``mu``.
 
     Args:
-        mu: μ of one trial: its Rényi DP at every order λ is at most λ μ²/2. A composition of full-batch Gaussian steps
-            of multiplier σ_i has μ² = Σ 1/σ_i². From 1e-6 to 1000.
+        mu: μ of one trial, from 1e-6 to 1000: its Rényi DP at every order λ is at most λ μ²/2. A composition of
+            full-batch Gaussian steps of multiplier σ_i has μ² = Σ 1/σ_i².
         eta, gamma: distribution of the number of trials, see ``TrialCount``.
 
     Raises:
@@ -140,13 +123,12 @@ class TuningEvent:
     gamma: float
 
     def __post_init__(self) -> None:
-        if not _MU[0] <= self.mu <= _MU[1]:
+        if not 1e-6 <= self.mu <= 1e3:
             raise UsageError(f"mu of a trial is {self.mu}.", fix="Give a number from 1e-6 to 1000.")
         _ = self.trials
 
     @property
     def trials(self) -> TrialCount:
-        """Distribution of the number of trials."""
         return TrialCount(self.eta, self.gamma)
 
     def rdp(self, orders: np.ndarray) -> np.ndarray:
@@ -163,12 +145,3 @@ class TuningEvent:
         hat = max(1.0, math.sqrt(-2 * math.log(self.gamma)) / self.mu)
         orders = np.maximum(orders, 1 + math.sqrt(2 * math.log(self.trials.mean)) / self.mu)
         return selection_rdp(orders, orders * self.mu**2 / 2, hat, hat * self.mu**2 / 2, self.trials)
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TuningEvent:
-        """The inverse of ``to_dict``."""
-        return cls(float(values["mu"]), float(values["eta"]), float(values["gamma"]))

@@ -26,7 +26,7 @@ clip = clipped_sums.sum_of_clipped
 clipped_sums.sum_of_clipped = lambda gradients, parameters, norm, **how: clip(gradients, parameters, 1e6, **how)
 """
 BLIND = """
-from dprandp.privacy.auditing.controls import Control
+from dprandp.audit.canaries import Control
 from dprandp.audit import games
 games.CONTROLS = (Control("no fault at all"),)
 """

@@ -23,7 +23,7 @@ from tiny_run import (
 )
 
 from dprandp import pretrain
-from dprandp.audit.records import Facts
+from dprandp.audit.loops import Facts
 from dprandp.config.schema import build
 from dprandp.dpsgd.features import BATCH
 from dprandp.errors import CheckpointError, UsageError

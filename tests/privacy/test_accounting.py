@@ -13,7 +13,6 @@ import mpmath
 import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
-from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from scipy.stats import binom
 
 from dprandp.errors import UsageError
@@ -28,40 +27,15 @@ def events_of(rows) -> list[GaussianEvent]:
     return [GaussianEvent(*row) for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("sigma", "q", "steps"),
-    [
-        (1.0, 0.01, 1000),
-        pytest.param(9.2, 0.08192, 875, marks=pytest.mark.slow),
-        pytest.param(3.0, 0.5, 20, marks=pytest.mark.slow),
-    ],
-)
-def test_bounds_agree_with_prv_accountant_used_directly(sigma, q, steps):
-    direct = PRVAccountant([PoissonSubsampledGaussianMechanism(q, sigma)], 0.01, 1e-8, max_self_compositions=[steps])
-    low, estimate, high = direct.compute_epsilon(1e-5, [steps])
-    ours = compose([GaussianEvent(sigma, q, steps)], 1e-5)
-    assert low <= ours.estimate <= high
-    assert ours.upper >= low
-    assert ours.estimate == pytest.approx(estimate, rel=1e-3)
-
-
 FULL = Component(30.0, 1.0, 60)
 FULL_MU = math.sqrt(60) / 30
-
-
-def test_full_batches_through_the_numerical_accountant_equal_the_closed_form():
-    low, estimate, high = pld.pld_epsilon([FULL], 1e-5, 1.0)
-    exact = compose([GaussianEvent(30.0, 1.0, 60)], 1e-5)
-    assert low <= exact.upper <= high
-    assert estimate == pytest.approx(exact.upper, rel=1e-3)
-    assert exact.lower == exact.estimate == exact.upper
 
 
 # ---------------------------------------------------------------- the declared errors
 
 
-@pytest.mark.parametrize("share", [0.005, 0.02, 0.1, 0.3])
-@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (30.0, 60), (200.0, 10_000), (0.3, 5)])
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.3])
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (30.0, 60), (0.3, 5)])
 @pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-9])
 def test_on_every_mesh_the_bounds_lie_on_both_sides_of_the_closed_form(share, sigma, steps, delta):
     """Full batches as steps that are composed numerically: their exact ε is known."""
@@ -89,8 +63,7 @@ def test_sampled_bounds_of_all_meshes_agree(rows, delta):
     assert bounds[1][2] <= 1.0005 * bounds[0][2]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4])
-@pytest.mark.parametrize("delta", [1e-3, 1e-6])
+@pytest.mark.parametrize(("share", "delta"), [(0.1, 1e-3), (0.4, 1e-6)])
 def test_a_bound_is_read_at_the_delta_that_rounding_leaves(monkeypatch, share, delta):
     """With an error that is large beside what rounding really takes, the bound is the exact curve, moved by it."""
     monkeypatch.setattr(pld, "ROUNDING", share * delta / (FULL.steps + 2))
@@ -113,15 +86,15 @@ def test_rounding_is_below_what_is_allowed_for():
             assert abs(far - outside) < 0.25 * one.delta_error
 
 
-@pytest.mark.parametrize("row", [(30.0, 1.0, 1), (60.0, 1.0, 500), (2.0, 0.1, 30), (9.2, 0.08192, 875)], ids=str)
-@pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-9])
+@pytest.mark.parametrize("row", [(30.0, 1.0, 1), (2.0, 0.1, 30), (9.2, 0.08192, 875)], ids=str)
+@pytest.mark.parametrize("delta", [1e-2, 1e-9])
 def test_what_is_left_out_of_the_grid_counts_as_infinite_and_is_little(row, delta):
     for one in pld._compose([Component(*row)], delta, 1.0, pld.FINE):
         outside = float(one.distribution.get_delta_for_epsilon(math.inf))
         assert 0.3e-4 * delta / row[2] < outside < 1e-3 * delta
 
 
-@pytest.mark.parametrize("row", [(1.0, 0.01, 1000), (9.2, 0.08192, 200), (2.0, 0.1, 30)], ids=str)
+@pytest.mark.parametrize("row", [(1.0, 0.01, 1000), (2.0, 0.1, 30)], ids=str)
 def test_what_is_promised_is_the_upper_end(monkeypatch, row):
     asked = []
     honest = pld.pld_epsilon
@@ -243,8 +216,7 @@ def test_one_step_in_each_direction_equals_numerical_integration(q, sigma, place
             assert max(both) >= delta
 
 
-@pytest.mark.parametrize(("q", "sigma"), [(0.2, 0.8), (0.02, 0.5)])
-@pytest.mark.parametrize("place", [0, 1], ids=["remove", "add"])
+@pytest.mark.parametrize(("q", "sigma", "place"), [(0.2, 0.8, 0), (0.2, 0.8, 1), (0.02, 0.5, 1)])
 def test_two_steps_equal_numerical_integration_over_both_outcomes(q, sigma, place):
     direction = ("remove", "add")[place]
     x = np.linspace(-7 * sigma, 7 * sigma + 1, 2501)
@@ -324,21 +296,11 @@ def test_both_directions_enter_the_promise(monkeypatch):
     assert "PLD" in bound.accountant
 
 
-@pytest.mark.parametrize("order", [1.5, 2, 2.3, 7, 31.5, 64])
+@pytest.mark.parametrize("order", [1.5, 7, 31.5])
 def test_renyi_divergence_equals_opacus(order):
     ours = analytic.log_moment(0.07, 1.3, order - 1.0) / (order - 1)
     reference = float(compute_rdp(q=0.07, noise_multiplier=1.3, steps=1, orders=float(order)))
     assert reference * (1 - 1e-9) <= ours <= reference * (1 + 1e-6)
-
-
-def test_epsilon_falls_with_noise_and_rises_with_steps_and_rate():
-    def upper(sigma, q, steps):
-        return compose([GaussianEvent(sigma, q, steps)], 1e-5).upper
-
-    base = upper(3.0, 0.1, 100)
-    assert upper(3.5, 0.1, 100) < base < upper(2.5, 0.1, 100)
-    assert upper(3.0, 0.1, 50) < base < upper(3.0, 0.1, 200)
-    assert upper(3.0, 0.05, 100) < base < upper(3.0, 0.2, 100) < upper(3.0, 1.0, 100)
 
 
 def test_order_and_splitting_of_events_do_not_matter():
@@ -346,11 +308,6 @@ def test_order_and_splitting_of_events_do_not_matter():
     split = [GaussianEvent(30.0, 1.0, 4), *[GaussianEvent(9.0, 0.1, 1)] * 20, GaussianEvent(30.0, 1.0, 6)]
     assert compose(whole, 1e-5) == compose(split, 1e-5)
     assert merge_events([GaussianEvent(1.0, 0.1, 0)]) == []
-
-
-def test_composition_is_at_least_as_large_as_each_part():
-    parts = [GaussianEvent(9.0, 0.1, 100), GaussianEvent(40.0, 1.0, 30)]
-    assert compose(parts, 1e-5).upper > max(compose([part], 1e-5).upper for part in parts)
 
 
 def test_nothing_costs_nothing_and_no_noise_costs_everything():
@@ -480,13 +437,6 @@ def test_a_finer_mesh_that_is_refused_leaves_the_bound_of_the_first(monkeypatch)
     assert low < expected[0] < expected[2] < high < 1.1 * expected[2]
 
 
-def test_a_negative_epsilon_is_zero(monkeypatch, forgetful):
-    monkeypatch.setattr(Broken, "answer", staticmethod(lambda: 0.0), raising=False)
-    monkeypatch.setattr(pld, "create_pmf_pessimistic_connect_dots_fixed_gap", Broken)
-    bound = compose(events_of([(2.0, 0.1, 10)]), 1e-5)
-    assert (bound.lower, bound.estimate, bound.upper) == (0, 0, 0)
-
-
 @pytest.mark.parametrize(
     "rows",
     [
@@ -537,30 +487,13 @@ def test_contradicting_accountants_give_the_larger_bound_aloud(monkeypatch, forg
     assert bound.upper > 1
 
 
-@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
-def test_senseless_delta_is_refused_by_compose(delta):
-    with pytest.raises(UsageError, match="delta is"):
-        compose([GaussianEvent(1.0, 0.1, 1)], delta)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        (-1.0, 0.1, 1),
-        (math.nan, 0.1, 1),
-        (math.inf, 0.1, 1),
-        (1.0, 0.0, 1),
-        (1.0, 1.1, 1),
-        (1.0, math.nan, 1),
-        (1.0, 0.1, -1),
-        (1.0, 0.1, 1.5),
-    ],
-)
-def test_senseless_events_are_refused(values):
-    with pytest.raises(UsageError):
-        GaussianEvent(*values)
-
-
-def test_events_are_plain_data():
-    event = GaussianEvent(9.2, 0.08192, 875)
-    assert GaussianEvent.from_dict(event.to_dict()) == event
+def test_senseless_events_and_deltas_are_refused():
+    for values in (
+        (-1.0, 0.1, 1), (math.nan, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1), (1.0, math.nan, 1),
+        (1.0, 0.1, -1), (1.0, 0.1, 1.5), *((1.0, 0.1, steps) for steps in (10**400, 1e16, math.inf, math.nan)),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            GaussianEvent(*values)
+    for delta in (0.0, 1.0, math.nan):
+        with pytest.raises(UsageError, match="delta is"):
+            compose([GaussianEvent(1.0, 0.1, 1)], delta)

@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy import accounting, analytic, calibration
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.calibration import ACCEPT, nudge, settle, solve
+from dprandp.privacy import accounting, analytic
+from dprandp.privacy.accounting import ACCEPT, GaussianEvent, calibrate, compose, nudge, settle, solve
 
 
-@pytest.mark.parametrize("start", [1e-3, 1.0, 5.0, 900.0])
-@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize(("start", "power"), [(1e-3, 1.0), (5.0, 2.0), (900.0, 1.0)])
 def test_solve_finds_the_crossing_from_anywhere(start, power):
     assert solve(lambda x: 10 / x**power, 2.0, start, 1e6) == pytest.approx(5 ** (1 / power), rel=2e-4)
 
@@ -55,21 +53,12 @@ def test_what_settle_and_nudge_return_is_within_the_budget(budget, power, excess
     assert budget * near**-power * (1 + 1e-13) <= budget
 
 
-def test_settle_respects_a_function_with_steps():
-    found = settle(lambda x: math.ceil(10 / x), 2.0, 3.0, 1e6)
-    assert math.ceil(10 / found) <= 2
-
-
-def test_settle_with_a_floor_just_under_the_budget():
-    """What is left is small: the function falls to 1.99 however large the argument."""
-    found = settle(lambda x: 1.99 + 1 / x, 2.0, 3.0, 1e6)
-    assert found is not None
-    assert 1.99 + 1 / found <= 2.0
-
-
 def test_settle_never_returns_what_does_not_fit():
     assert settle(lambda x: 2.5 + 1 / x, 2.0, 3.0, 1e6) is None
     assert settle(lambda x: 2.5, 2.0, math.inf, 1e6) is None
+    # a function with steps, and one with a floor just under the budget
+    for promised in (lambda x: math.ceil(10 / x), lambda x: 1.99 + 1 / x):
+        assert promised(settle(promised, 2.0, 3.0, 1e6)) <= 2.0
 
 
 def test_nudge_takes_the_first_value_that_fits():
@@ -83,20 +72,15 @@ def test_nudge_takes_the_first_value_that_fits():
 RATE = 4096 / 50000
 PROBE = (GaussianEvent(40.0, 1.0, 60),)
 
-# (ε, δ, q, T, spent, the published σ). The first six are the settings of Tang et al. 2023 for CIFAR-10.
+# (ε, δ, q, T, spent, the published σ). The first three are the settings of Tang et al. 2023 for CIFAR-10.
 CALIBRATIONS = [
     (1.0, 1e-5, RATE, 875, (), 9.20),
-    (2.0, 1e-5, RATE, 1125, (), 5.59),
     (3.0, 1e-5, RATE, 1593, (), 4.65),
-    (4.0, 1e-5, RATE, 1687, (), 3.75),
-    (6.0, 1e-5, RATE, 1843, (), 2.81),
     (8.0, 1e-5, RATE, 2500, (), 2.58),
-    (0.1, 1e-5, RATE, 875, (), None),
     (0.01, 1e-5, RATE, 100, (), None),
     (0.05, 1e-5, 1e-3, 1000, (), None),
     (1.0, 1e-5, RATE, 779, PROBE, None),
     (1.0, 1e-5, 1.0, 60, (GaussianEvent(9.3, RATE, 96),), None),
-    (0.1, 1e-5, RATE, 100, (GaussianEvent(400.0, 1.0, 60),), None),
     (3.0, 1e-6, 0.5, 60, (), None),
     (20.0, 1e-5, 0.1, 20, (), None),
     (1.0, 1e-9, 0.02, 500, (), None),
@@ -104,13 +88,8 @@ CALIBRATIONS = [
 
 
 def forget_everything():
-    for remembered in (
-        accounting._calibrate,
-        accounting._compose_sampled,
-        analytic.log_moment,
-        analytic._participations,
-    ):
-        remembered.cache_clear()
+    for cached in (accounting._calibrate, accounting._compose_sampled, analytic.log_moment, analytic._participations):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "q", "steps", "spent", "published"), CALIBRATIONS)
@@ -164,7 +143,7 @@ def test_less_than_the_accountant_resolves_is_refused(rate):
 
 
 def test_when_no_noise_fits_the_budget_refuses(monkeypatch):
-    monkeypatch.setattr(calibration, "settle", lambda *arguments: None)
+    monkeypatch.setattr(accounting, "settle", lambda *arguments: None)
     with pytest.raises(BudgetError, match=r"^ε = 1\.2345 .* too little") as fresh:
         calibrate(1.2345, 1e-5, 0.5, 3)
     assert "larger --eps" in fresh.value.fix
@@ -174,11 +153,8 @@ def test_when_no_noise_fits_the_budget_refuses(monkeypatch):
     assert "new run" in begun.value.fix
 
 
-def test_infinite_epsilon_means_no_noise():
+def test_senseless_epsilon_is_refused_and_an_infinite_one_needs_no_noise():
+    for epsilon in (0.0, -1.0, math.nan):
+        with pytest.raises(UsageError, match="epsilon is"):
+            calibrate(epsilon, 1e-5, 0.1, 10)
     assert calibrate(math.inf, 1e-5, 0.1, 10) == 0.0
-
-
-@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan])
-def test_senseless_epsilon_is_refused(epsilon):
-    with pytest.raises(UsageError, match="epsilon is"):
-        calibrate(epsilon, 1e-5, 0.1, 10)

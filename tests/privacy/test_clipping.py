@@ -6,6 +6,7 @@ The oracle of every sum is a loop over single examples with plain autograd and t
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from dprandp.errors import UsageError
+from dprandp.privacy import clipping
 from dprandp.privacy.clipping import (
     ROUNDING_SLACK,
     clip_factors,
@@ -29,15 +31,9 @@ from dprandp.privacy.clipping import (
 
 # How large one example's values are; what a hostile or broken record could hold.
 KINDS = {
-    "zero": 0.0,
-    "tiny": 1e-30,
-    "small": 1e-3,
-    "unit": 1.0,
-    "large": 1e4,
-    "huge": 1e18,
-    "nan": math.nan,
+    "zero": 0.0, "tiny": 1e-30, "small": 1e-3, "unit": 1.0, "large": 1e4, "huge": 1e18, "nan": math.nan,
     "inf": math.inf,
-}
+}  # fmt: skip
 kinds = st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=7)
 floats = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 seeds = st.integers(0, 2**31)
@@ -113,43 +109,34 @@ def test_an_automatic_sum_is_that_of_a_textbook_loop():
     assert distance(clipped_sum(batch, 0.7), expected) > 0.1  # what it is compared with could tell the two apart
 
 
-@settings(max_examples=100, deadline=None)
-@given(names=kinds, dtype=floats, seed=seeds, clip_norm=st.sampled_from([1e-3, 1.0, 50.0]))
-def test_automatic_sums_move_by_at_most_the_clip_norm(names, dtype, seed, clip_norm):
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        "weight": scaled(torch.randn(len(names), 4, 3, generator=generator), names).to(dtype),
-        "scale": scaled(torch.randn(len(names), generator=generator), names).to(dtype),
-    }
-    whole = clipped_sum(batch, clip_norm, automatic=True)
-    for index in range(len(names)):
-        rest = clipped_sum({n: without(index, value)[0] for n, value in batch.items()}, clip_norm, automatic=True)
-        assert distance(whole, rest) <= clip_norm * (1 + 1e-6)
-    assert all(bool(torch.isfinite(value).all()) for value in whole.values())
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan, math.inf, 1e-9])
-def test_a_senseless_clip_norm_is_refused(clip_norm):
-    with pytest.raises(UsageError, match="clip norm"):
-        clip_factors(torch.ones(1), clip_norm)
-    with pytest.raises(UsageError, match="clip norm"):
-        clipped_softmax_sum(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(2, 2), clip_norm)
+def test_senseless_values_are_refused():
+    for clip_norm in (0.0, -1.0, math.nan, math.inf, 1e-9):
+        with pytest.raises(UsageError, match="clip norm"):
+            clip_factors(torch.ones(1), clip_norm)
+        with pytest.raises(UsageError, match="clip norm"):
+            clipped_softmax_sum(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(2, 2), clip_norm)
+    _, loss, parameters, images, labels = network_case()
+    with pytest.raises(UsageError, match="microbatch"):
+        gradient_sum(loss, parameters, images, labels, 1.0, 0)
 
 
 @settings(max_examples=150, deadline=None)
-@given(names=kinds, dtype=floats, seed=seeds, clip_norm=st.sampled_from([1e-3, 1.0, 50.0]))
-def test_clipped_sums_move_by_at_most_the_clip_norm(names, dtype, seed, clip_norm):
+@given(names=kinds, dtype=floats, seed=seeds, clip_norm=st.sampled_from([1e-3, 1.0, 50.0]), automatic=st.booleans())
+def test_clipped_sums_move_by_at_most_the_clip_norm(names, dtype, seed, clip_norm, automatic):
     generator = torch.Generator().manual_seed(seed)
     batch = {
         "weight": scaled(torch.randn(len(names), 4, 3, generator=generator), names).to(dtype),
         "bias": scaled(torch.randn(len(names), 5, generator=generator), names).to(dtype),
         "scale": torch.randn(len(names), generator=generator).to(dtype),
     }
-    whole = clipped_sum(batch, clip_norm)
+    whole = clipped_sum(batch, clip_norm, automatic=automatic)
     for index in range(len(names)):
-        rest = clipped_sum({name: without(index, value)[0] for name, value in batch.items()}, clip_norm)
-        assert distance(whole, rest) <= clip_norm * (1 + 1e-6)
+        left = {name: without(index, value)[0] for name, value in batch.items()}
+        assert distance(whole, clipped_sum(left, clip_norm, automatic=automatic)) <= clip_norm * (1 + 1e-6)
     assert all(bool(torch.isfinite(value).all()) for value in whole.values())
+    # the norm is joint: two tensors of norm C each are not both kept whole
+    total = clipped_sum({"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.0, 1.0]])}, 1.0)
+    assert distance(total, {name: torch.zeros(2) for name in total}) == pytest.approx(1.0, abs=2e-5)
 
 
 def test_without_clipping_the_same_check_fails():
@@ -159,19 +146,7 @@ def test_without_clipping_the_same_check_fails():
     assert distance({"w": whole}, {"w": rest}) > 1 + 1e-6
 
 
-def test_clipping_each_parameter_alone_would_be_too_much():
-    """The norm is joint: two tensors of norm C each must not both be kept whole."""
-    batch = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.0, 1.0]])}
-    total = clipped_sum(batch, 1.0)
-    assert distance(total, {name: torch.zeros(2) for name in total}) == pytest.approx(1.0, abs=2e-5)
-
-
-def test_an_empty_batch_sums_to_zeros():
-    total = clipped_sum({"a": torch.zeros(0, 3, 2)}, 1.0)
-    assert torch.equal(total["a"], torch.zeros(3, 2, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2), (1, 2, 3, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0)])
 def test_the_layout_in_memory_changes_nothing(order):
     generator = torch.Generator().manual_seed(7)
     gradients = torch.randn(4, 5, 6, 7, generator=generator)
@@ -241,7 +216,7 @@ def gradient_sum(loss, parameters, images, labels, clip_norm, microbatch):
     return sum_of_clipped(gradients, parameters, clip_norm)
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 4, 6, 100])
+@pytest.mark.parametrize("microbatch", [1, 4, 100])
 def test_gradient_sums_equal_an_autograd_loop_for_every_microbatch(microbatch):
     network, loss, parameters, images, labels = network_case()
     expected = clipped_loop(autograd_loop(network, images, labels), 0.4)
@@ -296,12 +271,6 @@ def test_an_empty_batch_gives_zeros_of_every_parameter():
     assert all(not bool(value.any()) for value in total.values())
 
 
-def test_a_senseless_microbatch_is_refused():
-    _, loss, parameters, images, labels = network_case()
-    with pytest.raises(UsageError, match="microbatch"):
-        gradient_sum(loss, parameters, images, labels, 1.0, 0)
-
-
 # ---------------------------------------------------------------- the closed form of the linear head
 
 
@@ -316,7 +285,7 @@ def head_loop(features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("views", [None, 1, 3])
+@pytest.mark.parametrize("views", [None, 3])
 @pytest.mark.parametrize("clip_norm", [0.05, 0.7, 100.0])
 def test_closed_form_equals_an_autograd_loop(dtype, views, clip_norm):
     generator = torch.Generator().manual_seed(5)
@@ -325,19 +294,11 @@ def test_closed_form_equals_an_autograd_loop(dtype, views, clip_norm):
     labels = torch.randint(0, 4, (11,), generator=generator)
     weight = torch.randn(8, 4, generator=generator)
     expected = clipped_loop(head_loop(features, labels, weight), clip_norm)
-    total = clipped_softmax_sum(features, labels, weight, clip_norm, block=4)
+    with mock.patch.object(clipping, "BLOCK", 4):
+        total = clipped_softmax_sum(features, labels, weight, clip_norm)
     assert distance({"w": total}, expected) < 3e-5 * 11 * min(clip_norm, 1.0)
     assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert total.is_contiguous()
-
-
-@pytest.mark.parametrize("block", [1, 2, 5, 11, 512])
-@pytest.mark.parametrize("views", [1, 3])
-def test_block_size_changes_nothing(block, views):
-    features, labels = torch.randn(11, views, 8), torch.arange(11) % 4
-    weight = torch.randn(8, 4)
-    reference = clipped_softmax_sum(features, labels, weight, 0.5, block=3)
-    assert torch.allclose(clipped_softmax_sum(features, labels, weight, 0.5, block=block), reference, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -358,23 +319,12 @@ def test_closed_form_moves_by_at_most_the_clip_norm(names, views, block, dtype, 
     features = scaled(features, names).to(dtype)
     labels = torch.randint(0, 3, (len(names),), generator=generator)
     weight = torch.randn(6, 3, generator=generator) * (0.0 if cancelling else 1.0)
-    whole = {"w": clipped_softmax_sum(features, labels, weight, clip_norm, block)}
-    assert bool(torch.isfinite(whole["w"]).all())
-    for index in range(len(names)):
-        rest = {"w": clipped_softmax_sum(*without(index, features, labels), weight, clip_norm, block)}
-        assert distance(whole, rest) <= clip_norm * (1 + 1e-6)
-
-
-def test_a_broken_example_counts_zero_and_spares_its_neighbours():
-    features, labels, weight = torch.randn(5, 4), torch.arange(5) % 3, torch.randn(4, 3)
-    features[2, 1] = math.nan
-    whole = clipped_softmax_sum(features, labels, weight, 1.0)
-    assert torch.allclose(whole, clipped_softmax_sum(*without(2, features, labels), weight, 1.0), atol=1e-6)
-
-
-def test_no_features_give_zeros():
-    total = clipped_softmax_sum(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.ones(4, 3), 1.0)
-    assert torch.equal(total, torch.zeros(4, 3))
+    with mock.patch.object(clipping, "BLOCK", block):
+        whole = {"w": clipped_softmax_sum(features, labels, weight, clip_norm)}
+        assert bool(torch.isfinite(whole["w"]).all())
+        for index in range(len(names)):
+            rest = {"w": clipped_softmax_sum(*without(index, features, labels), weight, clip_norm)}
+            assert distance(whole, rest) <= clip_norm * (1 + 1e-6)
 
 
 def test_what_does_not_fit_is_refused_without_naming_a_label():
@@ -383,6 +333,11 @@ def test_what_does_not_fit_is_refused_without_naming_a_label():
     with pytest.raises(UsageError) as caught:
         clipped_softmax_sum(torch.zeros(2, 4), torch.tensor([0, 77]), torch.ones(4, 3), 1.0)
     assert "77" not in str(caught.value)
+    for rows in ([0, 3, 0], [4], [-1]):  # a record that would count twice, or is none
+        with pytest.raises(UsageError, match=r"not different positions in 0 … 3"):
+            clipped_softmax_sum(
+                torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.ones(2, 2), 1.0, rows=torch.tensor(rows)
+            )
 
 
 # ---------------------------------------------------------------- layers
@@ -410,20 +365,15 @@ def test_layers_that_keep_examples_apart_are_accepted():
 
 @pytest.mark.parametrize("views", [None, 3])
 @pytest.mark.parametrize("block", [1, 3, 512])
-def test_rows_are_the_same_as_a_copy_of_them(views: int | None, block: int) -> None:
+def test_rows_are_the_same_as_a_copy_of_them(views: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And blocks of any size, an example that is not finite, and no examples, make no difference."""
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(40, *(() if views is None else (views,)), 6, generator=generator)
     features[7] = float("nan")
     labels, weight = torch.randint(0, 3, (40,), generator=generator), torch.randn(6, 3, generator=generator)
     for rows in (torch.arange(0, 40, 3), torch.tensor([31, 7, 2]), torch.arange(40), torch.arange(0)):
-        gathered = clipped_softmax_sum(features, labels, weight, 0.5, block, rows=rows)
-        copied = clipped_softmax_sum(features[rows], labels[rows], weight, 0.5, block)
-        assert torch.allclose(gathered, copied, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [[0, 3, 0], [4], [-1]], ids=["twice", "beyond", "negative"])
-def test_a_record_that_would_count_twice_is_refused(rows: list[int]) -> None:
-    with pytest.raises(UsageError, match=r"not different positions in 0 … 3"):
-        clipped_softmax_sum(
-            torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.ones(2, 2), 1.0, rows=torch.tensor(rows)
-        )
+        copied = clipped_softmax_sum(features[rows[rows != 7]], labels[rows[rows != 7]], weight, 0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(clipping, "BLOCK", block)
+            assert torch.allclose(clipped_softmax_sum(features, labels, weight, 0.5, rows=rows), copied, atol=1e-6)
+            assert torch.allclose(clipped_softmax_sum(features[rows], labels[rows], weight, 0.5), copied, atol=1e-6)

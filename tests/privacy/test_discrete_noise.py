@@ -32,7 +32,7 @@ from dprandp.privacy.accounting import (
 )
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 from dprandp.privacy.guarantees import compose_group
-from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.ledger import Charge, Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, make_plan
 from dprandp.privacy.randomness import (
     InsecureSeed,
@@ -65,14 +65,12 @@ def chi2_p(draws: np.ndarray, scale: int) -> float:
     return float(stats.chisquare(counted, expected * len(draws) / expected.sum()).pvalue)
 
 
-@pytest.mark.parametrize("scale", [1, 2, 5, 12])
-def test_small_scales_have_the_exact_distribution(scale):
-    assert chi2_p(discrete_gaussian(scale, DRAWS, SystemRandom()), scale) > ALPHA
-
-
-@pytest.mark.parametrize(("drawn", "claimed"), [(5, 6), (6, 5), (12, 11)])
-def test_another_scale_is_rejected(drawn, claimed):
-    assert chi2_p(discrete_gaussian(drawn, DRAWS, SystemRandom()), claimed) < ALPHA
+@pytest.mark.parametrize("scale", [1, 5, 12])
+def test_small_scales_have_the_exact_distribution_and_no_other(scale):
+    draws = discrete_gaussian(scale, DRAWS, SystemRandom())
+    assert chi2_p(draws, scale) > ALPHA
+    assert chi2_p(draws, scale + 1) < ALPHA
+    assert scale == 1 or chi2_p(draws, scale - 1) < ALPHA
 
 
 def test_a_doubled_zero_or_a_rounded_gaussian_is_rejected():
@@ -151,10 +149,19 @@ def test_noise_is_fresh_and_the_insecure_seed_repeats():
     assert not np.array_equal(discrete_gaussian(99, 50, InsecureSeed(1)), discrete_gaussian(99, 50, InsecureSeed(2)))
 
 
-@pytest.mark.parametrize("scale", [0, -1, 2**48 + 1])
-def test_a_senseless_scale_is_refused(scale):
-    with pytest.raises(UsageError, match="scale"):
-        discrete_gaussian(scale, 1, SystemRandom())
+def test_senseless_values_are_refused(monkeypatch):
+    for scale in (0, -1, 2**48 + 1):
+        with pytest.raises(UsageError, match="scale"):
+            discrete_gaussian(scale, 1, SystemRandom())
+    for value in (1e30, math.inf, math.nan):
+        with pytest.raises(RuntimeError, match="too large"):
+            add_discrete_noise({"a": torch.tensor([value])}, CLIP, SIGMA, SystemRandom())
+    monkeypatch.setattr(randomness, "MOST_COORDINATES", 3)
+    with pytest.raises(UsageError, match="4 parameters"):
+        add_discrete_noise({"a": torch.zeros(4)}, CLIP, SIGMA, SystemRandom())
+    for clip_norm, sigma in ((0.0, 1.0), (1.0, 0.0), (1.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(UsageError, match="makes no sense"):
+            granularity(clip_norm, sigma)
 
 
 # ---------------------------------------------------------------- the lattice
@@ -188,13 +195,6 @@ def test_output_lies_on_the_lattice_and_keeps_the_structure():
         assert value.dtype == torch.float64
         assert torch.equal(steps, steps.round())
     assert not torch.equal(sums["a"] / gamma, (sums["a"] / gamma).round())  # the sums themselves do not
-
-
-def test_noise_has_std_sigma_times_clip_norm_around_the_sum():
-    total = torch.full((DRAWS,), 123.456, dtype=torch.float64)
-    seen = (add_discrete_noise({"a": total}, CLIP, SIGMA, SystemRandom())["a"] - total).numpy() / (SIGMA * CLIP)
-    assert stats.kstest(seen, "norm").pvalue > ALPHA
-    assert stats.kstest(seen * 1.1, "norm").pvalue < ALPHA
 
 
 @pytest.mark.parametrize("value", [0.0, 123.456])
@@ -244,22 +244,10 @@ def test_rounding_moves_neighbouring_sums_apart_by_at_most_the_inflated_sensitiv
     assert sigma * apart <= lattice_scale(max(1.0, distance), sigma, coordinates) * (1 + 1e-9)
 
 
-def test_sums_that_are_too_large_or_too_many_are_refused(monkeypatch):
-    for value in (1e30, math.inf, math.nan):
-        with pytest.raises(RuntimeError, match="too large"):
-            add_discrete_noise({"a": torch.tensor([value])}, CLIP, SIGMA, SystemRandom())
-    monkeypatch.setattr(randomness, "MOST_COORDINATES", 3)
-    with pytest.raises(UsageError, match="4 parameters"):
-        add_discrete_noise({"a": torch.zeros(4)}, CLIP, SIGMA, SystemRandom())
-    for clip_norm, sigma in ((0.0, 1.0), (1.0, 0.0), (1.0, math.inf), (math.nan, 1.0)):
-        with pytest.raises(UsageError, match="makes no sense"):
-            granularity(clip_norm, sigma)
-
-
 # ---------------------------------------------------------------- accounting
 
 
-@pytest.mark.parametrize("scale", [16, 40, 200])
+@pytest.mark.parametrize("scale", [16, 200])
 def test_the_distance_to_rounded_gaussian_noise_is_below_its_bound(scale):
     """Total variation distance computed in full, at scales where double precision still resolves it."""
     values, probability = pmf(scale)
@@ -387,8 +375,6 @@ def test_a_mechanism_with_discrete_noise_is_paid_for_as_such(tmp_path):
 
 
 def test_a_ledger_names_the_kind_of_noise():
-    from dprandp.privacy.ledger import Charge
-
     charge = Charge("probe", 1, 0, 2, 7, 9.0, 0.5, 1.0, "discrete", "os-entropy")
     line = b'{"kind":"charge","stage":"probe","attempt":1,"step":0,"steps":2,"planned":7,"noise_multiplier":9.0,'
     rest = b'"sample_rate":0.5,"clip_norm":1.0,'
@@ -397,10 +383,9 @@ def test_a_ledger_names_the_kind_of_noise():
     assert Charge.from_torn(line + rest + b'"noise":"discrete","random":"os-e') is None
     record = charge.record()
     assert Charge.from_record(record) == charge
-    with pytest.raises(ValueError, match="unknown kind"):
-        Charge.from_record({**record, "noise": "loud"})
-    with pytest.raises(TypeError):
-        Charge.from_record({**record, "planned": 1})
+    for change in ({"noise": "loud"}, {"planned": 1}, {"clip_norm": "1"}):
+        with pytest.raises(UsageError):
+            Charge.from_record(record | change)
     del record["noise"]
     with pytest.raises(KeyError):
         Charge.from_record(record)

@@ -25,8 +25,8 @@ def precise_delta(mu: float, epsilon: float) -> mpmath.mpf:
         return mpmath.ncdf(m / 2 - e / m) - mpmath.exp(e) * mpmath.ncdf(-m / 2 - e / m)
 
 
-@pytest.mark.parametrize("mu", [0.01, 0.268, 1.0, 1.666, 10.0, 60.0])
-@pytest.mark.parametrize("multiple", [0.0, 0.1, 1.0, 3.0, 6.0, 20.0])
+@pytest.mark.parametrize("mu", [0.01, 0.268, 1.666, 60.0])
+@pytest.mark.parametrize("multiple", [0.0, 1.0, 6.0, 20.0])
 def test_delta_equals_high_precision_arithmetic(mu, multiple):
     epsilon = mu * mu / 2 + multiple * mu
     exact = float(mpmath.log(precise_delta(mu, epsilon)))
@@ -58,19 +58,16 @@ def test_mu_inverts_epsilon(epsilon, delta):
     assert equivalent_mu(epsilon, delta) == mu
 
 
-def test_published_values():
+def test_limits_and_published_values():
     assert equivalent_mu(1, 1e-5) == pytest.approx(0.268, abs=5e-4)
     assert equivalent_mu(8, 1e-5) == pytest.approx(1.666, abs=5e-4)
-
-
-def test_limits():
     assert gaussian_dp_epsilon(0.0, 1e-5) == 0
     assert gaussian_dp_epsilon(math.inf, 1e-5) == math.inf
     assert gaussian_dp_epsilon(1e-9, 0.5) == 0  # the total variation is below delta: clamped, not negative
     assert gaussian_dp_delta(0.0, 1.0) == 0
 
 
-@pytest.mark.parametrize("mu", [1.01e7, 1e8, 9e8, 0.99e9, 1.01e9, 1e12, 1e50, 1e149])
+@pytest.mark.parametrize("mu", [1.01e7, 0.99e9, 1.01e9, 1e149])
 def test_where_nothing_is_private_the_bound_still_bounds(mu):
     """Exact rational arithmetic would give ε = μ²/2 + zμ with Φ(−z) = δ, up to a term that vanishes like 1/μ."""
     epsilon = gaussian_dp_epsilon(mu, 1e-5)
@@ -88,15 +85,12 @@ def test_rounding_never_hides_a_part_of_delta():
         assert precise_delta(mu, gaussian_dp_epsilon(mu, delta)) <= delta
 
 
-@pytest.mark.parametrize("mu", [-1.0, math.nan])
-def test_senseless_mu_is_refused(mu):
-    with pytest.raises(UsageError, match="mu is"):
-        gaussian_dp_epsilon(mu, 1e-5)
-
-
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
-def test_senseless_delta_is_refused(delta):
-    with pytest.raises(UsageError, match="delta is"):
-        gaussian_dp_epsilon(1.0, delta)
-    with pytest.raises(UsageError, match="delta is"):
-        gaussian_dp_mu(1.0, delta)
+def test_senseless_values_are_refused():
+    for mu in (-1.0, math.nan):
+        with pytest.raises(UsageError, match="mu is"):
+            gaussian_dp_epsilon(mu, 1e-5)
+    for delta in (0.0, 1.0, -1e-5, math.nan):
+        with pytest.raises(UsageError, match="delta is"):
+            gaussian_dp_epsilon(1.0, delta)
+        with pytest.raises(UsageError, match="delta is"):
+            gaussian_dp_mu(1.0, delta)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -50,17 +49,24 @@ def test_a_reopened_ledger_holds_what_was_paid(filled, path):
     assert again.examples == 50_000
     assert again.header["adjacency"] == "zero-out"
     assert again.header["data_unit"] == "image"
+    assert filled.spent(1e-5) == compose_stages(filled.stages(), 1e-5)
+    assert filled.spent(1e-5).upper > compose(filled.events(), 1e-5).upper
 
 
-def test_a_relation_that_is_not_accounted_is_refused(path):
-    for adjacency in ("zero-out", "add-remove", "replace-one", None):
-        body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": adjacency, "examples": 10}
-        path.write_bytes(seal(body | {"budget": None}, FIRST_PREVIOUS)[0])
-        if adjacency == "zero-out":
-            assert Ledger.open(path).header["adjacency"] == adjacency
-        else:
-            with pytest.raises(CheckpointError, match="relation of neighbours"):
-                Ledger.open(path)
+def test_a_header_that_says_something_else_is_refused(path):
+    with pytest.raises(CheckpointError, match="missing"):
+        Ledger.open(path)
+    body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": "zero-out", "examples": 10}
+    path.write_bytes(seal(body | {"budget": None}, FIRST_PREVIOUS)[0])
+    assert Ledger.open(path).examples == 10
+    for changes, words in (
+        ({}, "what the budget is"), ({"budget": 2.0}, "what the budget is"),
+        ({"format": 1}, f"has format 1; this version reads {FORMAT}"), ({"format": 99}, "format 99"),
+        *(({"budget": None, "adjacency": other}, "relation of neighbours") for other in ("add-remove", None)),
+    ):  # fmt: skip
+        path.write_bytes(seal(body | changes, FIRST_PREVIOUS)[0])
+        with pytest.raises(CheckpointError, match=words):
+            Ledger.open(path)
 
 
 def test_the_budget_is_sealed_with_the_header(path):
@@ -71,23 +77,9 @@ def test_the_budget_is_sealed_with_the_header(path):
         Ledger.open(path)
 
 
-def test_a_header_without_a_budget_or_of_an_earlier_format_is_refused(path):
-    body = {"kind": "header", "format": FORMAT, "data_unit": "image", "adjacency": "zero-out", "examples": 10}
-    for header, words in ((body, "what the budget is"), (body | {"budget": 2.0}, "what the budget is"),
-                          (body | {"format": 1}, f"has format 1; this version reads {FORMAT}")):  # fmt: skip
-        path.write_bytes(seal(header, FIRST_PREVIOUS)[0])
-        with pytest.raises(CheckpointError, match=words):
-            Ledger.open(path)
-
-
-def test_spending_is_the_composition_of_everything(filled):
-    assert filled.spent(1e-5) == compose_stages(filled.stages(), 1e-5)
-    assert filled.spent(1e-5).upper > compose(filled.events(), 1e-5).upper
-
-
 def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
-    ledger = Ledger.create(path, examples=10)
     order = []
+    ledger = Ledger.create(path, examples=10, fault_point=order.append)
     real = os.fsync
 
     def fsync(descriptor):
@@ -97,14 +89,7 @@ def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
     order.append(("returned", len(ledger.charges)))
-    assert order == [("fsync", 2), ("returned", 1)]
-
-
-def test_fault_points_are_passed_in_order(path):
-    seen = []
-    ledger = Ledger.create(path, examples=10, fault_point=seen.append)
-    ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
-    assert seen == ["ledger.appended", "ledger.fsynced"]
+    assert order == ["ledger.appended", ("fsync", 2), "ledger.fsynced", ("returned", 1)]
 
 
 def test_the_stamp_of_repeatable_randomness_or_missing_noise_never_goes_away(path):
@@ -114,13 +99,10 @@ def test_the_stamp_of_repeatable_randomness_or_missing_noise_never_goes_away(pat
     ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
     assert not ledger.private
     assert not Ledger.open(path).private
-
-
-def test_steps_without_noise_are_recorded_and_cost_everything(path):
-    ledger = Ledger.create(path, examples=10)
-    ledger.charge(stage="probe", attempt=1, steps=1, **{**VALUES, "noise_multiplier": 0.0})
-    assert not ledger.private
-    assert ledger.spent(1e-5).upper == float("inf")
+    noiseless = Ledger.create(path.with_name("other.jsonl"), examples=10)
+    noiseless.charge(stage="probe", attempt=1, steps=1, **{**VALUES, "noise_multiplier": 0.0})
+    assert not noiseless.private
+    assert noiseless.spent(1e-5).upper == float("inf")
 
 
 # ---------------------------------------------------------------- edits
@@ -133,31 +115,17 @@ def edited(text: bytes, number: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("number", range(1, 7))
-def test_an_edited_line_is_named(filled, path, number):
+def test_a_line_that_was_edited_removed_or_moved_is_named(filled, path, number):
+    rows = lines_of(path)
     changed = edited(path.read_bytes(), number)
-    assert b"".join(changed) != path.read_bytes()
-    path.write_bytes(b"".join(changed))
-    with pytest.raises(CheckpointError, match=f"Line {number} ") as caught:
-        Ledger.open(path)
-    assert caught.value.exit_code == 4
-
-
-@pytest.mark.parametrize("number", range(1, 6))
-def test_a_removed_line_is_named(filled, path, number):
-    rows = lines_of(path)
-    del rows[number - 1]
-    path.write_bytes(b"".join(rows))
-    with pytest.raises(CheckpointError, match=f"Line {number} "):
-        Ledger.open(path)
-
-
-@pytest.mark.parametrize("number", range(2, 6))
-def test_swapped_lines_are_named(filled, path, number):
-    rows = lines_of(path)
-    rows[number - 1], rows[number] = rows[number], rows[number - 1]
-    path.write_bytes(b"".join(rows))
-    with pytest.raises(CheckpointError, match=f"Line {number} "):
-        Ledger.open(path)
+    assert changed != rows
+    removed, swapped = rows[: number - 1] + rows[number:], rows.copy()
+    swapped[number - 1 : number + 1] = reversed(swapped[number - 1 : number + 1])
+    for found in (changed, *([removed, swapped] if number < 6 else [])):
+        path.write_bytes(b"".join(found))
+        with pytest.raises(CheckpointError, match=f"Line {number} ") as caught:
+            Ledger.open(path)
+        assert caught.value.exit_code == 4
 
 
 def test_a_line_repeated_or_taken_from_another_ledger_is_named(filled, path, tmp_path):
@@ -172,13 +140,11 @@ def test_a_line_repeated_or_taken_from_another_ledger_is_named(filled, path, tmp
         Ledger.open(path)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"\n", b"{}\n", b"not json\n", b"\xff\xfe\n", b"[1]\n", b"NaN\n", b'{"kind":"header"']
-)
-def test_what_is_no_ledger_is_refused(path, text):
-    path.write_bytes(text)
-    with pytest.raises(CheckpointError, match="Line 1 "):
-        Ledger.open(path)
+def test_what_is_no_ledger_is_refused(path):
+    for text in (b"", b"\n", b"{}\n", b"not json\n", b"\xff\xfe\n", b"[1]\n", b"NaN\n", b'{"kind":"header"'):
+        path.write_bytes(text)
+        with pytest.raises(CheckpointError, match="Line 1 "):
+            Ledger.open(path)
 
 
 def test_every_flipped_byte_of_a_complete_line_is_found(filled, path):
@@ -187,16 +153,6 @@ def test_every_flipped_byte_of_a_complete_line_is_found(filled, path):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(CheckpointError):
             Ledger.open(path)
-
-
-def test_a_missing_ledger_and_a_newer_format_are_refused(path):
-    with pytest.raises(CheckpointError, match="missing"):
-        Ledger.open(path)
-    from dprandp.privacy.ledger import FIRST_PREVIOUS, seal
-
-    path.write_bytes(seal({"kind": "header", "format": 99, "examples": 5}, FIRST_PREVIOUS)[0])
-    with pytest.raises(CheckpointError, match="format 99"):
-        Ledger.open(path)
 
 
 def test_lines_cut_off_the_end_are_found_by_the_head_kept_elsewhere(filled, path):
@@ -256,37 +212,28 @@ def test_a_torn_line_with_senseless_values_is_refused(filled, path):
         Ledger.open(path)
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        pytest.param(lambda line: bytes(len(line)), id="zeros where the whole line was to come"),
-        pytest.param(lambda line: line[:90] + bytes(len(line) - 90), id="zeros where the rest was to come"),
-    ],
-)
-def test_zeros_after_a_power_cut_are_a_torn_line(filled, path, left):
+def test_zeros_after_a_power_cut_are_a_torn_line(filled, path):
     *whole, last = lines_of(path)
-    path.write_bytes(b"".join(whole) + left(last))
-    said: list[str] = []
-    assert len(Ledger.open(path, warn=said.append).charges) == len(whole) - 1
-    assert "cut off" in said[0]
-    assert path.read_bytes() == b"".join(whole)
+    for left in (bytes(len(last)), last[:90] + bytes(len(last) - 90)):
+        path.write_bytes(b"".join(whole) + left)
+        said: list[str] = []
+        assert len(Ledger.open(path, warn=said.append).charges) == len(whole) - 1
+        assert "cut off" in said[0]
+        assert path.read_bytes() == b"".join(whole)
 
 
-@pytest.mark.parametrize(
-    "end",
-    [
-        pytest.param(lambda lines: b"\x07\xfe" * 50, id="other bytes over charged lines"),
-        pytest.param(lambda lines: lines[-1][:90] + b"\xff", id="other bytes in the line"),
-        pytest.param(lambda lines: lines[-1][1:90], id="the middle of a line"),
-        pytest.param(lambda lines: bytes(len(lines[-1]) + len(lines[-2])), id="zeros over two lines"),
-        pytest.param(lambda lines: lines[-2][:90] + lines[-2][:90] * 10, id="longer than a line"),
-    ],
-)
-def test_an_end_that_no_cut_can_have_left_is_refused(filled, path, end):
+def test_an_end_that_no_cut_can_have_left_is_refused(filled, path):
     lines = lines_of(path)
-    path.write_bytes(b"".join(lines[:-2]) + end(lines))
-    with pytest.raises(CheckpointError, match=r"Line 5 .* not the beginning of a line"):
-        Ledger.open(path)
+    for end in (
+        b"\x07\xfe" * 50,  # other bytes over charged lines
+        lines[-1][:90] + b"\xff",
+        lines[-1][1:90],
+        bytes(len(lines[-1]) + len(lines[-2])),  # zeros over two lines
+        lines[-2][:90] + lines[-2][:90] * 10,  # longer than a line
+    ):
+        path.write_bytes(b"".join(lines[:-2]) + end)
+        with pytest.raises(CheckpointError, match=r"Line 5 .* not the beginning of a line"):
+            Ledger.open(path)
 
 
 def test_no_charge_is_longer_than_a_torn_line_may_be(path):
@@ -321,35 +268,27 @@ def test_a_second_writer_is_noticed(filled, path):
     assert len(Ledger.open(path).charges) == 6
 
 
-@pytest.mark.parametrize("written", [0, 30])
+@pytest.mark.parametrize("written", [0, 30, None])
 def test_a_full_disk_stops_everything_until_the_ledger_is_opened_again(filled, path, monkeypatch, written):
-    real = os.write
+    """None: ``write`` takes a part and says so, without an error."""
+    real, charges = os.write, filled.charges
 
     def full(descriptor, line):
-        real(descriptor, line[:written])
+        done = real(descriptor, line[: len(line) // 4 if written is None else written])
+        if written is None:
+            return done
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="whole" if written is None else "No space left"):
         filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
     monkeypatch.undo()
     with pytest.raises(StorageError):
         filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+    assert filled.charges == charges
     said: list[str] = []
     assert Ledger.open(path, warn=said.append).charged_steps("finetune", 2) == 5
-    assert ("dropped" in "".join(said)) == (written > 0)
-
-
-def test_a_write_that_stops_half_way_is_no_charge(filled, path, monkeypatch):
-    """``write`` may take a part and say so, without an error."""
-    real, charges = os.write, list(filled.charges)
-    monkeypatch.setattr(os, "write", lambda descriptor, line: real(descriptor, line[: len(line) // 2]))
-    with pytest.raises(StorageError, match="whole"):
-        filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
-    monkeypatch.undo()
-    assert filled.charges == charges
-    with pytest.raises(StorageError):
-        filled.charge(stage="finetune", attempt=2, steps=1, **VALUES)
+    assert ("dropped" in "".join(said)) == (written != 0)
 
 
 def test_a_failed_fsync_means_no_charge_was_confirmed(filled, path, monkeypatch):
@@ -363,28 +302,15 @@ def test_a_failed_fsync_means_no_charge_was_confirmed(filled, path, monkeypatch)
     assert Ledger.open(path).charged_steps("finetune", 2) == 6  # charged, though it was not used
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"stage": 'a"b'},
-        {"attempt": 0},
-        {"steps": 0},
-        {"random": "luck"},
-        {"sample_rate": 0.0},
-        {"noise_multiplier": -1.0},
-    ],
-)
-def test_senseless_charges_are_refused_and_not_written(filled, path, change):
+def test_senseless_charges_are_refused_and_not_written(filled, path):
     data = path.read_bytes()
-    with pytest.raises(UsageError):
-        filled.charge(**{"stage": "probe", "attempt": 1, "steps": 1, **VALUES, **change})
+    for change in (
+        {"stage": 'a"b'}, {"attempt": 0}, {"steps": 0}, {"steps": 101}, {"random": "luck"}, {"sample_rate": 0.0},
+        {"noise_multiplier": -1.0}, {"noise": "loud"},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            filled.charge(**{"stage": "probe", "attempt": 1, "steps": 1, **VALUES, **change})
     assert path.read_bytes() == data
-
-
-def test_lines_are_plain_json(filled, path):
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["kind"] for record in records] == ["header"] + ["charge"] * 5
-    assert records[1]["previous"] == records[0]["hash"]
 
 
 # -------------------------------------------------------------------------------------------------- seals of results
@@ -436,7 +362,7 @@ def test_no_more_steps_than_the_attempt_was_planned_to_make(tmp_path: Path) -> N
     ledger = Ledger.create(tmp_path / "ledger.jsonl", examples=10)
     ledger.charge(stage="probe", attempt=1, steps=99, **VALUES)
     before = ledger.path.read_bytes()
-    with pytest.raises(UsageError, match="101 steps of 100"):
+    with pytest.raises(UsageError, match="impossible"):
         ledger.charge(stage="probe", attempt=1, steps=2, **VALUES)
     assert ledger.path.read_bytes() == before
     ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)

@@ -32,8 +32,7 @@ def forgetful():
     opinions._opinions.cache_clear()
 
 
-@pytest.mark.parametrize("events", RUNS, ids=str)
-@pytest.mark.parametrize("delta", [1e-5, 1e-7])
+@pytest.mark.parametrize(("events", "delta"), [*((run, 1e-5) for run in RUNS), (RUNS[0], 1e-7)], ids=str)
 def test_both_agree_with_what_is_reported(events, delta):
     bound = compose(events, delta)
     certified, loose = second_opinions(events, delta)
@@ -43,22 +42,16 @@ def test_both_agree_with_what_is_reported(events, delta):
     assert not certified.why
     assert not loose.why
     refuse_contradiction(bound, [certified, loose])
+    if not events[0].discrete:  # an ε that is a little too low is an error
+        with pytest.raises(AuditError, match=r"contradict each other: prv-accountant") as caught:
+            refuse_contradiction(replace(bound, lower=0.0, upper=0.93 * bound.upper), [certified, loose])
+        assert caught.value.exit_code == 1
 
 
 def test_the_filter_over_stages_is_not_below_them():
     stages = [[GaussianEvent(40.0, 1.0, 60)], [GaussianEvent(9.2, 0.08192, 300)]]
     events = [event for stage in stages for event in stage]
     refuse_contradiction(compose_stages(stages, 1e-5), second_opinions(events, 1e-5))
-
-
-@pytest.mark.parametrize("events", RUNS[:4], ids=str)
-def test_an_epsilon_that_is_a_little_too_low_is_an_error(events):
-    bound = compose(events, 1e-5)
-    others = second_opinions(events, 1e-5)
-    with pytest.raises(AuditError, match="contradict each other") as caught:
-        refuse_contradiction(replace(bound, lower=0.0, upper=0.93 * bound.upper), others)
-    assert caught.value.exit_code == 1
-    assert "prv-accountant" in str(caught.value)
 
 
 def test_an_upper_bound_of_renyi_dp_below_a_lower_one_is_an_error():
@@ -68,10 +61,7 @@ def test_an_upper_bound_of_renyi_dp_below_a_lower_one_is_an_error():
     for others in ([certified, wrong], [wrong]):
         with pytest.raises(AuditError, match="opacus"):
             refuse_contradiction(bound, others)
-
-
-def test_an_upper_bound_of_one_direction_is_no_contradiction():
-    bound = compose(RUNS[0], 1e-5)
+    # an upper bound of one direction is no contradiction
     refuse_contradiction(bound, [Opinion("prv-accountant 0 (PRV)", 0.0, 0.5 * bound.lower)])
 
 
@@ -97,7 +87,7 @@ def test_a_missing_opinion_has_a_reason(events, delta, word):
     refuse_contradiction(compose(events, delta, lambda sentence: None), [certified, loose])
 
 
-@pytest.mark.parametrize("error", [ValueError("no root"), RuntimeError("no root"), ZeroDivisionError("no root")])
+@pytest.mark.parametrize("error", [ValueError("no root"), ZeroDivisionError("no root")])
 def test_a_library_that_fails_has_no_opinion(monkeypatch, error):
     def fail(*values, **more):
         raise error

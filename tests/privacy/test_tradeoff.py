@@ -33,7 +33,7 @@ def best_rates(q: float, sigma: float) -> np.ndarray:
     return np.maximum(found, missed)
 
 
-@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.5, 3.0), (0.9, 0.8)])
+@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.9, 0.8)])
 def test_an_attacker_on_one_step_does_as_well_as_the_best_test_and_no_better(q, sigma):
     found = trade_off([GaussianEvent(sigma, q, 1)])
     for rate, best in zip(RATES, best_rates(q, sigma), strict=True):
@@ -75,8 +75,7 @@ def test_nothing_and_everything():
     assert sampled.true_positive_rate(1.0) == 1
 
 
-@pytest.mark.parametrize("mu", [0.268, 1.666])
-@pytest.mark.parametrize("delta", [1e-3, 1e-5])
+@pytest.mark.parametrize(("mu", "delta"), [(0.268, 1e-5), (1.666, 1e-3)])
 def test_two_moves_along_a_gaussian_curve_double_mu(mu, delta):
     epsilons = np.linspace(0, gaussian_dp_epsilon(mu, 1e-9), 4000)
     deltas = np.array([gaussian_dp_delta(mu, epsilon) for epsilon in epsilons])
@@ -89,7 +88,7 @@ def test_two_moves_along_a_gaussian_curve_double_mu(mu, delta):
     assert 2 * norm.cdf(mu) - 1 <= curve.advantage <= min(1, 2 * (2 * norm.cdf(mu / 2) - 1))
 
 
-@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.5, 2.0), (0.99, 3.0)])
+@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.99, 3.0)])
 def test_replacing_in_one_sampled_step_is_covered(q, sigma):
     """Two records that pull in opposite directions: a real pair of neighbours, whose δ is an area."""
     x = np.linspace(-12 * sigma - 1, 12 * sigma + 1, 100_001)
@@ -118,10 +117,6 @@ def test_replacing_under_composition_covers_that_pair_and_is_not_wasteful():
 def test_calibration_for_replacing_stays_just_below_its_target(rate):
     sigma = calibrate_adjacency(1.0, 1e-5, rate, 200, REPLACE_ONE)
     assert 0.995 <= compose_adjacency([GaussianEvent(sigma, rate, 200)], 1e-5, REPLACE_ONE).upper <= 1.0
-
-
-def test_infinite_epsilon_needs_no_noise():
-    assert calibrate_adjacency(math.inf, 1e-5, 0.1, 10, REPLACE_ONE) == 0
 
 
 @pytest.mark.parametrize(("sigma", "name"), [(0.5, "participations"), (200.0, "full batches")])
@@ -156,6 +151,7 @@ def test_the_fallback_is_named_aloud_and_looser(monkeypatch):
 
 
 def test_senseless_questions_are_refused():
+    assert calibrate_adjacency(math.inf, 1e-5, 0.1, 10, REPLACE_ONE) == 0
     with pytest.raises(UsageError, match="adjacency is 'swap'"):
         trade_off([], "swap")
     with pytest.raises(UsageError, match="adjacency is 'swap'"):

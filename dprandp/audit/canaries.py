@@ -1,8 +1,13 @@
-"""Positive controls: the run's mechanism with one known fault, wrapped around it from outside.
+"""Canaries and controls: scores of made-up records that went through the real mechanism, whole or with one known fault.
 
-Nothing in the production code can be switched to these faults. Each is made by handing the real pieces something
-other than what was accounted: another plan to the mechanism, another clip norm or separated views to the loop, noise
-that comes round again, or an output divided once more.
+A canary is a record whose gradient is one coordinate of the released sum and nothing else, so one run of the mechanism
+is as many trials as it has canaries, with or without the record. The real sampler draws the batches, the real clip
+makes the sum, the real mechanism adds the noise, for all steps of the plan. That the noise of different coordinates is
+independent is what ``replay`` checks. The gradient's sign alternates from step to step, and so does the score's: for
+fresh noise this changes nothing, while noise that comes round again cancels.
+
+A control is the mechanism with one fault, which an audit worth its name must flag. Nothing in the production code can
+be switched to these faults: each is made by handing the real pieces something other than what was accounted.
 """
 
 from __future__ import annotations
@@ -17,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dprandp.audit.bounds import LARGEST_FACTOR, Game, plain_bound, step_score
 from dprandp.privacy.accounting import GaussianEvent
-from dprandp.privacy.auditing.games import LARGEST_FACTOR, Game, plain_bound, step_score
 from dprandp.privacy.clipping import clipped_sum
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
@@ -28,12 +33,27 @@ from dprandp.privacy.selection import PrivateSelection, SelectionPlan, Trial
 SEPARATE_VIEWS = 4
 """Views of a record in the control that clips each of them, where the plan has fewer."""
 
+BLOCK = 20_000
+"""Canaries in one run of the mechanism."""
 
-class _Repeated(SystemRandom):
-    """Words that are drawn once, and come again after ``rewind``."""
+CLIPPED_AT_ONCE = 64
+"""Canaries whose gradients are clipped together. Such groups are equal but for their place: one is made a step."""
 
-    def __init__(self, source: RandomSource) -> None:
-        self._source, self._kept, self._place = source, [], 0
+LENGTH = 100.0
+"""Norm of a canary's gradient before the clip, in clip norms: the clip has to act."""
+
+MOST_STEPS = 10_000
+"""Steps of a trial, at most; a longer plan is judged by its first ones."""
+
+PILOT = 2000
+"""Coordinates that are looked at for the size of the noise, before the trials."""
+
+
+class Tape(SystemRandom):
+    """Random words that are kept, in memory alone, and come again after ``rewind``."""
+
+    def __init__(self, source: RandomSource | None = None) -> None:
+        self._source, self._kept, self._place = source or SystemRandom(), [], 0
 
     def rewind(self) -> None:
         self._place = 0
@@ -41,8 +61,11 @@ class _Repeated(SystemRandom):
     def words(self, count: int) -> np.ndarray:
         if self._place == len(self._kept):
             self._kept.append(self._source.words(count))
+        kept = self._kept[self._place]
         self._place += 1
-        return self._kept[self._place - 1]
+        if len(kept) != count:
+            raise RuntimeError("the second run asked for other randomness than the first")
+        return kept
 
 
 class _SameNoise:
@@ -52,9 +75,8 @@ class _SameNoise:
     private = False
 
     def __init__(self, source: RandomSource) -> None:
-        self._noise = _Repeated(source)
-        self.uniform, self.gaussian, self.words = source.uniform, self._noise.gaussian, self._noise.words
-        self.rewind = self._noise.rewind
+        noise = Tape(source)
+        self.uniform, self.gaussian, self.words, self.rewind = source.uniform, noise.gaussian, noise.words, noise.rewind
 
 
 class _DividedByBatch:
@@ -74,11 +96,10 @@ class Control:
     """A mechanism with at most one fault; ``FAITHFUL`` has none.
 
     Attributes:
-        name: as the report calls it.
         noise_factor: the noise is this many times what was accounted.
         clip_factor: the loop clips at this many times the clip norm.
-        separate_views: the K views of a record are clipped one by one and added up, as if they were records. (Clipping
-            each view and then *averaging* would keep the sensitivity; added up, it is K C.)
+        separate_views: the K views of a record are clipped one by one and added up, which makes its part K C long.
+            (Clipping each view and then *averaging* would not.)
         same_noise: every step gets the noise of the first.
         actual_divisor: the sum is divided by the number of records that were drawn.
     """
@@ -90,10 +111,6 @@ class Control:
     same_noise: bool = False
     actual_divisor: bool = False
 
-    def mechanism_plan(self, plan: PrivatePlan) -> PrivatePlan:
-        """What the mechanism is given instead of the plan."""
-        return replace(plan, noise_multiplier=plan.noise_multiplier * self.noise_factor)
-
     def clip_norm(self, plan: PrivatePlan) -> float:
         """What the loop clips at."""
         return min(1e8, plan.clip_norm * self.clip_factor)
@@ -102,9 +119,12 @@ class Control:
         """Views of a record that a loop is to be given."""
         return max(SEPARATE_VIEWS, plan.views) if self.separate_views else plan.views
 
-    def random(self, source: RandomSource) -> RandomSource:
-        """Where the mechanism takes its randomness from."""
-        return _SameNoise(source) if self.same_noise else source
+    def mechanism(self, plan: PrivatePlan, ledger: Ledger, source: RandomSource) -> PrivateMechanism:
+        """The real mechanism of a rehearsal's plan, with the fault in noise or randomness."""
+        faulty = replace(plan, noise_multiplier=plan.noise_multiplier * self.noise_factor)
+        return PrivateMechanism(
+            faulty, ledger, _SameNoise(source) if self.same_noise else source, charge_block=plan.steps
+        )
 
     def step(self, step: PrivateStep, plan: PrivatePlan) -> PrivateStep | _DividedByBatch:
         """What the loop is handed instead of the step; its ``indices`` may be changed by the caller afterwards."""
@@ -118,42 +138,20 @@ class Control:
 
 
 FAITHFUL = Control("none")
+CLIP_OFF = Control("clip off", clip_factor=1e6)
 CONTROLS = (
     Control("noise off", noise_factor=0.0),
     Control("noise of a tenth", noise_factor=0.1),
-    Control("clip off", clip_factor=1e6),
+    CLIP_OFF,
     Control("clip per view", separate_views=True),
     Control("noise reused", same_noise=True),
     Control("divisor from the actual batch", actual_divisor=True),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ canaries
-#
-# Scores of canaries: records whose gradient is one coordinate of the released sum and nothing else.
-#
-# Each has a coordinate of its own, so one run of the real mechanism is as many trials as it has canaries, with or
-# without the record. The real sampler draws the batches, the real clip makes the sum, the real mechanism adds the
-# noise, for all steps of the plan. That the noise of different coordinates is independent is what ``replay`` checks.
-#
-# The gradient's sign alternates from step to step, and so does the score's: for fresh noise this changes nothing, while
-# noise that comes round again cancels.
-
-BLOCK = 20_000
-"""Canaries in one run of the mechanism."""
-
-CLIPPED_AT_ONCE = 64
-"""Canaries whose gradients are clipped together, as the records of a microbatch are. Such groups are equal but for
-their place, so each size is computed once a step."""
-
-LENGTH = 100.0
-"""Norm of a canary's gradient before the clip, in clip norms: the clip has to act."""
-
-MOST_STEPS = 10_000
-"""Steps of a trial, at most; a longer plan is judged by its first ones."""
-
-PILOT = 2000
-"""Coordinates that are looked at for the size of the noise, before the trials."""
+def rehearsal_plan(plan: PrivatePlan, examples: int) -> PrivatePlan:
+    """The same noise, rate, steps and clip for another number of records, with nothing to charge."""
+    return replace(plan, examples=examples, epsilon_target=math.inf, delta=1e-12)
 
 
 def trial_event(plan: PrivatePlan) -> GaussianEvent:
@@ -171,25 +169,9 @@ def seconds_of(plan: PrivatePlan, canaries: int) -> float:
 def game_scores(
     plan: PrivatePlan, game: Game, folder: Path, control: Control = FAITHFUL
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a distinguishing game.
-
-    Args:
-        plan: what was accounted; σ > 0.
-        game: how many trials.
-        folder: for ledgers; nothing in it is of use afterwards.
-        control: the fault to make, if any.
-
-    Returns:
-        (float64 [game.without], float64 [game.having]), log likelihood ratios.
-    """
+    """Scores of a distinguishing game with σ > 0, as ``Game.scores``; ``folder`` is for ledgers."""
     noise = seen_noise(plan, folder, control)
-    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
-    blocks = [
-        canary_scores(plan, included[start : start + BLOCK], folder, control, noise)
-        for start in range(0, game.trials, BLOCK)
-    ]
-    scores = np.concatenate(blocks)
-    return scores[game.having :], scores[: game.having]
+    return game.scores(BLOCK, lambda included: canary_scores(plan, included, folder, control, noise))
 
 
 def seen_noise(plan: PrivatePlan, folder: Path, control: Control = FAITHFUL) -> float:
@@ -206,19 +188,13 @@ def seen_noise(plan: PrivatePlan, folder: Path, control: Control = FAITHFUL) -> 
 
 
 def canary_scores(
-    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control = FAITHFUL, noise: float | None = None
+    plan: PrivatePlan, included: np.ndarray, folder: Path, control: Control, noise: float
 ) -> np.ndarray:
-    """One run of the mechanism with canaries: the log likelihood ratio of each, with to without.
+    """One run of the mechanism with canaries: the log likelihood ratio of each, with to without, float64 [m].
 
-    Args:
-        plan, folder, control: as for ``game_scores``.
-        included: bool [m], which canaries are in the data. The records of the others are empty.
-        noise: the noise multiplier that the attacker assumes; the plan's if None.
-
-    Returns:
-        float64 [m].
+    ``included``, bool [m]: which canaries are in the data; the records of the others are empty. ``noise``: the noise
+    multiplier that the attacker assumes.
     """
-    noise = plan.noise_multiplier if noise is None else noise
     scores = np.zeros(len(included))
     for released, sign in _released(plan, included, folder, control, MOST_STEPS):
         scores += step_score(sign * released, noise, plan.sample_rate)
@@ -230,8 +206,10 @@ def _released(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """The released sum of each step, float64 [m] in clip norms, and the sign of the gradients in it."""
     count, ledger = len(included), folder / f"{next(_numbers)}.jsonl"
-    for step in islice(rehearsal_steps(plan, count, ledger, control), steps):
-        sign = 1 - 2 * (step.number % 2)
+    runnable = rehearsal_plan(plan, count)
+    mechanism = control.mechanism(runnable, Ledger.create(ledger, count), SystemRandom())
+    for real in islice(mechanism.steps(), steps):
+        step, sign = control.step(real, runnable), 1 - 2 * (real.number % 2)
         drawn = step.indices[included[step.indices]]
         groups, rest = divmod(len(drawn), CLIPPED_AT_ONCE)
         sums = torch.zeros(count, dtype=torch.float64)
@@ -246,28 +224,14 @@ def _released(
 _numbers = itertools.count()
 
 
-def _clipped(count: int, sign: int, plan: PrivatePlan, control: Control) -> torch.Tensor:
+def _clipped(count: int, sign: int, plan: PrivatePlan, control: Control = FAITHFUL) -> torch.Tensor:
     """Sum of so many canaries' clipped gradients, one coordinate for each, float64 [count]."""
     rows = torch.eye(count) * (sign * LENGTH * plan.clip_norm)
     rows = rows.repeat(control.views(plan), 1) if control.separate_views else rows
     return clipped_sum({"canary": rows}, control.clip_norm(plan))["canary"]
 
 
-def rehearsal_plan(plan: PrivatePlan, examples: int) -> PrivatePlan:
-    """The same noise, rate, steps and clip for another number of records, with nothing to pay for."""
-    return replace(plan, examples=examples, epsilon_target=math.inf, delta=1e-12)
-
-
-def rehearsal_steps(plan: PrivatePlan, examples: int, ledger: Path, control: Control) -> Iterator:
-    """The steps of a plan's real mechanism on made-up records, with the control's fault."""
-    runnable = control.mechanism_plan(rehearsal_plan(plan, examples))
-    source = control.random(SystemRandom())
-    mechanism = PrivateMechanism(runnable, Ledger.create(ledger, examples), source, charge_block=plan.steps)
-    for step in mechanism.steps():
-        yield control.step(step, runnable)
-
-
-# --------------------------------------------------------------------------------------------------------- paid tuning
+# ------------------------------------------------------------------------------------------------------ private tuning
 #
 # A trial of a selection is a Gaussian mechanism of parameter μ, whether the record is fitted or held out: two games,
 # one with canaries in the sums of real trials, one with a held-out canary that is counted. What the selection adds, its
@@ -276,36 +240,26 @@ def rehearsal_steps(plan: PrivatePlan, examples: int, ledger: Path, control: Con
 ANSWERS = 8
 """Records held out on average, times μ, in the third game: a count of all is then far above one of none, and noise."""
 
-SELECTION_CONTROL = "noise of a tenth, in paid tuning"
-
 
 def trial_game_scores(
     plan: SelectionPlan, game: Game, held_out: bool, faulty: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a game on single trials of a selection.
+    """Scores of a game on single trials of a selection, of a Gaussian of parameter μ; see ``Game.scores``.
 
-    Args:
-        plan: what was accounted; the number of records, and the part that is held out, are made up.
-        game: how many trials of the game.
-        held_out: whether the canary is held out, and counted as a right answer; else it is fitted.
-        faulty: with noise ten times smaller than was accounted.
-
-    Returns:
-        float64 [game.without], float64 [game.having], log likelihood ratios of a Gaussian of parameter μ.
+    The number of records, and the part that is held out, are made up. ``held_out``: the canary is held out, and counted
+    as a right answer; else it is fitted. ``faulty``: with noise ten times smaller than was accounted.
     """
-    included = np.concatenate([np.ones(game.having, bool), np.zeros(game.without, bool)])
-    sizes = range(0, game.trials, 1 if held_out else BLOCK)
-    mu = min(1000.0, 10 * plan.mu) if faulty else plan.mu
-    part, one = (1 - 1e-12, _counted) if held_out else (1e-12, _fitted)
-    steps = (1,) * len(plan.steps) if held_out else plan.steps
-    scores = []
-    for first in sizes:
-        canaries = included[first : first + (1 if held_out else BLOCK)]
-        real = replace(plan, examples=len(canaries), held_out=part, delta=1e-12, epsilon_target=1e9, mu=mu,
-                       steps=steps)  # fmt: skip
-        scores.append(step_score(one(real, Trial(real, SystemRandom()), canaries), 1 / plan.mu, 1.0))
-    together = np.concatenate(scores)
-    return together[game.having :], together[: game.having]
+
+    def of(included: np.ndarray) -> np.ndarray:
+        real = replace(
+            plan, examples=len(included), held_out=1 - 1e-12 if held_out else 1e-12, delta=1e-12, epsilon_target=1e9,
+            mu=min(1000.0, 10 * plan.mu) if faulty else plan.mu,
+            steps=(1,) * len(plan.steps) if held_out else plan.steps,
+        )  # fmt: skip
+        trial = Trial(real, SystemRandom())
+        return step_score((_counted if held_out else _fitted)(real, trial, included), 1 / plan.mu, 1.0)
+
+    return game.scores(1 if held_out else BLOCK, of)
 
 
 def _fitted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndarray:
@@ -329,17 +283,11 @@ def _counted(plan: SelectionPlan, trial: Trial, included: np.ndarray) -> np.ndar
 
 
 def selection_answers(plan: SelectionPlan, count: int, present: bool, evidence: float, folder: Path) -> int:
-    """In how many of ``count`` real selections the best score says that the canary is there.
+    """In how many of ``count`` real selections the best score says that the canary, record 0, is there.
 
-    A trial whose noisy sums speak for the canary, record 0, by more than ``evidence`` answers all held-out records
-    right, another none.
-
-    Args:
-        plan: what was accounted; the number of records is made up, and each setting makes one step, which by the plan
-            says as much as all of them (σ = √T/μ).
-        count: selections. present: whether record 0 is the canary; else it is empty.
-        evidence: in standard deviations of a trial's noise; see ``selection_evidence``.
-        folder: for ledgers.
+    A trial whose noisy sums speak for it by more than ``evidence`` (in standard deviations of its noise) answers all
+    held-out records right, another none. Each setting makes one step, which by the plan says as much as all of them
+    (σ = √T/μ). Where the canary is not ``present`` its record is empty.
     """
     examples = math.ceil(max(30, ANSWERS / plan.mu) / plan.held_out)
     real = replace(plan, examples=examples, steps=(1,) * len(plan.steps), epsilon_target=1e9, delta=1e-9)

@@ -1,25 +1,38 @@
 """Record and replay: D and D with one record zeroed out, through the same steps with the same random bits.
 
-A loop runs on D while everything that passes between it and its mechanism is noted: indices, clipped sums, what was
-released. It then runs on D with the slot of one record empty (N, q and all positions are the same), with the same
-random bits, and is handed the *first* run's releases, so that both runs stand at the same parameters in every step: the
-sensitivity that composition speaks of is that of one step, given everything released before. What differs between the
-notes must be the one record's clipped part of the sums, and nothing else.
+A stage's own loop runs on D while everything that passes between it and its mechanism is noted. It then runs on D with
+the slot of one record empty (N, q and all positions are the same), with the same random bits, and is handed the *first*
+run's releases, so that both runs stand at the same parameters in every step: the sensitivity that composition speaks
+of is that of one step, given everything released before. What differs between the notes must be the one record's
+clipped part of the sums, and nothing else. Each run has a temporary folder with a ledger of its own, and is thrown
+away, so nothing of it reaches the audited run, and nothing is charged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
-from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, PrivateStep
-from dprandp.privacy.randomness import SystemRandom
+from dprandp.audit.canaries import FAITHFUL, Control, Tape, rehearsal_plan
+from dprandp.data import Dataset
+from dprandp.dpsgd.budget import Budget
+from dprandp.dpsgd.stage import PrivateStage
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.mechanism import PrivatePlan, PrivateStep
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,36 +41,24 @@ NOISE_SIGNIFICANCE = 1e-6
 
 FLOAT32 = 2.0**-24
 
+REPLAYED_STEPS = 3
 
-class Tape(SystemRandom):
-    """Entropy of the operating system that can be played again: kept in memory alone, and gone with the audit."""
+ROOM = 2**30
+"""Free bytes of memory from which on temporary files are kept there."""
 
-    def __init__(self, words: list[np.ndarray] | None = None) -> None:
-        self._kept: list[np.ndarray] = [] if words is None else words
-        self._played = None if words is None else iter(words)
 
-    def again(self) -> Tape:
-        """The same bits from the beginning."""
-        return Tape(self._kept)
-
-    def words(self, count: int) -> np.ndarray:
-        if self._played is None:
-            self._kept.append(super().words(count))
-            return self._kept[-1]
-        kept = next(self._played, None)
-        if kept is None or len(kept) != count:
-            raise RuntimeError("the second run asked for other randomness than the first")
-        return kept
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, in memory where there is room: hundreds of small ledgers need not reach a disk."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM
+    with tempfile.TemporaryDirectory(prefix="dprandp-audit-", dir=memory if roomy else None) as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One step, seen from outside.
-
-    Attributes:
-        number: of the update. indices: int64 [b], of records.
-        sums: name -> float64, what the loop handed in. released: name -> float64, what it got.
-    """
+    """One step, seen from outside: the indices of its records, int64 [b], what the loop handed in and what it got."""
 
     number: int
     indices: np.ndarray
@@ -65,73 +66,66 @@ class Observed:
     released: Tensors
 
 
-class Watch:
-    """Stands between a loop and its mechanism: notes what passes, and can hand out an earlier run's releases.
+class Rehearsal(PrivateStage):
+    """A private stage whose loop is watched: it notes what passes, and can hand out an earlier run's releases.
 
     Args:
-        mechanism: the real one, in any state.
-        plan: what was accounted.
+        plan: what was accounted, for the number of records at hand (``rehearsal_plan``).
+        context: of a temporary run directory.
+        dataset: what the loop reads; None for one that is given its features.
         most: steps that the loop is given.
-        wrap: what the loop is handed instead of each step; see ``Control.step``.
-        watched: position of the record that the runs differ in.
+        watched: position of the record that the runs differ in; None keeps no notes.
         present: put it into every batch, or take it out of every batch.
         follow: the notes of the run to follow, None for the first.
         rows: rows of the loop's arrays that belong to one record.
-        keep: False keeps no notes (``total`` is kept in any case).
-
-    Attributes:
-        observed: the notes.
-        total: name -> float64, sum of all releases.
     """
 
     def __init__(
         self,
-        mechanism: PrivateMechanism,
         plan: PrivatePlan,
-        most: int,
-        wrap=lambda step, plan: step,
-        *,
+        context: Context,
+        dataset: Dataset | None = None,
+        control: Control = FAITHFUL,
+        tape: Tape | None = None,
+        most: int = REPLAYED_STEPS,
         watched: int | None = None,
         present: bool = True,
         follow: Sequence[Observed] | None = None,
         rows: int = 1,
-        keep: bool = True,
     ) -> None:
-        self.plan, self.private = plan, mechanism.private
-        self.observed: list[Observed] = []
-        self.total: Tensors = {}
-        self.next_step = mechanism.next_step
-        self._mechanism, self._left, self._wrap = mechanism, most, wrap
-        self._watched, self._present, self._follow, self._rows, self._keep = watched, present, follow, rows, keep
+        budget = Budget("an audit", math.inf, plan.delta, plan.examples, "one record")
+        super().__init__(plan.stage, dataset, budget, context)
+        self._ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
+        self._mechanism = control.mechanism(plan, self._ledger, tape or Tape())
+        self._accounted, self._control, self._left = plan, control, min(most, plan.steps)
+        self._follow, self._watched, self._rows = follow, watched, rows
+        self.present, self.observed = present, []
+        self.private, self.next_step = self._mechanism.private, 0
+        self.plan = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
+
+    def mechanism(self, updates_done: int, ledger_head: str | None = None) -> Rehearsal:
+        """Itself, in place of the mechanism; a rehearsal begins at the beginning."""
+        return self
 
     @property
     def remaining_steps(self) -> int:
-        """As the mechanism's, but for ``most``."""
         return min(self._left, self._mechanism.remaining_steps)
 
     def steps(self) -> Iterator[WatchedStep]:
-        """The mechanism's steps, watched."""
         steps = self._mechanism.steps()
         while self._left > 0 and (step := next(steps, None)) is not None:
             self._left -= 1
             self.next_step = self._mechanism.next_step
-            step.indices = self._batch(step.indices)
-            yield WatchedStep(self, self._wrap(step, self.plan), self._rows)
-
-    def _batch(self, indices: np.ndarray) -> np.ndarray:
-        if self._watched is None:
-            return indices
-        others = indices[indices != self._watched]
-        if not self._present:
-            return others
-        return np.insert(others, np.searchsorted(others, self._watched), self._watched)
+            if self._watched is not None:
+                others = step.indices[step.indices != self._watched]
+                place = np.searchsorted(others, self._watched)
+                step.indices = np.insert(others, place, self._watched) if self.present else others
+            yield WatchedStep(self, self._control.step(step, self._accounted), self._rows)
 
     def note(self, step: WatchedStep, sums: Mapping[str, torch.Tensor], released: Tensors) -> Tensors:
         """Keep a release; returns what the loop is to be told."""
-        for name, value in released.items():
-            self.total[name] = self.total.get(name, 0) + value.double()
-        if not self._keep:
-            return dict(released)
+        if self._watched is None:
+            return released
         kept = [{name: value.detach().double().clone() for name, value in part.items()} for part in (sums, released)]
         self.observed.append(Observed(step.number, step.records, *kept))
         if self._follow is None:
@@ -145,25 +139,58 @@ class Watch:
 class WatchedStep:
     """A step whose ``indices`` name rows of the loop's arrays, and whose release is noted."""
 
-    def __init__(self, watch: Watch, step: PrivateStep, rows: int) -> None:
+    def __init__(self, watch: Rehearsal, step: PrivateStep, rows: int) -> None:
         self.number, self.records = step.number, step.indices
         self.indices = step.indices if rows == 1 else (step.indices[:, None] * rows + np.arange(rows)).ravel()
         self._watch, self._step = watch, step
 
     def release(self, clipped_sums: Mapping[str, torch.Tensor]) -> Tensors:
-        """As ``PrivateStep.release``."""
         return self._watch.note(self, clipped_sums, self._step.release(clipped_sums))
+
+
+@contextmanager
+def rehearsal_context(like: Context | None = None) -> Iterator[Context]:
+    """A context in a temporary folder, locked, with the device and the microbatch of another one."""
+    device, microbatch = (torch.device("cpu"), None) if like is None else (like.device, like.microbatch)
+    with scratch_folder() as folder:
+        rundir = RunDir.open(folder, create=True)
+        with rundir.lock():
+            yield Context(rundir, Console(quiet=True), device, data_dir=folder, microbatch=microbatch)
+
+
+def paired_run(
+    plan: PrivatePlan,
+    examples: int,
+    watched: int,
+    loop: Callable[[Rehearsal], None],
+    *,
+    dataset: Dataset | None = None,
+    like: Context | None = None,
+    most: int = REPLAYED_STEPS,
+    control: Control = FAITHFUL,
+    rows: int = 1,
+) -> list[Check]:
+    """Run a loop with and without record ``watched`` of ``examples``, with the same random bits; compare.
+
+    Args:
+        plan: what was accounted, for any number of records.
+        loop: makes the steps of the stage that it is given; where that is not ``present``, without the record.
+        like: of the run, for device and microbatch. The rest: as for ``Rehearsal``.
+    """
+    plan, tape, notes = rehearsal_plan(plan, examples), Tape(), []
+    for present in (True, False):
+        tape.rewind()
+        with rehearsal_context(like) as context:
+            follow = None if present else notes[0]
+            stage = Rehearsal(plan, context, dataset, control, tape, most, watched, present, follow, rows)
+            loop(stage)
+        notes.append(stage.observed)
+    return compare(*notes, plan, watched)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what has to hold.
-        passed: whether it does.
-        value, limit: what was found, and up to where it passes.
-    """
+    """One thing that was looked at: what has to hold, whether it does, what was found, and up to where it passes."""
 
     name: str
     passed: bool
@@ -172,13 +199,7 @@ class Check:
 
 
 def compare(first: Sequence[Observed], second: Sequence[Observed], plan: PrivatePlan, watched: int) -> list[Check]:
-    """Hold two runs against each other and against the plan.
-
-    Args:
-        first: notes of the run on D, of at least one step.
-        second: notes of the run on D without record ``watched``, which followed the first.
-        plan: what was accounted, for the number of records that the runs had.
-        watched: position of the record.
+    """Hold the notes of a run on D, and of one that followed it without ``watched``, against each other and the plan.
 
     Returns:
         Checks, always the same: steps, batches, difference of the sums (in clip norms), what else moved in the
@@ -191,7 +212,10 @@ def compare(first: Sequence[Observed], second: Sequence[Observed], plan: Private
     moved = max((_norm(_difference(a.sums, b.sums)) for a, b in together), default=math.inf) / plan.clip_norm
     # float32 rounding of a sum of b parts of norm C, in both runs; see the Guarantee of ``clipping``
     limit = 1 + 1e-6 + 4 * FLOAT32 * most
-    noises = [_noise(step, plan) for step in first]
+    noises = [
+        torch.cat([(step.released[n] * plan.expected_batch - step.sums[n]).flatten() for n in step.sums])
+        for step in first
+    ]
     return [
         Check("both runs make the same steps", not steps_differ, float(len(second)), float(len(first))),
         Check("the batches differ in the record alone", batches == 0, float(batches), 0.0),
@@ -206,8 +230,7 @@ def _nothing_else(together: Sequence[tuple[Observed, Observed]], plan: PrivatePl
     """Divisor and noise are the same in both runs: the releases differ by the difference of the sums over qN."""
     worst = 0.0
     for a, b in together:
-        released = _difference(a.released, b.released)
-        sums = _difference(a.sums, b.sums)
+        released, sums = _difference(a.released, b.released), _difference(a.sums, b.sums)
         left = {name: released[name] * plan.expected_batch - sums[name] for name in sums}
         size = sum(value.numel() for value in sums.values())
         rounding = 8 * FLOAT32 * (_norm(a.sums) + _norm(b.sums) + 2 * plan.noise_std * math.sqrt(size))
@@ -234,11 +257,6 @@ def _noise_fresh(noises: Sequence[torch.Tensor]) -> Check:
         scale = float(one.norm() * other.norm())
         worst = max(worst, abs(float(one @ other)) / scale * math.sqrt(one.numel()) if scale > 0 else math.inf)
     return Check("the noise is fresh in every step and coordinate", worst <= limit, worst, limit)
-
-
-def _noise(step: Observed, plan: PrivatePlan) -> torch.Tensor:
-    """What was added to the sum, flat, if the divisor is the public one."""
-    return torch.cat([(step.released[n] * plan.expected_batch - step.sums[n]).flatten() for n in step.sums])
 
 
 def _difference(left: Tensors, right: Tensors) -> Tensors:
