@@ -34,12 +34,9 @@ def status_lines(table: dict[str, Any]) -> str:
         extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""
         lines.append(f"  {row['stage']:<9} {row['state']:<8}{extra}{why}")
-    budget = table["budget"]
-    if budget is not None:
-        stamp = "" if budget["private"] else "  NOT PRIVATE"
-        lines.append(
-            f"  budget    ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}{stamp}"
-        )
+    if (budget := table["budget"]) is not None:
+        said = f"ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}"
+        lines.append(f"  budget    {said}" + ("" if budget["private"] else "  NOT PRIVATE"))
     return "\n".join(lines)
 
 

@@ -27,12 +27,7 @@ _NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
 
 def write_tuning(rundir: RunDir, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write both files; the record last, since its presence means that tuning is done.
-
-    Args:
-        record: on, trials, chosen, asked, and other public facts.
-        settings: of ``[probe]``.
-    """
+    """Write both files; the record (on, trials, chosen, asked, ...) last: its presence means that tuning is done."""
     note = f"# Chosen by `dprandp tune` on {json.dumps(record['on'], ensure_ascii=True)}; see {RECORD}.\n"
     atomic_write(rundir.path / SETTINGS, note + toml.dumps({"probe": settings}))
     atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **record}, indent=1) + "\n")

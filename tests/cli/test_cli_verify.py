@@ -46,10 +46,9 @@ def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:
         old = line.pop("hash")
         line["previous"] = previous
         for stage, record in table["stages"].items():
-            if "ledger_head" in record["result"]:
-                record["result"]["ledger_head"] = renamed.get(
-                    record["result"]["ledger_head"], record["result"]["ledger_head"]
-                )
+            head = record["result"].get("ledger_head")
+            if head in renamed:
+                record["result"]["ledger_head"] = renamed[head]
             if line["kind"] == "result" and line["stage"] == stage:
                 line["digest"] = result_digest(record["result"])
         previous = hashlib.sha256(json.dumps(line, separators=(",", ":")).encode()).hexdigest()
