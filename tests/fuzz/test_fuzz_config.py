@@ -80,7 +80,7 @@ def resolved(stage: str, file: Path, size: str) -> None:
     check_in_range(stage, schema.resolve(stage, size, file, {}))
 
 
-@sizes(50, 1500)
+@sizes(30, 1500)
 def test_documents(tmp_path: Path, cases: int, record_property) -> None:
     file = tmp_path / "a.toml"
 
