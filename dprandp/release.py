@@ -77,10 +77,7 @@ class ReleasedModel:
         return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
-        """The most probable class of each image; the rows of ``predict``.
-
-        Args:
-            images: an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
+        """``predict`` for an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
 
         Raises:
             InputError: a file is missing or damaged, or an array holds no images.
@@ -323,7 +320,6 @@ def predict(
     """The most probable class of each image.
 
     Args:
-        model: see ``load_model``.
         images: image files of any size.
         data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
         on_skipped: called with the number of files of each kind that were skipped, where there are any.

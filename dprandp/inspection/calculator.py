@@ -107,11 +107,11 @@ def account(
 
 
 def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
-    """ε of ``size`` records together, for a result of ``account``; {} for a size of 1.
+    """ε of ``size`` records together, for a result of ``account``.
 
     Returns:
-        group_size, and where it is above 1 group_epsilon (upper bound at the same δ; infinite where no bound was
-        found) and group_accountant.
+        group_size; above 1 also group_epsilon (upper bound at the same δ; infinite where none was found) and
+        group_accountant.
 
     Raises:
         UsageError: the size is below 1, or groups of replaced records are asked for.

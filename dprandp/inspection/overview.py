@@ -41,12 +41,7 @@ def status_lines(table: dict[str, Any]) -> str:
 
 
 def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:
-    """The known data sets as plain rows.
-
-    Args:
-        data_dir: the data root.
-        name: this one alone; None for all.
-        download: fetch its files if they are missing.
+    """The known data sets, or the one of this name, as plain rows; ``download`` fetches its files if they are missing.
 
     Raises:
         UsageError: no such known set, or a download of all. InputError: the download failed.

@@ -67,11 +67,8 @@ momentum {momentum}, {views} view(s) of each image.
 
 
 def model_card(result: Facts, pretrain: Facts, generate: Facts) -> str:
-    """Markdown for ``model/MODEL_CARD.md``.
-
-    Args:
-        result: of the private stage that made the model.
-        pretrain, generate: results of the public stages; empty for a model trained from scratch.
+    """Markdown for ``model/MODEL_CARD.md`` from the results of the private stage that made the model and of the public
+    stages (empty for a model trained from scratch).
 
     Raises:
         CheckpointError: the result lacks a key that must be disclosed.

@@ -55,10 +55,7 @@ CURVES = {
 
 
 def write(rundir: RunDir) -> Path:
-    """Write ``report.html`` into the run directory.
-
-    Returns:
-        The page's path.
+    """Write ``report.html`` into the run directory, and return its path.
 
     Raises:
         InputError: no stage is finished; the fix is the command to run.

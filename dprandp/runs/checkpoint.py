@@ -72,16 +72,10 @@ def tensors_from_bytes(data: bytes, path: Path | str) -> dict[str, torch.Tensor]
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], expect: Mapping[str, Sequence[int] | torch.Tensor], path: Path | str
 ) -> None:
-    """Refuse tensors that do not fit a configuration.
-
-    Args:
-        tensors: the content of ``path``.
-        expect: name -> required shape, or a tensor whose shape and dtype are required.
-        path: the file, for the message.
+    """Refuse the tensors of a file that do not fit a configuration: name -> shape, or a tensor of that shape and dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype. The message names file and
-            tensor.
+        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype; the message names it.
     """
     for name, wanted in expect.items():
         found = tensors.get(name)
@@ -106,13 +100,7 @@ def _refuse(path: Path | str, problem: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
-
-    Attributes:
-        tensors: name -> tensor, on the CPU.
-        meta: the JSON values given to ``save`` (tuples have become lists).
-        path: the ``.safetensors`` file it came from.
-    """
+    """A loaded checkpoint: tensors on the CPU, the JSON values given to ``save``, and the file."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
@@ -149,16 +137,11 @@ def save(
         name: letters, digits, ``.``, ``_``, ``-``; must sort by age, digits read as numbers: ``step-000100``.
         tensors: name -> tensor of any dtype, shape and device; not changed.
         meta: JSON values (infinities are stored as the strings "inf" and "-inf", NaN as null).
-        keep: number of checkpoints to leave, at least 1; the second is for a damaged newest one.
-
-    Returns:
-        The path of the ``.safetensors`` file.
+        keep: at least 1; the second is for a damaged newest one.
 
     Raises:
         StorageError: the disk refuses; LATEST still names a whole checkpoint, usually the previous one.
     """
-    if not _NAME.fullmatch(name) or name == POINTER or keep < 1:
-        raise ValueError(f"bad checkpoint name {name!r} or keep {keep}")
     directory = Path(directory)
     path = directory / f"{name}.safetensors"
     plain, kept = _plain(tensors), json.loads(to_json(dict(meta)))

@@ -67,9 +67,7 @@ class Console:
         self.say(f"next: {command}")
 
     def result(self, payload: Mapping[str, Any], line: str) -> None:
-        """Print the result to stdout: ``payload`` as one JSON object with ``--json``, else ``line``.
-
-        Infinities are the strings "inf" and "-inf" in JSON, NaN is null.
+        """Print the result to stdout: ``payload`` as one JSON object (see ``to_json``) with ``--json``, else ``line``.
 
         Raises:
             StorageError: stdout is a file on a full disk, or the like.
@@ -143,13 +141,7 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, label: str, done: int = 0) -> Iterator[_Bar | _Lines]:
-        """Show the progress of a loop.
-
-        Args:
-            total: units in all.
-            label: the name of the work.
-            done: units done before a resumed run; they do not count towards the speed.
-        """
+        """Show the progress of a loop over ``total`` units, ``done`` of them before a resumed run."""
         if self.bars:
             columns = (
                 rich.progress.TextColumn("{task.description}"),
@@ -224,12 +216,8 @@ def duration(seconds: float) -> str:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, each with its ``step``.
 
-    A run that resumes at step ``resume_at`` writes that step's line again. So opening the log removes the lines from
-    there on, and a torn last line of a crash.
-
-    Args:
-        path: the file; its folder exists.
-        resume_at: the first step still to be done; 0 starts an empty log.
+    A run that resumes writes the line of ``resume_at``, the first step still to be done, again. So opening the log
+    removes the lines from there on, and a torn last line of a crash.
 
     Raises:
         StorageError: the disk refuses (here and in ``write``).

@@ -85,14 +85,9 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 def acquire(path: Path, owner: Path) -> int:
-    """Take the lock file ``path`` without waiting; it is never removed (removing it would let two holders in).
+    """Take the lock file ``path`` of the run directory ``owner`` without waiting; returns a descriptor for ``release``.
 
-    Args:
-        path: the lock file; created if missing.
-        owner: the run directory, for the message.
-
-    Returns:
-        The descriptor for ``release``.
+    It is created if missing, and never removed (removing it would let two holders in).
 
     Raises:
         StorageError: another process holds it (the message names its process id), or the file system has no locks.
@@ -554,9 +549,6 @@ class RunDir:
             ledger_head: of a private stage, the ledger's head after it (see ``keep_ledger_head``).
         """
         self._need_lock()
-        absent = [name for name in outputs if not (self.stage_dir(stage) / name).is_file()]
-        if absent:
-            raise ValueError(f"stage {stage!r} did not write its output {absent[0]!r}")
         table = self._table()
         table.finish(stage, dict(outputs), result)
         table.ledger_head = ledger_head or table.ledger_head

@@ -82,14 +82,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a completely written file its real name, with bytes and name forced to the disk.
-
-    Args:
-        temporary: in the same folder as ``path``, and closed.
-
-    Raises:
-        StorageError: any ``OSError``.
-    """
+    """Give a closed file in the same folder its real name, with bytes and name forced to the disk (or StorageError)."""
     with storage_errors(path):
         _fsync(temporary, os.O_RDWR)
         faults.point("temp-written")
@@ -99,9 +92,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` (a string is written as UTF-8), completely or not at all.
-
-    When the call returns the content is on the disk, not only in the kernel's cache.
+    """Replace ``path`` by ``data`` (a string is written as UTF-8), completely and on the disk, or not at all.
 
     Raises:
         StorageError: any ``OSError``. The old file is intact and no temporary file is left.
@@ -120,13 +111,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def remove_leftovers(directory: Path | str) -> list[Path]:
-    """Remove the temporary files that killed processes left below ``directory``.
-
-    Call it only while no other process writes there (``RunDir.lock`` does).
-
-    Returns:
-        The removed paths, sorted.
-    """
+    """Remove, and return, what killed processes left below a folder, while no other writes there (``RunDir.lock``)."""
     leftovers = sorted(path for path in Path(directory).rglob(".*.partial*") if _TEMPORARY.fullmatch(path.name))
     for path in leftovers:
         with storage_errors(path, "remove"):
@@ -149,11 +134,8 @@ def file_sha256(path: Path | str) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Serialise to JSON that every parser accepts, keys in the given order.
 
-    JSON has no infinity and no NaN. Infinities, such as the ε of a run without privacy, become the strings ``"inf"``
+    JSON has no infinity and no NaN: infinities, such as the ε of a run without privacy, become the strings ``"inf"``
     and ``"-inf"``, which ``float()`` understands; NaN becomes ``null``.
-
-    Raises:
-        TypeError: a value JSON cannot hold.
     """
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
