@@ -1,4 +1,4 @@
-"""Read ``model/``: check its bytes, build its network and fill it.
+"""A released model: load it from ``model/``, classify images with it, export it for others.
 
 Only the three files of ``model/`` are read: a released model works without the run that made it.
 """
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
-from dprandp.data import brought_to, read_unlabelled, skipped_text
+from dprandp.data import brought_to, read_unlabelled
+from dprandp.data import skipped_text as skipped_text
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.models.classifier import Classifier
@@ -35,6 +36,7 @@ from dprandp.runs.results import wrong_entry
 from dprandp.vision.images import INPUT_SIZE, to_input
 
 MAX_CONFIG_BYTES = 64 * 2**20
+RESTORE = "restore the folder from a copy"
 
 
 @dataclass(frozen=True)
@@ -68,34 +70,27 @@ class ReleasedModel:
         return why_not_private({**self.result, "epsilon": float(self.result["epsilon"])})
 
     def probabilities(self, images: np.ndarray) -> torch.Tensor:
-        """Class probabilities of images, each computed independently.
+        """Class probabilities, float32 [N, classes], of images, uint8 [N, height, width, channels] of ``shape``.
 
-        Args:
-            images: uint8 [N, height, width, channels] of ``shape``.
-
-        Returns:
-            float32 [N, classes], rows sum to 1: the softmax of the scores. They are not calibrated.
+        Each image is computed independently. Rows sum to 1: the softmax of the scores, which is not calibrated.
         """
         return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
-        """The most probable class of each image; the rows of ``predict``.
-
-        Args:
-            images: an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
+        """``predict`` for an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
 
         Raises:
             InputError: a file is missing or damaged, or an array holds no images.
         """
         if isinstance(images, np.ndarray):
-            table = self.probabilities(brought_to(images, self.shape))
-            return rows_of(self, [f"[{index}]" for index in range(len(table))], table)
+            pixels = brought_to(images, self.shape)
+            return _rows(self, [f"[{index}]" for index in range(len(pixels))], pixels)
         paths = [images] if isinstance(images, Path | str) else images
         return predict(self, [Path(path) for path in paths])
 
 
 def load_model(folder: Path | str) -> ReleasedModel:
-    """Read a ``model/`` folder (or an exported copy of one).
+    """Read a ``model/`` folder, or an exported copy of one: check its bytes, build its network and fill it.
 
     Raises:
         InputError: there is no model. CheckpointError: a file is missing, damaged, not the one that was released, of a
@@ -110,7 +105,7 @@ def load_model(folder: Path | str) -> ReleasedModel:
     for name in MODEL_FILES:
         path = folder / name
         if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is missing, or a link", fix="restore the folder from a copy")
+            raise CheckpointError(f"{path} is missing, or a link", fix=RESTORE)
         with storage_errors(path, "read"):
             content[name] = path.read_bytes()
     config = _config(folder / "config.json", content["config.json"])
@@ -118,7 +113,7 @@ def load_model(folder: Path | str) -> ReleasedModel:
         if hashlib.sha256(content[name]).hexdigest() != digest:
             raise CheckpointError(
                 f"{folder / name} is not the file that was released: its sha256 differs from that in config.json",
-                fix="restore the folder from a copy",
+                fix=RESTORE,
             )
     classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
     network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
@@ -153,9 +148,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
     """Parse and check config.json, for every field that the network is built from."""
     why = "it is not valid JSON"
     try:
-        if len(data) > MAX_CONFIG_BYTES:
-            raise ValueError("too long")
-        config = from_json(data)
+        config = from_json(data if len(data) <= MAX_CONFIG_BYTES else b"")
         why = "it does not describe a model"
         if isinstance(config, dict) and type(config.get("format")) is int and config["format"] != MODEL_FORMAT:
             newer = config["format"] > MODEL_FORMAT
@@ -186,7 +179,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             raise ValueError("a value out of its range")
         return config
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be used: {why}", fix="restore the folder from a copy") from error
+        raise CheckpointError(f"{path} cannot be used: {why}", fix=RESTORE) from error
 
 
 def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> Classifier:
@@ -197,7 +190,7 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
     tensors = tensors_from_bytes(data, path)
     projection = tensors.get("whitener.projection")
     if projection is not None and projection.ndim != 2:
-        raise CheckpointError(f"{path} holds a whitener that is not a matrix", fix="restore the folder from a copy")
+        raise CheckpointError(f"{path} holds a whitener that is not a matrix", fix=RESTORE)
 
     def build() -> Classifier:
         extractor = build_extractor(configuration.build("pretrain", config["extractor"]))
@@ -217,22 +210,17 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
             fix="restore the folder from a copy, or upgrade dprandp",
         ) from error
     try:
-        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in layout.items()}, path)
+        check_tensors(tensors, layout, path)
     except CheckpointError as error:
-        raise CheckpointError(error.problem, fix="restore the folder from a copy") from error
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds tensors that are not float32", fix="restore the folder from a copy")
+        raise CheckpointError(error.problem, fix=RESTORE) from error
     network = build()
     network.load_state_dict(tensors)
     return network.eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- export
-#
-# A copy of ``model/`` for others: the three verified files, and an example that loads them.
 
-EXAMPLE_FILE = "example.py"
-EXPORTED_FILES = (*MODEL_FILES, EXAMPLE_FILE)
+EXPORTED_FILES = (*MODEL_FILES, "example.py")
 """The allow-list of an export."""
 
 EXAMPLE = '''"""Classify images with the model in this folder: python example.py IMAGE...
@@ -280,7 +268,7 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
             "the model is NOT PRIVATE, but its MODEL_CARD.md does not say so", fix="restore model/ from a copy"
         )
     stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
-    content = {**model.content, EXAMPLE_FILE: EXAMPLE.format(stamp=stamp).encode("utf-8")}
+    content = {**model.content, "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
     if target.suffix.lower() == ".zip":
         if target.exists():
             raise UsageError(f"{target} exists", fix="give another name, or delete it first")
@@ -321,10 +309,6 @@ def _zipped(content: dict[str, bytes], folder: str) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
-#
-# Classify new images with a released model. Reads only ``model/`` and the images.
-
-__all__ = ["predict", "prediction_csv", "prediction_lines", "skipped_text"]
 
 
 def predict(
@@ -336,7 +320,6 @@ def predict(
     """The most probable class of each image.
 
     Args:
-        model: see ``load_model``.
         images: image files of any size.
         data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
         on_skipped: called with the number of files of each kind that were skipped, where there are any.
@@ -348,17 +331,15 @@ def predict(
         InputError: an image is missing or damaged. UsageError: there is none.
     """
     names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
-    return rows_of(model, names, model.probabilities(pixels))
+    return _rows(model, names, pixels)
 
 
-def rows_of(model: ReleasedModel, names: Sequence[str], table: torch.Tensor) -> list[dict[str, Any]]:
-    """A row per image from the probabilities [N, classes]; see ``predict``."""
+def _rows(model: ReleasedModel, names: Sequence[str], pixels: np.ndarray) -> list[dict[str, Any]]:
     rows = []
-    for name, row in zip(names, table.tolist(), strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
+    for name, row in zip(names, model.probabilities(pixels).tolist(), strict=True):
         probabilities = dict(zip(model.classes, row, strict=True))
-        rows.append({"image": name, "class": model.classes[best], "probability": row[best],
-                     "probabilities": probabilities})  # fmt: skip
+        best = max(probabilities, key=probabilities.__getitem__)
+        rows.append({"image": name, "class": best, "probability": probabilities[best], "probabilities": probabilities})
     return rows
 
 

@@ -73,8 +73,7 @@ def account(
         mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
     elif math.isinf(mu):
         mu, mu_is = None, None
-    relation = DOUBLED if attacker.mu is not None else TWO_MOVES
-    result = {
+    result: dict[str, Any] = {
         "noise_multiplier": noise_multiplier,
         "sample_rate": sample_rate,
         "steps": steps,
@@ -84,25 +83,23 @@ def account(
         "epsilon_lower": bound.lower,
         "accountant": bound.accountant,
         "opinions": [
-            {
-                "name": each.name,
-                "epsilon_lower": each.lower,
-                "epsilon_upper": each.upper if math.isfinite(each.upper) else None,
-                "why": each.why,
-            }
+            {"name": each.name, "epsilon_lower": each.lower,
+             "epsilon_upper": each.upper if math.isfinite(each.upper) else None, "why": each.why}
             for each in opinions
         ],
         "equivalent_mu": mu,
         "equivalent_mu_is": mu_is,
         "adjacency": NEIGHBOURS[adjacency],
-        "adjacency_relation": relation if adjacency == REPLACE_ONE else None,
+        "adjacency_relation": None,
         "attack": {
             "false_positive_rate": list(FALSE_POSITIVE_RATES),
             "true_positive_rate": [attacker.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES],
             "advantage": attacker.advantage,
             "source": attacker.source,
         },
-    }
+    }  # fmt: skip
+    if adjacency == REPLACE_ONE:
+        result["adjacency_relation"] = TWO_MOVES if attacker.mu is None else DOUBLED
     if curve:
         found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS]
         result["curve"] = {"delta": list(CURVE_DELTAS), "epsilon": found}
@@ -110,11 +107,11 @@ def account(
 
 
 def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
-    """ε of ``size`` records together, for a result of ``account``; {} for a size of 1.
+    """ε of ``size`` records together, for a result of ``account``.
 
     Returns:
-        group_size, and where it is above 1 group_epsilon (upper bound at the same δ; infinite where no bound was
-        found) and group_accountant.
+        group_size; above 1 also group_epsilon (upper bound at the same δ; infinite where none was found) and
+        group_accountant.
 
     Raises:
         UsageError: the size is below 1, or groups of replaced records are asked for.
@@ -138,23 +135,17 @@ def account_lines(result: dict[str, Any]) -> str:
     if result["equivalent_mu"] is not None:
         named = "" if result["equivalent_mu_is"] == EXACT else f", {THROUGH_POINT}"
         mu = f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}{named}"
-    line = (
+    lines = [
         f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
-        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} "
-        f"({result['adjacency']}; {result['accountant']}{mu}){_group_line(result)}"
-    )
-    if "curve" not in result:
-        return line
-    rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
-    table = [f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows]
-    return "\n".join([line, "       δ  ε", *table])
-
-
-def _group_line(result: dict[str, Any]) -> str:
-    if "group_epsilon" not in result:
-        return ""
-    size, epsilon = result["group_size"], result["group_epsilon"]
-    return f"\n{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})"
+        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} ({result['adjacency']}; {result['accountant']}{mu})"
+    ]
+    if "group_epsilon" in result:
+        size, epsilon = result["group_size"], result["group_epsilon"]
+        lines.append(f"{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})")
+    if "curve" in result:
+        rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
+        lines += ["       δ  ε", *(f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows)]
+    return "\n".join(lines)
 
 
 def attack_lines(result: dict[str, Any]) -> str:

@@ -34,22 +34,14 @@ def status_lines(table: dict[str, Any]) -> str:
         extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""
         lines.append(f"  {row['stage']:<9} {row['state']:<8}{extra}{why}")
-    budget = table["budget"]
-    if budget is not None:
-        stamp = "" if budget["private"] else "  NOT PRIVATE"
-        lines.append(
-            f"  budget    ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}{stamp}"
-        )
+    if (budget := table["budget"]) is not None:
+        said = f"ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}"
+        lines.append(f"  budget    {said}" + ("" if budget["private"] else "  NOT PRIVATE"))
     return "\n".join(lines)
 
 
 def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:
-    """The known data sets as plain rows.
-
-    Args:
-        data_dir: the data root.
-        name: this one alone; None for all.
-        download: fetch its files if they are missing.
+    """The known data sets, or the one of this name, as plain rows; ``download`` fetches its files if they are missing.
 
     Raises:
         UsageError: no such known set, or a download of all. InputError: the download failed.

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from dprandp.dpsgd.budget import read_plan_file
-from dprandp.errors import AuditError, CheckpointError, DprandpError, InputError
+from dprandp.errors import AuditError, CheckpointError, InputError
+from dprandp.inspection import OK, attempt, exit_code
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.opinions import Opinion, second_opinions
 from dprandp.release import load_run_model
@@ -27,15 +26,7 @@ from dprandp.runs.ledger import ledger_file, open_run_ledger
 FIGURES = 12
 """The first rows of the disclosure, figures of the mechanism, which must all be on the card."""
 
-
-@dataclass(frozen=True)
-class Check:
-    """One claim: its name, whether it holds, the finding, and the exit code if it fails."""
-
-    name: str
-    passed: bool
-    found: str
-    code: int = 0
+FIX = "do not rely on this run"
 
 
 def verify(rundir: RunDir) -> dict[str, Any]:
@@ -48,25 +39,23 @@ def verify(rundir: RunDir) -> dict[str, Any]:
     Raises:
         InputError: no private stage of the run is finished, so it claims nothing.
     """
-    if not any("epsilon" in (row["result"] or {}) for row in rundir.status()):
+    results = [(row["stage"], row["result"]) for row in rundir.status() if "epsilon" in (row["result"] or {})]
+    if not results:
         raise InputError(
             f"{rundir.path} has no finished private stage, so there is no claim to check",
             fix=f"run: dprandp probe --run {shlex.quote(str(rundir.path))}",
         )
     checks = [
-        _attempt("ledger", lambda: _chain(rundir)),
-        _attempt("run and ledger", lambda: _run_and_ledger(rundir)),
-        _attempt("plans", lambda: _plans(rundir)),
-        *_epsilons(rundir),
-        _attempt("model", lambda: _model(rundir)),
+        *attempt("ledger", lambda: _chain(rundir)),
+        *attempt("run and ledger", lambda: _run_and_ledger(rundir)),
+        *attempt("plans", lambda: _plans(rundir)),
     ]
-    failed = [check for check in checks if not check.passed]
-    return {
-        "run": str(rundir.path),
-        "passed": not failed,
-        "exit_code": failed[0].code if failed else 0,
-        "checks": [asdict(check) for check in checks],
-    }
+    for stage, result in results:
+        checks += attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result))
+    checks += attempt("model", lambda: _model(rundir))
+    rows = [{"name": each.name, "passed": each.state == OK, "found": each.found, "code": each.code} for each in checks]
+    code = exit_code(checks)
+    return {"run": str(rundir.path), "passed": code == 0, "exit_code": code, "checks": rows}
 
 
 def verify_lines(result: dict[str, Any]) -> str:
@@ -90,13 +79,6 @@ def _events(charges: list[dict[str, Any]]) -> list[GaussianEvent]:
     return [GaussianEvent(each["noise_multiplier"], each["sample_rate"], each["steps"]) for each in charges]
 
 
-def _attempt(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, check())
-    except DprandpError as error:
-        return Check(name, False, str(error).split("\n")[0], error.exit_code)
-
-
 def _lines(rundir: RunDir) -> list[dict[str, Any]]:
     """The ledger's lines. Raises CheckpointError where their hashes do not form a chain."""
     path = ledger_file(rundir)
@@ -107,12 +89,12 @@ def _lines(rundir: RunDir) -> list[dict[str, Any]]:
             body = {key: value for key, value in line.items() if key != "hash"}
             digest = hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
             if line["hash"] != digest or line["previous"] != previous:
-                raise CheckpointError(f"line {number} of {path} breaks the chain", fix="do not rely on this run")
+                raise CheckpointError(f"line {number} of {path} breaks the chain", fix=FIX)
             previous = digest
             if line["kind"] == "charge":
                 _ = [line[key] + 0 for key in ("attempt", "steps", "noise_multiplier", "sample_rate", "clip_norm")]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a ledger", fix="do not rely on this run") from error
+        raise CheckpointError(f"{path} cannot be read as a ledger", fix=FIX) from error
     return lines
 
 
@@ -139,17 +121,12 @@ def _plans(rundir: RunDir) -> str:
         keys = ("noise_multiplier", "sample_rate", "clip_norm", "noise")
         other = [line for line in charged if any(line[key] != plan[key] for key in keys)]
         if other or sum(line["steps"] for line in charged) > plan["steps"]:
-            raise CheckpointError(f"the charges of {name} differ from its plan", fix="do not rely on this run")
+            raise CheckpointError(f"the charges of {name} differ from its plan", fix=FIX)
     return f"the charges agree with the plans ({', '.join(entries) or 'none'})"
 
 
-def _epsilons(rundir: RunDir) -> list[Check]:
-    """A claim for each private result: its ε is not below that of the lines that it was computed from."""
-    results = [(row["stage"], row["result"]) for row in rundir.status() if "epsilon" in (row["result"] or {})]
-    return [_attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result)) for stage, result in results]
-
-
 def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
+    """A result's ε is not below that of the lines that it was computed from."""
     charges = []
     for line in _lines(rundir):
         if line["kind"] == "charge":
@@ -159,7 +136,7 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
         if line["hash"] == result.get("ledger_head"):
             break
     else:
-        raise CheckpointError("the result names no line of the ledger", fix="do not rely on this run")
+        raise CheckpointError("the result names no line of the ledger", fix=FIX)
     opinions = independent_opinions(charges, result["delta"])
     said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; {'; '.join(map(str, opinions))}"
     # without a lower bound of the other library, the one that reported is used
@@ -168,7 +145,7 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
         lower = compose(_events(charges), result["delta"], lambda sentence: None).lower
         said += f"; by the same library again, from the ledger: ε ≥ {lower:.4g}"
     if not result["epsilon"] >= lower * (1 - 1e-6):
-        raise AuditError(f"reported {said}", fix="do not rely on this run")
+        raise AuditError(f"reported {said}", fix=FIX)
     return said
 
 
@@ -178,5 +155,5 @@ def _model(rundir: RunDir) -> str:
     result = {**model.result, "epsilon": float(model.result["epsilon"])}
     missing = [row for row in card_rows(disclosure(result)[:FIGURES]) if row not in card]
     if missing:
-        raise CheckpointError(f"the card lacks: {missing[0]}", fix="do not rely on this run")
+        raise CheckpointError(f"the card lacks: {missing[0]}", fix=FIX)
     return f"hashes as described; {FIGURES} figures of the card agree with the result"

@@ -13,215 +13,15 @@ from typing import Any
 
 from scipy.special import ndtr, ndtri
 
-from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS
 from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
 from dprandp.privacy.guarantees import group_privacy
-from dprandp.runs.results import ONE_IMAGE
-
-# ------------------------------------------------------------------------------------------------------------- wording
-#
-# Words that depend on what one record is (an image, or all images of a patient, say), on the kind of noise, and on
-# whether the extractor was learned in the run or shipped.
+from dprandp.runs.results import ONE_IMAGE, refuse_gaps
 
 Facts = Mapping[str, Any]
 
 GROUP_SIZES = (2, 5, 10)
-"""Of which the disclosure of an image-level guarantee says what is left of it."""
-
-DISCRETE_LIMIT = (
-    "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
-    f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. Only "
-    "the summands are rounded. A head's sums are made in float64, with errors below the slack of the clip. Features "
-    "and gradients of a whole network are float32; where they are computed in batches, their last bits may depend "
-    "on other images of the batch."
-)
-DISCRETE_TAILS = (
-    "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
-    f"noise takes a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: somebody who can time the training "
-    "may learn from that."
-)
-
-
-def several_images(result: Facts) -> bool:
-    """Whether a unit of privacy may have several images."""
-    return result["unit"] != ONE_IMAGE
-
-
-def noun(result: Facts) -> str:
-    """The noun for one record: ``image``, or the name of the column, such as ``patient``."""
-    return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
-
-
-def units_and_images(result: Facts) -> str:
-    """N in words."""
-    if not several_images(result):
-        return f"{result['train_examples']}, treated as public{_declared(result)}"
-    return (
-        f"N = {result['train_units']} units, with {result['train_examples']} images in all; "
-        "both numbers are treated as public"
-    )
-
-
-def _declared(result: Facts) -> str:
-    """The training images that were declared public."""
-    if "public_part" not in result:
-        return ""
-    return (
-        f"; a random part of the training images ({result['public_part']}) was declared public by the user: it "
-        "is not among them, and not protected"
-    )
-
-
-def clipped_gradient(result: Facts) -> str:
-    """Whose gradient is clipped."""
-    if not several_images(result):
-        return "each example's gradient"
-    return f"each {noun(result)}'s gradient, the mean over all its images,"
-
-
-def clip_in_words(result: Facts) -> str:
-    """The clipping of the gradient."""
-    if result.get("clipping", "norm") == "automatic":
-        return "is scaled to just below L2 norm C, for every length (automatic clipping, Bu et al. 2023)"
-    if result.get("clipping", "norm") == "rescaled":
-        return "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)"
-    return "is clipped to L2 norm C"
-
-
-def update_in_words(result: Facts) -> str:
-    """The post-processing of a noisy sum, which costs no privacy."""
-    done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
-    recipe = f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else ""
-    return f"{done}{recipe}"
-
-
-def public_weights(result: Facts) -> str | None:
-    """The source of a network's initial weights, if a file; that they are public was declared, not checked."""
-    if not result.get("init_sha256"):
-        return None
-    return (
-        f"weights from a file (sha256 {result['init_sha256']}), declared public by the user, in these words: "
-        f"“{result['init_source']}”. This program cannot check that: if the file was made from the private images, "
-        "or from anything else that must stay hidden, ε does not cover it"
-    )
-
-
-def noise_in_words(result: Facts) -> str:
-    """The noise of a step's sum."""
-    if result["noise"] == "discrete":
-        return (
-            "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
-            "σC per coordinate"
-        )
-    return "the sum gets noise N(0, (σC)²) per coordinate"
-
-
-def limits(result: Facts, general: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The general limits, adapted to the kind of noise and the unit; the labels stay the same."""
-    texts = dict(general)
-    if result["noise"] == "discrete":
-        texts["Limit: floating-point noise (severity low)"] = DISCRETE_LIMIT
-        texts["Limit: tails and timing"] = DISCRETE_TAILS
-    if several_images(result):
-        one = noun(result)
-        texts["Limit: N is treated as public"] = (
-            f"The number of units ({one}) sets the sampling rate, the divisor and δ; it is printed here, as is the "
-            "number of images. If they are secret, this guarantee does not cover them."
-        )
-        texts["Limit: other copies"] = (
-            f"ε counts what this run directory released. Other runs on the same images add to it. All images of one "
-            f"{one} are protected together if the column gives them the same value; images of one person under "
-            "two values, or duplicates in two units, are not."
-        )
-    return list(texts.items())
-
-
-def groups(result: Facts) -> str:
-    """The guarantee for several records together."""
-    epsilon, delta = result["epsilon"], result["delta"]
-    one = noun(result)
-    if math.isinf(epsilon) or not result["private"]:
-        return f"no guarantee, as for one {one}"
-    exact = result["accountant"].startswith("exact Gaussian DP") and result["noise"] == "gaussian"
-    parts = []
-    for size in GROUP_SIZES:
-        if exact:
-            bound = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta)
-            parts.append(f"{size}: ε = {_up(bound)}")
-        else:
-            bound, group_delta = group_privacy(epsilon, delta, size)
-            parts.append(f"{size}: ε = {_up(bound)} with δ = {min(1.0, group_delta):.2g}")
-    how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
-    return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."
-
-
-def _up(epsilon: float) -> str:
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
-
-
-def public_steps(training: Facts) -> str:
-    """The public training of ``continue``, from ``public_training`` of its result."""
-    mixed = {
-        "cosine": "; a public gradient was mixed into every private step, with a weight that rose from 0 towards 1",
-        "ratio": "; a public gradient was mixed into every private step, by the ratio of the numbers of examples",
-    }.get(training["mix"], "")
-    began = "" if training["mix"] == "public" else f"; private steps began {training['switch']}"
-    if training["mix"] in ("cosine", "ratio", "private"):
-        began = f"; {training['switch']}"
-    return f"{training['steps']} steps on public images only ({training['images']}){began}{mixed}"
-
-
-def continued(result: Facts) -> str:
-    """The training of an extractor by ``continue``, from the result of that stage."""
-    private = "without private images"
-    if "epsilon" in result:
-        private = f"then {result['charged_steps']} private steps on {result['title']}, counted in ε"
-    return f"continued: {public_steps(result['public_training'])}; {private}"
-
-
-def shipped_prior(pretrain: Facts, generate: Facts) -> str:
-    """The shipped prior that a run used instead of learning an extractor, with its hash."""
-    process = f" of the random process {generate['process']}" if generate else ""
-    return (
-        f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
-        f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
-    )
-
-
-def public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
-    """All inputs of a stage except the private images."""
-    declared = (
-        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
-        f"configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
-    )
-    if weights := public_weights(result):
-        return f"{weights[0].upper()}{weights[1:]}; {declared}"
-    if result.get("source") == "scratch" or not pretrain:
-        return f"A randomly initialised network; {declared}"
-    if "public_training" in result:
-        declared = f"{public_steps(result['public_training'])}; {declared}"
-    if pretrain.get("continued"):
-        declared = f"{continued(pretrain['continued'])}; {declared}"
-    images = "synthetic images"
-    if generate:
-        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
-    if pretrain.get("prior"):
-        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
-    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
-    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
-
-
-Facts = Mapping[str, Any]
-
-NEEDED = (
-    "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy",
-    "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
-    "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
-    "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
-    "also_charged", "ledger_head", "noise", "precision",
-)  # fmt: skip
-"""Keys that the result of a private stage must have for a complete disclosure."""
+"""Of which the disclosure says what is left of the guarantee."""
 
 RELEASED = {
     "average": "the mean of the second half of the iterates",
@@ -236,52 +36,58 @@ DEFAULTS_CHOSEN_ON = (
     "that ε does not count, unless all were tried in this run directory."
 )
 
-LIMITS = (
-    (
-        "Limit: floating-point noise (severity low)",
+LIMITS = {
+    "Limit: floating-point noise (severity low)": (
         "Gaussian noise in floating point has gaps that can reveal the value it hides (Mironov 2012). It is computed "
         "and added in float64 and rounded to float32, which hides the 29 lowest bits: a mitigation, not a proof. The "
-        "severity is low because a trained model is published, not single noisy sums.",
+        "severity is low because a trained model is published, not single noisy sums."
     ),
-    (
-        "Limit: tails and timing",
+    "Limit: tails and timing": (
         "Noise values never exceed 8.6 standard deviations; the omitted tail has probability 1e-17 per coordinate and "
-        "step, which δ does not include. Nothing runs in constant time: somebody who can time the training may learn "
-        "from "
-        "that.",
+        "step, which δ does not include. Nothing runs in constant time: somebody who can time the training may "
+        "learn from that."
     ),
-    (
-        "Limit: N is treated as public",
+    "Limit: N is treated as public": (
         "The number of training images sets the sampling rate, the divisor and δ, and is printed here. If the size "
-        "of the data set is secret, this guarantee does not cover it.",
+        "of the data set is secret, this guarantee does not cover it."
     ),
-    (
-        "Limit: test split",
+    "Limit: test split": (
         "Each private stage (continue, probe, fine-tune) evaluates the model that it releases on the test split once, "
         "at its end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
-        "the training images, not the test images.",
+        "the training images, not the test images."
     ),
-    (
-        "Limit: other copies",
+    "Limit: other copies": (
         "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
-        "person, or duplicates, are protected singly and not as a group.",
+        "person, or duplicates, are protected singly and not as a group."
     ),
-)
+}
 
+DISCRETE_LIMITS = {
+    "Limit: floating-point noise (severity low)": (
+        "None in the noise: sums and noise are whole multiples of a public granularity, a power of two with 2^"
+        f"{LATTICE_BITS} to 2^{LATTICE_BITS + 1} steps to the noise's standard deviation, added as whole numbers. Only "
+        "the summands are rounded. A head's sums are made in float64, with errors below the slack of the clip. "
+        "Features and gradients of a whole network are float32; where they are computed in batches, their last bits "
+        "may depend on other images of the batch."
+    ),
+    "Limit: tails and timing": (
+        "Discrete noise is drawn to within 2^-110 of its exact distribution per coordinate; its distance from Gaussian "
+        f"noise takes a part of {DELTA_SHARE:g} of δ. Nothing runs in constant time: somebody who can time the "
+        "training may learn from that."
+    ),
+}
 
-def check(result: Facts) -> None:
-    """Refuse a result that lacks facts of the disclosure.
-
-    Raises:
-        CheckpointError: a key is missing; the message names it.
-    """
-    needed = [*NEEDED, "train_units"] if result.get("unit", ONE_IMAGE) != ONE_IMAGE else NEEDED
-    missing = [key for key in needed if key not in result]
-    if missing:
-        raise CheckpointError(
-            f"the recorded result of stage {result.get('stage', 'unknown')!r} lacks {', '.join(missing)}",
-            fix="run the stage again with --overwrite; the privacy budget already spent stays spent",
-        )
+UNIT_LIMITS = {
+    "Limit: N is treated as public": (
+        "The number of units ({one}) sets the sampling rate, the divisor and δ; it is printed here, as is the "
+        "number of images. If they are secret, this guarantee does not cover them."
+    ),
+    "Limit: other copies": (
+        "ε counts what this run directory released. Other runs on the same images add to it. All images of one "
+        "{one} are protected together if the column gives them the same value; images of one person under "
+        "two values, or duplicates in two units, are not."
+    ),
+}
 
 
 def disclosure(
@@ -294,7 +100,7 @@ def disclosure(
     """Everything a reader needs to judge the guarantee of one private stage.
 
     Args:
-        result: the stage's result, with the keys ``NEEDED``.
+        result: the stage's result.
         pretrain, generate: results of the public stages, None or empty where there are none.
         changed: settings other than the defaults, as ``"steps = 300 (default 120)"``; None if not known.
 
@@ -304,25 +110,31 @@ def disclosure(
     Raises:
         CheckpointError: the result lacks a key.
     """
-    check(result)
-    rows = [
-        ("Mechanism", _mechanism(result)),
+    refuse_gaps(result.get("stage", "probe"), result)
+    record = noun(result) if several_images(result) else "example"
+    limits = dict(LIMITS)
+    if result["noise"] == "discrete":
+        limits |= DISCRETE_LIMITS
+    if several_images(result):
+        limits |= {label: text.format(one=noun(result)) for label, text in UNIT_LIMITS.items()}
+    return [
+        ("Mechanism", _mechanism(result, record)),
         ("ε (privacy loss)", _epsilon(result)),
         ("Also counted in ε", _also_charged(result)),
         ("δ", _delta(result)),
-        ("Adjacency", f"{result['adjacency']} (how neighbouring data sets differ){_slot(result)}"),
+        ("Adjacency", _adjacency(result, record)),
         ("Unit of privacy", f"{result['unit']}"),
-        ("Several records together", groups(result)),
-        ("N (training examples)", units_and_images(result)),
+        ("Several records together", _groups(result)),
+        ("N (training examples)", _size(result)),
         (
             "q (sampling rate)",
             f"{number(result['sample_rate'])} per step, expected batch qN = {number(result['expected_batch'])}",
         ),
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
-        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {_record(result)}'s gradient)"),
+        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {record}'s gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
-        ("Update", update_in_words(result)),
+        ("Update", _update(result)),
         ("Trained weights", result.get("trained_weights", "the head only" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
@@ -330,10 +142,12 @@ def disclosure(
         ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuning, and its data", _tuned(result, changed)),
-        ("Public inputs", public_inputs(result, pretrain or {}, generate or {})),
-        *limits(result, LIMITS),
+        ("Public inputs", _public_inputs(result, pretrain or {}, generate or {})),
+        *limits.items(),
     ]
-    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- what ε means
 
 
 def why_not_private(result: Facts) -> str | None:
@@ -354,12 +168,7 @@ def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.
     """Best true-positive rate of a membership test at a false-positive rate, for the equivalent Gaussian mechanism.
 
     Φ(Φ⁻¹(FPR) + μ), Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation (6). Exact for full-batch Gaussian
-    steps; for sampled ones the equivalent Gaussian approximates the true trade-off curve.
-
-    Args:
-        epsilon: ε ≥ 0; infinite gives 1.
-        delta: δ in (0, 1).
-        false_positive_rate: in (0, 1).
+    steps; for sampled ones the equivalent Gaussian approximates the true trade-off curve. 1 for an infinite ε.
     """
     if math.isinf(epsilon):
         return 1.0
@@ -378,18 +187,21 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     reason = why_not_private(result)
     if reason is not None:
         return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
-    epsilon = result["epsilon"] if epsilon is None else epsilon
-    rate = detection_rate(epsilon, result["delta"])
-    exact = (result["sample_rate"] == 1 if exact is None else exact) and not tuning_was_charged(result)
-    bound = "at most" if exact else "at most about"
+    rate = detection_rate(result["epsilon"] if epsilon is None else epsilon, result["delta"])
+    exact = result["sample_rate"] == 1 if exact is None else exact
+    if result.get("tuned") and result["tuned"]["charged_epsilon"] > 0:
+        exact = False  # ε includes private tuning, which is no Gaussian mechanism
     known, hidden = "every training image but one", "that image"
     if several_images(result):
         known, hidden = f"every training image but those of one {noun(result)}", f"that {noun(result)}"
     return (
         f"Suppose an attacker knows {known}, sees all that this run released, and accepts "
-        f"1\u00a0% false alarms: the presence of {hidden} is then detected {bound} {percent(rate, up=True)} of the "
-        f"time, where guessing gives 1\u00a0%."
+        f"1\u00a0% false alarms: the presence of {hidden} is then detected {'at most' if exact else 'at most about'} "
+        f"{percent(rate, up=True)} of the time, where guessing gives 1\u00a0%."
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def epsilon_text(epsilon: float) -> str:
@@ -416,17 +228,99 @@ def percent(value: float, up: bool = False) -> str:
     return f"{tenths / 10:g}\u00a0%"
 
 
-def _mechanism(result: Facts) -> str:
+# ------------------------------------------------------------------------------------- wording shared with the card
+
+
+def several_images(result: Facts) -> bool:
+    """Whether a unit of privacy may have several images."""
+    return result["unit"] != ONE_IMAGE
+
+
+def noun(result: Facts) -> str:
+    """The noun for one record: ``image``, or the name of the column, such as ``patient``."""
+    return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
+
+
+def public_weights(result: Facts) -> str | None:
+    """The source of a network's initial weights, if a file; that they are public was declared, not checked."""
+    if not result.get("init_sha256"):
+        return None
+    return (
+        f"weights from a file (sha256 {result['init_sha256']}), declared public by the user, in these words: "
+        f"“{result['init_source']}”. This program cannot check that: if the file was made from the private images, "
+        "or from anything else that must stay hidden, ε does not cover it"
+    )
+
+
+def public_steps(training: Facts) -> str:
+    """The public training of ``continue``, from ``public_training`` of its result."""
+    weight = {"cosine": "with a weight that rose from 0 towards 1", "ratio": "by the ratio of the numbers of examples"}
+    mix, switch = training["mix"], training["switch"]
+    said = f"{training['steps']} steps on public images only ({training['images']})"
+    if mix in ("cosine", "ratio", "private"):
+        said += f"; {switch}"
+    elif mix != "public":
+        said += f"; private steps began {switch}"
+    return said + (f"; a public gradient was mixed into every private step, {weight[mix]}" if mix in weight else "")
+
+
+def shipped_prior(pretrain: Facts, generate: Facts) -> str:
+    """The shipped prior that a run used instead of learning an extractor, with its hash."""
+    process = f" of the random process {generate['process']}" if generate else ""
+    return (
+        f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
+        f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
+    )
+
+
+# ------------------------------------------------------------------------------------- rows of the list
+
+
+def _mechanism(result: Facts, record: str) -> str:
     if result["noise_multiplier"] == 0:
         return "None: clipped gradient sums without noise. This is not a private mechanism."
-    full = result["sample_rate"] == 1
-    name = "Gaussian mechanism on full batches" if full else "Poisson-subsampled Gaussian mechanism"
-    one = _record(result)
-    batch = f"all {one}s take part in every step" if full else f"each {one} joins a step's batch independently with q"
+    batch = f"Poisson-subsampled Gaussian mechanism (DP-SGD): each {record} joins a step's batch independently with q"
+    if result["sample_rate"] == 1:
+        batch = f"Gaussian mechanism on full batches (DP-SGD): all {record}s take part in every step"
+    gradient = "each example's gradient"
+    if several_images(result):
+        gradient = f"each {record}'s gradient, the mean over all its images,"
+    clip = {
+        "automatic": "is scaled to just below L2 norm C, for every length (automatic clipping, Bu et al. 2023)",
+        "rescaled": "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)",
+    }.get(result.get("clipping", "norm"), "is clipped to L2 norm C")
+    noise = "the sum gets noise N(0, (σC)²) per coordinate"
+    if result["noise"] == "discrete":
+        noise = (
+            "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
+            "σC per coordinate"
+        )
     return (
-        f"{name} (DP-SGD): {batch}; {clipped_gradient(result)} {clip_in_words(result)}; {noise_in_words(result)}, "
-        f"once per step, and is divided by the public qN, not by the size of the drawn batch."
+        f"{batch}; {gradient} {clip}; {noise}, "
+        "once per step, and is divided by the public qN, not by the size of the drawn batch."
     )
+
+
+def _epsilon(result: Facts) -> str:
+    if math.isinf(result["epsilon"]):
+        return "∞: NOT PRIVATE, no noise was added"
+    void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
+    return (
+        f"{epsilon_text(result['epsilon'])}, upper bound for everything that this run released up to the end of this "
+        f"stage. Target of the stage {number(result['epsilon_target'])}, of the run "
+        f"{number(result['epsilon_total'])}.{void}"
+    )
+
+
+def _also_charged(result: Facts) -> str:
+    """The ledger's other charges: stages before this one, and abandoned attempts."""
+    parts = [
+        f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
+        f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
+        f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
+        for charged in result["also_charged"]
+    ]
+    return "; ".join(parts) or "nothing: the run's ledger holds only this stage, and what is named below"
 
 
 def _delta(result: Facts) -> str:
@@ -441,30 +335,61 @@ def _delta(result: Facts) -> str:
     )
 
 
-def _slot(result: Facts) -> str:
-    """The meaning of zero-out, for readers who know add/remove."""
+def _adjacency(result: Facts, record: str) -> str:
+    said = f"{result['adjacency']} (how neighbouring data sets differ)"
     if not str(result["adjacency"]).startswith("zero-out"):
-        return ""
+        return said
     return (
-        f": the slot of one {_record(result)} is left empty, so that it contributes nothing to any sum; N, q, the "
+        f"{said}: the slot of one {record} is left empty, so that it contributes nothing to any sum; N, q, the "
         "divisor and all other positions stay the same. The accountant's theorems for adding or removing a record "
         "bound the same sums, with the record and without it"
     )
 
 
-def _record(result: Facts) -> str:
-    return noun(result) if several_images(result) else "example"
+def _groups(result: Facts) -> str:
+    """The guarantee for several records together."""
+    epsilon, delta = result["epsilon"], result["delta"]
+    if math.isinf(epsilon) or not result["private"]:
+        return f"no guarantee, as for one {noun(result)}"
+    exact = result["accountant"].startswith("exact Gaussian DP") and result["noise"] == "gaussian"
+    parts = []
+    for size in GROUP_SIZES:
+        if exact:
+            bound, at = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta), ""
+        else:
+            bound, group_delta = group_privacy(epsilon, delta, size)
+            at = f" with δ = {min(1.0, group_delta):.2g}"
+        parts.append(f"{size}: ε = {math.ceil(bound * 100 - 1e-9) / 100:g}{at}")
+    how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
+    return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."
 
 
-def _epsilon(result: Facts) -> str:
-    if math.isinf(result["epsilon"]):
-        return "∞: NOT PRIVATE, no noise was added"
-    void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
+def _size(result: Facts) -> str:
+    if several_images(result):
+        return (
+            f"N = {result['train_units']} units, with {result['train_examples']} images in all; "
+            "both numbers are treated as public"
+        )
+    said = f"{result['train_examples']}, treated as public"
+    if "public_part" not in result:
+        return said
     return (
-        f"{epsilon_text(result['epsilon'])}, upper bound for everything that this run released up to the end of this "
-        f"stage. Target of the stage {number(result['epsilon_target'])}, of the run "
-        f"{number(result['epsilon_total'])}.{void}"
+        f"{said}; a random part of the training images ({result['public_part']}) was declared public by the user: it "
+        "is not among them, and not protected"
     )
+
+
+def _steps(result: Facts) -> str:
+    text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
+    if result["lost_steps"]:
+        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, but not part of the model"
+    return text
+
+
+def _update(result: Facts) -> str:
+    """The post-processing of a noisy sum, which costs no privacy."""
+    done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
+    return done + (f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else "")
 
 
 def _refit(refit: Facts | None) -> str:
@@ -476,13 +401,6 @@ def _refit(refit: Facts | None) -> str:
         f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
         f"C = {number(refit['clip_norm'])}, K = 1"
     )
-
-
-def _steps(result: Facts) -> str:
-    text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
-    if result["lost_steps"]:
-        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, but not part of the model"
-    return text
 
 
 def _random(result: Facts) -> str:
@@ -514,26 +432,36 @@ def _tuned_here(tuned: Facts | None) -> str:
             f"({tuned['trials']} expected), {cost}"
         )
     else:
-        what = "synthetic images of this run" if tuned["on"] == "synthetic" else (
-            f"the training split of {tuned['on']}, declared public by the user"
-        )
+        what = f"the training split of {tuned['on']}, declared public by the user"
+        if tuned["on"] == "synthetic":
+            what = "synthetic images of this run"
         said = f"{names} of the probe, on {what}: {tuned['trials']} settings tried under simulated noise, no cost in ε"
         if tuned["charged_epsilon"] > 0:
             said += f"; before that on the private data, {cost}"
     return said if tuned["used"] else said + "; the stage ran with other settings"
 
 
-def tuning_was_charged(result: Facts) -> bool:
-    """Whether ε includes the cost of tuning on the private data."""
-    return bool(result.get("tuned")) and result["tuned"]["charged_epsilon"] > 0
-
-
-def _also_charged(result: Facts) -> str:
-    """The ledger's other charges: stages before this one, and abandoned attempts."""
-    parts = [
-        f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
-        f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
-        f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
-        for charged in result["also_charged"]
-    ]
-    return "; ".join(parts) or "nothing: the run's ledger holds only this stage, and what is named below"
+def _public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
+    """All inputs of a stage except the private images."""
+    declared = (
+        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
+        "configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
+    )
+    if weights := public_weights(result):
+        return f"{weights[0].upper()}{weights[1:]}; {declared}"
+    if result.get("source") == "scratch" or not pretrain:
+        return f"A randomly initialised network; {declared}"
+    if "public_training" in result:
+        declared = f"{public_steps(result['public_training'])}; {declared}"
+    if continued := pretrain.get("continued"):
+        private = "without private images"
+        if "epsilon" in continued:
+            private = f"then {continued['charged_steps']} private steps on {continued['title']}, counted in ε"
+        declared = f"continued: {public_steps(continued['public_training'])}; {private}; {declared}"
+    images = "synthetic images"
+    if generate:
+        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
+    if pretrain.get("prior"):
+        return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
+    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
+    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"

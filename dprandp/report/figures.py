@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from dprandp.errors import CheckpointError
-from dprandp.report.markup import Markup, raw, tag
 
 POINTS = 600
 """Most points of a curve; a longer one is thinned out."""
@@ -29,12 +29,10 @@ _INK, _LINE, _ACCENT = _COLOURS
 
 
 def curve(name: str, steps: Sequence[float], values: Sequence[float | None], title: str, label: str) -> Markup:
-    """A line over steps.
+    """A line over steps; None and NaN are gaps.
 
     Args:
         name: unique in the page; prefix of the drawing's ids.
-        steps: x values.
-        values: y values of the same number; None and NaN are gaps.
         title: of the drawing, for screen readers.
         label: of the y axis.
     """
@@ -89,8 +87,8 @@ def preview_image(path: Path, alternative: str) -> Markup:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
-    source = f"data:image/jpeg;base64,{data}"
-    return tag("img", src=source, alt=alternative, width=picture.width, height=picture.height)
+    image = Markup('<img src="data:image/jpeg;base64,{}" alt="{}" width="{}" height="{}">')
+    return image.format(data, alternative, picture.width, picture.height)
 
 
 def _figure(width: float, height: float):
@@ -113,19 +111,13 @@ def _svg(figure, name: str, title: str) -> Markup:
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
     # the salt makes the ids reproducible
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings):
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
-    view = re.search(r'viewBox="[^"]*"', drawing).group()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["DejaVu Sans"]}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    drawing = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", buffer.getvalue())
+    drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", drawing)
     for placeholder, variable in _COLOURS.items():
         drawing = drawing.replace(placeholder, variable)
-    drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", drawing)
     # a new opening tag: without the namespaces, which HTML does not need, and without a fixed size
-    inner = drawing[drawing.index(">") + 1 :].rstrip().removesuffix("</svg>")
-    opening = f'<svg {view} role="img" aria-labelledby="{name}-title">'
-    return raw(opening + tag("title", title, id_=f"{name}-title") + inner + "</svg>")
+    view, inner = re.search(r'<svg [^>]*(viewBox="[^"]*")[^>]*>(.*)</svg>', drawing, re.DOTALL).groups()
+    opening = Markup('<svg {} role="img" aria-labelledby="{}-title"><title id="{}-title">{}</title>')
+    return opening.format(Markup(view), name, name, title) + Markup(inner) + Markup("</svg>")

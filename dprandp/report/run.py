@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from dprandp import __version__
 from dprandp.config import schema
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
-from dprandp.report.disclosure import check
 from dprandp.runs.directory import RunDir
 from dprandp.runs.files import from_json, storage_errors
 from dprandp.runs.ledger import open_run_ledger
@@ -34,6 +32,7 @@ class Spending:
         total: the run's budget; None if nothing was planned.
         insecure: some charge was made without noise or with noise from a seed.
         unfinished: charges exist that no finished stage reports.
+        opinions: ε by other libraries.
     """
 
     epsilon: float
@@ -41,7 +40,7 @@ class Spending:
     total: float | None
     insecure: bool
     unfinished: bool
-    opinions: tuple[str, ...] = ()
+    opinions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,13 @@ class Run:
     preview: Path | None
     spending: Spending
     environment: dict[str, Any]
-    audit: dict[str, Any] | None = None
-    audit_is_old: bool = False
+    audit: dict[str, Any] | None
+    audit_is_old: bool
 
     @property
     def private_stages(self) -> list[str]:
         """Finished stages that were charged for private images, in order."""
-        return charged_stages(self.results)
+        return _charged_stages(self.results)
 
     @property
     def final(self) -> dict[str, Any] | None:
@@ -101,6 +100,7 @@ def read_run(rundir: RunDir) -> Run:
         InputError: nothing is finished yet.
         CheckpointError: a file of the run is corrupt or incomplete.
         StorageError: a file cannot be read.
+        AuditError: two accountants contradict each other.
     """
     rows = rundir.status()
     results = {row["stage"]: row["result"] for row in rows if row["result"]}
@@ -111,25 +111,23 @@ def read_run(rundir: RunDir) -> Run:
         )
     for stage, result in results.items():
         refuse_gaps(stage, result)
-        if stage in charged_stages(results):
-            check(result)
     preview = rundir.stage_dir("generate") / "preview.png"
-    audit, audit_is_old = _read_audit(rundir)
+    plan = _read_object(rundir.path / "privacy" / "plan.json")
+    audit, audit_is_old = _read_audit(rundir.path / "audit" / "audit.json", plan)
     return Run(
         name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
         rows=rows,
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
         preview=preview if preview.is_file() and "generate" in results else None,
-        spending=_spending(rundir, results),
+        spending=_spending(rundir, [results[stage] for stage in _charged_stages(results)], plan),
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
         audit=audit,
         audit_is_old=audit_is_old,
     )
 
 
-def charged_stages(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Stages with results that were charged for private images; ``continue`` may have read public ones alone."""
+def _charged_stages(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
 
 
@@ -141,39 +139,28 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
     except DprandpError:  # unknown size: all settings are listed
         default = {}
     return [
-        f"{key} = {_shown(key, value)} (default {default.get(key, 'automatic')})"
+        # of a file, its folder is not shown
+        f"{key} = {os.path.basename(value) if key == 'init' else value} (default {default.get(key, 'automatic')})"
         for key, value in recorded.items()
         if key not in ("size", "tuned_on") and value != default.get(key)
     ]
 
 
-def _shown(key: str, value: Any) -> Any:
-    """A value, without the folder of a file."""
-    return os.path.basename(value) if key == "init" else value
-
-
-def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
-    """The largest ε that a finished stage reports, or that of the whole ledger where that is more.
-
-    Raises:
-        AuditError: two accountants contradict each other.
-    """
-    private = [results[stage] for stage in charged_stages(results)]
-    plan = _read_object(rundir.path / "privacy" / "plan.json")
+def _spending(rundir: RunDir, private: list[dict[str, Any]], plan: dict[str, Any]) -> Spending:
+    """The largest ε that a finished private stage reports, or that of the whole ledger where that is more."""
     delta = private[-1]["delta"] if private else plan.get("delta")
     total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
     epsilon = max((result["epsilon"] for result in private), default=0.0)
     ledger = open_run_ledger(rundir)  # refuses a result without its ledger
-    unfinished = False
-    opinions: tuple[str, ...] = ()
+    unfinished, opinions = False, ()
     if ledger is not None and ledger.events() and delta is not None:
         bound = ledger.spent(float(delta))
         # about what counts: of a sampled stage that was stopped its whole plan, not the steps that it made
         others = second_opinions([event for stage in ledger.stages() for event in stage], float(delta))
         refuse_contradiction(bound, others)
-        opinions, composed = tuple(map(str, others)), bound.upper
-        unfinished = composed > epsilon * (1 + 1e-6)
-        epsilon = max(epsilon, composed)
+        opinions = tuple(map(str, others))
+        unfinished = bound.upper > epsilon * (1 + 1e-6)
+        epsilon = max(epsilon, bound.upper)
     return Spending(
         epsilon=epsilon,
         delta=None if delta is None else float(delta),
@@ -184,9 +171,8 @@ def _spending(rundir: RunDir, results: dict[str, dict[str, Any]]) -> Spending:
     )
 
 
-def _read_audit(rundir: RunDir) -> tuple[dict[str, Any] | None, bool]:
+def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
     """The audit, and whether the run's plans have changed since."""
-    path = rundir.path / "audit" / "audit.json"
     audit = _read_object(path)
     if not audit:
         return None, False
@@ -199,16 +185,14 @@ def _read_audit(rundir: RunDir) -> tuple[dict[str, Any] | None, bool]:
             for found in audit["mechanisms"]
         ]  # fmt: skip
         complete = bool(shown) and audit["outcome"] and audit["data"] and audit["significance"] and "passed" in audit
+        problem = None
     except (KeyError, TypeError) as error:
-        raise _corrupt_audit(path) from error
+        complete, problem = False, error
     if not complete:
-        raise _corrupt_audit(path)
-    stages = _read_object(rundir.path / "privacy" / "plan.json").get("stages", {})
-    return audit, audited != {name: (entry["attempt"], entry["plan"]) for name, entry in stages.items()}
-
-
-def _corrupt_audit(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is corrupt: entries are missing", fix="run `dprandp audit` again, or remove it")
+        fix = "run `dprandp audit` again, or remove it"
+        raise CheckpointError(f"{path} is corrupt: entries are missing", fix=fix) from problem
+    planned = {name: (entry["attempt"], entry["plan"]) for name, entry in plan.get("stages", {}).items()}
+    return audit, audited != planned
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -217,47 +201,26 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     with storage_errors(path, "read"):
         content = path.read_bytes()
-    try:
-        value = from_json(content)
-    except ValueError as error:
-        raise _corrupt(path, "it is no valid JSON") from error
-    if not isinstance(value, dict):
-        raise _corrupt(path, "it is no JSON object")
-    return value
+    return _object(path, content, "it")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects, one a line; none if the file is missing.
-
-    A crash may tear the last line of metrics.jsonl, which is then left out.
-    """
+    """JSON objects, one a line; none if the file is missing. A last line that a crash has torn is left out."""
     if not path.exists():
         return []
     with storage_errors(path, "read"):
         lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    values = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = from_json(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise _corrupt(path, f"line {number} is no valid JSON") from error
-        if not isinstance(value, dict):
-            raise _corrupt(path, f"line {number} is no JSON object")
-        values.append(value)
-    return values
+    return [_object(path, line, f"line {number}") for number, line in enumerate(lines[:-1], 1) if line.strip()]
 
 
-def _corrupt(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is corrupt: {why}",
-        fix="continue the interrupted stage (--resume), which repairs a torn file; else restore the file from a copy",
-    )
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _object(path: Path, content: bytes | str, what: str) -> dict[str, Any]:
+    try:
+        value = from_json(content)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} is corrupt: {what} is no JSON object",
+            fix="continue the interrupted stage (--resume), which repairs a torn file; else restore it from a copy",
+        )
+    return value

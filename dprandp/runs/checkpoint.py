@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from dprandp.errors import CheckpointError
 from dprandp.runs import faults
 from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
-# ---------------------------------------------------------------------------------------------------------- tensorfile
-#
-# Tensors in one safetensors file: to bytes, from bytes, and the check against a configuration.
-#
-# A safetensors file is a JSON header and raw numbers; reading one runs no code. Used by ``checkpoint`` and for the
-# released model.
+FORMAT = 2
+KEY = "dprandp"
+"""Of the header's metadata."""
+POINTER = "LATEST"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_START_AGAIN = "resume from an older checkpoint with --resume, or restart this stage with --overwrite"
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -73,16 +72,10 @@ def tensors_from_bytes(data: bytes, path: Path | str) -> dict[str, torch.Tensor]
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], expect: Mapping[str, Sequence[int] | torch.Tensor], path: Path | str
 ) -> None:
-    """Refuse tensors that do not fit a configuration.
-
-    Args:
-        tensors: the content of ``path``.
-        expect: name -> required shape, or a tensor whose shape and dtype are required.
-        path: the file, for the message.
+    """Refuse the tensors of a file that do not fit a configuration: name -> shape, or a tensor of that shape and dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype. The message names file and
-            tensor.
+        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype; the message names it.
     """
     for name, wanted in expect.items():
         found = tensors.get(name)
@@ -105,23 +98,9 @@ def _refuse(path: Path | str, problem: str) -> NoReturn:
     )
 
 
-FORMAT = 2
-KEY = "dprandp"
-"""Of the header's metadata."""
-POINTER = "LATEST"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_START_AGAIN = "resume from an older checkpoint with --resume, or restart this stage with --overwrite"
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
-
-    Attributes:
-        tensors: name -> tensor, on the CPU.
-        meta: the JSON values given to ``save`` (tuples have become lists).
-        path: the ``.safetensors`` file it came from.
-    """
+    """A loaded checkpoint: tensors on the CPU, the JSON values given to ``save``, and the file."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
@@ -158,16 +137,11 @@ def save(
         name: letters, digits, ``.``, ``_``, ``-``; must sort by age, digits read as numbers: ``step-000100``.
         tensors: name -> tensor of any dtype, shape and device; not changed.
         meta: JSON values (infinities are stored as the strings "inf" and "-inf", NaN as null).
-        keep: number of checkpoints to leave, at least 1; the second is for a damaged newest one.
-
-    Returns:
-        The path of the ``.safetensors`` file.
+        keep: at least 1; the second is for a damaged newest one.
 
     Raises:
         StorageError: the disk refuses; LATEST still names a whole checkpoint, usually the previous one.
     """
-    if not _NAME.fullmatch(name) or name == POINTER or keep < 1:
-        raise ValueError(f"bad checkpoint name {name!r} or keep {keep}")
     directory = Path(directory)
     path = directory / f"{name}.safetensors"
     plain, kept = _plain(tensors), json.loads(to_json(dict(meta)))
@@ -183,11 +157,8 @@ def available(directory: Path | str) -> list[str]:
     """Names of the checkpoints in a folder, newest first, LATEST before all others, including damaged ones."""
     directory = Path(directory)
     found = [path.stem for path in directory.glob("*.safetensors") if _NAME.fullmatch(path.stem)]
-    names = sorted(found, key=_age, reverse=True)
-    newest = latest(directory)
-    if newest is None:
-        return names
-    return [newest, *(name for name in names if name != newest)]
+    names, newest = sorted(found, key=_age, reverse=True), latest(directory)
+    return names if newest is None else [newest, *(name for name in names if name != newest)]
 
 
 def latest(directory: Path | str) -> str | None:
@@ -200,80 +171,56 @@ def latest(directory: Path | str) -> str | None:
     return name if _NAME.fullmatch(name) else None
 
 
-def load(
-    directory: Path | str,
-    name: str | None = None,
-    expect: Mapping[str, Sequence[int] | torch.Tensor] | None = None,
-    *,
-    fallback: bool = False,
-    warn: Callable[[str], None] | None = None,
-) -> Checkpoint:
-    """Read a checkpoint, check its hash, and check it against what the caller needs.
+def load(directory: Path | str, name: str | None = None) -> Checkpoint:
+    """Read a checkpoint, and check its hash.
 
     Args:
         directory: the folder given to ``save``.
         name: of the checkpoint; None: the one that LATEST names.
-        expect: tensor name -> required shape, or a tensor whose shape and dtype are required. None: no check.
-        fallback: if the file is damaged, use the next older whole one, and call ``warn``.
-        warn: called with the warning; default ``logging``.
 
     Raises:
-        CheckpointError: none there; damaged (truncated, bits flipped, unreadable JSON); written by a newer version; or
-            a tensor missing, unexpected, or of another shape or dtype. The message names the file and the tensor.
+        CheckpointError: none there; damaged (truncated, bits flipped, unreadable JSON), or written by a newer version.
+            The message names the file.
     """
-    directory = Path(directory)
-    warn = warn or logging.getLogger(__name__).warning
+    name = name or latest(directory)
     if name is None:
-        name = latest(directory)
-        candidates = available(directory) if fallback else [name] if name else []
-    else:
-        candidates = [name, *(other for other in available(directory) if _age(other) < _age(name))]
-    if not candidates:
         raise CheckpointError(
             f"there is no checkpoint in {directory}: no {POINTER} that names one",
             fix="run the stage that writes it first",
         )
-    problems: list[str] = [] if name else [f"{directory / POINTER} is missing or names no checkpoint"]
-    for candidate in candidates:
+    return _load_whole(Path(directory) / f"{name}.safetensors")
+
+
+def resume(directory: Path | str, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Load the state of an interrupted stage: the newest whole checkpoint.
+
+    Args:
+        directory: the folder given to ``save``.
+        warn: called for each damaged file in place of which an older one is used.
+
+    Returns:
+        None if the stage was stopped before its first checkpoint was complete, so that it starts at step 0.
+
+    Raises:
+        CheckpointError: LATEST exists and no whole checkpoint does, or one was written by a newer version.
+    """
+    directory, problems = Path(directory), []
+    if latest(directory) is None:
+        problems.append(f"{directory / POINTER} is missing or names no checkpoint")
+    for name in available(directory):
         try:
-            checkpoint = _load_whole(directory / f"{candidate}.safetensors")
+            checkpoint = _load_whole(directory / f"{name}.safetensors")
         except DamagedCheckpointError as error:
-            if not fallback:
-                raise
             problems.append(error.problem)
             continue
         for problem in problems:
-            warn(f"{problem}; continuing with the checkpoint {candidate}")
-        if expect is not None:
-            check_tensors(checkpoint.tensors, expect, checkpoint.path)
+            warn(f"{problem}; continuing with the checkpoint {name}")
         return checkpoint
+    if not (directory / POINTER).exists():
+        return None  # killed while writing the very first one
     raise DamagedCheckpointError(
-        f"no whole checkpoint is left in {directory}: " + "; ".join(problems),
-        fix="restart this stage with --overwrite",
+        f"no whole checkpoint is left in {directory}: " + "; ".join(problems), fix="restart this stage with --overwrite"
     )
-
-
-def resume(
-    directory: Path | str,
-    expect: Mapping[str, Sequence[int] | torch.Tensor] | None = None,
-    *,
-    warn: Callable[[str], None] | None = None,
-) -> Checkpoint | None:
-    """Load the state of an interrupted stage: ``load`` with ``fallback``.
-
-    Returns:
-        The newest whole checkpoint, or None if the stage was stopped before its first checkpoint was complete, so that
-        it starts at step 0.
-
-    Raises:
-        CheckpointError: as ``load``; also when LATEST exists and no whole checkpoint does.
-    """
-    if not (Path(directory) / POINTER).exists():
-        try:
-            return load(directory, None, expect, fallback=True, warn=warn) if available(directory) else None
-        except DamagedCheckpointError:
-            return None  # killed while writing the very first one
-    return load(directory, None, expect, fallback=True, warn=warn)
 
 
 def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
@@ -300,14 +247,18 @@ def _load_whole(path: Path) -> Checkpoint:
         tensors = tensors_from_bytes(data, path)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(error.problem, fix=_START_AGAIN) from error
-    description = _description(data)
-    form = description.get("format")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        description = from_json(header["__metadata__"][KEY].encode())
+    except (KeyError, ValueError):
+        description = None
+    description = description if isinstance(description, dict) else {}
+    form, meta = description.get("format"), description.get("meta")
     if type(form) is int and form != FORMAT:
         raise CheckpointError(
             f"{path} has format {form}; this version reads {FORMAT}",
             fix="use the version of dprandp that wrote it, or start the stage afresh with --overwrite",
         )
-    meta = description.get("meta")
     if form is None or not isinstance(meta, dict) or description.get("sha256") != _digest(tensors, meta):
         raise DamagedCheckpointError(
             f"the checkpoint {path} is damaged: its sha256 differs from the recorded one", fix=_START_AGAIN
@@ -315,23 +266,8 @@ def _load_whole(path: Path) -> Checkpoint:
     return Checkpoint(tensors, meta, path)
 
 
-def _description(data: bytes) -> dict[str, Any]:
-    """What the header of a whole safetensors file says of the checkpoint; {} where it says nothing that can be read."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    try:
-        description = from_json(header["__metadata__"][KEY].encode())
-    except (KeyError, ValueError):
-        return {}
-    return description if isinstance(description, dict) else {}
-
-
 def _digest(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> str:
-    """SHA-256 of tensors, with their names, types and shapes, and of ``meta``.
-
-    Args:
-        tensors: contiguous, on the CPU.
-        meta: plain JSON values.
-    """
+    """SHA-256 of contiguous CPU tensors, with their names, types and shapes, and of ``meta``."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{json.dumps(name)} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -12,10 +12,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -31,13 +31,6 @@ SHOW_WARNING = warnings.showwarning
 """As Python shows warnings."""
 
 
-class Progress(Protocol):
-    """What ``Console.progress`` yields."""
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Report ``count`` more finished units; ``note`` is a short remark such as ``loss 2.31``."""
-
-
 class Console:
     """Everything a command prints.
 
@@ -45,21 +38,14 @@ class Console:
         quiet: stderr carries nothing but errors.
         json: the result is one JSON object instead of one line.
         debug: errors come with a traceback (without local variables) and the private detail of the error.
-        clock: seconds; for tests.
     """
 
-    def __init__(
-        self,
-        quiet: bool = False,
-        json: bool = False,
-        debug: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, quiet: bool = False, json: bool = False, debug: bool = False) -> None:
         self.quiet = quiet
         self.json = json
         self.debug = debug
-        self.bars = not quiet and _wants_bars()
-        self._clock = clock
+        on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.bars = not quiet and on_terminal and not os.environ.get("NO_COLOR")
         self._stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -81,9 +67,7 @@ class Console:
         self.say(f"next: {command}")
 
     def result(self, payload: Mapping[str, Any], line: str) -> None:
-        """Print the result to stdout: ``payload`` as one JSON object with ``--json``, else ``line``.
-
-        Infinities are the strings "inf" and "-inf" in JSON, NaN is null.
+        """Print the result to stdout: ``payload`` as one JSON object (see ``to_json``) with ``--json``, else ``line``.
 
         Raises:
             StorageError: stdout is a file on a full disk, or the like.
@@ -127,25 +111,20 @@ class Console:
         if isinstance(error, OSError) and error.errno:
             # The system's text for the number: the error's own may name a private file.
             problem = f"the system could not read or write: {os.strerror(error.errno)}"
-            return {
-                "exit_code": 6, "problem": problem,
-                "fix": "check the paths, permissions and the disk; --debug shows the place",
-            }  # fmt: skip
+            fix = "check the paths, permissions and the disk; --debug shows the place"
+            return {"exit_code": 6, "problem": problem, "fix": fix}
         frames = traceback.extract_tb(error.__traceback__)
         place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
-        return {
-            "exit_code": 1, "problem": f"this is a bug in dprandp: {type(error).__name__}{place}",
-            "fix": "run again with --debug for the traceback; it may show private values",
-        }  # fmt: skip
+        problem = f"this is a bug in dprandp: {type(error).__name__}{place}"
+        fix = "run again with --debug for the traceback; it may show private values"
+        return {"exit_code": 1, "problem": problem, "fix": fix}
 
     def route_logging(self) -> None:
         """Send the package's log records of level WARNING and above to ``warn`` (once, however often it is called).
 
-        Handlers and level of the root logger have no effect: ``opacus`` adds a handler when it is imported, which would
-        repeat every warning.
-
-        A Python warning of a library is shown only by its type and place, like a bug: its text may contain a private
-        value. With ``--debug`` it is shown in full.
+        Handlers and level of the root logger have no effect: ``opacus`` adds one on import. A Python warning of a
+        library is shown only by its type and place, like a bug: its text may contain a private value. With ``--debug``
+        it is shown in full.
         """
         warnings.showwarning = SHOW_WARNING if self.debug else self._show_warning
         logger = logging.getLogger("dprandp")
@@ -161,17 +140,9 @@ class Console:
         self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
 
     @contextmanager
-    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:
-        """Show the progress of a loop.
-
-        Args:
-            total: units in all.
-            label: the name of the work.
-            done: units done before a resumed run; they do not count towards the speed.
-        """
-        if self.quiet:
-            yield _Silent()
-        elif self.bars:
+    def progress(self, total: int, label: str, done: int = 0) -> Iterator[_Bar | _Lines]:
+        """Show the progress of a loop over ``total`` units, ``done`` of them before a resumed run."""
+        if self.bars:
             columns = (
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(),
@@ -187,20 +158,12 @@ class Console:
             plain.end()
 
 
-def _wants_bars() -> bool:
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        pass
-
-
 class _Bar:
     def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID) -> None:
         self._bars, self._task = bars, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """Report ``count`` more finished units; ``note`` is a short remark such as ``loss 2.31``."""
         self._bars.update(self._task, advance=count, note=note)
 
 
@@ -210,21 +173,21 @@ class _Lines:
     def __init__(self, console: Console, total: int, label: str, done: int) -> None:
         self._console, self._total, self._label = console, total, label
         self._before = self._done = done
-        self._started = self._spoke = console._clock()
+        self._started = self._spoke = time.monotonic()
         self._note = ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done += count
         self._note = note
-        now = self._console._clock()
+        now = time.monotonic()
         if now - self._spoke >= PLAIN_INTERVAL:
             self._spoke = now
             rate = (self._done - self._before) / (now - self._started)
-            left = f", {_duration((self._total - self._done) / rate)} left" if rate > 0 else ""
+            left = f", {duration(round((self._total - self._done) / rate))} left" if rate > 0 else ""
             self._say(f"{rate:.3g}/s{left}")
 
     def end(self) -> None:
-        self._say(f"in {_duration(self._console._clock() - self._started)}")
+        self._say(f"in {duration(round(time.monotonic() - self._started))}")
 
     def _say(self, tail: str) -> None:
         note = f" {self._note}" if self._note else ""
@@ -240,10 +203,11 @@ class _ToConsole(logging.Handler):
         self._console.warn(record.getMessage())
 
 
-def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
+def duration(seconds: float) -> str:
+    """Seconds for people: ``1.25 s``, ``14 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -252,12 +216,8 @@ def _duration(seconds: float) -> str:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, each with its ``step``.
 
-    A run that resumes at step ``resume_at`` writes that step's line again. So opening the log removes the lines from
-    there on, and a torn last line of a crash.
-
-    Args:
-        path: the file; its folder exists.
-        resume_at: the first step still to be done; 0 starts an empty log.
+    A run that resumes writes the line of ``resume_at``, the first step still to be done, again. So opening the log
+    removes the lines from there on, and a torn last line of a crash.
 
     Raises:
         StorageError: the disk refuses (here and in ``write``).

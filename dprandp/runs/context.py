@@ -24,9 +24,6 @@ class Context:
 
     Attributes:
         rundir: opened and locked.
-        console: progress to stderr.
-        device: where tensors live.
-        data_dir: data root.
         download: fetch a known data set's files where they are missing; nothing is fetched otherwise.
         workers: processes for image generation.
         microbatch: examples whose gradients are in memory together; None lets the stage choose. No effect on results.

@@ -31,24 +31,14 @@ from typing import Any, Literal, Self
 from dprandp import __version__
 from dprandp.config import toml
 from dprandp.errors import CheckpointError, InputError, StorageError, UsageError, nearest
-from dprandp.runs.files import (
-    atomic_path,
-    atomic_write,
-    file_sha256,
-    from_json,
-    remove_leftovers,
-    storage_errors,
-    to_json,
-)
+from dprandp.runs.files import atomic_write, file_sha256, from_json, remove_leftovers, storage_errors, to_json
 from dprandp.runs.results import wrong_entry
 
 # --------------------------------------------------------------------------------------------------------- environment
-#
-# The facts about the machine in env.json, without anything that identifies a person.
 
 
 def facts() -> dict[str, Any]:
-    """Versions, platform and device as plain values; no host name, user name or path."""
+    """The content of env.json: versions, platform and device; no host name, user name or path."""
     import torch  # late: the commands that only read a run need no torch
 
     return {
@@ -70,18 +60,12 @@ def free_on_device(device) -> int | None:
 def available_memory() -> int | None:
     """Bytes that a process may still allocate without swapping, as Linux estimates them; None where unknown."""
     listed = Path("/proc/meminfo")
-    if not listed.is_file():
-        return None
-    for line in listed.read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+    text = listed.read_text(encoding="ascii", errors="replace") if listed.is_file() else ""
+    found = re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 # ------------------------------------------------------------------------------------------------------------- locking
-#
-# One process at a time in a run directory.
 #
 # Of two processes that spend one privacy budget at the same time, neither would see the other's latest charges. So the
 # lock is part of the privacy argument and cannot be switched off. It is an advisory ``flock`` on the file ``.lock``,
@@ -101,14 +85,9 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 def acquire(path: Path, owner: Path) -> int:
-    """Take the lock file ``path`` without waiting.
+    """Take the lock file ``path`` of the run directory ``owner`` without waiting; returns a descriptor for ``release``.
 
-    Args:
-        path: the lock file; created if missing, never removed (removing it would let two holders in).
-        owner: the run directory, for the message.
-
-    Returns:
-        The descriptor for ``release``.
+    It is created if missing, and never removed (removing it would let two holders in).
 
     Raises:
         StorageError: another process holds it (the message names its process id), or the file system has no locks.
@@ -143,11 +122,7 @@ def release(descriptor: int) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------------------ runtable
-#
-# ``run.json``: reading, checking and writing the table of stages.
-#
-# ::
+# -------------------------------------------------------------------------------------------------- the table of stages
 #
 #     {"format": 1, "dprandp": "0.1.0", "ledger_head": "...", "stages": {"generate": {"state": "done", "config": {...},
 #      "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
@@ -194,7 +169,7 @@ class Table:
         self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
         self._refresh()
 
-    def finish(self, stage: str, outputs: dict[str, str], result: dict[str, Any]) -> None:
+    def finish(self, stage: str, outputs: dict[str, str], result: Mapping[str, Any]) -> None:
         """Record a stage as done; stages that were built on the same outputs are no longer stale."""
         record = self.stages[stage]
         record.state, record.outputs, record.result, record.finished = "done", outputs, frozen(result), _now()
@@ -205,24 +180,25 @@ class Table:
         record = self.stages.get(stage)
         if record is None:
             return []
-        reasons = []
+        reasons = set()
         for name, digest in record.inputs.items():
             source, _, file = name.partition("/")
             if source not in STAGES:
                 continue  # an input from outside the run is compared where the stage begins
             predecessor = self.stages.get(source)
             if predecessor is None or predecessor.state == "partial":
-                reasons.append(f"stage {source!r}, which it was made from, is unfinished")
+                reasons.add(f"stage {source!r}, which it was made from, is unfinished")
             elif predecessor.outputs.get(file) != digest:
-                reasons.append(f"it was made from another {name}")
+                reasons.add(f"it was made from another {name}")
             elif source != stage and self.stale_because(source):
-                reasons.append(f"stage {source!r}, which it was made from, is stale")
+                reasons.add(f"stage {source!r}, which it was made from, is stale")
         made_from = {name.partition("/")[0] for name in record.inputs}
         if "continue" in self.stages and "pretrain" in made_from and "continue" not in made_from | {stage}:
-            reasons.append("the extractor was continued since")
-        return sorted(set(reasons))
+            reasons.add("the extractor was continued since")
+        return sorted(reasons)
 
     def to_json(self) -> str:
+        """The content of run.json."""
         stages = {stage: dataclasses.asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
         document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head, "stages": stages}
         return to_json(document, indent=1) + "\n"
@@ -256,77 +232,32 @@ def read(path: Path) -> Table:
             f"this is dprandp {__version__}, which reads up to format {FORMAT}",
             fix="upgrade dprandp, or choose another run with --run",
         )
-    stages = document.get("stages")
+    stages, head = document.get("stages"), document.get("ledger_head")
     if not isinstance(stages, dict):
         raise _corrupt(path, "it has no table of stages")
-    head = document.get("ledger_head")
     if not (head is None or (isinstance(head, str) and re.fullmatch("[0-9a-f]{64}", head))):
         raise _corrupt(path, "its head of the privacy ledger is no hash")
-    return Table({stage: _record(path, stage, value) for stage, value in stages.items()}, head)
+    for stage, value in stages.items():
+        problem = _problem(stage, value)
+        if problem:
+            raise _corrupt(path, problem)
+    return Table({stage: Record(**value) for stage, value in stages.items()}, head)
 
 
-def read_hashes(path: Path) -> dict[str, str]:
-    """Read a JSON file of name -> hash.
-
-    Raises:
-        CheckpointError: it is missing or damaged, so the inputs cannot be compared.
-    """
-    try:
-        hashes = from_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _corrupt(path, "the recorded hashes of the inputs cannot be read") from error
-    if not isinstance(hashes, dict):
-        raise _corrupt(path, "it holds no table of hashes")
-    return hashes
-
-
-def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A dict after conversion to JSON: tuples become lists, infinities strings, NaN null."""
-    return json.loads(to_json(dict(value)))
-
-
-def result_digest(result: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) of a stage's result as run.json holds it; the same before and after a round trip."""
-    return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
-
-
-def thawed(value: Any) -> Any:
-    """Undo ``frozen`` as far as possible: the strings "inf" and "-inf" become floats again."""
-    if isinstance(value, dict):
-        return {key: thawed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [thawed(item) for item in value]
-    return float(value) if value in ("inf", "-inf") else value
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
-    """``"steps was 10, is now 20"`` for each setting that differs; None is the same as missing."""
-    return [
-        f"{key} was {_shown(old.get(key))}, is now {_shown(new.get(key))}"
-        for key in sorted({*old, *new} - set(ignore))
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _record(path: Path, stage: str, value: Any) -> Record:
-    fields = {entry.name for entry in dataclasses.fields(Record)}
+def _problem(stage: str, value: Any) -> str | None:
+    """What is wrong with a record of run.json; None if nothing is."""
+    fields, tables = {entry.name for entry in dataclasses.fields(Record)}, ("config", "inputs", "outputs", "result")
     if stage not in STAGES or not isinstance(value, dict) or set(value) != fields or value["state"] not in STATES:
-        raise _corrupt(path, f"its record of stage {stage!r} is malformed")
-    if not all(isinstance(value[name], dict) for name in ("config", "inputs", "outputs", "result")):
-        raise _corrupt(path, f"its record of stage {stage!r} is malformed")
-    hashes = [digest for name in ("inputs", "outputs") for digest in value[name].values()]
+        return f"its record of stage {stage!r} is malformed"
+    if not all(isinstance(value[name], dict) for name in tables):
+        return f"its record of stage {stage!r} is malformed"
+    hashes = [*value["inputs"].values(), *value["outputs"].values()]
     if not all(isinstance(digest, str) for digest in hashes) or not all(map(_is_file_name, value["outputs"])):
-        raise _corrupt(path, f"the files in its record of stage {stage!r} are malformed")
+        return f"the files in its record of stage {stage!r} are malformed"
     if not _is_moment(value["started"]) or not (value["finished"] is None or _is_moment(value["finished"])):
-        raise _corrupt(path, f"the times in its record of stage {stage!r} are malformed")
+        return f"the times in its record of stage {stage!r} are malformed"
     wrong = wrong_entry(value["result"])
-    if wrong is not None:
-        raise _corrupt(path, f"{wrong!r} in its result of stage {stage!r} is of another kind")
-    return Record(**value)
+    return None if wrong is None else f"{wrong!r} in its result of stage {stage!r} is of another kind"
 
 
 def _is_file_name(name: str) -> bool:
@@ -360,19 +291,74 @@ def _now(after: str | None = None) -> str:
     return now.isoformat(timespec="microseconds")
 
 
-# ----------------------------------------------------------------------------------------------------------- runfolder
-#
-# The folder of one run: its layout and its lock.
+def read_hashes(path: Path) -> dict[str, str]:
+    """Read a JSON file of name -> hash.
 
-_FILES = {"run.json", "env.json", "report.html", "tune.json", "tuned.toml"}
-_KNOWN = {*STAGES.values(), *_FILES, "privacy", "private", "model", "whitening", "audit", "diagnose"}
+    Raises:
+        CheckpointError: it is missing or damaged, so the inputs cannot be compared.
+    """
+    try:
+        hashes = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _corrupt(path, "the recorded hashes of the inputs cannot be read") from error
+    if not isinstance(hashes, dict):
+        raise _corrupt(path, "it holds no table of hashes")
+    return hashes
 
 
-class RunFolder:
-    """Layout and lock of a run directory; ``RunDir`` adds the table of stages."""
+def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict after conversion to JSON: tuples become lists, infinities strings, NaN null."""
+    return json.loads(to_json(dict(value)))
 
-    def __init__(self, path: Path | str, create: bool) -> None:
-        self.path = Path(path)
+
+def thawed(value: Any) -> Any:
+    """Undo ``frozen`` as far as possible: the strings "inf" and "-inf" become floats again."""
+    if isinstance(value, dict):
+        return {key: thawed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [thawed(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def result_digest(result: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of a stage's result as run.json holds it; the same before and after a round trip."""
+    return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+_KNOWN = {
+    *STAGES.values(), "run.json", "env.json", "report.html", "tune.json", "tuned.toml", "privacy", "private", "model",
+    "whitening", "audit", "diagnose",
+}  # fmt: skip
+
+IGNORED = ("device", "microbatch", "workers")
+"""Settings that decide where and how fast a stage runs, and never its result."""
+
+DATA = "data"
+"""The setting that names private data; not compared where the content of the data is compared."""
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The decision of ``RunDir.begin``.
+
+    Attributes:
+        action: "fresh" (the stage folder is empty), "resume" (from the last checkpoint) or "skip" (nothing to do).
+        config: the configuration to run with; on "resume" and "skip" the recorded one, except for ignored settings.
+        directory: the stage's folder; it exists.
+    """
+
+    action: Literal["fresh", "resume", "skip"]
+    config: dict[str, Any]
+    directory: Path
+
+
+class RunDir:
+    """One run. Make it with ``RunDir.open``; hold ``lock()`` around everything that writes."""
+
+    def __init__(self, path: Path, create: bool) -> None:
+        self.path = path
         self._create = create
         self._descriptor: int | None = None
         self._depth = 0
@@ -430,7 +416,7 @@ class RunFolder:
 
     def stage_dir(self, stage: str) -> Path:
         """The folder of a stage: ``stage_dir("generate")`` is ``runs/x/1-generate``. Made by ``begin``, not here."""
-        return self.path / STAGES[known_stage(stage)]
+        return self.path / STAGES[_known_stage(stage)]
 
     @property
     def privacy_dir(self) -> Path:
@@ -439,68 +425,17 @@ class RunFolder:
 
     @property
     def private_dir(self) -> Path:
-        """``private/``, readable by its owner only: data that were computed from private data and must not be
-        released."""
-        return self._folder("private", 0o700)
+        """``private/``, readable by its owner only: what was computed from private data and must not be released."""
+        path = self._folder("private", 0o700)
+        if self._create:
+            with storage_errors(path, "create"):
+                path.chmod(0o700)  # also for an existing folder with other permissions
+        return path
 
     @property
     def model_dir(self) -> Path:
         """``model/``: only what may be released."""
         return self._folder("model", 0o777)
-
-    def _folder(self, name: str, mode: int) -> Path:
-        path = self.path / name
-        if self._create:
-            with storage_errors(path, "create"):
-                path.mkdir(mode=mode, exist_ok=True)
-                if mode == 0o700:
-                    path.chmod(mode)  # also for an existing folder with other permissions
-        return path
-
-    def _need_lock(self) -> None:
-        if self._depth == 0:
-            raise RuntimeError("hold RunDir.lock() around begin and finish")
-
-    def _sweep(self) -> None:
-        remove_leftovers(self.path)
-        for trash in self.path.glob(".trash-*"):
-            with storage_errors(trash, "remove"):
-                shutil.rmtree(trash)
-
-
-def known_stage(stage: str) -> str:
-    """The stage's name, or ``UsageError`` if there is no such stage."""
-    if stage not in STAGES:
-        raise UsageError(f"unknown stage {stage!r}", fix=nearest(stage, STAGES))
-    return stage
-
-
-__all__ = ["OPTIONAL_STAGES", "STAGES", "Begin", "RunDir", "atomic_path", "atomic_write"]
-
-IGNORED = ("device", "microbatch", "workers")
-"""Settings that decide where and how fast a stage runs, and never its result."""
-
-DATA = "data"
-"""The setting that names private data; not compared where the content of the data is compared."""
-
-
-@dataclass(frozen=True)
-class Begin:
-    """The decision of ``RunDir.begin``.
-
-    Attributes:
-        action: "fresh" (the stage folder is empty), "resume" (from the last checkpoint) or "skip" (nothing to do).
-        config: the configuration to run with; on "resume" and "skip" the recorded one, except for ignored settings.
-        directory: the stage's folder; it exists.
-    """
-
-    action: Literal["fresh", "resume", "skip"]
-    config: dict[str, Any]
-    directory: Path
-
-
-class RunDir(RunFolder):
-    """One run. Make it with ``RunDir.open``; hold ``lock()`` around everything that writes."""
 
     def begin(
         self,
@@ -527,8 +462,7 @@ class RunDir(RunFolder):
             stage: a key of ``STAGES``.
             config: JSON values, flat; compared after conversion to JSON. Public: it is written in clear text.
             inputs: name -> hash of everything public the stage is made from; see ``inputs_from``.
-            resume: ``--resume`` was given.
-            overwrite: ``--overwrite`` was given.
+            resume, overwrite: the flags.
             ignore: settings that are not compared.
             private_inputs: name -> hash of private inputs. A hash of private data is itself private (it can confirm a
                 guess), so these are compared in the same way but kept in ``private/``. Where they are given, the name
@@ -539,12 +473,9 @@ class RunDir(RunFolder):
             CheckpointError: run.json is corrupt or newer.
         """
         self._need_lock()
-        directory = self.stage_dir(stage)
-        if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
-        table = self._table()
+        _refuse_both(resume, overwrite)
+        directory, table, wanted = self.stage_dir(stage), self._table(), frozen(config)
         record = table.stages.get(stage)
-        wanted = frozen(config)
         private_file = self.path / "private" / f"inputs-{stage}.json"
         if overwrite:
             self._empty(directory)
@@ -573,9 +504,7 @@ class RunDir(RunFolder):
                 f"stage {stage!r} in {self.path} was made from other inputs: {', '.join(changed)} changed",
                 fix="give --overwrite to restart the stage from the present inputs",
             )
-        if not resume:
-            self._refuse_other(stage, record.config, wanted, ignore)
-        kept = _kept(record.config, wanted, ignore)
+        kept = self._kept(stage, record.config, wanted, ignore, resume)
         if record.state == "partial":
             return self._prepared("resume", kept, directory)
         reasons = self._stale_because(table, stage)
@@ -601,15 +530,11 @@ class RunDir(RunFolder):
         Raises:
             UsageError: the configuration differs; both flags. CheckpointError: run.json is corrupt or newer.
         """
-        directory = self.stage_dir(stage)
-        if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
-        record, wanted = self._table().stages.get(stage), frozen(config)
+        _refuse_both(resume, overwrite)
+        directory, record, wanted = self.stage_dir(stage), self._table().stages.get(stage), frozen(config)
         if overwrite or record is None:
             return Begin("fresh", thawed(wanted), directory)
-        if not resume:
-            self._refuse_other(stage, record.config, wanted, ignore)
-        kept = _kept(record.config, wanted, ignore)
+        kept = self._kept(stage, record.config, wanted, ignore, resume)
         return Begin("resume" if record.state == "partial" else "skip", thawed(kept), directory)
 
     def finish(
@@ -624,11 +549,8 @@ class RunDir(RunFolder):
             ledger_head: of a private stage, the ledger's head after it (see ``keep_ledger_head``).
         """
         self._need_lock()
-        absent = [name for name in outputs if not (self.stage_dir(stage) / name).is_file()]
-        if absent:
-            raise ValueError(f"stage {stage!r} did not write its output {absent[0]!r}")
         table = self._table()
-        table.finish(stage, dict(outputs), dict(result))
+        table.finish(stage, dict(outputs), result)
         table.ledger_head = ledger_head or table.ledger_head
         self._write(table)
 
@@ -651,12 +573,12 @@ class RunDir(RunFolder):
 
     def inputs_from(self, *stages: str) -> dict[str, str]:
         """The present outputs of these stages, named for ``begin``: ``{"generate/manifest.json": sha256}``."""
-        table = self._table()
+        found = self._table().stages
         return {
             f"{stage}/{name}": digest
-            for stage in stages
-            for name, digest in (table.stages[stage].outputs if stage in table.stages else {}).items()
-        }
+            for stage in stages if stage in found
+            for name, digest in found[stage].outputs.items()
+        }  # fmt: skip
 
     def status(self) -> list[dict[str, Any]]:
         """One row per stage, in order.
@@ -671,9 +593,7 @@ class RunDir(RunFolder):
             record = table.stages.get(stage)
             reasons = self._stale_because(table, stage)
             state = record.state if record else "missing"
-            if reasons and state == "done":
-                state = "stale"
-            row = {"stage": stage, "state": state, "reasons": reasons}
+            row = {"stage": stage, "state": "stale" if reasons and state == "done" else state, "reasons": reasons}
             for key in ("started", "finished", "config", "result"):
                 row[key] = thawed(getattr(record, key)) if record else None
             rows.append(row)
@@ -681,7 +601,7 @@ class RunDir(RunFolder):
 
     def result(self, stage: str) -> dict[str, Any]:
         """The result given to ``finish``; empty if the stage is not finished."""
-        record = self._table().stages.get(known_stage(stage))
+        record = self._table().stages.get(_known_stage(stage))
         return thawed(record.result) if record else {}
 
     def require(self, stage: str, needed_by: str) -> None:
@@ -690,7 +610,7 @@ class RunDir(RunFolder):
         Raises:
             InputError: it is missing, unfinished or stale; the fix is the command to run.
         """
-        row = next(row for row in self.status() if row["stage"] == known_stage(stage))
+        row = next(row for row in self.status() if row["stage"] == _known_stage(stage))
         if row["state"] == "done":
             return
         why, flag = {
@@ -703,15 +623,22 @@ class RunDir(RunFolder):
             fix=f"run: dprandp {stage} --run {shlex.quote(str(self.path))}{flag}",
         )
 
-    def _refuse_other(
-        self, stage: str, recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]
-    ) -> None:
-        differing = differences(recorded, wanted, ignore)
-        if differing:
-            raise UsageError(
-                f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(differing),
-                fix="give --resume to continue with the recorded settings, or --overwrite to restart the stage",
-            )
+    def _folder(self, name: str, mode: int) -> Path:
+        path = self.path / name
+        if self._create:
+            with storage_errors(path, "create"):
+                path.mkdir(mode=mode, exist_ok=True)
+        return path
+
+    def _need_lock(self) -> None:
+        if self._depth == 0:
+            raise RuntimeError("hold RunDir.lock() around begin and finish")
+
+    def _sweep(self) -> None:
+        remove_leftovers(self.path)
+        for trash in self.path.glob(".trash-*"):
+            with storage_errors(trash, "remove"):
+                shutil.rmtree(trash)
 
     def _empty(self, directory: Path) -> None:
         # Rename first, in one step: if the process is killed during the deletion, no old checkpoint may be resumed
@@ -720,6 +647,25 @@ class RunDir(RunFolder):
             with storage_errors(directory, "empty"):
                 os.replace(directory, self.path / f".trash-{secrets.token_hex(4)}")
         self._sweep()
+
+    def _kept(
+        self, stage: str, recorded: dict[str, Any], wanted: dict[str, Any], ignore: Collection[str], resume: bool
+    ) -> dict[str, Any]:
+        """The recorded configuration, except for settings that are not compared; refuses another one.
+
+        None is the same as missing.
+        """
+        said = [
+            f"{key} was {_shown(recorded.get(key))}, is now {_shown(wanted.get(key))}"
+            for key in sorted({*recorded, *wanted} - set(ignore))
+            if recorded.get(key) != wanted.get(key)
+        ]
+        if said and not resume:
+            raise UsageError(
+                f"stage {stage!r} in {self.path} was begun with other settings: " + "; ".join(said),
+                fix="give --resume to continue with the recorded settings, or --overwrite to restart the stage",
+            )
+        return recorded | {key: value for key, value in wanted.items() if key in ignore}
 
     def _prepared(self, action: Literal["fresh", "resume"], config: dict[str, Any], directory: Path) -> Begin:
         plain = thawed(config)
@@ -744,6 +690,16 @@ class RunDir(RunFolder):
         atomic_write(self.path / "run.json", table.to_json())
 
 
-def _kept(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
-    """The recorded configuration, except for settings that are not compared."""
-    return {**recorded, **{key: value for key, value in wanted.items() if key in ignore}}
+def _known_stage(stage: str) -> str:
+    if stage not in STAGES:
+        raise UsageError(f"unknown stage {stage!r}", fix=nearest(stage, STAGES))
+    return stage
+
+
+def _refuse_both(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other", fix="give one of them, or neither")
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,9 +1,8 @@
 """Named points at which a test may kill the process, to make crashes reproducible.
 
-A *fault point* does nothing until the environment holds ``DPRANDP_FAULT=name:n``. The n-th time (counted in this
-process, from 1) that the run passes the point of that name, the process kills itself with SIGKILL: no cleanup, no
-``finally``, no buffer flushed. The disk then holds exactly what a power cut or the kernel's out-of-memory killer would
-leave.
+With ``DPRANDP_FAULT=name:n`` in the environment, the process kills itself with SIGKILL the n-th time (from 1) that it
+passes the point of that name: no cleanup, no ``finally``, no buffer flushed. The disk then holds what a power cut or
+the kernel's out-of-memory killer would leave.
 """
 
 from __future__ import annotations
@@ -35,13 +34,9 @@ _hits: Counter[str] = Counter()
 def point(name: str) -> None:
     """Kill the process here if ``DPRANDP_FAULT`` says so; otherwise do nothing.
 
-    Args:
-        name: one of ``POINTS``.
-
     Raises:
-        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point; otherwise a crash test
-            that never crashes would pass.
-        ValueError: the calling code names an unknown point.
+        UsageError: ``DPRANDP_FAULT`` is malformed or names no known point; a crash test that never crashes would pass.
+        ValueError: ``name`` is not one of ``POINTS``.
     """
     if name not in POINTS:
         raise ValueError(f"{name!r} is not a fault point; known: {', '.join(POINTS)}")
@@ -66,15 +61,8 @@ def announce() -> None:
 
 def _parse(request: str) -> tuple[str, int]:
     match = re.fullmatch(r"([a-z-]+):([1-9][0-9]*)", request)
-    if match is None:
-        raise UsageError(
-            f"the environment variable {VARIABLE} is {request!r}, which is not of the form NAME:N with N >= 1",
-            fix=f"unset {VARIABLE}, or set it to something like {POINTS[0]}:1",
-        )
-    name, hit = match.group(1), int(match.group(2))
-    if name not in POINTS:
-        raise UsageError(
-            f"the environment variable {VARIABLE} names the unknown fault point {name!r}; {nearest(name, POINTS)}",
-            fix=f"unset {VARIABLE}, or use one of: {', '.join(POINTS)}",
-        )
-    return name, hit
+    if match is None or match[1] not in POINTS:
+        why = f"names no known point; {nearest(match[1], POINTS)}" if match else "is not of the form NAME:N with N >= 1"
+        fix = f"unset it, or use one of: {', '.join(POINTS)}"
+        raise UsageError(f"the environment variable {VARIABLE}={request!r} {why}", fix=fix)
+    return match[1], int(match[2])

@@ -1,9 +1,8 @@
 """Atomic file writing: every file that this package writes is complete or absent.
 
-``atomic_write`` (small files) and ``atomic_path`` (large ones) write under a temporary name in the same folder, force
-the bytes to the disk, and rename. A reader, and a run resumed after ``kill -9`` or a power cut, sees the old file or
-the new one, never a part. Every ``OSError`` on the way becomes a ``StorageError`` that says what happened and what to
-do.
+Files are written under a temporary name in the same folder, forced to the disk, and renamed. A reader, and a run
+resumed after ``kill -9`` or a power cut, sees the old file or the new one, never a part. Every ``OSError`` on the way
+becomes a ``StorageError`` that says what happened and what to do.
 """
 
 from __future__ import annotations
@@ -25,11 +24,8 @@ from dprandp.runs import faults
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.[^.]+)?")
 
-_SHORT_WRITE = 0
-"""Replaces the error number that numpy omits when only a part of an array was written."""
-
 _ADVICE = {
-    _SHORT_WRITE: (
+    None: (  # numpy omits the number where only a part of an array was written
         "not all of it could be written or read",
         "free some space or raise the limit on file sizes (ulimit -f), then run the same command again",
     ),
@@ -57,7 +53,7 @@ def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         reason, fix = _ADVICE.get(
-            error.errno or _SHORT_WRITE,
+            error.errno or None,
             (error.strerror or type(error).__name__, "check the disk and the path, then run the same command again"),
         )
         raise StorageError(f"cannot {action} {path}: {reason}", fix=fix) from error
@@ -67,9 +63,8 @@ def storage_errors(path: Path | str, action: str = "write") -> Iterator[None]:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path to write; the file gets its real name only when the block ends without an error.
 
-    The temporary path is in the same folder (a rename across file systems is not atomic) and keeps the suffix, because
-    writers such as ``numpy.save`` append their own suffix where it is missing. On any exception the temporary file is
-    removed and the old file stays. A process killed inside the block leaves the temporary file behind;
+    It is in the same folder and keeps the suffix, which writers such as ``numpy.save`` append where it is missing. On
+    any exception it is removed and the old file stays. A process killed inside the block leaves it behind;
     ``remove_leftovers`` removes it.
 
     Raises:
@@ -87,39 +82,24 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a completely written file its real name, with bytes and name forced to the disk.
-
-    Args:
-        temporary: in the same folder as ``path``, and closed.
-
-    Raises:
-        StorageError: any ``OSError``.
-    """
+    """Give a closed file in the same folder its real name, with bytes and name forced to the disk (or StorageError)."""
     with storage_errors(path):
         _fsync(temporary, os.O_RDWR)
         faults.point("temp-written")
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        _fsync(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # fsync of a file does not cover its name
         faults.point("renamed")
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` (a string is written as UTF-8), completely or not at all.
-
-    When the call returns the content is on the disk, not only in the kernel's cache.
+    """Replace ``path`` by ``data`` (a string is written as UTF-8), completely and on the disk, or not at all.
 
     Raises:
-        StorageError: disk full, quota, read-only, no permission, or any other ``OSError``. The old file is intact and
-            no temporary file is left.
+        StorageError: any ``OSError``. The old file is intact and no temporary file is left.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
     with atomic_path(path) as temporary, open(temporary, "xb") as file:
         file.write(content)
-
-
-def fsync_directory(directory: Path | str) -> None:
-    """Force a folder's entries (new names, renames) to the disk: fsync of a file does not cover its name."""
-    _fsync(Path(directory), os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _fsync(path: Path, flags: int) -> None:
@@ -131,13 +111,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def remove_leftovers(directory: Path | str) -> list[Path]:
-    """Remove the temporary files that killed processes left below ``directory``.
-
-    Call it only while no other process writes there (``RunDir.lock`` does).
-
-    Returns:
-        The removed paths, sorted.
-    """
+    """Remove, and return, what killed processes left below a folder, while no other writes there (``RunDir.lock``)."""
     leftovers = sorted(path for path in Path(directory).rglob(".*.partial*") if _TEMPORARY.fullmatch(path.name))
     for path in leftovers:
         with storage_errors(path, "remove"):
@@ -160,11 +134,8 @@ def file_sha256(path: Path | str) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Serialise to JSON that every parser accepts, keys in the given order.
 
-    JSON has no infinity and no NaN. Infinities, such as the ε of a run without privacy, become the strings ``"inf"``
+    JSON has no infinity and no NaN: infinities, such as the ε of a run without privacy, become the strings ``"inf"``
     and ``"-inf"``, which ``float()`` understands; NaN becomes ``null``.
-
-    Raises:
-        TypeError: a value JSON cannot hold.
     """
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
@@ -179,17 +150,14 @@ def from_json(content: bytes | str) -> Any:
     try:
         value = json.loads(content, parse_int=_whole)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError("it is nested too deeply, or holds a number of too many digits") from error
     return value
 
 
 def _whole(digits: str) -> int:
     value = int(digits)
-    try:
-        float(value)
-    except OverflowError as error:
-        raise ValueError(f"it holds a whole number of {len(digits)} digits") from error
+    float(value)  # OverflowError
     return value
 
 

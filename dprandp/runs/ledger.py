@@ -51,7 +51,6 @@ def open_run_ledger(
     """The run's ledger; None where no private stage was ever begun.
 
     Args:
-        rundir: the run.
         write: open it for charges; the run's lock must be held.
         warn, fault_point: as for ``Ledger.open``.
 
@@ -75,7 +74,7 @@ def open_run_ledger(
             "that it was charged to",
             fix="restore run.json from a copy, or start a new --run and add up the ε of both",
         )
-    planned, model = plan_file(rundir).exists(), model_head(rundir)
+    planned, model = plan_file(rundir).exists(), _model_head(rundir)
     if head is None and model is None and not path.exists() and not planned:
         return None
     ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
@@ -116,18 +115,26 @@ def open_run_ledger(
     return ledger
 
 
-def model_head(rundir: RunDir) -> str | None:
+def _model_head(rundir: RunDir) -> str | None:
     """The line of the ledger that the released model says it was paid for by; None where there is no such model."""
-    path = rundir.path / "model" / "config.json"
+    try:
+        head = _document(rundir.path / "model" / "config.json")["result"]["ledger_head"]
+    except (KeyError, TypeError):
+        return None  # whoever loads the model says what is wrong with it
+    return head if isinstance(head, str) else None
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is missing or holds none."""
     if not path.is_file():
-        return None
+        return {}
     with storage_errors(path, "read"):
         content = path.read_bytes()
     try:
-        head = from_json(content)["result"]["ledger_head"]
-    except (ValueError, KeyError, TypeError):
-        return None  # whoever loads the model says what is wrong with it
-    return head if isinstance(head, str) else None
+        document = from_json(content)
+    except ValueError:
+        document = None
+    return document if isinstance(document, dict) else {}
 
 
 def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,15 +144,8 @@ def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
-    with storage_errors(path, "read"):
-        content = path.read_bytes()
-    fixed = ledger.budget or {}
-    try:
-        document = from_json(content)
-    except ValueError:
-        document = None
-    present = sealed_budget(document) if isinstance(document, dict) else {}
-    if not isinstance(document, dict) or fixed.keys() - present.keys():
+    fixed, present = ledger.budget or {}, sealed_budget(_document(path))
+    if fixed.keys() - present.keys() or not present:
         raise CheckpointError(
             f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"
         )

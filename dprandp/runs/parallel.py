@@ -2,10 +2,8 @@
 
 Every rank runs the same stage function. Only rank 0 writes to the run directory, charges the ledger, draws batches and
 noise, and prints. Each rank computes its part of the rows; sums are reduced to rank 0, which broadcasts the update. So
-only rank 0 holds the state that a resumed run needs, and a run may continue with any number of processes.
-
-``ALONE``, the only process of an ordinary run, has all the rows and exchanges nothing; stages need no other code for
-it.
+a run may continue with any number of processes. ``ALONE``, the only process of an ordinary run, has all the rows and
+exchanges nothing.
 
 Tensors on accelerators go through NCCL, all else through gloo. Messages are numbers and JSON, never code (the object
 collectives of torch.distributed unpickle). They are neither encrypted nor authenticated, and hold gradients and
@@ -14,8 +12,6 @@ with the data.
 
 A rank that dies ends the job at once; a rank that hangs ends it after ``timeout()`` seconds, the time limit of a
 collective. Where rank 0 may work alone for longer (``first``), threads signal meanwhile that the processes live.
-
-Imports nothing of the package but ``errors``.
 """
 
 from __future__ import annotations
@@ -39,9 +35,7 @@ TIMEOUT, TIMEOUT_VARIABLE = 300.0, "DPRANDP_RANKS_TIMEOUT"
 """Default of ``timeout()``."""
 
 MEETING = timedelta(minutes=10)
-"""Seconds that the processes may take to start."""
-
-AGAIN = "run the same command again, with any number of processes: it continues from the last checkpoint"
+"""The time that the processes may take to start."""
 
 
 class RankLostError(StorageError):
@@ -95,8 +89,6 @@ class Ranks:
         """Whether this is rank 0, the only one that writes, charges, draws and prints."""
         return self.rank == 0
 
-    # ------------------------------------------------------------------------------------------------ who does what
-
     def shares(self, count: int, block: int = 1) -> list[slice]:
         """Divide ``count`` rows into consecutive rows for each rank, as evenly as whole blocks of rows allow.
 
@@ -108,14 +100,10 @@ class Ranks:
         return [slice(start, end) for start, end in pairwise(ends)]
 
     def first(self, work: Callable[[], Any], told: Callable[[Any], Any] = lambda made: made) -> Any:
-        """Let rank 0 do some work alone, for any length of time.
-
-        Args:
-            work: on rank 0; its exceptions end the job.
-            told: from the result of ``work`` to the JSON value that the other ranks receive.
+        """Let rank 0 do some work alone, for any length of time; its exceptions end the job.
 
         Returns:
-            On rank 0 the result of ``work``, elsewhere that of ``told``.
+            On rank 0 the result of ``work``, elsewhere what ``told`` makes of it (a JSON value).
         """
         if self.size == 1:
             return work()
@@ -142,11 +130,9 @@ class Ranks:
         return json.loads(self._message(b""))
 
     def refuse_different(self, what: str, digest: Callable[[], str]) -> None:
-        """Raise InputError on every rank unless a hash is the same on all.
+        """Raise InputError on every rank unless a hash (hexadecimal, made without a time limit) is the same on all.
 
-        Args:
-            what: for the message.
-            digest: makes the hash, in hexadecimal, without a time limit; not called in a single process.
+        ``what`` is for the message. A single process does not call ``digest``.
         """
         if self.size == 1:
             return
@@ -158,8 +144,6 @@ class Ranks:
                 f"the {self.size} processes do not have the same {what}",
                 fix="give every process the same files: on one machine, in a shared folder, or as equal copies",
             )
-
-    # ------------------------------------------------------------------------------------------------------ tensors
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors, of the same shapes and dtypes on every rank, with those of rank 0."""
@@ -210,8 +194,6 @@ class Ranks:
             self._collective(lambda: dist.gather(padded, received, 0), padded)
         return [rows[:count] for rows, count in zip(received or [], counts, strict=False)]
 
-    # ----------------------------------------------------------------------------------------------- life and death
-
     def leave_words(self, told: Mapping[str, Any]) -> None:
         """Before this rank ends with an error: leave exit_code, problem and fix in the store for the others."""
         try:
@@ -246,7 +228,7 @@ class Ranks:
                 break
         return RankLostError(
             f"rank {self.rank} of {self.size} lost another, which ended or was silent for {self._timeout:g} seconds",
-            fix=AGAIN,
+            fix="run the same command again, with any number of processes: it continues from the last checkpoint",
         )
 
     @contextmanager

@@ -32,35 +32,19 @@ class Interrupted(DprandpError):
 
 
 class Stop:
-    """The flag between the signal handler and the loop.
-
-    Attributes:
-        requested: None, or the first signal received.
-    """
+    """The flag between the signal handler and the loop: ``requested`` is None, or the first signal received."""
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._process = os.getpid()
 
     def raise_if_requested(self) -> None:
-        """Raise ``Interrupted`` if a signal came. Call it only once the checkpoint is saved.
-
-        Raises:
-            Interrupted: a signal was received.
-        """
+        """Raise ``Interrupted`` if a signal came. Call it only once the checkpoint is saved."""
         if self.requested is not None:
             raise Interrupted(self.requested)
 
     def end_step(self, due: bool, save: Callable[[], object]) -> None:
-        """At the end of a step: save where it is due or a signal came, and stop if one came.
-
-        Args:
-            due: whether the state is to be saved in any case.
-            save: writes the checkpoint.
-
-        Raises:
-            Interrupted: a signal was received; the step is saved.
-        """
+        """At the end of a step: save where it is due or a signal came, and raise ``Interrupted`` if one came."""
         requested = self.requested  # read once: a later signal waits for the next step
         if due or requested is not None:
             save()
@@ -90,8 +74,8 @@ _ended: int | None = None
 def ended_by() -> int | None:
     """The signal that is ending this program outside of a ``graceful_stop``; None while there is none.
 
-    For whoever meets another exception on the way out: a library that is written in C may have made it of the
-    ``SystemExit`` (pydantic does, while it builds a validator), and then it is no bug.
+    Another exception on the way out is then no bug: a library written in C may have made it of the ``SystemExit``
+    (pydantic does, while it builds a validator).
     """
     return _ended
 

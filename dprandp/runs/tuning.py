@@ -27,12 +27,7 @@ _NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
 
 def write_tuning(rundir: RunDir, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write both files; the record last, since its presence means that tuning is done.
-
-    Args:
-        record: on, trials, chosen, asked, and other public facts.
-        settings: of ``[probe]``.
-    """
+    """Write both files; the record (on, trials, chosen, asked, ...) last: its presence means that tuning is done."""
     note = f"# Chosen by `dprandp tune` on {json.dumps(record['on'], ensure_ascii=True)}; see {RECORD}.\n"
     atomic_write(rundir.path / SETTINGS, note + toml.dumps({"probe": settings}))
     atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **record}, indent=1) + "\n")
@@ -62,8 +57,6 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
 def seal_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:
     """Keep the hash of what paid tuning is about to report in the ledger; the run's lock must be held."""
     ledger = open_run_ledger(rundir, write=True)
-    if ledger is None:
-        raise RuntimeError("tuning on private data without a ledger")
     ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
     rundir.keep_ledger_head(ledger.head)
 

@@ -30,7 +30,9 @@ SERVER = """
 import contextlib, gc, json, os, resource, signal, sys
 import torch
 import dprandp.privacy.pld, dprandp.privacy.opinions, dprandp.report.page, dprandp.inspection.overview, dprandp.pipeline
-import opacus.accountants.analysis.rdp, torch.nn.functional
+import dprandp.audit, dprandp.tune, dprandp.release, dprandp.inspection.check, dprandp.inspection.verify
+import opacus.accountants.analysis.rdp, matplotlib.backends.backend_svg, medmnist
+import torch._dynamo  # every optimizer imports it
 from dprandp.cli import main
 
 torch.set_num_threads(1)

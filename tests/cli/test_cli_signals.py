@@ -26,12 +26,7 @@ def lines(path: Path) -> int:
 STAGES = {
     "generate": ("", ["generate", "--workers", 1, "--count", 300], "1-generate/shard-00000.npy", 0),
     "pretrain": ("generate", ["pretrain"], "2-pretrain/metrics.jsonl", 1),
-    "pretrain-wrn": (
-        "generate",
-        ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 2],
-        "2-pretrain/LATEST",
-        1,
-    ),
+    "wrn": ("generate", ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 2], "2-pretrain/LATEST", 1),
     "probe": ("pretrain", ["probe", "--data", "npz:tiny.npz", "--steps", 300], "3-probe/metrics.jsonl", 5),
     "finetune": ("probe", ["finetune", "--steps", 8], "4-finetune/metrics.jsonl", 2),
 }
@@ -51,7 +46,7 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
     settings = (folder / "small.toml").read_text()
     if name == "pretrain":
         settings = settings.partition("[pretrain]")[0] + LONG
-    if name == "pretrain-wrn":
+    if name == "wrn":
         settings = settings.replace("[pretrain]", "[pretrain]\ncheckpoint_every = 1")
     (tmp_path / "long.toml").write_text(settings)
     command = [*command, "--config", tmp_path / "long.toml", "--run", run]
@@ -139,48 +134,32 @@ def test_ctrl_c_while_many_workers_render(dprandp: Dprandp, tmp_path: Path) -> N
     assert len(list((run / "1-generate").glob("shard-*.npy"))) == 15
 
 
-# A library in C that is interrupted by a signal, and makes an exception of its own of what the handler raised.
+# A library in C that is interrupted by a signal, and makes an exception of its own of what the handler raised; and a
+# signal while Python removes an object: what is raised there is printed and forgotten.
 SWALLOWED = """
-import os, signal, time
-from dprandp.inspection import overview
-def status(rundir):
     try:
         os.kill(os.getpid(), signal.{name})
         time.sleep(10)
     except BaseException as error:
         raise ValueError("in C") from error
-overview.status = status
 """
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_that_a_library_turns_into_another_error_is_no_bug(
-    dprandp: Dprandp, run_after: RunAfter, name: str, code: int
-) -> None:
-    done = dprandp("status", "--run", run_after("generate"), before=SWALLOWED.format(name=name))
-    refused(done, code, f"stopped by {name}", "run the same command again")
-    assert "bug" not in done.err
-
-
-# A signal while Python removes an object: what is raised there is printed and forgotten.
 FORGOTTEN = """
-import os, signal, time
-from dprandp.inspection import overview
-class Removed:
-    def __del__(self):
-        os.kill(os.getpid(), signal.{name})
-        time.sleep(0.05)
-def status(rundir):
+    class Removed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.{name})
+            time.sleep(0.05)
     Removed()
     time.sleep(10)
-    return real(rundir)
-real, overview.status = overview.status, status
 """
 
 
+@pytest.mark.parametrize("lost", [SWALLOWED, FORGOTTEN], ids=["swallowed", "forgotten"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_while_an_object_is_removed_ends_the_command(
-    dprandp: Dprandp, run_after: RunAfter, name: str, code: int
+def test_a_signal_whose_exception_is_lost_ends_the_command_and_is_no_bug(
+    dprandp: Dprandp, run_after: RunAfter, name: str, code: int, lost: str
 ) -> None:
-    done = dprandp("status", "--run", run_after("generate"), before=FORGOTTEN.format(name=name))
+    before = "import os, signal, time\nfrom dprandp.inspection import overview\ndef status(rundir):"
+    before += lost.format(name=name) + "overview.status = status"
+    done = dprandp("status", "--run", run_after("generate"), before=before)
     refused(done, code, f"stopped by {name}", "run the same command again")
+    assert "bug" not in done.err

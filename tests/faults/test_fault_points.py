@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import random
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import dprandp
 from dprandp.errors import UsageError
 from dprandp.runs import checkpoint, faults
 from dprandp.runs.directory import RunDir
@@ -86,13 +84,8 @@ class Saver:
 
 @pytest.fixture(scope="module")
 def saver() -> Iterator[Saver]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes)
     with process:
         yield Saver(process)
         assert process.stdin is not None
@@ -233,31 +226,16 @@ def test_nothing_happens_without_the_variable_or_before_the_nth_hit() -> None:
     assert (done.returncode, done.stdout.count("passed"), done.stderr) == (0, 3, "")
 
 
-@pytest.mark.parametrize("request_", ["renamed", "renamed:0", "renamed:-1", "renamed:x", "renamed:1:2", ":1"])
-def test_malformed_request_is_refused(monkeypatch: pytest.MonkeyPatch, request_: str) -> None:
-    monkeypatch.setenv(faults.VARIABLE, request_)
-    for call in (lambda: faults.point("renamed"), faults.announce):
-        with pytest.raises(UsageError, match="NAME:N"):
-            call()
-
-
-def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_request_that_would_never_kill_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for request in ("renamed", "renamed:0", "renamed:-1", "renamed:x", "renamed:1:2", ":1", "ledger-fsynk:2"):
+        monkeypatch.setenv(faults.VARIABLE, request)
+        for call in (lambda: faults.point("renamed"), faults.announce):
+            with pytest.raises(UsageError, match="'ledger-fsynced'" if "fsynk" in request else "NAME:N"):
+                call()
     with pytest.raises(ValueError, match="'renammed' is not a fault point"):
         faults.point("renammed")
-    monkeypatch.setenv(faults.VARIABLE, "ledger-fsynk:2")
-    with pytest.raises(UsageError, match="did you mean 'ledger-fsynced'"):
-        faults.point("renamed")
     monkeypatch.setenv(faults.VARIABLE, "ledger-fsynced:2")
     faults.announce()
     assert "will be killed at hit 2 of 'ledger-fsynced'" in capsys.readouterr().err
-
-
-def test_every_fault_point_in_the_code_is_known() -> None:
-    """A misspelt name in a rarely reached line would otherwise surface as a ValueError in the middle of a run."""
-    names = set()
-    for path in Path(dprandp.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("faults.point", "point"):
-                assert isinstance(node.args[0], ast.Constant), f"{path.name} line {node.lineno}: name it literally"
-                names.add(node.args[0].value)
-    assert {"temp-written", "renamed", "pointer-moved"} <= names <= set(faults.POINTS)

@@ -1,15 +1,5 @@
 """kill -9 in every stage: at every hit of every fault point that the stage passes, and at random times.
 
-=========  ======================================================================================
-stage      fault points that it passes
-=========  ======================================================================================
-generate   shard-written, temp-written, renamed
-pretrain   temp-written, renamed, pointer-moved (patchnet: once, of the extractor; wrn: of each checkpoint)
-probe      temp-written, renamed, pointer-moved, ledger-appended, ledger-fsynced, update-applied
-finetune   the same, in the joint part and then in the refit
-report     temp-written, renamed, report-written
-=========  ======================================================================================
-
 Public stages and the report end with the bytes of an uninterrupted run (promise 11), private ones with every update
 charged and nothing used twice (promise 10).
 """

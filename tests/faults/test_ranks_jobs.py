@@ -87,9 +87,8 @@ def test_16_a_fine_tune_on_several_ranks_equals_one(
     assert one.code == 0, one.err
     moved = shutil.copy(work.data.removeprefix("npz:"), tmp_path / "moved.npz")
     many = result_of(ranks_of(dprandp, size, *finetune(work, together, *flags, "--data", f"npz:{moved}")))
-    assert {key: many[key] for key in ("epsilon", "steps", "charged_steps", "lost_steps", "accuracy")} == {
-        key: one.json[key] for key in ("epsilon", "steps", "charged_steps", "lost_steps", "accuracy")
-    }
+    for key in ("epsilon", "steps", "charged_steps", "lost_steps", "accuracy"):
+        assert many[key] == one.json[key], key
     assert apart(together, probed) < 1e-5
     charges = [[(c.stage, c.attempt, c.steps, c.noise_multiplier) for c in ledger_of(run).charges]
                for run in (probed, together)]  # fmt: skip
@@ -231,17 +230,13 @@ def test_16_a_signal_to_all_saves_and_ends(
     assert (probed / "4-finetune/LATEST").exists()
 
 
-def test_16_what_one_process_does_is_refused(dprandp: Dprandp, work: Work, probed: Path) -> None:
-    jobs = ranks_of(dprandp, 2, "report", "--run", probed)
-    refused(jobs[0], 2, "runs in one process", "without torchrun")
-    silent(jobs[1:], 2)
+ALONE = ("tune", "audit", "predict", "export", "account", "status", "datasets")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["tune", "audit", "predict", "export", "account", "status", "datasets"])
-def test_16_all_that_one_process_does_is_refused(dprandp: Dprandp, command: str) -> None:
+@pytest.mark.parametrize("command", ["report", *(pytest.param(name, marks=pytest.mark.slow) for name in ALONE)])
+def test_16_what_one_process_does_is_refused(dprandp: Dprandp, command: str) -> None:
     jobs = ranks_of(dprandp, 2, command)
-    refused(jobs[0], 2, f"`dprandp {command}` runs in one process, not in 2")
+    refused(jobs[0], 2, f"`dprandp {command}` runs in one process, not in 2", "without torchrun")
     silent(jobs[1:], 2)
 
 
@@ -311,16 +306,18 @@ def test_16_torchrun_of_a_whole_run_equals_one_process(dprandp: Dprandp, tmp_pat
         assert len(ledger_of(run).charges) == len(ledger_of(tmp_path / "one").charges)
 
 
+def in_rank_1(folder: Path, condition: str, source: str) -> dict[str, str]:
+    """The environment in which rank 1 executes this Python first."""
+    lines = "".join(f"    {line}\n" for line in source.strip().splitlines())
+    (folder / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1'{condition}:\n{lines}")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
 @pytest.mark.slow
 def test_16_torchrun_starts_a_job_again_whose_rank_died(work: Work, probed: Path, tmp_path: Path) -> None:
     """Elastic: with --max-restarts the job meets again and goes on from ledger and checkpoint."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n"
-        + "".join(f"    {line}\n" for line in DIE.strip().splitlines())
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = torchrun(work.folder, 2, *finetune(work, probed, "--json"), flags=("--max-restarts=1",), PYTHONPATH=path)
+    once = in_rank_1(tmp_path, " and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'", DIE)
+    done = torchrun(work.folder, 2, *finetune(work, probed, "--json"), flags=("--max-restarts=1",), **once)
     assert done.code == 0, done.err
     assert "rank 0 of 2 lost another" in done.err, done.err
     result = json.loads(done.out)
@@ -329,11 +326,8 @@ def test_16_torchrun_starts_a_job_again_whose_rank_died(work: Work, probed: Path
 
 @pytest.mark.slow
 def test_16_torchrun_ends_a_job_in_which_a_rank_hangs(work: Work, probed: Path, tmp_path: Path) -> None:
-    lines = "".join(f"    {line}\n" for line in HANG.strip().splitlines())
-    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n{lines}")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     started = time.monotonic()
-    done = torchrun(work.folder, 2, *finetune(work, probed), PYTHONPATH=path, **SOON)
+    done = torchrun(work.folder, 2, *finetune(work, probed), **in_rank_1(tmp_path, "", HANG), **SOON)
     assert done.code != 0
     assert done.err.count("rank 0 of 2 lost another, which ended or was silent for 6 seconds") == 1
     assert time.monotonic() - started < 90

@@ -8,7 +8,6 @@ import math
 import random
 from pathlib import Path
 
-import pytest
 from fuzzing import JUNK, attempt, command, dice, explore, mutated_bytes, sizes, tree
 from hypothesis import strategies as st
 
@@ -39,25 +38,8 @@ SCALARS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.floats(1e-6, 10),
     st.text(max_size=12),
-    st.sampled_from(
-        [
-            *schema.SIZES,
-            "wrn-16-4",
-            "wrn-10-1",
-            "wrn-99999-1",
-            "wrn-16-99999999",
-            "wrn--1-1",
-            "patchnet",
-            "rgb",
-            "cosine",
-            "probe",
-            "scratch",
-            "npz:x.npz",
-            "folder:x",
-            "cifar10",
-            "dead-leaves",
-        ]
-    ),
+    st.sampled_from([*schema.SIZES, "wrn-16-4", "wrn-10-1", "wrn-99999-1", "wrn-16-99999999", "wrn--1-1", "patchnet"]),
+    st.sampled_from(["rgb", "cosine", "probe", "scratch", "npz:x.npz", "folder:x", "cifar10", "dead-leaves"]),
 )
 VALUES = st.one_of(
     SCALARS, SCALARS, SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
@@ -98,7 +80,7 @@ def resolved(stage: str, file: Path, size: str) -> None:
     check_in_range(stage, schema.resolve(stage, size, file, {}))
 
 
-@sizes(50, 1500)
+@sizes(30, 1500)
 def test_documents(tmp_path: Path, cases: int, record_property) -> None:
     file = tmp_path / "a.toml"
 
@@ -169,20 +151,10 @@ def test_flags(finished: Path, data: str, tmp_path: Path, cases: int, record_pro
     record_property("cases tried", explore(strategy, check, cases, cases < 500))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xef\xbb\xbf",
-        b"\xff\xfe",
-        b"[" * 50_000,
-        b"a." * 20_000 + b"b = 1",
-        b"a = " + b"[" * 5000 + b"]" * 5000,
-        b"a = " + b"9" * 10_000,
-        b"[probe]\n" * 2,
-    ],
-)
-def test_odd_files(tmp_path: Path, content: bytes, record_property) -> None:
-    (tmp_path / "a.toml").write_bytes(content)
-    attempt(lambda: resolved("probe", tmp_path / "a.toml", "tiny"))
-    record_property("cases tried", 1)
+def test_odd_files(tmp_path: Path) -> None:
+    for content in (
+        b"", b"\xef\xbb\xbf", b"\xff\xfe", b"[" * 50_000, b"a." * 20_000 + b"b = 1",
+        b"a = " + b"[" * 5000 + b"]" * 5000, b"a = " + b"9" * 10_000, b"[probe]\n" * 2,
+    ):  # fmt: skip
+        (tmp_path / "a.toml").write_bytes(content)
+        attempt(lambda: resolved("probe", tmp_path / "a.toml", "tiny"))

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from fuzzing import Dice, attempt, dice, explore, mutated_bytes, sizes
+from fuzzing import attempt, dice, explore, mutated_bytes, sizes
 from hypothesis import strategies as st
 
 from dprandp.data import open_dataset
@@ -18,27 +18,9 @@ SECRET = 173
 """A label that is out of range; no message may hold it."""
 
 DTYPES = [
-    "|u1",
-    "|b1",
-    "|i1",
-    "<u2",
-    ">u2",
-    "<i4",
-    ">i8",
-    "<u8",
-    "<f2",
-    "<f4",
-    ">f8",
-    "<c8",
-    "<U3",
-    "|S2",
-    "<U0",
-    "|S0",
-    "<M8[s]",
-    "<m8[D]",
-    "|V3",
-    "|V0",
-]
+    "|u1", "|b1", "|i1", "<u2", ">u2", "<i4", ">i8", "<u8", "<f2", "<f4", ">f8", "<c8", "<U3", "|S2", "<U0", "|S0",
+    "<M8[s]", "<m8[D]", "|V3", "|V0",
+]  # fmt: skip
 SIDES = st.sampled_from([0, 1, 2, 3, 4, 5, 33])
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([6, 6, 6, 0, 1, 5]), SIDES, SIDES, st.sampled_from([1, 3, 3, 4, 0])),
@@ -64,11 +46,6 @@ def read(path: Path, num_classes: int | None = None) -> None:
         assert 0 <= split.labels.min() <= split.labels.max() < len(dataset.spec.classes)
 
 
-def check_nothing_private(error: Exception | None) -> None:
-    if error is not None:
-        assert str(SECRET) not in str(error)
-
-
 @sizes(60, 1800)
 def test_arrays(tmp_path: Path, cases: int, record_property) -> None:
     """Shapes, types and values of all kinds under the right names, or right ones under others."""
@@ -83,9 +60,8 @@ def test_arrays(tmp_path: Path, cases: int, record_property) -> None:
             if kind == "f":
                 array[...] = [np.nan, np.inf, -1.0, 0.5][fill % 4]
             elif kind in "iu" and name.startswith("y"):
-                array[...] = [0, 1, 2, SECRET % 128 if array.itemsize == 1 else SECRET, -1 if kind == "i" else 255][
-                    fill % 5
-                ]
+                secret = SECRET % 128 if array.itemsize == 1 else SECRET
+                array[...] = [0, 1, 2, secret, -1 if kind == "i" else 255][fill % 5]
             elif kind in "US" and array.size and array.itemsize:
                 array[...] = ["a", "\x1b[", " ", "é"][fill % 4] if kind == "U" else b"\xff"
                 array.flat[0] = "b" if kind == "U" else b"b"
@@ -93,7 +69,7 @@ def test_arrays(tmp_path: Path, cases: int, record_property) -> None:
         for name in removed:
             made.pop(name, None)
         (np.savez_compressed if compressed else np.savez)(path, **made)
-        check_nothing_private(attempt(lambda: read(path, declared)))
+        assert str(SECRET) not in str(attempt(lambda: read(path, declared)))
 
     change = st.tuples(st.sampled_from(NAMES), st.sampled_from(DTYPES[:1] * 12 + DTYPES), SHAPES, st.integers(0, 20))
     strategy = st.tuples(
@@ -178,28 +154,10 @@ def test_zips(tmp_path: Path, cases: int, record_property) -> None:
             archive.comment = draw.randbytes(draw.choice([0, 0, 5, 300]))
         if draw.random() < 0.3:
             content = bytearray(path.read_bytes())
-            place = content.rfind(b"PK\x01\x02") + draw.choice(
-                [8, 10, 20, 24, 28, 42]
-            )  # flags, method, lengths, offset
+            offset = draw.choice([8, 10, 20, 24, 28, 42])  # flags, method, lengths, offset
+            place = content.rfind(b"PK\x01\x02") + offset
             content[place] ^= 1 << draw.randrange(8)
             path.write_bytes(content)
         attempt(lambda: read(path))
 
     record_property("cases tried", explore(dice, check, cases, cases < 500))
-
-
-def test_headers_that_unpack_to_gigabytes(tmp_path: Path, record_property) -> None:
-    """A header of 60 MB in each of many arrays is refused at the first, not unpacked again and again."""
-    path = tmp_path / "a.npz"
-    bomb = b"\x93NUMPY\x02\x00" + struct.pack("<I", 60 * 10**6) + b" " * 60 * 10**6
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x_train.npy", bomb)
-    error = attempt(lambda: read(path))
-    assert error is not None
-    assert error.exit_code == 3
-    record_property("cases tried", 1)
-
-
-def test_dice_repeat() -> None:
-    assert mutated_bytes(Dice(3), b"abc" * 9) == mutated_bytes(Dice(3), b"abc" * 9)
-    assert repr(Dice(3)) == "Dice(3)"

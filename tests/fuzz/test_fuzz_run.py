@@ -95,11 +95,9 @@ class Damaged:
             for path in sorted(tree(self.run).keys() - self.whole.keys(), reverse=True):
                 (self.run / path).rmdir() if (self.run / path).is_dir() else (self.run / path).unlink()
             for path, content in self.whole.items():
-                if (
-                    isinstance(content, bytes)
-                    and ((self.run / path).read_bytes() if (self.run / path).is_file() else None) != content
-                ):
-                    (self.run / path).write_bytes(content)
+                file = self.run / path
+                if isinstance(content, bytes) and not (file.is_file() and file.read_bytes() == content):
+                    file.write_bytes(content)
         return told
 
     def looked(self, changes: dict[str, bytes], kind: str) -> DprandpError | None:
@@ -334,8 +332,9 @@ def test_reports(damaged: Damaged, cases: int, record_property) -> None:
 
 def resealed(content: bytes, draw: random.Random) -> bytes:
     """A checkpoint whose description was changed and hashed again: whole, but of something else."""
-    tensors = checkpoint.tensors_from_bytes(content, "x")
-    meta = mutated(draw, checkpoint._description(content)["meta"], 1)
+    tensors, size = checkpoint.tensors_from_bytes(content, "x"), int.from_bytes(content[:8], "little")
+    description = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][checkpoint.KEY])
+    meta = mutated(draw, description["meta"], 1)
     sealed = {"format": checkpoint.FORMAT, "sha256": checkpoint._digest(tensors, meta), "meta": meta}
     return checkpoint.tensors_to_bytes(tensors, {checkpoint.KEY: json.dumps(sealed)})
 
@@ -363,11 +362,8 @@ def test_a_stage_on_damaged_results_of_others(
         changed = mutated_bytes(draw, content)
         if file.endswith((".json", ".safetensors")) and draw.random() < 0.8:
             try:
-                changed = (
-                    resealed(content, draw)
-                    if file.endswith(".safetensors")
-                    else text_of(mutated(draw, json.loads(content)))
-                )
+                tensors = file.endswith(".safetensors")
+                changed = resealed(content, draw) if tensors else text_of(mutated(draw, json.loads(content)))
             except (ValueError, TypeError):
                 return
         (run / file).write_bytes(changed)

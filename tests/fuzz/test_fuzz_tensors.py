@@ -58,7 +58,7 @@ def test_checkpoints(tmp_path: Path, cases: int, record_property) -> None:
         path.write_bytes(content)
 
         def load() -> None:
-            loaded = checkpoint.load(tmp_path, fallback=True, warn=lambda text: None)
+            loaded = checkpoint.resume(tmp_path, warn=lambda text: None)
             value = 1 + float(loaded.tensors["bias"][0]) - 1
             assert loaded.name == f"step-{value:g}"
             loaded.entry("value", int)

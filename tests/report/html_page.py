@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from dprandp.report import markup
+VOID = ("img", "meta")
 
 
 class Page(HTMLParser):
-    """Elements with attributes and text, and whether every element was closed in order."""
+    """Elements with attributes and text; every element must be closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -23,8 +23,8 @@ class Page(HTMLParser):
         self.text = " ".join(" ".join(self.texts).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in markup.VOID:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
             self._open.append(tag)
         if re.fullmatch(r"h[1-6]", tag):
             self.headings.append((int(tag[1]), ""))
@@ -45,6 +45,14 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def sections(self) -> list[str]:
+        return [text for level, text in self.headings if level == 2]
+
+    @property
+    def drawings(self) -> set[str]:
+        return {drawing["aria-labelledby"] for drawing in self.all("svg") if drawing.get("role") == "img"}
 
 
 def outside_references(text: str) -> list[str]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dprandp.errors import CheckpointError, StorageError
 from dprandp.runs import checkpoint
@@ -41,9 +38,7 @@ def test_round_trip(tmp_path: Path) -> None:
     loaded.tensors["step"] += 1  # may be changed in place
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.bool])
 def test_awkward_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
     base = (torch.arange(48).reshape(1, 3, 4, 4) % 2).to(dtype)
     shared = torch.ones(4, 4)
@@ -86,34 +81,21 @@ def test_keeps_the_newest_by_number_and_drops_an_abandoned_future(tmp_path: Path
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-10.safetensors", "step-11.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "LATEST", "a b"])
-def test_bad_names(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="bad checkpoint name"):
-        checkpoint.save(tmp_path, name, {}, {})
-
-
-def damage_truncate(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def damage_empty(path: Path) -> None:
+def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def damage_flip(path: Path) -> None:
+def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def damage_remove(path: Path) -> None:
-    path.unlink()
-
-
-DAMAGES = [damage_truncate, damage_empty, damage_flip, damage_remove]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [truncate, empty, flip, Path.unlink])
 def test_damage_is_noticed_and_the_last_good_one_used_aloud(tmp_path: Path, damage) -> None:
     checkpoint.save(tmp_path, "step-1", shifted(1), {"step": 1})
     checkpoint.save(tmp_path, "step-2", shifted(2), {"step": 2})
@@ -123,17 +105,14 @@ def test_damage_is_noticed_and_the_last_good_one_used_aloud(tmp_path: Path, dama
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.fix
     said: list[str] = []
-    loaded = checkpoint.load(tmp_path, fallback=True, warn=said.append)
-    assert same(loaded.tensors, shifted(1))
+    assert same(checkpoint.resume(tmp_path, warn=said.append).tensors, shifted(1))
     assert len(said) == 1
     assert "step-2.safetensors" in said[0]
     assert "continuing with the checkpoint step-1" in said[0]
-    assert checkpoint.resume(tmp_path, warn=said.append).name == "step-1"
     damage(tmp_path / "step-1.safetensors")
-    for call in (lambda: checkpoint.load(tmp_path, fallback=True), lambda: checkpoint.resume(tmp_path)):
-        with pytest.raises(CheckpointError, match="no whole checkpoint is left") as caught:
-            call()
-        assert "--overwrite" in caught.value.fix
+    with pytest.raises(CheckpointError, match="no whole checkpoint is left") as caught:
+        checkpoint.resume(tmp_path, warn=said.append)
+    assert "--overwrite" in caught.value.fix
     # and the folder can be used again
     checkpoint.save(tmp_path, "step-2", shifted(2), {})
     assert same(checkpoint.load(tmp_path).tensors, shifted(2))
@@ -166,59 +145,33 @@ def test_damaged_pointer(tmp_path: Path, content: bytes) -> None:
     assert said
 
 
-def test_warns_through_logging_by_default(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("dprandp"), "propagate", True)  # a console of another test may have ended it
-    checkpoint.save(tmp_path, "step-1", TENSORS, {})
-    checkpoint.save(tmp_path, "step-2", TENSORS, {})
-    damage_flip(tmp_path / "step-2.safetensors")
-    checkpoint.load(tmp_path, fallback=True)
-    assert "step-2.safetensors" in caplog.text
-
-
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert checkpoint.resume(tmp_path) is None
+    assert checkpoint.resume(tmp_path, warn=pytest.fail) is None
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         checkpoint.load(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
-        checkpoint.load(tmp_path, fallback=True)
     with pytest.raises(CheckpointError, match=r"step-3\.safetensors is missing"):
         checkpoint.load(tmp_path, "step-3")
     (tmp_path / "step-1.safetensors").write_bytes(tensors_to_bytes(TENSORS))  # no checkpoint, but tensors
-    assert checkpoint.resume(tmp_path) is None
-
-
-def test_load_by_name_falls_back_to_older_ones_alone(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, f"step-{step}", shifted(step), {}, keep=3)
-    assert checkpoint.load(tmp_path, "step-2").name == "step-2"
-    damage_flip(tmp_path / "step-2.safetensors")
-    assert checkpoint.load(tmp_path, "step-2", fallback=True).name == "step-1"
+    assert checkpoint.resume(tmp_path, warn=pytest.fail) is None
 
 
 @pytest.mark.parametrize(
     ("expect", "words"),
     [
-        ({"conv.weight": (3, 4), "conv.bias": (4,), "step": ()}, r"'conv.bias' with shape \(3,\).* needs \(4,\)"),
-        ({"conv.weight": (3, 4), "conv.bias": (3,), "step": (), "head": (1,)}, "has no tensor 'head'"),
-        ({"conv.weight": (3, 4), "conv.bias": (3,)}, "'step', which the configuration does not have"),
-        (
-            {"conv.weight": TENSORS["conv.weight"], "conv.bias": torch.zeros(3, dtype=torch.float16), "step": ()},
-            r"'conv.bias' as torch.float32; the configuration needs torch.float16",
-        ),
+        ({"conv.bias": (4,)}, r"'conv.bias' with shape \(3,\).* needs \(4,\)"),
+        ({"head": (1,)}, "has no tensor 'head'"),
+        ({"step": None}, "'step', which the configuration does not have"),
+        ({"conv.bias": torch.zeros(3, dtype=torch.float16)}, r"'conv.bias' as torch.float32; .* needs torch.float16"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused_by_tensor(tmp_path: Path, expect: dict, words: str) -> None:
-    checkpoint.save(tmp_path, "step-1", TENSORS, {})
-    checkpoint.save(tmp_path, "step-2", TENSORS, {})
-    for fallback in (False, True):  # an older one of the same run would not fit either: no walking back
-        with pytest.raises(CheckpointError, match=words) as caught:
-            checkpoint.load(tmp_path, expect=expect, fallback=fallback)
-        assert not isinstance(caught.value, DamagedCheckpointError)
-        assert str(tmp_path / "step-2.safetensors") in caught.value.problem
-    checkpoint.load(tmp_path, expect=TENSORS)
-    checkpoint.load(tmp_path, expect={name: tuple(tensor.shape) for name, tensor in TENSORS.items()})
+def test_tensors_of_something_else_are_refused_by_name(expect: dict, words: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+    check_tensors(TENSORS, TENSORS, "x")
+    check_tensors(TENSORS, shapes, "x")
+    wanted = {name: shape for name, shape in (shapes | expect).items() if shape is not None}
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors .*" + words) as caught:
+        check_tensors(TENSORS, wanted, "model.safetensors")
+    assert not isinstance(caught.value, DamagedCheckpointError)
 
 
 def test_newer_format(tmp_path: Path) -> None:
@@ -226,13 +179,7 @@ def test_newer_format(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(path.read_bytes().replace(rb'\"format\": 2', rb'\"format\": 3'))
     with pytest.raises(CheckpointError, match="format 3; this version reads 2"):
-        checkpoint.load(tmp_path, fallback=True)
-
-
-@given(st.binary(max_size=200))
-def test_arbitrary_bytes_are_no_checkpoint(data: bytes) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        tensors_from_bytes(data, "x.safetensors")
+        checkpoint.resume(tmp_path, warn=pytest.fail)
 
 
 def test_hostile_headers() -> None:
@@ -246,19 +193,10 @@ def test_hostile_headers() -> None:
 
     assert same(tensors_from_bytes(build(header["a"]), "x"), {"a": torch.zeros(4)})  # the builder itself is right
     for change in (
-        {"shape": [2**40]},
-        {"data_offsets": [0, 2**40]},
-        {"data_offsets": [8, 4]},
-        {"dtype": "OBJECT"},
-        {"shape": [-1]},
-    ):
+        {"shape": [2**40]}, {"data_offsets": [0, 2**40]}, {"data_offsets": [8, 4]}, {"dtype": "OBJECT"}, {"shape": [-1]}
+    ):  # fmt: skip
         with pytest.raises(CheckpointError):
             tensors_from_bytes(build(header["a"] | change), "x")
-
-
-def test_check_tensors_serves_other_files() -> None:
-    with pytest.raises(CheckpointError, match=r"^model\.safetensors has no tensor 'b'"):
-        check_tensors({"a": torch.zeros(1)}, {"a": (1,), "b": (2,)}, "model.safetensors")
 
 
 @pytest.mark.parametrize("failing", range(1, 5))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dprandp.errors import BudgetError, StorageError
-from dprandp.runs.console import PLAIN_INTERVAL, Console, MetricsLog
+from dprandp.runs import console as console_module
+from dprandp.runs.console import PLAIN_INTERVAL, Console, MetricsLog, duration
 from dprandp.runs.signals import Interrupted
 
 SCRIPT = """
@@ -67,45 +68,25 @@ def run_on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
 def test_pipe_gets_plain_lines_and_stdout_the_result_alone() -> None:
     done = run()
     assert done.stdout == "accuracy 50 %\n"
-    assert done.stderr.splitlines() == [
-        "[bold]starting[/bold]",
-        "probe 20/20 in 0 s loss 19",
-        "next: dprandp finetune",
-    ]
-    assert "\x1b" not in done.stderr
-
-
-def test_json_is_one_strict_object() -> None:
-    done = run("json")
+    assert done.stderr.splitlines() == ["[bold]starting[/bold]", "probe 20/20 in 0 s loss 19", "next: dprandp finetune"]
+    done = run("quiet", "json")
+    assert done.stderr == ""
     assert json.loads(done.stdout) == {"accuracy": 0.5, "epsilon": "inf"}
     assert done.stdout.count("\n") == 1
 
 
-def test_quiet_silences_stderr() -> None:
-    done = run("quiet", "json")
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["accuracy"] == 0.5
-
-
-def test_bar_on_a_terminal() -> None:
+def test_a_bar_on_a_terminal_alone_and_where_it_is_wanted() -> None:
     out, seen = run_on_a_terminal()
     assert out == "accuracy 50 %\n"
     assert "\x1b[?25l" in seen  # the cursor is hidden while a bar is live,
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")  # and comes back
     assert "20/20" in seen
     assert "[bold]starting[/bold]" in seen
-
-
-@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_bar_and_no_escape_where_they_are_not_wanted(variables: dict[str, str]) -> None:
-    _, seen = run_on_a_terminal(**variables)
-    assert "\x1b" not in seen
-    assert "probe 20/20" in seen
-
-
-def test_quiet_on_a_terminal() -> None:
-    out, seen = run_on_a_terminal("quiet")
-    assert (out, seen) == ("accuracy 50 %\n", "")
+    for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        _, seen = run_on_a_terminal(**variables)
+        assert "\x1b" not in seen
+        assert "probe 20/20" in seen
+    assert run_on_a_terminal("quiet") == ("accuracy 50 %\n", "")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -143,20 +124,14 @@ except Exception as error:
     assert "Exception ignored" not in done.stderr
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_plain_progress_speaks_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock()
-    console = Console(clock=clock)
-    with console.progress(100, "pretrain", done=50) as progress:
+def test_plain_progress_speaks_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now)
+    with Console().progress(100, "pretrain", done=50) as progress:
         for _ in range(50):
-            clock.now += 1.0
+            now += 1.0
             progress.advance()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -229,40 +204,31 @@ def test_log_warnings_arrive_once(capsys: pytest.CaptureFixture[str], package_lo
     assert capsys.readouterr().err == "warning: step-2 is damaged\n"
 
 
-LIBRARIES = {
-    "opacus": "import opacus.utils.module_utils",
-    "basicConfig": "logging.basicConfig(format='%(asctime)s %(message)s', level=logging.INFO)",
-    "handlers": "[logging.getLogger().addHandler(logging.StreamHandler()) for _ in range(2)]",
-    "a high level": "logging.getLogger().setLevel(logging.CRITICAL)",
-    "a low level": "logging.getLogger().setLevel(logging.DEBUG)",
-    "handlers replaced": "logging.basicConfig(force=True)",
-}
-
-
-SLOW = ("opacus", "after")
-CASES = [(library, when) for library in LIBRARIES for when in ("before", "after")]
-
-
-@pytest.mark.parametrize(
-    ("library", "when"), [pytest.param(*case, marks=pytest.mark.slow) if case == SLOW else case for case in CASES]
+LIBRARIES = (
+    "import opacus.utils.module_utils",
+    "logging.basicConfig(format='%(asctime)s %(message)s', level=logging.INFO)",
+    "[logging.getLogger().addHandler(logging.StreamHandler()) for _ in range(2)]",
+    "logging.getLogger().setLevel(logging.CRITICAL)",
+    "logging.basicConfig(force=True)",
 )
-def test_a_warning_arrives_once_whatever_a_library_does_to_the_root_logger(library: str, when: str) -> None:
+SCRIPT_THAT_WARNS = """
+import logging, sys
+from dprandp.runs.console import Console
+def route():
+    Console().route_logging()
+{}
+logging.getLogger('dprandp.runs.checkpoint').warning('step-2 is damaged')
+logging.getLogger('dprandp.runs.checkpoint').info('not shown')
+"""
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_warning_arrives_once_whatever_a_library_does_to_the_root_logger(library: str, before: bool) -> None:
     """In a process of its own; the library is imported before the console routes the log, or after."""
-    route = "Console(quiet='quiet' in sys.argv).route_logging()"
-    steps = [LIBRARIES[library], route] if when == "before" else [route, LIBRARIES[library]]
-    script = "\n".join(
-        [
-            "import logging, sys",
-            "from dprandp.runs.console import Console",
-            *steps,
-            "logging.getLogger('dprandp.runs.checkpoint').warning('step-2 is damaged')",
-            "logging.getLogger('dprandp.runs.checkpoint').info('not shown')",
-        ]
-    )
-    done = run(script=script)
+    steps = [library, "route()"] if before else ["route()", library]
+    done = run(script=SCRIPT_THAT_WARNS.format("\n".join(steps)))
     assert (done.returncode, done.stderr) == (0, "warning: step-2 is damaged\n")
-    if library == "opacus":
-        assert run("quiet", script=script).stderr == ""
 
 
 def test_metrics_resume_drops_what_will_be_written_again(tmp_path: Path) -> None:
@@ -287,3 +253,7 @@ def test_metrics_of_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
     log.path = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(StorageError, match="absent"):
         log.write(1)
+
+
+def test_durations_are_for_people() -> None:
+    assert [duration(seconds) for seconds in (1.25, 14, 200, 7500)] == ["1.25 s", "14 s", "3 min 20 s", "2 h 05 min"]

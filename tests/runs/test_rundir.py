@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from dprandp import __version__
-from dprandp.errors import CheckpointError, InputError, StorageError, UsageError
-from dprandp.runs.directory import STAGES, RunDir
+from dprandp.errors import CheckpointError, InputError, UsageError
+from dprandp.runs.directory import RunDir
 
 CONFIG = {"steps": 10, "lr": 0.1, "epsilon": math.inf, "device": "cpu"}
 
@@ -61,13 +61,8 @@ def test_fresh_partial_done_skip(run: RunDir) -> None:
     assert run.result("probe") == {}
     for flags in ({}, {"resume": True}):
         assert run.begin("generate", CONFIG, {"seed": "7"}, **flags).action == "skip"
-    assert json.loads((run.path / "env.json").read_text()).keys() == {
-        "python",
-        "torch",
-        "platform",
-        "cpu_count",
-        "device",
-    }
+    environment = json.loads((run.path / "env.json").read_text())
+    assert set(environment) == {"python", "torch", "platform", "cpu_count", "device"}
 
 
 def test_run_json_is_what_other_programs_expect(run: RunDir) -> None:
@@ -180,24 +175,15 @@ def test_overwrite_interrupted_in_the_deletion_leaves_no_half_emptied_stage(
 
 
 def test_later_stages_become_stale_and_fresh_again(run: RunDir) -> None:
+    def found() -> tuple[str, ...]:
+        return tuple(states(run)[stage] for stage in ("generate", "pretrain", "probe"))
+
     complete(run, "generate", "a")
     complete(run, "pretrain", inputs=run.inputs_from("generate"))
     complete(run, "probe", inputs=run.inputs_from("pretrain") | {"data": "digits"})
-    assert states(run) == {
-        "generate": "done",
-        "pretrain": "done",
-        "continue": "missing",
-        "probe": "done",
-        "finetune": "missing",
-    }
+    assert found() == ("done", "done", "done")
     run.begin("generate", CONFIG, {}, overwrite=True)
-    assert states(run) == {
-        "generate": "partial",
-        "pretrain": "stale",
-        "continue": "missing",
-        "probe": "stale",
-        "finetune": "missing",
-    }
+    assert found() == ("partial", "stale", "stale")
     assert json.loads((run.path / "run.json").read_text())["stages"]["probe"]["state"] == "stale"
 
     (run.stage_dir("generate") / "out.bin").write_text("b")
@@ -213,13 +199,7 @@ def test_later_stages_become_stale_and_fresh_again(run: RunDir) -> None:
     assert "--overwrite" in caught.value.fix
 
     complete(run, "generate", "a", overwrite=True)  # the same bytes again
-    assert states(run) == {
-        "generate": "done",
-        "pretrain": "done",
-        "continue": "missing",
-        "probe": "done",
-        "finetune": "missing",
-    }
+    assert found() == ("done", "done", "done")
     assert run.begin("probe", CONFIG, run.inputs_from("pretrain") | {"data": "digits"}).action == "skip"
 
 
@@ -241,8 +221,6 @@ def test_a_vanished_output_makes_a_stage_stale(run: RunDir) -> None:
     assert states(run)["generate"] == "stale"
     with pytest.raises(UsageError, match=r"out\.bin is missing"):
         run.begin("generate", CONFIG, {})
-    with pytest.raises(ValueError, match=r"did not write its output 'out\.bin'"):
-        run.finish("generate", {"out.bin": "0"}, {})
 
 
 def test_require_names_the_command(run: RunDir) -> None:
@@ -267,18 +245,10 @@ def test_files_of_unknown_origin_are_not_mixed_with_ours(run: RunDir) -> None:
     assert (run.stage_dir("generate") / "thesis.tex").exists()
 
 
-def test_folders(run: RunDir) -> None:
-    assert {stage: run.stage_dir(stage).name for stage in STAGES} == {
-        "generate": "1-generate",
-        "pretrain": "2-pretrain",
-        "continue": "2b-continue",
-        "probe": "3-probe",
-        "finetune": "4-finetune",
-    }
+def test_the_private_folder_is_closed_to_others(run: RunDir) -> None:
     assert run.private_dir.stat().st_mode & 0o777 == 0o700
     run.private_dir.chmod(0o755)
     assert run.private_dir.stat().st_mode & 0o777 == 0o700
-    assert (run.privacy_dir.name, run.model_dir.name) == ("privacy", "model")
 
 
 def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
@@ -301,30 +271,24 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "x") == []
 
 
+PARTIAL = '{"format": 1, "stages": {"probe": {"state": "partial", "outputs": {}, "result": {}, "finished": null, %s}}}'
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"format": 1}',
-        b'{"format": true, "stages": {}}',
-        b'{"format": 1, "stages": {"generate": {}}}',
-        b'{"format": 1, "stages": {"brew": {}}}',
-        b'{"format": 1, "stages": {"generate": {"state": "partial", "config": [], "inputs": {}, "outputs": {}, '
-        b'"result": {}, "started": "", "finished": null}}}',
-        b'{"format": 1, "stages": {"generate": {"state": "partial", "config": {}, "inputs": {"a": 1}, "outputs": {}, '
-        b'"result": {}, "started": "", "finished": null}}}',
+        "", "{", "[]", "[" * 100_000, '{"format": 1}', '{"format": true, "stages": {}}',
+        '{"format": 1, "stages": {"generate": {}}}', '{"format": 1, "stages": {"brew": {}}}',
+        PARTIAL % '"config": [], "inputs": {}, "started": ""',
+        PARTIAL % '"config": {}, "inputs": {"a": 1}, "started": ""',
     ],
-)
-def test_corrupt_run_json(run: RunDir, content: bytes) -> None:
-    (run.path / "run.json").write_bytes(content)
+)  # fmt: skip
+def test_corrupt_run_json(run: RunDir, content: str) -> None:
+    (run.path / "run.json").write_text(content)
     for call in (run.status, lambda: run.begin("generate", CONFIG, {}, overwrite=True)):
         with pytest.raises(CheckpointError, match=r"run\.json is corrupt"):
             call()
-    assert (run.path / "run.json").read_bytes() == content
+    assert (run.path / "run.json").read_text() == content
 
 
 def test_run_json_of_a_newer_version(run: RunDir) -> None:
@@ -338,22 +302,3 @@ def test_begin_and_finish_need_the_lock(tmp_path: Path) -> None:
     for call in (lambda: run.begin("generate", {}, {}), lambda: run.finish("generate", {}, {})):
         with pytest.raises(RuntimeError, match="lock"):
             call()
-
-
-def test_a_full_disk_leaves_the_old_table(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    complete(run, "generate")
-    before = (run.path / "run.json").read_bytes()
-    calls = []
-
-    def refuse(*args: Any) -> None:
-        calls.append(args)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dprandp.runs.files.os.fsync", refuse)
-    with pytest.raises(StorageError, match="disk is full"):
-        run.begin("pretrain", CONFIG, {})
-    assert calls
-    monkeypatch.undo()
-    assert (run.path / "run.json").read_bytes() == before
-    assert states(run)["pretrain"] == "missing"
-    assert run.begin("pretrain", CONFIG, {}).action == "fresh"
