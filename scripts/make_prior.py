@@ -26,7 +26,6 @@ from dprandp import __version__, priors
 from dprandp.config import schema
 from dprandp.config.schema import as_dict
 from dprandp.errors import DprandpError
-from dprandp.pretrain.shipped import card_text
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_to_bytes
 from dprandp.runs.directory import RunDir
@@ -90,7 +89,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "result": {key: value for key, value in result.items() if key not in ("seconds", "views_per_second")},
         "probes": measured(args.results, digest) if args.results else [],
     }
-    text = card_text(priors.parse(args.name, card))  # refuses what could not be read back
+    text = priors.card_text(priors.parse(args.name, card))  # refuses what could not be read back
     atomic_write(args.out / f"{args.name}.safetensors", data)
     atomic_write(args.out / f"{args.name}.json", to_json(card, indent=1) + "\n")
     atomic_write(args.out / f"{args.name}.md", text)

@@ -1,11 +1,11 @@
 """Public images made by random processes, the prior of the feature extractor.
 
 Nothing here reads data: an image is a function only of (process, seed, block, position in the block, resolution), so it
-costs no privacy, and any number of workers in any order makes the same bytes. (The bytes are those
-of one processor type and one version of NumPy and PyTorch: another may round differently in the last bit.)
+costs no privacy, and any number of workers in any order makes the same bytes (of one processor type and one version of
+NumPy and PyTorch: another may round differently in the last bit).
 
-A process is a function (random generator, count, resolution) → uint8 [count, resolution, resolution, 3] of which a
-smaller count gives a prefix. To add one: write it in a file of its own and give it a line in :data:`PROCESSES`.
+To add a process: write a function as ``compose.Process`` describes it in a file of its own, and give it a line in
+:data:`PROCESSES`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dprandp.errors import UsageError, nearest
-from dprandp.synth import dead_leaves, dead_leaves_textures, fractal, perlin, statistical, stylegan, stylegan_random
+from dprandp.synth import dead_leaves, fractal, perlin, statistical, stylegan, stylegan_random
 from dprandp.synth.compose import Process, kmeans_leaves, mixture
 from dprandp.synth.stylegan_draws import HIGHFREQ, SPARSE
 
@@ -31,7 +31,7 @@ class ProcessSpec:
 
     Attributes:
         name: as given on the command line.
-        render: (random, count, resolution) → uint8 [count, resolution, resolution, 3].
+        render: the function that makes the images.
         block_size: images that are made from one random generator and share what the process shares (a network).
         summary: one line.
         source: paper.
@@ -84,7 +84,7 @@ PROCESSES: dict[str, ProcessSpec] = {
             "overlapping turned squares", _BARADAD,
         ),
         ProcessSpec(
-            "dead-leaves-textures", dead_leaves_textures.render, 400,
+            "dead-leaves-textures", dead_leaves.render_textures, 400,
             "dead-leaves whose leaves show spectrum-color-wmm", _BARADAD,
         ),
         ProcessSpec("spectrum", _statistical(spectrum=True), 400, "noise with a power-law spectrum", _BARADAD),
@@ -117,7 +117,7 @@ SYNTAX = (*(f"{name}:PROCESS" for name in LEAVES), "mixture:PROCESS,PROCESS,..."
 def process_named(name: str) -> ProcessSpec:
     """Find a process, or compose it: ``kml:P``, ``kml-mixup:P``, ``mixture:P,Q,...``, where P and Q are such names too.
 
-    Commas always belong to the outermost mixture. What is put together has a canonical name, the same for an alias.
+    Commas always belong to the outermost mixture. What is composed has a canonical name, the same for an alias.
 
     Raises:
         UsageError: a part of the name is no process, or something is missing.
@@ -152,28 +152,24 @@ def process_named(name: str) -> ProcessSpec:
 
 
 def _kml(kind: str, source: ProcessSpec) -> ProcessSpec:
+    summary = f"images of {source.name} mixed by blurred two-colour masks of another one"
     return ProcessSpec(
-        f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK,
-        f"images of {source.name} mixed by blurred two-colour masks of another one", _KML,
-    )  # fmt: skip
+        f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK, summary, _KML
+    )
 
 
 def _mixture(parts: list[ProcessSpec]) -> ProcessSpec:
-    count = len(parts)
-    each = min(MIXTURE_BLOCK // count or 1, *(part.block_size for part in parts))
-    name = "mixture:" + ",".join(part.name for part in parts)
-    sources = dict.fromkeys(part.source for part in parts)
-    return ProcessSpec(
-        name, mixture([part.render for part in parts]), count * each, "in turn: " + ", ".join(p.name for p in parts),
-        "; ".join(sources),
-    )  # fmt: skip
+    each = min(MIXTURE_BLOCK // len(parts) or 1, *(part.block_size for part in parts))
+    names = [part.name for part in parts]
+    sources = "; ".join(dict.fromkeys(part.source for part in parts))
+    render = mixture([part.render for part in parts])
+    return ProcessSpec("mixture:" + ",".join(names), render, len(parts) * each, "in turn: " + ", ".join(names), sources)
 
 
 def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
-    """The generator of one block, a function of its arguments alone.
+    """The generator of one block: Philox, with a hash of the three arguments as its key, so blocks are independent.
 
-    A Philox generator whose 128-bit key is a hash of the three: blocks are independent of one another and of who
-    renders them. Public randomness only: a seeded generator must never make the noise that protects private data.
+    Public randomness only: a seeded generator must never make the noise that protects private data.
     """
     digest = hashlib.sha256(f"dprandp synth\n{seed:d}\n{process}\n{block:d}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -183,7 +179,7 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
     """Render the first `count` images of a block.
 
     PyTorch works with one thread meanwhile, since the order of its sums depends on their number: the bytes are the same
-    in every process, however many threads or workers there are. A smaller `count` gives a prefix.
+    however many threads or workers there are. A smaller `count` gives a prefix.
 
     Args:
         process: a name as :func:`process_named` takes it.
@@ -209,8 +205,6 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
             f"a block of {process} holds 1 to {spec.block_size} images, {count} were asked for",
             fix="render more images as further blocks",
         )
-    if block < 0:
-        raise UsageError(f"block {block} does not exist", fix="count blocks from 0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -101,14 +101,9 @@ def analyse(spectrum: torch.Tensor, masks: Filters) -> list[torch.Tensor]:
 
 
 def synthesise(bands: list[torch.Tensor], spectrum: torch.Tensor, masks: Filters) -> torch.Tensor:
-    """The adjoint of :func:`analyse`; bands as it returned them give back the spectrum.
+    """The adjoint of :func:`analyse`: bands as it returned them give back the spectrum, complex64 [..., R, R/2+1].
 
-    Args:
-        bands: as :func:`analyse` returns them.
-        spectrum: complex64 [..., R, R/2+1], where the low-pass band is taken from.
-
-    Returns:
-        complex64 [..., R, R/2+1].
+    The low-pass band is taken from ``spectrum``.
     """
     result = spectrum * masks.low_energy
     result += torch.fft.rfft2(bands[0], norm="ortho") * masks.high

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dprandp.synth.pink_noise import area_resize
+from dprandp.synth.compose import in_chunks
 from dprandp.synth.stylegan_draws import ORIENTED, ConvDraws, ImageDraws, Network, Variant, draw_images, draw_network
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
@@ -38,11 +38,11 @@ GAIN = math.sqrt(2.0)
 
 
 def tap_weights(draws: ConvDraws, variant: Variant, upsamples: bool) -> torch.Tensor:
-    """Weight of every input channel in each of the nine tap maps, modulated and demodulated.
+    """Weight of every input channel in each of the nine tap maps, modulated and demodulated: float32 [B, in_channels,
+    9].
 
-    Returns:
-        float32 [B, in_channels, 9]; tap t of the result is what :func:`combine_taps` adds at offset (t // 3, t % 3).
-        A correlation is a scatter with the taps in reverse order.
+    Tap t is what :func:`combine_taps` adds at offset (t // 3, t % 3); a correlation is a scatter with the taps in
+    reverse order.
     """
     bank = torch.from_numpy(variant.bank).flatten(1)
     taps = (bank if upsamples else bank.flip(1)).to(draws.style.dtype)
@@ -67,16 +67,11 @@ def ascending(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def activation_sums(common: torch.Tensor, noise: torch.Tensor, draws: ConvDraws, weights: torch.Tensor) -> torch.Tensor:
-    """Σ_o weights[o, f] · √2·ReLU(±S + noise + bias_o), for every pixel and every f.
+    """Σ_o weights[o, f] · √2·ReLU(±S + noise + bias_o), for every pixel and every f: float32 [B, P, F].
 
     Args:
-        common: float32 [B, P], the map S at P pixels.
-        noise: float32 [B, P].
-        draws: signs and biases of the C channels.
-        weights: float32 [B, C, F].
-
-    Returns:
-        float32 [B, P, F].
+        common: float32 [B, P], the map S at P pixels. noise: float32 [B, P].
+        draws: signs and biases of the C channels. weights: float32 [B, C, F].
     """
     batch, channels, functions = weights.shape
     # A channel is active where ±S + noise > −bias: by descending bias, the active ones of a sign are a prefix.
@@ -118,19 +113,21 @@ def fir_filter(maps: torch.Tensor) -> torch.Tensor:
 
 
 def combine_taps(taps: torch.Tensor, size: int, upsamples: bool) -> torch.Tensor:
-    """Scatter the nine tap maps of a `size` × `size` input and add them up: the convolution itself.
+    """Scatter the nine tap maps [B, size², 9] and add them up, the convolution itself: float32 [B, R, R].
 
-    Args:
-        taps: float32 [B, size², 9].
-
-    Returns:
-        float32 [B, R, R] with R = 2·size when `upsamples`, else `size`.
+    R = 2·size when `upsamples`, else `size`.
     """
     columns = taps.transpose(1, 2).contiguous()
     if not upsamples:
         return functional.fold(columns, (size, size), kernel_size=3, padding=1)[:, 0]
     grown = functional.fold(columns, (2 * size + 1, 2 * size + 1), kernel_size=3, stride=2)[:, 0]
     return fir_filter(functional.pad(grown, (1, 1, 1, 1)))
+
+
+def area_resize(maps: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Shrink maps [B, R, R] to [B, resolution, resolution] by averaging squares; `resolution` divides R."""
+    factor = maps.shape[-1] // resolution
+    return maps if factor == 1 else functional.avg_pool2d(maps[:, None], factor)[:, 0]
 
 
 def upsample_rgb(image: torch.Tensor) -> torch.Tensor:
@@ -142,11 +139,7 @@ def upsample_rgb(image: torch.Tensor) -> torch.Tensor:
 
 
 def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
-    """Run the networks up to the RGB image, before the colour step.
-
-    Returns:
-        [B, 3, R, R] in the precision of the draws: float32, unless a test asks for more.
-    """
+    """Run the networks up to the RGB image, before the colour step: [B, 3, R, R] in the precision of the draws."""
     batch = draws.colour_mean.shape[0]
     taps = network.constant.flatten(1).T @ tap_weights(draws.convs[0], network.variant, upsamples=False)
     image = network.constant.new_zeros(batch, 3, 2, 2)
@@ -171,11 +164,8 @@ def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
 
 
 def colour(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Standardise each channel, give it the drawn mean and standard deviation, clip to [0, 1].
-
-    Args:
-        image: float32 [B, 3, R, R].
-        mean, std: float32 [B, 3].
+    """Standardise each channel of float32 [B, 3, R, R], give it the drawn mean and standard deviation [B, 3], clip to
+    [0, 1].
     """
     spread, centre = torch.std_mean(image, dim=(2, 3), correction=0, keepdim=True)
     scale = std[:, :, None, None] / spread.clamp(min=torch.finfo(torch.float32).tiny)
@@ -188,24 +178,11 @@ def to_bytes(images: torch.Tensor) -> np.ndarray:
 
 
 def render(random: np.random.Generator, count: int, resolution: int, variant: Variant = ORIENTED) -> np.ndarray:
-    """Images of one network.
-
-    The images are drawn in chunks of a fixed size and a chunk is always rendered whole, so a smaller `count` gives a
-    prefix of the same images, byte for byte.
-
-    Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side, a power of two, 4 to 1024.
-        variant: which of the three processes.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
-    """
+    """The ``Process``: images of one network, of a power of two from 4 to 1024 pixels."""
     network = draw_network(random, resolution, variant)
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
+
+    def chunk() -> np.ndarray:
         draws = draw_images(random, network, CHUNK)
-        chunk = colour(synthesise(network, draws), draws.colour_mean, draws.colour_std)
-        images[start : start + CHUNK] = to_bytes(chunk)[: count - start]
-    return images
+        return to_bytes(colour(synthesise(network, draws), draws.colour_mean, draws.colour_std))
+
+    return in_chunks(count, chunk)

@@ -22,15 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dprandp.synth.pink_noise import draw_pink_noise
-
-# ------------------------------------------------------------------------------------------------------------ wavelets
-#
-# The forty 3×3 wavelets that the StyleGAN processes use as filters, as they are and quantised to their signs.
-#
-# Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021 (the *oriented* StyleGAN process;
-# *highfreq* and *sparse* use the signs).
-
 ORIENTATIONS = 8
 ANGLE_STEP = np.pi / ORIENTATIONS  # 22.5°
 
@@ -57,39 +48,23 @@ def _unoriented() -> np.ndarray:
 
 
 def base_wavelets() -> np.ndarray:
-    """The twenty wavelets before negation.
-
-    An 11×11 step (+1 left of the middle column, 0 in it, −1 right of it) or line (ones, middle column −1), rotated
-    with bilinear interpolation and cut to its centre 3×3, depends on one coordinate only: the signed distance from
-    the rotated middle column. Interpolated between pixels it is a ramp resp. a tent of that distance, which is what
-    is evaluated here.
-
-    Returns:
-        float64 [20, 3, 3]: 8 edges and 8 lines (each zero mean), delta, centre against the rest, plus, signed plus.
-    """
+    """The twenty wavelets before negation, float64 [20, 3, 3]: 8 edges, 8 lines (zero mean), ``_unoriented``."""
     oriented = np.concatenate(_edges_and_lines())
     oriented -= oriented.mean(axis=(1, 2), keepdims=True)
     return np.concatenate([oriented, _unoriented()])
 
 
 def wavelets() -> np.ndarray:
-    """All forty: the twenty of :func:`base_wavelets`, then their negatives in the same order.
-
-    Returns:
-        float64 [40, 3, 3].
-    """
+    """All forty, float64 [40, 3, 3]: the twenty of :func:`base_wavelets`, then their negatives in the same order."""
     base = base_wavelets()
     return np.concatenate([base, -base])
 
 
 def sign_wavelets() -> np.ndarray:
-    """The forty of *highfreq* and *sparse*: every value replaced by its sign.
+    """The forty of *highfreq* and *sparse*: every value replaced by its sign, float64 [40, 3, 3] of −1, 0 and 1.
 
     An edge keeps the mean zero (a pixel on the edge itself is 0); a line is quantised before its mean is taken off, so
     that it has −1 on the line and +1 beside it.
-
-    Returns:
-        float64 [40, 3, 3] of −1, 0 and 1, in the order of :func:`wavelets`.
     """
     edges, lines = _edges_and_lines()
     base = np.concatenate([np.sign(np.round(edges, 9)), np.sign(lines), _unoriented()])
@@ -102,6 +77,8 @@ START_RESOLUTION = 4
 WAVELETS = len(wavelets())
 WAVELETS_PER_LAYER = (5, 40)
 NOISE_SCALE_MAX = 0.3
+ENVELOPE_GRID = 4
+EXPONENT_RANGE = (0.5, 1.5)
 LEAKY_SLOPE = 0.2
 COLOUR_MEAN = ((0.483, 0.145), (0.455, 0.142), (0.401, 0.161))  # (mean, std) of the normal, per channel R, G, B
 COLOUR_STD = ((0.219, 0.063), (0.213, 0.062), (0.213, 0.069))
@@ -218,20 +195,72 @@ class ImageDraws:
     colour_std: torch.Tensor
 
 
-def _normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
+def normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
+    """Independent N(0, 1), float32 of this shape."""
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+
+
+def pink_spectrum_noise(white: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Give every map the amplitude spectrum 1/r^α exactly, with the phases of white noise.
+
+    Args:
+        white: float [B, R, R], independent N(0, 1). exponent: float [B], α.
+
+    Returns:
+        float [B, R, R] of mean zero; r is the distance from frequency 0 in cycles per image.
+    """
+    resolution = white.shape[-1]
+    spectrum = torch.fft.rfft2(white)
+    frequency_y = torch.fft.fftfreq(resolution, 1.0 / resolution, dtype=white.dtype)
+    frequency_x = torch.fft.rfftfreq(resolution, 1.0 / resolution, dtype=white.dtype)
+    radius = torch.hypot(frequency_y[:, None], frequency_x[None, :])
+    log_radius = torch.log(radius.clamp(min=1.0))
+    amplitude = torch.exp(-exponent[:, None, None] * log_radius)
+    amplitude[:, 0, 0] = 0.0
+    magnitude = spectrum.abs().clamp(min=torch.finfo(white.dtype).tiny)
+    return torch.fft.irfft2(spectrum * (amplitude / magnitude), s=(resolution, resolution))
+
+
+def lanczos_matrix(resolution: int, grid: int) -> torch.Tensor:
+    """Lanczos-3 interpolation from `grid` samples to `resolution` pixels along an axis: float32 [resolution, grid].
+
+    Centres lie at half-integers; weights outside the grid are left out and the others scaled to sum to one.
+    """
+    position = (torch.arange(resolution) + 0.5) * (grid / resolution) - 0.5
+    distance = position[:, None] - torch.arange(grid)
+    weights = torch.where(distance.abs() < 3.0, torch.sinc(distance) * torch.sinc(distance / 3.0), 0.0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def enveloped_pink_noise(white: torch.Tensor, exponent: torch.Tensor, envelope: torch.Tensor) -> torch.Tensor:
+    """Pink noise [B, R, R] times its envelope [B, 4, 4], which is upsampled (Lanczos), of standard deviation 1."""
+    upsample = lanczos_matrix(white.shape[-1], envelope.shape[-1]).to(envelope.dtype)
+    noise = pink_spectrum_noise(white, exponent) * (upsample @ envelope @ upsample.T)
+    return noise / noise.std(dim=(1, 2), correction=0, keepdim=True)
+
+
+def draw_pink_noise(random: np.random.Generator, count: int, resolution: int, envelope: bool = True) -> torch.Tensor:
+    """Draw `count` maps of standard deviation 1, with or without the envelope: float32 [count, R, R]."""
+    white = torch.from_numpy(random.standard_normal((count, resolution, resolution), dtype=np.float32))
+    exponent = torch.from_numpy(random.uniform(*EXPONENT_RANGE, count).astype(np.float32))
+    if envelope:
+        grid = random.laplace(size=(count, ENVELOPE_GRID, ENVELOPE_GRID)).astype(np.float32)
+        return enveloped_pink_noise(white, exponent, torch.from_numpy(grid))
+    noise = pink_spectrum_noise(white, exponent)
+    return noise / noise.std(dim=(1, 2), correction=0, keepdim=True)
 
 
 def draw_network(random: np.random.Generator, resolution: int, variant: Variant = ORIENTED) -> Network:
     """Draw the constant input and the style affines that the images of one block share."""
     shapes = layer_shapes(resolution)
-    constant = _normal(random, shapes[0].in_channels, START_RESOLUTION, START_RESOLUTION)
-    conv_affines = [_normal(random, shape.in_channels, LATENT) / LATENT**0.5 for shape in shapes]
-    rgb_affines = [_normal(random, shape.out_channels, LATENT) / LATENT**0.5 for shape in shapes if shape.feeds_rgb]
+    constant = normal(random, shapes[0].in_channels, START_RESOLUTION, START_RESOLUTION)
+    conv_affines = [normal(random, shape.in_channels, LATENT) / LATENT**0.5 for shape in shapes]
+    rgb_affines = [normal(random, shape.out_channels, LATENT) / LATENT**0.5 for shape in shapes if shape.feeds_rgb]
     return Network(shapes, constant, conv_affines, rgb_affines, variant)
 
 
-def _style(latent: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
+def style_of(latent: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
+    """Styles [B, channels] from latents [B, 512] and an affine map [channels, 512]."""
     return latent @ affine.T + 1.0
 
 
@@ -266,17 +295,14 @@ def _draw_conv(random: np.random.Generator, shape: LayerShape, style: torch.Tens
 
 def _draw_rgb(random: np.random.Generator, style: torch.Tensor) -> torch.Tensor:
     count, channels = style.shape
-    return _normal(random, count, channels, 3) * (style / channels**0.5)[:, :, None]
-
-
-def _draw_law(random: np.random.Generator, count: int, law: tuple[tuple[float, float], ...]) -> torch.Tensor:
-    centre, spread = torch.tensor(law, dtype=torch.float32).T
-    return centre + spread * _normal(random, count, 3)
+    return normal(random, count, channels, 3) * (style / channels**0.5)[:, :, None]
 
 
 def draw_colour(random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the mean and the standard deviation of every channel: float32 [count, 3] each."""
-    return _draw_law(random, count, COLOUR_MEAN), _draw_law(random, count, COLOUR_STD)
+    laws = (torch.tensor(law, dtype=torch.float32).T for law in (COLOUR_MEAN, COLOUR_STD))
+    mean, std = (centre + spread * normal(random, count, 3) for centre, spread in laws)
+    return mean, std
 
 
 def draw_images(random: np.random.Generator, network: Network, count: int) -> ImageDraws:
@@ -285,12 +311,12 @@ def draw_images(random: np.random.Generator, network: Network, count: int) -> Im
     As in StyleGAN2 every convolution has a latent w of its own, and an RGB layer shares that of the next convolution.
     """
     rgb_affines = iter(network.rgb_affines)
-    latents = torch.nn.functional.leaky_relu(_normal(random, len(network.shapes) + 1, count, LATENT), LEAKY_SLOPE)
+    latents = torch.nn.functional.leaky_relu(normal(random, len(network.shapes) + 1, count, LATENT), LEAKY_SLOPE)
     convs, rgb = [], []
     for index, (shape, affine) in enumerate(zip(network.shapes, network.conv_affines, strict=True)):
-        convs.append(_draw_conv(random, shape, _style(latents[index], affine), network.variant))
+        convs.append(_draw_conv(random, shape, style_of(latents[index], affine), network.variant))
         if shape.feeds_rgb:
-            rgb.append(_draw_rgb(random, _style(latents[index + 1], next(rgb_affines))))
+            rgb.append(_draw_rgb(random, style_of(latents[index + 1], next(rgb_affines))))
     one_noise_map = network.variant.one_noise_map
     noise = draw_pink_noise(random, count, network.shapes[-1].resolution) if one_noise_map else None
     return ImageDraws(convs, rgb, noise, *draw_colour(random, count))

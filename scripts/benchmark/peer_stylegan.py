@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp.synth.pink_noise import area_resize
-from dprandp.synth.stylegan import GAIN, colour, to_bytes
+from dprandp.synth.stylegan import GAIN, area_resize, colour, to_bytes
 from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images
 
 DEMODULATION_FLOOR = 1e-8
