@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 from dprandp.vision import images as vision_images
 from dprandp.vision.images import as_declared, colour_mode, contact_sheet, random_crops, resize, to_grey, to_input
@@ -130,42 +129,6 @@ def test_random_crops_equal_a_loop_over_images():
             plane = images[index, channel, top : top + crop, left : left + crop].numpy()
             assert_rounds_to(out[index, channel].numpy(), pillow_resize(plane, size, size))
     assert len(seen) > 10  # crops of many sizes were compared
-
-
-def crop_boxes(count, seed, side=64):
-    """Where crops lie, read off images whose pixels are their own coordinates: top, height, left, width, in pixels."""
-    ramp = torch.arange(side) * 2
-    rows = ramp[:, None].expand(side, side)
-    image = torch.stack([rows, rows.t(), torch.zeros_like(rows)]).to(torch.uint8)
-    out = random_crops(image.expand(count, -1, -1, -1), torch.Generator().manual_seed(seed)).double() / 2
-    size = out.shape[-1]
-    boxes = []
-    for axis in (0, 1):
-        line = out[:, axis].mean(dim=2 - axis)
-        inner = line[:, 4 : size - 4]  # away from the edges, where the filter is cut off
-        step = (inner[:, -1] - inner[:, 0]) / (inner.shape[1] - 1)  # pixels of the image per pixel of the crop
-        start = inner[:, 0] - step * 4.5 + 0.5
-        boxes += [start, step * size]
-    return [box.numpy() for box in boxes]
-
-
-def test_crops_lie_inside_are_square_and_of_uniform_area():
-    """Kolmogorov and Smirnov's test at 1e-4. Positive control: it does reject sides, rather than areas, as uniform."""
-    top, height, left, width = crop_boxes(2000, seed=1)
-    assert np.abs(height - width).max() < 0.7
-    assert height.min() > 31
-    assert height.max() < 65
-    for start, length in ((top, height), (left, width)):
-        assert start.min() > -0.7
-        assert (start + length).max() < 64.7
-    areas = (height / 64) ** 2
-    assert stats.kstest(areas, stats.uniform(0.25, 0.75).cdf).pvalue > 1e-4
-    assert stats.kstest(height / 64, stats.uniform(0.5, 0.5).cdf).pvalue < 1e-4
-    room = 65 - np.round(height)
-    for start in (top, left):
-        places = ((np.round(start) + np.random.default_rng(0).random(len(start))) / room)[room > 4]
-        assert stats.kstest(places, "uniform").pvalue > 1e-4
-    assert abs(np.corrcoef(top / room, left / room)[0, 1]) < 0.1
 
 
 def test_crops_are_not_smaller_than_the_output_unless_the_image_is(monkeypatch):
