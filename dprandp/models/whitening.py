@@ -27,15 +27,10 @@ DEVIATION_FLOOR = 1e-3
 
 
 class Part(NamedTuple):
-    """Features that are whitened together, apart from all others.
+    """Features that are whitened together, apart from all others."""
 
-    Attributes:
-        width: how many.
-        share: of this part in the squared length of the whole; the shares of all parts sum to 1.
-    """
-
-    width: int
-    share: float
+    width: int  # how many
+    share: float  # of this part in the squared length of the whole; the shares of all parts sum to 1
 
 
 class Whitener(nn.Module):

@@ -54,11 +54,12 @@ GREY = "grey"
 def run(config: PretrainConfig, context: Context) -> dict:
     """Learn an extractor from the run's synthetic images.
 
-    Returns: arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
+    Returns:
+        arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
         ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and the optimizer of a
         training by gradients; with a prior also prior, prior_sha256 and prior_images (that it was learned from). Where
-        there are two extractors, all this is said of the one for colour, and under ``GREY`` are the other's measures.
-        On another rank than rank 0 nothing ({}).
+        there are two extractors, all this is of the one for colour, and under ``GREY`` are the other's measures. On
+        another rank than rank 0 nothing ({}).
 
     Raises:
         InputError: there are no images yet.
@@ -77,21 +78,15 @@ def run(config: PretrainConfig, context: Context) -> dict:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A stage that has begun.
+    """A stage that has begun."""
 
-    Attributes:
-        config: recorded. beside: that of the second extractor, which is there already, if there is to be one.
-        learned: the extractor; None where a WRN is still to be trained.
-        steps: of its training. known: what a prior's card says. started: seconds.
-    """
-
-    config: PretrainConfig
-    beside: list[PretrainConfig]
+    config: PretrainConfig  # as recorded
+    beside: list[PretrainConfig]  # of the second extractor, which is there already, if there is to be one
     directory: Path
-    learned: Learned | None
-    steps: int
-    known: dict[str, Any]
-    started: float
+    learned: Learned | None  # the extractor; None where a WRN is still to be trained
+    steps: int  # of its training
+    known: dict[str, Any]  # what a prior's card says
+    started: float  # seconds
 
 
 def _training(begun: _Begun | None) -> dict[str, Any] | None:

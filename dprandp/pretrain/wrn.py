@@ -41,12 +41,11 @@ MOST_LOOKS = 50
 
 @dataclass(frozen=True)
 class Learned:
-    """A network, the views that it saw a second (None: no step was left), and the mean loss of the last steps (None
-    where nothing was trained by gradients)."""
+    """A network that has been learned."""
 
     network: nn.Module
-    views_per_second: float | None
-    loss: float | None
+    views_per_second: float | None  # None: no step was left
+    loss: float | None  # mean of the last steps; None where nothing was trained by gradients
 
 
 def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:

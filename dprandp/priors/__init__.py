@@ -55,30 +55,21 @@ class Probe(BaseModel, frozen=True, strict=True):
 
 
 class Card(BaseModel, frozen=True, strict=True):
-    """NAME.json: what is known about a prior.
-
-    Attributes:
-        name: as given to ``--prior``. sha256, bytes: hash and size of NAME.safetensors.
-        generate, pretrain: configurations of the stages that made it.
-        result: of its pretraining (``pretrain/__init__.py``): arch, feature_dim, parameters, steps, evaluation.
-        commands: that make it again. seconds: of the two stages, by name. hardware: where it was made.
-        probes: measured with it; may be empty.
-        licence: of the tensors. version: of dprandp that made it.
-    """
+    """NAME.json: what is known about a prior."""
 
     format: Literal[1]
-    name: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: int
+    name: str  # as given to --prior
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of NAME.safetensors
+    bytes: int  # its size
     generate: Annotated[GenerateConfig, PlainValidator(partial(build, "generate"))]
     pretrain: Annotated[PretrainConfig, PlainValidator(partial(build, "pretrain"))]
-    result: dict[str, Any]
-    commands: list[str]
-    seconds: dict[str, float]
-    hardware: dict[str, Any]
-    probes: list[Probe]
-    licence: str
-    version: str
+    result: dict[str, Any]  # of its pretraining
+    commands: list[str]  # that make it again
+    seconds: dict[str, float]  # of the two stages, by name
+    hardware: dict[str, Any]  # where it was made
+    probes: list[Probe]  # measured with it
+    licence: str  # of the tensors
+    version: str  # of dprandp that made it
 
 
 def prior_names() -> list[str]:

@@ -27,21 +27,13 @@ RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One random process.
+    """One random process."""
 
-    Attributes:
-        name: as given on the command line.
-        render: the function that makes the images.
-        block_size: images that are made from one random generator and share what the process shares (a network).
-        summary: one line.
-        source: paper.
-    """
-
-    name: str
-    render: Process
-    block_size: int
-    summary: str
-    source: str
+    name: str  # as given on the command line
+    render: Process  # the function that makes the images
+    block_size: int  # images that are made from one random generator and share what the process shares (a network)
+    summary: str  # one line
+    source: str  # paper
 
 
 _BARADAD = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"

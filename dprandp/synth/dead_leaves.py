@@ -40,22 +40,13 @@ _RADIUS_CUMULATIVE = np.cumsum(RADIUS_PROBABILITY)
 
 @dataclass(frozen=True)
 class Shapes:
-    """n shapes in the order in which they fall, in pixels of an R×R image.
+    """n shapes in the order in which they fall, in pixels of an R×R image."""
 
-    Attributes:
-        kind: int64 [n], index into :data:`KINDS`.
-        centre: float64 [n, 2], (x, y) in [0, R).
-        radius: float64 [n], of the circumscribed circle.
-        corners: float64 [n, 4], ascending angles of the corners on that circle; a triangle repeats its last one,
-            circles ignore them.
-        colour: uint8 [n, 3].
-    """
-
-    kind: np.ndarray
-    centre: np.ndarray
-    radius: np.ndarray
-    corners: np.ndarray
-    colour: np.ndarray
+    kind: np.ndarray  # int64 [n], index into :data:`KINDS`
+    centre: np.ndarray  # float64 [n, 2], (x, y) in [0, R)
+    radius: np.ndarray  # float64 [n], of the circumscribed circle
+    corners: np.ndarray  # float64 [n, 4], ascending angles on it; a triangle repeats its last one
+    colour: np.ndarray  # uint8 [n, 3]
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -177,8 +168,10 @@ def render(random: np.random.Generator, count: int, resolution: int, kinds: tupl
 def texture_leaves(visible: np.ndarray, textures: np.ndarray, choice: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Cut textures into the shapes of leaves: uint8 [R, R, 3].
 
-    Args: visible: int64 [R, R], the leaf that is seen; −1 stays black. textures: uint8 [T, R, R, 3]. choice: int64 [L],
-        the texture of every leaf. shift: int64 [L, 2], (rows, columns) by which it is rolled, backwards.
+    Args:
+        visible: int64 [R, R], the leaf that is seen; −1 stays black. textures: uint8 [T, R, R, 3].
+        choice: int64 [L], the texture of every leaf.
+        shift: int64 [L, 2], (rows, columns) by which it is rolled, backwards.
     """
     resolution = len(visible)
     row, column = np.indices(visible.shape)

@@ -31,17 +31,11 @@ MARGIN = 0.03  # of the image's side, left free on every side
 
 @dataclass(frozen=True)
 class Systems:
-    """B iterated function systems; those with fewer than the largest number of maps have maps of probability 0.
+    """B iterated function systems; those with fewer than the largest number of maps have maps of probability 0."""
 
-    Attributes:
-        matrix: float64 [B, K, 2, 2], singular values below 1.
-        offset: float64 [B, K, 2], in [−1, 1].
-        probability: float64 [B, K], rows sum to 1.
-    """
-
-    matrix: np.ndarray
-    offset: np.ndarray
-    probability: np.ndarray
+    matrix: np.ndarray  # float64 [B, K, 2, 2], singular values below 1
+    offset: np.ndarray  # float64 [B, K, 2], in [−1, 1]
+    probability: np.ndarray  # float64 [B, K], rows sum to 1
 
 
 def draw_singular_values(random: np.random.Generator, maps: int) -> np.ndarray:

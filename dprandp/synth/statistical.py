@@ -43,17 +43,11 @@ _DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 601) ** 2
 
 @dataclass(frozen=True)
 class ColourModel:
-    """The colours of B images, in units of 1/256 of a channel's range.
+    """The colours of B images, in units of 1/256 of a channel's range."""
 
-    Attributes:
-        basis: float32 [B, 3, 3], orthonormal rows: the principal components, smallest variance first.
-        mean: float32 [B, 3].
-        histogram: float32 [B, 3, R²], ascending: the values that the pixels take along each component.
-    """
-
-    basis: np.ndarray
-    mean: np.ndarray
-    histogram: np.ndarray
+    basis: np.ndarray  # float32 [B, 3, 3], orthonormal rows: the principal components, smallest variance first
+    mean: np.ndarray  # float32 [B, 3]
+    histogram: np.ndarray  # float32 [B, 3, R²], ascending: the values that the pixels take along each component
 
     def to_rgb(self, components: np.ndarray) -> np.ndarray:
         """Components float32 [B, 3, R, R] along the basis → RGB of the same shape."""
@@ -86,21 +80,13 @@ def draw_colour_model(random: np.random.Generator, count: int, resolution: int) 
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about B images; a constraint that a process does not have is None.
+    """Everything random about B images; a constraint that a process does not have is None."""
 
-    Attributes:
-        noise: float32 [B, 3, R, R], U(0, 256): what the iteration starts from.
-        slope: float64 [B, 2], (s + d, s − d).
-        shape: float64 [B, 3, 1 + 4·levels], ρ of every band: high-pass, then scale by scale.
-        colours: the colour model.
-        imposes_colour: whether its histograms are imposed.
-    """
-
-    noise: torch.Tensor
-    slope: np.ndarray | None
-    shape: np.ndarray | None
-    colours: ColourModel
-    imposes_colour: bool
+    noise: torch.Tensor  # float32 [B, 3, R, R], U(0, 256): what the iteration starts from
+    slope: np.ndarray | None  # float64 [B, 2], (s + d, s − d)
+    shape: np.ndarray | None  # float64 [B, 3, 1 + 4·levels], ρ of every band: high-pass, then scale by scale
+    colours: ColourModel  # the colour model
+    imposes_colour: bool  # whether its histograms are imposed
 
 def draw(
     random: np.random.Generator, count: int, resolution: int, *, spectrum: bool, wmm: bool, colour: bool

@@ -86,21 +86,13 @@ COLOUR_STD = ((0.219, 0.063), (0.213, 0.062), (0.213, 0.069))
 
 @dataclass(frozen=True)
 class Variant:
-    """The differences between the processes.
+    """The differences between the processes."""
 
-    Attributes:
-        bank: float64 [40, 3, 3], the filters.
-        chooses: whether every image and layer draws its own 5 to 40 of them first.
-        one_noise_map: whether all layers of an image share one noise map.
-        envelope: whether noise maps lie under a Laplace envelope.
-        bias: lowest and highest bias, uniform in between.
-    """
-
-    bank: np.ndarray
-    chooses: bool
-    one_noise_map: bool
-    envelope: bool
-    bias: tuple[float, float]
+    bank: np.ndarray  # float64 [40, 3, 3], the filters
+    chooses: bool  # whether every image and layer draws its own 5 to 40 of them first
+    one_noise_map: bool  # whether all layers of an image share one noise map
+    envelope: bool  # whether noise maps lie under a Laplace envelope
+    bias: tuple[float, float]  # lowest and highest bias, uniform in between
 
 
 ORIENTED = Variant(wavelets(), chooses=True, one_noise_map=True, envelope=True, bias=(-0.2, 0.2))
@@ -139,60 +131,36 @@ def layer_shapes(resolution: int) -> list[LayerShape]:
 
 @dataclass(frozen=True)
 class Network:
-    """The common parameters of the images of one block.
+    """The common parameters of the images of one block."""
 
-    Attributes:
-        shapes: the convolutions, first to last.
-        constant: float32 [512, 4, 4], the input of the first one, N(0, 1).
-        conv_affines: per convolution float32 [in_channels, 512], N(0, 1)/√512: style = affine · w + 1.
-        rgb_affines: the same per RGB layer, [channels, 512].
-        variant: of the process.
-    """
-
-    shapes: list[LayerShape]
-    constant: torch.Tensor
-    conv_affines: list[torch.Tensor]
-    rgb_affines: list[torch.Tensor]
-    variant: Variant = ORIENTED
+    shapes: list[LayerShape]  # the convolutions, first to last
+    constant: torch.Tensor  # float32 [512, 4, 4], the input of the first one, N(0, 1)
+    conv_affines: list[torch.Tensor]  # per convolution float32 [in_channels, 512], N(0, 1)/√512: style = affine · w + 1
+    rgb_affines: list[torch.Tensor]  # the same per RGB layer, [channels, 512]
+    variant: Variant = ORIENTED  # of the process
 
 
 @dataclass(frozen=True)
 class ConvDraws:
-    """One convolution of a batch of B images.
+    """One convolution of a batch of B images."""
 
-    Attributes:
-        style: float32 [B, in_channels].
-        wavelet: int64 [B, in_channels], which of the forty wavelets every input channel gets.
-        negative: bool [B, out_channels], the sign of s_o; demodulation removes |s_o|, so it is never drawn.
-        bias: float32 [B, out_channels].
-        noise_scale: float32 [B], U(0, .3).
-        noise: float32 [B, r, r], the noise map of this layer; None where the layers of an image share one.
-    """
-
-    style: torch.Tensor
-    wavelet: torch.Tensor
-    negative: torch.Tensor
-    bias: torch.Tensor
-    noise_scale: torch.Tensor
-    noise: torch.Tensor | None = None
+    style: torch.Tensor  # float32 [B, in_channels]
+    wavelet: torch.Tensor  # int64 [B, in_channels], which of the forty wavelets every input channel gets
+    negative: torch.Tensor  # bool [B, out_channels], the sign of s_o; demodulation removes |s_o|, so it is never drawn
+    bias: torch.Tensor  # float32 [B, out_channels]
+    noise_scale: torch.Tensor  # float32 [B], U(0, .3)
+    noise: torch.Tensor | None = None  # float32 [B, r, r], of this layer; None where those of an image share one
 
 
 @dataclass(frozen=True)
 class ImageDraws:
-    """All draws of a batch of B images.
+    """All draws of a batch of B images."""
 
-    Attributes:
-        convs: one entry per convolution.
-        rgb: per RGB layer float32 [B, channels, 3], weights that are already modulated and divided by √channels.
-        noise: float32 [B, R, R], pink noise of standard deviation 1; None where every layer has its own.
-        colour_mean, colour_std: float32 [B, 3].
-    """
-
-    convs: list[ConvDraws]
-    rgb: list[torch.Tensor]
-    noise: torch.Tensor | None
-    colour_mean: torch.Tensor
-    colour_std: torch.Tensor
+    convs: list[ConvDraws]  # one entry per convolution
+    rgb: list[torch.Tensor]  # per RGB layer float32 [B, channels, 3], weights, modulated and over √channels
+    noise: torch.Tensor | None  # float32 [B, R, R], of standard deviation 1; None where layers have their own
+    colour_mean: torch.Tensor  # float32 [B, 3]
+    colour_std: torch.Tensor  # float32 [B, 3]
 
 
 def normal(random: np.random.Generator, *shape: int) -> torch.Tensor:

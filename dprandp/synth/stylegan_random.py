@@ -34,23 +34,14 @@ MAX_CHANNELS = 64
 
 @dataclass(frozen=True)
 class RandomNetwork:
-    """One network, shared by the images of a block.
+    """One network, shared by the images of a block."""
 
-    Attributes:
-        constant: float32 [C, 4, 4].
-        filters: per convolution float32 [out, in, 3, 3].
-        affines: per convolution float32 [in, 512], N(0, 1)/√512: style = affine · w + 1.
-        upsamples: per convolution, whether it doubles the resolution first. One that does not feeds an RGB layer.
-        rgb_weights: per RGB layer float32 [3, C].
-        rgb_affines: per RGB layer float32 [C, 512].
-    """
-
-    constant: torch.Tensor
-    filters: list[torch.Tensor]
-    affines: list[torch.Tensor]
-    upsamples: list[bool]
-    rgb_weights: list[torch.Tensor]
-    rgb_affines: list[torch.Tensor]
+    constant: torch.Tensor  # float32 [C, 4, 4]
+    filters: list[torch.Tensor]  # per convolution float32 [out, in, 3, 3]
+    affines: list[torch.Tensor]  # per convolution float32 [in, 512], N(0, 1)/√512: style = affine · w + 1
+    upsamples: list[bool]  # per convolution, whether it doubles the resolution; one that does not feeds an RGB layer
+    rgb_weights: list[torch.Tensor]  # per RGB layer float32 [3, C]
+    rgb_affines: list[torch.Tensor]  # per RGB layer float32 [C, 512]
 
 
 def draw_network(random: np.random.Generator, resolution: int) -> RandomNetwork:

@@ -141,22 +141,3 @@ def test_fewer_components_by_views_are_the_first_ones() -> None:
     assert (cut * few).sum(dim=1).mean() > 0.98
     last = torch.cat([part[:, 2:] for part in normalised(features).split(COMPONENTS, dim=1)], dim=1)
     assert (unit(last) * few).sum(dim=1).mean() < 0.8  # other components would not be alike
-
-
-def test_views_help_a_head_that_cannot_tell_them_apart() -> None:
-    """Classes differ along a quiet component, views and images along another; nearest class means of unit vectors."""
-    generator = torch.Generator().manual_seed(3)
-    moves = torch.tensor([8.0, 0.2, 0.2, 0.2, 0.2, 0.2])
-    images = torch.randn(500, 1, 6, generator=generator)
-    synthetic = (images + torch.randn(500, 4, 6, generator=generator) * moves).flatten(0, 1)
-    labels = torch.arange(2000) % 2
-    real = torch.randn(2000, 6, generator=generator) * moves
-    real[:, 3] += labels.float()
-
-    def accuracy(whitener: Whitener) -> float:
-        features = whitener(real)
-        means = torch.stack([features[labels == which].mean(dim=0) for which in (0, 1)])
-        return float((torch.cdist(features, means).argmin(dim=1) == labels).float().mean())
-
-    plain = accuracy(whitening.fit(images.flatten(0, 1).clone(), 6, 0.1))
-    assert accuracy(whitening.fit(synthetic, 6, 0.1, views=4)) > plain + 0.05
