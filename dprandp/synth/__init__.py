@@ -20,7 +20,6 @@ import torch
 from dprandp.errors import UsageError, nearest
 from dprandp.synth import dead_leaves, fractal, perlin, statistical, stylegan, stylegan_random
 from dprandp.synth.compose import Process, kmeans_leaves, mixture
-from dprandp.synth.stylegan_draws import HIGHFREQ, SPARSE
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -32,12 +31,6 @@ class ProcessSpec:
     name: str  # as given on the command line
     render: Process  # the function that makes the images
     block_size: int  # images that are made from one random generator and share what the process shares (a network)
-    summary: str  # one line
-    source: str  # paper
-
-
-_BARADAD = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"
-_KML = "K-Means Leaves, ICML 2025"
 
 
 def _statistical(*, spectrum: bool = False, wmm: bool = False, colour: bool = False) -> Process:
@@ -47,57 +40,22 @@ def _statistical(*, spectrum: bool = False, wmm: bool = False, colour: bool = Fa
 PROCESSES: dict[str, ProcessSpec] = {
     spec.name: spec
     for spec in (
-        ProcessSpec(
-            "stylegan-oriented", stylegan.render, 400,
-            "untrained StyleGAN2 networks with oriented wavelets as filters, a new network every 400 images", _BARADAD,
-        ),
-        ProcessSpec(
-            "stylegan-random", stylegan_random.render, 400, "the same with Gaussian filters, without noise", _BARADAD
-        ),
-        ProcessSpec(
-            "stylegan-highfreq", partial(stylegan.render, variant=HIGHFREQ), 400,
-            "the same with wavelets quantised to their signs and noise in every layer", _BARADAD,
-        ),
-        ProcessSpec(
-            "stylegan-sparse", partial(stylegan.render, variant=SPARSE), 400,
-            "stylegan-highfreq with noise under a Laplace envelope, and biases", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves", dead_leaves.render, 100,
-            "opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping",
-            _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100,
-            "overlapping axis-aligned squares", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100,
-            "overlapping turned squares", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-textures", dead_leaves.render_textures, 400,
-            "dead-leaves whose leaves show spectrum-color-wmm", _BARADAD,
-        ),
-        ProcessSpec("spectrum", _statistical(spectrum=True), 400, "noise with a power-law spectrum", _BARADAD),
-        ProcessSpec(
-            "spectrum-color", _statistical(spectrum=True, colour=True), 400,
-            "noise with a power-law spectrum and the colours of a small palette", _BARADAD,
-        ),
-        ProcessSpec("wmm", _statistical(wmm=True), 200, "noise with heavy-tailed wavelet coefficients", _BARADAD),
-        ProcessSpec(
-            "spectrum-color-wmm", _statistical(spectrum=True, wmm=True, colour=True), 200,
-            "noise with all three: spectrum, colours, wavelet coefficients", _BARADAD,
-        ),
-        ProcessSpec(
-            "fractal", fractal.render, 400, "attractors of random iterated function systems",
-            "Kataoka et al., Pre-training without Natural Images, ACCV 2020; Anderson and Farrell, WACV 2022",
-        ),
-        ProcessSpec(
-            "perlin", perlin.render, 400, "octaves of gradient noise", "Perlin, Improving Noise, SIGGRAPH 2002"
-        ),
+        ProcessSpec("stylegan-oriented", stylegan.render, 400),
+        ProcessSpec("stylegan-random", stylegan_random.render, 400),
+        ProcessSpec("stylegan-highfreq", partial(stylegan.render, variant=stylegan.HIGHFREQ), 400),
+        ProcessSpec("stylegan-sparse", partial(stylegan.render, variant=stylegan.SPARSE), 400),
+        ProcessSpec("dead-leaves", dead_leaves.render, 100),
+        ProcessSpec("dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100),
+        ProcessSpec("dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100),
+        ProcessSpec("dead-leaves-textures", dead_leaves.render_textures, 400),
+        ProcessSpec("spectrum", _statistical(spectrum=True), 400),
+        ProcessSpec("spectrum-color", _statistical(spectrum=True, colour=True), 400),
+        ProcessSpec("wmm", _statistical(wmm=True), 200),
+        ProcessSpec("spectrum-color-wmm", _statistical(spectrum=True, wmm=True, colour=True), 200),
+        ProcessSpec("fractal", fractal.render, 400),
+        ProcessSpec("perlin", perlin.render, 400),
     )
-}  # fmt: skip
+}
 
 ALIASES = {"dead-leaves-shapes": "dead-leaves"}
 LEAVES = {"kml": 1, "kml-mixup": 2}
@@ -121,7 +79,8 @@ def process_named(name: str) -> ProcessSpec:
     if kind in LEAVES:
         if not rest:
             raise UsageError(f"{kind} needs a process to mix", fix=f"give, say, --process {kind}:stylegan-oriented")
-        return _kml(kind, process_named(rest))
+        source = process_named(rest)
+        return ProcessSpec(f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK)
     if kind == "mixture":
         parts = [part.strip() for part in rest.split(",")]
         if len(parts) < 2 or not all(parts):
@@ -143,19 +102,10 @@ def process_named(name: str) -> ProcessSpec:
     )
 
 
-def _kml(kind: str, source: ProcessSpec) -> ProcessSpec:
-    summary = f"images of {source.name} mixed by blurred two-colour masks of another one"
-    return ProcessSpec(
-        f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK, summary, _KML
-    )
-
-
 def _mixture(parts: list[ProcessSpec]) -> ProcessSpec:
     each = min(MIXTURE_BLOCK // len(parts) or 1, *(part.block_size for part in parts))
-    names = [part.name for part in parts]
-    sources = "; ".join(dict.fromkeys(part.source for part in parts))
-    render = mixture([part.render for part in parts])
-    return ProcessSpec("mixture:" + ",".join(names), render, len(parts) * each, "in turn: " + ", ".join(names), sources)
+    name = "mixture:" + ",".join(part.name for part in parts)
+    return ProcessSpec(name, mixture([part.render for part in parts]), len(parts) * each)
 
 
 def block_generator(seed: int, process: str, block: int) -> np.random.Generator:

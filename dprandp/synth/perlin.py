@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from dprandp.synth.compose import in_chunks
-from dprandp.synth.stylegan import colour, to_bytes
-from dprandp.synth.stylegan_draws import draw_colour
+from dprandp.synth.stylegan import colour, draw_colour, to_bytes
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
 PERSISTENCE = (0.3, 0.9)

@@ -18,15 +18,20 @@ import torch
 from torch.nn import functional
 
 from dprandp.synth.compose import in_chunks
-from dprandp.synth.stylegan import CHUNK, GAIN, colour, fir_filter, to_bytes, upsample_rgb
-from dprandp.synth.stylegan_draws import (
+from dprandp.synth.stylegan import (
+    CHUNK,
+    GAIN,
     LATENT,
     LEAKY_SLOPE,
     START_RESOLUTION,
     channels_at,
+    colour,
     draw_colour,
+    fir_filter,
     normal,
     style_of,
+    to_bytes,
+    upsample_rgb,
 )
 
 MAX_CHANNELS = 64

@@ -7,8 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dprandp.synth.stylegan import area_resize
-from dprandp.synth.stylegan_draws import draw_pink_noise, enveloped_pink_noise, lanczos_matrix, pink_spectrum_noise
+from dprandp.synth.stylegan import (
+    area_resize,
+    draw_pink_noise,
+    enveloped_pink_noise,
+    lanczos_matrix,
+    pink_spectrum_noise,
+)
 
 RESOLUTION = 32
 

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch.nn import functional
 
-from dprandp.synth import stylegan, stylegan_draws
-from dprandp.synth.stylegan_draws import HIGHFREQ, ORIENTED, SPARSE, ConvDraws, ImageDraws, Network, Variant
+from dprandp.synth import stylegan
+from dprandp.synth.stylegan import HIGHFREQ, ORIENTED, SPARSE, ConvDraws, ImageDraws, Network, Variant
 
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 4.0
 FIR_2D = FIR[:, None] * FIR[None, :]
@@ -79,8 +79,8 @@ def drawn(
     seed: int, resolution: int, count: int, variant: Variant = ORIENTED
 ) -> tuple[Network, ImageDraws]:
     random = np.random.default_rng(seed)
-    network = stylegan_draws.draw_network(random, resolution, variant)
-    return network, stylegan_draws.draw_images(random, network, count)
+    network = stylegan.draw_network(random, resolution, variant)
+    return network, stylegan.draw_images(random, network, count)
 
 
 def error_in_deviations(image: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -90,7 +90,7 @@ def error_in_deviations(image: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.fixture
 def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {4: 40, 8: 32, 16: 24, 32: 20, 64: 12}
-    monkeypatch.setattr(stylegan_draws, "channels_at", counts.__getitem__)
+    monkeypatch.setattr(stylegan, "channels_at", counts.__getitem__)
 
 
 def check_against_dense(seed: int, resolution: int, count: int, variant: Variant = ORIENTED) -> None:
@@ -152,7 +152,7 @@ def test_ascending_sorts_each_row_and_keeps_equal_values_in_order(dtype: torch.d
 
 
 def test_layer_shapes_at_256() -> None:
-    shapes = stylegan_draws.layer_shapes(256)
+    shapes = stylegan.layer_shapes(256)
     assert [shape.resolution for shape in shapes] == [4, 8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256, 256]
     assert [shape.out_channels for shape in shapes][-6:] == [512, 512, 256, 256, 128, 128]
     assert [shape.in_channels for shape in shapes][-6:] == [512, 512, 512, 256, 256, 128]
@@ -188,7 +188,7 @@ def test_laws_of_the_draws(variant: Variant, bias_law) -> None:
 
 
 def test_number_of_wavelets_is_uniform_from_5_to_40() -> None:
-    choice = stylegan_draws.draw_wavelet_choice(np.random.default_rng(0), 3000, 1000)
+    choice = stylegan.draw_wavelet_choice(np.random.default_rng(0), 3000, 1000)
     counts = np.array([len(np.unique(row)) for row in choice])
     assert counts.min() == 5
     assert counts.max() == 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from dprandp.synth.stylegan_draws import base_wavelets, sign_wavelets, wavelets
+from dprandp.synth.stylegan import base_wavelets, sign_wavelets, wavelets
 
 
 def rotated_centre(image: np.ndarray, degrees: float) -> np.ndarray:
