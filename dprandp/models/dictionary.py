@@ -47,12 +47,9 @@ def learn(
     """Learn a chain of layers from images of a random process.
 
     Args:
-        chain: filled in place: a ``PatchNet`` and optionally a ``ResponseLayer`` on top, whose small dictionary is
-            learned from the same patches.
+        chain: filled in place: a ``PatchNet`` and optionally a ``ResponseLayer`` on top.
         crops: uint8 [N, 3, 32, 32], in random order.
-        count: patches of pixels to learn from.
-        iterations: passes of each k-means.
-        generator: public randomness.
+        count: patches of pixels to learn from. iterations: passes of each k-means. generator: public randomness.
         on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, or three for two layers).
     """
     first = chain[0]
@@ -132,11 +129,8 @@ def sample_response_patches(
 ) -> Tensor:
     """Patches of a layer's maps from random places of every crop, as ``layer.lift`` gives them: [N * per_crop, d].
 
-    Args:
-        layer: all but its dictionary and ``basis`` are learned already. below: its input patches.
-        crops: uint8 [N, 3, H, W].
-        per_crop: patches of each; places are drawn with replacement, unless all of them are asked for.
-        generator: public randomness.
+    Places are drawn with replacement, unless all of them are asked for. All of the layer but its dictionary and
+    ``basis`` is learned already; ``below`` gives its input patches.
     """
     chunks = []
     for batch in crops.split(64):

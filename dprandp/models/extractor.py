@@ -40,9 +40,7 @@ EARLIER_GRIDS = ("4+16", "1+9")
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
     """An untrained extractor; one whose precision is undecided computes in float32.
 
-    Args:
-        config: ``arch`` and the fields of that architecture.
-        generator: public randomness for the initial weights.
+    The generator of the initial weights is public randomness; None means torch's global one.
 
     Raises:
         UsageError: unknown architecture, or sizes that do not fit together.
@@ -155,18 +153,14 @@ def extract(
     after: Callable[[Tensor], Tensor] = lambda features: features,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Features of many images, each computed independently.
+    """Features of many images, uint8 [N, 3, 32, 32], each computed independently: float32 [N, ...] on the CPU.
 
     Args:
         extractor: on the device that computes.
-        images: uint8 [N, 3, 32, 32].
         mirror: average the features of each image and its mirror image.
         batch_size: images at a time.
         after: applied to each batch of features [b, feature_dim]; its results are collected.
         on_batch: called with the number of images done, for progress.
-
-    Returns:
-        float32 [N, ...] on the CPU.
     """
     if images.shape[1:] != (3, INPUT_SIZE, INPUT_SIZE):
         raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {INPUT_SIZE}, {INPUT_SIZE})")

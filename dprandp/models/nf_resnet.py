@@ -44,10 +44,7 @@ def scaled_relu(x: Tensor) -> Tensor:
 class NFBlock(nn.Module):
     """A bottleneck block before which the input is activated.
 
-    Args:
-        wide_in, wide_out: channels of input and output.
-        stride: of the 3×3 convolution and of the shortcut.
-        beta: 1 / expected standard deviation of the input at initialisation.
+    The 3×3 convolution and the shortcut have the stride; beta is 1 / the input's standard deviation at initialisation.
     """
 
     def __init__(self, wide_in: int, wide_out: int, stride: int, beta: float) -> None:
@@ -73,14 +70,10 @@ class NFBlock(nn.Module):
 
 
 class NFResNet50(nn.Module):
-    """The network as a feature extractor; see the module's docstring.
+    """The network as a feature extractor, with the grids of ``Pooling``; published: ``"1"``.
 
     For 224×224 images the last map is 7×7; for 32×32 ones it is 1×1. 23,508,048 parameters: those of a ResNet-50
     without its classifier (23,508,032, a gain and a bias per filter for the two of a norm) and 16 skip gains.
-
-    Args:
-        pooling: grids of ``features``, see ``Pooling``; published: ``"1"``.
-        generator: of the initial weights (public randomness); None means torch's global one.
     """
 
     normalise = staticmethod(normalise)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config.schema import PretrainConfig, lr_of
-from dprandp.errors import UsageError
 
 
 def build_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -19,9 +18,7 @@ def build_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.P
     lr, decay = lr_of(config), config.weight_decay
     if config.optimizer == "sgd":
         return begun(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
-    if config.optimizer == "adamw":
-        return begun(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
-    raise UsageError(f"there is no optimizer called {config.optimizer!r}", fix="see dprandp pretrain --help")
+    return begun(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
 
 
 def begun(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -23,8 +23,7 @@ from torch.nn import functional
 from dprandp.models.precision import full_precision
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
-
-IMAGE_SIZE = 32
+from dprandp.vision.images import INPUT_SIZE
 
 THRESHOLD = 0.25
 """Responses in [-THRESHOLD, THRESHOLD] count as zero."""
@@ -54,13 +53,8 @@ def region_weights(positions: int) -> Tensor:
     """Regions to average responses over: four quarters that overlap between 1/4 and 3/4 of each side, and a centre.
 
     As no region has a hard border, averages change little when an object moves a little; experiment in
-    ``scripts/README.md``, "Regions".
-
-    Args:
-        positions: of patches, per side.
-
-    Returns:
-        float32 [5, positions**2], each row of sum 1.
+    ``scripts/README.md``, "Regions". For so many positions of patches per side: float32 [5, positions**2], each row of
+    sum 1.
     """
     places = (torch.arange(positions) + 0.5) / positions
     first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
@@ -75,8 +69,7 @@ class PatchLayer(nn.Module):
     """A dictionary over patches of pixels (``PatchNet``) or of responses (``ResponseLayer``).
 
     Args:
-        filters: size of the dictionary, F.
-        width: numbers in a patch, d.
+        filters: size of the dictionary, F. width: numbers in a patch, d.
         patch_dims: components r to which patches are whitened.
         positions: patches per side; there are L = positions**2 of them.
 
@@ -84,8 +77,7 @@ class PatchLayer(nn.Module):
         basis: [r, d] float32, whitening of patches in the order of ``torch.nn.functional.unfold``; centre: [r] float32,
             the whitened mean patch. Not trained.
         weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
-        pooling: [R, L] float32, the weights of R regions over the positions.
-        feature_dim: 2 * R * F.
+        pooling: [R, L] float32, the weights of R regions over the positions. feature_dim: 2 * R * F.
     """
 
     def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int) -> None:
@@ -139,11 +131,7 @@ class PatchLayer(nn.Module):
 
 
 class PatchExtractor:
-    """What one patch layer and two have in common as an extractor.
-
-    Attributes:
-        chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
-    """
+    """What one patch layer and two have in common as an extractor; ``chain`` has the layers from the pixels upwards."""
 
     chain: tuple[PatchLayer, ...]
 
@@ -200,25 +188,23 @@ class PatchExtractor:
         return out
 
 class PatchNet(PatchExtractor, PatchLayer):
-    """A dictionary over patches of pixels, which are whitened together.
+    """A dictionary over patches of pixels.
 
     Args:
-        filters: size of the dictionary, F.
-        patch_size: side of a patch in pixels.
+        filters: size of the dictionary, F. patch_size: side of a patch in pixels.
         patch_dims: components r to which patches are whitened; None: all 3 * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
     """
 
     def __init__(self, filters: int, *, patch_size: int = 6, patch_dims: int | None = None, stride: int = 1) -> None:
         width = 3 * patch_size**2
-        positions = (IMAGE_SIZE - patch_size) // stride + 1
+        positions = (INPUT_SIZE - patch_size) // stride + 1
         super().__init__(filters, width=width, patch_dims=patch_dims or width, positions=positions)
         self.patch_size, self.stride = patch_size, stride
         self.parts = (Part(self.feature_dim, 1.0),)
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
-        """Only this layer."""
         return (self,)
 
     def pixel_patches(self, images: Tensor) -> Tensor:
@@ -266,16 +252,14 @@ class ResponseLayer(PatchLayer):
     6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
 
     Args:
-        filters: size of the dictionary, F.
-        below: the layer below, whose patches the small dictionary is for; only read, not kept.
+        filters: size of the dictionary, F. below: the layer below; only read, not kept.
         map_filters: size M of the small dictionary; the maps have 2 M channels, one for each sign.
         map_dims: channels kept after whitening, C.
         patch_dims: components r to which patches of responses are whitened; at most C RESPONSE_PATCH**2.
 
     Attributes:
-        map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
-        channel_basis: [C, 2 M] float32, channel_centre: [C]: whitening of the channels.
-        None of the four is trained privately.
+        map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M]; channel_basis:
+            [C, 2 M], channel_centre: [C]: whitening of the channels. None of the four is trained privately.
     """
 
     def __init__(
@@ -336,7 +320,6 @@ class DeepPatchNet(PatchExtractor, nn.Module):
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
-        """The layers from the pixels upwards."""
         return (self.first, self.second)
 
 

@@ -78,14 +78,9 @@ class _Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A ViT as a feature extractor; see the module's docstring.
+    """A ViT of the name vit-DEPTH-WIDTH-PATCH, as ``parse_vit`` reads it, as a feature extractor.
 
-    Args:
-        depth, width, patch: of the name vit-DEPTH-WIDTH-PATCH, as ``parse_vit`` reads them; patch in pixels.
-        generator: of the initial weights (public randomness); None means torch's global one.
-
-    Attributes:
-        feature_dim: 5 · width: the whole image and its four quarters.
+    ``feature_dim`` is 5 · width: the whole image and its four quarters. The generator is of the initial weights.
     """
 
     def __init__(self, depth: int, width: int, patch: int, *, generator: torch.Generator | None = None) -> None:

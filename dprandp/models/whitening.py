@@ -40,8 +40,7 @@ class Whitener(nn.Module):
     components of least energy of one part with the noise of another.
 
     Args:
-        feature_dim: D. dims: components of each part, d.
-        parts: widths and shares of the P parts, which sum to D and 1; None: all features are one part.
+        feature_dim: D. dims: components of each part, d. parts: widths and shares of the P parts; None: one part.
 
     Attributes:
         mean: [D] float32, over synthetic images.
@@ -83,15 +82,10 @@ class Whitener(nn.Module):
         )
 
     def cut(self, whitened: Tensor, components: int) -> Tensor:
-        """The result of a whitener with fewer components, which are the first ones of each part.
+        """The result [N, P components] of a whitener with fewer components, which are the first ones of each part.
 
-        Exact without views; with views, up to the weight of each image.
-
-        Args:
-            whitened: float [N, P d], results of ``forward``. components: at most d.
-
-        Returns:
-            Float [N, P components] of unit norm.
+        Of ``whitened``, results [N, P d] of ``forward``. Exact without views; with views, up to the weight of each
+        image.
         """
         if components == self.components:
             return whitened

@@ -84,11 +84,8 @@ def normalise(images: Tensor) -> Tensor:
 class Pooling:
     """Features from a map: averages over the grids of ``"1+4"``, say, the whole map and its four quarters.
 
-    Args:
-        grids: different square numbers of cells between 1 and 64, joined by ``+``.
-
-    Attributes:
-        cells: of all grids together; a map of C channels has C times as many features.
+    Grids are different square numbers of cells between 1 and 64. With ``cells`` of all grids together, a map of C
+    channels has C · cells features.
 
     Raises:
         UsageError: a part is not such a number, or occurs twice.
@@ -192,16 +189,9 @@ class WideResNet(nn.Module):
         layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
         pooling: grids of :meth:`features`, see ``Pooling``. Published: ``"1"``.
         padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022).
-        earlier: grids for the maps after the first and the second stage, whose averages are features too; none
-            (published) or two.
+        earlier: grids for the maps after the first and the second stage, whose averages are features too, each stage's
+            whitened by itself; none (published) or two.
         generator: of the initial weights (public randomness); None means torch's global one.
-
-    Attributes:
-        feature_dim: 64k times the number of pooling cells, and what ``earlier`` adds.
-        parts: the features of a stage are whitened by themselves.
-
-    Raises:
-        UsageError: impossible pooling.
     """
 
     normalise = staticmethod(normalise)

@@ -71,10 +71,9 @@ class ProjectionHead(nn.Module):
     layers have no bias, for GroupNorm follows. The loss brings the embedding to unit length.
 
     Args:
-        input_dim: size of a flattened feature map, 64k · 8 · 8 for 32×32 images (16384 for WRN-16-4).
+        input_dim: size of a flattened feature map, 16384 for WRN-16-4.
         hidden_dim: published 4096, which is 84 million weights; 256 to 512 is enough for small networks.
         embedding_dim: published 128.
-        generator: of the initial weights.
 
     Raises:
         UsageError: the 16 groups of a norm do not divide hidden_dim.

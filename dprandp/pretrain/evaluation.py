@@ -23,12 +23,7 @@ MEASURES = ("knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effec
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Generator) -> dict[str, float]:
-    """Evaluate an extractor by two random crops of each image.
-
-    Args:
-        network: an extractor; left in the mode that it is in.
-        images: uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU or left on the disk.
-        generator: public randomness of the crops.
+    """Evaluate an extractor by two random crops of each image, uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU.
 
     Returns:
         knn_accuracy: of second crops by the nearest first crop, cosine similarity; chance is 1/n.

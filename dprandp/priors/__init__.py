@@ -132,9 +132,7 @@ def load_prior(name: str) -> tuple[Card, dict[str, Tensor]]:
 def public_stages(name: str, statistics_images: int | None = None) -> dict[str, StageConfig]:
     """Configurations of ``generate`` and ``pretrain`` for a prior.
 
-    Args:
-        name: of the prior.
-        statistics_images: how many images a probe's statistics are computed from; None: all that there were.
+    ``statistics_images`` is how many images a probe's statistics are computed from; None: all that there were.
 
     Raises:
         UsageError: there is no such prior. CheckpointError: its files are damaged.
@@ -181,12 +179,7 @@ def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any]
 
 
 def table() -> list[dict[str, Any]]:
-    """The priors that ship.
-
-    Returns:
-        A row each: name, process, images, size, arch, bytes, feature_dim, knn_accuracy, probes, licence, sha256, and
-        problem: None, or what is wrong with its files.
-    """
+    """The priors that ship, a row each; its ``problem`` is None, or what is wrong with its files."""
     rows = []
     for name in prior_names():
         row: dict[str, Any] = {"name": name, "problem": None}

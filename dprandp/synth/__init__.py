@@ -118,20 +118,15 @@ def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
 
 
 def render_block(process: str, seed: int, block: int, count: int, resolution: int) -> np.ndarray:
-    """Render the first `count` images of a block.
+    """Render the first `count` images of a block, uint8 [count, resolution, resolution, 3]; a smaller `count` is a
+    prefix.
 
     PyTorch works with one thread meanwhile, since the order of its sums depends on their number: the bytes are the same
-    however many threads or workers there are. A smaller `count` gives a prefix.
+    however many threads or workers there are.
 
     Args:
-        process: a name as :func:`process_named` takes it.
-        seed: public seed, any integer.
-        block: position of the block, from 0.
-        count: images, 1 to the block size of the process.
-        resolution: pixels per side, one of :data:`RESOLUTIONS`.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
+        process: a name as :func:`process_named` takes it. seed: public, any integer. block: its position, from 0.
+        count: images, 1 to the block size of the process. resolution: pixels per side, one of :data:`RESOLUTIONS`.
 
     Raises:
         UsageError: an unknown process, or an argument out of its range.

@@ -100,11 +100,7 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def covered_pixels(shapes: Shapes, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair of a shape and a pixel whose centre it covers.
-
-    Returns:
-        shape int64 [M] and pixel int64 [M] (row · resolution + column), ascending by shape.
-    """
+    """Every pair of a shape and a pixel (row · resolution + column) whose centre it covers: int64 [M] each."""
     normals, offsets = shapes.edges()
     centre_x, centre_y = shapes.centre.T
     top = np.maximum(np.ceil(centre_y - shapes.radius - 0.5), 0.0)
@@ -131,8 +127,7 @@ def let_fall(
 ) -> tuple[np.ndarray, Shapes]:
     """Let shapes fall until one covers the last bare pixel, at most 5000.
 
-    Returns:
-        which shape is seen, int64 [R, R], −1 where a pixel is bare even then; and the shapes, the last one on top.
+    Returns which shape is seen, int64 [R, R], −1 where a pixel is bare even then; and the shapes, the last one on top.
     """
     visible = np.full(resolution * resolution, -1)
     fallen: list[Shapes] = []

@@ -193,13 +193,9 @@ def normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
 
 
 def pink_spectrum_noise(white: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Give every map the amplitude spectrum 1/r^α exactly, with the phases of white noise.
+    """Maps [B, R, R] of mean zero with the amplitude spectrum 1/r^α exactly and the phases of white noise, N(0, 1).
 
-    Args:
-        white: float [B, R, R], independent N(0, 1). exponent: float [B], α.
-
-    Returns:
-        float [B, R, R] of mean zero; r is the distance from frequency 0 in cycles per image.
+    α is the exponent, float [B]; r is the distance from frequency 0 in cycles per image.
     """
     resolution = white.shape[-1]
     spectrum = torch.fft.rfft2(white)

@@ -116,16 +116,11 @@ def _crops(images: Tensor | ImageSet, members: Tensor, corners: Tensor, side: in
 
 
 def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
-    """Put synthetic images through the same bottleneck as a data set: its channels and its native size.
+    """Put synthetic images, uint8 [N, 3, S, S], through the same bottleneck as a data set: its channels and native
+    size.
 
-    Statistics of synthetic features then fit the private ones better. Only declared constants are used.
-
-    Args:
-        images: uint8 [N, 3, S, S] synthetic.
-        channels: 1 or 3, as declared by the data set. height, width: its native size in pixels.
-
-    Returns:
-        uint8 [N, 3, S, S].
+    Statistics of synthetic features then fit the private ones better. Only declared constants are used: channels 1 or
+    3, and height and width in pixels.
     """
     size = images.shape[-1]
     if channels == 1:
@@ -208,13 +203,10 @@ class ImageSet:
         return self._coloured(pixels.permute(0, 3, 1, 2).contiguous(), chosen)
 
     def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
-        """A square of each of some images; nothing else of them is read. On the CPU alone.
+        """A square of each of some images, without reading more of them: uint8 [b, 3, side, side], on the CPU alone.
 
         Args:
             chosen: int64 [b]. corners: int64 [b, 2], row and column of the upper left pixel. side: in pixels.
-
-        Returns:
-            uint8 [b, 3, side, side], its channels last in memory.
         """
         pixels = torch.empty(len(chosen), side, side, self._parts[0].shape[-1], dtype=torch.uint8)
         for out, position, (top, left) in zip(pixels.numpy(), chosen.tolist(), corners.tolist(), strict=True):

@@ -24,16 +24,11 @@ def grey(view: Tensor) -> Tensor:
 
 
 def adjust(view: Tensor, change: int, factor: Tensor) -> Tensor:
-    """One colour change of a batch, with one factor per image, defined as in torchvision.
+    """One colour change of a batch, float [B, 3, H, W] in [0, 1], with one factor [B, 1, 1, 1] per image, as in
+    torchvision.
 
-    Args:
-        view: float [B, 3, H, W] in [0, 1].
-        change: BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's grey,
-            HUE turns the colour circle.
-        factor: [B, 1, 1, 1]; 1 changes nothing, for HUE 0 does (unit: turns).
-
-    Returns:
-        float [B, 3, H, W] in [0, 1].
+    BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's grey, HUE turns the
+    colour circle. A factor of 1 changes nothing, for HUE 0 (turns).
     """
     if change == HUE:
         return _turn_hue(view, factor)
@@ -95,7 +90,7 @@ class ViewChoices:
 
 
 class ContrastiveViews:
-    """Two random views of each image, as in DP-RandP's Phase I: crop, flip, colour jitter, grey (Tang et al. 2023).
+    """Random views of each image, as in DP-RandP's Phase I: crop, flip, colour jitter, grey (Tang et al. 2023).
 
     * Crop: area a fraction of the image uniform in ``SCALE``, log aspect ratio uniform in log ``RATIO``, whole
       pixels, ten tries, else the largest central crop of an allowed ratio. Resized to ``size`` with the bilinear
@@ -110,11 +105,6 @@ class ContrastiveViews:
 
     def __init__(self, size: int = 32, *, flip: float = 0.5) -> None:
         self.size, self.flip = size, flip
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw and apply two views of uint8 [B, 3, H, W]: float32 [B, 3, size, size] in [0, 1] each."""
-        first, second = self.draw(images, generator), self.draw(images, generator)
-        return self.apply(images, first), self.apply(images, second)
 
     def draw(self, images: Tensor, generator: torch.Generator) -> ViewChoices:
         """Draw the choices of one view of a batch, from the shape and the device of the images only.

@@ -54,11 +54,10 @@ class Tape(threading.local):
 
 
 class RecordLayer(nn.Module):
-    """A layer that computes the same as the one it replaces in the copied network, and its gradients record by record.
+    """A layer that computes the same as the one it replaces, and its gradients record by record.
 
     Args:
-        like: the layer that it replaces. source: the layer whose parameters it has.
-        name: of the source in the classifier.
+        like: the layer that it replaces. source: the layer whose parameters it has. name: of that in the classifier.
 
     Attributes:
         rows: gradients by parameter name, [records, ...], filled by the backward pass.
