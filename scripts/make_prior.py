@@ -26,7 +26,6 @@ from dprandp import __version__, priors
 from dprandp.config import schema
 from dprandp.config.schema import as_dict
 from dprandp.errors import DprandpError
-from dprandp.pretrain.shipped import card_text
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_to_bytes
 from dprandp.runs.directory import RunDir
@@ -95,6 +94,54 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     atomic_write(args.out / f"{args.name}.json", to_json(card, indent=1) + "\n")
     atomic_write(args.out / f"{args.name}.md", text)
     return card
+
+
+def card_text(card: priors.Card) -> str:
+    """A card in Markdown."""
+    result, images = card.result, card.generate
+    measures = {key.replace("_", " "): value for key, value in result.items() if type(value) is float}
+    public = "\n".join(f"* {name}: {value:.4g}" for name, value in measures.items())
+    took = ", ".join(f"{stage} {seconds / 3600:.3f} h ({seconds:.0f} s)" for stage, seconds in card.seconds.items())
+    where = ", ".join(f"{key} {value}" for key, value in card.hardware.items())
+    commands = "\n".join(card.commands)
+    probes = "No private probe was measured with this file.\n"
+    if card.probes:
+        head = "| data | size | ε | δ | test accuracy, % | seeds |\n|---|---|---|---|---|---|\n"
+        probes = (
+            "Private probes with it (`--share 1`; mean ± sample standard deviation over seeds), by "
+            f"`scripts/results_table.py`:\n\n{head}{''.join(map(_probe_row, card.probes))}"
+        )
+    return f"""# Prior {card.name}
+
+A feature extractor ({result['arch']}, {result['feature_dim']} features, {result['parameters']} parameters) \
+learned from {images.count} images of the random process {images.process} at {images.resolution} px, seed \
+{images.seed}. No data of anybody's went into it: it has no privacy cost. It needs the statistics of \
+synthetic features, which `dprandp probe --prior` makes again from the process and the seed.
+
+Made by
+
+```bash
+{commands}
+```
+
+* time: {took}
+* hardware and versions: {where}, dprandp {card.version}
+* file: {card.name}.safetensors, {card.bytes} bytes, sha256 `{card.sha256}`
+* licence: {card.licence}
+
+Public evaluation, on synthetic images alone:
+
+{public}
+
+{probes}"""
+
+
+def _probe_row(probe: priors.Probe) -> str:
+    deviation = "" if probe.deviation is None else f" ± {100 * probe.deviation:.1f}"
+    accuracy = f"{100 * probe.accuracy:.1f}{deviation}"
+    return (
+        f"| {probe.data} | {probe.size} | {probe.epsilon:g} | {probe.delta:g} | {accuracy} | {probe.seeds} |\n"
+    )
 
 
 def command(stage: str, made: dict[str, Any], name: str) -> str:

@@ -185,7 +185,7 @@ def priors(
     [dim]dprandp priors --check --json[/dim]
     """
     console = session.console(call.options)
-    from dprandp.pretrain import shipped
+    from dprandp import priors as shipped
 
     rows = shipped.table()
     console.result({"priors": rows}, shipped.lines(rows))

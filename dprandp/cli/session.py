@@ -105,7 +105,7 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
         UsageError: no such prior, or a configuration file that sets one of the two stages.
         CheckpointError: the prior's files are damaged.
     """
-    from dprandp.pretrain.shipped import public_stages
+    from dprandp.priors import public_stages
 
     prior, file = str(options.prior), options.config
     if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):

@@ -1,11 +1,12 @@
 """Learn patch layers from synthetic images: whitening of patches, then a spherical k-means dictionary; layer by layer.
 
-Source: Coates & Ng 2012, "Learning feature representations with k-means", with synthetic patches in place of real ones.
-All inputs are images of a random process, so nothing in this file costs privacy.
+Source: Coates & Ng 2012, "Learning feature representations with k-means", with patches of images of a random process
+in place of real ones, so nothing in this file costs privacy.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -24,8 +25,7 @@ RESPONSE_CROPS = 3000
 """Crops for the whitening of the second layer's channels."""
 
 RESPONSE_PATCHES, PATCHES_OF_A_CROP = 120_000, 40
-"""Patches for learning the second layer: 120,000 patches of 576 numbers are 276 MB. If a crop has fewer patches than
-PATCHES_OF_A_CROP, all of them are taken, and more crops."""
+"""Patches for learning the second layer (276 MB), and of one crop; all, and more crops, where it has fewer."""
 
 OnIteration = Callable[[int, float], None]
 
@@ -33,7 +33,7 @@ Patches = Callable[[Tensor], Tensor]
 """From images uint8 [B, 3, H, W] to the input patches of a layer, [B, d, L]."""
 
 BLOCK = 1024
-"""Vectors that are compared with all atoms at a time, so that the memory of their products is reused."""
+"""Vectors that are compared with all atoms at a time."""
 
 
 def learn(
@@ -47,27 +47,18 @@ def learn(
     """Learn a chain of layers from images of a random process.
 
     Args:
-        chain: filled in place: a ``PatchNet`` and optionally a ``ResponseLayer`` on top of it, whose small dictionary
-        is
-            learned from the same patches.
+        chain: filled in place: a ``PatchNet`` and optionally a ``ResponseLayer`` on top.
         crops: uint8 [N, 3, 32, 32], in random order.
-        count: patches of pixels to learn from.
-        iterations: passes of each k-means.
-        generator: public randomness.
+        count: patches of pixels to learn from. iterations: passes of each k-means. generator: public randomness.
         on_iteration: as for ``spherical_kmeans``, counted through all dictionaries (one, or three for two layers).
     """
     first = chain[0]
-    done = 0
+    passes = itertools.count()
 
     def kmeans(vectors: Tensor, clusters: int) -> Tensor:
-        nonlocal done
-        before = done
-
-        def told(iteration: int, similarity: float) -> None:
-            on_iteration(before + iteration, similarity)
-
-        done += iterations
-        return spherical_kmeans(vectors, clusters, iterations, generator, told)
+        return spherical_kmeans(
+            vectors, clusters, iterations, generator, lambda _, similarity: on_iteration(next(passes), similarity)
+        )
 
     def below(images: Tensor) -> Tensor:
         return first.pixel_patches(first.normalise(images))
@@ -107,8 +98,7 @@ def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tu
     """Standardise and whiten the channels of a layer's maps, and keep the components with the most energy.
 
     Args:
-        layer: its ``map_weight`` and ``map_bias`` are learned already.
-        below: its input patches.
+        layer: its ``map_weight`` and ``map_bias`` are learned already. below: its input patches.
         crops: uint8 [N, 3, H, W], *synthetic*.
 
     Returns:
@@ -137,17 +127,10 @@ def channel_whitening(layer: ResponseLayer, below: Patches, crops: Tensor) -> tu
 def sample_response_patches(
     layer: ResponseLayer, below: Patches, crops: Tensor, per_crop: int, generator: torch.Generator
 ) -> Tensor:
-    """Patches of a layer's maps from random places of every crop.
+    """Patches of a layer's maps from random places of every crop, as ``layer.lift`` gives them: [N * per_crop, d].
 
-    Args:
-        layer: all but its dictionary and ``basis`` are learned already.
-        below: its input patches.
-        crops: uint8 [N, 3, H, W].
-        per_crop: patches of each; places are drawn with replacement, unless all of them are asked for.
-        generator: public randomness.
-
-    Returns:
-        [N * per_crop, d] float32, as ``layer.lift`` gives them.
+    Places are drawn with replacement, unless all of them are asked for. All of the layer but its dictionary and
+    ``basis`` is learned already; ``below`` gives its input patches.
     """
     chunks = []
     for batch in crops.split(64):
@@ -160,16 +143,9 @@ def sample_response_patches(
 
 
 def sample_patches(images: Tensor, count: int, patch_size: int, generator: torch.Generator) -> Tensor:
-    """Contrast-normalised patches from random places of random images.
+    """Contrast-normalised patches from random places of random images: uint8 [N, 3, H, W] to float32 [count, d].
 
-    Args:
-        images: uint8 [N, C, H, W].
-        count: how many patches.
-        patch_size: side in pixels.
-        generator: public randomness.
-
-    Returns:
-        [count, C * patch_size**2] float32.
+    ``patch_size`` is their side in pixels; the generator is public randomness.
     """
     per_image = -(-count // len(images))
     chunks = []
@@ -183,11 +159,7 @@ def sample_patches(images: Tensor, count: int, patch_size: int, generator: torch
 
 
 def whitening(patches: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """PCA whitening of a set of vectors, to the components with the most energy.
-
-    Args:
-        patches: [N, d] float32.
-        dims: components to keep, r, at most d.
+    """PCA whitening of vectors [N, d] float32, to the ``dims`` components r with the most energy.
 
     Returns:
         basis [r, d] = (Λ + ``PATCH_FLOOR``)^(-1/2) Vᵀ, float32, and centre [r] = basis @ mean, so that
@@ -209,17 +181,12 @@ def spherical_kmeans(
     generator: torch.Generator,
     on_iteration: OnIteration = lambda iteration, similarity: None,
 ) -> Tensor:
-    """Unit-norm atoms; a vector belongs to the atom with the largest |inner product|, with its sign.
+    """Unit-norm atoms, [F, d] float32; a vector belongs to the atom with the largest |inner product|, with its sign.
 
     Args:
-        vectors: [N, d] float32, whitened.
-        clusters: number of atoms F.
-        iterations: passes over the vectors.
+        vectors: [N, d] float32, whitened. clusters: number of atoms F. iterations: passes over the vectors.
         generator: public randomness (the starting atoms, and new ones where an atom lost all its vectors).
         on_iteration: called with the iteration and the mean |inner product| of a vector with its atom.
-
-    Returns:
-        [F, d] float32 with rows of norm 1.
     """
     chosen = torch.randint(len(vectors), (clusters,), generator=generator)
     atoms = functional.normalize(vectors[chosen] + 1e-3 * torch.randn(clusters, vectors.shape[1], generator=generator))

@@ -6,8 +6,7 @@ An extractor is an ``nn.Module`` with
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
 * ``parts``: the ``whitening.Part``s of the features, each of which is whitened separately;
 * ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
-* ``precision``: 'float32' or 'bfloat16', the number format of its products (``precision.py``);
-* ``built_from``: the ``PretrainConfig`` that ``build_extractor`` was given.
+* ``precision`` ('float32' or 'bfloat16') and ``built_from`` (the ``PretrainConfig``): set by ``build_extractor``.
 
 To add one: write its module, name it here, and add its training to ``pretrain/__init__.py``.
 """
@@ -35,16 +34,13 @@ ARCHITECTURES = (
 )
 
 EARLIER_GRIDS = ("4+16", "1+9")
-"""Pooling of a WRN's first two stages: half the channels of the next stage and twice its cells, so equally wide
-parts."""
+"""Pooling of a WRN's first two stages, which makes the parts of its three stages equally wide."""
 
 
 def build_extractor(config: PretrainConfig, generator: torch.Generator | None = None) -> nn.Module:
-    """An untrained extractor, which computes in ``config.precision``, or in float32 if that is undecided.
+    """An untrained extractor; one whose precision is undecided computes in float32.
 
-    Args:
-        config: ``arch`` and the fields of that architecture.
-        generator: public randomness for the initial weights.
+    The generator of the initial weights is public randomness; None means torch's global one.
 
     Raises:
         UsageError: unknown architecture, or sizes that do not fit together.
@@ -78,11 +74,7 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
 
 
 def refuse_unlearnable(config: PretrainConfig) -> None:
-    """Refuse an architecture that Phase I cannot train; random weights need no training.
-
-    Raises:
-        UsageError: it names the alternatives.
-    """
+    """Refuse (UsageError) an architecture that Phase I cannot train; random weights need no training."""
     if config.arch == NF_RESNET and not config.random_init:
         raise UsageError(
             f"{NF_RESNET} is not learned from synthetic images",
@@ -137,16 +129,12 @@ def load_weights(extractor: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = extractor.state_dict()
     wrong = [f"{name}: missing" for name in own.keys() - tensors.keys()]
     wrong += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
-    wrong += [
-        f"{name}: {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
-    ]
-    wrong += [
-        f"{name}: {tensors[name].dtype} instead of {own[name].dtype}"
-        for name in own.keys() & tensors.keys()
-        if own[name].dtype != tensors[name].dtype
-    ]
+    for name in own.keys() & tensors.keys():
+        given, needed = tensors[name], own[name]
+        if given.shape != needed.shape:
+            wrong.append(f"{name}: {tuple(given.shape)} instead of {tuple(needed.shape)}")
+        elif given.dtype != needed.dtype:
+            wrong.append(f"{name}: {given.dtype} instead of {needed.dtype}")
     if wrong:
         raise CheckpointError(
             "the checkpoint does not fit the architecture: " + "; ".join(sorted(wrong)),
@@ -165,18 +153,14 @@ def extract(
     after: Callable[[Tensor], Tensor] = lambda features: features,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Features of many images, each computed independently.
+    """Features of many images, uint8 [N, 3, 32, 32], each computed independently: float32 [N, ...] on the CPU.
 
     Args:
-        extractor: an extractor, on the device that computes.
-        images: uint8 [N, 3, 32, 32].
+        extractor: on the device that computes.
         mirror: average the features of each image and its mirror image.
         batch_size: images at a time.
         after: applied to each batch of features [b, feature_dim]; its results are collected.
         on_batch: called with the number of images done, for progress.
-
-    Returns:
-        float32 [N, ...] on the CPU.
     """
     if images.shape[1:] != (3, INPUT_SIZE, INPUT_SIZE):
         raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {INPUT_SIZE}, {INPUT_SIZE})")

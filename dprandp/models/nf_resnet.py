@@ -44,10 +44,7 @@ def scaled_relu(x: Tensor) -> Tensor:
 class NFBlock(nn.Module):
     """A bottleneck block before which the input is activated.
 
-    Args:
-        wide_in, wide_out: channels of input and output.
-        stride: of the 3×3 convolution and of the shortcut.
-        beta: 1 / expected standard deviation of the input at initialisation.
+    The 3×3 convolution and the shortcut have the stride; beta is 1 / the input's standard deviation at initialisation.
     """
 
     def __init__(self, wide_in: int, wide_out: int, stride: int, beta: float) -> None:
@@ -73,63 +70,38 @@ class NFBlock(nn.Module):
 
 
 class NFResNet50(nn.Module):
-    """The network as a feature extractor; see the module's docstring.
-
-    Args:
-        thinner: divide all widths by this; 1 is the published network.
-        pooling: grids of ``features``, see ``Pooling``; published: ``"1"``.
-        generator: of the initial weights (public randomness); None means torch's global one.
-
-    Attributes:
-        map_channels: 2048. feature_dim: 2048 times the number of pooling cells.
+    """The network as a feature extractor, with the grids of ``Pooling``; published: ``"1"``.
 
     For 224×224 images the last map is 7×7; for 32×32 ones it is 1×1. 23,508,048 parameters: those of a ResNet-50
     without its classifier (23,508,032, a gain and a bias per filter for the two of a norm) and 16 skip gains.
     """
 
-    def __init__(self, thinner: int = 1, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:
+    normalise = staticmethod(normalise)
+    reads_earlier_stages = False
+
+    def __init__(self, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:
         super().__init__()
         self._pooling = Pooling(pooling)
-        wide_in, variance = STEM_WIDTH // thinner, 1.0
+        wide_in, variance = STEM_WIDTH, 1.0
         self.stem = StandardisedConv2d(3, wide_in, 7, stride=2)
         blocks: list[nn.Module] = []
-        for depth, width, stride in zip(DEPTHS, WIDTHS, (1, 2, 2, 2), strict=True):
-            wide_out = width // thinner
+        for depth, wide_out, stride in zip(DEPTHS, WIDTHS, (1, 2, 2, 2), strict=True):
             for place in range(depth):
                 blocks.append(NFBlock(wide_in, wide_out, stride if place == 0 else 1, 1 / math.sqrt(variance)))
                 variance = (1.0 if place == 0 else variance) + ALPHA**2
                 wide_in = wide_out
         self.blocks = nn.Sequential(*blocks)
-        self.map_channels = wide_in
         self.feature_dim = wide_in * self._pooling.cells
         self.parts = (Part(self.feature_dim, 1.0),)
         initialise(self, generator)
-
-    reads_earlier_stages = False
-
-    @staticmethod
-    def normalise(images: Tensor) -> Tensor:
-        """Pixels to this network's input: as for the WideResNets."""
-        return normalise(images)
 
     def units(self) -> list[tuple[str, nn.Module]]:
         """Names and modules in the order of the forward pass: the stem, then each block."""
         return [("stem", _Stem(self.stem)), *((f"blocks.{place}", block) for place, block in enumerate(self.blocks))]
 
     def trunk(self, x: Tensor) -> Tensor:
-        """The residual stream after the last block.
-
-        Args:
-            x: float [B, 3, H, W], normalised.
-
-        Returns:
-            [B, 2048, ⌈H/32⌉, ⌈W/32⌉].
-        """
+        """The residual stream after the last block: normalised float [B, 3, H, W] to [B, 2048, ⌈H/32⌉, ⌈W/32⌉]."""
         return self.blocks(_Stem(self.stem)(x))
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """The trunk after the last activation, same shapes."""
-        return scaled_relu(self.trunk(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Average-pooled feature map, float [B, feature_dim]."""

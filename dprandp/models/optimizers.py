@@ -1,7 +1,6 @@
-"""Optimizers of torch whose state is named tensors from the beginning, so that a checkpoint resumes exactly.
+"""Optimizers of torch whose state exists from the beginning, as named tensors, so that a checkpoint resumes exactly.
 
-torch makes an optimizer's state in its first step. Here it is there before: what a checkpoint holds can be compared
-with it, and copied into it.
+torch makes an optimizer's state in its first step; then there would be nothing to compare a checkpoint with.
 """
 
 from __future__ import annotations
@@ -12,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config.schema import PretrainConfig, lr_of
-from dprandp.errors import UsageError
 
 
 def build_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer of public training that a configuration names, over named parameters.
-
-    ``sgd`` with momentum (published), or ``adamw`` (Loshchilov & Hutter 2019).
-    """
+    """The optimizer of public training over named parameters: ``sgd`` with momentum (published), or ``adamw``."""
     lr, decay = lr_of(config), config.weight_decay
     if config.optimizer == "sgd":
         return begun(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
-    if config.optimizer == "adamw":
-        return begun(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
-    raise UsageError(f"there is no optimizer called {config.optimizer!r}", fix="see dprandp pretrain --help")
+    return begun(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
 
 
 def begun(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -42,11 +35,7 @@ def begun(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that the next step depends on beside parameters and settings, by name: the tensors that steps change.
-
-    Args:
-        optimizer: ``begun``, over named parameters.
-    """
+    """All that the next step depends on beside parameters and settings: name -> tensor that steps change."""
     (group,) = optimizer.param_groups
     return {
         f"optimizer.{kind}.{name}": value
@@ -56,11 +45,6 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore(state: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy what was saved of a state into its tensors: onto their devices, and into their order in memory.
-
-    Args:
-        state: name -> tensor, changed in place.
-        saved: tensors of these names and shapes; others among them are left alone.
-    """
+    """Copy saved tensors into a state of the same names and shapes, in place; others among them are left alone."""
     for name, value in state.items():
         value.copy_(saved[name])

@@ -1,16 +1,14 @@
 """Patch layers: convolutional layers whose filters are a dictionary of synthetic patches; ``PatchNet`` has one.
 
 The classical patch pipeline (Coates & Ng 2011, "The importance of encoding versus training with sparse coding and
-vector quantization") with every learned part taken from images of a random process: whitening of patches and a
-spherical k-means dictionary (``dictionary.py``). The network is
+vector quantization") with every learned part taken from images of a random process (``dictionary.py``):
 
     local contrast normalisation -> whitening to ``patch_dims`` components -> filters -> two-sided thresholded ReLU
-    -> averages over five regions (below) -> square root
+    -> averages over five regions -> square root
 
-The square root (the Hellinger or power normalisation of Perronnin et al. 2010, "Improving the Fisher kernel for
-large-scale image classification") reduces the differences among sparse averages, most of which are tiny: a linear head
-on roots reads how often a pattern occurs rather than where it is strongest. The network has the same interface as the
-WRN (``extractor.py``). Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them in Phase III; the
+The square root (Perronnin et al. 2010, "Improving the Fisher kernel for large-scale image classification") reduces the
+differences among sparse averages, most of which are tiny: a linear head on roots reads how often a pattern occurs
+rather than where it is strongest. Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them; the
 whitening of patches is not trained. No layer mixes images.
 """
 
@@ -25,34 +23,13 @@ from torch.nn import functional
 from dprandp.models.precision import full_precision
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
+from dprandp.vision.images import INPUT_SIZE
 
-# ------------------------------------------------------------------------------------------------------------- regions
-#
-# Regions of an image over which a patch layer averages its responses, as weights of the positions of patches.
-#
-# With overlapping quarters, and a centre that fades out, averages change little when an object moves a little; at hard
-# borders a whole response would jump from one average to another. Experiment in ``scripts/README.md``, "Regions".
+THRESHOLD = 0.25
+"""Responses in [-THRESHOLD, THRESHOLD] count as zero."""
 
 CENTRE = 0.25
-"""Standard deviation of the centre's Gaussian, as a part of the side."""
-
-
-def region_weights(positions: int) -> Tensor:
-    """Four quarters that overlap between a quarter and three quarters of each side, then the centre.
-
-    Args:
-        positions: of patches, per side.
-
-    Returns:
-        float32 [5, positions**2], each row of sum 1.
-    """
-    places = (torch.arange(positions) + 0.5) / positions
-    first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
-    middle = torch.exp(-(((places - 0.5) / CENTRE) ** 2) / 2)
-    halves = torch.stack([first, 1 - first])
-    quarters = torch.einsum("ai,bj->abij", halves, halves).flatten(0, 1)
-    weights = torch.cat([quarters, torch.outer(middle, middle)[None]]).flatten(1)
-    return weights / weights.sum(dim=1, keepdim=True)
+"""Standard deviation of the central region's Gaussian, as a fraction of the side."""
 
 
 CONTRAST_FLOOR = 10 / 255
@@ -72,28 +49,40 @@ GROUP = 16
 """Images whose patches are held together in ``extract``."""
 
 
+def region_weights(positions: int) -> Tensor:
+    """Regions to average responses over: four quarters that overlap between 1/4 and 3/4 of each side, and a centre.
+
+    As no region has a hard border, averages change little when an object moves a little; experiment in
+    ``scripts/README.md``, "Regions". For so many positions of patches per side: float32 [5, positions**2], each row of
+    sum 1.
+    """
+    places = (torch.arange(positions) + 0.5) / positions
+    first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
+    middle = torch.exp(-(((places - 0.5) / CENTRE) ** 2) / 2)
+    halves = torch.stack([first, 1 - first])
+    quarters = torch.einsum("ai,bj->abij", halves, halves).flatten(0, 1)
+    weights = torch.cat([quarters, torch.outer(middle, middle)[None]]).flatten(1)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
 class PatchLayer(nn.Module):
-    """A dictionary over patches of pixels (``PatchNet``) or of responses (``ResponseLayer``): filters, rectified on
-    both sides, pooled over regions.
+    """A dictionary over patches of pixels (``PatchNet``) or of responses (``ResponseLayer``).
 
     Args:
-        filters: size of the dictionary, F.
-        width: numbers in a patch, d.
+        filters: size of the dictionary, F. width: numbers in a patch, d.
         patch_dims: components r to which patches are whitened.
         positions: patches per side; there are L = positions**2 of them.
-        threshold: responses in [-threshold, threshold] count as zero.
 
     Attributes:
         basis: [r, d] float32, whitening of patches in the order of ``torch.nn.functional.unfold``; centre: [r] float32,
             the whitened mean patch. Not trained.
         weight: [F, r] float32, the filters on whitened patches. bias: [F] float32.
-        pooling: [R, L] float32, R regions as rows of weights over the L positions.
-        feature_dim: 2 * R * F.
+        pooling: [R, L] float32, the weights of R regions over the positions. feature_dim: 2 * R * F.
     """
 
-    def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int, threshold: float) -> None:
+    def __init__(self, filters: int, *, width: int, patch_dims: int, positions: int) -> None:
         super().__init__()
-        self.threshold, self.positions = threshold, positions
+        self.positions = positions
         self.weight = nn.Parameter(torch.zeros(filters, patch_dims))
         self.bias = nn.Parameter(torch.zeros(filters))
         self.register_buffer("basis", torch.eye(patch_dims, width))
@@ -106,17 +95,13 @@ class PatchLayer(nn.Module):
         return self.basis @ patches - self.centre[:, None]
 
     def thresholded(self, patches: Tensor) -> Tensor:
-        """Mean thresholded responses, differentiable.
+        """Mean thresholded responses, differentiable: contrast-normalised patches [B, d, L] to [B, 2, R, F].
 
-        Args:
-            patches: float [B, d, L], contrast-normalised.
-
-        Returns:
-            float [B, 2, R, F]: for each sign, in each region, of each filter.
+        The results are for each sign, in each region, of each filter.
         """
         responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2)
-        positive = self.pooling @ functional.relu(responses - self.threshold)
-        negative = self.pooling @ functional.relu(-responses - self.threshold)
+        positive = self.pooling @ functional.relu(responses - THRESHOLD)
+        negative = self.pooling @ functional.relu(-responses - THRESHOLD)
         return torch.stack([positive, negative], dim=1)
 
     @torch.no_grad()
@@ -124,8 +109,7 @@ class PatchLayer(nn.Module):
         """The same numbers several times faster, on a CPU: the responses of a tile stay in the cache.
 
         Args:
-            patches: float32 [b, L, d], patch after patch.
-            columns: [r, F], the filters' transpose, contiguous.
+            patches: float32 [b, L, d], patch after patch. columns: [r, F], the filters' transpose, contiguous.
             out: [b, 2, R, F], to be filled.
         """
         at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
@@ -139,19 +123,15 @@ class PatchLayer(nn.Module):
                 responses, thresholded = (half[:count].view(len(whitened), len(bias)) for half in room)
                 torch.addmm(bias, whitened, columns[:, chosen], out=responses)
                 by_image = thresholded.view(len(some), -1, len(bias))
-                # max(r, t) - t = relu(r - t): one pass instead of two; the means commute with the constant
-                torch.clamp(responses, min=self.threshold, out=thresholded)
-                filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(self.threshold)
-                torch.clamp(responses, max=-self.threshold, out=thresholded)
-                filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(self.threshold).neg_()
+                # max(r, t) - t = relu(r - t), and the mean of max(r, t) minus t is that of relu: one pass, not two
+                torch.clamp(responses, min=THRESHOLD, out=thresholded)
+                filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(THRESHOLD)
+                torch.clamp(responses, max=-THRESHOLD, out=thresholded)
+                filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(THRESHOLD).neg_()
 
 
 class PatchExtractor:
-    """The common interface of one patch layer and of two as an extractor (``extractor.py``).
-
-    Attributes:
-        chain: the layers; the first one's patches are of pixels, the second one's of the responses to those.
-    """
+    """What one patch layer and two have in common as an extractor; ``chain`` has the layers from the pixels upwards."""
 
     chain: tuple[PatchLayer, ...]
 
@@ -161,7 +141,7 @@ class PatchExtractor:
         return images.to(torch.float32) / 255
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """The patches of each layer, before they are whitened: float [B, C, H, W] in [0, 1] to [B, d, L] each."""
+        """Patches of each layer, before they are whitened: float [B, 3, 32, 32] in [0, 1] to [B, d, L] each."""
         first, *later = self.chain
         found = [first.pixel_patches(images)]
         for layer in later:
@@ -169,44 +149,30 @@ class PatchExtractor:
         return found
 
     def features(self, images: Tensor) -> Tensor:
-        """Differentiable features.
+        """Differentiable features: float [B, 3, 32, 32] in [0, 1] to [B, feature_dim].
 
-        Args:
-            images: float [B, C, image_size, image_size] in [0, 1].
-
-        Returns:
-            [B, feature_dim] float: for each layer, in order, √(``PatchLayer.thresholded`` + ``ROOT_FLOOR``).
+        For each layer, in order, √(``PatchLayer.thresholded`` + ``ROOT_FLOOR``).
         """
         means = [layer.thresholded(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
         return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
-        """The same numbers as ``features``, several times faster, without gradients.
+        """The same numbers as ``features`` of uint8 [B, 3, 32, 32], several times faster on a CPU, without gradients.
 
-        It computes a tile of filters at a time, so that the responses stay in the cache, in as many threads as torch
-        may use, each with whole images. On an accelerator this is ``features``.
-
-        Args:
-            images: uint8 [B, C, image_size, image_size].
-
-        Returns:
-            [B, feature_dim] float32.
+        It computes a tile of filters at a time, in as many threads as torch may use, each with whole images.
         """
         if images.device.type != "cpu":
             return self.features(self.normalise(images))
         out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
+        if not len(images):
+            return out
         columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
-        if len(images):
-            parts = min(torch.get_num_threads(), len(images))  # none without an image
-            in_parts(lambda part, parts: self._extract_slice(images[part::parts], columns, out[part::parts]), parts)
-        return out
-
-    def _extract_slice(self, images: Tensor, columns: list[Tensor], out: Tensor) -> None:
-        """Fill ``out`` [b, feature_dim] with the features of ``images`` uint8 [b, C, H, W], b ≥ 1."""
         widths = [layer.feature_dim for layer in self.chain]
-        with torch.no_grad(), full_precision(images.device):
-            for group, rows in zip(images.split(GROUP), out.split(GROUP), strict=True):
+
+        def work(part: int, parts: int) -> None:
+            own_images, own_rows = images[part::parts].split(GROUP), out[part::parts].split(GROUP)
+            for group, rows in zip(own_images, own_rows, strict=True):
                 patches: Tensor | None = None
                 for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
                     if patches is None:
@@ -217,63 +183,36 @@ class PatchExtractor:
                 # rounding may leave a mean of zeros just below zero
                 rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
 
+        with full_precision(images.device):
+            in_parts(work, min(torch.get_num_threads(), len(images)))
+        return out
 
 class PatchNet(PatchExtractor, PatchLayer):
     """A dictionary over patches of pixels.
 
     Args:
-        filters: size of the dictionary, F.
-        patch_size: side of a patch in pixels.
-        patch_dims: components r to which patches are whitened; None: all, channels * patch_size**2.
+        filters: size of the dictionary, F. patch_size: side of a patch in pixels.
+        patch_dims: components r to which patches are whitened; None: all 3 * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
-        threshold: see ``PatchLayer``.
-        image_size: side of the (square) input in pixels.
-        channels: 3.
-
-    Attributes:
-        parts: all features are whitened together.
     """
 
-    def __init__(
-        self,
-        filters: int,
-        *,
-        patch_size: int = 6,
-        patch_dims: int | None = None,
-        stride: int = 1,
-        threshold: float = 0.25,
-        image_size: int = 32,
-        channels: int = 3,
-    ) -> None:
-        width = channels * patch_size**2
-        super().__init__(
-            filters,
-            width=width,
-            patch_dims=patch_dims or width,
-            positions=(image_size - patch_size) // stride + 1,
-            threshold=threshold,
-        )
-        self.patch_size, self.stride, self.image_size = patch_size, stride, image_size
+    def __init__(self, filters: int, *, patch_size: int = 6, patch_dims: int | None = None, stride: int = 1) -> None:
+        width = 3 * patch_size**2
+        positions = (INPUT_SIZE - patch_size) // stride + 1
+        super().__init__(filters, width=width, patch_dims=patch_dims or width, positions=positions)
+        self.patch_size, self.stride = patch_size, stride
         self.parts = (Part(self.feature_dim, 1.0),)
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
-        """Only this layer."""
         return (self,)
 
     def pixel_patches(self, images: Tensor) -> Tensor:
-        """Each patch minus its mean, over (its standard deviation + ``CONTRAST_FLOOR``).
-
-        Args:
-            images: float [B, C, H, W] in [0, 1].
-
-        Returns:
-            float [B, C patch_size**2, L].
-        """
+        """Contrast-normalised patches: float [B, 3, H, W] in [0, 1] to [B, d, L]."""
         return normalise_patches(functional.unfold(images, self.patch_size, stride=self.stride))
 
     def pixel_rows(self, image: Tensor) -> Tensor:
-        """The same of one image, float32 [C, H, W] in [0, 1], patch after patch: [L, C patch_size**2]."""
+        """The same of one image, float32 [3, H, W] in [0, 1], patch after patch: [L, d]."""
         windows = image.unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
         patches = windows.permute(1, 2, 0, 3, 4).reshape(self.positions**2, -1)
         patches = patches - patches.mean(dim=1, keepdim=True)
@@ -281,35 +220,11 @@ class PatchNet(PatchExtractor, PatchLayer):
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Minus the mean, over (standard deviation + ``CONTRAST_FLOOR``), along dimension -2.
-
-    Args:
-        patches: float [..., d, L], pixels in [0, 1].
-
-    Returns:
-        float [..., d, L].
-    """
+    """Patches of pixels [..., d, L] minus their mean, over (their standard deviation + ``CONTRAST_FLOOR``)."""
     centred = patches - patches.mean(dim=-2, keepdim=True)
     deviation = centred.square().mean(dim=-2, keepdim=True).add(1e-12).sqrt()  # 1e-12: sqrt has no gradient at 0
     return centred / (deviation + CONTRAST_FLOOR)
 
-
-# ------------------------------------------------------------------------------------------------------ response layer
-#
-# The second layer: a dictionary over patches of the responses to the patches below.
-#
-# The same recipe a second time (compare Coates & Ng 2011, "Selecting receptive fields in deep networks"): the two-sided
-# responses of a small dictionary of the patches below are averaged over overlapping 3 x 3 windows, their roots are
-# taken,
-# and the channels are whitened. Patches of these maps get a dictionary of their own. Everything is learned from
-# images of
-# a random process (``dictionary.py``).
-#
-#     filters on patches -> two-sided ReLU -> 3 x 3 averages at every second position -> root -> whitened channels
-#     -> patches of 3 x 3 positions, each divided by its length -> ``PatchLayer``
-#
-# These features describe neighbouring patterns, which those of one layer do not, and are whitened separately. On a
-# 32-pixel image a first layer of 6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
 
 WINDOW, STEP = 3, 2
 """Responses are averaged over WINDOW x WINDOW positions, at every STEP-th."""
@@ -321,50 +236,39 @@ LENGTH_FLOOR = 0.1
 """Added to a patch's length, relative to √d, the length of one with unit variance, so that empty patches stay short."""
 
 SHARE = 0.5
-"""Of the squared length of all features, for each layer. Experiments on CIFAR-10's training split at ε = 1: with 1,600
-filters in both (10,000 images fitted, 4,000 held out) 70.2, 70.7, 70.3 % for .2, .4, .6 to the second, where the first
-layer alone had 68.5 and the second alone 67.4; with 2,400 and 3,200 (20,000 fitted, 10,000 held out) 71.1 for .4 and
-71.3 for .5."""
+"""Of each layer in the squared length of all features. CIFAR-10's training split at ε = 1, with 1,600 filters in both
+(10,000 images fitted, 4,000 held out): 70.2, 70.7, 70.3 % for .2, .4, .6 to the second; the first layer alone 68.5."""
 
 
 class ResponseLayer(PatchLayer):
-    """A dictionary over patches of responses.
+    """The second layer: a dictionary over patches of the responses to the patches below.
+
+    The same recipe a second time (compare Coates & Ng 2011, "Selecting receptive fields in deep networks"):
+
+        a small dictionary on the patches below -> two-sided ReLU -> 3 x 3 averages at every second position -> root
+        -> whitened channels -> patches of 3 x 3 positions, each divided by its length -> ``PatchLayer``
+
+    These features describe neighbouring patterns, which those of one layer do not. On a 32-pixel image a first layer of
+    6-pixel patches has 27 x 27 of them, the second 11 x 11 (of 12 pixels).
 
     Args:
-        filters: size of the dictionary, F.
-        below: the layer below, whose patches the small dictionary of the maps is for; only read, not kept.
+        filters: size of the dictionary, F. below: the layer below; only read, not kept.
         map_filters: size M of the small dictionary; the maps have 2 M channels, one for each sign.
         map_dims: channels kept after whitening, C.
-        response_patch: side k of a patch of responses, in positions of the maps.
-        patch_dims: components r to which these are whitened; at most C k**2.
-        threshold: see ``PatchLayer``; of the maps too.
+        patch_dims: components r to which patches of responses are whitened; at most C RESPONSE_PATCH**2.
 
     Attributes:
-        map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M].
-        channel_basis: [C, 2 M] float32, channel_centre: [C]: whitening of the channels.
-        None of the four is trained privately.
+        map_weight: [M, d of the layer below] float32 on patches before whitening, map_bias: [M]; channel_basis:
+            [C, 2 M], channel_centre: [C]: whitening of the channels. None of the four is trained privately.
     """
 
     def __init__(
-        self,
-        filters: int,
-        below: PatchLayer,
-        *,
-        map_filters: int = 256,
-        map_dims: int = 64,
-        response_patch: int = RESPONSE_PATCH,
-        patch_dims: int = 192,
-        threshold: float = 0.25,
+        self, filters: int, below: PatchLayer, *, map_filters: int = 256, map_dims: int = 64, patch_dims: int = 192
     ) -> None:
-        width = map_dims * response_patch**2
-        super().__init__(
-            filters,
-            width=width,
-            patch_dims=min(patch_dims, width),
-            positions=positions_above(below.positions, response_patch),
-            threshold=threshold,
-        )
-        self.below_positions, self.response_patch = below.positions, response_patch
+        width = map_dims * RESPONSE_PATCH**2
+        positions = positions_above(below.positions)
+        super().__init__(filters, width=width, patch_dims=min(patch_dims, width), positions=positions)
+        self.below_positions = below.positions
         self.register_buffer("map_weight", torch.zeros(map_filters, below.basis.shape[1]))
         self.register_buffer("map_bias", torch.zeros(map_filters))
         self.register_buffer("channel_basis", torch.eye(map_dims, 2 * map_filters))
@@ -374,49 +278,39 @@ class ResponseLayer(PatchLayer):
         """Patches below [B, d, L] to roots of averaged responses, [B, 2 M, S, S]; first all positive ones."""
         responses = self.map_weight @ below + self.map_bias[:, None]
         responses = responses.unflatten(2, (self.below_positions, self.below_positions))
-        both = torch.cat([responses - self.threshold, -responses - self.threshold], dim=1)
+        both = torch.cat([responses - THRESHOLD, -responses - THRESHOLD], dim=1)
         return functional.avg_pool2d(functional.relu(both), WINDOW, STEP).add(ROOT_FLOOR).sqrt()
 
     def lift(self, below: Tensor) -> Tensor:
-        """Patches below [B, d, L] to patches of responses [B, C k**2, L'], each u made u / (‖u‖ / √(C k**2) + floor).
-
-        The floor is ``LENGTH_FLOOR``.
-        """
+        """Patches below [B, d, L] to patches u of responses [B, d', L'], each over (‖u‖ / √d' + ``LENGTH_FLOOR``)."""
         maps = self.maps(below)
         channels = self.channel_basis @ maps.flatten(2) - self.channel_centre[:, None]
-        patches = functional.unfold(channels.unflatten(2, maps.shape[2:]), self.response_patch)
+        patches = functional.unfold(channels.unflatten(2, maps.shape[2:]), RESPONSE_PATCH)
         return patches / (patches.norm(dim=1, keepdim=True) / math.sqrt(patches.shape[1]) + LENGTH_FLOOR)
 
     @torch.no_grad()
     def lift_rows(self, below: Tensor) -> Tensor:
-        """The same of one image, faster on a CPU: [L, d] to [L', C k**2], patch after patch.
+        """The same of one image, faster on a CPU: [L, d] to [L', d'], patch after patch.
 
         With the channels last, windows are sums of whole rows of memory.
         """
         side, filters = self.below_positions, len(self.map_weight)
         responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
-        thresholded = torch.clamp(responses, min=self.threshold)  # relu(r - t) + t, as in ``thresholded_rows``
+        thresholded = torch.clamp(responses, min=THRESHOLD)  # relu(r - t) + t, as in ``thresholded_rows``
         positive = window_means(thresholded)
         maps = positive.new_empty(*positive.shape[:2], 2 * filters)
-        torch.sub(positive, self.threshold - ROOT_FLOOR, out=maps[..., :filters])
-        torch.clamp(responses, max=-self.threshold, out=thresholded)
-        torch.sub(window_means(thresholded).neg_(), self.threshold - ROOT_FLOOR, out=maps[..., filters:])
+        torch.sub(positive, THRESHOLD - ROOT_FLOOR, out=maps[..., :filters])
+        torch.clamp(responses, max=-THRESHOLD, out=thresholded)
+        torch.sub(window_means(thresholded).neg_(), THRESHOLD - ROOT_FLOOR, out=maps[..., filters:])
         maps = maps.clamp_(min=ROOT_FLOOR).sqrt_().flatten(0, 1)
         channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t())
-        windows = channels.view(*positive.shape[:2], -1).unfold(0, self.response_patch, 1)
-        patches = windows.unfold(1, self.response_patch, 1).reshape(self.positions**2, -1)
+        windows = channels.view(*positive.shape[:2], -1).unfold(0, RESPONSE_PATCH, 1)
+        patches = windows.unfold(1, RESPONSE_PATCH, 1).reshape(self.positions**2, -1)
         return patches.div_(patches.norm(dim=1, keepdim=True).div_(math.sqrt(patches.shape[1])).add_(LENGTH_FLOOR))
 
 
 class DeepPatchNet(PatchExtractor, nn.Module):
-    """A ``PatchNet`` and a ``ResponseLayer`` on top: the features of both, side by side.
-
-    Args:
-        first: over patches of pixels. second: over patches of responses to those.
-
-    Attributes:
-        feature_dim: the sum of theirs. parts: each is whitened separately.
-    """
+    """A ``PatchNet`` and a ``ResponseLayer`` on top: the features of both, side by side, each whitened separately."""
 
     def __init__(self, first: PatchNet, second: ResponseLayer) -> None:
         super().__init__()
@@ -426,7 +320,6 @@ class DeepPatchNet(PatchExtractor, nn.Module):
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
-        """The layers from the pixels upwards."""
         return (self.first, self.second)
 
 
@@ -436,6 +329,6 @@ def window_means(maps: Tensor) -> Tensor:
     return (rows[:, :-2:2] + rows[:, 1:-1:2]).add_(rows[:, 2::2]).div_(WINDOW**2)
 
 
-def positions_above(positions: int, response_patch: int = RESPONSE_PATCH) -> int:
+def positions_above(positions: int) -> int:
     """Patches of responses per side over so many patches below; under 1 where there is no room for any."""
-    return (positions - WINDOW) // STEP + 1 - response_patch + 1
+    return (positions - WINDOW) // STEP + 1 - RESPONSE_PATCH + 1

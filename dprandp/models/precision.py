@@ -1,12 +1,9 @@
 """The precision of a network: float32, or bfloat16 products where the hardware multiplies them faster.
 
-It is decided once, when a stage begins, recorded in its configuration, and kept in ``network.precision``. So it is the
-same for every image, in every thread, on every rank, and after a resume on another machine: hardware changes the speed
-of a run, not its number format. The default is float32. Parameters, statistics, heads, clipping and noise are always
-float32 (or float64).
-
-A patch network always computes in float32: its products are small and stay in the processor's cache, and bfloat16 would
-round the responses that are compared with its thresholds.
+It is decided once, when a stage begins, recorded in its configuration, and kept in ``network.precision``, so it is the
+same for every image, thread and rank, and after a resume on another machine: hardware changes the speed of a run, not
+its number format. Parameters, statistics, heads, clipping and noise are always float32 (or float64), and so is a patch
+network: bfloat16 would round the responses that are compared with its thresholds.
 """
 
 from __future__ import annotations
@@ -27,10 +24,9 @@ PRETEND = "DPRANDP_PRETEND_BFLOAT16"
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether matrix products in bfloat16 are a hardware instruction on this device type.
+    """Whether bfloat16 matrix products are a hardware instruction on this device type; emulated, they are slower.
 
-    On a CPU that emulates them they run several times slower than float32. The processor's flags are read where the
-    operating system lists them; elsewhere the answer is no.
+    A CPU's flags are read where the operating system lists them; elsewhere the answer is no.
 
     Raises:
         UsageError: the environment variable ``PRETEND`` is neither 0 nor 1.
@@ -54,15 +50,10 @@ def _cpu_lists_bfloat16(flags: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def decide(asked: str, arch: str, device_type: str) -> str:
-    """The precision of a network.
+    """The precision of a network, 'float32' or 'bfloat16'.
 
     Args:
-        asked: 'auto', 'float32' or 'bfloat16'.
-        arch: name of the architecture.
-        device_type: 'cpu' or 'cuda'.
-
-    Returns:
-        'float32' or 'bfloat16'.
+        asked: 'auto', 'float32' or 'bfloat16'. arch: name of the architecture. device_type: 'cpu' or 'cuda'.
 
     Raises:
         UsageError: bfloat16 was asked of a patchnet.
@@ -87,13 +78,11 @@ def precision_of(network: nn.Module) -> str:
 def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
     """The context in which a network's products are computed in its precision, overriding any outer context.
 
-    Autocast belongs to a thread. Work that is handed to other threads enters this context there
-    (``threads.in_parts`` carries it over).
+    Autocast belongs to a thread; ``threads.in_parts`` carries it over to others.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_of(network) == BFLOAT16)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """The context for whitening, heads and clipping, which are never computed in bfloat16; overrides any outer
-    context."""
+    """The same for whitening, heads and clipping, which are never computed in bfloat16."""
     return torch.autocast(device.type, enabled=False)

@@ -33,7 +33,7 @@ def parse_vit(name: str) -> tuple[int, int, int]:
     """Read ``"vit-DEPTH-WIDTH-PATCH"``, e.g. ``"vit-4-64-4"`` -> ``(4, 64, 4)``.
 
     Raises:
-        UsageError: another spelling, a width that is no multiple of 16, or a patch that leave no even grid.
+        UsageError: another spelling, a width that is no multiple of 16, or a patch that leaves no even grid.
     """
     match = re.fullmatch(r"vit-(\d{1,2})-(\d{1,4})-(\d{1,2})", name)
     if match is None:
@@ -78,29 +78,19 @@ class _Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """See the module's docstring.
+    """A ViT of the name vit-DEPTH-WIDTH-PATCH, as ``parse_vit`` reads it, as a feature extractor.
 
-    Args:
-        depth, width, patch: of the name vit-DEPTH-WIDTH-PATCH; patch in pixels.
-        generator: of the initial weights (public randomness); None means torch's global one.
-
-    Attributes:
-        feature_dim: 5 · width: the whole image and its four quarters.
-        map_channels: width.
-
-    Raises:
-        UsageError: sizes that do not fit, see :func:`parse_vit`.
+    ``feature_dim`` is 5 · width: the whole image and its four quarters. The generator is of the initial weights.
     """
 
     def __init__(self, depth: int, width: int, patch: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        parse_vit(f"vit-{depth}-{width}-{patch}")
         self.grid = INPUT_SIZE // patch
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
         self.position = nn.Parameter(torch.zeros(self.grid**2, width))
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
         self.final_norm = nn.LayerNorm(width)
-        self.map_channels, self.feature_dim = width, 5 * width
+        self.feature_dim = 5 * width
         self.parts = (Part(self.feature_dim, 1.0),)
         initialise(self, generator)
         nn.init.normal_(self.position, std=0.02, generator=generator)

@@ -1,13 +1,12 @@
 """Standardise and whiten features with the statistics of *synthetic* images, then scale each to unit norm.
 
 DP-SGD adds the same noise to every coordinate of the head's gradient, so it works best with features whose directions
-carry signal of similar size. Whitening produces them. Its statistics come from public images of a random process, so it
-costs no privacy. Never call ``fit`` with private features.
+carry signal of similar size. The statistics come from public images of a random process, so they cost no privacy.
+Never call ``fit`` with private features.
 
-There are two statistics. The first is the covariance over images, for the principal components. The second is the
-covariance between views of one image (crops, other colours), which carries no information about its class: within-class
-covariance normalisation (Hatch, Kajarekar & Stolcke 2006, "Within-Class Covariance Normalization for SVM-Based Speaker
-Recognition"), with each synthetic image as a class.
+There are two statistics: the covariance over images, for the principal components, and the covariance between views of
+one image (crops, other colours), which carries no information about its class: within-class covariance normalisation
+(Hatch, Kajarekar & Stolcke 2006), with each synthetic image as a class.
 """
 
 from __future__ import annotations
@@ -28,15 +27,10 @@ DEVIATION_FLOOR = 1e-3
 
 
 class Part(NamedTuple):
-    """Features that are whitened together, apart from all others.
+    """Features that are whitened together, apart from all others."""
 
-    Attributes:
-        width: how many.
-        share: of this part in the squared length of the whole; the shares of all parts sum to 1.
-    """
-
-    width: int
-    share: float
+    width: int  # how many
+    share: float  # of this part in the squared length of the whole; the shares of all parts sum to 1
 
 
 class Whitener(nn.Module):
@@ -46,11 +40,10 @@ class Whitener(nn.Module):
     components of least energy of one part with the noise of another.
 
     Args:
-        feature_dim: D. dims: components of each part, d.
-        parts: widths and shares of the P parts, which sum to D and 1; None: all features are one part.
+        feature_dim: D. dims: components of each part, d. parts: widths and shares of the P parts; None: one part.
 
     Attributes:
-        mean: [D] float32, feature means over synthetic images.
+        mean: [D] float32, over synthetic images.
         projection: [D, d] float32: 1 / deviation, principal components, and a weight 1 / (s + floor) for each. The
             rows of a part are its own map.
     """
@@ -89,16 +82,10 @@ class Whitener(nn.Module):
         )
 
     def cut(self, whitened: Tensor, components: int) -> Tensor:
-        """The result of a whitener with fewer components, which are the first ones of each part.
+        """The result [N, P components] of a whitener with fewer components, which are the first ones of each part.
 
-        Exact without views; with views, up to the weight of each image.
-
-        Args:
-            whitened: float [N, P d], results of ``forward``.
-            components: at most d.
-
-        Returns:
-            Float [N, P components] of unit norm.
+        Of ``whitened``, results [N, P d] of ``forward``. Exact without views; with views, up to the weight of each
+        image.
         """
         if components == self.components:
             return whitened
@@ -116,12 +103,10 @@ def fit(
     Args:
         features: [n, D] float32 of *synthetic* images (changed in place to save memory).
         dims: components to keep of each part; at most min(n - 1, width) are kept.
-        floor: added to the standard deviation s of each principal component before its inverse is taken; components
-        with
-            s far below it are damped rather than amplified.
+        floor: added to the standard deviation of each principal component before its inverse is taken, so that
+            components with far less are damped rather than amplified.
         parts: as for ``Whitener``.
-        views: V; the rows are V views of each of n / V images, next to each other. With more than one, features are
-            normalised by the covariance of the views of an image.
+        views: V; the rows are V views of each of n / V images, next to each other.
 
     Returns:
         The whitener. Deterministic: an eigenvector's sign is that of its product with fixed random numbers.
@@ -139,8 +124,7 @@ def fit(
 
 
 def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and scale [w], weighted components [w, dims] of one part's features [n, w], which are standardised in
-    place."""
+    """Mean and scale [w], weighted components [w, dims] of a part's features [n, w]; standardises these in place."""
     count, width = features.shape
     mean = features.mean(dim=0)
     features -= mean
@@ -160,7 +144,7 @@ def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Te
 
 
 def _normalise_within(components: Tensor, whitened: Tensor) -> Tensor:
-    """Within-class covariance normalisation, with each image as a class: its views vary equally in all directions.
+    """Components [w, d] after which the views of an image vary equally in all directions.
 
     With C the covariance within images, features are multiplied by L⁻¹, C + ridge = L Lᵀ. L is triangular, so
     component k still depends on the first k alone, and a whitener can be cut to fewer.
@@ -168,9 +152,6 @@ def _normalise_within(components: Tensor, whitened: Tensor) -> Tensor:
     Args:
         components: [w, d], maps standardised features to components.
         whitened: float32 [n, V, d], components of the features, of unit norm.
-
-    Returns:
-        Axes like those given.
     """
     apart = (whitened - whitened.mean(dim=1, keepdim=True)).flatten(0, 1).double()
     covariance = apart.t() @ apart / (len(whitened) * (whitened.shape[1] - 1))

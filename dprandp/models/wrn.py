@@ -1,8 +1,8 @@
-"""The WideResNet of DP-RandP (Tang et al. 2023) with the refinements of De et al. 2022, and its projection head.
+"""The WideResNet of DP-RandP (Tang et al. 2023) with the refinements of De et al. 2022.
 
-Source of the shape: Zagoruyko & Komodakis 2016 (WRN), De et al. 2022 arXiv 2204.13650 (ReLU before GroupNorm, weight
-standardisation, convolutions with bias), Tang et al. 2023 arXiv 2306.06076 (the head). No layer mixes examples, so
-per-example gradients exist: by a loop, by hooks, or by ``torch.func.vmap(grad)``.
+Sources: Zagoruyko & Komodakis 2016 (the shape), De et al. 2022 arXiv 2204.13650 (ReLU before GroupNorm, weight
+standardisation, convolutions with bias), Tang et al. 2023 arXiv 2306.06076. No layer mixes examples, so per-example
+gradients exist.
 
 ``model.to(memory_format=torch.channels_last)`` is faster everywhere, bfloat16 autocast only where the hardware has it
 (``precision.py``); weights are standardised in the parameters' own precision first.
@@ -18,50 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dprandp.errors import UsageError, nearest
+from dprandp.errors import UsageError
 from dprandp.models.whitening import Part
-
-# ------------------------------------------------------------------------------------------------------------- pooling
-#
-# Features from a feature map: averages over the cells of one or more square grids.
-
-_SIDES = {str(side * side): side for side in range(1, 9)}
-
-
-class Pooling:
-    """Average pooling over the grids of ``"1+4"``, say: the whole map, then its four quarters.
-
-    Args:
-        grids: different square numbers of cells between 1 and 64, joined by ``+``.
-
-    Attributes:
-        cells: of all grids together; a map of C channels has C times as many features.
-
-    Raises:
-        UsageError: a part is not such a number, or occurs twice.
-    """
-
-    def __init__(self, grids: str) -> None:
-        parts = grids.split("+")
-        if len(set(parts)) != len(parts) or not _SIDES.keys() >= set(parts):
-            raise UsageError(
-                f"pooling {grids!r} is not a sum of different square numbers of cells",
-                fix="write for example 1 (global average), 4 (a 2×2 grid) or 1+4 (both)",
-            )
-        self._sides = [_SIDES[part] for part in parts]
-        self.cells = sum(side * side for side in self._sides)
-
-    def __call__(self, feature_map: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C · cells]: grid after grid, within a grid by channel, row, column."""
-        return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._sides], dim=1)
-
 
 # Public constants, the same for every data set: a mean or a deviation taken from private pixels would cost budget.
 IMAGE_MEAN = 0.5
 IMAGE_STD = 0.25
 
+GROUPS = 16  # of every GroupNorm, as published
 STANDARDISATION_FLOOR = 1e-4  # De et al. 2022: keeps a filter whose weights are all equal from dividing by zero
 _TRUNCATION_STD = 0.87962566  # standard deviation of N(0, 1) cut off at ±2
+_SIDES = {str(side * side): side for side in range(1, 9)}
 
 
 class LayerOrder(NamedTuple):
@@ -91,12 +58,15 @@ def parse_wrn(name: str) -> tuple[int, int]:
     if match is None:
         raise UsageError(f"architecture {name!r} is not of the form wrn-DEPTH-WIDTH", fix="write for example wrn-16-4")
     depth, width = int(match[1]), int(match[2])
-    _check_shape(depth, width)
+    if depth < 10 or (depth - 4) % 6:
+        raise UsageError(f"WideResNet depth {depth} is not 6n + 4", fix="use a depth of 10, 16, 22, 28, 34 or 40")
+    if width < 1:
+        raise UsageError(f"WideResNet width {width} is below 1", fix="use a width factor of 1 or more, e.g. 4")
     return depth, width
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Pixels to network input, ``(pixel - IMAGE_MEAN) / IMAGE_STD``, with constants that do not depend on a data set.
+    """Pixels to network input, ``(pixel - IMAGE_MEAN) / IMAGE_STD``.
 
     Args:
         images: [..., H, W], uint8 in 0..255, or floating point in [0, 1] (augmented views).
@@ -111,18 +81,39 @@ def normalise(images: Tensor) -> Tensor:
     raise UsageError(f"images of type {images.dtype} cannot be normalised", fix="pass uint8, or floats in [0, 1]")
 
 
-PADDINGS = ("symmetric", "same")
+class Pooling:
+    """Features from a map: averages over the grids of ``"1+4"``, say, the whole map and its four quarters.
+
+    Grids are different square numbers of cells between 1 and 64. With ``cells`` of all grids together, a map of C
+    channels has C · cells features.
+
+    Raises:
+        UsageError: a part is not such a number, or occurs twice.
+    """
+
+    def __init__(self, grids: str) -> None:
+        parts = grids.split("+")
+        if len(set(parts)) != len(parts) or not _SIDES.keys() >= set(parts):
+            raise UsageError(
+                f"pooling {grids!r} is not a sum of different square numbers of cells",
+                fix="write for example 1 (global average), 4 (a 2×2 grid) or 1+4 (both)",
+            )
+        self._sides = [_SIDES[part] for part in parts]
+        self.cells = sum(side * side for side in self._sides)
+
+    def __call__(self, feature_map: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C · cells]: grid after grid, within a grid by channel, row, column."""
+        return torch.cat([F.adaptive_avg_pool2d(feature_map, side).flatten(1) for side in self._sides], dim=1)
 
 
 def pad_same(x: Tensor, size: int, stride: int, value: float = 0.0) -> Tensor:
     """Pad as the framework of De et al. 2022 does: ⌈side/stride⌉ places; an odd one is below and right.
 
-    Args:
-        x: [..., H, W]. size: of the filter. stride: of the filter. value: what to pad with.
+    For an even side, size 3 and stride 2 that is one row below and right, where symmetric padding has one on each
+    side: the filters see places shifted by a pixel, so weights trained with one padding are not those of the other.
 
-    For an even side, size 3 and stride 2 that is nothing above and left and one row below and right, where symmetric
-    padding has one on each side: the filters then see places shifted by a pixel, so weights trained with one padding
-    are not those of the other.
+    Args:
+        x: [..., H, W]. size, stride: of the filter. value: what to pad with.
     """
     widths: list[int] = []
     for side in (x.shape[-1], x.shape[-2]):
@@ -160,19 +151,17 @@ def _activate(x: Tensor, norm: nn.GroupNorm, order: str) -> Tensor:
 class _Block(nn.Module):
     """Two activated 3×3 convolutions beside a shortcut, which is a 1×1 convolution where the width changes."""
 
-    def __init__(
-        self, wide_in: int, wide_out: int, stride: int, groups: int, order: LayerOrder, conv: type, padding: str
-    ) -> None:
+    def __init__(self, wide_in: int, wide_out: int, stride: int, order: LayerOrder, conv: type, padding: str) -> None:
         super().__init__()
         self.order = order
-        self.norm1 = nn.GroupNorm(groups, wide_in)
+        self.norm1 = nn.GroupNorm(GROUPS, wide_in)
         self.pads = padding == "same" and stride > 1  # with stride 1 the two paddings are one
         self.conv1 = conv(wide_in, wide_out, 3, stride=stride, padding=0 if self.pads else 1)
-        self.norm2 = nn.GroupNorm(groups, wide_out)
+        self.norm2 = nn.GroupNorm(GROUPS, wide_out)
         self.conv2 = conv(wide_out, wide_out, 3, padding=1)
         self.reshapes = wide_in != wide_out  # every stage that strides widens as well
         if self.reshapes:
-            self.skip_norm = nn.GroupNorm(groups, wide_in)
+            self.skip_norm = nn.GroupNorm(GROUPS, wide_in)
             self.skip_conv = conv(wide_in, wide_out, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,84 +181,55 @@ class _Block(nn.Module):
 class WideResNet(nn.Module):
     """Stem conv3×3(16), three stages of (depth - 4)/6 blocks, 16k/32k/64k channels, strides 1/2/2, final activation.
 
-    Args:
-        depth, width: of the name wrn-DEPTH-WIDTH; depth = 6n + 4, width = the factor k.
-        norm_groups: groups of every GroupNorm; must divide 16. Published: 16.
-        weight_standardisation: standardise every convolution. Published DP-RandP: False; De et al. 2022: True.
-        layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
-        channels: of the input, 1 or 3.
-        pooling: grids of :meth:`features`: ``"1"`` published, ``"1+4"`` adds a 2×2 grid, see ``Pooling``.
-        padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022), see
-            :func:`pad_same`.
-        earlier: grids for the maps after the first and the second stage, whose averages are features too; none
-            (published) or two.
-        generator: of the initial weights (public randomness); None means torch's global one.
-
-    Attributes:
-        map_channels: 64k, the channels of the feature map.
-        feature_dim: the length of a feature vector, 64k times the number of pooling cells, and what ``earlier`` adds.
-        parts: the features of a stage are whitened by themselves.
-
-    Raises:
-        UsageError: impossible depth, width, groups, order, channels or pooling.
-
     WRN-16-4 has 2.75 million parameters (2,748,992; weight standardisation adds 2,256 gains).
+
+    Args:
+        depth, width: of the name wrn-DEPTH-WIDTH, as ``parse_wrn`` reads them; width = the factor k.
+        weight_standardisation: of every convolution. Published DP-RandP: False; De et al. 2022: True.
+        layer_order: a key of ``LAYER_ORDERS``. Published: ``"relu-norm-conv"``.
+        pooling: grids of :meth:`features`, see ``Pooling``. Published: ``"1"``.
+        padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022).
+        earlier: grids for the maps after the first and the second stage, whose averages are features too, each stage's
+            whitened by itself; none (published) or two.
+        generator: of the initial weights (public randomness); None means torch's global one.
     """
+
+    normalise = staticmethod(normalise)
 
     def __init__(
         self,
         depth: int,
         width: int,
         *,
-        norm_groups: int = 16,
         weight_standardisation: bool = True,
         layer_order: str = "relu-norm-conv",
-        channels: int = 3,
         pooling: str = "1+4",
         padding: str = "symmetric",
         earlier: tuple[str, ...] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_shape(depth, width)
-        if padding not in PADDINGS:
-            raise UsageError(f"padding {padding!r} is unknown", fix=nearest(padding, PADDINGS))
-        if norm_groups < 1 or 16 % norm_groups:
-            raise UsageError(f"{norm_groups} groups do not divide 16 channels", fix="use 1, 2, 4, 8 or 16 groups")
-        if layer_order not in LAYER_ORDERS:
-            raise UsageError(f"layer order {layer_order!r} is unknown", fix=nearest(layer_order, LAYER_ORDERS))
-        if channels not in (1, 3):
-            raise UsageError(f"images of {channels} channels are not supported", fix="use 1 or 3 channels")
-        if len(earlier) not in (0, 2):
-            raise UsageError(f"{len(earlier)} pooling grids for two earlier stages", fix="give none or two")
         self._pooling = Pooling(pooling)
         self._earlier = [Pooling(grids) for grids in earlier]
         order = LAYER_ORDERS[layer_order]
         conv = StandardisedConv2d if weight_standardisation else nn.Conv2d
 
         self.final_order = order.final
-        self.stem = conv(channels, 16, 3, padding=1)
+        self.stem = conv(3, 16, 3, padding=1)
         blocks: list[nn.Module] = []
         wide_in = 16
+        self._stage_blocks = (depth - 4) // 6
         for wide_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
-            for position in range((depth - 4) // 6):
-                step = stride if position == 0 else 1
-                blocks.append(_Block(wide_in, wide_out, step, norm_groups, order, conv, padding))
+            for position in range(self._stage_blocks):
+                blocks.append(_Block(wide_in, wide_out, stride if position == 0 else 1, order, conv, padding))
                 wide_in = wide_out
         self.blocks = nn.Sequential(*blocks)
-        self.final_norm = nn.GroupNorm(norm_groups, wide_in)
-        self.map_channels = wide_in
-        self._stage_blocks = (depth - 4) // 6
+        self.final_norm = nn.GroupNorm(GROUPS, wide_in)
         stages = zip((16 * width, 32 * width), self._earlier, strict=False)
         widths = [count * grids.cells for count, grids in [*stages, (wide_in, self._pooling)]]
         self.feature_dim = sum(widths)
         self.parts = tuple(Part(size, 1 / len(widths)) for size in widths)
         initialise(self, generator)
-
-    @staticmethod
-    def normalise(images: Tensor) -> Tensor:
-        """Pixels to this network's input: the module's :func:`normalise`."""
-        return normalise(images)
 
     def units(self) -> list[tuple[str, nn.Module]]:
         """Names and modules in the order of the forward pass: the stem, then each block."""
@@ -279,23 +239,17 @@ class WideResNet(nn.Module):
         """The residual stream after the last block, without the final activation: the input of the published head.
 
         Args:
-            x: float [B, channels, H, W], normalised (see :func:`normalise`).
+            x: float [B, 3, H, W], normalised.
 
         Returns:
             [B, 64k, H/4, W/4], rounded up: 8×8 for 32×32 images.
         """
         return self.blocks(self.stem(x))
 
-    def feature_map(self, x: Tensor) -> Tensor:
-        """The trunk followed by the final ReLU and GroupNorm, same shapes as :meth:`trunk`."""
-        return _activate(self.trunk(x), self.final_norm, self.final_order)
-
     def features(self, x: Tensor) -> Tensor:
-        """Average-pooled feature maps, float [B, feature_dim].
+        """Average-pooled feature maps, float [B, feature_dim], in the order of ``Pooling``.
 
-        The grids follow each other as in ``pooling``; within a grid the order is channel, row, column. With ``"1+4"``
-        the first 64k entries are the global averages and the next 256k the averages of the four quarters. Features of
-        ``earlier`` stages come before them: of a stage's map as the next block's first convolution sees it.
+        Features of ``earlier`` stages come first: of a stage's map as the next block's first convolution sees it.
         """
         if not self._earlier:
             return self.head_of(self.trunk(x))
@@ -337,10 +291,3 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.zeros_(layer.bias)
         if isinstance(layer, StandardisedConv2d):
             nn.init.ones_(layer.gain)
-
-
-def _check_shape(depth: int, width: int) -> None:
-    if depth < 10 or (depth - 4) % 6:
-        raise UsageError(f"WideResNet depth {depth} is not 6n + 4", fix="use a depth of 10, 16, 22, 28, 34 or 40")
-    if width < 1:
-        raise UsageError(f"WideResNet width {width} is below 1", fix="use a width factor of 1 or more, e.g. 4")

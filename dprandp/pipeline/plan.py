@@ -33,7 +33,7 @@ from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
 from dprandp.models.extractor import build_extractor, refuse_unlearnable
 from dprandp.models.precision import AUTO
-from dprandp.pretrain.shipped import shipped_extractor
+from dprandp.priors import shipped_extractor
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
 from dprandp.runs.context import Context, recorded

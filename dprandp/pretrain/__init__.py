@@ -7,15 +7,14 @@
 
 Two ways to learn, chosen by ``arch``:
 
-* ``patchnet``: dictionaries of whitened patches, in one layer or two (``models/dictionary.py``), in minutes on a
-laptop; * ``wrn-D-K``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
+* ``patchnet``: dictionaries of whitened patches (``models/dictionary.py``), in minutes on a laptop;
+* ``wrn-D-K`` and ``vit-...``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
 
-With ``prior`` nothing is learned: a shipped extractor takes its place (``shipped.py``).
+With ``prior`` nothing is learned: a shipped extractor takes its place (``priors/``).
 
 A dictionary of colour patches wastes most of its filters on grey images. If the colour of the data is unknown, a
-patchnet is therefore learned twice, from the same images in colour and in grey, with the same bytes as with
-``--colour``.
-Later stages take the one that fits the declared channels of the data, a public fact, so the choice costs no privacy.
+patchnet is therefore learned twice, from the same images in colour and in grey. Later stages take the one that fits the
+declared channels of the data, a public fact, so the choice costs no privacy.
 
 All ranks train a WRN together (``wrn.py``); rank 0 does everything else.
 """
@@ -36,8 +35,8 @@ from dprandp.models import dictionary
 from dprandp.models.extractor import build_extractor, load_weights, refuse_unlearnable
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
-from dprandp.pretrain.shipped import shipped_extractor
-from dprandp.pretrain.wrn import Learned, facts_of, held_out_images, learn
+from dprandp.pretrain.wrn import Learned, held_out_images, learn
+from dprandp.priors import shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, recorded, with_precision
@@ -57,10 +56,10 @@ def run(config: PretrainConfig, context: Context) -> dict:
 
     Returns:
         arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
-        ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and those of
-        ``wrn.facts_of``; with a prior also prior, prior_sha256 and prior_images (that it was learned from).
-        Where there are two extractors, all this is said of the one for colour, and under ``GREY`` are the other's
-        measures. On another rank than rank 0 nothing ({}).
+        ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and the optimizer of a
+        training by gradients; with a prior also prior, prior_sha256 and prior_images (that it was learned from). Where
+        there are two extractors, all this is of the one for colour, and under ``GREY`` are the other's measures. On
+        another rank than rank 0 nothing ({}).
 
     Raises:
         InputError: there are no images yet.
@@ -68,7 +67,7 @@ def run(config: PretrainConfig, context: Context) -> dict:
     """
     ranks = context.ranks
     with graceful_stop() as stop:
-        begun = ranks.first(lambda: _begin(config, context, stop), told=_trained_by_all)
+        begun = ranks.first(lambda: _begin(config, context, stop), told=_training)
         if begun is None:
             return context.rundir.result(STAGE) if ranks.is_first else {}
         if ranks.is_first and begun.learned is not None:  # the other ranks had nothing to do, and have left
@@ -79,25 +78,19 @@ def run(config: PretrainConfig, context: Context) -> dict:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A stage that has begun.
+    """A stage that has begun."""
 
-    Attributes:
-        config: recorded. beside: that of the second extractor, which is there already, if there is to be one.
-        learned: the extractor; None where a WRN is still to be trained.
-        steps: of its training. known: what a prior's card says. started: seconds.
-    """
-
-    config: PretrainConfig
-    beside: list[PretrainConfig]
+    config: PretrainConfig  # as recorded
+    beside: list[PretrainConfig]  # of the second extractor, which is there already, if there is to be one
     directory: Path
-    learned: Learned | None
-    steps: int
-    known: dict[str, Any]
-    started: float
+    learned: Learned | None  # the extractor; None where a WRN is still to be trained
+    steps: int  # of its training
+    known: dict[str, Any]  # what a prior's card says
+    started: float  # seconds
 
 
-def _trained_by_all(begun: _Begun | None) -> dict[str, Any] | None:
-    """The work of the other ranks: the configuration of a WRN to train, or None."""
+def _training(begun: _Begun | None) -> dict[str, Any] | None:
+    """What the other ranks are told: the configuration of a WRN to train, or None."""
     return as_dict(begun.config) if begun is not None and begun.learned is None else None
 
 
@@ -110,12 +103,8 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, {}, {})
-    begun = context.rundir.begin(
-        STAGE,
-        as_dict(config),
-        context.rundir.inputs_from("generate") | from_outside,
-        **flags,
-    )
+    inputs = context.rundir.inputs_from("generate") | from_outside
+    begun = context.rundir.begin(STAGE, as_dict(config), inputs, **flags)
     if begun.action == "skip":
         return None
     config, *beside = extractors_of(recorded(STAGE, begun.config))
@@ -152,8 +141,13 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
         "steps": begun.steps,
         "views_per_second": learned.views_per_second,
         "loss": learned.loss,
-        **(begun.known or facts_of(config) | _evaluation(network, config, context)),  # a prior's is on its card
     }
+    if begun.known:
+        result |= begun.known  # a prior's evaluation is on its card
+    else:
+        by_gradients = config.arch != "patchnet" and not config.random_init
+        result |= {"optimizer": config.optimizer} if by_gradients else {}
+        result |= _evaluation(network, config, context)
     outputs = [f"{EXTRACTOR}.safetensors"]
     for other in begun.beside:
         result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
@@ -222,9 +216,6 @@ def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
     return crops[torch.randperm(len(crops), generator=generator)]
 
 
-# ---------------------------------------------------------------------------------------------------------- patchnet
-
-
 def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
     """Learn the second extractor into its own folder, unless it is there already."""
     folder = context.rundir.stage_dir(STAGE) / GREY
@@ -259,9 +250,6 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, 
             network.chain, crops, config.dictionary_patches, config.dictionary_iterations, generator, on_iteration
         )
     return network.to(context.device)
-
-
-# ------------------------------------------------------------------------------------------------- public evaluation
 
 
 def _evaluation(network: nn.Module, config: PretrainConfig, context: Context) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Pretraining of a network on two views of each synthetic image, which it learns to map near each other.
 
-The loop of Tang et al. 2023, Phase I: two views of each image and a projection head that is thrown away afterwards. All
-randomness of step t is a function of (seed, t), so a state of weights and optimizer resumes exactly.
+The loop of Tang et al. 2023, Phase I, with the loss of Wang & Isola 2020 (arXiv 2005.10242): alignment and uniformity
+on the unit sphere. All randomness of step t is a function of (seed, t), so a state of weights and optimizer resumes
+exactly.
 """
 
 from __future__ import annotations
@@ -12,55 +13,39 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dprandp.config.schema import PretrainConfig, lr_of
 from dprandp.errors import UsageError
 from dprandp.models.optimizers import build_optimizer, restore, state_of
 from dprandp.models.precision import autocast
-from dprandp.models.wrn import initialise
+from dprandp.models.wrn import GROUPS, initialise
+from dprandp.runs.parallel import ALONE, Ranks
 from dprandp.vision.images import INPUT_SIZE, ImageSet
 from dprandp.vision.views import ContrastiveViews, ViewChoices
 
-# -------------------------------------------------------------------------------------------------------------- losses
-#
-# Alignment and uniformity on the unit sphere: the contrastive loss of DP-RandP's Phase I (Wang & Isola 2020).
-#
-# arXiv 2005.10242. Everything is computed in float32, under autocast too: the losses are small differences of products,
-# which eight bits of mantissa cannot hold.
-
 
 def alignment(x: Tensor, y: Tensor) -> Tensor:
-    """mean ‖x_i - y_i‖² over the pairs of unit vectors.
+    """mean ‖x_i - y_i‖² over the pairs of vectors [B, D], scaled to unit length: float32 scalar in [0, 4].
 
-    Args:
-        x, y: [B, D] of any floating dtype and any length; they are scaled to unit length here.
-
-    Returns:
-        float32 scalar in [0, 4]; 0 when both views of every image agree.
+    In float32 under autocast too, as ``uniformity``: small differences of products need more than eight bits.
     """
-    _check_pair(x, y)
     with torch.autocast(x.device.type, enabled=False):
         return (_unit(x) - _unit(y)).square().sum(dim=1).mean()
 
 
 def uniformity(x: Tensor) -> Tensor:
-    """log mean_{i<j} exp(-2 ‖x_i - x_j‖²) over the pairs of unit vectors.
+    """log mean_{i<j} exp(-2 ‖x_i - x_j‖²) over the pairs of vectors [B, D], scaled to unit length: float32 in [-8, 0].
 
-    Args:
-        x: [B, D] with B >= 2, of any floating dtype and any length; scaled to unit length here.
-
-    Returns:
-        float32 scalar in [-8, 0]; 0 when all vectors coincide, about -4 when they cover a sphere of many dimensions.
+    0 when all vectors coincide, about -4 when they cover a sphere of many dimensions.
 
     Raises:
-        UsageError: fewer than two vectors, or not a matrix.
+        UsageError: fewer than two vectors.
     """
-    _check_two(x)
+    if len(x) < 2:
+        raise UsageError("uniformity needs at least two vectors", fix="use a batch of 2 or more")
     with torch.autocast(x.device.type, enabled=False):
         unit = _unit(x)
-        # ‖a - b‖² = 2 - 2 a·b for unit vectors, so -2‖a - b‖² = 4 a·b - 4. The pairs i > j repeat the pairs i < j and
-        # leave the mean as it is; the diagonal is taken out.
+        # ‖a - b‖² = 2 - 2 a·b for unit vectors, so -2‖a - b‖² = 4 a·b - 4; the diagonal is taken out
         exponents = (4 * (unit @ unit.T) - 4).fill_diagonal_(-math.inf)
         return torch.logsumexp(exponents.flatten(), dim=0) - math.log(len(x) * (len(x) - 1))
 
@@ -69,13 +54,7 @@ def align_uniformity(x: Tensor, y: Tensor) -> Tensor:
     """The contrastive loss of Phase I: alignment(x, y) + (uniformity(x) + uniformity(y)) / 2.
 
     Args:
-        x, y: embeddings [B, D] of the two views of the same B >= 2 images, normalised or not.
-
-    Returns:
-        float32 scalar with a gradient.
-
-    Raises:
-        UsageError: shapes that differ, fewer than two pairs.
+        x, y: embeddings [B, D] of the two views of the same B >= 2 images, of any floating dtype and any length.
     """
     return alignment(x, y) + (uniformity(x) + uniformity(y)) / 2
 
@@ -85,41 +64,19 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=1, eps=1e-8)
 
 
-def _check_pair(x: Tensor, y: Tensor) -> None:
-    if x.shape != y.shape or x.ndim != 2 or len(x) < 1:
-        raise UsageError(
-            f"the two views' embeddings have shapes {tuple(x.shape)} and {tuple(y.shape)}",
-            fix="pass two matrices [B, D] of the same shape",
-        )
-
-
-def _check_two(x: Tensor) -> None:
-    if x.ndim != 2 or len(x) < 2:
-        raise UsageError(
-            f"uniformity needs at least two vectors [B, D], got shape {tuple(x.shape)}",
-            fix="use a batch of 2 or more",
-        )
-
-
-# ----------------------------------------------------------------------------------------------------- projection head
-#
-# The projection head of contrastive pretraining (Tang et al. 2023).
-
 class ProjectionHead(nn.Module):
-    """The head of contrastive pretraining, thrown away afterwards: flatten, two hidden layers, a linear embedding.
+    """The head of contrastive pretraining (Tang et al. 2023), thrown away afterwards.
 
     flatten -> Linear -> GroupNorm -> ReLU -> Linear -> GroupNorm -> ReLU -> Linear. No pooling before it. The first two
-    layers have no bias, for GroupNorm follows. The embedding is not of unit length: the loss normalises it.
+    layers have no bias, for GroupNorm follows. The loss brings the embedding to unit length.
 
     Args:
-        input_dim: size of a flattened feature map, ``map_channels · 8 · 8`` for 32×32 images (16384 for WRN-16-4).
+        input_dim: size of a flattened feature map, 16384 for WRN-16-4.
         hidden_dim: published 4096, which is 84 million weights; 256 to 512 is enough for small networks.
         embedding_dim: published 128.
-        norm_groups: must divide hidden_dim.
-        generator: of the initial weights; None means torch's global one.
 
     Raises:
-        UsageError: a size below 1, or norm_groups does not divide hidden_dim.
+        UsageError: the 16 groups of a norm do not divide hidden_dim.
     """
 
     def __init__(
@@ -128,35 +85,33 @@ class ProjectionHead(nn.Module):
         *,
         hidden_dim: int = 4096,
         embedding_dim: int = 128,
-        norm_groups: int = 16,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        sizes = (input_dim, hidden_dim, embedding_dim, norm_groups)
-        if min(sizes) < 1 or hidden_dim % norm_groups:
+        if hidden_dim % GROUPS:
             raise UsageError(
-                f"projection head sizes {sizes} (input, hidden, embedding, groups) do not fit",
-                fix="use positive sizes and a hidden size that the number of groups divides",
+                f"a projection head of {hidden_dim} hidden units has no {GROUPS} groups",
+                fix=f"give a multiple of {GROUPS}",
             )
         self.linear1 = nn.Linear(input_dim, hidden_dim, bias=False)
-        self.norm1 = nn.GroupNorm(norm_groups, hidden_dim)
+        self.norm1 = nn.GroupNorm(GROUPS, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.norm2 = nn.GroupNorm(norm_groups, hidden_dim)
+        self.norm2 = nn.GroupNorm(GROUPS, hidden_dim)
         self.linear3 = nn.Linear(hidden_dim, embedding_dim)
         initialise(self, generator)
 
-    def first_layer(self, feature_map: Tensor) -> Tensor:
-        """[B, C, H, W] or [B, input_dim] -> [B, hidden_dim], >= 0: the features of the published probe baseline."""
-        # contiguous() first: flatten must list channel, row, column whatever the memory format
-        return F.relu(self.norm1(self.linear1(feature_map.contiguous().flatten(1))))
-
     def forward(self, feature_map: Tensor) -> Tensor:
-        """[B, C, H, W] or [B, input_dim] -> embedding [B, embedding_dim], not normalised."""
-        return self.linear3(F.relu(self.norm2(self.linear2(self.first_layer(feature_map)))))
+        """[B, C, H, W] -> embedding [B, embedding_dim], not normalised."""
+        # contiguous() first: flatten must list channel, row, column whatever the memory format
+        hidden = F.relu(self.norm1(self.linear1(feature_map.contiguous().flatten(1))))
+        return self.linear3(F.relu(self.norm2(self.linear2(hidden))))
 
 
 STEP_SCHEDULE = (155 / 200, 170 / 200, 185 / 200)
-"""Published: learning rate x 0.1 after these parts of the training."""
+"""Published: learning rate x 0.1 after these fractions of the training."""
+
+LOG_EVERY = 10
+"""Steps between two mean losses."""
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -171,35 +126,37 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 class ContrastiveTrainer:
     """Network, projection head and optimizer of Phase I, one ``step`` at a time.
 
+    The loss compares all embeddings of a batch with one another. With several ranks, each embeds its share of the
+    images; the embeddings are gathered everywhere; each rank takes the whole batch's loss and follows its gradient
+    through its own embeddings alone. The sum of the ranks' gradients is that of one process with the same batch, as
+    every embedding belongs to one rank. The ranks begin with the same state and add the same bits, so they stay equal.
+
     Args:
-        network: a WRN with ``trunk`` and ``normalise``; trained in place.
+        network: with ``trunk`` and ``normalise``; trained in place.
         config: steps, batch_size, optimizer, lr, momentum, weight_decay, schedule, projection_*.
         images: uint8 [N, 3, R, R] synthetic, on the device that trains; only those of a step are copied.
-
-    Attributes:
-        count: of images to choose from.
+        ranks: that share the batches.
     """
 
-    def __init__(self, network: nn.Module, config: PretrainConfig, images: ImageSet | Tensor) -> None:
-        self.config, self.images, self.device, self.count = config, images, images.device, len(images)
+    def __init__(
+        self, network: nn.Module, config: PretrainConfig, images: ImageSet | Tensor, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.images, self.device, self.ranks = config, images, images.device, ranks
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        self._map = self._map_shape()
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, device=self.device)
+            places = self.network.trunk(probe).numel()
         self.head = ProjectionHead(
-            math.prod(self._map),
+            places,
             hidden_dim=config.projection_hidden,
             embedding_dim=config.projection_dim,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
         self.views = ContrastiveViews(INPUT_SIZE)
-        self.window: list[Tensor] = []  # losses since the last mean; part of the state that a checkpoint keeps
+        self.window: list[Tensor] = []  # losses since the last mean
         parts = {"network": self.network, "head": self.head}
         named = [(f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters()]
         self.optimizer = build_optimizer(config, named)
-
-    @torch.no_grad()
-    def _map_shape(self) -> tuple[int, ...]:
-        probe = torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, device=self.device)
-        return tuple(self.network.trunk(probe).shape[1:])
 
     def step(self, step: int) -> Tensor:
         """One update on two views of a batch; returns the loss (a 0-d tensor, not yet synchronised)."""
@@ -214,16 +171,32 @@ class ContrastiveTrainer:
         """A step's images, int64 [batch_size], and the choices of their two views; a function of (seed, step)."""
         generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, step))
         chosen = torch.randint(
-            self.count, (self.config.batch_size,), generator=generator, device=self.device
+            len(self.images), (self.config.batch_size,), generator=generator, device=self.device
         )  # with replacement: an image more or less often costs nothing, and no epoch has to be remembered
         like = torch.empty((), dtype=torch.uint8, device=self.device)  # a draw looks at shapes alone
         like = like.expand(len(chosen), *self.images.shape[1:])
         return chosen, self.views.draw(like, generator), self.views.draw(like, generator)
 
     def backward(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> Tensor:
-        """Leave the gradient of the loss of a batch in the parameters; returns the loss."""
-        loss = align_uniformity(*self.embed(chosen, first, second))
+        """Leave the gradient of the loss of a batch in the parameters, on all ranks; returns the loss."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            loss = align_uniformity(*self.embed(chosen, first, second))
+            loss.backward()
+            return loss.detach()
+        shares = ranks.shares(len(chosen))
+        mine = shares[ranks.rank]
+        own = torch.cat(self.embed(chosen[mine], first.rows(mine), second.rows(mine)), dim=1).float()
+        parts = ranks.gather(own.detach(), [share.stop - share.start for share in shares], everywhere=True)
+        parts[ranks.rank] = own  # the same values, with their gradient
+        loss = align_uniformity(*torch.cat(parts).chunk(2, dim=1))
         loss.backward()
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # not those unused
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        ranks.all_reduce(total)
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
         return loss.detach()
 
     def embed(self, chosen: Tensor, first: ViewChoices, second: ViewChoices) -> tuple[Tensor, Tensor]:
@@ -231,15 +204,9 @@ class ContrastiveTrainer:
         images = self.images[chosen]
         views = torch.cat([self.views.apply(images, first), self.views.apply(images, second)])
         with autocast(self.network, self.device):
-            x, y = self._through_network(views).chunk(2)
+            both = self.network.normalise(views).to(memory_format=torch.channels_last)
+            x, y = self.head(self.network.trunk(both)).chunk(2)  # published: without the final activation
         return x, y
-
-    def _through_network(self, views: Tensor) -> Tensor:
-        both = self.network.normalise(views).to(memory_format=torch.channels_last)
-        feature_map = self.network.trunk(both)  # published: without the final activation
-        if feature_map.shape[1:] != self._map:  # of small views; the head has a weight for every place
-            feature_map = functional.interpolate(feature_map, self._map[1:], mode="nearest")
-        return self.head(feature_map)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as named tensors."""
@@ -254,30 +221,28 @@ class ContrastiveTrainer:
         self.head.load_state_dict(_with_prefix(tensors, "head."))
         restore(state_of(self.optimizer), tensors)
 
+    def agree(self) -> None:
+        """Give every rank the state of rank 0."""
+        state = self.state()
+        self.ranks.broadcast(state.values())
+        if not self.ranks.is_first:
+            self.load_state(state)
 
-def train(
-    trainer: ContrastiveTrainer,
-    first_step: int,
-    *,
-    on_step: Callable[[int, float | None], None],
-    log_every: int = 10,
-) -> float:
-    """Run the steps from ``first_step`` to the end of the configuration.
+
+def train(trainer: ContrastiveTrainer, first_step: int, *, on_step: Callable[[int, float | None], None]) -> float:
+    """Run the steps from ``first_step`` to the end of the configuration; returns the last mean loss.
 
     Args:
         trainer: with the state that ``first_step`` needs.
         first_step: 0 for a fresh start.
-        on_step: called after every step with the number of steps done and, every ``log_every`` steps, the mean loss
+        on_step: called after every step with the number of steps done and, every ``LOG_EVERY`` steps, the mean loss
             since the last time (None otherwise: reading it would make an accelerator wait).
-
-    Returns:
-        The mean loss of the last ``log_every`` steps.
     """
     mean = math.nan
     for step in range(first_step, trainer.config.steps):
         trainer.window.append(trainer.step(step))
         done = step + 1
-        if done % log_every == 0 or done == trainer.config.steps:
+        if done % LOG_EVERY == 0 or done == trainer.config.steps:
             mean = float(torch.stack(trainer.window).mean())
             trainer.window.clear()
             on_step(done, mean)

@@ -1,8 +1,8 @@
 """Evaluation of features on synthetic images only: no data, no privacy cost.
 
 Every image is a class of its own; one random crop of it is known, another has to be recognised. In addition there are
-two quantities of Wang & Isola 2020 and the effective rank of Roy & Vetterli 2007, which need no classes. They detect a
-collapsed training, but do not predict accuracy on a particular data set.
+the two quantities of Wang & Isola 2020 and the effective rank of Roy & Vetterli 2007, which need no classes. They
+detect a collapsed training, but do not predict accuracy on a particular data set.
 """
 
 from __future__ import annotations
@@ -13,24 +13,17 @@ from torch.nn import functional
 
 from dprandp.models.extractor import extract
 from dprandp.pretrain.contrastive import alignment, uniformity
-from dprandp.vision.images import Pictures, random_crops
+from dprandp.vision.images import ImageSet, random_crops
 
 RIDGE = 1e-3
 """Ridge of the linear classifier, relative to the mean of the squared singular values."""
 
 MEASURES = ("knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank")
 
-DIGITS = 4
-
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: Pictures, generator: torch.Generator) -> dict[str, float]:
-    """Evaluate an extractor by two random crops of each image.
-
-    Args:
-        network: an extractor; left in the mode that it is in.
-        images: uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU or left on the disk.
-        generator: public randomness of the crops.
+def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Generator) -> dict[str, float]:
+    """Evaluate an extractor by two random crops of each image, uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU.
 
     Returns:
         knn_accuracy: of second crops by the nearest first crop, cosine similarity; chance is 1/n.
@@ -46,35 +39,31 @@ def evaluate(network: nn.Module, images: Pictures, generator: torch.Generator) -
     network.train(training)
     centre = first.mean(dim=0)
     first, second = first - centre, second - centre
-    labels = torch.arange(len(images))
     values = (
         nearest_accuracy(first, second),
-        linear_accuracy(first, labels, second, labels),
+        linear_accuracy(first, second),
         float(alignment(first, second)),
         float(uniformity(first)),
         effective_rank(torch.cat([first, second])),
     )
-    return {name: round(value, DIGITS) for name, value in zip(MEASURES, values, strict=True)}
+    return {name: round(value, 4) for name, value in zip(MEASURES, values, strict=True)}
 
 
 def nearest_accuracy(first: Tensor, second: Tensor) -> float:
-    """Part of rows of ``second`` whose nearest row of ``first``, by cosine similarity, is that of the same position.
+    """Fraction of rows of ``second`` whose nearest row of ``first``, by cosine similarity, is that of the same
+    position.
 
-    Args:
-        first, second: float [n, D]; a row of zeros has similarity 0 to everything.
+    Both are float [n, D]; a row of zeros has similarity 0 to everything.
     """
     similarity = functional.normalize(second, dim=1) @ functional.normalize(first, dim=1).T
     return float((similarity.argmax(dim=1) == torch.arange(len(first))).float().mean())
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy (nats) of the covariance's eigenvalues, as parts of their sum.
+    """exp of the entropy (nats) of the covariance's eigenvalues, as fractions of their sum, for features [n, D], n >=
+    2.
 
-    Args:
-        features: float [n, D], n >= 2.
-
-    Returns:
-        From 1 (all variance along one direction) to min(n - 1, D) (equal along all); 0 where nothing varies.
+    From 1 (all variance along one direction) to min(n - 1, D) (equal along all); 0 where nothing varies.
     """
     centred = (features - features.mean(dim=0)).double()
     gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
@@ -85,24 +74,20 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.special.entr(parts).sum().exp())
 
 
-def linear_accuracy(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Share of test rows for which a linear classifier finds the right class.
+def linear_accuracy(features: Tensor, test_features: Tensor) -> float:
+    """Fraction of test rows for which a linear classifier finds the training row of the same position.
 
-    The classifier is the ridge regression of one-hot labels on standardised features, without intercept, solved in its
-    dual form: n equations.
+    Every row is a class. The classifier is the ridge regression of one-hot labels on standardised features, without
+    intercept, solved in its dual form: n equations.
 
     Args:
-        features: float [n, D], about centred. labels: int64 [n], at least 0.
-        test_features, test_labels: [m, D], [m].
-
-    Returns:
-        Accuracy in [0, 1].
+        features, test_features: float [n, D], about centred.
     """
     deviation = features.std(dim=0)
     scale = 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
     known, asked = (features * scale).double(), (test_features * scale).double()
     gram = known @ known.T
     gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
-    one_hot = torch.nn.functional.one_hot(labels, int(labels.max()) + 1).double()
+    one_hot = torch.eye(len(features), dtype=torch.float64)
     scores = asked @ known.T @ torch.linalg.solve(gram, one_hot)
-    return float((scores.argmax(dim=1) == test_labels).double().mean())
+    return float((scores.argmax(dim=1) == torch.arange(len(features))).double().mean())

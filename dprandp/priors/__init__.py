@@ -4,26 +4,33 @@
     NAME.json          the card: hash, configurations, commands, hardware, seconds, results
     NAME.md            the card for people, written from NAME.json
 
-``scripts/make_prior.py`` makes all three from a finished run. What else a probe needs, the statistics of synthetic
-features, is not shipped: it is made again from the process and the seed on the card (``pretrain/shipped.py``).
+``scripts/make_prior.py`` makes all three from a finished run. Nothing here is trusted: a file whose hash is not its
+card's is refused.
 
-Nothing here is trusted: a file whose hash is not its card's is refused.
+With a prior, ``pretrain`` copies the shipped extractor into the run. A probe also needs the whitener, the statistics of
+synthetic features. It depends on declared facts of the data (colour, size, mirror images) and is large (190 MB for
+1,600 filters), so it is computed from the images that the prior's own run would have taken: ``generate`` makes only
+these (``GenerateConfig.sample``), from the process and the seed on the card. On the processor and the versions of the
+card the bytes are the same; elsewhere they may differ in the last bit of a pixel.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from torch import Tensor
+from pydantic import BaseModel, Field, PlainValidator
+from torch import Tensor, nn
 
-from dprandp.config.schema import GenerateConfig, PretrainConfig, build, extractors_of
-from dprandp.errors import CheckpointError, UsageError, nearest
+from dprandp.config.schema import GenerateConfig, PretrainConfig, StageConfig, as_dict, build, extractors_of
+from dprandp.errors import CheckpointError, DprandpError, UsageError, nearest
+from dprandp.models.extractor import build_extractor, load_weights
 from dprandp.runs.checkpoint import tensors_from_bytes
-from dprandp.runs.files import from_json, storage_errors
+from dprandp.runs.files import from_json, size_text, storage_errors
 from dprandp.runs.results import wrong_entry
 
 FOLDER = Path(__file__).parent
@@ -31,42 +38,38 @@ FORMAT = 1
 MOST_BYTES = 12 * 2**20
 """Of a prior's tensors."""
 
-_PROBE = {"data", "size", "epsilon", "delta", "accuracy", "deviation", "seeds"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_HASH = re.compile(r"[0-9a-f]{64}")
+_INSTALL = "install dprandp again: its files are not as they were published"
 
 
-@dataclass(frozen=True)
-class Card:
-    """What is known about a prior.
+class Probe(BaseModel, frozen=True, strict=True):
+    """Accuracy of private probes with a prior, and its deviation over seeds (None where there was one)."""
 
-    Attributes:
-        name: as given to ``--prior``.
-        sha256: of NAME.safetensors, in hexadecimal.
-        bytes: its size.
-        generate, pretrain: configurations of the stages that made it.
-        result: of its pretraining (``pretrain/__init__.py``): arch, feature_dim, parameters, steps, evaluation.
-        commands: that make it again.
-        seconds: of the two stages, by name.
-        hardware: where it was made.
-        probes: measured with it: data, size, epsilon, delta, accuracy and its deviation over seeds (None where there
-            was one). May be empty.
-        licence: of the tensors.
-        version: of dprandp that made it.
-    """
+    data: str
+    size: str
+    epsilon: float
+    delta: float
+    accuracy: float
+    deviation: float | None
+    seeds: int
 
-    name: str
-    sha256: str
-    bytes: int
-    generate: GenerateConfig
-    pretrain: PretrainConfig
-    result: dict[str, Any]
-    commands: list[str]
-    seconds: dict[str, float]
-    hardware: dict[str, Any]
-    probes: list[dict[str, Any]]
-    licence: str
-    version: str
+
+class Card(BaseModel, frozen=True, strict=True):
+    """NAME.json: what is known about a prior."""
+
+    format: Literal[1]
+    name: str  # as given to --prior
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of NAME.safetensors
+    bytes: int  # its size
+    generate: Annotated[GenerateConfig, PlainValidator(partial(build, "generate"))]
+    pretrain: Annotated[PretrainConfig, PlainValidator(partial(build, "pretrain"))]
+    result: dict[str, Any]  # of its pretraining
+    commands: list[str]  # that make it again
+    seconds: dict[str, float]  # of the two stages, by name
+    hardware: dict[str, Any]  # where it was made
+    probes: list[Probe]  # measured with it
+    licence: str  # of the tensors
+    version: str  # of dprandp that made it
 
 
 def prior_names() -> list[str]:
@@ -86,12 +89,24 @@ def read_card(name: str) -> Card:
     with storage_errors(path, "read"):
         content = path.read_bytes()
     try:
-        card = from_json(content)
-        if isinstance(card, dict) and type(card.get("format")) is int and card["format"] > FORMAT:
-            raise CheckpointError(f"{path} has format {card['format']}; this version reads {FORMAT}", fix=_INSTALL)
-        return parse(name, card)
-    except (ValueError, KeyError, TypeError, UsageError) as error:
-        raise CheckpointError(f"the card {path} is damaged", fix=_INSTALL) from error
+        return parse(name, from_json(content))
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"the card {path} is damaged, or of a newer version", fix=_INSTALL) from error
+
+
+def parse(name: str, content: Any) -> Card:
+    """A card from plain values, checked field by field.
+
+    Raises:
+        ValueError, UsageError: a field is missing, or not what its name says.
+    """
+    card = Card.model_validate(content)
+    needed = {"arch", "feature_dim", "parameters", "steps", "loss", "knn_accuracy"}
+    if card.name != name or not needed <= card.result.keys() or wrong_entry(card.result) is not None:
+        raise ValueError("the card is of another prior, or its result is not one of a pretraining")
+    if len(extractors_of(card.pretrain)) > 1:
+        raise ValueError("a prior is one extractor")
+    return card
 
 
 def load_prior(name: str) -> tuple[Card, dict[str, Tensor]]:
@@ -114,42 +129,103 @@ def load_prior(name: str) -> tuple[Card, dict[str, Tensor]]:
     return card, tensors_from_bytes(data, path)
 
 
-_INSTALL = "install dprandp again: its files are not as they were published"
+def public_stages(name: str, statistics_images: int | None = None) -> dict[str, StageConfig]:
+    """Configurations of ``generate`` and ``pretrain`` for a prior.
 
-
-def parse(name: str, card: dict[str, Any]) -> Card:
-    """A card from plain values, checked field by field.
+    ``statistics_images`` is how many images a probe's statistics are computed from; None: all that there were.
 
     Raises:
-        ValueError, KeyError, TypeError, UsageError: a field is missing, or not what its name says.
+        UsageError: there is no such prior. CheckpointError: its files are damaged.
     """
-    kinds = {
-        "sha256": str, "bytes": int, "result": dict, "commands": list, "seconds": dict, "hardware": dict,
-        "probes": list, "licence": str, "version": str,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if type(card[key]) is not kind:
-            raise TypeError(f"{key} has another type")
-    needed = {"arch", "feature_dim", "parameters", "steps", "loss", "knn_accuracy"}
-    if card["format"] != FORMAT or card["name"] != name or not _HASH.fullmatch(card["sha256"]):
-        raise ValueError("the card is of another prior or format")
-    if not needed <= card["result"].keys() or wrong_entry(card["result"]) is not None:
-        raise ValueError("the result is not one of a pretraining")
-    if any(not isinstance(value, str) for value in card["commands"]):
-        raise TypeError("a command is no text")
-    if any(type(value) not in (int, float) for value in card["seconds"].values()):
-        raise TypeError("a time is no number")
-    for probe in card["probes"]:
-        if wrong_entry(probe) is not None or _PROBE - probe.keys():
-            raise ValueError("a result of a probe lacks entries")
-        if (probe["deviation"] is None) != (probe["seeds"] == 1):
-            raise ValueError("one seed has no deviation, and several have one")
-    pretrain = build("pretrain", card["pretrain"])
-    if len(extractors_of(pretrain)) > 1:
-        raise ValueError("a prior is one extractor")
-    return Card(
-        name=name,
-        generate=build("generate", card["generate"]),
-        pretrain=pretrain,
-        **{key: card[key] for key in kinds},
-    )
+    card, _ = load_prior(name)  # refuses damaged tensors before making images
+    images = card.generate
+    if statistics_images is not None and statistics_images < images.count:
+        images = replace(images, sample=statistics_images)
+    return {"generate": images, "pretrain": replace(card.pretrain, prior=name)}
+
+
+def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any], dict[str, str]]:
+    """The extractor of the prior that a configuration names.
+
+    Returns:
+        The extractor; what the result of ``pretrain`` says about it; the stage's input, for ``RunDir.begin``.
+
+    Raises:
+        UsageError: no such prior, or settings other than those of its card.
+        CheckpointError: its files are damaged, or not those of its card.
+    """
+    card, tensors = load_prior(config.prior)
+    wanted, made = as_dict(config), as_dict(replace(card.pretrain, prior=config.prior))
+    other = sorted(key for key in wanted | made if wanted.get(key) != made.get(key))
+    if other:
+        raise UsageError(
+            f"the prior {config.prior} was made with other settings: {other[0]} = {made.get(other[0])!r}",
+            fix="leave the settings of pretrain out: a prior has its own",
+        )
+    network = build_extractor(config)
+    try:
+        load_weights(network, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the prior {config.prior} does not fit its card: {error.problem}", fix=error.fix
+        ) from error
+    facts = {key: value for key, value in card.result.items() if key != "seconds"} | {
+        "views_per_second": None,
+        "prior": card.name,
+        "prior_sha256": card.sha256,
+        "prior_images": card.generate.count,
+    }
+    return network, facts, {f"prior/{card.name}": card.sha256}
+
+
+def table() -> list[dict[str, Any]]:
+    """The priors that ship, a row each; its ``problem`` is None, or what is wrong with its files."""
+    rows = []
+    for name in prior_names():
+        row: dict[str, Any] = {"name": name, "problem": None}
+        rows.append(row)
+        try:
+            card = read_card(name)
+            row |= {
+                "process": card.generate.process,
+                "images": card.generate.count,
+                "size": card.pretrain.size,
+                "arch": card.pretrain.arch,
+                "bytes": card.bytes,
+                "feature_dim": card.result["feature_dim"],
+                "knn_accuracy": card.result["knn_accuracy"],
+                "probes": [probe.model_dump() for probe in card.probes],
+                "licence": card.licence,
+                "sha256": card.sha256,
+            }
+            shipped_extractor(replace(card.pretrain, prior=name))
+        except DprandpError as error:
+            row["problem"] = error.problem
+    return rows
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    """Refuse (CheckpointError) a table with a damaged prior, naming the first one."""
+    for row in rows:
+        if row["problem"] is not None:
+            raise CheckpointError(row["problem"], fix="install dprandp again: its files have changed")
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """``table`` for people."""
+    said = [f"{'name':<19} {'process':<20} {'images':>7} {'features':>8} {'bytes':>7}  {'licence':<8} results"]
+    for row in rows:
+        stamp = "" if row["problem"] is None else f"  DAMAGED: {row['problem']}"
+        if "process" not in row:
+            said.append(f"{row['name']:<18}{stamp}")
+            continue
+        results = [] if row["knn_accuracy"] is None else [f"k-NN {100 * row['knn_accuracy']:.0f} % (synthetic)"]
+        results += [
+            f"{probe['data']} {100 * probe['accuracy']:.1f} % at ε = {probe['epsilon']:g}" for probe in row["probes"]
+        ]
+        said.append(
+            f"{row['name']:<19} {row['process']:<20} {row['images']:>7} {row['feature_dim']:>8} "
+            f"{size_text(row['bytes']):>7}  {row['licence']:<8} {'; '.join(results)}{stamp}"
+        )
+    said.append(f"cards: {FOLDER}; use one with: dprandp probe --prior NAME --data DATA --eps 1")
+    return "\n".join(said)

@@ -1,11 +1,11 @@
 """Public images made by random processes, the prior of the feature extractor.
 
 Nothing here reads data: an image is a function only of (process, seed, block, position in the block, resolution), so it
-costs no privacy, and any number of workers in any order makes the same bytes. (The bytes are those
-of one processor type and one version of NumPy and PyTorch: another may round differently in the last bit.)
+costs no privacy, and any number of workers in any order makes the same bytes (of one processor type and one version of
+NumPy and PyTorch: another may round differently in the last bit).
 
-A process is a function (random generator, count, resolution) → uint8 [count, resolution, resolution, 3] of which a
-smaller count gives a prefix. To add one: write it in a file of its own and give it a line in :data:`PROCESSES`.
+To add a process: write a function as ``compose.Process`` describes it in a file of its own, and give it a line in
+:data:`PROCESSES`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,19 @@ import numpy as np
 import torch
 
 from dprandp.errors import UsageError, nearest
-from dprandp.synth import dead_leaves, dead_leaves_textures, fractal, perlin, statistical, stylegan, stylegan_random
+from dprandp.synth import dead_leaves, fractal, perlin, statistical, stylegan, stylegan_random
 from dprandp.synth.compose import Process, kmeans_leaves, mixture
-from dprandp.synth.stylegan_draws import HIGHFREQ, SPARSE
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One random process.
+    """One random process."""
 
-    Attributes:
-        name: as given on the command line.
-        render: (random, count, resolution) → uint8 [count, resolution, resolution, 3].
-        block_size: images that are made from one random generator and share what the process shares (a network).
-        summary: one line.
-        source: paper.
-    """
-
-    name: str
-    render: Process
-    block_size: int
-    summary: str
-    source: str
-
-
-_BARADAD = "Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021"
-_KML = "K-Means Leaves, ICML 2025"
+    name: str  # as given on the command line
+    render: Process  # the function that makes the images
+    block_size: int  # images that are made from one random generator and share what the process shares (a network)
 
 
 def _statistical(*, spectrum: bool = False, wmm: bool = False, colour: bool = False) -> Process:
@@ -55,57 +40,22 @@ def _statistical(*, spectrum: bool = False, wmm: bool = False, colour: bool = Fa
 PROCESSES: dict[str, ProcessSpec] = {
     spec.name: spec
     for spec in (
-        ProcessSpec(
-            "stylegan-oriented", stylegan.render, 400,
-            "untrained StyleGAN2 networks with oriented wavelets as filters, a new network every 400 images", _BARADAD,
-        ),
-        ProcessSpec(
-            "stylegan-random", stylegan_random.render, 400, "the same with Gaussian filters, without noise", _BARADAD
-        ),
-        ProcessSpec(
-            "stylegan-highfreq", partial(stylegan.render, variant=HIGHFREQ), 400,
-            "the same with wavelets quantised to their signs and noise in every layer", _BARADAD,
-        ),
-        ProcessSpec(
-            "stylegan-sparse", partial(stylegan.render, variant=SPARSE), 400,
-            "stylegan-highfreq with noise under a Laplace envelope, and biases", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves", dead_leaves.render, 100,
-            "opaque circles, squares, rectangles, triangles and quadrilaterals of power-law size, overlapping",
-            _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100,
-            "overlapping axis-aligned squares", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100,
-            "overlapping turned squares", _BARADAD,
-        ),
-        ProcessSpec(
-            "dead-leaves-textures", dead_leaves_textures.render, 400,
-            "dead-leaves whose leaves show spectrum-color-wmm", _BARADAD,
-        ),
-        ProcessSpec("spectrum", _statistical(spectrum=True), 400, "noise with a power-law spectrum", _BARADAD),
-        ProcessSpec(
-            "spectrum-color", _statistical(spectrum=True, colour=True), 400,
-            "noise with a power-law spectrum and the colours of a small palette", _BARADAD,
-        ),
-        ProcessSpec("wmm", _statistical(wmm=True), 200, "noise with heavy-tailed wavelet coefficients", _BARADAD),
-        ProcessSpec(
-            "spectrum-color-wmm", _statistical(spectrum=True, wmm=True, colour=True), 200,
-            "noise with all three: spectrum, colours, wavelet coefficients", _BARADAD,
-        ),
-        ProcessSpec(
-            "fractal", fractal.render, 400, "attractors of random iterated function systems",
-            "Kataoka et al., Pre-training without Natural Images, ACCV 2020; Anderson and Farrell, WACV 2022",
-        ),
-        ProcessSpec(
-            "perlin", perlin.render, 400, "octaves of gradient noise", "Perlin, Improving Noise, SIGGRAPH 2002"
-        ),
+        ProcessSpec("stylegan-oriented", stylegan.render, 400),
+        ProcessSpec("stylegan-random", stylegan_random.render, 400),
+        ProcessSpec("stylegan-highfreq", partial(stylegan.render, variant=stylegan.HIGHFREQ), 400),
+        ProcessSpec("stylegan-sparse", partial(stylegan.render, variant=stylegan.SPARSE), 400),
+        ProcessSpec("dead-leaves", dead_leaves.render, 100),
+        ProcessSpec("dead-leaves-squares", partial(dead_leaves.render, kinds=("square",)), 100),
+        ProcessSpec("dead-leaves-oriented", partial(dead_leaves.render, kinds=("oriented-square",)), 100),
+        ProcessSpec("dead-leaves-textures", dead_leaves.render_textures, 400),
+        ProcessSpec("spectrum", _statistical(spectrum=True), 400),
+        ProcessSpec("spectrum-color", _statistical(spectrum=True, colour=True), 400),
+        ProcessSpec("wmm", _statistical(wmm=True), 200),
+        ProcessSpec("spectrum-color-wmm", _statistical(spectrum=True, wmm=True, colour=True), 200),
+        ProcessSpec("fractal", fractal.render, 400),
+        ProcessSpec("perlin", perlin.render, 400),
     )
-}  # fmt: skip
+}
 
 ALIASES = {"dead-leaves-shapes": "dead-leaves"}
 LEAVES = {"kml": 1, "kml-mixup": 2}
@@ -117,7 +67,7 @@ SYNTAX = (*(f"{name}:PROCESS" for name in LEAVES), "mixture:PROCESS,PROCESS,..."
 def process_named(name: str) -> ProcessSpec:
     """Find a process, or compose it: ``kml:P``, ``kml-mixup:P``, ``mixture:P,Q,...``, where P and Q are such names too.
 
-    Commas always belong to the outermost mixture. What is put together has a canonical name, the same for an alias.
+    Commas always belong to the outermost mixture. What is composed has a canonical name, the same for an alias.
 
     Raises:
         UsageError: a part of the name is no process, or something is missing.
@@ -129,7 +79,8 @@ def process_named(name: str) -> ProcessSpec:
     if kind in LEAVES:
         if not rest:
             raise UsageError(f"{kind} needs a process to mix", fix=f"give, say, --process {kind}:stylegan-oriented")
-        return _kml(kind, process_named(rest))
+        source = process_named(rest)
+        return ProcessSpec(f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK)
     if kind == "mixture":
         parts = [part.strip() for part in rest.split(",")]
         if len(parts) < 2 or not all(parts):
@@ -151,49 +102,31 @@ def process_named(name: str) -> ProcessSpec:
     )
 
 
-def _kml(kind: str, source: ProcessSpec) -> ProcessSpec:
-    return ProcessSpec(
-        f"{kind}:{source.name}", kmeans_leaves(source.render, LEAVES[kind]), KML_BLOCK,
-        f"images of {source.name} mixed by blurred two-colour masks of another one", _KML,
-    )  # fmt: skip
-
-
 def _mixture(parts: list[ProcessSpec]) -> ProcessSpec:
-    count = len(parts)
-    each = min(MIXTURE_BLOCK // count or 1, *(part.block_size for part in parts))
+    each = min(MIXTURE_BLOCK // len(parts) or 1, *(part.block_size for part in parts))
     name = "mixture:" + ",".join(part.name for part in parts)
-    sources = dict.fromkeys(part.source for part in parts)
-    return ProcessSpec(
-        name, mixture([part.render for part in parts]), count * each, "in turn: " + ", ".join(p.name for p in parts),
-        "; ".join(sources),
-    )  # fmt: skip
+    return ProcessSpec(name, mixture([part.render for part in parts]), len(parts) * each)
 
 
 def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
-    """The generator of one block, a function of its arguments alone.
+    """The generator of one block: Philox, with a hash of the three arguments as its key, so blocks are independent.
 
-    A Philox generator whose 128-bit key is a hash of the three: blocks are independent of one another and of who
-    renders them. Public randomness only: a seeded generator must never make the noise that protects private data.
+    Public randomness only: a seeded generator must never make the noise that protects private data.
     """
     digest = hashlib.sha256(f"dprandp synth\n{seed:d}\n{process}\n{block:d}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def render_block(process: str, seed: int, block: int, count: int, resolution: int) -> np.ndarray:
-    """Render the first `count` images of a block.
+    """Render the first `count` images of a block, uint8 [count, resolution, resolution, 3]; a smaller `count` is a
+    prefix.
 
     PyTorch works with one thread meanwhile, since the order of its sums depends on their number: the bytes are the same
-    in every process, however many threads or workers there are. A smaller `count` gives a prefix.
+    however many threads or workers there are.
 
     Args:
-        process: a name as :func:`process_named` takes it.
-        seed: public seed, any integer.
-        block: position of the block, from 0.
-        count: images, 1 to the block size of the process.
-        resolution: pixels per side, one of :data:`RESOLUTIONS`.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
+        process: a name as :func:`process_named` takes it. seed: public, any integer. block: its position, from 0.
+        count: images, 1 to the block size of the process. resolution: pixels per side, one of :data:`RESOLUTIONS`.
 
     Raises:
         UsageError: an unknown process, or an argument out of its range.
@@ -209,8 +142,6 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
             f"a block of {process} holds 1 to {spec.block_size} images, {count} were asked for",
             fix="render more images as further blocks",
         )
-    if block < 0:
-        raise UsageError(f"block {block} does not exist", fix="count blocks from 0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

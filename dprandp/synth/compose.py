@@ -1,4 +1,4 @@
-"""Processes made of other processes: ``kml:P``, ``kml-mixup:P`` and ``mixture:P,Q,...``.
+"""What a process is, and processes made of others: ``kml:P``, ``kml-mixup:P`` and ``mixture:P,Q,...``.
 
 Source of the first two: K-Means Leaves (ICML 2025). Two clusters of the colours of one image make a mask; blurred, it
 mixes two further images. ``kml-mixup`` is the mean of two such images.
@@ -13,11 +13,23 @@ import torch
 from torch.nn import functional
 
 Process = Callable[[np.random.Generator, int, int], np.ndarray]
+"""(random, count, resolution) → uint8 [count, resolution, resolution, 3].
+
+The generator is consumed; the same state gives the same bytes, and a smaller count a prefix of them.
+"""
 
 CHUNK = 20  # images mixed together; part of the random stream: changing it changes every image
 SOURCES_PER_CHUNK = 30  # images that the three roles of a chunk are drawn from
 KMEANS_STEPS = 10
 BLURS = 2
+
+
+def in_chunks(count: int, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """``count`` images from as many chunks as it takes; these are drawn whole, so a smaller count gives a prefix."""
+    chunks: list[np.ndarray] = []
+    while sum(map(len, chunks)) < count:
+        chunks.append(draw())
+    return np.concatenate(chunks)[:count]
 
 
 def fork(random: np.random.Generator) -> np.random.Generator:
@@ -26,10 +38,8 @@ def fork(random: np.random.Generator) -> np.random.Generator:
 
 
 def two_means(images: torch.Tensor) -> torch.Tensor:
-    """Cluster the colours of every image in two, by Lloyd's algorithm from a cut across the first principal component.
-
-    Args:
-        images: float32 [B, 3, P].
+    """Cluster the colours of float32 [B, 3, P] in two, by Lloyd's algorithm from a cut across the first principal
+    component.
 
     Returns:
         bool [B, P], one of the clusters; neither is empty unless all pixels have the same colour.
@@ -50,13 +60,8 @@ def two_means(images: torch.Tensor) -> torch.Tensor:
 
 
 def soft_masks(images: torch.Tensor) -> torch.Tensor:
-    """Masks of K-Means Leaves: two clusters of the colours, a 3×3 box blur twice, edges repeated.
-
-    Args:
-        images: uint8 [B, R, R, 3].
-
-    Returns:
-        float32 [B, R, R, 1] in [0, 1].
+    """Masks float32 [B, R, R, 1] in [0, 1] of uint8 [B, R, R, 3]: two clusters of the colours, a 3×3 box blur twice,
+    edges repeated.
     """
     batch, height, width, _ = images.shape
     mask = two_means(images.float().flatten(1, 2).transpose(1, 2)).float().view(batch, 1, height, width)
@@ -76,33 +81,26 @@ def draw_roles(random: np.random.Generator, count: int, sources: int, leaves: in
 
 
 def kmeans_leaves(source: Process, leaves: int) -> Process:
-    """K-Means Leaves over a process.
+    """K-Means Leaves over a process; with 2 leaves the mean of two images.
 
     The images of a chunk draw their three (or six) different sources from 30 images of the process: each of those
     appears in several images, but hardly ever twice in the same role beside the same others.
-
-    Args:
-        source: the process.
-        leaves: 1 for ``kml``, 2 for ``kml-mixup``, the mean of two.
     """
 
     def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
         chunks = -(-count // CHUNK)
         roles_random = fork(random)
         pool = torch.from_numpy(source(fork(random), SOURCES_PER_CHUNK * chunks, resolution))
-        images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-        for chunk in range(chunks):
-            sources = pool[SOURCES_PER_CHUNK * chunk : SOURCES_PER_CHUNK * (chunk + 1)]
+        mixed = []
+        for sources in pool.split(SOURCES_PER_CHUNK):
             masks = soft_masks(sources)
             roles = draw_roles(roles_random, CHUNK, SOURCES_PER_CHUNK, leaves)
             parts = [
                 mix(masks[mask], sources[first], sources[second])
                 for mask, first, second in (roles[:, 3 * leaf : 3 * leaf + 3].T for leaf in range(leaves))
             ]
-            mixed = torch.stack(parts).mean(dim=0).round_().to(torch.uint8)
-            start = CHUNK * chunk
-            images[start : start + CHUNK] = mixed.numpy()[: count - start]
-        return images
+            mixed.append(torch.stack(parts).mean(dim=0).round_().to(torch.uint8))
+        return torch.cat(mixed)[:count].numpy()
 
     return render
 

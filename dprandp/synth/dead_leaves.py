@@ -1,7 +1,8 @@
 """Dead leaves: opaque shapes of power-law size that fall on one another until no pixel is bare.
 
-``dead-leaves-squares`` has only axis-aligned squares, ``dead-leaves-oriented`` only rotated ones,
-``dead-leaves-shapes`` (or ``dead-leaves``) six kinds; ``dead-leaves-textures`` is in ``dead_leaves_textures.py``.
+``dead-leaves`` (``dead-leaves-shapes``) has six kinds of shapes, ``dead-leaves-squares`` only axis-aligned squares,
+``dead-leaves-oriented`` only rotated ones; in ``dead-leaves-textures`` every leaf shows an image of
+``spectrum-color-wmm``.
 
 Source: the dead-leaves process of Lee, Mumford and Huang (IJCV 2001) as Baradad et al., "Learning to See by Looking at
 Noise" (NeurIPS 2021), use it: circle, square, oriented square, rectangle, triangle or quadrilateral with equal
@@ -14,6 +15,10 @@ their corners at uniform angles. A pixel is covered when its centre is, and leng
 (Painting fresh shapes from the top down until nothing is bare has another law: there the shape that finishes the image
 lies at the bottom.) All shapes are convex, so a shape is one span of pixels per row; the spans of many shapes are found
 together, and what is seen at a pixel is the largest number among the shapes that cover it.
+
+**Textures.** The published images share a pool of 10,000 textures. Here the 400 images of a block share 32, so that a
+set of the published size shows 8,400; the textures are periodic, and every leaf shows its own shifted by a random
+vector, which leaves their law as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +27,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from dprandp.synth import statistical
+
 KINDS = ("circle", "square", "oriented-square", "rectangle", "triangle", "quadrilateral")
 MAX_SHAPES = 5000
 SHAPES_PER_DRAW = 500
+TEXTURES = 32
 RADIUS_GRID = np.linspace(0.03, 1.0, 200)
 RADIUS_PROBABILITY = (RADIUS_GRID**-3 - 1.0) / (RADIUS_GRID**-3 - 1.0).sum()
 _RADIUS_CUMULATIVE = np.cumsum(RADIUS_PROBABILITY)
@@ -32,22 +40,13 @@ _RADIUS_CUMULATIVE = np.cumsum(RADIUS_PROBABILITY)
 
 @dataclass(frozen=True)
 class Shapes:
-    """n shapes in the order in which they fall, in pixels of an R×R image.
+    """n shapes in the order in which they fall, in pixels of an R×R image."""
 
-    Attributes:
-        kind: int64 [n], index into :data:`KINDS`.
-        centre: float64 [n, 2], (x, y) in [0, R).
-        radius: float64 [n], of the circumscribed circle.
-        corners: float64 [n, 4], ascending angles of the corners on that circle; a triangle repeats its last one,
-            circles ignore them.
-        colour: uint8 [n, 3].
-    """
-
-    kind: np.ndarray
-    centre: np.ndarray
-    radius: np.ndarray
-    corners: np.ndarray
-    colour: np.ndarray
+    kind: np.ndarray  # int64 [n], index into :data:`KINDS`
+    centre: np.ndarray  # float64 [n, 2], (x, y) in [0, R)
+    radius: np.ndarray  # float64 [n], of the circumscribed circle
+    corners: np.ndarray  # float64 [n, 4], ascending angles on it; a triangle repeats its last one
+    colour: np.ndarray  # uint8 [n, 3]
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -71,9 +70,7 @@ def draw_radii(random: np.random.Generator, count: int) -> np.ndarray:
     return RADIUS_GRID[np.minimum(position, len(RADIUS_GRID) - 1)]
 
 
-def draw_shapes(
-    random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS
-) -> Shapes:
+def draw_shapes(random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS) -> Shapes:
     """Draw `count` independent shapes of the given kinds for an image of `resolution` × `resolution` pixels."""
     kind = np.array([KINDS.index(name) for name in kinds])[random.integers(len(kinds), size=count)]
     centre = random.random((count, 2)) * resolution
@@ -103,11 +100,7 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def covered_pixels(shapes: Shapes, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair of a shape and a pixel whose centre it covers.
-
-    Returns:
-        shape int64 [M] and pixel int64 [M] (row · resolution + column), ascending by shape.
-    """
+    """Every pair of a shape and a pixel (row · resolution + column) whose centre it covers: int64 [M] each."""
     normals, offsets = shapes.edges()
     centre_x, centre_y = shapes.centre.T
     top = np.maximum(np.ceil(centre_y - shapes.radius - 0.5), 0.0)
@@ -134,8 +127,7 @@ def let_fall(
 ) -> tuple[np.ndarray, Shapes]:
     """Let shapes fall until one covers the last bare pixel, at most 5000.
 
-    Returns:
-        which shape is seen, int64 [R, R], −1 where a pixel is bare even then; and the shapes, the last one on top.
+    Returns which shape is seen, int64 [R, R], −1 where a pixel is bare even then; and the shapes, the last one on top.
     """
     visible = np.full(resolution * resolution, -1)
     fallen: list[Shapes] = []
@@ -163,21 +155,34 @@ def draw_image(
     return np.where((visible >= 0)[:, :, None], shapes.colour[visible], 0).astype(np.uint8), shapes
 
 
-def render(
-    random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS
-) -> np.ndarray:
-    """Independent dead-leaves images, drawn one after the other: a smaller `count` gives a prefix.
+def render(random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS) -> np.ndarray:
+    """The ``Process``: independent images of these kinds of shapes, drawn one after the other."""
+    return np.stack([draw_image(random, resolution, kinds)[0] for _ in range(count)])
+
+
+def texture_leaves(visible: np.ndarray, textures: np.ndarray, choice: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Cut textures into the shapes of leaves: uint8 [R, R, 3].
 
     Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side.
-        kinds: of shapes, names from :data:`KINDS`.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
+        visible: int64 [R, R], the leaf that is seen; −1 stays black. textures: uint8 [T, R, R, 3].
+        choice: int64 [L], the texture of every leaf.
+        shift: int64 [L, 2], (rows, columns) by which it is rolled, backwards.
     """
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for index in range(count):
-        images[index], _ = draw_image(random, resolution, kinds)
-    return images
+    resolution = len(visible)
+    row, column = np.indices(visible.shape)
+    row = (row + shift[visible, 0]) % resolution
+    column = (column + shift[visible, 1]) % resolution
+    return np.where((visible >= 0)[:, :, None], textures[choice[visible], row, column], 0).astype(np.uint8)
+
+
+def render_textures(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
+    """The ``Process`` with textures: images of one pool of these, of a power of two from 8 pixels on."""
+    textures = statistical.render(random, TEXTURES, resolution, spectrum=True, wmm=True, colour=True)
+
+    def image() -> np.ndarray:
+        visible, shapes = let_fall(random, resolution)
+        choice = random.integers(TEXTURES, size=len(shapes))
+        shift = random.integers(resolution, size=(len(shapes), 2))
+        return texture_leaves(visible, textures, choice, shift)
+
+    return np.stack([image() for _ in range(count)])

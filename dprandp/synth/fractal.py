@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dprandp.synth.compose import in_chunks
+
 CHUNK = 10  # images drawn and rendered together; part of the random stream: changing it changes every image
 MAPS = (2, 8)
 SMALLEST_FILL = 0.2  # of the pixels
@@ -29,17 +31,11 @@ MARGIN = 0.03  # of the image's side, left free on every side
 
 @dataclass(frozen=True)
 class Systems:
-    """B iterated function systems; those with fewer than the largest number of maps have maps of probability 0.
+    """B iterated function systems; those with fewer than the largest number of maps have maps of probability 0."""
 
-    Attributes:
-        matrix: float64 [B, K, 2, 2], singular values below 1.
-        offset: float64 [B, K, 2], in [−1, 1].
-        probability: float64 [B, K], rows sum to 1.
-    """
-
-    matrix: np.ndarray
-    offset: np.ndarray
-    probability: np.ndarray
+    matrix: np.ndarray  # float64 [B, K, 2, 2], singular values below 1
+    offset: np.ndarray  # float64 [B, K, 2], in [−1, 1]
+    probability: np.ndarray  # float64 [B, K], rows sum to 1
 
 
 def draw_singular_values(random: np.random.Generator, maps: int) -> np.ndarray:
@@ -130,18 +126,5 @@ def paint(random: np.random.Generator, counts: np.ndarray) -> np.ndarray:
 
 
 def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
-    """Independent images; chunks are rendered whole, so a smaller `count` gives a prefix.
-
-    Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
-    """
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
-        counts = draw_counts(random, CHUNK, resolution)
-        images[start : start + CHUNK] = paint(random, counts)[: count - start]
-    return images
+    """The ``Process``: independent images."""
+    return in_chunks(count, lambda: paint(random, draw_counts(random, CHUNK, resolution)))

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dprandp.synth.stylegan import colour, to_bytes
-from dprandp.synth.stylegan_draws import draw_colour
+from dprandp.synth.compose import in_chunks
+from dprandp.synth.stylegan import colour, draw_colour, to_bytes
 
 CHUNK = 20  # images drawn and rendered together; part of the random stream: changing it changes every image
 PERSISTENCE = (0.3, 0.9)
@@ -28,11 +28,7 @@ def fade(position: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def axis_weights(cells: int, positions: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blending along one axis of a periodic lattice.
-
-    Args:
-        cells: lattice points along the axis.
-        positions: in [0, 1), in units of the period.
+    """Blending along one axis of a periodic lattice of ``cells`` points, at positions in [0, 1) of the period.
 
     Returns:
         the weight of every lattice point at every position, float32 [P, cells], and that weight times the distance
@@ -51,17 +47,10 @@ def axis_weights(cells: int, positions: tuple[float, ...]) -> tuple[torch.Tensor
 
 
 def gradient_noise(gradients: torch.Tensor, positions: tuple[float, ...]) -> torch.Tensor:
-    """Perlin noise at the grid `positions` × `positions` of the unit square.
+    """Perlin noise at the grid `positions` × `positions` of the unit square: float32 [N, P, P].
 
     Its value is Σ over the lattice of w(y) w(x) (g_x δx + g_y δy) with separable weights w: two products of matrices
-    per component of the gradient, and no gathering.
-
-    Args:
-        gradients: float32 [N, cells, cells, 2], (x, y), row by row.
-        positions: as for :func:`axis_weights`.
-
-    Returns:
-        float32 [N, P, P].
+    per component of the gradients, float32 [N, cells, cells, 2].
     """
     weight, moment = axis_weights(gradients.shape[1], positions)
     return weight @ gradients[..., 0] @ moment.T + moment @ gradients[..., 1] @ weight.T
@@ -92,21 +81,11 @@ def draw_fields(random: np.random.Generator, count: int, resolution: int) -> tor
 
 
 def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
-    """Independent images; chunks are rendered whole, so a smaller `count` gives a prefix.
+    """The ``Process``: independent images, of a power of two from 4 pixels on."""
 
-    Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side, a power of two, at least 4.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
-    """
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
+    def chunk() -> np.ndarray:
         fields = draw_fields(random, CHUNK, resolution)
         mix = torch.from_numpy(random.standard_normal((CHUNK, 3, 3), dtype=np.float32))
-        mean, std = draw_colour(random, CHUNK)
-        chunk = colour((mix @ fields.flatten(2)).view_as(fields), mean, std)
-        images[start : start + CHUNK] = to_bytes(chunk)[: count - start]
-    return images
+        return to_bytes(colour((mix @ fields.flatten(2)).view_as(fields), *draw_colour(random, CHUNK)))
+
+    return in_chunks(count, chunk)

@@ -6,7 +6,8 @@ Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, and
   channels, whose variances and phases stay as they are.
 * **wmm** (wavelet-marginal model): every band of a steerable pyramid, the low-pass band excepted, gets the marginal
   density exp(−|x/4^z|^ρ) on [−200, 200], z the image's size over the band's, ρ ~ U(.4, .8) per band and channel.
-* **color**: every channel gets the histogram of a component of the colour model.
+* **color**: every channel gets the histogram of a component of the colour model. This is made of a reference image: 3
+  to 22 uniform random colours in random proportions, as stripes, blurred by a random box, with a little noise.
 
 From uniform noise in three channels the constraints are imposed in this order, ten times; then the channels are turned
 from the basis of the colour model into RGB (always, with or without **color**) and scaled together to [0, 255].
@@ -24,38 +25,29 @@ import torch
 from scipy import ndimage
 
 from dprandp.synth import steerable
-
-# -------------------------------------------------------------------------------------------------------- colour model
-#
-# The colours of the statistical processes, and their proportions.
-#
-# Source: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, the *color* constraint: 3 to 22 uniform
-# random colours in random proportions, sorted into a striped reference image, blurred by a random box and sprinkled
-# with a little noise. Its principal components are the colour basis, its values along each of them a histogram.
+from dprandp.synth.compose import in_chunks
 
 COLOURS = (3, 22)
 SMALLEST_PROPORTION = 0.001  # before the proportions are scaled to sum to one
 LARGEST_BLUR = 10  # pixels of a 128-pixel image
 NOISE = 10.0 / 256.0
 
+CHUNK = 8  # images drawn together; part of the random stream: changing it changes every image
+ITERATIONS = 10
+SLOPE_RANGE = (0.5, 3.5)
+ANISOTROPY = 0.05
+SHAPE_RANGE = (0.4, 0.8)
+LARGEST_COEFFICIENT = 200.0
+_DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 601) ** 2
+
 
 @dataclass(frozen=True)
 class ColourModel:
-    """The colours of B images, in units of 1/256 of a channel's range.
+    """The colours of B images, in units of 1/256 of a channel's range."""
 
-    Attributes:
-        basis: float32 [B, 3, 3], orthonormal rows: the principal components, smallest variance first.
-        mean: float32 [B, 3].
-        histogram: float32 [B, 3, R²], ascending: the values that the pixels take along each component.
-    """
-
-    basis: np.ndarray
-    mean: np.ndarray
-    histogram: np.ndarray
-
-    def part(self, start: int, stop: int) -> ColourModel:
-        """Those of some of the images."""
-        return ColourModel(self.basis[start:stop], self.mean[start:stop], self.histogram[start:stop])
+    basis: np.ndarray  # float32 [B, 3, 3], orthonormal rows: the principal components, smallest variance first
+    mean: np.ndarray  # float32 [B, 3]
+    histogram: np.ndarray  # float32 [B, 3, R²], ascending: the values that the pixels take along each component
 
     def to_rgb(self, components: np.ndarray) -> np.ndarray:
         """Components float32 [B, 3, R, R] along the basis → RGB of the same shape."""
@@ -86,45 +78,15 @@ def draw_colour_model(random: np.random.Generator, count: int, resolution: int) 
     return ColourModel(vectors.transpose(0, 2, 1).astype(np.float32), mean.astype(np.float32), histogram)
 
 
-CHUNK = 8  # images drawn together; part of the random stream: changing it changes every image
-CACHED = 4 * 64 * 64  # pixels of images worked on together: their bands stay in a core's cache; changes no image
-ITERATIONS = 10
-SLOPE_RANGE = (0.5, 3.5)
-ANISOTROPY = 0.05
-SHAPE_RANGE = (0.4, 0.8)
-LARGEST_COEFFICIENT = 200.0
-_DENSITY_GRID = LARGEST_COEFFICIENT * np.linspace(0.0, 1.0, 601) ** 2
-
-
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about B images; a constraint that a process does not have is None.
+    """Everything random about B images; a constraint that a process does not have is None."""
 
-    Attributes:
-        noise: float32 [B, 3, R, R], U(0, 256): what the iteration starts from.
-        slope: float64 [B, 2], (s + d, s − d).
-        shape: float64 [B, 3, 1 + 4·levels], ρ of every band: high-pass, then scale by scale.
-        colours: the colour model.
-        imposes_colour: whether its histograms are imposed.
-    """
-
-    noise: torch.Tensor
-    slope: np.ndarray | None
-    shape: np.ndarray | None
-    colours: ColourModel
-    imposes_colour: bool
-
-    def part(self, start: int, stop: int) -> Draws:
-        """Those of some of the images."""
-        chosen = slice(start, stop)
-        return Draws(
-            self.noise[chosen],
-            None if self.slope is None else self.slope[chosen],
-            None if self.shape is None else self.shape[chosen],
-            self.colours.part(start, stop),
-            self.imposes_colour,
-        )
-
+    noise: torch.Tensor  # float32 [B, 3, R, R], U(0, 256): what the iteration starts from
+    slope: np.ndarray | None  # float64 [B, 2], (s + d, s − d)
+    shape: np.ndarray | None  # float64 [B, 3, 1 + 4·levels], ρ of every band: high-pass, then scale by scale
+    colours: ColourModel  # the colour model
+    imposes_colour: bool  # whether its histograms are imposed
 
 def draw(
     random: np.random.Generator, count: int, resolution: int, *, spectrum: bool, wmm: bool, colour: bool
@@ -158,11 +120,8 @@ def _energy(squared: torch.Tensor) -> torch.Tensor:
 
 
 def impose_spectrum(spectrum: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Give every channel an amplitude spectrum up to a factor that keeps its variance; phases and mean stay.
-
-    Args:
-        spectrum: complex64 [B, 3, R, R/2+1].
-        wanted: float32 [B, R, R/2+1].
+    """Give every channel, complex64 [B, 3, R, R/2+1], an amplitude spectrum, float32 [B, R, R/2+1], up to a factor that
+    keeps its variance; phases and mean stay.
     """
     magnitude = spectrum.abs().clamp_(min=torch.finfo(torch.float32).tiny)
     gain = torch.sqrt(_energy(magnitude.square()) / _energy(wanted.double().square())[:, None]).float()
@@ -172,15 +131,10 @@ def impose_spectrum(spectrum: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
 
 
 def band_quantiles(shape: np.ndarray, scale: int, count: int) -> np.ndarray:
-    """Quantiles (k + ½)/n of the density exp(−|x/4^scale|^ρ) on [−200, 200], ascending.
+    """Quantiles (k + ½)/n of the density exp(−|x/4^scale|^ρ) on [−200, 200], ascending: float32 [N, n].
 
     Args:
-        shape: float64 [N], ρ.
-        scale: z, the image's size over the band's.
-        count: n, even.
-
-    Returns:
-        float32 [N, n].
+        shape: float64 [N], ρ. scale: z, the image's size over the band's. count: n, even.
     """
     density = np.exp(-((_DENSITY_GRID / 4.0**scale) ** shape[:, None]))
     mass = np.cumsum(0.5 * (density[:, 1:] + density[:, :-1]) * np.diff(_DENSITY_GRID), axis=1)
@@ -198,8 +152,7 @@ def match_ranks(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     rounded to 2^18 steps of a row's range for it (2^40 in rows of more than 8192); equal ones go by position.
 
     Args:
-        values: float32 [N, n], n a power of two.
-        wanted: float32 [N, n], ascending rows.
+        values: float32 [N, n], n a power of two. wanted: float32 [N, n], ascending rows.
     """
     rows = values.numpy()
     count = rows.shape[1]
@@ -268,22 +221,10 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
 def render(
     random: np.random.Generator, count: int, resolution: int, *, spectrum: bool, wmm: bool, colour: bool
 ) -> np.ndarray:
-    """Independent images; chunks are rendered whole, so a smaller `count` gives a prefix.
+    """The ``Process`` with these constraints: independent images, of a power of two from 8 pixels on."""
 
-    Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side, a power of two, at least 8.
-        spectrum, wmm, colour: the constraints.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
-    """
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
+    def chunk() -> np.ndarray:
         draws = draw(random, CHUNK, resolution, spectrum=spectrum, wmm=wmm, colour=colour)
-        together = max(2, CACHED // resolution**2)
-        parts = [impose(draws.part(first, first + together)) for first in range(0, CHUNK, together)]
-        channels = torch.cat(parts).numpy()
-        images[start : start + CHUNK] = to_bytes(draws.colours.to_rgb(channels))[: count - start]
-    return images
+        return to_bytes(draws.colours.to_rgb(impose(draws).numpy()))
+
+    return in_chunks(count, chunk)

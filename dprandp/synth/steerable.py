@@ -24,17 +24,11 @@ def levels_for(resolution: int) -> int:
 
 @dataclass(frozen=True)
 class Filters:
-    """Real masks on the half plane of :func:`torch.fft.rfft2`.
+    """Real masks on the half plane of :func:`torch.fft.rfft2`."""
 
-    Attributes:
-        high: float32 [R, R/2+1], the high-pass residual.
-        oriented: per scale float32 [4, r, r/2+1] with r = R, R/2, …; the filter itself is i times the mask.
-        low_energy: float32 [R, R/2+1], squared low-pass mask: what the bands leave out.
-    """
-
-    high: torch.Tensor
-    oriented: list[torch.Tensor]
-    low_energy: torch.Tensor
+    high: torch.Tensor  # float32 [R, R/2+1], the high-pass residual
+    oriented: list[torch.Tensor]  # float32 [4, r, r/2+1] for r = R, R/2, …; the filter is i times it
+    low_energy: torch.Tensor  # float32 [R, R/2+1], squared low-pass mask: what the bands leave out
 
 
 def half_plane(resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,14 +95,9 @@ def analyse(spectrum: torch.Tensor, masks: Filters) -> list[torch.Tensor]:
 
 
 def synthesise(bands: list[torch.Tensor], spectrum: torch.Tensor, masks: Filters) -> torch.Tensor:
-    """The adjoint of :func:`analyse`; bands as it returned them give back the spectrum.
+    """The adjoint of :func:`analyse`: bands as it returned them give back the spectrum, complex64 [..., R, R/2+1].
 
-    Args:
-        bands: as :func:`analyse` returns them.
-        spectrum: complex64 [..., R, R/2+1], where the low-pass band is taken from.
-
-    Returns:
-        complex64 [..., R, R/2+1].
+    The low-pass band is taken from ``spectrum``.
     """
     result = spectrum * masks.low_energy
     result += torch.fft.rfft2(bands[0], norm="ortho") * masks.high

@@ -17,75 +17,73 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dprandp.synth.stylegan import CHUNK, GAIN, colour, fir_filter, to_bytes, upsample_rgb
-from dprandp.synth.stylegan_draws import LATENT, LEAKY_SLOPE, START_RESOLUTION, channels_at, draw_colour
+from dprandp.synth.compose import in_chunks
+from dprandp.synth.stylegan import (
+    CHUNK,
+    GAIN,
+    LATENT,
+    LEAKY_SLOPE,
+    START_RESOLUTION,
+    channels_at,
+    colour,
+    draw_colour,
+    fir_filter,
+    normal,
+    style_of,
+    to_bytes,
+    upsample_rgb,
+)
 
 MAX_CHANNELS = 64
 
 
 @dataclass(frozen=True)
 class RandomNetwork:
-    """One network, shared by the images of a block.
+    """One network, shared by the images of a block."""
 
-    Attributes:
-        constant: float32 [C, 4, 4].
-        filters: per convolution float32 [out, in, 3, 3].
-        affines: per convolution float32 [in, 512], N(0, 1)/√512: style = affine · w + 1.
-        upsamples: per convolution, whether it doubles the resolution first. One that does not feeds an RGB layer.
-        rgb_weights: per RGB layer float32 [3, C].
-        rgb_affines: per RGB layer float32 [C, 512].
-    """
-
-    constant: torch.Tensor
-    filters: list[torch.Tensor]
-    affines: list[torch.Tensor]
-    upsamples: list[bool]
-    rgb_weights: list[torch.Tensor]
-    rgb_affines: list[torch.Tensor]
+    constant: torch.Tensor  # float32 [C, 4, 4]
+    filters: list[torch.Tensor]  # per convolution float32 [out, in, 3, 3]
+    affines: list[torch.Tensor]  # per convolution float32 [in, 512], N(0, 1)/√512: style = affine · w + 1
+    upsamples: list[bool]  # per convolution, whether it doubles the resolution; one that does not feeds an RGB layer
+    rgb_weights: list[torch.Tensor]  # per RGB layer float32 [3, C]
+    rgb_affines: list[torch.Tensor]  # per RGB layer float32 [C, 512]
 
 
-def _normal(random: np.random.Generator, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
-
-
-def draw_network(random: np.random.Generator, resolution: int, max_channels: int = MAX_CHANNELS) -> RandomNetwork:
+def draw_network(random: np.random.Generator, resolution: int) -> RandomNetwork:
     """Draw a network that renders `resolution` (a power of two, at least 4)."""
 
     def width(size: int) -> int:
-        return min(channels_at(size), max_channels)
+        return min(channels_at(size), MAX_CHANNELS)
 
     size, channels = START_RESOLUTION, width(START_RESOLUTION)
-    network = RandomNetwork(_normal(random, channels, size, size), [], [], [], [], [])
+    network = RandomNetwork(normal(random, channels, size, size), [], [], [], [], [])
     while size <= resolution:
         for upsamples in (True, False) if size > START_RESOLUTION else (False,):
-            network.filters.append(_normal(random, width(size), channels, 3, 3))
-            network.affines.append(_normal(random, channels, LATENT) / LATENT**0.5)
+            network.filters.append(normal(random, width(size), channels, 3, 3))
+            network.affines.append(normal(random, channels, LATENT) / LATENT**0.5)
             network.upsamples.append(upsamples)
             channels = width(size)
-        network.rgb_weights.append(_normal(random, 3, channels))
-        network.rgb_affines.append(_normal(random, channels, LATENT) / LATENT**0.5)
+        network.rgb_weights.append(normal(random, 3, channels))
+        network.rgb_affines.append(normal(random, channels, LATENT) / LATENT**0.5)
         size *= 2
     return network
 
 
 def synthesise(network: RandomNetwork, latents: torch.Tensor) -> torch.Tensor:
-    """Run a network up to the RGB image, before the colour step.
+    """Run a network up to the RGB image, before the colour step: float32 [B, 3, R, R].
 
     The style multiplies the input and the demodulation the output of one convolution that all images share, which
     equals a filter of its own for every image.
 
     Args:
         latents: float32 [L + 1, B, 512] for L convolutions; an RGB layer shares the latent of the next convolution.
-
-    Returns:
-        float32 [B, 3, R, R].
     """
     batch = latents.shape[1]
     maps = network.constant.expand(batch, -1, -1, -1)
     image = maps.new_zeros(batch, 3, START_RESOLUTION // 2, START_RESOLUTION // 2)
     rgb_layers = zip(network.rgb_weights, network.rgb_affines, strict=True)
     for index, (filters, affine) in enumerate(zip(network.filters, network.affines, strict=True)):
-        style = latents[index] @ affine.T + 1.0
+        style = style_of(latents[index], affine)
         demodulation = torch.rsqrt(style.square() @ filters.square().sum(dim=(2, 3)).T)
         maps = maps * style[:, :, None, None]
         if network.upsamples[index]:
@@ -97,28 +95,19 @@ def synthesise(network: RandomNetwork, latents: torch.Tensor) -> torch.Tensor:
         maps = functional.relu_(maps * (GAIN * demodulation)[:, :, None, None])
         if not network.upsamples[index]:
             weights, rgb_affine = next(rgb_layers)
-            style = (latents[index + 1] @ rgb_affine.T + 1.0) / weights.shape[1] ** 0.5
+            style = style_of(latents[index + 1], rgb_affine) / weights.shape[1] ** 0.5
             rgb = (weights * style[:, None, :]) @ maps.flatten(2)
             image = upsample_rgb(image) + rgb.unflatten(2, maps.shape[2:])
     return image
 
 
 def render(random: np.random.Generator, count: int, resolution: int) -> np.ndarray:
-    """Images of one network; chunks are rendered whole, so a smaller `count` gives a prefix.
-
-    Args:
-        random: consumed; the same state gives the same bytes.
-        count: images.
-        resolution: pixels per side, a power of two, 4 to 1024.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3].
-    """
+    """The ``Process``: images of one network, of a power of two from 4 to 1024 pixels."""
     network = draw_network(random, resolution)
-    images = np.empty((count, resolution, resolution, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
-        latents = functional.leaky_relu(_normal(random, len(network.filters) + 1, CHUNK, LATENT), LEAKY_SLOPE)
+
+    def chunk() -> np.ndarray:
+        latents = functional.leaky_relu(normal(random, len(network.filters) + 1, CHUNK, LATENT), LEAKY_SLOPE)
         mean, std = draw_colour(random, CHUNK)
-        chunk = colour(synthesise(network, latents), mean, std)
-        images[start : start + CHUNK] = to_bytes(chunk)[: count - start]
-    return images
+        return to_bytes(colour(synthesise(network, latents), mean, std))
+
+    return in_chunks(count, chunk)

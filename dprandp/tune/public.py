@@ -194,7 +194,7 @@ def synthetic_task(
     drawn = torch.randperm(len(images), generator=generator)[: classes * instances]
     instance = torch.arange(count) % len(drawn)
     instance = instance[torch.randperm(count, generator=generator)]
-    crops = random_crops(images.picked(drawn[instance]), generator)
+    crops = random_crops(images, generator, drawn[instance])
     return crops, instance % classes, classes
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,38 +22,25 @@ INPUT_SIZE = 32
 WORKED_BYTES = 2**22
 """Bytes of pixels that are converted at a time; as floats they take four times that, and as much again to resize."""
 
+MIN_AREA = 0.25
+"""Smallest random crop, as a fraction of the image's area."""
 
-class Crops(Protocol):
-    """Images that need not be in memory, such as an ``ImageSet``, for ``random_crops``."""
-
-    shape: tuple[int, int, int, int]
-
-    def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
-        """Squares of some images, uint8 [b, C, side, side]."""
-
-
-Pictures = Tensor | Crops
 
 _GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601 luma, as PIL's convert("L")
 
 
-def to_input(images: np.ndarray, size: int = INPUT_SIZE) -> Tensor:
-    """Resize to a square and give grey images three equal channels.
+def to_input(images: np.ndarray) -> Tensor:
+    """Resize to the extractor's input, bilinear and antialiased, and give grey images three equal channels.
 
-    Args:
-        images: uint8 [N, H, W, 1 or 3].
-        size: side of the output in pixels.
-
-    Returns:
-        uint8 [N, 3, size, size] (bilinear, antialiased where it shrinks).
+    uint8 [N, H, W, 1 or 3] to uint8 [N, 3, 32, 32].
     """
     count, height, width, channels = images.shape
-    out = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last, as images come
+    out = torch.empty(count, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
     out = out.contiguous() if channels == 1 else out
     rows = max(1, WORKED_BYTES // max(1, height * width * channels))
     for start in range(0, count, rows):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + rows])).permute(0, 3, 1, 2)
-        out[start : start + rows] = resize(batch, size, size)
+        out[start : start + rows] = resize(batch, INPUT_SIZE, INPUT_SIZE)
     return out
 
 
@@ -98,34 +83,31 @@ def colour_mode(images: Tensor, mode: str) -> Tensor:
     raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or both")
 
 
-def random_crops(
-    images: Pictures, generator: torch.Generator, *, size: int = INPUT_SIZE, min_area: float = 0.25
-) -> Tensor:
+def random_crops(images: Tensor | ImageSet, generator: torch.Generator, chosen: Tensor | None = None) -> Tensor:
     """One random square crop of each image, resized: objects of many scales at the size the extractor sees.
 
     Args:
-        images: uint8 [N, C, R, R], or a set of them that gives crops (``ImageSet``).
+        images: uint8 [N, 3, R, R].
         generator: public randomness.
-        size: side of the output.
-        min_area: smallest crop as a part of the image's area; crops are never smaller than ``size`` pixels unless the
-            image is.
+        chosen: int64 [n], positions of the images, some perhaps several times; None: all in order.
 
     Returns:
-        uint8 [N, C, size, size].
+        uint8 [n, 3, 32, 32]. Crops are no smaller than that, unless the image is.
     """
-    count, channels, side, _ = images.shape
-    area = min_area + (1 - min_area) * torch.rand(count, generator=generator)
-    sides = (side * area.sqrt()).round().long().clamp(min(size, side), side)
+    chosen = torch.arange(len(images)) if chosen is None else chosen
+    count, side = len(chosen), images.shape[-1]
+    area = MIN_AREA + (1 - MIN_AREA) * torch.rand(count, generator=generator)
+    sides = (side * area.sqrt()).round().long().clamp(min(INPUT_SIZE, side), side)
     corners = (torch.rand(count, 2, generator=generator) * (side - sides + 1)[:, None]).long()
-    out = torch.empty(count, channels, size, size, dtype=torch.uint8)
+    out = torch.empty(count, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8)
     for crop in sides.unique().tolist():  # crops of one side go through one resize
         alike = (sides == crop).nonzero().flatten()
-        for members in alike.split(max(1, WORKED_BYTES // (channels * crop**2))):
-            out[members] = resize(_crops(images, members, corners[members], crop), size, size)
+        for members in alike.split(max(1, WORKED_BYTES // (3 * crop**2))):
+            out[members] = resize(_crops(images, chosen[members], corners[members], crop), INPUT_SIZE, INPUT_SIZE)
     return out
 
 
-def _crops(images: Pictures, members: Tensor, corners: Tensor, side: int) -> Tensor:
+def _crops(images: Tensor | ImageSet, members: Tensor, corners: Tensor, side: int) -> Tensor:
     if not isinstance(images, Tensor):
         return images.crops(members, corners, side)
     rows = corners[:, 0, None] + torch.arange(side)
@@ -134,17 +116,11 @@ def _crops(images: Pictures, members: Tensor, corners: Tensor, side: int) -> Ten
 
 
 def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
-    """Put synthetic images through the same bottleneck as a data set: its channels and its native size.
+    """Put synthetic images, uint8 [N, 3, S, S], through the same bottleneck as a data set: its channels and native
+    size.
 
-    Statistics of synthetic features fit the private ones better if both had the same channels and size before resizing.
-    Only declared constants are used.
-
-    Args:
-        images: uint8 [N, 3, S, S] synthetic.
-        channels: 1 or 3, as declared by the data set. height, width: its native size in pixels.
-
-    Returns:
-        uint8 [N, 3, S, S].
+    Statistics of synthetic features then fit the private ones better. Only declared constants are used: channels 1 or
+    3, and height and width in pixels.
     """
     size = images.shape[-1]
     if channels == 1:
@@ -156,15 +132,7 @@ def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Te
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """Tile images into one picture, one white pixel between them.
-
-    Args:
-        images: uint8 [N, R, R, 3].
-        columns: images a row.
-
-    Returns:
-        uint8 [rows * (R + 1) - 1, columns * (R + 1) - 1, 3].
-    """
+    """Tile images uint8 [N, R, R, 3] into one picture, ``columns`` a row, one white pixel between them."""
     side = images.shape[1]
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * (side + 1) - 1, columns * (side + 1) - 1, 3), 255, dtype=np.uint8)
@@ -174,25 +142,19 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
-# ----------------------------------------------------------------------------------------------------------- image set
-#
-# Synthetic images by position, in their memory-mapped shards, or copied once to an accelerator.
-#
-# A set of large images may take most of the memory, so only the requested images or crops are copied, transposed or
-# recoloured.
-
 class ImageSet:
-    """Images by position, in a colour mode.
+    """Synthetic images by position, in their memory-mapped shards, or copied once to an accelerator.
+
+    A set of large images may take most of the memory, so only the requested images or crops are copied, transposed or
+    recoloured.
 
     Args:
-        parts: uint8 [n, R, R, 3] each, at least one; memory-mapped files as a rule. They are only read.
-        colour: as for ``colour_mode``; 'both' takes the colour from every second image, counted from the first image
-            of the whole set.
-        first: the position in the whole set of this set's first image, where it is a part of it.
+        parts: uint8 [n, R, R, 3] each, at least one; they are only read.
+        colour: as for ``colour_mode``; 'both' takes the colour from every second image of the set.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], colour: str = "rgb", first: int = 0) -> None:
-        self._parts, self.colour, self.first = list(parts), colour, first
+    def __init__(self, parts: Sequence[np.ndarray], colour: str = "rgb") -> None:
+        self._parts, self.colour = list(parts), colour
         self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
         self._moved: Tensor | None = None  # all of them, uint8 [N, R, R, 3] on an accelerator
 
@@ -214,35 +176,21 @@ class ImageSet:
         """The same on a device: on the CPU itself; on an accelerator one copy there, made part by part."""
         if device.type == "cpu":
             return self
-        moved = ImageSet([np.empty((0, *self._parts[0].shape[1:]), np.uint8)], self.colour, self.first)
+        moved = ImageSet([np.empty((0, *self._parts[0].shape[1:]), np.uint8)], self.colour)
         moved._starts = self._starts[[0, -1]]
         moved._moved = torch.empty(len(self), *self._parts[0].shape[1:], dtype=torch.uint8, device=device)
         for part, start in zip(self._parts, self._starts, strict=False):
             moved._moved[start : start + len(part)] = torch.from_numpy(np.array(part))
         return moved
 
-    def part(self, rows: slice) -> ImageSet:
-        """The images of a range of positions, on the CPU; nothing is copied."""
-        pieces = [
-            part[max(0, rows.start - start) : max(0, rows.stop - start)]
-            for part, start in zip(self._parts, self._starts.tolist(), strict=False)
-        ]
-        kept = [piece for piece in pieces if len(piece)] or pieces[:1]
-        return ImageSet(kept, self.colour, self.first + rows.start)
-
-    def pixels(self, rows: slice) -> np.ndarray:
-        """A copy of a range of images as they are stored, uint8 [n, R, R, 3], colours untouched."""
-        return np.concatenate(self.part(rows)._parts)
+    def head(self, count: int) -> ImageSet:
+        """The first images, on the CPU; nothing is copied."""
+        starts = self._starts.tolist()
+        pieces = [part[: max(0, count - start)] for part, start in zip(self._parts, starts, strict=False)]
+        return ImageSet(pieces, self.colour)
 
     def __getitem__(self, chosen: Tensor) -> Tensor:
-        """The images at these positions.
-
-        Args:
-            chosen: int64 [b].
-
-        Returns:
-            uint8 [b, 3, R, R] on ``device``, contiguous.
-        """
+        """The images at positions ``chosen``, int64 [b]: uint8 [b, 3, R, R] on ``device``, contiguous."""
         if self._moved is not None:
             pixels = self._moved[chosen]
         else:
@@ -255,13 +203,10 @@ class ImageSet:
         return self._coloured(pixels.permute(0, 3, 1, 2).contiguous(), chosen)
 
     def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
-        """A square of each of some images; nothing else of them is read. On the CPU alone.
+        """A square of each of some images, without reading more of them: uint8 [b, 3, side, side], on the CPU alone.
 
         Args:
             chosen: int64 [b]. corners: int64 [b, 2], row and column of the upper left pixel. side: in pixels.
-
-        Returns:
-            uint8 [b, 3, side, side], its channels last in memory.
         """
         pixels = torch.empty(len(chosen), side, side, self._parts[0].shape[-1], dtype=torch.uint8)
         for out, position, (top, left) in zip(pixels.numpy(), chosen.tolist(), corners.tolist(), strict=True):
@@ -272,32 +217,11 @@ class ImageSet:
             return crops
         return self._coloured(crops.contiguous(), chosen).contiguous(memory_format=torch.channels_last)
 
-    def picked(self, positions: Tensor) -> Picked:
-        """Images of the set in another order, some of them several times (int64 [n]); nothing is copied."""
-        return Picked(self, positions)
-
     def _coloured(self, images: Tensor, chosen: Tensor) -> Tensor:
         """The colour mode applied to a copy of the images at these positions, contiguous."""
         if self.colour == "grey":
             return to_grey(images)
         if self.colour == "both":
-            without = ((chosen + self.first) % 2 == 0).view(-1, 1, 1, 1)
+            without = (chosen % 2 == 0).view(-1, 1, 1, 1)
             return torch.where(without, to_grey(images), images)  # a mask as an index would wait for an accelerator
         return images
-
-
-@dataclass(frozen=True)
-class Picked:
-    """Images of a set by position, for ``random_crops``."""
-
-    images: ImageSet
-    positions: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(n, 3, R, R)."""
-        return (len(self.positions), *self.images.shape[1:])
-
-    def crops(self, chosen: Tensor, corners: Tensor, side: int) -> Tensor:
-        """As ``ImageSet.crops``."""
-        return self.images.crops(self.positions[chosen], corners, side)

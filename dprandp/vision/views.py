@@ -1,8 +1,7 @@
 """Batched augmentation on the images' device: contrastive views of public images, crop-and-flip views of private ones.
 
-Every random choice is drawn first and applied afterwards by a deterministic function of images and choices, so that a
-test can apply the same choices image by image. All randomness here is public and reproducible (a ``torch.Generator``
-or a keyed hash); the noise that privacy rests on comes from elsewhere.
+Every random choice is drawn first and applied afterwards by a deterministic function of images and choices. All
+randomness here is public and reproducible; the noise that privacy rests on comes from elsewhere.
 """
 
 from __future__ import annotations
@@ -13,12 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-from dprandp.errors import UsageError
-
-# -------------------------------------------------------------------------------------------------------------- colour
-#
-# Batched colour changes: brightness, contrast, saturation, hue and grey, one factor per image.
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 grey, the weights torchvision uses
@@ -31,16 +24,11 @@ def grey(view: Tensor) -> Tensor:
 
 
 def adjust(view: Tensor, change: int, factor: Tensor) -> Tensor:
-    """One colour change of a batch, with one factor per image, defined as in torchvision.
+    """One colour change of a batch, float [B, 3, H, W] in [0, 1], with one factor [B, 1, 1, 1] per image, as in
+    torchvision.
 
-    Args:
-        view: float [B, 3, H, W] in [0, 1].
-        change: BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's grey,
-            HUE turns the colour circle.
-        factor: [B, 1, 1, 1]; 1 changes nothing, for HUE 0 does (unit: turns).
-
-    Returns:
-        float [B, 3, H, W] in [0, 1].
+    BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's grey, HUE turns the
+    colour circle. A factor of 1 changes nothing, for HUE 0 (turns).
     """
     if change == HUE:
         return _turn_hue(view, factor)
@@ -74,8 +62,16 @@ def _turn_hue(view: Tensor, turns: Tensor) -> Tensor:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
+# Of the published views (Tang et al. 2023).
+SCALE = (0.08, 1.0)  # smallest and largest fraction of the area
+RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height
+JITTER = (0.4, 0.4, 0.4, 0.4)  # strengths of brightness, contrast, saturation and hue
+GREY_PROBABILITY = 0.2
+CROP_TRIES = 10  # as in Szegedy et al. 2015's inception crop, the source of "random resized crop"
+
+PAD = 4  # pixels on each side of a private image, before it is cropped
+
 _CPU_BLOCK = 32  # images augmented at once on a CPU
-_CROP_TRIES = 10  # as in Szegedy et al. 2015's inception crop, the source of "random resized crop"
 
 
 @dataclass(frozen=True)
@@ -88,138 +84,75 @@ class ViewChoices:
     order: tuple[int, ...]  # of the four colour changes, one for the whole view batch
     grey: Tensor  # bool [B]: drop the colour, after the colour changes
 
+    def rows(self, rows: slice) -> ViewChoices:
+        """Those of some of the images."""
+        return ViewChoices(self.boxes[rows], self.flip[rows], self.factors[rows], self.order, self.grey[rows])
+
 
 class ContrastiveViews:
-    """Two random views of each image, as in DP-RandP's Phase I: crop, flip, colour jitter, grey (Tang et al. 2023).
+    """Random views of each image, as in DP-RandP's Phase I: crop, flip, colour jitter, grey (Tang et al. 2023).
 
-    * Crop: area a share of the image uniform in ``scale``, log aspect ratio uniform in log ``ratio``, whole pixels, ten
-      tries, else the largest central crop of an allowed ratio. Resized to ``size`` with the bilinear (triangle) filter,
-      widened when it shrinks (antialiasing) as Pillow does, so that a 256-pixel image does not alias at 32.
-    * Colour jitter on every image: factors uniform in 1 ± strength, hue uniform in ± strength turns. Every image has
-      its own factors; the *order* of the four changes is drawn once per view batch, so the two views of an image differ
-      in it while the images of a batch share it.
+    * Crop: area a fraction of the image uniform in ``SCALE``, log aspect ratio uniform in log ``RATIO``, whole
+      pixels, ten tries, else the largest central crop of an allowed ratio. Resized to ``size`` with the bilinear
+      filter, widened when it shrinks (antialiasing) as Pillow does.
+    * Colour jitter on every image: factors uniform in 1 ± ``JITTER``, hue uniform in ± ``JITTER`` turns. Every image
+      has its own factors; the *order* of the four changes is drawn once per view batch.
     * Each step clamps to [0, 1]; no rounding to 8 bits in between.
 
     Args:
-        size: side of the views, pixels.
-        scale: smallest and largest share of the area, 0 < low <= high <= 1.
-        ratio: smallest and largest width / height, 0 < low <= high.
-        flip, grayscale: probabilities.
-        jitter: strengths of brightness, contrast, saturation (each in [0, 1]) and hue (in [0, .5]).
-
-    Raises:
-        UsageError: a value out of its range.
+        size: side of the views, pixels. flip: probability.
     """
 
-    def __init__(
-        self,
-        size: int = 32,
-        *,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4),
-        grayscale: float = 0.2,
-    ) -> None:
-        ranges = {
-            "size": size >= 1,
-            "scale": 0 < scale[0] <= scale[1] <= 1,
-            "ratio": 0 < ratio[0] <= ratio[1],
-            "flip": 0 <= flip <= 1,
-            "jitter": len(jitter) == 4 and all(0 <= strength <= 1 for strength in jitter) and jitter[HUE] <= 0.5,
-            "grayscale": 0 <= grayscale <= 1,
-        }
-        for name, fine in ranges.items():
-            if not fine:
-                raise UsageError(f"view setting {name} = {locals()[name]} is out of range", fix="see ContrastiveViews")
-        self.size, self.scale, self.ratio = size, scale, ratio
-        self.flip, self.jitter, self.grayscale = flip, jitter, grayscale
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw and apply two views.
-
-        Args:
-            images: uint8 [B, 3, H, W], on any device.
-            generator: of all choices; on its own device, so a CPU generator gives the same choices everywhere.
-
-        Returns:
-            Two float32 tensors [B, 3, size, size] in [0, 1]; the first row of each shows the first image.
-        """
-        first = self.draw(images, generator)
-        second = self.draw(images, generator)
-        return self.apply(images, first), self.apply(images, second)
+    def __init__(self, size: int = 32, *, flip: float = 0.5) -> None:
+        self.size, self.flip = size, flip
 
     def draw(self, images: Tensor, generator: torch.Generator) -> ViewChoices:
-        """Draw the choices of one view of a batch, from the shape and the device of the images only."""
-        _check_images(images)
+        """Draw the choices of one view of a batch, from the shape and the device of the images only.
+
+        A generator of the CPU gives the same choices on every device.
+        """
         batch, _, height, width = images.shape
-        random = torch.rand(batch, 4 * _CROP_TRIES + 6, generator=generator, device=generator.device)
+        random = torch.rand(batch, 4 * CROP_TRIES + 6, generator=generator, device=generator.device)
         order = torch.randperm(4, generator=generator, device=generator.device).tolist()
         random = random.to(images.device)
-        brightness, contrast, saturation, hue = self.jitter
-        strength = random.new_tensor([brightness, contrast, saturation, hue])
         centre = random.new_tensor([1.0, 1.0, 1.0, 0.0])
         return ViewChoices(
-            boxes=self._boxes(random[:, : 4 * _CROP_TRIES].view(batch, _CROP_TRIES, 4), height, width),
+            boxes=_boxes(random[:, : 4 * CROP_TRIES].view(batch, CROP_TRIES, 4), height, width),
             flip=random[:, -1] < self.flip,
-            factors=centre + strength * (2 * random[:, -6:-2] - 1),
+            factors=centre + random.new_tensor(JITTER) * (2 * random[:, -6:-2] - 1),
             order=tuple(order),
-            grey=random[:, -2] < self.grayscale,
+            grey=random[:, -2] < GREY_PROBABILITY,
         )
 
     def apply(self, images: Tensor, choices: ViewChoices) -> Tensor:
         """Apply given choices: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1]."""
-        _check_images(images)
         if images.device.type != "cpu":
             return self._apply(images, choices)
         parts = []
         for start in range(0, len(images), _CPU_BLOCK):  # the float pixels of a block stay in a core's cache
             rows = slice(start, start + _CPU_BLOCK)
-            block = {name: getattr(choices, name)[rows] for name in ("boxes", "flip", "factors", "grey")}
-            parts.append(self._apply(images[rows], ViewChoices(order=choices.order, **block)))
+            parts.append(self._apply(images[rows], choices.rows(rows)))
         return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size)
 
     def _apply(self, images: Tensor, choices: ViewChoices) -> Tensor:
         view = _crop_resize(images, choices.boxes, choices.flip, self.size)
         for change in choices.order:
-            if self.jitter[change] > 0:
-                view = adjust(view, change, choices.factors[:, change].view(-1, 1, 1, 1))
+            view = adjust(view, change, choices.factors[:, change].view(-1, 1, 1, 1))
         return torch.where(choices.grey.view(-1, 1, 1, 1), grey(view), view)
-
-    def _boxes(self, random: Tensor, height: int, width: int) -> Tensor:
-        """Uniform [B, tries, 4] -> int64 [B, 4]: the first of the tries that fits, else the central crop."""
-        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * random[..., 0])
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        ratio = torch.exp(low + (high - low) * random[..., 1])
-        wide = torch.round(torch.sqrt(area * ratio)).long()
-        tall = torch.round(torch.sqrt(area / ratio)).long()
-        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-        top = _uniform_integer(random[..., 2], height - tall.clamp(max=height) + 1)
-        left = _uniform_integer(random[..., 3], width - wide.clamp(max=width) + 1)
-        tries = torch.stack([top, left, tall, wide], dim=-1)
-        first = fits.int().argmax(dim=1)
-        chosen = tries[torch.arange(len(tries), device=tries.device), first]
-        central = tries.new_tensor(_central_box(height, width, self.ratio))
-        return torch.where(fits.any(dim=1, keepdim=True), chosen, central)
-
 
 def keyed_uniforms(examples: np.ndarray | Tensor, step: int, seed: int, views: int) -> Tensor:
     """Choices for :func:`private_views` that depend only on (seed, step, example, view).
 
     Args:
         examples: integers [B], the examples' positions in the data set.
-        step: number of the step, at least 0.
-        seed: public seed, any integer.
-        views: views per example, K.
+        step: number of the step, at least 0. seed: public, any integer. views: per example, K.
 
     Returns:
         float64 [B, K, 3], uniform in [0, 1) with 53 bits, on the CPU.
 
-    *Guarantee.* Row i is a function of ``examples[i]`` and of public values: it does not depend on the other
-    examples of the batch, their number, or earlier draws. So zeroing out one example, whose position is then left
-    empty,
-    changes no other example's views, even for an adversary who knows the seed. A generator that deals choices along the
-    batch does not have this property: without example i, its choices would go to example i + 1, and so on.
+    *Guarantee.* Row i is a function of ``examples[i]`` and of public values. So zeroing out one example, whose position
+    is then left empty, changes no other example's views, even for an adversary who knows the seed. With a generator
+    that deals choices along the batch, the choices of example i would go to example i + 1, and so on.
 
     Source: the output function of SplitMix64 (Steele, Lea & Flood 2014), applied once per word of the key.
     """
@@ -232,65 +165,37 @@ def keyed_uniforms(examples: np.ndarray | Tensor, step: int, seed: int, views: i
 
 
 def private_views(
-    images: Tensor,
-    views: int,
-    randomness: torch.Generator | Tensor,
-    *,
-    flip: bool,
-    pad: int = 4,
-    augment_single: bool = False,
+    images: Tensor, views: int, randomness: torch.Generator | Tensor, *, flip: bool, augment_single: bool = False
 ) -> Tensor:
     """K views of each image: pad by reflection, crop back to the old size anywhere, mirror half of them.
 
     Args:
-        images: [B, C, H, W] of any dtype (uint8 moves least memory), H and W above ``pad``.
+        images: [B, C, H, W] of any dtype (uint8 moves least memory), H and W above ``PAD``.
         views: K >= 1.
         randomness: uniform numbers [B, K, 3] in [0, 1) for the row, the column and the mirror, as made by
             :func:`keyed_uniforms` (use this for private images), or a generator to draw them from.
         flip: mirror left and right with probability 1/2; digits and letters must not be mirrored.
-        pad: pixels on each side; 0 crops nothing.
         augment_single: with K = 1 the one view is the image itself (no augmentation) unless this is set.
 
     Returns:
         [B, K, C, H, W] of the same dtype, on the same device; view j of example i belongs to images[i] alone.
-
-    Raises:
-        UsageError: views below 1, pad negative or not smaller than the image, randomness of another shape.
     """
     batch, _, height, width = images.shape
-    if views < 1:
-        raise UsageError(f"{views} views per example", fix="use --views 1 or more")
-    if not 0 <= pad < min(height, width):
-        raise UsageError(f"a padding of {pad} does not fit images of {height}×{width}", fix="use a smaller padding")
     if views == 1 and not augment_single:
         return images.unsqueeze(1)
     if isinstance(randomness, torch.Generator):
         randomness = torch.rand(batch, views, 3, generator=randomness, device=randomness.device)
-    if randomness.shape != (batch, views, 3):
-        raise UsageError(
-            f"randomness of shape {tuple(randomness.shape)} for {batch} images and {views} views",
-            fix="pass uniform numbers [B, K, 3]",
-        )
-    shift = _uniform_integer(randomness[..., :2], 2 * pad + 1).to(images.device)  # [B, K, 2]: top, left
+    shift = _uniform_integer(randomness[..., :2], 2 * PAD + 1).to(images.device)  # [B, K, 2]: top, left
     mirror = (randomness[..., 2] < (0.5 if flip else 0.0)).to(images.device)  # [B, K]
-    # A window of the mirrored padded image is the mirrored window at the opposite place, so cropping and mirroring
-    # are one
-    # look-up among strided windows, which copies each view once and needs no index per pixel.
-    rows = _reflect(torch.arange(-pad, height + pad, device=images.device), height)
-    columns = _reflect(torch.arange(-pad, width + pad, device=images.device), width)
+    # A window of the mirrored padded image is the mirrored window at the opposite place, so cropping and mirroring are
+    # one look-up among strided windows, which copies each view once and needs no index per pixel.
+    rows = _reflect(torch.arange(-PAD, height + PAD, device=images.device), height)
+    columns = _reflect(torch.arange(-PAD, width + PAD, device=images.device), width)
     padded = images[:, :, rows][..., columns]
     windows = torch.stack([padded, padded.flip(-1)], dim=1).unfold(3, height, 1).unfold(4, width, 1)
-    left = torch.where(mirror, 2 * pad - shift[..., 1], shift[..., 1])
+    left = torch.where(mirror, 2 * PAD - shift[..., 1], shift[..., 1])
     example = torch.arange(batch, device=images.device)[:, None]
-    return windows[example, mirror.long(), :, shift[..., 0], left]  # from [B, 2, C, 2 pad + 1, 2 pad + 1, H, W]
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UsageError(
-            f"contrastive views need uint8 images [B, 3, H, W], got {images.dtype} {tuple(images.shape)}",
-            fix="pass colour images; repeat a grey channel three times",
-        )
+    return windows[example, mirror.long(), :, shift[..., 0], left]  # from [B, 2, C, 2 PAD + 1, 2 PAD + 1, H, W]
 
 
 def _uniform_integer(random: Tensor, count: int | Tensor) -> Tensor:
@@ -298,13 +203,29 @@ def _uniform_integer(random: Tensor, count: int | Tensor) -> Tensor:
     return torch.minimum((random * count).long(), torch.as_tensor(count, device=random.device) - 1)
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> list[int]:
-    """The largest central crop whose width / height lies within ratio."""
+def _boxes(random: Tensor, height: int, width: int) -> Tensor:
+    """Uniform [B, tries, 4] -> int64 [B, 4]: the first of the tries that fits, else the central crop."""
+    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * random[..., 0])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = torch.exp(low + (high - low) * random[..., 1])
+    wide = torch.round(torch.sqrt(area * ratio)).long()
+    tall = torch.round(torch.sqrt(area / ratio)).long()
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    top = _uniform_integer(random[..., 2], height - tall.clamp(max=height) + 1)
+    left = _uniform_integer(random[..., 3], width - wide.clamp(max=width) + 1)
+    tries = torch.stack([top, left, tall, wide], dim=-1)
+    first = fits.int().argmax(dim=1)
+    chosen = tries[torch.arange(len(tries), device=tries.device), first]
+    return torch.where(fits.any(dim=1, keepdim=True), chosen, tries.new_tensor(_central_box(height, width)))
+
+
+def _central_box(height: int, width: int) -> list[int]:
+    """The largest central crop of an allowed width / height."""
     tall, wide = height, width
-    if width < ratio[0] * height:
-        tall = max(1, round(width / ratio[0]))
-    elif width > ratio[1] * height:
-        wide = max(1, round(height * ratio[1]))
+    if width < RATIO[0] * height:
+        tall = max(1, round(width / RATIO[0]))
+    elif width > RATIO[1] * height:
+        wide = max(1, round(height * RATIO[1]))
     return [(height - tall) // 2, (width - wide) // 2, tall, wide]
 
 

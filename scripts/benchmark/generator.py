@@ -11,7 +11,7 @@ from benchmark import peer_stylegan
 from benchmark.cases import OURS, Case, Comparison, Limit, Side
 from benchmark.pairs import agree
 from dprandp.errors import BenchmarkError
-from dprandp.synth import PROCESSES, process_named, stylegan, stylegan_draws
+from dprandp.synth import PROCESSES, process_named, stylegan
 
 DENSE = "dense StyleGAN2"
 
@@ -35,15 +35,15 @@ def dense_case(scale: str) -> Case:
 
     def check() -> Mapping[str, float]:
         random = np.random.default_rng(0)
-        network = stylegan_draws.draw_network(random, resolution)
-        draws = stylegan_draws.draw_images(random, network, 2)
+        network = stylegan.draw_network(random, resolution)
+        draws = stylegan.draw_images(random, network, 2)
         return {
             DENSE: agree(DENSE, stylegan.synthesise(network, draws), peer_stylegan.synthesise(network, draws), 1e-4)
         }
 
     def dense():
         random = np.random.default_rng(1)
-        network = stylegan_draws.draw_network(random, resolution)
+        network = stylegan.draw_network(random, resolution)
         return lambda: peer_stylegan.render(random, network, theirs)
 
     return Case(

@@ -2,7 +2,7 @@
 
 Every convolution forms its full modulated and demodulated weights [B, out, in, 3, 3] and applies them with a grouped
 convolution, a group per image, as StyleGAN2's own implementations do. It reads the same draws as the product's renderer
-(``synth/stylegan_draws.py``) and must make the same images. The size of the scalars s_o, which demodulation takes out
+(``synth/stylegan.py``) and must make the same images. The size of the scalars s_o, which demodulation takes out
 again, is set to 1, so that this side is spared drawing them.
 """
 
@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dprandp.synth.pink_noise import area_resize
-from dprandp.synth.stylegan import GAIN, colour, to_bytes
-from dprandp.synth.stylegan_draws import ConvDraws, ImageDraws, LayerShape, Network, draw_images
+from dprandp.synth.stylegan import (
+    GAIN,
+    ConvDraws,
+    ImageDraws,
+    LayerShape,
+    Network,
+    area_resize,
+    colour,
+    draw_images,
+    to_bytes,
+)
 
 DEMODULATION_FLOOR = 1e-8
 

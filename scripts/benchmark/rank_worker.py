@@ -20,7 +20,7 @@ from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
 from dprandp.dpsgd.features import BATCH, extract_by_ranks
 from dprandp.models.extractor import build_extractor
-from dprandp.pretrain.wrn import SharedTrainer
+from dprandp.pretrain.contrastive import ContrastiveTrainer
 from dprandp.runs.context import prepare_device
 from dprandp.runs.parallel import ALONE, Ranks, join
 from dprandp.synth import render_block
@@ -82,7 +82,7 @@ def steps_of(ranks: Ranks, sizes: dict) -> Sides:
     pixels = generator.images(32, 4 * config.batch_size)
     stored = ImageSet([pixels.permute(0, 2, 3, 1).numpy()])
     alone, shared = (
-        SharedTrainer(build_extractor(config, torch.Generator().manual_seed(0)), config, stored, who)
+        ContrastiveTrainer(build_extractor(config, torch.Generator().manual_seed(0)), config, stored, who)
         for who in (ALONE, ranks)
     )
     own, common = iter(range(config.steps)), iter(range(config.steps))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,68 +88,38 @@ def per_step(waits: Counter[str], steps: int) -> bool:
 PROBE_HERE = PROBE | {"steps": 4, "statistics_images": 12}
 FINETUNE_HERE = FINETUNE | {"steps": 2, "batch_size": 8, "refit_steps": 3}
 
+Work = Callable[[Context], Any]
 
-SLOW = ("patchnet, two layers", "patchnet")
 
+@contextlib.contextmanager
+def on_both(tmp_path: Path, work: Work, arch: str | None = None) -> Iterator[tuple[Any, Any, Counter[str]]]:
+    """What the work gives on the CPU and on the device, in runs with images and an extractor, and its waits."""
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
-)
-@own_process
-def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
-    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-
-    def stages(run: Path, device: torch.device) -> list[dict[str, Any]]:
+    def done(run: Path, device: torch.device) -> Any:
         with context(run, device) as given:
-            generate.run(schema.build("generate", GENERATE), given)
-            pretrain.run(schema.build("pretrain", ARCHITECTURES[arch]), given)
-            probed = probe.run(schema.build("probe", PROBE_HERE | {"data": data}), given)
-            return [probed, finetune.run(schema.build("finetune", FINETUNE_HERE | {"data": data}), given)]
+            if arch is not None:
+                generate.run(schema.build("generate", GENERATE), given)
+                pretrain.run(schema.build("pretrain", ARCHITECTURES[arch]), given)
+            return work(given)
 
-    expected = stages(tmp_path / "cpu", CPU)
+    expected = done(tmp_path / "cpu", CPU)
     with emulation() as (device, waits):
-        found = stages(tmp_path / "device", device)
-    assert all(map(close, expected, found))
-    assert found[1]["refit"]["lost_steps"] == 0
-    assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + FINETUNE_HERE["refit_steps"])
+        yield expected, done(tmp_path / "device", device), waits
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "views": {"views": 2},
-    "discrete noise": {"noise": "discrete", "clipping": "automatic"},
-    "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
-    "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
-    "rescaled": {"clipping": "rescaled", "momentum": 0.9},
-}
+def blobs(tmp_path: Path) -> str:
+    return tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
 
 
-QUICK = ("discrete noise", "some blocks")
+def interrupted(stage: Any, values: Any, steps: int) -> Work:
+    """A stage that a signal stops after some steps, and that goes on."""
 
+    def work(given: Context) -> dict[str, Any]:
+        with stopped_after(steps), pytest.raises(Interrupted):
+            stage.run(values, given)
+        return stage.run(values, given)
 
-@pytest.mark.parametrize(
-    "options", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-)
-@own_process
-def test_every_option_goes_on_after_an_interruption(tmp_path, options):
-    """Three steps, interrupted after the second: checkpoints come back to the device."""
-    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-    values = schema.build("finetune", SCRATCH | {"data": data} | OPTIONS[options])
-
-    def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
-        with context(run, device) as given:
-            with stopped_after(2), pytest.raises(Interrupted):
-                finetune.run(values, given)
-            return finetune.run(values, given)
-
-    expected = interrupted(tmp_path / "cpu", CPU)
-    with emulation() as (device, waits):
-        found = interrupted(tmp_path / "device", device)
-    assert close(expected, found)
-    assert found["lost_steps"] == 0
-    discrete = OPTIONS[options].get("noise") == "discrete"
-    unknown = waits.keys() - KNOWN
-    assert unknown == ({"privacy/randomness.py add_discrete_noise: _to_copy"} if discrete else set())
-    assert waits["privacy/mechanism.py release: _local_scalar_dense"] == 3
+    return work
 
 
 @contextlib.contextmanager
@@ -170,6 +140,52 @@ def stopped_after(steps: int) -> Iterator[None]:
         Stop.end_step = end_step
 
 
+SLOW = ("patchnet, two layers", "patchnet")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
+)
+@own_process
+def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
+    data = blobs(tmp_path)
+
+    def stages(given: Context) -> list[dict[str, Any]]:
+        probed = probe.run(schema.build("probe", PROBE_HERE | {"data": data}), given)
+        return [probed, finetune.run(schema.build("finetune", FINETUNE_HERE | {"data": data}), given)]
+
+    with on_both(tmp_path, stages, arch) as (expected, found, waits):
+        assert all(map(close, expected, found))
+        assert found[1]["refit"]["lost_steps"] == 0
+        assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + FINETUNE_HERE["refit_steps"])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "views": {"views": 2},
+    "discrete noise": {"noise": "discrete", "clipping": "automatic"},
+    "some weights": {"select": "magnitude", "keep": 0.3, "every": 2, "scope": "layer", "optimizer": "adam"},
+    "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
+    "rescaled": {"clipping": "rescaled", "momentum": 0.9},
+}
+QUICK = ("discrete noise", "some blocks")
+
+
+@pytest.mark.parametrize(
+    "options", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
+@own_process
+def test_every_option_goes_on_after_an_interruption(tmp_path, options):
+    """Three steps, interrupted after the second: checkpoints come back to the device."""
+    values = schema.build("finetune", SCRATCH | {"data": blobs(tmp_path)} | OPTIONS[options])
+    with on_both(tmp_path, interrupted(finetune, values, 2)) as (expected, found, waits):
+        assert close(expected, found)
+        assert found["lost_steps"] == 0
+        discrete = OPTIONS[options].get("noise") == "discrete"
+        unknown = waits.keys() - KNOWN
+        assert unknown == ({"privacy/randomness.py add_discrete_noise: _to_copy"} if discrete else set())
+        assert waits["privacy/mechanism.py release: _local_scalar_dense"] == 3
+
+
 @pytest.mark.parametrize("fits", [True, False])
 @own_process
 def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
@@ -177,62 +193,28 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
     made = tiny_run.blobs(train=48, test=16)
     np.savez(tmp_path / "blobs.npz", **made, groups_train=np.arange(48) // 3)
     values = schema.build("probe", PROBE_HERE | {"data": f"npz:{tmp_path / 'blobs.npz'}", "views": 2})
-
-    def interrupted(run: Path, device: torch.device) -> dict[str, Any]:
-        with context(run, device) as given:
-            generate.run(schema.build("generate", GENERATE), given)
-            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
-            with stopped_after(2), pytest.raises(Interrupted):
-                probe.run(values, given)
-            return probe.run(values, given)
-
-    expected = interrupted(tmp_path / "cpu", CPU)
-    asked, features.free_on_device = features.free_on_device, lambda device: 10**9 if fits else 0
-    try:
-        with emulation() as (device, waits):
-            found = interrupted(tmp_path / "device", device)
-    finally:
-        features.free_on_device = asked
-    assert close(expected, found)
-    assert found["unit"] == "one group (column groups_train)"
-    assert per_step(waits, PROBE_HERE["steps"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "free_on_device", lambda device: 10**9 if fits else 0)
+        with on_both(tmp_path, interrupted(probe, values, 2), "vit") as (expected, found, waits):
+            assert close(expected, found)
+            assert found["unit"] == "one group (column groups_train)"
+            assert per_step(waits, PROBE_HERE["steps"])
 
 
 @own_process
 def test_a_continued_training_is_that_of_the_cpu(tmp_path):
-    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
-    values = schema.build("continue", CONTINUE | {"data": data, "steps": 4, "switch": "2", "batch_size": 8})
-
-    def stages(run: Path, device: torch.device) -> dict[str, Any]:
-        with context(run, device) as given:
-            generate.run(schema.build("generate", GENERATE), given)
-            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
-            with stopped_after(3), pytest.raises(Interrupted):
-                continual.run(values, given)
-            return continual.run(values, given)
-
-    expected = stages(tmp_path / "cpu", CPU)
-    with emulation() as (device, waits):
-        found = stages(tmp_path / "device", device)
-    assert close(expected, found)
-    assert per_step(waits, 2)
+    values = schema.build("continue", CONTINUE | {"data": blobs(tmp_path), "steps": 4, "switch": "2", "batch_size": 8})
+    with on_both(tmp_path, interrupted(continual, values, 3), "vit") as (expected, found, waits):
+        assert close(expected, found)
+        assert per_step(waits, 2)
 
 
 @pytest.mark.parametrize("on", ["private", "synthetic"])
 @own_process
 def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
-    data = tiny_run.write_blobs(tmp_path / "blobs.npz", train=48, test=16)
     choose = {"private": private.choose_privately, "synthetic": public.choose_publicly}[on]
-    tune = TuneConfig(on=on, trials=2)
-
-    def tuned(run: Path, device: torch.device) -> tuple[dict[str, Any], float, Any]:
-        with context(run, device) as given:
-            generate.run(schema.build("generate", GENERATE), given)
-            pretrain.run(schema.build("pretrain", ARCHITECTURES["vit"]), given)
-            return choose(schema.build("probe", PROBE_HERE | {"data": data}), tune, given)
-
-    expected = tuned(tmp_path / "cpu", CPU)
-    with emulation() as (device, waits):
-        found = tuned(tmp_path / "device", device)
-    assert found[1:] == expected[1:]
-    assert not waits.keys() - KNOWN
+    asked = schema.build("probe", PROBE_HERE | {"data": blobs(tmp_path)})
+    with on_both(tmp_path, lambda given: choose(asked, TuneConfig(on=on, trials=2), given), "vit") as results:
+        expected, found, waits = results
+        assert found[1:] == expected[1:]
+        assert not waits.keys() - KNOWN

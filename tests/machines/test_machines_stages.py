@@ -83,7 +83,7 @@ def test_a_patchnet_is_the_same_on_every_machine(
 ) -> None:
     """From pretraining to prediction; features to the bit for a number of threads, to rounding for any."""
     found = {}
-    for unit, threads in (("1", 1), ("0", 1), ("1", 2), ("1", 3)):
+    for unit, threads in (("1", 1), ("0", 1), ("1", 3)):
         monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", unit)
         torch.set_num_threads(threads)
         run = Path(shutil.copytree(patches, tmp_path / f"run-{unit}-{threads}"))
@@ -95,54 +95,39 @@ def test_a_patchnet_is_the_same_on_every_machine(
         probabilities = load_model(run / "model").probabilities(np.zeros((1, 16, 16, 3), np.uint8))
         assert probabilities.isfinite().all()
     np.testing.assert_array_equal(found["1", 1], found["0", 1])
-    for threads in (2, 3):
-        np.testing.assert_allclose(found["1", threads], found["1", 1], atol=1e-5)
+    np.testing.assert_allclose(found["1", 3], found["1", 1], atol=1e-5)
 
 
 def test_a_network_computes_as_recorded(wide: Path, small_data: str, tmp_path: Path, processor: str) -> None:
-    run = Path(shutil.copytree(wide, tmp_path / "run"))
+    run, other = (Path(shutil.copytree(wide, tmp_path / name)) for name in ("run", "other"))
     decided = "bfloat16" if processor == "1" else "float32"
     assert config_of(run, "pretrain")["precision"] == "float32"
     assert run_probe(run, small_data)["precision"] == config_of(run, "probe")["precision"] == decided
     assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == decided
     model = load_model(run / "model")
     assert model.network.extractor.precision == model.config["precision"] == decided
-    card = (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert f"computed in {decided}" in card
+    assert f"computed in {decided}" in (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert run_scratch(tmp_path / "scratch", small_data, steps=1, batch_size=6)["precision"] == decided
+    short = {**CONTINUE, "steps": 2, "switch": "1", "batch_size": 6}
+    assert run_continue(other, small_data, **short)["precision"] == decided
 
 
 def test_a_finished_stage_stays_finished_on_another_machine(
     wide: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was decided stands; another precision is another setting, and refused by name."""
+    """What was decided stands; another precision is another setting, refused by name, and its features are others."""
     run = Path(shutil.copytree(wide, tmp_path / "run"))
     monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "1")
     first = run_probe(run, small_data)
+    half = features_of(run)
     monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", "0")
     assert run_probe(run, small_data) == first
     with pytest.raises(UsageError, match="precision"):
         run_probe(run, small_data, precision="float32")
     again = run_probe(run, small_data, {"overwrite": True})
     assert again["precision"] == "float32"
-
-
-def test_features_of_another_precision_are_not_taken_for_these(
-    wide: Path, small_data: str, tmp_path: Path
-) -> None:
-    run = Path(shutil.copytree(wide, tmp_path / "run"))
-    run_probe(run, small_data, precision="float32")
-    single = features_of(run)
-    run_probe(run, small_data, {"overwrite": True}, precision="bfloat16")
-    difference = np.linalg.norm(features_of(run) - single) / np.linalg.norm(single)
+    difference = np.linalg.norm(features_of(run) - half) / np.linalg.norm(half)
     assert difference > 1e-4  # the file of the first probe would have been found again
-
-
-def test_from_scratch_and_continued(wide: Path, small_data: str, tmp_path: Path, processor: str) -> None:
-    decided = "bfloat16" if processor == "1" else "float32"
-    assert run_scratch(tmp_path / "scratch", small_data, steps=1, batch_size=6)["precision"] == decided
-    run = Path(shutil.copytree(wide, tmp_path / "run"))
-    short = {**CONTINUE, "steps": 2, "switch": "1", "batch_size": 6}
-    assert run_continue(run, small_data, **short)["precision"] == decided
 
 
 def test_later_stages_compute_as_the_probe_did(
@@ -165,19 +150,17 @@ def test_later_stages_compute_as_the_probe_did(
     assert set(asked) == {"bfloat16"}
 
 
-def test_a_patchnet_is_never_asked_for_bfloat16(patches: Path, small_data: str, tmp_path: Path) -> None:
+def test_a_model_of_patches_says_its_precision_and_is_never_asked_for_bfloat16(
+    patches: Path, small_data: str, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(patches, tmp_path / "run"))
     with pytest.raises(UsageError, match="a patchnet computes in float32"):
         run_probe(run, small_data, precision="bfloat16")
     assert not (run / "privacy" / "ledger.jsonl").exists()
-
-
-def test_a_model_says_its_precision(patches: Path, small_data: str, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(patches, tmp_path / "run"))
     run_probe(run, small_data)
     path = run / "model" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for wrong in ("float16", None, 32):
+    for wrong in ("float16", None):
         path.write_text(json.dumps(config | {"precision": wrong}), encoding="utf-8")
         with pytest.raises(CheckpointError, match="does not describe a model"):
             load_model(run / "model")

@@ -17,7 +17,7 @@ from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.privacy.clipping import per_example_gradients
 
-ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1"]
+ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1", "vit-1-16-16"]
 TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
 
 
@@ -77,7 +77,7 @@ def test_an_unknown_architecture_is_refused_by_name(arch, named):
     assert caught.value.fix
 
 
-@pytest.mark.parametrize(("patch_size", "stride"), [(32, 1), (40, 1), (31, 2), (6, 27)])
+@pytest.mark.parametrize(("patch_size", "stride"), [(32, 1), (31, 2), (6, 27)])
 def test_patches_that_do_not_fill_the_grid_are_refused(patch_size, stride):
     """A region without patches would be an average of nothing: NaN. The largest that fit give finite features."""
     with pytest.raises(UsageError, match=f"patch_size = {patch_size} with stride = {stride}"):
@@ -98,42 +98,16 @@ def test_two_layers_need_a_larger_image():
 
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_extract_equals_features_one_by_one(arch, mirror):
+def test_extract_equals_features_one_by_one_for_any_batch_size(arch, mirror):
     net, batch = network(arch), images(7)
     expected = features_one_by_one(net, batch, mirror)
-    got = extract(net, batch, mirror=mirror, batch_size=3)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    plain = features_one_by_one(net, batch, not mirror)
-    assert (got - plain).abs().max() > 1e-2  # the mirror image does count
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_extract_in_the_machines_own_precision_stays_close(arch):
-    net, batch = network(arch), images(6)
-    expected = features_one_by_one(net, batch, False)
-    got = extract(net, batch, mirror=False)
-    spread = (expected - expected.mean(dim=0)).norm()
-    assert (got - expected).norm() < 0.1 * spread
-    assert (got[0] - expected[1]).norm() > 0.1 * spread  # the tolerance tells one image from another
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_mirror_averaging_forgets_the_side(arch):
-    net, batch = network(arch), images(3)
-    once, turned = extract(net, batch, mirror=True), extract(net, batch.flip(-1), mirror=True)
-    torch.testing.assert_close(once, turned, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(extract(net, batch, mirror=False), extract(net, batch.flip(-1), mirror=False), rtol=1e-3)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_batch_size_changes_nothing(arch):
-    net, batch = network(arch), images(9)
-    reference = extract(net, batch, mirror=True, batch_size=9)
-    for batch_size in (1, 2, 4, 256):
-        torch.testing.assert_close(
-            extract(net, batch, mirror=True, batch_size=batch_size), reference, rtol=1e-5, atol=1e-6
-        )
+    for batch_size in (1, 3, 256):
+        got = extract(net, batch, mirror=mirror, batch_size=batch_size)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (got - features_one_by_one(net, batch, not mirror)).abs().max() > 1e-2  # the mirror image does count
+    turned = extract(net, batch.flip(-1), mirror=mirror)
+    assert torch.allclose(got, turned, rtol=1e-3, atol=1e-4) == mirror
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -156,17 +130,10 @@ def test_after_and_progress_are_called_batch_by_batch():
     assert counts == [3, 3, 1]
     torch.testing.assert_close(got, after(extract(net, batch, mirror=False)))
     assert not got.requires_grad
-
-
-def test_no_images_give_no_rows_of_the_right_width():
-    net = network("patchnet")
     assert extract(net, images(0), mirror=True).shape == (0, net.feature_dim)
-    assert extract(net, images(0), mirror=True, after=lambda f: f[:, :5]).shape == (0, 5)
-
-
-def test_images_of_another_size_are_a_mistake_of_the_caller():
+    assert extract(net, images(0), mirror=True, after=after).shape == (0, 1)
     with pytest.raises(ValueError, match=r"\(3, 28, 28\), expected \(3, 32, 32\)"):
-        extract(network("patchnet"), images(2)[:, :, :28, :28], mirror=False)
+        extract(net, images(2)[:, :, :28, :28], mirror=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -202,8 +169,6 @@ def test_weights_that_do_not_fit_are_refused_naming_every_tensor():
 def test_a_wrn_does_not_take_another_ones_weights():
     with pytest.raises(CheckpointError, match=r"stem\.gain: unknown"):
         load_weights(network("wrn-10-1", weight_standardisation=False), network("wrn-10-1").state_dict())
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.conv1\.weight: \(32, 16, 3, 3\) instead of"):
-        load_weights(network("wrn-10-1"), network("wrn-10-2").state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------- classifier
@@ -229,15 +194,11 @@ def test_scores_are_whitened_features_times_the_head(arch):
         parts.append(share**0.5 * whitened / whitened.norm(dim=1, keepdim=True))
         start += width
     assert start == model.extractor.feature_dim
+    assert Classifier(model.extractor, model.whitener, 5).head.eq(0).all()  # at the start
     expected = torch.cat(parts, dim=1) @ model.head.detach()
     torch.testing.assert_close(model.predict(batch, mirror=True), expected, rtol=1e-4, atol=1e-5)
     plain = model(model.extractor.normalise(batch)).detach()
     torch.testing.assert_close(model.predict(batch, mirror=False), plain, rtol=1e-4, atol=1e-5)
-
-
-def test_a_new_head_is_zero():
-    net = network("patchnet")
-    assert Classifier(net, Whitener(net.feature_dim, 3), 5).head.eq(0).all()
 
 
 def examples_that_move_score(model, batch, index):
@@ -250,9 +211,8 @@ def examples_that_move_score(model, batch, index):
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize(
     ("arch", "options"),
-    [("patchnet", {}), ("two-layer", {})]
-    + [("wrn-10-1", {"layer_order": order}) for order in LAYER_ORDERS]
-    + [("wrn-10-1", {"weight_standardisation": False})],
+    [("patchnet", {}), ("two-layer", {}), ("vit-1-16-16", {}), ("wrn-10-1", {"weight_standardisation": False})]
+    + [("wrn-10-1", {"layer_order": order}) for order in LAYER_ORDERS],
 )
 def test_an_examples_scores_depend_on_its_own_pixels_alone(arch, options, whiten):
     assert examples_that_move_score(classifier(arch, whiten, **options).train(), images(4), 2) == [2]
@@ -260,7 +220,7 @@ def test_an_examples_scores_depend_on_its_own_pixels_alone(arch, options, whiten
 
 def test_a_layer_that_mixes_examples_would_be_noticed():
     model = classifier("wrn-10-1")
-    model.extractor.final_norm = nn.BatchNorm2d(model.extractor.map_channels)
+    model.extractor.final_norm = nn.BatchNorm2d(64)
     assert examples_that_move_score(model.train(), images(4), 2) == [0, 1, 2, 3]
 
 

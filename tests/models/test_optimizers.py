@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dprandp.config.schema import PretrainConfig
-from dprandp.errors import UsageError
 from dprandp.models.optimizers import build_optimizer, restore, state_of
 
 
@@ -47,8 +46,3 @@ def test_the_state_is_all_that_the_next_update_depends_on(name):
     for number in (3, 4):
         step(third, blank, number)
     assert not torch.equal(blank[0], ours[0])
-
-
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(UsageError, match="no optimizer called 'lion'"):
-        built(PretrainConfig(optimizer="lion"), [torch.nn.Parameter(torch.ones(1))])

@@ -6,17 +6,16 @@ import math
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
 
 from dprandp.config.schema import PretrainConfig
 from dprandp.errors import UsageError
 from dprandp.models.extractor import build_extractor
-from dprandp.models.vit import HEAD_WIDTH, VisionTransformer, parse_vit
+from dprandp.models.vit import HEAD_WIDTH, VisionTransformer
 from dprandp.privacy.clipping import refuse_cross_example_layers
 
 
-def network(arch: str = "vit-2-32-8", seed: int = 0) -> VisionTransformer:
-    return build_extractor(PretrainConfig(arch=arch), torch.Generator().manual_seed(seed))
+def network() -> VisionTransformer:
+    return build_extractor(PretrainConfig(arch="vit-2-32-8"), torch.Generator().manual_seed(0))
 
 
 def norm(x: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
@@ -81,29 +80,7 @@ def test_one_image_moves_nobody_elses_features() -> None:
     refuse_cross_example_layers(net)
 
 
-def test_per_example_gradients_in_parallel_are_those_one_by_one() -> None:
-    net, images = network(), torch.randn(3, 3, 32, 32)
-    parameters = {name: value.detach() for name, value in net.named_parameters()}
-
-    def loss(values: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-        return functional_call(net, values, (image[None],)).square().sum()
-
-    together = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
-    for index, image in enumerate(images):
-        alone = grad(loss)(parameters, image)
-        for name, value in alone.items():
-            torch.testing.assert_close(together[name][index], value, rtol=1e-3, atol=1e-4)
-
-
-def test_equal_seeds_make_equal_weights_and_others_do_not() -> None:
-    assert torch.equal(network().embed.weight, network().embed.weight)
-    assert not torch.equal(network().embed.weight, network(seed=1).embed.weight)
-    assert network().position.std() > 0
-
-
 @pytest.mark.parametrize("name", ["vit-2-32", "vit-0-32-4", "vit-2-24-4", "vit-2-32-5", "vit-2-32-32", "vit-2-0-4"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(UsageError):
-        parse_vit(name)
     with pytest.raises(UsageError):
         build_extractor(PretrainConfig(arch=name))

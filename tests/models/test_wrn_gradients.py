@@ -78,8 +78,7 @@ def gradients_by(path: str, model: Classifier, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("count", "views"), [(5, 1), (2, 3)])
-@pytest.mark.parametrize("standardised", [True, False])
+@pytest.mark.parametrize(("count", "views", "standardised"), [(5, 1, True), (1, 3, True), (2, 3, False)])
 def test_every_path_equals_a_loop_over_single_views(
     path: str, count: int, views: int, standardised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,17 +91,12 @@ def test_every_path_equals_a_loop_over_single_views(
     for name, value in expected.items():  # also where a part of the parameters is a small part of the norm
         assert (found[name] - value).norm() < 2e-3 * value.norm() + 1e-6
     swapped = {name: value.flip(0) for name, value in expected.items()}
-    assert apart(found, swapped).max() > 0.1  # what it is compared with could tell records apart
+    assert count == 1 or apart(found, swapped).max() > 0.1  # what it is compared with could tell records apart
 
 
-def test_padding_of_the_published_network() -> None:
-    model, (images, labels) = model_of(padding="same"), records(2, 2, size=13)
-    assert apart(WrnGradients(model).of(images, labels), by_loop(model, images, labels)).max() < 1e-4
-
-
-@pytest.mark.parametrize("order", LAYER_ORDERS)
-def test_every_order_of_layers(order: str) -> None:
-    model, (images, labels) = model_of(order=order, pooling="4"), records(2, 2)
+@pytest.mark.parametrize(("order", "padding"), list(zip(LAYER_ORDERS, ["same", *["symmetric"] * 3], strict=True)))
+def test_every_order_of_layers_and_padding(order: str, padding: str) -> None:
+    model, (images, labels) = model_of(order=order, padding=padding, pooling="4"), records(2, 2, size=13)
     assert apart(WrnGradients(model).of(images, labels), by_loop(model, images, labels)).max() < 1e-4
 
 
@@ -122,20 +116,17 @@ def test_threads_and_earlier_calls_change_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_parameters_are_taken_anew_by_refresh() -> None:
-    model, (images, labels) = model_of(), records(2, 1)
+def test_parameters_are_taken_anew_by_refresh_and_the_head_alone_may_be_asked_for() -> None:
+    model, (images, labels) = model_of(), records(3, 2)
     made = WrnGradients(model)
     for value in model.parameters():
         value.data.mul_(1.5)
     made.refresh()
-    assert apart(made.of(images, labels), by_loop(model, images, labels)).max() < 1e-4
-
-
-def test_the_head_alone() -> None:
-    model, (images, labels) = model_of(), records(3, 2)
+    expected = by_loop(model, images, labels)
+    assert apart(made.of(images, labels), expected).max() < 1e-4
     found = WrnGradients(model, trained={"head"}).of(images, labels)
     assert found.keys() == {"head"}
-    assert apart(found, {"head": by_loop(model, images, labels)["head"]}).max() < 1e-4
+    assert apart(found, {"head": expected["head"]}).max() < 1e-4
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -17,7 +17,7 @@ from benchmark.peer_opacus import GHOST, HOOKS
 from benchmark.timing import spread
 
 from dprandp.errors import BenchmarkError, UsageError
-from dprandp.synth import stylegan, stylegan_draws
+from dprandp.synth import stylegan
 
 ROW = {
     "pair", "quantity", "against", "ratio", "lowest", "highest", "rounds", "wording", "cpu_ratio", "ours", "theirs",
@@ -149,11 +149,11 @@ def test_another_clip_norm_shows_in_the_check_of_the_probe(monkeypatch: pytest.M
 def test_the_dense_network_makes_the_same_bytes_but_for_rounding() -> None:
     ours = stylegan.render(np.random.default_rng(5), stylegan.CHUNK, 16).astype(int)
     random = np.random.default_rng(5)
-    network = stylegan_draws.draw_network(random, 16)
+    network = stylegan.draw_network(random, 16)
     theirs = peer_stylegan.render(random, network, stylegan.CHUNK).astype(int)
     assert np.abs(ours - theirs).max() <= 1
-    network = stylegan_draws.draw_network(np.random.default_rng(0), 16)
-    draws = stylegan_draws.draw_images(np.random.default_rng(1), network, 3)
+    network = stylegan.draw_network(np.random.default_rng(0), 16)
+    draws = stylegan.draw_images(np.random.default_rng(1), network, 3)
     other = replace(draws, noise=draws.noise.flip(0))
     with pytest.raises(BenchmarkError):  # control
         pairs.agree("x", stylegan.synthesise(network, other), peer_stylegan.synthesise(network, draws), 1e-4)

@@ -76,10 +76,10 @@ def test_the_step_schedule_has_the_published_boundaries():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step"])
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_schedules_of_a_few_steps_are_positive(schedule, steps):
-    config = PretrainConfig(steps=steps, schedule=schedule)
-    assert all(0 < learning_rate(config, step) <= 0.03 for step in range(steps))
+def test_schedules_of_a_few_steps_are_positive(schedule):
+    for steps in (1, 2, 3):
+        config = PretrainConfig(steps=steps, schedule=schedule)
+        assert all(0 < learning_rate(config, step) <= 0.03 for step in range(steps))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,20 @@ def test_the_rate_that_was_not_given_is_the_optimizers(settings, rate):
     assert max(learning_rate(PretrainConfig(**settings), step) for step in range(100)) == pytest.approx(rate, rel=0.02)
 
 
-def test_the_optimizer_gets_the_schedules_rate(pictures):
+def test_every_parameter_that_is_used_is_trained_at_the_schedules_rate(pictures):
     made = trainer(pictures)
+    before = {name: tensor.clone() for name, tensor in made.state().items()}
     for step in (0, 5):
         made.step(step)
         assert {group["lr"] for group in made.optimizer.param_groups} == {learning_rate(TINY, step)}
+    unmoved = [name for name, tensor in made.state().items() if name in before and torch.equal(tensor, before[name])]
+    # the trunk alone is trained, as published: the final activation's norm has no gradient and only decays
+    assert [name for name in unmoved if "network.final_norm." not in name] == []
+    state = made.state()
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+    momenta = {name for name in state if name.startswith("optimizer.momentum_buffer.")}
+    assert len(momenta) == len(made.optimizer.param_groups[0]["params"]) > 10
+    assert {name.removeprefix("optimizer.momentum_buffer.") for name in momenta} <= state.keys()
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
@@ -103,31 +112,22 @@ def test_the_optimizer_gets_the_schedules_rate(pictures):
 def test_the_loss_goes_down():
     """Against untrained weights on the very same views; beforehand both agree."""
     leaves = torch.from_numpy(render_block("dead-leaves", 0, 0, 60, 32)).permute(0, 3, 1, 2).contiguous()
-    config = replace(TINY, steps=30, schedule="step", batch_size=24, lr=0.01, projection_hidden=64, projection_dim=32)
-    trained = run(trainer(leaves, config), 0, 23)  # before the first drop of the rate
+    config = replace(TINY, steps=24, schedule="step", batch_size=24, lr=0.02, projection_hidden=64, projection_dim=32)
+    trained = run(trainer(leaves, config), 0, 18)  # before the first drop of the rate
     still = trainer(leaves, replace(config, lr=1e-12))
     assert run(still, 0, 1)[0] == pytest.approx(trained[0], abs=1e-4)
-    assert np.mean(trained[-4:]) < np.mean(run(still, 19, 23)) - 0.25
+    assert np.mean(trained[-4:]) < np.mean(run(still, 14, 18)) - 0.25
 
 
-def test_every_parameter_that_is_used_is_trained(pictures):
-    made = trainer(pictures)
-    before = {name: tensor.clone() for name, tensor in made.state().items()}
-    run(made, 0, 2)
-    unmoved = [name for name, tensor in made.state().items() if name in before and torch.equal(tensor, before[name])]
-    # the trunk alone is trained, as published: the final activation's norm has no gradient and only decays
-    assert [name for name in unmoved if "network.final_norm." not in name] == []
-
-
-def test_train_reports_the_mean_since_the_last_time(pictures):
+def test_train_reports_the_mean_since_the_last_time(pictures, monkeypatch):
+    monkeypatch.setattr(contrastive, "LOG_EVERY", 3)
     config = replace(TINY, steps=7)
     expected = run(trainer(pictures, config), 0, 7)
     reports = []
-    last = train(trainer(pictures, config), 0, on_step=lambda done, mean: reports.append((done, mean)), log_every=3)
+    last = train(trainer(pictures, config), 0, on_step=lambda done, mean: reports.append((done, mean)))
     assert [done for done, _ in reports] == list(range(1, 8))
     assert [mean is None for _, mean in reports] == [True, True, False, True, True, False, False]
     assert reports[2][1] == pytest.approx(np.mean(expected[:3]))
-    assert reports[5][1] == pytest.approx(np.mean(expected[3:6]))
     assert last == reports[6][1] == pytest.approx(expected[6])
 
 
@@ -135,7 +135,7 @@ def test_train_reports_the_mean_since_the_last_time(pictures):
 
 
 @pytest.mark.parametrize(
-    ("stop", "changes"), [(0, {}), (1, {}), (5, {}), (5, {"momentum": 0.0}), (5, {"optimizer": "adamw", "lr": 1e-3})]
+    ("stop", "changes"), [(0, {}), (5, {}), (5, {"momentum": 0.0}), (5, {"optimizer": "adamw", "lr": 1e-3})]
 )
 def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(pictures, stop, changes):
     config = replace(TINY, steps=9, **changes)
@@ -163,16 +163,6 @@ def test_what_the_state_leaves_out_would_be_noticed(pictures):
     assert raw(second.state()) != raw(whole.state())
 
 
-def test_the_state_is_plain_contiguous_tensors_with_one_momentum_for_each_parameter(pictures):
-    made = trainer(pictures)
-    run(made, 0, 1)
-    state = made.state()
-    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
-    momenta = {name for name in state if name.startswith("optimizer.momentum_buffer.")}
-    assert len(momenta) == len(made.optimizer.param_groups[0]["params"]) > 10
-    assert {name.removeprefix("optimizer.momentum_buffer.") for name in momenta} <= state.keys()
-
-
 def test_a_step_is_a_function_of_seed_and_number(pictures, monkeypatch):
     torch.manual_seed(1)
     first = run(trainer(pictures), 0, 3)
@@ -182,11 +172,3 @@ def test_a_step_is_a_function_of_seed_and_number(pictures, monkeypatch):
     seeds = {contrastive._step_seed(seed, step) for seed in range(20) for step in range(1000)}
     assert len(seeds) == 20_000
     assert all(0 <= contrastive._step_seed(seed, 10**6) < 2**63 for seed in (0, 2**63 - 1))
-
-
-def test_the_networks_own_features_change_with_training(pictures):
-    made = trainer(pictures)
-    images = made.network.normalise(pictures)
-    before = made.network.features(images).detach()
-    run(made, 0, 3)
-    assert not torch.allclose(made.network.features(images).detach(), before, rtol=1e-2)

@@ -15,7 +15,7 @@ from stage_processes import Stages, stage_server
 from dprandp.config.schema import PretrainConfig, build
 from dprandp.generate import load_images
 from dprandp.models.extractor import extract
-from dprandp.pretrain import colour_mode, load_extractor, synthetic_crops, wrn
+from dprandp.pretrain import load_extractor, synthetic_crops, wrn
 from dprandp.pretrain.evaluation import MEASURES
 from dprandp.runs import checkpoint
 from dprandp.runs.console import Console
@@ -27,7 +27,7 @@ IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
 PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
-TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20}
+TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20, "colour": "rgb"}
 RECIPES = {"patchnet": PATCHNET, "two layers": TWO_LAYERS, "wrn": WRN}
 KILLED = -signal.SIGKILL
 TIMES = ("seconds", "views_per_second")
@@ -83,16 +83,13 @@ def context_of(run: Path) -> Context:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_result_and_the_files(learned, name):
+def test_the_result_the_files_and_the_loaded_extractor(learned, name):
     run, result = learned[name]
     assert set(result) == {
         "arch", "random_init", "parameters", "feature_dim", "precision", "steps", "views_per_second", "loss", "seconds",
         *MEASURES,
-        *({"optimizer"} if name == "wrn" else {"grey"}),
+        *({"wrn": {"optimizer"}, "patchnet": {"grey"}}.get(name, ())),
     }  # fmt: skip
-    assert result["arch"] == RECIPES[name]["arch"]
-    assert result["random_init"] is False
-    assert result["seconds"] > 0
     if name == "wrn":
         assert result["steps"] == 12
         assert result["views_per_second"] > 0
@@ -101,59 +98,44 @@ def test_the_result_and_the_files(learned, name):
     else:
         assert (result["steps"], result["views_per_second"], result["loss"]) == (3, None, None)
     own = ["LATEST", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
-    grey = [] if name == "wrn" else [f"grey/{file}" for file in own]
+    grey = [f"grey/{file}" for file in own] if name == "patchnet" else []
     assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
     assert RunDir.open(run, create=False).result("pretrain") == result
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_extractor_loads_with_its_configuration(learned, name):
-    run, result = learned[name]
     network, config = load_extractor(context_of(run), "rgb")
     decided = {"colour": "both", "precision": result["precision"]} if name == "wrn" else {"colour": "rgb"}
-    assert config == PretrainConfig(**RECIPES[name], **decided)
+    assert config == PretrainConfig(**RECIPES[name] | decided)
     assert not network.training
     assert network.feature_dim == result["feature_dim"]
     assert sum(parameter.numel() for parameter in network.parameters()) == result["parameters"]
-    crops = synthetic_crops(context_of(run), 60, 0)
-    features = extract(network, crops, mirror=False)
-    assert features.shape == (60, result["feature_dim"])
+    features = extract(network, synthetic_crops(context_of(run), 60, 0), mirror=False)
     assert features.isfinite().all()
     assert features.std(dim=0).max() > 0
 
 
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in files(run)["metrics.jsonl"].splitlines()]
+
+
 def test_metrics_are_written_step_by_step(learned):
-    lines = [json.loads(line) for line in files(learned["wrn"][0])["metrics.jsonl"].splitlines()]
+    lines, passes, twice = (metrics(learned[name][0]) for name in ("wrn", "patchnet", "two layers"))
     assert [line["step"] for line in lines] == [10, 12]
     assert learned["wrn"][1]["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-5)
-    passes = [json.loads(line) for line in files(learned["patchnet"][0])["metrics.jsonl"].splitlines()]
     assert [line["step"] for line in passes] == [1, 2, 3]
-    twice = [json.loads(line) for line in files(learned["two layers"][0])["metrics.jsonl"].splitlines()]
     assert [line["step"] for line in twice] == list(range(1, 10))  # three dictionaries
     assert twice[:3] == passes
     similarities = [line["similarity"] for line in passes]
     assert similarities == sorted(similarities)  # k-means gets nearer
-    assert similarities[0] > 0
-
-
-def test_neighbours_are_found_well_above_chance(learned):
-    """Another crop of the same image among the 15 held out: by chance one is right, 6 with probability below 1e-3."""
+    # another crop of the same image among the 15 held out: by chance 6 are right with probability below 1e-3
     assert learned["patchnet"][1]["knn_accuracy"] > 6 / 15
-    assert 0 <= learned["wrn"][1]["knn_accuracy"] <= 1
-
-
-def test_a_second_layer_leaves_the_first_as_it_is(learned):
-    one, two = (load_extractor(context_of(learned[name][0]), "rgb")[0] for name in ("patchnet", "two layers"))
-    assert all(torch.equal(value, two.first.state_dict()[name]) for name, value in one.state_dict().items())
-    assert two.feature_dim > one.feature_dim
 
 
 def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):
     result = stages.must("pretrain", fresh, {**PATCHNET, "random_init": True})
     assert result["random_init"] is True
     assert result["steps"] == 0
-    assert 0 <= result["knn_accuracy"] <= 1
-    control, _ = load_extractor(context_of(fresh), "rgb")
+    assert "grey" not in result  # one network serves both colours
+    (control, _), (same, _) = (load_extractor(context_of(fresh), colour) for colour in ("rgb", "grey"))
+    assert torch.equal(control.weight, same.weight)
     network, _ = load_extractor(context_of(learned["patchnet"][0]), "rgb")
     assert control.weight.shape == network.weight.shape
     assert not torch.allclose(control.weight, network.weight, rtol=0.1)
@@ -179,48 +161,22 @@ def test_the_same_seed_repeats_every_byte_and_another_does_not(stages, learned, 
     assert weights(tmp_path / "other") != weights(run)
 
 
-@pytest.mark.parametrize("recipe", [PATCHNET, TWO_LAYERS], ids=["one layer", "two layers"])
-def test_where_the_colour_is_not_known_there_is_the_very_extractor_of_each(stages, learned, fresh, tmp_path, recipe):
+def test_where_the_colour_is_not_known_there_is_the_very_extractor_of_each(stages, learned, fresh, tmp_path):
     """Every byte as if the colour had been given, each in its own place; the two differ."""
-    run, result = learned["patchnet" if recipe is PATCHNET else "two layers"]
+    run, result = learned["patchnet"]
     known = {colour: Path(shutil.copytree(fresh, tmp_path / colour)) for colour in ("rgb", "grey")}
-    alone = {colour: stages.must("pretrain", path, {**recipe, "colour": colour}) for colour, path in known.items()}
+    alone = {colour: stages.must("pretrain", path, {**PATCHNET, "colour": colour}) for colour, path in known.items()}
     made = files(run)
     for colour, folder in (("rgb", ""), ("grey", "grey/")):
         expected = files(known[colour])
         del expected["config.toml"]
         assert {name: made[folder + name] for name in expected} == expected
-        assert load_extractor(context_of(run), colour)[1] == PretrainConfig(**recipe, colour=colour)
+        assert load_extractor(context_of(run), colour)[1] == PretrainConfig(**PATCHNET, colour=colour)
+        assert not (known[colour] / "2-pretrain" / "grey").exists()
+        assert load_extractor(context_of(known[colour]), "rgb")[1].colour == colour  # the only one there is
     assert made["extractor.safetensors"] != made["grey/extractor.safetensors"]
     assert {name: value for name, value in timeless(result).items() if name != "grey"} == timeless(alone["rgb"])
     assert result["grey"] == {name: alone["grey"][name] for name in MEASURES}
-
-
-@pytest.mark.parametrize("recipe", [{**PATCHNET, "random_init": True}, WRN], ids=["random", "wrn"])
-def test_one_network_serves_both_colours_where_there_is_no_dictionary(stages, fresh, recipe):
-    result = stages.must("pretrain", fresh, recipe)
-    assert "grey" not in result
-    assert not (fresh / "2-pretrain" / "grey").exists()
-    rgb, grey = (load_extractor(context_of(fresh), colour) for colour in ("rgb", "grey"))
-    assert rgb[1] == grey[1]
-    assert all(torch.equal(value, grey[0].state_dict()[name]) for name, value in rgb[0].state_dict().items())
-
-
-@pytest.mark.parametrize("colour", ["rgb", "grey"])
-def test_a_given_colour_is_the_only_one_learned(stages, fresh, colour):
-    stages.must("pretrain", fresh, {**PATCHNET, "colour": colour})
-    assert not (fresh / "2-pretrain" / "grey").exists()
-    assert {load_extractor(context_of(fresh), asked)[1].colour for asked in ("rgb", "grey")} == {colour}
-
-
-def test_colour_modes():
-    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before = images.clone()
-    is_grey = {mode: (colour_mode(images, mode).float().std(dim=1) == 0).all(dim=(1, 2)).tolist()
-               for mode in ("rgb", "grey", "both")}  # fmt: skip
-    assert is_grey == {"rgb": [False] * 5, "grey": [True] * 5, "both": [True, False, True, False, True]}
-    assert torch.equal(colour_mode(images, "both")[1::2], images[1::2])
-    assert torch.equal(images, before)
 
 
 def test_crops_are_public_functions_of_the_seed(learned):
@@ -240,22 +196,20 @@ def test_crops_are_public_functions_of_the_seed(learned):
     [
         "pointer-moved:2",
         pytest.param("pointer-moved:1", marks=pytest.mark.slow),
-        pytest.param("pointer-moved:3", marks=pytest.mark.slow),
+        "pointer-moved:3",
         pytest.param("temp-written:6", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_weights_are_the_uninterrupted_ones(stages, learned, fresh, fault):
+def test_killed_and_resumed_is_uninterrupted(stages, learned, fresh, fault):
     assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
     assert RunDir.open(fresh, create=False).status()[1]["state"] == "partial"
     result = stages.must("pretrain", fresh, WRN)
     run, expected = learned["wrn"]
-    same = ["LATEST", "config.toml", "extractor.safetensors"]
-    assert {name: files(fresh)[name] for name in same} == {name: files(run)[name] for name in same}
-    assert sorted(files(fresh)) == sorted(files(run))
-    assert {**timeless(result), "loss": None} == {**timeless(expected), "loss": None}
+    assert files(fresh) == files(run)
+    assert timeless(result) == timeless(expected)
 
 
-def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
+def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, learned, fresh):
     """It does not merely start again: a checkpoint that was swapped for another's state shows in the end."""
     assert stages.run("pretrain", fresh, WRN, fault="pointer-moved:2").code == KILLED
     folder = fresh / "2-pretrain"
@@ -264,10 +218,7 @@ def test_a_resumed_stage_goes_on_from_its_checkpoint(stages, fresh):
     moved = {name: tensor + 1e-3 if tensor.is_floating_point() else tensor for name, tensor in saved.tensors.items()}
     checkpoint.save(folder, saved.name, moved, saved.meta)
     stages.must("pretrain", fresh, WRN)
-    reference = fresh.parent / "reference"
-    shutil.copytree(fresh, reference)
-    stages.must("pretrain", reference, WRN, overwrite=True)
-    assert weights(reference) != weights(fresh)
+    assert weights(fresh) != weights(learned["wrn"][0])
 
 
 def test_a_checkpoint_without_all_that_a_step_depends_on_is_refused_by_name(stages, fresh):
@@ -279,15 +230,6 @@ def test_a_checkpoint_without_all_that_a_step_depends_on_is_refused_by_name(stag
     outcome = stages.run("pretrain", fresh, WRN)
     assert outcome.code == 4
     assert f"{saved.name}.safetensors has no tensor 'optimizer.momentum_buffer.network." in outcome.result["problem"]
-
-
-@pytest.mark.parametrize("fault", ["pointer-moved:2", "pointer-moved:3"])
-def test_killed_and_resumed_metrics_and_loss_are_the_uninterrupted_ones(stages, learned, fresh, fault):
-    assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
-    result = stages.must("pretrain", fresh, WRN)
-    run, expected = learned["wrn"]
-    assert files(fresh)["metrics.jsonl"] == files(run)["metrics.jsonl"]
-    assert result["loss"] == expected["loss"]
 
 
 def test_the_line_of_a_checkpoints_own_step_survives_a_crash(stages, learned, fresh):
@@ -319,7 +261,7 @@ def test_killed_between_the_two_extractors_the_finished_one_is_kept(stages, fres
     assert torch.equal(network.weight, moved["weight"])
 
 
-def test_a_finished_stage_is_skipped_and_a_lost_second_extractor_is_noticed(stages, fresh):
+def test_a_finished_stage_is_skipped_lost_files_are_noticed_and_other_images_not_mixed_in(stages, fresh):
     first = stages.must("pretrain", fresh, PATCHNET)
     before = files(fresh)
     for options in ({}, {"resume": True}):
@@ -332,6 +274,12 @@ def test_a_finished_stage_is_skipped_and_a_lost_second_extractor_is_noticed(stag
     assert "grey/extractor.safetensors is missing" in outcome.result["problem"]
     stages.must("pretrain", fresh, PATCHNET, overwrite=True)
     assert files(fresh) == before
+    stages.must("generate", fresh, {**IMAGES, "seed": 9}, overwrite=True)
+    outcome = stages.run("pretrain", fresh, PATCHNET)
+    assert outcome.code == 2
+    assert "manifest.json changed" in outcome.result["problem"]
+    stages.must("pretrain", fresh, PATCHNET, overwrite=True)
+    assert weights(fresh) != before["extractor.safetensors"]
 
 
 @pytest.mark.slow
@@ -347,11 +295,10 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
 # ---------------------------------------------------------------------------------------------------- what is held out
 
 
-def test_features_are_looked_at_during_the_training(stages, fresh, monkeypatch):
+def test_features_are_looked_at_during_the_training(fresh, monkeypatch):
     """Steps that the configuration alone decides, for little of the time; lines like those of the end."""
     assert wrn.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
     assert wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
-    assert wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=100)) == 5
     looking = {**WRN, "batch_size": 400, "steps": 6, "checkpoint_every": 10}  # every third step
     context, lines = context_of(fresh), []
     steps = range(1, 7)
@@ -401,24 +348,10 @@ def test_an_impossible_extractor_is_refused_before_anything_is_written(stages, f
     assert not (fresh / "2-pretrain").exists()
 
 
-def test_without_images_it_says_what_to_run(stages, tmp_path):
-    outcome = stages.run("pretrain", tmp_path / "run", PATCHNET)
+def test_without_images_or_with_damaged_ones_it_is_refused(stages, fresh, tmp_path):
+    outcome = stages.run("pretrain", tmp_path / "none", PATCHNET)
     assert outcome.code == 3
     assert "dprandp generate" in outcome.result["fix"]
-
-
-def test_other_images_are_not_mixed_with_what_was_learned(stages, fresh):
-    stages.must("pretrain", fresh, PATCHNET)
-    stages.must("generate", fresh, {**IMAGES, "seed": 9}, overwrite=True)
-    outcome = stages.run("pretrain", fresh, PATCHNET)
-    assert outcome.code == 2
-    assert "manifest.json changed" in outcome.result["problem"]
-    before = weights(fresh)
-    stages.must("pretrain", fresh, PATCHNET, overwrite=True)
-    assert weights(fresh) != before
-
-
-def test_images_damaged_since_are_noticed(stages, fresh):
     path = fresh / "1-generate" / "shard-00000.npy"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from dprandp.config import schema
 from dprandp.data import open_dataset
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.generate import blocks_of, load_images
-from dprandp.pretrain import shipped
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
 from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
@@ -28,11 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = PROBE["statistics_images"]
 
 
-def make_prior(run: Path, out: Path, name: str = "tiny-test", **options: object) -> dict:
-    """scripts/make_prior.py, in this process."""
+def make_prior_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_prior", ROOT / "scripts" / "make_prior.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def make_prior(run: Path, out: Path, name: str = "tiny-test", **options: object) -> dict:
+    """scripts/make_prior.py, in this process."""
+    script = make_prior_script()
     script.FLAGS = {stage: (*flags, *PRETRAIN) for stage, flags in script.FLAGS.items()}  # the sizes of tests
     given = {"name": name, "run": run, "results": None, "note": None, "out": out} | options
     return script.write(argparse.Namespace(**given))
@@ -65,7 +70,7 @@ def folder(tmp_path, public_run, monkeypatch) -> Path:
 
 def adopt(run: Path, name: str = "tiny-test", **options: object) -> None:
     with context(run, **options) as given:
-        pipeline.adopt(shipped.public_stages(name, IMAGES), given)
+        pipeline.adopt(priors.public_stages(name, IMAGES), given)
 
 
 def flip(path: Path) -> None:
@@ -93,12 +98,9 @@ def test_a_sample_holds_the_images_that_would_be_taken_of_all(tmp_path, count, s
     assert np.array_equal(*(load_images(path, some) for path in folders))
 
 
-def test_more_than_all_is_refused(tmp_path):
+def test_more_than_all_is_refused_and_without_a_sample_nothing_changes(tmp_path):
     with context(tmp_path / "run") as given, pytest.raises(UsageError, match="a sample of 61"):
         generate.run(schema.build("generate", GENERATE | {"sample": 61}), given)
-
-
-def test_without_a_sample_nothing_changes():
     assert blocks_of(schema.build("generate", GENERATE | {"count": 250})) == {0: 100, 1: 100, 2: 50}
 
 
@@ -153,7 +155,7 @@ def test_again_nothing_is_done_and_another_extractor_is_not_replaced_unasked(tmp
 
 def test_what_learns_the_prior_anew_is_refused(tmp_path, folder, public_run):
     with context(tmp_path / "run") as given:
-        stages = shipped.public_stages("tiny-test", IMAGES)
+        stages = priors.public_stages("tiny-test", IMAGES)
         pipeline.run_stage("generate", stages["generate"], given)
         wrong = schema.build("pretrain", PRETRAIN | {"prior": "tiny-test", "colour": "rgb", "filters": 17})
         with pytest.raises(UsageError, match="other settings: filters = 16"):
@@ -170,7 +172,7 @@ SELDOM = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "ca
 @pytest.mark.parametrize("damage", ["flipped", "missing", "card", *SELDOM])
 def test_a_damaged_prior_is_refused_with_exit_code_4_before_anything_is_written(tmp_path, folder, damage):
     tensors, card = folder / "tiny-test.safetensors", folder / "tiny-test.json"
-    stages = shipped.public_stages("tiny-test", IMAGES)
+    stages = priors.public_stages("tiny-test", IMAGES)
     if damage == "flipped":
         flip(tensors)
     elif damage == "cut":
@@ -190,51 +192,41 @@ def test_a_damaged_prior_is_refused_with_exit_code_4_before_anything_is_written(
             pipeline.run_stage("pretrain", stages["pretrain"], given)
     assert refused.value.exit_code == 4
     assert not (tmp_path / "run/2-pretrain").exists()
-    rows = shipped.table()
+    rows = priors.table()
     assert rows[0]["problem"] == refused.value.problem
-    assert "DAMAGED" in shipped.lines(rows)
+    assert "DAMAGED" in priors.lines(rows)
     with pytest.raises(CheckpointError):
-        shipped.check(rows)
+        priors.check(rows)
 
 
-def test_tensors_that_do_not_fit_their_card_are_refused(tmp_path, folder):
+def test_tensors_that_do_not_fit_their_card_are_refused(folder):
     card = read_json(folder / "tiny-test.json")
-    card["pretrain"]["filters"] = 17  # the hash is right, the tensors are of sixteen filters
-    (folder / "tiny-test.json").write_text(json.dumps(card))
-    assert "does not fit its card" in shipped.table()[0]["problem"]
+    for change, said in (({"filters": 17}, "does not fit its card"), ({"colour": "both"}, "is damaged")):
+        changed = card | {"pretrain": card["pretrain"] | change}  # the hash is right
+        (folder / "tiny-test.json").write_text(json.dumps(changed))
+        assert said in priors.table()[0]["problem"]
 
 
 def test_an_unknown_prior_names_the_nearest(folder):
     with pytest.raises(UsageError) as refused:
-        shipped.public_stages("tiny-tset")
+        priors.public_stages("tiny-tset")
     assert "did you mean 'tiny-test'" in refused.value.fix
     for name in ("../tiny-test", "", "a/b"):
         with pytest.raises(UsageError):
-            shipped.public_stages(name)
+            priors.public_stages(name)
 
 
 @pytest.mark.slow
-def test_only_a_learned_extractor_becomes_a_prior(tmp_path, folder, public_run):
+def test_only_a_learned_extractor_becomes_a_prior_and_only_one(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="needs stage 'pretrain'"):
         make_prior(tmp_path / "empty", folder)
     adopt(tmp_path / "run")
-    with pytest.raises(SystemExit, match="own"):
-        make_prior(tmp_path / "run", folder, "again")
     make_public(tmp_path / "random", random_init=True)
-    with pytest.raises(SystemExit, match="own"):
-        make_prior(tmp_path / "random", folder, "random")
-
-
-def test_a_prior_is_one_extractor(tmp_path, folder):
-    """A run with one for each kind of data is refused, and so is a card that names both."""
     make_public(tmp_path / "both")
-    with pytest.raises(SystemExit, match=r"two extractors.*--colour"):
-        make_prior(tmp_path / "both", folder, "both")
-    card = read_json(folder / "tiny-test.json")
-    card["pretrain"]["colour"] = "both"
-    (folder / "tiny-test.json").write_text(json.dumps(card))
-    assert "is damaged" in shipped.table()[0]["problem"]
+    for name, said in (("run", "own"), ("random", "own"), ("both", r"two extractors.*--colour")):
+        with pytest.raises(SystemExit, match=said):
+            make_prior(tmp_path / name, folder, "again")
 
 
 def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_run):
@@ -249,9 +241,9 @@ def test_results_on_the_card_are_of_these_very_tensors(tmp_path, folder, public_
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     make_prior(public_run, folder, results=tmp_path / "results.jsonl")
     alone, measured = priors.read_card("tiny-test").probes
-    assert (alone["accuracy"], alone["seeds"], alone["deviation"]) == (0.25, 1, None)
-    assert (measured["accuracy"], measured["seeds"]) == (pytest.approx(0.8), 2)
-    assert measured["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert (alone.accuracy, alone.seeds, alone.deviation) == (0.25, 1, None)
+    assert (measured.accuracy, measured.seeds) == (pytest.approx(0.8), 2)
+    assert measured.deviation == pytest.approx(0.2 / 2**0.5)
     text = (folder / "tiny-test.md").read_text()
     assert "80.0 ± 14.1 | 2 |" in text
     assert "| 25.0 | 1 |" in text
@@ -274,18 +266,14 @@ def test_an_extractor_of_the_other_colour_is_told_of(colour, channels, warns):
 # -------------------------------------------------------------------------------------------------- those that do ship
 
 
-def test_some_priors_ship():
-    assert {"patchnet-tiny", "patchnet-tiny-grey", "patchnet-small"} <= set(priors.prior_names())
-
-
 @pytest.mark.parametrize("name", priors.prior_names())
 def test_a_shipped_prior_is_whole_small_and_says_how_it_was_made(name):
-    (row,) = (row for row in shipped.table() if row["name"] == name)
+    (row,) = (row for row in priors.table() if row["name"] == name)
     assert row["problem"] is None
     tensors = priors.FOLDER / f"{name}.safetensors"
     card = priors.read_card(name)
     assert tensors.stat().st_size == card.bytes <= 12 * 2**20
-    assert (priors.FOLDER / f"{name}.md").read_text(encoding="utf-8") == shipped.card_text(card)
+    assert (priors.FOLDER / f"{name}.md").read_text(encoding="utf-8") == make_prior_script().card_text(card)
     assert card.result["random_init"] is False
     # the commands on the card are those of its configurations
     group = typer.main.get_command(app)
@@ -299,3 +287,4 @@ def test_a_shipped_prior_is_whole_small_and_says_how_it_was_made(name):
 def test_the_files_of_every_prior_are_there():
     names = {path.name for path in priors.FOLDER.iterdir() if path.suffix in (".json", ".md", ".safetensors")}
     assert names == {f"{name}.{kind}" for name in priors.prior_names() for kind in ("json", "md", "safetensors")}
+    assert {"patchnet-tiny", "patchnet-tiny-grey", "patchnet-small"} <= set(priors.prior_names())

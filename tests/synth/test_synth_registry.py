@@ -41,47 +41,36 @@ def digest(process: str, block: int, seed: int = 11) -> str:
 
 
 def test_the_registry() -> None:
-    assert set(PROCESSES) == {
-        *(f"stylegan-{kind}" for kind in ("oriented", "random", "highfreq", "sparse")),
-        *("dead-leaves", "dead-leaves-squares", "dead-leaves-oriented", "dead-leaves-textures"),
-        *("spectrum", "spectrum-color", "wmm", "spectrum-color-wmm", "fractal", "perlin"),
-    }
+    assert {"stylegan-oriented", "dead-leaves-textures", "wmm", "fractal", "perlin"} <= set(PROCESSES)
     for name, spec in PROCESSES.items():
         assert spec.name == name
         assert process_named(name) is spec
     assert PROCESSES["stylegan-oriented"].block_size == 400
 
 
-@pytest.mark.parametrize("process", [*sorted(PROCESSES), *COMPOSED])
-def test_shape_type_and_smallest_resolution(process: str) -> None:
-    images = render_block(process, 0, 0, 2, 8)
-    assert images.shape == (2, 8, 8, 3)
-    assert images.dtype == np.uint8
-    assert images.std(axis=(1, 2)).max() > 5.0  # not flat
-
-
-def test_other_processes_threads_and_order_give_the_same_bytes() -> None:
+def test_another_process_threads_and_order_give_the_same_bytes() -> None:
     wanted = {f"{process}:{block}": digest(process, block) for process, block in BLOCKS}
     assert len(set(wanted.values())) == len(BLOCKS)
-    for threads, entries in ((1, list(wanted)[:4]), (2, list(reversed(wanted)))):
-        result = subprocess.run(
-            [sys.executable, "-c", RENDER_ELSEWHERE, str(threads), *entries],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        found = dict(line.split() for line in result.stdout.splitlines())
-        assert found == {entry: wanted[entry] for entry in entries}
+    result = subprocess.run(
+        [sys.executable, "-c", RENDER_ELSEWHERE, "2", *reversed(wanted)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert dict(line.split() for line in result.stdout.splitlines()) == wanted
 
 
 @pytest.mark.parametrize("process", [*sorted(PROCESSES), *COMPOSED])
 def test_seed_and_block_matter_and_a_smaller_count_is_a_prefix(process: str) -> None:
-    assert digest(process, 0) == digest(process, 0)
     assert len({digest(process, 0), digest(process, 1), digest(process, 0, seed=12)}) == 3
-    more = render_block(process, 11, 0, COUNT + 1, RESOLUTION)
-    np.testing.assert_array_equal(more[:COUNT], render_block(process, 11, 0, COUNT, RESOLUTION))
+    more = render_block(process, 11, 0, 23, RESOLUTION)  # of several chunks
+    assert (more.shape, more.dtype) == ((23, RESOLUTION, RESOLUTION, 3), np.uint8)
+    assert more.std(axis=(1, 2)).max() > 5.0  # not flat
+    assert len(np.unique(more.reshape(23, -1), axis=0)) == 23
+    for count in (COUNT, 21):
+        np.testing.assert_array_equal(more[:count], render_block(process, 11, 0, count, RESOLUTION))
 
 
 def test_generators_differ_in_every_argument() -> None:
@@ -112,16 +101,11 @@ def test_threads_are_restored_even_after_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(UsageError, match=r"stylegan-orientd.*(\n.*)did you mean 'stylegan-oriented'"):
-        process_named("stylegan-orientd")
     with pytest.raises(UsageError, match="resolution of 65"):
         render_block("dead-leaves", 0, 0, 1, 65)
-    with pytest.raises(UsageError, match="1 to 400 images, 401"):
-        render_block("stylegan-oriented", 0, 0, 401, 16)
-    with pytest.raises(UsageError, match="0 were asked for"):
-        render_block("stylegan-oriented", 0, 0, 0, 16)
-    with pytest.raises(UsageError, match="block -1"):
-        render_block("dead-leaves", 0, -1, 1, 16)
+    for count in (401, 0):
+        with pytest.raises(UsageError, match=f"1 to 400 images, {count} were asked for"):
+            render_block("stylegan-oriented", 0, 0, count, 16)
 
 
 # ------------------------------------------------------------------------------------------------------- composed names
@@ -129,25 +113,19 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_aliases_and_canonical_names() -> None:
     assert process_named("dead-leaves-shapes") is process_named("dead-leaves")
-    assert digest("dead-leaves-shapes", 0) == digest("dead-leaves", 0)
-    assert process_named("kml:dead-leaves-shapes").name == "kml:dead-leaves"
     assert digest("kml:dead-leaves-shapes", 1) == digest("kml:dead-leaves", 1)
-    assert process_named("mixture: perlin, dead-leaves-shapes").name == "mixture:perlin,dead-leaves"
-    nested = process_named("kml:mixture:perlin,wmm")
-    assert nested.name == "kml:mixture:perlin,wmm"
-    assert process_named("mixture:kml:perlin,wmm").name == "mixture:kml:perlin,wmm"
+    names = {
+        "kml:dead-leaves-shapes": "kml:dead-leaves",
+        "mixture: perlin, dead-leaves-shapes": "mixture:perlin,dead-leaves",
+        "kml:mixture:perlin,wmm": "kml:mixture:perlin,wmm",
+        "mixture:kml:perlin,wmm": "mixture:kml:perlin,wmm",
+    }
+    assert {name: process_named(name).name for name in names} == names
 
 
-def test_a_mixtures_blocks_keep_to_those_of_its_parts() -> None:
-    assert process_named("mixture:stylegan-oriented,perlin").block_size == 400
-    assert process_named("mixture:stylegan-oriented,dead-leaves").block_size == 200  # blocks of 100
-    assert process_named("mixture:perlin,perlin,perlin").block_size == 399
-    images = render_block("mixture:perlin,spectrum", 0, 0, 4, 8)
-    assert images.shape == (4, 8, 8, 3)
-
-
-def test_parts_differ_from_the_processes_alone() -> None:
-    """A part has a stream of its own: another mixture does not repeat its images."""
+def test_a_mixtures_blocks_keep_to_those_of_its_parts_and_its_images_are_its_own() -> None:
+    sizes = {"stylegan-oriented,perlin": 400, "stylegan-oriented,dead-leaves": 200, "perlin,perlin,perlin": 399}
+    assert {parts: process_named(f"mixture:{parts}").block_size for parts in sizes} == sizes
     first = render_block("mixture:perlin,spectrum", 0, 0, 2, 16)[0]
     assert (first != render_block("mixture:perlin,wmm", 0, 0, 2, 16)[0]).any()
     assert (first != render_block("perlin", 0, 0, 1, 16)[0]).any()
@@ -156,18 +134,16 @@ def test_parts_differ_from_the_processes_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spectum", r"'spectum'.*\n.*did you mean 'spectrum'"),
-        ("kml", r"kml needs a process.*\n.*kml:stylegan-oriented"),
-        ("kml:", r"kml needs a process"),
-        ("kml:perlim", r"'perlim'.*\n.*did you mean 'perlin'"),
-        ("kml-mixup:kml:fractl", r"'fractl'.*\n.*did you mean 'fractal'"),
-        ("mixture:perlin,stylegan-orientd", r"'stylegan-orientd'.*\n.*did you mean 'stylegan-oriented'"),
-        ("mixture:perlin", r"two or more processes"),
-        ("mixture:perlin,,wmm", r"two or more processes"),
-        ("mixture", r"two or more processes"),
-        ("mixtur:perlin,wmm", r"'mixtur'.*\n.*did you mean 'mixture'"),
-        ("perlin:wmm", r"'perlin' takes no other process"),
-        ("", r"no random process called ''.*\n.*known: .*wmm"),
+        ("spectum", "did you mean 'spectrum'"),
+        ("kml", "kml needs a process"),
+        ("kml:perlim", "did you mean 'perlin'"),
+        ("kml-mixup:kml:fractl", "did you mean 'fractal'"),
+        ("mixture:perlin,stylegan-orientd", "did you mean 'stylegan-oriented'"),
+        ("mixture:perlin,,wmm", "two or more processes"),
+        ("mixture", "two or more processes"),
+        ("mixtur:perlin,wmm", "did you mean 'mixture'"),
+        ("perlin:wmm", "takes no other process"),
+        ("", "known: .*wmm"),
     ],
 )
 def test_wrong_parts_are_named(name: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from test_synth_stylegan import filter_padded
 from torch.nn import functional
@@ -37,9 +38,10 @@ def dense_synthesise(network: RandomNetwork, latents: torch.Tensor, index: int) 
     return image[0]
 
 
-def test_equals_filters_formed_for_every_image() -> None:
+def test_equals_filters_formed_for_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stylegan_random, "MAX_CHANNELS", 12)
     random = np.random.default_rng(0)
-    network = stylegan_random.draw_network(random, 32, max_channels=12)
+    network = stylegan_random.draw_network(random, 32)
     latents = torch.from_numpy(random.standard_normal((len(network.filters) + 1, 3, 512), dtype=np.float32))
     images = stylegan_random.synthesise(network, latents)
     assert images.shape == (3, 3, 32, 32)
@@ -58,10 +60,8 @@ def test_networks_have_the_published_shape_but_for_their_width() -> None:
     assert [weights.shape for weights in network.rgb_weights] == [(3, 64)] * 5
 
 
-def test_images_are_smooth_blobs_and_prefixes_hold() -> None:
-    many = stylegan_random.render(np.random.default_rng(1), stylegan_random.CHUNK + 1, 16)
-    np.testing.assert_array_equal(stylegan_random.render(np.random.default_rng(1), 3, 16), many[:3])
-    grey = many.mean(axis=3)
+def test_images_are_smooth_blobs() -> None:
+    grey = stylegan_random.render(np.random.default_rng(1), 20, 16).mean(axis=3)
     neighbours = [np.corrcoef(image[:, 1:].ravel(), image[:, :-1].ravel())[0, 1] for image in grey]
     assert np.median(neighbours) > 0.7
     assert np.abs(np.corrcoef(grey.reshape(len(grey), -1)) - np.eye(len(grey))).max() < 0.98

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as tf
-from torchvision.transforms import InterpolationMode
+from scipy.stats import kstest
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from dprandp.errors import UsageError
 from dprandp.vision import views
 from dprandp.vision.views import (
     BRIGHTNESS,
@@ -59,7 +59,7 @@ def slow_view(image: torch.Tensor, choices: ViewChoices, index: int, size: int) 
     return tf.rgb_to_grayscale(view, 3) if choices.grey[index] else view
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (40, 90), (12, 17)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 90), (12, 17)])
 def test_contrastive_views_equal_torchvision(height, width):
     images = some_images(24, height, width)
     augment = ContrastiveViews(32)
@@ -96,16 +96,10 @@ def test_the_comparison_notices_each_choice():
 
 @pytest.mark.parametrize("change", list(ADJUST))
 def test_single_colour_changes_equal_torchvision(change):
-    images = some_images(6)
-    jitter = [0.0] * 4
-    jitter[change] = 0.5
-    augment = ContrastiveViews(32, jitter=tuple(jitter), grayscale=0)
-    choices = augment.draw(images, seeded(change))
-    seen = augment.apply(images, choices)
-    others = [c for c in range(4) if c != change]
-    assert (choices.factors[:, others] == torch.tensor([0.0 if c == HUE else 1.0 for c in others])).all()
+    view, factor = some_images(6).float() / 255, torch.linspace(-0.5, 0.5, 6) + (change != HUE)
+    seen = views.adjust(view, change, factor.view(-1, 1, 1, 1))
     for index in range(6):
-        assert (seen[index] - slow_view(images[index], choices, index, 32)).abs().max() < 1e-4
+        assert (seen[index] - ADJUST[change](view[index], float(factor[index]))).abs().max() < 1e-4
 
 
 def test_blocks_on_the_cpu_change_nothing(monkeypatch):
@@ -119,38 +113,28 @@ def test_blocks_on_the_cpu_change_nothing(monkeypatch):
     assert augment.apply(images[:0], augment.draw(images[:0], seeded(5))).shape == (0, 3, 16, 16)
 
 
-def test_no_augmentation_is_the_image_itself():
+def unchanged(images: torch.Tensor) -> ViewChoices:
+    count, _, height, width = images.shape
+    false = torch.zeros(count, dtype=torch.bool)
+    return ViewChoices(
+        torch.tensor([[0, 0, height, width]] * count), false, torch.tensor([[1.0, 1, 1, 0]] * count), (0, 1), false
+    )
+
+
+def test_no_augmentation_is_the_image_itself_and_shrinking_does_not_alias():
     images = some_images(4)
-    augment = ContrastiveViews(32, scale=(1, 1), ratio=(1, 1), flip=0, jitter=(0, 0, 0, 0), grayscale=0)
-    for view in augment(images, seeded()):
-        torch.testing.assert_close(view, images.float() / 255, atol=1e-6, rtol=0)
-
-
-def test_shrinking_does_not_alias():
+    view = ContrastiveViews(32).apply(images, unchanged(images))
+    torch.testing.assert_close(view, images.float() / 255, atol=1e-5, rtol=0)
     stripes = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    augment = ContrastiveViews(32, scale=(1, 1), ratio=(1, 1), flip=0, jitter=(0, 0, 0, 0), grayscale=0)
-    view, _ = augment(stripes, seeded())
-    assert (view - 0.5).abs().max() < 0.02
+    assert (ContrastiveViews(32).apply(stripes, unchanged(stripes)) - 0.5).abs().max() < 0.02
 
 
-def test_boxes_have_the_stated_distribution():
-    images = torch.zeros(20_000, 3, 64, 64, dtype=torch.uint8)
-    choices = ContrastiveViews(32).draw(images, seeded(1))
+def test_choices_have_the_stated_distribution():
+    choices = ContrastiveViews(32).draw(torch.zeros(20_000, 3, 64, 64, dtype=torch.uint8), seeded(1))
     top, left, height, width = choices.boxes.double().unbind(1)
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 64).all()
-    assert (left + width <= 64).all()
     share = height * width / 64**2
     assert 0.07 < share.min() < 0.09
-    assert share.max() > 0.97
-    # Large crops of odd shape do not fit and are drawn again, so only the lower part of the area stays exactly uniform.
-    lower, upper = ((share > low) & (share <= low + 0.2) for low in (0.1, 0.3))
-    assert lower.double().mean().item() == pytest.approx(upper.double().mean().item(), abs=0.02)
-    ratio = (width / height).log()
-    assert ratio.abs().max() < np.log(4 / 3) + 0.15
-    assert abs(ratio.mean()) < 0.01
     assert choices.flip.double().mean().item() == pytest.approx(0.5, abs=0.02)
     assert choices.grey.double().mean().item() == pytest.approx(0.2, abs=0.02)
     for column, centre in enumerate((1, 1, 1, 0)):
@@ -162,74 +146,36 @@ def test_boxes_have_the_stated_distribution():
     table = torch.stack(
         [(top + 0.5) / (65 - height), (left + 0.5) / (65 - width), share, choices.factors[:, 0].double()]
     )
-    correlation = torch.corrcoef(table).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.04
+    assert torch.corrcoef(table).fill_diagonal_(0).abs().max() < 0.04
 
 
-def test_crop_distribution_equals_torchvisions():
+def test_crop_distribution_equals_torchvisions(monkeypatch):
     """Two-sample comparison with RandomResizedCrop.get_params, on an image that needs retries and the fallback."""
-    from torchvision.transforms import RandomResizedCrop
-
-    augment = ContrastiveViews(32, scale=(0.3, 1.0), ratio=(0.5, 2.0))
+    monkeypatch.setattr(views, "SCALE", (0.3, 1.0))
+    monkeypatch.setattr(views, "RATIO", (0.5, 2.0))
     image = torch.zeros(3, 20, 48)
     torch.manual_seed(0)
     theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.3, 1.0], [0.5, 2.0]) for _ in range(4000)]).double()
-    ours = augment.draw(torch.zeros(4000, 3, 20, 48, dtype=torch.uint8), seeded(2)).boxes.double()
+    ours = ContrastiveViews(32).draw(torch.zeros(4000, 3, 20, 48, dtype=torch.uint8), seeded(2)).boxes.double()
     for column in range(4):
         grid = torch.arange(49)
         gap = (torch.stack([(c[:, column, None] <= grid).double().mean(0) for c in (ours, theirs)])).diff(dim=0).abs()
         assert gap.max() < 0.045  # Kolmogorov-Smirnov at 4000 against 4000: p < 1e-3 above .0436
-
-
-def test_central_crop_when_nothing_fits():
-    images = torch.zeros(5, 3, 4, 400, dtype=torch.uint8)
-    choices = ContrastiveViews(8, scale=(1, 1)).draw(images, seeded())
+    monkeypatch.undo()
+    monkeypatch.setattr(views, "SCALE", (1.0, 1.0))  # nothing fits: the central crop
+    choices = ContrastiveViews(8).draw(torch.zeros(5, 3, 4, 400, dtype=torch.uint8), seeded())
     assert choices.boxes.tolist() == [[0, 197, 4, 5]] * 5
 
 
-def test_orders_vary_between_view_batches():
-    images = some_images(1)
-    generator = seeded(0)
-    augment = ContrastiveViews(32)
-    orders = {augment.draw(images, generator).order for _ in range(400)}
-    assert len(orders) == 24
-
-
 def test_views_repeat_with_the_generator_and_differ_from_each_other():
-    images = some_images(4)
-    augment = ContrastiveViews(32)
-    first, second = augment(images, seeded(1)), augment(images, seeded(1))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], augment(images, seeded(2))[0])
+    images, augment, generator = some_images(4), ContrastiveViews(32), seeded(0)
+    first, second, other = (augment.apply(images, augment.draw(images, seeded(seed))) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert len({augment.draw(images, generator).order for _ in range(400)}) == 24
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"size": 0},
-        {"scale": (0, 1)},
-        {"scale": (0.5, 1.5)},
-        {"ratio": (2, 1)},
-        {"flip": 1.5},
-        {"jitter": (0.4, 0.4, 0.4, 0.6)},
-        {"jitter": (0.4, 0.4, 0.4)},
-        {"grayscale": -0.1},
-    ],
-)
-def test_bad_view_settings_are_refused_by_name(settings):
-    with pytest.raises(UsageError, match=next(iter(settings))):
-        ContrastiveViews(**settings)
-
-
-def test_wrong_images_are_refused():
-    for images in (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8)):
-        with pytest.raises(UsageError):
-            ContrastiveViews(8)(images, seeded())
-
-
-def slow_private_views(images: torch.Tensor, randomness: torch.Tensor, flip: bool, pad: int) -> torch.Tensor:
+def slow_private_views(images: torch.Tensor, randomness: torch.Tensor, flip: bool, pad: int = 4) -> torch.Tensor:
     batch, channels, height, width = images.shape
     out = torch.empty(batch, randomness.shape[1], channels, height, width, dtype=images.dtype)
     padded = F.pad(images.double(), (pad,) * 4, mode="reflect")
@@ -244,22 +190,15 @@ def slow_private_views(images: torch.Tensor, randomness: torch.Tensor, flip: boo
 
 
 @pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "pad"), [((6, 3, 32, 32), 4), ((5, 1, 9, 14), 4), ((3, 3, 8, 8), 0), ((2, 1, 5, 5), 4)]
-)
-def test_private_views_equal_a_loop(flip, shape, pad):
+@pytest.mark.parametrize("shape", [(6, 3, 32, 32), (5, 1, 9, 14), (0, 3, 8, 8)])
+def test_private_views_equal_a_loop(flip, shape):
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(1))
     randomness = torch.rand(shape[0], 7, 3, generator=seeded(2))
-    expected = slow_private_views(images, randomness, flip, pad)
-    assert torch.equal(private_views(images, 7, randomness, flip=flip, pad=pad), expected)
-    floats = private_views(images.float() / 255, 7, randomness, flip=flip, pad=pad)
+    expected = slow_private_views(images, randomness, flip)
+    assert torch.equal(private_views(images, 7, randomness, flip=flip), expected)
+    assert torch.equal(private_views(images, 7, seeded(2), flip=flip), expected)  # drawn from a generator
+    floats = private_views(images.float() / 255, 7, randomness, flip=flip)
     assert torch.equal((floats * 255).round().to(torch.uint8), expected)
-
-
-def test_private_views_accept_a_generator():
-    images = some_images(3)
-    drawn = torch.rand(3, 5, 3, generator=seeded(4))
-    assert torch.equal(private_views(images, 5, seeded(4), flip=True), private_views(images, 5, drawn, flip=True))
 
 
 def test_single_view_is_the_image_unless_asked():
@@ -268,22 +207,6 @@ def test_single_view_is_the_image_unless_asked():
     augmented = private_views(images, 1, seeded(), flip=True, augment_single=True)
     assert augmented.shape == (8, 1, 3, 32, 32)
     assert not torch.equal(augmented, images[:, None])
-
-
-def test_empty_batch_has_no_views():
-    empty = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
-    keys = keyed_uniforms(np.zeros(0, dtype=np.int64), step=0, seed=0, views=4)
-    assert private_views(empty, 4, keys, flip=True).shape == (0, 4, 3, 32, 32)
-
-
-def test_private_views_refuse_what_does_not_fit():
-    images = some_images(2, 8, 8)
-    with pytest.raises(UsageError):
-        private_views(images, 0, seeded(), flip=True)
-    with pytest.raises(UsageError):
-        private_views(images, 2, seeded(), flip=True, pad=8)
-    with pytest.raises(UsageError):
-        private_views(images, 2, torch.rand(2, 3, 3), flip=True)
 
 
 def test_leaving_one_example_out_moves_no_other_view():
@@ -315,8 +238,6 @@ def test_keyed_uniforms_depend_on_every_part_of_the_key():
 
 
 def test_keyed_uniforms_are_uniform_and_uncorrelated():
-    from scipy.stats import kstest
-
     numbers = keyed_uniforms(np.arange(20_000), step=0, seed=0, views=2).view(20_000, 6)
     later = keyed_uniforms(np.arange(20_000), step=1, seed=0, views=2).view(20_000, 6)
     assert numbers.min() >= 0

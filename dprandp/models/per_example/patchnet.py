@@ -1,10 +1,9 @@
 """Per-example gradients of a classifier on patch layers, in closed form: several times faster than automatic ones.
 
-The chain is short. In each layer: responses R = W P + b, features f = √(thresholded response of ±R, pooled),
-u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a weighted sum
-of five regions' numbers, so one example costs two matrix products of the forward's size and stays in the cache.
-With two layers, each is a separate chain: nothing below its dictionary is trained.
-``clipping`` does the clipping.
+In each layer: responses R = W P + b, features f = √(thresholded response of ±R, pooled), u = (f − mean) A,
+z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask times a weighted sum of five regions'
+numbers, so one example costs two matrix products of the forward's size and stays in the cache. Each layer is a
+separate chain: nothing below its dictionary is trained. ``privacy.clipping`` does the clipping.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.models.classifier import Classifier
-from dprandp.models.patchnet import TILE, PatchExtractor, PatchLayer, PatchNet
+from dprandp.models.patchnet import THRESHOLD, TILE, PatchExtractor, PatchLayer, PatchNet
 from dprandp.models.precision import full_precision
 from dprandp.threads import in_parts
 
@@ -28,19 +27,20 @@ def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
     return {}
 
 
+@torch.no_grad()
 def per_example_gradients(model: Classifier, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy over each example's views, on the CPU.
 
     Args:
-        model: a classifier whose extractor has ``patch_layers``.
-        views: uint8 [B, K, 3, H, W].
-        labels: int64 [B].
+        model: a classifier whose extractor has ``patch_layers``. views: uint8 [B, K, 3, 32, 32]. labels: int64 [B].
 
     Returns:
         float32 by the model's names: of each layer 'weight' [B, F, r] and 'bias' [B, F]; 'head' [B, dims, classes].
+
+    Guarantee:
         Row i is a function of example i alone.
     """
-    with torch.no_grad(), full_precision(views.device):
+    with full_precision(views.device):
         return _gradients(model, views, labels)
 
 
@@ -72,29 +72,16 @@ def _gradients(model: Classifier, views: Tensor, labels: Tensor) -> dict[str, Te
         gradients[f"{name}.weight"] = torch.zeros(examples, filters, width)
         gradients[f"{name}.bias"] = torch.zeros(examples, filters)
     filled = [(layer, gradients[f"{name}.weight"], gradients[f"{name}.bias"]) for name, layer in layers.items()]
-    in_parts(
-        lambda part, parts: _of_examples(
-            model.extractor, range(part, examples, parts), views, towards_pooled, filled
-        )
-    )
-    return gradients
 
-
-def _of_examples(
-    extractor: PatchExtractor,
-    members: range,
-    views: Tensor,
-    pooled: list[Tensor],
-    filled: list[tuple[PatchLayer, Tensor, Tensor]],
-) -> None:
-    """Fill the rows ``members`` of the layers' gradients of weights and biases."""
-    with torch.no_grad():
-        count = views.shape[1]
-        for example in members:
-            levels = extractor.levels(extractor.normalise(views[example]))
-            for (layer, weight, bias), patches, towards in zip(filled, levels, pooled, strict=True):
+    def work(part: int, parts: int) -> None:
+        for example in range(part, examples, parts):
+            levels = model.extractor.levels(model.extractor.normalise(views[example]))
+            for (layer, weight, bias), patches, towards in zip(filled, levels, towards_pooled, strict=True):
                 own = towards[example * count : (example + 1) * count]
                 _of_filters(layer, layer.whitened(patches), own, weight[example], bias[example])
+
+    in_parts(work)
+    return gradients
 
 
 def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -109,6 +96,6 @@ def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tens
             tile = slice(start, start + TILE)
             responses = torch.addmm(layer.bias[tile, None], layer.weight[tile], columns)
             above, below = (sign[:, tile].t() @ layer.pooling for sign in (positive, negative))
-            slope = above.mul_(responses > layer.threshold).sub_(below.mul_(responses < -layer.threshold))
+            slope = above.mul_(responses > THRESHOLD).sub_(below.mul_(responses < -THRESHOLD))
             weight[tile].addmm_(slope, columns.t())
             bias[tile].add_(slope.sum(dim=1))

@@ -1,12 +1,11 @@
 """Per-example gradients of a classifier on a WideResNet, layer by layer: about as fast as an ordinary backward pass.
 
-All views of several records go through the network as one ordinary batch, forwards and backwards. Only the gradients
-of the parameters are kept separate: each convolution and each norm computes them record by record from its input and
-the
+All views of several records go through the network as one ordinary batch, forwards and backwards. Only the gradients of
+the parameters are kept separate: each convolution and each norm computes them record by record from its input and the
 gradient of its output (the book-keeping of Bu, Wang, Zha & Karypis 2023, "Differentially Private Optimization on Large
-Foundation Models at Small Cost", arXiv 2210.00038, but with gradients instead of their norms). Work that is the same
-for all records is done once a step: filters are standardised once, and the gradient of a standardised filter is carried
-back through that map, a projection and a factor. ``clipping`` does the clipping.
+Foundation Models at Small Cost", arXiv 2210.00038, but with gradients instead of their norms). Filters are standardised
+once a step, and the gradient of a standardised filter is carried back through that map, a projection and a factor.
+``privacy.clipping`` does the clipping.
 
 Guarantee:
     Row i of every result is a function of record i and the parameters alone: no layer of the network mixes the members
@@ -30,15 +29,14 @@ from dprandp.models.precision import autocast, full_precision
 from dprandp.models.wrn import STANDARDISATION_FLOOR, StandardisedConv2d, WideResNet
 from dprandp.threads import in_parts
 
-# ------------------------------------------------------------------------------------------------------- record layers
-#
-# Layers with a gradient per record: a convolution and a norm.
-#
-# Each computes the same as the layer that it replaces. In the backward pass it returns the gradient of its input, and
-# computes the gradients of its own parameters record by record, which it stores in rows.
-
 PATCH_BYTES = 2**21
 """Bytes of patches that one thread of a CPU copies at a time."""
+
+CACHED_VIEWS = 16
+"""Views that one thread of a CPU works on at a time: their activations stay in its cache."""
+
+FEW_VIEWS = 4
+"""Most views of a record with which a CPU computes all records of a pass together: single calls would take longer."""
 
 
 class Place(NamedTuple):
@@ -50,21 +48,19 @@ class Place(NamedTuple):
 
 
 class Tape(threading.local):
-    """The state of the layers in the thread that runs the forward pass (an accelerator may run the backward one in
-    another)."""
+    """The place of the forward pass that a thread runs (an accelerator may run the backward one in another)."""
 
     place: Place
 
 
 class RecordLayer(nn.Module):
-    """A layer of the copied network, with separate gradients for each record.
+    """A layer that computes the same as the one it replaces, and its gradients record by record.
 
     Args:
-        like: the layer that it replaces. source: the layer whose parameters it has.
-        name: of the source in the classifier.
+        like: the layer that it replaces. source: the layer whose parameters it has. name: of that in the classifier.
 
     Attributes:
-        rows: gradients by parameter name, [records, ...].
+        rows: gradients by parameter name, [records, ...], filled by the backward pass.
     """
 
     def __init__(self, like: nn.Module, source: nn.Module, name: str, tape: Tape) -> None:
@@ -145,8 +141,7 @@ class RecordConv(RecordLayer):
 
 
 class _ConvFunction(torch.autograd.Function):
-    """A convolution whose backward pass returns the gradient of its input and stores those of its parameters in
-    rows."""
+    """A convolution whose backward pass returns the gradient of its input and stores those of its parameters."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, layer: RecordConv) -> Tensor:
@@ -181,17 +176,16 @@ class _ConvFunction(torch.autograd.Function):
         bytes_ = x.element_size() * slopes.shape[1] * ctx.weight[0].numel()
         views = len(x) // place.records
         by_patches = max(layer.stride) > 1 or views * bytes_ <= PATCH_BYTES
-        if by_patches or place.records > 1:
-            before = library(x, towards, True, False)[0] if wanted else None
+        apart = by_patches or place.records > 1  # else one call gives both gradients
+        before = library(x, towards, True, False)[0] if wanted and apart else None
         for number in range(place.records):
             own = place._replace(records=1, first=place.first + number)
             some = slice(number * views, (number + 1) * views)
             if by_patches:
                 weight = _product(layer, x[some], slopes[some], max(1, PATCH_BYTES // bytes_))
             else:
-                only = wanted and place.records == 1
-                found, weight, _ = library(x[some], towards[some], only, True)
-                before = found if only else before
+                found, weight, _ = library(x[some], towards[some], wanted and not apart, True)
+                before = before if apart else found
                 weight = weight.permute(0, 2, 3, 1).flatten(1)
             layer.keep_weight(own, weight[None])
         return before.to(ctx.given) if wanted else None, None, None
@@ -266,13 +260,6 @@ class _NormFunction(torch.autograd.Function):
         return (before[0] if place.records == 1 else torch.cat(before)).to(ctx.given), None, None
 
 
-CACHED_VIEWS = 16
-"""Views that one thread of a CPU works on at a time: their activations stay in its cache."""
-
-FEW_VIEWS = 4
-"""Most views of a record with which a CPU computes all records of a pass together: single calls would take longer."""
-
-
 def has_layer_gradients(extractor: nn.Module) -> bool:
     """Whether ``WrnGradients`` knows every layer of an extractor that has parameters."""
     owners = [layer for layer in extractor.modules() if next(layer.parameters(recurse=False), None) is not None]
@@ -286,10 +273,10 @@ class WrnGradients:
     Args:
         model: a classifier whose extractor ``has_layer_gradients``; its parameters are read by ``refresh``.
         first: units of the extractor that are frozen and left out: ``of`` gets their outputs.
-        trained: names of the parameters, in the classifier, that ``of`` finds gradients for: all or none of a layer's.
-            None: all. The others keep their present values, also after ``refresh``.
+        trained: names of the parameters that ``of`` finds gradients for, all or none of a layer's; None: all. The
+            others keep their present values, also after ``refresh``.
         together: compute the records of a pass without a loop over them. None: on an accelerator, and on a CPU where
-            records have no more than ``FEW_VIEWS``. A CPU makes a pass of a few records, one in each thread.
+            records have no more than ``FEW_VIEWS``.
     """
 
     def __init__(
@@ -331,13 +318,11 @@ class WrnGradients:
         """The gradients of some records.
 
         Args:
-            views: uint8 [B, K, channels, H, W], or float32 outputs of the units before ``first``.
-            labels: int64 [B].
+            views: uint8 [B, K, 3, H, W], or float32 outputs of the units before ``first``. labels: int64 [B].
 
         Returns:
             float32 by the model's names, each [B, ...]; filters with their channels last in memory. Where a record's
-            gradient is not finite, its rows are not, and no others. The next call overwrites them: new memory each time
-            would cost as much as the arithmetic of a single view.
+            gradient is not finite, its rows are not, and no others. The next call overwrites them.
         """
         head = torch.empty(len(views), *self._model.head.shape, device=views.device)
         for layer in self._layers:
@@ -350,10 +335,10 @@ class WrnGradients:
         def work(part: int, parts: int) -> None:
             for first in starts[part::parts]:
                 some = slice(first, first + step)
-                with full_precision(views.device):
-                    head[some] = self._some(views[some], labels[some], first)
+                head[some] = self._some(views[some], labels[some], first)
 
-        in_parts(work, max(1, min(threads, len(starts))))
+        with full_precision(views.device):
+            in_parts(work, max(1, min(threads, len(starts))))
         rows = {name: kept[: len(views)] for layer in self._layers for name, kept in layer.rows.items()}
         return {"head": head} | rows
 
