@@ -30,9 +30,8 @@ import numpy as np
 from scipy.special import betaincinv, ndtr, ndtri
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu
+from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, privacy_curve
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
-from dprandp.privacy.guarantees import privacy_curve
 
 LARGEST_FACTOR = 64.0
 """Where the search for the noise's true size ends: no number of trials tells a smaller one from none."""

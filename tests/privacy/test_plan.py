@@ -335,10 +335,3 @@ def test_senseless_plans_and_budgets_are_refused(ledger):
             make_plan(stage="probe", epsilon=3.0, epsilon_target=spend, spent=[], sample_rate=Q, steps=5, **PLAN)
     with pytest.raises(UsageError, match="charge block"):
         PrivateMechanism(plan_of(), ledger, SystemRandom(), charge_block=0)
-
-
-def test_the_suggested_delta_is_accepted():
-    with pytest.raises(UsageError) as caught:
-        validate_budget(1.0, 0.5, 1437)
-    suggestion = float(caught.value.fix.rsplit(" ", 1)[1].rstrip("."))
-    validate_budget(1.0, suggestion, 1437)
