@@ -87,7 +87,7 @@ def compose_group(events: Sequence[GaussianEvent], delta: float, size: int, warn
     upper, by = _by_the_general_bound(events, delta, size)
     name = f"{by}, groups of {size}: general bound"
     if not any(event.discrete for event in events):
-        together, by = analytic.moved_epsilon(components_of(merge_events(events)), delta, size, size)
+        together, by = moved_epsilon(components_of(merge_events(events)), delta, size, size)
         if together < upper:
             upper, name = together, f"{by}, groups of {size}: all in one step"
     return EpsilonBound(min(single.lower, upper), upper, upper, delta, name)
@@ -212,7 +212,7 @@ def compose_adjacency(
     if not math.isfinite(single.upper):
         return single
     merged = tuple(merge_events(events))
-    most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
+    most, by = moved_epsilon(components_of(merged), delta, 2)
     least = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
     # Where that hides the record already there is no need for a curve.
     epsilons, deltas, source = privacy_curve(merged, least, warn) if most else (None, None, "")
@@ -284,3 +284,26 @@ def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float 
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def moved_epsilon(
+    components: Sequence[analytic.Component], delta: float, distance: float, records: int = 1
+) -> tuple[float, str]:
+    """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
+
+    Both data sets are sampled with the same coins: a step that draws none of the records is the same in both, and one
+    that draws any moves by ``distance`` · C at most. Zeroing out k records is (k, k), replacing one is (2, 1).
+
+    Guarantee:
+        The composition is (result, delta)-DP for such data sets.
+    """
+    moved = [
+        each._replace(
+            noise_multiplier=each.noise_multiplier / distance,
+            sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
+        )
+        for each in components
+    ]
+    full = gaussian_dp_epsilon(analytic.full_batch_mu(moved), delta)
+    counted = analytic.participation_epsilon(moved, delta, full)
+    return (full, analytic.FULL_BATCHES) if counted is None or full <= counted else (counted, analytic.PARTICIPATIONS)

@@ -39,10 +39,13 @@ from dprandp.privacy.tuning import TuningEvent
 
 LATTICE_BITS = 44
 """At least 2^44 lattice points per standard deviation of the noise."""
+
 DISTANCE = 2.0 ** (-2 * LATTICE_BITS) / 40 + 2.0**-110
 """Total variation distance, per coordinate, to rounded Gaussian noise; the second term is the sampler's."""
+
 MOST_COORDINATES = 2**26
 """Most parameters of a model that gets noise."""
+
 DELTA_SHARE = 1e-4
 """The part of δ that is kept for the distance between the two kinds of noise."""
 

@@ -53,6 +53,7 @@ from dprandp.privacy.tuning import TuningEvent
 
 SLACK = 0.04
 """Fraction of δ for the covers of sampled stages, if there is more than one stage."""
+
 Stage = Sequence[Event]
 """All planned events of one attempt of one stage."""
 

@@ -66,29 +66,6 @@ def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[flo
     return min(found)
 
 
-def moved_epsilon(
-    components: Sequence[Component], delta: float, distance: float, records: int = 1
-) -> tuple[float, str]:
-    """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
-
-    Both data sets are sampled with the same coins: a step that draws none of the records is the same in both, and one
-    that draws any moves by ``distance`` · C at most. Zeroing out k records is (k, k), replacing one is (2, 1).
-
-    Guarantee:
-        The composition is (result, delta)-DP for such data sets.
-    """
-    moved = [
-        each._replace(
-            noise_multiplier=each.noise_multiplier / distance,
-            sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
-        )
-        for each in components
-    ]
-    full = gaussian_dp_epsilon(full_batch_mu(moved), delta)
-    counted = participation_epsilon(moved, delta, full)
-    return (full, FULL_BATCHES) if counted is None or full <= counted else (counted, PARTICIPATIONS)
-
-
 def analytic_curve(components: Sequence[Component], deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Valid points of the privacy curve: ε ascending from 0 and δ descending, float64 [n + 1].
 

@@ -34,10 +34,13 @@ ROUNDING_SLACK = 1e-5
 LONGEST = 1e30
 NORM_PIECE = 128
 """Numbers of a gradient whose squares are added in float32."""
+
 BLOCK, DEVICE_BLOCK = 512, 8
 """Rows that are worked on at a time, and times as many on an accelerator: speed only, never the result."""
+
 BLOCK_BYTES = 2**22
 """Bytes of rows, or of the units' gradients, in memory at a time."""
+
 AUTOMATIC_STABILISER = 0.01
 """γ of automatic clipping, as published: limits the factor of vanishing gradients."""
 

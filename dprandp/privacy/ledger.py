@@ -38,8 +38,10 @@ from dprandp.privacy.tuning import TuningEvent
 
 FORMAT = 3
 """Earlier formats, without the budget in the header, are refused by name."""
+
 ADJACENCY = "zero-out"
 """The header's name for neighbours: in one of the data sets a record's slot is empty (see ``accounting``)."""
+
 FIRST_PREVIOUS = "0" * 64
 
 # --------------------------------------------------------------------------------------------------------------- lines

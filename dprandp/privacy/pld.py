@@ -37,8 +37,10 @@ NAME = f"PLD (dp-accounting {version('dp-accounting')})"
 
 FINE, COARSE = 0.02, 0.1
 """The Hoeffding term of the lower bound as a part of ε, which sets the mesh: for bounds, and for searches."""
+
 ROUNDING = 40 * float(np.finfo(np.float64).eps)
 """Largest error of δ by rounding, for each step."""
+
 STEP_POINTS, POINTS, EVENTS = 100_000, 400_000, 100
 """The most points of a step's grid and of a composition's, and the most different events: 1 s and 200 MiB."""
 

@@ -81,6 +81,11 @@ class SelectionPlan:
     def event(self) -> TuningEvent:
         return TuningEvent(self.mu, self.eta, self.gamma)
 
+    @property
+    def score_std(self) -> float:
+        """1/μ: standard deviation of the noise in a count of right answers."""
+        return 1 / self.mu
+
     def noise_std(self, setting: int) -> float:
         """σ C with σ = √T/μ: standard deviation of the noise in one coordinate of a step's sum."""
         return math.sqrt(self.steps[setting]) / self.mu * self.clip_norm
@@ -196,7 +201,7 @@ class Trial:
             raise RuntimeError("a trial is scored once, after all of its steps")
         if right.dtype != torch.bool or right.shape != (len(self.held_out),):
             raise RuntimeError("a trial's score takes one bool for each held-out record")
-        self._score = float(right.sum()) + 1 / self._plan.mu * float(self._random.gaussian((1,))[0])
+        self._score = float(right.sum()) + self._plan.score_std * float(self._random.gaussian((1,))[0])
 
     @property
     def outcome(self) -> tuple[float, int]:
