@@ -149,8 +149,7 @@ NARROWER = {
     "data": {"errors", "runs.results"},  # how a result names the unit of privacy
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {
-        "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.guarantees", "privacy.ledger",
-        "privacy.opinions",
+        "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger", "privacy.opinions",
     },
     # the public stages: they reach neither privacy/ nor data/
     "generate": {"errors", "config", "synth", "vision", "models", "runs"},

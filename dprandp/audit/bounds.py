@@ -1,16 +1,13 @@
 """What the scores of an attack prove: lower bounds on what a mechanism leaks, and the power to see that it leaks more.
 
-*The distinguishing game.* Somebody runs the mechanism with or without a record, the canary, and an attacker who sees
-the output has to say which: "with" above a threshold ε₀, fixed beforehand, of the log likelihood ratio under the claim.
-For whatever mechanism and score, P the outputs with the canary and Q those without,
-
-    δ(ε₀) = max over events S of  P(S) − exp(ε₀) Q(S),
-
-is a point of the mechanism's privacy curve. Where a part 1/(1 + exp ε₀) of all trials is with the canary, the expected
-part of wrong answers is at least (1 − δ(ε₀)) / (1 + exp ε₀). Clopper & Pearson's upper bound on the observed part thus
-bounds δ(ε₀) from below; a fixed number of trials on each side only makes the count more concentrated (Hoeffding 1956).
-Of all curves that the plan would have with its noise divided by a factor s, those with a smaller δ(ε₀) are
-contradicted: ``factor`` is the smallest s that is left, and ε is that of its curve.
+*The distinguishing game.* Somebody runs the mechanism with or without a record, the canary; an attacker who sees the
+output says "with" above a threshold ε₀, fixed beforehand, of the log likelihood ratio under the claim. For whatever
+mechanism and score, P the outputs with the canary and Q those without, δ(ε₀) = max over events S of P(S) − exp(ε₀) Q(S)
+is a point of its privacy curve. Where a part 1/(1 + exp ε₀) of all trials is with the canary, the expected part of
+wrong answers is at least (1 − δ(ε₀)) / (1 + exp ε₀): Clopper & Pearson's upper bound on the observed part bounds δ(ε₀)
+from below. (A fixed number of trials on each side only makes the count more concentrated, Hoeffding 1956.) Of all
+curves that the plan would have with its noise divided by a factor s, those with a smaller δ(ε₀) are contradicted:
+``factor`` is the smallest s that is left, and ε is that of its curve.
 
 Guarantee:
     * *Contradiction* (``factor`` > 1) holds for every mechanism, without any assumption about its noise: one that has
@@ -30,9 +27,8 @@ import numpy as np
 from scipy.special import betaincinv, ndtr, ndtri
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu
+from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, privacy_curve
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
-from dprandp.privacy.guarantees import privacy_curve
 
 LARGEST_FACTOR = 64.0
 """Where the search for the noise's true size ends: no number of trials tells a smaller one from none."""
@@ -280,13 +276,10 @@ def step_score(released: np.ndarray, noise_multiplier: float, sample_rate: float
 
 # ------------------------------------------------------------------------------------------------------------- one run
 #
-# One run with m canaries. Each is in the data on a fair coin of its own; from the output of the run the attacker
-# guesses for the r most telling ones whether they were in, and is right v times.
-#
-# Mahloujifar, Melis & Chaudhuri 2025, "Auditing f-differential privacy in one run", Theorem 9 and Algorithm 3. Let p_i
-# be the chance of exactly i right guesses, and x(y) the smallest false positive rate at which the claimed trade-off
-# allows a true positive rate of y. Of one canary, f-DP bounds [right, i or more right in all] by [wrong, i − 1 or more
-# right in all], as the two differ in the canary's coin alone; the mean over all canaries gives, for every i,
+# One run with m canaries, each in the data on a fair coin of its own; the attacker guesses for the r most telling ones
+# whether they were in, and is right v times. Mahloujifar, Melis & Chaudhuri 2025, "Auditing f-differential privacy in
+# one run", Theorem 9 and Algorithm 3: with p_i the chance of exactly i right guesses, and x(y) the smallest false
+# positive rate at which the claimed trade-off allows a true positive rate of y, for every i
 #
 #     Σ_{j ≥ i−1} (r − j)/m p_j  ≥  x( Σ_{j ≥ i} j/m p_j ).
 #

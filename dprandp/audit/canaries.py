@@ -1,10 +1,10 @@
 """Canaries and controls: scores of made-up records that went through the real mechanism, whole or with one known fault.
 
 A canary is a record whose gradient is one coordinate of the released sum and nothing else, so one run of the mechanism
-is as many trials as it has canaries, with or without the record. The real sampler draws the batches, the real clip
-makes the sum, the real mechanism adds the noise, for all steps of the plan. That the noise of different coordinates is
-independent is what ``replay`` checks. The gradient's sign alternates from step to step, and so does the score's: for
-fresh noise this changes nothing, while noise that comes round again cancels.
+is as many trials as it has canaries. The real sampler draws the batches, the real clip makes the sum, the real
+mechanism adds the noise, for all steps of the plan. That the noise of different coordinates is independent is what
+``replay`` checks. The gradient's sign alternates from step to step, and so does the score's: for fresh noise this
+changes nothing, while noise that comes round again cancels.
 
 A control is the mechanism with one fault, which an audit worth its name must flag. Nothing in the production code can
 be switched to these faults: each is made by handing the real pieces something other than what was accounted.

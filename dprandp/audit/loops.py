@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -371,23 +372,23 @@ def on_made_up(
     dataset, split = made_up_images(facts.images, facts.classes, count, facts.mirror, generator, settings.images)
     if name == STAGE:
         config, last = ContinueConfig(**_row(name, context)["config"]), dataset.spec.train_units - 1
-        checks = as_values(replay_continue(plan, config, dataset, last, facts, context), "synthetic image")
+        replays = {"synthetic image": partial(replay_continue, plan, config, dataset, last, facts, context)}
         controls, title = settings.controls, f"{CLIP_OFF.name}, in continue"
     else:
         config, lr, scale = _finetune_settings(context)
         hard = hardened(facts.model, generator)
-        of_run = (dataset, most_wrong(hard, split) // settings.images, context)
-        checks = as_values(replay_finetune(plan, config, facts.model, lr, scale, *of_run), "synthetic image")
-        checks += as_values(replay_finetune(plan, config, hard, lr, scale, *of_run), "synthetic image, long gradient")
+        of_run = (lr, scale, dataset, most_wrong(hard, split) // settings.images, context)
+        replays = {
+            "synthetic image": partial(replay_finetune, plan, config, facts.model, *of_run),
+            "synthetic image, long gradient": partial(replay_finetune, plan, config, hard, *of_run),
+        }
         # with a frozen extractor no gradient exceeds √2: there is little to clip
         controls, title = settings.controls and scale > 0, f"{CLIP_OFF.name}, in the fine-tune"
+    checks = [check for on, replay in replays.items() for check in as_values(replay(), on)]
     if not controls:
         return checks, []
-    if name == STAGE:
-        found = replay_continue(plan, config, dataset, last, facts, context, 1, CLIP_OFF)
-    else:
-        found = replay_finetune(plan, config, hard, lr, scale, *of_run, 1, CLIP_OFF)
-    seen = not passed(as_values(found, ""))
+    _, hardest = replays.popitem()
+    seen = not all(check.passed for check in hardest(most=1, control=CLIP_OFF))
     return checks, [{"name": title, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None}]
 
 

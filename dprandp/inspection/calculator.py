@@ -6,9 +6,7 @@ import math
 from typing import Any
 
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose, warn_by_log
-from dprandp.privacy.gaussian_dp import equivalent_mu
-from dprandp.privacy.guarantees import (
+from dprandp.inspection.neighbours import (
     ADD_REMOVE,
     REPLACE_ONE,
     ZERO_OUT,
@@ -17,6 +15,8 @@ from dprandp.privacy.guarantees import (
     compose_group,
     trade_off,
 )
+from dprandp.privacy.accounting import GaussianEvent, compose, warn_by_log
+from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.opinions import Opinion, refuse_contradiction, second_opinions
 
 CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))

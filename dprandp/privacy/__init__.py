@@ -7,7 +7,6 @@
 ``analytic``     bounds that need no grid, such as Rényi DP
 ``opinions``     prv-accountant and Opacus on the same ε; a contradiction is an error
 ``adaptive``     several stages, each planned after the results of those before it were seen
-``guarantees``   the best attack under a guarantee: the trade-off curve, replaced records, groups of records
 ``randomness``   randomness from the operating system, Poisson batches, Gaussian and discrete Gaussian noise
 ``clipping``     sums of clipped gradients whose sensitivity is ``clip_norm``, for records of one or several images
 ``ledger``       the append-only record of charges, written before they are used

@@ -1,24 +1,21 @@
 """The ε of a list of noisy steps, and the noise for a budget. Of (lower, estimate, upper), only ``upper`` is promised.
 
 The unit of privacy is one record, under *zero-out* (Kairouz et al. 2021, "Practical and private (deep) learning without
-sampling or shuffling"): neighbouring data sets have the same public number N of positions, and one position is empty in
-one of them, so that it contributes nothing to any sum. The accountants' theorems are stated for adding or removing a
-record; an empty position has the distribution of the sum without it (docs/privacy.md).
+sampling or shuffling"): of two data sets with the same public number N of positions, one has an empty position, which
+contributes nothing to any sum. The accountants' theorems are stated for adding or removing a record; an empty position
+has the distribution of the sum without it (docs/privacy.md).
 
 ===================  ======================================================  ===========================================
 events               accountant                                              error
 ===================  ======================================================  ===========================================
-none                 nothing was spent                                       0
 all full batches     closed form of Gaussian DP (``gaussian_dp``)            below 1e-9 of ε
 some sampled         privacy loss distributions, both directions (``pld``)   0.05 % (T > 1e5: more), included in upper
 where that is less   bounds without a grid, such as Rényi DP (``analytic``)  an upper bound, 5 to 50 % loose
 where that refuses   the same, announced by ``warn``                         the same
 some private tuning  Rényi DP of everything (``tuning``)                     an upper bound, 5 to 50 % loose
-a step without noise infinite                                                0
 ===================  ======================================================  ===========================================
 
-Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4, which covers the distance between the
-two (``randomness`` has the proof).
+Discrete noise is accounted as Gaussian noise at a δ smaller by a part of 1e-4 (``randomness`` says why).
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
+import numpy as np
 from scipy.optimize import brentq
 
 from dprandp.errors import BudgetError, UsageError
@@ -55,13 +53,8 @@ DELTA_SHARE = 1e-4
 def check_distance(steps: int, epsilon: float, delta: float) -> None:
     """Refuse where δ's part does not cover the distance: (1 + exp ε) τ > DELTA_SHARE · δ, τ over all coordinates.
 
-    Args:
-        steps: with discrete noise, at least 1, of at most ``MOST_COORDINATES`` coordinates each.
-        epsilon: ε of the same steps with Gaussian noise; infinite where there is no noise, which is not refused.
-        delta: δ of the guarantee.
-
-    Raises:
-        BudgetError: ε is too large, or δ too small.
+    ``steps`` ≥ 1 have discrete noise on up to ``MOST_COORDINATES`` coordinates each; ``epsilon`` is that of Gaussian
+    noise, or infinite, which is not refused. Raises BudgetError.
     """
     if math.isinf(epsilon):
         return
@@ -76,10 +69,8 @@ def check_distance(steps: int, epsilon: float, delta: float) -> None:
 Warn = Callable[[str], None]
 warn_by_log: Warn = logging.getLogger(__name__).warning
 
-# With less than this part of the budget, steps would be only noise.
-_LEAST_PART = 0.005
-# With more noise a step carries no information; a search that gets here has no budget left.
-MAX_NOISE_MULTIPLIER = 1e6
+_LEAST_PART = 0.005  # with less than this part of the budget, steps would be only noise
+MAX_NOISE_MULTIPLIER = 1e6  # with more noise, a step carries no information
 FIXED = "A run's budget cannot grow once it has begun."
 
 # A δ is advised to be at most the first, and at most the second as a part of 1/N.
@@ -93,13 +84,10 @@ class GaussianEvent:
     """``steps`` noisy sums, each over a Poisson sample, each with Gaussian noise of std noise_multiplier · clip_norm.
 
     Args:
-        noise_multiplier: σ ≥ 0, std of the noise divided by the sensitivity; 0 means no noise, hence no privacy.
+        noise_multiplier: σ ≥ 0; 0 means no noise, hence no privacy.
         sample_rate: q in (0, 1], each record's independent chance of being in a step; 1 means full batches.
-        steps: T, from 0 to 2^53.
+        steps: T, from 0 to 2^53. Values out of range, NaN or infinite raise UsageError.
         discrete: the noise is a discrete Gaussian on a lattice (``randomness``).
-
-    Raises:
-        UsageError: a value is outside its range, NaN or infinite.
     """
 
     noise_multiplier: float
@@ -171,15 +159,14 @@ def gaussian_mu(events: Sequence[Event]) -> float | None:
 def compose(events: Sequence[Event], delta: float, warn: Warn = warn_by_log) -> EpsilonBound:
     """Bound ε of running all events on the same data, in any order, at ``delta`` in (0, 1).
 
-    Args:
-        warn: called with one sentence when the PLD accountant refuses or two accountants contradict each other.
+    ``warn`` is called with one sentence when the PLD accountant refuses or two accountants contradict each other.
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under zero-out of one record, provided each step is a Poisson
         sample at the stated rate, of sensitivity C, with fresh Gaussian noise of std σC, or discrete noise as
         ``add_discrete_noise`` adds it. The parameters may differ from event to event but must not depend on the data,
-        nor on earlier *results* that somebody looked at (``adaptive`` allows that). Full-batch steps are free of that
-        condition as far as Σ T/σ² is fixed: how it is split into steps changes none of their curves.
+        nor on earlier *results* that somebody looked at (``adaptive`` allows that); for full batches they may, as far
+        as Σ T/σ² is fixed.
 
     Raises:
         UsageError: δ is not between 0 and 1. BudgetError: ε is too large for the lattice of discrete noise.
@@ -269,21 +256,17 @@ def calibrate(
     warn: Warn = warn_by_log,
     discrete: bool = False,
 ) -> float:
-    """The smallest noise multiplier found whose steps, after everything in ``spent``, stay within the budget.
+    """The smallest noise multiplier found for ``steps`` ≥ 1 that keeps everything, ``spent`` too, within ``epsilon``.
 
-    Args:
-        epsilon: total ε > 0 that ``spent`` and the new steps may cost together; inf gives 0 (no noise, not private).
-        delta: δ in (0, 1).
-        sample_rate, steps, discrete: q in (0, 1], T ≥ 1 and kind of noise of the new steps.
-        spent, warn: as for ``compose``.
+    ``epsilon`` > 0; inf gives 0 (no noise, not private).
 
     Guarantee:
         ``compose([*spent, GaussianEvent(result, sample_rate, steps, discrete)], delta).upper <= epsilon``; it is
         within 0.5 % of ``epsilon`` unless what is left of the budget is smaller than the accountant's own error.
 
     Raises:
-        BudgetError: ``spent`` alone reaches 99.5 % of ``epsilon``, or no noise below a multiplier of 1e6 fits into what
-            is left. UsageError: a value is outside its range.
+        BudgetError: ``spent`` reaches 99.5 % of ``epsilon``, or no noise below a multiplier of 1e6 fits into the rest.
+        UsageError: a value is outside its range.
     """
     if not (0 < epsilon <= _LARGEST_EPSILON or math.isinf(epsilon)):
         fix = f"Give a number above 0, at most {_LARGEST_EPSILON:g}, or inf for no privacy."
@@ -366,6 +349,64 @@ def _sketch(components: Sequence[Component], delta: float) -> float:
         return min(simple, pld.pld_epsilon(components, delta, simple, pld.COARSE)[2])
     except pld.AccountantRefused:
         return simple
+
+
+# ------------------------------------------------------------------------------------------------- curves and groups
+
+_CURVE_POINTS = 5000
+# The smallest δ at which a curve without a grid is tabled.
+_LEAST_DELTA = 1e-300
+_LARGEST_SIZE = 10**15
+WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
+
+
+def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
+    """(ε, δ) for groups of ``size`` records, 1 to 1e15, from (ε, δ) for one, for any mechanism; else UsageError.
+
+    k neighbours in a row, each (ε, δ)-private, give (k ε, δ (exp(k ε) − 1) / (exp(ε) − 1)) (Vadhan 2017, "The
+    complexity of differential privacy", Lemma 2.2). ε = inf gives (inf, delta). The δ may exceed 1, which says nothing.
+    """
+    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
+        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")
+    if not (epsilon >= 0 and 0 <= delta < 1):
+        raise UsageError(f"ε = {epsilon} with δ = {delta} is not a guarantee.", fix="Give ε ≥ 0 and δ < 1.")
+    if math.isinf(epsilon):
+        return math.inf, delta
+    log_delta = math.log(delta) + log_growth(epsilon, size) if delta else -math.inf
+    return size * epsilon, math.exp(log_delta) if log_delta < 700 else math.inf
+
+
+def log_growth(epsilon: float, size: int) -> float:
+    """log((exp(kε) − 1)/(exp(ε) − 1)) = log Σ_{i<k} exp(iε), without overflow."""
+    if epsilon == 0:
+        return math.log(size)
+    return (size - 1) * epsilon + math.log(-math.expm1(-size * epsilon)) - math.log(-math.expm1(-epsilon))
+
+
+def privacy_curve(events: tuple[GaussianEvent, ...], least: float, warn: Warn) -> tuple[np.ndarray, np.ndarray, str]:
+    """Points of a valid privacy curve: ε ascending from 0, δ descending, float64 [n]; and where they come from.
+
+    The composition (merged, at least one event, none without noise) is (ε_i, δ_i)-DP under zero-out for every i. The
+    curve should reach δ ``least``; rounding may end it before. ``warn`` is told where a looser bound stands in.
+    """
+    epsilons, deltas, source, complaint = _cached_curve(events, least)
+    if complaint:
+        warn(complaint)
+    return epsilons, deltas, source
+
+
+@lru_cache(maxsize=64)
+def _cached_curve(events: tuple[GaussianEvent, ...], least: float) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    from dprandp.privacy import pld  # takes long to load
+
+    components, least = components_of(events), max(least, _LEAST_DELTA)
+    try:
+        scale = analytic.analytic_epsilon(components, least)[0]
+        epsilons, deltas = pld.pld_curve(components, least, scale, _CURVE_POINTS)
+    except pld.AccountantRefused as refusal:
+        epsilons, deltas = analytic.analytic_curve(components, np.geomspace(0.9, least, 60))
+        return epsilons, deltas, WITHOUT_GRID, f"The PLD accountant refused ({refusal}); {WITHOUT_GRID} is looser."
+    return epsilons, deltas, "the whole PLD curve", None
 
 
 # --------------------------------------------------------------------------------------------------------- calibration

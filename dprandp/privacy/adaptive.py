@@ -44,11 +44,11 @@ from dprandp.privacy.accounting import (
     gaussian_mu,
     merge_events,
     nudge,
+    privacy_curve,
     refuse_spent,
     settle,
     warn_by_log,
 )
-from dprandp.privacy.guarantees import privacy_curve
 from dprandp.privacy.tuning import TuningEvent
 
 SLACK = 0.04
@@ -65,9 +65,6 @@ def compose_stages(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_l
         All stages together are (``upper``, ``delta``)-DP, also where the parameters of a stage were chosen after the
         results of earlier ones were seen, as long as each choice kept this bound within a limit that was fixed
         beforehand. A single stage is composed numerically.
-
-    Raises:
-        As ``accounting.compose``.
     """
     stages = [merged for stage in stages if (merged := tuple(merge_events(stage)))]
     if len(stages) < 2:
@@ -94,9 +91,6 @@ def calibrate_stage(
 
     Guarantee:
         ``compose_stages([*spent, [GaussianEvent(result, sample_rate, steps, discrete)]], delta).upper <= epsilon``.
-
-    Raises:
-        As ``accounting.calibrate``.
     """
     spent = [merged for stage in spent if (merged := tuple(merge_events(stage)))]
     if not spent or math.isinf(epsilon):
@@ -123,10 +117,7 @@ def calibrate_stage(
 
 
 def covers(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> list[Event]:
-    """For each stage, none of them empty, a full-batch Gaussian event that covers it; private tuning unchanged.
-
-    The n-th sampled stage gets the slack ``SLACK`` · δ / 2ⁿ, for δ of the whole run.
-    """
+    """A full-batch Gaussian event that covers each stage; the n-th sampled one has the slack ``SLACK`` · δ / 2ⁿ."""
     found: list[Event] = []
     slack = SLACK * delta
     for stage in stages:
@@ -142,11 +133,7 @@ def covers(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_log) -> l
 
 
 def cover(events: Sequence[GaussianEvent], slack: float, warn: Warn = warn_by_log) -> float:
-    """The smallest μ found that covers a composition of Gaussian steps, fixed beforehand, with ``slack`` s > 0.
-
-    Guarantee:
-        For every ε ≥ 0, in either direction of zero-out: δ_events(ε) ≤ δ_μ(ε) + slack.
-    """
+    """The smallest μ found with δ_events(ε) ≤ δ_μ(ε) + ``slack`` for every ε ≥ 0, in either direction of zero-out."""
     mu, complaint = _cover(tuple(merge_events(events)), slack)
     if complaint:
         warn(complaint)

@@ -10,9 +10,8 @@ probability 1 − q, so that sampled steps are at most as revealing as full batc
 δ(ε) ≤ E_K[δ of √K/σ-GDP at ε]. This is tight where the noise is small, and where a record is hardly ever drawn.
 
 *Rényi DP.* With A(α) = E_Q[(P/Q)^α], the divergence of order α > 1 is log A(α)/(α − 1) in the larger direction
-(Mironov, Talwar & Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5); steps add up.
-To ε by Balle et al. 2020, Theorem 21, for the best order; to ε = 0 where the total variation, at most √(1 − exp(−KL))
-and √(KL/2), is at most δ.
+(Mironov, Talwar & Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", Theorem 5); to ε by Balle
+et al. 2020, Theorem 21, for the best order; to 0 where the total variation, below √(1 − exp(−KL)) and √(KL/2), is ≤ δ.
 """
 
 from __future__ import annotations
@@ -32,17 +31,15 @@ FULL_BATCHES = "Gaussian DP of full batches (closed form)"
 PARTICIPATIONS = "Gaussian DP averaged over the number of participations"
 RENYI = "Rényi DP (integrated)"
 
-# α − 1. Any order gives a valid bound; beyond both ends no parameters in use have their best one.
+# α − 1; any order gives a valid bound
 _ORDERS = np.geomspace(1e-4, 1e8, 61)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
-# A normal distribution this many standard deviations away is below 1e-43.
-_REACH = 14.0
+_REACH = 14.0  # a normal density this many standard deviations away is below 1e-43
 _MOST_PANELS = 20_000
 # A smaller sampling rate is taken for this one, which costs no less: the panels reach no further.
 _LEAST_RATE = 1e-25
-# What integration and rounding may take from a moment, as a part of it; added to it.
-_SLACK = 1e-9
+_SLACK = 1e-9  # what integration and rounding may take from a moment, as a part of it; added to it
 _MOST_COUNTS = 2000
 
 
@@ -69,38 +66,10 @@ def analytic_epsilon(components: Sequence[Component], delta: float) -> tuple[flo
     return min(found)
 
 
-def moved_epsilon(
-    components: Sequence[Component], delta: float, distance: float, records: int = 1
-) -> tuple[float, str]:
-    """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
-
-    Both data sets are sampled with the same coins: a step that draws none of the records is the same in both, and one
-    that draws any moves by ``distance`` · C at most. Zeroing out k records is (k, k), replacing one is (2, 1).
-
-    Guarantee:
-        The composition is (result, delta)-DP for such data sets.
-    """
-    moved = [
-        each._replace(
-            noise_multiplier=each.noise_multiplier / distance,
-            sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
-        )
-        for each in components
-    ]
-    full = gaussian_dp_epsilon(full_batch_mu(moved), delta)
-    counted = participation_epsilon(moved, delta, full)
-    return (full, FULL_BATCHES) if counted is None or full <= counted else (counted, PARTICIPATIONS)
-
-
 def analytic_curve(components: Sequence[Component], deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Valid points (ε_i, δ_i) of the privacy curve, among them one at each of ``deltas`` and one at ε = 0.
+    """Valid points of the privacy curve: ε ascending from 0 and δ descending, float64 [n + 1].
 
-    Args:
-        components: as for ``analytic_epsilon``.
-        deltas: δ descending, in (0, 1), float64 [n].
-
-    Returns:
-        ε ascending from 0 and δ descending, float64 [n + 1].
+    There is one at each of ``deltas``, float64 [n], descending in (0, 1), and one at ε = 0.
     """
     tabled = _ORDERS[(_ORDERS > 1e-3) & (_ORDERS < 1e7)]
     divergences = np.array([_divergence(components, float(order)) for order in tabled])

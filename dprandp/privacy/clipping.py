@@ -4,15 +4,14 @@ One record's gradient is the mean over its K views and is clipped once, over all
 gradient is not finite counts as zero. Nothing is divided by the number of records: the plan has the public divisor.
 
 Guarantee (every function that takes ``clip_norm``, C from 1e-8 to 1e8, else UsageError):
-    Zeroing out one record, which then contributes nothing, changes the sum by at most ``clip_norm`` in L2, over all
-    parameters jointly. Clipping happens at clip_norm · (1 − ROUNDING_SLACK) to make room for floating-point rounding in
-    one record's part, so that this holds to 1e-6 of clip_norm for batches up to about a hundred records. In larger ones
-    float32 summation can add an error of at most about 1e-7 of the norm of a block's sum, far below the noise (σ
-    clip_norm in every coordinate); blocks and microbatches are added in float64.
+    Zeroing out one record changes the sum by at most C in L2, over all parameters jointly. Clipping happens at
+    C (1 − ROUNDING_SLACK) to make room for floating-point rounding in one record's part, so that this holds to 1e-6 C
+    for batches up to about a hundred records. In larger ones float32 summation can add at most about 1e-7 of the norm
+    of a block's sum, far below the noise; blocks and microbatches are added in float64.
 
 Automatic clipping (``automatic=True``; Bu, Wang, Zha & Karypis 2023, "Automatic Clipping", arXiv 2206.07136) scales
-every gradient to C ‖g‖/(‖g‖ + .01) instead, also those that are shorter than C. C is then only the unit of sum and
-noise, and need not be tuned. Each part stays shorter than C: the Guarantee is the same.
+every gradient to C ‖g‖/(‖g‖ + .01) instead, also those that are shorter than C: the Guarantee is the same, and C, which
+is then only the unit of sum and noise, need not be tuned.
 """
 
 from __future__ import annotations
@@ -35,10 +34,13 @@ ROUNDING_SLACK = 1e-5
 LONGEST = 1e30
 NORM_PIECE = 128
 """Numbers of a gradient whose squares are added in float32."""
+
 BLOCK, DEVICE_BLOCK = 512, 8
 """Rows that are worked on at a time, and times as many on an accelerator: speed only, never the result."""
+
 BLOCK_BYTES = 2**22
 """Bytes of rows, or of the units' gradients, in memory at a time."""
+
 AUTOMATIC_STABILISER = 0.01
 """γ of automatic clipping, as published: limits the factor of vanishing gradients."""
 
@@ -105,17 +107,12 @@ def _order(gradients: torch.Tensor) -> list[int]:
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = False) -> torch.Tensor:
-    """The factor that brings each norm down to ``clip_norm`` (less the rounding slack), never up unless ``automatic``.
+    """The factor, [B], that brings each norm (at least 0, or inf, or NaN) down to C, never up unless ``automatic``.
 
-    Args:
-        norms: float [B], at least 0; may hold inf or NaN.
-
-    Returns:
-        [B], same dtype: min(1, C (1 − slack)/norm), or C (1 − slack)/(norm + .01) if ``automatic``; 0 for a norm that
-        is not finite or above 1e30 C. Where the factor is 0 the gradient itself must be replaced by zeros as well,
-        since 0 · NaN is NaN.
+    It is min(1, C (1 − slack)/norm), or C (1 − slack)/(norm + .01); 0 for a norm that is not finite or above 1e30 C,
+    where the gradient itself must be replaced by zeros as well, since 0 · NaN is NaN.
     """
-    _require_clip_norm(clip_norm)
+    require_clip_norm(clip_norm)
     usable = torch.isfinite(norms) & (norms <= LONGEST * clip_norm)
     limit = clip_norm * (1 - ROUNDING_SLACK)
     if automatic:
@@ -128,14 +125,9 @@ def clip_factors(norms: torch.Tensor, clip_norm: float, *, automatic: bool = Fal
 def clipped_sum(
     per_example: Mapping[str, torch.Tensor], clip_norm: float, *, automatic: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Σ_i g_i · min(1, C/‖g_i‖) over the records of a batch, ‖·‖ over all parameters jointly. See the Guarantee.
+    """Σ_i g_i · min(1, C/‖g_i‖), ‖·‖ over all parameters jointly; Σ_i g_i · C/(‖g_i‖ + .01) if ``automatic``.
 
-    Args:
-        per_example: parameter name -> [B, ...], any floating dtype; B may be 0.
-        automatic: Σ_i g_i · C/(‖g_i‖ + .01) instead.
-
-    Returns:
-        parameter name -> float64 [...] on the same device.
+    ``per_example``: parameter name -> [B, ...], any floating dtype; B may be 0. Returns name -> float64 [...].
     """
     flat = {name: as_rows(gradients) for name, gradients in per_example.items()}
     squared = torch.stack([squared_norms(rows) for rows in flat.values()]).sum(0)
@@ -160,15 +152,12 @@ def per_example_gradients(
     labels: torch.Tensor,
     microbatch: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Gradients of each record's loss, in their order, ``microbatch`` at a time (memory only, never the result).
+    """Gradients of each record's loss, in their order, name -> [b, ...] for b ≤ ``microbatch`` records at a time.
 
     Args:
         loss_function: (parameters, images [K, ...] of ONE record, its label) -> scalar, the mean loss over its K views.
         parameters: name -> tensor, the trained ones only.
         images: [B, K, ...], the K views of each record. labels: int64 [B].
-
-    Yields:
-        name -> [b, ...], b ≤ microbatch.
 
     Guarantee:
         The loss function sees one record at a time (by construction with ``vmap``): no gradient depends on another.
@@ -192,16 +181,11 @@ def sum_of_clipped(
     *,
     automatic: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The clipped sums of all microbatches of a batch, added up. See the Guarantee.
+    """The clipped sums of all microbatches of a batch, added up: name -> float64, shaped like the parameter.
 
-    Args:
-        microbatches: each name -> [b, ...], row i the gradient of one record alone, the same names in each.
-        parameters: name -> tensor of the shape of the sum.
-
-    Returns:
-        name -> float64, shaped like the parameter; zeros where there are no microbatches.
+    ``microbatches``: each name -> [b, ...], row i the gradient of one record alone, the same names in each; maybe none.
     """
-    _require_clip_norm(clip_norm)
+    require_clip_norm(clip_norm)
     total: dict[str, torch.Tensor] = {}
     for gradients in microbatches:
         for name, value in clipped_sum(gradients, clip_norm, automatic=automatic).items():
@@ -228,7 +212,7 @@ def clipped_softmax_sum(
         mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
 
     and no gradient is ever stored for one record. Features are read once, in order, one block at a time: they may lie
-    in a memory-mapped file larger than memory, or on the CPU where an accelerator computes. See the Guarantee.
+    in a memory-mapped file larger than memory, or on the CPU where an accelerator computes.
 
     Args:
         features: [B, D] or [B, K, D], any floating dtype, of any norm; B may be 0. On the weight's device or the CPU.
@@ -239,10 +223,8 @@ def clipped_softmax_sum(
         rows: int64 [b] on the CPU, positions of the records of the batch, each at most once. None for all B records.
 
     Returns:
-        float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device.
-
-    Raises:
-        UsageError: shapes, labels or values do not fit. The message holds no label.
+        float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device. UsageError
+        where shapes, labels or values do not fit; its message holds no label.
     """
     check_softmax_inputs(features, labels, weight, clip_norm, rows)
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
@@ -270,7 +252,7 @@ def check_softmax_inputs(
     features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float, rows: torch.Tensor | None
 ) -> None:
     """Refuse invalid arguments of ``clipped_softmax_sum``. No message contains a label."""
-    _require_clip_norm(clip_norm)
+    require_clip_norm(clip_norm)
     if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
         raise UsageError(
             f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
@@ -344,9 +326,9 @@ def outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 def refuse_cross_example_layers(module: nn.Module) -> None:
     """Refuse by name a network in which one record's output depends on other records (UsageError).
 
-    Any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps running statistics. Not
-    guaranteed beyond these. Gradients are taken one record at a time in any case; what this prevents are batch
-    statistics that would silently become view statistics, and running statistics of private pixels.
+    Any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps running statistics.
+    Gradients are taken one record at a time in any case; what this prevents are batch statistics that would silently
+    become view statistics, and running statistics of private pixels.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.instancenorm import _InstanceNorm
@@ -362,8 +344,9 @@ def refuse_cross_example_layers(module: nn.Module) -> None:
             )
 
 
-def _require_clip_norm(clip_norm: float) -> None:
-    if not 1e-8 <= clip_norm <= 1e8:  # float32 norms and factors are sound in this range
+def require_clip_norm(clip_norm: float) -> None:
+    """Refuse a C outside the range in which float32 norms and factors are sound."""
+    if not 1e-8 <= clip_norm <= 1e8:
         raise UsageError(f"The clip norm is {clip_norm}.", fix="Give a number from 1e-8 to 1e8.")
 
 
@@ -385,21 +368,20 @@ def clipped_softmax_sum_of_units(
     precise: bool = False,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``clipped_softmax_sum`` over units of images: unit u with m images of K views has, and adds,
+    """``clipped_softmax_sum`` over units: unit u with m images of K views adds G_u · min(1, C/‖G_u‖), where
 
-        G_u = 1/(m K) Σ_ik x_ik r_ikᵀ        and        G_u · min(1, C/‖G_u‖)
+        G_u = 1/(m K) Σ_ik x_ik r_ikᵀ.
 
-    Units of equal size are worked on together, a block at a time. Where mK is at least the number of classes, G_u is
-    formed and its norm is that of what is added; where it is smaller, ‖G_u‖ comes from the Gram matrices of the rows.
+    Where mK is at least the number of classes, G_u is formed and its norm is that of what is added; where it is
+    smaller, ‖G_u‖ comes from the Gram matrices of the rows.
 
     Args:
         features, labels, weight, precise: as there; one row, or K, for each of M images.
         offsets: int64 [U+1] on the CPU, rising strictly from 0 to M: unit u has the rows offsets[u] … offsets[u+1]−1.
-        rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units, and
-            run to m. None where the images lie unit by unit already.
+        rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units.
+            None where the images lie unit by unit already.
 
-    Raises:
-        UsageError: shapes, labels, offsets or values do not fit. The message holds no label and no size of a unit.
+    Messages of errors hold no label and no size of a unit.
     """
     check_softmax_inputs(features, labels, weight, clip_norm, rows)
     sizes = offsets.diff()
@@ -452,18 +434,12 @@ def _equal_units(features: torch.Tensor, labels: torch.Tensor, weight: torch.Ten
 def unit_means(
     microbatches: Iterable[Mapping[str, torch.Tensor]], sizes: Sequence[int]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Gradients of images, averaged over each unit: what ``sum_of_clipped`` takes in place of the images' own.
+    """Gradients averaged over each unit, name -> [units, ...]: what ``sum_of_clipped`` takes in place of images' own.
 
     Args:
         microbatches: each name -> [b, ...], row i the gradient of one image alone; all images of a unit one after
             another, over the ends of microbatches too.
-        sizes: images of each unit, at least 1, in order.
-
-    Yields:
-        name -> [units, ...] for the units that a microbatch completes.
-
-    Raises:
-        RuntimeError: there are more or fewer images than the sizes add up to (a bug of the caller).
+        sizes: images of each unit, at least 1, in order; RuntimeError where they add up to another number.
     """
     waiting = iter(sizes)
     size = missing = next(waiting, 0)

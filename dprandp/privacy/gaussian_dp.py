@@ -1,8 +1,8 @@
 """Gaussian differential privacy: the exact trade-off of full-batch Gaussian steps.
 
-A full-batch step (q = 1) with noise multiplier σ is exactly (1/σ)-GDP, and T such steps compose to √(Σ 1/σ²)-GDP
-exactly (Dong, Roth & Su 2022, "Gaussian Differential Privacy", Corollary 3.3). Its (ε, δ) curve has a closed form
-(Balle & Wang 2018, "Improving the Gaussian mechanism for differential privacy", Theorem 8):
+A full-batch step with noise multiplier σ is exactly (1/σ)-GDP, and T such steps compose to √(Σ 1/σ²)-GDP exactly (Dong,
+Roth & Su 2022, "Gaussian Differential Privacy", Corollary 3.3). Its (ε, δ) curve has a closed form (Balle & Wang 2018,
+"Improving the Gaussian mechanism for differential privacy", Theorem 8):
 
     δ(ε) = Φ(μ/2 − ε/μ) − exp(ε) Φ(−μ/2 − ε/μ)
 
@@ -20,10 +20,8 @@ from dprandp.errors import UsageError
 
 # Results of a root finder are moved by this factor to the side on which the promise holds, and then checked.
 _OUTWARD = 1e-12
-# Beyond this μ (ε = 5e13) the closed form cancels in doubles, and ``_largest_epsilon`` is as good.
-_LARGEST_MU = 1e7
-# Of the logarithms that the closed form subtracts: some units in the last place.
-_ROUNDING = 1e-15
+_LARGEST_MU = 1e7  # beyond, the closed form cancels in doubles, and ``_largest_epsilon`` is as good
+_ROUNDING = 1e-15  # of the logarithms that the closed form subtracts: some units in the last place
 
 
 def gaussian_dp_log_delta(mu: float, epsilon: float) -> float:
@@ -103,10 +101,7 @@ def gaussian_dp_mu(epsilon: float, delta: float) -> float:
 
 
 def equivalent_mu(epsilon: float, delta: float) -> float:
-    """The μ whose Gaussian mechanism spends exactly (ε, δ): one number that makes budgets of different δ comparable.
-
-    At δ = 1e-5, ε = 1 is μ = 0.268 and ε = 8 is μ = 1.666.
-    """
+    """The μ whose Gaussian mechanism spends exactly (ε, δ): it makes budgets of different δ comparable."""
     return gaussian_dp_mu(epsilon, delta)
 
 

@@ -1,20 +1,19 @@
 """The record of a run's charges: append-only, chained by hashes, on disk before anything charged is used.
 
-One JSON object a line. The first is the header, with the fixed budget; the others are charges (for a block of steps, or
-for a selection among private trials) and seals of results (the SHA-256 of a finished stage's result). Each line carries
-the hash of the line before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found
-when the file is opened. The chain has no key: it finds accidents and careless edits. Missing lines at the end are found
-by references to them: ``includes(head)`` for the head in run.json and every checkpoint, and the plan's check that no
-checkpoint holds more updates than were charged.
+One JSON object a line: the header, with the fixed budget, then charges (for a block of steps, or for a selection among
+private trials) and seals of results (the SHA-256 of a finished stage's result). Each line carries the hash of the line
+before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file is
+opened. The chain has no key: it finds accidents and careless edits. Missing lines at the end are found by references to
+them: ``includes(head)`` for the head in run.json and every checkpoint, and the plan's check that no checkpoint holds
+more updates than were charged.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync), and nothing is used before it returns. So the file never
     shows less than was used, even after ``kill -9`` or a power cut. A charge whose use was lost stays charged.
 
-A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned, so its charge was never
-used. It is still counted as one full charge if all of its costs can be read, and dropped otherwise; both with a
-warning. Other bytes after the last line, or more of them than a line has, do not come from a power cut: they may
-replace charged lines, and are refused.
+A torn last line (power cut in the middle of ``charge``) belongs to a call that never returned. It is still counted as
+one full charge if all of its costs can be read, and dropped otherwise; both with a warning. Other bytes after the last
+line, or more of them than a line has, may replace charged lines, and are refused.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ FIRST_PREVIOUS = "0" * 64
 
 @dataclass(frozen=True)
 class _Line:
-    """What a line says of an attempt of a stage. Impossible values raise UsageError (or TypeError, of another type)."""
+    """What a line says of an attempt of a stage. Impossible values raise UsageError (or TypeError)."""
 
     KIND: ClassVar[str]
     stage: str
@@ -85,25 +84,16 @@ class Charge(_Line):
     random: str
 
     def possible(self) -> bool:
-        _ = self.event
-        return (
-            _whole(self.steps)
-            and _whole(self.planned)
-            and _whole(self.step, 0)
-            and self.step <= self.planned - self.steps
-            and all(type(value) in (int, float) for value in (self.noise_multiplier, self.sample_rate, self.clip_norm))
-            and self.noise in ("gaussian", "discrete")
-            and _mode(self.random)
-        )
+        _ = self.event  # refuses noise and rates out of their range
+        reals = (self.noise_multiplier, self.sample_rate, self.clip_norm)
+        whole = _whole(self.steps) and _whole(self.planned) and _whole(self.step, 0)
+        known = self.noise in ("gaussian", "discrete") and _mode(self.random)
+        fits = whole and self.step <= self.planned - self.steps
+        return known and fits and all(type(value) in (int, float) for value in reals)
 
     @property
     def event(self) -> GaussianEvent:
         return GaussianEvent(self.noise_multiplier, self.sample_rate, self.steps, self.noise == "discrete")
-
-    @property
-    def counted(self) -> GaussianEvent:
-        """The event of the attempt: for full batches these steps, for sampled ones the whole plan (``adaptive``)."""
-        return self.event if self.sample_rate == 1 else replace(self.event, steps=self.planned)
 
     @classmethod
     def from_torn(cls, line: bytes) -> Charge | None:
@@ -220,11 +210,14 @@ class Ledger:
     """The privacy ledger of one run, opened with ``Ledger.create`` or ``Ledger.open``.
 
     Attributes:
-        path: the file.
-        header: ``format, data_unit, adjacency, examples, budget, created``.
+        header: ``format, data_unit, adjacency, examples, budget, created``, of which three are attributes too.
         seals: stage -> the seal of its latest result.
         head: hash of the last line, for everything that depends on the ledger.
     """
+
+    examples: int
+    data_unit: str
+    budget: dict[str, Any] | None
 
     def __init__(self, path: Path, read_only: bool, warn: Warn, fault_point: Callable[[str], None]) -> None:
         self.path = path
@@ -248,17 +241,10 @@ class Ledger:
         *,
         budget: Mapping[str, Any] | None = None,
     ) -> Ledger:
-        """Start a ledger: write and fsync its header.
+        """Start a ledger of N = ``examples`` records of a unit of privacy: write and fsync its header.
 
-        Args:
-            examples: N ≥ 1, the public number of records.
-            data_unit: the unit of privacy.
-            warn, fault_point: as for ``open``.
-            budget: the values that were fixed before the data were read, by name, as finite JSON values. None for a
-                ledger without a budget, as that of an audit.
-
-        Raises:
-            StorageError: the file exists or cannot be written.
+        ``budget``: the values that were fixed before the data were read, as finite JSON values; None in an audit.
+        StorageError where the file exists or cannot be written.
         """
         path = Path(path)
         body = {
@@ -296,15 +282,12 @@ class Ledger:
     ) -> Ledger:
         """Read and verify a ledger; repair a torn last line unless ``read_only`` (which counts it all the same).
 
-        Args:
-            read_only: never write; ``charge`` is refused. For reports while a run goes on.
-            warn: called with one sentence when a torn line is met.
-            fault_point: called with "ledger.appended" and "ledger.fsynced" at these moments (crash tests).
+        ``warn`` is called with one sentence when a torn line is met, ``fault_point`` with "ledger.appended" and
+        "ledger.fsynced" at these moments (crash tests).
 
         Raises:
             CheckpointError: the file is missing, empty, of another format, or a line was edited, moved or removed;
-                the message names the line.
-            StorageError: the disk refused.
+                the message names the line. StorageError: the disk refused.
         """
         ledger = cls(Path(path), read_only, warn, fault_point)
         with _disk(ledger.path):
@@ -324,18 +307,6 @@ class Ledger:
         if torn:
             ledger._repair(torn, len(lines) + 1)
         return ledger
-
-    @property
-    def examples(self) -> int:
-        return self.header["examples"]
-
-    @property
-    def data_unit(self) -> str:
-        return self.header["data_unit"]
-
-    @property
-    def budget(self) -> dict[str, Any] | None:
-        return self.header["budget"]
 
     @property
     def charges(self) -> list[Charge]:
@@ -377,12 +348,11 @@ class Ledger:
     ) -> Charge:
         """Charge a block of ``steps`` steps of the ``planned`` ones. Use none of them before this has returned.
 
+        UsageError where a value is outside its range, the plan is exceeded, or the ledger was opened read-only;
+        StorageError where the disk refused, or somebody else wrote to the file.
+
         Guarantee:
             On return the line is on disk. If this raises, the block must be taken as charged and must not be used.
-
-        Raises:
-            UsageError: a value is outside its range, the plan is exceeded, or the ledger was opened read-only.
-            StorageError: the disk refused, or somebody else wrote to the file.
         """
         values = (float(noise_multiplier), float(sample_rate), float(clip_norm))
         before = self.charged_steps(stage, attempt)
@@ -405,10 +375,10 @@ class Ledger:
         return merge_events([charge.event for charge in self._in_order])
 
     def stages(self, besides: Collection[tuple[str, int]] = ()) -> list[list[Event]]:
-        """The events of each attempt of each stage, in the order in which they began; see ``adaptive``.
+        """The events of each attempt of each stage, as they began; but for the (stage, attempt) in ``besides``.
 
         Full batches count as far as they were charged; an attempt with sampled batches counts as its whole plan from
-        its first charge on, since it may be stopped at any moment. ``besides``: (stage, attempt) pairs to leave out.
+        its first charge on, since it may be stopped at any moment (``adaptive``).
         """
         found: dict[tuple[str, int], list[Event]] = {}
         for charge in self._in_order:
@@ -420,7 +390,7 @@ class Ledger:
             elif charge.sample_rate == 1:
                 found[key] = merge_events([*found.get(key, []), charge.event])
             else:
-                found[key] = [charge.counted]
+                found[key] = [replace(charge.event, steps=charge.planned)]
         return list(found.values())
 
     def charged_steps(self, stage: str, attempt: int) -> int:
@@ -432,11 +402,7 @@ class Ledger:
         return max((charge.attempt for charge in self._in_order if charge.stage == stage), default=0)
 
     def spent(self, delta: float) -> EpsilonBound:
-        """ε of everything charged, at ``delta``; infinite when a step ran without noise. See ``private`` as well.
-
-        Guarantee:
-            Holds also where a stage was planned after the results of earlier ones were seen (``adaptive``).
-        """
+        """ε of everything charged, at ``delta``, by ``compose_stages``; infinite when a step ran without noise."""
         return compose_stages(self.stages(), delta, self._warn)
 
     def _read(self, line: bytes, number: int) -> None:
@@ -469,6 +435,7 @@ class Ledger:
         if not isinstance(body.get("budget", ""), dict | None):
             raise self._damaged(1, "it does not say what the budget is")
         self.header = body
+        self.examples, self.data_unit, self.budget = (body[name] for name in ("examples", "data_unit", "budget"))
 
     def _checked(self, read: Callable[[Any], Any], given: Any, number: int) -> Any:
         """What ``read`` makes of a line, if that makes sense here."""

@@ -22,13 +22,14 @@ import torch
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, Warn, advised_delta, warn_by_log
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
+from dprandp.privacy.clipping import require_clip_norm
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.randomness import NoiseKind, PoissonSampler, RandomSource, add_discrete_noise, add_gaussian_noise
 
 
 @dataclass(frozen=True)
 class PrivatePlan:
-    """One stage's private steps. Everything here is public and chosen before the data are read.
+    """One stage's private steps. Everything here is public and chosen before the data are read; else UsageError.
 
     Args:
         examples: N ≥ 1, the public number of records: of units of privacy, each one image or one patient, say.
@@ -38,9 +39,6 @@ class PrivatePlan:
         views: K ≥ 1 views of a record, averaged before the clip.
         epsilon_target: limit on the run's total ε after this stage; inf means no privacy.
         delta: δ in (0, 1/N).
-
-    Raises:
-        UsageError: a value is outside its range.
     """
 
     stage: str
@@ -61,8 +59,7 @@ class PrivatePlan:
         _ = self.event
         if self.steps < 1 or self.views < 1:
             raise UsageError(f"The plan has {self.steps} steps of {self.views} views.", fix="Give at least 1 of each.")
-        if not 1e-8 <= self.clip_norm <= 1e8:
-            raise UsageError(f"The clip norm is {self.clip_norm}.", fix="Give a number from 1e-8 to 1e8.")
+        require_clip_norm(self.clip_norm)
         if self.noise_multiplier == 0 and not math.isinf(self.epsilon_target):
             raise UsageError("A plan without noise has a finite epsilon.", fix="Give --eps inf, or noise.")
 
@@ -90,10 +87,8 @@ class PrivatePlan:
         try:
             return cls(**{**values, "epsilon_target": float(values["epsilon_target"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "The privacy plan has missing, unknown or unreadable entries.",
-                fix="Restore it from a copy, or --overwrite.",
-            ) from error
+            problem = "The privacy plan has missing, unknown or unreadable entries."
+            raise CheckpointError(problem, fix="Restore it from a copy, or --overwrite.") from error
 
 
 def validate_budget(epsilon: float, delta: float, examples: int) -> None:
@@ -129,16 +124,12 @@ def make_plan(
 
     Args:
         epsilon: the run's whole budget; inf plans without noise, hence without privacy.
-        epsilon_target: cumulative ε that may be spent once this stage is done, at most ``epsilon``.
-        spent: ``ledger.stages()``: every stage that the run has charged.
-        The rest: as in ``PrivatePlan`` and ``accounting.compose``.
+        epsilon_target: cumulative ε that may be spent once this stage is done, at most ``epsilon``; BudgetError where
+            earlier stages have spent it, or leave too little.
+        spent: ``ledger.stages()``: every stage that the run has charged. The rest: as in ``PrivatePlan``.
 
     Guarantee:
         ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
-
-    Raises:
-        BudgetError: earlier stages have spent ``epsilon_target``, or leave too little.
-        UsageError: a value is outside its range.
     """
     validate_budget(epsilon, delta, examples)
     if not 0 < epsilon_target <= epsilon:
@@ -177,18 +168,12 @@ class PrivateStep:
     def release(self, clipped_sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """(sum + N(0, (σC)² I)) / (qN), or its discrete counterpart: the only thing that leaves a step.
 
-        Args:
-            clipped_sums: name -> sum of clipped gradients over ``indices``, sensitivity ``clip_norm`` over all names
-                jointly; zeros for an empty batch.
-
-        Returns:
-            float32 tensors of the same names and shapes.
+        ``clipped_sums``: name -> sum of clipped gradients over ``indices``, sensitivity ``clip_norm`` over all names
+        jointly; zeros for an empty batch. Returns float32 tensors of the same names and shapes. RuntimeError for a
+        second release, nothing to release, or sums that are not finite.
 
         Guarantee:
             Noise is added once, to every coordinate, for every batch.
-
-        Raises:
-            RuntimeError: a second release, nothing to release, or sums that are not finite (bugs of the caller).
         """
         if self.released:
             raise RuntimeError("a step's sum was released twice: its noise would be averaged away")
@@ -209,22 +194,18 @@ class PrivateMechanism:
     """Executes a plan, step by step, and charges before each.
 
     Args:
-        ledger: the run's ledger, open for writing.
+        ledger: the run's ledger, open for writing; CheckpointError where it is of other data or of another plan, or
+            shows fewer steps than the checkpoint.
         random: ``SystemRandom()``; anything else makes the run not private.
         attempt: 1 for a stage's first plan, one more for each restart (``--overwrite``); unchanged by a resume.
         start_step: updates that the checkpoint holds; 0 for a fresh start.
         charge_block: steps charged at once. A crash loses at most this many charged steps; larger blocks save fsyncs.
 
     Guarantee:
-        * Steps charged in this attempt, over all resumes, never exceed ``plan.steps``: a crash costs updates, not
-          privacy.
+        * Steps charged in this attempt, over all resumes, never exceed ``plan.steps``.
         * Everything else in the ledger, composed with the whole plan, is within ``plan.epsilon_target``: checked
-          here, before anything is drawn, for every plan.
+          here, before anything is drawn, for every plan (else BudgetError).
         * Each step's batch and noise are drawn after its charge is on disk, and are new after a resume.
-
-    Raises:
-        BudgetError: the plan and the ledger together exceed the target.
-        CheckpointError: the ledger is of other data or of another plan, or shows fewer steps than the checkpoint.
     """
 
     def __init__(
@@ -274,17 +255,12 @@ class PrivateMechanism:
                 raise RuntimeError("a charged step was not released; an empty batch is released as zeros")
 
     def _charge(self, steps: int) -> None:
+        plan = self.plan
         self._ledger.charge(
-            stage=self.plan.stage,
-            attempt=self.attempt,
-            steps=steps,
-            planned=self.plan.steps,
-            noise_multiplier=self.plan.noise_multiplier,
-            sample_rate=self.plan.sample_rate,
-            clip_norm=self.plan.clip_norm,
-            random=self._random.mode,
-            noise=self.plan.noise,
-        )
+            stage=plan.stage, attempt=self.attempt, steps=steps, planned=plan.steps, random=self._random.mode,
+            noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, clip_norm=plan.clip_norm,
+            noise=plan.noise,
+        )  # fmt: skip
         self._charged_ahead = steps
 
     def _refuse_mismatch(self, start_step: int) -> None:
@@ -305,6 +281,5 @@ class PrivateMechanism:
         elif not 0 <= start_step <= charged:
             problem = f"The checkpoint holds {start_step} updates, but only {charged} steps of it were charged."
         if problem:
-            raise CheckpointError(
-                problem, fix="Restore the run's privacy folder and checkpoint together, or --overwrite."
-            )
+            fix = "Restore the run's privacy folder and checkpoint together, or --overwrite."
+            raise CheckpointError(problem, fix=fix)

@@ -34,7 +34,7 @@ from dprandp.privacy.accounting import (
     merge_events,
 )
 
-# Time and memory of prv-accountant, known before it begins: 0.2 to 1 s. And the range in which its formulas hold.
+# Limits on prv-accountant's time (1 s) and memory, and the range in which its formulas hold.
 _POINTS, _EVENTS = 60_000, 10
 _NOISE, _LEAST_RATE = (0.2, 1e4), 1e-6
 # Its wanted half-width as a part of ε; with a wider one than the second part it has nothing to say.
@@ -99,11 +99,7 @@ def _opinions(merged: tuple[Event, ...], delta: float) -> tuple[Opinion, ...]:
 
 
 def refuse_contradiction(reported: EpsilonBound, opinions: Sequence[Opinion]) -> None:
-    """Hold what is reported against the opinions.
-
-    Raises:
-        AuditError: the promised ε is below a certified lower bound, or an upper bound is below a lower one.
-    """
+    """Raise AuditError where the promised ε is below a certified lower bound, or an upper bound below a lower one."""
     lower, of = max((reported.lower, reported.accountant), *((each.lower, each.name) for each in opinions))
     for upper, name in ((reported.upper, reported.accountant), *((each.upper, each.name) for each in opinions)):
         # prv-accountant's upper bound is of one direction alone, so it may be below the ε of both
@@ -116,13 +112,12 @@ def refuse_contradiction(reported: EpsilonBound, opinions: Sequence[Opinion]) ->
 
 
 def _opinion(name: str, ask: Callable[[], tuple[float, float]]) -> Opinion:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True):  # its warnings are suppressed
         warnings.simplefilter("always")
-        with warnings.catch_warnings(record=True):
-            try:
-                lower, upper = ask()
-            except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError, AssertionError) as error:
-                return Opinion(name, 0.0, math.inf, str(error).split("\n")[0][:80] or type(error).__name__)
+        try:
+            lower, upper = ask()
+        except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError, AssertionError) as error:
+            return Opinion(name, 0.0, math.inf, str(error).split("\n")[0][:80] or type(error).__name__)
     if math.isnan(lower) or math.isnan(upper):
         return Opinion(name, 0.0, math.inf, "it returned NaN")
     return Opinion(name, max(0.0, float(lower)), max(0.0, float(upper)))

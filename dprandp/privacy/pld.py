@@ -6,18 +6,16 @@ gives δ(ε) = E[(1 − exp(ε − loss))₊] (Koskela, Jälkö & Honkela 2020, 
 using FFT"). Both directions are computed, since neither covers the other under composition (Lebeda, Regehr, Kamath &
 Steinke 2024); zero-out has the same two.
 
-*Upper bound.* The library puts a step on the grid of mesh h by "connect the dots" (Doroshenko, Ghazi, Kamath, Kumar &
-Manurangsi 2022). The step on the grid is a pair that dominates the true one, so that every composition of it is an
-upper bound. It adds a variance of about h²/6 a step; with the mesh chosen below, less than 0.05 % of ε up to T = 1e5.
+*Upper bound.* The library's step on the grid of mesh h ("connect the dots", Doroshenko, Ghazi, Kamath, Kumar &
+Manurangsi 2022) dominates the true one, so every composition of it is an upper bound. It adds a variance of about h²/6
+a step; with the mesh chosen below, less than 0.05 % of ε for up to 1e5 steps.
 
 *Lower bound.* A split moves a loss up by at most h²/8 on average, within an interval of length h. By Hoeffding, T of
 them add up to more than T h²/8 + h √(T log(1/η)/2) with probability η at most, so δ(ε) is at least δ̂(ε + that) − η.
 
-*Tails.* Losses that a step, or the composition, has with probability 1e-4 δ altogether count as infinite.
-
-*Rounding* is not covered by the library, so it is covered here: δ is reduced by ``ROUNDING`` a step. Measured in the
-far tails, where the mass should be zero, it is below 3 units of 2.2e-16 a step; 40 are allowed for. Negative masses are
-set to 0, which is an upper bound.
+*Tails and rounding.* Losses that a step, or the composition, has with probability 1e-4 δ altogether count as infinite.
+The library does not cover rounding, so δ is reduced by ``ROUNDING`` a step: measured in the far tails, where the mass
+should be zero, it is below 3 units of 2.2e-16 a step; 40 are allowed for. Negative masses are set to 0.
 """
 
 from __future__ import annotations
@@ -60,12 +58,10 @@ class AccountantRefused(Exception):
 
 
 class Composed(NamedTuple):
-    """The loss of a composition, on a grid, in one direction.
+    """The loss of a composition, on a grid, in one direction: ``distribution`` dominates the true one but for rounding.
 
-    Attributes:
-        distribution: of the loss; dominates the true one but for rounding.
-        delta_error: what rounding may have taken from any δ.
-        excess, mass: δ(ε) is at least that of ``distribution`` at ε + excess, less mass.
+    ``delta_error`` is what rounding may have taken from any δ; δ(ε) is at least that of ``distribution`` at
+    ε + ``excess``, less ``mass``.
     """
 
     distribution: PLDPmf
@@ -85,10 +81,8 @@ def pld_epsilon(
         share: see ``FINE``.
 
     Guarantee:
-        The composition is (``upper``, ``delta``)-DP under add/remove, hence under zero-out.
-
-    Raises:
-        AccountantRefused: floating point or the bound on grid points does not allow a sound answer.
+        The composition is (``upper``, ``delta``)-DP under add/remove, hence under zero-out; AccountantRefused where
+        floating point or the bound on grid points does not allow a sound answer.
     """
     best, excess = (0.0, math.inf, math.inf), math.inf
     for _ in range(_MOST_TRIES):
@@ -111,15 +105,10 @@ def pld_epsilon(
 def pld_curve(
     components: Sequence[Component], delta: float, scale: float, points: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points of a valid privacy curve: the composition is (ε_i, δ_i)-DP under add/remove, hence zero-out, for every i.
+    """Points of a valid privacy curve, ``points`` of them: ε ascending, evenly from 0, and δ descending, float64.
 
-    Args:
-        components, scale: as for ``pld_epsilon``; ``scale`` about ε at a δ that matters.
-        delta: the least δ that the curve has to reach; where rounding is more, it ends there.
-        points: number of points, evenly spaced in ε.
-
-    Returns:
-        ε ascending from 0 and δ descending, float64 [points]. Raises as ``pld_epsilon``.
+    The composition is (ε_i, δ_i)-DP under add/remove, hence zero-out, for every i. ``delta`` is the least δ that the
+    curve has to reach; where rounding is more, it ends there. Otherwise as ``pld_epsilon``.
     """
     with _refusing():
         curves = _compose(components, delta, scale, FINE, most_rounding=100.0)

@@ -5,11 +5,11 @@ Guarantee:
     saved, restored, seeded, forked or repeated: a resumed or a second process draws other values.
 
 Known limits (each is part of a run's disclosure):
-    * *Floating point.* A Gaussian in double precision has gaps, and gaps can show which value was released (Mironov
-      2012, "On significance of the least significant bits for differential privacy"; Haney et al. 2022,
-      "Precision-based attacks and interval refining"). Noise is computed and added in float64 and the result rounded
-      to float32, which hides the 29 lowest bits: a mitigation, not a proof. Severity: low for trained models, where
-      single noisy sums are not published; where they are, use discrete noise, which has no such gaps.
+    * *Floating point.* A Gaussian in double precision has gaps, which can show which value was released (Mironov 2012,
+      "On significance of the least significant bits for differential privacy"; Haney et al. 2022, "Precision-based
+      attacks and interval refining"). Noise is computed and added in float64 and the result rounded to float32, which
+      hides the 29 lowest bits: a mitigation, not a proof. Severity: low for trained models, where single noisy sums
+      are not published; where they are, use discrete noise, which has no such gaps.
     * *Tail.* Box-Muller from 53-bit uniforms never exceeds 8.6 standard deviations. What is cut off has probability
       1e-17 a coordinate, 3e-8 in all for 875 steps of 3 million parameters: it may be thought of as added to δ.
     * *Time.* Nothing here runs in constant time.
@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from functools import cache
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,30 +35,25 @@ RandomMode = Literal["os-entropy", "insecure-seed"]
 Tensors = TypeVar("Tensors", Mapping[str, torch.Tensor], Sequence[torch.Tensor])
 
 
-class RandomSource(Protocol):
-    """A source of batches and noise; ``mode`` goes into the ledger."""
+class RandomSource:
+    """A source of batches and noise, from the 64-bit random words of a subclass; ``mode`` goes into the ledger."""
 
     mode: RandomMode
     private: bool
 
-    def uniform(self, count: int) -> np.ndarray:
-        """float64 [count], independent, uniform on the multiples of 2⁻⁵³ in [0, 1)."""
-
-    def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
-        """float64 tensor of ``shape`` on the CPU, independent standard normal values."""
-
     def words(self, count: int) -> np.ndarray:
         """uint64 [count], independent, uniform."""
-
-
-class _WordSource:
-    """Uniform and Gaussian values from the 64-bit random words of a subclass."""
+        raise NotImplementedError
 
     def uniform(self, count: int) -> np.ndarray:
+        """float64 [count], independent, uniform on the multiples of 2⁻⁵³ in [0, 1)."""
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, shape: Sequence[int]) -> torch.Tensor:
-        """Box & Muller 1958: √(−2 log(1−u)) times cosine and sine of 2πv, for u, v uniform in [0, 1)."""
+        """float64 tensor on the CPU, independent standard normal values.
+
+        Box & Muller 1958: √(−2 log(1−u)) times cosine and sine of 2πv, for u, v uniform in [0, 1).
+        """
         count = math.prod(shape)
         pairs = (count + 1) // 2
         radius = torch.from_numpy(self.uniform(pairs)).neg_().log1p_().mul_(-2.0).sqrt_()  # 1−u is never 0
@@ -66,7 +61,7 @@ class _WordSource:
         return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())])[:count].reshape(tuple(shape))
 
 
-class SystemRandom(_WordSource):
+class SystemRandom(RandomSource):
     """The only source whose results may be called private: entropy of the operating system."""
 
     mode: RandomMode = "os-entropy"
@@ -76,11 +71,8 @@ class SystemRandom(_WordSource):
         return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
 
 
-class InsecureSeed(_WordSource):
-    """Repeatable values for tests. Anyone who knows the seed can subtract the noise: NOT PRIVATE.
-
-    Further whole numbers (``stream``: attempt, step) pick an unrelated sequence of the same seed.
-    """
+class InsecureSeed(RandomSource):
+    """Repeatable values for tests, of a seed and further numbers (attempt, step): NOT PRIVATE to whoever knows it."""
 
     mode: RandomMode = "insecure-seed"
     private = False
@@ -97,17 +89,12 @@ class InsecureSeed(_WordSource):
 def add_gaussian_noise(
     tensors: Tensors, std: float, random: RandomSource
 ) -> dict[str, torch.Tensor] | list[torch.Tensor]:
-    """Each coordinate plus independent N(0, std²), in a structure like ``tensors``: new float32 tensors, same devices.
+    """Each coordinate plus independent N(0, std²): new float32 tensors, in the structure and on the devices of the old.
 
-    Args:
-        tensors: name -> tensor, or a list of tensors; any floating dtype, any device, any shape.
-        std: finite, at least 0, in the tensors' unit. 0 adds nothing.
+    ``tensors``: by name, or a list; any floating dtype. ``std`` ≥ 0 (finite, else UsageError), in their unit.
 
     Guarantee:
         New noise is drawn for every coordinate of every tensor in every call; noise and sum are float64 until the end.
-
-    Raises:
-        UsageError: std is negative, infinite or NaN.
     """
     if not (math.isfinite(std) and std >= 0):
         raise UsageError(f"The standard deviation of the noise is {std}.", fix="Give a finite number of at least 0.")
@@ -137,16 +124,14 @@ def add_gaussian_noise(
 #         the rounded sums lie at most Δ apart. At 2^44 points per standard deviation Δ exceeds C by less than 1e-9 C.
 #
 # Guarantee: every accountant of the Gaussian mechanism applies, full batch or sampled, at noise multiplier σ, with δ
-# larger by (1 + exp ε) τ, where τ is ``accounting.DISTANCE`` times the noisy coordinates of all steps. For: rounding
-# Gaussian noise of standard deviation s to whole numbers commutes with adding a whole number, so a mechanism that adds
-# rounded Gaussian noise is a function of the Gaussian mechanism. Per coordinate the total variation distance between
-# N_Z(0, s²) and the rounded N(0, s²) is at most 1/(40 s²) for s ≥ 16 (docs/privacy.md); distances of adaptive steps add
-# up, and a mechanism within τ of an (ε, δ)-private one is (ε, δ + (1 + exp ε) τ)-private.
+# larger by (1 + exp ε) τ, where τ is ``accounting.DISTANCE`` times the noisy coordinates of all steps. For: a mechanism
+# that adds Gaussian noise rounded to whole numbers is a function of the Gaussian mechanism. Per coordinate the total
+# variation distance between N_Z(0, s²) and the rounded N(0, s²) is at most 1/(40 s²) for s ≥ 16 (docs/privacy.md);
+# distances of adaptive steps add up, and within τ of (ε, δ)-DP is (ε, δ + (1 + exp ε) τ)-DP.
 #
 # What remains of floating point: the sums before they are rounded. A linear head's are computed in float64
-# (``precise``), where summation stays far below the slack of the clip. Features and the gradients of a whole network
-# are computed in float32, where the last bits of one record's may depend on the records beside it. Severity: low, of
-# the size of float32 rounding.
+# (``precise``), features and the gradients of a whole network in float32, where the last bits of one record's may
+# depend on the records beside it. Severity: low, of the size of float32 rounding.
 
 # Doubles are trusted to this relative error when exp(−z) is compared with a uniform value; what is closer is decided
 # with decimals of 60 digits. Their true error is below 2⁻⁴⁶: z ≤ 14 is off by a few units in the last place, as is exp.
@@ -162,12 +147,11 @@ def add_discrete_noise(
 
     Args:
         sums: name -> clipped sum, any floating dtype, any device, finite.
-        clip_norm: C, the L2 sensitivity of all sums jointly, from 1e-8 to 1e8.
-        noise_multiplier: σ > 0, finite.
+        clip_norm: C, the L2 sensitivity of all sums jointly. noise_multiplier: σ. As for ``granularity``.
 
     Returns:
-        float64 tensors of the same names and shapes: whole multiples of ``granularity(clip_norm, noise_multiplier)``
-        (rounded to 53 bits where they are larger, after the noise).
+        float64 tensors of the same names and shapes: whole multiples of the granularity (rounded to 53 bits where they
+        are larger, after the noise).
 
     Raises:
         UsageError: σ or C is out of range, or there are more than ``MOST_COORDINATES`` coordinates.
@@ -299,14 +283,11 @@ def _accepts_exactly(k: int, offset: int, scale: int, word: int, random: RandomS
 
 
 class PoissonSampler:
-    """Batches of a true Poisson sample of the records 0 … examples−1, at a rate q in (0, 1]; 1 draws no coin.
+    """Batches of a true Poisson sample of the records 0 … examples−1, at a rate q in (0, 1] (else UsageError).
 
     Guarantee:
         In every draw each record is included with probability q (to 2⁻⁵³), independently of the other records and of
         all other draws. There is no shuffling, no cap, no minimum, no fixed size.
-
-    Raises:
-        UsageError: a value is outside its range.
     """
 
     def __init__(self, examples: int, sample_rate: float, random: RandomSource) -> None:

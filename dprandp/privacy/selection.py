@@ -4,13 +4,12 @@ A ``SelectionPlan`` is public data, saved with the run. A ``PrivateSelection`` c
 number of trials and never shows it, and hands out the trials one by one. A trial can do what one trial of the theorem
 does and no more: it fits on one part of the records and is scored on the other.
 
-    selection = PrivateSelection(plan, ledger, SystemRandom(), attempt=1)
-    chosen, score = selection.run(one_trial)      # charged and on disk before ``one_trial`` is called
-
     def one_trial(trial):
         for _ in range(trial.steps):
             gradient = trial.release(clipped_sum(records[trial.fitted]))     # zeros for an empty part
         trial.score(is_right(records[trial.held_out]))
+
+    chosen, score = PrivateSelection(plan, ledger, SystemRandom(), attempt=1).run(one_trial)    # charged first
 
 One trial, as the theorem sees it, outputs (score, setting), of which the largest is the best. It is a Gaussian
 mechanism of parameter μ at most:
@@ -18,8 +17,7 @@ mechanism of parameter μ at most:
 * the setting is drawn at random, without the data, so it may be taken as fixed (quasi-convexity of the divergence);
 * each record is put into the fitted or the held-out part by a coin of its own, so given all coins it is in one of them;
 * a record of the fitted part is in T clipped sums with noise of multiplier σ = √T/μ: λ T/(2σ²) = λ μ²/2, exactly;
-* a record of the held-out part is in one count of right answers, sensitivity 1, noise of std 1/μ: λ μ²/2 again. The
-  head that is counted does not depend on it.
+* a record of the held-out part is in one count of right answers, sensitivity 1, noise of std 1/μ: λ μ²/2 again.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from scipy.optimize import brentq
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
 from dprandp.privacy.adaptive import Stage, compose_stages
+from dprandp.privacy.clipping import require_clip_norm
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import refuse_overspending, validate_budget
 from dprandp.privacy.randomness import RandomSource, add_gaussian_noise
@@ -46,20 +45,14 @@ _SMALLEST_MU, _LARGEST_MU = 1e-4, 100.0
 
 @dataclass(frozen=True)
 class SelectionPlan:
-    """A selection among settings. Everything here is public and chosen before the data are read.
+    """A selection among settings. Everything here is public and chosen before the data are read; else UsageError.
 
     Args:
-        examples: N ≥ 1, the public number of records.
         mu: μ of one trial, see the top of this file.
         eta, gamma: distribution of the number of trials, see ``tuning.TrialCount``.
         held_out: chance of a record to be held out in a trial, in (0, 1).
-        clip_norm: C, the L2 sensitivity of a step's sum, 1e-8 … 1e8.
         steps: T ≥ 1 of each setting, at least 2 settings.
-        epsilon_target: what the run may have spent in total after this; finite.
-        delta: δ in (0, 1/N).
-
-    Raises:
-        UsageError: a value is outside its range.
+        epsilon_target: what the run may have spent in total after this; finite. The rest: as in ``PrivatePlan``.
     """
 
     stage: str
@@ -80,14 +73,18 @@ class SelectionPlan:
             raise UsageError("A selection without a budget is not private.", fix="Give a finite --eps.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"The held-out part is {self.held_out}.", fix="Give a number between 0 and 1.")
-        if not 1e-8 <= self.clip_norm <= 1e8:
-            raise UsageError(f"The clip norm is {self.clip_norm}.", fix="Give a number from 1e-8 to 1e8.")
+        require_clip_norm(self.clip_norm)
         if len(self.steps) < 2 or min(self.steps) < 1:
             raise UsageError(f"Settings with {list(self.steps)} steps.", fix="Give two settings or more, with steps.")
 
     @property
     def event(self) -> TuningEvent:
         return TuningEvent(self.mu, self.eta, self.gamma)
+
+    @property
+    def score_std(self) -> float:
+        """1/μ: standard deviation of the noise in a count of right answers."""
+        return 1 / self.mu
 
     def noise_std(self, setting: int) -> float:
         """σ C with σ = √T/μ: standard deviation of the noise in one coordinate of a step's sum."""
@@ -102,9 +99,8 @@ class SelectionPlan:
         try:
             return cls(**{**values, "steps": tuple(values["steps"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "The plan of a tuning has missing, unknown or unreadable entries.", fix="Restore it from a copy."
-            ) from error
+            problem = "The plan of a tuning has missing, unknown or unreadable entries."
+            raise CheckpointError(problem, fix="Restore it from a copy.") from error
 
 
 def make_selection_plan(
@@ -125,16 +121,13 @@ def make_selection_plan(
     """The plan after which the run has spent at most ``epsilon_target``, with the largest μ that was found.
 
     Args:
-        epsilon_target: cumulative ε that may be spent once this is done, at most ``epsilon``, finite.
+        epsilon_target: cumulative ε that may be spent once this is done, at most ``epsilon``, finite. BudgetError where
+            what was spent reaches it or leaves too little, or another stage came first.
         mean_trials: expected number of trials, above 1.
         spent, warn: as for ``mechanism.make_plan``. The rest: as in ``SelectionPlan`` and ``TrialCount``.
 
     Guarantee:
         ``compose_stages([*spent, [plan.event]], delta).upper <= epsilon_target``. No data are read.
-
-    Raises:
-        BudgetError: what was spent reaches ``epsilon_target`` or leaves too little; or another stage came first.
-        UsageError: a value is outside its range.
     """
     validate_budget(epsilon, delta, examples)
     if not 0 < epsilon_target <= epsilon or math.isinf(epsilon_target):
@@ -171,13 +164,9 @@ def make_selection_plan(
 
 
 class Trial:
-    """One trial of a selection.
+    """One trial of a selection: a setting, drawn at random, its number of steps, and two parts of the records.
 
-    Attributes:
-        setting: index of the setting, drawn at random.
-        steps: noisy steps it has to make, all of them.
-        fitted, held_out: int64 arrays of record indices, rising: the two parts. Private.
-        expected_fitted: (1 − h) N, the public divisor of the steps' sums.
+    ``fitted`` and ``held_out``, int64, rising, are private; ``expected_fitted`` = (1 − h) N is the public divisor.
     """
 
     def __init__(self, plan: SelectionPlan, random: RandomSource) -> None:
@@ -191,10 +180,9 @@ class Trial:
         self._score: float | None = None
 
     def release(self, clipped_sum: torch.Tensor) -> torch.Tensor:
-        """(sum + N(0, (σC)² I)) / ((1 − h) N), at most ``steps`` times, for a sum over ``fitted`` alone, sensitivity C.
+        """(sum + N(0, (σC)² I)) / ((1 − h) N), at most ``steps`` times, of a sum over ``fitted`` alone.
 
-        Raises:
-            RuntimeError: more steps than planned, a step after the score, or a sum that is not finite.
+        RuntimeError for more steps than planned, a step after the score, or a sum that is not finite.
         """
         if self._steps_left < 1 or self._score is not None:
             raise RuntimeError("a trial made a step that was not planned")
@@ -207,21 +195,17 @@ class Trial:
     def score(self, right: torch.Tensor) -> None:
         """Count the held-out records that were answered right, with noise; once, after the last step.
 
-        Args:
-            right: bool [len(held_out)], entry i a function of record ``held_out[i]`` and of released things alone.
-
-        Raises:
-            RuntimeError: steps are missing, a second score, or a shape or type that is not that.
+        ``right``: bool [len(held_out)], entry i a function of record ``held_out[i]`` and of released things alone.
         """
         if self._steps_left or self._score is not None:
             raise RuntimeError("a trial is scored once, after all of its steps")
         if right.dtype != torch.bool or right.shape != (len(self.held_out),):
             raise RuntimeError("a trial's score takes one bool for each held-out record")
-        self._score = float(right.sum()) + 1 / self._plan.mu * float(self._random.gaussian((1,))[0])
+        self._score = float(right.sum()) + self._plan.score_std * float(self._random.gaussian((1,))[0])
 
     @property
     def outcome(self) -> tuple[float, int]:
-        """(score, setting): all that the theorem lets a trial hand over. Raises RuntimeError before the score."""
+        """(score, setting): all that the theorem lets a trial hand over."""
         if self._score is None:
             raise RuntimeError("a trial ended without a score")
         return self._score, self.setting
@@ -230,9 +214,8 @@ class Trial:
 class PrivateSelection:
     """Carries out a plan: charges once, runs the trials, returns the best.
 
-    Args:
-        random: ``SystemRandom()``; anything else makes the run not private.
-        attempt: one more than the ledger's last of this stage: a selection is never resumed, only charged again.
+    ``random``: ``SystemRandom()``; anything else makes the run not private. ``attempt``: one more than the ledger's
+    last of this stage: a selection is never resumed, only charged again.
 
     Guarantee:
         The result of ``run`` costs ``plan.event``, charged before any trial is returned, however many trials there are.
@@ -260,11 +243,8 @@ class PrivateSelection:
     def run(self, one_trial: Callable[[Trial], None]) -> tuple[int, float]:
         """Charge, run the trials, keep the best: the index of its setting, and its noisy number of right answers.
 
-        Args:
-            one_trial: makes the trial's steps and scores it. It must keep nothing of one trial for another.
-
-        Raises:
-            RuntimeError: a trial did not do what was planned; what was spent stays spent.
+        ``one_trial`` makes a trial's steps and scores it; it must keep nothing of one trial for another. RuntimeError
+        where a trial did not do what was planned; what was spent stays spent.
         """
         plan = self._plan
         self._ledger.charge_tuning(

@@ -5,12 +5,10 @@ and never shown, it costs two to three times one trial (Liu & Talwar 2019; Paper
 tuning with Rényi differential privacy"). What one trial hands over, its score included, must be private as a whole.
 
 Theorem 2 of Papernot & Steinke. Let one trial be (λ, ε_λ)-RDP and (λ̂, ε_λ̂)-RDP, λ > 1, λ̂ ≥ 1, with outputs in a total
-order. Draw K from the truncated negative binomial D(η, γ), η > −1, 0 < γ < 1; run K trials, independent of one another;
-output the best. This is (λ, ε')-RDP with
+order. Draw K from D(η, γ), see ``TrialCount``; run K trials, independent of one another; output the best. This is
+(λ, ε')-RDP for every λ̂, hence for the best one, with
 
     ε' = ε_λ + (1 + η) (1 − 1/λ̂) ε_λ̂ + (1 + η) log(1/γ) / λ̂ + log(E K) / (λ − 1)
-
-for every λ̂, hence for the best one. η = 1 is the geometric distribution, η = 0 the logarithmic one.
 """
 
 from __future__ import annotations
@@ -31,8 +29,8 @@ _GAMMA_SMALLEST = 1e-12
 class TrialCount:
     """D(η, γ), the truncated negative binomial distribution of the number of trials, on 1, 2, 3, …
 
-    P(K = k) is proportional to (1 − γ)^k ∏_{l<k} (l + η) / (l + 1); for η = 0 to (1 − γ)^k / k. Raises UsageError where
-    η is not in (−1, 100], or γ, of which a smaller one means more trials, not in [1e-12, 1).
+    P(K = k) is proportional to (1 − γ)^k ∏_{l<k} (l + η) / (l + 1); for η = 0, the logarithmic one, to (1 − γ)^k / k;
+    η = 1 is the geometric one. η in (−1, 100], γ (a smaller one: more trials) in [1e-12, 1), else UsageError.
     """
 
     eta: float
@@ -46,7 +44,7 @@ class TrialCount:
 
     @classmethod
     def with_mean(cls, mean: float, eta: float = 0.0) -> TrialCount:
-        """The distribution of this η whose mean is ``mean``, above 1 and at most 10,000."""
+        """The distribution of this η whose mean is above 1 and at most 10,000 (else UsageError)."""
         if not 1 < mean <= 10_000:
             raise UsageError(f"The mean number of trials is {mean}.", fix="Give a number above 1, at most 10000.")
 
@@ -93,14 +91,7 @@ class TrialCount:
 def selection_rdp(
     order: np.ndarray | float, at_order: np.ndarray | float, hat: float, at_hat: float, trials: TrialCount
 ) -> np.ndarray | float:
-    """Theorem 2, at the top of this file: Rényi DP of the best of K trials, at each ``order`` λ > 1.
-
-    Args:
-        at_order: RDP of one trial at ``order``.
-        hat: λ̂ ≥ 1, any; each gives a valid bound.
-        at_hat: RDP of one trial at ``hat``.
-        trials: distribution of K.
-    """
+    """Theorem 2: RDP of the best of K trials at each ``order`` λ > 1, from that of one there and at λ̂ = ``hat``."""
     repeated = (1 + trials.eta) * ((1 - 1 / hat) * at_hat - math.log(trials.gamma) / hat)
     return at_order + repeated + math.log(trials.mean) / (np.asarray(order) - 1)
 
@@ -109,13 +100,8 @@ def selection_rdp(
 class TuningEvent:
     """The best of a random number of trials, each no worse than a Gaussian mechanism of parameter ``mu``.
 
-    Args:
-        mu: μ of one trial, from 1e-6 to 1000: its Rényi DP at every order λ is at most λ μ²/2. A composition of
-            full-batch Gaussian steps of multiplier σ_i has μ² = Σ 1/σ_i².
-        eta, gamma: distribution of the number of trials, see ``TrialCount``.
-
-    Raises:
-        UsageError: a value is outside its range.
+    ``mu``: from 1e-6 to 1000 (else UsageError); the Rényi DP of one trial at every order λ is at most λ μ²/2. A
+    composition of full-batch Gaussian steps of multiplier σ_i has μ² = Σ 1/σ_i². ``eta, gamma``: see ``TrialCount``.
     """
 
     mu: float

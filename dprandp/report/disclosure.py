@@ -13,9 +13,8 @@ from typing import Any
 
 from scipy.special import ndtr, ndtri
 
-from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS
+from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy
 from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
-from dprandp.privacy.guarantees import group_privacy
 from dprandp.runs.results import ONE_IMAGE, refuse_gaps
 
 Facts = Mapping[str, Any]

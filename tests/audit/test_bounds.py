@@ -148,7 +148,7 @@ def test_number_of_trials_follows_from_the_claim(claim: Claim) -> None:
     for game, part in ((small, 0.8), (large, 0.9)):
         expected = game.proves(game.expected_errors(claim), claim, SIGNIFICANCE)[0]
         assert claim.epsilon(expected) / claimed == pytest.approx(part, abs=0.05)
-    found = [played(claim, large.trials, seed, threshold=large.threshold).factor for seed in range(5)]
+    found = [played(claim, large.trials, seed, threshold=large.threshold).factor for seed in range(3)]
     assert np.mean([claim.epsilon(factor) / claimed for factor in found]) == pytest.approx(0.9, abs=0.05)
 
 
@@ -182,7 +182,7 @@ def test_error_rates_in_closed_form() -> None:
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, sample_rate=0.2, noise_multiplier=0.8)], ids=["full", "sampled"])
 def test_power_against_really_weakened_noise(tmp_path: Path, plan: PrivatePlan, whether_alone: None) -> None:
     """The positive control: the real mechanism, its noise divided by a factor, is flagged as often as was foretold."""
-    claim, game = Claim(trial_event(plan), DELTA), Game.of(0.0, 4000)
+    claim, game = Claim(trial_event(plan), DELTA), Game.of(0.0, 3000)
     for power in game_power(game, claim, SIGNIFICANCE, (1.0, 1.5, 2.0), seed=0):
         weak = Control("weak noise", noise_factor=1 / power.factor)
         flagged = [

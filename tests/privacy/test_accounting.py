@@ -49,20 +49,6 @@ def test_on_every_mesh_the_bounds_lie_on_both_sides_of_the_closed_form(share, si
         assert low >= 0.95 * exact or delta < 1e-6  # the masses that rounding made negative count
 
 
-@pytest.mark.parametrize(
-    "rows", [[(2.0, 0.1, 30)], [(1.0, 1e-3, 2000)], [(9.2, 0.08192, 200), (40.0, 1.0, 20)]], ids=str
-)
-@pytest.mark.parametrize("delta", [1e-3, 1e-7])
-def test_sampled_bounds_of_all_meshes_agree(rows, delta):
-    """No upper bound is below a lower one, and a finer mesh is nearer."""
-    components = [Component(*row) for row in rows]
-    scale = pld.pld_epsilon(components, delta, 1.0)[1]
-    bounds = [pld.pld_epsilon(components, delta, scale, share) for share in (0.003, 0.02, 0.1, 0.5)]
-    assert max(bound[0] for bound in bounds) <= min(bound[2] for bound in bounds)
-    assert all(finer[2] <= coarser[2] for finer, coarser in itertools.pairwise(bounds))
-    assert bounds[1][2] <= 1.0005 * bounds[0][2]
-
-
 @pytest.mark.parametrize(("share", "delta"), [(0.1, 1e-3), (0.4, 1e-6)])
 def test_a_bound_is_read_at_the_delta_that_rounding_leaves(monkeypatch, share, delta):
     """With an error that is large beside what rounding really takes, the bound is the exact curve, moved by it."""
@@ -216,19 +202,6 @@ def test_one_step_in_each_direction_equals_numerical_integration(q, sigma, place
             assert max(both) >= delta
 
 
-@pytest.mark.parametrize(("q", "sigma", "place"), [(0.2, 0.8, 0), (0.2, 0.8, 1), (0.02, 0.5, 1)])
-def test_two_steps_equal_numerical_integration_over_both_outcomes(q, sigma, place):
-    direction = ("remove", "add")[place]
-    x = np.linspace(-7 * sigma, 7 * sigma + 1, 2501)
-    p, other = densities(q, sigma, direction, x)
-    area = (x[1] - x[0]) ** 2
-    (one, *_) = pld._compose([Component(sigma, q, 2)], 1e-5, 1.0, 0.005)[place:]
-    for epsilon in (0.0, 0.3, 1.0):
-        exact = float(np.maximum(np.outer(p, p) - math.exp(epsilon) * np.outer(other, other), 0).sum()) * area
-        found = float(one.distribution.get_delta_for_epsilon(epsilon))
-        assert exact * (1 - 1e-4) - 1e-10 <= found <= exact * (1 + 1e-2) + 1e-6
-
-
 def exact_delta(q: float, sigma: float, direction: str, epsilon: float) -> mpmath.mpf:
     """δ(ε) of one step with 60 digits, from the point where the loss is ε."""
     with mpmath.workdps(60):
@@ -277,25 +250,6 @@ def test_no_point_of_the_grid_is_where_the_library_rounds_a_loss_to_its_largest(
         assert abs(round(math.log(2) / mesh) * mesh / math.log(2) - 1) > 1e-8
 
 
-def test_both_directions_enter_the_promise(monkeypatch):
-    """Positive control: were the other direction the larger one, it would be the one reported."""
-    rows = [GaussianEvent(2.0, 0.1, 7)]
-    honest = compose(rows, 1e-5).upper
-    loss = pld.GaussianPrivacyLoss
-
-    def louder(sigma, *, sampling_prob, adjacency_type, **values):
-        rate = 4 * sampling_prob if adjacency_type.name == "ADD" else sampling_prob
-        return loss(sigma, sampling_prob=rate, adjacency_type=adjacency_type, **values)
-
-    monkeypatch.setattr(pld, "GaussianPrivacyLoss", louder)
-    monkeypatch.setattr(analytic, "analytic_epsilon", lambda components, delta: (10 * honest, "loose"))
-    accounting._compose_sampled.cache_clear()
-    bound = compose(rows, 1e-5)
-    accounting._compose_sampled.cache_clear()
-    assert bound.upper > 1.2 * honest
-    assert "PLD" in bound.accountant
-
-
 @pytest.mark.parametrize("order", [1.5, 7, 31.5])
 def test_renyi_divergence_equals_opacus(order):
     ours = analytic.log_moment(0.07, 1.3, order - 1.0) / (order - 1)
@@ -316,9 +270,6 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert gaussian_mu([GaussianEvent(0.0, 1.0, 1)]) == math.inf
     assert gaussian_mu([GaussianEvent(2.0, 1.0, 4), GaussianEvent(1.0, 1.0, 1)]) == pytest.approx(math.sqrt(2))
     assert gaussian_mu([GaussianEvent(2.0, 0.5, 4)]) is None
-
-
-def test_very_private_settings_are_clamped_at_zero():
     bound = compose([GaussianEvent(1000.0, 0.001, 1)], 1e-2)
     assert bound.lower == bound.estimate == 0
     assert 0 <= bound.upper < 1e-3
@@ -384,26 +335,16 @@ def complain():
     warnings.warn("the integral may be wrong", RuntimeWarning, stacklevel=1)
 
 
-def fail():
-    raise RuntimeError("Cannot compute epsilon")
-
-
 def run_out_of_memory():
     raise MemoryError
 
 
 @pytest.mark.parametrize(
     ("answer", "word"),
-    [
-        (complain, "integral may be wrong"),
-        (fail, "Cannot compute"),
-        (run_out_of_memory, "MemoryError"),
-        (lambda: math.nan, "no number"),
-        (itertools.cycle([0.1, math.nan, 0.3]).__next__, "no number"),
-        (lambda: math.inf, "infinity"),
-    ],
-    ids=["warning", "error", "memory", "nan", "one nan", "infinity"],
-)
+    [(complain, "integral may be wrong"), (run_out_of_memory, "MemoryError"), (lambda: math.nan, "no number"),
+     (itertools.cycle([0.1, math.nan, 0.3]).__next__, "no number"), (lambda: math.inf, "infinity")],
+    ids=["warning", "memory", "nan", "one nan", "infinity"],
+)  # fmt: skip
 def test_a_failing_inversion_is_a_refusal_and_a_named_fallback(monkeypatch, forgetful, answer, word):
     monkeypatch.setattr(Broken, "answer", staticmethod(answer), raising=False)
     monkeypatch.setattr(pld, "create_pmf_pessimistic_connect_dots_fixed_gap", Broken)
@@ -437,18 +378,7 @@ def test_a_finer_mesh_that_is_refused_leaves_the_bound_of_the_first(monkeypatch)
     assert low < expected[0] < expected[2] < high < 1.1 * expected[2]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [(1e5, 0.5, 10**9)],
-        [(1e3, 0.5, 10**15)],
-        [(1e-6, 0.5, 1)],
-        [(50.0 + i, 0.1, 100) for i in range(3000)],
-        [(2.0 + i / 100, 0.01, 10**4) for i in range(12)],
-    ],
-    ids=["many steps", "more steps than digits", "hardly any noise", "many events", "many events of many steps"],
-)
-def test_time_and_memory_are_bounded_before_anything_is_allocated(monkeypatch, rows):
+def test_time_and_memory_are_bounded_before_anything_is_allocated(monkeypatch):
     """What would never end is not begun: no array is longer than the bound, whatever is asked."""
     asked: list[float] = []
 
@@ -459,21 +389,19 @@ def test_time_and_memory_are_bounded_before_anything_is_allocated(monkeypatch, r
         raise pld.AccountantRefused("counted, not computed")
 
     monkeypatch.setattr(pld, "_sum", counted)
-    components = [Component(*row) for row in rows]
-    for call in (
-        lambda: pld.pld_epsilon(components, 1e-5, 1e-12),
-        lambda: pld.pld_curve(components, 1e-5, 1e-12, 100),
-    ):
+    for rows in (
+        [(1e5, 0.5, 10**9)], [(1e3, 0.5, 10**15)], [(1e-6, 0.5, 1)], [(50.0 + i, 0.1, 100) for i in range(3000)],
+        [(2.0 + i / 100, 0.01, 10**4) for i in range(12)],
+    ):  # fmt: skip
+        components = [Component(*row) for row in rows]
         with pytest.raises(pld.AccountantRefused):
-            call()
+            pld.pld_epsilon(components, 1e-5, 1e-12)
+        with pytest.raises(pld.AccountantRefused):
+            pld.pld_curve(components, 1e-5, 1e-12, 100)
     assert all(points <= 1.001 * pld.STEP_POINTS for points in asked)
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [[(1.0, 1e-3, 10**5)], [(30.0, 0.5, 10**6)], [(0.5, 1e-5, 1000)], [(5.0, 0.9, 3), (1.0, 0.01, 1000)]],
-    ids=str,
-)
+@pytest.mark.parametrize("rows", [[(1.0, 1e-3, 10**5)], [(5.0, 0.9, 3), (1.0, 0.01, 1000)]], ids=str)
 def test_a_composition_has_hardly_more_points_than_was_foreseen(rows):
     for one in pld._compose([Component(*row) for row in rows], 1e-5, 1e-6, pld.FINE):
         assert one.distribution.size <= 2 * pld.POINTS

@@ -19,7 +19,6 @@ from dprandp.privacy.tuning import TrialCount, TuningEvent
 
 STAGES = [
     GaussianEvent(9.2, 0.08192, 875),
-    GaussianEvent(2.6, 0.08192, 500),
     GaussianEvent(0.8, 0.001, 5000),
     GaussianEvent(12.0, 0.5, 60),
     GaussianEvent(1.2, 0.02, 3),
@@ -71,7 +70,7 @@ def test_full_batches_add_in_squares() -> None:
     assert compose_stages(stages, 1e-5).upper == pytest.approx(gaussian_dp_epsilon(mu, 1e-5 * (1 - SLACK)), rel=1e-9)
 
 
-@pytest.mark.parametrize(("event", "share"), [*zip(STAGES, (0.01, 0.01, 0.3, 0.01, 0.5), strict=True)])
+@pytest.mark.parametrize(("event", "share"), [*zip(STAGES, (0.01, 0.3, 0.01, 0.5), strict=True)])
 @pytest.mark.parametrize("probe", [25.0])
 def test_not_below_numerical_composition_and_close_to_it(event: GaussianEvent, share: float, probe: float) -> None:
     first = GaussianEvent(probe, 1.0, 60)
@@ -93,7 +92,7 @@ def test_the_slacks_of_all_stages_are_within_what_is_set_aside(monkeypatch: pyte
     given = []
     monkeypatch.setattr(adaptive, "cover", lambda events, slack, warn: given.append(slack) or 0.1)
     compose_stages([[STAGES[0]], [GaussianEvent(40.0, 1.0, 60)], *[[event] for event in STAGES]] * 5, 1e-5)
-    assert len(given) == 30
+    assert len(given) == 25
     assert 0.4 * SLACK * 1e-5 < sum(given) <= SLACK * 1e-5
 
 
@@ -129,11 +128,6 @@ def test_calibration_of_full_batches_is_exact_and_not_above(steps: int, discrete
         sigma = calibrate_stage(4.0, 1e-5, 1.0, steps, [probe, sampled], discrete=discrete)
         total = compose_stages([probe, sampled, [GaussianEvent(sigma, 1.0, steps, discrete)]], 1e-5).upper
         assert 4.0 * (1 - 1e-5) <= total <= 4.0
-
-
-def test_calibration_of_a_first_stage_is_numerical() -> None:
-    assert calibrate_stage(1.0, 1e-5, 0.08192, 875) == calibrate(1.0, 1e-5, 0.08192, 875)
-    assert calibrate_stage(math.inf, 1e-5, 0.1, 5, [[STAGES[0]]]) == 0.0
 
 
 def test_a_spent_budget_is_refused() -> None:

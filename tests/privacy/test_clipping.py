@@ -94,21 +94,6 @@ def test_automatic_factors_bring_every_norm_just_below_the_clip_norm():
         clip_factors(norms, 0.0, automatic=True)
 
 
-def test_an_automatic_sum_is_that_of_a_textbook_loop():
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([1e-4, 0.02, 1.0, 50.0, math.inf])
-    batch = {name: torch.randn(5, *shape, generator=generator) for name, shape in (("a", (4, 3)), ("b", (2,)))}
-    batch = {name: value * lengths.view(-1, *[1] * (value.ndim - 1)) for name, value in batch.items()}
-    expected = {name: torch.zeros(value.shape[1:], dtype=torch.float64) for name, value in batch.items()}
-    for row in range(4):  # the fifth is not finite
-        norm = math.sqrt(sum(float(value[row].double().square().sum()) for value in batch.values()))
-        for name, value in batch.items():
-            expected[name] += value[row].double() * 0.7 / (norm + 0.01)
-    total = sum_of_clipped([batch], {name: value[0] for name, value in batch.items()}, 0.7, automatic=True)
-    assert distance(total, expected) < 1e-4
-    assert distance(clipped_sum(batch, 0.7), expected) > 0.1  # what it is compared with could tell the two apart
-
-
 def test_senseless_values_are_refused():
     for clip_norm in (0.0, -1.0, math.nan, math.inf, 1e-9):
         with pytest.raises(UsageError, match="clip norm"):

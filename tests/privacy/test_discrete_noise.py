@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy import accounting, guarantees, randomness
+from dprandp.inspection import neighbours
+from dprandp.inspection.neighbours import compose_group
+from dprandp.privacy import accounting, randomness
 from dprandp.privacy.accounting import (
     DELTA_SHARE,
     DISTANCE,
@@ -31,7 +33,6 @@ from dprandp.privacy.accounting import (
     compose,
 )
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
-from dprandp.privacy.guarantees import compose_group
 from dprandp.privacy.ledger import Charge, Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, make_plan
 from dprandp.privacy.randomness import (
@@ -258,28 +259,6 @@ def test_the_distance_to_rounded_gaussian_noise_is_below_its_bound(scale):
     assert DISTANCE >= 1 / (40 * 2.0**88)
 
 
-@pytest.mark.parametrize("scale", [16, 30])
-def test_the_distances_of_coordinates_and_steps_add_up(scale, monkeypatch):
-    """Two coordinates, by the whole table of their joint probabilities: further apart than one, within twice as far.
-    What is refused with these numbers is what costs more than δ's part by the definition of an (ε, δ)-guarantee."""
-    values, probability = pmf(scale)
-    edges = (np.append(values, values[-1] + 1) - 0.5) / scale
-    rounded = np.where(edges[:-1] < 0, np.diff(stats.norm.cdf(edges)), -np.diff(stats.norm.sf(edges)))
-    alone = 0.5 * float(np.abs(probability - rounded).sum())
-    both = 0.5 * float(np.abs(np.outer(probability, probability) - np.outer(rounded, rounded)).sum())
-    assert 1.3 * alone < both <= 2 * alone
-    monkeypatch.setattr(accounting, "DISTANCE", alone)
-    monkeypatch.setattr(accounting, "MOST_COORDINATES", 2)
-    epsilon = 1.5
-    enough = (1 + math.exp(epsilon)) * 2 * alone / DELTA_SHARE  # δ that covers one step of two coordinates
-    for steps in (1, 3, 50):
-        check_distance(steps, epsilon, enough * steps * 1.0001)
-        with pytest.raises(BudgetError):
-            check_distance(steps, epsilon, enough * steps * 0.9999)
-        with pytest.raises(BudgetError):  # of the two, what is really lost is not charged by a tenth of that
-            check_distance(steps, epsilon, both * (1 + math.exp(epsilon)) * steps / DELTA_SHARE)
-
-
 @settings(max_examples=100, deadline=None)
 @given(steps=st.integers(1, 10**6), epsilon=st.floats(0, 40), log_delta=st.floats(-40, -2))
 def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delta):
@@ -302,7 +281,7 @@ def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delt
 
 def test_the_distance_is_that_of_all_discrete_steps(monkeypatch):
     asked = []
-    for module in (accounting, guarantees):
+    for module in (accounting, neighbours):
         monkeypatch.setattr(module, "check_distance", lambda *values: asked.append(values))
     events = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(9.0, 0.1, 5, True), GaussianEvent(30.0, 1.0, 11)]
     bound = compose(events, 1e-5)

@@ -17,8 +17,8 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.special import ndtr
 from scipy.stats import geom, logser
 
-from dprandp.errors import BudgetError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose, merge_events
+from dprandp.errors import UsageError
+from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
 from dprandp.privacy.tuning import TrialCount, TuningEvent, selection_rdp
 
 COUNTS = [TrialCount(0.0, 0.04), TrialCount(1.0, 0.08), TrialCount(-0.5, 0.02), TrialCount(2.5, 0.3)]
@@ -180,28 +180,12 @@ def test_tuning_composes_with_everything(others: list) -> None:
     assert compose([TUNING, *others, GaussianEvent(0.0, 1.0, 1)], 1e-5).upper == math.inf
 
 
-def test_full_batches_depend_on_their_sum_alone() -> None:
-    """So that the number of steps may be chosen by a result that was charged."""
-    parts = [[GaussianEvent(math.sqrt(steps) / 0.2, 1.0, steps)] for steps in (1, 60, 240)]
-    assert len({round(compose([TUNING, *events], 1e-5).upper, 9) for events in parts}) == 1
-
-
 @pytest.mark.parametrize(("rate", "steps", "epsilon"), [(1.0, 120, 0.7), (0.08, 60, 8.0)])
 def test_what_is_left_after_tuning_is_used_and_not_exceeded(rate: float, steps: int, epsilon: float) -> None:
     sigma = calibrate(epsilon, 1e-5, rate, steps, [TUNING])
     total = compose([TUNING, GaussianEvent(sigma, rate, steps)], 1e-5).upper
     assert 0.99 * epsilon < total <= epsilon
     assert sigma > calibrate(epsilon, 1e-5, rate, steps)
-
-
-def test_tuning_can_use_everything_up() -> None:
-    with pytest.raises(BudgetError, match="already spent"):
-        calibrate(0.3, 1e-5, 1.0, 10, [TUNING])
-
-
-def test_canonical_form() -> None:
-    events = [TUNING, GaussianEvent(2.0, 1.0, 1), TUNING, GaussianEvent(2.0, 1.0, 4)]
-    assert merge_events(events) == [GaussianEvent(2.0, 1.0, 5), TUNING, TUNING]
 
 
 def test_values_out_of_range():

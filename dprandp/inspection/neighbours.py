@@ -1,13 +1,12 @@
-"""The best attack under a guarantee, and the guarantee when a record is replaced, or several are zeroed out.
+"""ε for other neighbours than one record that is zeroed out, and the best attack: what ``calculator`` is asked.
 
-*The attacker* decides from all releases whether a record was present. At a false-positive rate α the best rate
-of true positives g(α) follows from the privacy curve (Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian
-Differential Privacy", Propositions 2.4 and 2.12): each (ε, δ) on it allows at most
+*The attacker* decides from all releases whether a record was present. At a false-positive rate α each (ε, δ) on the
+privacy curve allows a rate of true positives g(α) of at most
 
     min(δ + exp(ε) α,  1 − exp(−ε) (1 − δ − α))
 
-and the least of these over the whole curve is the tightest bound that the curve gives. Full batches have the closed
-form Φ(Φ⁻¹(α) + μ). The advantage, the largest g(α) − α, is δ at ε = 0.
+(Wasserman & Zhou 2010; Dong, Roth & Su 2022, "Gaussian Differential Privacy", Propositions 2.4 and 2.12), and the least
+over the whole curve is the tightest bound that it gives. Full batches have the closed form Φ(Φ⁻¹(α) + μ).
 
 *Replacing a record* is zeroing one out and filling its slot with another. For full batches the sum then moves by up to
 2C, which doubles μ, exactly. For Poisson samples no pair of data sets is proven to be the worst under composition;
@@ -16,13 +15,11 @@ what is proven is group privacy along the two moves: if the mechanism is (ε₁,
     P(M(D) ∈ S) ≤ exp(ε₁) P(M(D₀) ∈ S) + δ₁ ≤ exp(ε₁ + ε₂) P(M(D′) ∈ S) + δ₁ + exp(ε₁) δ₂
 
 so it is (ε₁ + ε₂, δ₁ + exp(ε₁) δ₂)-DP under replace-one; the best split is searched along the whole curve. This equals
-g(g(α)) for trade-offs (Dong et al. 2022, Theorem 2.14), and where the mechanism is Gaussian it is again 2μ.
+g(g(α)) for trade-offs (Dong et al. 2022, Theorem 2.14).
 
-*Groups.* k records move a sum by k C at most, so a μ-GDP mechanism is kμ-GDP for groups of k (Dong et al. 2022,
-Theorem 2.14): exact for full batches. For sampled ones, k neighbours in a row, each (ε, δ')-private, give (Vadhan 2017,
-"The complexity of differential privacy", Lemma 2.2) (k ε, δ' (exp(k ε) − 1) / (exp(ε) − 1)), with the δ' searched for
-at which that is the δ that was asked for. It is valid and not tight, as Poisson sampling rarely draws all of a group
-into one batch. Where it is worse than all k records moving every step that draws one of them, that bound is given.
+*Groups.* k records move a sum by k C at most, so a μ-GDP mechanism is kμ-GDP for groups of k: exact for full batches.
+For sampled ones, ``group_privacy`` of the δ' for one record at which that gives the δ that was asked for; or all k
+records move every step that draws one of them, where that is less.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -48,7 +44,10 @@ from dprandp.privacy.accounting import (
     components_of,
     compose,
     gaussian_mu,
+    group_privacy,
+    log_growth,
     merge_events,
+    privacy_curve,
     settle,
     warn_by_log,
 )
@@ -61,30 +60,11 @@ same curve; it is the relation of the accountants' theorems, and no claim about 
 
 # The least δ of a curve: what its end may add to a rate; and as a part of δ where the curve is read at one δ.
 _RATE_ERROR, _DELTA_SHARE = 1e-8, 1e-2
-_CURVE_POINTS = 5000
-# The smallest δ at which a curve without a grid is tabled, and the smallest δ' that is tried for a group.
-_LEAST_DELTA, _SMALLEST_LOG_DELTA = 1e-300, -300 * math.log(10)
-_LARGEST_SIZE = 10**15
+# The smallest δ' that is tried for a group.
+_SMALLEST_LOG_DELTA = -300 * math.log(10)
 # The search for δ' ends where the δ of the group is between this part of the one asked for and the whole.
 _CLOSE_ENOUGH = 0.9
-WITHOUT_GRID = "a curve from Rényi DP and Gaussian DP"
 TWO_MOVES = ", group privacy of two zero-out moves"
-
-def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
-    """(ε, δ) for groups of ``size`` records, 1 to 1e15, from (ε, δ) for one, for any mechanism.
-
-    ε = inf gives (inf, delta). The δ may exceed 1, which says nothing. Raises UsageError for ε < 0, δ outside [0, 1) or
-    an impossible size.
-    """
-    if isinstance(size, bool) or not 1 <= size <= _LARGEST_SIZE or size != int(size):
-        raise UsageError(f"The size of a group is {size}.", fix="Give a whole number from 1 to 1e15.")
-    if not (epsilon >= 0 and 0 <= delta < 1):
-        raise UsageError(f"ε = {epsilon} with δ = {delta} is not a guarantee.", fix="Give ε ≥ 0 and δ < 1.")
-    if math.isinf(epsilon):
-        return math.inf, delta
-    log_delta = math.log(delta) + _log_growth(epsilon, size) if delta else -math.inf
-    return size * epsilon, math.exp(log_delta) if log_delta < 700 else math.inf
-
 
 def compose_group(events: Sequence[GaussianEvent], delta: float, size: int, warn: Warn = warn_by_log) -> EpsilonBound:
     """``accounting.compose`` for groups of ``size`` records, from 1 to 1e15.
@@ -92,9 +72,6 @@ def compose_group(events: Sequence[GaussianEvent], delta: float, size: int, warn
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under zero-out of up to ``size`` records, under the
         conditions of ``compose``. Exact for full batches; an upper bound otherwise (``lower`` is that of one record).
-
-    Raises:
-        UsageError: δ or the size is out of its range. BudgetError: as ``compose``.
     """
     _ = group_privacy(0.0, 0.0, size)  # refuses a senseless size
     single = compose(events, delta, warn)
@@ -110,7 +87,7 @@ def compose_group(events: Sequence[GaussianEvent], delta: float, size: int, warn
     upper, by = _by_the_general_bound(events, delta, size)
     name = f"{by}, groups of {size}: general bound"
     if not any(event.discrete for event in events):
-        together, by = analytic.moved_epsilon(components_of(merge_events(events)), delta, size, size)
+        together, by = moved_epsilon(components_of(merge_events(events)), delta, size, size)
         if together < upper:
             upper, name = together, f"{by}, groups of {size}: all in one step"
     return EpsilonBound(min(single.lower, upper), upper, upper, delta, name)
@@ -129,7 +106,7 @@ def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: i
     for _ in range(40):
         bound = compose(events, math.exp(tried), lambda sentence: None)
         epsilon = bound.upper
-        excess = tried + _log_growth(epsilon, size) - goal
+        excess = tried + log_growth(epsilon, size) - goal
         if excess <= 0:
             (best, by), low = min((best, by), (size * epsilon, bound.accountant)), tried
             if excess > math.log(_CLOSE_ENOUGH) or high - low < 0.05:
@@ -142,21 +119,13 @@ def _by_the_general_bound(events: Sequence[GaussianEvent], delta: float, size: i
     return best, by
 
 
-def _log_growth(epsilon: float, size: int) -> float:
-    """log((exp(kε) − 1)/(exp(ε) − 1)) = log Σ_{i<k} exp(iε), without overflow."""
-    if epsilon == 0:
-        return math.log(size)
-    return (size - 1) * epsilon + math.log(-math.expm1(-size * epsilon)) - math.log(-math.expm1(-epsilon))
-
-
 @dataclass(frozen=True)
 class TradeOff:
-    """Best true-positive rates of an attacker.
+    """Best true-positive rates of an attacker: of a Gaussian of parameter ``mu``, or below the points of a curve.
 
     Attributes:
-        mu: of the Gaussian whose trade-off it is exactly; None for sampled steps; inf without noise.
-        epsilons, deltas: points of the zero-out curve, ε ascending from 0, both valid upper bounds; empty when mu
-            is known.
+        mu: None for sampled steps; inf without noise.
+        epsilons, deltas: points of the zero-out curve, ε ascending from 0; empty when mu is known.
         moves: as in ``ADJACENCIES``.
         source: how it was found.
         most_mu: of a Gaussian whose trade-off is no better for the record: full batches in place of sampled ones.
@@ -170,11 +139,7 @@ class TradeOff:
     most_mu: float = math.inf
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """g(α): no test with that false-positive rate, in [0, 1], finds the record more often than this.
-
-        Raises:
-            UsageError: the rate is outside [0, 1] or NaN.
-        """
+        """g(α): no test with that false-positive rate, in [0, 1] (else UsageError), finds the record more often."""
         if not 0 <= false_positive_rate <= 1:
             raise UsageError(f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1.")
         if self.mu is not None:
@@ -228,13 +193,10 @@ def trade_off(events: Sequence[GaussianEvent], adjacency: str = ZERO_OUT, warn: 
 def compose_adjacency(
     events: Sequence[GaussianEvent], delta: float, adjacency: str = ZERO_OUT, warn: Warn = warn_by_log
 ) -> EpsilonBound:
-    """``accounting.compose`` for any adjacency.
+    """``accounting.compose`` for any of ``ADJACENCIES`` (else UsageError).
 
     Guarantee:
         The composition is (``upper``, ``delta``)-DP under ``adjacency``, on the conditions of ``compose``.
-
-    Raises:
-        UsageError: δ or the adjacency is senseless. BudgetError: as ``compose``.
     """
     if _moves(adjacency) == 1:
         return compose(events, delta, warn)
@@ -250,7 +212,7 @@ def compose_adjacency(
     if not math.isfinite(single.upper):
         return single
     merged = tuple(merge_events(events))
-    most, by = analytic.moved_epsilon(components_of(merged), delta, 2)
+    most, by = moved_epsilon(components_of(merged), delta, 2)
     least = _DELTA_SHARE * delta / (1 + math.exp(min(single.upper, 600)))
     # Where that hides the record already there is no need for a curve.
     epsilons, deltas, source = privacy_curve(merged, least, warn) if most else (None, None, "")
@@ -268,9 +230,6 @@ def calibrate_adjacency(
 
     Guarantee:
         ``compose_adjacency([GaussianEvent(result, sample_rate, steps)], delta, adjacency).upper <= epsilon``.
-
-    Raises:
-        BudgetError: no noise is enough. UsageError: a value is outside its range.
     """
     moves = _moves(adjacency)
     if moves == 1 or math.isinf(epsilon):
@@ -306,37 +265,6 @@ def _moves(adjacency: str) -> int:
     return ADJACENCIES[adjacency]
 
 
-def privacy_curve(events: tuple[GaussianEvent, ...], least: float, warn: Warn) -> tuple[np.ndarray, np.ndarray, str]:
-    """Points of a valid privacy curve of a composition: it is (ε_i, δ_i)-DP under zero-out for every i.
-
-    Args:
-        events: merged, at least one, none without noise.
-        least: the smallest δ that the curve should reach; rounding may end it before.
-        warn: called with one sentence where the PLD accountant refuses and a looser bound stands in.
-
-    Returns:
-        ε ascending from 0 and δ descending, float64 [n]; and where they come from, in words.
-    """
-    epsilons, deltas, source, complaint = _cached_curve(events, least)
-    if complaint:
-        warn(complaint)
-    return epsilons, deltas, source
-
-
-@lru_cache(maxsize=64)
-def _cached_curve(events: tuple[GaussianEvent, ...], least: float) -> tuple[np.ndarray, np.ndarray, str, str | None]:
-    from dprandp.privacy import pld  # takes long to load
-
-    components, least = components_of(events), max(least, _LEAST_DELTA)
-    try:
-        scale = analytic.analytic_epsilon(components, least)[0]
-        epsilons, deltas = pld.pld_curve(components, least, scale, _CURVE_POINTS)
-    except pld.AccountantRefused as refusal:
-        epsilons, deltas = analytic.analytic_curve(components, np.geomspace(0.9, least, 60))
-        return epsilons, deltas, WITHOUT_GRID, f"The PLD accountant refused ({refusal}); {WITHOUT_GRID} is looser."
-    return epsilons, deltas, "the whole PLD curve", None
-
-
 def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float | None:
     """The least ε₁ + ε₂ along the curve with δ₁ + exp(ε₁) δ₂ ≤ δ; None when the curve ends before."""
 
@@ -356,3 +284,26 @@ def _two_moves(epsilons: np.ndarray, deltas: np.ndarray, delta: float) -> float 
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def moved_epsilon(
+    components: Sequence[analytic.Component], delta: float, distance: float, records: int = 1
+) -> tuple[float, str]:
+    """ε of telling apart data sets that differ in ``records`` records, which together move a step by ``distance`` · C.
+
+    Both data sets are sampled with the same coins: a step that draws none of the records is the same in both, and one
+    that draws any moves by ``distance`` · C at most. Zeroing out k records is (k, k), replacing one is (2, 1).
+
+    Guarantee:
+        The composition is (result, delta)-DP for such data sets.
+    """
+    moved = [
+        each._replace(
+            noise_multiplier=each.noise_multiplier / distance,
+            sample_rate=-math.expm1(records * math.log1p(-each.sample_rate)) if each.sample_rate < 1 else 1.0,
+        )
+        for each in components
+    ]
+    full = gaussian_dp_epsilon(analytic.full_batch_mu(moved), delta)
+    counted = analytic.participation_epsilon(moved, delta, full)
+    return (full, analytic.FULL_BATCHES) if counted is None or full <= counted else (counted, analytic.PARTICIPATIONS)
