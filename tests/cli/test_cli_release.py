@@ -176,6 +176,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown setting": (changed_config(lambda c: c["extractor"].update(colours=3)), "describes a network"),
     "a class too many": (changed_config(lambda c: c["classes"].append("more")), "'head' with shape"),
     "odd shape": (changed_config(lambda c: c["input"].update(shape=[12, 12, 2])), "config.json cannot be used"),
+    "no extractor": (changed_config(lambda c: c.update(extractor=None)), "config.json cannot be used"),
     "privacy unknown": (changed_config(lambda c: c["result"].pop("private")), "config.json cannot be used"),
 }
 
