@@ -16,7 +16,7 @@ from dprandp.dpsgd.budget import read_plan_file
 from dprandp.errors import AuditError, CheckpointError, InputError
 from dprandp.inspection import OK, attempt, exit_code
 from dprandp.privacy.accounting import GaussianEvent, compose
-from dprandp.privacy.opinions import Opinion, second_opinions
+from dprandp.privacy.opinions import second_opinions
 from dprandp.release import load_run_model
 from dprandp.report.card import card_rows
 from dprandp.report.disclosure import disclosure, epsilon_text
@@ -63,20 +63,6 @@ def verify_lines(result: dict[str, Any]) -> str:
     rows = [f"{'holds' if row['passed'] else 'FAILS':<6} {row['name']:<16} {row['found']}" for row in result["checks"]]
     rows.append("all claims hold" if result["passed"] else "the run's claims DO NOT HOLD: do not rely on them")
     return "\n".join(rows)
-
-
-def independent_opinions(charges: list[dict[str, Any]], delta: float) -> list[Opinion]:
-    """ε of charged steps by other libraries, for parameters that were fixed beforehand: see ``privacy.opinions``.
-
-    Args:
-        charges: lines of the ledger with noise_multiplier, sample_rate and steps.
-        delta: δ in (0, 1).
-    """
-    return second_opinions(_events(charges), delta)
-
-
-def _events(charges: list[dict[str, Any]]) -> list[GaussianEvent]:
-    return [GaussianEvent(each["noise_multiplier"], each["sample_rate"], each["steps"]) for each in charges]
 
 
 def _lines(rundir: RunDir) -> list[dict[str, Any]]:
@@ -127,22 +113,22 @@ def _plans(rundir: RunDir) -> str:
 
 def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
     """A result's ε is not below that of the lines that it was computed from."""
-    charges = []
+    events = []
     for line in _lines(rundir):
         if line["kind"] == "charge":
-            charges.append(line)
+            events.append(GaussianEvent(line["noise_multiplier"], line["sample_rate"], line["steps"]))
         if line["kind"] == "tuning":
             return "not recomputed: private tuning is accounted only in Rényi DP"
         if line["hash"] == result.get("ledger_head"):
             break
     else:
         raise CheckpointError("the result names no line of the ledger", fix=FIX)
-    opinions = independent_opinions(charges, result["delta"])
+    opinions = second_opinions(events, result["delta"])
     said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; {'; '.join(map(str, opinions))}"
     # without a lower bound of the other library, the one that reported is used
     lower = max(each.lower for each in opinions)
     if lower == 0:
-        lower = compose(_events(charges), result["delta"], lambda sentence: None).lower
+        lower = compose(events, result["delta"], lambda sentence: None).lower
         said += f"; by the same library again, from the ledger: ε ≥ {lower:.4g}"
     if not result["epsilon"] >= lower * (1 - 1e-6):
         raise AuditError(f"reported {said}", fix=FIX)

@@ -35,6 +35,9 @@ DEFAULTS_CHOSEN_ON = (
     "that ε does not count, unless all were tried in this run directory."
 )
 
+OS_ENTROPY = "os-entropy: noise and batches from the operating system, never seeded, stored or repeated"
+SEEDED = ": noise and batches from a seed that can be repeated. NOT PRIVATE."
+
 LIMITS = {
     "Limit: floating-point noise (severity low)": (
         "Gaussian noise in floating point has gaps that can reveal the value it hides (Mironov 2012). It is computed "
@@ -111,6 +114,10 @@ def disclosure(
     """
     refuse_gaps(result.get("stage", "probe"), result)
     record = noun(result) if several_images(result) else "example"
+    expected = number(result["expected_batch"])
+    update = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
+    if result.get("recipe"):
+        update += f"; hyper-parameters of the recipe {result['recipe']}"
     limits = dict(LIMITS)
     if result["noise"] == "discrete":
         limits |= DISCRETE_LIMITS
@@ -125,19 +132,16 @@ def disclosure(
         ("Unit of privacy", f"{result['unit']}"),
         ("Several records together", _groups(result)),
         ("N (training examples)", _size(result)),
-        (
-            "q (sampling rate)",
-            f"{number(result['sample_rate'])} per step, expected batch qN = {number(result['expected_batch'])}",
-        ),
+        ("q (sampling rate)", f"{number(result['sample_rate'])} per step, expected batch qN = {expected}"),
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {record}'s gradient)"),
         ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
-        ("Update", _update(result)),
+        ("Update", update),
         ("Trained weights", result.get("trained_weights", "the head only" if result["stage"] == "probe" else "all")),
         ("Second mechanism (refit)", _refit(result.get("refit"))),
         ("Accountant", f"{result['accountant']}, upper bound"),
-        ("Random numbers", _random(result)),
+        ("Random numbers", OS_ENTROPY if result["random"] == "os-entropy" else f"{result['random']}{SEEDED}"),
         ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
         ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
         ("Tuning, and its data", _tuned(result, changed)),
@@ -385,12 +389,6 @@ def _steps(result: Facts) -> str:
     return text
 
 
-def _update(result: Facts) -> str:
-    """The post-processing of a noisy sum, which costs no privacy."""
-    done = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
-    return done + (f"; hyper-parameters of the recipe {result['recipe']}" if result.get("recipe") else "")
-
-
 def _refit(refit: Facts | None) -> str:
     if not refit:
         return "none"
@@ -400,12 +398,6 @@ def _refit(refit: Facts | None) -> str:
         f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
         f"C = {number(refit['clip_norm'])}, K = 1"
     )
-
-
-def _random(result: Facts) -> str:
-    if result["random"] == "os-entropy":
-        return "os-entropy: noise and batches from the operating system, never seeded, stored or repeated"
-    return f"{result['random']}: noise and batches from a seed that can be repeated. NOT PRIVATE."
 
 
 def _tuned(result: Facts, changed: Sequence[str] | None) -> str:

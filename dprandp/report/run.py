@@ -14,7 +14,7 @@ from dprandp.config import schema
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
 from dprandp.runs.directory import RunDir
-from dprandp.runs.files import from_json, storage_errors
+from dprandp.runs.files import from_json, read_object, storage_errors
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.results import refuse_gaps
 
@@ -197,11 +197,7 @@ def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any] | None
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file is missing."""
-    if not path.exists():
-        return {}
-    with storage_errors(path, "read"):
-        content = path.read_bytes()
-    return _object(path, content, "it")
+    return _whole(read_object(path), path, "it") if path.exists() else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -210,14 +206,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     with storage_errors(path, "read"):
         lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    return [_object(path, line, f"line {number}") for number, line in enumerate(lines[:-1], 1) if line.strip()]
+    values = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            value = from_json(line or "{}")
+        except ValueError:
+            value = None
+        values.append(_whole(value, path, f"line {number}"))
+    return values
 
 
-def _object(path: Path, content: bytes | str, what: str) -> dict[str, Any]:
-    try:
-        value = from_json(content)
-    except ValueError:
-        value = None
+def _whole(value: Any, path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path} is corrupt: {what} is no JSON object",

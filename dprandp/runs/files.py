@@ -155,6 +155,17 @@ def from_json(content: bytes | str) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where it holds none."""
+    with storage_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        value = from_json(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _whole(digits: str) -> int:
     value = int(digits)
     float(value)  # OverflowError

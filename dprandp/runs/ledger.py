@@ -21,7 +21,7 @@ from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import Warn, warn_by_log
 from dprandp.privacy.ledger import Ledger
 from dprandp.runs.directory import RunDir, result_digest
-from dprandp.runs.files import from_json, storage_errors
+from dprandp.runs.files import read_object
 
 ALWAYS_PRIVATE = ("probe", "finetune")
 """Stages that always read private data; ``continue`` may read only public data."""
@@ -117,24 +117,10 @@ def open_run_ledger(
 
 def _model_head(rundir: RunDir) -> str | None:
     """The line of the ledger that the released model says it was paid for by; None where there is no such model."""
-    try:
-        head = _document(rundir.path / "model" / "config.json")["result"]["ledger_head"]
-    except (KeyError, TypeError):
-        return None  # whoever loads the model says what is wrong with it
-    return head if isinstance(head, str) else None
-
-
-def _document(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where the file is missing or holds none."""
-    if not path.is_file():
-        return {}
-    with storage_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        document = from_json(content)
-    except ValueError:
-        document = None
-    return document if isinstance(document, dict) else {}
+    path = rundir.path / "model" / "config.json"
+    result = (read_object(path) or {}).get("result") if path.is_file() else None
+    head = result.get("ledger_head") if isinstance(result, dict) else None
+    return head if isinstance(head, str) else None  # whoever loads the model says what is wrong with it
 
 
 def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def sealed_budget(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
-    fixed, present = ledger.budget or {}, sealed_budget(_document(path))
+    fixed, present = ledger.budget or {}, sealed_budget(read_object(path) or {})
     if fixed.keys() - present.keys() or not present:
         raise CheckpointError(
             f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"

@@ -15,7 +15,7 @@ from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
 from dprandp.runs.directory import RunDir, frozen, result_digest, thawed
-from dprandp.runs.files import atomic_write, from_json, to_json
+from dprandp.runs.files import atomic_write, read_object, to_json
 from dprandp.runs.ledger import open_run_ledger
 
 RECORD, SETTINGS = "tune.json", "tuned.toml"
@@ -42,16 +42,12 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     path = rundir.path / RECORD
     if not path.exists():
         return None
-    try:
-        record = thawed(from_json(path.read_bytes()))
-        if record.pop("format") == FORMAT and all(isinstance(record[key], kind) for key, kind in _NEEDED.items()):
-            return record
-        problem = None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = error
+    record = thawed(read_object(path) or {})
+    if record.pop("format", None) == FORMAT and all(isinstance(record.get(key), kind) for key, kind in _NEEDED.items()):
+        return record
     raise CheckpointError(
         f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent"
-    ) from problem
+    )
 
 
 def seal_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:

@@ -116,8 +116,7 @@ def test_torn_feature_cache_is_made_again(dprandp: Dprandp, run_after: RunAfter)
 # ---------------------------------------------------------------------------------------------------------- the disk
 
 
-@pytest.mark.parametrize(("after", "stage", "bytes_"), [("", "generate", 99_999), ("generate", "pretrain", 9_000),
-                                                        ("pretrain", "probe", 9_000)])  # fmt: skip
+@pytest.mark.parametrize(("after", "stage", "bytes_"), [("", "generate", 99_999), ("pretrain", "probe", 9_000)])
 def test_file_size_limit(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path, after: str, stage: str, bytes_: int
 ) -> None:

@@ -176,19 +176,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown setting": (changed_config(lambda c: c["extractor"].update(colours=3)), "describes a network"),
     "a class too many": (changed_config(lambda c: c["classes"].append("more")), "'head' with shape"),
     "odd shape": (changed_config(lambda c: c["input"].update(shape=[12, 12, 2])), "config.json cannot be used"),
+    "no extractor": (changed_config(lambda c: c.update(extractor=None)), "config.json cannot be used"),
     "privacy unknown": (changed_config(lambda c: c["result"].pop("private")), "config.json cannot be used"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_model_is_refused(model_alone: Path, name: str) -> None:
-    """Both commands read the model with ``load_model``."""
     load_model(model_alone)
     damage, said = DAMAGES[name]
     damage(model_alone)
     with pytest.raises(CheckpointError) as caught:
         load_model(model_alone)
-    assert any(part in caught.value.problem for part in said.split("|")), caught.value
+    assert said in caught.value.problem
     assert any(what in caught.value.fix for what in ("restore", "upgrade", "make the model again"))
 
 
@@ -196,11 +196,7 @@ def test_a_damaged_model_is_refused(model_alone: Path, name: str) -> None:
 
 
 def test_export_to_a_folder_that_works_by_itself(
-    dprandp: Dprandp,
-    run_after: RunAfter,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    dprandp: Dprandp, run_after: RunAfter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     run, out = run_after("finetune"), tmp_path / "out"
     (run / "model" / "notes.txt").write_text("not releasable")
@@ -248,13 +244,9 @@ def test_export_to_a_zip(dprandp: Dprandp, model_alone: Path, stages: dict[str, 
             export(model, tmp_path / target)
 
 
-@pytest.mark.parametrize("flags", [["--eps", "inf"], ["--eps", "2", "--insecure-seed", "1"]],
-                         ids=["no noise", "seeded noise"])  # fmt: skip
-def test_export_without_a_guarantee_needs_consent(
-    dprandp: Dprandp, run_after: Callable[[str], Path], tmp_path: Path, flags: list[str]
-) -> None:
+def test_export_without_a_guarantee_needs_consent(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     run, out = run_after("pretrain"), tmp_path / "out"
-    done = dprandp("probe", "--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", *flags)
+    done = dprandp("probe", "--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", "inf")
     assert done.code == 0, done.err
     refused(dprandp("export", "--run", run, "--out", out), 2, "NOT PRIVATE", "--allow-not-private")
     assert not out.exists()
@@ -267,16 +259,13 @@ def test_export_without_a_guarantee_needs_consent(
     assert load_model(out).not_private_because is not None
 
 
-@pytest.mark.parametrize("changes", [{"epsilon": "inf", "noise_multiplier": 0}, {"random": "insecure-seed"}],
-                         ids=["no noise", "seeded noise"])  # fmt: skip
-def test_a_card_that_promises_privacy_where_there_is_none(
-    stages: dict[str, Path], tmp_path: Path, changes: dict
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(stages["probe"] / "model", model)
-    changed_config(lambda config: config["result"].update(changes, private=False))(model)
-    with pytest.raises(CheckpointError, match="does not say so"):
-        export(load_model(model), tmp_path / "out", allow_not_private=True)
+def test_a_card_that_promises_privacy_where_there_is_none(model_alone: Path, tmp_path: Path) -> None:
+    for changes in ({"random": "insecure-seed"}, {"epsilon": "inf", "noise_multiplier": 0}):
+        changed_config(lambda config, changes=changes: config["result"].update(changes, private=False))(model_alone)
+        with pytest.raises(UsageError, match="NOT PRIVATE"):
+            export(load_model(model_alone), tmp_path / "out")
+        with pytest.raises(CheckpointError, match="does not say so"):
+            export(load_model(model_alone), tmp_path / "out", allow_not_private=True)
 
 
 # --------------------------------------------------------------------------------------------------------- local paths

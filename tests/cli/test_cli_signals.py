@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every stage: exit 130 or 143, and the same command then finishes the run."""
+"""Ctrl-C and SIGTERM: exit 130 or 143, and the same command then finishes the run (private stages: tests/faults)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ STAGES = {
     "generate": ("", ["generate", "--workers", 1, "--count", 300], "1-generate/shard-00000.npy", 0),
     "pretrain": ("generate", ["pretrain"], "2-pretrain/metrics.jsonl", 1),
     "wrn": ("generate", ["pretrain", "--arch", "wrn-10-1", "--steps", 12, "--batch-size", 2], "2-pretrain/LATEST", 1),
-    "probe": ("pretrain", ["probe", "--data", "npz:tiny.npz", "--steps", 300], "3-probe/metrics.jsonl", 5),
-    "finetune": ("probe", ["finetune", "--steps", 8], "4-finetune/metrics.jsonl", 2),
 }
 
 LONG = """
@@ -53,8 +51,6 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
     stage = str(command[0])
     running = dprandp.start(*command)
     running.wait_until(lambda: (run / file).exists() and lines(run / file) >= count)
-    if name == "generate":  # a second process on the same run
-        refused(dprandp("pretrain", "--run", run), 6, f"another dprandp process (pid {running.pid})")
     running.signal(signal.SIGINT)
     done = running.end()
     refused(done, 130, "SIGINT", "saved", "run the same command again")
@@ -64,13 +60,8 @@ def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: P
 
     done = dprandp(*command, "--json")
     assert done.code == 0, done.err
-    result = done.json
-    assert result["stage"] == stage
-    if stage in ("probe", "finetune"):
-        # stopped between two steps, so nothing that was charged was lost
-        assert (result["charged_steps"], result["lost_steps"]) == (command[command.index("--steps") + 1], 0)
-        assert 0 < result["epsilon"] <= result["epsilon_total"]
-    assert dprandp(*command, "--json").json == result  # and now it is finished
+    assert done.json["stage"] == stage
+    assert dprandp(*command, "--json").json == done.json  # and now it is finished
 
 
 STOPPED_OUTSIDE_THE_LOOP = """

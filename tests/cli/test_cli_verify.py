@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from cli_process import Dprandp, refused
 
-from dprandp.inspection.verify import independent_opinions
-from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.runs.directory import result_digest
 
 RunAfter = Callable[[str], Path]
@@ -115,22 +113,3 @@ def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text, (path, old)
     path.write_text(text.replace(old, new))
-
-
-def test_the_other_libraries_agree_with_ours() -> None:
-    for events in (
-        [GaussianEvent(30.0, 1.0, 60)],
-        [GaussianEvent(30.0, 1.0, 60), GaussianEvent(9.2, 0.08192, 200)],
-        [GaussianEvent(1.1, 0.02, 50), GaussianEvent(2.0, 0.1, 10)],
-    ):
-        charges = [
-            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": 1}
-            for e in events
-            for _ in range(e.steps)
-        ]
-        bound = compose(events, 1e-5)
-        other, loose = independent_opinions(charges, 1e-5)
-        assert 0.97 * bound.upper <= other.lower <= bound.upper <= loose.upper
-        assert other.upper >= bound.lower
-    nothing = [], [{"noise_multiplier": 0, "sample_rate": 1.0, "steps": 1}]
-    assert all(opinion.why for charges in nothing for opinion in independent_opinions(charges, 1e-5))

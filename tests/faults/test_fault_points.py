@@ -31,63 +31,63 @@ def python(script: str, *arguments: object, fault: str | None = None) -> subproc
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-# Imports torch once and forks a child per request. A request is a folder and saves [name, value, fault or null];
-# the answer is the child's process id and, when it has ended, how.
+# Imports torch once and forks a child per request: Python to execute, and names for it. The answer is the process id of
+# the child and, when it has ended, how.
 SERVER = """
 import json, os, sys
 import torch
 from dprandp.runs import checkpoint, faults
+from dprandp.runs.directory import RunDir
 
 torch.set_num_threads(1)
-
-def save(folder, name, value, fault=None):
-    faults._hits.clear()
-    os.environ[faults.VARIABLE] = fault or ""
-    tensors = {"weight": torch.full((64, 64), float(value)), "step": torch.tensor(value)}
-    checkpoint.save(folder, name, tensors, {"value": value})
-
 for line in sys.stdin:
-    folder, saves = json.loads(line)
+    source, names = json.loads(line)
     child = os.fork()
     if child == 0:
-        for arguments in saves:
-            save(folder, *arguments)
+        exec(source, globals() | names)
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+SAVES = """
+for name, value, fault in saves:
+    faults._hits.clear()
+    os.environ[faults.VARIABLE] = fault or ""
+    tensors = {"weight": torch.full((64, 64), float(value)), "step": torch.tensor(value)}
+    checkpoint.save(folder, name, tensors, {"value": value})
+"""
 
 
-class Saver:
-    """Checkpoints saved in processes that may die."""
+class Server:
+    """Python in processes that may die."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
+    def start(self, source: str, **names: object) -> int:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(folder), saves]) + "\n")
+        self._process.stdin.write(json.dumps([source, names]) + "\n")
         self._process.stdin.flush()
-        return self._answer()
-
-    def end(self) -> int:
-        return self._answer()
-
-    def save(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
-        self.start(folder, *saves)
         return self.end()
 
-    def _answer(self) -> int:
+    def end(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
+    def run(self, source: str, **names: object) -> int:
+        self.start(source, **names)
+        return self.end()
+
+    def save(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
+        return self.run(SAVES, folder=str(folder), saves=saves)
+
 
 @pytest.fixture(scope="module")
-def saver() -> Iterator[Saver]:
+def server() -> Iterator[Server]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes)
     with process:
-        yield Saver(process)
+        yield Server(process)
         assert process.stdin is not None
         process.stdin.close()
 
@@ -109,12 +109,12 @@ def every_fault(files: int) -> list[str]:
 
 
 @pytest.mark.parametrize("after", ["step-2", "step-1"])
-def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver, after: str) -> None:
+def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, server: Server, after: str) -> None:
     found = []
     for fault in every_fault(2):
         folder = tmp_path / fault
         folder.mkdir()
-        assert saver.save(folder, ("step-1", 1, None), (after, 2, fault)) == KILLED
+        assert server.save(folder, ("step-1", 1, None), (after, 2, fault)) == KILLED
         value = assert_whole(folder)
         found.append(value)
         said: list[str] = []
@@ -122,7 +122,7 @@ def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver,
         assert said == []
         # and the run goes on: the same checkpoint again, nothing left behind
         remove_leftovers(folder)
-        assert saver.save(folder, (after, 3, None)) == 0
+        assert server.save(folder, (after, 3, None)) == 0
         assert assert_whole(folder) == 3
         names = {"step-1", after}
         assert set(os.listdir(folder)) == {"LATEST"} | {f"{name}.safetensors" for name in names}
@@ -131,39 +131,40 @@ def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, saver: Saver,
     assert found == [1] * turn + [2] * (len(found) - turn)
 
 
-def test_a_kill_within_the_repair_of_a_kill(tmp_path: Path, saver: Saver) -> None:
+def test_a_kill_within_the_repair_of_a_kill(tmp_path: Path, server: Server) -> None:
     """Twice killed while replacing the same checkpoint."""
     found = set()
     for first in every_fault(2):
         for second in every_fault(2):
             folder = tmp_path / f"{first}-{second}"
             folder.mkdir()
-            assert saver.save(folder, ("step-1", 1, None), ("step-1", 2, first)) == KILLED
-            assert saver.save(folder, ("step-1", 3, second)) == KILLED
+            assert server.save(folder, ("step-1", 1, None), ("step-1", 2, first)) == KILLED
+            assert server.save(folder, ("step-1", 3, second)) == KILLED
             found.add(assert_whole(folder))
     assert found == {1, 2, 3}
 
 
-def test_first_checkpoint_killed_means_start_again(tmp_path: Path, saver: Saver) -> None:
+def test_first_checkpoint_killed_means_start_again(tmp_path: Path, server: Server) -> None:
     found = []
     for fault in every_fault(2):
         folder = tmp_path / fault
         folder.mkdir()
-        assert saver.save(folder, ("step-1", 1, fault)) == KILLED
+        assert server.save(folder, ("step-1", 1, fault)) == KILLED
         found.append(checkpoint.resume(folder, warn=lambda text: None) is not None)
     assert found == [False] + [True] * 4  # whole from the moment that the file has its name
 
 
-def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, saver: Saver) -> None:
+def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, server: Server) -> None:
     draw = random.Random()
     reached = 0
     for _ in range(8):
-        child = saver.start(tmp_path, *((f"step-{value // 3}", value, None) for value in range(reached + 1, 5000)))
+        saves = [(f"step-{value // 3}", value, None) for value in range(reached + 1, 5000)]
+        child = server.start(SAVES, folder=str(tmp_path), saves=saves)
         while not (tmp_path / "LATEST").exists():
             time.sleep(0.01)
         time.sleep(0.15 * draw.random())
         os.kill(child, signal.SIGKILL)
-        assert saver.end() == KILLED
+        assert server.end() == KILLED
         now = assert_whole(tmp_path)
         assert now >= reached
         reached = now
@@ -185,9 +186,8 @@ def test_atomic_write(tmp_path: Path, fault: str, content: str) -> None:
 
 
 OVERWRITE = """
-import sys
-from dprandp.runs.directory import RunDir
-run = RunDir.open(sys.argv[1], create=True)
+os.environ[faults.VARIABLE] = fault
+run = RunDir.open(path, create=True)
 with run.lock():
     begun = run.begin("generate", {"seed": 2}, {}, overwrite=True)
     (begun.directory / "out.bin").write_text("2")
@@ -197,14 +197,14 @@ with run.lock():
 
 @pytest.mark.parametrize("hit", [1, 2, 3])
 @pytest.mark.parametrize("name", ["temp-written", "renamed"])
-def test_overwrite_never_mixes_two_configurations(tmp_path: Path, name: str, hit: int) -> None:
+def test_overwrite_never_mixes_two_configurations(tmp_path: Path, server: Server, name: str, hit: int) -> None:
     """run.json, config.toml, run.json: wherever it dies, files, recorded settings and state belong together."""
     run = RunDir.open(tmp_path / "x", create=True)
     with run.lock():
         begun = run.begin("generate", {"seed": 1}, {})
         (begun.directory / "out.bin").write_text("1")
         run.finish("generate", run.hash_outputs("generate", ["out.bin"]), {})
-    assert python(OVERWRITE, run.path, fault=f"{name}:{hit}").returncode == KILLED
+    assert server.run(OVERWRITE, path=str(run.path), fault=f"{name}:{hit}") == KILLED
     with run.lock():
         row = run.status()[0]
         output = run.stage_dir("generate") / "out.bin"
@@ -213,7 +213,7 @@ def test_overwrite_never_mixes_two_configurations(tmp_path: Path, name: str, hit
         else:
             assert row["state"] in ("partial", "stale")
         assert (row["state"] == "done") == (name == "renamed" and hit == 3)
-    assert python(OVERWRITE, run.path).returncode == 0
+    assert server.run(OVERWRITE, path=str(run.path), fault="") == 0
     assert (run.status()[0]["state"], run.status()[0]["config"]) == ("done", {"seed": 2})
 
 

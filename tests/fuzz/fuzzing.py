@@ -146,13 +146,9 @@ def tree(folder: Path) -> dict[str, bytes | str | None]:
 
 
 def explore(strategy: st.SearchStrategy, check: Callable[[Any], None], cases: int, fast: bool) -> int:
-    """Run ``check`` on that many drawn values and return how many there were.
+    """Run ``check``, which raises when a promise is broken, on that many drawn values; returns how many there were.
 
-    Args:
-        strategy: what to draw.
-        check: raises when a promise is broken.
-        cases: how many.
-        fast: the same values every time, for the suite that decides about a change; else new ones each time.
+    Fast draws the same values every time, for the suite that decides about a change; else there are new ones each time.
     """
     tried = 0
     phases = [Phase.explicit, Phase.generate] if fast else [Phase.explicit, Phase.generate, Phase.shrink]
@@ -176,18 +172,7 @@ def sizes(fast: int, slow: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("cases", [fast, pytest.param(slow, marks=pytest.mark.slow)])
 
 
-class Dice(random.Random):
-    """A generator that says its seed, by which a failing case can be made again."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.drawn_seed = seed
-
-    def __repr__(self) -> str:
-        return f"Dice({self.drawn_seed})"
-
-
-dice = st.integers(0, 2**63 - 1).map(Dice)
+dice = st.integers(0, 2**63 - 1).map(random.Random)  # hypothesis shows the seed of a failing case
 """For mutations that need many small choices: thousands of times as quick as to let hypothesis make each."""
 
 

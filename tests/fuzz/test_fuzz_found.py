@@ -13,7 +13,6 @@ import pytest
 import torch
 from fuzzing import attempt, command
 
-from dprandp import release
 from dprandp.config import schema
 from dprandp.data import open_dataset
 from dprandp.dpsgd.budget import read_plan_file
@@ -25,7 +24,6 @@ from dprandp.runs import checkpoint
 from dprandp.runs.context import recorded
 from dprandp.runs.directory import RunDir
 from dprandp.runs.files import from_json
-from dprandp.vision.images import INPUT_SIZE
 
 
 def refused(call: Callable[[], object], code: int, *fragments: str) -> DprandpError:
@@ -176,12 +174,6 @@ def npz_with(path: Path, header: bytes, version: bytes = b"\x01\x00") -> Path:
     return path
 
 
-def test_array_headers_that_do_not_end(tmp_path: Path) -> None:
-    for header in (b"(" * 300, b"[" * 5000, b"{'descr': '|u1'", b"'" * 3, b"1" * 5000):
-        path = npz_with(tmp_path / "a.npz", header)
-        refused(lambda path=path: open_dataset(f"npz:{path}", tmp_path), 3, "a.npz")
-
-
 def test_an_array_header_of_megabytes_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = npz_with(tmp_path / "a.npz", b" " * 6 * 10**6, b"\x02\x00")
     asked: list[int] = []
@@ -208,47 +200,15 @@ def test_paths_beyond_the_system(tmp_path: Path) -> None:
         refused(lambda name=name: open_dataset(name, tmp_path), 2, "unknown home folder")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("status", "--run", "a" * 300),
-        ("generate", "--run", "a" * 300),
-        ("datasets", "--data-dir", "a" * 300),
-        ("generate", "--config", "a" * 300),
-        ("finetune", "--from", "scratch", "--microbatch", "9" * 5000, "--run", "new"),
-        ("finetune", "--from", "scratch", "--device", "cuda:" + "9" * 20, "--run", "new"),
-        ("finetune", "--from", "scratch", "--data", "npz:\udcff", "--run", "new"),
-    ],
-)
-def test_flags_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+def test_flags_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command(*arguments).code in (2, 3, 6)
+    for arguments in (("status", "--run"), ("generate", "--run"), ("datasets", "--data-dir"), ("generate", "--config")):
+        assert command(*arguments, "a" * 300).code in (2, 3, 6), arguments
+    for flag, value in {"--microbatch": "9" * 5000, "--device": "cuda:" + "9" * 20, "--data": "npz:\udcff"}.items():
+        assert command("finetune", "--from", "scratch", "--run", "new", flag, value).code in (2, 3, 6), flag
 
 
 def test_numbers_beyond_all_bounds() -> None:
     """A count of 10**15 would be a table of as many shards before the first one is made."""
     for stage, key in {"generate": "count", "pretrain": "filters", "probe": "dims", "finetune": "refit_steps"}.items():
         refused(lambda stage=stage, key=key: schema.build(stage, {key: 10**15}), 2, "is too large", key)
-
-
-def test_keys_of_thousands_of_parts(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("a." * 20_000 + "b = 1")
-    refused(lambda: schema.resolve("probe", "tiny", tmp_path / "a.toml", {}), 3, "dots")
-    (tmp_path / "a.toml").write_text(f'[probe]\ndata = "npz:{"../" * 40}a.npz"\n')
-    assert schema.resolve("probe", "tiny", tmp_path / "a.toml", {}).data.endswith("/a.npz")
-
-
-def test_a_model_without_an_extractor(tmp_path: Path) -> None:
-    described = {
-        "format": release.MODEL_FORMAT,
-        "input": {"shape": [32, 32, 3], "size": INPUT_SIZE, "mirror": True},
-        "classes": ["a", "b"],
-        "sha256": {name: "0" for name in release.MODEL_FILES if name != "config.json"},
-        "result": {"stage": "probe", "private": True, "random": "os-entropy", "epsilon": 1.0, "noise_multiplier": 4.0},
-        "extractor": {},
-        "precision": "float32",
-    }
-    assert release._config(tmp_path, json.dumps(described).encode()) == described
-    for extractor in (None, [], "wrn-16-4"):
-        damaged = json.dumps(described | {"extractor": extractor}).encode()
-        refused(lambda damaged=damaged: release._config(tmp_path, damaged), 4, "does not describe a model")

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzzing import Told, attempt, command, dice, explore, mutated, mutated_bytes, sizes, tree
+from tiny_run import FINETUNE, GENERATE, PRETRAIN, PROBE, TRAIN
 
 from dprandp import pipeline, release
 from dprandp.cli import session
 from dprandp.cli.flags import Options
+from dprandp.config import toml
 from dprandp.config.schema import StageConfig
 from dprandp.errors import DprandpError
 from dprandp.inspection import overview
@@ -32,35 +34,14 @@ LOOKING = [("status",), ("status", "--json"), ("probe", "--plan"), ("finetune", 
 FINISHED = [("generate",), ("pretrain",), ("probe",), ("finetune",), ("finetune", "--json")]
 """Stages that the run has finished: they return what was recorded, or refuse."""
 
-SETTINGS = """
-[generate]
-process = "dead-leaves"
-count = 60
-resolution = 32
-[pretrain]
-filters = 16
-dictionary_patches = 2000
-dictionary_iterations = 2
-[probe]
-epsilon = 4.0
-steps = 8
-dims = 32
-statistics_images = 25
-statistics_views = 2
-batch_size = 120
-[finetune]
-epsilon = 4.0
-steps = 4
-refit_steps = 6
-batch_size = 120
-checkpoint_every = 2
-"""
+FULL = {"batch_size": TRAIN}
+SETTINGS = {"generate": GENERATE, "pretrain": PRETRAIN, "probe": PROBE | FULL, "finetune": FINETUNE | FULL}
 
 
 @pytest.fixture
 def settings_file(tmp_path: Path) -> Path:
     path = tmp_path / "settings.toml"
-    path.write_text(SETTINGS)
+    path.write_text("".join(f"[{stage}]\n{toml.dumps(values)}" for stage, values in SETTINGS.items()))
     return path
 
 
@@ -192,17 +173,6 @@ def test_run_json(damaged: Damaged, cases: int, record_property) -> None:
 
 
 @sizes(30, 500)
-def test_plan(damaged: Damaged, cases: int, record_property) -> None:
-    content = (damaged.run / "privacy/plan.json").read_bytes()
-
-    def check(draw: random.Random) -> None:
-        changed = mutated_bytes(draw, content) if draw.random() < 0.3 else text_of(mutated(draw, json.loads(content)))
-        try_on(damaged, draw, {"privacy/plan.json": changed}, ABOUT_THE_BUDGET)
-
-    record_property("cases tried", explore(dice, check, cases, cases < 400))
-
-
-@sizes(30, 500)
 def test_ledger(damaged: Damaged, cases: int, record_property) -> None:
     """Also lines that were edited and sealed anew, which the chain of hashes cannot tell from real ones.
 
@@ -262,17 +232,23 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@sizes(20, 400)
-def test_other_files(damaged: Damaged, cases: int, record_property) -> None:
-    """Any other file of the run."""
+def altered(draw: random.Random, file: str, content: bytes) -> bytes:
+    """Bytes changed, or entries of a JSON file."""
+    if file.endswith(".json") and draw.random() < 0.65:
+        return text_of(mutated(draw, json.loads(content)))
+    return mutated_bytes(draw, content)
 
+
+@pytest.mark.parametrize(
+    ("files", "kinds"), [(["privacy/plan.json"], ABOUT_THE_BUDGET), (OTHERS, list(LOOKS))], ids=["plan", "others"]
+)
+@sizes(25, 500)
+def test_other_files(
+    damaged: Damaged, files: list[str], kinds: list[str], cases: int, record_property
+) -> None:
     def check(draw: random.Random) -> None:
-        file = draw.choice(OTHERS)
-        content = (damaged.run / file).read_bytes()
-        changed = mutated_bytes(draw, content)
-        if file.endswith(".json") and draw.random() < 0.6:
-            changed = text_of(mutated(draw, json.loads(content)))
-        try_on(damaged, draw, {file: changed}, list(LOOKS))
+        file = draw.choice(files)
+        try_on(damaged, draw, {file: altered(draw, file, (damaged.run / file).read_bytes())}, kinds)
 
     record_property("cases tried", explore(dice, check, cases, cases < 400))
 
@@ -294,10 +270,8 @@ def test_model_folders(damaged: Damaged, cases: int, record_property) -> None:
 
     def check(draw: random.Random) -> None:
         path = draw.choice(sorted(whole))
-        content = mutated_bytes(draw, whole[path])
-        if path.suffix == ".json" and draw.random() < 0.8:
-            content = text_of(mutated(draw, json.loads(whole[path])))
-        elif path.suffix != ".json" and draw.random() < 0.5:  # hashed anew
+        content = altered(draw, path.name, whole[path])
+        if path.suffix != ".json" and draw.random() < 0.5:  # hashed anew
             record = json.loads(whole[folder / "config.json"])
             record["sha256"][path.name] = hashlib.sha256(content).hexdigest()
             (folder / "config.json").write_bytes(text_of(record))
@@ -359,14 +333,11 @@ def test_a_stage_on_damaged_results_of_others(
         file, stage = draw.choice(NEEDED)
         run = copy_of(probed)
         content = (run / file).read_bytes()
-        changed = mutated_bytes(draw, content)
-        if file.endswith((".json", ".safetensors")) and draw.random() < 0.8:
-            try:
-                tensors = file.endswith(".safetensors")
-                changed = resealed(content, draw) if tensors else text_of(mutated(draw, json.loads(content)))
-            except (ValueError, TypeError):
-                return
-        (run / file).write_bytes(changed)
+        try:
+            tensors = file.endswith(".safetensors") and draw.random() < 0.8
+            (run / file).write_bytes(resealed(content, draw) if tensors else altered(draw, file, content))
+        except (ValueError, TypeError):
+            return
         before = (run / "privacy/ledger.jsonl").read_bytes().count(b"\n")
         made = Damaged(run, settings_file, data)
         told = command(*made.arguments((stage,)), *(["--overwrite"] if stage != "finetune" else []))

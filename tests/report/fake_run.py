@@ -21,82 +21,47 @@ EVIL = "<script>alert(1)</script>"
 CANARY = "canary-of-the-private-folder"
 
 GENERATED = {
-    "process": "stylegan-oriented",
-    "count": 4000,
-    "resolution": 64,
-    "images_per_second": 212.4,
-    "seconds": 18.8,
-}
+    "process": "stylegan-oriented", "count": 4000, "resolution": 64, "images_per_second": 212.4, "seconds": 18.8
+}  # fmt: skip
 PRETRAINED = {
-    "arch": "patchnet",
-    "random_init": False,
-    "parameters": 43_600,
-    "feature_dim": 3200,
-    "steps": 8,
-    "views_per_second": None,
-    "loss": None,
-    "knn_accuracy": 0.615,
-    "seconds": 41.2,
-}
+    "arch": "patchnet", "random_init": False, "parameters": 43_600, "feature_dim": 3200, "steps": 8,
+    "views_per_second": None, "loss": None, "knn_accuracy": 0.615, "seconds": 41.2,
+}  # fmt: skip
+
+# of a private stage on the digits; every number is different from every other
+BOTH = {
+    "data": "digits", "title": "Handwritten digits", "balanced_accuracy": 0.8573, "auc": 0.9876, "loss": 0.5432,
+    "majority_accuracy": 0.1028, "train_examples": 1437, "test_examples": 360, "train_units": 1437, "delta": 1e-5,
+    "epsilon_total": 1.0, "attempt": 1, "ledger_head": "0" * 64, "clip_norm": 1.25, "views": 4, "lr": 0.777,
+    "momentum": 0.9, "device": "cpu", "private": True, "random": "os-entropy", "adjacency": "zero-out of one record",
+    "unit": "one image", "noise": "gaussian", "precision": "float32", "mirror": False,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "probe": {
+        "accuracy": 0.8611, "epsilon": 0.2991, "epsilon_target": 0.3, "accountant": "Gaussian DP, closed form",
+        "noise_multiplier": 133.7, "sample_rate": 1.0, "steps": 120, "charged_steps": 123, "also_charged": [],
+        "lost_steps": 3, "expected_batch": 1437, "seconds": 9.5, "released": "average", "share": 0.3,
+        "extractor_colour": "grey",
+    },
+    "finetune": {
+        "accuracy": 0.8917, "epsilon": 0.9987, "epsilon_target": 1.0, "accountant": "PLD (dp-accounting 0.6.0)",
+        "noise_multiplier": 2.345, "sample_rate": 0.0207, "steps": 20, "charged_steps": 22, "lost_steps": 2,
+        "also_charged": [{"stage": "probe", "attempt": 1, "sample_rate": 1.0, "noise_multiplier": 133.7,
+                          "clip_norm": 1.25, "charged_steps": 123}],
+        "expected_batch": 29.7459, "seconds": 75.0, "released": "EMA, decay 0.9999", "source": "probe",
+        "arch": "patchnet", "extractor_scale": 0.1,
+    },
+}  # fmt: skip
 
 
 def private_result(stage: str, **changes: Any) -> dict[str, Any]:
-    """The result of a private stage on the digits, every number of it different from every other."""
+    """The result of a private stage."""
     classes = changes.pop("classes", [str(digit) for digit in range(10)])
     count = len(classes)
     matrix = (np.eye(count, dtype=int) * 31).tolist()
     for true in range(count):
         matrix[true][(3 * true + 1) % count] += 5
-    full = stage == "probe"
-    result = {
-        "stage": stage,
-        "data": "digits",
-        "title": "Handwritten digits",
-        "classes": classes,
-        "accuracy": 0.8611 if full else 0.8917,
-        "balanced_accuracy": 0.8573,
-        "auc": 0.9876,
-        "loss": 0.5432,
-        "majority_accuracy": 0.1028,
-        "confusion": matrix,
-        "train_examples": 1437,
-        "test_examples": 360,
-        "epsilon": 0.2991 if full else 0.9987,
-        "delta": 1e-5,
-        "epsilon_target": 0.3 if full else 1.0,
-        "epsilon_total": 1.0,
-        "accountant": "Gaussian DP, closed form" if full else "PLD (dp-accounting 0.6.0)",
-        "noise_multiplier": 133.7 if full else 2.345,
-        "sample_rate": 1.0 if full else 0.0207,
-        "steps": 120 if full else 20,
-        "attempt": 1,
-        "charged_steps": 123 if full else 22,
-        "also_charged": [] if full else [
-            {"stage": "probe", "attempt": 1, "sample_rate": 1.0, "noise_multiplier": 133.7, "clip_norm": 1.25,
-             "charged_steps": 123}
-        ],
-        "ledger_head": "0" * 64,
-        "lost_steps": 3 if full else 2,
-        "clip_norm": 1.25,
-        "views": 4,
-        "expected_batch": 1437 if full else 29.7459,
-        "lr": 0.777,
-        "momentum": 0.9,
-        "seconds": 9.5 if full else 75.0,
-        "device": "cpu",
-        "private": True,
-        "random": "os-entropy",
-        "released": "average" if full else "EMA, decay 0.9999",
-        "adjacency": "zero-out of one record",
-        "unit": "one image",
-        "train_units": 1437,
-        "noise": "gaussian",
-        "precision": "float32",
-        "mirror": False,
-    }
-    probed = {"share": 0.3, "extractor_colour": "grey"}
-    result |= probed if full else {"source": "probe", "arch": "patchnet", "extractor_scale": 0.1}
-    return result | changes
+    return {"stage": stage, "classes": classes, "confusion": matrix} | BOTH | OWN[stage] | changes
 
 
 def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from dprandp.errors import CheckpointError, StorageError
 from dprandp.runs import checkpoint
-from dprandp.runs.checkpoint import DamagedCheckpointError, check_tensors, tensors_from_bytes, tensors_to_bytes
+from dprandp.runs.checkpoint import DamagedCheckpointError, check_tensors, tensors_to_bytes
 
 TENSORS = {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.zeros(3), "step": torch.tensor(7)}
 
@@ -180,23 +179,6 @@ def test_newer_format(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(rb'\"format\": 2', rb'\"format\": 3'))
     with pytest.raises(CheckpointError, match="format 3; this version reads 2"):
         checkpoint.resume(tmp_path, warn=pytest.fail)
-
-
-def test_hostile_headers() -> None:
-    whole = tensors_to_bytes({"a": torch.zeros(4)})
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
-
-    def build(entry: dict) -> bytes:
-        text = json.dumps({"a": entry}).encode()
-        return len(text).to_bytes(8, "little") + text + whole[8 + size :]
-
-    assert same(tensors_from_bytes(build(header["a"]), "x"), {"a": torch.zeros(4)})  # the builder itself is right
-    for change in (
-        {"shape": [2**40]}, {"data_offsets": [0, 2**40]}, {"data_offsets": [8, 4]}, {"dtype": "OBJECT"}, {"shape": [-1]}
-    ):  # fmt: skip
-        with pytest.raises(CheckpointError):
-            tensors_from_bytes(build(header["a"] | change), "x")
 
 
 @pytest.mark.parametrize("failing", range(1, 5))
