@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from dprandp import finetune
-from dprandp.config.schema import PretrainConfig, build
+from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd.clipped_sums import SumSettings
 from dprandp.errors import UsageError
 from dprandp.inspection import self_check
 from dprandp.models import precision
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
-from dprandp.models.per_example.patchnet import per_example_gradients
-from dprandp.models.per_example.wrn import WrnGradients
+from dprandp.models.patchnet import per_example_gradients
 from dprandp.models.precision import BFLOAT16, FLOAT32, autocast, decide, has_fast_bfloat16
 from dprandp.models.whitening import Whitener
+from dprandp.models.wrn import WrnGradients
 from dprandp.threads import in_parts
 
 NETWORKS = {
@@ -98,14 +98,6 @@ def test_flags_of_the_processor_decide(tmp_path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(precision.PRETEND, "yes")
     with pytest.raises(UsageError, match="neither 0 nor 1"):
         has_fast_bfloat16("cpu")
-
-
-def test_a_patchnet_in_bfloat16_is_refused_with_its_configuration() -> None:
-    with pytest.raises(UsageError, match="a patchnet computes in float32"):
-        build("pretrain", {"precision": BFLOAT16})
-    with pytest.raises(UsageError, match="is unknown"):
-        build("probe", {"precision": "float16"})
-    assert build("pretrain", {"arch": "wrn-10-1", "precision": BFLOAT16}).precision == BFLOAT16
 
 
 # ------------------------------------------------------------------------------- any threads, images and surroundings
