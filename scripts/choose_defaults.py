@@ -15,7 +15,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from experiment import add_row, dprandp, has_row, read
+from experiment import add_row, dprandp, has_row, log_of, parser, read
 
 from dprandp.cli import session
 from dprandp.cli.flags import Options
@@ -47,13 +47,8 @@ VARIATIONS = [
 
 def main() -> None:
     """Fit what is missing, then print a line per setting and a column per target."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of the run and results.jsonl")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    args = parser(__doc__, "runs/defaults").parse_args()
+    log = log_of(args)
     if not args.table:
         dprandp("generate", "--run", args.out / "run")
         dprandp("pretrain", "--run", args.out / "run", "--data", DATA)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from experiment import add_row, dprandp, has_row, read, spread
+from experiment import add_row, dprandp, has_row, log_of, parser, read, spread
 from torch import Tensor
 
 from dprandp.cli import session
@@ -69,21 +69,11 @@ extractor; each has half of the squared length of the features."""
 
 def main() -> None:
     """Make what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="cifar10", help="whose training split is taken as public")
-    parser.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
-    parser.add_argument("--variants", nargs="+", default=["one layer", "two layers", "random filters"],
-                        help="; ".join(VARIANTS), metavar="NAME", choices=VARIANTS)  # fmt: skip
-    parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
-    parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
-    parser.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and results.jsonl")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    flags = grid_parser(__doc__, "runs/compare")
+    flags.add_argument("--variants", nargs="+", default=["one layer", "two layers", "random filters"],
+                       help="; ".join(VARIANTS), metavar="NAME", choices=VARIANTS)  # fmt: skip
+    args = flags.parse_args()
+    log = log_of(args)
     if not args.table:
         torch.set_flush_denormal(True)
         for seed in range(args.seeds):
@@ -95,6 +85,22 @@ def main() -> None:
                     if not has_row(log, cell):
                         measure(args, cell, log, kept)
     print_table(read(log))
+
+
+def grid_parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """Flags of the experiments that fit heads to features of a training split, taken as public."""
+    made = parser(doc, out)
+    made.add_argument("--data", default="cifar10", help="whose training split is taken as public")
+    made.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
+    made.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
+    made.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
+    made.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
+    return made
+
+
+def run_of(args: argparse.Namespace, cell: dict) -> Path:
+    """The run of a cell's process and seed."""
+    return args.out / "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,7 @@ class Side:
 def measure(args: argparse.Namespace, cell: dict, log: Path, kept: dict[str, Side]) -> None:
     """One cell: a row of the accuracies at each ε; ``kept`` has the sides made so far of this process and seed."""
     changes = VARIANTS[cell["variant"]]
-    name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
-    run = args.out / name
+    run = run_of(args, cell)
     dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
     dataset = open_dataset(cell["data"], args.data_dir)
     spec, labels = dataset.spec, torch.from_numpy(dataset.train().labels[: args.fit + args.held_out])

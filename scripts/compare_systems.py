@@ -29,7 +29,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiment import add_row, dprandp, has_row, read, spread
+from experiment import add_row, dprandp, has_row, log_of, parser, read, spread
 
 SCRATCH = [
     "finetune", "--from", "scratch", "--arch", "wrn-10-1", "--padding", "same",
@@ -107,23 +107,18 @@ SYSTEMS = {name: commands for group in GROUPS.values() for name, commands in gro
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", nargs="*", help="names as for --data")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME",
-                        help="instead of groups: " + "; ".join(SYSTEMS))  # fmt: skip
-    parser.add_argument("--scratch-flags", default="", metavar="FLAGS",
+    flags = parser(__doc__, "runs/systems")
+    flags.add_argument("datasets", nargs="*", help="names as for --data")
+    flags.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    flags.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME",
+                       help="instead of groups: " + "; ".join(SYSTEMS))  # fmt: skip
+    flags.add_argument("--scratch-flags", default="", metavar="FLAGS",
                         help="instead of those of all systems from scratch; a system's own flags win")  # fmt: skip
-    parser.add_argument("--epsilons", nargs="+", default=["1", "8"])
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--out", type=Path, default=Path("runs/systems"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table and draw the plot")
-    args = parser.parse_args()
+    flags.add_argument("--epsilons", nargs="+", default=["1", "8"])
+    flags.add_argument("--size", default="tiny")
+    args = flags.parse_args()
     chosen = args.systems or list(dict.fromkeys(name for group in args.groups for name in GROUPS[group]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    log = log_of(args)
     for data in () if args.table else args.datasets:
         for seed in range(args.seeds):
             for epsilon in args.epsilons:

@@ -25,13 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_priors import EPSILONS, held_out_accuracy
-from experiment import add_row, dprandp, has_row, read, spread
+from compare_priors import EPSILONS, grid_parser, held_out_accuracy, run_of
+from experiment import add_row, dprandp, has_row, log_of, read, spread
 
 from dprandp.cli import session
 from dprandp.cli.flags import Options
 from dprandp.config import toml
-from dprandp.config.schema import ProbeConfig, build, resolve
+from dprandp.config.schema import build, resolve
 from dprandp.data import open_dataset
 from dprandp.dpsgd.statistics import synthetic_views
 from dprandp.models import whitening
@@ -56,24 +56,14 @@ FEATURES = (PLAIN, "last stage", "all, whitened apart", "all, whitened together"
 
 def main() -> None:
     """Make what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="cifar10", help="whose training split is taken as public")
-    parser.add_argument("--processes", nargs="+", default=["stylegan-oriented"], help="as for --process")
-    parser.add_argument("--trainings", nargs="+", default=DEFAULT, help="; ".join(TRAININGS), metavar="NAME",
-                        choices=TRAININGS)  # fmt: skip
-    parser.add_argument("--arch", default="wrn-16-4")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--cpu-seconds", type=float, default=600.0, help="of all cores together, for the training")
-    parser.add_argument("--fit", type=int, default=10_000, help="training images that heads are fitted to")
-    parser.add_argument("--held-out", type=int, default=4_000, help="training images that decide")
-    parser.add_argument("--clip-norm", type=float, default=ProbeConfig.clip_norm, help="of the heads")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--out", type=Path, default=Path("runs/wrn"), help="folder of runs and results.jsonl")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    flags = grid_parser(__doc__, "runs/wrn")
+    flags.add_argument("--trainings", nargs="+", default=DEFAULT, help="; ".join(TRAININGS), metavar="NAME",
+                       choices=TRAININGS)  # fmt: skip
+    flags.add_argument("--arch", default="wrn-16-4")
+    flags.add_argument("--batch-size", type=int, default=32)
+    flags.add_argument("--cpu-seconds", type=float, default=600.0, help="of all cores together, for the training")
+    args = flags.parse_args()
+    log = log_of(args)
     if not args.table:
         torch.set_flush_denormal(True)
         for seed in range(args.seeds):
@@ -89,8 +79,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
     """One cell."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in f"{cell['process']}-s{cell['seed']}")
-    run = args.out / name
+    run = run_of(args, cell)
     dprandp("generate", "--run", run, "--process", cell["process"], "--seed", cell["seed"])
     changes = {"arch": cell["arch"], "batch_size": args.batch_size} | TRAININGS[cell["training"]]
     if not changes.get("random_init"):

@@ -27,7 +27,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from experiment import add_row, dprandp, has_row, read, spread
+from experiment import add_row, dprandp, has_row, log_of, parser, read, spread
 
 PARTS = (0.1, 0.25, 0.5, 0.75)
 """Fixed switches, as parts of all steps."""
@@ -53,20 +53,15 @@ def ways(steps: int) -> dict[str, list[str]]:
 
 def main() -> None:
     """Run what is missing, then print the table and what it says of the findings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", nargs="*", help="names as for --data")
-    parser.add_argument("--subset", type=int, default=None, help="train on so many random images")
-    parser.add_argument("--arch", nargs="+", default=["vit-2-32-8"], help="vit-D-W-P, wrn-D-K")
-    parser.add_argument("--epsilons", nargs="+", default=["1"])
-    parser.add_argument("--steps", type=int, default=200, help="in all, public and private")
-    parser.add_argument("--ways", nargs="+", default=None, metavar="NAME", help="; ".join(ways(200)))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--out", type=Path, default=Path("runs/continual"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    flags = parser(__doc__, "runs/continual")
+    flags.add_argument("datasets", nargs="*", help="names as for --data")
+    flags.add_argument("--subset", type=int, default=None, help="train on so many random images")
+    flags.add_argument("--arch", nargs="+", default=["vit-2-32-8"], help="vit-D-W-P, wrn-D-K")
+    flags.add_argument("--epsilons", nargs="+", default=["1"])
+    flags.add_argument("--steps", type=int, default=200, help="in all, public and private")
+    flags.add_argument("--ways", nargs="+", default=None, metavar="NAME", help="; ".join(ways(200)))
+    args = flags.parse_args()
+    log = log_of(args)
     for data in () if args.table else args.datasets:
         name = subset_of(args, data) if args.subset else data
         for seed in range(args.seeds):

@@ -6,6 +6,7 @@ cells that have one are left out: a script that is stopped goes on at the next c
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -29,6 +30,26 @@ def dprandp(*arguments: object, aloud: bool = False) -> dict:
     if done.returncode:
         sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
     return json.loads(done.stdout)
+
+
+def parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """Flags of every experiment: how many seeds, where its rows go, and whether to run anything.
+
+    Args:
+        doc: of the script; its first line is shown. out: default folder.
+    """
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
+    made.add_argument("--out", type=Path, default=Path(out), help="folder of the runs and results.jsonl")
+    made.add_argument("--data-dir", type=Path, default=Path("data"))
+    made.add_argument("--table", action="store_true", help="only print the table")
+    return made
+
+
+def log_of(args: argparse.Namespace) -> Path:
+    """The file of the rows, in a folder that is there."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args.out / "results.jsonl"
 
 
 def read(log: Path) -> list[dict]:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import experiment
-from experiment import add_row, has_row, read, spread
+from experiment import add_row, has_row, log_of, parser, read, spread
 
 from dprandp.dpsgd.statistics import PUBLIC_FOLDER
 from dprandp.runs import checkpoint
@@ -34,20 +34,15 @@ dprandp = partial(experiment.dprandp, aloud=True)
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", nargs="*", help="names as for --data")
-    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs and results.jsonl")
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "paper"))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. n-1")
-    parser.add_argument("--epsilons", nargs="+", default=EPSILONS)
-    parser.add_argument("--extractors", nargs="+", default=EXTRACTORS, help="learned, random, an --arch (wrn-16-4), "
+    flags = parser(__doc__, "runs/results")
+    flags.add_argument("datasets", nargs="*", help="names as for --data")
+    flags.add_argument("--size", default="small", choices=("tiny", "small", "paper"))
+    flags.add_argument("--epsilons", nargs="+", default=EPSILONS)
+    flags.add_argument("--extractors", nargs="+", default=EXTRACTORS, help="learned, random, an --arch (wrn-16-4), "
                         "or a shipped prior (prior:patchnet-tiny)")  # fmt: skip
-    parser.add_argument("--finetune", action="store_true", help="probe and fine-tune with the default share")
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "results.jsonl"
+    flags.add_argument("--finetune", action="store_true", help="probe and fine-tune with the default share")
+    args = flags.parse_args()
+    log = log_of(args)
     if not args.table:
         for data in args.datasets:
             for seed in range(args.seeds):

@@ -20,9 +20,9 @@ from torch.nn import functional
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd.masks import FrozenPrefix
 from dprandp.models.classifier import Classifier
-from dprandp.models.per_example.patchnet import patch_layers
-from dprandp.models.per_example.patchnet import per_example_gradients as patchnet_gradients
-from dprandp.models.per_example.wrn import WrnGradients, has_layer_gradients
+from dprandp.models.patchnet import patch_layers
+from dprandp.models.patchnet import per_example_gradients as patchnet_gradients
+from dprandp.models.wrn import WrnGradients, has_layer_gradients
 from dprandp.privacy.clipping import per_example_gradients, sum_of_clipped, unit_means
 from dprandp.privacy.mechanism import PrivateStep
 from dprandp.runs.parallel import Ranks

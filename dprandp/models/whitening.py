@@ -84,8 +84,7 @@ class Whitener(nn.Module):
     def cut(self, whitened: Tensor, components: int) -> Tensor:
         """The result [N, P components] of a whitener with fewer components, which are the first ones of each part.
 
-        Of ``whitened``, results [N, P d] of ``forward``. Exact without views; with views, up to the weight of each
-        image.
+        Of results [N, P d] of ``forward``. Exact without views; with views, up to the weight of each image.
         """
         if components == self.components:
             return whitened

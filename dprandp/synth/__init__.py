@@ -118,8 +118,7 @@ def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
 
 
 def render_block(process: str, seed: int, block: int, count: int, resolution: int) -> np.ndarray:
-    """Render the first `count` images of a block, uint8 [count, resolution, resolution, 3]; a smaller `count` is a
-    prefix.
+    """Render the first `count` images of a block: uint8 [count, resolution, resolution, 3].
 
     PyTorch works with one thread meanwhile, since the order of its sums depends on their number: the bytes are the same
     however many threads or workers there are.

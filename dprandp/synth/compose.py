@@ -38,11 +38,9 @@ def fork(random: np.random.Generator) -> np.random.Generator:
 
 
 def two_means(images: torch.Tensor) -> torch.Tensor:
-    """Cluster the colours of float32 [B, 3, P] in two, by Lloyd's algorithm from a cut across the first principal
-    component.
+    """Cluster the colours of float32 [B, 3, P] in two, by Lloyd's algorithm from a cut across the main component.
 
-    Returns:
-        bool [B, P], one of the clusters; neither is empty unless all pixels have the same colour.
+    Returns bool [B, P], one of the clusters; neither is empty unless all pixels have the same colour.
     """
     centred = images - images.mean(dim=2, keepdim=True)
     _, vectors = torch.linalg.eigh(centred @ centred.transpose(1, 2))
@@ -60,9 +58,7 @@ def two_means(images: torch.Tensor) -> torch.Tensor:
 
 
 def soft_masks(images: torch.Tensor) -> torch.Tensor:
-    """Masks float32 [B, R, R, 1] in [0, 1] of uint8 [B, R, R, 3]: two clusters of the colours, a 3×3 box blur twice,
-    edges repeated.
-    """
+    """Masks float32 [B, R, R, 1] in [0, 1] of uint8 [B, R, R, 3]: two clusters of colours, a 3×3 box blur twice."""
     batch, height, width, _ = images.shape
     mask = two_means(images.float().flatten(1, 2).transpose(1, 2)).float().view(batch, 1, height, width)
     for _ in range(BLURS):

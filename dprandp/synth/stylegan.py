@@ -314,11 +314,10 @@ def draw_images(random: np.random.Generator, network: Network, count: int) -> Im
 
 
 def tap_weights(draws: ConvDraws, variant: Variant, upsamples: bool) -> torch.Tensor:
-    """Weight of every input channel in each of the nine tap maps, modulated and demodulated: float32 [B, in_channels,
-    9].
+    """Modulated, demodulated weights of the input channels in each of the nine tap maps: float32 [B, in_channels, 9].
 
-    Tap t is what :func:`combine_taps` adds at offset (t // 3, t % 3); a correlation is a scatter with the taps in
-    reverse order.
+    Tap t is what :func:`combine_taps` adds at offset (t // 3, t % 3); a correlation is a scatter with the taps
+    reversed.
     """
     bank = torch.from_numpy(variant.bank).flatten(1)
     taps = (bank if upsamples else bank.flip(1)).to(draws.style.dtype)
@@ -440,9 +439,7 @@ def synthesise(network: Network, draws: ImageDraws) -> torch.Tensor:
 
 
 def colour(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Standardise each channel of float32 [B, 3, R, R], give it the drawn mean and standard deviation [B, 3], clip to
-    [0, 1].
-    """
+    """Standardise each channel of float32 [B, 3, R, R], give it a mean and a deviation, each [B, 3], clip to [0, 1]."""
     spread, centre = torch.std_mean(image, dim=(2, 3), correction=0, keepdim=True)
     scale = std[:, :, None, None] / spread.clamp(min=torch.finfo(torch.float32).tiny)
     return ((image - centre) * scale + mean[:, :, None, None]).clamp_(0.0, 1.0)

@@ -116,11 +116,10 @@ def _crops(images: Tensor | ImageSet, members: Tensor, corners: Tensor, side: in
 
 
 def as_declared(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
-    """Put synthetic images, uint8 [N, 3, S, S], through the same bottleneck as a data set: its channels and native
-    size.
+    """Put synthetic images, uint8 [N, 3, S, S], through the bottleneck of a data set: its channels and native size.
 
-    Statistics of synthetic features then fit the private ones better. Only declared constants are used: channels 1 or
-    3, and height and width in pixels.
+    Statistics of synthetic features then fit the private ones better. Only declared constants are used: 1 or 3
+    channels, height and width in pixels.
     """
     size = images.shape[-1]
     if channels == 1:

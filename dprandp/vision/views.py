@@ -24,11 +24,10 @@ def grey(view: Tensor) -> Tensor:
 
 
 def adjust(view: Tensor, change: int, factor: Tensor) -> Tensor:
-    """One colour change of a batch, float [B, 3, H, W] in [0, 1], with one factor [B, 1, 1, 1] per image, as in
-    torchvision.
+    """One colour change of a batch, float [B, 3, H, W] in [0, 1], with one factor [B, 1, 1, 1] per image.
 
-    BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's grey, HUE turns the
-    colour circle. A factor of 1 changes nothing, for HUE 0 (turns).
+    As in torchvision: BRIGHTNESS scales, CONTRAST moves away from the image's mean grey, SATURATION from each pixel's
+    grey, HUE turns the colour circle. A factor of 1 changes nothing, for HUE 0 (turns).
     """
     if change == HUE:
         return _turn_hue(view, factor)

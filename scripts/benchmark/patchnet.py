@@ -13,7 +13,7 @@ from dprandp.dpsgd.clipped_sums import loss_function
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
 from dprandp.models.patchnet import PatchNet
-from dprandp.models.per_example.patchnet import per_example_gradients as closed_form_gradients
+from dprandp.models.patchnet import per_example_gradients as closed_form_gradients
 from dprandp.privacy.clipping import per_example_gradients
 
 LAYERS, AUTOGRAD = "ordinary layers", "autograd, example by example"

@@ -22,9 +22,9 @@ from dprandp.models.patchnet import (
     PatchNet,
     ResponseLayer,
     normalise_patches,
+    per_example_gradients,
     region_weights,
 )
-from dprandp.models.per_example.patchnet import per_example_gradients
 
 SMALL = {"map_filters": 5, "map_dims": 4, "patch_dims": 7}
 

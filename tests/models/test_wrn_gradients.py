@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dprandp.models import wrn
 from dprandp.models.classifier import Classifier
-from dprandp.models.per_example import wrn
-from dprandp.models.per_example.wrn import WrnGradients, has_layer_gradients
 from dprandp.models.whitening import Whitener
-from dprandp.models.wrn import LAYER_ORDERS, WideResNet
+from dprandp.models.wrn import LAYER_ORDERS, WideResNet, WrnGradients, has_layer_gradients
 
 CLASSES = 4
 PATHS = ["together", "by patches", "by the library"]

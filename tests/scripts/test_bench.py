@@ -1,4 +1,4 @@
-"""``bench.py`` in real processes."""
+"""``bench.py``: its parts, and its bounds in real processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import pytest
+
+from dprandp.errors import UsageError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -19,7 +22,7 @@ bounds.BOUNDS = {key: Limit(1e6) for key in bounds.BOUNDS}
 """
 
 
-def bench(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
+def started(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """``python scripts/bench.py``, with Python to execute before it."""
     start = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n{before}\nimport bench\nbench.main(bench.app)"
     command = [sys.executable, "-c", start, *map(str, arguments)]
@@ -28,7 +31,7 @@ def bench(*arguments: object, before: str = "") -> subprocess.CompletedProcess[s
 
 @pytest.mark.slow
 def test_a_bound_that_is_passed_ends_with_1() -> None:
-    done = bench("--quick", "--rounds", 1, "--json", before=SLOW_PROBE)
+    done = started("--quick", "--rounds", 1, "--json", before=SLOW_PROBE)
     assert done.returncode == 1
     assert "regressed past a bound (patchnet time ordinary layers" in done.stderr
     assert "fix: " in done.stderr
@@ -37,20 +40,17 @@ def test_a_bound_that_is_passed_ends_with_1() -> None:
     assert [row["held"] for row in result["figures"]] == [False]
 
 
-def test_the_parts_are_listed_and_others_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench.py"), "--list", "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert {"generator", "probe", "finetune", "ranks", "curves"} <= set(json.loads(done.stdout)["parts"])
-    done = bench("--only", "curves", "--quick")
-    assert done.returncode == 2
-    assert "--quick has no curves" in done.stderr
+def test_the_parts_are_listed_and_others_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.app(["--list", "--json"], standalone_mode=False)
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert {"generator", "probe", "finetune", "ranks", "curves"} <= set(parts)
+    with pytest.raises(UsageError, match="--quick has no curves"):
+        bench.app(["--only", "curves", "--quick"], standalone_mode=False)
 
 
 @pytest.mark.slow
 def test_the_quick_benchmark_holds_its_bounds() -> None:
-    done = bench("--quick", "--json")
+    done = started("--quick", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["regressions"] == []

@@ -33,12 +33,6 @@ def test_works_are_called_in_turn_after_one_uncounted_call_each() -> None:
     assert samples == {"a": [Sample(1.0, 0.5)] * 3, "b": [Sample(3.0, 1.5)] * 3}
 
 
-def test_without_a_warm_up_the_first_call_counts() -> None:
-    machine = Machine()
-    machine.time({"a": machine.work("a", 1e-6)}, 2, warm_up=False)
-    assert machine.calls == ["a", "a"]
-
-
 def test_short_works_are_repeated_and_the_seconds_are_of_one_call() -> None:
     machine = Machine()
     samples = machine.time({"short": machine.work("s", LEAST_SECONDS / 3.5), "none": machine.work("n", 0.0)}, 2)

@@ -37,7 +37,6 @@ def test_a_continued_system_has_a_tenth_that_is_public_and_spends_what_no_other_
     ("system", "stages", "few"),
     [
         ("scratch, K = 1", ["finetune"], None),
-        ("probe", ["generate", "pretrain", "probe"], False),
         ("all phases", ["generate", "pretrain", "probe", "finetune"], False),
         ("continual, from scratch", ["generate", "pretrain", "continue"], True),
         ("continual, then probe", ["generate", "pretrain", "continue", "probe"], False),

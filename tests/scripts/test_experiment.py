@@ -99,11 +99,9 @@ def test_rows_are_kept_said_and_found_by_their_facts(tmp_path, capsys):
     assert not experiment.has_row(log, {**cell, "seed": 0})  # a fact that no row has
 
 
-@pytest.mark.parametrize(
-    ("values", "text"), [([], "–"), ([68.14], "68.1"), ([1.0, 3.0], "2.0 ± 1.4"), ([5.0, 5.0], "5.0 ± 0.0")]
-)
-def test_a_spread_is_mean_and_sample_deviation(values, text):
-    assert experiment.spread(values) == text
+def test_a_spread_is_mean_and_sample_deviation():
+    cases = {(): "–", (68.14,): "68.1", (1.0, 3.0): "2.0 ± 1.4"}
+    assert {values: experiment.spread(list(values)) for values in cases} == cases
 
 
 @pytest.mark.slow

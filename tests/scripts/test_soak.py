@@ -1,4 +1,4 @@
-"""The soak test itself: a few of its sequences find nothing, and its observer finds what is broken on purpose."""
+"""The soak test itself: its sequences find nothing, and its observer finds what is broken on purpose."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def probe(made: soak.Sequence, *flags: object, **options: object):
     return made.command("probe", "--config", config, "--data", f"npz:{made.data}", "--eps", 4, *flags, **options)
 
 
-@pytest.mark.parametrize("index", range(2))
-def test_a_few_sequences(world: soak.World, tmp_path: Path, index: int) -> None:
-    row = soak.run_sequence(world, tmp_path / "sequence", 7, index, most=5)
+def test_a_sequence(world: soak.World, tmp_path: Path) -> None:
+    row = soak.run_sequence(world, tmp_path / "sequence", 7, 1, most=5)
     assert row["problems"] == [], row["history"]
     assert row["commands"] > 0
 
@@ -180,20 +179,10 @@ def test_a_finished_stage_that_is_lost_is_flagged(make: Make) -> None:
 # ---------------------------------------------------------------------------------------------------------- accounting
 
 
-@pytest.mark.parametrize(
-    "events",
-    [
-        [(3.0, 1.0, 4)],
-        [(2.0, 0.2, 6)],
-        [(20.0, 1.0, 5), (2.0, 0.3, 3), (1.5, 0.2, 1)],
-    ],
-)
-def test_the_cost_is_a_close_lower_bound(events: list[tuple[float, float, int]]) -> None:
-    bound = compose([GaussianEvent(*event) for event in events], 1e-5)
-    found = soak.cost([{"sigma": s, "rate": q} for s, q, steps in events for _ in range(steps)], 1e-5)
-    assert 0.97 * bound.upper < found <= bound.upper * (1 + 1e-9)
-
-
-def test_no_noise_costs_everything_and_nothing_nothing() -> None:
+def test_the_cost_is_a_close_lower_bound() -> None:
+    for events in ([(2.0, 0.2, 6)], [(20.0, 1.0, 5), (2.0, 0.3, 3), (1.5, 0.2, 1)]):
+        bound = compose([GaussianEvent(*event) for event in events], 1e-5)
+        found = soak.cost([{"sigma": s, "rate": q} for s, q, steps in events for _ in range(steps)], 1e-5)
+        assert 0.97 * bound.upper < found <= bound.upper * (1 + 1e-9)
     assert soak.cost([{"sigma": 0, "rate": 1.0}], 1e-5) == float("inf")
     assert soak.cost([], 1e-5) == 0

@@ -28,9 +28,8 @@ from dprandp.dpsgd import clipped_sums
 from dprandp.errors import UsageError
 from dprandp.finetune import start
 from dprandp.models import extractor as extractors
-from dprandp.models import whitening
+from dprandp.models import patchnet, whitening
 from dprandp.models.classifier import Classifier
-from dprandp.models.per_example import patchnet
 from dprandp.privacy.clipping import ROUNDING_SLACK, per_example_gradients, sum_of_clipped
 from dprandp.privacy.randomness import PoissonSampler
 from dprandp.vision.images import to_input

@@ -70,18 +70,6 @@ def test_equals_the_painter_and_front_to_back(resolution: int) -> None:
         assert (front_to_back(shapes[::-1], resolution) != image).mean() > 0.3  # control: the order matters
 
 
-def test_covered_pixels_equal_the_obvious_test() -> None:
-    resolution = 40
-    shapes = dead_leaves.draw_shapes(np.random.default_rng(1), 600, resolution)
-    owner, pixel = dead_leaves.covered_pixels(shapes, resolution)
-    assert (np.diff(owner) >= 0).all()
-    masks = np.zeros((len(shapes), resolution * resolution), dtype=int)
-    np.add.at(masks, (owner, pixel), 1)
-    x, y = grid(resolution)
-    for index in range(len(shapes)):
-        np.testing.assert_array_equal(masks[index], inside(shapes, index, x, y).ravel())
-
-
 def test_areas() -> None:
     """On a fine grid with shapes well inside, a circle covers πr² and a square 2r² (side r√2), oriented or not."""
     resolution, radius = 400, 80.0

@@ -1,1 +1,0 @@
-"""Per-example gradients, written out for the networks whose layers allow it."""
