@@ -76,13 +76,13 @@ class Rehearsal(PrivateStage):
         **watching: Any,
     ) -> None:
         budget = Budget("an audit", math.inf, plan.delta, plan.examples, "one record")
-        super().__init__(plan.stage, dataset, budget, context)
-        runnable = control.mechanism_plan(plan)
-        self._ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
+        ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
+        clipping = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
+        super().__init__(plan.stage, dataset, budget, context, clipping, ledger=ledger)
         source = control.random(Tape() if tape is None else tape)
-        mechanism = PrivateMechanism(runnable, self._ledger, source, charge_block=plan.steps)
-        self.watch = Watch(mechanism, plan, min(most, plan.steps), control.step, **watching)
-        self.plan = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
+        mechanism = PrivateMechanism(control.mechanism_plan(plan), ledger, source, charge_block=plan.steps)
+        watch = Watch(mechanism, plan, min(most, plan.steps), control.step, **watching)
+        object.__setattr__(self, "watch", watch)  # a stage is frozen
 
     def mechanism(self, updates_done: int, ledger_head: str | None = None) -> Watch:
         """The watched mechanism."""

@@ -1,7 +1,6 @@
 """When public steps end and private ones begin, and how the two are mixed (Bu et al. 2024).
 
-Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy, and the switch
-reveals nothing about private data.
+Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy.
 """
 
 from __future__ import annotations
@@ -75,8 +74,10 @@ def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str 
     Args:
         looks: evaluations so far, in order; the last one may be of this step.
     """
-    if config.mix in ("cosine", "ratio", "private"):
-        return f"every step is private (mix = {config.mix})" if config.mix != "private" else "no public step was given"
+    if config.mix == "private":
+        return "no public step was given"
+    if config.mix in ("cosine", "ratio"):
+        return f"every step is private (mix = {config.mix})"
     if config.mix == "public":
         return None
     fixed = switch_step(config)

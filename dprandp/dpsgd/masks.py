@@ -1,21 +1,20 @@
-"""Masks of the trained weights: differentially private training with pruning (Adamczewski & Park 2023, arXiv
-2303.04612).
+"""Training a part of the weights: masks of single weights, and whole frozen blocks.
 
-*Freeze* chooses once and trains only the chosen weights; *select* keeps the network dense and updates another choice
-every R steps. The choice is among matrices and filters of the extractor; head, norms, gains and biases are always
-trained.
+**Masks** (Adamczewski & Park 2023, arXiv 2303.04612). *Freeze* chooses once and trains only the chosen weights;
+*select* keeps the network dense and makes another choice every R steps. The choice is among matrices and filters of the
+extractor; head, norms, gains and biases are always trained. The gradient of a record is multiplied by the mask *before*
+its norm is taken, and so is the noisy sum: the result is a Gaussian mechanism in as many dimensions as there are chosen
+weights.
 
-A choice is a mask, m. The gradient of a record is multiplied by m *before* its norm is taken, and so is the noisy sum:
-the result is a Gaussian mechanism in as many dimensions as there are chosen weights.
+**Frozen blocks** get no gradient at all: below the first trained block nothing is back-propagated or stored, and with
+one view per example the input of that block never changes, so it is computed once per image and kept.
 
 Guarantee:
-    A mask depends on private data only through earlier releases: a random one depends on the public seed, one by
-    magnitude on public weights (freeze) or on parameters after noisy updates (select). Given the mask, a masked
-    gradient
-    is no longer than the whole one, so the sensitivity of the clipped sum is that of ``privacy.clipping``; dropping
-    noisy
-    coordinates is post-processing. A mask made from private gradients would be a further release that is not charged,
-    so it is refused.
+    A choice depends on private data only through earlier releases: on the public seed, on public weights, or (select)
+    on parameters after noisy updates. Given the mask, a masked gradient is no longer than the whole one, so the
+    sensitivity is that of ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private
+    gradients would be a further release that is not charged, so it is refused. The stored output of a frozen block is a
+    function of its record's pixels alone; it stays in memory and is used for that record's gradient.
 """
 
 from __future__ import annotations
@@ -35,8 +34,11 @@ from dprandp.models.precision import autocast
 
 CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
 SCOPES = ("global", "layer", "block")
-BLOCK_CRITERIA = (*CRITERIA, "last")
 DEFAULT_EVERY = 10
+ALL_WEIGHTS = "all"
+"""``trained_weights`` of a result where nothing is left out."""
+
+HOW = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
 
 Masks = dict[str, Tensor]
 """Tensor name -> bool, of its shape: which weights are trained. A tensor not named is trained whole."""
@@ -49,7 +51,7 @@ class MaskRule:
     Attributes:
         mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
         keep: part of the weights that is chosen, in (0, 1).
-        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (``frozen_blocks`` chooses them).
+        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (see ``choose_blocks``).
         every: steps between two choices of select. seed: public randomness.
         zero: weights that freeze does not choose become zero.
     """
@@ -100,13 +102,12 @@ class MaskRule:
     def in_words(self, masks: Masks) -> str:
         """The text for the disclosure."""
         chosen, of = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
-        how = "at random from a public seed" if self.criterion == "random" else "by magnitude"
         when = "once, before the training" if self.mode == "freeze" else f"every {self.every} steps"
         after = "" if self.mode == "select" else "; the others are zero" if self.zero else "; the others stay"
-        return f"{chosen:,} of {of:,} weights of the extractor, chosen {how} {when}{after}; and head, norms, biases"
-
-
-ALL_WEIGHTS = "all"
+        return (
+            f"{chosen:,} of {of:,} weights of the extractor, chosen {HOW[self.criterion]} {when}{after}; and head, "
+            "norms, biases"
+        )
 
 
 def rule_of(config: FinetuneConfig) -> MaskRule | None:
@@ -123,7 +124,7 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
                 fix=f"give --{name} random, or --{name} magnitude: both cost nothing",
             )
     blocks = config.scope == "block"
-    freeze = BLOCK_CRITERIA if blocks else CRITERIA
+    freeze = (*CRITERIA, "last") if blocks else CRITERIA
     if config.freeze == "last" and not blocks:
         raise UsageError("--freeze last chooses whole blocks", fix="give --scope block with it")
     for name, known in (("freeze", freeze), ("select", CRITERIA), ("scope", SCOPES), ("prune", PRUNES)):
@@ -151,15 +152,8 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
         raise UsageError("a network without whole blocks computes nothing", fix="give --prune hold with --scope block")
     if config.extractor_scale == 0:
         raise UsageError("extractor_scale = 0 freezes the whole extractor", fix="leave it out, or --keep")
-    return MaskRule(
-        mode="freeze" if config.freeze else "select",
-        criterion=criterion,
-        keep=config.keep,
-        scope=config.scope or "global",
-        every=config.every or DEFAULT_EVERY,
-        seed=config.seed,
-        zero=config.prune == "zero",
-    )
+    mode, scope, every = "freeze" if config.freeze else "select", config.scope or "global", config.every
+    return MaskRule(mode, criterion, config.keep, scope, every or DEFAULT_EVERY, config.seed, config.prune == "zero")
 
 
 @torch.no_grad()
@@ -178,19 +172,6 @@ def _largest(scores: Tensor, keep: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- frozen blocks
-#
-# Training only whole blocks of a network, to save time and memory.
-#
-# A mask over single weights reduces the dimension of the noise, but every gradient is still computed. With whole frozen
-# blocks, their weights get no gradient; below the first trained block nothing is back-propagated or stored, and with
-# one
-# view per example (no augmentation) the input of that block never changes: it is computed once per image and kept.
-#
-# Guarantee:
-#     The choice of blocks depends only on public inputs: the seed, the initial weights, the blocks' order. The stored
-#     output of a record is a function of that record's pixels and of frozen weights; it stays in memory, is used for
-# that
-#     record's gradient, and is never written.
 
 CACHE_BYTES = 2**30
 """Bytes of outputs of frozen blocks that are kept; others are computed again."""
@@ -210,10 +191,10 @@ class FrozenBlocks:
         how: the choice in words.
     """
 
-    frozen: tuple[str, ...]
-    first: int
-    of: int
-    how: str
+    frozen: tuple[str, ...] = ()
+    first: int = 0
+    of: int = 0
+    how: str = ""
 
     def trains(self, name: str) -> bool:
         """Whether a parameter of the classifier is trained."""
@@ -225,6 +206,9 @@ class FrozenBlocks:
             f"{self.of - len(self.frozen)} of {self.of} blocks of the extractor (stem and residual blocks), chosen "
             f"{self.how} once before the training, are trained, with the layers after them and the head; others are not"
         )
+
+
+NO_FROZEN_BLOCKS = FrozenBlocks()
 
 
 def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
@@ -258,8 +242,7 @@ def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
         scores = np.arange(len(units))
     trained = set(np.argsort(-scores, kind="stable")[:count].tolist())
     frozen = tuple(f"extractor.{name}." for place, (name, _) in enumerate(units) if place not in trained)
-    how = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
-    return FrozenBlocks(frozen, min(trained), len(units), how[rule.criterion])
+    return FrozenBlocks(frozen, min(trained), len(units), HOW[rule.criterion])
 
 
 class FrozenPrefix:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig
+from dprandp.config.schema import ProbeConfig
+from dprandp.dpsgd.stage import budget_share
 from dprandp.errors import UsageError
+from dprandp.runs.context import Context, with_precision
 from dprandp.runs.tuning import SYNTHETIC
 
 LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
@@ -62,6 +64,11 @@ def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
     return list(dict.fromkeys(listed))
 
 
-def share_of(config: ProbeConfig) -> float:
-    """ε of the probe by its configuration, inf for none."""
-    return config.epsilon * (DEFAULT_SHARE if config.share is None else config.share)
+def probe_epsilon(config: ProbeConfig) -> float:
+    """ε of the probe, with its tuning; inf for no privacy."""
+    return config.epsilon * budget_share(config)
+
+
+def as_probe(config: ProbeConfig, context: Context) -> ProbeConfig:
+    """The configuration with the precision that the probe will have."""
+    return with_precision("probe", config, context, context.rundir.result("pretrain")["arch"])

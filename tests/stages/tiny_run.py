@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp import data as datasets
+from dprandp import generate, pretrain
 from dprandp.config import schema
 from dprandp.dpsgd import clipped_sums
+from dprandp.pipeline import RUNNERS
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.randomness import PoissonSampler
 from dprandp.probe import head
+from dprandp.runs import faults
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
@@ -70,31 +72,52 @@ def context(run: Path, **options: Any) -> Iterator[Context]:
         )
 
 
+class Stopped(BaseException):
+    """What ``stop_at`` raises."""
+
+
+def stop_at(patch: pytest.MonkeyPatch, update: int) -> None:
+    """Break off once a noisy update was applied this often."""
+    done: list[str] = []
+    point = faults.point
+
+    def stopping(name: str) -> None:
+        done.extend([name] if name == "update-applied" else [])
+        if len(done) == update:
+            raise Stopped
+        point(name)
+
+    patch.setattr(faults, "point", stopping)
+
+
 def make_public(run: Path, **changes: Any) -> None:
     with context(run) as given:
         generate.run(schema.build("generate", GENERATE), given)
         pretrain.run(schema.build("pretrain", PRETRAIN | changes), given)
 
 
+def run_stage(
+    stage: str, defaults: dict[str, Any], run: Path, data: str, options: dict[str, Any] | None, changes: dict[str, Any]
+) -> dict[str, Any]:
+    with context(run, **(options or {})) as given:
+        return RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)
+
+
 def run_probe(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """The probe in this process; ``options`` go to the context, ``changes`` to the configuration."""
-    with context(run, **(options or {})) as given:
-        return probe.run(schema.build("probe", PROBE | {"data": data} | changes), given)
+    return run_stage("probe", PROBE, run, data, options, changes)
 
 
 def run_finetune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return finetune.run(schema.build("finetune", FINETUNE | {"data": data} | changes), given)
+    return run_stage("finetune", FINETUNE, run, data, options, changes)
 
 
 def run_continue(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return continual.run(schema.build("continue", CONTINUE | {"data": data} | changes), given)
+    return run_stage("continue", CONTINUE, run, data, options, changes)
 
 
 def run_scratch(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return finetune.run(schema.build("finetune", SCRATCH | {"data": data} | changes), given)
+    return run_stage("finetune", SCRATCH, run, data, options, changes)
 
 
 def ledger_of(run: Path) -> Ledger:
