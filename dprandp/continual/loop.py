@@ -39,17 +39,11 @@ TOGETHER = 2**23
 
 @dataclass(frozen=True)
 class Outcome:
-    """The course of a training; public.
+    """The course of a training; public."""
 
-    Attributes:
-        switch: the first private step; the number of all steps if there is none.
-        why: in words.
-        updates: private updates that the parameters have seen.
-    """
-
-    switch: int
-    why: str
-    updates: int = 0
+    switch: int  # the first private step; the number of all steps if there is none
+    why: str  # in words
+    updates: int = 0  # private updates that the parameters have seen
 
 
 def train(

@@ -32,21 +32,15 @@ LossOfEach = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Estimates at one point of the training.
+    """Estimates at one point of the training."""
 
-    Attributes:
-        gradient_squared: |G|². along_gradient: GᵀHG. trace: tr(H). trace_covariance: tr(HΣ).
-        clip_factor: c, the mean over examples of what their gradients are multiplied by; above 0.
-        noise_multiplier: σ. batch: B.
-    """
-
-    gradient_squared: float
-    along_gradient: float
-    trace: float
-    trace_covariance: float
-    clip_factor: float
-    noise_multiplier: float
-    batch: float
+    gradient_squared: float  # |G|²
+    along_gradient: float  # GᵀHG
+    trace: float  # tr(H)
+    trace_covariance: float  # tr(HΣ)
+    clip_factor: float  # c > 0, the mean over examples of what their gradients are multiplied by
+    noise_multiplier: float  # σ
+    batch: float  # B
 
     @property
     def sampling(self) -> float:

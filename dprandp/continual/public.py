@@ -49,30 +49,17 @@ MOST_HELD_OUT = 512
 
 @dataclass(frozen=True)
 class PublicTask:
-    """Images, labels and how views are drawn.
+    """Images, labels and how views are drawn."""
 
-    Attributes:
-        title: of the images, in words.
-        images: uint8 [n, 3, R, R]; R = 32, or larger for synthetic images.
-        labels: int64 [n].
-        classes: how many.
-        shared: whether the classes are the private ones, in the same order.
-        held_out: (uint8 [v, 3, 32, 32], int64 [v]).
-        flip: whether a mirrored image keeps its label.
-        spec: of the private data, as declared; synthetic images get the same channels and size.
-        synthetic: whether the images are those of a random process.
-        seed: public.
-    """
-
-    title: str
-    images: Tensor
-    labels: Tensor
+    title: str  # of the images, in words
+    images: Tensor  # uint8 [n, 3, R, R]; R = 32, or larger for synthetic images
+    labels: Tensor  # int64 [n]
     classes: int
-    shared: bool
-    held_out: tuple[Tensor, Tensor]
-    flip: bool
-    spec: DataSpec
-    synthetic: bool
+    shared: bool  # whether the classes are the private ones, in the same order
+    held_out: tuple[Tensor, Tensor]  # uint8 [v, 3, 32, 32], int64 [v]
+    flip: bool  # whether a mirrored image keeps its label
+    spec: DataSpec  # of the private data, as declared; synthetic images get the same channels and size
+    synthetic: bool  # whether the images are those of a random process
     seed: int
 
     @property

@@ -28,24 +28,18 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of the whole run, fixed before the data are first read (``privacy/plan.json``).
+    """The budget of the whole run, fixed before the data are first read.
 
-    A budget chosen after seeing a result would need a privacy odometer instead of the composition that is accounted
-    here, so a changed budget is refused. So is a changed choice of the training images that are declared public.
-
-    Attributes:
-        data: the name under which the data were first given.
-        epsilon, delta: of everything that the run releases about the data.
-        examples: N, units of privacy. unit: of privacy, in words.
-        public_part: of the training images, in words.
+    One chosen after seeing a result would need a privacy odometer instead of the composition that is accounted here, so
+    a changed budget is refused.
     """
 
-    data: str
+    data: str  # the name under which the data were first given
     epsilon: float
     delta: float
-    examples: int
-    unit: str
-    public_part: str = NO_PUBLIC_PART
+    examples: int  # N, units of privacy
+    unit: str  # of privacy, in words
+    public_part: str = NO_PUBLIC_PART  # of the training images, in words
 
     @property
     def declared_part(self) -> dict[str, str]:
@@ -59,10 +53,7 @@ class Budget:
         return {"format": 1, **numbers, **fixed, "stages": {}}
 
     def refuse_other(self, other: Budget) -> None:
-        """Raise if a command's budget differs from the run's, as far as declared facts show.
-
-        Names of data do not count: which data they are is told by their content (``training_data.py``), once the plan
-        is accepted.
+        """Raise if a command's budget differs from the run's; ``training_data.py`` compares the data by content later.
 
         Raises:
             BudgetError: ε, δ or the unit of privacy differ. UsageError: N does.
@@ -105,24 +96,13 @@ def budget_of(document: dict[str, Any]) -> Budget:
 
 
 def default_delta(examples: int, published: float | None = None) -> float:
-    """The default δ.
-
-    Args:
-        examples: N ≥ 1.
-        published: the δ at which results for the data set are published, ``DataSpec.published_delta``.
-
-    Returns:
-        The published one, if it is below 1/N; else what is advised for N records, ``accounting.advised_delta``.
-    """
+    """The default δ for N records: the one at which results for the data set are published, if it is below 1/N; else
+    what is advised."""
     return published if published is not None and published < 1 / examples else advised_delta(examples)
 
 
 def read_budget(rundir: RunDir) -> dict[str, Any] | None:
-    """Budget and spent ε of a run, read-only; None before its first private stage.
-
-    Returns:
-        data, epsilon, delta, examples, spent (upper bound of ε), private.
-    """
+    """``BUDGET_KEYS``, spent (upper bound of ε) and private, read-only; None before the run's first private stage."""
     ledger, document = open_run_ledger(rundir), read_plan_file(rundir)
     if document is None or ledger is None:
         return None

@@ -48,46 +48,27 @@ GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[
 
 @dataclass(frozen=True)
 class SumSettings:
-    """The public settings of a sum.
+    """The public settings of a sum."""
 
-    Attributes:
-        scale: the extractor's factor s; 0 freezes it.
-        views: K.
-        seed: public randomness of the views.
-        flip: mirror half of the views.
-        clip_norm: C.
-        automatic: automatic clipping, see ``privacy.clipping``.
-        precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
-        microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
-        frozen_first: units of the extractor before the first that is trained (``masks.FrozenBlocks``).
-    """
-
-    scale: float
-    views: int
-    seed: int
-    flip: bool
-    clip_norm: float
-    automatic: bool = False
-    precise: bool = False
-    microbatch: int | None = None
-    frozen_first: int = 0
+    scale: float  # the extractor's factor s; 0 freezes it
+    views: int  # K
+    seed: int  # public randomness of the views
+    flip: bool  # mirror half of the views
+    clip_norm: float  # C
+    automatic: bool = False  # automatic clipping, see ``privacy.clipping``
+    precise: bool = False  # clip and add in float64, so that rounding adds nothing to the sensitivity (discrete noise)
+    microbatch: int | None = None  # examples whose gradients are held together; None: by the model. Memory only
+    frozen_first: int = 0  # units of the extractor before the first that is trained (``masks.FrozenBlocks``)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one step: images, or units of several. Private.
+    """Records of one step: images, or units of several. Private."""
 
-    Attributes:
-        images: uint8 [M, 3, 32, 32], those of one unit next to each other.
-        labels: int64 [M].
-        members: int64 [M], the images' positions in the data set, by which their views are drawn.
-        sizes: int64 [U], images of each unit; None where every image is a record.
-    """
-
-    images: Tensor
-    labels: Tensor
-    members: Tensor
-    sizes: Tensor | None = None
+    images: Tensor  # uint8 [M, 3, 32, 32], those of one unit next to each other
+    labels: Tensor  # int64 [M]
+    members: Tensor  # int64 [M], the images' positions in the data set, by which their views are drawn
+    sizes: Tensor | None = None  # int64 [U], images of each unit; None where every image is a record
 
     @property
     def records(self) -> int:

@@ -1,20 +1,18 @@
 """Training a part of the weights: masks of single weights, and whole frozen blocks.
 
-**Masks** (Adamczewski & Park 2023, arXiv 2303.04612). *Freeze* chooses once and trains only the chosen weights;
-*select* keeps the network dense and makes another choice every R steps. The choice is among matrices and filters of the
-extractor; head, norms, gains and biases are always trained. The gradient of a record is multiplied by the mask *before*
-its norm is taken, and so is the noisy sum: the result is a Gaussian mechanism in as many dimensions as there are chosen
-weights.
+**Masks** (Adamczewski & Park 2023, arXiv 2303.04612): *freeze* chooses once and trains only the chosen weights;
+*select* makes another choice every R steps. The gradient of a record is multiplied by the mask *before* its norm is
+taken, and so is the noisy sum: a Gaussian mechanism in as many dimensions as there are chosen weights.
 
-**Frozen blocks** get no gradient at all: below the first trained block nothing is back-propagated or stored, and with
-one view per example the input of that block never changes, so it is computed once per image and kept.
+**Frozen blocks** get no gradient: below the first trained block nothing is back-propagated or stored, and with one view
+per example the input of that block is computed once per image and kept.
 
 Guarantee:
     A choice depends on private data only through earlier releases: on the public seed, on public weights, or (select)
-    on parameters after noisy updates. Given the mask, a masked gradient is no longer than the whole one, so the
-    sensitivity is that of ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private
-    gradients would be a further release that is not charged, so it is refused. The stored output of a frozen block is a
-    function of its record's pixels alone; it stays in memory and is used for that record's gradient.
+    on parameters after noisy updates. A masked gradient is no longer than the whole one, so the sensitivity is that of
+    ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private gradients would be a
+    further release that is not charged, so it is refused. The kept output of a frozen block is a function of its
+    record's pixels alone, and is used for that record's gradient.
 """
 
 from __future__ import annotations
@@ -46,40 +44,27 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskRule:
-    """The rule of choice; public.
+    """The rule of choice; public."""
 
-    Attributes:
-        mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
-        keep: part of the weights that is chosen, in (0, 1).
-        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (see ``choose_blocks``).
-        every: steps between two choices of select. seed: public randomness.
-        zero: weights that freeze does not choose become zero.
-    """
-
-    mode: str
-    criterion: str
-    keep: float
-    scope: str
-    every: int
-    seed: int
-    zero: bool
+    mode: str  # 'freeze' or 'select'
+    criterion: str  # 'random' or 'magnitude'; for blocks also 'last'
+    keep: float  # part of the weights that is chosen, in (0, 1)
+    scope: str  # 'global' or 'layer', of what it is a part; 'block' for whole blocks (see ``choose_blocks``)
+    every: int  # steps between two choices of select
+    seed: int  # public randomness
+    zero: bool  # weights that freeze does not choose become zero
 
     def due(self, step: int) -> bool:
         """Whether the choice changes at this step."""
         return self.mode == "select" and step > 0 and step % self.every == 0
 
     def choose(self, parameters: Mapping[str, Tensor], step: int) -> Masks:
-        """The weights that are trained from a step on.
+        """The matrices and filters of the extractor that are trained from a step on, on their device.
+
+        ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first.
 
         Args:
-            parameters: name -> float tensor, all that are trained: public ones for freeze, released ones for select.
-            step: number of the step.
-
-        Returns:
-            ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first. On their device.
-
-        Raises:
-            UsageError: there are no weights to choose from.
+            parameters: all that are trained: public ones for freeze, released ones for select.
         """
         of = {name: value for name, value in parameters.items() if name.startswith("extractor.") and value.ndim >= 2}
         if not of:
@@ -182,19 +167,12 @@ FORWARD_VIEWS = 64
 
 @dataclass(frozen=True)
 class FrozenBlocks:
-    """A choice of blocks; public.
+    """A choice of blocks; public."""
 
-    Attributes:
-        frozen: beginnings of the names of parameters that are not trained, such as ``extractor.stem.``.
-        first: how many of the network's units come before the first trained one.
-        of: how many units there are.
-        how: the choice in words.
-    """
-
-    frozen: tuple[str, ...] = ()
-    first: int = 0
-    of: int = 0
-    how: str = ""
+    frozen: tuple[str, ...] = ()  # beginnings of the names of parameters not trained, such as ``extractor.stem.``
+    first: int = 0  # how many of the network's units come before the first trained one
+    of: int = 0  # how many units there are
+    how: str = ""  # the choice in words
 
     def trains(self, name: str) -> bool:
         """Whether a parameter of the classifier is trained."""
@@ -212,17 +190,11 @@ NO_FROZEN_BLOCKS = FrozenBlocks()
 
 
 def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
-    """The blocks that a rule with scope 'block' trains: the stem and each residual block count as one.
+    """The blocks that a rule with scope 'block' trains: ⌊keep · n + ½⌋ of stem and residual blocks, at least one.
 
     Args:
         rule: criterion 'random' (by the public seed), 'magnitude' (largest mean |θ|), or 'last' (nearest to the head).
         model: as it starts, made of public things.
-
-    Returns:
-        ⌊keep · n + ½⌋ of the n blocks are trained, at least one.
-
-    Raises:
-        UsageError: the network has no blocks.
     """
     if not hasattr(model.extractor, "units"):
         raise UsageError("this network has no blocks to freeze", fix="give --scope global or layer, or a wrn")
@@ -246,13 +218,7 @@ def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
 
 
 class FrozenPrefix:
-    """The blocks before the first trained one, on one rank.
-
-    Args:
-        model: on the device that computes; not changed.
-        first: how many units of its extractor are frozen before the first trained one, at least 1.
-        keep: whether an image's output never changes, so that it may be kept.
-    """
+    """The ``first`` ≥ 1 units of a model's extractor, frozen; ``keep`` their outputs where views never change."""
 
     def __init__(self, model: Classifier, first: int, keep: bool) -> None:
         self.model, self.first, self._keep = model, first, keep
@@ -261,14 +227,10 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def outputs(self, views: Tensor, members: Tensor) -> Tensor:
-        """The input of the first trained block.
+        """The input of the first trained block, float32 [B, K, ...], for views uint8 [B, K, 3, 32, 32].
 
         Args:
-            views: uint8 [B, K, 3, 32, 32].
             members: int64 [B] on the CPU, positions in the data set, by which outputs are kept.
-
-        Returns:
-            float32 [B, K, ...] on the device of ``views``.
         """
         places = members.tolist()
         missing = [row for row, place in enumerate(places) if place not in self._kept]

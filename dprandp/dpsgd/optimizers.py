@@ -21,17 +21,11 @@ DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Public settings, in the ranges of the configuration.
+    """Public settings, in the ranges of the configuration."""
 
-    Attributes:
-        kind: 'sgd' or 'adam'.
-        momentum: β in [0, 1): of the velocity v ← βv + g, or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
-        weight_decay: λ ≥ 0. Adam's is decoupled, θ ← θ − lr λ θ (Loshchilov & Hutter 2019); SGD's is part of g.
-    """
-
-    kind: str = "sgd"
-    momentum: float | None = None
-    weight_decay: float = 0.0
+    kind: str = "sgd"  # or 'adam'
+    momentum: float | None = None  # β of the velocity v ← βv + g, or Adam's β₁; None: ``DEFAULT_MOMENTUM``
+    weight_decay: float = 0.0  # λ. Adam's is decoupled (Loshchilov & Hutter 2019); SGD's is part of g
 
     @property
     def beta(self) -> float:

@@ -45,24 +45,15 @@ CONTINUE = "continue"
 
 @dataclass(frozen=True)
 class PrivateStage:
-    """A private stage on named data, within the run's budget. It has read no private pixel.
+    """A private stage on named data, within the run's budget. It has read no private pixel."""
 
-    Attributes:
-        name: as the ledger calls it: 'tune', 'continue', 'probe', 'finetune' or 'finetune.head'.
-        dataset: named, not read.
-        budget: the run's.
-        plan: accepted; None before it is made, and where only public images are learned from.
-        attempt: 1, or one more for every restart of the stage.
-        ledger: the run's; None until the run's first plan is fixed.
-    """
-
-    name: str
-    dataset: Dataset
+    name: str  # as the ledger calls it: 'tune', 'continue', 'probe', 'finetune' or 'finetune.head'
+    dataset: Dataset  # named, not read
     budget: Budget
     context: Context
-    plan: PrivatePlan | SelectionPlan | None = None
-    attempt: int = 1
-    ledger: Ledger | None = None
+    plan: PrivatePlan | SelectionPlan | None = None  # None before it is made, and for public images alone
+    attempt: int = 1  # one more for every restart
+    ledger: Ledger | None = None  # the run's; None until the run's first plan is fixed
 
     @property
     def spec(self) -> DataSpec:
@@ -141,7 +132,7 @@ class PrivateStage:
         rundir.finish(self.name, rundir.hash_outputs(self.name, outputs), result, ledger_head=self.ledger.head)
 
     def planned(self, name: str, epsilon_target: float, spent: Sequence[Stage], **mechanism: Any) -> PrivatePlan:
-        """A plan within the budget; the other arguments and the errors are those of ``make_plan``."""
+        """A plan within the budget, as ``make_plan``."""
         budget = self.budget
         return make_plan(
             stage=name,
@@ -176,10 +167,7 @@ class PrivateStage:
         )
 
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
-        """A further mechanism of the same stage, of one view, on the remaining budget of the run; its plan is written.
-
-        After a crash it is the plan that was written then. Raises BudgetError where the budget is spent.
-        """
+        """A further mechanism of the stage, of one view, on the run's remaining budget; its plan is written, or was."""
         earlier = _plans(self.context.rundir).get(name)
         if earlier and earlier.get("parent_attempt") == self.attempt:
             plan = PrivatePlan.from_dict(earlier["plan"])

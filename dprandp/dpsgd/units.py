@@ -14,15 +14,10 @@ from dprandp.privacy.clipping import clipped_softmax_sum_of_units
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Which images a unit has. Private.
+    """Which images a unit has. Private."""
 
-    Attributes:
-        order: int64 [N], the images' positions, those of one unit next to each other, in their old order.
-        offsets: int64 [U+1]: unit u has the images order[offsets[u] : offsets[u+1]].
-    """
-
-    order: np.ndarray
-    offsets: np.ndarray
+    order: np.ndarray  # int64 [N], the images' positions, those of one unit next to each other, in their old order
+    offsets: np.ndarray  # int64 [U+1]: unit u has the images order[offsets[u] : offsets[u+1]]
 
     def images(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of all images of these units (int64 [U]), unit by unit; and how many each unit has."""

@@ -31,11 +31,7 @@ def without_phase_one(config: FinetuneConfig) -> bool:
 
 
 def network_config(config: FinetuneConfig) -> PretrainConfig:
-    """The extractor of such a fine-tune.
-
-    Raises:
-        UsageError: an architecture that learns by other means than gradients, or a setting that it does not have.
-    """
+    """The extractor of such a fine-tune; UsageError for an architecture or a setting that it cannot have."""
     if not config.arch.startswith("wrn-") and config.arch != NF_RESNET:
         raise UsageError(
             f"--from {config.source} cannot train {config.arch!r}",
@@ -49,14 +45,8 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
 
 
 def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:
-    """The classifier before its first step: no whitening, a head of zeros.
-
-    Returns:
-        The model on the CPU, and the names of the file's tensors that were left out (none from scratch).
-
-    Raises:
-        As ``network_config`` and ``load_public_weights``.
-    """
+    """The classifier before its first step, on the CPU: no whitening, a head of zeros; and the names of the file's
+    tensors that were left out (none from scratch). Raises as ``network_config`` and ``load_public_weights``."""
     generator = torch.Generator().manual_seed(config.seed)
     extractor = build_extractor(network_config(config), generator)
     left_out = [] if config.init is None else load_public_weights(Path(config.init), extractor, config.arch)
@@ -64,11 +54,7 @@ def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[
 
 
 def init_hash(config: FinetuneConfig) -> dict[str, str]:
-    """sha256 of the file of public weights, named for ``RunDir.begin``; empty where there is none.
-
-    Raises:
-        InputError: there is no such file.
-    """
+    """sha256 of the file of public weights, named for ``RunDir.begin``; empty where none is asked for."""
     if config.init is None:
         return {}
     path = _existing(Path(config.init))
@@ -77,16 +63,11 @@ def init_hash(config: FinetuneConfig) -> dict[str, str]:
 
 
 def load_public_weights(path: Path, extractor: torch.nn.Module, arch: str) -> list[str]:
-    """Fill an extractor from a safetensors file.
+    """Fill an extractor from a safetensors file; returns the names of tensors that were left out, sorted.
 
     Args:
         path: tensors named as the extractor's own, all with or all without ``extractor.`` before them; float32,
             float16 or bfloat16. A classifier for other classes (``OF_ANOTHER_TASK``) may be among them.
-        extractor: to be filled.
-        arch: its name, for the message.
-
-    Returns:
-        Names of tensors that were left out, sorted.
 
     Raises:
         InputError: no such file, or one that is no safetensors file by its size.

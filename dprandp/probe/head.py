@@ -55,12 +55,9 @@ def begin_head(start: Tensor) -> State:
 
 
 def update_head(state: State, update: Tensor, settings: HeadSettings, number: int, steps: int) -> None:
-    """Apply one noisy mean gradient, in place; the update rule of every head, real or simulated.
+    """Apply one noisy mean gradient, [d, classes], in place; the update rule of every head, real or simulated.
 
     Args:
-        state: of ``begin_head``, or of a checkpoint.
-        update: [d, classes].
-        settings: learning rate, momentum, what is released.
         number: of the update, from 0. steps: of all updates; their second half is averaged.
     """
     state["velocity"] = settings.momentum * state["velocity"] + update
@@ -110,9 +107,7 @@ def fit_head(
         features: float [N, d] or [N, K, d] on the CPU, unit norm (private); memory-mapped or not.
         labels: int64 [N] on the CPU (private).
         start: float32 [d, classes], where the head begins: zero, or the released head of an earlier stage.
-        settings: learning rate, momentum, what is released.
         folder: checkpoints and metrics.jsonl.
-        stop: looked at after every step.
 
     Returns:
         What is released, [d, classes] on the context's device, and the number of updates it has seen.

@@ -18,19 +18,12 @@ DIM_FACTORS = (1.0, 0.5)
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to tune.
+    """How to tune."""
 
-    Attributes:
-        on: 'synthetic', 'private', or the name of a public data set.
-        trials: settings to try; with 'private' the expected number of trials.
-        spend: with 'private': fraction of the probe's ε for tuning, in (0, 1).
-        held_out: with 'private': chance that a record is scored on instead of fitted, in (0, 1).
-    """
-
-    on: str = SYNTHETIC
-    trials: int = 12
-    spend: float = 0.3
-    held_out: float = 0.2
+    on: str = SYNTHETIC  # or 'private', or the name of a public data set
+    trials: int = 12  # settings to try; with 'private' the expected number of trials
+    spend: float = 0.3  # with 'private': fraction of the probe's ε for tuning, in (0, 1)
+    held_out: float = 0.2  # with 'private': chance that a record is scored on instead of fitted, in (0, 1)
 
     def __post_init__(self) -> None:
         if not 2 <= self.trials <= 1000:
@@ -42,11 +35,11 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: factor on the default learning rate, steps, components of each part of the whitened features."""
+    """One candidate."""
 
-    lr_factor: float
+    lr_factor: float  # on the default learning rate
     steps: int
-    dims: int
+    dims: int  # components of each part of the whitened features
 
 
 def private_data(on: str) -> UsageError:

@@ -88,24 +88,6 @@ def test_public_then_private_steps(vit_run, copy, data, record, monkeypatch) -> 
             assert torch.equal(value, before[name])
 
 
-def test_every_private_gradient_is_scaled_to_just_below_the_clip_norm(vit_run, copy, data, monkeypatch) -> None:
-    """Automatic clipping: a batch of one has a sum of length near C, however short its gradient is."""
-    lengths = []
-    true = loop.ClippedSums.of
-
-    def watched(self, parameters, step, batch, masks=None):
-        for row in range(min(2, len(batch.labels))):
-            one = type(batch)(batch.images[[row]], batch.labels[[row]], batch.members[[row]])
-            parts = true(self, parameters, step, one, masks).values()
-            lengths.append(float(torch.stack([part.norm() for part in parts]).norm()))
-        return true(self, parameters, step, batch, masks)
-
-    monkeypatch.setattr(loop.ClippedSums, "of", watched)
-    run_continue(copy(vit_run), data, steps=5)
-    assert lengths
-    assert all(0.9 < length <= 1 for length in lengths)
-
-
 def test_public_steps_alone_read_nothing_private_and_cost_nothing(vit_run, copy, data, monkeypatch) -> None:
     """Stopped and continued, they are the same to the byte."""
     whole, run = copy(vit_run), copy(vit_run)
@@ -318,14 +300,10 @@ def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
 # ---------------------------------------------------------------------------------------------- audit and diagnosis
 
 
-RATIO = {"public": "synth", "mix": "ratio", "steps": 3, "views": 2}
-
-
-@pytest.mark.parametrize("options", [{"steps": 6}, RATIO], ids=["one head", "ratio"])
-def test_the_audit_replays_the_private_steps(vit_run, copy, data, options) -> None:
+def test_the_audit_replays_the_private_steps(vit_run, copy, data) -> None:
     """Leaving one record out moves a sum by no more than C, and nothing else; without the clip it is seen to."""
     run = copy(vit_run)
-    run_continue(run, data, **options)
+    run_continue(run, data, steps=6, views=2)
     with context(run) as given:
         plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
         checks, controls = continual.on_made_up(plan, Facts(given), AuditSettings(controls=True), given)

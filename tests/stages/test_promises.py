@@ -139,12 +139,20 @@ def test_9_extraction_is_isolated(public_run: Path, wide_run: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- 17: only releasable things
 
+DISCLOSED = {
+    "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate", "steps",
+    "charged_steps", "lost_steps", "clip_norm", "views", "adjacency", "unit", "train_units", "noise", "random",
+    "private", "tuned", "tuned_on", "also_charged", "ledger_head",
+}  # fmt: skip
+
+
 def test_17_model_holds_the_allow_list_and_nothing_else(probed_run: Path, tuned_run: Path) -> None:
     assert release.MODEL_FILES == ("model.safetensors", "config.json", "MODEL_CARD.md")
     for run in (probed_run, tuned_run):
         assert sorted(path.name for path in (run / "model").iterdir()) == sorted(release.MODEL_FILES)
         config = read_json(run / "model/config.json")
         assert set(config) == {"format", "arch", "extractor", "classes", "input", "precision", "result", "sha256"}
+        assert set(config["result"]) >= DISCLOSED
         assert config["extractor"]["arch"] == config["arch"] == "patchnet"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_20_a_run_on_patients_draws_clips_and_charges_patients(
     seen = Seen(run).install_units(monkeypatch)
     options = {"unit_column": "patient"}
     probed = run_probe(run, patients, **options)
-    tuned = run_finetune(run, patients, batch_size=10, **options)
+    tuned = run_finetune(run, patients, batch_size=10, refit_steps=2, **options)
     # drawn, clipped and divided by units
     assert {examples for examples, _, _ in seen.draws} == {UNITS}
     assert all(indices.max(initial=0) < UNITS for _, _, indices in seen.draws)
@@ -98,7 +97,11 @@ def test_20_a_run_on_patients_draws_clips_and_charges_patients(
         assert sizes == np.bincount(PATIENTS)[release.indices].tolist()
         if rows:
             joint = torch.cat([value.flatten() for value in release.sums.values()])
-            assert torch.allclose(joint, slow_clipped(torch.cat(rows), sizes, 1.0), atol=1e-4)
+            singles = torch.cat(rows)
+            assert torch.allclose(joint, slow_clipped(singles, sizes, 1.0), atol=1e-4)
+            # control: images clipped one by one would be seen
+            each = clipping.sum_of_clipped([{"all": singles}], {"all": singles[0]}, 1.0)["all"]
+            assert not torch.allclose(each / np.mean(sizes), joint, atol=1e-4)
     # accounted, and said
     for name in ("probe", "finetune", "finetune.head"):
         assert plans_of(run)[name]["plan"]["examples"] == UNITS
@@ -182,33 +185,17 @@ def test_6_the_microbatch_cuts_no_patient_in_two() -> None:
     assert max(apart(other, sums[0]) for other in sums[1:]) < 1e-4
 
 
-def test_20_control_clipping_images_instead_of_patients_is_seen(
-    copy: Copy, public_run: Path, patients: str, monkeypatch: Patch
-) -> None:
-    """With images in place of patients the same comparison fails."""
-    run = copy(public_run)
-    seen = Seen(run).install_units(monkeypatch)
-    run_probe(run, patients, steps=2, unit_column="patient")
-    by_image = clipping.sum_of_clipped
-    run_finetune(run, patients, batch_size=UNITS, refit_steps=0, unit_column="patient", steps=1)
-    rows, sizes = torch.cat(seen.images[0]), seen.sizes[0]
-    each = by_image([{"all": rows}], {"all": torch.zeros(rows.shape[1])}, 1.0)["all"]
-    assert not torch.allclose(each / np.mean(sizes), slow_clipped(rows, sizes, 1.0), atol=1e-4)
-
-
 def test_discrete_noise_in_both_stages(copy: Copy, public_run: Path, data: str, monkeypatch: Patch) -> None:
     run = copy(public_run)
     seen = Recorder(run).install(monkeypatch)
     probed = run_probe(run, data, steps=20, noise="discrete")
-    tuned = run_finetune(run, data, noise="discrete", batch_size=TRAIN, steps=2)
+    tuned = run_finetune(run, data, noise="discrete", batch_size=TRAIN, steps=2, refit_steps=4)
     for name, tolerance in (("probe", 0.1), ("finetune", 0.1), ("finetune.head", 0.2)):
         plan = plans_of(run)[name]["plan"]
         assert plan["noise"] == "discrete"
         assert seen.observed_event(name).noise_multiplier == pytest.approx(plan["noise_multiplier"], rel=tolerance)
     assert all(total.dtype == torch.float64 for release in seen.releases for total in release.sums.values())
-    lines = [json.loads(line) for line in (run / "privacy/ledger.jsonl").read_text().splitlines()]
-    charges = [line for line in lines if line["kind"] == "charge"]
-    assert {charge["noise"] for charge in charges} == {"discrete"}
+    assert {charge.noise for charge in ledger_of(run).charges} == {"discrete"}
     assert probed["noise"] == tuned["noise"] == "discrete"
     assert 3.9 < tuned["epsilon"] <= 4.0
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,28 +96,17 @@ def make_public(run: Path, **changes: Any) -> None:
         pretrain.run(schema.build("pretrain", PRETRAIN | changes), given)
 
 
-def run_stage(
-    stage: str, defaults: dict[str, Any], run: Path, data: str, options: dict[str, Any] | None, changes: dict[str, Any]
-) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)
+def _runner(stage: str, defaults: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    def run(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        """The stage in this process; ``options`` go to the context, ``changes`` to the configuration."""
+        with context(run, **(options or {})) as given:
+            return RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)
+
+    return run
 
 
-def run_probe(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """The probe in this process; ``options`` go to the context, ``changes`` to the configuration."""
-    return run_stage("probe", PROBE, run, data, options, changes)
-
-
-def run_finetune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return run_stage("finetune", FINETUNE, run, data, options, changes)
-
-
-def run_continue(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return run_stage("continue", CONTINUE, run, data, options, changes)
-
-
-def run_scratch(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return run_stage("finetune", SCRATCH, run, data, options, changes)
+run_probe, run_continue = _runner("probe", PROBE), _runner("continue", CONTINUE)
+run_finetune, run_scratch = _runner("finetune", FINETUNE), _runner("finetune", SCRATCH)
 
 
 def ledger_of(run: Path) -> Ledger:
