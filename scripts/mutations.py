@@ -815,7 +815,7 @@ STAGES = (
     _row("a unit's images are those of its neighbour",
          "self.order[np.repeat(self.offsets[units], sizes) + within], sizes",
          "self.order[np.repeat(self.offsets[units + 1] - sizes[0], sizes) + within], sizes",
-         "test_units.py::test_the_rows_of_units"),
+         "test_units.py::test_a_batch_of_units_takes_their_images_and_no_others"),
     _row("units are clipped image by image in a fine-tune",
          "        if batch.sizes is not None:\n            gradients = unit_means",
          "        if False:\n            gradients = unit_means",

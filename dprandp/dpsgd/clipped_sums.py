@@ -207,35 +207,29 @@ def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
     In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for all else. The
     views are uint8 [B, K, 3, 32, 32], or what the first frozen units put out, float32 [B, K, ...].
     """
-    scale, microbatch, device = settings.scale, settings.microbatch, model.head.device
-    if patch_layers(model.extractor) and device.type == "cpu":
-        together = microbatch or CLOSED_FORM_MICROBATCH
-
-        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-            return functools.partial(patchnet_gradients, model)
-
-    elif has_layer_gradients(model.extractor):
-        numbers = sum(value.numel() for value in model.parameters())
-        together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
-        layers_of = functools.cache(lambda names: WrnGradients(model, first=settings.frozen_first, trained=names))
-
-        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-            layers = layers_of(frozenset(parameters))
-            layers.refresh()
-            return layers.of
-
-    else:
+    scale, device = settings.scale, model.head.device
+    closed_form = device.type == "cpu" and bool(patch_layers(model.extractor))
+    if not closed_form and not has_layer_gradients(model.extractor):
         loss = loss_function(model, scale)
 
         def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
             most = 1 if device.type == "cpu" else max(1, min(DEVICE_RECORDS, DEVICE_VIEWS // views.shape[1]))
-            return per_example_gradients(loss, parameters, views, labels, microbatch or most)
+            return per_example_gradients(loss, parameters, views, labels, settings.microbatch or most)
 
         return automatic
 
+    numbers = sum(value.numel() for value in model.parameters())
+    together = min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32
+    together = settings.microbatch or (CLOSED_FORM_MICROBATCH if closed_form else together)
+    layers_of = functools.cache(lambda names: WrnGradients(model, first=settings.frozen_first, trained=names))
+
     def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-        gradients_of = begun(parameters)
+        gradients_of = functools.partial(patchnet_gradients, model)
+        if not closed_form:
+            layers = layers_of(frozenset(parameters))
+            layers.refresh()
+            gradients_of = layers.of
         for start in range(0, len(views), together):
             part = slice(start, start + together)
             gradients = gradients_of(views[part], labels[part])

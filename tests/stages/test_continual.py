@@ -27,10 +27,9 @@ from dprandp.audit import continual
 from dprandp.audit.games import AuditSettings
 from dprandp.audit.records import Facts
 from dprandp.config import schema
-from dprandp.continual import diagnose, loop, open_stage
+from dprandp.continual import diagnose, loop
 from dprandp.continual import public as public_steps
-from dprandp.continual.public import Training, make_task
-from dprandp.data.base import public_positions
+from dprandp.continual.public import Training
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.pipeline import plan as planning
 from dprandp.pretrain import load_extractor
@@ -327,11 +326,3 @@ def test_diagnose_reads_the_public_part_alone_and_costs_nothing(vit_run, copy, d
     assert "privacy's term" in said or "not positive" in said
     assert all(row["decelerator"] == 0 for row in free["terms"])
     assert "no noise" in free["meaning"][0]
-
-
-def test_the_public_rows_are_those_declared(data, vit_run, copy) -> None:
-    with context(copy(vit_run)) as given:
-        task = make_task(built(data), given, open_stage(built(data), given, write=False).spec)
-    images = np.load(data.removeprefix("npz:"))["x_train"][public_positions(TRAIN, 0.2, 0)]
-    pixels = {image.mean() for image in images}
-    assert task.examples + len(task.held_out[1]) == PUBLIC == len(pixels)

@@ -250,7 +250,7 @@ print(json.dumps(total.double().sum(0).tolist()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
-@pytest.mark.parametrize("how", ["units", "drawn", "copied"])
+@pytest.mark.parametrize("how", ["units", *(pytest.param(how, marks=pytest.mark.slow) for how in ("drawn", "copied"))])
 def test_steps_on_features_beyond_a_memory_limit(tmp_path: Path, how: str) -> None:
     """128 MB of features, and the process may have 60 MB more than it begins with. Control: a copy is too much."""
     environment, (rows, dims) = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, (32_768, 1024)

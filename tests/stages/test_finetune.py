@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import CLIP, SETTING, STEP, apart, batch_of, gradient_by_hand, model_of, norm_of
 from small_models import scaled as scaled_parameters
-from tiny_run import Recorder, plans_of, read_json, run_finetune, run_probe, run_scratch
+from tiny_run import Copy, Patch, Record, Recorder, plans_of, read_json, run_finetune, run_probe, run_scratch
 from torch import Tensor, nn
 
 from dprandp.dpsgd import clipped_sums
@@ -20,11 +20,6 @@ from dprandp.errors import UsageError
 from dprandp.finetune import start
 from dprandp.privacy.clipping import ROUNDING_SLACK, sum_of_clipped
 from dprandp.privacy.randomness import PoissonSampler
-
-Copy = Callable[[Path], Path]
-Record = Callable[[Path], Recorder]
-Patch = pytest.MonkeyPatch
-
 
 # -------------------------------------------------------------------------------------- 6: memory flags change nothing
 
@@ -254,15 +249,6 @@ def test_9_the_tuned_parameters_are_a_function_of_the_noisy_updates(
         assert torch.equal(after[name].double(), stored)
     for name in before.keys() - set(names):  # nothing else of the model moved
         assert torch.equal(before[name], after[name])
-
-
-def test_the_card_of_a_finetune_names_the_probe(tuned_run: Path, probed_run: Path) -> None:
-    """Its ε holds the probe's cost; a reader must be able to add it up."""
-    card = (tuned_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
-    (row,) = [line for line in card.splitlines() if "Also counted in ε" in line]
-    assert "probe: q = 1, T = 8" in row
-    assert f"{plans_of(tuned_run)['probe']['plan']['noise_multiplier']:.6g}" in row
-    assert "Also counted in ε | nothing:" in (probed_run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
 
 
 def test_a_frozen_extractor_stays_as_it_was(copy: Copy, probed_run: Path, data: str) -> None:

@@ -67,6 +67,14 @@ def test_terms_are_those_of_the_whole_hessian(problem: tuple, monkeypatch: pytes
     assert abs(found.trace_covariance - found.trace) > 1e-3  # not the same number twice
 
 
+def test_random_probes_are_right_on_average(problem: tuple) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = loss_terms(loss_of_each, *problem, noise_multiplier=1.0, batch=8.0, probes=500, generator=generator)
+    expected = exact(*problem)
+    assert found.trace == pytest.approx(expected["trace"], rel=0.15)
+    assert found.trace_covariance == pytest.approx(expected["trace_covariance"], rel=0.2)
+
+
 def test_a_linear_loss_has_no_curvature() -> None:
     images, labels = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     found = loss_terms(

@@ -4,7 +4,6 @@ sees what is left."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from small_models import (
     norm_of,
     scaled,
 )
-from tiny_run import Stopped, run_finetune, stop_at
+from tiny_run import Copy, Stopped, run_finetune, stop_at
 from torch import Tensor
 
 from dprandp.config import schema
@@ -34,8 +33,6 @@ from dprandp.dpsgd.masks import ALL_WEIGHTS, FrozenPrefix, MaskRule, choose_bloc
 from dprandp.errors import UsageError
 from dprandp.models.classifier import Classifier
 from dprandp.runs import checkpoint
-
-Copy = Callable[[Path], Path]
 
 
 def rule(**changes) -> MaskRule:

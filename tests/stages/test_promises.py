@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import tripwire
 from private_runs import KINDS, run_kind, write_records
 from tiny_run import (
     TEST,
-    Recorder,
+    Copy,
+    Patch,
+    Record,
     blobs,
     context,
     ledger_of,
@@ -35,11 +36,6 @@ from dprandp.models.extractor import extract
 from dprandp.pretrain import load_extractor
 from dprandp.privacy.randomness import PoissonSampler
 from dprandp.runs.signals import Interrupted, Stop
-
-Copy = Callable[[Path], Path]
-Record = Callable[[Path], Recorder]
-Patch = pytest.MonkeyPatch
-
 
 # --------------------------------------------------------------------------------------------- 9: no private statistics
 
@@ -213,14 +209,6 @@ def test_17_nothing_private_lies_outside_private(copy: Copy, public_run: Path, d
         (run / place).write_bytes(content)
         assert leaks(run, drawn) != [], place
         (run / place).unlink() if before is None else (run / place).write_bytes(before)
-
-
-def test_17_private_is_closed_to_others(copy: Copy, data: str, public_run: Path) -> None:
-    open_to_all = copy(public_run)
-    (open_to_all / "private").mkdir(mode=0o777)
-    (open_to_all / "private").chmod(0o777)
-    run_probe(open_to_all, data, steps=2)
-    assert stat.S_IMODE((open_to_all / "private").stat().st_mode) == 0o700
 
 
 def test_17_the_test_split_decides_nothing(copy: Copy, public_run: Path, tmp_path: Path) -> None:

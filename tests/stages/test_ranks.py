@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rank_processes import context_of, of_rank_0, on_ranks
 from safetensors.torch import load_file
 from small_models import CLIP, SETTING, STEP, apart, gradient_by_hand, images_and_labels, model_of, norm_of, scaled
-from tiny_run import FINETUNE, GENERATE, PROBE, Recorder, blobs, read_json
+from tiny_run import FINETUNE, GENERATE, PROBE, Copy, Recorder, blobs, read_json
 from torch import Tensor
 
 from dprandp import finetune, generate, probe
@@ -34,8 +34,6 @@ from dprandp.pretrain import contrastive, wrn
 from dprandp.privacy.clipping import sum_of_clipped
 from dprandp.runs import parallel
 from dprandp.runs.parallel import ALONE, Ranks
-
-Copy = Callable[[Path], Path]
 
 
 def totals_over(ranks: Ranks, arch: str, batches: list[np.ndarray], settings: SumSettings = SETTING) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from tiny_run import (
     CLASSES,
     PROBE,
     TRAIN,
+    Copy,
+    Patch,
     context,
     forbid_reading,
     ledger_of,
@@ -43,9 +44,6 @@ from dprandp.runs.directory import RunDir
 from dprandp.runs.tuning import read_tuning, tuning_of
 from dprandp.tune import public as tune_public
 from dprandp.tune.settings import TuneConfig, settings_for
-
-Copy = Callable[[Path], Path]
-Patch = pytest.MonkeyPatch
 
 
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 from small_models import SETTING, apart, batch_of, model_of, scaled
-from tiny_run import TRAIN, Recorder, blobs, ledger_of, plans_of, read_json, run_finetune, run_probe, run_scratch
+from tiny_run import (
+    TRAIN,
+    Copy,
+    Patch,
+    Recorder,
+    blobs,
+    ledger_of,
+    plans_of,
+    read_json,
+    run_finetune,
+    run_probe,
+    run_scratch,
+)
 
 from dprandp.dpsgd import clipped_sums
 from dprandp.dpsgd import units as unit_rows
@@ -21,9 +33,6 @@ from dprandp.errors import BudgetError, CheckpointError, InputError
 from dprandp.privacy import clipping
 from dprandp.report import page as report
 from dprandp.runs.directory import RunDir
-
-Copy = Callable[[Path], Path]
-Patch = pytest.MonkeyPatch
 
 UNIT = "one patient (column patient_train)"
 PATIENTS = np.sort(np.concatenate([np.arange(30), np.random.default_rng(4).integers(0, 30, TRAIN - 30)]))
@@ -217,12 +226,3 @@ def test_a_batch_of_units_takes_their_images_and_no_others() -> None:
         units = np.array(members, dtype=np.int64)
         found = rows.clipped_softmax_sum(features, labels, units, weight, 0.3, precise=True)
         assert torch.allclose(found, expected, atol=2e-5)
-
-
-def test_the_rows_of_units() -> None:
-    rows = unit_rows.UnitRows(np.array([4, 0, 2, 1, 3]), np.array([0, 1, 3, 5]))
-    positions, sizes = rows.images(np.array([0, 2]))
-    assert positions.tolist() == [4, 1, 3]
-    assert sizes.tolist() == [1, 2]
-    positions, sizes = rows.images(np.array([], dtype=np.int64))
-    assert (positions.tolist(), sizes.tolist()) == ([], [])

@@ -28,6 +28,10 @@ from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
 
+Copy = Callable[[Path], Path]
+"""A run -> a copy of it to work on; a fixture, like ``record``."""
+Patch = pytest.MonkeyPatch
+
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
 
 GENERATE = {"process": "dead-leaves", "count": 60, "resolution": 32}
@@ -227,6 +231,10 @@ class Recorder:
         (clip_norm,) = {self.clips[i][0] for i in places}
         noise = torch.cat([self.releases[i].noise for i in places])
         return GaussianEvent(float(noise.square().mean().sqrt()) / clip_norm, rate, len(places))
+
+
+Record = Callable[[Path], Recorder]
+"""Record everything private that happens in a run from now on."""
 
 
 class NothingRead(AssertionError):
