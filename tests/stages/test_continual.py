@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,21 @@ def built(data: str, **changes: object) -> schema.StageConfig:
     return schema.build("continue", CONTINUE | {"data": data} | changes)
 
 
+@pytest.fixture(scope="module")
+def continued_run(tmp_path_factory, vit_run, data) -> Path:
+    run = Path(shutil.copytree(vit_run, tmp_path_factory.mktemp("continued") / "run"))
+    run_continue(run, data)
+    return run
+
+
 def test_public_then_private_steps(vit_run, copy, data, record, monkeypatch) -> None:
     """N is without the public part; what was seen is what was planned and charged; the test split comes last."""
     run, moments = copy(vit_run), []
+    with monkeypatch.context() as patch, context(run) as given:
+        forbid_reading(patch)
+        fixed = planning.plan("continue", built(data), given)
+        ruled = planning.plan("continue", built(data, switch="plateau"), given)
+        alone = planning.plan("continue", built(data, mix="public"), given)
     switch = Training.switch
 
     def watched(self):
@@ -76,6 +89,14 @@ def test_public_then_private_steps(vit_run, copy, data, record, monkeypatch) -> 
     answers = load_model(run / "model").probabilities(arrays["x_test"]).argmax(dim=1).numpy()
     assert (answers == arrays["y_test"]).mean() == pytest.approx(result["accuracy"])
     assert [line["step"] for line in metrics_of(run / FOLDER)] in ([0, 2, 4, 4, 5, 6, 7], [0, 2, 4, 5, 6, 7])
+    # as it was planned before, from public facts
+    for key in ("steps", "noise_multiplier", "sample_rate"):
+        assert fixed[key] == result[key]
+    assert fixed["epsilon_after"] == pytest.approx(result["epsilon"])
+    assert (fixed["switch"], ruled["switch"], ruled["steps"]) == (None, "plateau", 2)
+    assert "epsilon_after" not in alone
+    for made in (fixed, ruled, alone):
+        assert "continue" in planning.plan_lines(made)
     # at the switch Adam's first moment is reset, and nothing else of its state
     before, after = moments
     assert {int(value) for name, value in after.items() if ".step." in name} == {4}
@@ -119,9 +140,11 @@ def extractor_of(run: Path, made_by: str | None = None) -> dict[str, torch.Tenso
         return {k: v.clone() for k, v in load_extractor(given, "rgb", made_by)[0].state_dict().items()}
 
 
-def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same_budget(vit_run, copy, data) -> None:
-    run = copy(vit_run)
-    first = run_continue(run, data)
+def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same_budget(
+    continued_run, copy, data
+) -> None:
+    run = copy(continued_run)
+    first = ledger_of(run).spent(1e-5).upper
     kept = checkpoint.load(run / FOLDER, "extractor").tensors
     assert all(torch.equal(kept[name], value) for name, value in extractor_of(run).items())
     with pytest.raises(BudgetError, match="ε = 8"):
@@ -130,7 +153,7 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     probed = run_probe(run, data, epsilon=8.0)
     tuned = run_finetune(run, data, epsilon=8.0, steps=2, refit_steps=0)
     assert probed["train_examples"] == tuned["train_examples"] == TRAIN - PUBLIC
-    assert first["epsilon"] < probed["epsilon"] < tuned["epsilon"] <= 8
+    assert first < probed["epsilon"] < tuned["epsilon"] <= 8
     assert tuned["epsilon"] == pytest.approx(ledger_of(run).spent(tuned["delta"]).upper)
     card = (run / "model/MODEL_CARD.md").read_text()
     assert "continue: q = 0.25, T = 4" in card
@@ -146,9 +169,8 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
         run_probe(rest, data, {"overwrite": True}, epsilon=8.0, share=1.0)
 
 
-def test_the_declared_public_part_is_fixed_for_the_run(vit_run, copy, data) -> None:
-    run = copy(vit_run)
-    run_continue(run, data)
+def test_the_declared_public_part_is_fixed_for_the_run(continued_run, copy, data) -> None:
+    run = copy(continued_run)
     for changes in ({"seed": 1}, {"public": "fraction:0.3"}, {"public": "synth"}, {"seed": 1, "mix": "public"}):
         with pytest.raises(BudgetError, match=r"public part was fixed as fraction 0\.2 by seed 0"):
             run_continue(run, data, {"overwrite": True}, **changes)
@@ -220,23 +242,6 @@ def test_a_moved_switch_cannot_change_a_plan_that_was_charged(vit_run, copy, dat
 # ------------------------------------------------------------------------------------------------------ what is planned
 
 
-def test_the_plan_reads_nothing_and_is_what_runs(vit_run, copy, data, monkeypatch) -> None:
-    run = copy(vit_run)
-    with monkeypatch.context() as patch, context(run) as given:
-        forbid_reading(patch)
-        fixed = planning.plan("continue", built(data), given)
-        ruled = planning.plan("continue", built(data, switch="plateau"), given)
-        public = planning.plan("continue", built(data, mix="public"), given)
-    result = run_continue(run, data)
-    for key in ("steps", "noise_multiplier", "sample_rate"):
-        assert fixed[key] == result[key]
-    assert fixed["epsilon_after"] == pytest.approx(result["epsilon"])
-    assert (fixed["switch"], ruled["switch"], ruled["steps"]) == (None, "plateau", 2)
-    assert "epsilon_after" not in public
-    for made in (fixed, ruled, public):
-        assert "continue" in planning.plan_lines(made)
-
-
 def test_what_was_charged_before_counts_where_the_rule_makes_another_plan(vit_run, copy, data, monkeypatch) -> None:
     """The plan is made again when the number of private steps is known: for what is left, not for the whole."""
     run = copy(vit_run)
@@ -282,13 +287,12 @@ def test_other_public_data_with_classes_of_their_own(vit_run, copy, data, tmp_pa
     assert "30 images of" in result["public_training"]["images"]
 
 
-def test_refusals(vit_run, public_run, copy, data, tmp_path) -> None:
+def test_refusals(vit_run, continued_run, public_run, copy, data, tmp_path) -> None:
     with pytest.raises(UsageError, match="patchnet is a dictionary"):
         run_continue(copy(public_run), data)
-    run = copy(vit_run)
     with pytest.raises(UsageError, match="both as private and as public data"):
-        run_continue(run, data, public=data)
-    run_continue(run, data)
+        run_continue(copy(vit_run), data, public=data)
+    run = copy(continued_run)
     with pytest.raises(UsageError, match="begun with other settings: lr"):
         run_continue(run, data, lr=0.5)
     assert run_continue(run, data, {"resume": True}, lr=0.5)["lr"] == CONTINUE.get("lr", 0.001)
