@@ -94,14 +94,14 @@ class Rehearsal(PrivateStage):
         rows: int = 1,
     ) -> None:
         budget = Budget("an audit", math.inf, plan.delta, plan.examples, "one record")
-        super().__init__(plan.stage, dataset, budget, context)
-        self._ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
-        self._mechanism = control.mechanism(plan, self._ledger, tape or Tape())
+        ledger = Ledger.create(context.rundir.privacy_dir / "ledger.jsonl", plan.examples)
+        clipping = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
+        super().__init__(plan.stage, dataset, budget, context, clipping, ledger=ledger)
+        self._mechanism = control.mechanism(plan, ledger, tape or Tape())
         self._accounted, self._control, self._left = plan, control, min(most, plan.steps)
         self._follow, self._watched, self._rows = follow, watched, rows
         self.present, self.observed = present, []
         self.private, self.next_step = self._mechanism.private, 0
-        self.plan = replace(plan, clip_norm=control.clip_norm(plan))  # what the loop clips at
 
     def mechanism(self, updates_done: int, ledger_head: str | None = None) -> Rehearsal:
         """Itself, in place of the mechanism; a rehearsal begins at the beginning."""

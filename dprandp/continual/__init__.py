@@ -15,28 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from dprandp.config.schema import ContinueConfig, as_dict, fraction_of
 from dprandp.continual import switching
-from dprandp.continual.loop import DONE, HEADS, STAGE, Outcome, train
-from dprandp.continual.public import PublicTask, Training, make_task
+from dprandp.continual.loop import DONE, HEADS, STAGE, train
+from dprandp.continual.public import PublicTask, make_task, make_training
 from dprandp.dpsgd import release
 from dprandp.dpsgd.stage import PrivateStage, name_private_stage, open_private_stage
 from dprandp.dpsgd.training_data import not_compared
 from dprandp.errors import UsageError
-from dprandp.models.classifier import Classifier
-from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
-from dprandp.pretrain import load_extractor
-from dprandp.privacy.adaptive import Stage
-from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runs.context import Context, recorded, with_precision
 from dprandp.runs.results import refuse_gaps
 from dprandp.runs.signals import graceful_stop
 from dprandp.runs.tuning import tuning_of
-from dprandp.vision.images import colour_of
 
 BATCH_PART = 0.08192
 """Expected private batch as a fraction of N; De et al. 2022, Tang et al. 2023."""
@@ -46,52 +39,57 @@ def run(config: ContinueConfig, context: Context) -> dict:
     """Continue the run's extractor.
 
     Returns:
-        stage, arch, public_training (see ``_public_training``), seconds; and, but for public steps alone, the keys of
-        ``release.evaluate`` and ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released,
-        mirror, tuned, tuned_on.
+        stage, arch, precision, seconds, and public_training: images (in words), examples, steps (that were public
+        alone), mix, switch (in words), head (whether the public classes are the private ones), loss (on held-out public
+        images at the last evaluation, or None). But for public steps alone also the keys of ``release.evaluate`` and
+        ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released, mirror, tuned, tuned_on.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget is spent (no private pixel was read).
         UsageError: a patchnet, unknown public data, or settings that contradict each other.
     """
-    context.rundir.require(PRETRAIN, STAGE)
-    config = with_precision(STAGE, config, context, context.rundir.result(PRETRAIN)["arch"])
-    ignore = not_compared(config, context.rundir)
-    flags = {"resume": context.resume, "overwrite": context.overwrite, "ignore": ignore}
-    config = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
+    rundir = context.rundir
+    rundir.require(PRETRAIN, STAGE)
+    config = with_precision(STAGE, config, context, rundir.result(PRETRAIN)["arch"])
+    flags: dict[str, Any] = {"resume": context.resume, "overwrite": context.overwrite}
+    flags["ignore"] = not_compared(config, rundir)
+    config = recorded(STAGE, rundir.foresee(STAGE, as_dict(config), **flags).config)
     stage = open_stage(config, context)
     private, part = config.mix != "public", fraction_of(config.public) is not None
     task = make_task(config, context, stage.spec)
-    begun = context.rundir.begin(
+    begun = rundir.begin(
         STAGE,
         as_dict(config),
-        context.rundir.inputs_from("generate", PRETRAIN) | {"public-images": _fingerprint(task)},
+        rundir.inputs_from("generate", PRETRAIN) | {"public-images": _fingerprint(task)},
         **flags,
         private_inputs=stage.private_inputs() if private or part else None,
     )
     if begun.action == "skip":
-        return context.rundir.result(STAGE)
+        return rundir.result(STAGE)
     if part:
         stage.keep_data()  # later stages must use the data of which this one used a part
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
-    extractor, built_from = load_extractor(
-        context, colour_of(stage.spec.channels), PRETRAIN, precision=config.precision
-    )
-    model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
-    refuse_cross_example_layers(model)
-    training = Training(config, model, task)
+    training, built_from = make_training(config, context, stage.spec, task)
     with graceful_stop() as stop:
-        outcome = train(config, stage, training, stop, as_dict(built_from))
+        stage, outcome = train(config, stage, training, stop, as_dict(built_from))
     result: dict[str, Any] = {
         "stage": STAGE,
         "arch": built_from.arch,
         "precision": config.precision,
-        "public_training": _public_training(config, training, outcome),
+        "public_training": {
+            "images": task.title,
+            "examples": task.examples,
+            "steps": outcome.switch,
+            "mix": config.mix,
+            "switch": outcome.why,
+            "head": "one for public and private images" if task.shared else "its own",
+            "loss": training.looks[-1].loss if training.looks else None,
+        },
     }
+    model = training.model
     if private:
-        released = {name: training.average[name] for name in training.private_names}
-        model.load_state_dict(released, strict=False)
+        model.load_state_dict({name: training.average[name] for name in training.private_names}, strict=False)
         result |= {
             **release.evaluate(model, stage, False, keep=False),
             **stage.disclosure(outcome.updates),
@@ -102,7 +100,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
             "optimizer": training.settings.in_words(),
             "released": f"EMA, decay {config.ema}",
             "mirror": False,
-            "tuned": tuning_of(context.rundir, stage.ledger, stage.plan.delta, {}),
+            "tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}),
             "tuned_on": None,
         }
     result["seconds"] = round(time.perf_counter() - started, 2)
@@ -111,29 +109,26 @@ def run(config: ContinueConfig, context: Context) -> dict:
         release.write_model(stage, model, result)
         stage.finish(outputs, result)
     else:
-        context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
+        rundir.finish(STAGE, rundir.hash_outputs(STAGE, outputs), result)
     return result
 
 
-def open_stage(
-    config: ContinueConfig, context: Context, *, write: bool = True, planned: Sequence[Stage] = ()
-) -> PrivateStage:
-    """Plan the largest possible number of private steps, from public facts; with public steps only, record the data.
+def open_stage(config: ContinueConfig, context: Context, *, write: bool = True) -> PrivateStage:
+    """Plan the largest possible number of private steps, from public facts; with public steps only, no plan.
 
     Raises:
         As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
     """
     context.rundir.require(PRETRAIN, STAGE)
-    made = context.rundir.result(PRETRAIN)
     for earlier in ("generate", PRETRAIN):
         refuse_gaps(earlier, context.rundir.result(earlier))
-    if made["arch"] == "patchnet":
+    if context.rundir.result(PRETRAIN)["arch"] == "patchnet":
         raise UsageError(
             "a patchnet is a dictionary, which `continue` cannot train by gradients",
             fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",
         )
     if config.mix == "public":
-        return name_private_stage(STAGE, config, context, fetch=False)[0]
+        return name_private_stage(STAGE, config, context, write=False)
     return open_private_stage(
         STAGE,
         config,
@@ -142,27 +137,7 @@ def open_stage(
         batch_part=BATCH_PART,
         budget_part=config.share,
         write=write,
-        planned=planned,
     )
-
-
-def _public_training(config: ContinueConfig, training: Training, outcome: Outcome) -> dict[str, Any]:
-    """The facts about the public part.
-
-    Returns:
-        images (in words), examples, steps (that were public alone), mix, switch (in words), head (whether the public
-        classes are the private ones), loss (on held-out public images at the last evaluation, or None).
-    """
-    task, looks = training.task, training.looks
-    return {
-        "images": task.title,
-        "examples": task.examples,
-        "steps": outcome.switch,
-        "mix": config.mix,
-        "switch": outcome.why,
-        "head": "one for public and private images" if task.shared else "its own",
-        "loss": looks[-1].loss if looks else None,
-    }
 
 
 def _fingerprint(task: PublicTask) -> str:

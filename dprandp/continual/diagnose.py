@@ -5,9 +5,8 @@
 
 It runs the public half of ``continue`` in memory, with the same extractor, images, steps and seed, and estimates the
 loss terms of a private step (``loss_terms.py``) at every evaluation. σ and B are those of the plan of ``continue``.
-Only
-the declared facts of the private data are used, except that a public set of as many images is compared with them, and
-refused if equal. Nothing is charged.
+Only the declared facts of the private data are used, except that a public set of as many images is compared with them,
+and refused if equal. Nothing is charged.
 """
 
 from __future__ import annotations
@@ -20,20 +19,16 @@ from typing import Any
 from dprandp.config.schema import ContinueConfig, as_dict
 from dprandp.continual import open_stage, switching
 from dprandp.continual.loss_terms import LossTerms
-from dprandp.continual.public import Training, make_task
+from dprandp.continual.public import make_task, make_training
 from dprandp.errors import UsageError
-from dprandp.models.classifier import Classifier
-from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
-from dprandp.pretrain import load_extractor
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.files import atomic_path, atomic_write, to_json
 from dprandp.runs.signals import graceful_stop
-from dprandp.vision.images import colour_of
 
-# ----------------------------------------------------------------------------------------------------- diagnose figure
-#
-# terms.png: the three terms over the public steps, and the loss of held-out public images.
+STAGE = "diagnose"
+ENOUGH = 2.0
+"""Largest B/B* or B*/B at which the batch is called about right: a factor of two changes a step little."""
 
 TERMS = {
     "along_gradient": ("GᵀHG: curvature", "#1b9e77"),
@@ -43,11 +38,7 @@ TERMS = {
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw a diagnosis as a PNG file.
-
-    Args:
-        result: of ``diagnose.run``.
-        path: the file.
+    """Draw the result of ``diagnose.run`` as a PNG file.
 
     Raises:
         StorageError: the disk refuses.
@@ -79,11 +70,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-STAGE = "diagnose"
-ENOUGH = 2.0
-"""Largest B/B* or B*/B at which the batch is called about right: a factor of two changes a step little."""
-
-
 def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     """Train on the public images up to the latest switch, and estimate the loss terms on the way.
 
@@ -102,10 +88,8 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
     started = time.perf_counter()
-    precision = with_precision("continue", config, context, context.rundir.result(PRETRAIN)["arch"]).precision
-    extractor, built_from = load_extractor(context, colour_of(stage.spec.channels), PRETRAIN, precision)
-    model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes)).to(context.device)
-    training = Training(config, model, task)
+    decided = with_precision("continue", config, context, context.rundir.result(PRETRAIN)["arch"])
+    training, built_from = make_training(decided, context, stage.spec, task)
     plan = stage.plan
     rows: list[dict[str, Any]] = []
     found: list[LossTerms] = []
@@ -145,13 +129,7 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
 
 
 def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | None]) -> list[str]:
-    """The meaning of the terms for this run, in sentences.
-
-    Args:
-        found: at least one.
-        steps: of each.
-        rules: see ``run``.
-    """
+    """The meaning of the terms (at least one) after these steps, in sentences; ``rules`` as in ``run``."""
     if found[0].noise_multiplier == 0:
         return ["There is no noise (ε = ∞), so privacy costs nothing: the decelerator is 0."]
     said = [_cost(found[0], f"After {steps[0]} public steps")]
@@ -163,18 +141,9 @@ def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | Non
             said.append(f"Public steps make private ones cheaper: the ratio has fallen {first / last:.3g} times.")
         else:
             said.append("Public steps have not made private ones much cheaper on these images.")
-    step = rules["decelerator"]
-    said.append(
-        "--switch decelerator would not begin private steps before the latest step."
-        if step is None
-        else f"--switch decelerator would begin private steps at step {step}."
-    )
-    step = rules["plateau"]
-    said.append(
-        "--switch plateau would wait until the latest step."
-        if step is None
-        else f"--switch plateau would begin them at step {step}."
-    )
+    for rule in ("decelerator", "plateau"):
+        when = "before the latest step" if rules[rule] is None else f"at step {rules[rule]}"
+        said.append(f"--switch {rule} would {'not ' if rules[rule] is None else ''}begin private steps {when}.")
     said.append(_batch(found[-1]))
     said.append(
         "The terms are those of gradient descent, to second order, with this σ: another batch size or number of steps "
@@ -193,11 +162,9 @@ def line(result: dict[str, Any]) -> str:
         head,
     ]
     for row in result["terms"]:
-        lines.append(
-            f"{row['step']:>6} {row['loss']:>8.4f} {row['along_gradient']:>10.3g} {row['sampling']:>10.3g} "
-            f"{row['decelerator']:>10.3g} {row['slowdown']:>10.3g} {row['best_batch']:>10.3g} "
-            f"{row['improvement']:>10.2g}"
-        )
+        shown = [row[name] for name in (*TERMS, "slowdown", "best_batch")]
+        numbers = "".join(f" {value:>10.3g}" for value in shown)
+        lines.append(f"{row['step']:>6} {row['loss']:>8.4f}{numbers} {row['improvement']:>10.2g}")
     return "\n".join([*lines, *result["meaning"]])
 
 

@@ -3,14 +3,12 @@
     public:   evaluations on held-out public images -> AdamW on a public batch
     switch:   the number of private steps is known, and with it σ: the plan is fixed, on disk, before any is charged
     private:  Poisson batch -> automatic clipping -> noise -> (mixed with a public gradient) -> AdamW
-
-A private gradient reaches ``Training`` only as what ``PrivateStep.release`` returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +19,8 @@ from dprandp.config.schema import ContinueConfig
 from dprandp.continual import switching
 from dprandp.continual.public import Training
 from dprandp.continual.switching import Look
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
-from dprandp.dpsgd.stage import PrivateStage
+from dprandp.dpsgd.clipped_sums import EXTRACTOR, ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.stage import CONTINUE, PrivateStage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.errors import CheckpointError
 from dprandp.runs import checkpoint, faults
@@ -32,7 +30,7 @@ from dprandp.runs.parallel import ALONE
 from dprandp.runs.signals import Stop
 from dprandp.vision.images import to_input
 
-STAGE, DONE, HEADS = "continue", "extractor", "heads"
+STAGE, DONE, HEADS = CONTINUE, "extractor", "heads"
 """``DONE`` is the checkpoint that later stages read; the heads are in a folder of their own."""
 
 TOGETHER = 2**23
@@ -41,28 +39,24 @@ TOGETHER = 2**23
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a training; public.
+    """The course of a training; public."""
 
-    Attributes:
-        switch: the first private step; the number of all steps if there is none.
-        why: in words.
-        updates: private updates that the parameters have seen.
-    """
-
-    switch: int
-    why: str
-    updates: int
+    switch: int  # the first private step; the number of all steps if there is none
+    why: str  # in words
+    updates: int = 0  # private updates that the parameters have seen
 
 
-def train(config: ContinueConfig, stage: PrivateStage, training: Training, stop: Stop, built_from: dict) -> Outcome:
-    """Train from the last checkpoint, or from the start.
+def train(
+    config: ContinueConfig, stage: PrivateStage, training: Training, stop: Stop, built_from: dict
+) -> tuple[PrivateStage, Outcome]:
+    """Train from the last checkpoint, or from the start; afterwards ``training.average`` is what is released.
 
     Args:
-        config: as recorded.
         stage: with its plan for the largest number of private steps; none with ``mix = 'public'``.
-        training: at its start. Afterwards ``average`` holds the released parameters.
-        stop: asked after every step.
         built_from: the extractor's configuration, for its checkpoint.
+
+    Returns:
+        The stage with the plan that was carried out, and the course of the training.
 
     Raises:
         CheckpointError: a damaged checkpoint, or a ledger that does not fit it.
@@ -71,48 +65,48 @@ def train(config: ContinueConfig, stage: PrivateStage, training: Training, stop:
     saved = checkpoint.resume(folder, warn=stage.context.console.warn)
     if saved is not None and saved.name == DONE:  # stopped after the last step
         heads = checkpoint.load_finished(folder / HEADS, HEADS, STAGE)
-        tensors = {f"extractor.{name}": value for name, value in saved.tensors.items()} | heads.tensors
+        tensors = {EXTRACTOR + name: value for name, value in saved.tensors.items()} | heads.tensors
         check_tensors(tensors, training.average, saved.path)
         training.average = {name: tensors[name].to(training.device) for name in training.average}
         training.looks = _looks_of(saved)
-        return Outcome(saved.entry("switch", int), saved.entry("why", str), saved.entry("updates", int))
-    first, switch, why, ledger_head = 0, None, "", None
+        return stage, Outcome(saved.entry("switch", int), saved.entry("why", str), saved.entry("updates", int))
+    first, ledger_head, begun = 0, None, None
     if saved is not None:
         check_tensors(saved.tensors, training.state(), saved.path)
         training.load_state(saved.tensors)
         training.looks = _looks_of(saved)
-        first, why, ledger_head = saved.entry("step", int), saved.entry("why", str), saved.meta.get("ledger")
-        switch = None if saved.meta.get("switch") is None else saved.entry("switch", int)
+        first, ledger_head = saved.entry("step", int), saved.meta.get("ledger")
+        if saved.meta.get("switch") is not None:
+            begun = Outcome(saved.entry("switch", int), saved.entry("why", str))
     log = MetricsLog(folder / "metrics.jsonl", first)
 
     def save(done: int, begun: Outcome | None) -> None:
-        meta = _meta(training, "" if begun is None else begun.why, None if begun is None else begun.switch)
-        meta |= {"step": done, "ledger": None if begun is None else stage.keep_head()}
+        meta = _meta(training, begun) | {"step": done, "ledger": None if begun is None else stage.keep_head()}
         checkpoint.save(folder, f"step-{done:06d}", training.state(), meta)
 
     total = config.steps
     with stage.context.console.progress(total, "steps", done=first) as progress:
-        if switch is None:
-            switch, why = _public_steps(config, stage, training, first, stop, log, save, progress.advance)
-            first = switch
+        if begun is None:
+            begun = _public_steps(config, stage, training, first, stop, log, save, progress.advance)
+            first = begun.switch
             training.switch()
             if config.mix != "public":
-                stage.replan(total - switch)
-                stage.fix_plan()
-                save(switch, Outcome(switch, why, 0))
-        elif stage.plan.steps != total - switch:
+                stage = stage.replanned(total - first).fix_plan()
+                save(first, begun)
+        elif stage.plan.steps != total - begun.switch:
             raise CheckpointError(
-                f"the checkpoint {saved.path} is of {total - switch} private steps, the plan of {stage.plan.steps}",
+                f"the checkpoint {saved.path} is of {total - begun.switch} private steps, the plan of "
+                f"{stage.plan.steps}",
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
-        outcome = Outcome(switch, why, 0)
         if config.mix != "public":
+            done = first - begun.switch
             updates = private_steps(
-                config, stage, training, outcome, stop, first - switch, ledger_head, log, save, progress.advance
+                config, stage, training, begun, stop, done, ledger_head, log, save, progress.advance
             )
-            outcome = Outcome(switch, why, updates)
-    _keep(folder, training, outcome, built_from)
-    return outcome
+            begun = replace(begun, updates=updates)
+    _keep(folder, training, begun, built_from)
+    return stage, begun
 
 
 def _public_steps(
@@ -124,8 +118,8 @@ def _public_steps(
     log: MetricsLog,
     save: Callable[[int, Outcome | None], None],
     advance: Callable[[int], None],
-) -> tuple[int, str]:
-    """Public steps until private ones begin; the step and the reason."""
+) -> Outcome:
+    """Public steps until private ones begin."""
     for step in range(first, config.steps):
         if step % config.check_every == 0 and config.mix in ("step", "public"):
             look = _look(config, stage, training, step)
@@ -134,12 +128,12 @@ def _public_steps(
             log.write(step=step, public_loss=look.loss, **values)
         why = switching.switch_now(config, training.looks, step)
         if why is not None:
-            return step, why
+            return Outcome(step, why)
         training.update(training.public_gradient(step), config.public_lr)
         advance(1)
         done = step + 1
         stop.end_step(done % config.checkpoint_every == 0, partial(save, done, None))
-    return config.steps, "only public steps were requested"
+    return Outcome(config.steps, "only public steps were requested")
 
 
 def _look(config: ContinueConfig, stage: PrivateStage, training: Training, step: int) -> Look:
@@ -162,41 +156,36 @@ def private_steps(
     save: Callable[[int, Outcome], None] = lambda done, begun: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """The remaining private steps.
+    """The remaining private steps, of which ``training`` has seen some ``updates``; returns their number in all.
 
     Args:
-        config, stage, training, stop: as for ``train``; the plan is fixed.
+        stage: its plan is fixed.
         begun: where private steps begin.
-        updates: private updates that ``training`` has seen. ledger_head: of its checkpoint, or None.
-        log, save, advance: metrics, checkpoints, progress.
-
-    Returns:
-        Private updates in all.
+        ledger_head: of the checkpoint, or None.
 
     Guarantee:
         One record (an image with its views, or a unit with its images) adds at most the plan's clip norm to a sum; all
         else is post-processing of what ``PrivateStep.release`` returns, of public images and of public settings.
     """
-    split, device = stage.dataset.train(), training.device
+    split, device, plan = stage.dataset.train(), training.device, stage.plan
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
-    rows = unit_rows(stage.dataset)
     settings = SumSettings(
         scale=1.0,
-        views=stage.plan.views,
+        views=plan.views,
         seed=config.seed,
         flip=stage.spec.flip_ok,
-        clip_norm=stage.plan.clip_norm,
+        clip_norm=plan.clip_norm,
         automatic=True,
-        precise=stage.plan.noise == "discrete",
-        microbatch=stage.context.microbatch or _together(training, device),
+        precise=plan.noise == "discrete",
+        microbatch=stage.context.microbatch or _together(training),
     )
-    sums = ClippedSums(training.model, settings)
+    sums, rows = ClippedSums(training.model, settings), unit_rows(stage.dataset)
     mechanism = stage.mechanism(updates, ledger_head)
     public, private = training.task.examples, stage.spec.train_examples
     for step in mechanism.steps():
         # --------------------------------------------------------------------------------- private: a clipped sum
         parameters = {name: training.parameters[name] for name in training.private_names}
-        batch = share_of(ALONE, step.indices, images, labels, None if rows is None else rows.images)
+        batch = share_of(ALONE, step.indices, images, labels, rows)
         clipped = sums.of(parameters, step.number, batch)
         # ----------------------------------------------------------------------- from here on: post-processing of noise
         noisy = step.release(clipped)
@@ -225,26 +214,26 @@ def mixed(noisy: dict[str, Tensor], public: dict[str, Tensor], weight: float) ->
     return out
 
 
-def _together(training: Training, device: torch.device) -> int | None:
+def _together(training: Training) -> int | None:
     """Examples whose gradients a CPU computes together: many for a small network, where calls cost more than sums."""
-    if device.type != "cpu":
+    if training.device.type != "cpu":
         return None
     return max(1, min(64, TOGETHER // sum(value.numel() for value in training.parameters.values())))
 
 
 def _keep(folder: Path, training: Training, outcome: Outcome, built_from: dict) -> None:
     """Write the released tensors, the extractor last: its presence means that the training is done."""
-    prefix = "extractor."
     tensors = {name: value.cpu() for name, value in training.average.items()}
     (folder / HEADS).mkdir(exist_ok=True)
-    heads = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    heads = {name: value for name, value in tensors.items() if not name.startswith(EXTRACTOR)}
     checkpoint.save(folder / HEADS, HEADS, heads, {}, keep=1)
-    extractor = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    meta = _meta(training, outcome.why, outcome.switch) | {"updates": outcome.updates, "config": built_from}
+    extractor = {name.removeprefix(EXTRACTOR): value for name, value in tensors.items() if name.startswith(EXTRACTOR)}
+    meta = _meta(training, outcome) | {"updates": outcome.updates, "config": built_from}
     checkpoint.save(folder, DONE, extractor, meta, keep=1)
 
 
-def _meta(training: Training, why: str, switch: int | None) -> dict:
+def _meta(training: Training, begun: Outcome | None) -> dict:
+    why, switch = ("", None) if begun is None else (begun.why, begun.switch)
     return {"why": why, "switch": switch, "looks": [look.to_list() for look in training.looks]}
 
 

@@ -12,9 +12,7 @@ first. All three are for steps of gradient descent; an adaptive optimizer change
 tr(H) and tr(HΣ) come from Hutchinson's probes, vᵀHv with random v: v of random signs for the one; for the other
 v = Σ_i s_i (g_i − G)/√(n−1) with random signs s_i, the gradient of a weighted loss, which needs no single gradient.
 
-Guarantee:
-    None needed, and none given: everything here is computed from public images, public settings and parameters that
-    were released. No function of this file may ever be called with private images.
+No function of this file may ever be called with private images: nothing here is made noisy.
 """
 
 from __future__ import annotations
@@ -34,21 +32,15 @@ LossOfEach = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Estimates at one point of the training.
+    """Estimates at one point of the training."""
 
-    Attributes:
-        gradient_squared: |G|². along_gradient: GᵀHG. trace: tr(H). trace_covariance: tr(HΣ).
-        clip_factor: c, the mean over examples of what their gradients are multiplied by; above 0.
-        noise_multiplier: σ. batch: B.
-    """
-
-    gradient_squared: float
-    along_gradient: float
-    trace: float
-    trace_covariance: float
-    clip_factor: float
-    noise_multiplier: float
-    batch: float
+    gradient_squared: float  # |G|²
+    along_gradient: float  # GᵀHG
+    trace: float  # tr(H)
+    trace_covariance: float  # tr(HΣ)
+    clip_factor: float  # c > 0, the mean over examples of what their gradients are multiplied by
+    noise_multiplier: float  # σ
+    batch: float  # B
 
     @property
     def sampling(self) -> float:
@@ -83,7 +75,7 @@ class LossTerms:
         return self.noise_multiplier / self.clip_factor * math.sqrt(self.trace / self.along_gradient)
 
     def to_dict(self) -> dict[str, float]:
-        """All attributes by name."""
+        """All attributes and properties by name."""
         derived = ("sampling", "decelerator", "improvement", "slowdown", "best_batch")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -98,25 +90,21 @@ def loss_terms(
     batch: float,
     probes: int,
     generator: torch.Generator,
-    microbatch: int = 16,
 ) -> LossTerms:
-    """Estimate the terms on public examples.
+    """Estimate the terms on n ≥ 2 *public* examples, for private steps with σ and B.
 
     Args:
         loss_of_each: twice differentiable; each loss of its own example alone.
-        parameters: name -> float tensor; those of which H is the Hessian.
-        images, labels: n >= 2 *public* examples.
-        noise_multiplier, batch: σ and B of the private steps.
+        parameters: those of which H is the Hessian.
         probes: Hutchinson probes for each trace, at least 1.
         generator: public randomness, on the CPU.
-        microbatch: memory only.
     """
     count = len(labels)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
     values = list(leaves.values())
 
-    def gradient_of(losses: Tensor, *, graph: bool = False, keep: bool = False) -> list[Tensor]:
-        found = torch.autograd.grad(losses, values, create_graph=graph, retain_graph=graph or keep, allow_unused=True)
+    def gradient_of(losses: Tensor, graph: bool = False) -> list[Tensor]:
+        found = torch.autograd.grad(losses, values, create_graph=graph, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(found, values, strict=True)]
 
     losses = loss_of_each(leaves, images, labels)
@@ -124,7 +112,7 @@ def loss_terms(
     for _ in range(probes):
         signs = _signs(count, generator).to(losses)
         weights = (signs - signs.mean()) / math.sqrt(count - 1)
-        weighted.append([g.detach() for g in gradient_of((weights * losses).sum(), keep=True)])
+        weighted.append([g.detach() for g in gradient_of((weights * losses).sum())])
     gradient = gradient_of(losses.mean(), graph=True)
     fixed = [g.detach() for g in gradient]
 
@@ -132,7 +120,7 @@ def loss_terms(
         slope = sum((g * v).sum() for g, v in zip(gradient, direction, strict=True) if g.requires_grad)
         if not isinstance(slope, Tensor):
             return 0.0  # a loss that is linear in all parameters
-        return _dot(gradient_of(slope, keep=True), direction)
+        return _dot(gradient_of(slope), direction)
 
     def random() -> list[Tensor]:
         return [_signs(v.numel(), generator).view(v.shape).to(v) for v in values]
@@ -145,7 +133,7 @@ def loss_terms(
         along_gradient=along,
         trace=trace,
         trace_covariance=covariance,
-        clip_factor=mean_clip_factor(loss_of_each, parameters, images, labels, microbatch),
+        clip_factor=mean_clip_factor(loss_of_each, parameters, images, labels),
         noise_multiplier=noise_multiplier,
         batch=batch,
     )

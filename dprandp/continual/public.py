@@ -1,6 +1,15 @@
-"""The state of ``continue``, and its public work: gradients, evaluations, and the switch.
+"""The state of ``continue``, and its public work: tasks, gradients, evaluations.
 
-Nothing in this file reads a private image. The parameters after private steps are released anyway.
+Nothing in this file reads a private image; private images are only compared with a public set that declares as many
+images of the same size, to refuse it if equal. The parameters after private steps are released anyway.
+
+* *Labelled* public data (a declared part of the training split, or another data set): their own classes. Where these
+  are the private classes, private and public steps share one head.
+* *Synthetic* images: each of some hundred images is a class of its own, and random views of it have to be recognised
+  (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). The loss is of one view at a time, as the theory of the
+  switch requires for the gradients' covariance and the Hessian.
+
+All random choices are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -13,10 +22,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from dprandp.config.schema import SYNTHETIC, ContinueConfig, fraction_of, same_data_name
+from dprandp.config.schema import SYNTHETIC, ContinueConfig, PretrainConfig, fraction_of, same_data_name
 from dprandp.continual.loss_terms import LossTerms, loss_terms
 from dprandp.continual.switching import Look
 from dprandp.data import DataSpec, open_dataset, public_part
+from dprandp.dpsgd.clipped_sums import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.training_data import use_as_public
 from dprandp.errors import UsageError
@@ -24,57 +34,32 @@ from dprandp.generate import load_images
 from dprandp.models.classifier import Classifier
 from dprandp.models.optimizers import restore
 from dprandp.models.precision import autocast
+from dprandp.models.whitening import PooledOnly
+from dprandp.pretrain import STAGE as PRETRAIN
+from dprandp.pretrain import load_extractor
+from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runs.context import Context
-from dprandp.vision.images import INPUT_SIZE, as_declared, to_input
+from dprandp.vision.images import INPUT_SIZE, as_declared, colour_of, to_input
 from dprandp.vision.views import ContrastiveViews, private_views
-
-# -------------------------------------------------------------------------------------------------------- public tasks
-#
-# The public task of ``continue``: classification, with held-out images.
-#
-# * *Labelled* public data (a declared part of the training split, or another data set): their own classes. Where these
-#   are the private classes, private and public steps share one head.
-# * *Synthetic* images: each of some hundred images is a class of its own, and random views of it have to be recognised
-#   (exemplar networks, Dosovitskiy et al. 2014, arXiv 1406.6909). The loss is of one view at a time, as the theory of
-# the
-#   switch requires for the gradients' covariance and the Hessian.
-#
-# All random choices are functions of (seed, step). Private images are only compared with a public set that declares as
-# many images of the same size, to refuse it if equal.
 
 HELD_OUT = 0.2
 """Fraction of labelled public images that are held out to decide the switch."""
 MOST_HELD_OUT = 512
 
-OWN_CLASSES, OTHER_CLASSES = "the private classes", "classes of its own"
-
 
 @dataclass(frozen=True)
 class PublicTask:
-    """Images, labels and how views are drawn.
+    """Images, labels and how views are drawn."""
 
-    Attributes:
-        title: of the images, in words.
-        images: uint8 [n, 3, R, R]; R = 32, or larger for synthetic images.
-        labels: int64 [n].
-        classes: how many.
-        shared: whether the classes are the private ones, in the same order.
-        held_out: (uint8 [v, 3, 32, 32], int64 [v]).
-        flip: whether a mirrored image keeps its label.
-        spec: of the private data, as declared; synthetic images get the same channels and size.
-        synthetic: whether the images are those of a random process.
-        seed: public.
-    """
-
-    title: str
-    images: Tensor
-    labels: Tensor
+    title: str  # of the images, in words
+    images: Tensor  # uint8 [n, 3, R, R]; R = 32, or larger for synthetic images
+    labels: Tensor  # int64 [n]
     classes: int
-    shared: bool
-    held_out: tuple[Tensor, Tensor]
-    flip: bool
-    spec: DataSpec
-    synthetic: bool
+    shared: bool  # whether the classes are the private ones, in the same order
+    held_out: tuple[Tensor, Tensor]  # uint8 [v, 3, 32, 32], int64 [v]
+    flip: bool  # whether a mirrored image keeps its label
+    spec: DataSpec  # of the private data, as declared; synthetic images get the same channels and size
+    synthetic: bool  # whether the images are those of a random process
     seed: int
 
     @property
@@ -86,21 +71,15 @@ class PublicTask:
         """Views of a random batch and their labels: uint8 [size, 3, 32, 32], int64 [size]; with replacement."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step * 7_919 + 31) % 2**63)
         chosen = torch.randint(len(self.images), (size,), generator=generator)
-        return self._views(self.images[chosen], generator), self.labels[chosen]
-
-    def _views(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if self.synthetic:
-            return _synthetic_views(images, self.spec, self.flip, generator)
-        return private_views(images, 1, generator, flip=self.flip, augment_single=True)[:, 0]
+            views = _synthetic_views(self.images[chosen], self.spec, generator)
+        else:
+            views = private_views(self.images[chosen], 1, generator, flip=self.flip, augment_single=True)[:, 0]
+        return views, self.labels[chosen]
 
 
 def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
-    """The task that a configuration names.
-
-    Args:
-        config: public, data, instances, seed.
-        context: data root; the run's images for ``synth``.
-        spec: the private data's declared facts, of the private part where a fraction is declared public.
+    """The task that a configuration names, for private data of these declared facts.
 
     Raises:
         UsageError: unknown public data, or private data of which all are declared public.
@@ -111,21 +90,18 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     fraction = fraction_of(config.public)
     if fraction is None and same_data_name(config.public, config.data):
         raise _private_and_public(config)
-    name = config.data if fraction is not None else config.public
-    classes = config.classes if fraction is not None else None
+    name, classes = (config.public, None) if fraction is None else (config.data, config.classes)
     dataset = open_dataset(name, context.data_dir, download=context.download, num_classes=classes)
     if fraction is None:
         facts = {"download": context.download, "num_classes": config.classes, "unit_column": config.unit_column}
         if dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
             raise _private_and_public(config)
         use_as_public(context.rundir, dataset)
-    split = dataset.train() if fraction is None else public_part(dataset, fraction, config.seed)
-    title = (
-        f"{len(split.labels)} images of {dataset.spec.name}, declared public by the user"
-        if fraction is None
-        else f"{len(split.labels)} training images of {dataset.spec.name}, a random part by a public seed, declared "
-        "public by the user"
-    )
+        split, part = dataset.train(), f"images of {dataset.spec.name}"
+    else:
+        split = public_part(dataset, fraction, config.seed)
+        part = f"training images of {dataset.spec.name}, a random part by a public seed"
+    title = f"{len(split.labels)} {part}, declared public by the user"
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(config.seed))
     held = min(MOST_HELD_OUT, max(1, int(HELD_OUT * len(order))))
     if held >= len(order):
@@ -155,19 +131,18 @@ def _private_and_public(config: ContinueConfig) -> UsageError:
 
 def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> PublicTask:
     images = torch.from_numpy(load_images(context.rundir.stage_dir("generate"), config.instances))
-    images = images.permute(0, 3, 1, 2).contiguous()
-    labels = torch.arange(len(images))
+    images, labels = images.permute(0, 3, 1, 2).contiguous(), torch.arange(len(images))
     if len(images) < 2:
         raise UsageError("the public task needs at least two images", fix="make more images, or give more instances")
-    generator = torch.Generator().manual_seed(config.seed + 1)
     held = torch.arange(min(len(images), MOST_HELD_OUT))
+    views = _synthetic_views(images[held], spec, torch.Generator().manual_seed(config.seed + 1))
     return PublicTask(
         title=f"{len(images)} synthetic images of this run, each a class",
         images=images,
         labels=labels,
         classes=len(images),
         shared=False,
-        held_out=(_synthetic_views(images[held], spec, spec.flip_ok, generator), labels[held]),
+        held_out=(views, labels[held]),
         flip=spec.flip_ok,
         spec=spec,
         synthetic=True,
@@ -175,11 +150,10 @@ def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> Publ
     )
 
 
-def _synthetic_views(images: Tensor, spec: DataSpec, flip: bool, generator: torch.Generator) -> Tensor:
+def _synthetic_views(images: Tensor, spec: DataSpec, generator: torch.Generator) -> Tensor:
     """One view each, with the declared channels and size of the private data: uint8 [b, 3, 32, 32]."""
-    views = ContrastiveViews(INPUT_SIZE, flip=0.5 if flip else 0.0)
-    seen = views.apply(images, views.draw(images, generator))
-    pixels = (seen * 255).round_().to(torch.uint8)
+    views = ContrastiveViews(INPUT_SIZE, flip=0.5 if spec.flip_ok else 0.0)
+    pixels = (views.apply(images, views.draw(images, generator)) * 255).round_().to(torch.uint8)
     return as_declared(pixels, channels=spec.channels, height=spec.height, width=spec.width)
 
 
@@ -190,46 +164,40 @@ TERM_PROBES = 4
 HELD_OUT_BATCH = 256
 
 
+def make_training(
+    config: ContinueConfig, context: Context, spec: DataSpec, task: PublicTask
+) -> tuple[Training, PretrainConfig]:
+    """A training at its start, from the run's pretrained extractor; and that one's configuration."""
+    colour = colour_of(spec.channels)
+    extractor, built_from = load_extractor(context, colour, PRETRAIN, precision=config.precision)
+    model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(spec.classes)).to(context.device)
+    refuse_cross_example_layers(model)
+    return Training(config, model, task), built_from
+
+
 class Training:
     """Parameters, their moving average, and Adam; public and private steps change them in turn.
-
-    Args:
-        config: learning rates, decays, seed.
-        model: extractor and private head, on the device that computes.
-        task: the public images.
 
     Attributes:
         parameters: name -> float32: ``extractor.*``, ``head``, and ``public_head`` where the task has other classes.
         average: name -> float32, the moving average since the switch.
         optimizer: AdamW; its state is kept over the switch, except for the first moment.
         looks: evaluations of the public images, so far.
+        public_names, private_names: the parameters with public, and with private gradients.
     """
 
     def __init__(self, config: ContinueConfig, model: Classifier, task: PublicTask) -> None:
         self.config, self.model, self.task = config, model, task
         self.device = model.head.device
         self.parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.private_names = list(self.parameters)
         if not task.shared:
             self.parameters[PUBLIC_HEAD] = model.head.new_zeros(len(model.head), task.classes).detach()
+        self.public_names = [name for name in self.parameters if name != "head" or task.shared]
         self.average = {name: value.clone() for name, value in self.parameters.items()}
         self.settings = OptimizerSettings("adam", weight_decay=config.weight_decay)
         self.optimizer = Optimizer(self.settings, self.parameters)
         self.looks: list[Look] = []
-
-    @property
-    def public_head(self) -> str:
-        """The name of the head for public images."""
-        return "head" if self.task.shared else PUBLIC_HEAD
-
-    @property
-    def public_names(self) -> list[str]:
-        """The parameters with public gradients."""
-        return [name for name in self.parameters if name != "head" or self.task.shared]
-
-    @property
-    def private_names(self) -> list[str]:
-        """The parameters with private gradients."""
-        return [name for name in self.parameters if name != PUBLIC_HEAD]
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that steps change, by name; with ``looks``, all that the next step depends on."""
@@ -242,22 +210,17 @@ class Training:
         restore(self.state(), tensors)
 
     def loss_of_each(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of public views, one by one.
+        """float32 [n], cross-entropy of public views (uint8 [n, 3, 32, 32]), one by one.
 
         Args:
             parameters: those of ``public_names``.
-            images: uint8 [n, 3, 32, 32]. labels: int64 [n].
-
-        Returns:
-            float32 [n].
         """
-        prefix = "extractor."
-        own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+        own = {name.removeprefix(EXTRACTOR): value for name, value in parameters.items() if name.startswith(EXTRACTOR)}
         extractor = self.model.extractor
         with autocast(extractor, self.device):
             features = functional_call(extractor, own, (extractor.normalise(images),))
-        scores = self.model.whitener(features.float()) @ parameters[self.public_head]
-        return functional.cross_entropy(scores, labels, reduction="none")
+        head = parameters["head" if self.task.shared else PUBLIC_HEAD]
+        return functional.cross_entropy(self.model.whitener(features.float()) @ head, labels, reduction="none")
 
     def public_gradient(self, step: int) -> dict[str, Tensor]:
         """The mean gradient of a batch of public views, drawn by (seed, step)."""
@@ -267,12 +230,11 @@ class Training:
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One step of AdamW on some of the parameters; every gradient is of public images, or has its noise."""
+        """One step of AdamW with gradients of public images, or with noisy ones."""
         self.optimizer.step(gradients, lr)
 
     def switch(self) -> None:
-        """Begin private steps: reset the first moment, keep the second and the step count (Bu et al. 2024), start the
-        average."""
+        """Begin private steps: reset the first moment, keep the second (Bu et al. 2024), and start to average."""
         self.optimizer.reset_first_moment()
         for name, value in self.average.items():
             value.copy_(self.parameters[name])

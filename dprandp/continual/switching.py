@@ -1,7 +1,6 @@
 """When public steps end and private ones begin, and how the two are mixed (Bu et al. 2024).
 
-Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy, and the switch
-reveals nothing about private data.
+Both are functions of the configuration, of step numbers and of *public* images: they cost no privacy.
 """
 
 from __future__ import annotations
@@ -29,17 +28,11 @@ achieves nine tenths of the improvement without noise. The median of the last ``
 
 @dataclass(frozen=True)
 class Look:
-    """One evaluation of the public training.
+    """One evaluation of the public training."""
 
-    Attributes:
-        step: public steps done.
-        loss: mean loss of the held-out public images.
-        slowdown: of ``LossTerms``; NaN where undefined, None where not estimated.
-    """
-
-    step: int
-    loss: float
-    slowdown: float | None = None
+    step: int  # public steps done
+    loss: float  # mean loss of the held-out public images
+    slowdown: float | None = None  # of ``LossTerms``; NaN where undefined, None where not estimated
 
     def to_list(self) -> list[float | None]:
         """For a checkpoint; NaN becomes null there, which ``from_list`` undoes."""
@@ -70,13 +63,11 @@ def few(looks: Sequence[Look]) -> bool:
 
 
 def switch_now(config: ContinueConfig, looks: Sequence[Look], step: int) -> str | None:
-    """The reason, in words, for beginning private steps before step ``step`` (from 0), or None.
-
-    Args:
-        looks: evaluations so far, in order; the last one may be of this step.
-    """
-    if config.mix in ("cosine", "ratio", "private"):
-        return f"every step is private (mix = {config.mix})" if config.mix != "private" else "no public step was given"
+    """The reason, in words, for beginning private steps before this step (from 0), or None; after these evaluations."""
+    if config.mix == "private":
+        return "no public step was given"
+    if config.mix in ("cosine", "ratio"):
+        return f"every step is private (mix = {config.mix})"
     if config.mix == "public":
         return None
     fixed = switch_step(config)
@@ -116,16 +107,10 @@ def first_look(config: ContinueConfig) -> int:
 
 
 def public_weight(config: ContinueConfig, step: int, switch: int, public: int, private: int) -> float:
-    """α of g = α g_public + (1 − α) g_private, in [0, 1].
+    """α of g = α g_public + (1 − α) g_private, in [0, 1], from numbers of public and private examples.
 
-    Args:
-        step: from 0.
-        switch: the first private step.
-        public, private: numbers of examples, both public.
-
-    Returns:
-        step: 1 before the switch, then 0. cosine: 1 − cos(πt/2T), from 0 to 1 (Amid et al. 2022, DPMD). ratio: the
-        public part of all examples.
+    Mix 'step': 1 before the switch (the first private step), then 0. 'cosine': 1 − cos(πt/2T), from 0 to 1 (Amid et al.
+    2022, DPMD). 'ratio': the public part of all examples.
     """
     if config.mix == "cosine":
         return 1 - math.cos(math.pi * step / (2 * config.steps))

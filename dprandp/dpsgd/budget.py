@@ -21,32 +21,39 @@ N, q and all other positions stay the same. A record is one unit of privacy: one
 say (``DataSpec.unit``)."""
 BUDGET_KEYS = ("data", "epsilon", "delta", "examples", "unit")
 NO_PUBLIC_PART = "none"
+NEW_RUN = "start a new --run and add up the ε of both"
 ROUNDING = 1e-9
 """Tolerance of ε for rounding, as a stage's target is computed from the budget."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of the whole run, fixed before the data are first read (``privacy/plan.json``).
+    """The budget of the whole run, fixed before the data are first read.
 
-    A budget chosen after seeing a result would need a privacy odometer instead of the composition that is accounted
-    here, so a changed budget is refused. So is a changed choice of the training images that are declared public
-    (``public_part``): private images of a run stay private, and public ones public.
+    One chosen after seeing a result would need a privacy odometer instead of the composition that is accounted here, so
+    a changed budget is refused.
     """
 
-    data: str
-    """The name under which the data were first given."""
+    data: str  # the name under which the data were first given
     epsilon: float
     delta: float
-    examples: int
-    unit: str
-    public_part: str = NO_PUBLIC_PART
+    examples: int  # N, units of privacy
+    unit: str  # of privacy, in words
+    public_part: str = NO_PUBLIC_PART  # of the training images, in words
+
+    @property
+    def declared_part(self) -> dict[str, str]:
+        """The public part as an entry of a document; none where no part is public."""
+        return {} if self.public_part == NO_PUBLIC_PART else {"public_part": self.public_part}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plan file without stages."""
+        numbers = {"data": self.data, "epsilon": self.epsilon, "delta": self.delta, "examples": self.examples}
+        fixed = {"adjacency": ADJACENCY, "unit": self.unit, **self.declared_part}
+        return {"format": 1, **numbers, **fixed, "stages": {}}
 
     def refuse_other(self, other: Budget) -> None:
-        """Raise if a command's budget differs from the run's, as far as declared facts show.
-
-        Names of data do not count: which data they are is told by their content (``training_data.py``), once the plan
-        is accepted.
+        """Raise if a command's budget differs from the run's; ``training_data.py`` compares the data by content later.
 
         Raises:
             BudgetError: ε, δ or the unit of privacy differ. UsageError: N does.
@@ -60,15 +67,14 @@ class Budget:
             )
         if self.unit != other.unit:
             raise BudgetError(
-                f"this run's unit of privacy was fixed as {self.unit} before the data were read; {other.unit} "
-                "was asked for",
-                fix="give the same --unit-column, or start a new --run and add up the ε of both",
+                f"this run's unit of privacy was fixed as {self.unit}; {other.unit} was asked for",
+                fix=f"give the same --unit-column, or {NEW_RUN}",
             )
         if self.public_part != other.public_part:
             raise BudgetError(
-                f"of this run's training images, the public part was fixed as {self.public_part} before the private "
-                f"ones were read; {other.public_part} was asked for",
-                fix="give the same --public and --seed, or start a new --run and add up the ε of both",
+                f"of this run's training images, the public part was fixed as {self.public_part}; {other.public_part} "
+                "was asked for",
+                fix=f"give the same --public and --seed, or {NEW_RUN}",
             )
         if self.examples != other.examples:
             raise InputError(
@@ -79,7 +85,7 @@ class Budget:
             raise BudgetError(
                 f"this run's budget was fixed at ε = {self.epsilon:g}, δ = {self.delta:g} before the data were "
                 f"read; ε = {other.epsilon:g}, δ = {other.delta:g} was asked for",
-                fix="leave --eps and --delta out, or start a new --run and add up the ε of both",
+                fix=f"leave --eps and --delta out, or {NEW_RUN}",
             )
 
 
@@ -90,32 +96,19 @@ def budget_of(document: dict[str, Any]) -> Budget:
 
 
 def default_delta(examples: int, published: float | None = None) -> float:
-    """The default δ.
-
-    Args:
-        examples: N ≥ 1.
-        published: the δ at which results for the data set are published, ``DataSpec.published_delta``.
-
-    Returns:
-        The published one, if it is below 1/N; else what is advised for N records, ``accounting.advised_delta``.
-    """
+    """The default δ for N records: the one at which results for the data set are published, if it is below 1/N; else
+    what is advised."""
     return published if published is not None and published < 1 / examples else advised_delta(examples)
 
 
 def read_budget(rundir: RunDir) -> dict[str, Any] | None:
-    """Budget and spent ε of a run, read-only; None before its first private stage.
-
-    Returns:
-        data, epsilon, delta, examples, spent (upper bound of ε), private.
-    """
+    """``BUDGET_KEYS``, spent (upper bound of ε) and private, read-only; None before the run's first private stage."""
     ledger, document = open_run_ledger(rundir), read_plan_file(rundir)
     if document is None or ledger is None:
         return None
-    spent = ledger.spent(document["delta"]).upper
-    return {key: document[key] for key in BUDGET_KEYS} | {
-        "spent": spent,
-        "private": ledger.private and math.isfinite(document["epsilon"]),
-    }
+    found = {key: document[key] for key in BUDGET_KEYS}
+    private = ledger.private and math.isfinite(document["epsilon"])
+    return found | {"spent": ledger.spent(document["delta"]).upper, "private": private}
 
 
 def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
@@ -143,11 +136,9 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
 def _refuse_nonsense(document: dict[str, Any]) -> None:
     """Raise (ValueError, KeyError, TypeError, UsageError, CheckpointError) for a plan file that was not written so."""
     kinds = {"data": str, "epsilon": float, "delta": float, "examples": int, "unit": str, "stages": dict}
-    for key, kind in kinds.items():
-        if not isinstance(document[key], kind) or isinstance(document[key], bool):
-            raise TypeError(f"{key} has another type")
-    if not isinstance(document.get("public_part", NO_PUBLIC_PART), str):
-        raise TypeError("public_part has another type")
+    public = document.get("public_part", NO_PUBLIC_PART)
+    if any(type(document[key]) is not kind for key, kind in kinds.items()) or type(public) is not str:
+        raise TypeError("an entry has another type")
     validate_budget(document["epsilon"], document["delta"], document["examples"])
     for name, entry in document["stages"].items():
         selection = "mu" in entry["plan"]

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd.masks import FrozenPrefix
+from dprandp.dpsgd.units import UnitRows
 from dprandp.models.classifier import Classifier
 from dprandp.models.patchnet import patch_layers
 from dprandp.models.patchnet import per_example_gradients as patchnet_gradients
@@ -47,46 +48,27 @@ GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[
 
 @dataclass(frozen=True)
 class SumSettings:
-    """The public settings of a sum.
+    """The public settings of a sum."""
 
-    Attributes:
-        scale: the extractor's factor s; 0 freezes it.
-        views: K.
-        seed: public randomness of the views.
-        flip: mirror half of the views.
-        clip_norm: C.
-        automatic: automatic clipping, see ``privacy.clipping``.
-        precise: clip and add in float64, so that rounding cannot add to the sensitivity (for discrete noise).
-        microbatch: examples whose gradients are held together; None lets the model's kind choose. Memory only.
-        frozen_first: units of the extractor before the first that is trained (``frozen_blocks``).
-    """
-
-    scale: float
-    views: int
-    seed: int
-    flip: bool
-    clip_norm: float
-    automatic: bool = False
-    precise: bool = False
-    microbatch: int | None = None
-    frozen_first: int = 0
+    scale: float  # the extractor's factor s; 0 freezes it
+    views: int  # K
+    seed: int  # public randomness of the views
+    flip: bool  # mirror half of the views
+    clip_norm: float  # C
+    automatic: bool = False  # automatic clipping, see ``privacy.clipping``
+    precise: bool = False  # clip and add in float64, so that rounding adds nothing to the sensitivity (discrete noise)
+    microbatch: int | None = None  # examples whose gradients are held together; None: by the model. Memory only
+    frozen_first: int = 0  # units of the extractor before the first that is trained (``masks.FrozenBlocks``)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one step: images, or units of several. Private.
+    """Records of one step: images, or units of several. Private."""
 
-    Attributes:
-        images: uint8 [M, 3, 32, 32], those of one unit next to each other.
-        labels: int64 [M].
-        members: int64 [M], the images' positions in the data set, by which their views are drawn.
-        sizes: int64 [U], images of each unit; None where every image is a record.
-    """
-
-    images: Tensor
-    labels: Tensor
-    members: Tensor
-    sizes: Tensor | None = None
+    images: Tensor  # uint8 [M, 3, 32, 32], those of one unit next to each other
+    labels: Tensor  # int64 [M]
+    members: Tensor  # int64 [M], the images' positions in the data set, by which their views are drawn
+    sizes: Tensor | None = None  # int64 [U], images of each unit; None where every image is a record
 
     @property
     def records(self) -> int:
@@ -95,30 +77,16 @@ class Batch:
 
 
 class ClippedSums:
-    """Sums of clipped gradients of one model.
-
-    Args:
-        model: on the device that computes; its parameters may be overwritten, and no longer ask for gradients (those
-            that are trained are handed in).
-        settings: public.
-    """
+    """Sums of clipped gradients of one model, whose parameters may be overwritten and no longer require gradients."""
 
     def __init__(self, model: Classifier, settings: SumSettings) -> None:
-        self.settings, self.device = settings, model.head.device
+        self.settings, self.device, first = settings, model.head.device, settings.frozen_first
         model.requires_grad_(False)
-        self._prefix = None
-        if settings.frozen_first:
-            self._prefix = FrozenPrefix(model, settings.frozen_first, keep=settings.views == 1)
-        self._gradients = gradient_source(
-            model, settings.scale, self.device, settings.microbatch, settings.frozen_first
-        )
+        self._prefix = FrozenPrefix(model, first, keep=settings.views == 1) if first else None
+        self._gradients = gradient_source(model, settings)
 
     def of(
-        self,
-        parameters: Mapping[str, Tensor],
-        step: int,
-        batch: Batch,
-        masks: masking.Masks | None = None,
+        self, parameters: Mapping[str, Tensor], step: int, batch: Batch, masks: masking.Masks | None = None
     ) -> dict[str, Tensor]:
         """The sum over one batch, or over one rank's part of it.
 
@@ -140,8 +108,7 @@ class ClippedSums:
         views = private_views(batch.images.to(self.device), settings.views, draws, flip=settings.flip)
         if self._prefix is not None:
             views = self._prefix.outputs(views, batch.members)
-        labels = batch.labels.to(self.device)
-        gradients = self._gradients(parameters, views, labels)
+        gradients = self._gradients(parameters, views, batch.labels.to(self.device))
         if masks:
             gradients = _masked(gradients, masks)
         if batch.sizes is not None:
@@ -158,25 +125,19 @@ class ClippedSums:
         share: Batch,
         masks: masking.Masks | None = None,
     ) -> dict[str, Tensor]:
-        """The sum over a batch whose records are distributed over the ranks, at rank 0's parameters.
+        """``of`` a batch whose records are distributed over the ranks, at rank 0's parameters and masks.
+
+        All ranks call this together, with the same model and settings; parameters and masks, of the same names
+        everywhere, are overwritten by those of rank 0. The result is undefined on the other ranks.
 
         Args:
-            ranks: of which this is one; all call this together, with the same model and settings.
-            parameters, masks: as for ``of``, of the same names on every rank; overwritten by those of rank 0.
-            step: as for ``of``.
-            share: this rank's. Every record of the batch is in exactly one rank's share; shares may be empty.
-
-        Returns:
-            On rank 0 as ``of`` over all shares; equal to it up to the rounding of float32 (of float64 where
-            ``precise``). Undefined on the others.
+            share: this rank's, maybe empty. Every record of the batch is in exactly one rank's share.
 
         Guarantee:
             Sensitivity ``clip_norm``: each record's gradient is computed and clipped once, whole, by the one rank that
-            has it, and the shares' sums are added in float64. So the total is the sum over records that one process
-            would make, in another order. No rank adds noise or divides; what is returned on rank 0 goes into one
-            ``PrivateStep``, whose charge, draw and noise are the only ones of the step. A share longer than its records
-            allow (C each) is refused before it is added: a rank that did not clip, or that added noise of its own, ends
-            the job.
+            has it, and the shares' sums are added in float64. No rank adds noise or divides; what is returned on rank 0
+            goes into one ``PrivateStep``. A share longer than its records allow (C each) is refused before it is added:
+            a rank that did not clip, or that added noise of its own, ends the job.
 
         Raises:
             RankLostError, RankError: a rank ended or hangs; nothing of the step is released.
@@ -213,18 +174,7 @@ class Draw:
 
 
 def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[PrivateStep | Draw]:
-    """The steps of a mechanism, on every rank: rank 0 charges and draws, and broadcasts the batch.
-
-    Args:
-        ranks: of which this is one.
-        steps: of the mechanism, on rank 0; not looked at elsewhere.
-
-    Guarantee:
-        A step is charged and its batch drawn on rank 0 alone, before any rank has it.
-
-    Raises:
-        RankLostError, RankError: a rank ended or hangs. On rank 0 as ``steps``.
-    """
+    """The steps of rank 0's mechanism, on every rank: rank 0 charges and draws, and broadcasts the batch."""
     if ranks.size == 1:
         yield from steps
     elif ranks.is_first:
@@ -237,63 +187,49 @@ def steps_on_all(ranks: Ranks, steps: Iterable[PrivateStep]) -> Iterator[Private
             yield Draw(int(row[0]), row[1:].numpy())
 
 
-def share_of(ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: Callable | None) -> Batch:
-    """This rank's part of the records of a step: whole records, divided as evenly as possible.
+def share_of(ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, rows: UnitRows | None) -> Batch:
+    """This rank's part of the records of a step (int64 [b], maybe none): whole records, divided as evenly as possible.
 
     Args:
-        ranks: of which this is one.
-        records: int64 [b], the members of the batch; may be none.
         images, labels: of the whole data set.
-        rows: records -> (positions of their images, images of each), ``UnitRows.images``; None where a record is one
-            image.
+        rows: the images of each record; None where a record is one image.
     """
     own = records[ranks.shares(len(records))[ranks.rank]]
-    members, sizes = (own, None) if rows is None else rows(own)
+    members, sizes = (own, None) if rows is None else rows.images(own)
     places = torch.from_numpy(members)
     chosen = places.to(images.device)
     return Batch(images[chosen], labels[chosen], places, None if sizes is None else torch.from_numpy(sizes))
 
 
-def gradient_source(
-    model: Classifier, scale: float, device: torch.device, microbatch: int | None, first: int = 0
-) -> GradientSource:
-    """How per-example gradients are computed: (scaled parameters, views, labels) -> microbatches.
+def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
+    """Per-example gradients with respect to the scaled parameters.
 
-    In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for everything
-    else. All give gradients with respect to the scaled parameters.
-
-    Args:
-        first: units of the extractor that are frozen before the first trained one; the views are then what these put
-            out, float32 [B, K, ...], else uint8 [B, K, 3, 32, 32].
+    In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for all else. The
+    views are uint8 [B, K, 3, 32, 32], or what the first frozen units put out, float32 [B, K, ...].
     """
-    if patch_layers(model.extractor) and device.type == "cpu":
-        together = microbatch or CLOSED_FORM_MICROBATCH
-
-        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-            return functools.partial(patchnet_gradients, model)
-
-    elif has_layer_gradients(model.extractor):
-        numbers = sum(value.numel() for value in model.parameters())
-        together = microbatch or (min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32)
-        layers_of = functools.cache(lambda names: WrnGradients(model, first=first, trained=names))
-
-        def begun(parameters: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-            layers = layers_of(frozenset(parameters))
-            layers.refresh()
-            return layers.of
-
-    else:
-        loss = loss_function(model, scale, device)
+    scale, device = settings.scale, model.head.device
+    closed_form = device.type == "cpu" and bool(patch_layers(model.extractor))
+    if not closed_form and not has_layer_gradients(model.extractor):
+        loss = loss_function(model, scale)
 
         def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
             most = 1 if device.type == "cpu" else max(1, min(DEVICE_RECORDS, DEVICE_VIEWS // views.shape[1]))
-            return per_example_gradients(loss, parameters, views, labels, microbatch or most)
+            return per_example_gradients(loss, parameters, views, labels, settings.microbatch or most)
 
         return automatic
 
+    numbers = sum(value.numel() for value in model.parameters())
+    together = min(32, 1 + GRADIENT_BYTES // (4 * numbers)) if device.type == "cpu" else 32
+    together = settings.microbatch or (CLOSED_FORM_MICROBATCH if closed_form else together)
+    layers_of = functools.cache(lambda names: WrnGradients(model, first=settings.frozen_first, trained=names))
+
     def source(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         model.load_state_dict({n: unscaled(n, value, scale) for n, value in parameters.items()}, strict=False)
-        gradients_of = begun(parameters)
+        gradients_of = functools.partial(patchnet_gradients, model)
+        if not closed_form:
+            layers = layers_of(frozenset(parameters))
+            layers.refresh()
+            gradients_of = layers.of
         for start in range(0, len(views), together):
             part = slice(start, start + together)
             gradients = gradients_of(views[part], labels[part])
@@ -306,12 +242,8 @@ def gradient_source(
     return source
 
 
-def loss_function(model: Classifier, scale: float, device: torch.device) -> Callable[..., Tensor]:
-    """The loss of one example, for ``privacy.clipping``.
-
-    Returns:
-        f(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views.
-    """
+def loss_function(model: Classifier, scale: float) -> Callable[..., Tensor]:
+    """(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views of one example."""
 
     def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
         parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}

@@ -2,7 +2,7 @@
 
 Each row is a function of one private image and of public inputs (extractor, whitener, seed of the views), so the rows
 are as private as the images, and one record still affects exactly one row. They are written block by block and read
-through a memory map (below), so they need not fit in memory.
+through a memory map, so they need not fit in memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from dprandp.vision.views import keyed_uniforms, private_views
 
 # ---------------------------------------------------------------------------------------------------------- extraction
 #
-# Features of many images, by one process or by several: each rank extracts its rows, they are gathered on rank 0.
-#
-# Rows are distributed in whole batches of the size that one process takes, so that every image is in the same batch:
-# equal threads and processors give equal features, to the bit.
+# Each rank extracts its rows, and they are gathered on rank 0. Rows are distributed in whole batches of the size that
+# one process takes, so that every image is in the same batch: equal threads and processors give equal features, to the
+# bit.
 
 BATCH = 256
 ROUND = 16 * BATCH
@@ -52,30 +51,16 @@ def extract_by_ranks(
     mirror: bool,
     on_batch: Callable[[int], None],
 ) -> Tensor:
-    """``extract`` with its rows distributed over the ranks; all ranks call this together.
-
-    Args:
-        ranks: of which this is one.
-        extractor: on the device that computes; equal on all ranks, as are the images.
-        images: uint8 [N, 3, 32, 32].
-        whitener: applied to the features; None for none.
-        mirror, on_batch: see ``extract``.
+    """``extract`` of uint8 [N, 3, 32, 32], then the whitener if any; all ranks call this, with equal arguments.
 
     Returns:
-        float32 [N, ...] on the CPU, row i the features of image i; on other ranks than rank 0 no rows, [0, ...].
+        float32 [N, ...] on the CPU; on other ranks than rank 0 no rows, [0, ...].
     """
     if ranks.size == 1 or len(images) == 0:
         return _rows_of(extractor, images, whitener, mirror, on_batch)
     blocks = images.split(ROUND * ranks.size)
     own = ((block[ranks.shares(len(block), BATCH)[ranks.rank]], len(block)) for block in blocks)
-    out: Tensor | None = None
-    done = 0
-    for part in features_of_blocks(ranks, extractor, own, whitener, mirror, on_batch):
-        if out is None:
-            out = torch.empty(len(images) if ranks.is_first else 0, *part.shape[1:])
-        out[done : done + len(part)] = part
-        done += len(part)
-    return out
+    return torch.cat(list(features_of_blocks(ranks, extractor, own, whitener, mirror, on_batch)))
 
 
 def features_of_blocks(
@@ -89,11 +74,8 @@ def features_of_blocks(
     """``extract_by_ranks`` of each block of images in turn.
 
     Args:
-        blocks: for each block this rank's rows, uint8 [b, 3, 32, 32] with b ≥ 0, and the size of the whole block, ≥ 1;
-            they are ``ranks.shares(size, BATCH)[rank]`` of it.
-
-    Yields:
-        float32 [size, ...] on the CPU for each block; on other ranks than rank 0 no rows, [0, ...].
+        blocks: this rank's rows of each block, uint8 [b, 3, 32, 32] with b ≥ 0, which are
+            ``ranks.shares(size, BATCH)[rank]`` of it; and the block's size, ≥ 1.
     """
     for images, size in blocks:
         own = _rows_of(extractor, images, whitener, mirror, on_batch)
@@ -106,36 +88,23 @@ def features_of_blocks(
 def _rows_of(
     extractor: nn.Module, images: Tensor, whitener: nn.Module | None, mirror: bool, on_batch: Callable[[int], None]
 ) -> Tensor:
-    if whitener is None:
-        return extract(extractor, images, mirror=mirror, batch_size=BATCH, on_batch=on_batch)
-    return extract(extractor, images, mirror=mirror, batch_size=BATCH, after=whitener, on_batch=on_batch)
+    after = {} if whitener is None else {"after": whitener}
+    return extract(extractor, images, mirror=mirror, batch_size=BATCH, on_batch=on_batch, **after)
 
 
 # -------------------------------------------------------------------------------------------------------- feature file
-#
-# Rows of features in a file: written block by block, resumed after a stop, read as a memory-mapped tensor.
 #
 #     NAME.npy            float32 [N, ...], whole
 #     NAME.key            hash of the inputs, written after it: a file without its key is not used
 #     NAME.partial        rows so far, of an extraction that was stopped
 #     NAME.partial.json   the number of them that are on the disk, and the key of the extraction
-#
-# The operating system caches as much of a mapped file as fits in free memory. So features that fit are read at the
-# speed
-# of memory, others at that of the disk.
 
 Blocks = Callable[[int], Iterator[Tensor]]
 """From a first row to the blocks from there on, each float32 [b, ...], b ≥ 1."""
 
 
 class FeatureFile:
-    """One named array of rows in a folder.
-
-    Args:
-        folder: private to the user.
-        name: of the files.
-        rows: N ≥ 1.
-    """
+    """An array of N ≥ 1 rows in a folder: written block by block, resumed after a stop, read as a mapped tensor."""
 
     def __init__(self, folder: Path, name: str, rows: int) -> None:
         self.path, self._tag = folder / f"{name}.npy", folder / f"{name}.key"
@@ -143,11 +112,7 @@ class FeatureFile:
         self._rows = rows
 
     def read(self, key: str, warn: Callable[[str], None]) -> Tensor | None:
-        """The whole array, if its key is ``key``.
-
-        Returns:
-            float32 [N, ...], memory-mapped and read-only (writing to it ends the process), or None.
-        """
+        """The whole array if its key is ``key``: float32 [N, ...], mapped and read-only (writing ends the process)."""
         if not self.path.exists() or not self._tag.exists() or self._tag.read_text(encoding="utf-8") != key:
             return None
         try:
@@ -164,20 +129,15 @@ class FeatureFile:
         return self._resumable(key)[0]
 
     def write(self, key: str, blocks: Blocks) -> None:
-        """Compute and store the missing rows, in order, for ``read``.
+        """Compute and store the missing rows, in order; one block is in memory.
 
-        Memory: one block. A process killed anywhere leaves rows that the next call goes on from.
-
-        Raises:
-            StorageError: too little room on the disk, or another refusal of it.
+        A process killed anywhere leaves rows that the next call goes on from. Raises StorageError where the disk has
+        too little room, or refuses.
         """
         done, shape = self._resumable(key)
         with storage_errors(self.path, "replace"):  # remove another extraction's file, to free its space
-            self._tag.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
-            if not done:
-                self._journal.unlink(missing_ok=True)
-                self._partial.unlink(missing_ok=True)
+            for path in (self._tag, self.path, *(() if done else (self._journal, self._partial))):
+                path.unlink(missing_ok=True)
         try:
             self._append(key, blocks, done, shape)
         except BaseException:
@@ -193,13 +153,13 @@ class FeatureFile:
         source = blocks(done)
         with storage_errors(self._partial), open(self._partial, "r+b" if done else "wb") as file:
             if done:
-                file.truncate(self._bytes(done, shape))
-                file.seek(0, os.SEEK_END)
+                file.seek(self._bytes(done, shape))
+                file.truncate()
             for block in source:
                 if not done:
                     shape = list(block.shape[1:])
                     self._require_room(shape)
-                    np.lib.format.write_array_header_1_0(file, self._header(shape))
+                    file.write(self._header(shape))
                 file.write(memoryview(block.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
                 done += len(block)
                 if done < self._rows:
@@ -211,27 +171,29 @@ class FeatureFile:
         move_into_place(self._partial, self.path)
 
     def _resumable(self, key: str) -> tuple[int, list[int]]:
+        """Rows of an extraction with this key that are on the disk, and the shape of one; (0, []) if in doubt."""
         try:
             journal = from_json(self._journal.read_bytes())
             rows, shape = journal["rows"], journal["shape"]
             sound = journal["key"] == key and type(rows) is int and 0 < rows < self._rows
             sound = sound and all(type(side) is int and side > 0 for side in shape)
             if sound and self._partial.stat().st_size >= self._bytes(rows, shape):
+                header = self._header(shape)
                 with open(self._partial, "rb") as file:
-                    np.lib.format.read_magic(file)
-                    if np.lib.format.read_array_header_1_0(file)[0] == (self._rows, *shape):
+                    if file.read(len(header)) == header:
                         return rows, shape
         except (OSError, ValueError, KeyError, TypeError):
             pass  # nothing usable was begun
         return 0, []
 
-    def _header(self, shape: list[int]) -> dict:
-        return {"descr": "<f4", "fortran_order": False, "shape": (self._rows, *shape)}
+    def _header(self, shape: list[int]) -> bytes:
+        header = io.BytesIO()
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (self._rows, *shape)}
+        np.lib.format.write_array_header_1_0(header, facts)
+        return header.getvalue()
 
     def _bytes(self, rows: int, shape: list[int]) -> int:
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, self._header(shape))
-        return header.tell() + 4 * rows * math.prod(shape)
+        return len(self._header(shape)) + 4 * rows * math.prod(shape)
 
     def _require_room(self, shape: list[int]) -> None:
         needed, free = 4 * self._rows * math.prod(shape), shutil.disk_usage(self.path.parent).free
@@ -243,6 +205,8 @@ class FeatureFile:
             )
 
 
+# ------------------------------------------------------------------------------------------------ features of a stage
+
 PLACED_PART = 0.5
 """Fraction of an accelerator's free memory for features."""
 
@@ -252,10 +216,10 @@ LABELS = {"features": "private features", "test-features": "test images"}
 def private_features(
     stage: PrivateStage, extractor: nn.Module, whitener: Whitener, *, mirror: bool, views: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Whitened unit-norm features and labels of the private training split.
+    """Whitened unit-norm features and labels of the private training split; the first use of its pixels.
 
     Args:
-        stage: an accepted private stage; this is where its pixels are first used.
+        stage: accepted.
         extractor, whitener: public, on the device that computes.
         mirror: average each image with its mirror image.
         views: K; with K > 1 the views are random crops (and mirrored where the data allow it).
@@ -269,44 +233,30 @@ def private_features(
         InputError: the ranks have other data, or another extractor, than one another.
     """
     split = stage.dataset.train()
-    labels = torch.from_numpy(split.labels)
     facts = f"{stage.dataset.fingerprint()} {mirror} {views} {seed if views > 1 else 0}"
-
-    def view(images: Tensor, first: int, number: int) -> Tensor:
-        if views == 1:
-            return images
-        draws = keyed_uniforms(np.arange(first, first + len(images)), number, seed, 1)
-        return private_views(images, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
-
     key = _key(facts, extractor, whitener)
-    return _kept(stage, "features", key, split.images, extractor, whitener, mirror, view, views), labels
+    rows = _kept(stage, "features", key, split.images, extractor, whitener, mirror, views, seed)
+    return rows, torch.from_numpy(split.labels)
 
 
 def features_of_test(
     stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool, keep: bool
 ) -> Tensor:
-    """Whitened features of the test split.
+    """Whitened features of the test split, as ``private_features``: float32 [N, dims].
 
     Args:
-        images: uint8 [N, H, W, 1 or 3], the test split's.
+        images: uint8 [N, H, W, 1 or 3].
         keep: keep them like the training split's: a probe that is run again has them.
-        extractor, whitener, mirror: as for ``private_features``.
-
-    Returns:
-        float32 [N, dims]; without rows on other ranks than rank 0.
-
-    Raises:
-        As ``private_features``.
     """
-    ranks = stage.context.ranks
-    if not keep and ranks.size == 1:
-        with stage.context.console.progress(len(images), "test images") as progress:
-            return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
-    facts = f"test {hashlib.sha256(np.ascontiguousarray(images)).hexdigest()} {images.shape} {mirror}"
-    key = _key(facts, extractor, whitener)
+
+    def key() -> str:
+        facts = f"test {hashlib.sha256(np.ascontiguousarray(images)).hexdigest()} {images.shape} {mirror}"
+        return _key(facts, extractor, whitener)
+
     if keep:
-        return _kept(stage, "test-features", key, images, extractor, whitener, mirror)
-    ranks.refuse_different("test images", lambda: key)
+        return _kept(stage, "test-features", key(), images, extractor, whitener, mirror)
+    ranks = stage.context.ranks
+    ranks.refuse_different("test images", key)
     with stage.context.console.progress(len(images), "test images") as progress:
         return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
 
@@ -319,27 +269,23 @@ def _kept(
     extractor: nn.Module,
     whitener: nn.Module,
     mirror: bool,
-    view: Callable[[Tensor, int, int], Tensor] = lambda images, first, number: images,
     views: int = 1,
+    seed: int = 0,
 ) -> Tensor:
-    """``private/NAME.npy`` if its key is ``key``, else computed; memory-mapped.
-
-    Args:
-        images: uint8 [N, H, W, 1 or 3].
-        view: (uint8 [b, 3, 32, 32], position of the first of these images, number of the view) -> their views.
-        views: K; more than one have an axis of their own.
-
-    Returns:
-        float32 [N, dims] or [N, K, dims], read-only; without rows on other ranks than rank 0.
-    """
-    context, ranks = stage.context, stage.context.ranks
+    """``private/NAME.npy`` if its key is ``key``, else computed; as ``private_features`` returns it."""
+    context, ranks, label = stage.context, stage.context.ranks, LABELS[name]
     file = FeatureFile(context.rundir.private_dir, name, len(images))
-    ranks.refuse_different(LABELS[name], lambda: key)
+    ranks.refuse_different(label, lambda: key)
     found = file.read(key, context.console.warn) if ranks.is_first else None
     if ranks.first(lambda: found is not None):
         return torch.empty(0, whitener.dims) if found is None else found
     rows = rows_at_once(views, whitener.dims) * ranks.size
-    label = LABELS[name]
+
+    def view(block: Tensor, first: int, number: int) -> Tensor:
+        if views == 1:
+            return block
+        draws = keyed_uniforms(np.arange(first, first + len(block)), number, seed, 1)
+        return private_views(block, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
 
     def blocks(begun: int) -> Iterator[Tensor]:
         starts = range(begun, len(images), rows)
@@ -369,20 +315,13 @@ def _kept(
 
 
 def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features and labels on the device that fits the head; only this function decides where.
+    """Features (float [N, d] or [N, K, d] on the CPU) and labels (int64 [N]) on the device that fits the head.
 
-    Args:
-        features: float [N, d] or [N, K, d] on the CPU, memory-mapped or not.
-        labels: int64 [N] on the CPU.
-        classes: number of classes.
-        device: that computes.
-
-    Returns:
-        Both on the device, where the features fit into ``PLACED_PART`` of its free memory. Features that do not stay
-        where they are, and ``clipped_softmax_sum`` sends them to the device one block at a time, step by step.
+    Features that do not fit into ``PLACED_PART`` of its free memory stay where they are, and ``clipped_softmax_sum``
+    sends them to the device block by block. Labels are checked here, since an accelerator does not check them.
 
     Raises:
-        UsageError: on an accelerator, where labels are not checked again: an invalid label.
+        UsageError: an invalid label.
     """
     if device.type == "cpu":
         return features, labels
@@ -399,11 +338,7 @@ def rows_at_once(views: int, dims: int) -> int:
 
 
 def require_room(needed: int, what: str) -> None:
-    """Refuse work that takes ``needed`` bytes of memory beside the features if fewer are available.
-
-    Raises:
-        UsageError: exit code 2; nothing was charged for it.
-    """
+    """Raise UsageError for work that takes ``needed`` bytes of memory beside the features if fewer are available."""
     available = available_memory()
     if available is not None and needed > available:
         raise UsageError(

@@ -1,21 +1,18 @@
-"""Masks of the trained weights: differentially private training with pruning (Adamczewski & Park 2023, arXiv
-2303.04612).
+"""Training a part of the weights: masks of single weights, and whole frozen blocks.
 
-*Freeze* chooses once and trains only the chosen weights; *select* keeps the network dense and updates another choice
-every R steps. The choice is among matrices and filters of the extractor; head, norms, gains and biases are always
-trained.
+**Masks** (Adamczewski & Park 2023, arXiv 2303.04612): *freeze* chooses once and trains only the chosen weights;
+*select* makes another choice every R steps. The gradient of a record is multiplied by the mask *before* its norm is
+taken, and so is the noisy sum: a Gaussian mechanism in as many dimensions as there are chosen weights.
 
-A choice is a mask, m. The gradient of a record is multiplied by m *before* its norm is taken, and so is the noisy sum:
-the result is a Gaussian mechanism in as many dimensions as there are chosen weights.
+**Frozen blocks** get no gradient: below the first trained block nothing is back-propagated or stored, and with one view
+per example the input of that block is computed once per image and kept.
 
 Guarantee:
-    A mask depends on private data only through earlier releases: a random one depends on the public seed, one by
-    magnitude on public weights (freeze) or on parameters after noisy updates (select). Given the mask, a masked
-    gradient
-    is no longer than the whole one, so the sensitivity of the clipped sum is that of ``privacy.clipping``; dropping
-    noisy
-    coordinates is post-processing. A mask made from private gradients would be a further release that is not charged,
-    so it is refused.
+    A choice depends on private data only through earlier releases: on the public seed, on public weights, or (select)
+    on parameters after noisy updates. A masked gradient is no longer than the whole one, so the sensitivity is that of
+    ``privacy.clipping``; dropping noisy coordinates is post-processing. A mask made from private gradients would be a
+    further release that is not charged, so it is refused. The kept output of a frozen block is a function of its
+    record's pixels alone, and is used for that record's gradient.
 """
 
 from __future__ import annotations
@@ -35,8 +32,11 @@ from dprandp.models.precision import autocast
 
 CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
 SCOPES = ("global", "layer", "block")
-BLOCK_CRITERIA = (*CRITERIA, "last")
 DEFAULT_EVERY = 10
+ALL_WEIGHTS = "all"
+"""``trained_weights`` of a result where nothing is left out."""
+
+HOW = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
 
 Masks = dict[str, Tensor]
 """Tensor name -> bool, of its shape: which weights are trained. A tensor not named is trained whole."""
@@ -44,40 +44,27 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskRule:
-    """The rule of choice; public.
+    """The rule of choice; public."""
 
-    Attributes:
-        mode: 'freeze' or 'select'. criterion: 'random' or 'magnitude' (for blocks also 'last').
-        keep: part of the weights that is chosen, in (0, 1).
-        scope: 'global' or 'layer', of what it is a part; 'block' for whole blocks (``frozen_blocks`` chooses them).
-        every: steps between two choices of select. seed: public randomness.
-        zero: weights that freeze does not choose become zero.
-    """
-
-    mode: str
-    criterion: str
-    keep: float
-    scope: str
-    every: int
-    seed: int
-    zero: bool
+    mode: str  # 'freeze' or 'select'
+    criterion: str  # 'random' or 'magnitude'; for blocks also 'last'
+    keep: float  # part of the weights that is chosen, in (0, 1)
+    scope: str  # 'global' or 'layer', of what it is a part; 'block' for whole blocks (see ``choose_blocks``)
+    every: int  # steps between two choices of select
+    seed: int  # public randomness
+    zero: bool  # weights that freeze does not choose become zero
 
     def due(self, step: int) -> bool:
         """Whether the choice changes at this step."""
         return self.mode == "select" and step > 0 and step % self.every == 0
 
     def choose(self, parameters: Mapping[str, Tensor], step: int) -> Masks:
-        """The weights that are trained from a step on.
+        """The matrices and filters of the extractor that are trained from a step on, on their device.
+
+        ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first.
 
         Args:
-            parameters: name -> float tensor, all that are trained: public ones for freeze, released ones for select.
-            step: number of the step.
-
-        Returns:
-            ⌊keep · n + ½⌋ of the n weights are chosen, at least one; of equal magnitudes the first. On their device.
-
-        Raises:
-            UsageError: there are no weights to choose from.
+            parameters: all that are trained: public ones for freeze, released ones for select.
         """
         of = {name: value for name, value in parameters.items() if name.startswith("extractor.") and value.ndim >= 2}
         if not of:
@@ -100,13 +87,12 @@ class MaskRule:
     def in_words(self, masks: Masks) -> str:
         """The text for the disclosure."""
         chosen, of = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
-        how = "at random from a public seed" if self.criterion == "random" else "by magnitude"
         when = "once, before the training" if self.mode == "freeze" else f"every {self.every} steps"
         after = "" if self.mode == "select" else "; the others are zero" if self.zero else "; the others stay"
-        return f"{chosen:,} of {of:,} weights of the extractor, chosen {how} {when}{after}; and head, norms, biases"
-
-
-ALL_WEIGHTS = "all"
+        return (
+            f"{chosen:,} of {of:,} weights of the extractor, chosen {HOW[self.criterion]} {when}{after}; and head, "
+            "norms, biases"
+        )
 
 
 def rule_of(config: FinetuneConfig) -> MaskRule | None:
@@ -123,7 +109,7 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
                 fix=f"give --{name} random, or --{name} magnitude: both cost nothing",
             )
     blocks = config.scope == "block"
-    freeze = BLOCK_CRITERIA if blocks else CRITERIA
+    freeze = (*CRITERIA, "last") if blocks else CRITERIA
     if config.freeze == "last" and not blocks:
         raise UsageError("--freeze last chooses whole blocks", fix="give --scope block with it")
     for name, known in (("freeze", freeze), ("select", CRITERIA), ("scope", SCOPES), ("prune", PRUNES)):
@@ -151,15 +137,8 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
         raise UsageError("a network without whole blocks computes nothing", fix="give --prune hold with --scope block")
     if config.extractor_scale == 0:
         raise UsageError("extractor_scale = 0 freezes the whole extractor", fix="leave it out, or --keep")
-    return MaskRule(
-        mode="freeze" if config.freeze else "select",
-        criterion=criterion,
-        keep=config.keep,
-        scope=config.scope or "global",
-        every=config.every or DEFAULT_EVERY,
-        seed=config.seed,
-        zero=config.prune == "zero",
-    )
+    mode, scope, every = "freeze" if config.freeze else "select", config.scope or "global", config.every
+    return MaskRule(mode, criterion, config.keep, scope, every or DEFAULT_EVERY, config.seed, config.prune == "zero")
 
 
 @torch.no_grad()
@@ -178,19 +157,6 @@ def _largest(scores: Tensor, keep: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- frozen blocks
-#
-# Training only whole blocks of a network, to save time and memory.
-#
-# A mask over single weights reduces the dimension of the noise, but every gradient is still computed. With whole frozen
-# blocks, their weights get no gradient; below the first trained block nothing is back-propagated or stored, and with
-# one
-# view per example (no augmentation) the input of that block never changes: it is computed once per image and kept.
-#
-# Guarantee:
-#     The choice of blocks depends only on public inputs: the seed, the initial weights, the blocks' order. The stored
-#     output of a record is a function of that record's pixels and of frozen weights; it stays in memory, is used for
-# that
-#     record's gradient, and is never written.
 
 CACHE_BYTES = 2**30
 """Bytes of outputs of frozen blocks that are kept; others are computed again."""
@@ -201,19 +167,12 @@ FORWARD_VIEWS = 64
 
 @dataclass(frozen=True)
 class FrozenBlocks:
-    """A choice of blocks; public.
+    """A choice of blocks; public."""
 
-    Attributes:
-        frozen: beginnings of the names of parameters that are not trained, such as ``extractor.stem.``.
-        first: how many of the network's units come before the first trained one.
-        of: how many units there are.
-        how: the choice in words.
-    """
-
-    frozen: tuple[str, ...]
-    first: int
-    of: int
-    how: str
+    frozen: tuple[str, ...] = ()  # beginnings of the names of parameters not trained, such as ``extractor.stem.``
+    first: int = 0  # how many of the network's units come before the first trained one
+    of: int = 0  # how many units there are
+    how: str = ""  # the choice in words
 
     def trains(self, name: str) -> bool:
         """Whether a parameter of the classifier is trained."""
@@ -227,18 +186,15 @@ class FrozenBlocks:
         )
 
 
+NO_FROZEN_BLOCKS = FrozenBlocks()
+
+
 def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
-    """The blocks that a rule with scope 'block' trains: the stem and each residual block count as one.
+    """The blocks that a rule with scope 'block' trains: ⌊keep · n + ½⌋ of stem and residual blocks, at least one.
 
     Args:
         rule: criterion 'random' (by the public seed), 'magnitude' (largest mean |θ|), or 'last' (nearest to the head).
         model: as it starts, made of public things.
-
-    Returns:
-        ⌊keep · n + ½⌋ of the n blocks are trained, at least one.
-
-    Raises:
-        UsageError: the network has no blocks.
     """
     if not hasattr(model.extractor, "units"):
         raise UsageError("this network has no blocks to freeze", fix="give --scope global or layer, or a wrn")
@@ -258,18 +214,11 @@ def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
         scores = np.arange(len(units))
     trained = set(np.argsort(-scores, kind="stable")[:count].tolist())
     frozen = tuple(f"extractor.{name}." for place, (name, _) in enumerate(units) if place not in trained)
-    how = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
-    return FrozenBlocks(frozen, min(trained), len(units), how[rule.criterion])
+    return FrozenBlocks(frozen, min(trained), len(units), HOW[rule.criterion])
 
 
 class FrozenPrefix:
-    """The blocks before the first trained one, on one rank.
-
-    Args:
-        model: on the device that computes; not changed.
-        first: how many units of its extractor are frozen before the first trained one, at least 1.
-        keep: whether an image's output never changes, so that it may be kept.
-    """
+    """The ``first`` ≥ 1 units of a model's extractor, frozen; ``keep`` their outputs where views never change."""
 
     def __init__(self, model: Classifier, first: int, keep: bool) -> None:
         self.model, self.first, self._keep = model, first, keep
@@ -278,14 +227,10 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def outputs(self, views: Tensor, members: Tensor) -> Tensor:
-        """The input of the first trained block.
+        """The input of the first trained block, float32 [B, K, ...], for views uint8 [B, K, 3, 32, 32].
 
         Args:
-            views: uint8 [B, K, 3, 32, 32].
             members: int64 [B] on the CPU, positions in the data set, by which outputs are kept.
-
-        Returns:
-            float32 [B, K, ...] on the device of ``views``.
         """
         places = members.tolist()
         missing = [row for row, place in enumerate(places) if place not in self._kept]

@@ -1,9 +1,5 @@
 """Steps with noisy gradients, by torch's SGD with momentum and Adam (AdamW where weights decay).
 
-    optimizer = Optimizer(OptimizerSettings("adam"), parameters)
-    optimizer.step(noisy_gradients, lr)                      # the parameters change in place
-    optimizer.state                                          # for a checkpoint, and to copy one's tensors into
-
 Guarantee:
     Everything here is post-processing: a function of noisy gradients, public settings and earlier releases. Never call
     these functions with a gradient of private images without its noise.
@@ -11,14 +7,12 @@ Guarantee:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dprandp.errors import UsageError, nearest
 from dprandp.models.optimizers import begun, state_of
 
 DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
@@ -27,36 +21,11 @@ DEFAULT_MOMENTUM = {"sgd": 0.0, "adam": 0.9}
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Public settings.
+    """Public settings, in the ranges of the configuration."""
 
-    Attributes:
-        kind: 'sgd' or 'adam'.
-        momentum: β in [0, 1): of the velocity v ← βv + g, or Adam's β₁. None: ``DEFAULT_MOMENTUM``.
-        second_momentum: Adam's β₂ in [0, 1).
-        stabiliser: Adam's addition to the root of the second moment, above 0.
-        weight_decay: λ ≥ 0. Adam's is decoupled, θ ← θ − lr λ θ (Loshchilov & Hutter 2019); SGD's is part of g.
-
-    Raises:
-        UsageError: a value is outside its range.
-    """
-
-    kind: str = "sgd"
-    momentum: float | None = None
-    second_momentum: float = 0.999
-    stabiliser: float = 1e-8
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in DEFAULT_MOMENTUM:
-            raise UsageError(f"the optimizer {self.kind!r} is unknown", fix=nearest(self.kind, DEFAULT_MOMENTUM))
-        for name in ("momentum", "second_momentum"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UsageError(f"{name} = {value!r} lies outside [0, 1)", fix=f"choose a {name} in that range")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"weight_decay = {self.weight_decay!r} is not a weight decay", fix="give 0 or more")
-        if not 0 < self.stabiliser < math.inf:
-            raise UsageError(f"stabiliser = {self.stabiliser!r} is not above 0", fix="give 1e-8, or a small number")
+    kind: str = "sgd"  # or 'adam'
+    momentum: float | None = None  # β of the velocity v ← βv + g, or Adam's β₁; None: ``DEFAULT_MOMENTUM``
+    weight_decay: float = 0.0  # λ. Adam's is decoupled (Loshchilov & Hutter 2019); SGD's is part of g
 
     @property
     def beta(self) -> float:
@@ -87,8 +56,7 @@ class Optimizer:
         if settings.kind == "sgd":
             made = torch.optim.SGD(named, momentum=settings.beta, weight_decay=decay)
         else:
-            betas = (settings.beta, settings.second_momentum)
-            made = torch.optim.AdamW(named, betas=betas, eps=settings.stabiliser, weight_decay=decay)
+            made = torch.optim.AdamW(named, betas=(settings.beta, 0.999), weight_decay=decay)
         self._torch = begun(made)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +33,8 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         keep: keep the features in ``private/``; for an extractor that a further probe will have too.
 
     Returns:
-        data, title, classes, accuracy, balanced_accuracy, auc, loss, confusion, majority_accuracy (of always answering
-        the test split's most frequent class), train_examples, test_examples. On other ranks than rank 0, which take
-        part in the extraction, nothing ({}).
+        data, title, classes, the keys of ``classification_metrics``, majority_accuracy (of always answering the test
+        split's most frequent class), train_examples, test_examples. {} on other ranks than rank 0.
     """
     spec = stage.spec
     test = stage.dataset.test()
@@ -59,11 +57,10 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
 def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) -> None:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
-    The training split affects these files only through the noisy updates of ``model`` and ``result``. No file has the
-    path of the data. ``dprandp/release.py`` reads them.
+    No file has the path of the data.
     """
     rundir = stage.context.rundir
-    folder: Path = rundir.model_dir
+    folder = rundir.model_dir
     recorded = {row["stage"]: row for row in rundir.status()}
     if result.get("source") in WITHOUT_PHASE_ONE:  # not made from the run's other stages
         pretrain, generate, arch = {}, {}, result["arch"]

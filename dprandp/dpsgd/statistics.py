@@ -34,11 +34,10 @@ BLOCK = 250
 def public_whitener(
     config: ProbeConfig, context: Context, extractor: nn.Module, mirror: bool, spec: DataSpec
 ) -> whitening.Whitener:
-    """Statistics of synthetic features, as declared facts of the data shape them; public.
+    """The whitener of a run's extractor, from synthetic images of the declared shape; public.
 
-    They are stored in a public folder of the run for all stages, under a hash of the extractor and the settings, on
-    which
-    they depend. All ranks extract the features; rank 0 computes and stores the statistics, and the others read them.
+    It is stored in a public folder of the run for all stages, under a hash of what it depends on. All ranks extract the
+    features; rank 0 computes and stores the statistics, and the others read them.
 
     Raises:
         InputError: the ranks have other settings, or another extractor, than one another.
@@ -90,8 +89,8 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
 def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
     """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
 
-    Views are crops and other colours, as in the published contrast, without mirroring: where the data declare that
-    mirroring keeps the class, features are averaged over an image and its mirror image anyway.
+    Views are crops and other colours, as in the published contrast, without mirroring: where mirroring keeps the class,
+    features are averaged over an image and its mirror image anyway.
     """
     crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
     if config.statistics_views == 1:

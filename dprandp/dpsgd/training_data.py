@@ -25,20 +25,16 @@ def fingerprint_of(dataset: Dataset) -> str:
 
 
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
-    """Record the fingerprints of the run's data: of everything in order, and of the images in any order."""
+    """Record the hashes of the run's data: of everything in order, and of the images in any order."""
     hashes = {"train": fingerprint, "images": dataset.image_fingerprint()}
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
 def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
-    """Raise unless these are the run's data.
-
-    Args:
-        name: what the run calls its data.
-        fingerprint: of the data that were given.
+    """Raise InputError unless the given data have the hash of the run's data, which the run calls ``name``.
 
     Raises:
-        InputError: they are others. CheckpointError: the record is lost or damaged.
+        CheckpointError: the record is lost or damaged.
     """
     path = rundir.path / "private" / KEPT
     if not path.exists():
@@ -55,9 +51,7 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
 
 
 def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
-    """Refuse a whole set as public where its images are the run's private ones; else remember that it was public.
-
-    What was learned from it cost nothing, so a later private stage refuses the same images (``refuse_public``).
+    """Refuse a whole set as public where its images are the run's private ones; else record that it was public.
 
     Raises:
         UsageError: they are the run's training images, under any name, order and labels.
@@ -92,10 +86,9 @@ def _public_sets(rundir: RunDir) -> dict[str, str]:
 
 
 def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:
-    """Settings of ``continue`` of which another spelling is no change, beside those that never count.
+    """Settings of ``continue`` of which another spelling is no change: their data are compared by content instead.
 
-    What they name is compared by its content when the stage begins: private data that it reads, and a public set. Of
-    private data that it only shapes its images by, the path is compared.
+    Private data that only shape the images are not read, so their path is compared.
     """
     before = next(row["config"] for row in rundir.status() if row["stage"] == "continue") or {}
     part = config.public.startswith(FRACTION)

@@ -14,26 +14,30 @@ from dprandp.privacy.clipping import clipped_softmax_sum_of_units
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Which images a unit has. Private.
+    """Which images a unit has. Private."""
 
-    Attributes:
-        order: int64 [N], the images' positions, those of one unit next to each other, in their old order.
-        offsets: int64 [U+1]: unit u has the images order[offsets[u] : offsets[u+1]].
-    """
-
-    order: np.ndarray
-    offsets: np.ndarray
-
-    def places(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in ``order`` of all images of these units (int64 [U]), unit by unit; and how many each unit has."""
-        sizes = self.offsets[units + 1] - self.offsets[units]
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return np.repeat(self.offsets[units], sizes) + within, sizes
+    order: np.ndarray  # int64 [N], the images' positions, those of one unit next to each other, in their old order
+    offsets: np.ndarray  # int64 [U+1]: unit u has the images order[offsets[u] : offsets[u+1]]
 
     def images(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As ``places``, but positions of the images in the data set."""
-        places, sizes = self.places(units)
-        return self.order[places], sizes
+        """Positions of all images of these units (int64 [U]), unit by unit; and how many each unit has."""
+        sizes = self.offsets[units + 1] - self.offsets[units]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.order[np.repeat(self.offsets[units], sizes) + within], sizes
+
+    def clipped_softmax_sum(
+        self, features: Tensor, labels: Tensor, units: np.ndarray, weight: Tensor, clip_norm: float, *, precise: bool
+    ) -> Tensor:
+        """``clipped_softmax_sum_of_units`` of a batch: ``units``, int64 [U], maybe none. No feature is copied.
+
+        Args:
+            features: float [N, d] or [N, K, d], of all images. labels: int64 [N].
+        """
+        images, sizes = self.images(units)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+        return clipped_softmax_sum_of_units(
+            features, labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images)
+        )
 
 
 def unit_rows(dataset: Dataset | None) -> UnitRows | None:
@@ -46,34 +50,10 @@ def unit_rows(dataset: Dataset | None) -> UnitRows | None:
 
 
 def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
-    """What to say before a run on somebody's own images without units; a function of declared facts alone.
-
-    How many duplicates there are, or persons with several images, is private: a run does not count them.
-    """
+    """What to say before a run on somebody's own images without units; a function of declared facts alone."""
     if asked is not None or spec.unit_column is not None or not spec.name.startswith(("npz:", "folder:")):
         return None
     return (
         "note: one image is the unit of privacy. Where a person has several, or an image occurs twice, ε is too small: "
         f"give --unit-column NAME, and see `dprandp datasets --check {spec.name}` (its answer is private)"
     )
-
-
-class UnitFeatures:
-    """Features and labels of all images, from which clipped sums over units are taken; nothing large is copied.
-
-    Args:
-        rows: which images a unit has.
-        features: float [N, d] or [N, K, d].
-        labels: int64 [N].
-    """
-
-    def __init__(self, rows: UnitRows, features: Tensor, labels: Tensor) -> None:
-        self._rows, self._features, self._labels = rows, features, labels
-
-    def clipped_sum(self, units: np.ndarray, weight: Tensor, clip_norm: float, *, precise: bool) -> Tensor:
-        """See ``clipped_softmax_sum_of_units``; ``units``, int64 [U], maybe none, are the members of the batch."""
-        images, sizes = self._rows.images(units)
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
-        return clipped_softmax_sum_of_units(
-            self._features, self._labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images)
-        )

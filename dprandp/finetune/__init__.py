@@ -25,17 +25,15 @@ from torch import Tensor
 
 from dprandp import probe
 from dprandp.config.presets import Recipe, note, recipe_for
-from dprandp.config.schema import FinetuneConfig, ProbeConfig, as_dict
+from dprandp.config.schema import FinetuneConfig, ProbeConfig
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
+from dprandp.dpsgd.clipped_sums import EXTRACTOR, ClippedSums, SumSettings, share_of, steps_on_all, unscaled
 from dprandp.dpsgd.features import private_features
-from dprandp.dpsgd.masks import FrozenBlocks, choose_blocks
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
-from dprandp.dpsgd.stage import PrivateStage, on_all_ranks, open_private_stage
+from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
-from dprandp.finetune.start import init_hash
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import add_weights
 from dprandp.models.optimizers import restore
@@ -47,51 +45,12 @@ from dprandp.probe.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.runs import checkpoint, faults
 from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.console import MetricsLog
-from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.context import Context, with_precision
 from dprandp.runs.parallel import RankError, RankLostError
 from dprandp.runs.results import refuse_gaps
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.runs.tuning import tuning_of
 from dprandp.vision.images import colour_of, to_input
-
-# -------------------------------------------------------------------------------------------------------- update facts
-#
-# The processing of a fine-tune's noisy sums, as its disclosure shows it.
-
-
-def settings_of(config: FinetuneConfig) -> OptimizerSettings:
-    """The optimizer of a configuration.
-
-    Raises:
-        UsageError: values out of range.
-    """
-    return OptimizerSettings(config.optimizer or "sgd", config.momentum)
-
-
-def update_facts(config: FinetuneConfig, trained_weights: str) -> dict[str, Any]:
-    """Part of the result.
-
-    Args:
-        config: the run's.
-        trained_weights: which weights were trained, in words.
-
-    Returns:
-        momentum, clipping, trained_weights, optimizer; recipe, where one was used; for public weights init_sha256 and
-        init_source.
-    """
-    settings = settings_of(config)
-    facts = {
-        "momentum": settings.beta,
-        "clipping": config.clipping,
-        "trained_weights": trained_weights,
-        "optimizer": settings.in_words(),
-    }
-    if config.recipe is not None:
-        facts["recipe"] = note(config.recipe, config.arch, config.source, config.epsilon)
-    if config.init is not None:
-        facts |= {"init_sha256": init_hash(config)["public weights"], "init_source": config.init_source}
-    return facts
-
 
 STAGE = "finetune"
 MODEL = "model"
@@ -103,24 +62,28 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     """Train every parameter and write the model.
 
     Returns:
-        The keys of ``release.evaluate``, ``PrivateStage.disclosure`` and ``update_facts``, and stage, source, arch, lr,
-        extractor_scale, released, mirror, tuned, tuned_on, seconds. On another rank than rank 0 nothing ({}).
+        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, refit, source, arch, lr, momentum,
+        clipping, trained_weights, optimizer (in words), recipe (where one was used), init_sha256 and init_source (for
+        public weights), extractor_scale, released, mirror, precision, tuned, tuned_on, seconds. On another rank than
+        rank 0 nothing ({}).
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
         UsageError: the network has a layer that mixes examples, or options contradict each other.
     """
     ranks = context.ranks
-    begun = on_all_ranks(STAGE, context, lambda: _begin(config, context))
+    begun = begin_on_all_ranks(STAGE, context, lambda: _opened(config, context))
     if begun is None:
         return context.rundir.result(STAGE) if ranks.is_first else {}
     stage, config = begun  # the recorded one, after --resume
-    alone = scratch.without_phase_one(config)
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    start = _start_alone(config, stage) if alone else None  # refuses a file before charging
-    stage.fix_plan()
-    model, mirror = (start, False) if start is not None else _probed_model(config, context, stage)
+    if scratch.without_phase_one(config):
+        model, mirror = _start_alone(config, stage), False  # refuses a file before the plan is fixed
+        stage = stage.fix_plan()
+    else:
+        stage = stage.fix_plan()
+        model, mirror = _probed_model(config, stage)
     model = model.to(context.device)
     refuse_cross_example_layers(model)
     lr = config.lr or recipe.lr
@@ -132,6 +95,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     measured = release.evaluate(model, stage, mirror, keep=False)
     if not ranks.is_first:
         return {}
+    optimizer = _optimizer_of(config)
     result = {
         "stage": STAGE,
         **measured,
@@ -141,7 +105,15 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         "source": config.source,
         "arch": arch,
         "lr": lr,
-        **update_facts(config, trained_weights),
+        "momentum": optimizer.beta,
+        "clipping": config.clipping,
+        "trained_weights": trained_weights,
+        "optimizer": optimizer.in_words(),
+        **({"recipe": _recipe_note(config)} if config.recipe is not None else {}),
+    }
+    if config.init is not None:
+        result |= {"init_sha256": scratch.init_hash(config)["public weights"], "init_source": config.init_source}
+    result |= {
         "extractor_scale": scale,
         "released": f"EMA, decay {config.ema}",
         "mirror": mirror,
@@ -155,22 +127,12 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     return result
 
 
-def _begin(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, FinetuneConfig] | None:
-    """Plan the stage and begin it in the run directory: with its recorded configuration; None if it is done."""
-    alone = scratch.without_phase_one(config)
+def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, FinetuneConfig, dict[str, str]]:
     stage = open_stage(config, context)
     config = with_precision(STAGE, config, context, choices(config, context)[0])
-    begun = context.rundir.begin(
-        STAGE,
-        as_dict(config),
-        scratch.init_hash(config)
-        if alone
-        else context.rundir.inputs_from("generate", "pretrain", "continue", "probe"),
-        resume=context.resume,
-        overwrite=context.overwrite,
-        private_inputs=stage.private_inputs(),
-    )
-    return None if begun.action == "skip" else (stage, recorded(STAGE, begun.config))
+    if scratch.without_phase_one(config):
+        return stage, config, scratch.init_hash(config)
+    return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")
 
 
 def open_stage(
@@ -192,32 +154,23 @@ def open_stage(
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     masking.rule_of(config)  # refuses options that contradict each other
-    settings_of(config)
     if scratch.without_phase_one(config):
         scratch.network_config(config)
     elif arch is None:
         context.rundir.require("probe", STAGE)
-    if (said := note(config.recipe, config.arch, config.source, config.epsilon)) is not None:
+    if (said := _recipe_note(config)) is not None:
         context.console.say(f"recipe {said}")
     _, recipe, refit_steps = choices(config, context, arch)
     return open_private_stage(
         STAGE,
         config,
         context,
-        steps=recipe.steps,
+        steps=config.steps or recipe.steps,
         batch_part=recipe.batch_part,
         budget_part=1 - config.refit_part if refit_steps else 1.0,
         write=write,
         planned=planned,
     )
-
-
-def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
-    """The tuning of the probe's head, if the stage starts from it; this stage itself has none."""
-    rundir = stage.context.rundir
-    if not scratch.without_phase_one(config):
-        return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
-    return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
 
 
 def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:
@@ -232,9 +185,26 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
 
-def _probed_model(config: FinetuneConfig, context: Context, stage: PrivateStage) -> tuple[Classifier, bool]:
-    extractor, _ = load_extractor(context, colour_of(stage.spec.channels), precision=config.precision)
-    model = Classifier(extractor, probe.load_whitener(context, extractor), len(stage.spec.classes))
+def _recipe_note(config: FinetuneConfig) -> str | None:
+    return note(config.recipe, config.arch, config.source, config.epsilon)
+
+
+def _optimizer_of(config: FinetuneConfig) -> OptimizerSettings:
+    return OptimizerSettings(config.optimizer or "sgd", config.momentum)
+
+
+def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
+    """The tuning of the probe's head, if the stage starts from it; this stage itself has none."""
+    rundir = stage.context.rundir
+    if not scratch.without_phase_one(config):
+        return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
+    return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
+
+
+def _probed_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifier, bool]:
+    context, spec = stage.context, stage.spec
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
+    model = Classifier(extractor, probe.load_whitener(context, extractor), len(spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result("probe")["mirror"]
 
@@ -254,30 +224,36 @@ def _train(
     Returns:
         The released parameters by name, the number of updates they have seen, and which weights were trained, in words.
     """
-    rule = masking.rule_of(config)
-    blocks: FrozenBlocks | None = None
+    context, plan = stage.context, stage.plan
+    ranks, device, folder = context.ranks, context.device, context.rundir.stage_dir(STAGE)
+
+    # ------------------------------------------------------------------------------------- public: what is trained, how
+    rule, blocks = masking.rule_of(config), masking.NO_FROZEN_BLOCKS
+    trained_weights = masking.ALL_WEIGHTS
     if rule is not None and rule.scope == "block":
-        blocks, rule = choose_blocks(rule, model), None
-    folder = stage.context.rundir.stage_dir(STAGE)
-    device = stage.context.device
+        blocks, rule = masking.choose_blocks(rule, model), None
+        trained_weights = blocks.in_words()
     start = {
         name: value.detach().clone()
         for name, value in model.named_parameters()
-        if (scale > 0 or not name.startswith("extractor.")) and (blocks is None or blocks.trains(name))
+        if (scale > 0 or not name.startswith(EXTRACTOR)) and blocks.trains(name)
     }
-    masks = {} if rule is None else rule.choose(start, 0)
-    if rule is not None and rule.zero:
-        masking.apply(masks, start)
+    masks: masking.Masks = {}
+    if rule is not None:
+        masks = rule.choose(start, 0)
+        trained_weights = rule.in_words(masks)
+        if rule.zero:
+            masking.apply(masks, start)
     parameters = {name: _scaled(name, value, scale) for name, value in start.items()}
-    trained_weights = masking.ALL_WEIGHTS if rule is None else rule.in_words(masks)
-    trained_weights = trained_weights if blocks is None else blocks.in_words()
-    optimizer = Optimizer(settings_of(config), parameters)
     average = {name: value.clone() for name, value in parameters.items()}
+    optimizer = Optimizer(_optimizer_of(config), parameters)
     state = {f"parameters.{name}": value for name, value in parameters.items()} | optimizer.state
     state |= {f"ema.{name}": value for name, value in average.items()}
     state |= {f"mask.{name}": mask for name, mask in masks.items()}  # select's masks depend on earlier parameters
-    ranks, first_step, ledger_head = stage.context.ranks, 0, None
-    saved = checkpoint.resume(folder, warn=stage.context.console.warn) if ranks.is_first else None
+
+    # ----------------------------------------------------------------------------------------- an earlier part of it
+    first_step, ledger_head = 0, None
+    saved = checkpoint.resume(folder, warn=context.console.warn) if ranks.is_first else None
     ended = saved is not None and saved.name == MODEL  # stopped between the last step and the end of the stage
     updates = ranks.first(lambda: saved.entry("updates", int) if ended else None)
     if updates is not None:
@@ -294,14 +270,14 @@ def _train(
     images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
     settings = SumSettings(
         scale=scale,
-        views=stage.plan.views,
+        views=plan.views,
         seed=config.seed,
         flip=stage.spec.flip_ok,
-        clip_norm=stage.plan.clip_norm,
+        clip_norm=plan.clip_norm,
         automatic=config.clipping == "automatic",
-        precise=stage.plan.noise == "discrete",
-        microbatch=stage.context.microbatch,
-        frozen_first=0 if blocks is None else blocks.first,
+        precise=plan.noise == "discrete",
+        microbatch=context.microbatch,
+        frozen_first=blocks.first,
     )
     ranks.refuse_different("model and settings", lambda: _digest(model, settings))
     sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)
@@ -315,21 +291,22 @@ def _train(
     log, mechanism = ranks.first(begin, told=lambda made: [None, None])
     done = first_step
     try:
-        with stage.context.console.progress(stage.plan.steps, "finetune steps", done=first_step) as progress:
+        with context.console.progress(plan.steps, "finetune steps", done=first_step) as progress:
             for step in steps_on_all(ranks, mechanism.steps() if ranks.is_first else ()):
                 # ------------------------------------------------------------------------- private: a clipped sum
                 if ranks.is_first and rule is not None and rule.due(step.number):
                     for name, mask in rule.choose(parameters, step.number).items():
                         masks[name].copy_(mask)
-                share = share_of(ranks, step.indices, images, labels, None if rows is None else rows.images)
+                share = share_of(ranks, step.indices, images, labels, rows)
                 clipped = sums.over_ranks(ranks, parameters, step.number, share, masks)
                 if not ranks.is_first:
                     continue
                 # -------------------------------------------------------- from here on: post-processing of noise
                 update = step.release(clipped)
-                masking.apply(masks, update)
+                if masks:
+                    masking.apply(masks, update)
                 if config.clipping == "rescaled":
-                    update = {name: value / stage.plan.clip_norm for name, value in update.items()}
+                    update = {name: value / plan.clip_norm for name, value in update.items()}
                 optimizer.step(update, lr, masks)
                 decay = min(config.ema, (1 + step.number) / (10 + step.number))
                 for name, value in average.items():
@@ -365,14 +342,13 @@ def _digest(model: Classifier, settings: SumSettings) -> str:
 
 
 def _scaled(name: str, value: Tensor, scale: float) -> Tensor:
-    return value / (scale if name.startswith("extractor.") else 1)
+    return value / (scale if name.startswith(EXTRACTOR) else 1)
 
 
 def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict | None:
     """Fit the head once more, full batch, on the tuned features, with the remaining budget; returns its disclosure, or
     None on ranks other than rank 0."""
-    context, ranks = stage.context, stage.context.ranks
-    folder = context.rundir.stage_dir(STAGE) / "refit"
+    ranks, folder = stage.context.ranks, stage.context.rundir.stage_dir(STAGE) / "refit"
     if ranks.is_first:
         folder.mkdir(exist_ok=True)
     further = ranks.first(lambda: stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT), told=lambda made: None)

@@ -22,11 +22,7 @@ from dprandp.runs.files import file_sha256, storage_errors
 OF_ANOTHER_TASK = ("head", "fc.", "classifier.", "whitener.")
 """Names of tensors of a classifier for other classes, and of its whitener: not used."""
 
-PREFIX = "extractor."
-
 MOST_BYTES = 2**32
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def without_phase_one(config: FinetuneConfig) -> bool:
@@ -35,11 +31,7 @@ def without_phase_one(config: FinetuneConfig) -> bool:
 
 
 def network_config(config: FinetuneConfig) -> PretrainConfig:
-    """The extractor of such a fine-tune.
-
-    Raises:
-        UsageError: an architecture that learns by other means than gradients, or a setting that it does not have.
-    """
+    """The extractor of such a fine-tune; UsageError for an architecture or a setting that it cannot have."""
     if not config.arch.startswith("wrn-") and config.arch != NF_RESNET:
         raise UsageError(
             f"--from {config.source} cannot train {config.arch!r}",
@@ -48,29 +40,13 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
     order = {} if config.layer_order is None else {"layer_order": config.layer_order}
     if config.arch == NF_RESNET and (order or config.padding):
         raise UsageError(f"{NF_RESNET} has one layer order and padding", fix="leave --layer-order and --padding out")
-    return PretrainConfig(
-        arch=config.arch,
-        seed=config.seed,
-        padding=config.padding,
-        pooling=config.pooling,
-        precision=config.precision,
-        **order,
-    )
+    same = {key: getattr(config, key) for key in ("arch", "seed", "padding", "pooling", "precision")}
+    return PretrainConfig(**same, **order)
 
 
 def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:
-    """The classifier before its first step: no whitening, a head of zeros.
-
-    Args:
-        config: source 'scratch' or 'init'.
-        classes: number of classes.
-
-    Returns:
-        The model on the CPU, and the names of the file's tensors that were left out (none from scratch).
-
-    Raises:
-        As ``network_config`` and ``load_public_weights``.
-    """
+    """The classifier before its first step, on the CPU: no whitening, a head of zeros; and the names of the file's
+    tensors that were left out (none from scratch). Raises as ``network_config`` and ``load_public_weights``."""
     generator = torch.Generator().manual_seed(config.seed)
     extractor = build_extractor(network_config(config), generator)
     left_out = [] if config.init is None else load_public_weights(Path(config.init), extractor, config.arch)
@@ -78,11 +54,7 @@ def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[
 
 
 def init_hash(config: FinetuneConfig) -> dict[str, str]:
-    """sha256 of the file of public weights, named for ``directory.begin``; empty where there is none.
-
-    Raises:
-        InputError: there is no such file.
-    """
+    """sha256 of the file of public weights, named for ``RunDir.begin``; empty where none is asked for."""
     if config.init is None:
         return {}
     path = _existing(Path(config.init))
@@ -91,16 +63,11 @@ def init_hash(config: FinetuneConfig) -> dict[str, str]:
 
 
 def load_public_weights(path: Path, extractor: torch.nn.Module, arch: str) -> list[str]:
-    """Fill an extractor from a safetensors file.
+    """Fill an extractor from a safetensors file; returns the names of tensors that were left out, sorted.
 
     Args:
         path: tensors named as the extractor's own, all with or all without ``extractor.`` before them; float32,
             float16 or bfloat16. A classifier for other classes (``OF_ANOTHER_TASK``) may be among them.
-        extractor: to be filled.
-        arch: its name, for the message.
-
-    Returns:
-        Names of tensors that were left out, sorted.
 
     Raises:
         InputError: no such file, or one that is no safetensors file by its size.
@@ -113,27 +80,28 @@ def load_public_weights(path: Path, extractor: torch.nn.Module, arch: str) -> li
             raise InputError(f"{path} has more than {MOST_BYTES:,} bytes", fix="give a file with the network's weights")
         tensors = tensors_from_bytes(path.read_bytes(), path)
     left_out = sorted(name for name in tensors if name.startswith(OF_ANOTHER_TASK))
-    given = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name not in left_out}
+    given = {name.removeprefix("extractor."): value for name, value in tensors.items() if name not in left_out}
     own = extractor.state_dict()
-    wrong = dict.fromkeys(own.keys() - given.keys(), "missing")
-    wrong |= dict.fromkeys(given.keys() - own.keys(), f"unknown to {arch}")
-    both = own.keys() & given.keys()
-    wrong |= {name: why for name, why in ((name, _why_not(given[name], own[name])) for name in both) if why}
+    names = sorted(own.keys() | given.keys())
+    wrong = [f"{name}: {why}" for name in names if (why := _why_not(given.get(name), own.get(name), arch))]
     if wrong:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(wrong.items())[:20])
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise CheckpointError(
-            f"{path} does not hold the weights of {arch}: {listed}{more}",
-            fix=f"give weights of {arch} under this package's names (see dprandp/vision), or another --arch",
+            f"{path} does not hold the weights of {arch}: {'; '.join(wrong[:20])}{more}",
+            fix=f"give weights of {arch} under this package's names (see dprandp/models), or another --arch",
         )
     extractor.load_state_dict({name: value.to(torch.float32) for name, value in given.items()})
     return left_out
 
 
-def _why_not(found: Tensor, own: Tensor) -> str | None:
+def _why_not(found: Tensor | None, own: Tensor | None, arch: str) -> str | None:
+    if found is None:
+        return "missing"
+    if own is None:
+        return f"unknown to {arch}"
     if found.shape != own.shape:
         return f"shape {tuple(found.shape)} instead of {tuple(own.shape)}"
-    if found.dtype not in FLOATS:
+    if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{found.dtype} instead of {own.dtype}"
     return None if bool(torch.isfinite(found).all()) else "holds what is no finite number"
 

@@ -260,7 +260,7 @@ def _private(
     Returns:
         The plan, and its mechanisms that are not charged yet.
     """
-    name_private_stage(name, config, context, fetch=False)  # refuses another budget before other settings
+    name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":

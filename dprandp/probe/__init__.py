@@ -16,11 +16,11 @@ import time
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig, as_dict
+from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec
 from dprandp.dpsgd import release
 from dprandp.dpsgd.features import private_features
-from dprandp.dpsgd.stage import PrivateStage, on_all_ranks, open_private_stage
+from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, budget_share, open_private_stage
 from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
@@ -28,7 +28,7 @@ from dprandp.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor
 from dprandp.probe.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import check_tensors
-from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.context import Context, with_precision
 from dprandp.runs.results import refuse_gaps
 from dprandp.runs.signals import graceful_stop
 from dprandp.runs.tuning import tuning_of
@@ -50,29 +50,25 @@ def run(config: ProbeConfig, context: Context) -> dict:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
     """
     ranks = context.ranks
-    begun = on_all_ranks(STAGE, context, lambda: _begin(config, context))
+    begun = begin_on_all_ranks(STAGE, context, lambda: _opened(config, context))
     if begun is None:
         return context.rundir.result(STAGE) if ranks.is_first else {}
     stage, config = begun
     started = time.perf_counter()
-    stage.fix_plan()
-    spec = stage.spec
+    stage = stage.fix_plan()
+    spec, plan = stage.spec, stage.plan
 
-    # ------------------------------------------------------------------------------------- public: extractor, whitener
-    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
+    extractor, mirror, whitener = public_part(config, context, spec)
     if warning := colour_warning(extractor.built_from.colour, spec):
         context.console.warn(warning)
-    mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = public_whitener(config, context, extractor, mirror, spec)
     if ranks.is_first:
         whitener = _keep_whitener(context, whitener, extractor)
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
     features, labels = private_features(
-        stage, extractor, whitener, mirror=mirror, views=stage.plan.views, seed=config.seed
+        stage, extractor, whitener, mirror=mirror, views=plan.views, seed=config.seed
     )
-    plan = stage.plan
     lr = config.lr or default_lr(stage.epsilon_alone, plan.delta, plan.examples, config.steps, plan.clip_norm)
 
     def fitted() -> int:
@@ -93,7 +89,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "stage": STAGE,
         **measured,
         **stage.disclosure(updates),
-        "share": DEFAULT_SHARE if config.share is None else config.share,
+        "share": budget_share(config),
         "lr": lr,
         "momentum": config.momentum,
         "released": config.released,
@@ -101,7 +97,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
         "precision": config.precision,
         "extractor_colour": extractor.built_from.colour,
         "tuned": tuning_of(
-            context.rundir, stage.ledger, stage.plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
+            context.rundir, stage.ledger, plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
         ),
         "tuned_on": config.tuned_on,
         "seconds": round(time.perf_counter() - started, 2),
@@ -111,22 +107,21 @@ def run(config: ProbeConfig, context: Context) -> dict:
     return result
 
 
-def _begin(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig] | None:
-    """Plan the stage and begin it in the run directory, with its recorded configuration; None if it is done."""
+def _opened(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig, dict[str, str]]:
     require_extractor(context, STAGE)
     config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
     for earlier in ("generate", "pretrain"):  # for the model card: refuse gaps before charging
         refuse_gaps(earlier, context.rundir.result(earlier))
-    stage = open_private_stage(STAGE, config, context)
-    begun = context.rundir.begin(
-        STAGE,
-        as_dict(config),
-        context.rundir.inputs_from(*EXTRACTOR_STAGES),
-        resume=context.resume,
-        overwrite=context.overwrite,
-        private_inputs=stage.private_inputs(),
-    )
-    return None if begun.action == "skip" else (stage, recorded(STAGE, begun.config))
+    return open_private_stage(STAGE, config, context), config, context.rundir.inputs_from(*EXTRACTOR_STAGES)
+
+
+def public_part(
+    config: ProbeConfig, context: Context, spec: DataSpec
+) -> tuple[nn.Module, bool, whitening.Whitener]:
+    """The run's extractor, whether images are averaged with their mirror images, and the whitener."""
+    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
+    mirror = spec.flip_ok if config.mirror is None else config.mirror
+    return extractor, mirror, public_whitener(config, context, extractor, mirror, spec)
 
 
 def colour_warning(colour: str, spec: DataSpec) -> str | None:

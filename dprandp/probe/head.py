@@ -1,8 +1,7 @@
 """DP-SGD of a linear head on features that are already computed: Phase II, and the end of Phase III.
 
 The gradient of a linear softmax head and its norm have a closed form: a full-batch step over 50,000 examples takes a
-fraction of a second. The loop reads private features only through ``clipped_softmax_sum``, and keeps only the results
-of ``step.release``.
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dprandp.dpsgd.features import placed
 from dprandp.dpsgd.stage import PrivateStage
-from dprandp.dpsgd.units import UnitFeatures, unit_rows
+from dprandp.dpsgd.units import unit_rows
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.runs import checkpoint, faults
@@ -56,12 +55,9 @@ def begin_head(start: Tensor) -> State:
 
 
 def update_head(state: State, update: Tensor, settings: HeadSettings, number: int, steps: int) -> None:
-    """Apply one noisy mean gradient, in place; the update rule of every head, real or simulated.
+    """Apply one noisy mean gradient, [d, classes], in place; the update rule of every head, real or simulated.
 
     Args:
-        state: of ``begin_head``, or of a checkpoint.
-        update: [d, classes].
-        settings: learning rate, momentum, what is released.
         number: of the update, from 0. steps: of all updates; their second half is averaged.
     """
     state["velocity"] = settings.momentum * state["velocity"] + update
@@ -84,8 +80,8 @@ def default_lr(epsilon: float, delta: float, examples: int, steps: int, clip_nor
     """Learning rate from public numbers: proportional to μN, what N examples (or units) say above the noise.
 
     With momentum .9 and unit-norm features a rate of 10 at ε = 1 and N = 50,000 (μ = .268) and 60 at ε = 8 (μ = 1.67)
-    serve where C = 1; both lie on one line through zero. Without noise the rate is capped. It is as much higher as the
-    clip norm is lower: sums of clipped gradients, and their noise, are as long as that.
+    serve where C = 1; both lie on one line through zero. Without noise the rate is capped. It is divided by the clip
+    norm, in whose unit sums and noise are.
     """
     return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples, steps, clip_norm)
 
@@ -107,14 +103,11 @@ def fit_head(
     """Fit a head with DP-SGD and momentum, as ``stage.plan`` says; resumes from ``folder``.
 
     Args:
-        stage: an accepted stage whose plan is fixed.
-        features: float [N, d] or [N, K, d] on the CPU, unit norm (private); memory-mapped or not. ``features.placed``
-            decides where the fit has them.
+        stage: its plan is fixed.
+        features: float [N, d] or [N, K, d] on the CPU, unit norm (private); memory-mapped or not.
         labels: int64 [N] on the CPU (private).
         start: float32 [d, classes], where the head begins: zero, or the released head of an earlier stage.
-        settings: learning rate, momentum, what is released.
         folder: checkpoints and metrics.jsonl.
-        stop: looked at after every step.
 
     Returns:
         What is released, [d, classes] on the context's device, and the number of updates it has seen.
@@ -141,7 +134,6 @@ def fit_head(
     mechanism = stage.mechanism(first_step, ledger_head)
     precise = plan.noise == "discrete"  # then rounding must not add to the sensitivity either
     rows = unit_rows(stage.dataset)
-    units = None if rows is None else UnitFeatures(rows, features, labels)
 
     def save(done: int) -> None:
         checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.keep_head()})
@@ -149,13 +141,14 @@ def fit_head(
     with stage.context.console.progress(plan.steps, f"{stage.name} steps", done=first_step) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------------- private: a clipped sum
-            if units is not None:
-                clipped = units.clipped_sum(step.indices, state["head"], plan.clip_norm, precise=precise)
+            head = state["head"]
+            if rows is not None:
+                clipped = rows.clipped_softmax_sum(
+                    features, labels, step.indices, head, plan.clip_norm, precise=precise
+                )
             else:
                 batch = None if plan.sample_rate == 1 else torch.from_numpy(step.indices)
-                clipped = clipped_softmax_sum(
-                    features, labels, state["head"], plan.clip_norm, precise=precise, rows=batch
-                )
+                clipped = clipped_softmax_sum(features, labels, head, plan.clip_norm, precise=precise, rows=batch)
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release({"head": clipped})["head"]
             update_head(state, update, settings, step.number, plan.steps)

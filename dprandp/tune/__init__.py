@@ -26,15 +26,7 @@ STAGE = "tune"
 
 
 def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, Any]:
-    """Choose settings and write ``tune.json`` and ``tuned.toml``.
-
-    Args:
-        config: of the probe to tune for: data, ε, share, and the defaults of what is tuned.
-        tune: how.
-        context: an opened and locked run.
-
-    Returns:
-        The record (see ``runs/tuning.py``), with ``stage``.
+    """Choose settings of this probe and write ``tune.json`` and ``tuned.toml``; returns the record, with ``stage``.
 
     Raises:
         UsageError: settings that are not simulated, or other tuning than the run has.
@@ -42,15 +34,12 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
         InputError: no extractor yet, or missing data. BudgetError: private tuning does not fit (no pixel was read).
     """
     if config.batch_size is not None or config.views > 1:
-        raise UsageError(
-            "tune works only for full batches of single views", fix="leave out batch_size and views"
-        )
+        raise UsageError("tune works only for full batches of single views", fix="leave out batch_size and views")
     if same_data_name(tune.on, config.data):
         raise private_data(tune.on)
     require_extractor(context, STAGE)
-    asked = frozen(
-        {**asdict(tune), "probe": as_dict(config), "inputs": context.rundir.inputs_from(*EXTRACTOR_STAGES)}
-    )
+    inputs = context.rundir.inputs_from(*EXTRACTOR_STAGES)
+    asked = frozen({**asdict(tune), "probe": as_dict(config), "inputs": inputs})
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:
         if _alike(frozen(before["asked"]), asked):

@@ -8,7 +8,7 @@ best.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,17 +16,15 @@ import torch
 from dprandp.config.schema import ProbeConfig
 from dprandp.dpsgd.features import placed, private_features, require_room
 from dprandp.dpsgd.stage import name_private_stage
-from dprandp.dpsgd.statistics import public_whitener
 from dprandp.errors import UsageError
-from dprandp.pretrain import load_extractor
 from dprandp.privacy.accounting import calibrate, compose
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
+from dprandp.probe import public_part
 from dprandp.probe.head import HeadSettings, begin_head, lr_at, released_head, update_head
-from dprandp.runs.context import Context, with_precision
+from dprandp.runs.context import Context
 from dprandp.runs.results import ONE_IMAGE
-from dprandp.tune.settings import Setting, TuneConfig, settings_for, share_of
-from dprandp.vision.images import colour_of
+from dprandp.tune.settings import Setting, TuneConfig, as_probe, probe_epsilon, settings_for
 
 STAGE = "tune"
 
@@ -42,30 +40,32 @@ def choose_privately(
     """Try settings on the private data by ``privacy/selection.py``, and record only its result.
 
     In particular, record no duration: it would reveal the number of trials, which must stay secret.
+
+    Returns:
+        As ``choose_publicly``.
     """
-    stage, _ = name_private_stage(STAGE, config, context)
-    spec, budget = stage.spec, stage.budget
+    warn = context.console.warn
+    stage = name_private_stage(STAGE, config, context)
+    spec, budget, spent = stage.spec, stage.budget, stage.spent
     if spec.unit != ONE_IMAGE:
         raise UsageError(
             f"tuning on private data counts single images, but one unit of these data is {spec.unit}",
             fix="tune with --on synthetic or on a public set; the probe then protects whole units",
         )
-    spent = stage.open_ledger(write=True)
-    precision = with_precision("probe", config, context, context.rundir.result("pretrain")["arch"]).precision
-    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
-    mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
+    extractor, mirror, whitener = public_part(as_probe(config, context), context, spec)
+    whitener = whitener.to(context.device)
     settings = settings_for(config, whitener.components)
-    stage.plan = plan = make_selection_plan(
-        stage=STAGE, epsilon=budget.epsilon, delta=budget.delta, epsilon_target=tune.spend * share_of(config),
-        spent=spent, examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
-        clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=context.console.warn,
+    epsilon = probe_epsilon(config)
+    plan = make_selection_plan(
+        stage=STAGE, epsilon=budget.epsilon, delta=budget.delta, epsilon_target=tune.spend * epsilon, spent=spent,
+        examples=spec.train_examples, mean_trials=tune.trials, eta=ETA, held_out=tune.held_out,
+        clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=warn,
     )  # fmt: skip
     # plan the probe now, to refuse too small a budget before charging
-    sigma = calibrate(share_of(config), budget.delta, 1.0, config.steps, [*spent, plan.event], context.console.warn)
+    sigma = calibrate(epsilon, budget.delta, 1.0, config.steps, [*spent, plan.event], warn)
     probe_mu = math.sqrt(config.steps) / sigma
-    stage.fix_plan()
-    selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, context.console.warn)
+    stage = replace(stage, plan=plan).fix_plan()
+    selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, warn)
     # ------------------------------------------------------------------------------------------------ private from here
     features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)
     require_room(features.numel() * features.element_size() // 2, "tune's candidates with half the dimensions")

@@ -23,20 +23,19 @@ from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.features import placed
-from dprandp.dpsgd.statistics import public_whitener
 from dprandp.dpsgd.training_data import use_as_public
 from dprandp.errors import InputError
 from dprandp.generate import open_images
 from dprandp.models.extractor import extract
 from dprandp.models.whitening import Whitener
-from dprandp.pretrain import load_extractor
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
+from dprandp.probe import public_part
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, released_head, update_head
-from dprandp.runs.context import Context, with_precision
+from dprandp.runs.context import Context
 from dprandp.runs.tuning import SYNTHETIC
-from dprandp.tune.settings import Setting, TuneConfig, private_data, settings_for, share_of
-from dprandp.vision.images import ImageSet, as_declared, colour_of, random_crops, to_input
+from dprandp.tune.settings import Setting, TuneConfig, as_probe, private_data, probe_epsilon, settings_for
+from dprandp.vision.images import ImageSet, as_declared, random_crops, to_input
 
 INSTANCES = 40
 """Synthetic images of a task, in all classes together; at least two in each."""
@@ -55,38 +54,43 @@ def choose_publicly(
 
     The exception: a public set that declares as many images of the same size is compared with them, and refused if
     equal.
+
+    Returns:
+        Facts for the record, the learning rate, and the chosen setting.
     """
     started = time.perf_counter()
     spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
-    epsilon = share_of(config)
+    epsilon = probe_epsilon(config)
     delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
     default = config.lr or default_lr(epsilon, delta, spec.train_examples, config.steps, config.clip_norm)
     features, labels, classes, cut, whitener = _public_task(config, tune, context, spec)
     settings = settings_for(config, whitener.components)
     generator = torch.Generator().manual_seed(config.seed + SEED)
+    count = spec.train_examples
     order = [0, *(1 + torch.randperm(len(settings) - 1, generator=generator)).tolist()][: tune.trials]
     rights: dict[int, Tensor] = {}
     with context.console.progress(len(order), "settings") as progress:
         for index in order:
             setting = settings[index]
             seen = whitener.cut(features, setting.dims)
+            rule = HeadSettings(default * setting.lr_factor, config.momentum, config.released)
             head = simulate(
-                seen[:cut], labels[:cut], classes, setting.steps, config.clip_norm, mu, spec.train_examples,
-                HeadSettings(default * setting.lr_factor, config.momentum, config.released), generator,
-            )  # fmt: skip
+                seen[:cut], labels[:cut], classes, setting.steps, config.clip_norm, mu, count, rule, generator
+            )
             rights[index] = ((seen[cut:] @ head).argmax(dim=1) == labels[cut:]).cpu()
             progress.advance(1)
     best = better_than_default(rights)
+    accuracy = {index: float(right.to(torch.float32).mean()) for index, right in rights.items()}
     tried = [
-        asdict(settings[index]) | {"lr": default * settings[index].lr_factor, "accuracy": _share(rights[index])}
+        asdict(settings[index]) | {"lr": default * settings[index].lr_factor, "accuracy": accuracy[index]}
         for index in order
     ]
     record = {
-        "accuracy": _share(rights[best]),
-        "default_accuracy": _share(rights[0]),
+        "accuracy": accuracy[best],
+        "default_accuracy": accuracy[0],
         "charged_epsilon": 0.0,
-        "simulated": {"epsilon": epsilon, "delta": delta, "train_examples": spec.train_examples},
+        "simulated": {"epsilon": epsilon, "delta": delta, "train_examples": count},
         "fitted_examples": cut,
         "held_out_examples": len(labels) - cut,
         "tried": tried,
@@ -96,14 +100,10 @@ def choose_publicly(
 
 
 def better_than_default(rights: dict[int, Tensor]) -> int:
-    """Index of the setting to take.
+    """Index of the setting to take, from which held-out examples (bool [m]) each one got right; 0 is the default.
 
-    Args:
-        rights: index -> bool [m], which held-out examples were classified correctly; index 0 is the default.
-
-    Returns:
-        The one with the most right answers, if it is right where the default is wrong in b cases, the other way round
-        in c, and b − c ≥ √(b + c), the standard error of that difference (McNemar 1947); else 0.
+    The one with the most right answers, if it is right where the default is wrong in b cases, the other way round in c,
+    and b − c ≥ √(b + c), the standard error of that difference (McNemar 1947); else 0.
     """
     best = max(rights, key=lambda index: (int(rights[index].sum()), -index))
     gained = int((rights[best] & ~rights[0]).sum())
@@ -129,9 +129,6 @@ def simulate(
         mu: of the whole private fit, so that σ = √T/μ; inf for no noise.
         examples: N of the private data. The sum over n examples gets noise of std σ C n/N: μN is what matters.
         generator: seeded, of the CPU; this noise protects nothing.
-
-    Returns:
-        The released head, float32 [d, classes].
     """
     count = len(features)
     noise_std = math.sqrt(steps) / mu * clip_norm * count / examples
@@ -147,7 +144,6 @@ def _public_task(
     config: ProbeConfig, tune: TuneConfig, context: Context, spec: DataSpec
 ) -> tuple[Tensor, Tensor, int, int, Whitener]:
     """Whitened unit-norm features [n, dims], labels [n], number of classes, how many of n to fit, whitener."""
-    precision = with_precision("probe", config, context, context.rundir.result("pretrain")["arch"]).precision
     generator = torch.Generator().manual_seed(config.seed + SEED)
     fitted = min(FIT, spec.train_examples)
     if tune.on == SYNTHETIC:
@@ -164,9 +160,8 @@ def _public_task(
         classes = len(public_dataset.spec.classes)
         fitted = min(fitted, len(labels) * 4 // 5)
     images = as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
-    extractor, _ = load_extractor(context, colour_of(spec.channels), precision=precision)
-    mirror = spec.flip_ok if config.mirror is None else config.mirror
-    whitener = public_whitener(config, context, extractor, mirror, spec).to(context.device)
+    extractor, mirror, whitener = public_part(as_probe(config, context), context, spec)
+    whitener = whitener.to(context.device)
     with context.console.progress(len(images), "public features") as progress:
         features = extract(extractor, images, mirror=mirror, after=whitener, on_batch=progress.advance)
     return *placed(features, labels, classes, context.device), classes, fitted, whitener
@@ -175,14 +170,8 @@ def _public_task(
 def synthetic_task(
     context: Context, classes: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """A classification task of synthetic images: a class is crops of some images.
-
-    Returns:
-        uint8 [count, 3, 32, 32], int64 [count] and the number of classes; in random order.
-
-    Raises:
-        InputError: fewer images than classes.
-    """
+    """A classification task of synthetic images, of which a class is crops of some: uint8 [count, 3, 32, 32], int64
+    [count] and the number of classes, in random order. Raises InputError for fewer images than classes."""
     wanted = max(2, INSTANCES // classes)
     images = ImageSet(open_images(context.rundir.stage_dir("generate"), classes * wanted))
     instances = min(wanted, len(images) // classes)
@@ -196,7 +185,3 @@ def synthetic_task(
     instance = instance[torch.randperm(count, generator=generator)]
     crops = random_crops(images, generator, drawn[instance])
     return crops, instance % classes, classes
-
-
-def _share(right: Tensor) -> float:
-    return float(right.to(torch.float32).mean())

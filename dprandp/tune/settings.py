@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from dprandp.config.schema import DEFAULT_SHARE, ProbeConfig
+from dprandp.config.schema import ProbeConfig
+from dprandp.dpsgd.stage import budget_share
 from dprandp.errors import UsageError
+from dprandp.runs.context import Context, with_precision
 from dprandp.runs.tuning import SYNTHETIC
 
 LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
@@ -16,19 +18,12 @@ DIM_FACTORS = (1.0, 0.5)
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to tune.
+    """How to tune."""
 
-    Attributes:
-        on: 'synthetic', 'private', or the name of a public data set.
-        trials: settings to try; with 'private' the expected number of trials.
-        spend: with 'private': fraction of the probe's ε for tuning, in (0, 1).
-        held_out: with 'private': chance that a record is scored on instead of fitted, in (0, 1).
-    """
-
-    on: str = SYNTHETIC
-    trials: int = 12
-    spend: float = 0.3
-    held_out: float = 0.2
+    on: str = SYNTHETIC  # or 'private', or the name of a public data set
+    trials: int = 12  # settings to try; with 'private' the expected number of trials
+    spend: float = 0.3  # with 'private': fraction of the probe's ε for tuning, in (0, 1)
+    held_out: float = 0.2  # with 'private': chance that a record is scored on instead of fitted, in (0, 1)
 
     def __post_init__(self) -> None:
         if not 2 <= self.trials <= 1000:
@@ -40,11 +35,11 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: factor on the default learning rate, steps, components of each part of the whitened features."""
+    """One candidate."""
 
-    lr_factor: float
+    lr_factor: float  # on the default learning rate
     steps: int
-    dims: int
+    dims: int  # components of each part of the whitened features
 
 
 def private_data(on: str) -> UsageError:
@@ -62,6 +57,11 @@ def settings_for(config: ProbeConfig, dims: int) -> list[Setting]:
     return list(dict.fromkeys(listed))
 
 
-def share_of(config: ProbeConfig) -> float:
-    """ε of the probe by its configuration, inf for none."""
-    return config.epsilon * (DEFAULT_SHARE if config.share is None else config.share)
+def probe_epsilon(config: ProbeConfig) -> float:
+    """ε of the probe, with its tuning; inf for no privacy."""
+    return config.epsilon * budget_share(config)
+
+
+def as_probe(config: ProbeConfig, context: Context) -> ProbeConfig:
+    """The configuration with the precision that the probe will have."""
+    return with_precision("probe", config, context, context.rundir.result("pretrain")["arch"])

@@ -66,7 +66,7 @@ def gradients_case(scale: str) -> Case:
     model.head.data.normal_(generator=generator)
     views, labels = pixels(count, 1, 3, 32, 32), torch.randint(10, (count,), generator=generator)
     parameters = {name: value.detach() for name, value in model.named_parameters()}
-    loss = loss_function(model, 1.0, torch.device("cpu"))
+    loss = loss_function(model, 1.0)
 
     def ours() -> dict[str, Tensor]:
         return closed_form_gradients(model, views, labels)

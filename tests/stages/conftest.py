@@ -27,20 +27,18 @@ def public_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the same images and a small WRN with random weights."""
-    path = tmp_path_factory.mktemp("wide") / "run"
-    make_public(path, arch="wrn-10-1", random_init=True)
-    return path
+def _with_random_weights(arch: str) -> Callable[..., Path]:
+    @pytest.fixture(scope="session")
+    def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A run with the same images and a small network with random weights."""
+        path = tmp_path_factory.mktemp(arch) / "run"
+        make_public(path, arch=arch, random_init=True)
+        return path
+
+    return made
 
 
-@pytest.fixture(scope="session")
-def vit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the same images and a small ViT with random weights."""
-    path = tmp_path_factory.mktemp("vit") / "run"
-    make_public(path, arch="vit-1-16-16", random_init=True)
-    return path
+wide_run, vit_run = _with_random_weights("wrn-10-1"), _with_random_weights("vit-1-16-16")
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_run import (
-    PROBE,
-    blobs,
-    context,
-    run_continue,
-    run_finetune,
-    run_probe,
-    run_scratch,
-)
+from tiny_run import PROBE, blobs, context, run_continue, run_finetune, run_probe, run_scratch
 
 from dprandp import tune
 from dprandp.config import schema
+from dprandp.data.base import public_positions
 from dprandp.tune.settings import TuneConfig
 
 
@@ -39,7 +32,7 @@ class Kind:
         source: the fixture of the run that it begins with; None for an empty folder.
         changes: of the stage's configuration.
         before: what runs first.
-        logs: folders of its metrics, and the mechanism that each is of.
+        logs: folders of its metrics.
         units: several images are one unit of privacy.
     """
 
@@ -47,7 +40,7 @@ class Kind:
     source: str | None
     changes: dict[str, Any] = field(default_factory=dict)
     before: Callable[..., dict[str, Any]] | None = None
-    logs: dict[str, str] = field(default_factory=dict)
+    logs: tuple[str, ...] = ()
     units: bool = False
 
     @property
@@ -56,9 +49,8 @@ class Kind:
         return self.changes | ({"unit_column": "patient"} if self.units else {})
 
 
-PROBED, TUNED = {"3-probe": "probe"}, {"4-finetune": "finetune"}
-BOTH = TUNED | {"4-finetune/refit": "finetune.head"}
-CONTINUED = {"2b-continue": "continue"}
+PROBED, TUNED, CONTINUED = ("3-probe",), ("4-finetune",), ("2b-continue",)
+BOTH = ("4-finetune", "4-finetune/refit")
 SHORT = {"steps": 2, "refit_steps": 0, "batch_size": 12}
 
 KINDS: dict[str, Kind] = {
@@ -66,7 +58,6 @@ KINDS: dict[str, Kind] = {
     "probe of batches and views": Kind(run_probe, "public_run", {"batch_size": 29, "views": 2, "steps": 3},
                                        logs=PROBED),
     "probe of units": Kind(run_probe, "public_run", {"steps": 3}, logs=PROBED, units=True),
-    "probe with discrete noise": Kind(run_probe, "public_run", {"noise": "discrete", "steps": 3}, logs=PROBED),
     "fine-tune and refit": Kind(run_finetune, "public_run", {"refit_steps": 3}, before=run_probe, logs=BOTH),
     "fine-tune of units": Kind(run_finetune, "public_run", SHORT | {"refit_steps": 2}, before=run_probe, logs=BOTH,
                                units=True),
@@ -77,11 +68,8 @@ KINDS: dict[str, Kind] = {
         "optimizer": "adam", "clipping": "rescaled"}, before=run_probe, logs=TUNED),
     "fine-tune of chosen weights": Kind(run_finetune, "wide_run", SHORT | {
         "select": "magnitude", "keep": 0.5, "every": 1, "momentum": 0.9}, before=run_probe, logs=TUNED),
-    "from scratch": Kind(run_scratch, None, {"steps": 2}, logs=TUNED),
     "from scratch, of views": Kind(run_scratch, None, {"steps": 2, "views": 2, "clipping": "automatic"}, logs=TUNED),
     "continue": Kind(run_continue, "vit_run", {"steps": 6, "switch": "3"}, logs=CONTINUED),
-    "continue by a rule": Kind(run_continue, "vit_run", {"steps": 6, "check_every": 1, "switch": "plateau"},
-                               logs=CONTINUED),
     "continue by the decelerator": Kind(run_continue, "vit_run", {"steps": 6, "check_every": 1,
                                                                   "switch": "decelerator"}, logs=CONTINUED),
     "continue, mixed": Kind(run_continue, "vit_run", {"public": "synth", "mix": "ratio", "steps": 3, "views": 2},
@@ -103,8 +91,6 @@ def write_records(path: Path, kind: Kind, records: int, seed: int = 0) -> str:
     made, other = blobs(0, train=images), blobs(seed, train=images)
     private = np.ones(images, dtype=bool)
     if part:
-        from dprandp.data.base import public_positions
-
         private[public_positions(images, part, 0)] = False
     for name in ("x_train", "y_train"):
         made[name] = np.where(private.reshape(-1, *[1] * (made[name].ndim - 1)), other[name], made[name])

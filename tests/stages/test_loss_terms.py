@@ -132,14 +132,11 @@ def test_the_improvement_is_that_of_simulated_steps_of_the_best_length() -> None
     assert abs(without - terms.improvement) > 4 * error
 
 
-def test_the_slowdown_is_what_privacy_takes() -> None:
+def test_the_slowdown_is_what_privacy_takes_and_at_the_best_batch_it_is_the_curvature() -> None:
     terms = quadratic()
     free = dataclasses.replace(terms, noise_multiplier=0.0)
     assert free.decelerator == 0
     assert terms.improvement == pytest.approx(free.improvement / (1 + terms.slowdown))
-
-
-def test_at_the_best_batch_the_decelerator_is_the_curvature() -> None:
     at_best = quadratic(quadratic().best_batch)
     assert at_best.decelerator == pytest.approx(at_best.along_gradient)
     assert at_best.to_dict()["best_batch"] == at_best.best_batch

@@ -14,111 +14,65 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rank_processes import context_of, of_rank_0, on_ranks
 from safetensors.torch import load_file
-from tiny_run import DEEP, FINETUNE, GENERATE, PROBE, Recorder, blobs, ledger_of, read_json
+from small_models import CLIP, SETTING, STEP, apart, gradient_by_hand, images_and_labels, model_of, norm_of, scaled
+from tiny_run import FINETUNE, GENERATE, PROBE, Copy, Recorder, blobs, read_json
 from torch import Tensor
 
 from dprandp import finetune, generate, probe
 from dprandp.config.schema import PretrainConfig, build
 from dprandp.dpsgd import clipped_sums
 from dprandp.dpsgd import features as extraction
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, unscaled
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.units import UnitRows
 from dprandp.errors import InputError
-from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
-from dprandp.models.whitening import Whitener
 from dprandp.pretrain import contrastive
 from dprandp.privacy.clipping import sum_of_clipped
 from dprandp.runs import parallel
 from dprandp.runs.parallel import ALONE, Ranks
-from dprandp.vision.images import to_input
-from dprandp.vision.views import keyed_uniforms, private_views
-
-Copy = Callable[[Path], Path]
-CLIP = 0.05
-SETTING = SumSettings(scale=0.3, views=2, seed=5, flip=True, clip_norm=CLIP)
-
-
-def model_of(arch: str) -> Classifier:
-    generator = torch.Generator().manual_seed(1)
-    settings = DEEP if arch == "deep" else {"arch": arch}
-    extractor = build_extractor(PretrainConfig(filters=16, **settings), generator)
-    whitener = Whitener(extractor.feature_dim, 20, extractor.parts)
-    whitener.projection.normal_(generator=generator)
-    model = Classifier(extractor, whitener, 3)
-    model.head.data.normal_(generator=generator)
-    return model
-
-
-def scaled(model: Classifier) -> dict[str, Tensor]:
-    return {
-        name: value.detach().clone() / (SETTING.scale if name.startswith("extractor.") else 1)
-        for name, value in model.named_parameters()
-    }
-
-
-def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Distance over all tensors jointly, as a part of the joint norm."""
-    assert left.keys() == right.keys()
-    difference = math.sqrt(sum(float((left[name].double() - right[name].double()).square().sum()) for name in right))
-    return difference / math.sqrt(sum(float(value.double().square().sum()) for value in right.values()))
 
 
 def totals_over(ranks: Ranks, arch: str, batches: list[np.ndarray], settings: SumSettings = SETTING) -> list[dict]:
     """The clipped sum of each batch; ranks but rank 0 have other parameters until they are given rank 0's."""
-    made, found = blobs(3), []
-    images, labels = to_input(made["x_train"]), torch.from_numpy(made["y_train"])
+    found, (images, labels) = [], images_and_labels()
     for records in batches:
         model = model_of(arch)
         parameters = {name: value + ranks.rank for name, value in scaled(model).items()}
         share = share_of(ranks, records, images, labels, None)
-        found.append(ClippedSums(model, settings).over_ranks(ranks, parameters, 4, share))
+        found.append(ClippedSums(model, settings).over_ranks(ranks, parameters, STEP, share))
     return found
 
 
 def by_hand(arch: str, records: np.ndarray) -> dict[str, Tensor]:
-    """One record after another: its views, the mean of their losses, autograd, a clip, a sum."""
-    model, made = model_of(arch), blobs(3)
-    before = scaled(model)
-    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in before.items()}
-    for record in records:
-        image = to_input(made["x_train"][record : record + 1])
-        views = private_views(image, 2, keyed_uniforms(np.array([record]), 4, 5, 2), flip=True)[0]
-        leaves = {name: value.clone().requires_grad_() for name, value in before.items()}
-        weights = {name: unscaled(name, value, SETTING.scale) for name, value in leaves.items()}
-        scores = torch.func.functional_call(model, weights, (model.extractor.normalise(views),))
-        label = torch.tensor([made["y_train"][record]] * 2)
-        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, label), list(leaves.values()))
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-        for name, gradient in zip(leaves, gradients, strict=True):
-            total[name] += gradient.double() * min(1, CLIP / norm)
+    """One record after another: its gradient by automatic differentiation, a clip, a sum."""
+    total: dict[str, Tensor] = {}
+    for record in records.tolist():
+        gradient = gradient_by_hand(arch, record)
+        for name, value in gradient.items():
+            total[name] = total.get(name, 0) + value * min(1, CLIP / norm_of(gradient))
     return total
 
 
 # --------------------------------------------------------------------------------------------------------------- shares
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-@pytest.mark.parametrize("block", [1, 4])
-def test_16_every_row_is_in_exactly_one_share(size: int, block: int) -> None:
-    for count in range(40):
-        shares = Ranks(None, 0, size).shares(count, block)
-        assert len(shares) == size
-        assert [row for share in shares for row in range(count)[share]] == list(range(count))
-        assert all(share.start % block == 0 for share in shares if share.start < count)
-        sizes = [share.stop - share.start for share in shares]
-        assert max(sizes) - min(sizes) <= block + (count % block > 0) * block
-    assert ALONE.shares(5) == [slice(0, 5)]
+@given(size=st.integers(1, 9), block=st.integers(1, 5), count=st.integers(0, 40))
+def test_16_every_row_is_in_exactly_one_share(size: int, block: int, count: int) -> None:
+    shares = Ranks(None, 0, size).shares(count, block)
+    assert len(shares) == size
+    assert [row for share in shares for row in range(count)[share]] == list(range(count))
+    assert all(share.start % block == 0 for share in shares if share.start < count)
+    sizes = [share.stop - share.start for share in shares]
+    assert max(sizes) - min(sizes) <= block + (count % block > 0) * block
 
 
 def test_16_a_unit_is_never_cut() -> None:
     images, labels = torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10)
-
-    def rows(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        sizes = units % 2 + 1  # unit 3 has the images 30 and 31, modulo ten
-        return np.concatenate([np.arange(u, u + s) % 10 for u, s in zip(units, sizes, strict=True)] or [units]), sizes
-
+    rows = UnitRows(np.arange(8), np.array([0, 1, 3, 4, 6, 7]))
     for size in (1, 2, 3, 7):
         shares = [share_of(Ranks(None, rank, size), np.arange(5), images, labels, rows) for rank in range(size)]
         assert sum(share.records for share in shares) == 5
@@ -133,7 +87,7 @@ def test_16_a_unit_is_never_cut() -> None:
 def test_16_the_clipped_sum_of_several_ranks_is_that_of_one_by_hand(arch: str) -> None:
     records, none = np.array([3, 77, 119]), np.array([], dtype=np.int64)
     oracle = by_hand(arch, records)
-    for size in (1, 2, 5):  # with 5 ranks, two shares are empty
+    for size in (1, 5):  # with 5 ranks, two shares are empty
         whole, fewer, empty = of_rank_0(size, totals_over, arch, [records, records[:-1], none])
         assert apart(whole, oracle) < 1e-4
         assert apart(fewer, oracle) > 1e-2  # the oracle would see a lost record
@@ -141,17 +95,15 @@ def test_16_the_clipped_sum_of_several_ranks_is_that_of_one_by_hand(arch: str) -
         assert all(value.dtype == torch.float64 and not value.any() for value in empty.values())
 
 
-@pytest.mark.parametrize("precise", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_4_sensitivity_over_ranks(precise: bool) -> None:
+def test_4_sensitivity_over_ranks() -> None:
     """A record more or less changes the sum by at most C, also where it moves others from rank to rank."""
-    settings = SumSettings(**(vars(SETTING) | {"precise": precise, "clip_norm": 1e-3}))
+    settings = replace(SETTING, precise=True, clip_norm=1e-3)
     records = np.array([1, 8, 30, 31, 60, 61, 90])
     batches = [records, *(np.delete(records, left_out) for left_out in (0, 3, 6))]
-    for size in (2, 3):
-        whole, *others = of_rank_0(size, totals_over, "patchnet", batches, settings)
-        for fewer in others:
-            moved = math.sqrt(sum(float((whole[name] - fewer[name]).square().sum()) for name in whole))
-            assert 0.9e-3 < moved <= 1e-3 * (1 + 1e-6)
+    whole, *others = of_rank_0(3, totals_over, "patchnet", batches, settings)
+    for fewer in others:
+        moved = norm_of({name: whole[name] - fewer[name] for name in whole})
+        assert 0.9e-3 < moved <= 1e-3 * (1 + 1e-6)
 
 
 def broken_sum(kind: str) -> Callable:
@@ -181,11 +133,10 @@ class Unheard(Ranks):
 
 
 @pytest.mark.parametrize("kind", ["not clipped", "noise of its own", "not a number", "other type"])
-@pytest.mark.parametrize("rank", [0, 1])
 def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(
-    monkeypatch: pytest.MonkeyPatch, kind: str, rank: int
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    ranks = Unheard(None, rank, 2)
+    ranks = Unheard(None, 1, 2)
     totals_over(ranks, "patchnet", [np.arange(6)])
     assert vars(ranks).pop("added")
     monkeypatch.setattr(clipped_sums, "sum_of_clipped", broken_sum(kind))
@@ -257,74 +208,26 @@ def test_tensors_of_accelerators_are_preceded_by_a_meeting_of_processes(monkeypa
 # ----------------------------------------------------------------------------------------------------- whole stages
 
 
-def private_stages(ranks: Ranks, run: Path, options: dict, *settings: dict, noisy: bool = False) -> list | None:
-    """Probe, where it has settings, then fine-tune; what was seen on rank 0: (indices, noise) of each release."""
+def private_stages(ranks: Ranks, run: Path, *settings: dict) -> None:
+    """Probe, then fine-tune."""
     recorder = Recorder(run)
-    if noisy:
-        honest = sum_of_clipped
-        clipped_sums.sum_of_clipped = lambda *given, **how: {
-            name: value + 1e-3 * torch.randn(value.shape) for name, value in honest(*given, **how).items()
-        }
-    try:
-        with pytest.MonkeyPatch.context() as patch, context_of(ranks, run, **options) as context:
-            recorder.install(patch)
-            for name, stage, values in zip(("probe", "finetune"), (probe, finetune), settings, strict=True):
-                if values:
-                    made = stage.run(build(name, values), context)
-                    assert (made == {}) != ranks.is_first
-        assert ranks.is_first or not (recorder.draws or recorder.releases)  # rank 0 alone draws and adds noise
-        return [(release.indices, release.noise) for release in recorder.releases]
-    finally:
-        if noisy:
-            clipped_sums.sum_of_clipped = honest
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_16_probe_and_fine_tune_of_several_ranks_equal_those_of_one(
-    copy: Copy, public_run: Path, data: str, size: int
-) -> None:
-    released, seen = [], []
-    settings = [table | {"data": data, "views": 2} for table in (PROBE, FINETUNE)]
-    for count in (1, size):
-        run = copy(public_run)
-        seen.append(of_rank_0(count, private_stages, run, {"insecure_seed": 1}, *settings))
-        released.append(load_file(run / "model/model.safetensors"))
-        charges = ledger_of(run).charges
-        # one charge and one noisy release a step, on rank 0 alone
-        assert sum(charge.steps for charge in charges) == len(seen[-1]) == 8 + 4 + 6
-    assert apart(released[1], released[0]) < 1e-5
-    for alone, together in zip(*seen, strict=True):
-        assert np.array_equal(alone[0], together[0])
-        assert torch.allclose(alone[1], together[1], atol=1e-4)
-
-
-def noisy_stages(ranks: Ranks, *given) -> list | None:
-    return private_stages(ranks, *given, noisy=True)
-
-
-def test_16_noise_on_every_rank_would_be_noticed(copy: Copy, probed_run: Path, data: str) -> None:
-    """The comparison above sees a rank that adds a little noise, too little to be refused."""
-    released = []
-    for stages in (private_stages, noisy_stages):
-        run = copy(probed_run)
-        of_rank_0(2, stages, run, {"insecure_seed": 1}, {}, FINETUNE | {"data": data, "refit_steps": 0})
-        released.append(load_file(run / "model/model.safetensors"))
-    assert apart(*released) > 1e-5
+    with pytest.MonkeyPatch.context() as patch, context_of(ranks, run, insecure_seed=1) as context:
+        recorder.install(patch)
+        for name, stage, values in zip(("probe", "finetune"), (probe, finetune), settings, strict=True):
+            assert (stage.run(build(name, values), context) == {}) != ranks.is_first
+    assert ranks.is_first or not (recorder.draws or recorder.releases)  # rank 0 alone draws and adds noise
 
 
 @pytest.mark.slow
 def test_16_units_of_several_images(copy: Copy, public_run: Path, tmp_path: Path) -> None:
-    arrays = blobs()
-    arrays["patient_train"], arrays["patient_test"] = np.arange(120) // 4, np.arange(40)
-    np.savez(tmp_path / "patients.npz", **arrays)
+    np.savez(tmp_path / "patients.npz", **blobs(), patient_train=np.arange(120) // 4)
     given = {"data": f"npz:{tmp_path / 'patients.npz'}", "unit_column": "patient"}
     settings = [PROBE | given | {"steps": 2}]
     settings.append(FINETUNE | given | {"batch_size": 7, "noise": "discrete", "refit_steps": 0})
     released = []
     for size in (1, 3):
         run = copy(public_run)
-        of_rank_0(size, private_stages, run, {"insecure_seed": 1}, *settings)
+        of_rank_0(size, private_stages, run, *settings)
         released.append(load_file(run / "model/model.safetensors"))
     assert apart(released[1], released[0]) < 1e-5
 
@@ -336,7 +239,7 @@ def features_over(ranks: Ranks, count: int) -> list[tuple[Tensor, int]]:
     """Features of some images, with and without whitener, and how many were reported as done."""
     extraction.BATCH, extraction.ROUND = 8, 16
     model, found = model_of("patchnet"), []
-    images = to_input(blobs(3)["x_train"])[:count]
+    images, _ = images_and_labels(count)
     for whitener, mirror in ((model.whitener, True), (None, False)):
         done: list[int] = []
         made = extraction.extract_by_ranks(ranks, model.extractor, images, whitener, mirror, done.append)
@@ -346,10 +249,10 @@ def features_over(ranks: Ranks, count: int) -> list[tuple[Tensor, int]]:
 
 
 def test_16_features_equal_those_of_one_process_to_the_bit() -> None:
-    model, images = model_of("patchnet"), to_input(blobs(3)["x_train"])[:75]
+    model, (images, _) = model_of("patchnet"), images_and_labels(75)
     whitened = extract(model.extractor, images, mirror=True, batch_size=8, after=model.whitener)
     plain = extract(model.extractor, images, mirror=False, batch_size=8)
-    for size in (2, 3, 5):
+    for size in (2, 5):
         for (made, done), alone in zip(of_rank_0(size, features_over, 75), (whitened, plain), strict=True):
             assert torch.equal(made, alone)
             assert done == len(images)

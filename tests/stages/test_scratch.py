@@ -10,15 +10,16 @@ from safetensors.torch import load_file, save_file
 from tiny_run import forbid_reading, ledger_of, read_json, run_scratch
 from torch import Tensor
 
-from dprandp.config.schema import build
+from dprandp.config.schema import FinetuneConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.finetune import start
 from dprandp.release import load_model
 
 SOURCE = {"source": "init", "init_source": "made-up weights, drawn in a test"}
+SHAPE = {"padding": "same", "pooling": "1"}
 
 
-def network(**given) -> start.FinetuneConfig:
+def network(**given) -> FinetuneConfig:
     return build("finetune", {"source": "scratch", "arch": "wrn-10-1"} | given)
 
 
@@ -32,8 +33,7 @@ def loaded(path: Path, **given) -> tuple[dict[str, Tensor], list[str]]:
     return model.extractor.state_dict(), left_out
 
 
-@pytest.mark.parametrize("prefix", ["", "extractor."])
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "kind"), [("", torch.float32), ("extractor.", torch.bfloat16)])
 def test_weights_that_fit_are_taken(tmp_path, prefix, kind):
     path = tmp_path / "w.safetensors"
     given = {name: value.to(kind) for name, value in weights().items()}
@@ -41,9 +41,9 @@ def test_weights_that_fit_are_taken(tmp_path, prefix, kind):
     save_file({f"{prefix}{name}": value for name, value in given.items()} | another_task, path)
     found, left_out = loaded(path)
     assert left_out == ["fc.bias", "head"]
-    for name, value in given.items():
-        assert torch.equal(found[name], value.float())
-    assert not torch.equal(weights()["stem.weight"], start.start_model(network(seed=0), 3)[0].extractor.stem.weight)
+    assert all(torch.equal(found[name], value.float()) for name, value in given.items())
+    with pytest.raises(CheckpointError, match="instead of"):
+        loaded(path, arch="wrn-10-2")
 
 
 @pytest.mark.parametrize(
@@ -64,18 +64,10 @@ def test_what_does_not_fit_is_named(tmp_path, change, said):
         loaded(tmp_path / "w.safetensors")
 
 
-def test_files_that_are_none_are_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no file"):
-        loaded(tmp_path / "absent.safetensors")
+def test_files_and_architectures_that_are_none_are_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         loaded(tmp_path / "w.safetensors")
-    save_file(weights(), tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="instead of"):
-        loaded(tmp_path / "w.safetensors", arch="wrn-10-2")
-
-
-def test_architectures_that_gradients_do_not_make_are_refused():
     with pytest.raises(UsageError, match="patchnet"):
         start.network_config(network(arch="patchnet"))
     with pytest.raises(UsageError, match="one layer order"):
@@ -84,49 +76,40 @@ def test_architectures_that_gradients_do_not_make_are_refused():
 
 def test_the_networks_shape_is_that_of_the_configuration():
     order = "relu-norm-conv+norm-relu-skip"
-    extractor = start.start_model(network(layer_order=order, padding="same", pooling="1"), 3)[0].extractor
+    extractor = start.start_model(network(layer_order=order, **SHAPE), 3)[0].extractor
     assert extractor.blocks[0].order.skip == "norm-relu"
-    assert extractor.blocks[1].pads
-    assert not extractor.blocks[0].pads
+    assert (extractor.blocks[0].pads, extractor.blocks[1].pads) == (False, True)
     assert extractor.feature_dim == 64
 
 
 def test_a_run_from_public_weights_discloses_who_says_so(tmp_path: Path, data: str) -> None:
     path, run = tmp_path / "weights.safetensors", tmp_path / "run"
-    save_file(weights(padding="same", pooling="1"), path)
-    shape = SOURCE | {"init": str(path), "padding": "same", "pooling": "1"}
-    result = run_scratch(run, data, **shape, freeze="last", scope="block", keep=0.3)
-    (digest,) = start.init_hash(network(**shape)).values()
+    save_file(weights(**SHAPE), path)
+    settings = SOURCE | SHAPE | {"init": str(path), "freeze": "last", "scope": "block", "keep": 0.3}
+    result = run_scratch(run, data, **settings)
+    (digest,) = start.init_hash(network(**settings)).values()
     assert (result["init_sha256"], result["init_source"]) == (digest, SOURCE["init_source"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
-    assert digest in card
-    assert "declared public by the user" in card
-    assert SOURCE["init_source"] in card
+    assert all(text in card for text in (digest, "declared public by the user", SOURCE["init_source"]))
     assert str(tmp_path) not in (run / "model/config.json").read_text(encoding="utf-8") + card
     # frozen weights are those of the file, the others are not
-    released = load_file(run / "model/model.safetensors")
-    assert torch.equal(released["extractor.stem.weight"], weights(padding="same", pooling="1")["stem.weight"])
-    assert not torch.equal(released["extractor.blocks.2.conv1.weight"], weights()["blocks.2.conv1.weight"])
+    released, own = load_file(run / "model/model.safetensors"), weights(**SHAPE)
+    for name, kept in (("stem.weight", True), ("blocks.2.conv1.weight", False)):
+        assert torch.equal(released[f"extractor.{name}"], own[name]) == kept
     assert load_model(run / "model").network.extractor.blocks[1].pads
     assert read_json(run / "run.json")["stages"]["finetune"]["inputs"] == {"public weights": digest}
     # other weights under the same name are another run's
-    save_file(weights(padding="same", pooling="1", layer_order="norm-relu-conv") | {"head": torch.ones(1)}, path)
+    save_file(own | {"head": torch.ones(1)}, path)
     with pytest.raises(UsageError, match="public weights changed"):
-        run_scratch(run, data, **shape, freeze="last", scope="block", keep=0.3)
+        run_scratch(run, data, **settings)
 
 
 def test_weights_that_do_not_fit_cost_nothing(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "w.safetensors"
-    save_file(weights(), path)
+    save_file(weights(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="wrn-10-2"):
-        run_scratch(tmp_path / "run", data, **SOURCE, init=str(path), arch="wrn-10-2")
+        run_scratch(tmp_path / "run", data, **SOURCE, init=str(tmp_path / "w.safetensors"), arch="wrn-10-2")
     ledger = tmp_path / "run/privacy/ledger.jsonl"
     assert not ledger.exists() or not ledger_of(tmp_path / "run").charges
-
-
-def test_an_absent_file_is_noticed_before_a_pixel_is_read(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_reading(monkeypatch)
+    forbid_reading(monkeypatch)  # an absent file is noticed before a pixel is read
     with pytest.raises(InputError, match="there is no file"):
-        run_scratch(tmp_path / "run", data, **SOURCE, init=str(tmp_path / "absent"))
+        run_scratch(tmp_path / "other", data, **SOURCE, init=str(tmp_path / "absent"))

@@ -106,11 +106,8 @@ def test_a_look_survives_json() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"switch": "soon"}, {"switch": "-3"}, {"switch": "200"}, {"mix": "half"}, {"public": "fraction:1"},
-        {"public": "fraction:x"}, {"public": "fraction:nan"}, {"public": " "}, {"share": 0.0}, {"share": 1.1},
-        {"weight_decay": -0.1}, {"public_lr": 0.0}, {"check_every": 0}, {"instances": 0},
-    ],
+    [{"switch": "soon"}, {"switch": "-3"}, {"switch": "200"}, {"public": "fraction:1"}, {"public": "fraction:x"},
+     {"public": "fraction:nan"}, {"public": " "}],
     ids=str,
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(changes: dict) -> None:

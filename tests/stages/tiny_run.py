@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp import data as datasets
+from dprandp import generate, pretrain
 from dprandp.config import schema
 from dprandp.dpsgd import clipped_sums
+from dprandp.pipeline import RUNNERS
 from dprandp.privacy.accounting import GaussianEvent
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.randomness import PoissonSampler
 from dprandp.probe import head
+from dprandp.runs import faults
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
+
+Copy = Callable[[Path], Path]
+"""A run -> a copy of it to work on; a fixture, like ``record``."""
+Patch = pytest.MonkeyPatch
 
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
 
@@ -70,31 +76,41 @@ def context(run: Path, **options: Any) -> Iterator[Context]:
         )
 
 
+class Stopped(BaseException):
+    """What ``stop_at`` raises."""
+
+
+def stop_at(patch: pytest.MonkeyPatch, update: int) -> None:
+    """Break off once a noisy update was applied this often."""
+    done: list[str] = []
+    point = faults.point
+
+    def stopping(name: str) -> None:
+        done.extend([name] if name == "update-applied" else [])
+        if len(done) == update:
+            raise Stopped
+        point(name)
+
+    patch.setattr(faults, "point", stopping)
+
+
 def make_public(run: Path, **changes: Any) -> None:
     with context(run) as given:
         generate.run(schema.build("generate", GENERATE), given)
         pretrain.run(schema.build("pretrain", PRETRAIN | changes), given)
 
 
-def run_probe(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """The probe in this process; ``options`` go to the context, ``changes`` to the configuration."""
-    with context(run, **(options or {})) as given:
-        return probe.run(schema.build("probe", PROBE | {"data": data} | changes), given)
+def _runner(stage: str, defaults: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    def run(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        """The stage in this process; ``options`` go to the context, ``changes`` to the configuration."""
+        with context(run, **(options or {})) as given:
+            return RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)
+
+    return run
 
 
-def run_finetune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return finetune.run(schema.build("finetune", FINETUNE | {"data": data} | changes), given)
-
-
-def run_continue(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return continual.run(schema.build("continue", CONTINUE | {"data": data} | changes), given)
-
-
-def run_scratch(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    with context(run, **(options or {})) as given:
-        return finetune.run(schema.build("finetune", SCRATCH | {"data": data} | changes), given)
+run_probe, run_continue = _runner("probe", PROBE), _runner("continue", CONTINUE)
+run_finetune, run_scratch = _runner("finetune", FINETUNE), _runner("finetune", SCRATCH)
 
 
 def ledger_of(run: Path) -> Ledger:
@@ -215,6 +231,10 @@ class Recorder:
         (clip_norm,) = {self.clips[i][0] for i in places}
         noise = torch.cat([self.releases[i].noise for i in places])
         return GaussianEvent(float(noise.square().mean().sqrt()) / clip_norm, rate, len(places))
+
+
+Record = Callable[[Path], Recorder]
+"""Record everything private that happens in a run from now on."""
 
 
 class NothingRead(AssertionError):

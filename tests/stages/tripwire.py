@@ -11,7 +11,7 @@ extraction covers that.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -102,23 +102,17 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def watch_numpy(split: data.Split) -> data.Split:
-    return data.Split(split.images.view(Watched), split.labels.view(Watched))
-
-
 def install(patch: pytest.MonkeyPatch) -> list[str]:
     """Set the tripwire for data of ``EXAMPLES`` records; batches of the sampler have ``BATCH`` of them.
 
     Returns:
         The charged sums, as they are made.
     """
-    train, softmax_sum, sum_of = data.Dataset.train, head.clipped_softmax_sum, clipped_sums.sum_of_clipped
-    sum_of_units, score = units.clipped_softmax_sum_of_units, Trial.score
-    sums: list[str] = []
+    train, sums = data.Dataset.train, []
 
-    def charged_sum(name: str, function):
+    def charged_sum(function: Callable) -> Callable:
         def wrapped(*arguments, **options):
-            sums.append(name)
+            sums.append(function.__name__)
             with charged():
                 return function(*arguments, **options)
 
@@ -128,18 +122,17 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
         assert sampler.examples == EXAMPLES
         return np.arange(EXAMPLES if sampler.sample_rate == 1 else BATCH)
 
-    patch.setattr(PoissonSampler, "draw", draw)
-    patch.setattr(head, "clipped_softmax_sum", charged_sum("head", softmax_sum))
-    patch.setattr(clipped_sums, "sum_of_clipped", charged_sum("all", sum_of))
-    patch.setattr(units, "clipped_softmax_sum_of_units", charged_sum("units", sum_of_units))
-    patch.setattr(private, "clipped_softmax_sum", charged_sum("trial", softmax_sum))
-    patch.setattr(Trial, "score", charged_sum("score", score))  # a count of right answers, with noise
-
     def watched_train(dataset: data.Dataset) -> data.Split:
         with charged():  # the check of what is read may refuse it, and a rest is read through the whole
             split = train(dataset)
-        return watch_numpy(split)
+        return data.Split(split.images.view(Watched), split.labels.view(Watched))
 
+    for owner, name in (
+        (head, "clipped_softmax_sum"), (clipped_sums, "sum_of_clipped"), (units, "clipped_softmax_sum_of_units"),
+        (private, "clipped_softmax_sum"), (Trial, "score"),  # a count of right answers, with noise
+    ):  # fmt: skip
+        patch.setattr(owner, name, charged_sum(getattr(owner, name)))
+    patch.setattr(PoissonSampler, "draw", draw)
     patch.setattr(data.Dataset, "train", watched_train)
     return sums
 
