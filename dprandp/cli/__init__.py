@@ -1,8 +1,7 @@
 """The command line.
 
-    flags.py     every flag, declared once        stages.py   the stages, run, tune, audit, diagnose
-    session.py   flags -> configuration, context   about.py    status, report, verify, account, datasets, priors
-    release.py   predict, export
+    flags.py     every flag, declared once        stages.py    the stages, run, tune, audit, diagnose
+    session.py   flags -> configuration, context  about.py     status, report, verify, account, predict, export, ...
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -17,7 +16,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__
-from dprandp.cli import about, release, session, stages, together
+from dprandp.cli import about, session, stages, together
 from dprandp.runs import faults
 from dprandp.runs.signals import end_on_signals, ended_by
 
@@ -32,7 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
-app.add_typer(release.app)
 app.add_typer(about.app)
 
 

@@ -1,7 +1,6 @@
 """The settings of every stage: one frozen dataclass each, in which a setting is declared once (``settings.py``).
 
-Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
-directory and the report as they are.
+Everything here is public, and is written into the run directory and the report as it is.
 
 A later source wins over an earlier one: the size's defaults, what the run decided before (its data and budget), a
 published recipe, the stage's table in a ``--config`` file, the flags of the command line. ``None`` means "decided by
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from dprandp.config import presets
 from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
-from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, Setting, checked, setting, settings_of, text
+from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
 
@@ -382,8 +381,6 @@ def resolve(
     """Build one stage's configuration, validated.
 
     Args:
-        stage: a key of ``STAGE_CONFIGS``.
-        size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
         inherited: what the run decided before; file and flags override it.
@@ -395,15 +392,12 @@ def resolve(
     if size not in SIZES:
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
     values = {"size": size, **SIZE_DEFAULTS[size][stage], **(inherited or {})}
-    given: dict[str, Any] = {}
-    if file is not None:
-        section = _section(read_toml(file), stage, file)
-        if section.get("size", size) != size:
-            raise UsageError(
-                f"{file} says size = {section['size']!r} for {stage}, the command says {size!r}",
-                fix="give that size with --size, or take the line out of the file",
-            )
-        given = section
+    given = {} if file is None else _section(read_toml(file), stage, file)
+    if given.get("size", size) != size:
+        raise UsageError(
+            f"{file} says size = {given['size']!r} for {stage}, the command says {size!r}",
+            fix="give that size with --size, or take the line out of the file",
+        )
     given = given | {key: value for key, value in flags.items() if value is not None}
     if stage == "finetune":
         source = (values | given).get("source", FinetuneConfig.source)
@@ -441,13 +435,12 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
 def _unused(config: StageConfig) -> set[str]:
     """Settings that have no effect in a configuration: they are neither recorded nor shown."""
     if isinstance(config, PretrainConfig):
-        used = {None, PATCHNET} if config.arch == "patchnet" else {None, NETWORK}
-        used |= {SECOND_LAYER} if config.arch == "patchnet" and config.layers > 1 else set()
+        patchnet = config.arch == "patchnet"
+        used = {None, PATCHNET if patchnet else NETWORK, SECOND_LAYER if patchnet and config.layers > 1 else None}
         declared = settings_of(PretrainConfig).items()
         idle = {name for name, made in declared if made.of not in used or (made.learning and config.random_init)}
-        return idle | ({"precision"} if config.arch == "patchnet" else set()) | (
-            {"momentum"} if config.optimizer == "adamw" else set()
-        )
+        idle |= {"precision"} if patchnet else set()
+        return idle | ({"momentum"} if config.optimizer == "adamw" else set())
     if not isinstance(config, FinetuneConfig):
         return set()
     made_here = config.source in WITHOUT_PHASE_ONE  # whose recipes have no refit
@@ -457,7 +450,7 @@ def _unused(config: StageConfig) -> set[str]:
 
 def default_text(stage: str, name: str) -> str | None:
     """A setting's default as help texts and documentation state it, for all sizes; None where there is none."""
-    made: Setting = settings_of(STAGE_CONFIGS[stage])[name]
+    made = settings_of(STAGE_CONFIGS[stage])[name]
     if made.otherwise is not None:
         return made.otherwise
     values = {size: SIZE_DEFAULTS[size][stage].get(name, getattr(STAGE_CONFIGS[stage], name)) for size in SIZES}
@@ -537,9 +530,8 @@ def _check_switch(config: ContinueConfig) -> None:
             f"switch = {step} leaves no private step among {config.steps} steps",
             fix=f"give a switch below {config.steps}, or mix = 'public' for public steps only",
         )
-    if config.public.startswith(FRACTION):
-        fraction_of(config.public)
-    elif not config.public.strip():
+    fraction_of(config.public)  # refuses one that is none
+    if not config.public.strip():
         raise UsageError("public is empty", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
 
 
@@ -576,12 +568,12 @@ def public_data_name(name: str) -> str:
 
 def same_data_name(one: str, other: str) -> bool:
     """Whether two names mean the same data set, with the paths of ``npz:`` and ``folder:`` resolved."""
-    return _resolved(one) == _resolved(other)
 
+    def resolved(name: str) -> str:
+        kind, colon, path = name.partition(":")
+        return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
 
-def _resolved(name: str) -> str:
-    kind, colon, path = name.partition(":")
-    return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
+    return resolved(one) == resolved(other)
 
 
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:

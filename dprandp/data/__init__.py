@@ -4,10 +4,7 @@
 >>> dataset.spec.train_examples, dataset.spec.image_shape
 (1440, (8, 8, 1))
 
-Naming a data set reads no pixel and no label; ``train()`` and ``test()`` do. Names: those of ``KNOWN``, ``folder:PATH``
-and ``npz:PATH``.
-
-The unit of privacy is one image, or, with a column that says which images belong together, for example one patient.
+A known set is added as a row of ``known.py``; ``npz.py`` and ``folder.py`` read a user's own.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from dprandp.data.base import SPLITS, Dataset, DataSpec, Split, check_split, pub
 from dprandp.data.check import check_data
 from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
-from dprandp.data.known import BUILTIN, MEDICAL, KnownSet, refuse_unsupported
+from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
 from dprandp.data.units import EACH_IMAGE, Units
 from dprandp.errors import InputError, UsageError, nearest
@@ -30,9 +27,6 @@ __all__ = [
     "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data", "check_split",
     "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
-
-#: Name → data set, for everything but ``folder:`` and ``npz:``.
-KNOWN: dict[str, KnownSet] = {**BUILTIN, **MEDICAL}
 
 
 def open_dataset(
@@ -50,16 +44,14 @@ def open_dataset(
     Args:
         name: a key of ``KNOWN``, ``folder:PATH`` or ``npz:PATH`` (PATH is relative to the working directory).
         data_dir: the data root, where known sets keep their files.
-        download: fetch a known set's files if they are missing; otherwise their absence is an error, in ``require``,
-            ``train`` and ``test``.
+        download: fetch a known set's files where ``require``, ``train`` or ``test`` find them missing.
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         image_size: for ``folder:`` alone, side in pixels after resizing (default 32).
         flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
 
     Raises:
-        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
-            (``download`` too, for ``npz:`` and ``folder:``).
+        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
@@ -98,17 +90,7 @@ def open_dataset(
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """One line of ``dprandp datasets``.
-
-    Attributes:
-        name: for ``--data``.
-        title: the name people use.
-        train_examples: N.
-        classes: number of classes.
-        size: height×width×channels, such as ``"32×32×3"``.
-        available: whether its files are in the data root.
-        how_to_get: what to put into the data root.
-    """
+    """One line of ``dprandp datasets``; ``size`` is height×width×channels, such as ``"32×32×3"``."""
 
     name: str
     title: str

@@ -1,8 +1,8 @@
 """Private facts about a data set for its owner, before a run: duplicates, units and empty classes.
 
 An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
-units. A class without training images cannot be learned. These are statistics of the private data that no ε covers. So
-no run counts them: a separate command prints them on the terminal and stores nothing.
+units. No ε covers these counts, so no run makes them: a separate command prints them on the terminal, and stores
+nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from dprandp.data.base import Dataset, image_digests
 
 
 def check_data(dataset: Dataset) -> dict[str, Any]:
-    """Count exact duplicates and find empty classes. Everything returned is private, except for the declared facts.
-
-    Args:
-        dataset: named; this reads both its splits.
+    """Count exact duplicates and find empty classes, reading both splits. All but the declared facts is private.
 
     Returns:
         data, unit, train_examples, train_units (declared facts); largest_unit: images of the largest unit;
@@ -28,9 +25,6 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
         copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
         empty_classes: names of the declared classes that have no training image.
-
-    Raises:
-        InputError: as ``Dataset.train``.
     """
     spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
     digests = image_digests(train.images)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dprandp.data.base import SPLITS, Dataset, DataSpec, check_class_names
+from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter, read_images
 from dprandp.data.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
 from dprandp.errors import InputError, UsageError
@@ -43,11 +43,10 @@ def open_folder(
 
     Args:
         root: the folder, in one of the two layouts above.
-        image_size: side in pixels that each image's centre square is resized to (default 32). Public: a flag, not
-            something found in the images.
+        image_size: side in pixels that each image's centre square is resized to (default 32).
         flip_ok: whether mirroring keeps the label; unknown counts as no.
-        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. By default
-            ``unit`` where there is a ``units.csv``; ``image`` makes each image a unit all the same.
+        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. None: ``unit``
+            where there is a ``units.csv``.
 
     Raises:
         InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
@@ -69,22 +68,8 @@ def open_folder(
             private_detail=f"{type(error).__name__}: {error}",
         ) from error
     units = _units(root, listings, unit_column)
-    spec = DataSpec(
-        name=f"folder:{root}",
-        title=root.resolve().name,
-        classes=classes,
-        train_examples=len(listings["train"].paths),
-        test_examples=len(listings["test"].paths),
-        channels=3,
-        height=size,
-        width=size,
-        source="a folder of the user's",
-        licence="not stated",
-        citation="not stated",
-        flip_ok=bool(flip_ok),
-        unit_column=units and units.column,
-        unit_count=units and units.count,
-    )
+    examples = len(listings["train"].paths), len(listings["test"].paths)
+    spec = users_spec("folder", root, root.resolve().name, classes, examples, (size, size, 3), flip_ok, units)
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         listing = listings[split]

@@ -27,10 +27,6 @@ RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
 }
 
 
-IN_ORDER = ("generate", "pretrain", "probe", "finetune")
-"""The stages of ``dprandp run``; ``continue`` is a command of its own."""
-
-
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
     """Run one stage, on all ranks, or return the recorded result of a finished one. It begins with ``stage``."""
     facts = {"run": str(context.rundir.path), "data_dir": str(context.data_dir), "device": context.device.type}
@@ -43,11 +39,7 @@ def run_stage(name: str, config: StageConfig, context: Context) -> dict:
 
 
 def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
-    """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks.
-
-    Raises:
-        As the stage.
-    """
+    """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks."""
     context = Context(
         rundir=RunDir.open(stage["run"], create=False),
         console=console,
@@ -85,7 +77,7 @@ def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
     """
     results = {}
     with graceful_stop() as stop:
-        for name in IN_ORDER:
+        for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"]["share"] == 1:
                 context.console.say("finetune: skipped, the probe has the whole budget (--share 1)")
                 continue

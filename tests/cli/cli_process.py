@@ -22,6 +22,16 @@ import numpy as np
 TIMEOUT = 180.0
 """Seconds after which a command is taken to hang."""
 
+RunAfter = Callable[[str], Path]
+"""The fixture ``run_after``."""
+
+NO_PIXELS = """
+from dprandp.data import Dataset
+def read(*arguments): raise SystemExit("private pixels were read")
+Dataset.train = Dataset.test = Dataset.fingerprint = read
+"""
+"""Run before a command that must not read private data."""
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
 
 # A request is a line of JSON: a command to start (answered by the child's process id), or a process id to ask after
@@ -130,12 +140,7 @@ class Running:
 
 
 class Dprandp:
-    """``dprandp(*arguments)`` runs a command to its end.
-
-    Args:
-        scratch: a folder for stdout and stderr.
-        folder: the working directory of the commands.
-    """
+    """``dprandp(*arguments)`` runs a command to its end, in a working directory; ``scratch`` is for its output."""
 
     def __init__(self, scratch: Path, folder: Path) -> None:
         self._scratch, self._folder, self._count = scratch, folder, 0
@@ -216,6 +221,12 @@ def refused(done: Done, code: int, *fragments: str) -> None:
     if not flat.startswith("Usage:"):  # typer's own errors point to --help instead
         assert "error: " in flat, said
         assert "fix: " in flat, said
+
+
+def good(done: Done) -> dict[str, Any]:
+    """The JSON of a command that succeeded."""
+    assert done.code == 0, done.err
+    return done.json
 
 
 def state_of(run: Path) -> dict[str, bytes]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tomllib
+from itertools import product
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dprandp.config import schema, toml
-from dprandp.config.schema import SIZES, STAGE_CONFIGS, PretrainConfig, as_dict, build, resolve
+from dprandp.config.schema import SIZES, STAGE_CONFIGS, as_dict, build, resolve
 from dprandp.errors import InputError, UsageError
 
 STAGES = tuple(STAGE_CONFIGS)
-EVERY = [(stage, size) for stage in STAGES for size in SIZES]
 
 
 def write(folder, text):
@@ -44,20 +43,6 @@ def test_flags_that_were_not_given_change_nothing(tmp_path):
     assert resolve("pretrain", "tiny", file, {"random_init": False}).random_init is False  # False is given, None is not
 
 
-def test_each_stage_reads_its_own_table_only(tmp_path):
-    file = write(tmp_path, "[generate]\nseed = 5\n[probe]\nseed = 6")
-    assert [resolve(stage, "tiny", file, {}).seed for stage in STAGES] == [5, 0, 0, 6, 0]
-
-
-@pytest.mark.parametrize(("stage", "size"), EVERY)
-def test_every_size_builds_for_every_stage(stage, size):
-    built = resolve(stage, size, None, {})
-    assert built.size == size
-    assert type(built) is STAGE_CONFIGS[stage]
-    for key, value in schema.SIZE_DEFAULTS[size][stage].items():
-        assert getattr(built, key) == value
-
-
 def test_the_sizes_cover_every_stage_and_grow():
     assert set(schema.SIZE_DEFAULTS) == set(SIZES)
     assert all(set(table) == set(STAGES) for table in schema.SIZE_DEFAULTS.values())
@@ -72,32 +57,18 @@ def test_a_file_cannot_claim_another_size_than_its_defaults_have(tmp_path):
         resolve("generate", "tiny", file, {})
 
 
-def test_configurations_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        resolve("probe", "tiny", None, {}).epsilon = 9.0
-
-
 # ----------------------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize(("stage", "size"), EVERY)
-def test_toml_round_trip_for_every_size(tmp_path, stage, size):
-    built = resolve(stage, size, None, {})
-    file = write(tmp_path, toml.dumps({stage: as_dict(built)}))
-    assert resolve(stage, size, file, {}) == built
-    again = build(stage, tomllib.loads(toml.dumps(as_dict(built))))  # as config.toml in the stage's folder
-    assert as_dict(again) == as_dict(built)  # settings of the other architecture are not recorded
-
-
-def test_settings_of_the_other_architecture_are_not_recorded():
-    patchnet, wrn = (as_dict(build("pretrain", {"arch": arch, "layers": 2})) for arch in ("patchnet", "wrn-16-4"))
-    shared = {"size", "arch", "seed", "random_init", "colour"}
-    assert set(patchnet) & set(wrn) == shared
-    assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
-    unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
-    known = set(patchnet) | set(wrn) | unset
-    assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
+def test_toml_round_trip_for_every_stage_and_size(tmp_path):
+    for stage, size in product(STAGES, SIZES):
+        built = resolve(stage, size, None, {})
+        assert (built.size, type(built)) == (size, STAGE_CONFIGS[stage])
+        assert schema.SIZE_DEFAULTS[size][stage].items() <= vars(built).items()
+        file = write(tmp_path, toml.dumps({stage: as_dict(built)}))
+        assert resolve(stage, size, file, {}) == built
+        again = build(stage, tomllib.loads(toml.dumps(as_dict(built))))  # as config.toml in the stage's folder
+        assert as_dict(again) == as_dict(built)  # settings of the other architecture are not recorded
 
 
 def test_toml_round_trip_keeps_infinity_and_odd_names(tmp_path):
@@ -117,14 +88,7 @@ def test_whole_numbers_become_floats_where_the_setting_is_one():
 
 
 @pytest.mark.parametrize(
-    ("stage", "key", "offered"),
-    [
-        ("probe", "epsilom", "'epsilon'"),
-        ("probe", "clipnorm", "'clip_norm'"),
-        ("generate", "Count", "'count'"),
-        ("pretrain", "filter", "'filters'"),
-        ("finetune", "zzz", "known: "),
-    ],
+    ("stage", "key", "offered"), [("probe", "epsilom", "'epsilon'"), ("finetune", "zzz", "known: ")]
 )
 def test_an_unknown_key_offers_the_nearest(tmp_path, stage, key, offered):
     with pytest.raises(UsageError) as caught:
@@ -142,27 +106,16 @@ def test_an_unknown_table_offers_the_nearest(tmp_path):
         resolve("probe", "tiny", write(tmp_path, "steps = 1"), {})
 
 
-def test_an_unknown_size_lists_the_sizes():
-    with pytest.raises(UsageError) as caught:
-        resolve("probe", "huge", None, {})
-    assert all(size in caught.value.fix for size in SIZES)
-
-
 @pytest.mark.parametrize(
     ("stage", "key", "value", "kind"),
     [
-        ("generate", "count", "10", "int"),
         ("generate", "count", 10.0, "int"),
         ("generate", "count", True, "int"),
         ("generate", "process", 3, "str"),
         ("generate", "seed", None, "int"),
         ("pretrain", "random_init", 1, "bool"),
-        ("pretrain", "lr", "fast", "float"),
         ("probe", "delta", "1e-5", "float"),
-        ("probe", "mirror", "yes", "bool"),
-        ("probe", "batch_size", 2.5, "int"),
         ("probe", "epsilon", [1.0], "float"),
-        ("finetune", "ema", {}, "float"),
     ],
 )
 def test_a_wrong_type_is_refused_naming_key_value_and_type(stage, key, value, kind):
@@ -176,27 +129,19 @@ def test_a_wrong_type_is_refused_naming_key_value_and_type(stage, key, value, ki
 NAN, INF = math.nan, math.inf
 RANGES = [  # stage, key, refused, accepted next to the bounds
     ("generate", "count", [0, -1], [1]),
-    ("generate", "resolution", [0, -64], [64]),
     ("generate", "seed", [-1, 2**63, 10**400], [0, 2**63 - 1]),
-    ("pretrain", "filters", [0], [1]),
-    ("pretrain", "batch_size", [0], [2]),
     ("pretrain", "lr", [0.0, -0.1, NAN, INF, 10**400], [1e-9]),
     ("pretrain", "momentum", [-0.1, 1.0, NAN], [0.0, 0.999]),
-    ("pretrain", "weight_decay", [-1e-9, NAN, INF], [0.0, 0.1]),
-    ("pretrain", "checkpoint_every", [0], [1]),
-    ("continue", "instances", [0], [1]),
+    ("pretrain", "layers", [0, 3], [1, 2]),
     ("probe", "epsilon", [0.0, -1.0, NAN, -INF], [1e-9, INF]),
     ("probe", "delta", [0.0, 1.0, -1e-5, NAN, INF], [1e-300, 0.999]),
     ("probe", "share", [0.0, 1.001, NAN, -0.1], [1e-9, 1.0]),
     ("probe", "clip_norm", [0.0, NAN, INF], [1e-3]),
-    ("probe", "whitening_floor", [0.0, NAN], [1e-3]),
     ("probe", "statistics_views", [0, 10**4], [1, 5]),
-    ("probe", "views", [0, -1], [1]),
     ("probe", "classes", [-1, 0, 1], [2]),
-    ("probe", "batch_size", [0], [1]),
+    ("probe", "tuned_on", ["", "a\nb", "x" * 501], ["our scans"]),
     ("finetune", "ema", [-0.1, 1.0, NAN], [0.0]),
     ("finetune", "extractor_scale", [-0.1, NAN, INF], [0.0, 3.0]),
-    ("finetune", "steps", [0], [1]),
 ]
 
 
@@ -212,13 +157,9 @@ def test_ranges(stage, key, refused, accepted):
 @pytest.mark.parametrize(
     ("stage", "key", "wrong", "offered"),
     [
-        ("pretrain", "schedule", "cosin", "'cosine'"),
         ("pretrain", "colour", "gray", "'grey'"),
         ("pretrain", "optimizer", "adam", "'adamw'"),
         ("finetune", "optimizer", "adamw", "'adam'"),
-        ("pretrain", "feature_stages", "al", "'all'"),
-        ("probe", "released", "Last", "'last'"),
-        ("finetune", "source", "scrach", "'scratch'"),
         ("generate", "size", "smal", "'small'"),
     ],
 )

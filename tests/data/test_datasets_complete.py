@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +86,13 @@ FORMATS: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("image", ["noise", "smooth", "black", "white"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_that_breaks_off(name: str, image: str) -> None:
+def test_a_file_that_breaks_off(name: str) -> None:
     kind, mode, options = FORMATS[name]
-    whole = file_of(picture(image), kind, mode, **options)
-    cuts = [whole[:length] for length in spread(len(whole))]
-    assert assert_refused_or_the_same(whole, cuts) >= len(cuts) - 20  # a PNG without its last chunk has all pixels
+    for image in ("noise", "black", "white"):
+        whole = file_of(picture(image), kind, mode, **options)
+        cuts = [whole[:length] for length in spread(len(whole), 40)]
+        assert assert_refused_or_the_same(whole, cuts) >= len(cuts) - 20  # a PNG without its last chunk has all pixels
 
 
 # ----------------------------------------------------------------- image data that end early in a file that is in order
@@ -153,17 +153,12 @@ def short_tiffs(whole: bytes) -> list[bytes]:
     return made
 
 
-@pytest.mark.parametrize("colour", [0, 2])
-def test_a_png_of_fewer_rows_than_it_declares(colour: int) -> None:
-    whole = short_png(SIDE, colour)
-    rows = [short_png(count, colour) for count in range(SIDE)]
-    assert assert_refused_or_the_same(whole, rows) == SIDE
-    assert pixels(short_png(SIDE, colour, interlaced=1)) is None  # fewer passes than it declares
-
-
-def test_the_decoder_by_itself_would_have_made_those_rows_up() -> None:
-    """The control: otherwise there would be nothing to notice."""
-    with Image.open(io.BytesIO(short_png(5))) as image:
+def test_a_png_of_fewer_rows_than_it_declares() -> None:
+    for colour in (0, 2):
+        rows = [short_png(count, colour) for count in range(SIDE)]
+        assert assert_refused_or_the_same(short_png(SIDE, colour), rows) == SIDE
+        assert pixels(short_png(SIDE, colour, interlaced=1)) is None  # fewer passes than it declares
+    with Image.open(io.BytesIO(short_png(5))) as image:  # the control: the decoder by itself makes those rows up
         made_up = np.asarray(image)
     assert made_up[:5].any(axis=(1, 2)).all()
     assert not made_up[5:].any()
@@ -171,18 +166,18 @@ def test_the_decoder_by_itself_would_have_made_those_rows_up() -> None:
 
 @pytest.mark.parametrize("value", [None, 0, 255])
 def test_a_gif_whose_stream_ends_early(value: int | None) -> None:
-    cuts = [short_gif(count, value) for count in range(0, SIDE * SIDE, 37)]
+    cuts = [short_gif(count, value) for count in range(0, SIDE * SIDE, 97)]
     assert assert_refused_or_the_same(short_gif(SIDE * SIDE, value), cuts) == len(cuts)
 
 
-@pytest.mark.parametrize("image", ["noise", "smooth"])
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("jpeg")])
-def test_a_jpeg_that_was_given_an_end(name: str, image: str) -> None:
+def test_a_jpeg_that_was_given_an_end(name: str) -> None:
     kind, mode, options = FORMATS[name]
-    whole = file_of(picture(image), kind, mode, **options)
-    cuts = [whole[:length] + b"\xff\xd9" for length in spread(len(whole) - 4, 150)]
-    cuts += [whole[:length] + bytes(len(whole) - length) for length in spread(len(whole) - 4)]
-    assert assert_refused_or_the_same(whole, cuts) > 0.9 * len(cuts)
+    for image in ("noise", "smooth"):
+        whole = file_of(picture(image), kind, mode, **options)
+        cuts = [whole[:length] + b"\xff\xd9" for length in spread(len(whole) - 4, 100)]
+        cuts += [whole[:length] + bytes(len(whole) - length) for length in spread(len(whole) - 4, 40)]
+        assert assert_refused_or_the_same(whole, cuts) > 0.9 * len(cuts)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("tiff, ")])
@@ -207,15 +202,12 @@ def test_a_webp_whose_chunk_ends_early() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16), (33, 17)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 17)])
 def test_every_kind_of_jpeg_that_is_whole_is_taken(mode: str, size: tuple[int, int]) -> None:
-    for image in ("noise", "smooth", "black", "grey"):
-        for quality in (1, 75, 100):
-            for subsampling in (0, 1, 2):
-                for more in ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}):
-                    made = picture(image).resize(size)
-                    options = {"quality": quality, "subsampling": subsampling, **more}
-                    assert pixels(file_of(made, "JPEG", mode, **options)) is not None, (image, options)
+    kinds = ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2})
+    for image, quality, subsampling, more in product(("noise", "grey"), (1, 100), (0, 1, 2), kinds):
+        options = {"quality": quality, "subsampling": subsampling, **more}
+        assert pixels(file_of(picture(image).resize(size), "JPEG", mode, **options)) is not None, (image, options)
 
 
 def test_what_follows_the_end_of_an_image_does_not_count() -> None:
@@ -227,23 +219,18 @@ def test_what_follows_the_end_of_an_image_does_not_count() -> None:
 
 # ---------------------------------------------------------------------------------------------- training and predicting
 
-SHORT: dict[str, Callable[[], bytes]] = {
-    "a.png": lambda: short_png(5),
-    "a.gif": lambda: short_gif(200),
-    "a.jpg": lambda: file_of(picture(), "JPEG")[:-500] + b"\xff\xd9",
-}
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_neither_training_nor_predict_takes_an_image_that_is_not_all_there(root: Path, name: str) -> None:
-    path = root / "train/owl" / name
-    path.write_bytes(SHORT[name]())
-    with pytest.raises(InputError, match=r"one of the train images .* is (incomplete|damaged)") as caught:
-        open_dataset(f"folder:{root}", root).train()
-    assert name not in str(caught.value)
-    assert name in caught.value.private_detail
-    with pytest.raises(InputError, match=rf"{name} is (incomplete|damaged)"):  # not private: it is named
-        read_unlabelled([path], None, (32, 32, 3))
+def test_neither_training_nor_predict_takes_an_image_that_is_not_all_there(root: Path) -> None:
+    short = {"a.png": short_png(5), "a.gif": short_gif(200), "a.jpg": file_of(picture(), "JPEG")[:-500] + b"\xff\xd9"}
+    for name, content in short.items():
+        path = root / "train/owl" / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"one of the train images .* is (incomplete|damaged)") as caught:
+            open_dataset(f"folder:{root}", root).train()
+        assert name not in str(caught.value)
+        assert name in caught.value.private_detail
+        with pytest.raises(InputError, match=rf"{name} is (incomplete|damaged)"):  # not private: it is named
+            read_unlabelled([path], None, (32, 32, 3))
+        path.unlink()
 
 
 def test_compressions_that_hide_missing_pixels_are_refused_by_name(tmp_path: Path) -> None:

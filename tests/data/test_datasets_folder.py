@@ -65,38 +65,22 @@ def test_opening_decodes_nothing(root, monkeypatch):
     dataset.train()
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.npy", "x.svg", "x"])
-def test_file_that_is_no_image_by_its_name(root, name):
-    (root / "train/owl" / f"{SECRET}{name}").write_text("?")
-    with pytest.raises(InputError, match="no image by its name") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-    assert SECRET in caught.value.private_detail
-
-
-def test_litter_of_file_managers_is_skipped(root):
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
-        (root / "train/owl" / name).write_text("?")
-        (root / "train" / name).write_text("?")
-    assert opened(root).train().images.shape[0] == 6
-
-
-def test_empty_file_and_nested_folder(root):
-    (root / "train/owl" / f"{SECRET}.png").touch()
-    with pytest.raises(InputError, match="0 bytes") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-    (root / "train/owl" / f"{SECRET}.png").unlink()
-    (root / "train/owl" / f"{SECRET}.png").mkdir()
-    with pytest.raises(InputError, match="no file") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-
-
-def test_named_pipe_does_not_hang(root):
-    os.mkfifo(root / "train/owl/pipe.png")
-    with pytest.raises(InputError, match="no file"):
-        opened(root)
+def test_what_is_no_image_by_its_listing(root):
+    for name, make, said in (
+        ("x.npy", lambda path: path.write_text("?"), "no image by its name"),
+        ("x", lambda path: path.write_text("?"), "no image by its name"),
+        (".png.part", lambda path: path.write_text("?"), "no image by its name"),
+        (".png", Path.touch, "0 bytes"),
+        ("0.png", Path.mkdir, "no file"),
+        ("1.png", os.mkfifo, "no file"),  # and does not hang
+    ):
+        path = root / "train/owl" / f"{SECRET}{name}"
+        make(path)
+        with pytest.raises(InputError, match=said) as caught:
+            opened(root)
+        assert SECRET not in str(caught.value)
+        assert SECRET in caught.value.private_detail
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("where", ["train/owl/link.png", "train/link", "test.txt", "dangling"])
@@ -115,13 +99,6 @@ def test_link_that_leaves_the_folder(root, where):
     with pytest.raises(InputError, match="symbolic link") as caught:
         opened(root)
     assert SECRET not in str(caught.value).replace(str(root), "")
-
-
-def test_train_folder_that_is_a_link_elsewhere(root):
-    (root / "train").rename(root.parent / "elsewhere")
-    (root / "train").symlink_to(root.parent / "elsewhere")
-    with pytest.raises(InputError, match="symbolic link"):
-        opened(root)
 
 
 def test_link_within_the_folder_and_link_to_the_folder_are_fine(root):
@@ -177,18 +154,15 @@ def test_class_folder_without_training_images(root):
     assert sorted(set(dataset.train().labels.tolist())) == [1, 2]
 
 
-def test_unreadable_file(root, monkeypatch):
+def test_unreadable_file_and_image_size_out_of_range(root):
     dataset = opened(root)
     (root / "train/wren/1.png").unlink()
     with pytest.raises(InputError, match="one of the train images") as caught:
         dataset.train()
     assert "1.png" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [0, -1, 7, 513, 10**9])
-def test_image_size_out_of_range(root, size):
-    with pytest.raises(UsageError, match=str(size)):
-        opened(root, image_size=size)
+    for size in (-1, 7, 513):
+        with pytest.raises(UsageError, match=str(size)):
+            opened(root, image_size=size)
 
 
 def test_declared_split(root):

@@ -59,7 +59,11 @@ def test_each_image_is_read_by_itself(root):
 )  # fmt: skip
 def test_formats_taken(root, name, mode):
     image = Image.fromarray(picture(99)).convert(mode)
-    image.save(root / "train/owl" / name, **({"lossless": True} if name.endswith("webp") else {}))
+    options: dict = {"lossless": True} if name.endswith("webp") else {}
+    if name == "a.JPG":  # a camera's photograph that stands upright
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 1
+    image.save(root / "train/owl" / name, **options)
     got = opened(root).train().images[3].astype(int)  # "a" sorts after "0" … "2"
     difference = abs(got - np.asarray(image.convert("RGB"), int)).max()
     assert difference == 0 or (name.lower().endswith(("jpg", "jpeg")) and difference > 0)
@@ -85,14 +89,10 @@ def sixteen_bit_rgb_png() -> bytes:
 
 def write_bad(path: Path, kind: str) -> None:
     image = Image.fromarray(picture(1))
-    if kind == "rotated":
+    if kind in ("rotated", "rotated-png"):
         exif = Image.Exif()
         exif[0x0112] = 6
-        image.save(path.with_suffix(".jpg"), exif=exif)
-    elif kind == "rotated-png":
-        exif = Image.Exif()
-        exif[0x0112] = 3
-        image.save(path, exif=exif)
+        image.save(path if kind == "rotated-png" else path.with_suffix(".jpg"), exif=exif)
     elif kind == "grey-16":
         Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(path)
     elif kind == "rgb-16":
@@ -105,28 +105,19 @@ def write_bad(path: Path, kind: str) -> None:
         image.convert("RGBA").save(path)
     elif kind == "palette-transparent":
         image.convert("P").save(path, transparency=0)
-    elif kind == "animated":
-        image.save(path.with_suffix(".gif"), save_all=True, append_images=[Image.fromarray(picture(2))])
-    elif kind == "pages":
-        image.save(path.with_suffix(".tif"), save_all=True, append_images=[Image.fromarray(picture(2))])
+    elif kind in ("animated", "pages"):
+        more = [Image.fromarray(picture(2))]
+        image.save(path.with_suffix(".gif" if kind == "animated" else ".tif"), save_all=True, append_images=more)
     elif kind == "bomb":
         path.write_bytes(grey_png_header(60_000, 60_000))
     elif kind == "large":
         path.write_bytes(grey_png_header(8_000, MAX_PIXELS // 8_000 + 1))
     elif kind == "corrupt":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20)
-    elif kind == "text":
-        path.write_text("hello")
     elif kind == "script":
         path.with_suffix(".jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     elif kind == "other-format":
         image.save(path, format="PPM")  # one that Pillow could read, behind a name that promises another
-    elif kind == "truncated":
-        image.save(path)
-        path.write_bytes(path.read_bytes()[:-600])
-    elif kind == "truncated-jpeg":
-        image.save(path.with_suffix(".jpg"))
-        path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:-300])
 
 
 @pytest.mark.parametrize(
@@ -134,8 +125,7 @@ def write_bad(path: Path, kind: str) -> None:
     [("rotated", "rotated"), ("rotated-png", "rotated"), ("grey-16", "16-bit"), ("rgb-16", "16-bit"),
      ("float", "float"), ("cmyk", "CMYK"), ("alpha", "transparent"), ("palette-transparent", "transparent"),
      ("animated", "animated"), ("pages", "pages"), ("bomb", "damaged"), ("large", "50 million"),
-     ("corrupt", "damaged"), ("text", "damaged"), ("script", "damaged"), ("other-format", "damaged"),
-     ("truncated", "damaged"), ("truncated-jpeg", "damaged")],
+     ("corrupt", "damaged"), ("script", "damaged"), ("other-format", "damaged")],
 )  # fmt: skip
 def test_refused_image_is_not_named(root, kind, says):
     write_bad(root / "train" / "wren" / f"{SECRET}.png", kind)
@@ -149,15 +139,7 @@ def test_refused_image_is_not_named(root, kind, says):
     dataset.test()  # its own files are fine
 
 
-def test_camera_photograph_that_stands_upright_is_taken(root):
-    exif = Image.Exif()
-    exif[0x0112] = 1
-    exif[0x010F] = "a camera"
-    Image.fromarray(picture(1)).save(root / "train/owl/photo.jpg", exif=exif)
-    assert opened(root).train().images.shape[0] == 7
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(["a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp"]))
 def test_damaged_file_is_decoded_or_refused_but_never_a_crash(tmp_path, data, name):
     path = tmp_path / name
