@@ -41,6 +41,7 @@ import contextlib, gc, json, os, resource, signal, sys
 import torch
 import dprandp.privacy.pld, dprandp.privacy.opinions, dprandp.report.page, dprandp.inspection.overview, dprandp.pipeline
 import opacus.accountants.analysis.rdp, torch.nn.functional
+import torch._dynamo, torchvision.datasets, matplotlib.figure, matplotlib.backends.backend_svg  # 3 s in every child
 from dprandp.cli import main
 
 torch.set_num_threads(1)

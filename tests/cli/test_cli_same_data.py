@@ -21,20 +21,17 @@ def ledger(run: Path) -> bytes:
     return (run / "privacy/ledger.jsonl").read_bytes()
 
 
-def spelled(how: str, folder: Path, place: Path) -> tuple[str, Path]:
-    """Another name of tiny.npz, and the working directory in which it has that name."""
-    if how == "link":
-        (place / "link.npz").symlink_to(folder / "tiny.npz")
-    else:
-        shutil.copy(folder / "tiny.npz", place / "moved.npz")
-    return f"npz:{how}.npz", place
-
-
 def inverted(path: Path, train: int = 120) -> str:
     """The name of other data."""
     made = arrays(train=train)
     np.savez(path, **made | {"x_train": 255 - made["x_train"]})
     return f"npz:{path}"
+
+
+@pytest.fixture
+def moved(folder: Path, tmp_path: Path) -> str:
+    """Another name of tiny.npz, by a copy."""
+    return f"npz:{shutil.copy(folder / 'tiny.npz', tmp_path / 'moved.npz')}"
 
 
 @pytest.fixture
@@ -45,27 +42,29 @@ def small(folder: Path) -> tuple[str, Path]:
 # ------------------------------------------------------------------------------------------------- the same data
 
 
-@pytest.mark.parametrize("how", ["link", "moved"])
 def test_a_later_stage_takes_the_same_data_under_any_name(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, how: str
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, moved: str, tmp_path: Path
 ) -> None:
+    """Also where it was begun under the first name, and killed."""
     run = run_after("probe").rename(tmp_path / "moved-run")
-    name, here = spelled(how, folder, tmp_path)
-    tune = ("finetune", *small, "--run", run, "--data", name)
-    planned = good(dprandp(*tune, "--plan", "--json", folder=here, before=NO_PIXELS))
-    result = good(dprandp(*tune, "--json", folder=here))
+    tune = ("finetune", *small, "--run", run, "--json")
+    planned = good(dprandp(*tune, "--data", moved, "--plan", before=NO_PIXELS))
+    assert dprandp(*tune, "--data", "npz:./tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*tune, "--data", moved))
+    assert (result["charged_steps"], result["lost_steps"] > 0) == (result["steps"], True)  # it went on
     assert result["epsilon"] <= planned["epsilon_after"] + 1e-9
     assert (result["data"], result["train_examples"]) == ("npz:tiny.npz", 120)  # the run's name of its data
     assert json.loads((run / "privacy/plan.json").read_text())["data"] == "npz:tiny.npz"
     assert json.loads((run / "model/config.json").read_text())["result"]["data"] == "npz:tiny.npz"
+    assert good(dprandp("finetune", "--run", run, "--resume", "--data", moved, "--json")) == result
     before = state_of(run)
     for stage in ("probe", "finetune"):  # finished: nothing is done again
-        command = (stage, *small, "--run", run, "--data", name, "--json")
-        assert dprandp(*command, folder=here).code == 0
-        assert good(dprandp(*command, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+        command = (stage, *small, "--run", run, "--data", moved, "--json")
+        assert dprandp(*command).code == 0
+        assert good(dprandp(*command, "--plan", before=NO_PIXELS))["action"] == "skip"
     assert state_of(run) == before
-    whole = ("run", *small, "--run", run, "--data", name, "--eps", 2, "--json")
-    assert good(dprandp(*whole, *(["--resume"] if how == "link" else []), folder=here))["data"] == "npz:tiny.npz"
+    whole = ("run", *small, "--run", run, "--data", moved, "--eps", 2, "--resume", "--json")
+    assert good(dprandp(*whole))["data"] == "npz:tiny.npz"
     assert ledger(run) == before["privacy/ledger.jsonl"]
 
 
@@ -78,38 +77,13 @@ def test_what_tells_the_data_stays_private(run_after: RunAfter) -> None:
             assert not any(value.encode() in content for value in hashes.values()), name
 
 
-@pytest.mark.parametrize("stage", ["probe", "finetune"])
-def test_a_stopped_stage_goes_on_under_another_name(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, stage: str
+def test_a_stopped_probe_goes_on_under_another_name(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, moved: str
 ) -> None:
-    run = run_after({"probe": "pretrain", "finetune": "probe"}[stage])
-    command = (stage, *small, "--run", run, "--eps", 2)
-    assert dprandp(*command, "--data", "npz:tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
-    name, here = spelled("moved", folder, tmp_path)
-    result = good(dprandp(*command, "--data", name, "--json", folder=here))
-    assert result["charged_steps"] == result["steps"]
-    assert result["lost_steps"] > 0  # it went on, and did not start afresh
-    again = (stage, "--run", run, "--resume", "--data", name, "--json")
-    assert good(dprandp(*again, folder=here)) == result
-
-
-def test_units_and_declared_classes_go_with_the_data(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
-) -> None:
-    made = {key: value for key, value in arrays().items() if key != "classes"}
-    np.savez(tmp_path / "scans.npz", **made, patient_train=np.arange(120) // 4)
-    run, flags = run_after("pretrain"), ("--classes", 3, "--unit-column", "patient")
-    assert dprandp("probe", *small, "--run", run, "--data", "npz:scans.npz", *flags, folder=tmp_path).code == 0
-    np.savez(tmp_path / "other.npz", **made, patient_train=np.arange(120) % 30)
-    before = state_of(run)
-    tune = ("finetune", *small, "--run", run, "--json", "--data")
-    other = dprandp(*tune, "npz:other.npz", folder=tmp_path)
-    refused(other, 3, OTHER, "units differ")  # the same images, the same number of units, other units
-    column = dprandp(*tune, "npz:./scans.npz", "--unit-column", "image", folder=tmp_path)
-    refused(column, 5, "unit of privacy was fixed as one patient")
-    assert state_of(run) == before
-    result = good(dprandp(*tune, "npz:./scans.npz", folder=tmp_path))
-    assert (result["train_units"], len(result["classes"])) == (30, 3)
+    command = ("probe", *small, "--run", run_after("pretrain"), "--eps", 2, "--json", "--data")
+    assert dprandp(*command, "npz:tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*command, moved))
+    assert (result["charged_steps"], result["lost_steps"] > 0) == (result["steps"], True)
 
 
 def test_a_folder_under_another_name_and_with_new_litter(
@@ -209,12 +183,11 @@ def shuffled() -> dict[str, np.ndarray]:
 
 
 def test_private_data_are_not_public_under_another_name(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "shuffled.npz", **shuffled())
-    shutil.copy(folder / "tiny.npz", tmp_path / "moved.npz")
     before = state_of(vit)
-    for name in ("npz:./tiny.npz", f"npz:{tmp_path}/moved.npz", f"npz:{tmp_path}/shuffled.npz"):
+    for name in ("npz:./tiny.npz", moved, f"npz:{tmp_path}/shuffled.npz"):
         for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
             done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
             refused(done, 2, "is given both as private and as public data", "fraction:0.1")
@@ -266,36 +239,28 @@ def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit
 
 
 def test_a_finished_or_stopped_continue_knows_both_its_sets_by_content(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path
 ) -> None:
-    inverted(folder / "public.npz", train=90)
-    shutil.copy(folder / "public.npz", tmp_path / "other-name.npz")
-    first = ("--run", vit, "--data", "npz:tiny.npz", "--public", "npz:public.npz")
-    assert dprandp(*CONTINUE, *first, DPRANDP_FAULT="update-applied:2").code == -9
-    name, here = spelled("moved", folder, tmp_path)
-    again = ("--run", vit, "--data", name, "--public", "npz:other-name.npz", "--json")
-    result = good(dprandp(*CONTINUE, *again, folder=here))
+    public, other = inverted(tmp_path / "public.npz", train=90), inverted(tmp_path / "other-name.npz", train=90)
+    command = (*CONTINUE, "--run", vit, "--json", "--data")
+    assert dprandp(*command, "npz:tiny.npz", "--public", public, DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*command, moved, "--public", other))
     assert result["lost_steps"] > 0
-    assert good(dprandp(*CONTINUE, *again, folder=here)) == result
-    assert good(dprandp(*CONTINUE, *again, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+    assert good(dprandp(*command, moved, "--public", other)) == result
+    assert good(dprandp(*command, moved, "--public", other, "--plan", before=NO_PIXELS))["action"] == "skip"
     np.savez(tmp_path / "other-name.npz", **arrays(train=90))
-    refused(dprandp(*CONTINUE, *again[:-1], folder=here), 2, "public-images changed")
+    refused(dprandp(*command, moved, "--public", other), 2, "public-images changed")
 
 
-@pytest.mark.parametrize("mix", ["step", "public"])
 def test_a_part_declared_public_is_left_out_under_any_name_of_the_data(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, small: tuple, mix: str
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path, small: tuple
 ) -> None:
-    """With public steps alone nothing is charged, and all the same the part is nobody's secret afterwards."""
-    command = (*CONTINUE, "--mix", mix, "--run", vit, "--public", "fraction:0.2")
-    assert dprandp(*command, "--data", "npz:tiny.npz").code == 0
-    name, here = spelled("moved", folder, tmp_path)
-    assert dprandp(*command, "--data", name, folder=here).code == 0  # finished
-    made = arrays()
-    made["x_train"] ^= 1
-    np.savez(tmp_path / "changed.npz", **made)
+    """Public steps alone are not charged, and all the same the part is nobody's secret afterwards."""
+    command = (*CONTINUE, "--mix", "public", "--run", vit, "--public", "fraction:0.2", "--data")
+    assert dprandp(*command, "npz:tiny.npz").code == 0
+    assert dprandp(*command, moved).code == 0  # finished
     before = state_of(vit)
-    probe = ("probe", *small, "--run", vit, "--eps", 4)
-    refused(dprandp(*probe, "--data", "npz:changed.npz", folder=here), 3, OTHER)
+    probe = ("probe", *small, "--run", vit, "--eps", 4, "--json", "--data")
+    refused(dprandp(*probe, inverted(tmp_path / "changed.npz")), 3, OTHER)
     assert {key: value for key, value in state_of(vit).items() if "statistics" not in key} == before
-    assert good(dprandp(*probe, "--data", name, "--json", folder=here))["train_examples"] == 96
+    assert good(dprandp(*probe, moved))["train_examples"] == 96

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from dprandp.data import open_dataset
@@ -19,8 +17,8 @@ from dprandp.errors import InputError
 SECRET = "patient-4711"
 
 
-def picture(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 def opened(root: Path, **options: object):
@@ -69,22 +67,14 @@ def test_formats_taken(root, name, mode):
     assert difference == 0 or (name.lower().endswith(("jpg", "jpeg")) and difference > 0)
 
 
-def grey_png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+def png_of(body: bytes, width: int, height: int, bits: int = 8, colour: int = 0) -> bytes:
+    """A PNG that claims a size and kind, and holds what it holds."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-
-
-def sixteen_bit_rgb_png() -> bytes:
-    body = zlib.compress(b"".join(b"\0" + b"\x12\x34" * 3 * 8 for _ in range(8)))
-    content = bytearray(b"\x89PNG\r\n\x1a\n")
-    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")):
-        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return bytes(content)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def write_bad(path: Path, kind: str) -> None:
@@ -96,7 +86,7 @@ def write_bad(path: Path, kind: str) -> None:
     elif kind == "grey-16":
         Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(path)
     elif kind == "rgb-16":
-        path.write_bytes(sixteen_bit_rgb_png())
+        path.write_bytes(png_of(b"".join(b"\0" + b"\x12\x34" * 24 for _ in range(8)), 8, 8, 16, 2))
     elif kind == "float":
         Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(path.with_suffix(".tif"))
     elif kind == "cmyk":
@@ -109,9 +99,9 @@ def write_bad(path: Path, kind: str) -> None:
         more = [Image.fromarray(picture(2))]
         image.save(path.with_suffix(".gif" if kind == "animated" else ".tif"), save_all=True, append_images=more)
     elif kind == "bomb":
-        path.write_bytes(grey_png_header(60_000, 60_000))
+        path.write_bytes(png_of(bytes(100), 60_000, 60_000))
     elif kind == "large":
-        path.write_bytes(grey_png_header(8_000, MAX_PIXELS // 8_000 + 1))
+        path.write_bytes(png_of(bytes(100), 8_000, MAX_PIXELS // 8_000 + 1))
     elif kind == "corrupt":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20)
     elif kind == "script":
@@ -137,22 +127,3 @@ def test_refused_image_is_not_named(root, kind, says):
     assert "wren" not in str(caught.value)
     assert SECRET in caught.value.private_detail
     dataset.test()  # its own files are fine
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from(["a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp"]))
-def test_damaged_file_is_decoded_or_refused_but_never_a_crash(tmp_path, data, name):
-    path = tmp_path / name
-    Image.fromarray(picture(3, 9, 11)).save(path)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    try:
-        images = read_images([path], 8, "the images")
-    except InputError as error:
-        told = str(error)
-    else:
-        told = ""
-        assert images.shape == (1, 8, 8, 3)
-    assert name not in told

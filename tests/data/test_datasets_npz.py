@@ -247,26 +247,6 @@ def test_no_npz_at_all(tmp_path):
             opened(tmp_path / name)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), compressed=st.booleans())
-def test_one_changed_byte_is_noticed_or_harmless(tmp_path, data, compressed):
-    made = {**arrays(), "num_classes": 3}
-    path = tmp_path / "set.npz"
-    (np.savez_compressed if compressed else np.savez)(path, **made)
-    content = bytearray(path.read_bytes())
-    position = data.draw(st.integers(0, len(content) - 1))
-    content[position] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    try:
-        dataset = opened(path)
-        train, test = dataset.train(), dataset.test()
-    except InputError:
-        return
-    for name, split in (("train", train), ("test", test)):
-        np.testing.assert_array_equal(split.images, made[f"x_{name}"])
-        np.testing.assert_array_equal(split.labels, made[f"y_{name}"])
-
-
 @pytest.mark.parametrize("name", ["x_train", "y_train"])
 def test_bit_flip_in_the_data_is_always_noticed(tmp_path, name):
     path = save(tmp_path / "set.npz")
