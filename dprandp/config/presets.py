@@ -18,14 +18,8 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
-            "filters": 2400,
-            "layers": 2,
-            "second_filters": 3200,
-            "dictionary_patches": 400_000,
-            "feature_stages": "all",
-            "steps": 600,
-            "batch_size": 64,
-            "projection_hidden": 1024,
+            "filters": 2400, "layers": 2, "second_filters": 3200, "dictionary_patches": 400_000,
+            "feature_stages": "all", "steps": 600, "batch_size": 64, "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
         "probe": {"dims": 4096, "statistics_images": 2000, "steps": 200},
@@ -35,23 +29,15 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "generate": {"count": 105_000, "resolution": 256},
         "pretrain": {
-            "arch": "wrn-16-4",
-            "filters": 6400,
-            "layers": 2,
-            "second_filters": 6400,
-            "dictionary_patches": 1_000_000,
-            "steps": 82_000,
-            "batch_size": 256,
-            "schedule": "step",
-            "projection_hidden": 4096,
-            "checkpoint_every": 1000,
+            "arch": "wrn-16-4", "filters": 6400, "layers": 2, "second_filters": 6400, "dictionary_patches": 1_000_000,
+            "steps": 82_000, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours
         "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
         "probe": {"dims": 4096, "statistics_images": 4000, "steps": 100},
         "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
     },
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

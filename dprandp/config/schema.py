@@ -24,7 +24,6 @@ from dprandp.errors import UsageError, nearest
 DEFAULT_DATA = "digits"
 SYNTHETIC = "synth"
 FRACTION = "fraction:"
-SWITCHES = ("plateau", "decelerator")
 WITHOUT_PHASE_ONE = ("scratch", "init")
 """Starting points of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
 DEFAULT_SHARE = 0.3
@@ -34,6 +33,12 @@ PATCHNET, SECOND_LAYER, NETWORK = "patchnet", "second layer", "network"
 
 MANY, VERY_MANY = 10**6, 10**9
 """Upper limits of settings; a larger value is taken for a typing error."""
+
+LayerOrder = Literal[
+    "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
+]
+Padding = Literal["symmetric", "same"]
+Pooling = Literal["1", "4", "1+4"]
 
 
 # ---------------------------------------------------------------------------------------------- settings of many stages
@@ -158,15 +163,15 @@ class PretrainConfig(Network, Common):
                                      of=NETWORK, learning=True)  # fmt: skip
     projection_dim: int = setting(128, "Dimensions in which views are compared.", above=0, most=MANY, of=NETWORK,
                                   learning=True)  # fmt: skip
-    layer_order: Literal[
-        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
-    ] = setting("relu-norm-conv", "Order of operations around a convolution of a wrn.", of=NETWORK)
+    layer_order: LayerOrder = setting(
+        "relu-norm-conv", "Order of operations around a convolution of a wrn.", of=NETWORK
+    )
     weight_standardisation: bool = setting(True, "Standardise the filters of a wrn.", of=NETWORK)
-    padding: Literal["symmetric", "same"] | None = setting(
+    padding: Padding | None = setting(
         None, "Padding of convolutions with stride 2: symmetric, or same (De et al. 2022).", of=NETWORK,
         otherwise="symmetric",
     )
-    pooling: Literal["1", "4", "1+4"] | None = setting(
+    pooling: Pooling | None = setting(
         None, "Grids over which the last stage's map is averaged.", of=NETWORK, otherwise="1+4"
     )
     feature_stages: Literal["last", "all"] = setting(
@@ -291,16 +296,14 @@ class FinetuneConfig(Private):
         None, "Data from which the weights of --init were learned; stored and shown.", True, metavar="TEXT", line=True,
         otherwise="none, needed with --init",
     )  # fmt: skip
-    layer_order: Literal[
-        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
-    ] | None = setting(
+    layer_order: LayerOrder | None = setting(
         None, "Order of operations around a convolution of a wrn made here.", True, metavar="ORDER",
         otherwise="relu-norm-conv",
     )
-    padding: Literal["symmetric", "same"] | None = setting(
+    padding: Padding | None = setting(
         None, "Padding of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
     )
-    pooling: Literal["1", "4", "1+4"] | None = setting(
+    pooling: Pooling | None = setting(
         None, "Grids over which its features are averaged: 1 (published), 4 or both.", True, metavar="GRIDS",
         otherwise="1+4, or 1 (nf-resnet-50)",
     )  # fmt: skip
@@ -520,10 +523,10 @@ def fraction_of(public: str) -> float | None:
 
 def _check_switch(config: ContinueConfig) -> None:
     step = switch_step(config)
-    if step is None and config.switch not in SWITCHES:
+    if step is None and config.switch not in ("plateau", "decelerator"):
         raise UsageError(
             f"[continue] switch = {config.switch!r} is neither a step nor a rule",
-            fix=f"give {' or '.join(SWITCHES)}, or a number of public steps",
+            fix="give plateau or decelerator, or a number of public steps",
         )
     if step is not None and step >= config.steps and config.mix == "step":
         raise UsageError(
@@ -547,10 +550,9 @@ def _check_start(config: FinetuneConfig) -> None:
         if config.init is not None:
             problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
         raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
-    if config.source not in WITHOUT_PHASE_ONE:
-        for key in ("layer_order", "padding", "pooling", "recipe"):
-            if getattr(config, key) is not None:
-                _refuse_network_setting(key, config.source)
+    set_here = [key for key in ("layer_order", "padding", "pooling", "recipe") if getattr(config, key) is not None]
+    if set_here and config.source not in WITHOUT_PHASE_ONE:
+        _refuse_network_setting(set_here[0], config.source)
 
 
 def _refuse_network_setting(key: str, source: str) -> None:

@@ -170,7 +170,8 @@ _RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
 _AFTER_SCAN = re.compile(rb"\xff+[^\xff\x00\xd0-\xd7]", re.DOTALL)  # 0xFF 0x00 stands for a byte 0xFF of the data
 _EOI, _SOS, _DRI = 0xD9, 0xDA, 0xDD
 _ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # markers without a segment
-_COMPRESSION, _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES, _JPEG_TABLES = 259, 273, 279, 324, 325, 347
+_COMPRESSION, _STRIP_OFFSETS, _STRIP_BYTES = 259, 273, 279
+_TILE_OFFSETS, _TILE_BYTES, _JPEG_TABLES = 324, 325, 347
 _JPEG = 7
 _NOT_CHECKABLE = (2, 3, 4, 6)  # three of fax, and a kind of JPEG that was given up in 1995
 
@@ -277,12 +278,15 @@ def _tables_are_complete(image: Image.Image, data: bytes) -> bool:
     if tags.get(_COMPRESSION) != _JPEG:
         return True
     tables = bytes(tags.get(_JPEG_TABLES, b""))[:-2]  # without its end of image
+    rows = 0
     for offset, length in zip(offsets, lengths, strict=True):
         stream = data[offset : offset + length]
         stream = tables + stream[2:] if tables else stream
-        if not _jpeg_is_complete(stream, _on_canvas(stream, 0)):
+        part = _on_canvas(stream, 0)
+        if not _jpeg_is_complete(stream, part):
             return False
-    return True
+        rows += part.height
+    return rows >= image.height  # rows without a stream would be black on any canvas
 
 
 def _longer_webp(data: bytes, more: bytes) -> bytes:

@@ -67,6 +67,9 @@ def open_folder(
             fix="check its permissions",
             private_detail=f"{type(error).__name__}: {error}",
         ) from error
+    for split in SPLITS:
+        if not listings[split].paths:
+            raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
     units = _units(root, listings, unit_column)
     examples = len(listings["train"].paths), len(listings["test"].paths)
     spec = users_spec("folder", root, root.resolve().name, classes, examples, (size, size, 3), flip_ok, units)
@@ -108,8 +111,7 @@ def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             fix="give test/ the same sub-folders as train/",
             private_detail=f"only in test/: {sorted(strange)}",
         )
-    listings = {split: list_images(root, root / split, classes) for split in SPLITS}
-    return classes, {split: _not_empty(root, split, listing) for split, listing in listings.items()}
+    return classes, {split: list_images(root, root / split, classes) for split in SPLITS}
 
 
 def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
@@ -129,15 +131,8 @@ def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
     parts: dict[str, Listing] = {}
     for split in SPLITS:
         chosen = [i for i, name in enumerate(names) if (name in wanted) == (split == "test")]
-        part = Listing(tuple(everything.paths[i] for i in chosen), tuple(everything.labels[i] for i in chosen))
-        parts[split] = _not_empty(root, split, part)
+        parts[split] = Listing(tuple(everything.paths[i] for i in chosen), tuple(everything.labels[i] for i in chosen))
     return parts
-
-
-def _not_empty(root: Path, split: str, listing: Listing) -> Listing:
-    if not listing.paths:
-        raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
-    return listing
 
 
 def class_folders(root: Path, folder: Path, ignore: tuple[str, ...] = ()) -> tuple[str, ...]:
