@@ -144,9 +144,9 @@ def open_images(
     return [part for part in taken if len(part)] or taken[:1]
 
 
-def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
+def load_images(folder: Path, limit: int | None = None) -> np.ndarray:
     """The images of ``open_images`` copied into memory, uint8 [N, R, R, 3]: for a few images."""
-    return np.concatenate(open_images(folder, limit, from_end=from_end))
+    return np.concatenate(open_images(folder, limit))
 
 
 def _spread(sizes: list[int], limit: int | None) -> list[int]:

@@ -85,7 +85,6 @@ def users_spec(
     classes: tuple[str, ...],
     examples: tuple[int, int],
     shape: tuple[int, int, int],
-    flip_ok: bool | None,
     units: Units | None,
 ) -> DataSpec:
     """The declaration of ``npz:PATH`` or ``folder:PATH``: examples of train and test; height, width, channels."""
@@ -93,7 +92,7 @@ def users_spec(
     source = f"a {'file' if kind == 'npz' else 'folder'} of the user's"
     return DataSpec(
         f"{kind}:{path}", title, classes, *examples, channels, height, width, source, "not stated", "not stated",
-        bool(flip_ok), units and units.column, units and units.count,
+        flip_ok=False, unit_column=units and units.column, unit_count=units and units.count,
     )  # fmt: skip
 
 

@@ -120,9 +120,7 @@ def _refusal(path: Path, what: str) -> InputError:
     return InputError(f"{path} {what}", fix="write it again with numpy.savez or numpy.savez_compressed")
 
 
-def open_npz(
-    path: Path, *, num_classes: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
-) -> Dataset:
+def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Dataset:
     """A data set from one ``.npz`` file; only headers, the declared class list and the column of units are read.
 
     Args:
@@ -131,7 +129,6 @@ def open_npz(
             integer).
         num_classes: declares the number of classes when the file does not. Which classes occur is private, so the
             labels are never consulted.
-        flip_ok: whether mirroring keeps the label; unknown counts as no.
         unit_column: the array (integers or text, [N] or [N, 1]) whose equal values make images one unit of privacy,
             with or without ``_train`` at its end. None: ``groups_train`` where the file has it.
 
@@ -159,7 +156,7 @@ def open_npz(
     units = _units(path, headers, unit_column)
     classes = _declared_classes(path, headers, num_classes)
     examples = headers["x_train"].shape[0], headers["x_test"].shape[0]
-    spec = users_spec("npz", path, path.stem, classes, examples, shape, flip_ok, units)
+    spec = users_spec("npz", path, path.stem, classes, examples, shape, units)
     return Dataset(spec, lambda split: (read_array(path, f"x_{split}"), read_array(path, f"y_{split}")), units=units)
 
 

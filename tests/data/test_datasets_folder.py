@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dprandp.data import open_dataset
-from dprandp.errors import InputError, UsageError
+from dprandp.errors import InputError
 
 SECRET = "patient-4711"
 
@@ -20,8 +20,8 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def opened(root: Path, **options: object):
-    return open_dataset(f"folder:{root}", root, **options)
+def opened(root: Path):
+    return open_dataset(f"folder:{root}", root)
 
 
 def test_pixels_labels_and_order(root):
@@ -30,7 +30,6 @@ def test_pixels_labels_and_order(root):
     assert (dataset.spec.train_examples, dataset.spec.test_examples) == (6, 2)
     assert dataset.spec.image_shape == (32, 32, 3)
     assert not dataset.spec.flip_ok
-    assert opened(root, flip_ok=True).spec.flip_ok
     train, test = dataset.train(), dataset.test()
     np.testing.assert_array_equal(train.images, [picture(seed) for seed in range(6)])
     np.testing.assert_array_equal(test.images, [picture(seed) for seed in (6, 7)])
@@ -154,15 +153,12 @@ def test_class_folder_without_training_images(root):
     assert sorted(set(dataset.train().labels.tolist())) == [1, 2]
 
 
-def test_unreadable_file_and_image_size_out_of_range(root):
+def test_unreadable_file(root):
     dataset = opened(root)
     (root / "train/wren/1.png").unlink()
     with pytest.raises(InputError, match="one of the train images") as caught:
         dataset.train()
     assert "1.png" not in str(caught.value)
-    for size in (-1, 7, 513):
-        with pytest.raises(UsageError, match=str(size)):
-            opened(root, image_size=size)
 
 
 def test_declared_split(root):

@@ -43,8 +43,8 @@ def test_class_names_agree_with_torchvision():
     ("name", "options", "says"),
     [("Digits", {}, "'digits'"), ("pnuemoniamnist", {}, "'pneumoniamnist'"), ("xyz", {}, "known: "),
      ("chestmnist", {}, "14 yes-or-no labels"), ("organmnist3d", {}, "volumes"), ("npz:", {}, "names no path"),
-     ("digits", {"num_classes": 10}, "does not apply"), ("mnist", {"flip_ok": True}, "does not apply"),
-     ("folder:x", {"num_classes": 3}, "does not apply"), ("npz:x", {"image_size": 32}, "does not apply")],
+     ("digits", {"num_classes": 10}, "does not apply"), ("mnist", {"unit_column": "p"}, "does not apply"),
+     ("folder:x", {"num_classes": 3}, "does not apply")],
 )  # fmt: skip
 def test_what_names_no_data_set_or_does_not_apply_is_refused(name, options, says, tmp_path):
     with pytest.raises(UsageError, match=says):

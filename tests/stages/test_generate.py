@@ -17,7 +17,7 @@ from PIL import Image
 from stage_processes import Stages, stage_server
 
 from dprandp.errors import CheckpointError
-from dprandp.generate import load_images, read_manifest
+from dprandp.generate import load_images, open_images, read_manifest
 from dprandp.runs.files import file_sha256
 from dprandp.synth import render_block
 from dprandp.vision.images import contact_sheet
@@ -275,4 +275,4 @@ def test_a_limit_takes_evenly_from_all_shards(copied, limit, from_end):
             if quotas[shard] < len(blocks[shard]) and sum(quotas) < limit:
                 quotas[shard] += 1
     parts = [block[len(block) - n :] if from_end else block[:n] for block, n in zip(blocks, quotas, strict=True)]
-    assert np.array_equal(load_images(copied, limit, from_end=from_end), np.concatenate(parts))
+    assert np.array_equal(np.concatenate(open_images(copied, limit, from_end=from_end)), np.concatenate(parts))
