@@ -116,10 +116,12 @@ def test_data_that_changed_behind_their_name_are_refused_uncharged(
         else:
             made["x_train"][[0, 3]] = made["x_train"][[3, 0]]  # of one class
         np.savez(tmp_path / "tiny.npz", **made)
-        for flags in ([], ["--overwrite"], ["--resume"]) if change == "pixel" else ([],):
-            for stage in ("finetune", "probe"):
-                done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
-                refused(done, 3, OTHER, "npz:tiny.npz", "same data with --data", "new --run")
+        commands = [["finetune"]] if change != "pixel" else [
+            ["probe"], ["finetune"], ["finetune", "--overwrite"], ["probe", "--resume"]
+        ]  # fmt: skip
+        for stage, *flags in commands:
+            done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
+            refused(done, 3, OTHER, "npz:tiny.npz", "same data with --data", "new --run")
     assert state_of(run) == before
 
 
