@@ -86,19 +86,12 @@ class RandomImages(torch.utils.data.Dataset):
 def random_images(
     process: str = "stylegan-oriented", *, count: int, resolution: int = 64, seed: int = 0
 ) -> np.ndarray:
-    """Images of a random process; no data are read, so they cost no privacy.
+    """Images of a random process, uint8 [count, resolution, resolution, 3]; arguments and errors of ``RandomImages``.
 
     >>> random_images("dead-leaves", count=4, resolution=32, seed=1).dtype
     dtype('uint8')
 
-    Args:
-        process, count, resolution, seed: see ``RandomImages``.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3], equal to those of ``dprandp generate`` with the same arguments.
-
-    Raises:
-        UsageError: an unknown process, or an argument out of its range.
+    They are equal to those of ``dprandp generate`` with the same arguments. No data are read: they cost no privacy.
     """
     made = RandomImages(process, count=count, resolution=resolution, seed=seed)
     blocks = -(-count // made.process.block_size)
@@ -109,19 +102,15 @@ def random_images(
 
 
 def noise_multiplier(epsilon: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
-    """The smallest noise multiplier σ that was found for a budget.
+    """The smallest noise multiplier σ (the noise's standard deviation over the clip norm) found for a budget.
 
     >>> round(noise_multiplier(1.0, 1e-5, steps=120), 1)
     40.9
 
     Args:
-        epsilon: ε above 0, inf for none.
-        delta: δ in (0, 1).
+        epsilon: ε above 0, inf for none. delta: δ in (0, 1).
         steps: T, updates of DP-SGD.
         sample_rate: q in (0, 1], the probability of a record to be in a batch (Poisson sampling); 1: full batches.
-
-    Returns:
-        σ: the noise's standard deviation over the clip norm.
 
     Guarantee:
         ``epsilon(result, delta, ...) <= epsilon`` for zero-out of one record.
@@ -133,14 +122,11 @@ def noise_multiplier(epsilon: float, delta: float, *, steps: int, sample_rate: f
 
 
 def epsilon(noise_multiplier: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
-    """An upper bound on the ε of DP-SGD with Gaussian noise, for zero-out of one record.
+    """An upper bound on the ε of DP-SGD with Gaussian noise, for zero-out of one record; inverse of
+    ``noise_multiplier``, with its arguments.
 
     >>> epsilon(41.0, 1e-5, steps=120) < 1.01
     True
-
-    Args:
-        noise_multiplier: σ, the noise's standard deviation over the clip norm.
-        delta, steps, sample_rate: see ``noise_multiplier``.
 
     Raises:
         UsageError: a value out of its range.

@@ -47,11 +47,7 @@ def _root(
 
 
 def main(application: typer.Typer = app) -> None:
-    """Entry point of the console script: run a command, turn errors into messages and exit codes.
-
-    Args:
-        application: the commands; those of a script, where it reports its errors in the same way.
-    """
+    """Run a command of the console script, or of a script's application; errors become messages and exit codes."""
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug

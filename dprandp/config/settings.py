@@ -115,12 +115,7 @@ def text(value: Any) -> str:
 
 
 def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from plain values, each checked against its declaration.
-
-    Args:
-        stage: its name in messages.
-        kind: its dataclass.
-        values: name -> value; what is left out has its default.
+    """A configuration of a kind from plain values, each checked against its declaration; ``stage`` is for messages.
 
     Raises:
         UsageError: an unknown name, a wrong type, or a value out of its range; naming it.

@@ -52,11 +52,9 @@ def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None
 
 
 def adopt(public: dict[str, StageConfig], context: Context) -> None:
-    """Put a shipped prior into a run: its images, then its extractor.
+    """Put a shipped prior into a run: its images, then its extractor. Finished stages are skipped.
 
-    Args:
-        public: of ``shipped.public_stages``. Finished stages are skipped.
-        context: ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
+    ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
     """
     for name, config in public.items():
         recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
@@ -66,16 +64,12 @@ def adopt(public: dict[str, StageConfig], context: Context) -> None:
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
-    """Run all four stages and write the report.
-
-    Args:
-        resolve: stage name to configuration, called when its turn comes.
-        context: shared by all stages.
+    """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
 
     Returns:
         The last private stage's result, with ``report`` (path) and ``results`` (one per stage).
     """
-    results = {}
+    results: dict[str, dict] = {}
     with graceful_stop() as stop:
         for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"]["share"] == 1:

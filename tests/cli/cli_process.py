@@ -145,17 +145,12 @@ class Dprandp:
 
     def __init__(self, scratch: Path, folder: Path) -> None:
         self._scratch, self._folder, self._count = scratch, folder, 0
+        pipe = subprocess.PIPE
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT,
+            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
         )
 
     def close(self) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(TIMEOUT)
         self._server.stdout.close()
@@ -168,14 +163,10 @@ class Dprandp:
         before: str = "",
         **environment: str,
     ) -> Running:
-        """Start a command.
+        """Start a command in a folder.
 
-        Args:
-            arguments: as on the command line.
-            folder: its working directory.
-            largest_file: bytes; a longer write fails with EFBIG.
-            before: Python to execute before the command, to make something in the package fail.
-            environment: added to the environment.
+        A write beyond ``largest_file`` bytes fails with EFBIG. ``before`` is Python to execute before the command, to
+        make something in the package fail.
         """
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{kind}" for kind in ("out", "err"))
@@ -194,19 +185,18 @@ class Dprandp:
         return self.start(*arguments, **options).end()
 
     def _ask(self, request: Any) -> Any:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
 
-def subprocess_dprandp(*arguments: object, folder: Path) -> Done:
-    """``python -m dprandp``, as a user starts it."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments)]
+def subprocess_dprandp(*arguments: object, folder: Path, before: str = "") -> Done:
+    """``python -m dprandp``, as a user starts it; or its entry point, after some Python."""
+    start = ["-c", f"{before}\nfrom dprandp.cli import main\nmain()"] if before else ["-m", "dprandp"]
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+        [sys.executable, *start, *map(str, arguments)], cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True,
+        text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import ENVIRONMENT, TIMEOUT, Done, Dprandp, RunAfter
+from cli_process import Done, Dprandp, RunAfter, subprocess_dprandp
 from PIL import Image
 
 SECRETS = ("patient-4711", "61826", "0.618267", "class-of-shame")
@@ -207,27 +205,14 @@ def test_21_a_folder_that_changes_while_it_is_read(dprandp: Dprandp, run_after: 
 
 # ------------------------------------------------------------------------------------------------- a process of its own
 
-REAL = """
-import sys
-{breaking}
-sys.argv = ["dprandp", *sys.argv[1:]]
-from dprandp.cli import main
-main()
-"""
-
-
 @pytest.mark.parametrize(
     ("place", "error"),
     [("features", "own"), *slow(*((place, "value") for place in PLACES))],
 )
 def test_21_in_a_real_process(run_after: RunAfter, folder: Path, place: str, error: str) -> None:
     """Nothing on the way out of the interpreter tells it either."""
-    script = REAL.format(breaking=breaking(place, error))
-    command = [sys.executable, "-c", script, *map(str, probe(run_after("pretrain")))]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert_tells_nothing(Done(done.returncode, done.stdout, done.stderr))
+    arguments = probe(run_after("pretrain"))
+    assert_tells_nothing(subprocess_dprandp(*arguments, folder=folder, before=breaking(place, error)))
 
 
 WARN = """
