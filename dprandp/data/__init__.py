@@ -14,8 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.data.base import Dataset, DataSpec, Split, public_part, without_public_part
-from dprandp.data.check import check_data
+from dprandp.data.base import Dataset, DataSpec, Split, check_data, public_part, without_public_part
 from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -184,6 +186,46 @@ class Dataset:
 def image_digests(images: np.ndarray) -> list[bytes]:
     """A 128-bit hash of each image; uint8 [N, ...]."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
+
+
+def check_data(dataset: Dataset) -> dict[str, Any]:
+    """Private facts for the owner before a run: exact duplicates, units, empty classes. Reads both splits.
+
+    An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
+    units. No ε covers these counts: a command of its own prints them on the terminal, and stores nothing.
+
+    Returns:
+        data, unit, train_examples, train_units (declared facts); largest_unit: images of the largest unit;
+        repeated_images: training images that equal an earlier one, pixel by pixel; across_units: training images of
+        which a copy lies in another unit; largest_copies: units that hold the same image, at most;
+        contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
+        copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
+        empty_classes: names of the declared classes that have no training image.
+    """
+    spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
+    digests = image_digests(train.images)
+    of_image = np.arange(len(digests)) if units is None else units.of_image
+    seen_in: dict[bytes, set[int]] = {}
+    labels: dict[bytes, set[int]] = {}
+    for digest, unit, label in zip(digests, of_image.tolist(), train.labels.tolist(), strict=True):
+        seen_in.setdefault(digest, set()).add(unit)
+        labels.setdefault(digest, set()).add(label)
+    tested = set(image_digests(test.images))
+    counts = np.bincount(train.labels, minlength=len(spec.classes))
+    return {
+        "data": spec.name,
+        "unit": spec.unit,
+        "train_examples": spec.train_examples,
+        "train_units": spec.train_units,
+        "largest_unit": max(Counter(of_image.tolist()).values()),
+        "repeated_images": len(digests) - len(seen_in),
+        "across_units": sum(len(seen_in[digest]) > 1 for digest in digests),
+        "largest_copies": max(map(len, seen_in.values())),
+        "contradicting_labels": sum(len(found) > 1 for found in labels.values()),
+        "in_test": sum(digest in tested for digest in digests),
+        "units_in_test": units and units.shared_with_test,
+        "empty_classes": [spec.classes[index] for index in np.flatnonzero(counts == 0)],
+    }
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
