@@ -1,13 +1,4 @@
-"""The Python API: the pieces of the command line for a notebook.
-
->>> import dprandp
->>> dprandp.random_images("dead-leaves", count=2, resolution=32).shape
-(2, 32, 32, 3)
-
-Images of a random process as an array (``random_images``) or a dataset (``RandomImages``); ``noise_multiplier`` for a
-budget and ``epsilon`` of a noise multiplier; a private head on one's own features under a ledger
-(``fit_private_head``); all stages in one call (``run``); a released model (``load_model``).
-"""
+"""The Python API: the pieces of the command line for a notebook."""
 
 from __future__ import annotations
 
@@ -35,12 +26,6 @@ from dprandp.runs.console import Console
 from dprandp.runs.context import Context, prepare_device
 from dprandp.runs.directory import RunDir
 from dprandp.synth import process_named, render_block
-
-__all__ = [
-    "PrivateHead", "RandomImages", "ReleasedModel", "epsilon", "fit_private_head", "load_model", "noise_multiplier",
-    "random_images", "run",
-]  # fmt: skip
-
 
 # --------------------------------------------------------------------------------------------- images from nothing
 
@@ -101,19 +86,12 @@ class RandomImages(torch.utils.data.Dataset):
 def random_images(
     process: str = "stylegan-oriented", *, count: int, resolution: int = 64, seed: int = 0
 ) -> np.ndarray:
-    """Images of a random process; no data are read, so they cost no privacy.
+    """Images of a random process, uint8 [count, resolution, resolution, 3]; arguments and errors of ``RandomImages``.
 
     >>> random_images("dead-leaves", count=4, resolution=32, seed=1).dtype
     dtype('uint8')
 
-    Args:
-        process, count, resolution, seed: see ``RandomImages``.
-
-    Returns:
-        uint8 [count, resolution, resolution, 3], equal to those of ``dprandp generate`` with the same arguments.
-
-    Raises:
-        UsageError: an unknown process, or an argument out of its range.
+    They are equal to those of ``dprandp generate`` with the same arguments. No data are read: they cost no privacy.
     """
     made = RandomImages(process, count=count, resolution=resolution, seed=seed)
     blocks = -(-count // made.process.block_size)
@@ -124,19 +102,15 @@ def random_images(
 
 
 def noise_multiplier(epsilon: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
-    """The smallest noise multiplier σ that was found for a budget.
+    """The smallest noise multiplier σ (the noise's standard deviation over the clip norm) found for a budget.
 
     >>> round(noise_multiplier(1.0, 1e-5, steps=120), 1)
     40.9
 
     Args:
-        epsilon: ε above 0, inf for none.
-        delta: δ in (0, 1).
+        epsilon: ε above 0, inf for none. delta: δ in (0, 1).
         steps: T, updates of DP-SGD.
         sample_rate: q in (0, 1], the probability of a record to be in a batch (Poisson sampling); 1: full batches.
-
-    Returns:
-        σ: the noise's standard deviation over the clip norm.
 
     Guarantee:
         ``epsilon(result, delta, ...) <= epsilon`` for zero-out of one record.
@@ -148,14 +122,11 @@ def noise_multiplier(epsilon: float, delta: float, *, steps: int, sample_rate: f
 
 
 def epsilon(noise_multiplier: float, delta: float, *, steps: int, sample_rate: float = 1.0) -> float:
-    """An upper bound on the ε of DP-SGD with Gaussian noise, for zero-out of one record.
+    """An upper bound on the ε of DP-SGD with Gaussian noise, for zero-out of one record; inverse of
+    ``noise_multiplier``, with its arguments.
 
     >>> epsilon(41.0, 1e-5, steps=120) < 1.01
     True
-
-    Args:
-        noise_multiplier: σ, the noise's standard deviation over the clip norm.
-        delta, steps, sample_rate: see ``noise_multiplier``.
 
     Raises:
         UsageError: a value out of its range.
@@ -212,14 +183,12 @@ def fit_private_head(
 
     Args:
         features: float [N, d], one row per record, each computed from that record and public inputs only. Do not
-        subtract
-            statistics of the private features, such as their mean: ε would not cover them.
+            subtract statistics of the private features, such as their mean: ε would not cover them.
         labels: whole numbers [N] in 0 … classes − 1.
         classes: their declared number; never count it in the labels.
         epsilon: total ε of everything in the ledger after this fit.
-        ledger: file that records the spent budget of these N records; created if it does not exist. Keep it with the
-        data:
-            a second fit on the same records must name the same ledger, and gets the remaining budget.
+        ledger: file that records the spent budget of these N records; created if it does not exist. A second fit on the
+            same records must name the same ledger, and gets the remaining budget.
         delta: None: 1e-5, or 0.1/N where that is smaller.
         steps: updates T. clip_norm: C, the largest L2 norm of a record's gradient.
         lr: None: set by the noise and N. momentum: of the noisy gradients, in [0, 1).
@@ -246,8 +215,7 @@ def fit_private_head(
         raise InputError("a label lies outside 0 … classes - 1", fix="declare the right number of classes")
     examples = len(rows)
     delta = accounting.advised_delta(examples) if delta is None else delta
-    path = Path(ledger)
-    opened = Ledger.open(path) if path.exists() else Ledger.create(path, examples)
+    opened = Ledger.open(Path(ledger)) if Path(ledger).exists() else Ledger.create(Path(ledger), examples)
     plan = make_plan(
         stage="head", epsilon=epsilon, delta=delta, epsilon_target=epsilon, spent=opened.stages(),
         examples=examples, sample_rate=1.0, steps=steps, clip_norm=clip_norm,
@@ -299,12 +267,7 @@ def run(
     >>> run("digits", epsilon=1.0, directory="runs/digits")["accuracy"]                                # doctest: +SKIP
 
     Args:
-        data: a known data set, ``npz:PATH`` or ``folder:PATH``.
-        epsilon: total ε for everything that the run releases about the data.
-        directory: of the run.
-        size: 'tiny', 'small' or 'paper'.
-        share: fraction of ε for the probe; 1: no fine-tune.
-        data_dir: folder with the files of the known data sets. device: 'auto', 'cpu', 'cuda' or 'cuda:i'.
+        data, epsilon, directory, size, share, data_dir, device: as the flags of ``dprandp run``.
         quiet: print nothing.
         settings: stage -> settings, such as ``generate={"count": 8000}``; see ``docs/settings.md``.
 

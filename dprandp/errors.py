@@ -1,20 +1,7 @@
 """One exception class per exit code: what was wrong, with which value, what to do next.
 
-Imports nothing of the package. ``cli.py`` turns each class into its exit code; nothing else decides exit codes.
-
-====  =====================  =====================================================
-code  class                  meaning
-====  =====================  =====================================================
-1     (any other exception)  a bug in dprandp
-1     AuditError             the audit contradicts the privacy claim, or missed an injected fault
-1     BenchmarkError         a ratio of speed regressed past its bound, or two ways to compute the same disagree
-2     UsageError             a flag or a configuration value makes no sense
-3     InputError             an input is missing or invalid (data, shards, folders)
-4     CheckpointError        a checkpoint is corrupt or belongs to something else
-5     BudgetError            the privacy budget would be exceeded
-6     StorageError           disk full, read-only, locked, or another IO failure
-130   (SIGINT) / 143 (SIGTERM), after a saved checkpoint
-====  =====================  =====================================================
+Any other exception is a bug in dprandp, with exit code 1. Signals end with 130 (SIGINT) or 143 (SIGTERM), after a saved
+checkpoint.
 """
 
 from __future__ import annotations
@@ -46,45 +33,41 @@ class DprandpError(Exception):
 
 
 class UsageError(DprandpError):
-    """A flag or a configuration value makes no sense (exit code 2)."""
+    """A flag or a configuration value makes no sense."""
 
     exit_code = 2
 
 
 class InputError(DprandpError):
-    """An input is missing or invalid (exit code 3)."""
+    """An input is missing or invalid (data, shards, folders)."""
 
     exit_code = 3
 
 
 class CheckpointError(DprandpError):
-    """A checkpoint is corrupt, incomplete or of another shape (exit code 4)."""
+    """A checkpoint is corrupt, incomplete, or belongs to something else."""
 
     exit_code = 4
 
 
 class BudgetError(DprandpError):
-    """The privacy budget would be exceeded (exit code 5)."""
+    """The privacy budget would be exceeded."""
 
     exit_code = 5
 
 
 class StorageError(DprandpError):
-    """A failure of the disk: full, read-only, locked by another process (exit code 6)."""
+    """A failure of the disk: full, read-only, locked by another process."""
 
     exit_code = 6
 
 
 class AuditError(DprandpError):
-    """The audit contradicts the privacy claim, or missed an injected fault (exit code 1: a bug)."""
-
-    exit_code = 1
+    """The audit contradicts the privacy claim, or missed an injected fault: a bug."""
 
 
 class BenchmarkError(DprandpError):
-    """A ratio of speed regressed past its bound, or two ways to compute the same disagree (exit code 1: a bug)."""
-
-    exit_code = 1
+    """A ratio of speed regressed past its bound, or two ways to compute the same disagree: a bug."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

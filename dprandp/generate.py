@@ -16,13 +16,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,45 +36,6 @@ from dprandp.runs.signals import graceful_stop
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
 
-# ------------------------------------------------------------------------------------------------------------- workers
-#
-# Worker processes.
-
-
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of processes, which end when this one ends, even by kill -9."""
-    # spawn: a fork of a process whose torch has started threads may hang
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
-
-
-@contextmanager
-def interrupts_left_to_us() -> Iterator[None]:
-    """Block SIGINT while workers start, so that they inherit the mask: only this process handles Ctrl-C."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def lost_worker() -> StorageError:
-    """The error for a dead worker."""
-    return StorageError(
-        "a worker process died while it made images, probably for lack of memory",
-        fix="run the same command again with fewer --workers; whole shards are kept",
-    )
-
-
-def _begin() -> None:
-    """Start of a worker: end it when its parent is gone, even by kill -9."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 STAGE = "generate"
 PREVIEW_IMAGES = 96
 PREVIEW_COLUMNS = 16
@@ -87,10 +46,6 @@ def run(config: GenerateConfig, context: Context) -> dict:
 
     Returns:
         process, count, resolution, images_per_second, seconds; {} on ranks other than rank 0.
-
-    Raises:
-        UsageError: unknown process, or a configuration other than the one the directory holds.
-        StorageError: the disk refuses.
     """
     check(config)
     todo = context.ranks.first(lambda: _to_render(config, context))
@@ -155,11 +110,7 @@ def check(config: GenerateConfig) -> None:
 def blocks_of(config: GenerateConfig) -> dict[int, int]:
     """The blocks of the process that are rendered, and their numbers of images.
 
-    With ``sample`` these are exactly the images that ``open_images(folder, sample)`` would take of all ``count``: the
-    first of every block, as evenly as the blocks allow.
-
-    Raises:
-        UsageError: unknown process.
+    With ``sample`` these are exactly the images that ``open_images(folder, sample)`` would take of all ``count``.
     """
     size = process_named(config.process).block_size
     sizes = [min(size, config.count - start) for start in range(0, config.count, size)]
@@ -174,8 +125,7 @@ def open_images(
     Args:
         folder: the stage's folder.
         limit: at most this many (None: all). Equally many images (± 1) are taken from the beginning of every shard; if
-        a
-            shard is too short, more are taken from the others.
+            a shard is too short, more are taken from the others.
         from_end: take them from the shards' ends instead.
         without_end: leave out those that ``from_end`` takes for this limit.
 
@@ -194,9 +144,9 @@ def open_images(
     return [part for part in taken if len(part)] or taken[:1]
 
 
-def load_images(folder: Path, limit: int | None = None, *, from_end: bool = False) -> np.ndarray:
+def load_images(folder: Path, limit: int | None = None) -> np.ndarray:
     """The images of ``open_images`` copied into memory, uint8 [N, R, R, 3]: for a few images."""
-    return np.concatenate(open_images(folder, limit, from_end=from_end))
+    return np.concatenate(open_images(folder, limit))
 
 
 def _spread(sizes: list[int], limit: int | None) -> list[int]:
@@ -234,18 +184,15 @@ def _shards(folder: Path) -> list[np.ndarray]:
     """All shards, memory-mapped, their bytes checked."""
     manifest = read_manifest(folder)
     shards = []
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
+    for block, shard in enumerate(manifest["shards"]):
+        path, problem = folder / shard["file"], None
         if not path.is_file() or file_sha256(path) != shard["sha256"]:
-            raise CheckpointError(
-                f"{path} is missing or has changed (its SHA-256 differs from the manifest's)",
-                fix="run `dprandp generate --overwrite` to make the images again",
-            )
-        if not _is_whole(folder, len(shards), shard.get("count"), manifest.get("resolution")):
-            raise CheckpointError(
-                f"{path} does not hold the images that the manifest describes",
-                fix="run `dprandp generate --overwrite` to make the images again",
-            )
+            problem = "is missing or has changed (its SHA-256 differs from the manifest's)"
+        elif not _is_whole(folder, block, shard.get("count"), manifest.get("resolution")):
+            problem = "does not hold the images that the manifest describes"
+        if problem:
+            fix = "run `dprandp generate --overwrite` to make the images again"
+            raise CheckpointError(f"{path} {problem}", fix=fix)
         shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
     return shards
 
@@ -255,24 +202,44 @@ def shard_name(block: int) -> str:
     return f"shard-{block:05d}.npy"
 
 
+# ----------------------------------------------------------------------------------------------------------- rendering
+
+
+class Job(NamedTuple):
+    """One shard to make."""
+
+    process: str
+    seed: int
+    block: int
+    count: int
+    resolution: int
+    folder: Path
+
+    def images(self) -> np.ndarray:
+        """uint8 [count, resolution, resolution, 3]."""
+        return render_block(self.process, self.seed, self.block, self.count, self.resolution)
+
+
 def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context) -> int:
     """Render the given blocks (block -> images) and return how many images that were."""
-    total, folder = sum(blocks.values()), context.rundir.stage_dir(STAGE)
-    jobs = [(config.process, config.seed, block, count, config.resolution, folder) for block, count in blocks.items()]
+    total, folder, ranks = sum(blocks.values()), context.rundir.stage_dir(STAGE), context.ranks
+    process, seed, resolution = config.process, config.seed, config.resolution
+    jobs = [Job(process, seed, block, count, resolution, folder) for block, count in blocks.items()]
     with graceful_stop() as stop, context.console.progress(total, "images") as progress:
-        if context.ranks.size > 1:
-            for start in range(0, len(jobs), context.ranks.size):
-                progress.advance(_render_round(jobs[start : start + context.ranks.size], context.ranks))
+        if ranks.size > 1 or context.workers == 1 or len(jobs) <= 1:
+            for start in range(0, len(jobs), ranks.size):
+                now = jobs[start : start + ranks.size]
+                progress.advance(_write(now[0]) if ranks.size == 1 else _render_round(now, ranks))
                 stop.raise_if_requested()
             return total
-        if context.workers == 1 or len(jobs) <= 1:
-            for job in jobs:
-                progress.advance(_write_shard(*job))
-                stop.raise_if_requested()
-            return total
-        with worker_pool(min(context.workers, len(jobs))) as pool:
-            with interrupts_left_to_us():
-                pending = {pool.submit(_write_shard, *job) for job in jobs}
+        # spawn: a fork of a process whose torch has started threads may hang
+        with ProcessPoolExecutor(min(context.workers, len(jobs)), get_context("spawn"), initializer=_begin) as pool:
+            # Workers inherit the mask of signals: only this process handles Ctrl-C.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending = {pool.submit(_write, job) for job in jobs}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -281,35 +248,41 @@ def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context
                     stop.raise_if_requested()
             except BrokenProcessPool as error:
                 stop.raise_if_requested()  # the signal may have ended a worker as well
-                raise lost_worker() from error
+                raise StorageError(
+                    "a worker process died while it made images, probably for lack of memory",
+                    fix="run the same command again with fewer --workers; whole shards are kept",
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return total
 
 
-Job = tuple[str, int, int, int, int, Path]
-"""Process, seed, block, count, resolution, folder."""
+def _begin() -> None:
+    """Start of a worker: end it when its parent is gone, even by kill -9."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _render_round(jobs: list[Job], ranks: Ranks) -> int:
     """Render one shard on each rank; rank 0 writes them. Returns the number of images."""
-    process, seed, _, _, resolution, _ = jobs[0]
-    counts = [count for _, _, _, count, _, _ in jobs] + [0] * (ranks.size - len(jobs))
-    own = np.zeros((0, resolution, resolution, 3), np.uint8)
+    counts = [job.count for job in jobs] + [0] * (ranks.size - len(jobs))
+    own = np.zeros((0, jobs[0].resolution, jobs[0].resolution, 3), np.uint8)
     if ranks.rank < len(jobs):
-        own = render_block(process, seed, jobs[ranks.rank][2], counts[ranks.rank], resolution)
+        own = jobs[ranks.rank].images()
     for job, made in zip(jobs, ranks.gather(torch.from_numpy(own), counts), strict=False):
-        _write_images(made.numpy(), job[2], job[-1])
+        _write(job, made.numpy())
     return sum(counts)
 
 
-def _write_shard(process: str, seed: int, block: int, count: int, resolution: int, folder: Path) -> int:
-    return _write_images(render_block(process, seed, block, count, resolution), block, folder)
-
-
-def _write_images(images: np.ndarray, block: int, folder: Path) -> int:
-    with atomic_path(folder / shard_name(block)) as temporary:
+def _write(job: Job, images: np.ndarray | None = None) -> int:
+    """Write a shard, rendered here unless its images are given; returns their number."""
+    images = job.images() if images is None else images
+    with atomic_path(job.folder / shard_name(job.block)) as temporary:
         np.save(temporary, images, allow_pickle=False)
     faults.point("shard-written")
     return len(images)

@@ -18,12 +18,8 @@ Result = TypeVar("Result")
 def in_parts(work: Callable[[int, int], Result], parts: int | None = None) -> list[Result]:
     """Call ``work(part, parts)`` for every part at once; results in the order of the parts.
 
-    Gradient mode and CPU autocast are those of the caller in every part. torch keeps both per thread, so otherwise the
-    part in the calling thread could compute in another precision than the others.
-
-    Args:
-        work: does part number ``part`` of ``parts``; torch uses one thread inside.
-        parts: their number; by default torch's number of threads.
+    torch uses one thread inside. Gradient mode and CPU autocast, which it keeps per thread, are those of the caller in
+    every part. ``parts`` is by default torch's number of threads.
     """
     threads = torch.get_num_threads()
     parts = parts or threads

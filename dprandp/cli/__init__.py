@@ -1,8 +1,7 @@
 """The command line.
 
-    flags.py     every flag, declared once        stages.py   the stages, run, tune, audit, diagnose
-    session.py   flags -> configuration, context   about.py    status, report, verify, account, datasets, priors
-    release.py   predict, export
+    flags.py     every flag, declared once        stages.py    the stages, run, tune, audit, diagnose
+    session.py   flags -> configuration, context  about.py     status, report, verify, account, predict, export, ...
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
@@ -17,7 +16,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__
-from dprandp.cli import about, release, session, stages, together
+from dprandp.cli import about, session, stages, together
 from dprandp.runs import faults
 from dprandp.runs.signals import end_on_signals, ended_by
 
@@ -32,7 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(stages.app)
-app.add_typer(release.app)
 app.add_typer(about.app)
 
 
@@ -49,11 +47,7 @@ def _root(
 
 
 def main(application: typer.Typer = app) -> None:
-    """Entry point of the console script: run a command, turn errors into messages and exit codes.
-
-    Args:
-        application: the commands; those of a script, where it reports its errors in the same way.
-    """
+    """Run a command of the console script, or of a script's application; errors become messages and exit codes."""
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug

@@ -1,13 +1,14 @@
-"""Commands about a run, the accounting, data sets and priors: status, report, verify, account, datasets, priors."""
+"""Commands about a run, its model, the accounting, data sets and priors."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.flags import Call, of_settings
+from dprandp.cli.flags import DATA, OUTPUT, PRIVACY, Call, option
 from dprandp.errors import UsageError
 from dprandp.runs.directory import RunDir
 
@@ -17,11 +18,8 @@ app = typer.Typer()
 @flags.command(app, "About a run", options=(*flags.RUN, "data_dir", "device"))
 def status(
     call: Call,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Examine the run's files (hashes, ledger, lock, model) and this machine "
-                     "(libraries, arithmetic, disk, data). Repairs nothing.", rich_help_panel=flags.OUTPUT),
-    ] = False,
+    check: Annotated[bool, option("Examine the run's files (hashes, ledger, lock, model) and this machine (libraries, "
+                                  "arithmetic, disk, data). Repairs nothing.", OUTPUT, "--check")] = False,
 ) -> None:  # fmt: skip
     """Show which stages are done, partial, stale or missing, and what was spent; or --check the run and this machine.
 
@@ -53,10 +51,10 @@ def report(call: Call) -> None:
     [dim]dprandp report --run runs/cifar[/dim]
     """
     console = session.console(call.options)
-    from dprandp.report import page as report_module
+    from dprandp.report import page
 
     with session.opened(call.options.run) as rundir:
-        path = report_module.write(rundir)
+        path = page.write(rundir)
     console.result({"report": str(path)}, f"report: {path}")
 
 
@@ -75,40 +73,23 @@ def verify(call: Call) -> None:
 
     result = verifying.verify(RunDir.open(call.options.run, create=False))
     console.result(result, verifying.verify_lines(result))
-    if result["exit_code"]:
-        raise typer.Exit(result["exit_code"])
+    raise typer.Exit(result["exit_code"])
 
 
 @flags.command(app, "About a run", options=("json", "debug"))
 def account(
     call: Call,
-    eps: Annotated[
-        float | None, typer.Option("--eps", help="Find the noise for this ε.", rich_help_panel=flags.PRIVACY)
-    ] = None,
-    noise_multiplier: Annotated[
-        float | None,
-        typer.Option(help="Find the ε of this σ (noise std over clip norm).", rich_help_panel=flags.PRIVACY),
-    ] = None,
-    sample_rate: Annotated[
-        float, typer.Option(help="q in (0, 1]; 1 is full batch.", rich_help_panel=flags.PRIVACY)
-    ] = 1.0,
-    steps: Annotated[int, typer.Option(help="Noisy steps T.", rich_help_panel=flags.PRIVACY)] = 1,
-    delta: Annotated[float, typer.Option(help="δ.", rich_help_panel=flags.PRIVACY)] = 1e-5,
-    adjacency: Annotated[
-        str,
-        typer.Option(
-            help="How neighbours differ: zero-out (a record's slot is empty), add-remove or replace-one.",
-            rich_help_panel=flags.PRIVACY,
-        ),
-    ] = "zero-out",
-    curve: Annotated[
-        bool, typer.Option("--curve", help="Print ε for δ = 1e-3 … 1e-10 as well.", rich_help_panel=flags.OUTPUT)
-    ] = False,
-    group_size: Annotated[
-        int,
-        typer.Option(help="Also give ε for k records together, such as one person's.", rich_help_panel=flags.PRIVACY),
-    ] = 1,
-) -> None:
+    eps: Annotated[float | None, option("Find the noise for this ε.", PRIVACY, "--eps")] = None,
+    noise_multiplier: Annotated[float | None, option("Find the ε of this σ (noise std over clip norm).",
+                                                     PRIVACY)] = None,
+    sample_rate: Annotated[float, option("q in (0, 1]; 1 is full batch.", PRIVACY)] = 1.0,
+    steps: Annotated[int, option("Noisy steps T.", PRIVACY)] = 1,
+    delta: Annotated[float, option("δ.", PRIVACY)] = 1e-5,
+    adjacency: Annotated[str, option("How neighbours differ: zero-out (a record's slot is empty), add-remove or "
+                                     "replace-one.", PRIVACY)] = "zero-out",
+    curve: Annotated[bool, option("Print ε for δ = 1e-3 … 1e-10 as well.", OUTPUT, "--curve")] = False,
+    group_size: Annotated[int, option("Also give ε for k records together, such as one person's.", PRIVACY)] = 1,
+) -> None:  # fmt: skip
     """Calculate σ from ε, or ε from σ, and the best attack at that ε; reads no data.
 
     [dim]dprandp account --eps 1 --sample-rate 0.08192 --steps 875[/dim]
@@ -130,21 +111,14 @@ def account(
     console.result(result, calculator.account_lines(result))
 
 
-@flags.command(app, "About a run", of_settings("probe", names=("unit_column", "classes")),
+@flags.command(app, "About a run", flags.of_settings("probe", names=("unit_column", "classes")),
                ("json", "debug", "data_dir", "download"))  # fmt: skip
 def datasets(
     call: Call,
-    data: Annotated[
-        str | None,
-        typer.Option(help="List only this data set. Default: all.", rich_help_panel=flags.DATA, metavar="NAME"),
-    ] = None,
-    check: Annotated[
-        str | None,
-        typer.Option("--check", help="Count duplicates, units and empty classes of this data set (known name, "
-                     "npz:PATH, folder:PATH). "
-                     "Reads private data; the result is private and is not stored. Default: none.",
-                     rich_help_panel=flags.DATA, metavar="NAME"),
-    ] = None,
+    data: Annotated[str | None, option("List only this data set. Default: all.", DATA, metavar="NAME")] = None,
+    check: Annotated[str | None, option("Count duplicates, units and empty classes of this data set (known name, "
+                                        "npz:PATH, folder:PATH). Reads private data; the result is private and is not "
+                                        "stored. Default: none.", DATA, "--check", "NAME")] = None,
 ) -> None:  # fmt: skip
     """List the data sets for --data, and which of them are present; fetch one with --download, or --check your own.
 
@@ -165,19 +139,11 @@ def datasets(
     return console.result({"datasets": rows}, overview.dataset_lines(rows))
 
 
-# -------------------------------------------------------------------------------------------------------------- priors
-#
-# The command priors: which finished extractors ship with the package.
-
-
 @flags.command(app, "About a run", options=("json", "debug"))
 def priors(
     call: Call,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Compare every file with its card; exit with 4 where one is damaged.",
-                     rich_help_panel=flags.DATA),
-    ] = False,
+    check: Annotated[bool, option("Compare every file with its card; exit with 4 where one is damaged.", DATA,
+                                  "--check")] = False,
 ) -> None:  # fmt: skip
     """List the shipped priors for --prior: process, size, features, results, licence.
 
@@ -191,3 +157,72 @@ def priors(
     console.result({"priors": rows}, shipped.lines(rows))
     if check:
         shipped.check(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- a model
+
+
+@flags.command(app, "A model", options=flags.TALKING)
+def predict(
+    call: Call,
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files of any size.", metavar="IMAGE...",
+                                                        show_default=False, rich_help_panel=DATA)] = None,
+    data: Annotated[str | None, option("npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH (every "
+                                       "image below it; other files are skipped and counted). Labels are not read.",
+                                       DATA, metavar="NAME")] = None,
+    model: Annotated[Path | None, option("A model/ folder or an export. Default: the run's.", DATA,
+                                         metavar="DIR")] = None,
+    out: Annotated[Path | None, option("Write a table with the probability of every class. Default: print class and "
+                                       "probability.", OUTPUT, metavar="FILE.csv")] = None,
+    overwrite: Annotated[bool, option("Replace the file of --out.", OUTPUT, "--overwrite")] = False,
+) -> None:  # fmt: skip
+    """Classify images with a run's model. Reads only its model/ folder and the images.
+
+    [dim]dprandp predict scan1.png scan2.png[/dim]
+    [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]
+    """
+    console = session.console(call.options)
+    from dprandp import release
+    from dprandp.runs.files import atomic_write
+
+    if out is not None and out.exists() and not overwrite:
+        raise UsageError(f"{out} exists", fix="give another name, or --overwrite")
+    loaded = session.released_model(call.options.run, model)
+    skipped: dict[str, int] = {}
+    rows = release.predict(loaded, images or [], data, skipped.update)
+    if skipped:
+        console.warn(release.skipped_text(skipped))
+    if out is not None:
+        atomic_write(out, release.prediction_csv(rows))
+    result = {
+        "data": loaded.result["data"],
+        "private": loaded.not_private_because is None,
+        "out": None if out is None else str(out),
+        "predictions": rows,
+        "skipped_files": sum(skipped.values()),
+        "skipped_kinds": skipped,
+    }
+    line = release.prediction_lines(rows) if out is None else f"predict: {len(rows)} images, written to {out}"
+    console.result(result, line)
+
+
+@flags.command(app, "A model", options=flags.TALKING)
+def export(
+    call: Call,
+    *,
+    allow_not_private: Annotated[bool, option("Export the model even if it is NOT PRIVATE; the stamp stays.", PRIVACY,
+                                              "--allow-not-private")] = False,
+    out: Annotated[Path, option("A new folder, or a new file whose name ends in .zip.", OUTPUT,
+                                metavar="DIR|FILE.zip")],
+) -> None:  # fmt: skip
+    """Copy a run's model, verified, for others: weights, configuration, model card, and an example that loads them.
+
+    [dim]dprandp export --out scans-classifier[/dim]
+    [dim]dprandp export --run runs/cifar --out cifar.zip[/dim]
+    """
+    console = session.console(call.options)
+    from dprandp import release
+
+    model = session.released_model(call.options.run, None)
+    result = release.export(model, out, allow_not_private=allow_not_private)
+    console.result(result, release.export_line(result))

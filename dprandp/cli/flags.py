@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from dprandp.config.settings import (
     PERFORMANCE,
     PRIVACY,
     TRAINING,
-    Setting,
     choices_of,
     plain_type,
     setting,
@@ -90,38 +88,28 @@ class Call:
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of one command.
+    """One option of a command; it sets (stage, setting) pairs or, without any, a field of ``Options``."""
 
-    Attributes:
-        parameter: its name in Python.
-        option: on the command line, such as '--eps'.
-        help: with the default.
-        kind: int, float, str, bool or Path, or one of them or None.
-        value: where it was not given.
-        targets: (stage, setting) pairs that it sets; none: it is a field of ``Options``.
-    """
-
-    parameter: str
-    option: str
-    help: str
-    panel: str
-    metavar: str | None
-    kind: Any
-    value: Any
+    parameter: inspect.Parameter
     targets: tuple[tuple[str, str], ...] = ()
 
-    def annotation(self) -> Any:
-        """The type annotation for typer."""
-        made = typer.Option(self.option, help=self.help, rich_help_panel=self.panel, metavar=self.metavar)
-        return Annotated[self.kind, made]
+
+def option(help: str, panel: str, flag: str | None = None, metavar: str | None = None) -> Any:
+    """A typer option in a panel of the help text; ``flag`` None: named like its parameter."""
+    return typer.Option(*([flag] if flag else []), help=help, rich_help_panel=panel, metavar=metavar)
 
 
-def of_options(names: Sequence[str]) -> list[Flag]:
+def _parameter(name: str, kind: Any, made: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])
+
+
+def _of_options(names: Sequence[str]) -> list[Flag]:
     """The flags of some fields of ``Options``, in the order of their declaration."""
-    declared, kinds = settings_of(Options), types_of(Options)
+    kinds = types_of(Options)
     return [
-        Flag(name, str(made.flag), made.help, made.panel, made.metavar, kinds[name], getattr(Options, name))
-        for name, made in declared.items() if name in names
+        Flag(_parameter(name, kinds[name], option(made.help, made.panel, made.flag, made.metavar),
+                        getattr(Options, name)))
+        for name, made in settings_of(Options).items() if name in names
     ]  # fmt: skip
 
 
@@ -134,29 +122,22 @@ def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = 
         prefix: of parameter and option, such as 'probe-'.
         says: put before the help, such as 'Of the probe: '.
     """
-    kind = STAGE_CONFIGS[stages[0]]
-    flags = []
+    kind, flags = STAGE_CONFIGS[stages[0]], []
     for name, made in settings_of(kind).items():
         if made.flag is None or (names is not None and name not in names):
             continue
-        option = "--" + prefix + made.flag.removeprefix("--")
         hint = types_of(kind)[name]
-        flags.append(
-            Flag(prefix.replace("-", "_") + name, option, help_text(stages, name, made, says), made.panel,
-                 made.metavar or "|".join(map(str, choices_of(hint))) or None, plain_type(hint) | None, None,
-                 tuple((stage, name) for stage in stages))
-        )  # fmt: skip
+        metavar = made.metavar or "|".join(map(str, choices_of(hint))) or None
+        text = says + made.help[0].lower() + made.help[1:] if says else made.help
+        defaults = {stage: default_text(stage, name) for stage in stages}
+        default = defaults[stages[0]]
+        if len(set(defaults.values())) > 1:
+            default = ", ".join(f"{value} ({stage})" for stage, value in defaults.items())
+        text += "" if default is None else f" Default: {default}."
+        shown = option(text, made.panel, f"--{prefix}{made.flag.removeprefix('--')}", metavar)
+        parameter = _parameter(prefix.replace("-", "_") + name, plain_type(hint) | None, shown)
+        flags.append(Flag(parameter, tuple((stage, name) for stage in stages)))
     return flags
-
-
-def help_text(stages: Sequence[str], name: str, made: Setting, says: str = "") -> str:
-    """A setting's help with its default for all stages, or for each; ``says`` is put before it."""
-    defaults = {stage: default_text(stage, name) for stage in stages}
-    said = defaults[stages[0]]
-    if len(set(defaults.values())) > 1:
-        said = ", ".join(f"{value} ({stage})" for stage, value in defaults.items())
-    words = says + made.help[0].lower() + made.help[1:] if says else made.help
-    return words if said is None else f"{words} Default: {said}."
 
 
 def command(
@@ -165,13 +146,12 @@ def command(
     """Make a function a command. Its first parameter is a ``Call``; the others are flags as typer reads them.
 
     Args:
-        app: what the command is added to.
         panel: of the list of commands.
         flags: of settings.
         options: names of fields of ``Options``.
         name: of the command; None: the function's.
     """
-    made = [*flags, *of_options(options)]
+    made = [*flags, *_of_options(options)]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -179,18 +159,17 @@ def command(
 
         def called(**values: Any) -> None:
             given: dict[str, dict[str, Any]] = {}
+            told = {}
             for flag in made:
+                value = values[flag.parameter.name]
                 for stage, setting_name in flag.targets:
-                    given.setdefault(stage, {})[setting_name] = values[flag.parameter]
-            told = {flag.parameter: values[flag.parameter] for flag in made if not flag.targets}
-            call = Call(given, dataclasses.replace(Options(), **told))
-            function(call, **{each.name: values[each.name] for each in own})
+                    given.setdefault(stage, {})[setting_name] = value
+                if not flag.targets:
+                    told[flag.parameter.name] = value
+            function(Call(given, Options(**told)), **{each.name: values[each.name] for each in own})
 
         parameters = [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-        parameters += [
-            inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=flag.value,
-                              annotation=flag.annotation()) for flag in made
-        ]  # fmt: skip
+        parameters += [flag.parameter for flag in made]
         parameters.sort(key=lambda each: PANELS.index(each.annotation.__metadata__[0].rich_help_panel))
         called.__name__, called.__doc__ = function.__name__, function.__doc__
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -199,9 +178,3 @@ def command(
         return function
 
     return decorate
-
-
-__all__ = [
-    "DATA", "DEFAULT_RUN", "OUTPUT", "PERFORMANCE", "PRIVACY", "PRIVATE_STAGE", "RUN", "STAGE", "TALKING", "TRAINING",
-    "Call", "Flag", "Options", "command", "of_options", "of_settings",
-]  # fmt: skip

@@ -41,18 +41,15 @@ def opened(path: Path, create: bool = False) -> Iterator[RunDir]:
 
 
 @contextlib.contextmanager
-def unlocked(path: Path, create: bool = False) -> Iterator[RunDir]:
-    """The run directory for ``--plan``: neither locked nor written to. A run that does not exist is an empty folder."""
-    if path.exists() or not create:
-        yield RunDir.open(path, create=False)
-        return
-    with tempfile.TemporaryDirectory() as empty:
-        yield RunDir.open(empty, create=False)
-
-
-def directory(options: Options, create: bool = False) -> contextlib.AbstractContextManager[RunDir]:
-    """The run directory of a command that has ``--plan``."""
-    return unlocked(options.run, create) if options.plan else opened(options.run, create)
+def directory(options: Options, create: bool = False) -> Iterator[RunDir]:
+    """The run directory; with ``--plan`` neither locked nor written to, and an empty folder where there is none."""
+    with contextlib.ExitStack() as stack:
+        if not options.plan:
+            yield stack.enter_context(opened(options.run, create))
+        elif options.run.exists() or not create:
+            yield RunDir.open(options.run, create=False)
+        else:
+            yield RunDir.open(stack.enter_context(tempfile.TemporaryDirectory()), create=False)
 
 
 def resolve(
@@ -62,7 +59,7 @@ def resolve(
     given: dict[str, Any],
     planned: Mapping[str, StageConfig] | None = None,
     fitting: Mapping[str, Any] | None = None,
-):
+) -> Any:
     """Configuration from flags, with what the run already decided (size, data, budget) as defaults.
 
     ``planned`` stages count as decided by the run. ``fitting`` values follow from the declared data: flags and the
@@ -81,21 +78,15 @@ def resolve(
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
         if "data" in recorded.get("finetune", {}):  # its path may be newer
             inherited["data"] = recorded["finetune"]["data"]
-    elif stage in ("continue", "probe") and stage not in recorded and (other := _private_before(recorded)):
-        inherited |= {k: v for k, v in other.items() if k in decided}
     elif stage in recorded:
         inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
         if recorded[stage].get("colour") == "both":  # fits all data
             inherited["colour"] = "both"
+    elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget
+        other = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
+        known = ("data", "classes", "unit_column") if other.get("mix") == "public" else decided  # it had no budget
+        inherited |= {k: v for k, v in other.items() if k in known}
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
-
-
-def _private_before(recorded: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The configuration of another private stage of the run, which holds the run's data and budget."""
-    found = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
-    if found.get("mix") == "public":  # it had no budget
-        return {key: value for key, value in found.items() if key not in ("epsilon", "delta", "noise")}
-    return found
 
 
 def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> dict[str, StageConfig]:
@@ -113,8 +104,8 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
             f"{file} sets {tables[0]}, which the prior {prior} sets too",
             fix=f"take the table [{tables[0]}] out of the file, or leave --prior out",
         )
-    probe = resolve(rundir, "probe", options, given, public_stages(prior))
-    return public_stages(prior, probe.statistics_images)
+    probe = resolve(rundir, "probe", options, given, shipped.public_stages(prior))
+    return shipped.public_stages(prior, probe.statistics_images)
 
 
 def refuse_made(prior: str, **given: Any) -> None:
@@ -128,15 +119,15 @@ def refuse_made(prior: str, **given: Any) -> None:
             )
 
 
-def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> str | None:
-    """'rgb' or 'grey', from the declared channels of a data set; None without a name. Reads no pixel."""
+def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> dict[str, str]:
+    """``resolve``'s ``fitting`` of the pretraining: the colour of a data set's declared channels. Reads no pixel."""
     if data is None:
-        return None
+        return {}
     from dprandp.data import open_dataset
     from dprandp.vision import images
 
     spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
-    return images.colour_of(spec.channels)
+    return {"colour": images.colour_of(spec.channels)}
 
 
 def require_data(config: PrivateConfig, options: Options) -> None:
@@ -154,7 +145,7 @@ def require_data(config: PrivateConfig, options: Options) -> None:
 
 
 def context(rundir: RunDir, console: Console, options: Options, device: str | None = None):
-    """The context of a stage, from flags.
+    """The context of a stage, from flags; ``device`` overrides the flag's.
 
     Raises:
         UsageError: a flag out of its range.
@@ -163,7 +154,7 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
     from dprandp.runs.parallel import ALONE
 
     device = options.device if device is None else device
-    workers, seed = options.workers, options.insecure_seed
+    workers, seed, batch = options.workers, options.insecure_seed, options.microbatch
     ranks = together.ranks or ALONE
     if ranks.size > 1:
         together.refuse_flags(device, workers)
@@ -173,6 +164,8 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
         raise UsageError(f"--insecure-seed {seed} is negative", fix="give 0 or more")
     if seed is not None:
         console.warn("--insecure-seed makes the noise predictable: this run is NOT PRIVATE")
+    if batch != "auto" and (not batch.isdecimal() or len(batch) > 9 or int(batch) < 1):
+        raise UsageError(f"--microbatch {batch!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
     return Context(
         rundir=rundir,
         console=console,
@@ -180,7 +173,7 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
         data_dir=options.data_dir,
         download=options.download,
         workers=workers or len(os.sched_getaffinity(0)),
-        microbatch=microbatch(options.microbatch),
+        microbatch=None if batch == "auto" else int(batch),
         resume=options.resume,
         overwrite=options.overwrite,
         insecure_seed=seed,
@@ -200,8 +193,6 @@ def stage_command(
     """Run one stage, after the stages that a shipped prior replaces, and print its result; or print its plan.
 
     Args:
-        stage: its name.
-        call: what the command was given.
         following: from the stage's result to the command to suggest next.
         create: whether the run may be a new one.
         fitting: see ``resolve``.
@@ -216,32 +207,18 @@ def stage_command(
         config = public.get(stage) or resolve(rundir, stage, options, given, public, fitting)
         made = context(rundir, told, options, device)
         if options.plan:
-            return print_plan(stage, config, made, public)
-        result = run_stage(stage, config, made, options, public)
-    told.next(command(following(result), options.run))
-    return None
+            from dprandp.pipeline import plan as planning
 
+            plan = planning.plan(stage, config, made, public)
+            return told.result(plan, planning.plan_lines(plan))
+        from dprandp import pipeline
 
-def run_stage(
-    name: str, config: StageConfig, context, options: Options, public: Mapping[str, StageConfig] | None = None
-) -> dict[str, Any]:
-    """Run a stage, after the ``public`` stages that come before it, and print its result."""
-    from dprandp import pipeline
-
-    if name == "probe" and public:  # before minutes of images
-        require_data(config, options)
-    pipeline.adopt({stage: made for stage, made in (public or {}).items() if stage != name}, context)
-    result = pipeline.run_stage(name, config, context)
-    context.console.result(result, pipeline.stage_line(name, result))
-    return result
-
-
-def print_plan(stage: str, config, context, public: Mapping[str, StageConfig] | None = None) -> None:
-    """Print what a stage would run; ``public`` stages are themselves only planned."""
-    from dprandp.pipeline import plan as planning
-
-    plan = planning.plan(stage, config, context, public or {})
-    context.console.result(plan, planning.plan_lines(plan))
+        if stage == "probe" and public:  # before minutes of images
+            require_data(config, options)
+        pipeline.adopt({name: adopted for name, adopted in public.items() if name != stage}, made)
+        result = pipeline.run_stage(stage, config, made)
+        told.result(result, pipeline.stage_line(stage, result))
+    return told.next(command(following(result), options.run))
 
 
 def released_model(run: Path, folder: Path | None):
@@ -256,15 +233,6 @@ def released_model(run: Path, folder: Path | None):
     if model.not_private_because is not None:
         current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
     return model
-
-
-def microbatch(text: str) -> int | None:
-    """The value of ``--microbatch``; None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise UsageError(f"--microbatch {text!r} is neither auto nor a number above 0", fix="give auto, or 1, 2, ...")
-    return int(text)
 
 
 def command(stage: str, run: Path) -> str:

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.flags import DEFAULT_RUN, Call, of_settings
+from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_settings, option
 from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig
 from dprandp.errors import UsageError
-from dprandp.runs.directory import OPTIONAL_STAGES, STAGES, RunDir
+from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
 
 app = typer.Typer()
 
@@ -30,11 +30,8 @@ def generate(call: Call) -> None:
 @flags.command(app, "Stages", of_settings("pretrain"), (*flags.STAGE, "prior", "device"))
 def pretrain(
     call: Call,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Learn only for the declared colour of this data set; reads none of its files.",
-                     rich_help_panel=flags.DATA, metavar="NAME"),
-    ] = None,
+    data: Annotated[str | None, option("Learn only for the declared colour of this data set; reads none of its files.",
+                                       DATA, metavar="NAME")] = None,
 ) -> None:  # fmt: skip
     """Phase I: learn a feature extractor from those images; no data, no privacy cost.
 
@@ -46,8 +43,7 @@ def pretrain(
     prior = call.options.prior
     if prior is not None:
         session.refuse_made(prior, data=data, **call.given["pretrain"])
-    fitting = {} if data is None else {"colour": session.colour_of(data)}
-    following = "probe --data NAME --eps 1"
+    following, fitting = "probe --data NAME --eps 1", session.colour_of(data)
     session.stage_command("pretrain", call, lambda result: following, create=prior is not None, fitting=fitting)
 
 
@@ -59,9 +55,9 @@ def probe(call: Call) -> None:
     [dim]dprandp probe --prior patchnet-tiny-grey --run runs/quick[/dim]
     [dim]dprandp probe --data npz:scans.npz --classes 3 --eps 2 --share 1[/dim]
     """
-    following = {True: "report", False: "finetune"}
+    create = call.options.prior is not None
     session.stage_command(
-        "probe", call, lambda result: following[result.get("share") == 1], create=call.options.prior is not None
+        "probe", call, lambda result: "report" if result.get("share") == 1 else "finetune", create=create
     )
 
 
@@ -138,8 +134,7 @@ def run_all(call: Call) -> None:
     """
     options, given = call.options, call.given
     console = session.console(options)
-    colour = session.colour_of(given["probe"]["data"], options.data_dir, given["probe"]["classes"])
-    fitting = {"pretrain": {"colour": colour}} if colour else {}
+    fitting = {"pretrain": session.colour_of(given["probe"]["data"], options.data_dir, given["probe"]["classes"])}
     with session.directory(options, create=True) as rundir:
         public: dict[str, StageConfig] = {}
         if options.prior is not None:
@@ -148,54 +143,35 @@ def run_all(call: Call) -> None:
             public = session.public_stages(rundir, options, given["probe"])
         context = session.context(rundir, console, options)
 
-        def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None) -> StageConfig:
+        def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None) -> Any:
             if stage in public:
                 return public[stage]
             return session.resolve(rundir, stage, options, given[stage], planned, fitting.get(stage))
 
-        configs = _all_stages(resolve, rundir, options.resume)
-        if configs["probe"].share == 1:
-            _refuse_unused({name: given["finetune"][name] for name in TUNING})
+        # Every configuration is checked before the first stage runs, so that no wrong value fails hours later.
+        configs: dict[str, Any] = {}
+        for stage in (name for name in STAGES if name not in OPTIONAL_STAGES):
+            configs[stage] = resolve(stage, configs)
+        probe, recorded = configs["probe"], {row["stage"]: row["config"] for row in rundir.status()}["probe"]
+        if options.resume and recorded:  # settings as recorded, but data are known by content, not by path
+            probe = type(probe)(**recorded | {"data": probe.data})
+        unused = [f"--{name.replace('_', '-')}" for name in TUNING if given["finetune"][name] is not None]
+        if probe.share == 1 and unused:
+            raise UsageError(
+                f"{', '.join(unused)} set the fine-tune, but --share 1 leaves none",
+                fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or a smaller --share",
+            )
         if options.plan:
             from dprandp.pipeline import plan as planning
 
             made = planning.plan_run(resolve, context)
             return console.result(made, planning.plan_lines(made))
-        session.require_data(configs["probe"], options)
+        session.require_data(probe, options)
         from dprandp import pipeline
 
         result = pipeline.run(resolve, context)
-    console.result(result, pipeline.line(result))
-    return None
+    return console.result(result, pipeline.line(result))
 
-
-def _all_stages(resolve, rundir: RunDir, resume: bool) -> dict[str, Any]:
-    """Every stage's configuration, checked before the first one runs, so that no wrong value fails hours later.
-
-    ``resume`` keeps the settings that the run has recorded.
-    """
-    configs: dict[str, Any] = {}
-    for stage in STAGES:
-        if stage in OPTIONAL_STAGES:
-            continue
-        configs[stage] = resolve(stage, configs)
-    if resume:
-        for row in rundir.status():
-            if row["config"] and row["stage"] in configs:
-                now = configs[row["stage"]]
-                moved = {"data": now.data} if "data" in row["config"] else {}  # data are known by content, not by path
-                configs[row["stage"]] = type(now)(**row["config"] | moved)
-    return configs
-
-
-def _refuse_unused(tuning: dict[str, Any]) -> None:
-    """Refuse flags of the fine-tune where there is none."""
-    unused = [f"--{name.replace('_', '-')}" for name, value in tuning.items() if value is not None]
-    if unused:
-        raise UsageError(
-            f"{', '.join(unused)} set the fine-tune, but --share 1 leaves none",
-            fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or a smaller --share",
-        )
 
 # ------------------------------------------------------------------------------------------------------- tune and audit
 
@@ -204,30 +180,17 @@ TUNED = ("data", "classes", "unit_column", "epsilon", "delta", "share", "clip_no
 
 
 @flags.command(app, "Stages", of_settings("probe", names=TUNED),
-               (*flags.TALKING, "data_dir", "insecure_seed", "size", "config", "device", "overwrite"))
+               (*flags.TALKING, "data_dir", "insecure_seed", "size", "config", "device", "overwrite"))  # fmt: skip
 def tune(
     call: Call,
-    on: Annotated[
-        str,
-        typer.Option(help="synthetic: the run's own images, no cost. NAME: data that you declare public, no cost. "
-                     "private: the private data, charged to the budget. Default: synthetic.",
-                     rich_help_panel=flags.PRIVACY, metavar="synthetic|NAME|private"),
-    ] = "synthetic",
-    spend: Annotated[
-        float,
-        typer.Option(help="With --on private: fraction of the probe's ε for tuning.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = 0.3,
-    held_out: Annotated[
-        float,
-        typer.Option(help="With --on private: chance that a trial scores on an image instead of fitting it.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = 0.2,
-    trials: Annotated[
-        int,
-        typer.Option(help="Settings to try; with --on private the expected number (the real one is random and secret).",
-                     rich_help_panel=flags.TRAINING),
-    ] = 12,
+    on: Annotated[str, option("synthetic: the run's own images, no cost. NAME: data that you declare public, no cost. "
+                              "private: the private data, charged to the budget. Default: synthetic.", PRIVACY,
+                              metavar="synthetic|NAME|private")] = "synthetic",
+    spend: Annotated[float, option("With --on private: fraction of the probe's ε for tuning.", PRIVACY)] = 0.3,
+    held_out: Annotated[float, option("With --on private: chance that a trial scores on an image instead of fitting "
+                                      "it.", PRIVACY)] = 0.2,
+    trials: Annotated[int, option("Settings to try; with --on private the expected number (the real one is random and "
+                                  "secret).", TRAINING)] = 12,
 ) -> None:  # fmt: skip
     """Choose learning rate, steps and dimensions for the probe; writes tuned.toml. By default no privacy cost.
 
@@ -246,58 +209,26 @@ def tune(
     console.next(session.command("probe", run) + f" --config {shlex.quote(str(run / 'tuned.toml'))}")
 
 
-@flags.command(app, "About a run", flags.of_settings("generate", names=("seed",)),
-               (*flags.TALKING, "data_dir", "device"))
+@flags.command(app, "About a run", of_settings("generate", names=("seed",)), (*flags.TALKING, "data_dir", "device"))
 def audit(
-    call: flags.Call,
-    examples: Annotated[
-        int | None, typer.Option(help="With --eps: records N. Default 10000.", rich_help_panel=flags.DATA)
-    ] = None,
-    with_data: Annotated[
-        bool,
-        typer.Option("--with-data", help="Also make the paired run on the run's private data; publishes only passed "
-                     "or failed.", rich_help_panel=flags.DATA),
-    ] = False,
-    eps: Annotated[
-        float | None,
-        typer.Option("--eps", help="Audit the plan of this ε instead of a run. Default: audit the run.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = None,
-    delta: Annotated[
-        float | None,
-        typer.Option(help="With --eps: δ. Default: 1e-5, or 0.1/N (one digit, rounded down) where that is smaller.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = None,
-    sample_rate: Annotated[
-        float | None,
-        typer.Option(help="With --eps: q in (0, 1]. Default 1, full batch.", rich_help_panel=flags.PRIVACY),
-    ] = None,
-    noise: Annotated[
-        str | None,
-        typer.Option(help="With --eps: gaussian or discrete. Default gaussian.", rich_help_panel=flags.PRIVACY),
-    ] = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(help="Trials of the distinguishing game, with the record and as many without. Default: as many as "
-                     "the claim needs.", rich_help_panel=flags.PRIVACY),
-    ] = None,
-    canaries: Annotated[
-        int | None,
-        typer.Option(help="Canaries of the one-run test. Default: as many as the game has trials, at most 200000.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = None,
-    black_box: Annotated[
-        bool,
-        typer.Option("--black-box", help="Play the game on released heads alone too.", rich_help_panel=flags.PRIVACY),
-    ] = False,
-    controls: Annotated[
-        bool,
-        typer.Option("--controls/--no-controls", help="Inject known faults, which must be flagged.",
-                     rich_help_panel=flags.PRIVACY),
-    ] = True,
-    steps: Annotated[
-        int | None, typer.Option(help="With --eps: noisy steps T. Default 120.", rich_help_panel=flags.TRAINING)
-    ] = None,
+    call: Call,
+    examples: Annotated[int | None, option("With --eps: records N. Default 10000.", DATA)] = None,
+    with_data: Annotated[bool, option("Also make the paired run on the run's private data; publishes only passed or "
+                                      "failed.", DATA, "--with-data")] = False,
+    eps: Annotated[float | None, option("Audit the plan of this ε instead of a run. Default: audit the run.", PRIVACY,
+                                        "--eps")] = None,
+    delta: Annotated[float | None, option("With --eps: δ. Default: 1e-5, or 0.1/N (one digit, rounded down) where that "
+                                          "is smaller.", PRIVACY)] = None,
+    sample_rate: Annotated[float | None, option("With --eps: q in (0, 1]. Default 1, full batch.", PRIVACY)] = None,
+    noise: Annotated[str | None, option("With --eps: gaussian or discrete. Default gaussian.", PRIVACY)] = None,
+    trials: Annotated[int | None, option("Trials of the distinguishing game, with the record and as many without. "
+                                         "Default: as many as the claim needs.", PRIVACY)] = None,
+    canaries: Annotated[int | None, option("Canaries of the one-run test. Default: as many as the game has trials, at "
+                                           "most 200000.", PRIVACY)] = None,
+    black_box: Annotated[bool, option("Play the game on released heads alone too.", PRIVACY, "--black-box")] = False,
+    controls: Annotated[bool, option("Inject known faults, which must be flagged.", PRIVACY,
+                                     "--controls/--no-controls")] = True,
+    steps: Annotated[int | None, option("With --eps: noisy steps T. Default 120.", TRAINING)] = None,
 ) -> None:  # fmt: skip
     """Try to contradict the claimed ε by experiment. A clean audit is no proof; a contradiction ends with exit code 1.
 

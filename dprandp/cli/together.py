@@ -25,11 +25,7 @@ ranks: Ranks | None = None
 
 
 def join() -> None:
-    """Under ``torchrun``, join the other processes. Rank 0 returns; any other rank runs the stages, and exits with it.
-
-    Raises:
-        UsageError, RankLostError: the processes cannot connect.
-    """
+    """Under ``torchrun``, join the other processes. Rank 0 returns; any other rank runs the stages, and exits."""
     global ranks
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return  # without the import of torch
@@ -39,7 +35,7 @@ def join() -> None:
     if not met.is_first:
         _run_stages(met)
     ranks = met
-    ranks.stage_done()
+    met.stage_done()
 
 
 def end(code: object) -> None:
@@ -74,9 +70,7 @@ def refuse_flags(device: str, workers: int | None) -> None:
             fix="give --device cuda: each process takes the device with its own number",
         )
     if workers is not None and workers > 1:
-        raise UsageError(
-            f"--workers {workers} does not go with several processes", fix="leave --workers out"
-        )
+        raise UsageError(f"--workers {workers} does not go with several processes", fix="leave --workers out")
 
 
 def _run_stages(met: Ranks) -> NoReturn:

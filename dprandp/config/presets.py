@@ -18,14 +18,8 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
-            "filters": 2400,
-            "layers": 2,
-            "second_filters": 3200,
-            "dictionary_patches": 400_000,
-            "feature_stages": "all",
-            "steps": 600,
-            "batch_size": 64,
-            "projection_hidden": 1024,
+            "filters": 2400, "layers": 2, "second_filters": 3200, "dictionary_patches": 400_000,
+            "feature_stages": "all", "steps": 600, "batch_size": 64, "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
         "probe": {"dims": 4096, "statistics_images": 2000, "steps": 200},
@@ -35,23 +29,15 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "generate": {"count": 105_000, "resolution": 256},
         "pretrain": {
-            "arch": "wrn-16-4",
-            "filters": 6400,
-            "layers": 2,
-            "second_filters": 6400,
-            "dictionary_patches": 1_000_000,
-            "steps": 82_000,
-            "batch_size": 256,
-            "schedule": "step",
-            "projection_hidden": 4096,
-            "checkpoint_every": 1000,
+            "arch": "wrn-16-4", "filters": 6400, "layers": 2, "second_filters": 6400, "dictionary_patches": 1_000_000,
+            "steps": 82_000, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours
         "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
         "probe": {"dims": 4096, "statistics_images": 4000, "steps": 100},
         "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
     },
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,11 +77,10 @@ def by_recipe(field: str, *names: str, form: str = "{:g}", named: bool = True) -
 
 # ----------------------------------------------------------------------------------------------------------- published
 #
-# Published hyper-parameters, selected by ``--recipe``. Configuration files and flags override them.
-#
 # De et al. 2022, "Unlocking High-Accuracy Differentially Private Image Classification through Scale", arXiv 2204.13650.
 # Their σ is not used: σ is always calibrated for the run's own N, ε and δ. Where ε lies between two of theirs the
 # number of steps is interpolated, linearly in log ε, and ``note`` says so; outside there is no recipe.
+
 
 @dataclass(frozen=True)
 class Row:
@@ -103,8 +88,7 @@ class Row:
 
     Attributes:
         task: what it was tuned for. examples: N there.
-        batch_size: expected batch B. lr: learning rate. views: K.
-        steps: ε -> number of steps T.
+        batch_size: expected batch B. lr: learning rate. views: K. steps: ε -> number of steps T.
     """
 
     task: str
@@ -129,17 +113,13 @@ DE_2022: dict[tuple[str, str], Row] = {
 }
 """(architecture, source) -> its row."""
 
-COMMON = {"clipping": "rescaled", "clip_norm": 1.0, "optimizer": "sgd", "momentum": 0.0, "ema": 0.9999}
-NETWORK = {"pooling": "1"}
+COMMON = {
+    "clipping": "rescaled", "clip_norm": 1.0, "optimizer": "sgd", "momentum": 0.0, "ema": 0.9999, "pooling": "1",
+}  # fmt: skip
 WRN_ONLY = {"padding": "same", "layer_order": "relu-norm-conv"}
 
 
-def row_of(recipe: str, arch: str, source: str) -> Row:
-    """The row for an architecture.
-
-    Raises:
-        UsageError: there is none.
-    """
+def _row_of(recipe: str, arch: str, source: str) -> Row:
     row = DE_2022.get((arch, source))
     if row is None:
         known = "; ".join(f"--from {there} --arch {name}" for name, there in DE_2022)
@@ -151,13 +131,10 @@ def row_of(recipe: str, arch: str, source: str) -> Row:
 
 
 def settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a recipe gives.
-
-    Args:
-        values: the configuration so far; recipe, arch, source and epsilon are used.
+    """The settings of a fine-tune that a recipe gives, from the recipe, arch, source and epsilon of a configuration.
 
     Returns:
-        Settings of a fine-tune; empty without a recipe, or where a value has the wrong type (refused elsewhere).
+        Nothing without a recipe, or where a value has the wrong type (refused elsewhere).
 
     Raises:
         UsageError: no such row, or an ε outside the table.
@@ -168,23 +145,22 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or (epsilon != math.inf and epsilon > 1e300):
         return {}
-    row = row_of(recipe, arch, source)
-    network = NETWORK | (WRN_ONLY if arch.startswith("wrn-") else {})
-    chosen = {"batch_size": row.batch_size, "lr": row.lr, "views": row.views}
-    return COMMON | network | chosen | {"steps": steps_for(row, float(epsilon))}
+    row = _row_of(recipe, arch, source)
+    chosen = {"batch_size": row.batch_size, "lr": row.lr, "views": row.views, "steps": _steps(row, float(epsilon))[0]}
+    return COMMON | (WRN_ONLY if arch.startswith("wrn-") else {}) | chosen
 
 
-def steps_for(row: Row, epsilon: float) -> int:
-    """T for an ε, from the table or interpolated between two entries; ε = ∞ takes that of the largest.
+def _steps(row: Row, epsilon: float) -> tuple[int, str]:
+    """T for an ε, from the table or interpolated between two entries; and words for what is not in the table.
 
     Raises:
         UsageError: ε is outside the table.
     """
     known = sorted(row.steps)
     if epsilon == math.inf:
-        return row.steps[known[-1]]
+        return row.steps[known[-1]], f"; without privacy: the steps of ε = {known[-1]:g}"
     if epsilon in row.steps:
-        return row.steps[int(epsilon)]
+        return row.steps[epsilon], ""
     if not known[0] < epsilon < known[-1]:
         listed = ", ".join(f"{each:g}" for each in known)
         raise UsageError(
@@ -194,25 +170,17 @@ def steps_for(row: Row, epsilon: float) -> int:
     low = max(each for each in known if each < epsilon)
     high = min(each for each in known if each > epsilon)
     part = math.log(epsilon / low) / math.log(high / low)
-    return round(row.steps[low] + part * (row.steps[high] - row.steps[low]))
+    steps = round(row.steps[low] + part * (row.steps[high] - row.steps[low]))
+    return steps, f"; ε = {epsilon:g} is not in its table: steps interpolated between ε = {low:g} and {high:g}"
 
 
 def note(recipe: str | None, arch: str, source: str, epsilon: float) -> str | None:
     """The recipe for this ε in words, for console and disclosure; None without one.
 
     Raises:
-        As ``row_of`` and ``steps_for``.
+        UsageError: no such row, or an ε outside the table.
     """
     if recipe is None:
         return None
-    row = row_of(recipe, arch, source)
-    steps_for(row, epsilon)  # refuses an ε outside the table
-    said = f"{recipe} (De et al. 2022, {row.task}, N = {row.examples:,}, {arch})"
-    if epsilon not in row.steps:
-        known = sorted(row.steps)
-        if epsilon == math.inf:
-            return f"{said}; without privacy: the steps of ε = {known[-1]:g}"
-        low = max(each for each in known if each < epsilon)
-        high = min(each for each in known if each > epsilon)
-        return f"{said}; ε = {epsilon:g} is not in its table: steps interpolated between ε = {low:g} and {high:g}"
-    return said
+    row = _row_of(recipe, arch, source)
+    return f"{recipe} (De et al. 2022, {row.task}, N = {row.examples:,}, {arch}){_steps(row, epsilon)[1]}"

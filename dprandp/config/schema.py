@@ -1,7 +1,6 @@
 """The settings of every stage: one frozen dataclass each, in which a setting is declared once (``settings.py``).
 
-Everything here is public: configuration fields hold nothing that depends on private data, and are written into the run
-directory and the report as they are.
+Everything here is public, and is written into the run directory and the report as it is.
 
 A later source wins over an earlier one: the size's defaults, what the run decided before (its data and budget), a
 published recipe, the stage's table in a ``--config`` file, the flags of the command line. ``None`` means "decided by
@@ -18,14 +17,13 @@ from typing import Any, Literal
 
 from dprandp.config import presets
 from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
-from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, Setting, checked, setting, settings_of, text
+from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
 
 DEFAULT_DATA = "digits"
 SYNTHETIC = "synth"
 FRACTION = "fraction:"
-SWITCHES = ("plateau", "decelerator")
 WITHOUT_PHASE_ONE = ("scratch", "init")
 """Starting points of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
 DEFAULT_SHARE = 0.3
@@ -35,6 +33,12 @@ PATCHNET, SECOND_LAYER, NETWORK = "patchnet", "second layer", "network"
 
 MANY, VERY_MANY = 10**6, 10**9
 """Upper limits of settings; a larger value is taken for a typing error."""
+
+LayerOrder = Literal[
+    "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
+]
+Padding = Literal["symmetric", "same"]
+Pooling = Literal["1", "4", "1+4"]
 
 
 # ---------------------------------------------------------------------------------------------- settings of many stages
@@ -159,15 +163,15 @@ class PretrainConfig(Network, Common):
                                      of=NETWORK, learning=True)  # fmt: skip
     projection_dim: int = setting(128, "Dimensions in which views are compared.", above=0, most=MANY, of=NETWORK,
                                   learning=True)  # fmt: skip
-    layer_order: Literal[
-        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
-    ] = setting("relu-norm-conv", "Order of operations around a convolution of a wrn.", of=NETWORK)
+    layer_order: LayerOrder = setting(
+        "relu-norm-conv", "Order of operations around a convolution of a wrn.", of=NETWORK
+    )
     weight_standardisation: bool = setting(True, "Standardise the filters of a wrn.", of=NETWORK)
-    padding: Literal["symmetric", "same"] | None = setting(
+    padding: Padding | None = setting(
         None, "Padding of convolutions with stride 2: symmetric, or same (De et al. 2022).", of=NETWORK,
         otherwise="symmetric",
     )
-    pooling: Literal["1", "4", "1+4"] | None = setting(
+    pooling: Pooling | None = setting(
         None, "Grids over which the last stage's map is averaged.", of=NETWORK, otherwise="1+4"
     )
     feature_stages: Literal["last", "all"] = setting(
@@ -292,16 +296,14 @@ class FinetuneConfig(Private):
         None, "Data from which the weights of --init were learned; stored and shown.", True, metavar="TEXT", line=True,
         otherwise="none, needed with --init",
     )  # fmt: skip
-    layer_order: Literal[
-        "relu-norm-conv", "norm-relu-conv", "norm-relu-conv+relu-norm-skip", "relu-norm-conv+norm-relu-skip"
-    ] | None = setting(
+    layer_order: LayerOrder | None = setting(
         None, "Order of operations around a convolution of a wrn made here.", True, metavar="ORDER",
         otherwise="relu-norm-conv",
     )
-    padding: Literal["symmetric", "same"] | None = setting(
+    padding: Padding | None = setting(
         None, "Padding of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
     )
-    pooling: Literal["1", "4", "1+4"] | None = setting(
+    pooling: Pooling | None = setting(
         None, "Grids over which its features are averaged: 1 (published), 4 or both.", True, metavar="GRIDS",
         otherwise="1+4, or 1 (nf-resnet-50)",
     )  # fmt: skip
@@ -382,8 +384,6 @@ def resolve(
     """Build one stage's configuration, validated.
 
     Args:
-        stage: a key of ``STAGE_CONFIGS``.
-        size: 'tiny', 'small' or 'paper'.
         file: TOML with one table per stage, or None.
         flags: what the command line said; ``None`` values were not given.
         inherited: what the run decided before; file and flags override it.
@@ -395,15 +395,12 @@ def resolve(
     if size not in SIZES:
         raise UsageError(f"unknown size {size!r}", fix=f"choose one of {', '.join(SIZES)}")
     values = {"size": size, **SIZE_DEFAULTS[size][stage], **(inherited or {})}
-    given: dict[str, Any] = {}
-    if file is not None:
-        section = _section(read_toml(file), stage, file)
-        if section.get("size", size) != size:
-            raise UsageError(
-                f"{file} says size = {section['size']!r} for {stage}, the command says {size!r}",
-                fix="give that size with --size, or take the line out of the file",
-            )
-        given = section
+    given = {} if file is None else _section(read_toml(file), stage, file)
+    if given.get("size", size) != size:
+        raise UsageError(
+            f"{file} says size = {given['size']!r} for {stage}, the command says {size!r}",
+            fix="give that size with --size, or take the line out of the file",
+        )
     given = given | {key: value for key, value in flags.items() if value is not None}
     if stage == "finetune":
         source = (values | given).get("source", FinetuneConfig.source)
@@ -441,13 +438,12 @@ def as_dict(config: StageConfig) -> dict[str, Any]:
 def _unused(config: StageConfig) -> set[str]:
     """Settings that have no effect in a configuration: they are neither recorded nor shown."""
     if isinstance(config, PretrainConfig):
-        used = {None, PATCHNET} if config.arch == "patchnet" else {None, NETWORK}
-        used |= {SECOND_LAYER} if config.arch == "patchnet" and config.layers > 1 else set()
+        patchnet = config.arch == "patchnet"
+        used = {None, PATCHNET if patchnet else NETWORK, SECOND_LAYER if patchnet and config.layers > 1 else None}
         declared = settings_of(PretrainConfig).items()
         idle = {name for name, made in declared if made.of not in used or (made.learning and config.random_init)}
-        return idle | ({"precision"} if config.arch == "patchnet" else set()) | (
-            {"momentum"} if config.optimizer == "adamw" else set()
-        )
+        idle |= {"precision"} if patchnet else set()
+        return idle | ({"momentum"} if config.optimizer == "adamw" else set())
     if not isinstance(config, FinetuneConfig):
         return set()
     made_here = config.source in WITHOUT_PHASE_ONE  # whose recipes have no refit
@@ -457,7 +453,7 @@ def _unused(config: StageConfig) -> set[str]:
 
 def default_text(stage: str, name: str) -> str | None:
     """A setting's default as help texts and documentation state it, for all sizes; None where there is none."""
-    made: Setting = settings_of(STAGE_CONFIGS[stage])[name]
+    made = settings_of(STAGE_CONFIGS[stage])[name]
     if made.otherwise is not None:
         return made.otherwise
     values = {size: SIZE_DEFAULTS[size][stage].get(name, getattr(STAGE_CONFIGS[stage], name)) for size in SIZES}
@@ -527,19 +523,18 @@ def fraction_of(public: str) -> float | None:
 
 def _check_switch(config: ContinueConfig) -> None:
     step = switch_step(config)
-    if step is None and config.switch not in SWITCHES:
+    if step is None and config.switch not in ("plateau", "decelerator"):
         raise UsageError(
             f"[continue] switch = {config.switch!r} is neither a step nor a rule",
-            fix=f"give {' or '.join(SWITCHES)}, or a number of public steps",
+            fix="give plateau or decelerator, or a number of public steps",
         )
     if step is not None and step >= config.steps and config.mix == "step":
         raise UsageError(
             f"switch = {step} leaves no private step among {config.steps} steps",
             fix=f"give a switch below {config.steps}, or mix = 'public' for public steps only",
         )
-    if config.public.startswith(FRACTION):
-        fraction_of(config.public)
-    elif not config.public.strip():
+    fraction_of(config.public)  # refuses one that is none
+    if not config.public.strip():
         raise UsageError("public is empty", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
 
 
@@ -555,10 +550,9 @@ def _check_start(config: FinetuneConfig) -> None:
         if config.init is not None:
             problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
         raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
-    if config.source not in WITHOUT_PHASE_ONE:
-        for key in ("layer_order", "padding", "pooling", "recipe"):
-            if getattr(config, key) is not None:
-                _refuse_network_setting(key, config.source)
+    set_here = [key for key in ("layer_order", "padding", "pooling", "recipe") if getattr(config, key) is not None]
+    if set_here and config.source not in WITHOUT_PHASE_ONE:
+        _refuse_network_setting(set_here[0], config.source)
 
 
 def _refuse_network_setting(key: str, source: str) -> None:
@@ -576,12 +570,12 @@ def public_data_name(name: str) -> str:
 
 def same_data_name(one: str, other: str) -> bool:
     """Whether two names mean the same data set, with the paths of ``npz:`` and ``folder:`` resolved."""
-    return _resolved(one) == _resolved(other)
 
+    def resolved(name: str) -> str:
+        kind, colon, path = name.partition(":")
+        return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
 
-def _resolved(name: str) -> str:
-    kind, colon, path = name.partition(":")
-    return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
+    return resolved(one) == resolved(other)
 
 
 def _section(document: dict[str, Any], stage: str, file: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ The command line's options (``cli/flags.py``), the checks of configuration files
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import unicodedata
 from collections.abc import Mapping
@@ -37,18 +36,16 @@ class Setting:
     """Everything about a setting except its name, type and default.
 
     Attributes:
-help: one or two sentences, with units and the meaning of special values.
+        help: one or two sentences, with units and the meaning of special values. panel: of the help text that lists it.
         flag: its option on the command line; None where only a configuration file sets it.
-panel: of the help text that lists it.
-metavar: name of its value there; None: its type or choices.
-otherwise: the default in words, where the value alone does not show it.
+        metavar: name of its value there; None: its type or choices.
+        otherwise: the default in words, where the value alone does not show it.
         inherited: whether a later stage takes it from the run.
         above, low, below, most: value > above, value >= low, value < below, value <= most.
-wrong: the words for a value out of range; fix: what to give instead.
-        infinite: whether inf is a value.
-        line: whether it is one short line of text.
-of: the only kind of extractor it is for, such as 'patchnet'; None: all.
-learning: whether it only concerns how weights are learned, so has no effect on random ones.
+        wrong: the words for a value out of range; fix: what to give instead.
+        infinite: whether inf is a value. line: whether it is one short line of text.
+        of: the only kind of extractor it is for, such as 'patchnet'; None: all.
+        learning: whether it only concerns how weights are learned, so has no effect on random ones.
     """
 
     help: str
@@ -118,12 +115,7 @@ def text(value: Any) -> str:
 
 
 def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from plain values, each checked against its declaration.
-
-    Args:
-        stage: its name in messages.
-        kind: its dataclass.
-        values: name -> value; what is left out has its default.
+    """A configuration of a kind from plain values, each checked against its declaration; ``stage`` is for messages.
 
     Raises:
         UsageError: an unknown name, a wrong type, or a value out of its range; naming it.
@@ -136,22 +128,19 @@ def checked(stage: str, kind: type, values: Mapping[str, Any]) -> Any:
             raise UsageError(f"[{stage}] has no setting {name!r}", fix=nearest(name, declared))
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"[{stage}] {name} has more than 64 bits", fix=f"give a {name} of at most {LARGEST}")
-        if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        if not isinstance(value, str):
+            continue
+        if declared[name].line and not (value.isprintable() and 0 < len(value) <= LONGEST_TEXT):
+            problem = f"{name} is not one line of 1 to {LONGEST_TEXT} printable characters"
+            raise UsageError(problem, fix="give one short line of text")
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UsageError(f"[{stage}] {name} = {value!r} cannot be printed", fix=f"give a plain {name}")
     try:
-        clean = vars(_model(kind).model_validate(dict(values)))
+        return kind(**vars(_model(kind).model_validate(dict(values))))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise _refusal(stage, name, values[name], hints[name], declared[name], first["type"]) from None
-    for name, made in declared.items():
-        value = clean[name]
-        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) > made.infinite):
-            raise _refusal(stage, name, value, hints[name], made, "finite_number")
-        if made.line and value is not None and not (value.isprintable() and 0 < len(value) <= LONGEST_TEXT):
-            problem = f"{name} is not one line of 1 to {LONGEST_TEXT} printable characters"
-            raise UsageError(problem, fix="give one short line of text")
-    return kind(**clean)
 
 
 @cache
@@ -161,10 +150,11 @@ def _model(kind: type) -> Any:
 
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        made = settings_of(kind)[field.name]
+        made, hint = settings_of(kind)[field.name], types_of(kind)[field.name]
         limits = {"gt": made.above, "ge": made.low, "lt": made.below, "le": made.most}
+        limits["allow_inf_nan"] = made.infinite if plain_type(hint) is float else None
         given = {key: value for key, value in limits.items() if value is not None}
-        fields[field.name] = (Annotated[types_of(kind)[field.name], Field(**given)], field.default)
+        fields[field.name] = (Annotated[hint, Field(**given)], field.default)
     return create_model(kind.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
@@ -172,15 +162,16 @@ def _refusal(stage: str, name: str, value: Any, hint: Any, made: Setting, kind: 
     """The error for a value that pydantic refused, by the kind of its error."""
     if kind == "literal_error" and isinstance(value, str):
         return UsageError(f"[{stage}] {name} = {value!r} is unknown", fix=nearest(value, choices_of(hint)))
+    if kind not in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
+        expected = plain_type(hint).__name__
+        return UsageError(f"[{stage}] {name} = {value!r} is not of type {expected}", fix=f"give {name} as {expected}")
     slip = made.most is not None and made.most >= SLIP
     if kind == "less_than_equal" and slip:
         return UsageError(f"{name} = {value} is too large", fix=f"give a {name} of at most {made.most:.0f}")
-    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
-        lowest = f"({made.above:g}" if made.above is not None else f"[{'-inf' if made.low is None else f'{made.low:g}'}"
+    if made.above == 0 and made.below is None and (made.most is None or slip):
+        wrong, fix = "is not a positive number", f"give a {name} above 0"
+    else:
+        lowest = f"({made.above:g}" if made.above is not None else "[-inf" if made.low is None else f"[{made.low:g}"
         highest = f"{made.below:g})" if made.below is not None else "inf)" if made.most is None else f"{made.most:g}]"
-        positive = made.above == 0 and made.below is None and (made.most is None or slip)
-        wrong = made.wrong or ("is not a positive number" if positive else f"lies outside {lowest}, {highest}")
-        fix = made.fix or (f"give a {name} above 0" if positive else f"choose a {name} in that range")
-        return UsageError(f"{name} = {value!r} {wrong}", fix=fix)
-    expected = plain_type(hint).__name__
-    return UsageError(f"[{stage}] {name} = {value!r} is not of type {expected}", fix=f"give {name} as {expected}")
+        wrong, fix = f"lies outside {lowest}, {highest}", f"choose a {name} in that range"
+    return UsageError(f"{name} = {value!r} {made.wrong or wrong}", fix=made.fix or fix)

@@ -19,11 +19,10 @@ setting takes 3,000 bytes and has at most one dot in a key."""
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Parse a TOML file.
+    """Parse a TOML file, once its size and dots are within the limits.
 
     Raises:
-        InputError: missing, unreadable, not TOML, of more than ``MOST_BYTES``, or with more than ``MOST_DOTS`` dots in
-            a line. Both limits are checked before anything is parsed.
+        InputError: missing, unreadable, beyond a limit, or not TOML.
     """
     try:
         with file.open("rb") as stream:
@@ -61,10 +60,10 @@ def dumps(table: Mapping[str, Any]) -> str:
         TypeError: a value or key of another type, or a None in a list.
         ValueError: a string that is not valid Unicode (a lone surrogate).
     """
-    plain = {}
-    for key, value in table.items():
-        if value is not None:
-            plain[key] = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
-    made = tomli_w.dumps(plain)
+    def without_none(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if value is not None}
+
+    inner = {key: without_none(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    made = tomli_w.dumps(without_none(inner))
     made.encode("utf-8")
     return made

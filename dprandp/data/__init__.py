@@ -4,10 +4,7 @@
 >>> dataset.spec.train_examples, dataset.spec.image_shape
 (1440, (8, 8, 1))
 
-Naming a data set reads no pixel and no label; ``train()`` and ``test()`` do. Names: those of ``KNOWN``, ``folder:PATH``
-and ``npz:PATH``.
-
-The unit of privacy is one image, or, with a column that says which images belong together, for example one patient.
+A known set is added as a row of ``known.py``; ``npz.py`` and ``folder.py`` read a user's own.
 """
 
 from __future__ import annotations
@@ -17,22 +14,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.data.base import SPLITS, Dataset, DataSpec, Split, check_split, public_part, without_public_part
-from dprandp.data.check import check_data
+from dprandp.data.base import Dataset, DataSpec, Split, check_data, public_part, without_public_part
 from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
-from dprandp.data.known import BUILTIN, MEDICAL, KnownSet, refuse_unsupported
+from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
 from dprandp.data.units import EACH_IMAGE, Units
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "SPLITS", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data", "check_split",
-    "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "KNOWN", "DataSpec", "Dataset", "Split", "Units", "brought_to", "check_data", "list_datasets", "open_dataset",
+    "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
-
-#: Name → data set, for everything but ``folder:`` and ``npz:``.
-KNOWN: dict[str, KnownSet] = {**BUILTIN, **MEDICAL}
 
 
 def open_dataset(
@@ -41,8 +34,6 @@ def open_dataset(
     *,
     download: bool = False,
     num_classes: int | None = None,
-    image_size: int | None = None,
-    flip_ok: bool | None = None,
     unit_column: str | None = None,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
@@ -50,28 +41,21 @@ def open_dataset(
     Args:
         name: a key of ``KNOWN``, ``folder:PATH`` or ``npz:PATH`` (PATH is relative to the working directory).
         data_dir: the data root, where known sets keep their files.
-        download: fetch a known set's files if they are missing; otherwise their absence is an error, in ``require``,
-            ``train`` and ``test``.
+        download: fetch a known set's files where ``require``, ``train`` or ``test`` find them missing.
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
-        image_size: for ``folder:`` alone, side in pixels after resizing (default 32).
-        flip_ok: for ``npz:`` and ``folder:``, whether mirroring keeps the label (default no).
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
 
     Raises:
-        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply
-            (``download`` too, for ``npz:`` and ``folder:``).
+        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
     own = bool(colon) and kind in ("npz", "folder")
-    for option, value, applies in (
-        ("num_classes", num_classes, own and kind == "npz"),
-        ("image_size", image_size, own and kind == "folder"),
-        ("flip_ok", flip_ok, own),
-        ("unit_column", None if unit_column == EACH_IMAGE else unit_column, own),
-    ):
-        if value is not None and not applies:
-            raise UsageError(f"{option} does not apply to the data set {name}", fix=f"leave {option} out: it is known")
+    idle = "num_classes" if num_classes is not None and not name.startswith("npz:") else None
+    if unit_column not in (None, EACH_IMAGE) and not own:
+        idle = "unit_column"
+    if idle:
+        raise UsageError(f"{idle} does not apply to the data set {name}", fix=f"leave {idle} out: it is known")
     if own:
         if download:
             raise UsageError(f"{name} is your own data: there is nothing to download", fix="leave --download out")
@@ -80,8 +64,8 @@ def open_dataset(
         try:
             path = Path(rest).expanduser()
             if kind == "npz":
-                return open_npz(path, num_classes=num_classes, flip_ok=flip_ok, unit_column=unit_column)
-            return open_folder(path, image_size=image_size, flip_ok=flip_ok, unit_column=unit_column)
+                return open_npz(path, num_classes, unit_column)
+            return open_folder(path, unit_column)
         except RuntimeError as error:  # of expanduser
             raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
         except OSError as error:  # only the number: its file name may be that of a private example
@@ -98,17 +82,7 @@ def open_dataset(
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """One line of ``dprandp datasets``.
-
-    Attributes:
-        name: for ``--data``.
-        title: the name people use.
-        train_examples: N.
-        classes: number of classes.
-        size: height×width×channels, such as ``"32×32×3"``.
-        available: whether its files are in the data root.
-        how_to_get: what to put into the data root.
-    """
+    """One line of ``dprandp datasets``; ``size`` is height×width×channels, such as ``"32×32×3"``."""
 
     name: str
     title: str

@@ -1,19 +1,19 @@
 """The common interface of data sets: a declared description, and two splits of uint8 images.
 
-Two rules make the privacy boundary easy to see:
-
-* ``DataSpec`` never comes from a pixel or a label. It is a constant, a flag, an array *header* or a folder listing, so
-  a plan, a σ and a refusal can all be computed before a private value is read.
-* An error about private data says *what kind* of thing is wrong, never which example, value or file. Those go to
-  ``private_detail``, which only ``--debug`` prints.
+``DataSpec`` never comes from a pixel or a label: it is a constant, a flag, an array *header* or a folder listing. An
+error about private data says *what kind* of thing is wrong; which example, value or file goes to ``private_detail``,
+which only ``--debug`` prints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,21 +32,15 @@ class DataSpec:
     """Public facts about a data set, known without reading a pixel or a label.
 
     Attributes:
-        name: the value of ``--data``.
-        title: the name people use.
+        name: the value of ``--data``. title: the name people use.
         classes: class names; label ``i`` means ``classes[i]``.
-        train_examples: N, the number of training examples. Treated as public, and disclosed as such.
-        test_examples: number of test examples.
-        channels: 1 (grey) or 3 (RGB).
-        height: image height in pixels.
-        width: image width in pixels.
+        train_examples: N, treated as public, and disclosed as such.
+        channels: 1 (grey) or 3 (RGB). height, width: in pixels.
         source: where it comes from, and its split where that is ours.
-        licence: the terms its authors state.
-        citation: whom to cite.
         flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
             carry meaning; also where it is not declared.
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
-        unit_count: the number of those units; None where each image is one. Treated as public, and disclosed as such.
+        unit_count: the number of those units, public like N; None where each image is one.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
     """
 
@@ -86,21 +80,30 @@ class DataSpec:
         return {"train": self.train_examples, "test": self.test_examples}[split]
 
 
+def users_spec(
+    kind: str,
+    path: Path,
+    title: str,
+    classes: tuple[str, ...],
+    examples: tuple[int, int],
+    shape: tuple[int, int, int],
+    units: Units | None,
+) -> DataSpec:
+    """The declaration of ``npz:PATH`` or ``folder:PATH``: examples of train and test; height, width, channels."""
+    height, width, channels = shape
+    source = f"a {'file' if kind == 'npz' else 'folder'} of the user's"
+    return DataSpec(
+        f"{kind}:{path}", title, classes, *examples, channels, height, width, source, "not stated", "not stated",
+        flip_ok=False, unit_column=units and units.column, unit_count=units and units.count,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Split:
-    """One split.
-
-    Attributes:
-        images: uint8 [N, H, W, C], 0–255, C-contiguous.
-        labels: int64 [N], 0 … classes-1.
-    """
+    """One split: images uint8 [N, H, W, C], 0–255, C-contiguous; labels int64 [N], 0 … classes-1."""
 
     images: np.ndarray
     labels: np.ndarray
-
-
-#: Reads one split: ``"train"`` or ``"test"`` → (images, labels) as they come, checked afterwards by ``check_split``.
-SplitReader = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
 class Dataset:
@@ -108,7 +111,7 @@ class Dataset:
 
     Args:
         spec: its declared facts.
-        read: reads one split.
+        read: ``"train"`` or ``"test"`` -> images and labels as they come; ``check_split`` checks them.
         require: raises InputError when a file that ``read`` needs is absent (or fetches it, where that was allowed).
         units: which images form one unit of privacy; None where each image is one.
     """
@@ -116,30 +119,14 @@ class Dataset:
     def __init__(
         self,
         spec: DataSpec,
-        read: SplitReader,
-        require: Callable[[], None] | None = None,
+        read: Callable[[str], tuple[np.ndarray, np.ndarray]],
+        require: Callable[[], None] = lambda: None,
         units: Units | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self.require = spec, require
         self._units = units
         self._read = read
-        self._require = require
         self._train: Split | None = None
-
-    def __repr__(self) -> str:
-        return f"Dataset({self.spec.name!r})"
-
-    def require(self) -> None:
-        """Make sure the files of *both* splits are present, without reading them.
-
-        Call it before any budget is spent, so that a missing test file is not noticed after the training.
-
-        Raises:
-            InputError: which file to put where.
-            StorageError: a download was allowed and the disk refused it.
-        """
-        if self._require is not None:
-            self._require()
 
     def train(self) -> Split:
         """The private training split; read once, then kept in memory.
@@ -181,7 +168,10 @@ class Dataset:
 
     def image_fingerprint(self) -> str:
         """SHA-256 (hex) of the training images in any order, without labels and units; as private as they."""
-        return images_fingerprint(self.train().images)
+        images = self.train().images
+        digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
+        digest.update(b"".join(sorted(image_digests(images))))
+        return digest.hexdigest()
 
     def same_images_as(self, other: Dataset) -> bool:
         """Whether both training splits hold the same images. Reads them only where the declared facts allow it."""
@@ -198,24 +188,54 @@ def image_digests(images: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
 
 
-def images_fingerprint(images: np.ndarray) -> str:
-    """SHA-256 (hex) of images, uint8 [N, ...], in any order."""
-    digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
-    digest.update(b"".join(sorted(image_digests(images))))
-    return digest.hexdigest()
+def check_data(dataset: Dataset) -> dict[str, Any]:
+    """Private facts for the owner before a run: exact duplicates, units, empty classes. Reads both splits.
+
+    An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
+    units. No ε covers these counts: a command of its own prints them on the terminal, and stores nothing.
+
+    Returns:
+        data, unit, train_examples, train_units (declared facts); largest_unit: images of the largest unit;
+        repeated_images: training images that equal an earlier one, pixel by pixel; across_units: training images of
+        which a copy lies in another unit; largest_copies: units that hold the same image, at most;
+        contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
+        copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
+        empty_classes: names of the declared classes that have no training image.
+    """
+    spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
+    digests = image_digests(train.images)
+    of_image = np.arange(len(digests)) if units is None else units.of_image
+    seen_in: dict[bytes, set[int]] = {}
+    labels: dict[bytes, set[int]] = {}
+    for digest, unit, label in zip(digests, of_image.tolist(), train.labels.tolist(), strict=True):
+        seen_in.setdefault(digest, set()).add(unit)
+        labels.setdefault(digest, set()).add(label)
+    tested = set(image_digests(test.images))
+    counts = np.bincount(train.labels, minlength=len(spec.classes))
+    return {
+        "data": spec.name,
+        "unit": spec.unit,
+        "train_examples": spec.train_examples,
+        "train_units": spec.train_units,
+        "largest_unit": max(Counter(of_image.tolist()).values()),
+        "repeated_images": len(digests) - len(seen_in),
+        "across_units": sum(len(seen_in[digest]) > 1 for digest in digests),
+        "largest_copies": max(map(len, seen_in.values())),
+        "contradicting_labels": sum(len(found) > 1 for found in labels.values()),
+        "in_test": sum(digest in tested for digest in digests),
+        "units_in_test": units and units.shared_with_test,
+        "empty_classes": [spec.classes[index] for index in np.flatnonzero(counts == 0)],
+    }
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
     """Check the data against the declaration: shapes, types, and the range of the labels.
 
-    Every record must be an image with one of the declared labels. The guarantee is about data sets of such records, so
-    a file with anything else in it is refused, and the message says only that. The distribution of the records is not
-    checked: single records decide whether a class has any examples, and a refusal would reveal it outside ε. The owner
-    of the data can check it (``check_data``).
+    The guarantee is about data sets of images with one of the declared labels, so a file with anything else in it is
+    refused. The distribution of the records is not checked: single records decide whether a class has any examples, so
+    a refusal would reveal it outside ε.
 
     Args:
-        spec: the declared facts.
-        split: ``"train"`` or ``"test"``.
         images: uint8 [N, H, W, C] or, when ``spec.channels`` is 1, [N, H, W].
         labels: integer [N] or [N, 1].
 
@@ -250,15 +270,10 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
 
 
 def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
-    """Refuse an invalid class list.
-
-    Args:
-        classes: the declared names.
-        origin: what declared them, for the message.
+    """The class list as it is; ``origin`` declared it.
 
     Raises:
-        InputError: fewer than 2 or more than ``MAX_CLASSES`` names, a repeated, empty or unprintable name (they end up
-            in terminals, reports and file names).
+        InputError: fewer than 2 or more than ``MAX_CLASSES`` names, a repeated, empty or unprintable name.
     """
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise InputError(
@@ -275,11 +290,8 @@ def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------------------------------------------------ fraction
 #
-# A random part of a training split that its owner declares public, and the rest, which stays private.
-#
-# The choice depends only on a public seed and on the declared number of images. The rest is a data set of its own:
-# its N
-# is smaller, its test split is the same, and it gives no access to the public part.
+# A random part of a training split that its owner declares public, and the rest, which stays private: a data set of its
+# own, with a smaller N and the same test split. The choice depends only on a public seed and on the declared N.
 
 _KEY = 0x7075626C6963  # "public": so that this permutation is nobody else's for the same seed
 
@@ -300,12 +312,7 @@ def public_positions(examples: int, fraction: float, seed: int) -> np.ndarray:
 
 
 def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    """The private rest. No pixel and no label is read.
-
-    Args:
-        dataset: named, not read; one image is its unit of privacy.
-        fraction: of the training images, in (0, 1).
-        seed: public.
+    """The private rest; ``fraction`` of the training images, in (0, 1), are public. No pixel and no label is read.
 
     Raises:
         UsageError: units of several images, or nothing left on one side.

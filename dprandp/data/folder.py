@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dprandp.data.base import SPLITS, Dataset, DataSpec, check_class_names
+from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter, read_images
 from dprandp.data.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
-from dprandp.errors import InputError, UsageError
+from dprandp.errors import InputError
 
-DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 8, 512
+SIDE = 32
+"""Pixels that the sides of each image's centre square are resized to."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,17 @@ class Listing:
     labels: tuple[int, ...]
 
 
-def open_folder(
-    root: Path, *, image_size: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
-) -> Dataset:
+def open_folder(root: Path, unit_column: str | None) -> Dataset:
     """A data set from a folder of images; only the listing and the table of units are read.
 
     Args:
         root: the folder, in one of the two layouts above.
-        image_size: side in pixels that each image's centre square is resized to (default 32). Public: a flag, not
-            something found in the images.
-        flip_ok: whether mirroring keeps the label; unknown counts as no.
-        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. By default
-            ``unit`` where there is a ``units.csv``; ``image`` makes each image a unit all the same.
+        unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. None: ``unit``
+            where there is a ``units.csv``.
 
     Raises:
         InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
-        UsageError: ``image_size`` out of range.
     """
-    size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
-    if not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
-        raise UsageError(
-            f"the image size is {size} pixels", fix=f"give a number from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}"
-        )
     if not root.is_dir():
         raise InputError(f"there is no folder {root}", fix="give the folder that holds train/ and test/")
     try:
@@ -68,27 +58,16 @@ def open_folder(
             fix="check its permissions",
             private_detail=f"{type(error).__name__}: {error}",
         ) from error
+    for split in SPLITS:
+        if not listings[split].paths:
+            raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
     units = _units(root, listings, unit_column)
-    spec = DataSpec(
-        name=f"folder:{root}",
-        title=root.resolve().name,
-        classes=classes,
-        train_examples=len(listings["train"].paths),
-        test_examples=len(listings["test"].paths),
-        channels=3,
-        height=size,
-        width=size,
-        source="a folder of the user's",
-        licence="not stated",
-        citation="not stated",
-        flip_ok=bool(flip_ok),
-        unit_column=units and units.column,
-        unit_count=units and units.count,
-    )
+    examples = len(listings["train"].paths), len(listings["test"].paths)
+    spec = users_spec("folder", root, root.resolve().name, classes, examples, (SIDE, SIDE, 3), units)
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         listing = listings[split]
-        images = read_images(listing.paths, size, f"the {split} images of {spec.name}")
+        images = read_images(listing.paths, SIDE, f"the {split} images of {spec.name}")
         return images, np.array(listing.labels, np.int64)
 
     return Dataset(spec, read, units=units)
@@ -123,8 +102,7 @@ def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             fix="give test/ the same sub-folders as train/",
             private_detail=f"only in test/: {sorted(strange)}",
         )
-    listings = {split: list_images(root, root / split, classes) for split in SPLITS}
-    return classes, {split: _not_empty(root, split, listing) for split, listing in listings.items()}
+    return classes, {split: list_images(root, root / split, classes) for split in SPLITS}
 
 
 def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
@@ -144,15 +122,8 @@ def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
     parts: dict[str, Listing] = {}
     for split in SPLITS:
         chosen = [i for i, name in enumerate(names) if (name in wanted) == (split == "test")]
-        part = Listing(tuple(everything.paths[i] for i in chosen), tuple(everything.labels[i] for i in chosen))
-        parts[split] = _not_empty(root, split, part)
+        parts[split] = Listing(tuple(everything.paths[i] for i in chosen), tuple(everything.labels[i] for i in chosen))
     return parts
-
-
-def _not_empty(root: Path, split: str, listing: Listing) -> Listing:
-    if not listing.paths:
-        raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
-    return listing
 
 
 def class_folders(root: Path, folder: Path, ignore: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """Arrays from ``.npz`` files, read as data and never as code; and the ``npz:PATH`` data set.
 
-``numpy.load`` would already refuse pickles. This reader also knows every array's shape and dtype from the few bytes of
-its header, before it reads or allocates anything, so that
-
-* the facts of a data set are known without reading one pixel or label, and
-* a file that lies about its size (a decompression bomb, a header that promises terabytes) is refused, not obeyed.
+Shape and dtype of every array are read from the few bytes of its header before anything is allocated. So the facts of a
+data set are known without one pixel or label, and a file that lies about its size (a decompression bomb, a header that
+promises terabytes) is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import math
@@ -16,14 +15,14 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
-from dprandp.data.base import MAX_CLASSES, Dataset, DataSpec, check_class_names
+from dprandp.data.base import MAX_CLASSES, SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.units import DEFAULT_ARRAY, EACH_IMAGE, Units, check_column_name, make_units
 from dprandp.errors import InputError, UsageError
 
@@ -58,21 +57,11 @@ def read_headers(path: Path) -> dict[str, ArrayHeader]:
     Raises:
         InputError: the file is missing, damaged, holds a pickle (an object array), or is not as large as it claims.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", fix="check the path; it has to be an .npz file of numpy.savez")
-    headers: dict[str, ArrayHeader] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            if len(members) > MAX_ARRAYS or len({info.filename for info in members}) != len(members):
-                raise _refusal(path, "holds too many arrays, or two of the same name")
-            for info in members:
-                headers[info.filename.removesuffix(".npy")] = _read_header(archive, info, path)
-    except InputError:
-        raise
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
-    return headers
+    with _opened(path) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        if len(members) > MAX_ARRAYS or len({info.filename for info in members}) != len(members):
+            raise _refusal(path, "holds too many arrays, or two of the same name")
+        return {info.filename.removesuffix(".npy"): _read_header(archive, info, path) for info in members}
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
@@ -81,20 +70,29 @@ def read_array(path: Path, name: str) -> np.ndarray:
     Raises:
         InputError: as ``read_headers``; also when the bytes fail their checksum or the array is absent.
     """
+    with _opened(path) as archive:
+        info = archive.getinfo(name + ".npy")
+        _read_header(archive, info, path)
+        with archive.open(info) as stream:
+            array = npy.read_array(stream, allow_pickle=False)
+            stream.read(1)  # at the end of the member: makes zipfile compare the checksum
+    return array
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; what a damaged or hostile one makes the libraries raise becomes an InputError."""
     if not path.is_file():
-        raise InputError(f"there is no file {path}", fix="put it back: it was there when this run began")
+        raise InputError(f"there is no file {path}", fix="check the path; it has to be an .npz file of numpy.savez")
     try:
         with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(name + ".npy")
-            _read_header(archive, info, path)
-            with archive.open(info) as stream:
-                array = npy.read_array(stream, allow_pickle=False)
-                stream.read(1)  # at the end of the member: makes zipfile compare the checksum
-    except InputError:
-        raise
+            yield archive
     except _BROKEN as error:
-        raise _damaged(path, error) from error
-    return array
+        raise InputError(
+            f"{path} is no readable .npz file",
+            fix="fetch it again, or write it again with numpy.savez",
+            private_detail=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> ArrayHeader:
@@ -122,29 +120,17 @@ def _refusal(path: Path, what: str) -> InputError:
     return InputError(f"{path} {what}", fix="write it again with numpy.savez or numpy.savez_compressed")
 
 
-def _damaged(path: Path, error: BaseException) -> InputError:
-    return InputError(
-        f"{path} is no readable .npz file",
-        fix="fetch it again, or write it again with numpy.savez",
-        private_detail=f"{type(error).__name__}: {error}",
-    )
-
-
-def open_npz(
-    path: Path, *, num_classes: int | None = None, flip_ok: bool | None = None, unit_column: str | None = None
-) -> Dataset:
+def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Dataset:
     """A data set from one ``.npz`` file; only headers, the declared class list and the column of units are read.
 
     Args:
         path: file with ``x_train`` and ``x_test`` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), ``y_train`` and
             ``y_test`` (integers [N] or [N, 1]), and the class list: ``classes`` (text [C]) or ``num_classes`` (one
             integer).
-        num_classes: declares the number of classes when the file does not. The labels are never consulted for it:
-            which classes occur is private.
-        flip_ok: whether mirroring keeps the label; unknown counts as no.
+        num_classes: declares the number of classes when the file does not. Which classes occur is private, so the
+            labels are never consulted.
         unit_column: the array (integers or text, [N] or [N, 1]) whose equal values make images one unit of privacy,
-            with or without ``_train`` at its end. By default ``groups_train`` where the file has it; ``image`` makes
-            each image a unit all the same.
+            with or without ``_train`` at its end. None: ``groups_train`` where the file has it.
 
     Raises:
         InputError: an array is missing or has the wrong dtype or shape, or the classes are not declared.
@@ -159,31 +145,18 @@ def open_npz(
             f"{path} lacks {', '.join(missing)}",
             fix="save with numpy.savez(path, x_train=…, y_train=…, x_test=…, y_test=…, classes=…)",
         )
-    shape = _image_shape(path, headers, "x_train")
-    if _image_shape(path, headers, "x_test") != shape:
+    shape = image_shape(path, headers, "x_train")
+    if image_shape(path, headers, "x_test") != shape:
         raise InputError(
             f"{path}: x_train is {headers['x_train']} but x_test is {headers['x_test']}",
             fix="give both splits images of one size and one number of channels",
         )
-    for split in ("train", "test"):
+    for split in SPLITS:
         _check_labels(path, headers, split)
     units = _units(path, headers, unit_column)
-    spec = DataSpec(
-        name=f"npz:{path}",
-        title=path.stem,
-        classes=_declared_classes(path, headers, num_classes),
-        train_examples=headers["x_train"].shape[0],
-        test_examples=headers["x_test"].shape[0],
-        channels=shape[2],
-        height=shape[0],
-        width=shape[1],
-        source="a file of the user's",
-        licence="not stated",
-        citation="not stated",
-        flip_ok=bool(flip_ok),
-        unit_column=units and units.column,
-        unit_count=units and units.count,
-    )
+    classes = _declared_classes(path, headers, num_classes)
+    examples = headers["x_train"].shape[0], headers["x_test"].shape[0]
+    spec = users_spec("npz", path, path.stem, classes, examples, shape, units)
     return Dataset(spec, lambda split: (read_array(path, f"x_{split}"), read_array(path, f"y_{split}")), units=units)
 
 
@@ -213,7 +186,12 @@ def _units(path: Path, headers: Mapping[str, ArrayHeader], column: str | None) -
     return make_units(name, values["train"], values.get("test"), str(path))
 
 
-def _image_shape(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> tuple[int, int, int]:
+def image_shape(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> tuple[int, int, int]:
+    """Height, width and channels of an array of images.
+
+    Raises:
+        InputError: it is not uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], or is empty.
+    """
     header = headers[name]
     if header.dtype != np.uint8:
         raise InputError(
@@ -227,7 +205,7 @@ def _image_shape(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> t
             fix="put the channels last, as in images.transpose(0, 2, 3, 1), and drop alpha channels",
         )
     if 0 in header.shape:
-        raise InputError(f"{path}: {name} is {header}, which holds no image", fix="give both splits at least one image")
+        raise InputError(f"{path}: {name} is {header}, which holds no image", fix="give at least one image")
     return header.shape[1], header.shape[2], 1 if grey else header.shape[3]
 
 

@@ -1,9 +1,8 @@
 """Units of privacy that hold several images: which images belong to the same patient, say.
 
 A column gives each training image an integer or a text; images with equal values are one unit. The *number* of units is
-treated as public, like the number of images, because the sampling rate and the noise are set by it; which image belongs
-to which unit is private. Values that look like a missing entry are refused: one unit made of all the images whose
-patient is unknown would split a patient who has other images elsewhere, and the guarantee would not hold for them.
+treated as public, like the number of images; which image belongs to which unit is private. Values that look like a
+missing entry are refused: an image of an unknown patient may be of one who has other images in the set.
 """
 
 from __future__ import annotations
@@ -72,10 +71,8 @@ def make_units(column: str, train: np.ndarray, test: np.ndarray | None, origin: 
     """Number the units.
 
     Args:
-        column: its name.
-        train: integers or text, [N] or [N, 1]: one value per training image.
-        test: the same for the test images, where declared.
-        origin: what holds the column, for messages.
+        column: its name. origin: what holds it.
+        train: integers or text, [N] or [N, 1]: one value per training image. test: of the test images, if declared.
 
     Raises:
         InputError: a value is negative or looks like a missing one. The message holds no value.
@@ -86,12 +83,8 @@ def make_units(column: str, train: np.ndarray, test: np.ndarray | None, origin: 
     return Units(column, of_image.astype(np.int64).reshape(-1), len(names), shared)
 
 
-def read_units_file(path: Path, column: str) -> dict[str, str]:
-    """File -> unit from a ``units.csv`` with a header line, a column ``file`` and the column asked for.
-
-    Raises:
-        InputError: the file is absent, no UTF-8 table, lacks a column, or names a file twice.
-    """
+def _read_units_file(path: Path, column: str) -> dict[str, str]:
+    """File -> unit from a ``units.csv`` with a header line, a column ``file`` and the column asked for."""
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError as error:
@@ -120,18 +113,16 @@ def read_units_file(path: Path, column: str) -> dict[str, str]:
 
 
 def units_of_files(path: Path, column: str, train: Iterable[str], test: Iterable[str]) -> Units:
-    """The units of a folder's images, from its ``units.csv``.
+    """The units of a folder's images, from a column of its ``units.csv``.
 
     Args:
-        path: the file.
-        column: its column.
         train, test: the images' names relative to the folder, with forward slashes, in order.
 
     Raises:
-        InputError: as ``read_units_file`` and ``make_units``; also a training image without a line, or a line without
-            an image.
+        InputError: no such file, no UTF-8 table, a column missing, a file named twice, a training image without a line
+            or a line without an image; as ``make_units``.
     """
-    units, train, test = read_units_file(path, column), list(train), list(test)
+    units, train, test = _read_units_file(path, column), list(train), list(test)
     unknown = set(units) - {*train, *test}
     if unknown:
         raise InputError(

@@ -27,10 +27,6 @@ RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
 }
 
 
-IN_ORDER = ("generate", "pretrain", "probe", "finetune")
-"""The stages of ``dprandp run``; ``continue`` is a command of its own."""
-
-
 def run_stage(name: str, config: StageConfig, context: Context) -> dict:
     """Run one stage, on all ranks, or return the recorded result of a finished one. It begins with ``stage``."""
     facts = {"run": str(context.rundir.path), "data_dir": str(context.data_dir), "device": context.device.type}
@@ -43,11 +39,7 @@ def run_stage(name: str, config: StageConfig, context: Context) -> dict:
 
 
 def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
-    """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks.
-
-    Raises:
-        As the stage.
-    """
+    """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks."""
     context = Context(
         rundir=RunDir.open(stage["run"], create=False),
         console=console,
@@ -60,11 +52,9 @@ def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None
 
 
 def adopt(public: dict[str, StageConfig], context: Context) -> None:
-    """Put a shipped prior into a run: its images, then its extractor.
+    """Put a shipped prior into a run: its images, then its extractor. Finished stages are skipped.
 
-    Args:
-        public: of ``shipped.public_stages``. Finished stages are skipped.
-        context: ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
+    ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
     """
     for name, config in public.items():
         recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
@@ -74,18 +64,14 @@ def adopt(public: dict[str, StageConfig], context: Context) -> None:
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
-    """Run all four stages and write the report.
-
-    Args:
-        resolve: stage name to configuration, called when its turn comes.
-        context: shared by all stages.
+    """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
 
     Returns:
         The last private stage's result, with ``report`` (path) and ``results`` (one per stage).
     """
-    results = {}
+    results: dict[str, dict] = {}
     with graceful_stop() as stop:
-        for name in IN_ORDER:
+        for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"]["share"] == 1:
                 context.console.say("finetune: skipped, the probe has the whole budget (--share 1)")
                 continue

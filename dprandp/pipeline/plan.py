@@ -14,12 +14,10 @@ import torch
 
 from dprandp import continual, finetune
 from dprandp.config.schema import (
-    DEFAULT_SHARE,
     ContinueConfig,
     GenerateConfig,
     PretrainConfig,
     PrivateConfig,
-    ProbeConfig,
     StageConfig,
     as_dict,
     extractors_of,
@@ -41,47 +39,12 @@ from dprandp.runs.directory import DATA, IGNORED
 from dprandp.runs.files import size_text
 from dprandp.runs.results import ONE_IMAGE
 
-# ------------------------------------------------------------------------------------------------------ continual plan
-#
-# ``continue --plan``: the facts before public images decide where private steps begin.
-
-
-def facts(config: ContinueConfig) -> dict[str, Any]:
-    """The facts of a plan beside the mechanism.
-
-    Returns:
-        public (the images), public_steps (before the first private one, at least), switch (the rule; None if the plan's
-        steps and noise are final, and not upper limits).
-    """
-    ruled = config.mix == "step" and switch_step(config) is None
-    least = config.steps - switching.most_private_steps(config)
-    return {"public": config.public, "public_steps": least, "switch": config.switch if ruled else None}
-
-
-def public_alone(config: ContinueConfig, context: Context, action: str) -> dict[str, Any]:
-    """``mix = 'public'``: no private image is read, and nothing is charged.
-
-    Returns:
-        stage, action, data (that the images are shaped like), public, steps.
-    """
-    return {
-        "stage": continual.STAGE,
-        "action": action,
-        "data": continual.open_stage(config, context, write=False).spec.name,
-        "public": config.public,
-        "steps": config.steps,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------- plan lines
-#
-# A plan in words.
-
+Plan = dict[str, Any]
 ACTIONS = {"fresh": "", "resume": " (begun before: continues)", "skip": " (finished: nothing to do)"}
 
 
-def line_of(made: Mapping[str, Any]) -> str:
-    """One stage's plan, a dictionary of ``plan``, in one line."""
+def _line(made: Plan) -> str:
+    """One stage's plan in one line."""
     action = ACTIONS[made["action"]]
     if made["stage"] == "generate":
         size = size_text(made["disk_bytes"])
@@ -89,8 +52,13 @@ def line_of(made: Mapping[str, Any]) -> str:
     if made["stage"] == "pretrain":
         if "prior" in made:
             return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
-        how = _dictionary(made) if "filters" in made else f"{made['steps']} steps of {made['batch_size']} images"
-        how = "random weights" if made["random_init"] else how
+        if made["random_init"]:
+            how = "random weights"
+        elif "filters" in made:
+            both = " each for colour and for grey data" if made["extractors"] > 1 else ""
+            how = f"{made['filters']} filters{both}"
+        else:
+            how = f"{made['steps']} steps of {made['batch_size']} images"
         return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
     if "epsilon_after" not in made:
         return f"continue: {made['steps']} steps on public images only ({made['public']}), no cost in ε{action}"
@@ -111,13 +79,6 @@ def line_of(made: Mapping[str, Any]) -> str:
     )
 
 
-def _dictionary(made: Mapping[str, Any]) -> str:
-    return f"{made['filters']} filters" + (" each for colour and for grey data" if made["extractors"] > 1 else "")
-
-
-Plan = dict[str, Any]
-
-
 def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
     """The plan of one stage.
 
@@ -131,7 +92,9 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
           learned) or batch_size (wrn);
         * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
-          fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done).
+          fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done);
+        * continue: public (the images), public_steps (before the first private one, at least), switch (the rule; None
+          if the plan's steps and noise are final, and not upper limits); without private steps only data and steps.
 
     Raises:
         As the stage, before it reads data.
@@ -144,7 +107,8 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
         return _pretrain(config, context)
     if name == "continue" and config.mix == "public":
         action, config = _foreseen(name, config, context)
-        return public_alone(config, context, action)
+        data = continual.open_stage(config, context, write=False).spec.name  # whose images the public ones resemble
+        return {"stage": name, "action": action, "data": data, "public": config.public, "steps": config.steps}
     return _private(name, config, context)[0]
 
 
@@ -158,29 +122,21 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
         stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, and stages (a plan each; no fine-tune
         where the probe has the whole budget).
     """
-    configs: dict[str, StageConfig] = {}
+    configs: dict[str, Any] = {}
     plans: list[Plan] = []
-
-    def planned(name: str, make: Callable[[StageConfig], Plan]) -> None:
-        configs[name] = _effective(name, resolve(name, configs), context)
-        plans.append(make(configs[name]))
-
-    planned("generate", lambda config: _generate(config, context))
-    planned("pretrain", lambda config: _pretrain(config, context))
     events: list[Stage] = []
-
-    def private(name: str) -> Callable[[StageConfig], Plan]:
-        def make(config: StageConfig) -> Plan:
-            arch = configs["pretrain"].arch if "probe" in configs else None
-            made, left = _private(name, config, context, arch, events)
+    for name in ("generate", "pretrain", "probe", "finetune"):
+        if name == "finetune" and configs["probe"].share == 1:
+            break
+        configs[name] = config = _foreseen(name, resolve(name, configs), context)[1]
+        if name == "generate":
+            plans.append(_generate(config, context))
+        elif name == "pretrain":
+            plans.append(_pretrain(config, context))
+        else:
+            made, left = _private(name, config, context, configs["pretrain"].arch, events)
+            plans.append(made)
             events.extend(left)
-            return made
-
-        return make
-
-    planned("probe", private("probe"))
-    if _share(configs["probe"]) != 1:
-        planned("finetune", private("finetune"))
     return {
         "stage": "run",
         **{key: plans[-1][key] for key in ("data", "examples", "delta", "epsilon_after")},
@@ -191,13 +147,13 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
 
 def plan_lines(result: Plan) -> str:
     """``plan`` and ``plan_run`` for people."""
-    if result["stage"] == "run":
-        lines = [line_of(made) for made in result["stages"]]
-        if result["stages"][-1]["stage"] == "probe":
-            lines.append("finetune: none, the probe has the whole budget (--share 1)")
-        return "\n".join([*lines, f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at "
-                                  f"δ = {result['delta']:g}"])  # fmt: skip
-    return line_of(result)
+    if result["stage"] != "run":
+        return _line(result)
+    lines = [_line(made) for made in result["stages"]]
+    if result["stages"][-1]["stage"] == "probe":
+        lines.append("finetune: none, the probe has the whole budget (--share 1)")
+    total = f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at δ = {result['delta']:g}"
+    return "\n".join([*lines, total])
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
@@ -274,11 +230,12 @@ def _private(
     ledger = stage.ledger if document else None
     refit_name = f"{name}.{finetune.HEAD}"
     recorded = (document or {"stages": {}})["stages"].get(refit_name, {})
-    refit_is_recorded = recorded.get("parent_attempt") == stage.attempt
-    refit_key = (refit_name, recorded["attempt"] if refit_is_recorded else 0)
+    if recorded.get("parent_attempt") != stage.attempt:
+        recorded = {}
+    refit_key = (refit_name, recorded.get("attempt", 0))
     before = [*(ledger.stages(besides=[(name, stage.attempt), refit_key]) if ledger else []), *planned]
     mechanisms = {(name, stage.attempt): stage.plan}
-    if refit_is_recorded:
+    if recorded:
         mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])
     elif refit_steps:
         mechanisms[refit_key] = make_plan(
@@ -304,6 +261,11 @@ def _private(
             left.append([made.event])
     refit = mechanisms.get(refit_key)
     keys = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
+    continued = {}
+    if name == "continue":
+        ruled = config.mix == "step" and switch_step(config) is None
+        least = config.steps - switching.most_private_steps(config)
+        continued = {"public": config.public, "public_steps": least, "switch": config.switch if ruled else None}
     return {
         **stage.plan.to_dict(),
         "stage": name,
@@ -311,7 +273,7 @@ def _private(
         "data": stage.spec.name,
         "unit": stage.spec.unit,
         "train_examples": stage.spec.train_examples,
-        **(facts(config) if name == "continue" else {}),
+        **continued,
         "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
         "epsilon_after": after.upper,
     }, left
@@ -324,11 +286,3 @@ def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, An
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     begun = context.rundir.foresee(name, as_dict(config), ignore=ignore, **flags)
     return begun.action, recorded(name, begun.config)
-
-
-def _effective(name: str, config: StageConfig, context: Context) -> StageConfig:
-    return _foreseen(name, config, context)[1]
-
-
-def _share(config: ProbeConfig) -> float:
-    return DEFAULT_SHARE if config.share is None else config.share

@@ -22,6 +22,16 @@ import numpy as np
 TIMEOUT = 180.0
 """Seconds after which a command is taken to hang."""
 
+RunAfter = Callable[[str], Path]
+"""The fixture ``run_after``."""
+
+NO_PIXELS = """
+from dprandp.data import Dataset
+def read(*arguments): raise SystemExit("private pixels were read")
+Dataset.train = Dataset.test = Dataset.fingerprint = read
+"""
+"""Run before a command that must not read private data."""
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
 
 # A request is a line of JSON: a command to start (answered by the child's process id), or a process id to ask after
@@ -31,8 +41,8 @@ import contextlib, gc, json, os, resource, signal, sys
 import torch
 import dprandp.privacy.pld, dprandp.privacy.opinions, dprandp.report.page, dprandp.inspection.overview, dprandp.pipeline
 import dprandp.audit, dprandp.tune, dprandp.release, dprandp.inspection.check, dprandp.inspection.verify
-import opacus.accountants.analysis.rdp, matplotlib.backends.backend_svg, medmnist
-import torch._dynamo  # every optimizer imports it
+import opacus.accountants.analysis.rdp, torch.nn.functional, medmnist
+import torch._dynamo, torchvision.datasets, matplotlib.figure, matplotlib.backends.backend_svg  # 3 s in every child
 from dprandp.cli import main
 
 torch.set_num_threads(1)
@@ -132,26 +142,16 @@ class Running:
 
 
 class Dprandp:
-    """``dprandp(*arguments)`` runs a command to its end.
-
-    Args:
-        scratch: a folder for stdout and stderr.
-        folder: the working directory of the commands.
-    """
+    """``dprandp(*arguments)`` runs a command to its end, in a working directory; ``scratch`` is for its output."""
 
     def __init__(self, scratch: Path, folder: Path) -> None:
         self._scratch, self._folder, self._count = scratch, folder, 0
+        pipe = subprocess.PIPE
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT,
+            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
         )
 
     def close(self) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(TIMEOUT)
         self._server.stdout.close()
@@ -164,14 +164,10 @@ class Dprandp:
         before: str = "",
         **environment: str,
     ) -> Running:
-        """Start a command.
+        """Start a command in a folder.
 
-        Args:
-            arguments: as on the command line.
-            folder: its working directory.
-            largest_file: bytes; a longer write fails with EFBIG.
-            before: Python to execute before the command, to make something in the package fail.
-            environment: added to the environment.
+        A write beyond ``largest_file`` bytes fails with EFBIG. ``before`` is Python to execute before the command, to
+        make something in the package fail.
         """
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{kind}" for kind in ("out", "err"))
@@ -190,19 +186,18 @@ class Dprandp:
         return self.start(*arguments, **options).end()
 
     def _ask(self, request: Any) -> Any:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
 
-def subprocess_dprandp(*arguments: object, folder: Path) -> Done:
-    """``python -m dprandp``, as a user starts it."""
-    command = [sys.executable, "-m", "dprandp", *map(str, arguments)]
+def subprocess_dprandp(*arguments: object, folder: Path, before: str = "") -> Done:
+    """``python -m dprandp``, as a user starts it; or its entry point, after some Python."""
+    start = ["-c", f"{before}\nfrom dprandp.cli import main\nmain()"] if before else ["-m", "dprandp"]
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+        [sys.executable, *start, *map(str, arguments)], cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True,
+        text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -218,6 +213,12 @@ def refused(done: Done, code: int, *fragments: str) -> None:
     if not flat.startswith("Usage:"):  # typer's own errors point to --help instead
         assert "error: " in flat, said
         assert "fix: " in flat, said
+
+
+def good(done: Done) -> dict[str, Any]:
+    """The JSON of a command that succeeded."""
+    assert done.code == 0, done.err
+    return done.json
 
 
 def state_of(run: Path) -> dict[str, bytes]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import Dprandp, arrays
+from cli_process import Dprandp, RunAfter, arrays
 
 SETTINGS = """
 [generate]
@@ -70,10 +70,24 @@ def stages(tmp_path_factory: pytest.TempPathFactory, dprandp: Dprandp) -> dict[s
 
 
 @pytest.fixture
-def run_after(stages: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+def run_after(stages: dict[str, Path], tmp_path: Path) -> RunAfter:
     """A copy of the run as it was after a stage."""
 
     def copy(stage: str) -> Path:
         return Path(shutil.copytree(stages[stage], tmp_path / f"after-{stage}", dirs_exist_ok=True))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def vit_made(tmp_path_factory: pytest.TempPathFactory, dprandp: Dprandp, stages: dict[str, Path]) -> Path:
+    run = Path(shutil.copytree(stages["generate"], tmp_path_factory.mktemp("vit") / "run"))
+    made = dprandp("pretrain", "--run", run, "--arch", "vit-1-16-16", "--random-init")
+    assert made.code == 0, made.err
+    return run
+
+
+@pytest.fixture
+def vit(vit_made: Path, tmp_path: Path) -> Path:
+    """A copy of a run with a small ViT of random weights."""
+    return Path(shutil.copytree(vit_made, tmp_path / "vit"))

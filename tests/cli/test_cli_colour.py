@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_process import Dprandp, refused, state_of
+from cli_process import Dprandp, RunAfter, good, refused, state_of
 
-RunAfter = Callable[[str], Path]
+from dprandp.cli import session
+from dprandp.cli.flags import Options
+from dprandp.config.schema import as_dict, build
+from dprandp.runs.directory import RunDir
 
 
 def test_a_bare_extractor_stands_for_data_that_are_named_later(dprandp: Dprandp, run_after: RunAfter) -> None:
     """``--data`` is served by an extractor for each kind; a colour that is asked for is asked for alone."""
-    run = run_after("pretrain")
+    run = run_after("finetune")  # of grey data
     before = state_of(run)
     assert (run / "2-pretrain/grey/extractor.safetensors").exists()
+    assert '"colour": "grey"' in (run / "model/config.json").read_text()
     common = ("pretrain", "--config", "small.toml", "--run", run)
-    done = dprandp(*common, "--data", "npz:tiny.npz", "--json")
-    assert done.code == 0, done.err
-    assert set(done.json["grey"]) <= set(done.json)  # the same measures of both
+    made = good(dprandp(*common, "--data", "npz:tiny.npz", "--json"))
+    assert set(made["grey"]) <= set(made)  # the same measures of both
     refused(dprandp(*common, "--colour", "grey"), 2, 'colour was "both", is now "grey"', "--overwrite")
     refused(dprandp(*common, "--colour", "mixed"), 2, "'mixed'", "known: both, grey, rgb")
+    assert "warning" not in dprandp("probe", "--config", "small.toml", "--run", run).err
     assert state_of(run) == before
 
 
 def test_data_that_are_named_first_have_one_extractor(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("generate")
-    done = dprandp("pretrain", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--json")
-    assert done.code == 0, done.err
-    assert "grey" not in done.json
+    made = good(dprandp("pretrain", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--json"))
+    assert "grey" not in made
     assert not (run / "2-pretrain/grey").exists()
     assert 'colour = "grey"' in (run / "2-pretrain/config.toml").read_text()
 
 
-def test_the_chain_of_bare_commands_takes_the_grey_extractor(dprandp: Dprandp, run_after: RunAfter) -> None:
-    run = run_after("finetune")  # of grey data
-    assert "warning" not in dprandp("probe", "--config", "small.toml", "--run", run).err
-    done = dprandp("export", "--run", run, "--out", run / "released.zip")
-    assert done.code == 0, done.err
-    assert '"colour": "grey"' in (run / "model/config.json").read_text()
+@pytest.mark.parametrize(
+    ("recorded", "file", "resolved"),
+    [(None, None, "grey"), ("both", None, "both"), ("rgb", None, "grey"), (None, "rgb", "rgb"), ("both", "rgb", "rgb")],
+)
+def test_the_colour_that_fits_the_data(tmp_path: Path, recorded: str | None, file: str | None, resolved: str) -> None:
+    """Of grey data: an extractor for either kind stays, one for colours alone does not pass for it; the user wins."""
+    rundir = RunDir.open(tmp_path / "run", create=True)
+    if recorded:
+        with rundir.lock():
+            config = as_dict(build("pretrain", {"colour": recorded}))
+            rundir.begin("pretrain", config, {}, resume=False, overwrite=False)
+    toml = tmp_path / "c.toml"
+    toml.write_text(f'[pretrain]\ncolour = "{file}"\n' if file else "")
+    options = Options(config=toml)
+    config = session.resolve(rundir, "pretrain", options, {"colour": None}, fitting={"colour": "grey"})
+    assert config.colour == resolved
 
 
 @pytest.mark.slow
@@ -47,7 +59,6 @@ def test_bare_commands_read_digits_as_well_as_run_does(dprandp: Dprandp, tmp_pat
     """At ε = 1; with one extractor for either kind of data it was 84 %."""
     run = ("--run", tmp_path / "run", "--json")
     for command in (("generate",), ("pretrain",), ("probe", "--eps", 1), ("finetune",)):
-        done = dprandp(*command, *run)
-        assert done.code == 0, done.err
-    assert done.json["epsilon"] <= 1
-    assert done.json["accuracy"] >= 0.9
+        result = good(dprandp(*command, *run))
+    assert result["epsilon"] <= 1
+    assert result["accuracy"] >= 0.9

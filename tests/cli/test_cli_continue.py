@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from cli_process import Dprandp, refused
+from cli_process import Dprandp, RunAfter, good, refused
 
 FLAGS = (
     "--public", "fraction:0.2", "--data", "npz:tiny.npz", "--steps", "6", "--switch", "3", "--batch-size", "16",
@@ -15,42 +13,31 @@ FLAGS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def vit(dprandp: Dprandp, run_after: Callable[[str], Path]) -> Path:
-    """A run with a small ViT of random weights."""
-    run = run_after("generate")
-    made = dprandp("pretrain", "--run", run, "--arch", "vit-1-16-16", "--random-init")
-    assert made.code == 0, made.err
-    return run
-
-
 def test_a_run_from_plan_to_probe_over_a_kill(dprandp: Dprandp, vit: Path) -> None:
-    planned = dprandp("continue", "--run", vit, *FLAGS, "--eps", "4", "--plan", "--json").json
+    planned = good(dprandp("continue", "--run", vit, *FLAGS, "--eps", "4", "--plan", "--json"))
     assert not (vit / "privacy").exists()
-    told = dprandp("diagnose", "--run", vit, *FLAGS, "--eps", "4", "--json").json
+    told = good(dprandp("diagnose", "--run", vit, *FLAGS, "--eps", "4", "--json"))
     assert told["noise_multiplier"] == planned["noise_multiplier"]
     assert json.loads((vit / "diagnose/terms.json").read_text())["rules"] == told["rules"]
     killed = dprandp("continue", "--run", vit, *FLAGS, "--eps", "4", DPRANDP_FAULT="update-applied:2")
     assert killed.code == -9
     done = dprandp("continue", "--run", vit, *FLAGS, "--eps", "4", "--json")
-    assert done.code == 0, done.err
-    result = done.json
+    result = good(done)
     assert (result["steps"], result["charged_steps"], result["lost_steps"]) == (3, 3, 2)
     assert result["noise_multiplier"] == planned["noise_multiplier"]
     assert result["epsilon"] <= planned["epsilon_after"] + 1e-9
     assert "next: dprandp probe" in done.err
-    again = dprandp("continue", "--run", vit, *FLAGS, "--json").json
-    assert again == result
-    probed = dprandp("probe", "--run", vit, "--config", "small.toml", "--json").json  # data and ε are the run's
+    assert good(dprandp("continue", "--run", vit, *FLAGS, "--json")) == result
+    probed = good(dprandp("probe", "--run", vit, "--config", "small.toml", "--json"))  # data and ε are the run's
     assert probed["epsilon_total"] == 4
     assert probed["train_examples"] == result["train_examples"] == 96
     assert result["epsilon"] < probed["epsilon"] <= 4
-    status = dprandp("status", "--run", vit, "--json").json
+    status = good(dprandp("status", "--run", vit, "--json"))
     assert [row["stage"] for row in status["stages"]] == ["generate", "pretrain", "continue", "probe", "finetune"]
     assert dprandp("report", "--run", vit).code == 0
 
 
-def test_refusals_say_what_to_do(dprandp: Dprandp, vit: Path, run_after: Callable[[str], Path]) -> None:
+def test_refusals_say_what_to_do(dprandp: Dprandp, vit: Path, run_after: RunAfter) -> None:
     refused(dprandp("continue", "--run", run_after("pretrain")), 2, "patchnet is a dictionary", "--arch wrn-16-4")
     refused(dprandp("continue", "--run", vit, "--public", "fraction:2"), 2, "'2' is not a number", "fraction:0.1")
     refused(dprandp("continue", "--run", vit, "--switch", "later"), 2, "neither a step nor a rule", "plateau")

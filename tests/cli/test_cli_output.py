@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
-from cli_process import Dprandp, refused, subprocess_dprandp
+from cli_process import Dprandp, RunAfter, good, refused, subprocess_dprandp
 
 from dprandp.cli import app
-
-RunAfter = Callable[[str], Path]
 
 PRIVATE_KEYS = {
     "stage", "data", "accuracy", "balanced_accuracy", "auc", "loss", "epsilon", "delta", "epsilon_target",
@@ -41,45 +39,32 @@ def test_json_of_a_stage(dprandp: Dprandp, stages: dict[str, Path], stage: str) 
     assert "next: dprandp " in line.err
     if stage in ("probe", "finetune"):
         assert result["private"] is True
-        assert 0 < result["epsilon"] <= 2
+        # what the run has spent by now, what it may have spent by now, and in all
+        assert 0 < result["epsilon"] <= result["epsilon_target"] <= result["epsilon_total"] == 2
         said = re.search(r"ε = ([0-9.]+)", line.out)
         assert said is not None
         assert float(said.group(1)) == pytest.approx(result["epsilon"], rel=0.01)
 
 
-@pytest.mark.parametrize("stage", ["probe", "finetune"])
-def test_epsilon_is_within_its_target(stages: dict[str, Path], stage: str) -> None:
-    """``epsilon`` is what the run has spent by now; ``epsilon_target`` what it may have spent by now."""
-    result = json.loads((stages[stage].parent / f"{stage}.json").read_text())
-    assert result["epsilon"] <= result["epsilon_target"] <= result["epsilon_total"] == 2
-
-
-def test_json_of_the_others(dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter) -> None:
-    status = dprandp("status", "--run", stages["finetune"], "--json").json
+def test_json_of_the_others(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("finetune")
+    status = good(dprandp("status", "--run", run, "--json"))
     assert [row["stage"] for row in status["stages"]] == ["generate", "pretrain", "probe", "finetune"]
     assert {row["state"] for row in status["stages"]} == {"done"}
-    assert status["budget"]["epsilon"] == 2
-    assert 0 < status["budget"]["spent"] <= 2
-    account = dprandp("account", "--eps", "inf", "--json").json
+    assert 0 < status["budget"]["spent"] <= status["budget"]["epsilon"] == 2
+    account = good(dprandp("account", "--eps", "inf", "--json"))
     assert (account["epsilon"], account["noise_multiplier"]) == ("inf", 0)
-    account = dprandp("account", "--noise-multiplier", 40.9, "--steps", 120, "--json").json
-    assert account["epsilon_lower"] <= account["epsilon"] == pytest.approx(1.0, abs=0.01)
-    rows = dprandp("datasets", "--json", "--data-dir", "nowhere").json["datasets"]
+    rows = good(dprandp("datasets", "--json", "--data-dir", "nowhere"))["datasets"]
     assert {row["name"]: row["available"] for row in rows}["digits"] is True
     assert all(row["how_to_get"] for row in rows if not row["available"])
-    run = run_after("finetune")
-    report = dprandp("report", "--run", run, "--json").json["report"]
-    assert Path(report) == run / "report.html"
-
-
-def test_account_never_shows_a_zero_that_is_none(dprandp: Dprandp) -> None:
-    assert "ε = 0.0000" not in dprandp("account", "--eps", "1e-9").out
+    assert Path(good(dprandp("report", "--run", run, "--json"))["report"]) == run / "report.html"
 
 
 def test_account_explains_itself_beside_its_one_line(dprandp: Dprandp) -> None:
     """Scripts read stdout: one line, unless a table was asked for. People read the rest."""
     asked = ("account", "--noise-multiplier", 40.9, "--steps", 120)
     plain, table = dprandp(*asked), dprandp(*asked, "--curve")
+    assert "ε = 0.0000" not in dprandp("account", "--eps", "1e-9").out
     assert plain.out.count("\n") == 1
     assert table.out.startswith(plain.out)
     assert [line.split()[0] for line in table.out.splitlines()[2:]] == [f"1e-{e:02d}" for e in range(3, 11)]
@@ -95,14 +80,12 @@ def test_account_explains_itself_beside_its_one_line(dprandp: Dprandp) -> None:
 
 def test_the_whole_run(dprandp: Dprandp, run_after: RunAfter) -> None:
     """``dprandp run`` on a finished run repeats nothing; a refusal in the middle keeps what was made."""
-    run = run_after("finetune")
-    done = dprandp("run", "--config", "small.toml", "--run", run, "--json", "--quiet")
-    assert done.code == 0, done.err
-    assert set(done.json["results"]) == set(KEYS)
+    done = dprandp("run", "--config", "small.toml", "--run", run_after("finetune"), "--json", "--quiet")
+    assert set(good(done)["results"]) == set(KEYS)
     assert done.err == ""
     run = run_after("pretrain")
     refused(dprandp("run", "--config", "small.toml", "--run", run, "--data", "npz:none.npz", "--workers", 1), 3, "none")
-    states = {row["stage"]: row["state"] for row in dprandp("status", "--run", run, "--json").json["stages"]}
+    states = {row["stage"]: row["state"] for row in good(dprandp("status", "--run", run, "--json"))["stages"]}
     assert states == {"generate": "done", "pretrain": "done", "probe": "missing", "finetune": "missing"}
 
 
@@ -133,12 +116,8 @@ def test_not_private_is_stamped_everywhere(dprandp: Dprandp, run_after: RunAfter
 def test_private_is_not_stamped(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("finetune")
     assert dprandp("report", "--run", run).code == 0
-    for text in (
-        dprandp("status", "--run", run).out,
-        (run / "report.html").read_text(),
-        (run / "model" / "MODEL_CARD.md").read_text(),
-    ):
-        assert "NOT PRIVATE" not in text
+    pages = [(run / name).read_text() for name in ("report.html", "model/MODEL_CARD.md")]
+    assert not any("NOT PRIVATE" in text for text in (dprandp("status", "--run", run).out, *pages))
 
 
 # -------------------------------------------------------------------------------------------------------------- help
@@ -154,17 +133,14 @@ def options(command: object) -> Iterator:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(dprandp: Dprandp, name: str) -> None:
+    """Every option is explained in its panel, and the panels come in one order."""
     done = dprandp(name, "--help")
     assert (done.code, done.err) == (0, "")
     flat = " ".join(done.out.replace("│", " ").split())
     assert len(re.findall(rf"dprandp {name}\b", flat)) >= 3, "the usage line and two examples"
-    for panel in {entry.rich_help_panel for entry in options(COMMANDS[name])}:
-        assert f"─ {panel} ─" in done.out
-    assert done.out == dprandp(name, "-h").out
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_explained_in_its_panel(name: str) -> None:
+    panels = list(dict.fromkeys(entry.rich_help_panel for entry in options(COMMANDS[name])))
+    assert panels == [panel for panel in PANELS if panel in panels]
+    assert all(f"─ {panel} ─" in done.out for panel in panels)
     for entry in options(COMMANDS[name]):
         assert entry.rich_help_panel in PANELS, entry.name
         assert entry.help, entry.name
@@ -172,13 +148,6 @@ def test_every_option_is_explained_in_its_panel(name: str) -> None:
         optional = entry.is_flag or entry.name in ("config", "classes", "insecure_seed", "data")
         if entry.default is None and not optional and not entry.required:
             assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_panels_come_in_one_order(name: str) -> None:
-    """The help shows them in the order of the parameters."""
-    panels = list(dict.fromkeys(entry.rich_help_panel for entry in options(COMMANDS[name])))
-    assert panels == [panel for panel in PANELS if panel in panels]
 
 
 def test_fixed_options_exist() -> None:
@@ -227,25 +196,17 @@ def test_a_bug_shows_nothing_private(dprandp: Dprandp, stages: dict[str, Path]) 
     assert "patient 4711" in done.err
 
 
-def test_exit_codes_of_real_processes(run_after: RunAfter, folder: Path, tmp_path: Path) -> None:
-    """``python -m dprandp`` for each code; 130 and 143 are in the tests of signals."""
-    done = subprocess_dprandp("--version", folder=folder)
+def test_exit_codes(run_after: RunAfter, folder: Path, dprandp: Dprandp) -> None:
+    """One of them of ``python -m dprandp``; 130 and 143 are in the tests of signals."""
+    done = dprandp("--version")
     assert (done.code, done.err) == (0, "")
-    refused(subprocess_dprandp("generate", "--size", "huge", "--run", tmp_path / "x", folder=folder), 2, "'huge'")
-    refused(subprocess_dprandp("pretrain", "--run", tmp_path / "no", folder=folder), 3, "there is no run at")
     run = run_after("probe")
     command = ("finetune", "--config", "small.toml", "--run", run)
     refused(subprocess_dprandp(*command, "--eps", 7, folder=folder), 5, "fixed at ε = 2")
     (run / "run.json").write_text("{")
-    refused(subprocess_dprandp(*command, folder=folder), 4, "run.json is corrupt")
-    refused(subprocess_dprandp("generate", "--run", folder / "tiny.npz" / "x", folder=folder), 6, "cannot")
-
-
-def test_no_arguments_shows_the_help(dprandp: Dprandp) -> None:
-    done = dprandp()
-    assert done.code in (0, 2)
-    assert all(name in done.out for name in COMMANDS)
-    assert "dprandp run --data digits --eps 1" in done.out
+    refused(dprandp(*command), 4, "run.json is corrupt")
+    refused(dprandp("generate", "--run", folder / "tiny.npz" / "x"), 6, "cannot")
+    assert all(name in dprandp().out for name in (*COMMANDS, "dprandp run --data digits --eps 1"))
 
 
 def test_armed_fault_is_announced_and_a_malformed_one_refused(dprandp: Dprandp) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_process import Done, Dprandp, refused, state_of
+from cli_process import Done, Dprandp, good, refused, state_of
 
 DATA = ("--data", "npz:tiny.npz", "--eps", 2)
 
@@ -65,23 +65,19 @@ def test_the_list_and_its_check(shelf: Shelf) -> None:
 @pytest.mark.slow
 def test_a_probe_from_nothing_but_a_prior(shelf: Shelf, stages: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    probe = ("probe", "--prior", "little", *DATA, "--run", run, "--config", tmp_path / "short.toml")
-    planned = shelf(*probe, "--plan", "--json")
-    assert planned.code == 0, planned.err
+    probe = ("probe", "--prior", "little", *DATA, "--run", run, "--config", tmp_path / "short.toml", "--json")
+    planned = good(shelf(*probe, "--plan"))
     assert not run.exists()
-    done = shelf(*probe, "--json")
-    assert done.code == 0, done.err
-    assert done.json["stage"] == "probe"
-    assert done.json["noise_multiplier"] == planned.json["noise_multiplier"]
+    done = shelf(*probe)
+    assert good(done)["noise_multiplier"] == planned["noise_multiplier"]
+    assert "warning: this extractor" not in done.err
     made = json.loads((run / "run.json").read_text())["stages"]
-    assert {stage: record["state"] for stage, record in made.items()} == dict.fromkeys(
-        ("generate", "pretrain", "probe"), "done"
-    )
+    states = {stage: record["state"] for stage, record in made.items()}
+    assert states == dict.fromkeys(("generate", "pretrain", "probe"), "done")
     whitener = "3-probe/statistics/whitener.safetensors"
     assert (run / whitener).read_bytes() == (stages["probe"] / whitener).read_bytes()
     before = state_of(run)
-    again = shelf(*probe, "--json")
-    assert again.json == done.json
+    assert good(shelf(*probe)) == done.json
     assert state_of(run) == before
     # the run remembers; the report tells
     assert shelf("report", "--run", run).code == 0
@@ -90,26 +86,17 @@ def test_a_probe_from_nothing_but_a_prior(shelf: Shelf, stages: dict[str, Path],
 
 @pytest.mark.slow
 def test_run_and_pretrain_take_a_prior_too(shelf: Shelf, tmp_path: Path) -> None:
-    config = ("--config", tmp_path / "short.toml")
-    plan = shelf("run", "--prior", "little", *DATA, "--run", tmp_path / "a", *config, "--plan", "--json").json
-    by_name = {made["stage"]: made for made in plan["stages"]}
+    config = ("--config", tmp_path / "short.toml", "--json")
+    run = ("run", "--prior", "little", *DATA, "--run", tmp_path / "a", *config)
+    by_name = {made["stage"]: made for made in good(shelf(*run, "--plan"))["stages"]}
     assert (by_name["generate"]["count"], by_name["pretrain"]["prior"]) == (100, "little")
-    assert "the prior little" in shelf("run", "--prior", "little", *DATA, "--run", tmp_path / "a", "--plan").out
-    done = shelf("pretrain", "--prior", "little", "--run", tmp_path / "b", *config, "--json")
-    assert done.code == 0, done.err
-    assert done.json["prior"] == "little"
-    assert shelf("pretrain", "--prior", "little", "--run", tmp_path / "b", *config, "--plan").code == 0
-
-
-@pytest.mark.slow
-def test_run_with_a_prior_to_its_end(shelf: Shelf, tmp_path: Path) -> None:
-    run = ("run", "--prior", "little", *DATA, "--run", tmp_path / "run", "--config", tmp_path / "short.toml")
-    done = shelf(*run, "--json")
-    assert done.code == 0, done.err
-    assert done.json["results"]["pretrain"]["prior"] == "little"
-    assert done.json["stage"] == "finetune"
-    assert "the prior little" in (tmp_path / "run/report.html").read_text()
+    result = good(shelf(*run))
+    assert (result["stage"], result["results"]["pretrain"]["prior"]) == ("finetune", "little")
+    assert "the prior little" in (tmp_path / "a/report.html").read_text()
     assert shelf(*run).code == 0  # all skipped
+    pretrain = ("pretrain", "--prior", "little", "--run", tmp_path / "b", *config)
+    assert good(shelf(*pretrain))["prior"] == "little"
+    assert shelf(*pretrain, "--plan").code == 0
 
 
 def test_refusals_leave_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
@@ -133,9 +120,6 @@ def test_refusals_leave_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_prior_of_the_other_colour_is_told_of(shelf: Shelf, tmp_path: Path) -> None:
     probe = ("probe", "--prior", "little", *DATA, "--config", tmp_path / "short.toml", "--run")
-    done = shelf(*probe, tmp_path / "fits")
-    assert done.code == 0, done.err
-    assert "warning: this extractor" not in done.err
     card = json.loads((shelf.folder / "little.json").read_text())
     card["pretrain"]["colour"] = "rgb"
     (shelf.folder / "little.json").write_text(json.dumps(card))

@@ -5,48 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cli_process import Done, Dprandp, arrays, refused, state_of
+from cli_process import NO_PIXELS, Dprandp, RunAfter, arrays, good, refused, state_of
 from PIL import Image
 
-RunAfter = Callable[[str], Path]
-
-NO_PIXELS = """
-from dprandp.data import Dataset
-def read(*arguments): raise SystemExit("private pixels were read")
-Dataset.train = Dataset.test = Dataset.fingerprint = read
-"""
 OTHER = "not those that this run began with"
 CONTINUE = ("continue", "--eps", 4, "--steps", 6, "--switch", 3, "--batch-size", 16, "--public-batch-size", 8)
 KEPT = "private/training-data.json"
-
-
-def good(done: Done) -> dict[str, Any]:
-    assert done.code == 0, done.err
-    return done.json
 
 
 def ledger(run: Path) -> bytes:
     return (run / "privacy/ledger.jsonl").read_bytes()
 
 
-def spelled(how: str, folder: Path, place: Path) -> tuple[str, Path]:
-    """Another name of tiny.npz, and the working directory in which it has that name."""
-    file = folder / "tiny.npz"
-    if how == "dotted":
-        return "npz:./tiny.npz", folder
-    if how == "absolute":
-        return f"npz:{file}", place
-    if how == "link":
-        (place / "link.npz").symlink_to(file)
-        return "npz:link.npz", place
-    shutil.copy(file, place / "moved.npz")
-    return "npz:moved.npz", place
+def inverted(path: Path, train: int = 120) -> str:
+    """The name of other data."""
+    made = arrays(train=train)
+    np.savez(path, **made | {"x_train": 255 - made["x_train"]})
+    return f"npz:{path}"
+
+
+@pytest.fixture
+def moved(folder: Path, tmp_path: Path) -> str:
+    """Another name of tiny.npz, by a copy."""
+    return f"npz:{shutil.copy(folder / 'tiny.npz', tmp_path / 'moved.npz')}"
 
 
 @pytest.fixture
@@ -54,37 +39,33 @@ def small(folder: Path) -> tuple[str, Path]:
     return "--config", folder / "small.toml"
 
 
-@pytest.fixture
-def vit(dprandp: Dprandp, run_after: RunAfter) -> Path:
-    """A run with a small ViT of random weights."""
-    run = run_after("generate")
-    made = dprandp("pretrain", "--run", run, "--arch", "vit-1-16-16", "--random-init")
-    assert made.code == 0, made.err
-    return run
-
-
 # ------------------------------------------------------------------------------------------------- the same data
 
 
-@pytest.mark.parametrize("how", ["dotted", "absolute", "link", "moved"])
 def test_a_later_stage_takes_the_same_data_under_any_name(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, how: str
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, moved: str, tmp_path: Path
 ) -> None:
+    """Also where it was begun under the first name, and killed."""
     run = run_after("probe").rename(tmp_path / "moved-run")
-    name, here = spelled(how, folder, tmp_path)
-    tune = ("finetune", *small, "--run", run, "--data", name)
-    planned = good(dprandp(*tune, "--plan", "--json", folder=here, before=NO_PIXELS))
-    result = good(dprandp(*tune, "--json", folder=here))
+    tune = ("finetune", *small, "--run", run, "--json")
+    planned = good(dprandp(*tune, "--data", moved, "--plan", before=NO_PIXELS))
+    assert dprandp(*tune, "--data", "npz:./tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*tune, "--data", moved))
+    assert (result["charged_steps"], result["lost_steps"] > 0) == (result["steps"], True)  # it went on
     assert result["epsilon"] <= planned["epsilon_after"] + 1e-9
     assert (result["data"], result["train_examples"]) == ("npz:tiny.npz", 120)  # the run's name of its data
     assert json.loads((run / "privacy/plan.json").read_text())["data"] == "npz:tiny.npz"
     assert json.loads((run / "model/config.json").read_text())["result"]["data"] == "npz:tiny.npz"
+    assert good(dprandp("finetune", "--run", run, "--resume", "--data", moved, "--json")) == result
     before = state_of(run)
     for stage in ("probe", "finetune"):  # finished: nothing is done again
-        command = (stage, *small, "--run", run, "--data", name, "--json")
-        assert dprandp(*command, folder=here).code == 0
-        assert good(dprandp(*command, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+        command = (stage, *small, "--run", run, "--data", moved, "--json")
+        assert dprandp(*command).code == 0
+        assert good(dprandp(*command, "--plan", before=NO_PIXELS))["action"] == "skip"
     assert state_of(run) == before
+    whole = ("run", *small, "--run", run, "--data", moved, "--eps", 2, "--resume", "--json")
+    assert good(dprandp(*whole))["data"] == "npz:tiny.npz"
+    assert ledger(run) == before["privacy/ledger.jsonl"]
 
 
 def test_what_tells_the_data_stays_private(run_after: RunAfter) -> None:
@@ -96,50 +77,13 @@ def test_what_tells_the_data_stays_private(run_after: RunAfter) -> None:
             assert not any(value.encode() in content for value in hashes.values()), name
 
 
-@pytest.mark.parametrize("stage", ["probe", "finetune"])
-def test_a_stopped_stage_goes_on_under_another_name(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path, stage: str
+def test_a_stopped_probe_goes_on_under_another_name(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, moved: str
 ) -> None:
-    run = run_after({"probe": "pretrain", "finetune": "probe"}[stage])
-    command = (stage, *small, "--run", run, "--eps", 2)
-    assert dprandp(*command, "--data", "npz:tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
-    name, here = spelled("moved", folder, tmp_path)
-    result = good(dprandp(*command, "--data", name, "--json", folder=here))
-    assert result["charged_steps"] == result["steps"]
-    assert result["lost_steps"] > 0  # it went on, and did not start afresh
-    again = (stage, "--run", run, "--resume", "--data", name, "--json")
-    assert good(dprandp(*again, folder=here)) == result
-
-
-def test_run_skips_what_is_finished_under_another_name(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path
-) -> None:
-    run = run_after("finetune")
-    name, here = spelled("moved", folder, tmp_path)
-    before = ledger(run)
-    for more in ([], ["--resume"]):
-        command = ("run", *small, "--run", run, "--data", name, "--eps", 2, *more, "--json")
-        assert good(dprandp(*command, folder=here))["data"] == "npz:tiny.npz"
-    assert ledger(run) == before
-
-
-def test_units_and_declared_classes_go_with_the_data(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
-) -> None:
-    made = {key: value for key, value in arrays().items() if key != "classes"}
-    np.savez(tmp_path / "scans.npz", **made, patient_train=np.arange(120) // 4)
-    run, flags = run_after("pretrain"), ("--classes", 3, "--unit-column", "patient")
-    assert dprandp("probe", *small, "--run", run, "--data", "npz:scans.npz", *flags, folder=tmp_path).code == 0
-    np.savez(tmp_path / "other.npz", **made, patient_train=np.arange(120) % 30)
-    before = state_of(run)
-    tune = ("finetune", *small, "--run", run, "--json", "--data")
-    other = dprandp(*tune, "npz:other.npz", folder=tmp_path)
-    refused(other, 3, OTHER, "units differ")  # the same images, the same number of units, other units
-    column = dprandp(*tune, "npz:./scans.npz", "--unit-column", "image", folder=tmp_path)
-    refused(column, 5, "unit of privacy was fixed as one patient")
-    assert state_of(run) == before
-    result = good(dprandp(*tune, "npz:./scans.npz", folder=tmp_path))
-    assert (result["train_units"], len(result["classes"])) == (30, 3)
+    command = ("probe", *small, "--run", run_after("pretrain"), "--eps", 2, "--json", "--data")
+    assert dprandp(*command, "npz:tiny.npz", DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*command, moved))
+    assert (result["charged_steps"], result["lost_steps"] > 0) == (result["steps"], True)
 
 
 def test_a_folder_under_another_name_and_with_new_litter(
@@ -158,27 +102,26 @@ def test_a_folder_under_another_name_and_with_new_litter(
 # ---------------------------------------------------------------------------------------------------- other data
 
 
-@pytest.mark.parametrize(
-    ("change", "flags"),
-    [("pixel", []), ("pixel", ["--overwrite"]), ("pixel", ["--resume"]), ("label", []), ("order", [])],
-    ids=str,
-)
 def test_data_that_changed_behind_their_name_are_refused_uncharged(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path, change: str, flags: list
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:
     run = run_after("probe")
-    made = arrays()
-    if change == "pixel":
-        made["x_train"][0, 0, 0] ^= 1
-    elif change == "label":
-        made["y_train"][0] = 1
-    else:
-        made["x_train"][[0, 3]] = made["x_train"][[3, 0]]  # of one class
-    np.savez(tmp_path / "tiny.npz", **made)
     before = state_of(run)
-    for stage in ("finetune", "probe"):
-        done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
-        refused(done, 3, OTHER, "npz:tiny.npz", "same data with --data", "new --run")
+    for change in ("pixel", "label", "order"):
+        made = arrays()
+        if change == "pixel":
+            made["x_train"][0, 0, 0] ^= 1
+        elif change == "label":
+            made["y_train"][0] = 1
+        else:
+            made["x_train"][[0, 3]] = made["x_train"][[3, 0]]  # of one class
+        np.savez(tmp_path / "tiny.npz", **made)
+        commands = [["finetune"]] if change != "pixel" else [
+            ["probe"], ["finetune"], ["finetune", "--overwrite"], ["probe", "--resume"]
+        ]  # fmt: skip
+        for stage, *flags in commands:
+            done = dprandp(stage, *small, "--run", run, *flags, folder=tmp_path)
+            refused(done, 3, OTHER, "npz:tiny.npz", "same data with --data", "new --run")
     assert state_of(run) == before
 
 
@@ -191,29 +134,19 @@ def test_another_number_of_images_behind_the_same_name_is_refused_unread(
     done = dprandp("finetune", *small, "--run", run, folder=tmp_path, before=NO_PIXELS)
     refused(done, 3, "N = 123 now, but had N = 120", "restore the earlier data", "new --run")
     assert state_of(run) == before
+    (run / KEPT).unlink()  # a run whose record of its data is lost spends nothing more
+    refused(dprandp("finetune", *small, "--run", run), 4, "training-data.json", "restore")
+    assert ledger(run) == before["privacy/ledger.jsonl"]
 
 
 def test_a_budget_that_is_spent_refuses_before_any_data_are_read(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple, folder: Path, tmp_path: Path
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:
     run = run_after("finetune")
-    made = arrays()
-    made["x_train"][0, 0, 0] ^= 1
-    np.savez(tmp_path / "changed.npz", **made)
     before = state_of(run)
-    for name in ("npz:./tiny.npz", f"npz:{tmp_path}/changed.npz"):
+    for name in ("npz:./tiny.npz", inverted(tmp_path / "changed.npz")):
         command = ("finetune", *small, "--run", run, "--data", name, "--overwrite")
         refused(dprandp(*command, before=NO_PIXELS), 5, "ε")
-    assert state_of(run) == before
-
-
-def test_a_run_whose_record_of_its_data_is_lost_spends_nothing_more(
-    dprandp: Dprandp, run_after: RunAfter, small: tuple
-) -> None:
-    run = run_after("probe")
-    (run / KEPT).unlink()
-    before = state_of(run)
-    refused(dprandp("finetune", *small, "--run", run), 4, "training-data.json", "restore")
     assert state_of(run) == before
 
 
@@ -223,9 +156,7 @@ def test_private_tuning_fixes_the_data_as_well(
     run, tune = run_after("pretrain"), ("--trials", 2, "--on", "private", "--eps", 2)
     done = dprandp("tune", *small, "--run", run, *tune, "--data", "npz:tiny.npz", "--json")
     assert good(dprandp("tune", *small, "--run", run, *tune, "--data", "npz:./tiny.npz", "--json")) == done.json
-    made = arrays()
-    made["x_train"][0, 0, 0] ^= 1
-    np.savez(tmp_path / "tiny.npz", **made)
+    inverted(tmp_path / "tiny.npz")
     spent = ledger(run)
     refused(dprandp("probe", *small, "--run", run, "--data", "npz:tiny.npz", "--eps", 2, folder=tmp_path), 3, OTHER)
     assert ledger(run) == spent
@@ -253,35 +184,26 @@ def shuffled() -> dict[str, np.ndarray]:
     return made | {"x_train": made["x_train"][order], "y_train": order % 3}
 
 
-@pytest.mark.parametrize("how", ["dotted", "absolute", "moved", "shuffled"])
 def test_private_data_are_not_public_under_another_name(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, how: str
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path
 ) -> None:
-    if how == "shuffled":
-        np.savez(tmp_path / "shuffled.npz", **shuffled())
-        name = f"npz:{tmp_path}/shuffled.npz"
-    else:
-        name, _ = spelled(how, folder, tmp_path)
-        name = f"npz:{tmp_path}/moved.npz" if how == "moved" else name
+    np.savez(tmp_path / "shuffled.npz", **shuffled())
     before = state_of(vit)
-    for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
-        done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
-        refused(done, 2, "is given both as private and as public data", "fraction:0.1")
-    tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
-    refused(tuned, 2, "is the private data set itself")
+    for name in ("npz:./tiny.npz", moved, f"npz:{tmp_path}/shuffled.npz"):
+        for command in (CONTINUE, (*CONTINUE, "--mix", "public"), ("diagnose", "--eps", 4)):
+            done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
+            refused(done, 2, "is given both as private and as public data", "fraction:0.1")
+        tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
+        refused(tuned, 2, "is the private data set itself")
     assert state_of(vit) == before
 
 
-@pytest.mark.parametrize("how", ["moved", "shuffled"])
 def test_the_images_that_a_run_is_about_are_never_public_in_it(
-    dprandp: Dprandp, vit: Path, small: tuple, folder: Path, tmp_path: Path, how: str
+    dprandp: Dprandp, vit: Path, small: tuple, tmp_path: Path
 ) -> None:
     """Also where the command that calls them public names other data as the private ones, which it does not read."""
     np.savez(tmp_path / "shuffled.npz", **shuffled())
-    shutil.copy(folder / "tiny.npz", tmp_path / "moved.npz")
-    made = arrays()
-    np.savez(tmp_path / "other.npz", **made | {"x_train": 255 - made["x_train"]})
-    name, other = f"npz:{tmp_path}/{how}.npz", f"npz:{tmp_path}/other.npz"
+    name, other = f"npz:{tmp_path}/shuffled.npz", inverted(tmp_path / "other.npz")
     good(dprandp("probe", *small, "--run", vit, "--data", "npz:tiny.npz", "--eps", 4, "--json"))
     before = state_of(vit)
     done = dprandp(*CONTINUE, "--mix", "public", "--run", vit, "--data", other, "--public", name)
@@ -292,13 +214,11 @@ def test_the_images_that_a_run_is_about_are_never_public_in_it(
 
 @pytest.mark.parametrize("by", ["continue", "tune"])
 def test_what_a_run_has_used_as_public_is_never_its_private_data(
-    dprandp: Dprandp, vit: Path, small: tuple, folder: Path, tmp_path: Path, by: str
+    dprandp: Dprandp, vit: Path, small: tuple, tmp_path: Path, by: str
 ) -> None:
     """What was learned from them cost nothing then, and can no longer be counted. The control: other data are."""
     np.savez(tmp_path / "shuffled.npz", **shuffled())
-    made = arrays()
-    np.savez(tmp_path / "other.npz", **made | {"x_train": 255 - made["x_train"]})
-    other = ("--data", f"npz:{tmp_path}/other.npz")
+    other = ("--data", inverted(tmp_path / "other.npz"))
     if by == "continue":
         good(dprandp(*CONTINUE, "--mix", "public", "--run", vit, *other, "--public", "npz:tiny.npz", "--json"))
     else:
@@ -321,38 +241,28 @@ def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit
 
 
 def test_a_finished_or_stopped_continue_knows_both_its_sets_by_content(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path
 ) -> None:
-    made = arrays(train=90)
-    made["x_train"] = 255 - made["x_train"]
-    np.savez(folder / "public.npz", **made)
-    shutil.copy(folder / "public.npz", tmp_path / "other-name.npz")
-    first = ("--run", vit, "--data", "npz:tiny.npz", "--public", "npz:public.npz")
-    assert dprandp(*CONTINUE, *first, DPRANDP_FAULT="update-applied:2").code == -9
-    name, here = spelled("moved", folder, tmp_path)
-    again = ("--run", vit, "--data", name, "--public", "npz:other-name.npz", "--json")
-    result = good(dprandp(*CONTINUE, *again, folder=here))
+    public, other = inverted(tmp_path / "public.npz", train=90), inverted(tmp_path / "other-name.npz", train=90)
+    command = (*CONTINUE, "--run", vit, "--json", "--data")
+    assert dprandp(*command, "npz:tiny.npz", "--public", public, DPRANDP_FAULT="update-applied:2").code == -9
+    result = good(dprandp(*command, moved, "--public", other))
     assert result["lost_steps"] > 0
-    assert good(dprandp(*CONTINUE, *again, folder=here)) == result
-    assert good(dprandp(*CONTINUE, *again, "--plan", folder=here, before=NO_PIXELS))["action"] == "skip"
+    assert good(dprandp(*command, moved, "--public", other)) == result
+    assert good(dprandp(*command, moved, "--public", other, "--plan", before=NO_PIXELS))["action"] == "skip"
     np.savez(tmp_path / "other-name.npz", **arrays(train=90))
-    refused(dprandp(*CONTINUE, *again[:-1], folder=here), 2, "public-images changed")
+    refused(dprandp(*command, moved, "--public", other), 2, "public-images changed")
 
 
-@pytest.mark.parametrize("mix", ["step", "public"])
 def test_a_part_declared_public_is_left_out_under_any_name_of_the_data(
-    dprandp: Dprandp, vit: Path, folder: Path, tmp_path: Path, small: tuple, mix: str
+    dprandp: Dprandp, vit: Path, moved: str, tmp_path: Path, small: tuple
 ) -> None:
-    """With public steps alone nothing is charged, and all the same the part is nobody's secret afterwards."""
-    command = (*CONTINUE, "--mix", mix, "--run", vit, "--public", "fraction:0.2")
-    assert dprandp(*command, "--data", "npz:tiny.npz").code == 0
-    name, here = spelled("moved", folder, tmp_path)
-    assert dprandp(*command, "--data", name, folder=here).code == 0  # finished
-    made = arrays()
-    made["x_train"] ^= 1
-    np.savez(tmp_path / "changed.npz", **made)
+    """Public steps alone are not charged, and all the same the part is nobody's secret afterwards."""
+    command = (*CONTINUE, "--mix", "public", "--run", vit, "--public", "fraction:0.2", "--data")
+    assert dprandp(*command, "npz:tiny.npz").code == 0
+    assert dprandp(*command, moved).code == 0  # finished
     before = state_of(vit)
-    probe = ("probe", *small, "--run", vit, "--eps", 4)
-    refused(dprandp(*probe, "--data", "npz:changed.npz", folder=here), 3, OTHER)
+    probe = ("probe", *small, "--run", vit, "--eps", 4, "--json", "--data")
+    refused(dprandp(*probe, inverted(tmp_path / "changed.npz")), 3, OTHER)
     assert {key: value for key, value in state_of(vit).items() if "statistics" not in key} == before
-    assert good(dprandp(*probe, "--data", name, "--json", folder=here))["train_examples"] == 96
+    assert good(dprandp(*probe, moved))["train_examples"] == 96

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
-from cli_process import Dprandp, refused, state_of
-
-RunAfter = Callable[[str], Path]
-
-NO_PIXELS = """
-from dprandp.data import Dataset
-def read(*arguments): raise SystemExit("private pixels were read")
-Dataset.train = Dataset.test = Dataset.fingerprint = read
-"""
+from cli_process import NO_PIXELS, Dprandp, RunAfter, good, refused, state_of
 
 DATA = ("--data", "npz:tiny.npz", "--eps", 2)
 
@@ -35,10 +26,9 @@ def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
     assert "nothing charged" in again.out
     refused(dprandp(*tune, "--seed", 5), 2, "was tuned before, on synthetic", "--overwrite")
     assert state_of(run) == before
-    probed = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--json", "--tuned-on", "our <old> scans")
-    assert probed.code == 0, probed.err
-    assert probed.json["tuned"]["used"] is True
-    assert (probed.json["tuned"]["on"], probed.json["tuned"]["charged_epsilon"]) == ("synthetic", 0)
+    probe = ("probe", "--run", run, "--config", run / "tuned.toml", "--json", "--tuned-on", "our <old> scans")
+    tuned = good(dprandp(*probe))["tuned"]
+    assert (tuned["used"], tuned["on"], tuned["charged_epsilon"]) == (True, "synthetic", 0)
     assert dprandp("report", "--run", run).code == 0
     page = (run / "report.html").read_text()
     assert "3 settings tried under simulated noise, no cost in ε" in page
@@ -48,19 +38,16 @@ def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
 def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
     tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 2, "--on", "private", *DATA)
-    done = dprandp(*tune, "--json")
-    assert done.code == 0, done.err
-    charged = done.json["charged_epsilon"]
+    charged = good(dprandp(*tune, "--json"))["charged_epsilon"]
     assert 0.178 < charged <= 2 * 0.3 * 0.3
     assert dprandp("status", "--run", run, "--json").json["budget"]["spent"] == charged
     dprandp("report", "--run", run)
     assert "No privacy was spent" not in (run / "report.html").read_text()
     assert "tuning or an unfinished stage has spent ε = 0.18" in (run / "report.html").read_text()
     refused(dprandp("probe", "--run", run, "--data", "npz:tiny.npz", "--eps", 3), 5, "fixed at ε = 2")
-    plan = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--plan", "--json", before=NO_PIXELS)
-    probed = dprandp("probe", "--run", run, "--config", run / "tuned.toml", "--json")
-    assert probed.code == 0, probed.err
-    assert charged < probed.json["epsilon"] == plan.json["epsilon_after"] <= 0.6
+    probe = ("probe", "--run", run, "--config", run / "tuned.toml", "--json")
+    plan = good(dprandp(*probe, "--plan", before=NO_PIXELS))
+    assert charged < good(dprandp(*probe))["epsilon"] == plan["epsilon_after"] <= 0.6
     dprandp("report", "--run", run)
     assert "the best of a random number of private trials (2 expected)" in (run / "report.html").read_text()
     before = state_of(run)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import Dprandp, arrays, refused, state_of
-
-RunAfter = Callable[[str], Path]
+from cli_process import Dprandp, RunAfter, arrays, good, refused, state_of
 
 GROUPS = np.arange(120) // 4
 UNIT = "one patient (column patient_train)"
@@ -19,77 +16,76 @@ UNIT = "one patient (column patient_train)"
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    np.savez(tmp_path / "scans.npz", **arrays(), patient_train=GROUPS)
+    """Without a list of classes."""
+    made = {key: value for key, value in arrays().items() if key != "classes"}
+    np.savez(tmp_path / "scans.npz", **made, patient_train=GROUPS)
+    np.savez(tmp_path / "same.npz", **made, patient_train=GROUPS)
+    np.savez(tmp_path / "other.npz", **made, patient_train=np.arange(120) % 30)
     return f"npz:{tmp_path / 'scans.npz'}"
 
 
-def test_patients_through_all_commands(dprandp: Dprandp, run_after: RunAfter, data: str) -> None:
-    """The unit is named in plan, ledger, result, card and report; the fine-tune goes on with the probe's."""
+def test_patients_through_all_commands(dprandp: Dprandp, run_after: RunAfter, data: str, tmp_path: Path) -> None:
+    """The unit is named in plan, ledger, result, card and report; the fine-tune goes on with the probe's, and with the
+    number of classes that was declared."""
     run = run_after("pretrain")
-    probe = ("probe", "--config", "small.toml", "--run", run, "--data", data, "--unit-column", "patient")
-    planned = dprandp(*probe, "--plan")
-    assert f"N = 30 units, each {UNIT}, 120 images" in planned.out
-    assert dprandp(*probe, "--plan", "--json").json["examples"] == 30
+    asked = ("--data", data, "--unit-column", "patient", "--classes", 3)
+    probe = ("probe", "--config", "small.toml", "--run", run, *asked)
+    assert f"N = 30 units, each {UNIT}, 120 images" in dprandp(*probe, "--plan").out
     done = dprandp(*probe, "--json")
     assert done.code == 0, done.err
     assert (done.json["unit"], done.json["train_units"], done.json["expected_batch"]) == (UNIT, 30, 30)
     assert "unit of privacy" not in done.err  # nothing to remind of
-    tuned = dprandp("finetune", "--config", "small.toml", "--run", run, "--json")
-    assert tuned.code == 0, tuned.err
-    assert tuned.json["unit"] == UNIT
+    tune = ("finetune", "--config", "small.toml", "--run", run, "--json", "--data")
+    before = state_of(run)
+    refused(dprandp(*tune, f"npz:{tmp_path}/other.npz"), 3, "units differ")  # the same images in as many other units
+    for stage in ("probe", "finetune"):
+        done = dprandp(stage, "--config", "small.toml", "--run", run, "--unit-column", "image", "--overwrite")
+        refused(done, 5, "unit of privacy was fixed as one patient", "same --unit-column", "new --run")
+    assert state_of(run) == before
+    result = good(dprandp(*tune, f"npz:{tmp_path}/same.npz"))
+    assert (result["unit"], result["train_units"], len(result["classes"])) == (UNIT, 30, 3)
     header = json.loads((run / "privacy/ledger.jsonl").read_text().splitlines()[0])
     assert (header["data_unit"], header["examples"]) == ("patient (column patient_train)", 30)
     assert dprandp("report", "--run", run).code == 0
     assert UNIT in (run / "report.html").read_text(encoding="utf-8")
-    before = state_of(run)
-    for column in ("image", "y_train"):
-        for stage in ("probe", "finetune"):
-            done = dprandp(stage, "--config", "small.toml", "--run", run, "--unit-column", column, "--overwrite")
-            refused(done, 5, "unit of privacy was fixed as one patient", "same --unit-column", "new --run")
-    assert state_of(run) == before
 
 
 def test_without_a_column_a_run_says_what_its_unit_is_and_counts_nothing(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
 ) -> None:
     """The reminder is the same for data with and without duplicates: how many there are is private."""
-    said, fresh = [], run_after("pretrain")
+    said, fresh, made = [], run_after("pretrain"), arrays()
     for name in ("clean", "dirty"):
-        made = arrays()
-        if name == "dirty":
-            made["x_train"][60:] = made["x_train"][:60]
-            made["y_train"][60:] = made["y_train"][:60]
         np.savez(tmp_path / "set.npz", **made)
         run = shutil.copytree(fresh, tmp_path / f"run-{name}")
-        done = dprandp(
-            "probe", "--config", "small.toml", "--run", run, "--data", f"npz:{tmp_path}/set.npz", "--share", 1
-        )
+        probe = ("probe", "--config", "small.toml", "--run", run, "--data", f"npz:{tmp_path}/set.npz", "--share", 1)
+        done = dprandp(*probe)
         assert done.code == 0, done.err
         said.append([line for line in done.err.splitlines() if "unit of privacy" in line])
+        made["x_train"][60:], made["y_train"][60:] = made["x_train"][:60], made["y_train"][:60]
     assert said[0] == said[1]
-    assert len(said[0]) == 1
-    assert "--unit-column" in said[0][0]
-    assert "datasets --check" in said[0][0]
+    (line,) = said[0]
+    assert "--unit-column" in line
+    assert "datasets --check" in line
 
 
 def test_units_that_make_no_sense(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path, data: str) -> None:
     run = run_after("pretrain")
     before = state_of(run)
     probe = ("probe", "--config", "small.toml", "--run", run)
-    refused(dprandp(*probe, "--data", data, "--unit-column", "doctor"), 3, "no array 'doctor'", "doctor_train=")
-    refused(dprandp(*probe, "--data", data, "--unit-column", "x/y"), 2, "no plain name")
+    asked = ("--data", data, "--classes", 3, "--unit-column")
+    refused(dprandp(*probe, *asked, "doctor"), 3, "no array 'doctor'", "doctor_train=")
     refused(dprandp(*probe, "--data", "digits", "--unit-column", "patient"), 2, "unit_column", "does not apply")
-    for values, words in ((GROUPS * 1.0, "float64 [120]"), (GROUPS[:-1], "[119] for 120"), (GROUPS - 1, "missing")):
-        np.savez(tmp_path / "bad.npz", **arrays(), patient_train=values)
-        refused(dprandp(*probe, "--data", f"npz:{tmp_path}/bad.npz", "--unit-column", "patient"), 3, words)
-    large = dprandp(*probe, "--data", data, "--unit-column", "patient", "--batch-size", 31)
-    refused(large, 2, "exceeds the 30", "at most 30")
+    np.savez(tmp_path / "bad.npz", **arrays(), patient_train=GROUPS - 1)
+    refused(dprandp(*probe, "--data", f"npz:{tmp_path}/bad.npz", "--unit-column", "patient"), 3, "missing")
+    refused(dprandp(*probe, *asked, "patient", "--batch-size", 31), 2, "exceeds the 30", "at most 30")
     assert state_of(run) == before
 
 
-def test_discrete_noise_on_digits(dprandp: Dprandp, run_after: RunAfter) -> None:
+def test_discrete_noise(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
-    probe = ("probe", "--config", "small.toml", "--run", run, "--data", "digits", "--share", 1, "--noise", "discrete")
+    data = ("--data", "npz:tiny.npz", "--share", 1)
+    probe = ("probe", "--config", "small.toml", "--run", run, *data, "--noise", "discrete")
     done = dprandp(*probe, "--json")
     assert done.code == 0, done.err
     assert (done.json["noise"], done.json["private"]) == ("discrete", True)
@@ -104,20 +100,11 @@ def test_discrete_noise_on_digits(dprandp: Dprandp, run_after: RunAfter) -> None
     refused(dprandp(*probe[:-1], "gaussian"), 2, "noise", "--overwrite")
 
 
-def test_noise_that_makes_no_sense(dprandp: Dprandp, run_after: RunAfter) -> None:
-    run = run_after("pretrain")
-    before = state_of(run)
-    probe = ("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--noise")
-    refused(dprandp(*probe, "laplace"), 2, "noise = 'laplace'")
-    refused(dprandp(*probe, "discrete", "--eps", 60, "--delta", 1e-9), 5, "too coarse", "--noise gaussian")
-    assert state_of(run) == before
-
-
 def test_datasets_check(dprandp: Dprandp, tmp_path: Path) -> None:
     made = arrays()
     made["x_train"][5] = made["x_train"][0]
-    np.savez(tmp_path / "scans.npz", **made, patient_train=GROUPS)
     name = f"npz:{tmp_path}/scans.npz"
+    np.savez(tmp_path / "scans.npz", **made, patient_train=GROUPS)
     before = state_of(tmp_path)
     done = dprandp("datasets", "--check", name, "--unit-column", "patient", "--json")
     assert done.code == 0, done.err
@@ -137,8 +124,6 @@ def test_datasets_check(dprandp: Dprandp, tmp_path: Path) -> None:
 
 
 def test_account_for_groups(dprandp: Dprandp) -> None:
-    done = dprandp("account", "--noise-multiplier", 40.9, "--steps", 120, "--group-size", 3, "--json")
-    assert done.json["group_epsilon"] > 3 * done.json["epsilon"]
-    assert "group_epsilon" not in dprandp("account", "--noise-multiplier", 40.9, "--json").json
+    made = good(dprandp("account", "--noise-multiplier", 40.9, "--steps", 120, "--group-size", 3, "--json"))
+    assert made["group_epsilon"] > 3 * made["epsilon"]
     assert "3 records together: ε = " in dprandp("account", "--eps", 1, "--steps", 60, "--group-size", 3).out
-    refused(dprandp("account", "--eps", 1, "--group-size", 0), 2, "size of a group is 0")

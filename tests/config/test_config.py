@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tomllib
+from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from dprandp.config import schema, toml
-from dprandp.config.schema import SIZES, STAGE_CONFIGS, PretrainConfig, as_dict, build, resolve
+from dprandp.config.schema import SIZES, STAGE_CONFIGS, as_dict, build, resolve
 from dprandp.errors import InputError, UsageError
 
 STAGES = tuple(STAGE_CONFIGS)
-EVERY = [(stage, size) for stage in STAGES for size in SIZES]
 
 
 def write(folder, text):
@@ -44,20 +41,6 @@ def test_flags_that_were_not_given_change_nothing(tmp_path):
     assert resolve("pretrain", "tiny", file, {"random_init": False}).random_init is False  # False is given, None is not
 
 
-def test_each_stage_reads_its_own_table_only(tmp_path):
-    file = write(tmp_path, "[generate]\nseed = 5\n[probe]\nseed = 6")
-    assert [resolve(stage, "tiny", file, {}).seed for stage in STAGES] == [5, 0, 0, 6, 0]
-
-
-@pytest.mark.parametrize(("stage", "size"), EVERY)
-def test_every_size_builds_for_every_stage(stage, size):
-    built = resolve(stage, size, None, {})
-    assert built.size == size
-    assert type(built) is STAGE_CONFIGS[stage]
-    for key, value in schema.SIZE_DEFAULTS[size][stage].items():
-        assert getattr(built, key) == value
-
-
 def test_the_sizes_cover_every_stage_and_grow():
     assert set(schema.SIZE_DEFAULTS) == set(SIZES)
     assert all(set(table) == set(STAGES) for table in schema.SIZE_DEFAULTS.values())
@@ -72,38 +55,20 @@ def test_a_file_cannot_claim_another_size_than_its_defaults_have(tmp_path):
         resolve("generate", "tiny", file, {})
 
 
-def test_configurations_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        resolve("probe", "tiny", None, {}).epsilon = 9.0
-
-
 # ----------------------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize(("stage", "size"), EVERY)
-def test_toml_round_trip_for_every_size(tmp_path, stage, size):
-    built = resolve(stage, size, None, {})
-    file = write(tmp_path, toml.dumps({stage: as_dict(built)}))
-    assert resolve(stage, size, file, {}) == built
-    again = build(stage, tomllib.loads(toml.dumps(as_dict(built))))  # as config.toml in the stage's folder
-    assert as_dict(again) == as_dict(built)  # settings of the other architecture are not recorded
-
-
-def test_settings_of_the_other_architecture_are_not_recorded():
-    patchnet, wrn = (as_dict(build("pretrain", {"arch": arch, "layers": 2})) for arch in ("patchnet", "wrn-16-4"))
-    shared = {"size", "arch", "seed", "random_init", "colour"}
-    assert set(patchnet) & set(wrn) == shared
-    assert set(patchnet) - set(as_dict(build("pretrain", {"layers": 1}))) == {"layers", "second_filters"}
-    assert set(wrn) - set(as_dict(build("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}))) == {"momentum"}
-    unset = {"prior", "lr", "padding", "pooling"}  # None unless one is named
-    known = set(patchnet) | set(wrn) | unset
-    assert known == {field.name for field in dataclasses.fields(PretrainConfig)}
-
-
-def test_toml_round_trip_keeps_infinity_and_odd_names(tmp_path):
-    built = resolve("probe", "tiny", None, {"epsilon": math.inf, "data": 'npz:a "b"\\cé.npz', "delta": 1e-300})
-    file = write(tmp_path, toml.dumps({"probe": as_dict(built)}))
-    assert resolve("probe", "tiny", file, {}) == built
+def test_toml_round_trip_for_every_stage_and_size(tmp_path):
+    for stage, size in product(STAGES, SIZES):
+        built = resolve(stage, size, None, {})
+        assert (built.size, type(built)) == (size, STAGE_CONFIGS[stage])
+        assert schema.SIZE_DEFAULTS[size][stage].items() <= vars(built).items()
+        file = write(tmp_path, toml.dumps({stage: as_dict(built)}))
+        assert resolve(stage, size, file, {}) == built
+        again = build(stage, tomllib.loads(toml.dumps(as_dict(built))))  # as config.toml in the stage's folder
+        assert as_dict(again) == as_dict(built)  # settings of the other architecture are not recorded
+    odd = resolve("probe", "tiny", None, {"epsilon": math.inf, "data": 'npz:a "b"\\cé.npz', "delta": 1e-300})
+    assert resolve("probe", "tiny", write(tmp_path, toml.dumps({"probe": as_dict(odd)})), {}) == odd
 
 
 def test_whole_numbers_become_floats_where_the_setting_is_one():
@@ -117,14 +82,7 @@ def test_whole_numbers_become_floats_where_the_setting_is_one():
 
 
 @pytest.mark.parametrize(
-    ("stage", "key", "offered"),
-    [
-        ("probe", "epsilom", "'epsilon'"),
-        ("probe", "clipnorm", "'clip_norm'"),
-        ("generate", "Count", "'count'"),
-        ("pretrain", "filter", "'filters'"),
-        ("finetune", "zzz", "known: "),
-    ],
+    ("stage", "key", "offered"), [("probe", "epsilom", "'epsilon'"), ("finetune", "zzz", "known: ")]
 )
 def test_an_unknown_key_offers_the_nearest(tmp_path, stage, key, offered):
     with pytest.raises(UsageError) as caught:
@@ -142,27 +100,16 @@ def test_an_unknown_table_offers_the_nearest(tmp_path):
         resolve("probe", "tiny", write(tmp_path, "steps = 1"), {})
 
 
-def test_an_unknown_size_lists_the_sizes():
-    with pytest.raises(UsageError) as caught:
-        resolve("probe", "huge", None, {})
-    assert all(size in caught.value.fix for size in SIZES)
-
-
 @pytest.mark.parametrize(
     ("stage", "key", "value", "kind"),
     [
-        ("generate", "count", "10", "int"),
         ("generate", "count", 10.0, "int"),
         ("generate", "count", True, "int"),
         ("generate", "process", 3, "str"),
         ("generate", "seed", None, "int"),
         ("pretrain", "random_init", 1, "bool"),
-        ("pretrain", "lr", "fast", "float"),
         ("probe", "delta", "1e-5", "float"),
-        ("probe", "mirror", "yes", "bool"),
-        ("probe", "batch_size", 2.5, "int"),
         ("probe", "epsilon", [1.0], "float"),
-        ("finetune", "ema", {}, "float"),
     ],
 )
 def test_a_wrong_type_is_refused_naming_key_value_and_type(stage, key, value, kind):
@@ -176,27 +123,19 @@ def test_a_wrong_type_is_refused_naming_key_value_and_type(stage, key, value, ki
 NAN, INF = math.nan, math.inf
 RANGES = [  # stage, key, refused, accepted next to the bounds
     ("generate", "count", [0, -1], [1]),
-    ("generate", "resolution", [0, -64], [64]),
     ("generate", "seed", [-1, 2**63, 10**400], [0, 2**63 - 1]),
-    ("pretrain", "filters", [0], [1]),
-    ("pretrain", "batch_size", [0], [2]),
     ("pretrain", "lr", [0.0, -0.1, NAN, INF, 10**400], [1e-9]),
     ("pretrain", "momentum", [-0.1, 1.0, NAN], [0.0, 0.999]),
-    ("pretrain", "weight_decay", [-1e-9, NAN, INF], [0.0, 0.1]),
-    ("pretrain", "checkpoint_every", [0], [1]),
-    ("continue", "instances", [0], [1]),
+    ("pretrain", "layers", [0, 3], [1, 2]),
     ("probe", "epsilon", [0.0, -1.0, NAN, -INF], [1e-9, INF]),
     ("probe", "delta", [0.0, 1.0, -1e-5, NAN, INF], [1e-300, 0.999]),
     ("probe", "share", [0.0, 1.001, NAN, -0.1], [1e-9, 1.0]),
     ("probe", "clip_norm", [0.0, NAN, INF], [1e-3]),
-    ("probe", "whitening_floor", [0.0, NAN], [1e-3]),
     ("probe", "statistics_views", [0, 10**4], [1, 5]),
-    ("probe", "views", [0, -1], [1]),
     ("probe", "classes", [-1, 0, 1], [2]),
-    ("probe", "batch_size", [0], [1]),
+    ("probe", "tuned_on", ["", "a\nb", "x" * 501], ["our scans"]),
     ("finetune", "ema", [-0.1, 1.0, NAN], [0.0]),
     ("finetune", "extractor_scale", [-0.1, NAN, INF], [0.0, 3.0]),
-    ("finetune", "steps", [0], [1]),
 ]
 
 
@@ -212,13 +151,9 @@ def test_ranges(stage, key, refused, accepted):
 @pytest.mark.parametrize(
     ("stage", "key", "wrong", "offered"),
     [
-        ("pretrain", "schedule", "cosin", "'cosine'"),
         ("pretrain", "colour", "gray", "'grey'"),
         ("pretrain", "optimizer", "adam", "'adamw'"),
         ("finetune", "optimizer", "adamw", "'adam'"),
-        ("pretrain", "feature_stages", "al", "'all'"),
-        ("probe", "released", "Last", "'last'"),
-        ("finetune", "source", "scrach", "'scratch'"),
         ("generate", "size", "smal", "'small'"),
     ],
 )
@@ -229,26 +164,13 @@ def test_choices_offer_the_nearest(stage, key, wrong, offered):
     assert offered in caught.value.fix
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[probe",
-        b"[probe]\nsteps = ",
-        b"[probe]\nsteps = 1\nsteps = 2",
-        b"\xff\xfe",
-        b"x = " + b"9" * 5000,  # Python refuses to read so long a number
-        b"x = " + b"[" * 50_000,
-    ],
-    ids=["bracket", "no value", "twice", "not UTF-8", "long number", "deep"],
-)
-def test_what_is_no_toml_is_refused_naming_the_file(tmp_path, content):
+def test_what_is_no_toml_or_cannot_be_read_is_refused_naming_the_file(tmp_path):
     file = tmp_path / "settings.toml"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"settings\.toml is not valid TOML"):
-        resolve("probe", "tiny", file, {})
-
-
-def test_a_file_that_cannot_be_read_is_refused_naming_it(tmp_path):
+    long = b"x = " + b"9" * 5000  # Python refuses to read so long a number
+    for content in (b"[probe", b"[probe]\nsteps = ", b"[probe]\nsteps = 1\nsteps = 2", b"\xff\xfe", long):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"settings\.toml is not valid TOML"):
+            resolve("probe", "tiny", file, {})
     for path in (tmp_path / "missing.toml", tmp_path):
         with pytest.raises(InputError, match=str(path)):
             resolve("probe", "tiny", path, {})
@@ -258,62 +180,3 @@ def test_a_stage_that_is_no_table_is_refused(tmp_path):
     for text in ("probe = 5", "probe = []", "[[probe]]\nsteps = 1"):
         with pytest.raises(UsageError, match="probe is not a table"):
             resolve("probe", "tiny", write(tmp_path, text), {})
-
-
-# ----------------------------------------------------------------------------------------------------------------- fuzz
-
-SCALARS = st.one_of(
-    st.booleans(),
-    st.integers(),
-    st.integers(10**15, 10**500),
-    st.floats(),
-    st.text(st.characters(codec="utf-8"), max_size=8),
-    st.sampled_from(["cosine", "rgb", "probe", "last", "tiny", "digits", "wrn-16-4"]),
-    st.lists(st.integers(0, 3), max_size=2),
-)
-
-
-def settings_of(stage):
-    """Mostly senseless tables, and some that change nothing: both outcomes must occur."""
-    fields = STAGE_CONFIGS[stage].__dataclass_fields__
-    wild = st.dictionaries(st.sampled_from([*fields]) | st.text(st.characters(codec="utf-8"), max_size=6), SCALARS)
-    defaults = {key: st.just(field.default) for key, field in fields.items() if field.default is not None}
-    return wild | st.fixed_dictionaries({}, optional={key: value for key, value in defaults.items() if key != "size"})
-
-
-def refusal(function):
-    """What a call returns, or the refusal it ends with; any other exception is the test's failure."""
-    try:
-        return function()
-    except (UsageError, InputError) as error:
-        return error
-
-
-DOCUMENTS = st.fixed_dictionaries({}, optional={stage: settings_of(stage) for stage in STAGES})
-
-
-@settings(deadline=None, max_examples=100)
-@given(stage=st.sampled_from(STAGES), size=st.sampled_from(SIZES), document=DOCUMENTS)
-@example(stage="probe", size="tiny", document={"probe": {"epsilon": 10**400}})
-@example(stage="probe", size="tiny", document={"probe": {"size": [1]}})
-@example(stage="probe", size="tiny", document={"probe": {"epsilon": 3.0}})
-def test_any_settings_either_build_or_are_refused(tmp_path_factory, stage, size, document):
-    """And what is accepted is whole: as written, and the same again after a round trip."""
-    file = write(tmp_path_factory.getbasetemp(), toml.dumps(document))
-    built = refusal(lambda: resolve(stage, size, file, {}))
-    if isinstance(built, Exception):
-        assert built.problem
-        assert built.fix
-        return
-    assert as_dict(build(stage, tomllib.loads(toml.dumps(as_dict(built))))) == as_dict(built)
-    for key, value in document.get(stage, {}).items():
-        assert getattr(built, key) == value
-
-
-@settings(deadline=None, max_examples=100)
-@given(content=st.one_of(st.binary(max_size=60), st.text(st.sampled_from('[]{}="probe\n.#1e-+\'_ t'), max_size=40)))
-def test_any_bytes_either_parse_or_are_refused(tmp_path_factory, content):
-    file = tmp_path_factory.getbasetemp() / "bytes.toml"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    built = refusal(lambda: resolve("probe", "tiny", file, {}))
-    assert built.fix if isinstance(built, Exception) else built == resolve("probe", "tiny", None, {})

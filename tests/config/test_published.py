@@ -19,13 +19,8 @@ def finetune(**flags):
     ("arch", "source", "epsilon", "batch", "steps", "lr", "views"),
     [
         ("wrn-16-4", "scratch", 1, 4096, 875, 2, 16),
-        ("wrn-16-4", "scratch", 2, 4096, 1125, 2, 16),
-        ("wrn-16-4", "scratch", 3, 4096, 1593, 2, 16),
-        ("wrn-16-4", "scratch", 4, 4096, 1687, 2, 16),
-        ("wrn-16-4", "scratch", 6, 4096, 1843, 2, 16),
         ("wrn-16-4", "scratch", 8, 4096, 2500, 2, 16),
         ("wrn-40-4", "scratch", 1, 16384, 906, 4, 16),
-        ("wrn-40-4", "scratch", 6, 16384, 2007, 4, 16),
         ("wrn-40-4", "scratch", 8, 16384, 2000, 4, 16),
         ("wrn-28-10", "init", 4, 16384, 250, 1, 16),
         ("nf-resnet-50", "scratch", 8, 16384, 71589, 4, 4),
@@ -45,6 +40,7 @@ def test_the_table(arch, source, epsilon, batch, steps, lr, views):
 
 def test_steps_between_two_entries_are_interpolated_aloud():
     config = finetune(epsilon=5.0)
+    assert build("finetune", as_dict(config)) == config  # what is recorded stands by itself
     part = math.log(5 / 4) / math.log(6 / 4)
     assert config.steps == round(1687 + part * (1843 - 1687))
     assert 1687 < config.steps < 1843
@@ -87,11 +83,6 @@ def test_values_of_a_wrong_type_are_left_to_others(odd):
     assert presets.settings({"recipe": "de2022", "source": "scratch"} | odd) == {}
     with pytest.raises(UsageError):
         finetune(**odd)
-
-
-def test_what_is_recorded_stands_by_itself():
-    config = finetune(epsilon=5.0)
-    assert build("finetune", as_dict(config)) == config
 
 
 @pytest.mark.parametrize(

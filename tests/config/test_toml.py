@@ -40,30 +40,13 @@ def test_round_trip(document: dict[str, Any]) -> None:
     assert typed(back) == typed(without_none(document))
 
 
-def test_infinity_nan_tuples_and_awkward_strings() -> None:
-    back = tomllib.loads(
-        toml.dumps({"epsilon": math.inf, "low": -math.inf, "nan": math.nan, "stages": (1, 2), "path": 'a\\b"\x7f\n[x]'})
-    )
-    assert back["epsilon"] == math.inf
-    assert back["low"] == -math.inf
+def test_what_toml_does_not_have() -> None:
+    back = tomllib.loads(toml.dumps({"nan": math.nan, "stages": (1, 2), "probe": {"lr": 0.03, "absent": None}}))
     assert math.isnan(back["nan"])
-    assert back["stages"] == [1, 2]
-    assert back["path"] == 'a\\b"\x7f\n[x]'
-
-
-def test_readable() -> None:
-    assert toml.dumps({"pretrain": {"lr": 0.03}, "size": "tiny", "absent": None}) == (
-        'size = "tiny"\n\n[pretrain]\nlr = 0.03\n'
-    )
-
-
-@pytest.mark.parametrize("bad", [{"a": object()}, {1: 2}, {"a": [None]}])
-def test_refuses_what_it_cannot_write(bad: dict[Any, Any]) -> None:
-    with pytest.raises(TypeError):
-        toml.dumps(bad)
-
-
-def test_refuses_a_lone_surrogate() -> None:
+    assert (back["stages"], back["probe"]) == ([1, 2], {"lr": 0.03})
+    for bad in ({"a": object()}, {1: 2}, {"a": [None]}):
+        with pytest.raises(TypeError):
+            toml.dumps(bad)
     with pytest.raises(ValueError, match="surrogates"):
         toml.dumps({"a": "\ud800"})
 
@@ -99,7 +82,7 @@ def test_a_hostile_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
     assert "a.toml" in str(caught.value)
 
 
-@pytest.mark.parametrize("parts", [2, 50, 201])
+@pytest.mark.parametrize("parts", [2, 201])
 def test_the_worst_file_within_the_limits_takes_no_time(tmp_path: Path, parts: int) -> None:
     lines = toml.MOST_BYTES // len(dotted(1, parts)) - 200 // parts
     file = tmp_path / "a.toml"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,32 +45,29 @@ def pixels(content: bytes) -> np.ndarray | None:
     """What is read from a file; None where it is refused."""
     try:
         image = decoded(content)
-    except Exception:  # a decoder may raise anything; ``read_image`` makes one refusal of it
+    except Exception:  # a decoder may raise anything; ``read_images`` makes one refusal of it
         return None
     return None if image is None else np.asarray(image.convert("RGB"))
 
 
-def spread(length: int, count: int = 60) -> list[int]:
+def spread(length: int, count: int = 40) -> list[int]:
     """Places to cut at: some all over, and all of the last few."""
     return sorted({*np.linspace(1, length - 1, count).astype(int).tolist(), *range(max(1, length - 8), length)})
 
 
-def assert_refused_or_the_same(whole: bytes, cuts: list[bytes]) -> int:
-    """How many of the cuts were refused."""
+def assert_refused_or_the_same(whole: bytes, cuts: list[bytes]) -> float:
+    """Which part of the cuts was refused."""
     expected = pixels(whole)
     assert expected is not None
     found = [pixels(cut) for cut in cuts]
     for index, got in enumerate(found):
         assert got is None or np.array_equal(got, expected), f"cut {index} of {len(cuts)} is read, and not as it was"
-    return sum(got is None for got in found)
+    return sum(got is None for got in found) / len(cuts)
 
-
-# ------------------------------------------------------------------------------------------------ files that break off
 
 FORMATS: dict[str, tuple[str, str, dict[str, object]]] = {
     "png": ("PNG", "RGB", {}),
     "png, palette": ("PNG", "P", {}),
-    "png, one bit": ("PNG", "1", {}),
     "jpeg": ("JPEG", "RGB", {"quality": 95}),
     "jpeg, progressive": ("JPEG", "RGB", {"progressive": True}),
     "jpeg, restarts": ("JPEG", "L", {"restart_marker_blocks": 3}),
@@ -86,44 +83,37 @@ FORMATS: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("image", ["noise", "smooth", "black", "white"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_that_breaks_off(name: str, image: str) -> None:
+def test_a_file_that_breaks_off(name: str) -> None:
     kind, mode, options = FORMATS[name]
-    whole = file_of(picture(image), kind, mode, **options)
-    cuts = [whole[:length] for length in spread(len(whole))]
-    assert assert_refused_or_the_same(whole, cuts) >= len(cuts) - 20  # a PNG without its last chunk has all pixels
+    for image in ("noise", "black", "white"):
+        whole = file_of(picture(image), kind, mode, **options)
+        cuts = [whole[:length] for length in spread(len(whole))]
+        assert assert_refused_or_the_same(whole, cuts) > 0.5  # a PNG without its last chunk has all pixels
 
 
 # ----------------------------------------------------------------- image data that end early in a file that is in order
 
 
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def short_png(rows: int, colour: int = 2, interlaced: int = 0) -> bytes:
-    """A PNG whose compressed stream is complete and holds some of its rows."""
-    width = SIDE * (3 if colour == 2 else 1)
-    random = np.random.default_rng(1).integers(0, 256, (SIDE, width), dtype=np.uint8)
-    stream = zlib.compress(b"".join(b"\0" + row.tobytes() for row in random[:rows]))
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, colour, 0, 0, interlaced)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", stream) + png_chunk(b"IEND", b"")
-
-
-def short_gif(count: int, value: int | None = None) -> bytes:
-    """A GIF whose compressed stream says that it ends after ``count`` pixels."""
-    random = np.random.default_rng(2).integers(0, 256, SIDE * SIDE) if value is None else np.full(SIDE * SIDE, value)
-    codes = [256]
-    for index, pixel in enumerate(random[:count].tolist()):
-        codes += [256] if index % 200 == 199 else []  # so that codes keep their 9 bits
-        codes.append(pixel)
-    bits = "".join(f"{code:09b}"[::-1] for code in [*codes, 257])
-    body = bytes(int(bits[at : at + 8][::-1], 2) for at in range(0, len(bits), 8))
-    blocks = b"".join(bytes([len(body[at : at + 255])]) + body[at : at + 255] for at in range(0, len(body), 255))
-    palette = bytes(part for index in range(256) for part in (index, 255 - index, index))
-    screen, place = struct.pack("<HHBBB", SIDE, SIDE, 0xF7, 0, 0), struct.pack("<HHHHB", 0, 0, SIDE, SIDE, 0)
-    return b"GIF87a" + screen + palette + b"," + place + b"\x08" + blocks + b"\0;"
+def taller(content: bytes, kind: str) -> bytes:
+    """The file, declaring twice the rows that it holds."""
+    changed, high = bytearray(content), 2 * SIDE
+    if kind == "PNG":
+        changed[20:24] = high.to_bytes(4, "big")
+        changed[29:33] = zlib.crc32(changed[12:29]).to_bytes(4, "big")
+    elif kind == "GIF":
+        place = content.index(b"," + bytes(4) + struct.pack("<HH", SIDE, SIDE))
+        changed[8:10] = changed[place + 7 : place + 9] = struct.pack("<H", high)
+    elif kind == "JPEG":
+        place = next(content.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in content)
+        changed[place + 5 : place + 7] = struct.pack(">H", high)
+    else:
+        (table,) = struct.unpack("<I", content[4:8])
+        for place in range(table + 2, table + 2 + 12 * content[table], 12):
+            if content[place : place + 2] in (b"\x01\x01", b"\x16\x01"):  # ImageLength, RowsPerStrip
+                rows = int.from_bytes(content[place + 8 : place + 10], "little")
+                changed[place + 8 : place + 10] = struct.pack("<H", 2 * rows)
+    return bytes(changed)
 
 
 def short_webp(whole: bytes, length: int) -> bytes:
@@ -132,118 +122,81 @@ def short_webp(whole: bytes, length: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 12 + len(body)) + b"WEBP" + whole[12:16] + struct.pack("<I", length) + body
 
 
-def short_tiffs(whole: bytes) -> list[bytes]:
-    """TIFFs whose tables name fewer strips, or shorter ones."""
-    made, (start,) = [], struct.unpack("<I", whole[4:8])
-    (entries,) = struct.unpack("<H", whole[start : start + 2])
-    for place in range(start + 2, start + 2 + 12 * entries, 12):
-        tag, kind, count = struct.unpack("<HHI", whole[place : place + 8])
-        if tag in (273, 279):  # StripOffsets, StripByteCounts
-            assert count > 1
-            made += [whole[: place + 4] + struct.pack("<I", fewer) + whole[place + 8 :] for fewer in range(1, count)]
-        if tag == 279:
-            form = {3: "<H", 4: "<I"}[kind]
-            size = struct.calcsize(form)
-            (table,) = struct.unpack("<I", whole[place + 8 : place + 12]) if count * size > 4 else (place + 8,)
-            for at in range(table, table + count * size, size):
-                (length,) = struct.unpack(form, whole[at : at + size])
-                shorter = {0, 1, length // 2, length - length // 8 - 1}
-                made += [whole[:at] + struct.pack(form, value) + whole[at + size :] for value in shorter]
-    assert len(made) > 10
-    return made
-
-
-@pytest.mark.parametrize("colour", [0, 2])
-def test_a_png_of_fewer_rows_than_it_declares(colour: int) -> None:
-    whole = short_png(SIDE, colour)
-    rows = [short_png(count, colour) for count in range(SIDE)]
-    assert assert_refused_or_the_same(whole, rows) == SIDE
-    assert pixels(short_png(SIDE, colour, interlaced=1)) is None  # fewer passes than it declares
-
-
-def test_the_decoder_by_itself_would_have_made_those_rows_up() -> None:
-    """The control: otherwise there would be nothing to notice."""
-    with Image.open(io.BytesIO(short_png(5))) as image:
+def test_a_png_of_fewer_rows_than_it_declares_is_made_up_by_its_decoder() -> None:
+    """The control: there is something to notice."""
+    with Image.open(io.BytesIO(taller(file_of(picture(), "PNG"), "PNG"))) as image:
         made_up = np.asarray(image)
-    assert made_up[:5].any(axis=(1, 2)).all()
-    assert not made_up[5:].any()
+    assert made_up[:SIDE].any(axis=(1, 2)).all()
+    assert not made_up[SIDE:].any()
 
 
-@pytest.mark.parametrize("value", [None, 0, 255])
-def test_a_gif_whose_stream_ends_early(value: int | None) -> None:
-    cuts = [short_gif(count, value) for count in range(0, SIDE * SIDE, 37)]
-    assert assert_refused_or_the_same(short_gif(SIDE * SIDE, value), cuts) == len(cuts)
-
-
-@pytest.mark.parametrize("image", ["noise", "smooth"])
-@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("jpeg")])
-def test_a_jpeg_that_was_given_an_end(name: str, image: str) -> None:
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(("webp", "bmp"))])
+def test_a_file_that_declares_more_rows_than_it_holds(name: str) -> None:
     kind, mode, options = FORMATS[name]
-    whole = file_of(picture(image), kind, mode, **options)
-    cuts = [whole[:length] + b"\xff\xd9" for length in spread(len(whole) - 4, 150)]
-    cuts += [whole[:length] + bytes(len(whole) - length) for length in spread(len(whole) - 4)]
-    assert assert_refused_or_the_same(whole, cuts) > 0.9 * len(cuts)
+    for image in ("noise", "smooth", "black", "white"):
+        whole = file_of(picture(image), kind, mode, **options)
+        assert pixels(whole) is not None
+        assert pixels(taller(whole, kind)) is None, image
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("tiff, ")])
-def test_a_tiff_with_fewer_or_shorter_strips(name: str) -> None:
+def test_a_tiff_that_names_fewer_strips_or_lengths(name: str) -> None:
     kind, mode, options = FORMATS[name]
-    for image in ("noise", "black", "white"):
+    whole = file_of(picture(), kind, mode, **options)
+    (table,) = struct.unpack("<I", whole[4:8])
+    places = [place for place in range(table + 2, table + 2 + 12 * whole[table], 12)
+              if whole[place : place + 2] in (b"\x11\x01", b"\x17\x01")]  # StripOffsets, StripByteCounts
+    cuts = [whole[: place + 4] + struct.pack("<I", count) + whole[place + 8 :] for place in places for count in (2, 4)]
+    assert assert_refused_or_the_same(whole, cuts) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(("jpeg", "webp"))])
+def test_a_stream_that_ends_early(name: str) -> None:
+    """A JPEG that was given an end, a WebP whose chunk ends early."""
+    kind, mode, options = FORMATS[name]
+    for image in ("noise", "smooth"):
         whole = file_of(picture(image), kind, mode, **options)
-        cuts = short_tiffs(whole)
-        assert assert_refused_or_the_same(whole, cuts) > 0.4 * len(cuts)
-
-
-def test_a_webp_whose_chunk_ends_early() -> None:
-    for options in ({}, {"lossless": True}):
-        for image in ("noise", "smooth"):
-            whole = file_of(picture(image), "WEBP", **options)
-            (length,) = struct.unpack("<I", whole[16:20])
-            cuts = [short_webp(whole, shorter) for shorter in spread(length)]
-            assert assert_refused_or_the_same(whole, cuts) > 0.9 * len(cuts)
+        if kind == "WEBP":
+            cuts = [short_webp(whole, shorter) for shorter in spread(struct.unpack("<I", whole[16:20])[0])]
+        else:
+            cuts = [whole[:length] + b"\xff\xd9" for length in spread(len(whole) - 4, 100)]
+            cuts += [whole[:length] + bytes(len(whole) - length) for length in spread(len(whole) - 4)]
+        assert assert_refused_or_the_same(whole, cuts) > 0.9
 
 
 # ------------------------------------------------------------------------------------------------- files that are whole
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16), (33, 17)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 17)])
 def test_every_kind_of_jpeg_that_is_whole_is_taken(mode: str, size: tuple[int, int]) -> None:
-    for image in ("noise", "smooth", "black", "grey"):
-        for quality in (1, 75, 100):
-            for subsampling in (0, 1, 2):
-                for more in ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}):
-                    made = picture(image).resize(size)
-                    options = {"quality": quality, "subsampling": subsampling, **more}
-                    assert pixels(file_of(made, "JPEG", mode, **options)) is not None, (image, options)
+    kinds = ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2})
+    for image, quality, subsampling, more in product(("noise", "grey"), (1, 100), (0, 1, 2), kinds):
+        options = {"quality": quality, "subsampling": subsampling, **more}
+        assert pixels(file_of(picture(image).resize(size), "JPEG", mode, **options)) is not None, (image, options)
 
 
 def test_what_follows_the_end_of_an_image_does_not_count() -> None:
     for kind in ("PNG", "JPEG", "GIF", "BMP"):
         whole = file_of(picture(), kind)
-        after = pixels(whole + b"\xff\xd8 and more")
-        np.testing.assert_array_equal(after, pixels(whole))
+        np.testing.assert_array_equal(pixels(whole + b"\xff\xd8 and more"), pixels(whole))
 
 
 # ---------------------------------------------------------------------------------------------- training and predicting
 
-SHORT: dict[str, Callable[[], bytes]] = {
-    "a.png": lambda: short_png(5),
-    "a.gif": lambda: short_gif(200),
-    "a.jpg": lambda: file_of(picture(), "JPEG")[:-500] + b"\xff\xd9",
-}
 
-
-@pytest.mark.parametrize("name", SHORT)
-def test_neither_training_nor_predict_takes_an_image_that_is_not_all_there(root: Path, name: str) -> None:
-    path = root / "train/owl" / name
-    path.write_bytes(SHORT[name]())
-    with pytest.raises(InputError, match=r"one of the train images .* is (incomplete|damaged)") as caught:
-        open_dataset(f"folder:{root}", root).train()
-    assert name not in str(caught.value)
-    assert name in caught.value.private_detail
-    with pytest.raises(InputError, match=rf"{name} is (incomplete|damaged)"):  # not private: it is named
-        read_unlabelled([path], None, (32, 32, 3))
+def test_neither_training_nor_predict_takes_an_image_that_is_not_all_there(root: Path) -> None:
+    short = {f"a.{kind.lower()}": taller(file_of(picture(), kind), kind) for kind in ("PNG", "GIF", "JPEG")}
+    for name, content in short.items():
+        path = root / "train/owl" / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"one of the train images .* is (incomplete|damaged)") as caught:
+            open_dataset(f"folder:{root}", root).train()
+        assert name not in str(caught.value)
+        assert name in caught.value.private_detail
+        with pytest.raises(InputError, match=rf"{name} is (incomplete|damaged)"):  # not private: it is named
+            read_unlabelled([path], None, (32, 32, 3))
+        path.unlink()
 
 
 def test_compressions_that_hide_missing_pixels_are_refused_by_name(tmp_path: Path) -> None:

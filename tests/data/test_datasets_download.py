@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import socket
-import urllib.error
 import urllib.request
 
 import pytest
@@ -17,7 +16,13 @@ FETCHED = [name for name in KNOWN if name != "digits"]
 
 
 @pytest.mark.parametrize("name", FETCHED)
-def test_missing_files_are_named_without_a_network(tmp_path, name, monkeypatch):
+def test_files_are_missing_and_there_is_no_network(tmp_path, name, monkeypatch, capsys):
+    before = socket.getdefaulttimeout()
+    with pytest.raises(InputError, match="could not be downloaded") as caught:
+        open_dataset(name, tmp_path / "new", download=True).require()
+    assert "check the network" in caught.value.fix
+    assert capsys.readouterr().out == ""
+    assert socket.getdefaulttimeout() == before
     monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("nobody asked for a download"))
     dataset = open_dataset(name, tmp_path)
     for ask in (dataset.require, dataset.train, dataset.test, dataset.fingerprint):
@@ -34,16 +39,6 @@ def test_missing_test_file_is_noticed_before_training(tmp_path, small_sets):
     (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match="t10k-labels-idx1-ubyte missing"):
         open_dataset("mnist", tmp_path).train()
-
-
-@pytest.mark.parametrize("name", FETCHED)
-def test_download_without_a_network(tmp_path, name, capsys):
-    before = socket.getdefaulttimeout()
-    with pytest.raises(InputError, match="could not be downloaded") as caught:
-        open_dataset(name, tmp_path / "new", download=True).require()
-    assert "check the network" in caught.value.fix
-    assert capsys.readouterr().out == ""
-    assert socket.getdefaulttimeout() == before
 
 
 def test_download_fetches_then_reads(tmp_path, monkeypatch, capsys, small_sets):
@@ -67,8 +62,7 @@ def test_download_fetches_then_reads(tmp_path, monkeypatch, capsys, small_sets):
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(OSError(errno.ENOSPC, "No space left"), StorageError), (PermissionError(errno.EACCES, "no"), StorageError),
-     (TimeoutError("timed out"), InputError), (ConnectionResetError(104, "reset"), InputError),
+    [(OSError(errno.ENOSPC, "No space left"), StorageError), (TimeoutError("timed out"), InputError),
      (RuntimeError("File not found or corrupted."), InputError), (KeyboardInterrupt(), KeyboardInterrupt),
      (ZeroDivisionError(), ZeroDivisionError)],
 )  # fmt: skip
@@ -81,11 +75,9 @@ def test_what_can_go_wrong_in_a_download(tmp_path, monkeypatch, error, kind):
         open_dataset("svhn", tmp_path, download=True).train()
 
 
-def test_list(tmp_path, monkeypatch):
+def test_list(tmp_path):
+    (tmp_path / "cifar10.npz").touch()
     rows = {row.name: row for row in list_datasets(tmp_path)}
     assert list(rows) == list(KNOWN)
-    assert [name for name, row in rows.items() if row.available] == ["digits"]
-    assert rows["cifar10"].size == "32×32×3"
-    assert (rows["cifar10"].train_examples, rows["cifar10"].classes) == (50000, 10)
-    (tmp_path / "cifar10.npz").touch()
-    assert {row.name for row in list_datasets(tmp_path) if row.available} == {"digits", "cifar10"}
+    assert [name for name, row in rows.items() if row.available] == ["digits", "cifar10"]
+    assert (rows["cifar10"].size, rows["cifar10"].train_examples, rows["cifar10"].classes) == ("32×32×3", 50000, 10)

@@ -17,9 +17,6 @@ from dprandp.errors import InputError
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def write_npz(small_sets, path: Path, spec: DataSpec, names: str) -> None:
     content = {}
     for split in ("train", "test"):
@@ -154,33 +151,20 @@ def test_eurosat_files(tmp_path, small_sets):
 # --- real files, where they are ---------------------------------------------------------------------------------------
 
 
-def real(name: str):
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "pneumoniamnist"])
+def test_real_files_against_their_own_library(name, split):
     if KNOWN[name].missing(DATA):
         pytest.skip(f"{name} is not in the data root")
-    return open_dataset(name, DATA)
-
-
-def test_real_cifar10():
-    train = real("cifar10").train()
-    assert train.images.shape == (50000, 32, 32, 3)
-    assert np.bincount(train.labels).tolist() == [5000] * 10
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_real_fashion_mnist_against_torchvision(split):
+    import medmnist
     from torchvision import datasets
 
-    got = getattr(real("fashion-mnist"), split)()
-    expected = datasets.FashionMNIST(str(DATA), train=split == "train", download=False)
-    np.testing.assert_array_equal(got.images[..., 0], expected.data.numpy())
-    np.testing.assert_array_equal(got.labels, expected.targets.numpy())
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_real_pneumoniamnist_against_medmnist(split):
-    import medmnist
-
-    got = getattr(real("pneumoniamnist"), split)()
-    expected = medmnist.PneumoniaMNIST(root=str(DATA), split=split, download=False)
-    np.testing.assert_array_equal(got.images[..., 0], expected.imgs)
-    np.testing.assert_array_equal(got.labels, expected.labels[:, 0])
+    got = getattr(open_dataset(name, DATA), split)()
+    if name == "fashion-mnist":
+        expected = datasets.FashionMNIST(str(DATA), train=split == "train", download=False)
+        images, labels = expected.data.numpy(), expected.targets.numpy()
+    else:
+        expected = medmnist.PneumoniaMNIST(root=str(DATA), split=split, download=False)
+        images, labels = expected.imgs, expected.labels[:, 0]
+    np.testing.assert_array_equal(got.images[..., 0], images)
+    np.testing.assert_array_equal(got.labels, labels)

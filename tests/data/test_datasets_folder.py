@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dprandp.data import open_dataset
-from dprandp.errors import InputError, UsageError
+from dprandp.errors import InputError
 
 SECRET = "patient-4711"
 
@@ -20,8 +20,8 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def opened(root: Path, **options: object):
-    return open_dataset(f"folder:{root}", root, **options)
+def opened(root: Path):
+    return open_dataset(f"folder:{root}", root)
 
 
 def test_pixels_labels_and_order(root):
@@ -30,7 +30,6 @@ def test_pixels_labels_and_order(root):
     assert (dataset.spec.train_examples, dataset.spec.test_examples) == (6, 2)
     assert dataset.spec.image_shape == (32, 32, 3)
     assert not dataset.spec.flip_ok
-    assert opened(root, flip_ok=True).spec.flip_ok
     train, test = dataset.train(), dataset.test()
     np.testing.assert_array_equal(train.images, [picture(seed) for seed in range(6)])
     np.testing.assert_array_equal(test.images, [picture(seed) for seed in (6, 7)])
@@ -65,38 +64,22 @@ def test_opening_decodes_nothing(root, monkeypatch):
     dataset.train()
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.npy", "x.svg", "x"])
-def test_file_that_is_no_image_by_its_name(root, name):
-    (root / "train/owl" / f"{SECRET}{name}").write_text("?")
-    with pytest.raises(InputError, match="no image by its name") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-    assert SECRET in caught.value.private_detail
-
-
-def test_litter_of_file_managers_is_skipped(root):
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
-        (root / "train/owl" / name).write_text("?")
-        (root / "train" / name).write_text("?")
-    assert opened(root).train().images.shape[0] == 6
-
-
-def test_empty_file_and_nested_folder(root):
-    (root / "train/owl" / f"{SECRET}.png").touch()
-    with pytest.raises(InputError, match="0 bytes") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-    (root / "train/owl" / f"{SECRET}.png").unlink()
-    (root / "train/owl" / f"{SECRET}.png").mkdir()
-    with pytest.raises(InputError, match="no file") as caught:
-        opened(root)
-    assert SECRET not in str(caught.value)
-
-
-def test_named_pipe_does_not_hang(root):
-    os.mkfifo(root / "train/owl/pipe.png")
-    with pytest.raises(InputError, match="no file"):
-        opened(root)
+def test_what_is_no_image_by_its_listing(root):
+    for name, make, said in (
+        ("x.npy", lambda path: path.write_text("?"), "no image by its name"),
+        ("x", lambda path: path.write_text("?"), "no image by its name"),
+        (".png.part", lambda path: path.write_text("?"), "no image by its name"),
+        (".png", Path.touch, "0 bytes"),
+        ("0.png", Path.mkdir, "no file"),
+        ("1.png", os.mkfifo, "no file"),  # and does not hang
+    ):
+        path = root / "train/owl" / f"{SECRET}{name}"
+        make(path)
+        with pytest.raises(InputError, match=said) as caught:
+            opened(root)
+        assert SECRET not in str(caught.value)
+        assert SECRET in caught.value.private_detail
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("where", ["train/owl/link.png", "train/link", "test.txt", "dangling"])
@@ -115,13 +98,6 @@ def test_link_that_leaves_the_folder(root, where):
     with pytest.raises(InputError, match="symbolic link") as caught:
         opened(root)
     assert SECRET not in str(caught.value).replace(str(root), "")
-
-
-def test_train_folder_that_is_a_link_elsewhere(root):
-    (root / "train").rename(root.parent / "elsewhere")
-    (root / "train").symlink_to(root.parent / "elsewhere")
-    with pytest.raises(InputError, match="symbolic link"):
-        opened(root)
 
 
 def test_link_within_the_folder_and_link_to_the_folder_are_fine(root):
@@ -177,18 +153,12 @@ def test_class_folder_without_training_images(root):
     assert sorted(set(dataset.train().labels.tolist())) == [1, 2]
 
 
-def test_unreadable_file(root, monkeypatch):
+def test_unreadable_file(root):
     dataset = opened(root)
     (root / "train/wren/1.png").unlink()
     with pytest.raises(InputError, match="one of the train images") as caught:
         dataset.train()
     assert "1.png" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [0, -1, 7, 513, 10**9])
-def test_image_size_out_of_range(root, size):
-    with pytest.raises(UsageError, match=str(size)):
-        opened(root, image_size=size)
 
 
 def test_declared_split(root):

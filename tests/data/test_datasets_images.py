@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from dprandp.data import open_dataset
@@ -19,12 +17,12 @@ from dprandp.errors import InputError
 SECRET = "patient-4711"
 
 
-def picture(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def opened(root: Path, **options: object):
-    return open_dataset(f"folder:{root}", root, **options)
+def opened(root: Path):
+    return open_dataset(f"folder:{root}", root)
 
 
 def test_centre_square_is_cut_and_nothing_outside_leaks_in(root):
@@ -32,16 +30,16 @@ def test_centre_square_is_cut_and_nothing_outside_leaks_in(root):
     wide[..., 2] = 255
     wide[:, 30:70] = (200, 10, 0)
     Image.fromarray(wide).save(root / "train/owl/0.png")
-    small = opened(root, image_size=16).train().images[0]
-    assert small.shape == (16, 16, 3)
+    small = opened(root).train().images[0]
+    assert small.shape == (32, 32, 3)
     assert (small == (200, 10, 0)).all()
 
 
 def test_resizing_averages(root):
-    """A 64×64 chequerboard of 2×2 blocks becomes even grey at 16×16: no aliasing."""
-    board = np.kron(np.indices((32, 32)).sum(0) % 2, np.ones((2, 2), int)).astype(np.uint8) * 255
+    """A 128×128 chequerboard of 2×2 blocks becomes even grey at 32×32: no aliasing."""
+    board = np.kron(np.indices((64, 64)).sum(0) % 2, np.ones((2, 2), int)).astype(np.uint8) * 255
     Image.fromarray(board).save(root / "train/owl/0.png")
-    middle = opened(root, image_size=16).train().images[0][2:-2, 2:-2].astype(int)
+    middle = opened(root).train().images[0][2:-2, 2:-2].astype(int)
     assert abs(middle - 127).max() < 12
 
 
@@ -59,44 +57,36 @@ def test_each_image_is_read_by_itself(root):
 )  # fmt: skip
 def test_formats_taken(root, name, mode):
     image = Image.fromarray(picture(99)).convert(mode)
-    image.save(root / "train/owl" / name, **({"lossless": True} if name.endswith("webp") else {}))
+    options: dict = {"lossless": True} if name.endswith("webp") else {}
+    if name == "a.JPG":  # a camera's photograph that stands upright
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 1
+    image.save(root / "train/owl" / name, **options)
     got = opened(root).train().images[3].astype(int)  # "a" sorts after "0" … "2"
     difference = abs(got - np.asarray(image.convert("RGB"), int)).max()
     assert difference == 0 or (name.lower().endswith(("jpg", "jpeg")) and difference > 0)
 
 
-def grey_png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+def png_of(body: bytes, width: int, height: int, bits: int = 8, colour: int = 0) -> bytes:
+    """A PNG that claims a size and kind, and holds what it holds."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-
-
-def sixteen_bit_rgb_png() -> bytes:
-    body = zlib.compress(b"".join(b"\0" + b"\x12\x34" * 3 * 8 for _ in range(8)))
-    content = bytearray(b"\x89PNG\r\n\x1a\n")
-    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")):
-        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return bytes(content)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def write_bad(path: Path, kind: str) -> None:
     image = Image.fromarray(picture(1))
-    if kind == "rotated":
+    if kind in ("rotated", "rotated-png"):
         exif = Image.Exif()
         exif[0x0112] = 6
-        image.save(path.with_suffix(".jpg"), exif=exif)
-    elif kind == "rotated-png":
-        exif = Image.Exif()
-        exif[0x0112] = 3
-        image.save(path, exif=exif)
+        image.save(path if kind == "rotated-png" else path.with_suffix(".jpg"), exif=exif)
     elif kind == "grey-16":
         Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(path)
     elif kind == "rgb-16":
-        path.write_bytes(sixteen_bit_rgb_png())
+        path.write_bytes(png_of(b"".join(b"\0" + b"\x12\x34" * 24 for _ in range(8)), 8, 8, 16, 2))
     elif kind == "float":
         Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(path.with_suffix(".tif"))
     elif kind == "cmyk":
@@ -105,28 +95,19 @@ def write_bad(path: Path, kind: str) -> None:
         image.convert("RGBA").save(path)
     elif kind == "palette-transparent":
         image.convert("P").save(path, transparency=0)
-    elif kind == "animated":
-        image.save(path.with_suffix(".gif"), save_all=True, append_images=[Image.fromarray(picture(2))])
-    elif kind == "pages":
-        image.save(path.with_suffix(".tif"), save_all=True, append_images=[Image.fromarray(picture(2))])
+    elif kind in ("animated", "pages"):
+        more = [Image.fromarray(picture(2))]
+        image.save(path.with_suffix(".gif" if kind == "animated" else ".tif"), save_all=True, append_images=more)
     elif kind == "bomb":
-        path.write_bytes(grey_png_header(60_000, 60_000))
+        path.write_bytes(png_of(bytes(100), 60_000, 60_000))
     elif kind == "large":
-        path.write_bytes(grey_png_header(8_000, MAX_PIXELS // 8_000 + 1))
+        path.write_bytes(png_of(bytes(100), 8_000, MAX_PIXELS // 8_000 + 1))
     elif kind == "corrupt":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20)
-    elif kind == "text":
-        path.write_text("hello")
     elif kind == "script":
         path.with_suffix(".jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     elif kind == "other-format":
         image.save(path, format="PPM")  # one that Pillow could read, behind a name that promises another
-    elif kind == "truncated":
-        image.save(path)
-        path.write_bytes(path.read_bytes()[:-600])
-    elif kind == "truncated-jpeg":
-        image.save(path.with_suffix(".jpg"))
-        path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:-300])
 
 
 @pytest.mark.parametrize(
@@ -134,8 +115,7 @@ def write_bad(path: Path, kind: str) -> None:
     [("rotated", "rotated"), ("rotated-png", "rotated"), ("grey-16", "16-bit"), ("rgb-16", "16-bit"),
      ("float", "float"), ("cmyk", "CMYK"), ("alpha", "transparent"), ("palette-transparent", "transparent"),
      ("animated", "animated"), ("pages", "pages"), ("bomb", "damaged"), ("large", "50 million"),
-     ("corrupt", "damaged"), ("text", "damaged"), ("script", "damaged"), ("other-format", "damaged"),
-     ("truncated", "damaged"), ("truncated-jpeg", "damaged")],
+     ("corrupt", "damaged"), ("script", "damaged"), ("other-format", "damaged")],
 )  # fmt: skip
 def test_refused_image_is_not_named(root, kind, says):
     write_bad(root / "train" / "wren" / f"{SECRET}.png", kind)
@@ -147,30 +127,3 @@ def test_refused_image_is_not_named(root, kind, says):
     assert "wren" not in str(caught.value)
     assert SECRET in caught.value.private_detail
     dataset.test()  # its own files are fine
-
-
-def test_camera_photograph_that_stands_upright_is_taken(root):
-    exif = Image.Exif()
-    exif[0x0112] = 1
-    exif[0x010F] = "a camera"
-    Image.fromarray(picture(1)).save(root / "train/owl/photo.jpg", exif=exif)
-    assert opened(root).train().images.shape[0] == 7
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from(["a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp"]))
-def test_damaged_file_is_decoded_or_refused_but_never_a_crash(tmp_path, data, name):
-    path = tmp_path / name
-    Image.fromarray(picture(3, 9, 11)).save(path)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    try:
-        images = read_images([path], 8, "the images")
-    except InputError as error:
-        told = str(error)
-    else:
-        told = ""
-        assert images.shape == (1, 8, 8, 3)
-    assert name not in told

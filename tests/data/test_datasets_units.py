@@ -41,8 +41,11 @@ def named(name: str, column: str | None = None) -> Any:
     return open_dataset(name, Path("data"), unit_column=column)
 
 
-@pytest.mark.parametrize("values", [PATIENTS, np.array([7, 3, 7, 9, 3, 7]), PATIENTS.astype("S3"), PATIENTS[:, None]])
-@pytest.mark.parametrize("asked", ["patient", "patient_train"])
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [(PATIENTS, "patient"), (np.array([7, 3, 7, 9, 3, 7]), "patient"), (PATIENTS.astype("S3"), "patient_train"),
+     (PATIENTS[:, None], "patient"), (np.array(["b", " a", "b ", "c", "a ", "b"]), "patient")],
+)  # fmt: skip
 def test_images_with_equal_values_are_one_unit(npz, values, asked):
     dataset = named(npz(patient_train=values), asked)
     units = dataset.grouping()
@@ -60,22 +63,15 @@ def test_groups_train_is_used_unless_each_image_is_asked_for(npz):
     assert named(npz()).spec.unit == "one image"
 
 
-def test_space_around_a_name_makes_no_second_unit(npz):
-    assert named(npz(p=np.array([" a", "a ", "a", "b", "b", "b"])), "p").spec.train_units == 2
-
-
 BAD: dict[str, tuple[np.ndarray, str]] = {
-    "floats": (np.arange(6.0), "must be integers or text"),
     "nan": (np.full(6, np.nan), "must be integers or text"),
     "truth values": (np.zeros(6, bool), "must be integers or text"),
     "too short": (np.arange(5), r"int64 \[5\] for 6 images"),
-    "too long": (np.arange(8), r"int64 \[8\] for 6 images"),
     "two columns": (np.zeros((6, 2), int), r"\[6, 2\] for 6 images"),
     "objects": (PATIENTS.astype(object), "object array"),
     "minus one": (np.array([1, 2, 3, -1, 2, 3]), "missing values"),
     "text nan": (np.array(["a", "nan", "b", "c", "a", "b"]), "missing values"),
     "empty text": (np.array(["a", " ", "b", "c", "a", "b"]), "missing values"),
-    "None": (np.array(["a", "None", "b", "c", "a", "b"]), "missing values"),
 }
 
 
@@ -138,12 +134,9 @@ def test_units_csv_is_used_where_it_is(folder):
 
 
 def test_units_csv_in_a_folder_with_a_list_of_test_files(folder):
-    flat = folder.parent / "flat"
-    for split in ("train", "test"):
-        for path in (folder / split).rglob("*.png"):
-            target = flat / path.relative_to(folder / split)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    for path in (folder / "test").rglob("*.png"):
+        path.rename(folder / "train" / path.relative_to(folder / "test"))
+    flat = (folder / "train").rename(folder.parent / "flat")
     (flat / "test.txt").write_text("cat/c-1.png\ndog/a-3.png\n")
     (flat / "units.csv").write_text("unit,file\nu,cat/a-1.png\nu,cat/b-1.png\nv,dog/a-2.png\n")
     assert named(f"folder:{flat}").grouping().of_image.tolist() == [0, 0, 1]

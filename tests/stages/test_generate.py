@@ -17,7 +17,7 @@ from PIL import Image
 from stage_processes import Stages, stage_server
 
 from dprandp.errors import CheckpointError
-from dprandp.generate import _spread, load_images, read_manifest
+from dprandp.generate import load_images, open_images, read_manifest
 from dprandp.runs.files import file_sha256
 from dprandp.synth import render_block
 from dprandp.vision.images import contact_sheet
@@ -48,19 +48,11 @@ def whole(stages, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------ what is written
 
 
-def test_the_files_and_the_result(whole):
+def test_the_files_the_result_and_the_manifest(whole):
     run, files, result = whole
     assert sorted(files) == ["manifest.json", "preview.png", *(f"shard-0000{n}.npy" for n in range(4))]
-    assert {key: result[key] for key in ("process", "count", "resolution")} == {
-        "process": "dead-leaves", "count": 320, "resolution": 8
-    }  # fmt: skip
-    assert result["images_per_second"] > 0
-    assert result["seconds"] > 0
+    assert (result["process"], result["count"], result["resolution"]) == ("dead-leaves", 320, 8)
     assert (run / "1-generate" / "config.toml").is_file()
-
-
-def test_the_manifest_is_true(whole):
-    run, files, _ = whole
     manifest = read_manifest(run / "1-generate")
     assert {key: manifest[key] for key in LEAVES} == LEAVES
     assert [shard["count"] for shard in manifest["shards"]] == [100, 100, 100, 20]
@@ -103,28 +95,23 @@ def test_the_public_stages_load_neither_privacy_nor_data_sets(stages):
     assert [name for name in loaded if name.startswith(("dprandp.privacy", "dprandp.data"))] == []
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_number_of_workers_writes_the_same_bytes(stages, whole, tmp_path, workers):
-    stages.must("generate", tmp_path, LEAVES, workers=workers)
-    assert shards(tmp_path) == whole[1]
+def test_any_number_of_workers_writes_the_same_bytes_and_another_seed_others(stages, whole, tmp_path):
+    stages.must("generate", tmp_path / "two", LEAVES, workers=2)
+    assert shards(tmp_path / "two") == whole[1]
+    stages.must("generate", tmp_path / "other", {**LEAVES, "seed": 5})
+    assert all(data != whole[1][name] for name, data in shards(tmp_path / "other").items())
 
 
-def test_another_seed_writes_others(stages, whole, tmp_path):
-    stages.must("generate", tmp_path, {**LEAVES, "seed": 5})
-    assert all(data != whole[1][name] for name, data in shards(tmp_path).items())
-
-
-@pytest.mark.parametrize("fault", ["shard-written:1", "shard-written:3", "temp-written:5"])
+@pytest.mark.parametrize("fault", ["shard-written:1", "temp-written:5"])
 def test_killed_and_resumed_is_uninterrupted_byte_for_byte(stages, whole, tmp_path, fault):
     assert stages.run("generate", tmp_path, LEAVES, fault=fault).code == KILLED
     before = {name: (tmp_path / "1-generate" / name).stat().st_mtime_ns for name in shards(tmp_path) if "shard" in name}
     kept = [name for name in before if not name.startswith(".")]
     assert 1 <= len(kept) < 4
-    result = stages.must("generate", tmp_path, LEAVES)
+    stages.must("generate", tmp_path, LEAVES)
     assert shards(tmp_path) == whole[1]
     for name in kept:  # only the missing ones were made
         assert (tmp_path / "1-generate" / name).stat().st_mtime_ns == before[name]
-    assert result["images_per_second"] > 0
 
 
 def test_a_finished_stage_is_skipped(stages, whole):
@@ -268,21 +255,18 @@ def test_a_shard_that_is_a_pickle_is_not_opened(copied):
     np.load(path, allow_pickle=True)  # positive control: it is one
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, b"", b"{", b"[1, 2]", b"{}", b"\xff\xfe", b'{"shards": [1]}', b'{"shards": []}',
-     b'{"shards": [{"file": "../x.npy", "sha256": "0"}]}'],
-)  # fmt: skip
-def test_a_damaged_manifest_is_named(copied, content):
+def test_a_damaged_manifest_is_named(copied):
     path = copied / "manifest.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"manifest\.json") as caught:
-        load_images(copied)
-    assert "dprandp generate --overwrite" in caught.value.fix
+    elsewhere = b'{"shards": [{"file": "../x.npy", "sha256": "0"}]}'
+    for content in (b"", b"[1, 2]", b"{}", b"\xff\xfe", b'{"shards": [1]}', b'{"shards": []}', elsewhere, None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json") as caught:
+            load_images(copied)
+        assert "dprandp generate --overwrite" in caught.value.fix
 
 
 @pytest.mark.parametrize("from_end", [False, True])
-@pytest.mark.parametrize("limit", [1, 3, 4, 79, 81, 200, 319, 320, 1000])
+@pytest.mark.parametrize("limit", [1, 3, 79, 81, 319, 1000])
 def test_a_limit_takes_evenly_from_all_shards(copied, limit, from_end):
     blocks = [np.load(copied / f"shard-0000{n}.npy") for n in range(4)]
     quotas = [0, 0, 0, 0]
@@ -291,13 +275,4 @@ def test_a_limit_takes_evenly_from_all_shards(copied, limit, from_end):
             if quotas[shard] < len(blocks[shard]) and sum(quotas) < limit:
                 quotas[shard] += 1
     parts = [block[len(block) - n :] if from_end else block[:n] for block, n in zip(blocks, quotas, strict=True)]
-    assert np.array_equal(load_images(copied, limit, from_end=from_end), np.concatenate(parts))
-
-
-def test_spread_of_many_shards():
-    counts = _spread([100] * 60, 100)
-    assert sorted(set(counts)) == [1, 2]
-    assert sum(counts) == 100
-    assert _spread([400] * 10, 4000) == [400] * 10
-    assert _spread([5, 0, 2], None) == [5, 0, 2]
-    assert _spread([3], 0) == [0]
+    assert np.array_equal(np.concatenate(open_images(copied, limit, from_end=from_end)), np.concatenate(parts))
