@@ -7,11 +7,20 @@ torch, for gradients and for other devices; a test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
-compiled = njit(fastmath=True, nogil=True, cache=True)
-"""``nogil``: threads with an image each run side by side. ``fastmath``: sums may be reordered, as in every BLAS."""
+
+
+def compiled(loop: Callable) -> Callable:
+    """``nogil``: threads run it side by side. ``fastmath``: sums may be reordered, as in every BLAS."""
+    settings = {"nogil": True, "fastmath": True}
+    try:
+        return njit(cache=True, **settings)(loop)
+    except RuntimeError:  # no folder for the cache can be written: each process compiles
+        return njit(**settings)(loop)
 
 
 @compiled

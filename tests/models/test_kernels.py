@@ -1,5 +1,6 @@
 """The compiled loops of patch layers, against the same arithmetic in plain torch."""
 
+import numba.core.caching
 import pytest
 import torch
 from torch.nn import functional
@@ -40,3 +41,10 @@ def test_windows(side: int, filters: int) -> None:
     found = torch.full(wanted.shape, torch.nan)
     kernels.window_roots(responses.numpy(), side, THRESHOLD, FLOOR, found.numpy())
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_folder_for_the_cache_each_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    assert kernels.compiled(lambda x: x + 1)(1) == 2
+    with pytest.raises(RuntimeError):
+        numba.njit(cache=True)(lambda x: x + 1)
