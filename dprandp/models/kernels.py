@@ -13,7 +13,6 @@ import numpy as np
 from numba import njit
 
 
-
 def compiled(loop: Callable) -> Callable:
     """``nogil``: threads run it side by side. ``fastmath``: sums may be reordered, as in every BLAS."""
     settings = {"nogil": True, "fastmath": True}
