@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dprandp.models import kernels
 from dprandp.models.precision import full_precision
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
@@ -42,27 +43,29 @@ ROOT_FLOOR = 0.01
 TILE = 400
 """Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
 
-ROWS = 1000
-"""Positions handled together in ``extract``: of one image in the first layer, of several where a layer has few."""
 
-GROUP = 16
-"""Images whose patches are held together in ``extract``."""
+def region_profiles(positions: int) -> Tensor:
+    """Weights of the first half of a side, its second half, and its middle, for so many positions: [positions, 3].
+
+    The halves overlap between 1/4 and 3/4 of the side. Each column has sum 1.
+    """
+    places = (torch.arange(positions) + 0.5) / positions
+    first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
+    middle = torch.exp(-(((places - 0.5) / CENTRE) ** 2) / 2)
+    profiles = torch.stack([first, 1 - first, middle], dim=1)
+    return profiles / profiles.sum(dim=0)
 
 
 def region_weights(positions: int) -> Tensor:
-    """Regions to average responses over: four quarters that overlap between 1/4 and 3/4 of each side, and a centre.
+    """Regions to average responses over: four overlapping quarters, and a centre that fades out.
 
     As no region has a hard border, averages change little when an object moves a little; experiment in
     ``scripts/README.md``, "Regions". For so many positions of patches per side: float32 [5, positions**2], each row of
     sum 1.
     """
-    places = (torch.arange(positions) + 0.5) / positions
-    first = torch.cos(math.pi / 2 * (2 * places - 0.5).clamp(0, 1)).square()
-    middle = torch.exp(-(((places - 0.5) / CENTRE) ** 2) / 2)
-    halves = torch.stack([first, 1 - first])
-    quarters = torch.einsum("ai,bj->abij", halves, halves).flatten(0, 1)
-    weights = torch.cat([quarters, torch.outer(middle, middle)[None]]).flatten(1)
-    return weights / weights.sum(dim=1, keepdim=True)
+    first, second, middle = region_profiles(positions).t()
+    pairs = [(first, first), (first, second), (second, first), (second, second), (middle, middle)]
+    return torch.stack([torch.outer(down, across).flatten() for down, across in pairs])
 
 
 class PatchLayer(nn.Module):
@@ -88,6 +91,7 @@ class PatchLayer(nn.Module):
         self.register_buffer("basis", torch.eye(patch_dims, width))
         self.register_buffer("centre", torch.zeros(patch_dims))
         self.register_buffer("pooling", region_weights(positions), persistent=False)
+        self.register_buffer("profiles", region_profiles(positions), persistent=False)
         self.feature_dim = 2 * len(self.pooling) * filters
 
     def whitened(self, patches: Tensor) -> Tensor:
@@ -105,29 +109,23 @@ class PatchLayer(nn.Module):
         return torch.stack([positive, negative], dim=1)
 
     @torch.no_grad()
-    def thresholded_rows(self, patches: Tensor, columns: Tensor, out: Tensor) -> None:
-        """The same numbers several times faster, on a CPU: the responses of a tile stay in the cache.
+    def thresholded_rows(self, patches: Tensor, columns: Tensor, room: Tensor, out: Tensor) -> None:
+        """The same numbers of one image, several times faster, on a CPU: a tile's responses stay in the cache.
 
         Args:
-            patches: float32 [b, L, d], patch after patch. columns: [r, F], the filters' transpose, contiguous.
-            out: [b, 2, R, F], to be filled.
+            patches: float32 [L, d], patch after patch. columns: [r, F], the filters' transpose, contiguous.
+            room: [L TILE] or more, overwritten: fresh memory for each tile would take as long as its pooling.
+            out: [2, R, F], to be filled.
         """
-        at_once, tile = max(1, ROWS // patches.shape[1]), min(TILE, len(self.weight))
-        room = torch.empty(2, min(at_once, len(patches)) * patches.shape[1] * tile)
-        for some, filled in zip(patches.split(at_once), out.split(at_once), strict=True):
-            whitened = torch.addmm(-self.centre, some.flatten(0, 1), self.basis.t())
-            for start in range(0, len(self.weight), tile):
-                chosen = slice(start, start + tile)
-                bias = self.bias[chosen]
-                count = len(whitened) * len(bias)
-                responses, thresholded = (half[:count].view(len(whitened), len(bias)) for half in room)
-                torch.addmm(bias, whitened, columns[:, chosen], out=responses)
-                by_image = thresholded.view(len(some), -1, len(bias))
-                # max(r, t) - t = relu(r - t), and the mean of max(r, t) minus t is that of relu: one pass, not two
-                torch.clamp(responses, min=THRESHOLD, out=thresholded)
-                filled[:, 0, :, chosen] = (self.pooling @ by_image).sub_(THRESHOLD)
-                torch.clamp(responses, max=-THRESHOLD, out=thresholded)
-                filled[:, 1, :, chosen] = (self.pooling @ by_image).add_(THRESHOLD).neg_()
+        whitened = torch.addmm(-self.centre, patches, self.basis.t())
+        for start in range(0, len(self.weight), TILE):
+            tile = slice(start, start + TILE)
+            bias = self.bias[tile]
+            responses = room[: len(whitened) * len(bias)].view(len(whitened), len(bias))
+            torch.addmm(bias, whitened, columns[:, tile], out=responses)
+            sums, means = torch.empty(6, len(bias)), torch.empty(2, len(self.pooling), len(bias))
+            kernels.pooled(responses.numpy(), self.profiles.numpy(), THRESHOLD, sums.numpy(), means.numpy())
+            out[..., tile] = means
 
 
 class PatchExtractor:
@@ -171,21 +169,19 @@ class PatchExtractor:
         widths = [layer.feature_dim for layer in self.chain]
 
         def work(part: int, parts: int) -> None:
-            own_images, own_rows = images[part::parts].split(GROUP), out[part::parts].split(GROUP)
-            for group, rows in zip(own_images, own_rows, strict=True):
-                patches: Tensor | None = None
-                for layer, filters, own in zip(self.chain, columns, rows.split(widths, dim=1), strict=True):
-                    if patches is None:
-                        patches = torch.stack([layer.pixel_rows(image) for image in self.normalise(group)])
-                    else:
-                        patches = torch.stack([layer.lift_rows(one) for one in patches])
-                    layer.thresholded_rows(patches, filters, own.unflatten(1, (2, -1, filters.shape[1])))
-                # rounding may leave a mean of zeros just below zero
-                rows.clamp_(min=0).add_(ROOT_FLOOR).sqrt_()
+            room = torch.empty(max(layer.positions for layer in self.chain) ** 2 * TILE)
+            for image, row in zip(self.normalise(images[part::parts]), out[part::parts], strict=True):
+                patches = self.chain[0].pixel_rows(image)
+                for layer, filters, own in zip(self.chain, columns, row.split(widths), strict=True):
+                    if layer is not self.chain[0]:
+                        patches = layer.lift_rows(patches)
+                    layer.thresholded_rows(patches, filters, room, own.unflatten(0, (2, -1, filters.shape[1])))
+                row.add_(ROOT_FLOOR).sqrt_()
 
         with full_precision(images.device):
             in_parts(work, min(torch.get_num_threads(), len(images)))
         return out
+
 
 class PatchNet(PatchExtractor, PatchLayer):
     """A dictionary over patches of pixels.
@@ -213,10 +209,9 @@ class PatchNet(PatchExtractor, PatchLayer):
 
     def pixel_rows(self, image: Tensor) -> Tensor:
         """The same of one image, float32 [3, H, W] in [0, 1], patch after patch: [L, d]."""
-        windows = image.unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
-        patches = windows.permute(1, 2, 0, 3, 4).reshape(self.positions**2, -1)
-        patches = patches - patches.mean(dim=1, keepdim=True)
-        return patches.div_(patches.square().mean(dim=1, keepdim=True).add_(1e-12).sqrt_().add_(CONTRAST_FLOOR))
+        rows = torch.empty(self.positions**2, self.basis.shape[1])
+        kernels.normalised_patches(image.numpy(), self.patch_size, self.stride, CONTRAST_FLOOR, rows.numpy())
+        return rows
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
@@ -290,22 +285,14 @@ class ResponseLayer(PatchLayer):
 
     @torch.no_grad()
     def lift_rows(self, below: Tensor) -> Tensor:
-        """The same of one image, faster on a CPU: [L, d] to [L', d'], patch after patch.
-
-        With the channels last, windows are sums of whole rows of memory.
-        """
-        side, filters = self.below_positions, len(self.map_weight)
-        responses = torch.addmm(self.map_bias, below, self.map_weight.t()).view(side, side, filters)
-        thresholded = torch.clamp(responses, min=THRESHOLD)  # relu(r - t) + t, as in ``thresholded_rows``
-        positive = window_means(thresholded)
-        maps = positive.new_empty(*positive.shape[:2], 2 * filters)
-        torch.sub(positive, THRESHOLD - ROOT_FLOOR, out=maps[..., :filters])
-        torch.clamp(responses, max=-THRESHOLD, out=thresholded)
-        torch.sub(window_means(thresholded).neg_(), THRESHOLD - ROOT_FLOOR, out=maps[..., filters:])
-        maps = maps.clamp_(min=ROOT_FLOOR).sqrt_().flatten(0, 1)
-        channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t())
-        windows = channels.view(*positive.shape[:2], -1).unfold(0, RESPONSE_PATCH, 1)
-        patches = windows.unfold(1, RESPONSE_PATCH, 1).reshape(self.positions**2, -1)
+        """The same of one image, faster on a CPU: [L, d] to [L', d'], patch after patch."""
+        responses = torch.addmm(self.map_bias, below, self.map_weight.t())
+        side = self.positions + RESPONSE_PATCH - 1
+        maps = torch.empty(side**2, 2 * responses.shape[1])
+        kernels.window_roots(responses.numpy(), self.below_positions, THRESHOLD, ROOT_FLOOR, maps.numpy())
+        channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t()).view(side, side, -1)
+        windows = channels.unfold(0, RESPONSE_PATCH, 1).unfold(1, RESPONSE_PATCH, 1)
+        patches = windows.reshape(self.positions**2, -1)
         return patches.div_(patches.norm(dim=1, keepdim=True).div_(math.sqrt(patches.shape[1])).add_(LENGTH_FLOOR))
 
 
@@ -321,12 +308,6 @@ class DeepPatchNet(PatchExtractor, nn.Module):
     @property
     def chain(self) -> tuple[PatchLayer, ...]:
         return (self.first, self.second)
-
-
-def window_means(maps: Tensor) -> Tensor:
-    """``avg_pool2d(maps, 3, 2)`` of float [S, S, channels]."""
-    rows = (maps[:-2:2] + maps[1:-1:2]).add_(maps[2::2])
-    return (rows[:, :-2:2] + rows[:, 1:-1:2]).add_(rows[:, 2::2]).div_(WINDOW**2)
 
 
 def positions_above(positions: int) -> int:

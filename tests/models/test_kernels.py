@@ -1,0 +1,50 @@
+"""The compiled loops of patch layers, against the same arithmetic in plain torch."""
+
+import numba.core.caching
+import pytest
+import torch
+from torch.nn import functional
+
+from dprandp.models import kernels
+from dprandp.models.patchnet import CONTRAST_FLOOR, normalise_patches, region_profiles, region_weights
+
+THRESHOLD, FLOOR = 0.25, 0.01
+
+
+@pytest.mark.parametrize(("size", "stride"), [(6, 1), (5, 2), (1, 1)])
+def test_patches(size: int, stride: int) -> None:
+    image = torch.rand(3, 17, 17)
+    image[:, :8, :8] = 0.5  # flat patches stay flat
+    wanted = normalise_patches(functional.unfold(image[None], size, stride=stride))[0].t()
+    found = torch.full(wanted.shape, torch.nan)
+    kernels.normalised_patches(image.numpy(), size, stride, CONTRAST_FLOOR, found.numpy())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "filters"), [(2, 1), (3, 5), (11, 37), (27, 400)])
+def test_regions(side: int, filters: int) -> None:
+    """Sides that three divides, and others."""
+    responses = torch.randn(side**2, filters)
+    weights = region_weights(side)
+    wanted = torch.stack([weights @ functional.relu(sign * responses - THRESHOLD) for sign in (1, -1)])
+    found = torch.full(wanted.shape, torch.nan)
+    sums = torch.full((6, filters), torch.nan)
+    kernels.pooled(responses.numpy(), region_profiles(side).numpy(), THRESHOLD, sums.numpy(), found.numpy())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "filters"), [(3, 1), (7, 16), (10, 5), (27, 33)])
+def test_windows(side: int, filters: int) -> None:
+    responses = torch.randn(side**2, filters)
+    both = torch.cat([responses - THRESHOLD, -responses - THRESHOLD], dim=1).t().unflatten(1, (side, side))
+    wanted = functional.avg_pool2d(functional.relu(both), 3, 2).add(FLOOR).sqrt().flatten(1).t()
+    found = torch.full(wanted.shape, torch.nan)
+    kernels.window_roots(responses.numpy(), side, THRESHOLD, FLOOR, found.numpy())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_folder_for_the_cache_each_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    assert kernels.compiled(lambda x: x + 1)(1) == 2
+    with pytest.raises(RuntimeError):
+        numba.njit(cache=True)(lambda x: x + 1)
