@@ -96,7 +96,7 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
         UsageError: no such prior, or a configuration file that sets one of the two stages.
         CheckpointError: the prior's files are damaged.
     """
-    from dprandp.priors import public_stages
+    from dprandp import priors
 
     prior, file = str(options.prior), options.config
     if file is not None and (tables := [name for name in ("generate", "pretrain") if read_toml(file).get(name)]):
@@ -104,8 +104,8 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
             f"{file} sets {tables[0]}, which the prior {prior} sets too",
             fix=f"take the table [{tables[0]}] out of the file, or leave --prior out",
         )
-    probe = resolve(rundir, "probe", options, given, shipped.public_stages(prior))
-    return shipped.public_stages(prior, probe.statistics_images)
+    probe = resolve(rundir, "probe", options, given, priors.public_stages(prior))
+    return priors.public_stages(prior, probe.statistics_images)
 
 
 def refuse_made(prior: str, **given: Any) -> None:
