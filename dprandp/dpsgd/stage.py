@@ -45,7 +45,7 @@ CONTINUE = "continue"
 
 @dataclass(frozen=True)
 class PrivateStage:
-    """A private stage on named data, within the run's budget. It has read no private pixel."""
+    """A private stage on named data, within the run's budget. To open one reads no private pixel."""
 
     name: str  # as the ledger calls it: 'tune', 'continue', 'probe', 'finetune' or 'finetune.head'
     dataset: Dataset  # named, not read
@@ -103,8 +103,9 @@ class PrivateStage:
             path = rundir.privacy_dir / ledger_file(rundir).name
             with storage_errors(path, "replace"):
                 path.unlink(missing_ok=True)  # at most a header without charges: see name_private_stage
-            sealed, options = sealed_budget(document), _ledger_options(self.context)
-            ledger = Ledger.create(path, self.spec.train_units, _data_unit(self.spec), budget=sealed, **options)
+            unit, sealed = self.spec.unit.removeprefix("one "), sealed_budget(document)
+            options = _ledger_options(self.context)
+            ledger = Ledger.create(path, self.spec.train_units, unit, budget=sealed, **options)
         document["stages"][self.name] = {
             "attempt": self.attempt,
             "started": _started(rundir, self.name),
@@ -261,11 +262,6 @@ def _plans(rundir: RunDir) -> dict[str, dict[str, Any]]:
     return (read_plan_file(rundir) or {"stages": {}})["stages"]
 
 
-def _data_unit(spec: DataSpec) -> str:
-    """The unit as the ledger's header names it: ``image``, or ``patient (column patient_train)``."""
-    return spec.unit.removeprefix("one ")
-
-
 def _started(rundir: RunDir, name: str) -> str | None:
     """When the stage was begun; a plan of an earlier beginning does not count."""
     return next((row["started"] for row in rundir.status() if row["stage"] == name), None)
@@ -297,11 +293,6 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
         dataset.require()
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
         return PrivateStage(name, dataset, budget, context)
-    if ledger.data_unit != _data_unit(spec):
-        raise CheckpointError(
-            f"{ledger_file(rundir)} is of another unit of privacy than {plan_file(rundir)}",
-            fix="restore the run's privacy folder from a copy",
-        )
     return PrivateStage(name, dataset, budget, context, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
 
 
