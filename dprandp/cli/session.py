@@ -144,8 +144,8 @@ def require_data(config: PrivateConfig, options: Options) -> None:
     ).require()  # fmt: skip
 
 
-def context(rundir: RunDir, console: Console, options: Options, device: str | None = None):
-    """The context of a stage, from flags; ``device`` overrides the flag's.
+def context(rundir: RunDir, console: Console, options: Options):
+    """The context of a stage, from flags.
 
     Raises:
         UsageError: a flag out of its range.
@@ -153,11 +153,10 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
     from dprandp.runs.context import Context, prepare_device
     from dprandp.runs.parallel import ALONE
 
-    device = options.device if device is None else device
     workers, seed, batch = options.workers, options.insecure_seed, options.microbatch
     ranks = together.ranks or ALONE
     if ranks.size > 1:
-        together.refuse_flags(device, workers)
+        together.refuse_flags(options.device, workers)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
     if seed is not None and seed < 0:
@@ -169,7 +168,7 @@ def context(rundir: RunDir, console: Console, options: Options, device: str | No
     return Context(
         rundir=rundir,
         console=console,
-        device=prepare_device(device),
+        device=prepare_device(options.device),
         data_dir=options.data_dir,
         download=options.download,
         workers=workers or len(os.sched_getaffinity(0)),
@@ -188,7 +187,6 @@ def stage_command(
     *,
     create: bool = False,
     fitting: Mapping[str, Any] | None = None,
-    device: str | None = None,
 ) -> None:
     """Run one stage, after the stages that a shipped prior replaces, and print its result; or print its plan.
 
@@ -196,7 +194,6 @@ def stage_command(
         following: from the stage's result to the command to suggest next.
         create: whether the run may be a new one.
         fitting: see ``resolve``.
-        device: instead of the flag's.
     """
     options, given = call.options, call.given[stage]
     told = console(options)
@@ -205,7 +202,7 @@ def stage_command(
         if options.prior is not None:
             public = public_stages(rundir, options, given if stage == "probe" else {})
         config = public.get(stage) or resolve(rundir, stage, options, given, public, fitting)
-        made = context(rundir, told, options, device)
+        made = context(rundir, told, options)
         if options.plan:
             from dprandp.pipeline import plan as planning
 

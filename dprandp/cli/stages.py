@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +25,8 @@ def generate(call: Call) -> None:
     [dim]dprandp generate[/dim]
     [dim]dprandp generate --process dead-leaves --count 20000 --resolution 64 --run runs/leaves[/dim]
     """
-    session.stage_command("generate", call, lambda result: "pretrain", create=True, device="cpu")
+    on_cpu = Call(call.given, replace(call.options, device="cpu"))
+    session.stage_command("generate", on_cpu, lambda result: "pretrain", create=True)
 
 
 @flags.command(app, "Stages", of_settings("pretrain"), (*flags.STAGE, "prior", "device"))
