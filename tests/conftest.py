@@ -32,6 +32,15 @@ def seeded_torch():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in one order, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["1", "0"], ids=["bfloat16-unit", "no-bfloat16-unit"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Pretend either kind of processor; a command started with this environment pretends too."""

@@ -34,15 +34,9 @@ class Classifier(nn.Module):
             return self.whitener(features.to(self.head.dtype)) @ self.head
 
     @torch.no_grad()
-    def predict(self, images: Tensor, *, mirror: bool, on_batch=lambda count: None) -> Tensor:
+    def predict(self, images: Tensor, *, mirror: bool) -> Tensor:
         """Scores of uint8 [N, 3, 32, 32], without gradients: float32 [N, classes] on the CPU.
 
         ``mirror`` averages the features of an image and its mirror image (only where mirroring keeps the label).
         """
-        return extract(
-            self.extractor,
-            images,
-            mirror=mirror,
-            after=lambda features: self.whitener(features) @ self.head,
-            on_batch=on_batch,
-        )
+        return extract(self.extractor, images, mirror=mirror, after=lambda found: self.whitener(found) @ self.head)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 for folder in ("cli", "stages", "faults"):
     path = str(Path(__file__).parents[1] / folder)
@@ -15,6 +16,14 @@ for folder in ("cli", "stages", "faults"):
         sys.path.append(path)
 
 from cli_process import Dprandp, arrays  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
 
 SETTINGS = """
 [generate]

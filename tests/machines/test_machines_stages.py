@@ -35,13 +35,6 @@ ODD = BATCH + 1
 WIDE = {"arch": "wrn-10-1", "random_init": True}
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def odd_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Training images of which the last batch of an extraction has one."""

@@ -37,13 +37,6 @@ BATCH = 8
 COUNTS = (0, 1, 2, BATCH + 1)
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["surrounded by autocast", "alone"])
 def surroundings(request: pytest.FixtureRequest) -> contextlib.AbstractContextManager:
     """What a caller's own autocast must not change."""

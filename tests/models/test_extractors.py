@@ -17,16 +17,9 @@ from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.privacy.clipping import per_example_gradients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES = ["patchnet", "two-layer", "wrn-10-1", "vit-1-16-16"]
 TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(arch, seed=0, **options):

@@ -15,17 +15,10 @@ from dprandp.pretrain import contrastive
 from dprandp.pretrain.contrastive import ContrastiveTrainer, learning_rate, train
 from dprandp.synth import render_block
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = PretrainConfig(
     arch="wrn-10-1", steps=12, batch_size=8, lr=0.05, projection_hidden=32, projection_dim=16, momentum=0.9
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The wavelet StyleGANs: the rank-one renderer against a dense StyleGAN2 with the same draws; laws of the draws."""
+"""The StyleGANs: renderers against dense networks with the same draws; laws of the draws, wavelets and pink noise."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from PIL import Image
+from scipy import ndimage, stats
 from torch.nn import functional
 
-from dprandp.synth import stylegan
-from dprandp.synth.stylegan import HIGHFREQ, ORIENTED, SPARSE, ConvDraws, ImageDraws, Network, Variant
+from dprandp.synth import stylegan, stylegan_random
+from dprandp.synth.stylegan import (
+    HIGHFREQ,
+    ORIENTED,
+    SPARSE,
+    ConvDraws,
+    ImageDraws,
+    Network,
+    Variant,
+    area_resize,
+    base_wavelets,
+    draw_pink_noise,
+    enveloped_pink_noise,
+    lanczos_matrix,
+    pink_spectrum_noise,
+    sign_wavelets,
+    wavelets,
+)
+from dprandp.synth.stylegan_random import RandomNetwork
 
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 4.0
 FIR_2D = FIR[:, None] * FIR[None, :]
@@ -236,3 +254,194 @@ def test_images_are_structured_and_varied() -> None:
     assert np.median(np.abs(images[..., 0].astype(float) - images[..., 1]).mean(axis=(1, 2))) > 15.0  # not grey
     flat = images.reshape(20, -1).astype(float)
     assert np.abs(np.corrcoef(flat) - np.eye(20)).max() < 0.95  # no image twice
+
+
+# ------------------------------------------------------------------------------------------------------------- wavelets
+
+
+def rotated_centre(image: np.ndarray, degrees: float) -> np.ndarray:
+    rotated = ndimage.rotate(image, degrees, reshape=False, order=1, mode="nearest")
+    centre = rotated[4:7, 4:7]
+    return centre - centre.mean()
+
+
+def literal_step() -> np.ndarray:
+    step = np.ones((11, 11))
+    step[:, 5] = 0.0
+    step[:, 6:] = -1.0
+    return step
+
+
+def literal_line() -> np.ndarray:
+    line = np.ones((11, 11))
+    line[:, 5] = -1.0
+    return line
+
+
+def test_edges_and_lines_equal_rotated_images() -> None:
+    """The sense of rotation does not matter for the set of forty, but it must be one of the two."""
+    base, everything = base_wavelets(), wavelets()
+    for orientation in range(8):
+        for offset, image in ((0, literal_step()), (8, literal_line())):
+            own = base[offset + orientation]
+            both = [rotated_centre(image, sign * 22.5 * orientation) for sign in (1, -1)]
+            assert min(np.abs(own - candidate).max() for candidate in both) < 1e-9
+            assert max(np.abs(everything - candidate).max(axis=(1, 2)).min() for candidate in both) < 1e-9
+            half_way = [rotated_centre(image, sign * 22.5 * orientation + 11.25) for sign in (1, -1)]  # control
+            assert min(np.abs(own - wrong).max() for wrong in half_way) > 0.05
+
+
+def test_forty_different_wavelets_in_negated_pairs() -> None:
+    everything = wavelets()
+    assert everything.shape == (40, 3, 3)
+    np.testing.assert_array_equal(everything[20:], -everything[:20])
+    distance = np.abs(everything[:, None] - everything[None]).max(axis=(2, 3)) + np.eye(40)
+    assert distance.min() > 0.05
+
+
+def test_the_four_unoriented_ones() -> None:
+    delta, centre_against_rest, plus, signed_plus = base_wavelets()[16:]
+    np.testing.assert_array_equal(delta, [[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(centre_against_rest, [[-1, -1, -1], [-1, 1, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(plus, [[0, 1, 0], [1, 1, 1], [0, 1, 0]])
+    np.testing.assert_array_equal(signed_plus, [[-1, 1, -1], [1, 1, 1], [-1, 1, -1]])
+
+
+def test_sign_wavelets_equal_the_signs_of_rotated_images() -> None:
+    """Sixteen edges round the circle, eight lines with both signs, four others with both signs: forty."""
+    everything = sign_wavelets()
+    assert everything.shape == (40, 3, 3)
+    assert set(np.unique(everything)) == {-1.0, 0.0, 1.0}
+    found = set()
+    for orientation in range(16):
+        edge = np.sign(np.round(rotated_centre(literal_step(), 22.5 * orientation), 6))
+        line = ndimage.rotate(literal_line(), 22.5 * orientation, reshape=False, order=1, mode="nearest")
+        line = np.sign(np.round(line[4:7, 4:7], 6))
+        for wanted in (edge, line, -line):
+            matches = np.flatnonzero((everything == wanted).all(axis=(1, 2)))
+            assert len(matches) >= 1
+            found |= set(matches)
+    assert found | {16, 17, 18, 19, 36, 37, 38, 39} == set(range(40))
+    np.testing.assert_array_equal(everything[20:], -everything[:20])
+    np.testing.assert_array_equal(everything[16:20], np.concatenate([base_wavelets()[16:]]))
+    assert not (everything == wavelets()).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- pink noise
+
+RESOLUTION = 32
+
+
+def white_noise(count: int) -> torch.Tensor:
+    random = np.random.default_rng(3)
+    return torch.from_numpy(random.standard_normal((count, RESOLUTION, RESOLUTION)))
+
+
+def amplitude_slope(image: np.ndarray) -> float:
+    """Least-squares slope of log |F| against log r over every frequency but 0."""
+    frequency = np.fft.fftfreq(RESOLUTION) * RESOLUTION
+    radius = np.hypot(frequency[:, None], frequency[None, :]).ravel()[1:]
+    amplitude = np.abs(np.fft.fft2(image)).ravel()[1:]
+    return np.polyfit(np.log(radius), np.log(amplitude), 1)[0]
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
+def test_slope_is_minus_the_exponent(exponent: float) -> None:
+    white = white_noise(3)
+    pink = pink_spectrum_noise(white, torch.full((3,), exponent, dtype=torch.float64)).numpy()
+    for before, after in zip(white.numpy(), pink, strict=True):
+        assert amplitude_slope(after) == pytest.approx(-exponent, abs=1e-6)
+        assert abs(amplitude_slope(before)) < 0.2  # control: the measure finds no slope in white noise
+        assert after.mean() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_envelope_equals_pillow_lanczos() -> None:
+    grid = np.random.default_rng(0).laplace(size=(4, 4)).astype(np.float32)
+    matrix = lanczos_matrix(RESOLUTION, 4).numpy()
+    wanted = np.asarray(Image.fromarray(grid).resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS))
+    np.testing.assert_allclose(matrix @ grid @ matrix.T, wanted, atol=1e-4)
+    other = np.asarray(Image.fromarray(grid).resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC))
+    assert np.abs(wanted - other).max() > 0.02  # control
+
+
+def test_envelope_multiplies_the_noise_of_drawn_maps_of_unit_deviation() -> None:
+    white, exponent = white_noise(1), torch.ones(1, dtype=torch.float64)
+    envelope = torch.zeros(1, 4, 4, dtype=torch.float64)
+    envelope[0, 0, 0] = 1.0
+    noise = enveloped_pink_noise(white, exponent, envelope)[0].numpy()
+    assert np.std(noise[:8, :8]) > 20 * np.std(noise[-8:, -8:])
+    unevenness = []
+    for enveloped in (True, False):
+        maps = draw_pink_noise(np.random.default_rng(0), 200, RESOLUTION, enveloped).numpy()
+        assert maps.dtype == np.float32
+        np.testing.assert_allclose(maps.std(axis=(1, 2)), 1.0, atol=1e-4)
+        assert np.abs(np.corrcoef(maps.reshape(200, -1)) - np.eye(200)).max() < 0.95
+        energy = (maps**2).reshape(200, 2, 16, 2, 16).mean(axis=(2, 4)).reshape(200, 4)
+        unevenness.append(float(np.median(energy.std(axis=1) / energy.mean(axis=1))))
+    assert unevenness[0] > 1.5 * unevenness[1]
+
+
+def test_area_resize_averages_squares() -> None:
+    maps = white_noise(2)
+    small = area_resize(maps, 8).numpy()
+    wanted = maps.numpy().reshape(2, 8, 4, 8, 4).mean(axis=(2, 4))
+    np.testing.assert_allclose(small, wanted, atol=1e-12)
+    assert area_resize(maps, RESOLUTION) is maps
+
+
+# ------------------------------------------------------------------------------------------------------ stylegan-random
+
+
+def dense_random(network: RandomNetwork, latents: torch.Tensor, index: int) -> torch.Tensor:
+    """One image with its own modulated and demodulated filters, in double precision."""
+    latents = latents[:, index].double()
+    x = network.constant.double()[None]
+    image, rgb_layer = None, 0
+    for layer, filters in enumerate(network.filters):
+        style = network.affines[layer].double() @ latents[layer] + 1.0
+        weight = filters.double() * style[None, :, None, None]
+        weight = weight / torch.sqrt(weight.square().sum(dim=(1, 2, 3), keepdim=True))
+        if network.upsamples[layer]:
+            x = filter_padded(functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 1, 1)
+        else:
+            x = functional.conv2d(x, weight, padding=1)
+        x = 2.0**0.5 * functional.relu(x)
+        if not network.upsamples[layer]:
+            style = network.rgb_affines[rgb_layer].double() @ latents[layer + 1] + 1.0
+            weights = network.rgb_weights[rgb_layer].double() * style / len(style) ** 0.5
+            rgb = functional.conv2d(x, weights[:, :, None, None])
+            if image is not None:
+                zeros = torch.zeros_like(rgb)
+                zeros[:, :, ::2, ::2] = image
+                rgb = rgb + filter_padded(zeros, 2, 1)
+            image, rgb_layer = rgb, rgb_layer + 1
+    return image[0]
+
+
+def test_equals_filters_formed_for_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stylegan_random, "MAX_CHANNELS", 12)
+    random = np.random.default_rng(0)
+    network = stylegan_random.draw_network(random, 32)
+    latents = torch.from_numpy(random.standard_normal((len(network.filters) + 1, 3, 512), dtype=np.float32))
+    images = stylegan_random.synthesise(network, latents)
+    assert images.shape == (3, 3, 32, 32)
+    for index in range(3):
+        wanted = dense_random(network, latents, index)
+        assert (images[index] - wanted).abs().max() < 1e-4 * wanted.std()
+    assert (images[0] - wanted).abs().max() > 0.1 * wanted.std()  # control: another image
+
+
+def test_networks_have_the_published_shape_but_for_their_width() -> None:
+    network = stylegan_random.draw_network(np.random.default_rng(0), 64)
+    assert network.upsamples == [False, *[True, False] * 4]
+    assert {filters.shape for filters in network.filters} == {(64, 64, 3, 3)}
+    values = torch.cat([filters.flatten() for filters in network.filters])
+    assert abs(float(values.std()) - 1.0) < 0.01
+    assert [weights.shape for weights in network.rgb_weights] == [(3, 64)] * 5
+
+
+def test_images_are_smooth_blobs() -> None:
+    grey = stylegan_random.render(np.random.default_rng(1), 20, 16).mean(axis=3)
+    neighbours = [np.corrcoef(image[:, 1:].ravel(), image[:, :-1].ravel())[0, 1] for image in grey]
+    assert np.median(neighbours) > 0.7
+    assert np.abs(np.corrcoef(grey.reshape(len(grey), -1)) - np.eye(len(grey))).max() < 0.98
