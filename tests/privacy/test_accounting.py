@@ -264,6 +264,11 @@ def test_order_and_splitting_of_events_do_not_matter():
     assert merge_events([GaussianEvent(1.0, 0.1, 0)]) == []
 
 
+def test_composition_is_at_least_as_large_as_each_part():
+    parts = [GaussianEvent(9.0, 0.1, 100), GaussianEvent(40.0, 1.0, 30)]
+    assert compose(parts, 1e-5).upper > max(compose([part], 1e-5).upper for part in parts)
+
+
 def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert compose([], 1e-5).upper == 0
     assert compose([GaussianEvent(0.0, 0.1, 1), GaussianEvent(9.0, 0.1, 1)], 1e-5).upper == math.inf
