@@ -114,12 +114,18 @@ def test_refused_after_a_finetune(dprandp: Dprandp, run_after: RunAfter, stages:
         refuses(dprandp, run, "status", "report", "finetune afresh", "predict", "audit")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def leave_the_results_alone(run: Path) -> None:
+    LOSSES["the head forgotten"](run)
+    shutil.rmtree(run / "privacy")
+    shutil.rmtree(run / "model")
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), leave_the_results_alone], ids=[*LOSSES, "the results left alone"])
 def test_status_check_sees_it(
-    run_after: RunAfter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+    run_after: RunAfter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[[Path], object]
 ) -> None:
     run = run_after("probe")
-    LOSSES[loss](run)
+    loss(run)
     monkeypatch.setattr(check, "_arithmetic", lambda device: Check("arithmetic", "ok", ""))
     checks = check.examine(run, tmp_path)
     assert exit_code(checks) == 4
@@ -195,6 +201,7 @@ def test_overwrite_does_not_make_the_run_forget(dprandp: Dprandp, run_after: Run
     done = dprandp(*again, DPRANDP_FAULT="update-applied:1")
     assert done.code == -9, done.err
     assert json.loads((run / "run.json").read_text())["stages"]["probe"]["result"] == {}
+    shutil.rmtree(run / "model")  # which would tell as well
     for loss in ("the header alone", "no folder"):
         LOSSES[loss](run)
         refused(dprandp(*again), 4, "ledger")
@@ -221,7 +228,10 @@ def test_a_model_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfter
     text = config.read_text()
     config.write_text(re.sub(r'"epsilon": [0-9.]+', '"epsilon": 0.01', text))
     refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "config.json")
-    config.write_text(re.sub(r'"ledger_head": "[0-9a-f]+"', f'"ledger_head": "{"0" * 64}"', text))
+    config.write_text(text)
+    edit(config, lambda document: document["result"].update(ledger_head="0" * 64))
+    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "not in this run's ledger")
+    edit(config, lambda document: document["result"].pop("ledger_head"))
     refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "not in this run's ledger")
 
 

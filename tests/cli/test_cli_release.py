@@ -196,7 +196,11 @@ def test_a_damaged_model_is_refused(model_alone: Path, name: str) -> None:
 
 
 def test_export_to_a_folder_that_works_by_itself(
-    dprandp: Dprandp, run_after: RunAfter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    dprandp: Dprandp,
+    run_after: RunAfter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     run, out = run_after("finetune"), tmp_path / "out"
     (run / "model" / "notes.txt").write_text("not releasable")
