@@ -757,7 +757,7 @@ STAGES = (
          "    if model is not None and not ledger.includes(model):\n",
          "    if False:\n",
          "test_cli_lost_ledger.py::test_a_backup_that_is_older_than_the_model_is_refused"),
-    _row("an edited record of paid tuning is shown again",
+    _row("an edited record of private tuning is shown again",
          "    if seal is None or seal.digest != _digest(record):\n",
          "    if seal is None:\n",
          "test_tune.py::test_an_edited_record_is_not_shown_again"),

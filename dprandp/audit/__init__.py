@@ -302,8 +302,8 @@ def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: 
     for name, plan in plans.items():
         attempt = document["stages"][name]["attempt"]
         if isinstance(plan, SelectionPlan):
-            paid = [one.event for one in ledger.tunings if (one.stage, one.attempt) == (name, attempt)]
-            found.append({"name": f"{name}: the ledger holds the plan's selection", "passed": paid == [plan.event]})
+            charged = [one.event for one in ledger.tunings if (one.stage, one.attempt) == (name, attempt)]
+            found.append({"name": f"{name}: the ledger holds the plan's selection", "passed": charged == [plan.event]})
             continue
         mine = [charge for charge in ledger.charges if (charge.stage, charge.attempt) == (name, attempt)]
         planned = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)

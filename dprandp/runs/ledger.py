@@ -116,7 +116,7 @@ def open_run_ledger(
 
 
 def _model_head(rundir: RunDir) -> str | None:
-    """The line of the ledger that the released model says it was paid for by; None where there is no such model."""
+    """The line of the ledger that the released model says it was charged by; None where there is no such model."""
     path = rundir.path / "model" / "config.json"
     result = (read_object(path) or {}).get("result") if path.is_file() else None
     head = result.get("ledger_head") if isinstance(result, dict) else None

@@ -21,7 +21,7 @@ from dprandp.runs.ledger import open_run_ledger
 RECORD, SETTINGS = "tune.json", "tuned.toml"
 SYNTHETIC, PRIVATE = "synthetic", "private"
 TUNE = "tune"
-"""As the ledger calls paid tuning."""
+"""As the ledger calls private tuning."""
 FORMAT = 1
 _NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
@@ -50,15 +50,15 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     )
 
 
-def seal_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:
-    """Keep the hash of what paid tuning is about to report in the ledger; the run's lock must be held."""
+def seal_tuning(rundir: RunDir, record: Mapping[str, Any]) -> None:
+    """Keep the hash of what private tuning is about to report in the ledger; the run's lock must be held."""
     ledger = open_run_ledger(rundir, write=True)
     ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
     rundir.keep_ledger_head(ledger.head)
 
 
-def refuse_other_than_paid(rundir: RunDir, record: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless this is what the run's last paid tuning reported: its ε is shown again."""
+def refuse_other_tuning(rundir: RunDir, record: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless this is what the run's last private tuning reported: its ε is shown again."""
     ledger = open_run_ledger(rundir)
     seal = None if ledger is None else ledger.seals.get(TUNE)
     if seal is None or seal.digest != _digest(record):

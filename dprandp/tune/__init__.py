@@ -17,7 +17,7 @@ from dprandp.errors import UsageError
 from dprandp.pretrain import EXTRACTOR_STAGES, require_extractor
 from dprandp.runs.context import Context
 from dprandp.runs.directory import frozen
-from dprandp.runs.tuning import PRIVATE, read_tuning, refuse_other_than_paid, seal_paid, write_tuning
+from dprandp.runs.tuning import PRIVATE, read_tuning, refuse_other_tuning, seal_tuning, write_tuning
 from dprandp.tune.private import choose_privately
 from dprandp.tune.public import choose_publicly
 from dprandp.tune.settings import TuneConfig, private_data
@@ -44,7 +44,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     if before is not None:
         if _alike(frozen(before["asked"]), asked):
             if tune.on == PRIVATE:
-                refuse_other_than_paid(context.rundir, before)
+                refuse_other_tuning(context.rundir, before)
             return {"stage": STAGE, **before}
         raise UsageError(
             f"this run was tuned before, on {before['on']}, for other settings",
@@ -56,7 +56,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     record = {"on": tune.on, "trials": tune.trials, "chosen": settings, **record, "asked": asked}
     kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
     if tune.on == PRIVATE:
-        seal_paid(context.rundir, record)
+        seal_tuning(context.rundir, record)
     write_tuning(context.rundir, record, kept | settings)
     return {"stage": STAGE, **record}
 
