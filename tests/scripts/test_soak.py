@@ -52,14 +52,14 @@ def test_many_sequences(world: soak.World, tmp_path: Path, index: int) -> None:
 # ------------------------------------------------------------------------------------------------ what must be flagged
 
 # From the third charge of a process on nothing is written, and the process believes that it was.
-UNPAID = """
+UNCHARGED = """
 from dprandp.privacy import ledger
 real, count = ledger.Ledger._append, [0]
-def append(self, charge, notes):
+def append(self, charge, **notes):
     count[0] += isinstance(charge, ledger.Charge)
     if isinstance(charge, ledger.Charge) and count[0] > 2:
         return self._take(charge)
-    return real(self, charge, notes)
+    return real(self, charge, **notes)
 ledger.Ledger._append = append
 """
 
@@ -98,8 +98,8 @@ ledger.Ledger.includes = lambda self, head: True
 """
 
 
-def test_steps_that_are_not_paid_for_are_flagged(make: Make) -> None:
-    made = make(UNPAID)
+def test_steps_that_are_not_charged_are_flagged(make: Make) -> None:
+    made = make(UNCHARGED)
     assert probe(made).code == 0
     assert any("status shows ε" in problem for problem in made.observer.problems)
     assert any("5 releases of probe, 2 steps in the ledger" in problem for problem in made.observer.problems)
