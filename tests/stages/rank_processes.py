@@ -67,10 +67,9 @@ def of_rank_0(size: int, work: Callable[..., Any], *given: Any) -> Any:
 @contextlib.contextmanager
 def context_of(ranks: Ranks, run: Path, **options: Any) -> Iterator[Context]:
     """A context on a run: locked on rank 0, for reading elsewhere."""
-    if ranks.is_first:
-        RunDir.open(run, create=True)
+    made = RunDir.open(run, create=True) if ranks.is_first else None
     ranks.first(lambda: None)  # the folder is there
-    rundir = RunDir.open(run, create=False)
+    rundir = made or RunDir.open(run, create=False)
     with rundir.lock() if ranks.is_first else contextlib.nullcontext():
         yield Context(
             rundir=rundir, console=Console(quiet=True), device=torch.device("cpu"), data_dir=run.parent, ranks=ranks,
