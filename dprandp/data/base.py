@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,12 @@ class Dataset:
         """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
 
         It identifies a run's data under any name. It is itself a function of private data (it can confirm a guess at
-        the whole set), so it belongs under ``private/``.
+        the whole set), so it belongs under ``private/``. Computed once, from the images that are kept in memory.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         train = self.train()
         digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
         digest.update(np.ascontiguousarray(train.images).data)
@@ -168,6 +173,10 @@ class Dataset:
 
     def image_fingerprint(self) -> str:
         """SHA-256 (hex) of the training images in any order, without labels and units; as private as they."""
+        return self._image_fingerprint
+
+    @cached_property
+    def _image_fingerprint(self) -> str:
         images = self.train().images
         digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
         digest.update(b"".join(sorted(image_digests(images))))
