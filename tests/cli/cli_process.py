@@ -1,11 +1,13 @@
 """Commands of ``dprandp`` in real processes, without paying for the import of torch each time.
 
-A server imports the package once and forks a child per command. A child is a process like any other: it has its own
-exit code, gets signals, can be given a limit on file sizes, and dies alone.
+A server imports the package once for all tests of this process, and forks a child per command. A child is a process
+like any other: it has its own exit code, gets signals, can be given a limit on file sizes, and dies alone.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+STAGES = Path(__file__).resolve().parents[1] / "stages"
 TIMEOUT = 180.0
 """Seconds after which a command is taken to hang."""
 
@@ -46,6 +49,9 @@ import torch._dynamo, torchvision.datasets, matplotlib.figure, matplotlib.backen
 from dprandp.cli import main
 
 torch.set_num_threads(1)
+sys.path.append(sys.argv[1])
+import compiled_loops
+sys.path.pop()
 sys.argv = ["dprandp", "status", "--run", os.devnull]  # once for nothing: loads what is only loaded on use
 try:
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
@@ -141,20 +147,30 @@ class Running:
         return Done(code, self._out.read_text(), self._err.read_text())
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Started for the first command; it ends with this process."""
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(STAGES)], stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
+    )
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait(TIMEOUT)
+
+    atexit.register(end)
+    return server
+
+
 class Dprandp:
     """``dprandp(*arguments)`` runs a command to its end, in a working directory; ``scratch`` is for its output."""
 
     def __init__(self, scratch: Path, folder: Path) -> None:
         self._scratch, self._folder, self._count = scratch, folder, 0
-        pipe = subprocess.PIPE
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
-        )
 
     def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(TIMEOUT)
-        self._server.stdout.close()
+        """Nothing is left open: the server is everybody's."""
 
     def start(
         self,
@@ -186,9 +202,10 @@ class Dprandp:
         return self.start(*arguments, **options).end()
 
     def _ask(self, request: Any) -> Any:
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        server = _server()
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
 
 def subprocess_dprandp(*arguments: object, folder: Path, before: str = "") -> Done:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ steps = 5
 
 [finetune]
 steps = 3
+refit_steps = 6
 """
 
 
@@ -42,10 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dprandp(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Dprandp]:
-    server = Dprandp(tmp_path_factory.mktemp("output"), folder)
-    yield server
-    server.close()
+def dprandp(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Dprandp:
+    return Dprandp(tmp_path_factory.mktemp("output"), folder)
 
 
 @pytest.fixture(scope="session")

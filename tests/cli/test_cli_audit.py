@@ -90,7 +90,9 @@ def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> No
     assert not any(str(value) in done.out for value in values)
 
 
-@pytest.mark.parametrize(("stage", "fault"), [("probe", WEAK_NOISE), ("finetune", NO_CLIP)])
+@pytest.mark.parametrize(
+    ("stage", "fault"), [("probe", WEAK_NOISE), pytest.param("finetune", NO_CLIP, marks=pytest.mark.slow)]
+)
 def test_a_fault_in_the_package_ends_with_1(dprandp: Dprandp, run_after: RunAfter, stage: str, fault: str) -> None:
     run = run_after(stage)
     done = dprandp("audit", "--run", run, *QUICK, "--no-controls", before=fault)
@@ -141,6 +143,7 @@ def test_a_run_that_protects_units_with_discrete_noise(dprandp: Dprandp, run_aft
     assert [found["replay"]["private_data"] for found in done.json["mechanisms"]] == ["passed"]
 
 
+@pytest.mark.slow  # the audit of a tuning is in tests/audit
 def test_a_run_with_private_tuning(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
     data = ("--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)

@@ -98,8 +98,20 @@ def refuses(dprandp: Dprandp, run: Path, *names: str) -> None:
         assert set(after) - set(before) <= {"privacy", "private/training-data.json"}
 
 
+# Every loss is met by some commands, and every command meets some losses.
+SOME_COMMANDS, SOME_LOSSES = ("status", "finetune", "export"), ("no ledger", "the last line cut", "noise edited")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_refused_after_a_probe(dprandp: Dprandp, run_after: RunAfter, loss: str) -> None:
+    run = run_after("probe")
+    LOSSES[loss](run)
+    refuses(dprandp, run, *(COMMANDS if loss in SOME_LOSSES else SOME_COMMANDS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_refused_by_every_command(dprandp: Dprandp, run_after: RunAfter, loss: str) -> None:
     run = run_after("probe")
     LOSSES[loss](run)
     refuses(dprandp, run, *COMMANDS)

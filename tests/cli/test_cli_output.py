@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli_process import Dprandp, RunAfter, good, refused, subprocess_dprandp
+from cli_process import Dprandp, RunAfter, good, refused
 
 from dprandp.cli import app
 
@@ -197,12 +197,12 @@ def test_a_bug_shows_nothing_private(dprandp: Dprandp, stages: dict[str, Path]) 
 
 
 def test_exit_codes(run_after: RunAfter, folder: Path, dprandp: Dprandp) -> None:
-    """One of them of ``python -m dprandp``; 130 and 143 are in the tests of signals."""
+    """130 and 143 are in the tests of signals, where one is of ``python -m dprandp``."""
     done = dprandp("--version")
     assert (done.code, done.err) == (0, "")
     run = run_after("probe")
     command = ("finetune", "--config", "small.toml", "--run", run)
-    refused(subprocess_dprandp(*command, "--eps", 7, folder=folder), 5, "fixed at ε = 2")
+    refused(dprandp(*command, "--eps", 7), 5, "fixed at ε = 2")
     (run / "run.json").write_text("{")
     refused(dprandp(*command), 4, "run.json is corrupt")
     refused(dprandp("generate", "--run", folder / "tiny.npz" / "x"), 6, "cannot")

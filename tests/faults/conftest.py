@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,10 +32,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 
 @pytest.fixture(scope="session")
-def dprandp(tmp_path_factory: pytest.TempPathFactory, work: Work) -> Iterator[Dprandp]:
-    server = Dprandp(tmp_path_factory.mktemp("output"), work.folder)
-    yield server
-    server.close()
+def dprandp(tmp_path_factory: pytest.TempPathFactory, work: Work) -> Dprandp:
+    return Dprandp(tmp_path_factory.mktemp("output"), work.folder)
 
 
 @pytest.fixture

@@ -17,6 +17,10 @@ from dprandp.config.schema import STAGE_CONFIGS
 from dprandp.privacy.accounting import compose
 
 
+def slow(*values: object) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def kill_and_resume(made: Victim, fault: str) -> dict[str, Any]:
     done = made.command(fault=fault)
     assert done.code == KILLED, f"{fault}: the fault point was not passed so often\n{done.err}"
@@ -26,12 +30,14 @@ def kill_and_resume(made: Victim, fault: str) -> dict[str, Any]:
 
 # Files are written in this order: hashes of the inputs, run.json, configuration, plan, (whitener), (features), metrics,
 # then three a checkpoint; so 4 is the plan and what follows 14 lies among the checkpoints of the probe.
+# One of each kind is fast; the slow tests of test_kills.py take every hit of every point.
 PROBE_FAULTS = [
-    "ledger-appended:7", "ledger-fsynced:16", "update-applied:1", "update-applied:16", "temp-written:4", "renamed:19",
-    "pointer-moved:8",
+    "ledger-appended:7", "update-applied:16", "temp-written:4", "pointer-moved:8",
+    *slow("ledger-fsynced:16", "update-applied:1", "renamed:19"),
 ]  # fmt: skip
 FINETUNE_FAULTS = [
-    "ledger-appended:2", "ledger-fsynced:9", "update-applied:4", "temp-written:7", "renamed:14", "pointer-moved:3",
+    "ledger-fsynced:9", "update-applied:4", "renamed:14",
+    *slow("ledger-appended:2", "temp-written:7", "pointer-moved:3"),
 ]  # fmt: skip
 
 
@@ -103,7 +109,7 @@ def test_10_a_ledger_older_than_its_checkpoint_is_refused(victim: Callable[..., 
     refused(made.command(), 4, "lacks lines that this run has written")
 
 
-@pytest.mark.parametrize("stage", ["probe", "finetune"])
+@pytest.mark.parametrize("stage", ["probe", *slow("finetune")])
 def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], stage: str, tmp_path: Path) -> None:
     made = victim(stage)
     assert made.command(fault="update-applied:3").code == KILLED
@@ -123,7 +129,7 @@ def test_11_changed_settings_or_data_are_refused(victim: Callable[..., Victim], 
     made.assert_finished(made.command("--resume", "--steps", 17))  # the recorded settings, not the new ones
 
 
-@pytest.mark.parametrize("stage", ["probe", "finetune"])
+@pytest.mark.parametrize("stage", ["finetune", *slow("probe")])
 def test_11_sigterm_then_the_same_command(victim: Callable[..., Victim], stage: str) -> None:
     made = victim(stage)
     running = made.start(pause=0.05)
@@ -153,7 +159,7 @@ def test_10_overwrite_after_a_kill_pays_again(victim: Callable[..., Victim]) -> 
     assert result["lost_steps"] == 0
 
 
-@pytest.mark.parametrize("hit", [1, 2, 3])
+@pytest.mark.parametrize("hit", [3, *slow(1, 2)])
 def test_10_an_overwrite_killed_before_its_plan_is_fixed(victim: Callable[..., Victim], hit: int) -> None:
     """Then the old plan, spent to the last step, must not be taken for the new attempt's: it would train nothing."""
     made = victim("probe")

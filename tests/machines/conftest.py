@@ -44,15 +44,14 @@ steps = 4
 
 [finetune]
 steps = 2
+refit_steps = 4
 """
 
 
 @pytest.fixture(scope="session")
-def dprandp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dprandp]:
+def dprandp(tmp_path_factory: pytest.TempPathFactory) -> Dprandp:
     """Commands in a folder that holds small.toml and tiny.npz."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "small.toml").write_text(SETTINGS)
     np.savez(folder / "tiny.npz", **arrays())
-    server = Dprandp(tmp_path_factory.mktemp("output"), folder)
-    yield server
-    server.close()
+    return Dprandp(tmp_path_factory.mktemp("output"), folder)

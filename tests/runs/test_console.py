@@ -205,7 +205,7 @@ def test_log_warnings_arrive_once(capsys: pytest.CaptureFixture[str], package_lo
 
 
 LIBRARIES = (
-    "import opacus.utils.module_utils",
+    pytest.param("import opacus.utils.module_utils", marks=pytest.mark.slow),  # does what the next one does
     "logging.basicConfig(format='%(asctime)s %(message)s', level=logging.INFO)",
     "[logging.getLogger().addHandler(logging.StreamHandler()) for _ in range(2)]",
     "logging.getLogger().setLevel(logging.CRITICAL)",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tiny_run import PROBE, blobs, context, run_continue, run_finetune, run_probe, run_scratch
 
 from dprandp import tune
@@ -78,6 +79,12 @@ KINDS: dict[str, Kind] = {
         "public": "synth", "mix": "cosine", "steps": 3, "noise": "discrete"}, logs=CONTINUED, units=True),
     "tune": Kind(run_tune, "public_run"),
 }  # fmt: skip
+
+
+def kinds_but_slow(*slow: str) -> list:
+    """All kinds, some of them for the slow tests: one test that is fast takes each."""
+    assert set(slow) <= set(KINDS)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in KINDS]
 
 
 def write_records(path: Path, kind: Kind, records: int, seed: int = 0) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,30 @@ from dprandp.runs.parallel import Ranks
 
 SECONDS = 120.0
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "pytest", "dprandp.pipeline", "tiny_run"])
+PROCESSES.set_forkserver_preload([
+    "pytest", "hypothesis", "torch._dynamo", "dprandp.pipeline", "dprandp.tune", "dprandp.audit", "tiny_run",
+    "compiled_loops",
+])  # fmt: skip
 
 
 class FailedRank(Exception):
     """What a rank raised: the name of its class, and its words."""
 
 
+@functools.cache
+def _start_server() -> None:
+    """Start it where it finds the modules of this folder: what cannot be imported is skipped without a word."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
 def on_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Any]:
     """What ``work(ranks, *given)`` returns on each of several ranks; a ``FailedRank`` where it raised something."""
+    _start_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(size)]
     everyone = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Forks a child per request: [stage, run folder, configuration, options]. The child answers with one JSON line; the
-# server adds how it ended: an exit code, or minus a signal. Torch has one thread and was never used before the fork.
+# server adds how it ended: an exit code, or minus a signal. Torch has one thread.
 SERVER = """
 import json, os, sys, traceback
 import torch
@@ -28,6 +28,8 @@ from dprandp import generate, pretrain
 from dprandp.runs.context import Context
 
 torch.set_num_threads(1)
+sys.path.append(sys.argv[1])
+import compiled_loops
 
 def run(stage, folder, config, workers=1, fault=None, **flags):
     os.environ[faults.VARIABLE] = fault or ""
@@ -71,7 +73,7 @@ class Stages:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SERVER]
+        command = [sys.executable, "-c", SERVER, str(Path(__file__).resolve().parent)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

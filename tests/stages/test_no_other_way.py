@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from private_runs import KINDS, Kind, run_kind, write_records
+from private_runs import KINDS, Kind, kinds_but_slow, run_kind, write_records
 
 from dprandp.dpsgd import release, units
 from dprandp.dpsgd.clipped_sums import ClippedSums
@@ -137,7 +137,7 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return [name for name in first if first[name] != second[name]]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", kinds_but_slow("fine-tune and refit", "fine-tune of units"))
 def test_nothing_is_written_that_did_not_pass_the_release(
     request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, name: str
 ) -> None:

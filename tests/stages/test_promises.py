@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tripwire
-from private_runs import KINDS, run_kind, write_records
+from private_runs import KINDS, kinds_but_slow, run_kind, write_records
 from tiny_run import (
     TEST,
     Copy,
@@ -39,7 +39,13 @@ from dprandp.runs.signals import Interrupted, Stop
 # --------------------------------------------------------------------------------------------- 9: no private statistics
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    kinds_but_slow(
+        "fine-tune with discrete noise", "fine-tune of a wrn", "fine-tune with Adam, rescaled",
+        "continue by the decelerator",
+    ),
+)  # fmt: skip
 def test_9_nothing_is_computed_over_private_examples(
     request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, monkeypatch: Patch, name: str
 ) -> None:
