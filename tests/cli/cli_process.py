@@ -187,6 +187,8 @@ class Dprandp:
         """
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{kind}" for kind in ("out", "err"))
+        for path in (out, err):  # for a command that is killed before it opens them
+            path.touch()
         request = {
             "arguments": [str(argument) for argument in arguments],
             "folder": str(folder or self._folder),

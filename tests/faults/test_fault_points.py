@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import Dprandp, Running
 
 from dprandp.errors import UsageError
 from dprandp.runs import checkpoint, faults
@@ -31,23 +30,11 @@ def python(script: str, *arguments: object, fault: str | None = None) -> subproc
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-# Imports torch once and forks a child per request: Python to execute, and names for it. The answer is the process id of
-# the child and, when it has ended, how.
-SERVER = """
-import json, os, sys
+PREPARE = """
+import os
 import torch
 from dprandp.runs import checkpoint, faults
 from dprandp.runs.directory import RunDir
-
-torch.set_num_threads(1)
-for line in sys.stdin:
-    source, names = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        exec(source, globals() | names)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 SAVES = """
 for name, value, fault in saves:
@@ -61,35 +48,23 @@ for name, value, fault in saves:
 class Server:
     """Python in processes that may die."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, dprandp: Dprandp) -> None:
+        self._dprandp = dprandp
 
-    def start(self, source: str, **names: object) -> int:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([source, names]) + "\n")
-        self._process.stdin.flush()
-        return self.end()
-
-    def end(self) -> int:
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
+    def start(self, source: str, **names: object) -> Running:
+        given = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+        return self._dprandp.start(before=PREPARE + given + source + "\nos._exit(0)")
 
     def run(self, source: str, **names: object) -> int:
-        self.start(source, **names)
-        return self.end()
+        return self.start(source, **names).end().code
 
     def save(self, folder: Path, *saves: tuple[str, int, str | None]) -> int:
         return self.run(SAVES, folder=str(folder), saves=saves)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes)
-    with process:
-        yield Server(process)
-        assert process.stdin is not None
-        process.stdin.close()
+@pytest.fixture
+def server(dprandp: Dprandp) -> Server:
+    return Server(dprandp)
 
 
 def assert_whole(folder: Path) -> int:
@@ -159,12 +134,12 @@ def test_checkpoint_survives_kills_at_random_times(tmp_path: Path, server: Serve
     reached = 0
     for _ in range(8):
         saves = [(f"step-{value // 3}", value, None) for value in range(reached + 1, 5000)]
-        child = server.start(SAVES, folder=str(tmp_path), saves=saves)
+        running = server.start(SAVES, folder=str(tmp_path), saves=saves)
         while not (tmp_path / "LATEST").exists():
             time.sleep(0.01)
         time.sleep(0.15 * draw.random())
-        os.kill(child, signal.SIGKILL)
-        assert server.end() == KILLED
+        running.signal(signal.SIGKILL)
+        assert running.end().code == KILLED
         now = assert_whole(tmp_path)
         assert now >= reached
         reached = now

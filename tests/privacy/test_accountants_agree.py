@@ -5,7 +5,7 @@ both sides: our upper bound must not lie below their lower one, and both must ag
 Opacus is an upper bracket. *The accountant class* of dp_accounting, with a mesh of its own, shows that we use the
 library as it is meant: our upper bound must not lie below it by more than its rounding.
 
-The fast test takes a dozen points; the slow one 114 compositions with 3 values of δ each.
+The fast test takes a few points; the slow one 114 compositions with 3 values of δ each.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ COMPOSITIONS: list[Rows] = [rows for rows in [*HOMOGENEOUS, *HETEROGENEOUS] if c
 FAST: list[tuple[Rows, float]] = [
     (((9.2, 0.08192, 875),), 1e-5),
     (((1.0, 0.01, 1000),), 1e-5),
-    (((40.0, 1.0, 60), (12.5, 0.08192, 779)), 1e-5),
     (((30.0, 1.0, 60), (20.0, 1.0, 10), (12.0, 0.05, 100), (2.0, 0.01, 50)), 1e-5),
-    (((0.7, 0.1, 10),), 1e-6),
     (((5.0, 0.9, 20),), 1e-3),
     (((0.6, 1e-3, 100),), 1e-6),
     (((2.0, 1.0, 3),), 1e-5),

@@ -184,6 +184,8 @@ def test_a_line_torn_anywhere_is_repaired_aloud_and_never_counts_more_than_it_co
         assert counted == ("counted" in said[0] or "kept" in said[0])
         if b'"random":"os-entropy",' in data[start:cut]:
             assert counted == 1  # everything that costs can be read: it is charged
+        if cut % 5:
+            continue  # that the ledger goes on is slow to see: not after every cut
         quiet: list[str] = []
         again = Ledger.open(path, warn=quiet.append)
         assert quiet == []

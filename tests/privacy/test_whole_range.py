@@ -270,7 +270,7 @@ def account(arguments: tuple[object, ...]) -> int:
 
 
 def test_the_command_line_answers_everywhere():
-    options = itertools.cycle([("--curve",), ("--adjacency", "replace-one"), ("--group-size", 7), ("--json",)])
+    options = itertools.cycle([("--json",), ("--adjacency", "replace-one"), ("--group-size", 7), ("--curve",)])
     for (sigma, q, steps, delta), more in zip(SANE, options, strict=False):
         arguments = ("--noise-multiplier", sigma, "--sample-rate", q, "--steps", steps, "--delta", delta, *more)
         assert account(arguments) == 0, arguments
