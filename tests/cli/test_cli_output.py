@@ -150,33 +150,6 @@ def test_help(dprandp: Dprandp, name: str) -> None:
             assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
 
 
-def test_fixed_options_exist() -> None:
-    """The options that other people's scripts rely on."""
-    common = {"--run", "--size", "--seed", "--resume", "--overwrite", "--config", "--json", "--quiet", "--debug"}
-    private = common | {
-        "--data", "--data-dir", "--eps", "--delta", "--views", "--batch-size", "--steps", "--clip", "--lr", "--device",
-        "--plan",
-    }  # fmt: skip
-    wanted = {
-        "generate": common | {"--process", "--count", "--resolution", "--plan"},
-        "pretrain": common | {"--arch", "--batch-size", "--steps", "--lr", "--device", "--plan"},
-        "probe": private | {"--share", "--download"},
-        "finetune": private | {"--microbatch", "--download"},
-        "run": private | {
-            "--share", "--microbatch", "--download", "--process", "--count", "--resolution", "--arch", "--probe-steps",
-            "--probe-batch-size", "--probe-lr", "--probe-views", "--pretrain-steps",
-        },
-        "predict": {"--run", "--model", "--data", "--out", "--json"},
-        "export": {"--run", "--out", "--allow-not-private", "--json"},
-        "status": {"--run", "--data-dir", "--json", "--check"},
-        "report": {"--run"},
-        "account": {"--eps", "--noise-multiplier", "--sample-rate", "--steps", "--delta", "--adjacency", "--curve"},
-        "datasets": {"--data-dir", "--json", "--download"},
-    }
-    for name, names in wanted.items():
-        assert names <= {spelling for entry in options(COMMANDS[name]) for spelling in entry.opts}, name
-
-
 # -------------------------------------------------------------------------------------------------------- exit codes
 
 BUG = """

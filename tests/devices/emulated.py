@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import multiprocessing
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_processes import PROCESSES, start_server
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -177,10 +178,12 @@ def own_process(test: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def _process() -> Pool:
-    return multiprocessing.get_context("spawn").Pool(1, _begun)
+    start_server()
+    return PROCESSES.Pool(1, _begun)
 
 
 def _begun() -> None:
+    os.environ["DPRANDP_PRETEND_BFLOAT16"] = "0"  # devices are compared in one precision, whatever the processor is
     torch.set_num_threads(1)
     with emulation():
         pass

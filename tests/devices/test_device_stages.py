@@ -1,4 +1,5 @@
-"""Whole stages on an accelerator, which is emulated: the numbers of the CPU, and no wait that is not known.
+"""Whole stages on an accelerator, which is emulated: the numbers of the CPU, and no wait that is not known. And the
+checks of ``scripts/gpu_check.py``: each architecture, each kind of sum.
 
 The noise is seeded and drawn on the CPU in any case, so the results of both devices are the same but for rounding.
 """
@@ -13,16 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import device_checks
 import numpy as np
 import pytest
 import tiny_run
 import torch
+from device_checks import Sizes
 from emulated import emulation, own_process
 from tiny_run import CONTINUE, DEEP, FINETUNE, GENERATE, PRETRAIN, PROBE, SCRATCH
 
 from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config import schema
 from dprandp.dpsgd import features
+from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.runs.context import Context
 from dprandp.runs.signals import Interrupted, Stop
 from dprandp.tune import private, public
@@ -218,3 +222,49 @@ def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
         expected, found, waits = results
         assert found[1:] == expected[1:]
         assert not waits.keys() - KNOWN
+
+
+# ----------------------------------------------------------------------------------------------- checks
+
+WIDE = {"arch": "wrn-10-1", "feature_stages": "all"}
+FURTHER: dict[str, dict] = {
+    **{order: WIDE | {"layer_order": order, "padding": "same"} for order in LAYER_ORDERS},
+    "plain filters": WIDE | {"weight_standardisation": False},
+    "nf-resnet-50": {"arch": "nf-resnet-50"},
+}
+NAMES = [name for name, _ in device_checks.checks(torch.device("cpu"), device_checks.QUICK)]
+
+
+def run_check(sizes: Sizes, name: str) -> None:
+    """One check on the device; nothing in it waits but what is known to."""
+    with emulation() as (device, waits):
+        found = dict(device_checks.checks(device, sizes))[name]()
+    assert found["passed"], found
+    unknown = {place for place in waits if not place.startswith("outside")} - KNOWN
+    assert not unknown, f"the processor waits for the device: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "stages" else name for name in NAMES]
+)  # the stages have tests of their own
+@own_process
+def test_a_check_passes(name):
+    run_check(device_checks.QUICK, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FURTHER)
+@own_process
+def test_a_clipped_sum_is_that_of_the_cpu(kind):
+    architectures = {"wrn": WIDE, kind: FURTHER[kind]}
+    sizes = dataclasses.replace(device_checks.QUICK, architectures=architectures, views=(1,), records=2)
+    run_check(sizes, f"clipped sum, {kind}, 1 views")
+
+
+@own_process
+def test_what_differs_is_noticed():
+    """A device that computes other numbers does not pass."""
+    wrong = iter((1.0, 1.0, 1.2))
+    found = device_checks.compared(lambda where, asked: {"x": torch.full((2,), next(wrong))}, torch.device("cpu"))
+    assert not found["passed"]
+    assert found["float32 error"] == 0

@@ -270,8 +270,8 @@ def account(arguments: tuple[object, ...]) -> int:
 
 
 def test_the_command_line_answers_everywhere():
-    options = itertools.cycle([("--json",), ("--adjacency", "replace-one"), ("--group-size", 7), ("--curve",)])
-    for (sigma, q, steps, delta), more in zip(SANE, options, strict=False):
+    options = [("--json",), ("--adjacency", "replace-one"), ("--group-size", 7), ("--json",), ("--curve",)]
+    for (sigma, q, steps, delta), more in zip(SANE, options, strict=True):
         arguments = ("--noise-multiplier", sigma, "--sample-rate", q, "--steps", steps, "--delta", delta, *more)
         assert account(arguments) == 0, arguments
 

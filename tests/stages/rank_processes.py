@@ -1,4 +1,4 @@
-"""A few small processes that meet as ranks (gloo) and call one function each: forked from a server that has torch."""
+"""Small processes that are forked from a server that has torch; and such as meet as ranks (gloo)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class FailedRank(Exception):
 
 
 @functools.cache
-def _start_server() -> None:
+def start_server() -> None:
     """Start it where it finds the modules of this folder: what cannot be imported is skipped without a word."""
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -47,9 +48,19 @@ def _start_server() -> None:
         os.environ["PYTHONPATH"] = before
 
 
+def process_of(work: Callable[..., Any], *given: Any) -> tuple[BaseProcess, Connection]:
+    """Start ``work(sender, *given)`` in a process of its own; returns the process and the receiver."""
+    start_server()
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=work, args=(sender, *given))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
 def on_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Any]:
     """What ``work(ranks, *given)`` returns on each of several ranks; a ``FailedRank`` where it raised something."""
-    _start_server()
+    start_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(size)]
     everyone = [

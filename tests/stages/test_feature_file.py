@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rank_processes import process_of
 from tiny_run import blobs, context
 from torch import Tensor
 
@@ -21,13 +23,14 @@ from dprandp.config.schema import PretrainConfig
 from dprandp.data import open_dataset
 from dprandp.dpsgd import features as features_module
 from dprandp.dpsgd.features import FeatureFile
+from dprandp.dpsgd.units import UnitRows
 from dprandp.errors import StorageError, UsageError
 from dprandp.models.extractor import build_extractor
 from dprandp.models.whitening import Whitener
+from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.runs.context import Context
 
 ROWS, CUT = 10, 4
-ROOT = Path(__file__).parents[2]
 
 
 class Source:
@@ -216,50 +219,46 @@ def test_copies_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --------------------------------------------------------------------------------------------------------- memory
 
-CHILD = """
-import json, resource, sys
-from pathlib import Path
-import numpy as np, torch
-from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.dpsgd.features import FeatureFile
-from dprandp.dpsgd.units import UnitRows
 
-def data():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+def steps(sender: Connection, folder: Path, rows: int, dims: int, how: str) -> None:
+    """Send the sums of a step, in a process that may have 60 MB more than it begins with."""
+    torch.set_num_threads(1)
+    labels, weight = torch.zeros(rows, dtype=torch.int64), torch.ones(dims, 3)
+    clipped_softmax_sum(torch.ones(600, dims), labels[:600], weight, 1.0)  # what the libraries load, they load now
+    status = Path("/proc/self/status").read_text().splitlines()
+    [has] = [1024 * int(line.split()[1]) for line in status if line.startswith("VmData")]
+    resource.setrlimit(resource.RLIMIT_DATA, (has + 60_000_000, -1))
+    file = FeatureFile(folder, "features", rows)
 
-folder, rows, dims, room, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-torch.set_num_threads(1)
-labels, weight = torch.zeros(rows, dtype=torch.int64), torch.ones(dims, 3)
-clipped_softmax_sum(torch.ones(600, dims), labels[:600], weight, 1.0)  # whatever the libraries load, they load now
-resource.setrlimit(resource.RLIMIT_DATA, (data() + room, -1))
-file = FeatureFile(folder, "features", rows)
-def blocks(begun):
-    for start in range(0, rows, 1024):
-        yield torch.full((min(1024, rows - start), dims), dims ** -0.5)
-file.write("key", blocks)
-features = file.read("key", print)
-if how == "drawn":
-    total = clipped_softmax_sum(features, labels, weight, 1.0, rows=torch.arange(0, rows, 1))
-elif how == "units":
-    whose = UnitRows(np.arange(rows)[::-1].copy(), np.arange(0, rows + 1, 2))
-    total = 2 * whose.clipped_softmax_sum(features, labels, np.arange(rows // 2), weight, 1.0, precise=False)
-elif how == "copied":
-    total = clipped_softmax_sum(features.clone(), labels, weight, 1.0)
-print(json.dumps(total.double().sum(0).tolist()))
-"""
+    def blocks(begun: int) -> Iterator[Tensor]:
+        for start in range(0, rows, 1024):
+            yield torch.full((min(1024, rows - start), dims), dims**-0.5)
+
+    file.write("key", blocks)
+    features = file.read("key", print)
+    if how == "drawn":
+        total = clipped_softmax_sum(features, labels, weight, 1.0, rows=torch.arange(0, rows, 1))
+    elif how == "units":
+        whose = UnitRows(np.arange(rows)[::-1].copy(), np.arange(0, rows + 1, 2))
+        total = 2 * whose.clipped_softmax_sum(features, labels, np.arange(rows // 2), weight, 1.0, precise=False)
+    else:
+        try:
+            total = clipped_softmax_sum(features.clone(), labels, weight, 1.0)
+        except (RuntimeError, MemoryError) as error:
+            return sender.send(str(error))
+    sender.send(total.double().sum(0).tolist())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
-@pytest.mark.parametrize("how", ["units", *(pytest.param(how, marks=pytest.mark.slow) for how in ("drawn", "copied"))])
+@pytest.mark.parametrize("how", ["units", "copied", pytest.param("drawn", marks=pytest.mark.slow)])
 def test_steps_on_features_beyond_a_memory_limit(tmp_path: Path, how: str) -> None:
     """128 MB of features, and the process may have 60 MB more than it begins with. Control: a copy is too much."""
-    environment, (rows, dims) = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, (32_768, 1024)
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(rows), str(dims), "60000000", how]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    rows, dims = 32_768, 1024
+    process, receiver = process_of(steps, tmp_path, rows, dims, how)
+    found = receiver.recv()
+    process.join()
     if how == "copied":
-        assert done.returncode != 0
-        assert "alloc" in done.stderr or "memory" in done.stderr.lower()
+        assert "alloc" in found or "memory" in found.lower()
         return
-    assert done.returncode == 0, done.stderr
     part = dims**0.5 / 3  # of a record: its features' sum times softmax - one-hot, not clipped
-    assert json.loads(done.stdout) == pytest.approx([-2 * part * rows, part * rows, part * rows], rel=1e-3)
+    assert found == pytest.approx([-2 * part * rows, part * rows, part * rows], rel=1e-3)

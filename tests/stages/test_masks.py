@@ -103,6 +103,7 @@ def test_select_chooses_anew_and_freeze_does_not() -> None:
         ({"select": "random", "keep": 0.1, "prune": "zero"}, "needs --freeze"),
         ({"freeze": "random", "keep": 0.1, "every": 3}, "needs --select"),
         ({"scope": "layer"}, "needs --keep"),
+        ({"freeze": "random", "keep": 0.1, "scope": "blck"}, "'blck' is unknown"),
         ({"select": "random", "keep": 0.1, "every": 0}, "not a number of steps"),
         ({"freeze": "random", "keep": 0.1, "extractor_scale": 0.0}, "freezes the whole extractor"),
         ({"freeze": "last", "keep": 0.1}, "chooses whole blocks"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stage_processes import Stages, stage_server
+from stage_processes import Stages
 
 from dprandp.config.schema import PretrainConfig, build
 from dprandp.generate import load_images
@@ -35,7 +35,7 @@ TIMES = ("seconds", "views_per_second")
 
 @pytest.fixture(scope="module")
 def stages() -> Stages:
-    return stage_server()
+    return Stages()
 
 
 @pytest.fixture(scope="module")
