@@ -271,7 +271,7 @@ def names_from(package: str, tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == package:
             found |= {alias.name for alias in node.names}
-        elif package in imported_modules(ast.Module([node], []), "") and isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, ast.Import | ast.ImportFrom) and package in imported_modules(ast.Module([node], []), ""):
             found.add("*")
     return found
 

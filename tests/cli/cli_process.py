@@ -149,7 +149,7 @@ class Running:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """Started for the first command; it ends with this process."""
+    """Started once; it ends with this process."""
     pipe = subprocess.PIPE
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(STAGES)], stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
@@ -168,6 +168,7 @@ class Dprandp:
 
     def __init__(self, scratch: Path, folder: Path) -> None:
         self._scratch, self._folder, self._count = scratch, folder, 0
+        _server()  # now, and not with what a test changes in the environment
 
     def close(self) -> None:
         """Nothing is left open: the server is everybody's."""

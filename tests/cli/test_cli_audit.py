@@ -109,6 +109,7 @@ def test_a_control_that_is_missed_ends_with_1(dprandp: Dprandp) -> None:
     assert "failed to flag a fault that it was shown (plan: no fault at all)" in done.err
 
 
+@pytest.mark.slow  # of a sampled mechanism; the next one is quick
 def test_a_bare_plan(dprandp: Dprandp, folder: Path) -> None:
     before = sorted(path.name for path in folder.iterdir())
     done = dprandp("audit", "--eps", 8, "--steps", 6, "--sample-rate", 0.3, "--examples", 500, *QUICK,

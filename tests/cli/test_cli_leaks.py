@@ -207,7 +207,7 @@ def test_21_a_folder_that_changes_while_it_is_read(dprandp: Dprandp, run_after: 
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [("features", "own"), *slow(*((place, "value") for place in PLACES))],
+    slow(("features", "own"), *((place, "value") for place in PLACES)),
 )
 def test_21_in_a_real_process(run_after: RunAfter, folder: Path, place: str, error: str) -> None:
     """Nothing on the way out of the interpreter tells it either."""

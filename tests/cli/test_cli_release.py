@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import Dprandp, arrays, refused, state_of
+from cli_process import Dprandp, arrays, good, refused, state_of
 from PIL import Image
 
 from dprandp.errors import CheckpointError, DprandpError, StorageError, UsageError
@@ -33,12 +33,14 @@ def model_alone(stages: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_predictions_on_the_test_images_are_those_that_were_measured(
-    dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path
+    dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path
 ) -> None:
     """The oracle: accuracy, confusion and loss that the stage reported, from the predictions and the labels. And
     nothing is read but model/."""
-    run, stage = tmp_path / "run", "finetune"
-    shutil.copytree(stages[stage] / "model", run / "model")
+    tuned, run, longer = run_after("probe"), tmp_path / "run", tmp_path / "longer.toml"
+    longer.write_text((folder / "small.toml").read_text().replace("refit_steps = 6", "refit_steps = 120"))
+    result = good(dprandp("finetune", "--run", tuned, "--config", longer, "--json"))
+    shutil.copytree(tuned / "model", run / "model")
     before = state_of(run)
     done = dprandp("predict", "--model", run / "model", "--data", "npz:tiny.npz", "--json")
     assert sorted(path.name for path in run.iterdir()) == ["model"]
@@ -52,7 +54,6 @@ def test_predictions_on_the_test_images_are_those_that_were_measured(
     table = np.array([[row["probabilities"][name] for name in names] for row in rows])
     np.testing.assert_allclose(table.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose([row["probability"] for row in rows], table.max(1))
-    result = json.loads((stages[stage].parent / f"{stage}.json").read_text())
     assert (found == labels).mean() == pytest.approx(result["accuracy"])
     assert len(set(found)) > 1  # a model that always says the same would agree with anything
     confusion = np.zeros((3, 3), int)

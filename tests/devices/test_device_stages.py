@@ -144,7 +144,7 @@ def stopped_after(steps: int) -> Iterator[None]:
         Stop.end_step = end_step
 
 
-SLOW = ("patchnet, two layers", "patchnet")
+SLOW = ("patchnet, two layers", "patchnet", "wrn, learned")  # whose sums are among the checks below
 
 
 @pytest.mark.parametrize(

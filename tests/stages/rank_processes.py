@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -40,12 +41,9 @@ class FailedRank(Exception):
 @functools.cache
 def start_server() -> None:
     """Start it where it finds the modules of this folder: what cannot be imported is skipped without a word."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
-    finally:
-        os.environ["PYTHONPATH"] = before
 
 
 def process_of(work: Callable[..., Any], *given: Any) -> tuple[BaseProcess, Connection]:

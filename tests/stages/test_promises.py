@@ -43,7 +43,7 @@ from dprandp.runs.signals import Interrupted, Stop
     "name",
     kinds_but_slow(
         "fine-tune with discrete noise", "fine-tune of a wrn", "fine-tune with Adam, rescaled",
-        "continue by the decelerator",
+        "fine-tune of chosen weights", "continue by the decelerator",
     ),
 )  # fmt: skip
 def test_9_nothing_is_computed_over_private_examples(
