@@ -23,7 +23,7 @@ from dprandp.runs import faults
 from dprandp.config.schema import build
 from dprandp.runs.console import Console
 from dprandp.errors import DprandpError
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
 from dprandp import generate, pretrain
 from dprandp.runs.context import Context
 
@@ -34,7 +34,7 @@ def run(stage, folder, config, workers=1, fault=None, **flags):
     rundir = RunDir.open(Path(folder), create=True)
     with rundir.lock():
         context = Context(rundir, Console(quiet=True), torch.device("cpu"), Path(folder), workers=workers, **flags)
-        return {"generate": generate, "pretrain": pretrain}[stage].run(build(stage, config), context)
+        return frozen({"generate": generate, "pretrain": pretrain}[stage].run(build(stage, config), context))
 
 def answer(request):
     if request == "modules":
