@@ -310,10 +310,10 @@ def test_the_audit_replays_the_private_steps(vit_run, copy, data) -> None:
         plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
         checks, controls = on_made_up("continue", plan, Facts(given), AuditSettings(controls=True), given)
         private = on_private_data("continue", plan, Facts(given), given)
-    assert [check["name"] for check in checks if not check["passed"]] == []
-    assert [check["name"] for check in private if not check["passed"]] == []
-    assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length
-    assert [control["flagged"] for control in controls] == [True]
+    assert [check.name for check in checks if not check.passed] == []
+    assert [check.name for check in private if not check.passed] == []
+    assert 0.9 < checks[2].value <= 1  # the record was in a batch, and its gradient of full length
+    assert [control.flagged for control in controls] == [True]
 
 
 def test_diagnose_reads_the_public_part_alone_and_costs_nothing(vit_run, copy, data, monkeypatch) -> None:
