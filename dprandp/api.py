@@ -24,7 +24,7 @@ from dprandp.probe.head import HeadSettings, begin_head, default_lr, released_he
 from dprandp.release import ReleasedModel
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context, prepare_device
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, thawed
 from dprandp.synth import process_named, render_block
 
 # --------------------------------------------------------------------------------------------- images from nothing
@@ -287,7 +287,7 @@ def run(
     rundir = RunDir.open(Path(directory), create=True)
     with rundir.lock():
         context = Context(rundir, Console(quiet=quiet), prepare_device(device), Path(data_dir))
-        return pipeline.run(configs.__getitem__, context)
+        return thawed(pipeline.run(configs.__getitem__, context).as_json())
 
 
 def load_model(path: Path | str) -> ReleasedModel:

@@ -11,13 +11,13 @@ on rank 0, which writes them.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,10 @@ from dprandp.config.schema import GenerateConfig, as_dict
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
-from dprandp.runs.files import atomic_path, atomic_write, file_sha256, from_json
+from dprandp.runs.files import atomic_path, atomic_write, file_sha256, from_json, to_json
 from dprandp.runs.parallel import Ranks
+from dprandp.runs.records import Count, Text, read
+from dprandp.runs.results import GenerateResult
 from dprandp.runs.signals import graceful_stop
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
@@ -41,26 +43,43 @@ PREVIEW_IMAGES = 96
 PREVIEW_COLUMNS = 16
 
 
-def run(config: GenerateConfig, context: Context) -> dict:
-    """Write the images of ``config`` into the run directory.
+@dataclass(frozen=True)
+class Shard:
+    """One file of images."""
 
-    Returns:
-        process, count, resolution, images_per_second, seconds; {} on ranks other than rank 0.
-    """
+    file: Text
+    count: Count  # images
+    sha256: Text
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json."""
+
+    process: Text
+    seed: Count
+    count: Count  # images in all
+    resolution: Count  # pixels
+    shards: tuple[Shard, ...]  # in the order of the process's blocks
+
+
+def run(config: GenerateConfig, context: Context) -> GenerateResult | None:
+    """Write the images of ``config`` into the run directory; None on ranks other than rank 0."""
     check(config)
     todo = context.ranks.first(lambda: _to_render(config, context))
     if todo is None:
-        return context.rundir.result(STAGE)
+        return context.rundir.result(GenerateResult)
     config = recorded(STAGE, todo["config"])
     blocks = blocks_of(config)  # of the recorded configuration, which --resume keeps
     started = time.perf_counter()
     made = _render_all(config, {block: blocks[block] for block in todo["missing"]}, context)
     seconds = time.perf_counter() - started
-    return _finish(config, made, seconds, context) if context.ranks.is_first else {}
+    return _finish(config, made, seconds, context) if context.ranks.is_first else None
 
 
 def _to_render(config: GenerateConfig, context: Context) -> dict[str, Any] | None:
-    """Begin the stage in the run directory and return its blocks to render; None if it is done."""
+    """Begin the stage in the run directory and return its configuration and the blocks to render, for all ranks; None
+    if it is done."""
     begun = context.rundir.begin(STAGE, as_dict(config), {}, resume=context.resume, overwrite=context.overwrite)
     if begun.action == "skip":
         return None
@@ -70,28 +89,27 @@ def _to_render(config: GenerateConfig, context: Context) -> dict[str, Any] | Non
     return {"config": as_dict(config), "missing": missing}
 
 
-def _finish(config: GenerateConfig, made: int, seconds: float, context: Context) -> dict:
+def _finish(config: GenerateConfig, made: int, seconds: float, context: Context) -> GenerateResult:
     folder, blocks = context.rundir.stage_dir(STAGE), blocks_of(config)
-    manifest = {
-        "process": config.process,
-        "seed": config.seed,
-        "count": sum(blocks.values()),
-        "resolution": config.resolution,
-        "shards": [
-            {"file": shard_name(block), "count": count, "sha256": file_sha256(folder / shard_name(block))}
-            for block, count in blocks.items()
-        ],
-    }
-    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    manifest = Manifest(
+        process=config.process,
+        seed=config.seed,
+        count=sum(blocks.values()),
+        resolution=config.resolution,
+        shards=tuple(
+            Shard(shard_name(block), count, file_sha256(folder / shard_name(block))) for block, count in blocks.items()
+        ),
+    )
+    atomic_write(folder / "manifest.json", to_json(manifest, indent=1) + "\n")
     with atomic_path(folder / "preview.png") as temporary:
         Image.fromarray(contact_sheet(load_images(folder, PREVIEW_IMAGES), PREVIEW_COLUMNS)).save(temporary)
-    result = {
-        "process": config.process,
-        "count": sum(blocks.values()),
-        "resolution": config.resolution,
-        "images_per_second": round(made / seconds, 1) if made else None,
-        "seconds": round(seconds, 2),
-    }
+    result = GenerateResult(
+        process=config.process,
+        count=sum(blocks.values()),
+        resolution=config.resolution,
+        images_per_second=round(made / seconds, 1) if made else None,
+        seconds=round(seconds, 2),
+    )
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, ["manifest.json"]), result)
     return result
 
@@ -161,19 +179,19 @@ def _spread(sizes: list[int], limit: int | None) -> list[int]:
     return counts
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished ``generate`` stage.
 
     Raises:
         CheckpointError: missing, not JSON, or not a manifest.
     """
     try:
-        manifest = from_json((folder / "manifest.json").read_bytes())
-        listed = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]]
-        if listed and [name for name, _ in listed] == [shard_name(block) for block in range(len(listed))]:
+        manifest = read(Manifest, from_json((folder / "manifest.json").read_bytes()))
+        listed = [shard.file for shard in manifest.shards]
+        if listed and listed == [shard_name(block) for block in range(len(listed))]:
             return manifest
         problem = None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         problem = error
     raise CheckpointError(
         f"{folder / 'manifest.json'} is missing or damaged", fix="run `dprandp generate --overwrite`"
@@ -184,11 +202,11 @@ def _shards(folder: Path) -> list[np.ndarray]:
     """All shards, memory-mapped, their bytes checked."""
     manifest = read_manifest(folder)
     shards = []
-    for block, shard in enumerate(manifest["shards"]):
-        path, problem = folder / shard["file"], None
-        if not path.is_file() or file_sha256(path) != shard["sha256"]:
+    for block, shard in enumerate(manifest.shards):
+        path, problem = folder / shard.file, None
+        if not path.is_file() or file_sha256(path) != shard.sha256:
             problem = "is missing or has changed (its SHA-256 differs from the manifest's)"
-        elif not _is_whole(folder, block, shard.get("count"), manifest.get("resolution")):
+        elif not _is_whole(folder, block, shard.count, manifest.resolution):
             problem = "does not hold the images that the manifest describes"
         if problem:
             fix = "run `dprandp generate --overwrite` to make the images again"

@@ -8,10 +8,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import math
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from dprandp.models.precision import BFLOAT16, FLOAT32
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
-from dprandp.runs.directory import RunDir, thawed
+from dprandp.runs.directory import RunDir
 from dprandp.runs.files import atomic_write, from_json, storage_errors
 from dprandp.runs.ledger import open_run_ledger
-from dprandp.runs.results import wrong_entry
+from dprandp.runs.records import read
+from dprandp.runs.results import RESULTS, PrivateResult, kind_of, read_result, wrong_entry
 from dprandp.vision.images import INPUT_SIZE, to_input
 
 MAX_CONFIG_BYTES = 64 * 2**20
@@ -48,7 +48,7 @@ class ReleasedModel:
         classes: names; score i is that of ``classes[i]``.
         shape: height, width, channels of the images it was trained on, before they were resized for the network.
         mirror: whether features are averaged over an image and its mirror image.
-        config: all of ``config.json``.
+        result: of the stage that made the model: test metrics and the privacy disclosure.
         content: name -> bytes of the files, as they were verified.
     """
 
@@ -56,18 +56,13 @@ class ReleasedModel:
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     mirror: bool
-    config: dict[str, Any]
+    result: PrivateResult
     content: dict[str, bytes]
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """The result of the stage that made the model: test metrics and the privacy disclosure."""
-        return self.config["result"]
 
     @property
     def not_private_because(self) -> str | None:
         """The reason for the stamp NOT PRIVATE; None for a private model."""
-        return why_not_private({**self.result, "epsilon": float(self.result["epsilon"])})
+        return why_not_private(self.result)
 
     def probabilities(self, images: np.ndarray) -> torch.Tensor:
         """Class probabilities, float32 [N, classes], of images, uint8 [N, height, width, channels] of ``shape``.
@@ -117,7 +112,8 @@ def load_model(folder: Path | str) -> ReleasedModel:
             )
     classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
     network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
-    return ReleasedModel(network, classes, shape, config["input"]["mirror"], config, content)
+    result = read_result(config["result"]["stage"], config["result"])
+    return ReleasedModel(network, classes, shape, config["input"]["mirror"], result, content)
 
 
 def load_run_model(rundir: RunDir) -> ReleasedModel:
@@ -128,19 +124,19 @@ def load_run_model(rundir: RunDir) -> ReleasedModel:
             contradicts run.json.
     """
     model, ledger = load_model(rundir.model_dir), open_run_ledger(rundir)
-    if ledger is None or not ledger.includes(model.result.get("ledger_head", "")):
+    if ledger is None or not ledger.includes(model.result.ledger_head):
         raise CheckpointError(
             f"{rundir.model_dir} holds a model whose privacy cost is not in this run's ledger",
             fix="restore the whole run from a copy; use --model for a model from elsewhere",
         )
-    said = rundir.result(model.result["stage"])
-    if said.get("ledger_head") == model.result["ledger_head"]:  # else its stage was restarted since
-        own = thawed(model.result)
-        if said | {"data": own["data"]} != own:
-            raise CheckpointError(
-                f"{rundir.model_dir / 'config.json'} contradicts run.json about the model",
-                fix="restore the run's model folder from a copy",
-            )
+    said = rundir.result(RESULTS[model.result.stage])
+    # else its stage was restarted since
+    same = isinstance(said, PrivateResult) and said.ledger_head == model.result.ledger_head
+    if same and replace(said, data=model.result.data) != model.result:
+        raise CheckpointError(
+            f"{rundir.model_dir / 'config.json'} contradicts run.json about the model",
+            fix="restore the run's model folder from a copy",
+        )
     return model
 
 
@@ -169,11 +165,8 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and len(classes) >= 2
             and all(isinstance(name, str) for name in classes)
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
-            and type(result["private"]) is bool
-            and isinstance(result["random"], str)
-            and isinstance(result["stage"], str)
-            and wrong_entry(result) is None
-            and not math.isnan(float(result["epsilon"]) + float(result["noise_multiplier"]))
+            and wrong_entry(result["stage"], result) is None
+            and isinstance(read(kind_of(result["stage"], result), result), PrivateResult)
         )
         if not fits:
             raise ValueError("a value out of its range")
@@ -238,7 +231,19 @@ for row in predict(model, [Path(name) for name in sys.argv[1:]]):
 '''
 
 
-def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Export:
+    """What ``export`` has written."""
+
+    export: str  # path
+    files: tuple[str, ...]
+    bytes: int  # in all
+    private: bool
+    epsilon: float
+    delta: float
+
+
+def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = False) -> Export:
     """Write a copy of a verified model.
 
     Args:
@@ -248,9 +253,6 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
 
     Guarantee:
         Nothing but ``EXPORTED_FILES`` is written, and every byte of them is releasable.
-
-    Returns:
-        export (path), files (names), bytes (in all), private, epsilon, delta.
 
     Raises:
         UsageError: the target exists, or the model is not private and no consent was given.
@@ -282,21 +284,15 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
             target.mkdir(parents=True, exist_ok=True)
         for name in EXPORTED_FILES:
             atomic_write(target / name, content[name])
-    return {
-        "export": str(target),
-        "files": list(EXPORTED_FILES),
-        "bytes": sum(map(len, content.values())),
-        "private": reason is None,
-        "epsilon": model.result["epsilon"],
-        "delta": model.result["delta"],
-    }
+    size = sum(map(len, content.values()))
+    return Export(str(target), EXPORTED_FILES, size, reason is None, model.result.epsilon, model.result.delta)
 
 
-def export_line(result: dict[str, Any]) -> str:
+def export_line(made: Export) -> str:
     """``export`` for people."""
-    size = f"{len(result['files'])} files, {result['bytes'] / 1e6:.1f} MB"
-    stamp = f"ε = {result['epsilon']:.4g}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
-    return f"export: {result['export']} ({size}; {stamp})"
+    size = f"{len(made.files)} files, {made.bytes / 1e6:.1f} MB"
+    stamp = f"ε = {made.epsilon:.4g}, δ = {made.delta:g}" if made.private else "NOT PRIVATE"
+    return f"export: {made.export} ({size}; {stamp})"
 
 
 def _zipped(content: dict[str, bytes], folder: str) -> bytes:

@@ -38,6 +38,7 @@ from dprandp.models import whitening
 from dprandp.models.extractor import build_extractor, extract, load_weights
 from dprandp.models.whitening import Part
 from dprandp.pretrain import load_extractor, wrn
+from dprandp.runs.results import PretrainResult
 from dprandp.vision.images import as_declared, colour_of, to_input
 
 TIMED_STEPS = 6
@@ -90,10 +91,10 @@ def measure(args: argparse.Namespace, cell: dict, log: Path) -> None:
     dprandp("pretrain", "--run", run, "--data", cell["data"], "--seed", cell["seed"], "--config", file, "--overwrite")
     seconds = time.perf_counter() - started
     with session.opened(run) as rundir:
-        result = rundir.result("pretrain")
+        result = rundir.result(PretrainResult)
     row = {
-        **cell, "steps": result["steps"], "views": 2 * args.batch_size * result["steps"],
-        **{key: result[key] for key in ("loss", "knn_accuracy", "linear_accuracy", "effective_rank")},
+        **cell, "steps": result.steps, "views": 2 * args.batch_size * result.steps,
+        **{key: getattr(result, key) for key in ("loss", "knn_accuracy", "linear_accuracy", "effective_rank")},
         "pretraining_seconds": round(seconds, 1), "accuracy": accuracies(args, run, cell),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip

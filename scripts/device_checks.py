@@ -277,7 +277,7 @@ def _stages(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
                 values = {"data": data, "epsilon": math.inf, "precision": kind}
                 fitted = probe.run(schema.build("probe", values | PROBE), given)
                 tuned = finetune.run(schema.build("finetune", values | FINETUNE), given)
-            losses.append([fitted["loss"], tuned["loss"]])
+            losses.append([fitted.loss, tuned.loss])
     expected, *found = losses
     errors = [max(abs(a / b - 1) for a, b in zip(each, expected, strict=True)) for each in found]
     facts = {f"{kind} error": error for kind, error in zip(TOLERANCE, errors, strict=True)}

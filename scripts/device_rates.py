@@ -203,4 +203,4 @@ def _images(device: torch.device, scale: Scale) -> dict[str, Any]:
         process = "stylegan-oriented" if scale.seconds else "dead-leaves"
         values = {"process": process, "count": scale.made, "resolution": 64 if scale.seconds else 32}
         made = generate.run(schema.build("generate", values), given)
-    return {"unit": "images", "rate": made["images_per_second"], "peak_gb": None}
+    return {"unit": "images", "rate": made.images_per_second, "peak_gb": None}

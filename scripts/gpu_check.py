@@ -126,7 +126,7 @@ def _pretrain(asked: argparse.Namespace, device: torch.device, log: Path) -> dic
         clock.start()
         stage = given.rundir.stage_dir(pretrain.STAGE)
         try:
-            facts = {"finished": True, **pretrain.run(planned, given)}
+            facts = {"finished": True, **directory.frozen(pretrain.run(planned, given))}
         except Interrupted:
             facts = {"finished": False}
         finally:

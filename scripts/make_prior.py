@@ -28,8 +28,9 @@ from dprandp.config.schema import as_dict
 from dprandp.errors import DprandpError
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_to_bytes
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
 from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.results import PretrainResult
 
 LICENCE = "MIT"
 FLAGS = {
@@ -59,13 +60,13 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     """The card as it was written."""
     rundir = RunDir.open(args.run, create=False)
     rundir.require("pretrain", "make_prior")
-    rows = {row["stage"]: row for row in rundir.status()}
+    rows = {row.stage: row for row in rundir.status()}
     extractor = checkpoint.load_finished(rundir.stage_dir("pretrain"), "extractor", "pretrain")
     data = tensors_to_bytes(extractor.tensors)
-    result = rows["pretrain"]["result"]
-    if result["random_init"] or "prior" in result:
+    result = rundir.result(PretrainResult)
+    if result.random_init or result.prior is not None:
         sys.exit("error: this run has not learned an extractor of its own")
-    if "grey" in result:
+    if result.grey is not None:
         sys.exit("error: this run has two extractors, and a prior is one: dprandp pretrain --colour rgb, or grey")
     if len(data) > priors.MOST_BYTES:
         sys.exit(f"error: {len(data)} bytes are more than the {priors.MOST_BYTES} that a prior may have")
@@ -81,12 +82,12 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "licence": LICENCE,
         "sha256": digest,
         "bytes": len(data),
-        "commands": [command(stage, rows[stage]["config"], args.name) for stage in FLAGS],
-        "seconds": {stage: rows[stage]["result"]["seconds"] for stage in FLAGS},
+        "commands": [command(stage, rows[stage].config, args.name) for stage in FLAGS],
+        "seconds": {stage: rows[stage].result["seconds"] for stage in FLAGS},
         "hardware": hardware | ({"remark": args.note} if args.note else {}),
-        "generate": rows["generate"]["config"],
-        "pretrain": rows["pretrain"]["config"],
-        "result": {key: value for key, value in result.items() if key not in ("seconds", "views_per_second")},
+        "generate": rows["generate"].config,
+        "pretrain": rows["pretrain"].config,
+        "result": {key: value for key, value in frozen(result).items() if key not in ("seconds", "views_per_second")},
         "probes": measured(args.results, digest) if args.results else [],
     }
     text = card_text(priors.parse(args.name, card))  # refuses what could not be read back
@@ -99,7 +100,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 def card_text(card: priors.Card) -> str:
     """A card in Markdown."""
     result, images = card.result, card.generate
-    measures = {key.replace("_", " "): value for key, value in result.items() if type(value) is float}
+    measures = {key.replace("_", " "): value for key, value in vars(result).items() if type(value) is float}
     public = "\n".join(f"* {name}: {value:.4g}" for name, value in measures.items())
     took = ", ".join(f"{stage} {seconds / 3600:.3f} h ({seconds:.0f} s)" for stage, seconds in card.seconds.items())
     where = ", ".join(f"{key} {value}" for key, value in card.hardware.items())
@@ -113,7 +114,7 @@ def card_text(card: priors.Card) -> str:
         )
     return f"""# Prior {card.name}
 
-A feature extractor ({result['arch']}, {result['feature_dim']} features, {result['parameters']} parameters) \
+A feature extractor ({result.arch}, {result.feature_dim} features, {result.parameters} parameters) \
 learned from {images.count} images of the random process {images.process} at {images.resolution} px, seed \
 {images.seed}. No data of anybody's went into it: it has no privacy cost. It needs the statistics of \
 synthetic features, which `dprandp probe --prior` makes again from the process and the seed.

@@ -229,7 +229,7 @@ MAY_IMPORT_DATA = {
     "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
     "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
-    "dprandp.inspection.overview": {"list_datasets", "open_dataset", "check_data"},
+    "dprandp.inspection.overview": {"list_datasets", "open_dataset", "check_data", "DataCheck", "DatasetRow"},
     "dprandp.inspection.check": {"list_datasets"},
     "dprandp.probe": {"DataSpec"},  # a type
     "dprandp.release": {"brought_to", "read_unlabelled", "skipped_text"},  # new images, not a data set

@@ -14,18 +14,27 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dprandp import finetune
-from dprandp.audit.games import GAME, try_mechanism, units
+from dprandp.audit.games import (
+    GAME,
+    BlackBoxFound,
+    Found,
+    GameFound,
+    OneRunFound,
+    SelectionFound,
+    try_mechanism,
+    units,
+)
 from dprandp.audit.loops import IMAGES, Facts, on_made_up, on_private_data, passed
 from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
-from dprandp.dpsgd.budget import default_delta, read_plan_file
+from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
 from dprandp.errors import AuditError, InputError
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
@@ -38,26 +47,26 @@ from dprandp.runs.ledger import ledger_file, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: AuditResult, path: Path) -> None:
     """Draw the result of ``audit_run`` as a PNG file: what was claimed, what was shown, which faults were seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mechanisms = result["mechanisms"]
-    faults = list(dict.fromkeys(control["name"] for found in mechanisms for control in found["controls"]))
+    mechanisms = result.mechanisms
+    faults = list(dict.fromkeys(control.name for found in mechanisms for control in found.controls))
     figure = Figure(figsize=(11 if faults else 6, 2.2 + 0.7 * max(len(mechanisms), len(faults) / 2)),
                     layout="constrained")  # fmt: skip
     FigureCanvasAgg(figure)
     left, *right = figure.subplots(1, 2 if faults else 1, squeeze=False)[0]
     for place, found in enumerate(mechanisms):
-        left.barh(place, found["epsilon_claimed"], height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
-        left.barh(place - 0.17, found["two_world"]["epsilon_lower"], height=0.28, color="#1f6fb5",
+        left.barh(place, found.epsilon_claimed, height=0.66, color="#d5dae0", label="claimed ε (upper bound)")
+        left.barh(place - 0.17, found.two_world.epsilon_lower, height=0.28, color="#1f6fb5",
                   label="shown by the distinguishing game")  # fmt: skip
-        one_run = found["one_run"]["epsilon_lower"] if found["one_run"] else 0.0
+        one_run = found.one_run.epsilon_lower if found.one_run else 0.0
         left.barh(place + 0.17, one_run, height=0.28, color="#d95f02", label="shown by one run")
-    left.set_yticks(range(len(mechanisms)), [found["name"] for found in mechanisms])
+    left.set_yticks(range(len(mechanisms)), [found.name for found in mechanisms])
     left.set_xlabel("ε")
-    left.set_title(f"{result['outcome']} (significance {result['significance']:g})", fontsize=10)
+    left.set_title(f"{result.outcome} (significance {result.significance:g})", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
     left.invert_yaxis()
     figure.legend(handles[:3], labels[:3], fontsize=8, ncols=3, loc="outside lower left")
@@ -67,14 +76,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) -> None:
+def _controls(axes: Any, mechanisms: list[Found], faults: list[str]) -> None:
     """One row a fault: its μ against the claim; hollow where only the replay saw it, a cross where nothing did."""
     for found in mechanisms:
-        claimed = found["two_world"]["mu_claimed"]
-        for control in found["controls"]:
-            seen, place = control["by"], faults.index(control["name"])
+        claimed = found.two_world.mu_claimed
+        for control in found.controls:
+            seen, place = control.by, faults.index(control.name)
             shape = {"marker": "o" if seen else "x", "fillstyle": "full" if GAME in seen else "none"}
-            axes.plot((control["mu_lower"] or 0) / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
+            axes.plot((control.mu_lower or 0) / claimed, place, color="#1f6fb5" if seen else "#b3161d", **shape)
     axes.axvline(1, color="#1c2127", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yticks(range(len(faults)), faults)
@@ -82,6 +91,32 @@ def _controls(axes: Any, mechanisms: list[dict[str, Any]], faults: list[str]) ->
     axes.set_xlabel("μ shown by the game / μ claimed")
     axes.set_xlim(left=0)
     axes.set_title("faults: ● game, ○ replay, × missed", fontsize=10)
+
+
+@dataclass(frozen=True)
+class Account:
+    """One comparison of ledger, plan and budget."""
+
+    name: str
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """audit.json."""
+
+    format: int = 1
+    outcome: str  # in words
+    passed: bool
+    significance: float
+    data: str  # what it was made on, in words
+    trials: int | None  # None where the claims chose
+    canaries: int | None
+    seed: int
+    accounts: list[Account]  # ledger against plan
+    mechanisms: list[Found]
+    run: str | None  # path; None for a bare plan
+    seconds: float
 
 
 FOLDER = "audit"
@@ -92,20 +127,16 @@ PUBLIC_DATA = "synthetic records with random labels; nothing private was read"
 PRIVATE_DATA = "synthetic records, and the run's private records: of those, passed or failed alone is published"
 
 
-def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
+def audit_run(settings: AuditSettings, context: Context) -> AuditResult:
     """Audit every finished mechanism of a run, and write ``audit/``.
-
-    Returns:
-        run, outcome, passed, significance, data, trials and canaries (None where the claims chose), seed, accounts
-        (ledger against plan), mechanisms (see ``try_mechanism``), seconds.
 
     Raises:
         InputError: no private stage is finished, or the run makes no claim.
     """
     started = time.perf_counter()
-    document, plans = _claims(context)
+    planned, plans = _claims(context)
     spec = Facts(context)
-    if document["unit"] != ONE_IMAGE:
+    if planned.budget.unit != ONE_IMAGE:
         settings = replace(settings, images=UNIT_IMAGES)
     parts = sum(units(settings) for _ in plans) + len(plans)
     mechanisms, raw = [], {}
@@ -114,22 +145,20 @@ def audit_run(settings: AuditSettings, context: Context) -> dict[str, Any]:
             found = try_mechanism(
                 plan, spec.features, spec.classes, settings, lambda: progress.advance(1), context.console.say
             )
-            found["attempt"] = document["stages"][name]["attempt"]
+            replay, controls = found.replay, found.controls
             if name in (finetune.STAGE, loop.STAGE):
-                found["replay"][name], controls = on_made_up(name, plan, spec, settings, context)
-                found["controls"] += controls
+                replay[name], more = on_made_up(name, plan, spec, settings, context)
+                controls = controls + more
             if settings.with_data and "." not in name and isinstance(plan, PrivatePlan):
                 raw[name] = on_private_data(name, plan, spec, context)
-                found["replay"]["private_data"] = "passed" if passed(raw[name]) else "failed"
-            replay = found["replay"]
+                replay["private_data"] = "passed" if passed(raw[name]) else "failed"
             checks = replay["head"] + replay.get(finetune.STAGE, []) + replay.get(loop.STAGE, [])
             replay["flagged"] = not passed(checks) or replay.get("private_data") == "failed"
-            mechanisms.append(found)
+            mechanisms.append(replace(found, attempt=planned.stages[name].attempt, controls=controls))
             progress.advance(1)
     if raw:
         atomic_write(context.rundir.private_dir / "audit.json", to_json(raw, indent=1) + "\n")
-    result = _result(settings, mechanisms, _accounts(document, plans, context))
-    result |= {"run": str(context.rundir.path), "seconds": round(time.perf_counter() - started, 2)}
+    result = _result(settings, mechanisms, _accounts(planned, plans, context), str(context.rundir.path), started)
     folder = context.rundir.path / FOLDER
     folder.mkdir(exist_ok=True)
     draw(result, folder / "audit.png")
@@ -146,11 +175,8 @@ def audit_plan(
     settings: AuditSettings,
     console: Console,
     noise: NoiseKind = "gaussian",
-) -> dict[str, Any]:
+) -> AuditResult:
     """Audit the mechanism that a budget would get, without any run; writes nothing.
-
-    Returns:
-        As ``audit_run``, with run None.
 
     Raises:
         UsageError: a value out of its range. BudgetError: no noise is enough.
@@ -167,102 +193,102 @@ def audit_plan(
     features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
     with console.progress(units(settings), "audit") as progress:
         found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1), console.say)
-    result = _result(settings, [found], [])
-    return result | {"run": None, "seconds": round(time.perf_counter() - started, 2)}
+    return _result(settings, [found], [], None, started)
 
 
-def line(result: dict[str, Any]) -> str:
+def line(result: AuditResult) -> str:
     """The result for people."""
     return (
-        f"audit: {result['outcome']} (significance {result['significance']:g}). "
-        + "; ".join(_line(found) for found in result["mechanisms"])
+        f"audit: {result.outcome} (significance {result.significance:g}). "
+        + "; ".join(_line(found) for found in result.mechanisms)
         + ". A clean audit is no proof."
     )
 
 
-def _line(found: dict[str, Any]) -> str:
+def _line(found: Found) -> str:
     """One mechanism for people."""
-    game, one, box = found["two_world"], found["one_run"], found.get("black_box")
+    game, one, box = found.two_world, found.one_run, found.black_box
 
-    def shown(bound: dict[str, Any]) -> str:
-        return f"ε ≥ {bound['epsilon_lower']:.3g} = {100 * bound['ratio']:.0f} % of the claim"
+    def shown(bound: GameFound | SelectionFound | OneRunFound | BlackBoxFound) -> str:
+        return f"ε ≥ {bound.epsilon_lower:.3g} = {100 * bound.ratio:.0f} % of the claim"
 
-    power = ", ".join(f"{entry['flagged']:.2g} at noise/{entry['factor']:g}" for entry in game["power"][1:])
-    replayed = "exact" if found["replay"]["head"] else "not for tuning"
+    power = ", ".join(f"{entry.flagged:.2g} at noise/{entry.factor:g}" for entry in game.power[1:])
+    replayed = "exact" if found.replay["head"] else "not for tuning"
     parts = [
-        f"{found['name']} claims ε ≤ {found['epsilon_claimed']:.4g} at δ = {found['delta']:g}: "
-        f"replay {'FAILED' if found['replay']['flagged'] else replayed}",
-        f"{GAME} {shown(game)} ({game['trials']:,} trials with and without the record, power {power})",
+        f"{found.name} claims ε ≤ {found.epsilon_claimed:.4g} at δ = {found.delta:g}: "
+        f"replay {'FAILED' if found.replay['flagged'] else replayed}",
+        f"{GAME} {shown(game)} ({game.trials:,} trials with and without the record, power {power})",
     ]
-    if "one_trial" in game:
-        told = (f"{100 * each['ratio']:.0f} % ({name.replace('_', ' ')})" for name, each in game["one_trial"].items())
+    if isinstance(game, SelectionFound):
+        told = (f"{100 * each.ratio:.0f} % ({name.replace('_', ' ')})" for name, each in game.one_trial.items())
         parts.append(f"of the claimed μ of one trial {', '.join(told)}")
     if one:
-        parts.append(f"one run {shown(one)} ({one['canaries']:,} canaries; "
-                     f"ε ≥ {one['epsilon_lower_if_independent']:.3g} if they are independent)")  # fmt: skip
+        parts.append(f"one run {shown(one)} ({one.canaries:,} canaries; "
+                     f"ε ≥ {one.epsilon_lower_if_independent:.3g} if they are independent)")  # fmt: skip
     if box:
         parts.append(f"released head alone {shown(box)}")
-    caught = sum(control["flagged"] for control in found["controls"])
-    parts.append(f"{caught} of {len(found['controls'])} controls flagged" if found["controls"] else "no controls run")
+    caught = sum(control.flagged for control in found.controls)
+    parts.append(f"{caught} of {len(found.controls)} controls flagged" if found.controls else "no controls run")
     return ", ".join(parts)
 
 
-def _against(mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> list[str]:
+def _against(mechanisms: list[Found], accounts: list[Account]) -> list[str]:
     """What contradicts the claims: mechanism and test, or the account that does not hold."""
-    tests = {"replay": "replay", "two_world": GAME, "one_run": "one run", "black_box": "black box"}
-    return [
-        f"{found['name']}: {title}"
-        for found in mechanisms
-        for test, title in tests.items()
-        if found.get(test) and found[test]["flagged"]
-    ] + [f"accounts: {entry['name']}" for entry in accounts if not entry["passed"]]
+    against = []
+    for found in mechanisms:
+        tests = {GAME: found.two_world, "one run": found.one_run, "black box": found.black_box}
+        titles = ["replay"] if found.replay["flagged"] else []
+        titles += [title for title, test in tests.items() if test is not None and test.flagged]
+        against += [f"{found.name}: {title}" for title in titles]
+    return against + [f"accounts: {entry.name}" for entry in accounts if not entry.passed]
 
 
-def _missed(mechanisms: list[dict[str, Any]]) -> list[str]:
+def _missed(mechanisms: list[Found]) -> list[str]:
     """Controls that no test flagged."""
     return [
-        f"{found['name']}: {control['name']}"
+        f"{found.name}: {control.name}"
         for found in mechanisms
-        for control in found["controls"]
-        if not control["flagged"]
+        for control in found.controls
+        if not control.flagged
     ]
 
 
-def raise_unless_passed(result: dict[str, Any]) -> None:
+def raise_unless_passed(result: AuditResult) -> None:
     """Turn a contradiction, or a control that was missed, into an AuditError (exit code 1) that names them."""
-    if result["passed"]:
+    if result.passed:
         return
-    against = _against(result["mechanisms"], result["accounts"])
+    against = _against(result.mechanisms, result.accounts)
     if against:
         raise AuditError(
             f"The audit contradicts the privacy claim ({'; '.join(against)}).",
             fix="Do not release this model. Run the audit again: a sound mechanism is accused at most once in a "
-            f"thousand tests (significance {result['significance']:g}); if it stays, the mechanism has a fault.",
+            f"thousand tests (significance {result.significance:g}); if it stays, the mechanism has a fault.",
         )
     raise AuditError(
-        f"The audit failed to flag a fault that it was shown ({'; '.join(_missed(result['mechanisms']))}), so its "
+        f"The audit failed to flag a fault that it was shown ({'; '.join(_missed(result.mechanisms))}), so its "
         "silence means nothing.",
         fix="Give more --trials; if that does not help, the audit itself is broken.",
     )
 
 
 def _result(
-    settings: AuditSettings, mechanisms: list[dict[str, Any]], accounts: list[dict[str, Any]]
-) -> dict[str, Any]:
+    settings: AuditSettings, mechanisms: list[Found], accounts: list[Account], run: str | None, started: float
+) -> AuditResult:
     contradicted, blind = bool(_against(mechanisms, accounts)), bool(_missed(mechanisms))
     outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
-    return {
-        "format": 1,
-        "outcome": outcome,
-        "passed": not (contradicted or blind),
-        "significance": SIGNIFICANCE,
-        "data": PRIVATE_DATA if settings.with_data else PUBLIC_DATA,
-        "trials": settings.trials,
-        "canaries": settings.canaries,
-        "seed": settings.seed,
-        "accounts": accounts,
-        "mechanisms": mechanisms,
-    }
+    return AuditResult(
+        outcome=outcome,
+        passed=not (contradicted or blind),
+        significance=SIGNIFICANCE,
+        data=PRIVATE_DATA if settings.with_data else PUBLIC_DATA,
+        trials=settings.trials,
+        canaries=settings.canaries,
+        seed=settings.seed,
+        accounts=accounts,
+        mechanisms=mechanisms,
+        run=run,
+        seconds=round(time.perf_counter() - started, 2),
+    )
 
 
 def _no_claim(what: str) -> InputError:
@@ -270,19 +296,15 @@ def _no_claim(what: str) -> InputError:
     return InputError(problem, fix="Audit a run with a finite --eps and without --insecure-seed.")
 
 
-def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan | SelectionPlan]]:
+def _claims(context: Context) -> tuple[PlanFile, dict[str, PrivatePlan | SelectionPlan]]:
     """The run's plan file, and the plans of finished stages; private tuning is finished once it is in the ledger."""
     ledger = open_run_ledger(context.rundir)
-    done = {row["stage"] for row in context.rundir.status() if row["result"]}
-    document = read_plan_file(context.rundir)
-    entries = (document or {"stages": {}})["stages"]
+    done = {row.stage for row in context.rundir.status() if row.result}
+    planned = read_plan_file(context.rundir)
+    entries = {} if planned is None else planned.stages
     if ledger is not None:
         done |= {charge.stage for charge in ledger.tunings}
-    plans = {
-        name: (SelectionPlan if "mu" in entry["plan"] else PrivatePlan).from_dict(entry["plan"])
-        for name, entry in entries.items()
-        if name.split(".")[0] in done
-    }
+    plans = {name: entry.plan for name, entry in entries.items() if name.split(".")[0] in done}
     if not any(isinstance(plan, PrivatePlan) for plan in plans.values()):
         raise InputError(
             f"{context.rundir.path} has no finished private stage, so there is nothing to audit.",
@@ -292,25 +314,25 @@ def _claims(context: Context) -> tuple[dict[str, Any], dict[str, PrivatePlan | S
         isinstance(plan, PrivatePlan) and plan.noise_multiplier == 0 for plan in plans.values()
     ):
         raise _no_claim(f"The run {context.rundir.path}")
-    return document, plans
+    return planned, plans
 
 
-def _accounts(document: dict[str, Any], plans: dict[str, PrivatePlan], context: Context) -> list[dict[str, Any]]:
+def _accounts(planned: PlanFile, plans: dict[str, PrivatePlan | SelectionPlan], context: Context) -> list[Account]:
     """What the ledger holds, against the plans and the budget."""
     ledger = Ledger.open(ledger_file(context.rundir), read_only=True)
     found = []
     for name, plan in plans.items():
-        attempt = document["stages"][name]["attempt"]
+        attempt = planned.stages[name].attempt
         if isinstance(plan, SelectionPlan):
             charged = [one.event for one in ledger.tunings if (one.stage, one.attempt) == (name, attempt)]
-            found.append({"name": f"{name}: the ledger holds the plan's selection", "passed": charged == [plan.event]})
+            found.append(Account(f"{name}: the ledger holds the plan's selection", charged == [plan.event]))
             continue
         mine = [charge for charge in ledger.charges if (charge.stage, charge.attempt) == (name, attempt)]
-        planned = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
-        as_planned = all((c.noise_multiplier, c.sample_rate, c.clip_norm) == planned for c in mine)
+        step = (plan.noise_multiplier, plan.sample_rate, plan.clip_norm)
+        as_planned = all((c.noise_multiplier, c.sample_rate, c.clip_norm) == step for c in mine)
         count = sum(charge.steps for charge in mine)
         good = bool(mine) and as_planned and count <= plan.steps and plan.examples == ledger.examples
-        found.append({"name": f"{name}: the ledger holds the steps of the plan", "passed": good})
-    spent = ledger.spent(document["delta"]).upper
-    found.append({"name": "the ledger stays within the budget", "passed": spent <= document["epsilon"]})
+        found.append(Account(f"{name}: the ledger holds the steps of the plan", good))
+    spent = ledger.spent(planned.budget.delta).upper
+    found.append(Account("the ledger stays within the budget", spent <= planned.budget.epsilon))
     return found

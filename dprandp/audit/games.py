@@ -1,4 +1,4 @@
-"""What is tried on one mechanism of a run: replays, the distinguishing game, one run, controls; each as plain values.
+"""What is tried on one mechanism of a run: replays, the distinguishing game, one run, controls.
 
 Everything here works on public records (``loops`` adds the replay on private ones, where that is asked for).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from dprandp.audit.bounds import (
     Claim,
     Game,
+    Power,
     choose_game,
     choose_guesses,
     game_power,
@@ -38,7 +39,16 @@ from dprandp.audit.canaries import (
     trial_event,
     trial_game_scores,
 )
-from dprandp.audit.loops import as_values, head_game_scores, make_head_records, one_thread, passed, replay_head
+from dprandp.audit.loops import (
+    ControlFound,
+    Tried,
+    head_game_scores,
+    make_head_records,
+    one_thread,
+    passed,
+    replay_head,
+    tried_on,
+)
 from dprandp.audit.replay import scratch_folder
 from dprandp.audit.settings import MOST_CANARIES, MOST_TRIALS, SIGNIFICANCE, AuditSettings
 from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu
@@ -72,6 +82,106 @@ HEAD_STAGES = ("plan", "probe", "finetune.head")
 """Mechanisms that fit a head."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GameFound:
+    """The distinguishing game: what it proves about ε, and what it could have seen."""
+
+    trials: int  # with the record, and as many without, about
+    trials_with: int
+    trials_without: int
+    threshold: float
+    steps: int
+    errors: int
+    delta_seen: float
+    delta_claimed: float
+    mu_claimed: float
+    mu_lower: float
+    mu_largest: float  # that it could prove
+    epsilon_lower: float
+    epsilon_expected: float  # that it proves of a faithful mechanism
+    ratio: float  # lower bound over claim
+    significance: float
+    power: list[Power]
+    seconds_estimated: float
+    seconds: float
+    flagged: bool  # contradicts the claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialFound:
+    """The game on single trials of private tuning."""
+
+    trials: int
+    mu_claimed: float
+    mu_lower: float
+    ratio: float
+    power: list[Power]
+    flagged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionFound:
+    """The games on private tuning; ``ratio`` and ``epsilon_lower`` are of what it selects."""
+
+    trials: int  # tunings with the canary, and as many without
+    one_trial: dict[str, TrialFound]  # fitted, held_out
+    mu_claimed: float  # of a trial
+    epsilon_lower: float
+    epsilon_expected: float
+    ratio: float
+    significance: float
+    power: list[Power]
+    seconds: float
+    flagged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRunFound:
+    """One run of the mechanism with many canaries, judged twice: without and with independence of its coordinates."""
+
+    canaries: int
+    guesses: int
+    correct: int
+    epsilon_lower: float
+    epsilon_could_show: float
+    ratio: float
+    epsilon_lower_if_independent: float
+    ratio_if_independent: float
+    significance: float
+    seconds: float
+    flagged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlackBoxFound:
+    """The game with nothing but the released head of the whole loop to look at: worst record, worst beginning."""
+
+    trials: int
+    epsilon_lower: float
+    epsilon_attainable: float
+    ratio: float
+    power: list[Power]
+    significance: float
+    seconds: float
+    flagged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything that was tried on one mechanism."""
+
+    name: str
+    plan: dict[str, Any]  # as in plan.json
+    epsilon_claimed: float
+    delta: float
+    replay: dict[str, Any]  # loop (head, finetune, continue) -> its checks; flagged; private_data: passed or failed
+    two_world: GameFound | SelectionFound
+    one_run: OneRunFound | None  # None for private tuning
+    controls: list[ControlFound]
+    black_box: BlackBoxFound | None = None
+    attempt: int | None = None  # of a run's mechanism
+
+
 def units(settings: AuditSettings) -> int:
     """Pieces of work for one mechanism."""
     return 3 + len(CONTROLS) * settings.controls
@@ -84,7 +194,7 @@ def try_mechanism(
     settings: AuditSettings,
     advance: Callable[[], None],
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> Found:
     """Everything that is tried on one mechanism, through the head's loop; of private tuning, games on what it selects.
 
     Args:
@@ -93,20 +203,14 @@ def try_mechanism(
         classes: number of classes.
         advance: called after each of ``units(settings)`` pieces of work.
         say: told how long the game will take.
-
-    Returns:
-        name, plan, epsilon_claimed, delta, replay, two_world (the distinguishing game), one_run, controls, and
-        black_box where that was asked for: JSON values. ``flagged`` in each part says whether it contradicts the claim;
-        ``ratio`` is the bound over the claim.
     """
     claimed = compose([plan.event], plan.delta).upper
-    head = {"name": plan.stage, "plan": plan.to_dict(), "epsilon_claimed": claimed, "delta": plan.delta}
     with one_thread():
         if isinstance(plan, SelectionPlan):
             found = _try_selection(plan, claimed, settings)
             for _ in range(units(settings)):
                 advance()
-            return head | found
+            return found
         generator = torch.Generator().manual_seed(settings.seed)
         replay = _replay(plan, features, classes, FAITHFUL, generator, settings.images)
         advance()
@@ -119,20 +223,29 @@ def try_mechanism(
             if control.applies(plan):
                 controls.append(_control(plan, features, classes, control, generator))
             advance()
-        found = {"replay": {"head": replay, "flagged": not passed(replay)}, "two_world": two_world, "one_run": one_run,
-                 "controls": controls}  # fmt: skip
+        black_box = None
         if settings.black_box and plan.sample_rate == 1 and plan.stage in HEAD_STAGES:
-            found["black_box"] = _black_box(plan, claimed, game, settings)
-        return head | found
+            black_box = _black_box(plan, claimed, game, settings)
+        return Found(
+            name=plan.stage,
+            plan=plan.to_dict(),
+            epsilon_claimed=claimed,
+            delta=plan.delta,
+            replay={"head": replay, "flagged": not passed(replay)},
+            two_world=two_world,
+            one_run=one_run,
+            controls=controls,
+            black_box=black_box,
+        )
 
 
 def _replay(
     plan: PrivatePlan, features: Tensor, classes: int, control: Control, generator: torch.Generator, images: int = 1
-) -> list[dict[str, Any]]:
+) -> list[Tried]:
     found = []
     for kind in RECORD_KINDS if control is FAITHFUL else ("long",):
         records = make_head_records(features, classes, plan, kind, generator, images)
-        found += as_values(replay_head(plan, records, control=control), f"{kind} record")
+        found += tried_on(replay_head(plan, records, control=control), f"{kind} record")
     return found
 
 
@@ -150,8 +263,7 @@ def _game_for(plan: PrivatePlan, claim: Claim, settings: AuditSettings) -> Game:
 
 def _game(
     plan: PrivatePlan, claimed: float, settings: AuditSettings, say: Callable[[str], None]
-) -> tuple[dict[str, Any], Game]:
-    """The distinguishing game, what it proves about ε, and what it could have seen."""
+) -> tuple[GameFound, Game]:
     started = time.perf_counter()
     claim, whole = Claim(trial_event(plan), plan.delta), Claim(plan.event, plan.delta)
     game = _game_for(plan, claim, settings)
@@ -161,31 +273,30 @@ def _game(
         bound = play(game, *game_scores(plan, game, folder), claim, SIGNIFICANCE)
     mu = math.sqrt(claim.event.steps) / plan.noise_multiplier
     lower = whole.epsilon(bound.factor)
-    return {
-        "trials": round(game.trials / 2),
-        "trials_with": game.having,
-        "trials_without": game.without,
-        "threshold": game.threshold,
-        "steps": claim.event.steps,
-        "errors": bound.errors,
-        "delta_seen": bound.delta_seen,
-        "delta_claimed": claim.curve(1.0, game.threshold),
-        "mu_claimed": mu,
-        "mu_lower": bound.factor * mu,
-        "mu_largest": game.proves(0, claim, SIGNIFICANCE)[0] * mu,
-        "epsilon_lower": lower,
-        "epsilon_expected": whole.epsilon(game.proves(game.expected_errors(claim), claim, SIGNIFICANCE)[0]),
-        "ratio": lower / claimed,
-        "significance": SIGNIFICANCE,
-        "power": [asdict(entry) for entry in game_power(game, claim, SIGNIFICANCE, FACTORS, settings.seed)],
-        "seconds_estimated": about,
-        "seconds": time.perf_counter() - started,
-        "flagged": bound.factor > 1,
-    }, game
+    return GameFound(
+        trials=round(game.trials / 2),
+        trials_with=game.having,
+        trials_without=game.without,
+        threshold=game.threshold,
+        steps=claim.event.steps,
+        errors=bound.errors,
+        delta_seen=bound.delta_seen,
+        delta_claimed=claim.curve(1.0, game.threshold),
+        mu_claimed=mu,
+        mu_lower=bound.factor * mu,
+        mu_largest=game.proves(0, claim, SIGNIFICANCE)[0] * mu,
+        epsilon_lower=lower,
+        epsilon_expected=whole.epsilon(game.proves(game.expected_errors(claim), claim, SIGNIFICANCE)[0]),
+        ratio=lower / claimed,
+        significance=SIGNIFICANCE,
+        power=game_power(game, claim, SIGNIFICANCE, FACTORS, settings.seed),
+        seconds_estimated=about,
+        seconds=time.perf_counter() - started,
+        flagged=bound.factor > 1,
+    ), game
 
 
-def _one_run(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSettings) -> dict[str, Any]:
-    """One run of the mechanism with many canaries, judged twice: without and with independence of its coordinates."""
+def _one_run(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSettings) -> OneRunFound:
     started = time.perf_counter()
     claim, whole = Claim(trial_event(plan), plan.delta), Claim(plan.event, plan.delta)
     canaries = settings.canaries or min(MOST_CANARIES, game.trials)
@@ -201,24 +312,24 @@ def _one_run(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSetti
     sides = Game(game.threshold, int(included.sum()), int((~included).sum()))
     independent = play(sides, scores[~included], scores[included], claim, SIGNIFICANCE)
     lower, other = whole.epsilon(factor), whole.epsilon(independent.factor)
-    return {
-        "canaries": canaries,
-        "guesses": guesses,
-        "correct": correct,
-        "epsilon_lower": lower,
-        "epsilon_could_show": whole.epsilon(could_show),
-        "ratio": lower / claimed,
-        "epsilon_lower_if_independent": other,
-        "ratio_if_independent": other / claimed,
-        "significance": SIGNIFICANCE,
-        "seconds": time.perf_counter() - started,
-        "flagged": factor > 1,
-    }
+    return OneRunFound(
+        canaries=canaries,
+        guesses=guesses,
+        correct=correct,
+        epsilon_lower=lower,
+        epsilon_could_show=whole.epsilon(could_show),
+        ratio=lower / claimed,
+        epsilon_lower_if_independent=other,
+        ratio_if_independent=other / claimed,
+        significance=SIGNIFICANCE,
+        seconds=time.perf_counter() - started,
+        flagged=factor > 1,
+    )
 
 
 def _control(
     plan: PrivatePlan, features: Tensor, classes: int, control: Control, generator: torch.Generator
-) -> dict[str, Any]:
+) -> ControlFound:
     """Whether one fault is flagged, and by which test."""
     by = [] if passed(_replay(plan, features, classes, control, generator)) else ["replay"]
     claim = Claim(trial_event(plan), plan.delta)
@@ -227,27 +338,26 @@ def _control(
         factor = play(game, *game_scores(plan, game, folder, control), claim, SIGNIFICANCE).factor
     by += [GAME] if factor > 1 else []
     mu = math.sqrt(claim.event.steps) / plan.noise_multiplier
-    return {"name": control.name, "flagged": bool(by), "by": by, "mu_lower": factor * mu}
+    return ControlFound(control.name, bool(by), by, factor * mu)
 
 
-def _black_box(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSettings) -> dict[str, Any]:
-    """The game with nothing but the released head of the whole loop to look at: worst record, worst beginning."""
+def _black_box(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSettings) -> BlackBoxFound:
     started = time.perf_counter()
     claim = Claim(plan.event, plan.delta)
     small = Game.of(0.0, min(MOST_HEADS, game.trials))
     without, having, signal = head_game_scores(plan, small)
     factor = play(small, without, having, claim, SIGNIFICANCE).factor
     lower, attainable = claim.epsilon(factor), GaussianEvent(1 / (signal * gaussian_mu([plan.event])), 1.0, 1)
-    return {
-        "trials": round(small.trials / 2),
-        "epsilon_lower": lower,
-        "epsilon_attainable": compose([attainable], plan.delta).upper,
-        "ratio": lower / claimed,
-        "power": [asdict(one) for one in game_power(small, claim, SIGNIFICANCE, FACTORS, settings.seed, signal)],
-        "significance": SIGNIFICANCE,
-        "seconds": time.perf_counter() - started,
-        "flagged": factor > 1,
-    }
+    return BlackBoxFound(
+        trials=round(small.trials / 2),
+        epsilon_lower=lower,
+        epsilon_attainable=compose([attainable], plan.delta).upper,
+        ratio=lower / claimed,
+        power=game_power(small, claim, SIGNIFICANCE, FACTORS, settings.seed, signal),
+        significance=SIGNIFICANCE,
+        seconds=time.perf_counter() - started,
+        flagged=factor > 1,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ private tuning
@@ -266,8 +376,8 @@ def selection_control_game(claim: Claim) -> Game:
     return Game.of(0.0, trials)
 
 
-def _try_selection(plan: SelectionPlan, claimed: float, settings: AuditSettings) -> dict[str, Any]:
-    """Games on single trials and on what private tuning selects, as ``try_mechanism`` returns them.
+def _try_selection(plan: SelectionPlan, claimed: float, settings: AuditSettings) -> Found:
+    """Games on single trials and on what private tuning selects.
 
     A trial's claim is μ, an exact curve, against which ``trials`` are judged. That of the selection is Rényi DP, an
     upper bound, so ``epsilon_lower`` is that of any mechanism (``plain_bound``) and far from it.
@@ -276,11 +386,11 @@ def _try_selection(plan: SelectionPlan, claimed: float, settings: AuditSettings)
     claim = Claim(GaussianEvent(1 / plan.mu, 1.0, 1), plan.delta)
     game = Game.of(0.0, 2 * settings.trials if settings.trials else min(
         MOST_TRIAL_GAMES, choose_game(claim, NEEDED, SIGNIFICANCE).trials))  # fmt: skip
-    parts, power = {}, [asdict(one) for one in game_power(game, claim, SIGNIFICANCE, FACTORS, settings.seed)]
+    parts, power = {}, game_power(game, claim, SIGNIFICANCE, FACTORS, settings.seed)
     for name, held_out in (("fitted", False), ("held_out", True)):
         factor = play(game, *trial_game_scores(plan, game, held_out), claim, SIGNIFICANCE).factor
-        parts[name] = {"trials": round(game.trials / 2), "mu_claimed": plan.mu, "mu_lower": factor * plan.mu,
-                       "ratio": factor, "power": power, "flagged": factor > 1}  # fmt: skip
+        parts[name] = TrialFound(trials=round(game.trials / 2), mu_claimed=plan.mu, mu_lower=factor * plan.mu,
+                                 ratio=factor, power=power, flagged=factor > 1)  # fmt: skip
     count = min(SELECTIONS, settings.trials or SELECTIONS)
     evidence, expected = selection_evidence(plan, count, SIGNIFICANCE, settings.seed)
     with scratch_folder() as folder:
@@ -293,22 +403,25 @@ def _try_selection(plan: SelectionPlan, claimed: float, settings: AuditSettings)
             play(few, *trial_game_scores(plan, few, held_out, faulty=True), claim, SIGNIFICANCE).factor > 1
             for held_out in (False, True)
         )
-        controls = [{"name": "noise of a tenth, in private tuning", "flagged": seen, "by": [GAME] if seen else [],
-                     "mu_lower": None}]  # fmt: skip
-    return {
-        "replay": {"head": [], "flagged": False},
-        "two_world": {
-            "trials": count,
-            "one_trial": parts,
-            "mu_claimed": plan.mu,
-            "epsilon_lower": lower,
-            "epsilon_expected": expected,
-            "ratio": lower / claimed,
-            "significance": SIGNIFICANCE,
-            "power": power,
-            "seconds": time.perf_counter() - started,
-            "flagged": lower > claimed or any(part["flagged"] for part in parts.values()),
-        },
-        "one_run": None,
-        "controls": controls,
-    }
+        controls = [ControlFound("noise of a tenth, in private tuning", seen, [GAME] if seen else [], None)]
+    return Found(
+        name=plan.stage,
+        plan=plan.to_dict(),
+        epsilon_claimed=claimed,
+        delta=plan.delta,
+        replay={"head": [], "flagged": False},
+        two_world=SelectionFound(
+            trials=count,
+            one_trial=parts,
+            mu_claimed=plan.mu,
+            epsilon_lower=lower,
+            epsilon_expected=expected,
+            ratio=lower / claimed,
+            significance=SIGNIFICANCE,
+            power=power,
+            seconds=time.perf_counter() - started,
+            flagged=lower > claimed or any(part.flagged for part in parts.values()),
+        ),
+        one_run=None,
+        controls=controls,
+    )

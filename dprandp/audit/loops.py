@@ -11,9 +11,8 @@ import math
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +39,8 @@ from dprandp.pretrain import load_extractor, synthetic_crops
 from dprandp.privacy.mechanism import PrivatePlan
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, fit_head, released_head, update_head
 from dprandp.runs.checkpoint import load_finished
-from dprandp.runs.context import Context
-from dprandp.runs.results import ONE_IMAGE
+from dprandp.runs.context import Context, recorded
+from dprandp.runs.results import ONE_IMAGE, ContinueResult, FinetuneResult, ProbeResult
 from dprandp.runs.signals import Stop
 from dprandp.vision.images import colour_of, to_input
 
@@ -80,23 +79,24 @@ class Facts:
     """
 
     def __init__(self, context: Context) -> None:
-        rows = {row["stage"]: row for row in context.rundir.status()}
-        last = next(rows[name]["result"] for name in ("finetune", "probe", "continue") if rows[name]["result"])
-        self.classes, self.mirror = len(last["classes"]), last["mirror"]
-        precision = last["precision"]
+        rundir = context.rundir
+        continued, probed, tuned = map(rundir.result, (ContinueResult, ProbeResult, FinetuneResult))
+        last = tuned or probed or continued
+        self.classes, self.mirror = len(last.classes), last.mirror
+        precision = last.precision
         generator = torch.Generator().manual_seed(0)
-        if rows["probe"]["result"]:
-            extractor, _ = load_extractor(context, rows["probe"]["result"]["extractor_colour"], precision=precision)
+        if probed is not None:
+            extractor, _ = load_extractor(context, probed.extractor_colour, precision=precision)
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
-        elif not rows["finetune"]["result"]:
+        elif tuned is None:
             extractor, _ = load_extractor(context, "rgb", precision=precision)  # a continued one is for either kind
             whitener = PooledOnly(extractor.feature_dim)
             self.images = synthetic_crops(context, IMAGES, seed=0)
-            head = load_finished(context.rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
+            head = load_finished(rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
         else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
-            config = FinetuneConfig(**rows["finetune"]["config"])
+            config = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config)
             extractor, head = build_extractor(network_config(config), generator), None
             whitener = PooledOnly(extractor.feature_dim)
             self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
@@ -129,14 +129,35 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def as_values(checks: list[Check], on: str) -> list[dict[str, Any]]:
-    """Checks as JSON values, with what they were tried on."""
-    return [{"on": on, **asdict(check), "passed": bool(check.passed)} for check in checks]
+@dataclass(frozen=True)
+class Tried:
+    """A check of a replay, and what it was tried on."""
+
+    on: str
+    name: str
+    passed: bool
+    value: float
+    limit: float
 
 
-def passed(checks: list[dict[str, Any]]) -> bool:
+@dataclass(frozen=True)
+class ControlFound:
+    """Whether a known fault was flagged, and by which tests; the μ that the game showed, where it was played."""
+
+    name: str
+    flagged: bool
+    by: list[str]
+    mu_lower: float | None
+
+
+def tried_on(checks: list[Check], on: str) -> list[Tried]:
+    """Checks, with what they were tried on."""
+    return [Tried(on, check.name, bool(check.passed), check.value, check.limit) for check in checks]
+
+
+def passed(checks: list[Tried]) -> bool:
     """Whether every check of a replay holds."""
-    return all(check["passed"] for check in checks)
+    return all(check.passed for check in checks)
 
 
 # --------------------------------------------------------------------------------------------------------------- head
@@ -365,13 +386,13 @@ def replay_continue(
 
 def on_made_up(
     name: str, plan: PrivatePlan, facts: Facts, settings: AuditSettings, context: Context
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Tried], list[ControlFound]]:
     """The loop of fine-tune or ``continue`` on public records: its checks, and the control that its clip is seen."""
     generator = torch.Generator().manual_seed(settings.seed)
     count = records_for(plan, NETWORK_BATCH)
     dataset, split = made_up_images(facts.images, facts.classes, count, facts.mirror, generator, settings.images)
     if name == STAGE:
-        config, last = ContinueConfig(**_row(name, context)["config"]), dataset.spec.train_units - 1
+        config, last = recorded(name, context.rundir.row(name).config), dataset.spec.train_units - 1
         replays = {"synthetic image": partial(replay_continue, plan, config, dataset, last, facts, context)}
         controls, title = settings.controls, f"{CLIP_OFF.name}, in continue"
     else:
@@ -384,15 +405,15 @@ def on_made_up(
         }
         # with a frozen extractor no gradient exceeds √2: there is little to clip
         controls, title = settings.controls and scale > 0, f"{CLIP_OFF.name}, in the fine-tune"
-    checks = [check for on, replay in replays.items() for check in as_values(replay(), on)]
+    checks = [check for on, replay in replays.items() for check in tried_on(replay(), on)]
     if not controls:
         return checks, []
     _, hardest = replays.popitem()
     seen = not all(check.passed for check in hardest(most=1, control=CLIP_OFF))
-    return checks, [{"name": title, "flagged": seen, "by": ["replay"] if seen else [], "mu_lower": None}]
+    return checks, [ControlFound(title, seen, ["replay"] if seen else [], None)]
 
 
-def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context) -> list[dict[str, Any]]:
+def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context) -> list[Tried]:
     """Replays on the run's private records; every value of what is returned is private."""
     watched = [secrets.randbelow(plan.examples) for _ in range(PRIVATE_RECORDS)]
     if name == finetune.STAGE:
@@ -400,11 +421,11 @@ def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context
         dataset = finetune.open_stage(config, context, write=False).dataset
         checks = replay_finetune(plan, config, facts.model, lr, scale, dataset, watched[0], context)
     elif name == STAGE:
-        config = ContinueConfig(**_row(name, context)["config"])
+        config = recorded(name, context.rundir.row(name).config)
         dataset = continual.open_stage(config, context, write=False).dataset
         checks = replay_continue(plan, config, dataset, watched[0], facts, context)
     else:
-        config = ProbeConfig(**_row(name, context)["config"])
+        config = recorded(name, context.rundir.row(name).config)
         stage = open_private_stage(name, config, context, write=False)
         features, labels = private_features(
             stage, facts.model.extractor, facts.model.whitener, mirror=facts.mirror, views=plan.views, seed=config.seed
@@ -413,14 +434,11 @@ def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context
         grouped = None if stage.spec.unit == ONE_IMAGE else stage.dataset
         records = HeadRecords(features, labels, probe.load_head(context, facts.model.head), grouped)
         checks = [check for record in watched for check in replay_head(plan, records, record)]
-    return as_values(checks, "private record")
-
-
-def _row(name: str, context: Context) -> dict[str, Any]:
-    return next(row for row in context.rundir.status() if row["stage"] == name)
+    return tried_on(checks, "private record")
 
 
 def _finetune_settings(context: Context) -> tuple[FinetuneConfig, float, float]:
     """The run's configuration, learning rate and factor of the extractor."""
-    row = _row(finetune.STAGE, context)
-    return FinetuneConfig(**row["config"]), row["result"]["lr"], row["result"]["extractor_scale"]
+    rundir = context.rundir
+    config, result = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config), rundir.result(FinetuneResult)
+    return config, result.lr, result.extractor_scale

@@ -32,11 +32,11 @@ def status(
     console, options = session.console(call.options), call.options
     if check:
         from dprandp.inspection import check as examination
+        from dprandp.inspection import exit_code
 
         checks = examination.examine(options.run, options.data_dir, options.device)
-        result = examination.as_result(options.run, checks)
-        console.result(result, examination.lines(checks))
-        raise typer.Exit(result["exit_code"])
+        console.result(examination.as_json(options.run, checks), examination.lines(checks))
+        raise typer.Exit(exit_code(checks))
     from dprandp.inspection import overview
 
     table = overview.status(RunDir.open(options.run, create=False))
@@ -73,7 +73,7 @@ def verify(call: Call) -> None:
 
     result = verifying.verify(RunDir.open(call.options.run, create=False))
     console.result(result, verifying.verify_lines(result))
-    raise typer.Exit(result["exit_code"])
+    raise typer.Exit(result.exit_code)
 
 
 @flags.command(app, "About a run", options=("json", "debug"))
@@ -103,8 +103,9 @@ def account(
             "account needs exactly one of --eps and --noise-multiplier",
             fix="give --eps to find σ, or --noise-multiplier to find ε",
         )
-    result = calculator.account(eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or call.options.json)
-    result |= calculator.account_group(result, group_size)
+    result = calculator.account(
+        eps, noise_multiplier, sample_rate, steps, delta, adjacency, curve or call.options.json, group_size
+    )
     if not call.options.json:
         console.say(calculator.opinion_lines(result))
         console.say(calculator.attack_lines(result))
@@ -195,7 +196,7 @@ def predict(
     if out is not None:
         atomic_write(out, release.prediction_csv(rows))
     result = {
-        "data": loaded.result["data"],
+        "data": loaded.result.data,
         "private": loaded.not_private_because is None,
         "out": None if out is None else str(out),
         "predictions": rows,

@@ -17,6 +17,7 @@ from dprandp.config.toml import read as read_toml
 from dprandp.errors import InputError, UsageError
 from dprandp.runs.console import Console
 from dprandp.runs.directory import STAGES, RunDir
+from dprandp.runs.results import StageResult
 
 current = Console()
 """The console of the running command; errors raised before its flags are parsed go to this plain one."""
@@ -65,7 +66,7 @@ def resolve(
     ``planned`` stages count as decided by the run. ``fitting`` values follow from the declared data: flags and the
     configuration file override them.
     """
-    recorded = {row["stage"]: row["config"] for row in rundir.status() if row["config"]}
+    recorded = {row.stage: row.config for row in rundir.status() if row.config}
     recorded |= {name: as_dict(config) for name, config in (planned or {}).items()}
     order = list(STAGES)
     before = [recorded[name] for name in order[: order.index(stage) + 1] if name in recorded]
@@ -183,7 +184,7 @@ def context(rundir: RunDir, console: Console, options: Options):
 def stage_command(
     stage: str,
     call: Call,
-    following: Callable[[dict[str, Any]], str],
+    following: Callable[[StageResult], str],
     *,
     create: bool = False,
     fitting: Mapping[str, Any] | None = None,
@@ -214,7 +215,7 @@ def stage_command(
             require_data(config, options)
         pipeline.adopt({name: adopted for name, adopted in public.items() if name != stage}, made)
         result = pipeline.run_stage(stage, config, made)
-        told.result(result, pipeline.stage_line(stage, result))
+        told.result(pipeline.as_json(stage, result), pipeline.stage_line(stage, result))
     return told.next(command(following(result), options.run))
 
 

@@ -14,6 +14,7 @@ from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_set
 from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig
 from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
+from dprandp.runs.results import ContinueResult, PrivateContinueResult
 
 app = typer.Typer()
 
@@ -59,7 +60,7 @@ def probe(call: Call) -> None:
     """
     create = call.options.prior is not None
     session.stage_command(
-        "probe", call, lambda result: "report" if result.get("share") == 1 else "finetune", create=create
+        "probe", call, lambda result: "report" if result.share == 1 else "finetune", create=create
     )
 
 
@@ -83,7 +84,11 @@ def continue_extractor(call: Call) -> None:
     [dim]dprandp continue --public fraction:0.1 --data digits --eps 2[/dim]
     [dim]dprandp continue --switch decelerator --mix step --plan[/dim]
     """
-    session.stage_command("continue", call, lambda result: "report" if result.get("share") == 1 else "probe")
+
+    def following(result: ContinueResult) -> str:
+        return "report" if isinstance(result, PrivateContinueResult) and result.share == 1 else "probe"
+
+    session.stage_command("continue", call, following)
 
 
 DIAGNOSED = (
@@ -154,7 +159,7 @@ def run_all(call: Call) -> None:
         configs: dict[str, Any] = {}
         for stage in (name for name in STAGES if name not in OPTIONAL_STAGES):
             configs[stage] = resolve(stage, configs)
-        probe, recorded = configs["probe"], {row["stage"]: row["config"] for row in rundir.status()}["probe"]
+        probe, recorded = configs["probe"], rundir.row("probe").config
         if options.resume and recorded:  # settings as recorded, but data are known by content, not by path
             probe = type(probe)(**recorded | {"data": probe.data})
         unused = [f"--{name.replace('_', '-')}" for name in TUNING if given["finetune"][name] is not None]
@@ -172,7 +177,7 @@ def run_all(call: Call) -> None:
         from dprandp import pipeline
 
         result = pipeline.run(resolve, context)
-    return console.result(result, pipeline.line(result))
+    return console.result(result.as_json(), pipeline.line(result))
 
 
 # ------------------------------------------------------------------------------------------------------- tune and audit
@@ -207,7 +212,7 @@ def tune(
     with session.opened(run) as rundir:
         probe = session.resolve(rundir, "probe", call.options, call.given["probe"])
         result = stage.run(probe, asked, session.context(rundir, console, call.options))
-    console.result(result, stage.line(result))
+    console.result(stage.as_json(result), stage.line(result))
     console.next(session.command("probe", run) + f" --config {shlex.quote(str(run / 'tuned.toml'))}")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any
 
 from dprandp.config.schema import ContinueConfig, as_dict, fraction_of
@@ -27,7 +28,13 @@ from dprandp.dpsgd.training_data import not_compared
 from dprandp.errors import UsageError
 from dprandp.pretrain import STAGE as PRETRAIN
 from dprandp.runs.context import Context, recorded, with_precision
-from dprandp.runs.results import refuse_gaps
+from dprandp.runs.results import (
+    ContinueResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateContinueResult,
+    PublicTraining,
+)
 from dprandp.runs.signals import graceful_stop
 from dprandp.runs.tuning import tuning_of
 
@@ -35,14 +42,8 @@ BATCH_PART = 0.08192
 """Expected private batch as a fraction of N; De et al. 2022, Tang et al. 2023."""
 
 
-def run(config: ContinueConfig, context: Context) -> dict:
-    """Continue the run's extractor.
-
-    Returns:
-        stage, arch, precision, seconds, and public_training: images (in words), examples, steps (that were public
-        alone), mix, switch (in words), head (whether the public classes are the private ones), loss (on held-out public
-        images at the last evaluation, or None). But for public steps alone also the keys of ``release.evaluate`` and
-        ``PrivateStage.disclosure``, share, lr, momentum, clipping, optimizer, released, mirror, tuned, tuned_on.
+def run(config: ContinueConfig, context: Context) -> ContinueResult:
+    """Continue the run's extractor; a ``PrivateContinueResult``, but for public steps alone.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget is spent (no private pixel was read).
@@ -50,7 +51,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
     """
     rundir = context.rundir
     rundir.require(PRETRAIN, STAGE)
-    config = with_precision(STAGE, config, context, rundir.result(PRETRAIN)["arch"])
+    config = with_precision(STAGE, config, context, rundir.result(PretrainResult).arch)
     flags: dict[str, Any] = {"resume": context.resume, "overwrite": context.overwrite}
     flags["ignore"] = not_compared(config, rundir)
     config = recorded(STAGE, rundir.foresee(STAGE, as_dict(config), **flags).config)
@@ -65,7 +66,7 @@ def run(config: ContinueConfig, context: Context) -> dict:
         private_inputs=stage.private_inputs() if private or part else None,
     )
     if begun.action == "skip":
-        return rundir.result(STAGE)
+        return rundir.result(ContinueResult)
     if part:
         stage.keep_data()  # later stages must use the data of which this one used a part
     config = recorded(STAGE, begun.config)
@@ -73,43 +74,44 @@ def run(config: ContinueConfig, context: Context) -> dict:
     training, built_from = make_training(config, context, stage.spec, task)
     with graceful_stop() as stop:
         stage, outcome = train(config, stage, training, stop, as_dict(built_from))
-    result: dict[str, Any] = {
-        "stage": STAGE,
-        "arch": built_from.arch,
-        "precision": config.precision,
-        "public_training": {
-            "images": task.title,
-            "examples": task.examples,
-            "steps": outcome.switch,
-            "mix": config.mix,
-            "switch": outcome.why,
-            "head": "one for public and private images" if task.shared else "its own",
-            "loss": training.looks[-1].loss if training.looks else None,
-        },
-    }
-    model = training.model
-    if private:
-        model.load_state_dict({name: training.average[name] for name in training.private_names}, strict=False)
-        result |= {
-            **release.evaluate(model, stage, False, keep=False),
-            **stage.disclosure(outcome.updates),
-            "share": config.share,
-            "lr": config.lr,
-            "momentum": training.settings.beta,
-            "clipping": "automatic",
-            "optimizer": training.settings.in_words(),
-            "released": f"EMA, decay {config.ema}",
-            "mirror": False,
-            "tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}),
-            "tuned_on": None,
-        }
-    result["seconds"] = round(time.perf_counter() - started, 2)
+    result = ContinueResult(
+        stage=STAGE,
+        arch=built_from.arch,
+        precision=config.precision,
+        public_training=PublicTraining(
+            images=task.title,
+            examples=task.examples,
+            steps=outcome.switch,
+            mix=config.mix,
+            switch=outcome.why,
+            head="one for public and private images" if task.shared else "its own",
+            loss=training.looks[-1].loss if training.looks else None,
+        ),
+        seconds=round(time.perf_counter() - started, 2),
+    )
     outputs = [f"{DONE}.safetensors", f"{HEADS}/{HEADS}.safetensors"]
-    if private:
-        release.write_model(stage, model, result)
-        stage.finish(outputs, result)
-    else:
+    if not private:
         rundir.finish(STAGE, rundir.hash_outputs(STAGE, outputs), result)
+        return result
+    model = training.model
+    model.load_state_dict({name: training.average[name] for name in training.private_names}, strict=False)
+    result = PrivateContinueResult(
+        **vars(result),
+        **vars(release.evaluate(model, stage, False, keep=False)),
+        **vars(stage.disclosure(outcome.updates)),
+        share=config.share,
+        lr=config.lr,
+        momentum=training.settings.beta,
+        clipping="automatic",
+        optimizer=training.settings.in_words(),
+        released=f"EMA, decay {config.ema}",
+        mirror=False,
+        tuned=tuning_of(rundir, stage.ledger, stage.plan.delta, {}),
+        tuned_on=None,
+    )
+    result = replace(result, seconds=round(time.perf_counter() - started, 2))  # with the evaluation
+    release.write_model(stage, model, result)
+    stage.finish(outputs, result)
     return result
 
 
@@ -120,9 +122,8 @@ def open_stage(config: ContinueConfig, context: Context, *, write: bool = True) 
         As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
     """
     context.rundir.require(PRETRAIN, STAGE)
-    for earlier in ("generate", PRETRAIN):
-        refuse_gaps(earlier, context.rundir.result(earlier))
-    if context.rundir.result(PRETRAIN)["arch"] == "patchnet":
+    context.rundir.result(GenerateResult)  # for the model card: refuses gaps
+    if context.rundir.result(PretrainResult).arch == "patchnet":
         raise UsageError(
             "a patchnet is a dictionary, which `continue` cannot train by gradients",
             fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from dprandp.continual import open_stage, switching
 from dprandp.continual.loss_terms import LossTerms
 from dprandp.continual.public import make_task, make_training
 from dprandp.errors import UsageError
-from dprandp.pretrain import STAGE as PRETRAIN
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.files import atomic_path, atomic_write, to_json
+from dprandp.runs.results import PretrainResult
 from dprandp.runs.signals import graceful_stop
 
 STAGE = "diagnose"
@@ -37,7 +38,27 @@ TERMS = {
 }
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """terms.json."""
+
+    stage: str
+    data: str
+    arch: str
+    images: str  # public ones, in words
+    epsilon: float  # of the plan
+    noise_multiplier: float  # σ
+    batch: float  # B, expected
+    private_steps: int  # at most
+    config: dict[str, Any]  # settings of ``continue``
+    terms: list[dict[str, float]]  # at each look: step, loss, and ``LossTerms.to_dict``
+    rules: dict[str, int | None]  # rule -> step at which it would begin private steps; None: not before the latest
+    latest: int  # step
+    meaning: list[str]  # sentences
+    seconds: float
+
+
+def draw(result: Diagnosis, path: Path) -> None:
     """Draw the result of ``diagnose.run`` as a PNG file.
 
     Raises:
@@ -46,19 +67,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [row["step"] for row in result["terms"]]
+    steps = [row["step"] for row in result.terms]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, (label, colour) in TERMS.items():  # negative estimates are gaps on a logarithmic scale
-        values = [row[name] if row[name] > 0 else math.nan for row in result["terms"]]
+        values = [row[name] if row[name] > 0 else math.nan for row in result.terms]
         left.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
     left.set_yscale("log")
     left.set_title("terms of the denominator of ΔL*", fontsize=10)
     left.legend(fontsize=8)
-    right.plot(steps, [row["loss"] for row in result["terms"]], color="#1c2127", marker="o", markersize=3)
+    right.plot(steps, [row["loss"] for row in result.terms], color="#1c2127", marker="o", markersize=3)
     right.set_title("loss of held-out public images", fontsize=10)
-    for rule, step in result["rules"].items():
+    for rule, step in result.rules.items():
         if step is not None:
             for axes in (left, right):
                 axes.axvline(step, color="#7570b3", linewidth=0.8, linestyle="--" if rule == "plateau" else ":")
@@ -70,13 +91,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
+def run(config: ContinueConfig, context: Context) -> Diagnosis:
     """Train on the public images up to the latest switch, and estimate the loss terms on the way.
-
-    Returns:
-        stage, arch, images (in words), epsilon (of the plan), noise_multiplier, batch, private_steps (the most there
-        may be), terms (a list: step, loss, and ``LossTerms.to_dict``), rules (rule -> the step at which it would begin
-        private steps, None where it would not before the latest), latest, meaning (sentences), seconds.
 
     Raises:
         As ``continue`` before it reads private data; UsageError: no private step is wanted.
@@ -88,10 +104,10 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
     started = time.perf_counter()
-    decided = with_precision("continue", config, context, context.rundir.result(PRETRAIN)["arch"])
+    decided = with_precision("continue", config, context, context.rundir.result(PretrainResult).arch)
     training, built_from = make_training(decided, context, stage.spec, task)
     plan = stage.plan
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     found: list[LossTerms] = []
     last = max(config.check_every, switching.latest_switch(config))
     with graceful_stop() as stop, context.console.progress(last, "public steps") as progress:
@@ -105,22 +121,22 @@ def run(config: ContinueConfig, context: Context) -> dict[str, Any]:
                 progress.advance(1)
             stop.raise_if_requested()
     rules = _rules(config, rows)
-    result = {
-        "stage": STAGE,
-        "data": stage.spec.name,
-        "arch": built_from.arch,
-        "images": task.title,
-        "epsilon": plan.epsilon_target,
-        "noise_multiplier": plan.noise_multiplier,
-        "batch": plan.expected_batch,
-        "private_steps": plan.steps,
-        "config": as_dict(config),
-        "terms": rows,
-        "rules": rules,
-        "latest": switching.latest_switch(config),
-        "meaning": meaning(found, [row["step"] for row in rows], rules),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    result = Diagnosis(
+        stage=STAGE,
+        data=stage.spec.name,
+        arch=built_from.arch,
+        images=task.title,
+        epsilon=plan.epsilon_target,
+        noise_multiplier=plan.noise_multiplier,
+        batch=plan.expected_batch,
+        private_steps=plan.steps,
+        config=as_dict(config),
+        terms=rows,
+        rules=rules,
+        latest=switching.latest_switch(config),
+        meaning=meaning(found, [row["step"] for row in rows], rules),
+        seconds=round(time.perf_counter() - started, 2),
+    )
     folder = context.rundir.path / STAGE
     folder.mkdir(exist_ok=True)
     draw(result, folder / "terms.png")
@@ -152,23 +168,23 @@ def meaning(found: list[LossTerms], steps: list[int], rules: dict[str, int | Non
     return said
 
 
-def line(result: dict[str, Any]) -> str:
+def line(result: Diagnosis) -> str:
     """The result for people."""
     names = ("GᵀHG", "tr(HΣ)/B", "privacy", "ratio", "B*", "ΔL*")
     head = f"{'step':>6} {'loss':>8}" + "".join(f" {name:>10}" for name in names)
     lines = [
-        f"diagnose: {result['arch']} on {result['images']}; σ = {result['noise_multiplier']:.4g}, "
-        f"B = {result['batch']:.4g}, at most {result['private_steps']} private steps",
+        f"diagnose: {result.arch} on {result.images}; σ = {result.noise_multiplier:.4g}, "
+        f"B = {result.batch:.4g}, at most {result.private_steps} private steps",
         head,
     ]
-    for row in result["terms"]:
+    for row in result.terms:
         shown = [row[name] for name in (*TERMS, "slowdown", "best_batch")]
         numbers = "".join(f" {value:>10.3g}" for value in shown)
         lines.append(f"{row['step']:>6} {row['loss']:>8.4f}{numbers} {row['improvement']:>10.2g}")
-    return "\n".join([*lines, *result["meaning"]])
+    return "\n".join([*lines, *result.meaning])
 
 
-def _rules(config: ContinueConfig, rows: list[dict[str, Any]]) -> dict[str, int | None]:
+def _rules(config: ContinueConfig, rows: list[dict[str, float]]) -> dict[str, int | None]:
     """The step at which each rule would begin private steps; None if not before the latest step."""
     looks = [switching.Look(row["step"], row["loss"], row["slowdown"]) for row in rows]
     found: dict[str, int | None] = dict.fromkeys(("plateau", "decelerator"))

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.data.base import Dataset, DataSpec, Split, check_data, public_part, without_public_part
+from dprandp.data.base import DataCheck, Dataset, DataSpec, Split, check_data, public_part, without_public_part
 from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported
@@ -23,8 +23,8 @@ from dprandp.data.units import EACH_IMAGE, Units
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "DataSpec", "Dataset", "Split", "Units", "brought_to", "check_data", "list_datasets", "open_dataset",
-    "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data",
+    "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 

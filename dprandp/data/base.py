@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -197,19 +196,32 @@ def image_digests(images: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
 
 
-def check_data(dataset: Dataset) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """Counts of private images, without noise: not to be published."""
+
+    private_output: bool = True
+    # declared facts
+    data: str
+    unit: str
+    train_examples: int
+    train_units: int
+    # private
+    largest_unit: int  # its images
+    repeated_images: int  # training images that equal an earlier one, pixel by pixel
+    across_units: int  # training images of which a copy lies in another unit
+    largest_copies: int  # units that hold the same image, at most
+    contradicting_labels: int  # distinct images that occur with different labels
+    in_test: int  # training images of which a copy lies in the test split
+    units_in_test: int | None  # units with images in both splits; None where not declared
+    empty_classes: list[str]  # declared ones that have no training image
+
+
+def check_data(dataset: Dataset) -> DataCheck:
     """Private facts for the owner before a run: exact duplicates, units, empty classes. Reads both splits.
 
     An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
     units. No ε covers these counts: a command of its own prints them on the terminal, and stores nothing.
-
-    Returns:
-        data, unit, train_examples, train_units (declared facts); largest_unit: images of the largest unit;
-        repeated_images: training images that equal an earlier one, pixel by pixel; across_units: training images of
-        which a copy lies in another unit; largest_copies: units that hold the same image, at most;
-        contradicting_labels: distinct images that occur with different labels; in_test: training images of which a
-        copy lies in the test split; units_in_test: units with images in both splits (None where not declared);
-        empty_classes: names of the declared classes that have no training image.
     """
     spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
     digests = image_digests(train.images)
@@ -221,20 +233,20 @@ def check_data(dataset: Dataset) -> dict[str, Any]:
         labels.setdefault(digest, set()).add(label)
     tested = set(image_digests(test.images))
     counts = np.bincount(train.labels, minlength=len(spec.classes))
-    return {
-        "data": spec.name,
-        "unit": spec.unit,
-        "train_examples": spec.train_examples,
-        "train_units": spec.train_units,
-        "largest_unit": max(Counter(of_image.tolist()).values()),
-        "repeated_images": len(digests) - len(seen_in),
-        "across_units": sum(len(seen_in[digest]) > 1 for digest in digests),
-        "largest_copies": max(map(len, seen_in.values())),
-        "contradicting_labels": sum(len(found) > 1 for found in labels.values()),
-        "in_test": sum(digest in tested for digest in digests),
-        "units_in_test": units and units.shared_with_test,
-        "empty_classes": [spec.classes[index] for index in np.flatnonzero(counts == 0)],
-    }
+    return DataCheck(
+        data=spec.name,
+        unit=spec.unit,
+        train_examples=spec.train_examples,
+        train_units=spec.train_units,
+        largest_unit=max(Counter(of_image.tolist()).values()),
+        repeated_images=len(digests) - len(seen_in),
+        across_units=sum(len(seen_in[digest]) > 1 for digest in digests),
+        largest_copies=max(map(len, seen_in.values())),
+        contradicting_labels=sum(len(found) > 1 for found in labels.values()),
+        in_test=sum(digest in tested for digest in digests),
+        units_in_test=units and units.shared_with_test,
+        empty_classes=[spec.classes[index] for index in np.flatnonzero(counts == 0)],
+    )
 
 
 def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarray) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dprandp.config.schema import same_data_name
@@ -11,9 +11,10 @@ from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy.accounting import advised_delta
 from dprandp.privacy.mechanism import PrivatePlan, validate_budget
 from dprandp.privacy.selection import SelectionPlan
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
 from dprandp.runs.files import from_json
 from dprandp.runs.ledger import open_run_ledger, plan_file
+from dprandp.runs.tuning import TUNE
 
 ADJACENCY = "zero-out of one record"
 """Neighbours are data sets in one of which a record's slot is empty: the record contributes nothing to any sum, while
@@ -42,15 +43,9 @@ class Budget:
     public_part: str = NO_PUBLIC_PART  # of the training images, in words
 
     @property
-    def declared_part(self) -> dict[str, str]:
-        """The public part as an entry of a document; none where no part is public."""
-        return {} if self.public_part == NO_PUBLIC_PART else {"public_part": self.public_part}
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plan file without stages."""
-        numbers = {"data": self.data, "epsilon": self.epsilon, "delta": self.delta, "examples": self.examples}
-        fixed = {"adjacency": ADJACENCY, "unit": self.unit, **self.declared_part}
-        return {"format": 1, **numbers, **fixed, "stages": {}}
+    def declared_part(self) -> str | None:
+        """The public part; None where no part is public."""
+        return None if self.public_part == NO_PUBLIC_PART else self.public_part
 
     def refuse_other(self, other: Budget) -> None:
         """Raise if a command's budget differs from the run's; ``training_data.py`` compares the data by content later.
@@ -89,10 +84,30 @@ class Budget:
             )
 
 
-def budget_of(document: dict[str, Any]) -> Budget:
-    """The budget in a plan file."""
-    part = document.get("public_part", NO_PUBLIC_PART)
-    return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=part)
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """A mechanism in the plan file."""
+
+    attempt: int  # from 1
+    started: str | None  # when its stage was begun: ISO 8601, UTC
+    parent_attempt: int | None = None  # of the stage that this is a further mechanism of
+    plan: PrivatePlan | SelectionPlan
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """``privacy/plan.json``: the run's budget, and the plan of each mechanism by name."""
+
+    budget: Budget
+    stages: dict[str, PlanEntry]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the inverse of ``read_plan_file``."""
+        budget = self.budget
+        numbers = {"data": budget.data, "epsilon": budget.epsilon, "delta": budget.delta, "examples": budget.examples}
+        public = {} if budget.declared_part is None else {"public_part": budget.declared_part}
+        entries = {name: frozen(replace(entry, plan=entry.plan.to_dict())) for name, entry in self.stages.items()}
+        return {"format": 1, **numbers, "adjacency": ADJACENCY, "unit": budget.unit, **public, "stages": entries}
 
 
 def default_delta(examples: int, published: float | None = None) -> float:
@@ -101,17 +116,37 @@ def default_delta(examples: int, published: float | None = None) -> float:
     return published if published is not None and published < 1 / examples else advised_delta(examples)
 
 
-def read_budget(rundir: RunDir) -> dict[str, Any] | None:
-    """``BUDGET_KEYS``, spent (upper bound of ε) and private, read-only; None before the run's first private stage."""
-    ledger, document = open_run_ledger(rundir), read_plan_file(rundir)
-    if document is None or ledger is None:
+@dataclass(frozen=True, kw_only=True)
+class BudgetUse:
+    """A run's budget, and what is spent of it."""
+
+    data: str
+    epsilon: float
+    delta: float
+    examples: int  # N
+    unit: str
+    spent: float  # upper bound of ε
+    private: bool
+
+
+def read_budget(rundir: RunDir) -> BudgetUse | None:
+    """Read-only; None before the run's first private stage."""
+    ledger, planned = open_run_ledger(rundir), read_plan_file(rundir)
+    if planned is None or ledger is None:
         return None
-    found = {key: document[key] for key in BUDGET_KEYS}
-    private = ledger.private and math.isfinite(document["epsilon"])
-    return found | {"spent": ledger.spent(document["delta"]).upper, "private": private}
+    budget = planned.budget
+    return BudgetUse(
+        data=budget.data,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        examples=budget.examples,
+        unit=budget.unit,
+        spent=ledger.spent(budget.delta).upper,
+        private=ledger.private and math.isfinite(budget.epsilon),
+    )
 
 
-def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
+def read_plan_file(rundir: RunDir) -> PlanFile | None:
     """Budget and plans of a run; None before its first private stage.
 
     Raises:
@@ -125,31 +160,38 @@ def read_plan_file(rundir: RunDir) -> dict[str, Any] | None:
         document["epsilon"] = float(document["epsilon"])  # infinity is stored as "inf"
         if document["format"] != 1:
             raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
-        _refuse_nonsense(document)
-        return document
+        budget = _budget_in(document)
+        return PlanFile(budget, {name: _entry(name, entry, budget) for name, entry in document["stages"].items()})
     except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
         raise CheckpointError(
             f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"
         ) from error
 
 
-def _refuse_nonsense(document: dict[str, Any]) -> None:
-    """Raise (ValueError, KeyError, TypeError, UsageError, CheckpointError) for a plan file that was not written so."""
+# These two raise ValueError, KeyError, TypeError, UsageError or CheckpointError for what was not written so.
+
+
+def _budget_in(document: dict[str, Any]) -> Budget:
     kinds = {"data": str, "epsilon": float, "delta": float, "examples": int, "unit": str, "stages": dict}
     public = document.get("public_part", NO_PUBLIC_PART)
     if any(type(document[key]) is not kind for key, kind in kinds.items()) or type(public) is not str:
         raise TypeError("an entry has another type")
     validate_budget(document["epsilon"], document["delta"], document["examples"])
-    for name, entry in document["stages"].items():
-        selection = "mu" in entry["plan"]
-        plan = (SelectionPlan if selection else PrivatePlan).from_dict(entry["plan"])
-        counts = plan.steps if selection else (plan.steps, plan.views)
-        whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.examples, *counts)
-        if any(type(value) is not int or value < 1 for value in whole):
-            raise TypeError(f"the plan of {name} counts in other than whole numbers")
-        if not isinstance(entry["started"], str | None):
-            raise TypeError(f"the plan of {name} has no time")
-        if (plan.stage, plan.examples, plan.delta) != (name, document["examples"], document["delta"]):
-            raise ValueError(f"the plan of {name} is of another budget")
-        if plan.epsilon_target > document["epsilon"] * (1 + ROUNDING):
-            raise ValueError(f"the plan of {name} would spend more than the budget")
+    return Budget(**{key: document[key] for key in BUDGET_KEYS}, public_part=public)
+
+
+def _entry(name: str, entry: dict[str, Any], budget: Budget) -> PlanEntry:
+    selection = name == TUNE
+    plan = (SelectionPlan if selection else PrivatePlan).from_dict(entry["plan"])
+    counts = plan.steps if selection else (plan.steps, plan.views)
+    whole = (entry["attempt"], entry.get("parent_attempt", 1), plan.examples, *counts)
+    if any(type(value) is not int or value < 1 for value in whole):
+        raise TypeError(f"the plan of {name} counts in other than whole numbers")
+    if not isinstance(entry["started"], str | None):
+        raise TypeError(f"the plan of {name} has no time")
+    if (plan.stage, plan.examples, plan.delta) != (name, budget.examples, budget.delta):
+        raise ValueError(f"the plan of {name} is of another budget")
+    if plan.epsilon_target > budget.epsilon * (1 + ROUNDING):
+        raise ValueError(f"the plan of {name} would spend more than the budget")
+    parent = entry.get("parent_attempt")
+    return PlanEntry(attempt=entry["attempt"], started=entry["started"], parent_attempt=parent, plan=plan)

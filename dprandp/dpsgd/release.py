@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +16,14 @@ from dprandp.models.precision import precision_of
 from dprandp.report.card import model_card
 from dprandp.runs.checkpoint import tensors_to_bytes
 from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.results import (
+    ContinueResult,
+    Evaluation,
+    FinetuneResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateResult,
+)
 from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
 
@@ -26,59 +34,56 @@ MODEL_FORMAT = 2
 """Format 1 had no precision; it is refused by name."""
 
 
-def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> dict[str, Any]:
+def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> Evaluation | None:
     """Evaluate the stage's final model on the test split, once; the result chooses nothing.
 
     Args:
         keep: keep the features in ``private/``; for an extractor that a further probe will have too.
 
     Returns:
-        data, title, classes, the keys of ``classification_metrics``, majority_accuracy (of always answering the test
-        split's most frequent class), train_examples, test_examples. {} on other ranks than rank 0.
+        None on ranks other than rank 0.
     """
     spec = stage.spec
     test = stage.dataset.test()
     features = features_of_test(stage, model.eval().extractor, model.whitener, test.images, mirror=mirror, keep=keep)
     if not stage.context.ranks.is_first:
-        return {}
+        return None
     scores = features @ model.head.detach().cpu()
     metrics = classification_metrics(scores, torch.from_numpy(test.labels))
-    return {
-        "data": stage.budget.data,
-        "title": spec.title,
-        "classes": list(spec.classes),
+    return Evaluation(
+        data=stage.budget.data,
+        title=spec.title,
+        classes=spec.classes,
         **metrics,
-        "majority_accuracy": max(Counter(test.labels.tolist()).values()) / len(test.labels),
-        "train_examples": spec.train_examples,
-        "test_examples": spec.test_examples,
-    }
+        majority_accuracy=max(Counter(test.labels.tolist()).values()) / len(test.labels),
+        train_examples=spec.train_examples,
+        test_examples=spec.test_examples,
+    )
 
 
-def write_model(stage: PrivateStage, model: Classifier, result: dict[str, Any]) -> None:
+def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -> None:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
     No file has the path of the data.
     """
     rundir = stage.context.rundir
     folder = rundir.model_dir
-    recorded = {row["stage"]: row for row in rundir.status()}
-    if result.get("source") in WITHOUT_PHASE_ONE:  # not made from the run's other stages
-        pretrain, generate, arch = {}, {}, result["arch"]
+    if isinstance(result, FinetuneResult) and result.source in WITHOUT_PHASE_ONE:  # of no other stage of the run
+        before, arch = (None, None, None), result.arch
     else:
-        pretrain, generate = (recorded[name]["result"] or {} for name in ("pretrain", "generate"))
-        if result["stage"] != "continue" and recorded["continue"]["result"]:
-            pretrain = {**pretrain, "continued": recorded["continue"]["result"]}
-        arch = pretrain["arch"]
-    result = {**result, "data": public_data_name(result["data"])}
-    card = model_card(result, pretrain, generate)
+        continued = None if isinstance(result, ContinueResult) else rundir.result(ContinueResult)
+        before = rundir.result(PretrainResult), rundir.result(GenerateResult), continued
+        arch = before[0].arch
+    result = replace(result, data=public_data_name(result.data))
+    card = model_card(result, *before)
     content = {"model.safetensors": tensors_to_bytes(model.state_dict()), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,
         "arch": arch,
         "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
         "precision": precision_of(model.extractor),
-        "classes": result["classes"],
-        "input": {"size": INPUT_SIZE, "mirror": result["mirror"], "shape": list(stage.spec.image_shape)},
+        "classes": result.classes,
+        "input": {"size": INPUT_SIZE, "mirror": result.mirror, "shape": list(stage.spec.image_shape)},
         "result": result,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
     }

@@ -24,7 +24,15 @@ from dprandp.config.schema import (
 )
 from dprandp.data import Dataset, DataSpec, open_dataset, without_public_part
 from dprandp.dpsgd import training_data
-from dprandp.dpsgd.budget import ADJACENCY, NO_PUBLIC_PART, Budget, budget_of, default_delta, read_plan_file
+from dprandp.dpsgd.budget import (
+    ADJACENCY,
+    NO_PUBLIC_PART,
+    Budget,
+    PlanEntry,
+    PlanFile,
+    default_delta,
+    read_plan_file,
+)
 from dprandp.dpsgd.units import unit_reminder
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
@@ -36,9 +44,10 @@ from dprandp.privacy.selection import SelectionPlan
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
-from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.directory import STAGES, RunDir, result_digest
 from dprandp.runs.files import atomic_write, storage_errors, to_json
 from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file, sealed_budget
+from dprandp.runs.results import Guarantee, OtherCharge, PrivateResult
 
 CONTINUE = "continue"
 
@@ -88,7 +97,7 @@ class PrivateStage:
         if not plan_file(self.context.rundir).exists():
             training_data.keep(self.context.rundir, self.dataset, fingerprint)
 
-    def fix_plan(self, **notes: int) -> PrivateStage:
+    def fix_plan(self, parent_attempt: int | None = None) -> PrivateStage:
         """Write budget and plan to ``privacy/plan.json``, before the first charge; the stage with its ledger.
 
         Guarantee:
@@ -98,21 +107,21 @@ class PrivateStage:
         if not self.context.ranks.is_first:
             return self  # rank 0 writes
         self.keep_data()  # before the plan: a plan without it would look like a lost record
-        document = read_plan_file(rundir) or self.budget.to_dict()
+        planned = read_plan_file(rundir) or PlanFile(self.budget, {})
         if ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
             path = rundir.privacy_dir / ledger_file(rundir).name
             with storage_errors(path, "replace"):
                 path.unlink(missing_ok=True)  # at most a header without charges: see name_private_stage
-            unit, sealed = self.spec.unit.removeprefix("one "), sealed_budget(document)
+            unit, sealed = self.spec.unit.removeprefix("one "), sealed_budget(planned.to_dict())
             options = _ledger_options(self.context)
             ledger = Ledger.create(path, self.spec.train_units, unit, budget=sealed, **options)
-        document["stages"][self.name] = {
-            "attempt": self.attempt,
-            "started": _started(rundir, self.name),
-            **notes,
-            "plan": self.plan.to_dict(),
-        }
-        atomic_write(plan_file(rundir), to_json(document, indent=1) + "\n")
+        planned.stages[self.name] = PlanEntry(
+            attempt=self.attempt,
+            started=_started(rundir, self.name),
+            parent_attempt=parent_attempt,
+            plan=self.plan,
+        )
+        atomic_write(plan_file(rundir), to_json(planned.to_dict(), indent=1) + "\n")
         fixed = replace(self, ledger=ledger)
         fixed.keep_head()
         return fixed
@@ -126,7 +135,7 @@ class PrivateStage:
         self.context.rundir.keep_ledger_head(self.ledger.head)
         return self.ledger.head
 
-    def finish(self, outputs: Sequence[str], result: dict[str, Any]) -> None:
+    def finish(self, outputs: Sequence[str], result: PrivateResult) -> None:
         """Seal the result in the ledger and record the stage as done, with the files that later stages read."""
         rundir = self.context.rundir
         self.ledger.seal_result(stage=self.name, attempt=self.attempt, digest=result_digest(result))
@@ -170,9 +179,8 @@ class PrivateStage:
     def following(self, name: str, *, sample_rate: float, steps: int, clip_norm: float) -> PrivateStage:
         """A further mechanism of the stage, of one view, on the run's remaining budget; its plan is written, or was."""
         earlier = _plans(self.context.rundir).get(name)
-        if earlier and earlier.get("parent_attempt") == self.attempt:
-            plan = PrivatePlan.from_dict(earlier["plan"])
-            return replace(self, name=name, plan=plan, attempt=earlier["attempt"])
+        if earlier and earlier.parent_attempt == self.attempt:
+            return replace(self, name=name, plan=earlier.plan, attempt=earlier.attempt)
         mechanism = {"sample_rate": sample_rate, "steps": steps, "clip_norm": clip_norm, "noise": self.plan.noise}
         plan = self.planned(name, self.budget.epsilon, self.spent, **mechanism)
         further = replace(self, name=name, plan=plan, attempt=self.ledger.last_attempt(name) + 1)
@@ -207,64 +215,65 @@ class PrivateStage:
         charged = self.ledger.charged_steps(self.name, self.attempt)
         return InsecureSeed(seed, self.attempt, charged, len(self.name))
 
-    def disclosure(self, updates: int) -> dict[str, Any]:
+    def disclosure(self, updates: int) -> Guarantee:
         """The privacy part of a result, where the released parameters have seen so many updates."""
         plan, ledger = self.plan, self.ledger
         bound, charged = ledger.spent(plan.delta), ledger.charged_steps(self.name, self.attempt)
-        return {
-            "epsilon": bound.upper,
-            "delta": plan.delta,
-            "epsilon_target": plan.epsilon_target,
-            "epsilon_total": self.budget.epsilon,
-            "accountant": bound.accountant,
-            "noise_multiplier": plan.noise_multiplier,
-            "sample_rate": plan.sample_rate,
-            "steps": plan.steps,
-            "attempt": self.attempt,
-            "charged_steps": charged,
-            "lost_steps": charged - updates,
-            "clip_norm": plan.clip_norm,
-            "views": plan.views,
-            "expected_batch": plan.expected_batch,
-            "adjacency": ADJACENCY,
-            "unit": self.budget.unit,
-            "train_units": plan.examples,
-            **self.budget.declared_part,
-            "noise": plan.noise,
-            "also_charged": self._also_charged(),
-            "ledger_head": ledger.head,
-            "random": ledger.random,
-            "private": ledger.private and math.isfinite(bound.upper),
-            "device": self.context.device.type,
-        }
+        return Guarantee(
+            epsilon=bound.upper,
+            delta=plan.delta,
+            epsilon_target=plan.epsilon_target,
+            epsilon_total=self.budget.epsilon,
+            accountant=bound.accountant,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            steps=plan.steps,
+            attempt=self.attempt,
+            charged_steps=charged,
+            lost_steps=charged - updates,
+            clip_norm=plan.clip_norm,
+            views=plan.views,
+            expected_batch=plan.expected_batch,
+            adjacency=ADJACENCY,
+            unit=self.budget.unit,
+            train_units=plan.examples,
+            public_part=self.budget.declared_part,
+            noise=plan.noise,
+            also_charged=self._also_charged(),
+            ledger_head=ledger.head,
+            random=ledger.random,
+            private=ledger.private and math.isfinite(bound.upper),
+            device=self.context.device.type,
+        )
 
-    def _also_charged(self) -> list[dict[str, Any]]:
+    def _also_charged(self) -> tuple[OtherCharge, ...]:
         """The ledger's charges other than this stage's own mechanisms, in order. Private tuning is not among them."""
         own = {(self.name, self.attempt)}
         for name, entry in _plans(self.context.rundir).items():
-            if name.startswith(f"{self.name}.") and entry.get("parent_attempt") == self.attempt:
-                own.add((name, entry["attempt"]))
+            if name.startswith(f"{self.name}.") and entry.parent_attempt == self.attempt:
+                own.add((name, entry.attempt))
         names = ("stage", "attempt", "sample_rate", "noise_multiplier", "clip_norm")
-        found: dict[tuple[Any, ...], int] = {}
+        found: dict[OtherCharge, int] = {}
         for charge in self.ledger.charges:
             if (charge.stage, charge.attempt) not in own:
-                key = tuple(getattr(charge, name) for name in names)
+                key = OtherCharge(**{name: getattr(charge, name) for name in names}, charged_steps=0)
                 found[key] = found.get(key, 0) + charge.steps
-        return [{**dict(zip(names, key, strict=True)), "charged_steps": steps} for key, steps in found.items()]
+        return tuple(replace(other, charged_steps=steps) for other, steps in found.items())
 
 
 def _ledger_options(context: Context) -> dict[str, Any]:
     return {"warn": context.console.warn, "fault_point": lambda name: faults.point(name.replace(".", "-"))}
 
 
-def _plans(rundir: RunDir) -> dict[str, dict[str, Any]]:
+def _plans(rundir: RunDir) -> dict[str, PlanEntry]:
     """Mechanism -> its entry in plan.json."""
-    return (read_plan_file(rundir) or {"stages": {}})["stages"]
+    planned = read_plan_file(rundir)
+    return {} if planned is None else planned.stages
 
 
 def _started(rundir: RunDir, name: str) -> str | None:
     """When the stage was begun; a plan of an earlier beginning does not count."""
-    return next((row["started"] for row in rundir.status() if row["stage"] == name), None)
+    return rundir.row(name).started if name in STAGES else None
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -278,8 +287,8 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)
-    spec, document = dataset.spec, read_plan_file(rundir)
-    fixed = None if document is None else budget_of(document)
+    spec, planned = dataset.spec, read_plan_file(rundir)
+    fixed = None if planned is None else planned.budget
     # the run's δ, if it has one: the same data under another name may have another default
     delta = default_delta(spec.train_units, spec.published_delta) if fixed is None else fixed.delta
     public_part = NO_PUBLIC_PART if part is None else f"fraction {part[0]!r} by seed {part[1]}"
@@ -331,8 +340,8 @@ def open_private_stage(
     if write and (reminder := unit_reminder(stage.spec, config.unit_column)):
         context.console.say(reminder)
     earlier = _plans(context.rundir).get(name)
-    if earlier and earlier["started"] == _started(context.rundir, name) and not context.overwrite:
-        return replace(stage, plan=PrivatePlan.from_dict(earlier["plan"]), attempt=earlier["attempt"])
+    if earlier and earlier.started == _started(context.rundir, name) and not context.overwrite:
+        return replace(stage, plan=earlier.plan, attempt=earlier.attempt)
     spent = [*stage.spent, *planned]
     mechanism = {
         "sample_rate": _sample_rate(config, budget.examples, batch_part),
@@ -399,10 +408,10 @@ def _public_part(config: PrivateConfig, context: Context) -> tuple[float, int] |
     """(fraction, seed) of the training images that the run's ``continue`` declares public. They are public in every
     later stage of the run too, and not counted in its N."""
     if not isinstance(config, ContinueConfig):
-        row = next(row for row in context.rundir.status() if row["stage"] == CONTINUE)
-        if row["config"] is None:
+        row = context.rundir.row(CONTINUE)
+        if row.config is None:
             return None
-        config = recorded(CONTINUE, row["config"])
+        config = recorded(CONTINUE, row.config)
     fraction = fraction_of(config.public)
     return None if fraction is None else (fraction, config.seed)
 

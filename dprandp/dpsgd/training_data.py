@@ -90,7 +90,7 @@ def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:
 
     Private data that only shape the images are not read, so their path is compared.
     """
-    before = next(row["config"] for row in rundir.status() if row["stage"] == "continue") or {}
+    before = rundir.row("continue").config or {}
     part = config.public.startswith(FRACTION)
     sets = (config.public, before.get("public", SYNTHETIC))
     known = []

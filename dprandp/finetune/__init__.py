@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.parallel import RankError, RankLostError
-from dprandp.runs.results import refuse_gaps
+from dprandp.runs.results import FinetuneResult, GenerateResult, PretrainResult, ProbeResult, Refit, Tuned
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.runs.tuning import tuning_of
 from dprandp.vision.images import colour_of, to_input
@@ -58,14 +58,8 @@ REFIT = {"sample_rate": 1.0, "clip_norm": ProbeConfig.clip_norm}
 """The mechanism of the refit, without its steps and noise."""
 
 
-def run(config: FinetuneConfig, context: Context) -> dict:
-    """Train every parameter and write the model.
-
-    Returns:
-        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, refit, source, arch, lr, momentum,
-        clipping, trained_weights, optimizer (in words), recipe (where one was used), init_sha256 and init_source (for
-        public weights), extractor_scale, released, mirror, precision, tuned, tuned_on, seconds. On another rank than
-        rank 0 nothing ({}).
+def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
+    """Train every parameter and write the model; None on ranks other than rank 0.
 
     Raises:
         InputError: no probe yet, or unusable data. BudgetError: nothing is left (no pixel was read).
@@ -74,7 +68,7 @@ def run(config: FinetuneConfig, context: Context) -> dict:
     ranks = context.ranks
     begun = begin_on_all_ranks(STAGE, context, lambda: _opened(config, context))
     if begun is None:
-        return context.rundir.result(STAGE) if ranks.is_first else {}
+        return context.rundir.result(FinetuneResult) if ranks.is_first else None
     stage, config = begun  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
@@ -93,34 +87,35 @@ def run(config: FinetuneConfig, context: Context) -> dict:
         model.load_state_dict(parameters, strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
-    if not ranks.is_first:
-        return {}
-    optimizer = _optimizer_of(config)
-    result = {
-        "stage": STAGE,
-        **measured,
-        **stage.disclosure(updates),
-        **({"epsilon_target": stage.budget.epsilon} if refit else {}),
-        "refit": refit,
-        "source": config.source,
-        "arch": arch,
-        "lr": lr,
-        "momentum": optimizer.beta,
-        "clipping": config.clipping,
-        "trained_weights": trained_weights,
-        "optimizer": optimizer.in_words(),
-        **({"recipe": _recipe_note(config)} if config.recipe is not None else {}),
-    }
-    if config.init is not None:
-        result |= {"init_sha256": scratch.init_hash(config)["public weights"], "init_source": config.init_source}
-    result |= {
-        "extractor_scale": scale,
-        "released": f"EMA, decay {config.ema}",
-        "mirror": mirror,
-        "precision": config.precision,
-        **_tuning(config, stage),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    if measured is None:
+        return None
+    optimizer, guarantee = _optimizer_of(config), stage.disclosure(updates)
+    if refit:
+        guarantee = replace(guarantee, epsilon_target=stage.budget.epsilon)
+    tuned, tuned_on = _tuning(config, stage)
+    result = FinetuneResult(
+        stage=STAGE,
+        **vars(measured),
+        **vars(guarantee),
+        refit=refit,
+        source=config.source,
+        arch=arch,
+        lr=lr,
+        momentum=optimizer.beta,
+        clipping=config.clipping,
+        trained_weights=trained_weights,
+        optimizer=optimizer.in_words(),
+        recipe=_recipe_note(config),
+        init_sha256=None if config.init is None else scratch.init_hash(config)["public weights"],
+        init_source=config.init_source,
+        extractor_scale=scale,
+        released=f"EMA, decay {config.ema}",
+        mirror=mirror,
+        precision=config.precision,
+        tuned=tuned,
+        tuned_on=tuned_on,
+        seconds=round(time.perf_counter() - started, 2),
+    )
     release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     stage.finish(outputs, result)
@@ -177,10 +172,9 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
     """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
     arch = config.arch if scratch.without_phase_one(config) else planned
     if arch is None:
-        results = {earlier: context.rundir.result(earlier) for earlier in ("generate", "pretrain", "probe")}
-        for earlier, result in results.items():  # before anything is charged
-            refuse_gaps(earlier, result)
-        arch = results["pretrain"]["arch"]
+        for earlier in (GenerateResult, ProbeResult):
+            context.rundir.result(earlier)  # refuses gaps before anything is charged
+        arch = context.rundir.result(PretrainResult).arch
     recipe = recipe_for(arch, config.source)
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
 
@@ -193,12 +187,13 @@ def _optimizer_of(config: FinetuneConfig) -> OptimizerSettings:
     return OptimizerSettings(config.optimizer or "sgd", config.momentum)
 
 
-def _tuning(config: FinetuneConfig, stage: PrivateStage) -> dict:
-    """The tuning of the probe's head, if the stage starts from it; this stage itself has none."""
+def _tuning(config: FinetuneConfig, stage: PrivateStage) -> tuple[Tuned | None, str | None]:
+    """``tuned`` and ``tuned_on`` of the probe's head, if the stage starts from it; this stage itself has none."""
     rundir = stage.context.rundir
     if not scratch.without_phase_one(config):
-        return {key: rundir.result("probe").get(key) for key in ("tuned", "tuned_on")}
-    return {"tuned": tuning_of(rundir, stage.ledger, stage.plan.delta, {}), "tuned_on": None}
+        probed = rundir.result(ProbeResult)
+        return probed.tuned, probed.tuned_on
+    return tuning_of(rundir, stage.ledger, stage.plan.delta, {}), None
 
 
 def _probed_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifier, bool]:
@@ -206,7 +201,7 @@ def _probed_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifi
     extractor, _ = load_extractor(context, colour_of(spec.channels), precision=config.precision)
     model = Classifier(extractor, probe.load_whitener(context, extractor), len(spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
-    return model, context.rundir.result("probe")["mirror"]
+    return model, context.rundir.result(ProbeResult).mirror
 
 
 def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
@@ -345,29 +340,31 @@ def _scaled(name: str, value: Tensor, scale: float) -> Tensor:
     return value / (scale if name.startswith(EXTRACTOR) else 1)
 
 
-def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> dict | None:
-    """Fit the head once more, full batch, on the tuned features, with the remaining budget; returns its disclosure, or
-    None on ranks other than rank 0."""
+def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, stop: Stop) -> Refit | None:
+    """Fit the head once more, full batch, on the tuned features, with the remaining budget.
+
+    None on ranks other than rank 0.
+    """
     ranks, folder = stage.context.ranks, stage.context.rundir.stage_dir(STAGE) / "refit"
     if ranks.is_first:
         folder.mkdir(exist_ok=True)
     further = ranks.first(lambda: stage.following(f"{STAGE}.{HEAD}", steps=steps, **REFIT), told=lambda made: None)
     features, labels = private_features(stage, model.extractor, model.whitener, mirror=mirror, views=1, seed=0)
 
-    def fitted() -> dict[str, Any]:
+    def fitted() -> Refit:
         plan = further.plan
         lr = default_lr(further.epsilon_alone, plan.delta, plan.examples, steps, plan.clip_norm)
         settings = HeadSettings(lr, momentum=0.9, released="average")
         head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
         model.head.data.copy_(head)
-        return {
-            "noise_multiplier": plan.noise_multiplier,
-            "sample_rate": plan.sample_rate,
-            "steps": plan.steps,
-            "lost_steps": further.ledger.charged_steps(further.name, further.attempt) - updates,
-            "clip_norm": plan.clip_norm,
-            "lr": lr,
-            "momentum": settings.momentum,
-        }
+        return Refit(
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            steps=plan.steps,
+            lost_steps=further.ledger.charged_steps(further.name, further.attempt) - updates,
+            clip_norm=plan.clip_norm,
+            lr=lr,
+            momentum=settings.momentum,
+        )
 
     return ranks.first(fitted, told=lambda made: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from dprandp.errors import UsageError
 from dprandp.inspection.neighbours import (
@@ -15,7 +15,7 @@ from dprandp.inspection.neighbours import (
     compose_group,
     trade_off,
 )
-from dprandp.privacy.accounting import GaussianEvent, compose, warn_by_log
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.opinions import Opinion, refuse_contradiction, second_opinions
 
@@ -35,6 +35,58 @@ TWO_MOVES = (
 )
 
 
+@dataclass(frozen=True)
+class OtherEpsilon:
+    """ε by another library."""
+
+    name: str
+    epsilon_lower: float
+    epsilon_upper: float | None
+    why: str | None  # there is none
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What the best attacker gains."""
+
+    false_positive_rate: tuple[float, ...]
+    true_positive_rate: list[float]  # at most
+    advantage: float  # largest difference of the two rates
+    source: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """ε of each δ."""
+
+    delta: tuple[float, ...]
+    epsilon: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """σ, ε and the attack that they allow."""
+
+    noise_multiplier: float  # σ
+    sample_rate: float  # q
+    steps: int  # T
+    delta: float
+    epsilon: float  # upper bound
+    epsilon_estimate: float
+    epsilon_lower: float
+    accountant: str
+    opinions: list[OtherEpsilon]
+    equivalent_mu: float | None  # of Gaussian DP; None without privacy
+    equivalent_mu_is: str | None  # EXACT or THROUGH_POINT; None without privacy
+    adjacency: str
+    adjacency_relation: str | None  # how ε follows from that of zero-out; None unless a record is replaced
+    attack: Attack
+    curve: Curve | None = None
+    group_size: int
+    group_epsilon: float | None = None  # of a group: upper bound at the same δ; infinite where none was found
+    group_accountant: str | None = None
+
+
 def account(
     epsilon: float | None,
     noise_multiplier: float | None,
@@ -43,20 +95,13 @@ def account(
     delta: float,
     adjacency: str = ZERO_OUT,
     curve: bool = True,
-) -> dict[str, Any]:
-    """σ for an ε, or ε for a σ, and the attack that it allows.
-
-    Returns:
-        noise_multiplier, sample_rate, steps, delta, epsilon (upper bound), epsilon_lower, epsilon_estimate,
-        accountant, equivalent_mu (of Gaussian DP; None without privacy), equivalent_mu_is ("exact", or "the Gaussian
-        through (ε, δ)"; None without privacy), opinions (of other libraries: name, epsilon_lower, epsilon_upper or
-        None, why there is none), adjacency, adjacency_relation (how ε follows from that of zero-out; None
-        unless a record is replaced), attack (false_positive_rate and true_positive_rate, lists; advantage; source) and,
-        if asked for, curve (delta and epsilon, lists).
+    group_size: int = 1,
+) -> Account:
+    """σ for an ε, or ε for a σ, and the attack that it allows; and ε of ``group_size`` records together.
 
     Raises:
-        UsageError: a value out of its range. BudgetError: no noise is enough. AuditError: two accountants contradict
-            each other.
+        UsageError: a value out of its range, or groups of replaced records. BudgetError: no noise is enough.
+        AuditError: two accountants contradict each other.
     """
     if noise_multiplier is None:
         noise_multiplier = calibrate_adjacency(epsilon, delta, sample_rate, steps, adjacency, _silent)
@@ -73,105 +118,94 @@ def account(
         mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
     elif math.isinf(mu):
         mu, mu_is = None, None
-    result: dict[str, Any] = {
-        "noise_multiplier": noise_multiplier,
-        "sample_rate": sample_rate,
-        "steps": steps,
-        "delta": delta,
-        "epsilon": bound.upper,
-        "epsilon_estimate": bound.estimate,
-        "epsilon_lower": bound.lower,
-        "accountant": bound.accountant,
-        "opinions": [
-            {"name": each.name, "epsilon_lower": each.lower,
-             "epsilon_upper": each.upper if math.isfinite(each.upper) else None, "why": each.why}
+    relation = None
+    if adjacency == REPLACE_ONE:
+        relation = TWO_MOVES if attacker.mu is None else DOUBLED
+    found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS] if curve else []
+    group = None if group_size == 1 else _group(events, delta, adjacency, group_size)
+    return Account(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=steps,
+        delta=delta,
+        epsilon=bound.upper,
+        epsilon_estimate=bound.estimate,
+        epsilon_lower=bound.lower,
+        accountant=bound.accountant,
+        opinions=[
+            OtherEpsilon(each.name, each.lower, each.upper if math.isfinite(each.upper) else None, each.why)
             for each in opinions
         ],
-        "equivalent_mu": mu,
-        "equivalent_mu_is": mu_is,
-        "adjacency": NEIGHBOURS[adjacency],
-        "adjacency_relation": None,
-        "attack": {
-            "false_positive_rate": list(FALSE_POSITIVE_RATES),
-            "true_positive_rate": [attacker.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES],
-            "advantage": attacker.advantage,
-            "source": attacker.source,
-        },
-    }  # fmt: skip
+        equivalent_mu=mu,
+        equivalent_mu_is=mu_is,
+        adjacency=NEIGHBOURS[adjacency],
+        adjacency_relation=relation,
+        attack=Attack(
+            FALSE_POSITIVE_RATES,
+            [attacker.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES],
+            attacker.advantage,
+            attacker.source,
+        ),
+        curve=Curve(CURVE_DELTAS, found) if curve else None,
+        group_size=group_size,
+        group_epsilon=group and group.upper,
+        group_accountant=group and group.accountant,
+    )
+
+
+def _group(events: list[GaussianEvent], delta: float, adjacency: str, size: int) -> EpsilonBound:
     if adjacency == REPLACE_ONE:
-        result["adjacency_relation"] = TWO_MOVES if attacker.mu is None else DOUBLED
-    if curve:
-        found = [compose_adjacency(events, each, adjacency, _silent).upper for each in CURVE_DELTAS]
-        result["curve"] = {"delta": list(CURVE_DELTAS), "epsilon": found}
-    return result
-
-
-def account_group(result: dict[str, Any], size: int) -> dict[str, Any]:
-    """ε of ``size`` records together, for a result of ``account``.
-
-    Returns:
-        group_size; above 1 also group_epsilon (upper bound at the same δ; infinite where none was found) and
-        group_accountant.
-
-    Raises:
-        UsageError: the size is below 1, or groups of replaced records are asked for.
-    """
-    if size == 1:
-        return {"group_size": 1}
-    if result["adjacency"] == NEIGHBOURS[REPLACE_ONE]:
         raise UsageError(
             f"--group-size {size} is only for records that are zeroed out together, not replaced",
             fix="leave --adjacency at zero-out",
         )
-    event = GaussianEvent(result["noise_multiplier"], result["sample_rate"], result["steps"])
-    bound = compose_group([event], result["delta"], size, _silent)
-    return {"group_size": size, "group_epsilon": bound.upper, "group_accountant": bound.accountant}
+    return compose_group(events, delta, size, _silent)
 
 
-def account_lines(result: dict[str, Any]) -> str:
+def account_lines(result: Account) -> str:
     """``account`` for people: one line, and the curve, if asked for, as a table below it."""
-    sampling = "full batch" if result["sample_rate"] == 1 else f"Poisson q = {result['sample_rate']:g}"
+    sampling = "full batch" if result.sample_rate == 1 else f"Poisson q = {result.sample_rate:g}"
     mu = ""
-    if result["equivalent_mu"] is not None:
-        named = "" if result["equivalent_mu_is"] == EXACT else f", {THROUGH_POINT}"
-        mu = f"; as Gaussian DP: μ = {result['equivalent_mu']:.4g}{named}"
+    if result.equivalent_mu is not None:
+        named = "" if result.equivalent_mu_is == EXACT else f", {THROUGH_POINT}"
+        mu = f"; as Gaussian DP: μ = {result.equivalent_mu:.4g}{named}"
     lines = [
-        f"σ = {result['noise_multiplier']:.6g}, {sampling}, T = {result['steps']}: "
-        f"ε = {result['epsilon']:#.5g} at δ = {result['delta']:g} ({result['adjacency']}; {result['accountant']}{mu})"
+        f"σ = {result.noise_multiplier:.6g}, {sampling}, T = {result.steps}: "
+        f"ε = {result.epsilon:#.5g} at δ = {result.delta:g} ({result.adjacency}; {result.accountant}{mu})"
     ]
-    if "group_epsilon" in result:
-        size, epsilon = result["group_size"], result["group_epsilon"]
-        lines.append(f"{size} records together: ε = {epsilon:#.5g} at the same δ ({result['group_accountant']})")
-    if "curve" in result:
-        rows = zip(result["curve"]["delta"], result["curve"]["epsilon"], strict=True)
+    if result.group_epsilon is not None:
+        size, epsilon = result.group_size, result.group_epsilon
+        lines.append(f"{size} records together: ε = {epsilon:#.5g} at the same δ ({result.group_accountant})")
+    if result.curve is not None:
+        rows = zip(result.curve.delta, result.curve.epsilon, strict=True)
         lines += ["       δ  ε", *(f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows)]
     return "\n".join(lines)
 
 
-def attack_lines(result: dict[str, Any]) -> str:
+def attack_lines(result: Account) -> str:
     """The attacker's gain, in words."""
-    attack = result["attack"]
-    alarms = " / ".join(f"{100 * rate:g}" for rate in attack["false_positive_rate"])
-    found = " / ".join(_percent(rate) for rate in attack["true_positive_rate"])
-    replacing = result["adjacency"] == NEIGHBOURS[REPLACE_ONE]
+    attack = result.attack
+    alarms = " / ".join(f"{100 * rate:g}" for rate in attack.false_positive_rate)
+    found = " / ".join(_percent(rate) for rate in attack.true_positive_rate)
+    replacing = result.adjacency == NEIGHBOURS[REPLACE_ONE]
     goal = "which of two records was there" if replacing else "that a record was there"
     lines = [
         f"attacker: knowing all other records and everything released, at {alarms} % false alarms, one can tell {goal} "
         f"in at most {found} % of cases",
-        f"best advantage (true minus false positives): {_percent(attack['advantage'])} % ({attack['source']})",
+        f"best advantage (true minus false positives): {_percent(attack.advantage)} % ({attack.source})",
     ]
-    if result["adjacency_relation"]:
-        lines.append(f"adjacency: {result['adjacency_relation']}")
+    if result.adjacency_relation:
+        lines.append(f"adjacency: {result.adjacency_relation}")
     return "\n".join(lines)
 
 
-def opinion_lines(result: dict[str, Any]) -> str:
+def opinion_lines(result: Account) -> str:
     """The ε of other libraries; of zero-out, also where a record is replaced."""
-    of = " (of zero-out)" if result["adjacency"] == NEIGHBOURS[REPLACE_ONE] else ""
+    of = " (of zero-out)" if result.adjacency == NEIGHBOURS[REPLACE_ONE] else ""
     opinions = [
-        Opinion(each["name"], each["epsilon_lower"], math.inf if each["epsilon_upper"] is None else
-                each["epsilon_upper"], each["why"])
-        for each in result["opinions"]
+        Opinion(each.name, each.epsilon_lower, math.inf if each.epsilon_upper is None else
+                each.epsilon_upper, each.why)
+        for each in result.opinions
     ]  # fmt: skip
     return "\n".join(f"another opinion{of}: {opinion}" for opinion in opinions)
 

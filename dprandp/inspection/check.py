@@ -57,8 +57,8 @@ def examine(run: Path, data_dir: Path, device: str = "auto") -> list[Check]:
     return [*checks, *_run(run)]
 
 
-def as_result(run: Path, checks: list[Check]) -> dict[str, Any]:
-    """Plain values: run, state (the worst of all), exit_code, checks."""
+def as_json(run: Path, checks: list[Check]) -> dict[str, Any]:
+    """What ``--json`` prints: run, state (the worst of all), exit_code, checks."""
     states = {check.state for check in checks}
     worst = next(state for state in (FAIL, WARN, OK) if state in states)
     plain = [{"name": check.name, "state": check.state, "found": check.found} for check in checks]
@@ -223,17 +223,18 @@ def _ledger(rundir: RunDir) -> Check | str | None:
 
 
 def _plan(rundir: RunDir) -> Check | str | None:
-    document, ledger = read_plan_file(rundir), open_run_ledger(rundir, warn=lambda text: None)
+    planned, ledger = read_plan_file(rundir), open_run_ledger(rundir, warn=lambda text: None)
     if ledger is None:
         return None
-    if document is None:
+    if planned is None:
         return "none yet, and nothing was charged"
-    if document["examples"] != ledger.examples:
+    if planned.budget.examples != ledger.examples:
         found = "budget and ledger are of different data: their N differ"
         return Check("plan", FAIL, found, CheckpointError.exit_code)
-    spent = ledger.spent(document["delta"]).upper
-    found = f"ε = {spent:.4g} spent of {document['epsilon']:g} at δ = {document['delta']:g}"
-    return found if spent <= document["epsilon"] else Check("plan", FAIL, found, BudgetError.exit_code)
+    budget = planned.budget
+    spent = ledger.spent(budget.delta).upper
+    found = f"ε = {spent:.4g} spent of {budget.epsilon:g} at δ = {budget.delta:g}"
+    return found if spent <= budget.epsilon else Check("plan", FAIL, found, BudgetError.exit_code)
 
 
 def _model(run: Path) -> Check | str:

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dprandp.data import check_data, list_datasets, open_dataset
-from dprandp.dpsgd.budget import read_budget
+from dprandp.data import DataCheck, DatasetRow, check_data, list_datasets, open_dataset
+from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
-from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
+from dprandp.report.run import PRIVATE_STAGES
+from dprandp.runs.directory import OPTIONAL_STAGES, RunDir, StageRow
 
 SHOWN_CLASSES = 20
 """Most empty classes that the text names; JSON has all of them."""
 
 
-def status(rundir: RunDir) -> dict[str, Any]:
-    """Stage table and budget of a run.
+@dataclass(frozen=True)
+class Status:
+    """Stage table and budget of a run."""
 
-    Returns:
-        run (path), stages (rows of ``RunDir.status``, without those that a run need not have), budget (epsilon, delta,
-        spent, private) or None.
-    """
-    rows = [row for row in rundir.status() if row["state"] != "missing" or row["stage"] not in OPTIONAL_STAGES]
-    return {"run": str(rundir.path), "stages": rows, "budget": read_budget(rundir)}
+    run: str  # path
+    stages: list[StageRow]  # without those that a run need not have
+    budget: BudgetUse | None  # None before the first private stage
 
 
-def status_lines(table: dict[str, Any]) -> str:
+def status(rundir: RunDir) -> Status:
+    """What ``dprandp status`` shows."""
+    rows = [row for row in rundir.status() if row.state != "missing" or row.stage not in OPTIONAL_STAGES]
+    return Status(str(rundir.path), rows, read_budget(rundir))
+
+
+def status_lines(table: Status) -> str:
     """``status`` for people."""
-    lines = [f"run {table['run']}"]
-    for row in table["stages"]:
-        accuracy = (row["result"] or {}).get("accuracy")
+    lines = [f"run {table.run}"]
+    for row in table.stages:
+        accuracy = (row.result or {}).get("accuracy") if row.stage in PRIVATE_STAGES else None
         extra = f"  test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        why = f"  ({'; '.join(row['reasons'])})" if row["reasons"] else ""
-        lines.append(f"  {row['stage']:<9} {row['state']:<8}{extra}{why}")
-    if (budget := table["budget"]) is not None:
-        said = f"ε = {budget['epsilon']:g} at δ = {budget['delta']:g}, spent {budget['spent']:.4g}"
-        lines.append(f"  budget    {said}" + ("" if budget["private"] else "  NOT PRIVATE"))
+        why = f"  ({'; '.join(row.reasons)})" if row.reasons else ""
+        lines.append(f"  {row.stage:<9} {row.state:<8}{extra}{why}")
+    if (budget := table.budget) is not None:
+        said = f"ε = {budget.epsilon:g} at δ = {budget.delta:g}, spent {budget.spent:.4g}"
+        lines.append(f"  budget    {said}" + ("" if budget.private else "  NOT PRIVATE"))
     return "\n".join(lines)
 
 
-def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[dict[str, Any]]:
-    """The known data sets, or the one of this name, as plain rows; ``download`` fetches its files if they are missing.
+def datasets(data_dir: Path, name: str | None = None, *, download: bool = False) -> list[DatasetRow]:
+    """The known data sets, or the one of this name; ``download`` fetches its files if they are missing.
 
     Raises:
         UsageError: no such known set, or a download of all. InputError: the download failed.
@@ -54,51 +58,50 @@ def datasets(data_dir: Path, name: str | None = None, *, download: bool = False)
             raise UsageError(f"{name} is your own data, not a known set", fix="leave --data out to see the known sets")
         if download:
             dataset.require()
-    return [asdict(row) for row in list_datasets(data_dir) if name in (None, row.name)]
+    return [row for row in list_datasets(data_dir) if name in (None, row.name)]
 
 
-def dataset_lines(rows: list[dict[str, Any]]) -> str:
+def dataset_lines(rows: list[DatasetRow]) -> str:
     """``datasets`` for people."""
     lines = [f"{'name':<16} {'N':>7} {'classes':>7}  {'size':<10} here"]
     lines += [
-        f"{row['name']:<16} {row['train_examples']:>7} {row['classes']:>7}  {row['size']:<10} "
-        + ("yes" if row["available"] else f"no: {row['how_to_get']}")
+        f"{row.name:<16} {row.train_examples:>7} {row.classes:>7}  {row.size:<10} "
+        + ("yes" if row.available else f"no: {row.how_to_get}")
         for row in rows
     ]
     lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
     return "\n".join(lines)
 
 
-def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> dict[str, Any]:
-    """Duplicates, units, empty classes of a data set: see ``check_data``. Private, and ``private_output`` says so."""
-    dataset = open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column)
-    return {"private_output": True, **check_data(dataset)}
+def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> DataCheck:
+    """Duplicates, units, empty classes of a data set. Private, and ``private_output`` says so."""
+    return check_data(open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column))
 
 
-def check_lines(found: dict[str, Any]) -> str:
+def check_lines(found: DataCheck) -> str:
     """``check_dataset`` for people."""
     lines = [
-        f"{found['data']}: {found['train_examples']} training images, {found['train_units']} units of privacy, each "
-        f"{found['unit']}; PRIVATE from here on",
-        f"  images of the largest unit                          {found['largest_unit']}",
-        f"  images that repeat an earlier one exactly           {found['repeated_images']}",
-        f"  images with a copy in another unit                  {found['across_units']}",
-        f"  units that hold the same image, at most             {found['largest_copies']}",
-        f"  distinct images with contradicting labels           {found['contradicting_labels']}",
-        f"  training images with a copy in the test split       {found['in_test']}",
+        f"{found.data}: {found.train_examples} training images, {found.train_units} units of privacy, each "
+        f"{found.unit}; PRIVATE from here on",
+        f"  images of the largest unit                          {found.largest_unit}",
+        f"  images that repeat an earlier one exactly           {found.repeated_images}",
+        f"  images with a copy in another unit                  {found.across_units}",
+        f"  units that hold the same image, at most             {found.largest_copies}",
+        f"  distinct images with contradicting labels           {found.contradicting_labels}",
+        f"  training images with a copy in the test split       {found.in_test}",
     ]
-    if found["units_in_test"] is not None:
-        lines.append(f"  units with images in both splits                    {found['units_in_test']}")
-    empty = found["empty_classes"]
+    if found.units_in_test is not None:
+        lines.append(f"  units with images in both splits                    {found.units_in_test}")
+    empty = found.empty_classes
     lines.append(f"  declared classes without a training image           {len(empty)}")
     if empty:
         shown = ", ".join(empty[:SHOWN_CLASSES]) + (", …" if len(empty) > SHOWN_CLASSES else "")
         lines.append(f"No training image has the label {shown}: a run continues, and never learns these classes.")
-    if found["across_units"]:
+    if found.across_units:
         lines.append(
-            f"An image in {found['largest_copies']} units is protected as a group of that size (dprandp account "
-            f"--group-size {found['largest_copies']}). Remove the copies, or give them one unit (--unit-column)."
+            f"An image in {found.largest_copies} units is protected as a group of that size (dprandp account "
+            f"--group-size {found.largest_copies}). Remove the copies, or give them one unit (--unit-column)."
         )
-    if found["in_test"] or found["units_in_test"]:
+    if found.in_test or found.units_in_test:
         lines.append("The test split is not protected: its metrics are published without noise. Keep the splits apart.")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 from dprandp.dpsgd.budget import read_plan_file
@@ -17,11 +18,13 @@ from dprandp.errors import AuditError, CheckpointError, InputError
 from dprandp.inspection import OK, attempt, exit_code
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.opinions import second_opinions
+from dprandp.privacy.selection import SelectionPlan
 from dprandp.release import load_run_model
 from dprandp.report.card import card_rows
 from dprandp.report.disclosure import disclosure, epsilon_text
 from dprandp.runs.directory import RunDir
 from dprandp.runs.ledger import ledger_file, open_run_ledger
+from dprandp.runs.results import PrivateResult
 
 FIGURES = 12
 """The first rows of the disclosure, figures of the mechanism, which must all be on the card."""
@@ -29,17 +32,33 @@ FIGURES = 12
 FIX = "do not rely on this run"
 
 
-def verify(rundir: RunDir) -> dict[str, Any]:
-    """Check a run's claims.
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a run."""
 
-    Returns:
-        run (path), passed, exit_code (0, or that of the first claim that does not hold: 1 for an ε that is too low,
-        else 4), checks (dicts of name, passed, found).
+    name: str
+    passed: bool
+    found: str
+    code: int  # exit code where it does not hold, else 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run's claims hold."""
+
+    run: str  # path
+    passed: bool
+    exit_code: int  # 0, or that of the first claim that does not hold: 1 for an ε that is too low, else 4
+    checks: list[Claim]
+
+
+def verify(rundir: RunDir) -> Verdict:
+    """Check a run's claims.
 
     Raises:
         InputError: no private stage of the run is finished, so it claims nothing.
     """
-    results = [(row["stage"], row["result"]) for row in rundir.status() if "epsilon" in (row["result"] or {})]
+    results = {stage: result for stage, result in rundir.results().items() if isinstance(result, PrivateResult)}
     if not results:
         raise InputError(
             f"{rundir.path} has no finished private stage, so there is no claim to check",
@@ -50,18 +69,18 @@ def verify(rundir: RunDir) -> dict[str, Any]:
         *attempt("run and ledger", lambda: _run_and_ledger(rundir)),
         *attempt("plans", lambda: _plans(rundir)),
     ]
-    for stage, result in results:
+    for stage, result in results.items():
         checks += attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result))
     checks += attempt("model", lambda: _model(rundir))
-    rows = [{"name": each.name, "passed": each.state == OK, "found": each.found, "code": each.code} for each in checks]
+    claims = [Claim(each.name, each.state == OK, each.found, each.code) for each in checks]
     code = exit_code(checks)
-    return {"run": str(rundir.path), "passed": code == 0, "exit_code": code, "checks": rows}
+    return Verdict(str(rundir.path), code == 0, code, claims)
 
 
-def verify_lines(result: dict[str, Any]) -> str:
+def verify_lines(verdict: Verdict) -> str:
     """``verify`` for people."""
-    rows = [f"{'holds' if row['passed'] else 'FAILS':<6} {row['name']:<16} {row['found']}" for row in result["checks"]]
-    rows.append("all claims hold" if result["passed"] else "the run's claims DO NOT HOLD: do not rely on them")
+    rows = [f"{'holds' if each.passed else 'FAILS':<6} {each.name:<16} {each.found}" for each in verdict.checks]
+    rows.append("all claims hold" if verdict.passed else "the run's claims DO NOT HOLD: do not rely on them")
     return "\n".join(rows)
 
 
@@ -96,22 +115,22 @@ def _run_and_ledger(rundir: RunDir) -> str:
 
 
 def _plans(rundir: RunDir) -> str:
-    document, lines = read_plan_file(rundir), _lines(rundir)
-    entries = {} if document is None else document["stages"]
+    planned, lines = read_plan_file(rundir), _lines(rundir)
+    entries = {} if planned is None else planned.stages
     for name, entry in entries.items():
-        plan = entry["plan"]
-        if "mu" in plan:  # a selection among private trials
+        plan = entry.plan
+        if isinstance(plan, SelectionPlan):
             continue
-        own = [line for line in lines if (line.get("stage"), line.get("attempt")) == (name, entry["attempt"])]
+        own = [line for line in lines if (line.get("stage"), line.get("attempt")) == (name, entry.attempt)]
         charged = [line for line in own if line["kind"] == "charge"]
         keys = ("noise_multiplier", "sample_rate", "clip_norm", "noise")
-        other = [line for line in charged if any(line[key] != plan[key] for key in keys)]
-        if other or sum(line["steps"] for line in charged) > plan["steps"]:
+        other = [line for line in charged if any(line[key] != getattr(plan, key) for key in keys)]
+        if other or sum(line["steps"] for line in charged) > plan.steps:
             raise CheckpointError(f"the charges of {name} differ from its plan", fix=FIX)
     return f"the charges agree with the plans ({', '.join(entries) or 'none'})"
 
 
-def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
+def _epsilon(rundir: RunDir, result: PrivateResult) -> str:
     """A result's ε is not below that of the lines that it was computed from."""
     events = []
     for line in _lines(rundir):
@@ -119,18 +138,18 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
             events.append(GaussianEvent(line["noise_multiplier"], line["sample_rate"], line["steps"]))
         if line["kind"] == "tuning":
             return "not recomputed: private tuning is accounted only in Rényi DP"
-        if line["hash"] == result.get("ledger_head"):
+        if line["hash"] == result.ledger_head:
             break
     else:
         raise CheckpointError("the result names no line of the ledger", fix=FIX)
-    opinions = second_opinions(events, result["delta"])
-    said = f"ε = {epsilon_text(result['epsilon'])} at δ = {result['delta']:g}; {'; '.join(map(str, opinions))}"
+    opinions = second_opinions(events, result.delta)
+    said = f"ε = {epsilon_text(result.epsilon)} at δ = {result.delta:g}; {'; '.join(map(str, opinions))}"
     # without a lower bound of the other library, the one that reported is used
     lower = max(each.lower for each in opinions)
     if lower == 0:
-        lower = compose(events, result["delta"], lambda sentence: None).lower
+        lower = compose(events, result.delta, lambda sentence: None).lower
         said += f"; by the same library again, from the ledger: ε ≥ {lower:.4g}"
-    if not result["epsilon"] >= lower * (1 - 1e-6):
+    if not result.epsilon >= lower * (1 - 1e-6):
         raise AuditError(f"reported {said}", fix=FIX)
     return said
 
@@ -138,8 +157,7 @@ def _epsilon(rundir: RunDir, result: dict[str, Any]) -> str:
 def _model(rundir: RunDir) -> str:
     model = load_run_model(rundir)
     card = model.content["MODEL_CARD.md"].decode("utf-8")
-    result = {**model.result, "epsilon": float(model.result["epsilon"])}
-    missing = [row for row in card_rows(disclosure(result)[:FIGURES]) if row not in card]
+    missing = [row for row in card_rows(disclosure(model.result)[:FIGURES]) if row not in card]
     if missing:
         raise CheckpointError(f"the card lacks: {missing[0]}", fix=FIX)
     return f"hashes as described; {FIGURES} figures of the card agree with the result"

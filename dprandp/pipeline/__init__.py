@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,20 @@ from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context, device_of_rank
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
 from dprandp.runs.parallel import Ranks
-from dprandp.runs.results import refuse_gaps
+from dprandp.runs.results import (
+    ContinueResult,
+    FinetuneResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateResult,
+    ProbeResult,
+    StageResult,
+)
 from dprandp.runs.signals import graceful_stop
 
-RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
+RUNNERS: dict[str, Callable[[Any, Context], StageResult | None]] = {
     "generate": generate.run,
     "pretrain": pretrain.run,
     "continue": continual.run,
@@ -27,15 +35,19 @@ RUNNERS: dict[str, Callable[[Any, Context], dict]] = {
 }
 
 
-def run_stage(name: str, config: StageConfig, context: Context) -> dict:
-    """Run one stage, on all ranks, or return the recorded result of a finished one. It begins with ``stage``."""
+def run_stage(name: str, config: StageConfig, context: Context) -> StageResult:
+    """Run one stage, on all ranks, or return the recorded result of a finished one."""
     facts = {"run": str(context.rundir.path), "data_dir": str(context.data_dir), "device": context.device.type}
     facts |= {"stage": name, "config": as_dict(config), "microbatch": context.microbatch}
     context.ranks.announce(facts)
     result = RUNNERS[name](config, context)
     context.ranks.stage_done()
-    refuse_gaps(name, result)  # another version may have recorded it
-    return {"stage": name, **result}
+    return result
+
+
+def as_json(name: str, result: StageResult) -> dict[str, Any]:
+    """A stage's result as ``--json`` prints it: it begins with ``stage``."""
+    return {"stage": name, **frozen(result)}
 
 
 def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
@@ -57,53 +69,66 @@ def adopt(public: dict[str, StageConfig], context: Context) -> None:
     ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
     """
     for name, config in public.items():
-        recorded = next(row["config"] for row in context.rundir.status() if row["stage"] == name)
+        recorded = context.rundir.row(name).config
         restart = context.overwrite and recorded is not None and recorded != as_dict(config)
         result = run_stage(name, config, replace(context, overwrite=restart))
         context.console.say(stage_line(name, result))
 
 
-def run(resolve: Callable[[str], StageConfig], context: Context) -> dict:
-    """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
+@dataclass(frozen=True)
+class Made:
+    """What ``run`` has made."""
 
-    Returns:
-        The last private stage's result, with ``report`` (path) and ``results`` (one per stage).
+    report: Path
+    results: dict[str, StageResult]  # by stage
+
+    @property
+    def last(self) -> ProbeResult | FinetuneResult:
+        """The result of the last private stage."""
+        return self.results.get("finetune", self.results["probe"])
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``--json`` prints it: the last result, with ``report`` (path) and ``results`` (one per stage)."""
+        results = {name: as_json(name, result) for name, result in self.results.items()}
+        return {**frozen(self.last), "report": str(self.report), "results": results}
+
+
+def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
+    """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
     """
-    results: dict[str, dict] = {}
+    results: dict[str, StageResult] = {}
     with graceful_stop() as stop:
         for name in ("generate", "pretrain", "probe", "finetune"):
-            if name == "finetune" and results["probe"]["share"] == 1:
+            if name == "finetune" and results["probe"].share == 1:
                 context.console.say("finetune: skipped, the probe has the whole budget (--share 1)")
                 continue
             results[name] = run_stage(name, resolve(name), context)
             context.console.say(stage_line(name, results[name]))
             stop.raise_if_requested()
-    path = page.write(context.rundir)
-    last = results.get("finetune", results["probe"])
-    return {**last, "report": str(path), "results": results}
+    return Made(page.write(context.rundir), results)
 
 
-def line(result: dict) -> str:
+def line(made: Made) -> str:
     """The last line of ``dprandp run``."""
-    return f"{stage_line(result['stage'], result)}; report: {result['report']}"
+    return f"{stage_line(made.last.stage, made.last)}; report: {made.report}"
 
 
-def stage_line(name: str, result: dict) -> str:
+def stage_line(name: str, result: StageResult) -> str:
     """One line for people, from a stage's result."""
-    seconds = f"{result['seconds']:.0f} s"
-    if name == "generate":
-        return f"generate: {result['count']} images of {result['process']} at {result['resolution']} px in {seconds}"
-    if name == "pretrain" and "prior" in result:
-        return f"pretrain: the prior {result['prior']} ({result['arch']}, {result['feature_dim']} features)"
-    if name == "pretrain":
-        quality = "" if result["knn_accuracy"] is None else f", k-NN {100 * result['knn_accuracy']:.0f} % (synthetic)"
-        apart = ", one extractor for colour and one for grey data" if pretrain.GREY in result else ""
-        return f"pretrain: {result['arch']}, {result['feature_dim']} features{quality}{apart}, in {seconds}"
-    if name == "continue":
-        done = result["public_training"]
-        said = f"continue: {result['arch']}, {done['images']}; {done['switch']}"
-        if "epsilon" not in result:
+    seconds = f"{result.seconds:.0f} s"
+    if isinstance(result, GenerateResult):
+        return f"generate: {result.count} images of {result.process} at {result.resolution} px in {seconds}"
+    if isinstance(result, PretrainResult):
+        if result.prior:
+            return f"pretrain: the prior {result.prior} ({result.arch}, {result.feature_dim} features)"
+        quality = "" if result.knn_accuracy is None else f", k-NN {100 * result.knn_accuracy:.0f} % (synthetic)"
+        apart = "" if result.grey is None else ", one extractor for colour and one for grey data"
+        return f"pretrain: {result.arch}, {result.feature_dim} features{quality}{apart}, in {seconds}"
+    if isinstance(result, ContinueResult):
+        done = result.public_training
+        said = f"continue: {result.arch}, {done.images}; {done.switch}"
+        if not isinstance(result, PrivateResult):
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"
-    privacy = f"ε = {epsilon_text(result['epsilon'])}, δ = {result['delta']:g}" if result["private"] else "NOT PRIVATE"
-    return f"{name}: {result['data']} test accuracy {100 * result['accuracy']:.2f} % at {privacy}, in {seconds}"
+    privacy = f"ε = {epsilon_text(result.epsilon)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
+    return f"{name}: {result.data} test accuracy {100 * result.accuracy:.2f} % at {privacy}, in {seconds}"

@@ -6,9 +6,9 @@ as far as this can be decided without reading data.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -39,43 +39,132 @@ from dprandp.runs.directory import DATA, IGNORED
 from dprandp.runs.files import size_text
 from dprandp.runs.results import ONE_IMAGE
 
-Plan = dict[str, Any]
+Action = Literal["fresh", "resume", "skip"]
 ACTIONS = {"fresh": "", "resume": " (begun before: continues)", "skip": " (finished: nothing to do)"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratePlan:
+    """Of ``generate``."""
+
+    stage: str
+    action: Action
+    process: str
+    count: int  # images
+    resolution: int  # pixels
+    seed: int
+    shards: int
+    disk_bytes: int  # of the pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPlan:
+    """Of ``pretrain``."""
+
+    stage: str
+    action: Action
+    arch: str
+    parameters: int
+    feature_dim: int
+    random_init: bool
+    steps: int
+    filters: int | None = None  # of a patchnet
+    extractors: int | None = None  # of a patchnet: how many are learned
+    batch_size: int | None = None  # of a network
+    prior: str | None = None  # that takes the place of learning
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicPlan:
+    """Of ``continue`` without private steps."""
+
+    stage: str
+    action: Action
+    data: str
+    public: str  # the images
+    steps: int
+
+
+@dataclass(frozen=True)
+class RefitPlan:
+    """Of a fine-tune's second mechanism."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    clip_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateStagePlan(PrivatePlan):
+    """Of a private stage."""
+
+    action: Action
+    data: str
+    unit: str  # of privacy, in words
+    train_examples: int  # images
+    refit: RefitPlan | None
+    epsilon_after: float  # the run's ε when the stage is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuePlan(PrivateStagePlan):
+    """Of ``continue``."""
+
+    public: str  # the images
+    public_steps: int  # before the first private one, at least
+    switch: str | None  # the rule; None if steps and noise are final, and not upper limits
+
+
+Plan = GeneratePlan | PretrainPlan | PublicPlan | PrivateStagePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Of ``dprandp run``."""
+
+    stage: str = "run"
+    data: str
+    examples: int  # N
+    delta: float
+    epsilon_after: float
+    epsilon: float  # the budget
+    stages: list[Plan]  # no fine-tune where the probe has the whole budget
 
 
 def _line(made: Plan) -> str:
     """One stage's plan in one line."""
-    action = ACTIONS[made["action"]]
-    if made["stage"] == "generate":
-        size = size_text(made["disk_bytes"])
-        return f"generate: {made['count']} images of {made['process']} at {made['resolution']} px, {size}{action}"
-    if made["stage"] == "pretrain":
-        if "prior" in made:
-            return f"pretrain: the prior {made['prior']} ({made['arch']}, {made['feature_dim']} features){action}"
-        if made["random_init"]:
+    action = ACTIONS[made.action]
+    if isinstance(made, GeneratePlan):
+        size = size_text(made.disk_bytes)
+        return f"generate: {made.count} images of {made.process} at {made.resolution} px, {size}{action}"
+    if isinstance(made, PretrainPlan):
+        if made.prior is not None:
+            return f"pretrain: the prior {made.prior} ({made.arch}, {made.feature_dim} features){action}"
+        if made.random_init:
             how = "random weights"
-        elif "filters" in made:
-            both = " each for colour and for grey data" if made["extractors"] > 1 else ""
-            how = f"{made['filters']} filters{both}"
+        elif made.filters is not None:
+            both = " each for colour and for grey data" if made.extractors > 1 else ""
+            how = f"{made.filters} filters{both}"
         else:
-            how = f"{made['steps']} steps of {made['batch_size']} images"
-        return f"pretrain: {made['arch']}, {how}, {made['feature_dim']} features{action}"
-    if "epsilon_after" not in made:
-        return f"continue: {made['steps']} steps on public images only ({made['public']}), no cost in ε{action}"
-    refit = made["refit"]
-    then = "" if refit is None else f", then the head alone: T = {refit['steps']}, σ = {refit['noise_multiplier']:.4g}"
-    size = f"N = {made['examples']}"
-    if made["unit"] != ONE_IMAGE:
-        size += f" units, each {made['unit']}, {made['train_examples']} images"
-    noise = ", discrete noise" if made["noise"] == "discrete" else ""
-    if made["stage"] == "continue":
-        noise += ", after public ones" if made["public_steps"] else ""
-        noise += "; T and σ are upper limits: the switch decides" if made["switch"] else ""
+            how = f"{made.steps} steps of {made.batch_size} images"
+        return f"pretrain: {made.arch}, {how}, {made.feature_dim} features{action}"
+    if isinstance(made, PublicPlan):
+        return f"continue: {made.steps} steps on public images only ({made.public}), no cost in ε{action}"
+    refit = made.refit
+    then = "" if refit is None else f", then the head alone: T = {refit.steps}, σ = {refit.noise_multiplier:.4g}"
+    size = f"N = {made.examples}"
+    if made.unit != ONE_IMAGE:
+        size += f" units, each {made.unit}, {made.train_examples} images"
+    noise = ", discrete noise" if made.noise == "discrete" else ""
+    if isinstance(made, ContinuePlan):
+        noise += ", after public ones" if made.public_steps else ""
+        noise += "; T and σ are upper limits: the switch decides" if made.switch else ""
     return (
-        f"{made['stage']} on {made['data']} ({size}): T = {made['steps']} steps, "
-        f"q = {made['sample_rate']:.4g}, σ = {made['noise_multiplier']:.4g}, C = {made['clip_norm']:g}, "
-        f"K = {made['views']}{noise}{then}; the run's ε afterwards: {made['epsilon_after']:.4f} at "
-        f"δ = {made['delta']:g}{action}"
+        f"{made.stage} on {made.data} ({size}): T = {made.steps} steps, "
+        f"q = {made.sample_rate:.4g}, σ = {made.noise_multiplier:.4g}, C = {made.clip_norm:g}, "
+        f"K = {made.views}{noise}{then}; the run's ε afterwards: {made.epsilon_after:.4f} at "
+        f"δ = {made.delta:g}{action}"
     )
 
 
@@ -84,17 +173,6 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
 
     Args:
         public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
-
-    Returns:
-        stage, action (fresh | resume | skip), and
-
-        * generate: process, count, resolution, seed, shards, disk_bytes (of the pixels);
-        * pretrain: arch, parameters, feature_dim, random_init, steps, and filters, extractors (patchnet: how many are
-          learned) or batch_size (wrn);
-        * continue, probe, finetune: the fields of ``PrivatePlan``, data, unit, train_examples (images), refit (of the
-          fine-tune: a second mechanism, or None) and epsilon_after (the run's ε when the stage is done);
-        * continue: public (the images), public_steps (before the first private one, at least), switch (the rule; None
-          if the plan's steps and noise are final, and not upper limits); without private steps only data and steps.
 
     Raises:
         As the stage, before it reads data.
@@ -108,21 +186,17 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
     if name == "continue" and config.mix == "public":
         action, config = _foreseen(name, config, context)
         data = continual.open_stage(config, context, write=False).spec.name  # whose images the public ones resemble
-        return {"stage": name, "action": action, "data": data, "public": config.public, "steps": config.steps}
+        return PublicPlan(stage=name, action=action, data=data, public=config.public, steps=config.steps)
     return _private(name, config, context)[0]
 
 
-def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> Plan:
+def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> RunPlan:
     """The plan of ``dprandp run``, in which each stage is planned after those before it.
 
     Args:
         resolve: (stage, configurations planned so far) -> configuration.
-
-    Returns:
-        stage ("run"), data, examples, epsilon (the budget), delta, epsilon_after, and stages (a plan each; no fine-tune
-        where the probe has the whole budget).
     """
-    configs: dict[str, Any] = {}
+    configs: dict[str, StageConfig] = {}
     plans: list[Plan] = []
     events: list[Stage] = []
     for name in ("generate", "pretrain", "probe", "finetune"):
@@ -137,67 +211,70 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
             made, left = _private(name, config, context, configs["pretrain"].arch, events)
             plans.append(made)
             events.extend(left)
-    return {
-        "stage": "run",
-        **{key: plans[-1][key] for key in ("data", "examples", "delta", "epsilon_after")},
-        "epsilon": configs["probe"].epsilon,
-        "stages": plans,
-    }
+    last = plans[-1]
+    return RunPlan(
+        data=last.data,
+        examples=last.examples,
+        delta=last.delta,
+        epsilon_after=last.epsilon_after,
+        epsilon=configs["probe"].epsilon,
+        stages=plans,
+    )
 
 
-def plan_lines(result: Plan) -> str:
+def plan_lines(result: Plan | RunPlan) -> str:
     """``plan`` and ``plan_run`` for people."""
-    if result["stage"] != "run":
+    if not isinstance(result, RunPlan):
         return _line(result)
-    lines = [_line(made) for made in result["stages"]]
-    if result["stages"][-1]["stage"] == "probe":
+    lines = [_line(made) for made in result.stages]
+    if result.stages[-1].stage == "probe":
         lines.append("finetune: none, the probe has the whole budget (--share 1)")
-    total = f"run: ε = {result['epsilon_after']:.4f} of {result['epsilon']:g} at δ = {result['delta']:g}"
+    total = f"run: ε = {result.epsilon_after:.4f} of {result.epsilon:g} at δ = {result.delta:g}"
     return "\n".join([*lines, total])
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
 
 
-def _generate(config: GenerateConfig, context: Context) -> Plan:
+def _generate(config: GenerateConfig, context: Context) -> GeneratePlan:
     check_images(config)
     action, config = _foreseen("generate", config, context)
     blocks = blocks_of(config)
     count = sum(blocks.values())
-    return {
-        "stage": "generate",
-        "action": action,
-        "process": config.process,
-        "count": count,
-        "resolution": config.resolution,
-        "seed": config.seed,
-        "shards": len(blocks),
-        "disk_bytes": count * 3 * config.resolution**2,
-    }
+    return GeneratePlan(
+        stage="generate",
+        action=action,
+        process=config.process,
+        count=count,
+        resolution=config.resolution,
+        seed=config.seed,
+        shards=len(blocks),
+        disk_bytes=count * 3 * config.resolution**2,
+    )
 
 
-def _pretrain(config: PretrainConfig, context: Context) -> Plan:
+def _pretrain(config: PretrainConfig, context: Context) -> PretrainPlan:
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
     with torch.device("meta"):  # without memory
         network = build_extractor(config)
-    kind: dict[str, Any] = {"filters": config.filters, "extractors": len(extractors_of(config))}
-    if config.arch != "patchnet":
-        kind = {"batch_size": config.batch_size}
-    steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
+    made = PretrainPlan(
+        stage="pretrain",
+        action=action,
+        arch=config.arch,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        feature_dim=network.feature_dim,
+        random_init=config.random_init,
+        steps=0,
+    )
     if config.prior:
         shipped_extractor(config)  # refuses a damaged one
-        kind, steps = {"prior": config.prior}, 0
-    return {
-        "stage": "pretrain",
-        "action": action,
-        "arch": config.arch,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "feature_dim": network.feature_dim,
-        "random_init": config.random_init,
-        "steps": 0 if config.random_init else steps,
-        **kind,
-    }
+        return replace(made, prior=config.prior)
+    steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
+    made = replace(made, steps=0 if config.random_init else steps)
+    if config.arch != "patchnet":
+        return replace(made, batch_size=config.batch_size)
+    return replace(made, filters=config.filters, extractors=len(extractors_of(config)))
 
 
 def _private(
@@ -206,7 +283,7 @@ def _private(
     context: Context,
     arch: str | None = None,
     planned: Sequence[Stage] = (),
-) -> tuple[Plan, list[Stage]]:
+) -> tuple[PrivateStagePlan, list[Stage]]:
     """A private stage, after everything that was charged or planned before it.
 
     Args:
@@ -226,17 +303,17 @@ def _private(
         stage = continual.open_stage(config, context, write=False)
     else:
         stage = open_private_stage(name, config, context, write=False)
-    document = read_plan_file(context.rundir)
-    ledger = stage.ledger if document else None
+    written = read_plan_file(context.rundir)
+    ledger = stage.ledger if written else None
     refit_name = f"{name}.{finetune.HEAD}"
-    recorded = (document or {"stages": {}})["stages"].get(refit_name, {})
-    if recorded.get("parent_attempt") != stage.attempt:
-        recorded = {}
-    refit_key = (refit_name, recorded.get("attempt", 0))
+    entry = written.stages.get(refit_name) if written else None
+    if entry is not None and entry.parent_attempt != stage.attempt:
+        entry = None
+    refit_key = (refit_name, entry.attempt if entry else 0)
     before = [*(ledger.stages(besides=[(name, stage.attempt), refit_key]) if ledger else []), *planned]
     mechanisms = {(name, stage.attempt): stage.plan}
-    if recorded:
-        mechanisms[refit_key] = PrivatePlan.from_dict(recorded["plan"])
+    if entry is not None:
+        mechanisms[refit_key] = entry.plan
     elif refit_steps:
         mechanisms[refit_key] = make_plan(
             stage=refit_name,
@@ -256,27 +333,24 @@ def _private(
     for key, made in mechanisms.items():
         charged = ledger.charged_steps(*key) if ledger else 0
         if made.sample_rate == 1 and charged < made.steps:
-            left.append([dataclasses.replace(made.event, steps=made.steps - charged)])
+            left.append([replace(made.event, steps=made.steps - charged)])
         elif charged == 0:
             left.append([made.event])
     refit = mechanisms.get(refit_key)
-    keys = ("noise_multiplier", "sample_rate", "steps", "clip_norm")
-    continued = {}
-    if name == "continue":
-        ruled = config.mix == "step" and switch_step(config) is None
-        least = config.steps - switching.most_private_steps(config)
-        continued = {"public": config.public, "public_steps": least, "switch": config.switch if ruled else None}
-    return {
-        **stage.plan.to_dict(),
-        "stage": name,
+    facts = {
+        **vars(stage.plan),
         "action": action,
         "data": stage.spec.name,
         "unit": stage.spec.unit,
         "train_examples": stage.spec.train_examples,
-        **continued,
-        "refit": None if refit is None else {key: getattr(refit, key) for key in keys},
+        "refit": refit and RefitPlan(refit.noise_multiplier, refit.sample_rate, refit.steps, refit.clip_norm),
         "epsilon_after": after.upper,
-    }, left
+    }
+    if name != "continue":
+        return PrivateStagePlan(**facts), left
+    least = config.steps - switching.most_private_steps(config)
+    rule = config.switch if config.mix == "step" and switch_step(config) is None else None
+    return ContinuePlan(**facts, public=config.public, public_steps=least, switch=rule), left
 
 
 def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, Any]:

@@ -36,10 +36,11 @@ from dprandp.models.extractor import build_extractor, load_weights, refuse_unlea
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
-from dprandp.priors import shipped_extractor
+from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.results import Measures, PretrainResult
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.vision.images import ImageSet, colour_mode, random_crops
 
@@ -48,18 +49,11 @@ EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
 """The stages before an extractor; the last one is optional."""
 EXTRACTOR = "extractor"
 GREY = "grey"
-"""Folder of the second extractor, and key of its measures in the result."""
+"""Folder of the second extractor."""
 
 
-def run(config: PretrainConfig, context: Context) -> dict:
-    """Learn an extractor from the run's synthetic images.
-
-    Returns:
-        arch, steps, views_per_second, loss (None where nothing was trained by gradients), seconds, the measures of
-        ``pretrain/evaluation.py`` (None where there are too few images to hold some out), and the optimizer of a
-        training by gradients; with a prior also prior, prior_sha256 and prior_images (that it was learned from). Where
-        there are two extractors, all this is of the one for colour, and under ``GREY`` are the other's measures. On
-        another rank than rank 0 nothing ({}).
+def run(config: PretrainConfig, context: Context) -> PretrainResult | None:
+    """Learn an extractor from the run's synthetic images; None on ranks other than rank 0.
 
     Raises:
         InputError: there are no images yet.
@@ -69,11 +63,11 @@ def run(config: PretrainConfig, context: Context) -> dict:
     with graceful_stop() as stop:
         begun = ranks.first(lambda: _begin(config, context, stop), told=_training)
         if begun is None:
-            return context.rundir.result(STAGE) if ranks.is_first else {}
+            return context.rundir.result(PretrainResult) if ranks.is_first else None
         if ranks.is_first and begun.learned is not None:  # the other ranks had nothing to do, and have left
             return _finish(begun, begun.learned, context)
         learned = learn(begun.config if ranks.is_first else recorded(STAGE, begun), context, stop)
-        return ranks.first(lambda: _finish(begun, learned, context), told=lambda result: {})
+        return ranks.first(lambda: _finish(begun, learned, context), told=lambda result: None)
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class _Begun:
     directory: Path
     learned: Learned | None  # the extractor; None where a WRN is still to be trained
     steps: int  # of its training
-    known: dict[str, Any]  # what a prior's card says
+    known: Card | None  # of a prior
     started: float  # seconds
 
 
@@ -102,7 +96,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     config = with_precision(STAGE, config, context, config.arch)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
-    ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, {}, {})
+    ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, None, {})
     inputs = context.rundir.inputs_from("generate") | from_outside
     begun = context.rundir.begin(STAGE, as_dict(config), inputs, **flags)
     if begun.action == "skip":
@@ -116,7 +110,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
         network, _ = _network_of(done, context, config.precision)
         learned, steps = Learned(network, None, done.meta.get("loss")), done.entry("steps", int)
     elif ready is not None:
-        learned, steps = Learned(ready, None, known["loss"]), known["steps"]
+        learned, steps = Learned(ready, None, known.result.loss), known.result.steps
     elif config.random_init:
         learned, steps = Learned(build_extractor(config, _generator(config)), None, None), 0
     elif config.arch == "patchnet":
@@ -125,34 +119,40 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     return _Begun(config, beside, begun.directory, learned, steps, known, started)
 
 
-def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
+def _finish(begun: _Begun, learned: Learned, context: Context) -> PretrainResult:
     """Save the extractor, evaluate it, and record the stage as done."""
     config = begun.config
     _save(learned.network, config, begun.steps, learned.loss, begun.directory)
     # Evaluate the saved network: a freshly trained one has another memory order, and in bfloat16 another order of sums
     # changes a digit of the measures.
     network, _ = _network_of(checkpoint.load_finished(begun.directory, EXTRACTOR, STAGE), context, config.precision)
-    result = {
-        "arch": config.arch,
-        "random_init": config.random_init,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "feature_dim": network.feature_dim,
-        "precision": precision_of(network),
-        "steps": begun.steps,
-        "views_per_second": learned.views_per_second,
-        "loss": learned.loss,
-    }
-    if begun.known:
-        result |= begun.known  # a prior's evaluation is on its card
+    card = begun.known
+    if card is not None:  # a prior's evaluation is on its card
+        prior = {"prior": card.name, "prior_sha256": card.sha256, "prior_images": card.generate.count}
+        known = vars(card.result) | {"precision": card.result.precision or precision_of(network)} | prior
     else:
         by_gradients = config.arch != "patchnet" and not config.random_init
-        result |= {"optimizer": config.optimizer} if by_gradients else {}
-        result |= _evaluation(network, config, context)
-    outputs = [f"{EXTRACTOR}.safetensors"]
+        known = {
+            **vars(_evaluation(network, config, context)),
+            "arch": config.arch,
+            "random_init": config.random_init,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "feature_dim": network.feature_dim,
+            "precision": precision_of(network),
+            "steps": begun.steps,
+            "loss": learned.loss,
+            "optimizer": config.optimizer if by_gradients else None,
+        }
+    outputs, grey = [f"{EXTRACTOR}.safetensors"], None
     for other in begun.beside:
-        result[GREY] = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
+        grey = _evaluation(load_extractor(context, GREY, STAGE)[0], other, context)
         outputs += [f"{GREY}/{name}" for name in outputs]
-    result["seconds"] = round(time.perf_counter() - begun.started, 2)
+    result = PretrainResult(
+        **known,
+        views_per_second=None if card else learned.views_per_second,
+        grey=grey,
+        seconds=round(time.perf_counter() - begun.started, 2),
+    )
     context.rundir.finish(STAGE, context.rundir.hash_outputs(STAGE, outputs), result)
     return result
 
@@ -160,7 +160,7 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> dict:
 def require_extractor(context: Context, needed_by: str) -> None:
     """Refuse (InputError) unless the run has a finished extractor, and a finished ``continue`` where that was begun."""
     context.rundir.require(STAGE, needed_by)
-    if any(row["stage"] == CONTINUE and row["state"] != "missing" for row in context.rundir.status()):
+    if context.rundir.row(CONTINUE).state != "missing":
         context.rundir.require(CONTINUE, needed_by)
 
 
@@ -177,7 +177,7 @@ def load_extractor(
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
     """
-    made_by = made_by or (CONTINUE if context.rundir.result(CONTINUE) else STAGE)
+    made_by = made_by or (CONTINUE if context.rundir.row(CONTINUE).result else STAGE)
     folder = context.rundir.stage_dir(made_by)
     if colour == GREY and made_by == STAGE and len(extractors_of(pretrained(context))) > 1:
         folder /= GREY
@@ -190,8 +190,7 @@ def pretrained(context: Context) -> PretrainConfig:
     Raises:
         CheckpointError: it is not one of this version.
     """
-    (row,) = (row for row in context.rundir.status() if row["stage"] == STAGE)
-    return recorded(STAGE, row["config"] or {})
+    return recorded(STAGE, context.rundir.row(STAGE).config or {})
 
 
 def _network_of(
@@ -252,9 +251,11 @@ def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, 
     return network.to(context.device)
 
 
-def _evaluation(network: nn.Module, config: PretrainConfig, context: Context) -> dict[str, Any]:
+def _evaluation(network: nn.Module, config: PretrainConfig, context: Context) -> Measures:
     images = held_out_images(context)
-    return evaluate(network, images, _generator(config)) if len(images) else dict.fromkeys(MEASURES)
+    if not len(images):
+        return Measures(**dict.fromkeys(MEASURES))
+    return evaluate(network, images, _generator(config))
 
 
 def _generator(config: PretrainConfig) -> torch.Generator:

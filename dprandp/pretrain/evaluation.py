@@ -7,22 +7,25 @@ detect a collapsed training, but do not predict accuracy on a particular data se
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.models.extractor import extract
 from dprandp.pretrain.contrastive import alignment, uniformity
+from dprandp.runs.results import Measures
 from dprandp.vision.images import ImageSet, random_crops
 
 RIDGE = 1e-3
 """Ridge of the linear classifier, relative to the mean of the squared singular values."""
 
-MEASURES = ("knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank")
+MEASURES = tuple(field.name for field in fields(Measures))
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Generator) -> dict[str, float]:
+def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Generator) -> Measures:
     """Evaluate an extractor by two random crops of each image, uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU.
 
     Returns:
@@ -39,14 +42,13 @@ def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Gen
     network.train(training)
     centre = first.mean(dim=0)
     first, second = first - centre, second - centre
-    values = (
-        nearest_accuracy(first, second),
-        linear_accuracy(first, second),
-        float(alignment(first, second)),
-        float(uniformity(first)),
-        effective_rank(torch.cat([first, second])),
+    return Measures(
+        knn_accuracy=round(nearest_accuracy(first, second), 4),
+        linear_accuracy=round(linear_accuracy(first, second), 4),
+        alignment=round(float(alignment(first, second)), 4),
+        uniformity=round(float(uniformity(first)), 4),
+        effective_rank=round(effective_rank(torch.cat([first, second])), 4),
     )
-    return {name: round(value, 4) for name, value in zip(MEASURES, values, strict=True)}
 
 
 def nearest_accuracy(first: Tensor, second: Tensor) -> float:

@@ -78,9 +78,8 @@ def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
                 log.write(step=done, loss=mean_loss)
             if done % every == 0 and len(watched) and done < config.steps:
                 seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
-                log.write(step=done, **seen)
-                accuracy, rank = 100 * seen["knn_accuracy"], seen["effective_rank"]
-                looked = f", k-NN {accuracy:.0f} % (synthetic), rank {rank:.0f}"
+                log.write(step=done, **vars(seen))
+                looked = f", k-NN {100 * seen.knn_accuracy:.0f} % (synthetic), rank {seen.effective_rank:.0f}"
             progress.advance(1, "" if loss is None else f"loss {loss:.3g}{looked}")
             stop.end_step(done % config.checkpoint_every == 0 and done < config.steps, lambda: save(done))
 
@@ -115,7 +114,7 @@ def held_out_images(context: Context) -> ImageSet:
 
 
 def _held_out(context: Context) -> int:
-    total = read_manifest(context.rundir.stage_dir("generate"))["count"]
+    total = read_manifest(context.rundir.stage_dir("generate")).count
     held = min(HELD_OUT, total // 4)
     return held if held >= 2 else 0
 

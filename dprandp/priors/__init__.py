@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,8 @@ from dprandp.errors import CheckpointError, DprandpError, UsageError, nearest
 from dprandp.models.extractor import build_extractor, load_weights
 from dprandp.runs.checkpoint import tensors_from_bytes
 from dprandp.runs.files import from_json, size_text, storage_errors
-from dprandp.runs.results import wrong_entry
+from dprandp.runs.records import read
+from dprandp.runs.results import Extractor
 
 FOLDER = Path(__file__).parent
 FORMAT = 1
@@ -63,7 +64,7 @@ class Card(BaseModel, frozen=True, strict=True):
     bytes: int  # its size
     generate: Annotated[GenerateConfig, PlainValidator(partial(build, "generate"))]
     pretrain: Annotated[PretrainConfig, PlainValidator(partial(build, "pretrain"))]
-    result: dict[str, Any]  # of its pretraining
+    result: Annotated[Extractor, PlainValidator(partial(read, Extractor))]  # of its pretraining
     commands: list[str]  # that make it again
     seconds: dict[str, float]  # of the two stages, by name
     hardware: dict[str, Any]  # where it was made
@@ -101,9 +102,8 @@ def parse(name: str, content: Any) -> Card:
         ValueError, UsageError: a field is missing, or not what its name says.
     """
     card = Card.model_validate(content)
-    needed = {"arch", "feature_dim", "parameters", "steps", "loss", "knn_accuracy"}
-    if card.name != name or not needed <= card.result.keys() or wrong_entry(card.result) is not None:
-        raise ValueError("the card is of another prior, or its result is not one of a pretraining")
+    if card.name != name:
+        raise ValueError("the card is of another prior")
     if len(extractors_of(card.pretrain)) > 1:
         raise ValueError("a prior is one extractor")
     return card
@@ -144,11 +144,11 @@ def public_stages(name: str, statistics_images: int | None = None) -> dict[str, 
     return {"generate": images, "pretrain": replace(card.pretrain, prior=name)}
 
 
-def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any], dict[str, str]]:
+def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, Card, dict[str, str]]:
     """The extractor of the prior that a configuration names.
 
     Returns:
-        The extractor; what the result of ``pretrain`` says about it; the stage's input, for ``RunDir.begin``.
+        The extractor, its card, and the stage's input for ``RunDir.begin``.
 
     Raises:
         UsageError: no such prior, or settings other than those of its card.
@@ -169,63 +169,78 @@ def shipped_extractor(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any]
         raise CheckpointError(
             f"the prior {config.prior} does not fit its card: {error.problem}", fix=error.fix
         ) from error
-    facts = {key: value for key, value in card.result.items() if key != "seconds"} | {
-        "views_per_second": None,
-        "prior": card.name,
-        "prior_sha256": card.sha256,
-        "prior_images": card.generate.count,
-    }
-    return network, facts, {f"prior/{card.name}": card.sha256}
+    return network, card, {f"prior/{card.name}": card.sha256}
 
 
-def table() -> list[dict[str, Any]]:
-    """The priors that ship, a row each; its ``problem`` is None, or what is wrong with its files."""
-    rows = []
-    for name in prior_names():
-        row: dict[str, Any] = {"name": name, "problem": None}
-        rows.append(row)
-        try:
-            card = read_card(name)
-            row |= {
-                "process": card.generate.process,
-                "images": card.generate.count,
-                "size": card.pretrain.size,
-                "arch": card.pretrain.arch,
-                "bytes": card.bytes,
-                "feature_dim": card.result["feature_dim"],
-                "knn_accuracy": card.result["knn_accuracy"],
-                "probes": [probe.model_dump() for probe in card.probes],
-                "licence": card.licence,
-                "sha256": card.sha256,
-            }
-            shipped_extractor(replace(card.pretrain, prior=name))
-        except DprandpError as error:
-            row["problem"] = error.problem
-    return rows
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A prior in the table of ``dprandp priors``; of one whose card cannot be read only the first two are known."""
+
+    name: str
+    problem: str | None  # what is wrong with its files
+    process: str | None = None
+    images: int | None = None  # that it was learned from
+    size: str | None = None
+    arch: str | None = None
+    bytes: int | None = None
+    feature_dim: int | None = None
+    knn_accuracy: float | None = None
+    probes: list[dict[str, Any]] | None = None  # see ``Probe``
+    licence: str | None = None
+    sha256: str | None = None
 
 
-def check(rows: list[dict[str, Any]]) -> None:
+def table() -> list[Row]:
+    """The priors that ship."""
+    return [_row(name) for name in prior_names()]
+
+
+def _row(name: str) -> Row:
+    row = Row(name=name, problem=None)
+    try:
+        card = read_card(name)
+        row = Row(
+            name=name,
+            problem=None,
+            process=card.generate.process,
+            images=card.generate.count,
+            size=card.pretrain.size,
+            arch=card.pretrain.arch,
+            bytes=card.bytes,
+            feature_dim=card.result.feature_dim,
+            knn_accuracy=card.result.knn_accuracy,
+            probes=[probe.model_dump() for probe in card.probes],
+            licence=card.licence,
+            sha256=card.sha256,
+        )
+        shipped_extractor(replace(card.pretrain, prior=name))
+    except DprandpError as error:
+        return replace(row, problem=error.problem)
+    return row
+
+
+def check(rows: list[Row]) -> None:
     """Refuse (CheckpointError) a table with a damaged prior, naming the first one."""
     for row in rows:
-        if row["problem"] is not None:
-            raise CheckpointError(row["problem"], fix="install dprandp again: its files have changed")
+        if row.problem is not None:
+            raise CheckpointError(row.problem, fix="install dprandp again: its files have changed")
 
 
-def lines(rows: list[dict[str, Any]]) -> str:
+def lines(rows: list[Row]) -> str:
     """``table`` for people."""
     said = [f"{'name':<19} {'process':<20} {'images':>7} {'features':>8} {'bytes':>7}  {'licence':<8} results"]
     for row in rows:
-        stamp = "" if row["problem"] is None else f"  DAMAGED: {row['problem']}"
-        if "process" not in row:
-            said.append(f"{row['name']:<18}{stamp}")
+        stamp = "" if row.problem is None else f"  DAMAGED: {row.problem}"
+        if row.probes is None:
+            said.append(f"{row.name:<18}{stamp}")
             continue
-        results = [] if row["knn_accuracy"] is None else [f"k-NN {100 * row['knn_accuracy']:.0f} % (synthetic)"]
+        results = [] if row.knn_accuracy is None else [f"k-NN {100 * row.knn_accuracy:.0f} % (synthetic)"]
         results += [
-            f"{probe['data']} {100 * probe['accuracy']:.1f} % at ε = {probe['epsilon']:g}" for probe in row["probes"]
+            f"{probe['data']} {100 * probe['accuracy']:.1f} % at ε = {probe['epsilon']:g}" for probe in row.probes
         ]
         said.append(
-            f"{row['name']:<19} {row['process']:<20} {row['images']:>7} {row['feature_dim']:>8} "
-            f"{size_text(row['bytes']):>7}  {row['licence']:<8} {'; '.join(results)}{stamp}"
+            f"{row.name:<19} {row.process:<20} {row.images:>7} {row.feature_dim:>8} "
+            f"{size_text(row.bytes):>7}  {row.licence:<8} {'; '.join(results)}{stamp}"
         )
     said.append(f"cards: {FOLDER}; use one with: dprandp probe --prior NAME --data DATA --eps 1")
     return "\n".join(said)

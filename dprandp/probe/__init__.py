@@ -29,7 +29,7 @@ from dprandp.probe.head import HEAD, HeadSettings, default_lr, fit_head
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.context import Context, with_precision
-from dprandp.runs.results import refuse_gaps
+from dprandp.runs.results import GenerateResult, PretrainResult, ProbeResult
 from dprandp.runs.signals import graceful_stop
 from dprandp.runs.tuning import tuning_of
 from dprandp.vision.images import colour_of
@@ -38,13 +38,8 @@ STAGE = "probe"
 WHITENER_FILE = f"statistics/{WHITENER}.safetensors"
 
 
-def run(config: ProbeConfig, context: Context) -> dict:
-    """Fit the head and write the model.
-
-    Returns:
-        The keys of ``release.evaluate`` and ``PrivateStage.disclosure``, and stage, share, lr, momentum, released,
-        mirror, extractor_colour (of the images that the extractor was learned from), tuned (see
-        ``runs.tuning.tuning_of``), tuned_on (as declared), seconds. {} on ranks other than rank 0.
+def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
+    """Fit the head and write the model; None on ranks other than rank 0.
 
     Raises:
         InputError: no extractor yet, or unusable data. BudgetError: the budget does not allow it (no pixel was read).
@@ -52,7 +47,7 @@ def run(config: ProbeConfig, context: Context) -> dict:
     ranks = context.ranks
     begun = begin_on_all_ranks(STAGE, context, lambda: _opened(config, context))
     if begun is None:
-        return context.rundir.result(STAGE) if ranks.is_first else {}
+        return context.rundir.result(ProbeResult) if ranks.is_first else None
     stage, config = begun
     started = time.perf_counter()
     stage = stage.fix_plan()
@@ -83,25 +78,24 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
     # -------------------------------------------------------------------------------------------------- test, once; out
     measured = release.evaluate(model, stage, mirror, keep=True)
-    if not ranks.is_first:
-        return {}
-    result = {
-        "stage": STAGE,
-        **measured,
-        **stage.disclosure(updates),
-        "share": budget_share(config),
-        "lr": lr,
-        "momentum": config.momentum,
-        "released": config.released,
-        "mirror": mirror,
-        "precision": config.precision,
-        "extractor_colour": extractor.built_from.colour,
-        "tuned": tuning_of(
-            context.rundir, stage.ledger, plan.delta, {"lr": lr, "steps": config.steps, "dims": config.dims}
-        ),
-        "tuned_on": config.tuned_on,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    if measured is None:
+        return None
+    settings = {"lr": lr, "steps": config.steps, "dims": config.dims}
+    result = ProbeResult(
+        stage=STAGE,
+        **vars(measured),
+        **vars(stage.disclosure(updates)),
+        share=budget_share(config),
+        lr=lr,
+        momentum=config.momentum,
+        released=config.released,
+        mirror=mirror,
+        precision=config.precision,
+        extractor_colour=extractor.built_from.colour,
+        tuned=tuning_of(context.rundir, stage.ledger, plan.delta, settings),
+        tuned_on=config.tuned_on,
+        seconds=round(time.perf_counter() - started, 2),
+    )
     release.write_model(stage, model, result)
     stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)
     return result
@@ -109,9 +103,8 @@ def run(config: ProbeConfig, context: Context) -> dict:
 
 def _opened(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig, dict[str, str]]:
     require_extractor(context, STAGE)
-    config = with_precision(STAGE, config, context, context.rundir.result("pretrain")["arch"])
-    for earlier in ("generate", "pretrain"):  # for the model card: refuse gaps before charging
-        refuse_gaps(earlier, context.rundir.result(earlier))
+    context.rundir.result(GenerateResult)  # for the model card: refuses gaps before charging
+    config = with_precision(STAGE, config, context, context.rundir.result(PretrainResult).arch)
     return open_private_stage(STAGE, config, context), config, context.rundir.inputs_from(*EXTRACTOR_STAGES)
 
 

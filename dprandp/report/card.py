@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from dprandp import __version__
 from dprandp.report.disclosure import (
-    Facts,
     disclosure,
     epsilon_text,
+    from_scratch,
     number,
     percent,
     privacy_sentence,
@@ -20,6 +20,7 @@ from dprandp.report.disclosure import (
     shipped_prior,
     why_not_private,
 )
+from dprandp.runs.results import ContinueResult, GenerateResult, PretrainResult, PrivateResult
 
 MOST_CLASSES = 50
 """Most class names that the card lists; model/config.json holds all of them."""
@@ -66,50 +67,51 @@ momentum {momentum}, {views} view(s) of each image.
 """
 
 
-def model_card(result: Facts, pretrain: Facts, generate: Facts) -> str:
-    """Markdown for ``model/MODEL_CARD.md`` from the results of the private stage that made the model and of the public
-    stages (empty for a model trained from scratch).
-
-    Raises:
-        CheckpointError: the result lacks a key that must be disclosed.
-    """
-    rows = disclosure(result, pretrain, generate)
-    classes, private = result["classes"], why_not_private(result) is None
+def model_card(
+    result: PrivateResult,
+    pretrain: PretrainResult | None,
+    generate: GenerateResult | None,
+    continued: ContinueResult | None = None,
+) -> str:
+    """Markdown for ``model/MODEL_CARD.md`` from the results of the private stage that made the model and of the stages
+    before it (None for a model trained from scratch)."""
+    rows = disclosure(result, pretrain, generate, continued)
+    classes, private = result.classes, why_not_private(result) is None
     names = ", ".join(_plain(name) for name in classes[:MOST_CLASSES])
     if len(classes) > MOST_CLASSES:
         names += f", and {len(classes) - MOST_CLASSES} more (see config.json)"
     units = public_part = ""
     if several_images(result):
-        units = f" of {result['train_units']} units of privacy, each {_plain(result['unit'])}"
-    if "public_part" in result:
-        public_part = f" (without those declared public: {_plain(result['public_part'])})"
+        units = f" of {result.train_units} units of privacy, each {_plain(result.unit)}"
+    if result.public_part is not None:
+        public_part = f" (without those declared public: {_plain(result.public_part)})"
     metrics = [
-        ("accuracy", percent(result["accuracy"])),
-        ("balanced accuracy", percent(result["balanced_accuracy"])),
-        ("AUC, one class against the rest", "–" if result["auc"] is None else f"{result['auc']:.4f}"),
-        ("loss, nats", number(result["loss"])),
-        ("accuracy of always predicting the most frequent class", percent(result["majority_accuracy"])),
+        ("accuracy", percent(result.accuracy)),
+        ("balanced accuracy", percent(result.balanced_accuracy)),
+        ("AUC, one class against the rest", "–" if result.auc is None else f"{result.auc:.4f}"),
+        ("loss, nats", number(result.loss)),
+        ("accuracy of always predicting the most frequent class", percent(result.majority_accuracy)),
     ]
     card = CARD.format(
-        title=_plain(result["title"]),
+        title=_plain(result.title),
         version=__version__,
         privacy=_privacy(result),
         count=len(classes),
         # for a code span: backticks would end it
-        data=" ".join(str(result["data"]).split()).replace("`", "'").replace("|", "/").replace("<", "&lt;"),
-        train=result["train_examples"],
+        data=" ".join(result.data.split()).replace("`", "'").replace("|", "/").replace("<", "&lt;"),
+        train=result.train_examples,
         units=units,
         public_part=public_part,
-        test=result["test_examples"],
+        test=result.test_examples,
         classes=names,
-        start=_start(result, pretrain, generate),
-        trained="A linear head was" if result["stage"] == "probe" else "All parameters were",
+        start=_start(result, pretrain, generate, continued),
+        trained="A linear head was" if result.stage == "probe" else "All parameters were",
         learner="DP-SGD" if private else "the procedure of DP-SGD, without its guarantee",
-        steps=result["steps"],
-        batch=number(result["expected_batch"]),
-        lr=number(result["lr"]),
-        momentum=number(result["momentum"]),
-        views=result["views"],
+        steps=result.steps,
+        batch=number(result.expected_batch),
+        lr=number(result.lr),
+        momentum=number(result.momentum),
+        views=result.views,
         metrics="\n".join(card_rows(metrics)),
         disclosure="\n".join(card_rows(rows)),
     )
@@ -121,35 +123,40 @@ def card_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
     return [f"| {_plain(name)} | {_plain(value)} |".replace("\u00a0", " ") for name, value in rows]
 
 
-def _privacy(result: Facts) -> str:
+def _privacy(result: PrivateResult) -> str:
     sentence = privacy_sentence(result)
     if why_not_private(result) is not None:
         return f"## NOT PRIVATE\n\n**{sentence}**"
     return (
-        f"## Privacy\n\n**(ε = {epsilon_text(result['epsilon'])}, δ = {number(result['delta'])})-differential "
-        f"privacy** for {_plain(result['unit'])}, adjacency \"{_plain(result['adjacency'])}\". {sentence}\n\nThis "
+        f"## Privacy\n\n**(ε = {epsilon_text(result.epsilon)}, δ = {number(result.delta)})-differential "
+        f"privacy** for {_plain(result.unit)}, adjacency \"{_plain(result.adjacency)}\". {sentence}\n\nThis "
         "holds for everything in this folder with respect to the training images, under the limits listed in the "
         "disclosure below."
     )
 
 
-def _start(result: Facts, pretrain: Facts, generate: Facts) -> str:
+def _start(
+    result: PrivateResult,
+    pretrain: PretrainResult | None,
+    generate: GenerateResult | None,
+    continued: ContinueResult | None,
+) -> str:
     """The network before the private training."""
     if weights := public_weights(result):
         return f"The network started from {_plain(weights)}."
-    if result.get("source") == "scratch" or not pretrain:
+    if from_scratch(result) or pretrain is None:
         return "The network started from random weights."
-    images = f"{generate['count']} images of the random process {_plain(generate['process'])}" if generate else ""
-    kind = "left as initialised (a control experiment)" if pretrain.get("random_init") else f"learned from {images}"
-    said = f"The feature extractor ({_plain(pretrain['arch'])}) was {kind}; no data was used for it."
-    if pretrain.get("prior"):
+    images = f"{generate.count} images of the random process {_plain(generate.process)}" if generate else ""
+    kind = "left as initialised (a control experiment)" if pretrain.random_init else f"learned from {images}"
+    said = f"The feature extractor ({_plain(pretrain.arch)}) was {kind}; no data was used for it."
+    if pretrain.prior:
         said = f"The feature extractor is {_plain(shipped_prior(pretrain, generate))}."
-    continued = result if "public_training" in result else pretrain.get("continued")
-    if continued:
-        further = _plain(public_steps(continued["public_training"]))
+    continued = result if isinstance(result, ContinueResult) else continued
+    if continued is not None:
+        further = _plain(public_steps(continued.public_training))
         said = f"{said.removesuffix('.')} before it was trained further: {further}."
-    if continued and continued is not result and "epsilon" in continued:
-        said += f" Private steps on {_plain(continued['title'])} followed; ε includes their cost."
+    if continued is not result and isinstance(continued, PrivateResult):
+        said += f" Private steps on {_plain(continued.title)} followed; ε includes their cost."
     return said
 
 

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from scipy.special import ndtr, ndtri
 
 from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy
 from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
-from dprandp.runs.results import ONE_IMAGE, refuse_gaps
-
-Facts = Mapping[str, Any]
+from dprandp.runs.results import (
+    ONE_IMAGE,
+    ContinueResult,
+    FinetuneResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateResult,
+    ProbeResult,
+    PublicTraining,
+    Refit,
+    Tuned,
+)
 
 GROUP_SIZES = (2, 5, 10)
 """Of which the disclosure says what is left of the guarantee."""
@@ -93,9 +101,10 @@ UNIT_LIMITS = {
 
 
 def disclosure(
-    result: Facts,
-    pretrain: Facts | None = None,
-    generate: Facts | None = None,
+    result: PrivateResult,
+    pretrain: PretrainResult | None = None,
+    generate: GenerateResult | None = None,
+    continued: ContinueResult | None = None,
     *,
     changed: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
@@ -103,23 +112,22 @@ def disclosure(
 
     Args:
         result: the stage's result.
-        pretrain, generate: results of the public stages, None or empty where there are none.
+        pretrain, generate, continued: results of the stages before it, None where there are none.
         changed: settings other than the defaults, as ``"steps = 300 (default 120)"``; None if not known.
 
     Returns:
         (label, value) pairs of plain text, always the same labels in the same order.
-
-    Raises:
-        CheckpointError: the result lacks a key.
     """
-    refuse_gaps(result.get("stage", "probe"), result)
     record = noun(result) if several_images(result) else "example"
-    expected = number(result["expected_batch"])
-    update = result.get("optimizer") or f"SGD on the noisy gradients, momentum {result['momentum']:g}"
-    if result.get("recipe"):
-        update += f"; hyper-parameters of the recipe {result['recipe']}"
+    expected = number(result.expected_batch)
+    update, trained, refit = f"SGD on the noisy gradients, momentum {result.momentum:g}", "the head only", None
+    if not isinstance(result, ProbeResult):
+        update, trained = result.optimizer, "all"
+    if isinstance(result, FinetuneResult):
+        trained, refit = result.trained_weights, result.refit
+        update += f"; hyper-parameters of the recipe {result.recipe}" if result.recipe else ""
     limits = dict(LIMITS)
-    if result["noise"] == "discrete":
+    if result.noise == "discrete":
         limits |= DISCRETE_LIMITS
     if several_images(result):
         limits |= {label: text.format(one=noun(result)) for label, text in UNIT_LIMITS.items()}
@@ -129,23 +137,23 @@ def disclosure(
         ("Also counted in ε", _also_charged(result)),
         ("δ", _delta(result)),
         ("Adjacency", _adjacency(result, record)),
-        ("Unit of privacy", f"{result['unit']}"),
+        ("Unit of privacy", result.unit),
         ("Several records together", _groups(result)),
         ("N (training examples)", _size(result)),
-        ("q (sampling rate)", f"{number(result['sample_rate'])} per step, expected batch qN = {expected}"),
+        ("q (sampling rate)", f"{number(result.sample_rate)} per step, expected batch qN = {expected}"),
         ("T (noisy steps)", _steps(result)),
-        ("σ (noise multiplier)", f"{number(result['noise_multiplier'])} (noise std over clip norm)"),
-        ("C (clip norm)", f"{number(result['clip_norm'])} (L2 norm of one {record}'s gradient)"),
-        ("K (views per example)", f"{result['views']}, their gradients averaged before the clip"),
+        ("σ (noise multiplier)", f"{number(result.noise_multiplier)} (noise std over clip norm)"),
+        ("C (clip norm)", f"{number(result.clip_norm)} (L2 norm of one {record}'s gradient)"),
+        ("K (views per example)", f"{result.views}, their gradients averaged before the clip"),
         ("Update", update),
-        ("Trained weights", result.get("trained_weights", "the head only" if result["stage"] == "probe" else "all")),
-        ("Second mechanism (refit)", _refit(result.get("refit"))),
-        ("Accountant", f"{result['accountant']}, upper bound"),
-        ("Random numbers", OS_ENTROPY if result["random"] == "os-entropy" else f"{result['random']}{SEEDED}"),
-        ("Arithmetic", f"network computed in {result['precision']}; sums and noise in float64"),
-        ("Released", f"{RELEASED.get(result['released'], result['released'])}, and the test metrics"),
+        ("Trained weights", trained),
+        ("Second mechanism (refit)", _refit(refit)),
+        ("Accountant", f"{result.accountant}, upper bound"),
+        ("Random numbers", OS_ENTROPY if result.random == "os-entropy" else f"{result.random}{SEEDED}"),
+        ("Arithmetic", f"network computed in {result.precision}; sums and noise in float64"),
+        ("Released", f"{RELEASED.get(result.released, result.released)}, and the test metrics"),
         ("Tuning, and its data", _tuned(result, changed)),
-        ("Public inputs", _public_inputs(result, pretrain or {}, generate or {})),
+        ("Public inputs", _public_inputs(result, pretrain, generate, continued)),
         *limits.items(),
     ]
 
@@ -153,16 +161,16 @@ def disclosure(
 # -------------------------------------------------------------------------------------------------------- what ε means
 
 
-def why_not_private(result: Facts) -> str | None:
+def why_not_private(result: PrivateResult) -> str | None:
     """The reason for the stamp NOT PRIVATE, or None for a private result."""
-    if math.isinf(result["epsilon"]) or result["noise_multiplier"] == 0:
+    if math.isinf(result.epsilon) or result.noise_multiplier == 0:
         return "It was trained without noise (ε = ∞): there is no guarantee at all."
-    if result["random"] != "os-entropy":
+    if result.random != "os-entropy":
         return (
             "Its noise came from a seed (--insecure-seed): anyone who knows or guesses the seed can remove the noise, "
             "so the computed ε is void."
         )
-    if not result["private"]:
+    if not result.private:
         return "An earlier step of this run had no noise, or noise from a seed (see privacy/ledger.jsonl): ε is void."
     return None
 
@@ -178,7 +186,7 @@ def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.
     return float(ndtr(ndtri(false_positive_rate) + equivalent_mu(epsilon, delta)))
 
 
-def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool | None = None) -> str:
+def privacy_sentence(result: PrivateResult, epsilon: float | None = None, *, exact: bool | None = None) -> str:
     """The meaning of the guarantee, in one or two sentences.
 
     Args:
@@ -190,9 +198,9 @@ def privacy_sentence(result: Facts, epsilon: float | None = None, *, exact: bool
     reason = why_not_private(result)
     if reason is not None:
         return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
-    rate = detection_rate(result["epsilon"] if epsilon is None else epsilon, result["delta"])
-    exact = result["sample_rate"] == 1 if exact is None else exact
-    if result.get("tuned") and result["tuned"]["charged_epsilon"] > 0:
+    rate = detection_rate(result.epsilon if epsilon is None else epsilon, result.delta)
+    exact = result.sample_rate == 1 if exact is None else exact
+    if result.tuned and result.tuned.charged_epsilon > 0:
         exact = False  # ε includes private tuning, which is no Gaussian mechanism
     known, hidden = "every training image but one", "that image"
     if several_images(result):
@@ -234,32 +242,37 @@ def percent(value: float, up: bool = False) -> str:
 # ------------------------------------------------------------------------------------- wording shared with the card
 
 
-def several_images(result: Facts) -> bool:
+def several_images(result: PrivateResult) -> bool:
     """Whether a unit of privacy may have several images."""
-    return result["unit"] != ONE_IMAGE
+    return result.unit != ONE_IMAGE
 
 
-def noun(result: Facts) -> str:
+def noun(result: PrivateResult) -> str:
     """The noun for one record: ``image``, or the name of the column, such as ``patient``."""
-    return str(result["unit"]).removeprefix("one ").split(" (column ")[0]
+    return result.unit.removeprefix("one ").split(" (column ")[0]
 
 
-def public_weights(result: Facts) -> str | None:
+def from_scratch(result: PrivateResult) -> bool:
+    """Whether the network began with random weights."""
+    return isinstance(result, FinetuneResult) and result.source == "scratch"
+
+
+def public_weights(result: PrivateResult) -> str | None:
     """The source of a network's initial weights, if a file; that they are public was declared, not checked."""
-    if not result.get("init_sha256"):
+    if not isinstance(result, FinetuneResult) or not result.init_sha256:
         return None
     return (
-        f"weights from a file (sha256 {result['init_sha256']}), declared public by the user, in these words: "
-        f"“{result['init_source']}”. This program cannot check that: if the file was made from the private images, "
+        f"weights from a file (sha256 {result.init_sha256}), declared public by the user, in these words: "
+        f"“{result.init_source}”. This program cannot check that: if the file was made from the private images, "
         "or from anything else that must stay hidden, ε does not cover it"
     )
 
 
-def public_steps(training: Facts) -> str:
-    """The public training of ``continue``, from ``public_training`` of its result."""
+def public_steps(training: PublicTraining) -> str:
+    """The public training of ``continue``."""
     weight = {"cosine": "with a weight that rose from 0 towards 1", "ratio": "by the ratio of the numbers of examples"}
-    mix, switch = training["mix"], training["switch"]
-    said = f"{training['steps']} steps on public images only ({training['images']})"
+    mix, switch = training.mix, training.switch
+    said = f"{training.steps} steps on public images only ({training.images})"
     if mix in ("cosine", "ratio", "private"):
         said += f"; {switch}"
     elif mix != "public":
@@ -267,23 +280,23 @@ def public_steps(training: Facts) -> str:
     return said + (f"; a public gradient was mixed into every private step, {weight[mix]}" if mix in weight else "")
 
 
-def shipped_prior(pretrain: Facts, generate: Facts) -> str:
+def shipped_prior(pretrain: PretrainResult, generate: GenerateResult | None) -> str:
     """The shipped prior that a run used instead of learning an extractor, with its hash."""
-    process = f" of the random process {generate['process']}" if generate else ""
+    process = f" of the random process {generate.process}" if generate else ""
     return (
-        f"the prior {pretrain['prior']} that dprandp ships (sha256 {pretrain['prior_sha256']}), an extractor "
-        f"({pretrain['arch']}) learned from {pretrain['prior_images']} synthetic images{process}, made without any data"
+        f"the prior {pretrain.prior} that dprandp ships (sha256 {pretrain.prior_sha256}), an extractor "
+        f"({pretrain.arch}) learned from {pretrain.prior_images} synthetic images{process}, made without any data"
     )
 
 
 # ------------------------------------------------------------------------------------- rows of the list
 
 
-def _mechanism(result: Facts, record: str) -> str:
-    if result["noise_multiplier"] == 0:
+def _mechanism(result: PrivateResult, record: str) -> str:
+    if result.noise_multiplier == 0:
         return "None: clipped gradient sums without noise. This is not a private mechanism."
     batch = f"Poisson-subsampled Gaussian mechanism (DP-SGD): each {record} joins a step's batch independently with q"
-    if result["sample_rate"] == 1:
+    if result.sample_rate == 1:
         batch = f"Gaussian mechanism on full batches (DP-SGD): all {record}s take part in every step"
     gradient = "each example's gradient"
     if several_images(result):
@@ -291,9 +304,9 @@ def _mechanism(result: Facts, record: str) -> str:
     clip = {
         "automatic": "is scaled to just below L2 norm C, for every length (automatic clipping, Bu et al. 2023)",
         "rescaled": "is clipped to L2 norm C (sum and noise are then divided by C: De et al. 2022)",
-    }.get(result.get("clipping", "norm"), "is clipped to L2 norm C")
+    }.get("norm" if isinstance(result, ProbeResult) else result.clipping, "is clipped to L2 norm C")
     noise = "the sum gets noise N(0, (σC)²) per coordinate"
-    if result["noise"] == "discrete":
+    if result.noise == "discrete":
         noise = (
             "the sum is rounded to a lattice and gets discrete Gaussian noise (Canonne, Kamath & Steinke 2020) of std "
             "σC per coordinate"
@@ -304,32 +317,32 @@ def _mechanism(result: Facts, record: str) -> str:
     )
 
 
-def _epsilon(result: Facts) -> str:
-    if math.isinf(result["epsilon"]):
+def _epsilon(result: PrivateResult) -> str:
+    if math.isinf(result.epsilon):
         return "∞: NOT PRIVATE, no noise was added"
     void = "" if why_not_private(result) is None else " VOID, NOT PRIVATE (see random numbers)."
     return (
-        f"{epsilon_text(result['epsilon'])}, upper bound for everything that this run released up to the end of this "
-        f"stage. Target of the stage {number(result['epsilon_target'])}, of the run "
-        f"{number(result['epsilon_total'])}.{void}"
+        f"{epsilon_text(result.epsilon)}, upper bound for everything that this run released up to the end of this "
+        f"stage. Target of the stage {number(result.epsilon_target)}, of the run "
+        f"{number(result.epsilon_total)}.{void}"
     )
 
 
-def _also_charged(result: Facts) -> str:
+def _also_charged(result: PrivateResult) -> str:
     """The ledger's other charges: stages before this one, and abandoned attempts."""
     parts = [
-        f"{charged['stage']}" + (f", attempt {charged['attempt']}" if charged["attempt"] > 1 else "") + ": "
-        f"q = {number(charged['sample_rate'])}, T = {charged['charged_steps']}, "
-        f"σ = {number(charged['noise_multiplier'])}, C = {number(charged['clip_norm'])}"
-        for charged in result["also_charged"]
+        f"{charged.stage}" + (f", attempt {charged.attempt}" if charged.attempt > 1 else "") + ": "
+        f"q = {number(charged.sample_rate)}, T = {charged.charged_steps}, "
+        f"σ = {number(charged.noise_multiplier)}, C = {number(charged.clip_norm)}"
+        for charged in result.also_charged
     ]
     return "; ".join(parts) or "nothing: the run's ledger holds only this stage, and what is named below"
 
 
-def _delta(result: Facts) -> str:
+def _delta(result: PrivateResult) -> str:
     """δ, and its ratio to 1/N, at which one record could be published."""
-    share = result["delta"] * result.get("train_units", result["train_examples"])
-    said = f"{number(result['delta'])}, which is {share:.2g}/N"
+    share = result.delta * result.train_units
+    said = f"{number(result.delta)}, which is {share:.2g}/N"
     if share <= ADVISED_SHARE * (1 + 1e-9):
         return said
     return (
@@ -338,9 +351,9 @@ def _delta(result: Facts) -> str:
     )
 
 
-def _adjacency(result: Facts, record: str) -> str:
-    said = f"{result['adjacency']} (how neighbouring data sets differ)"
-    if not str(result["adjacency"]).startswith("zero-out"):
+def _adjacency(result: PrivateResult, record: str) -> str:
+    said = f"{result.adjacency} (how neighbouring data sets differ)"
+    if not result.adjacency.startswith("zero-out"):
         return said
     return (
         f"{said}: the slot of one {record} is left empty, so that it contributes nothing to any sum; N, q, the "
@@ -349,12 +362,12 @@ def _adjacency(result: Facts, record: str) -> str:
     )
 
 
-def _groups(result: Facts) -> str:
+def _groups(result: PrivateResult) -> str:
     """The guarantee for several records together."""
-    epsilon, delta = result["epsilon"], result["delta"]
-    if math.isinf(epsilon) or not result["private"]:
+    epsilon, delta = result.epsilon, result.delta
+    if math.isinf(epsilon) or not result.private:
         return f"no guarantee, as for one {noun(result)}"
-    exact = result["accountant"].startswith("exact Gaussian DP") and result["noise"] == "gaussian"
+    exact = result.accountant.startswith("exact Gaussian DP") and result.noise == "gaussian"
     parts = []
     for size in GROUP_SIZES:
         if exact:
@@ -367,43 +380,43 @@ def _groups(result: Facts) -> str:
     return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."
 
 
-def _size(result: Facts) -> str:
+def _size(result: PrivateResult) -> str:
     if several_images(result):
         return (
-            f"N = {result['train_units']} units, with {result['train_examples']} images in all; "
+            f"N = {result.train_units} units, with {result.train_examples} images in all; "
             "both numbers are treated as public"
         )
-    said = f"{result['train_examples']}, treated as public"
-    if "public_part" not in result:
+    said = f"{result.train_examples}, treated as public"
+    if result.public_part is None:
         return said
     return (
-        f"{said}; a random part of the training images ({result['public_part']}) was declared public by the user: it "
+        f"{said}; a random part of the training images ({result.public_part}) was declared public by the user: it "
         "is not among them, and not protected"
     )
 
 
-def _steps(result: Facts) -> str:
-    text = f"{result['steps']} planned, {result['charged_steps']} charged to the ledger"
-    if result["lost_steps"]:
-        text += f"; {result['lost_steps']} of these were lost in interruptions: charged, but not part of the model"
+def _steps(result: PrivateResult) -> str:
+    text = f"{result.steps} planned, {result.charged_steps} charged to the ledger"
+    if result.lost_steps:
+        text += f"; {result.lost_steps} of these were lost in interruptions: charged, but not part of the model"
     return text
 
 
-def _refit(refit: Facts | None) -> str:
+def _refit(refit: Refit | None) -> str:
     if not refit:
         return "none"
-    lost = f", {refit['lost_steps']} of them lost in interruptions" if refit["lost_steps"] else ""
+    lost = f", {refit.lost_steps} of them lost in interruptions" if refit.lost_steps else ""
     return (
         f"then the head alone, on the features of the tuned extractor, with the remaining ε: "
-        f"q = {number(refit['sample_rate'])}, T = {refit['steps']}{lost}, σ = {number(refit['noise_multiplier'])}, "
-        f"C = {number(refit['clip_norm'])}, K = 1"
+        f"q = {number(refit.sample_rate)}, T = {refit.steps}{lost}, σ = {number(refit.noise_multiplier)}, "
+        f"C = {number(refit.clip_norm)}, K = 1"
     )
 
 
-def _tuned(result: Facts, changed: Sequence[str] | None) -> str:
-    parts = [_tuned_here(result.get("tuned")) + "."]
-    if result.get("tuned_on"):
-        parts.append(f"Declared by the user for settings tuned elsewhere: tuned on “{result['tuned_on']}”.")
+def _tuned(result: PrivateResult, changed: Sequence[str] | None) -> str:
+    parts = [_tuned_here(result.tuned) + "."]
+    if result.tuned_on:
+        parts.append(f"Declared by the user for settings tuned elsewhere: tuned on “{result.tuned_on}”.")
     parts.append(DEFAULTS_CHOSEN_ON)
     if changed is not None:
         own = f"Set by the user: {', '.join(changed)}."
@@ -411,48 +424,53 @@ def _tuned(result: Facts, changed: Sequence[str] | None) -> str:
     return " ".join(parts)
 
 
-def _tuned_here(tuned: Facts | None) -> str:
+def _tuned_here(tuned: Tuned | None) -> str:
     """The tuning of this run: its data, its trials, its cost."""
     if not tuned:
         return "None in this run: the program chose neither epochs nor settings by results"
-    names = ", ".join(tuned["settings"]) or "nothing that was finished"
-    cost = f"ε = {epsilon_text(tuned['charged_epsilon'])} by itself, part of the ε above"
-    if tuned["on"] == "private":
+    names = ", ".join(tuned.settings) or "nothing that was finished"
+    cost = f"ε = {epsilon_text(tuned.charged_epsilon)} by itself, part of the ε above"
+    if tuned.on == "private":
         said = (
             f"{names} of the probe, on the private data, charged: the best of a random number of private trials "
-            f"({tuned['trials']} expected), {cost}"
+            f"({tuned.trials} expected), {cost}"
         )
     else:
-        what = f"the training split of {tuned['on']}, declared public by the user"
-        if tuned["on"] == "synthetic":
+        what = f"the training split of {tuned.on}, declared public by the user"
+        if tuned.on == "synthetic":
             what = "synthetic images of this run"
-        said = f"{names} of the probe, on {what}: {tuned['trials']} settings tried under simulated noise, no cost in ε"
-        if tuned["charged_epsilon"] > 0:
+        said = f"{names} of the probe, on {what}: {tuned.trials} settings tried under simulated noise, no cost in ε"
+        if tuned.charged_epsilon > 0:
             said += f"; before that on the private data, {cost}"
-    return said if tuned["used"] else said + "; the stage ran with other settings"
+    return said if tuned.used else said + "; the stage ran with other settings"
 
 
-def _public_inputs(result: Facts, pretrain: Facts, generate: Facts) -> str:
+def _public_inputs(
+    result: PrivateResult,
+    pretrain: PretrainResult | None,
+    generate: GenerateResult | None,
+    continued: ContinueResult | None,
+) -> str:
     """All inputs of a stage except the private images."""
     declared = (
-        f"declared facts of the data set ({result['title']}: {len(result['classes'])} class names, N, image size); the "
+        f"declared facts of the data set ({result.title}: {len(result.classes)} class names, N, image size); the "
         "configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
     )
     if weights := public_weights(result):
         return f"{weights[0].upper()}{weights[1:]}; {declared}"
-    if result.get("source") == "scratch" or not pretrain:
+    if from_scratch(result) or pretrain is None:
         return f"A randomly initialised network; {declared}"
-    if "public_training" in result:
-        declared = f"{public_steps(result['public_training'])}; {declared}"
-    if continued := pretrain.get("continued"):
+    if isinstance(result, ContinueResult):
+        declared = f"{public_steps(result.public_training)}; {declared}"
+    if continued is not None:
         private = "without private images"
-        if "epsilon" in continued:
-            private = f"then {continued['charged_steps']} private steps on {continued['title']}, counted in ε"
-        declared = f"continued: {public_steps(continued['public_training'])}; {private}; {declared}"
+        if isinstance(continued, PrivateResult):
+            private = f"then {continued.charged_steps} private steps on {continued.title}, counted in ε"
+        declared = f"continued: {public_steps(continued.public_training)}; {private}; {declared}"
     images = "synthetic images"
     if generate:
-        images = f"{generate['count']} synthetic images of the random process {generate['process']}"
-    if pretrain.get("prior"):
+        images = f"{generate.count} synthetic images of the random process {generate.process}"
+    if pretrain.prior:
         return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
-    learned = "a randomly initialised extractor" if pretrain.get("random_init") else "an extractor learned from them"
-    return f"{images}, made without any data; {learned} ({pretrain['arch']}); {declared}"
+    learned = "a randomly initialised extractor" if pretrain.random_init else "an extractor learned from them"
+    return f"{images}, made without any data; {learned} ({pretrain.arch}); {declared}"

@@ -24,6 +24,7 @@ from dprandp.runs import faults
 from dprandp.runs.console import duration
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
 from dprandp.runs.files import atomic_write
+from dprandp.runs.results import ContinueResult, GenerateResult, PretrainResult, PrivateResult, StageResult
 
 TABLE_CLASSES = 20
 """Most classes of a confusion matrix that is shown as a table."""
@@ -73,34 +74,34 @@ def page(run: Run) -> str:
     result, reason = run.final, not_private_reason(run)
     values: dict[str, Any] = {}
     if result is not None:
-        classes, exact = result["classes"], all(run.results[stage]["sample_rate"] == 1 for stage in run.private_stages)
+        classes, exact = result.classes, all(run.results[stage].sample_rate == 1 for stage in run.private_stages)
         shown_as_table = len(classes) <= TABLE_CLASSES
         values = {
-            "data": public_data_name(result["data"]),
+            "data": public_data_name(result.data),
             "notes": _notes(run, result),
-            "interval": wilson(result["accuracy"], result["test_examples"]),
+            "interval": wilson(result.accuracy, result.test_examples),
             "meaning": privacy_sentence(result, run.spending.epsilon, exact=exact and not run.spending.unfinished),
             "matrix": _matrix(result) if shown_as_table else None,
         }
         if not shown_as_table:
             title = f"Confusion matrix of {len(classes)} classes"
-            values["heat"] = heat_picture("confusion", result["confusion"], title)
+            values["heat"] = heat_picture("confusion", result.confusion, title)
             values["confusions"] = _worst_confusions(result)
     preview = None
     if run.preview is not None:
-        title = f"Contact sheet of synthetic images of the process {run.results['generate']['process']}"
+        title = f"Contact sheet of synthetic images of the process {run.results['generate'].process}"
         preview = preview_image(run.preview, title)
-    environment = run.environment | {f"device of {stage}": run.results[stage]["device"] for stage in run.private_stages}
+    environment = run.environment | {f"device of {stage}": run.results[stage].device for stage in run.private_stages}
     return _TEMPLATES.get_template("page.html.j2").render(
         run=run,
         spent=run.spending,
         result=result,
         reason=reason,
-        rows=[row for row in run.rows if row["state"] != "missing" or row["stage"] not in OPTIONAL_STAGES],
+        rows=[row for row in run.rows if row.state != "missing" or row.stage not in OPTIONAL_STAGES],
         preview=preview,
         curves=_curves(run),
         marks=_marks(run),
-        audited=[(found["name"], found) for found in run.audit["mechanisms"]] if run.audit else [],
+        audited=[(found.name, found) for found in run.audit.mechanisms] if run.audit else [],
         facts=_facts(run),
         environment=list(environment.items()),
         **values,
@@ -126,21 +127,21 @@ def wilson(share: float, count: int, deviations: float = 1.96) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _notes(run: Run, result: dict[str, Any]) -> list[str]:
+def _notes(run: Run, result: PrivateResult) -> list[str]:
     notes = []
-    row = run.row(result["stage"])
-    if row["state"] == "stale":
+    row = run.row(result.stage)
+    if row.state == "stale":
         notes.append(
-            f"Stage {result['stage']} is stale: {'; '.join(row['reasons'])}. The public stages shown below may not be "
+            f"Stage {result.stage} is stale: {'; '.join(row.reasons)}. The public stages shown below may not be "
             "those it was made from."
         )
-    begun = [row["stage"] for row in run.rows if row["stage"] in PRIVATE_STAGES and row["state"] == "partial"]
+    begun = [row.stage for row in run.rows if row.stage in PRIVATE_STAGES and row.state == "partial"]
     if begun:
         notes.append(f"Stage {begun[-1]} was begun but is not finished.")
     if run.spending.unfinished:
         notes.append(
             f"ε counts the whole ledger, including steps that no finished stage reports: "
-            f"{epsilon_text(run.spending.epsilon)} instead of {epsilon_text(result['epsilon'])}."
+            f"{epsilon_text(run.spending.epsilon)} instead of {epsilon_text(result.epsilon)}."
         )
     return notes
 
@@ -164,7 +165,7 @@ def _marks(run: Run) -> list[tuple[str, float, float]]:
     spent, total = run.spending, run.spending.total
     if total is None or math.inf in (total, spent.epsilon):
         return []
-    reached = {stage: run.results[stage]["epsilon"] for stage in run.private_stages}
+    reached = {stage: run.results[stage].epsilon for stage in run.private_stages}
     if spent.unfinished:
         reached["other"] = spent.epsilon
     marks, before = [], 0.0
@@ -174,22 +175,22 @@ def _marks(run: Run) -> list[tuple[str, float, float]]:
     return marks
 
 
-def _matrix(result: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]], str, int]]:
+def _matrix(result: PrivateResult) -> list[tuple[str, list[tuple[int, float]], str, int]]:
     """Rows of the confusion matrix: class, (count, share of the class) of each predicted one, recall, number."""
     rows = []
-    for true, (name, counts) in enumerate(zip(result["classes"], result["confusion"], strict=True)):
+    for true, (name, counts) in enumerate(zip(result.classes, result.confusion, strict=True)):
         total = sum(counts)
         cells = [(count, count / total if total else 0.0) for count in counts]
         rows.append((name, cells, percent(cells[true][1]) if total else "–", true))
     return rows
 
 
-def _worst_confusions(result: dict[str, Any]) -> list[tuple[str, str, int, str]]:
+def _worst_confusions(result: PrivateResult) -> list[tuple[str, str, int, str]]:
     """True class, predicted class, images, share of the class of the largest shares."""
-    classes = result["classes"]
+    classes = result.classes
     wrong = [
         (count / sum(counts), count, classes[true], classes[predicted])
-        for true, counts in enumerate(result["confusion"])
+        for true, counts in enumerate(result.confusion)
         for predicted, count in enumerate(counts)
         if true != predicted and count
     ]
@@ -200,7 +201,8 @@ def _worst_confusions(result: dict[str, Any]) -> list[tuple[str, str, int, str]]
 def _facts(run: Run) -> list[tuple[str, list[str]]]:
     """The disclosure of all private stages: label, and a value for each stage or one for all."""
     columns = [
-        disclosure(run.results[stage], run.extractor_of(stage), run.results.get("generate"),
+        disclosure(run.results[stage], run.results.get("pretrain"), run.results.get("generate"),
+                   None if stage == "continue" else run.results.get("continue"),
                    changed=changed_settings(run.row(stage)))
         for stage in run.private_stages
     ]  # fmt: skip
@@ -214,29 +216,28 @@ def _facts(run: Run) -> list[tuple[str, list[str]]]:
     return facts
 
 
-def _outcome(row: dict[str, Any]) -> str:
+def _outcome(result: StageResult) -> str:
     """The result of a stage in a line."""
-    stage, result = row["stage"], row["result"]
-    if stage == "generate":
-        return f"{result['count']} images of {result['process']}, {result['resolution']} px"
-    if stage == "pretrain":
-        learned = "random" if result.get("random_init") else "learned"
-        if result.get("prior"):
-            learned = f"the shipped prior {result['prior']}"
-        said = f"{result['arch']}, {learned}, {number(result.get('feature_dim'))} features"
-        if result.get("knn_accuracy") is not None:
-            said += f", k-NN {percent(result['knn_accuracy'])} on synthetic classes"
-        if _is_number(result.get("effective_rank")):
-            said += f", effective rank {number(round(result['effective_rank']))}"
-        return said + (" (of the extractor for colour; grey data have their own)" if "grey" in result else "")
+    if isinstance(result, GenerateResult):
+        return f"{result.count} images of {result.process}, {result.resolution} px"
+    if isinstance(result, PretrainResult):
+        learned = "random" if result.random_init else "learned"
+        if result.prior:
+            learned = f"the shipped prior {result.prior}"
+        said = f"{result.arch}, {learned}, {number(result.feature_dim)} features"
+        if result.knn_accuracy is not None:
+            said += f", k-NN {percent(result.knn_accuracy)} on synthetic classes"
+        if _is_number(result.effective_rank):
+            said += f", effective rank {number(round(result.effective_rank))}"
+        return said + ("" if result.grey is None else " (of the extractor for colour; grey data have their own)")
     before = ""
-    if stage == "continue":
-        public = result["public_training"]
-        before = f"{result['arch']}; {public['steps']} steps on {public['images']}; {public['switch']}; "
-        if "epsilon" not in result:
+    if isinstance(result, ContinueResult):
+        public = result.public_training
+        before = f"{result.arch}; {public.steps} steps on {public.images}; {public.switch}; "
+        if not isinstance(result, PrivateResult):
             return before + "nothing private was read"
-    privacy = f"ε = {epsilon_text(result['epsilon'])}" if result["private"] else "NOT PRIVATE"
-    return f"{before}test accuracy {percent(result['accuracy'])}, {privacy}, {result['steps']} steps"
+    privacy = f"ε = {epsilon_text(result.epsilon)}" if result.private else "NOT PRIVATE"
+    return f"{before}test accuracy {percent(result.accuracy)}, {privacy}, {result.steps} steps"
 
 
 def _moment(stamp: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from dprandp import __version__
 from dprandp.config import schema
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
-from dprandp.runs.directory import RunDir
+from dprandp.runs import records
+from dprandp.runs.directory import RunDir, StageRow
 from dprandp.runs.files import from_json, read_object, storage_errors
 from dprandp.runs.ledger import open_run_ledger
-from dprandp.runs.results import refuse_gaps
+from dprandp.runs.records import Count, Fraction, Number, Text
+from dprandp.runs.results import PrivateResult, StageResult
 
 PRIVATE_STAGES = ("continue", "probe", "finetune")
 """Stages that may read private images; ``Run.private_stages`` are those that did, and are finished."""
@@ -44,53 +45,103 @@ class Spending:
 
 
 @dataclass(frozen=True)
+class Power:
+    """Where noise is too small by ``factor``, the chance that the game sees it."""
+
+    factor: Number
+    flagged: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game:
+    """What the distinguishing game showed."""
+
+    epsilon_lower: Number
+    trials: Count  # with the record, and as many without
+    power: tuple[Power, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """What one run with many canaries showed."""
+
+    epsilon_lower: Number
+    canaries: Count
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """Whether a replay contradicts the claim, or a control was seen."""
+
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One mechanism in audit.json."""
+
+    name: Text
+    attempt: Count
+    plan: dict[str, Any]  # as in plan.json
+    epsilon_claimed: Number
+    two_world: Game
+    one_run: OneRun | None  # None for private tuning
+    replay: Flagged
+    controls: tuple[Flagged, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the report shows of audit.json."""
+
+    outcome: Text
+    passed: bool
+    significance: Number
+    data: Text  # on which it was made, in words
+    mechanisms: tuple[Audited, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """The public facts of a run.
 
     Attributes:
         name: the folder's name.
-        rows: one per stage, see ``RunDir.status``.
-        results: stage -> result, of the stages that have one.
+        rows: one per stage.
+        results: of the finished stages.
         metrics: stage -> the lines of metrics.jsonl.
         preview: preview.png of the synthetic images, if it is there.
         spending: of the whole run.
         environment: env.json.
-        audit: audit.json; None if there was no audit.
+        audit: None if there was no audit.
         audit_is_old: the run's plans have changed since the audit.
     """
 
     name: str
-    rows: list[dict[str, Any]]
-    results: dict[str, dict[str, Any]]
+    rows: list[StageRow]
+    results: dict[str, StageResult]
     metrics: dict[str, list[dict[str, Any]]]
     preview: Path | None
     spending: Spending
     environment: dict[str, Any]
-    audit: dict[str, Any] | None
+    audit: Audit | None
     audit_is_old: bool
 
     @property
     def private_stages(self) -> list[str]:
         """Finished stages that were charged for private images, in order."""
-        return _charged_stages(self.results)
+        return [stage for stage, result in self.results.items() if isinstance(result, PrivateResult)]
 
     @property
-    def final(self) -> dict[str, Any] | None:
+    def final(self) -> PrivateResult | None:
         """The result of the last private stage that is done (of a stale one only where no other is), or None."""
-        done = [row for row in self.rows if row["stage"] in self.private_stages]
-        fresh = [row for row in done if row["state"] == "done"]
-        return (fresh or done)[-1]["result"] if done else None
+        done = [row for row in self.rows if row.stage in self.private_stages]
+        fresh = [row for row in done if row.state == "done"]
+        return self.results[(fresh or done)[-1].stage] if done else None
 
-    def extractor_of(self, stage: str) -> dict[str, Any] | None:
-        """The facts about a stage's initial extractor: pretrain's result, and ``continued`` if there is one."""
-        pretrain, continued = self.results.get("pretrain"), self.results.get("continue")
-        if pretrain is None or continued is None or stage == "continue":
-            return pretrain
-        return {**pretrain, "continued": continued}
-
-    def row(self, stage: str) -> dict[str, Any]:
+    def row(self, stage: str) -> StageRow:
         """The row of one stage."""
-        return next(row for row in self.rows if row["stage"] == stage)
+        return next(row for row in self.rows if row.stage == stage)
 
 
 def read_run(rundir: RunDir) -> Run:
@@ -102,40 +153,33 @@ def read_run(rundir: RunDir) -> Run:
         StorageError: a file cannot be read.
         AuditError: two accountants contradict each other.
     """
-    rows = rundir.status()
-    results = {row["stage"]: row["result"] for row in rows if row["result"]}
+    results = rundir.results()
     if not results:
         raise InputError(
             f"{rundir.path} has no finished stage, so there is nothing to report",
             fix=f"run: dprandp generate --run {shlex.quote(str(rundir.path))}",
         )
-    for stage, result in results.items():
-        refuse_gaps(stage, result)
     preview = rundir.stage_dir("generate") / "preview.png"
     plan = _read_object(rundir.path / "privacy" / "plan.json")
     audit, audit_is_old = _read_audit(rundir.path / "audit" / "audit.json", plan)
     return Run(
         name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
-        rows=rows,
+        rows=rundir.status(),
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
         preview=preview if preview.is_file() and "generate" in results else None,
-        spending=_spending(rundir, [results[stage] for stage in _charged_stages(results)], plan),
+        spending=_spending(rundir, [each for each in results.values() if isinstance(each, PrivateResult)], plan),
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
         audit=audit,
         audit_is_old=audit_is_old,
     )
 
 
-def _charged_stages(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [s for s in PRIVATE_STAGES if s in results and (s != "continue" or "epsilon" in results[s])]
-
-
-def changed_settings(row: dict[str, Any]) -> list[str]:
+def changed_settings(row: StageRow) -> list[str]:
     """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
-    recorded = row["config"] or {}
+    recorded = row.config or {}
     try:
-        default = schema.as_dict(schema.resolve(row["stage"], recorded.get("size", "tiny"), None, {}))
+        default = schema.as_dict(schema.resolve(row.stage, recorded.get("size", "tiny"), None, {}))
     except DprandpError:  # unknown size: all settings are listed
         default = {}
     return [
@@ -146,11 +190,11 @@ def changed_settings(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _spending(rundir: RunDir, private: list[dict[str, Any]], plan: dict[str, Any]) -> Spending:
+def _spending(rundir: RunDir, private: list[PrivateResult], plan: dict[str, Any]) -> Spending:
     """The largest ε that a finished private stage reports, or that of the whole ledger where that is more."""
-    delta = private[-1]["delta"] if private else plan.get("delta")
-    total = private[-1]["epsilon_total"] if private else plan.get("epsilon")
-    epsilon = max((result["epsilon"] for result in private), default=0.0)
+    delta = private[-1].delta if private else plan.get("delta")
+    total = private[-1].epsilon_total if private else plan.get("epsilon")
+    epsilon = max((result.epsilon for result in private), default=0.0)
     ledger = open_run_ledger(rundir)  # refuses a result without its ledger
     unfinished, opinions = False, ()
     if ledger is not None and ledger.events() and delta is not None:
@@ -171,26 +215,19 @@ def _spending(rundir: RunDir, private: list[dict[str, Any]], plan: dict[str, Any
     )
 
 
-def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[Audit | None, bool]:
     """The audit, and whether the run's plans have changed since."""
-    audit = _read_object(path)
-    if not audit:
+    found = _read_object(path)
+    if not found:
         return None, False
     try:
-        audited = {found["name"]: (found["attempt"], found["plan"]) for found in audit["mechanisms"]}
-        shown = [
-            (found["epsilon_claimed"] + found["two_world"]["epsilon_lower"],
-             found["one_run"] is None or found["one_run"]["epsilon_lower"],
-             found["replay"]["flagged"], [control["flagged"] for control in found["controls"]])
-            for found in audit["mechanisms"]
-        ]  # fmt: skip
-        complete = bool(shown) and audit["outcome"] and audit["data"] and audit["significance"] and "passed" in audit
-        problem = None
-    except (KeyError, TypeError) as error:
-        complete, problem = False, error
-    if not complete:
+        audit = records.read(Audit, found)
+        if not audit.mechanisms:
+            raise ValueError("no mechanism")
+    except ValueError as error:
         fix = "run `dprandp audit` again, or remove it"
-        raise CheckpointError(f"{path} is corrupt: entries are missing", fix=fix) from problem
+        raise CheckpointError(f"{path} is corrupt: {error}", fix=fix) from error
+    audited = {found.name: (found.attempt, found.plan) for found in audit.mechanisms}
     planned = {name: (entry["attempt"], entry["plan"]) for name, entry in plan.get("stages", {}).items()}
     return audit, audited != planned
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,14 @@ class Console:
         """Print the next command, unless quiet."""
         self.say(f"next: {command}")
 
-    def result(self, payload: Mapping[str, Any], line: str) -> None:
-        """Print the result to stdout: ``payload`` as one JSON object (see ``to_json``) with ``--json``, else ``line``.
+    def result(self, payload: Any, line: str) -> None:
+        """Print the result to stdout: ``payload`` (a dict or dataclass) as one JSON object (see ``to_json``) with
+        ``--json``, else ``line``.
 
         Raises:
             StorageError: stdout is a file on a full disk, or the like.
         """
-        text = to_json(dict(payload)) if self.json else line
+        text = to_json(payload) if self.json else line
         with storage_errors("stdout"):
             try:
                 print(text, flush=True)

@@ -95,7 +95,7 @@ def with_precision(stage: str, config: StageConfig, context: Context, arch: str)
         UsageError: see ``precision.decide``.
     """
     asked = config.precision
-    recorded = {row["stage"]: (row["config"] or {}).get("precision", AUTO) for row in context.rundir.status()}
+    recorded = {row.stage: (row.config or {}).get("precision", AUTO) for row in context.rundir.status()}
     if asked == AUTO and not context.overwrite:
         asked = recorded[stage]
     if asked == AUTO and stage == "finetune" and config.source not in WITHOUT_PHASE_ONE:

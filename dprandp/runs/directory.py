@@ -26,13 +26,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from dprandp import __version__
 from dprandp.config import toml
 from dprandp.errors import CheckpointError, InputError, StorageError, UsageError, nearest
 from dprandp.runs.files import atomic_write, file_sha256, from_json, remove_leftovers, storage_errors, to_json
-from dprandp.runs.results import wrong_entry
+from dprandp.runs.results import RESULTS, StageResult, read_result, wrong_entry
+
+R = TypeVar("R", bound=StageResult)
 
 # --------------------------------------------------------------------------------------------------------- environment
 
@@ -169,7 +171,7 @@ class Table:
         self.stages[stage] = Record("partial", config, inputs, {}, {}, _now(before.started if before else None), None)
         self._refresh()
 
-    def finish(self, stage: str, outputs: dict[str, str], result: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, outputs: dict[str, str], result: StageResult) -> None:
         """Record a stage as done; stages that were built on the same outputs are no longer stale."""
         record = self.stages[stage]
         record.state, record.outputs, record.result, record.finished = "done", outputs, frozen(result), _now()
@@ -199,7 +201,7 @@ class Table:
 
     def to_json(self) -> str:
         """The content of run.json."""
-        stages = {stage: dataclasses.asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
+        stages = {stage: self.stages[stage] for stage in STAGES if stage in self.stages}
         document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head, "stages": stages}
         return to_json(document, indent=1) + "\n"
 
@@ -256,7 +258,7 @@ def _problem(stage: str, value: Any) -> str | None:
         return f"the files in its record of stage {stage!r} are malformed"
     if not _is_moment(value["started"]) or not (value["finished"] is None or _is_moment(value["finished"])):
         return f"the times in its record of stage {stage!r} are malformed"
-    wrong = wrong_entry(value["result"])
+    wrong = wrong_entry(stage, value["result"])
     return None if wrong is None else f"{wrong!r} in its result of stage {stage!r} is of another kind"
 
 
@@ -306,9 +308,9 @@ def read_hashes(path: Path) -> dict[str, str]:
     return hashes
 
 
-def frozen(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A dict after conversion to JSON: tuples become lists, infinities strings, NaN null."""
-    return json.loads(to_json(dict(value)))
+def frozen(value: Any) -> dict[str, Any]:
+    """A dict or dataclass after conversion to JSON: tuples become lists, infinities strings, NaN null."""
+    return json.loads(to_json(value))
 
 
 def thawed(value: Any) -> Any:
@@ -320,8 +322,8 @@ def thawed(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf") else value
 
 
-def result_digest(result: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) of a stage's result as run.json holds it; the same before and after a round trip."""
+def result_digest(result: Any) -> str:
+    """SHA-256 (hexadecimal) of a result as JSON holds it; the same before and after a round trip."""
     return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
 
 
@@ -352,6 +354,19 @@ class Begin:
     action: Literal["fresh", "resume", "skip"]
     config: dict[str, Any]
     directory: Path
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as ``RunDir.status`` shows it; the last four are None where the stage is missing."""
+
+    stage: str
+    state: Literal["missing", "partial", "done", "stale"]
+    reasons: list[str]  # why it is stale
+    started: str | None
+    finished: str | None
+    config: dict[str, Any] | None  # see ``context.recorded``
+    result: dict[str, Any] | None  # as recorded; empty where the stage is not finished
 
 
 class RunDir:
@@ -538,14 +553,14 @@ class RunDir:
         return Begin("resume" if record.state == "partial" else "skip", thawed(kept), directory)
 
     def finish(
-        self, stage: str, outputs: Mapping[str, str], result: Mapping[str, Any], *, ledger_head: str | None = None
+        self, stage: str, outputs: Mapping[str, str], result: StageResult, *, ledger_head: str | None = None
     ) -> None:
         """Record a stage as done.
 
         Args:
             stage: the stage begun before.
             outputs: file below the stage's folder -> sha256; see ``hash_outputs``. What later stages depend on.
-            result: the stage's public result, JSON values.
+            result: the stage's public result.
             ledger_head: of a private stage, the ledger's head after it (see ``keep_ledger_head``).
         """
         self._need_lock()
@@ -580,29 +595,41 @@ class RunDir:
             for name, digest in found[stage].outputs.items()
         }  # fmt: skip
 
-    def status(self) -> list[dict[str, Any]]:
-        """One row per stage, in order.
-
-        Returns:
-            dicts of stage, state (missing | partial | done | stale), reasons (why it is stale), started, finished,
-            config, result; the last four are None where the stage is missing.
-        """
+    def status(self) -> list[StageRow]:
+        """One row per stage, in order."""
         table = self._table()
         rows = []
         for stage in STAGES:
-            record = table.stages.get(stage)
-            reasons = self._stale_because(table, stage)
-            state = record.state if record else "missing"
-            row = {"stage": stage, "state": "stale" if reasons and state == "done" else state, "reasons": reasons}
-            for key in ("started", "finished", "config", "result"):
-                row[key] = thawed(getattr(record, key)) if record else None
-            rows.append(row)
+            record, reasons = table.stages.get(stage), self._stale_because(table, stage)
+            if record is None:
+                rows.append(StageRow(stage, "missing", reasons, None, None, None, None))
+                continue
+            state = "stale" if reasons and record.state == "done" else record.state
+            config = thawed(record.config)
+            rows.append(StageRow(stage, state, reasons, record.started, record.finished, config, record.result))
         return rows
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """The result given to ``finish``; empty if the stage is not finished."""
-        record = self._table().stages.get(_known_stage(stage))
-        return thawed(record.result) if record else {}
+    def row(self, stage: str) -> StageRow:
+        """The row of one stage."""
+        return next(row for row in self.status() if row.stage == _known_stage(stage))
+
+    def results(self) -> dict[str, StageResult]:
+        """The results of the finished stages, in order.
+
+        Raises:
+            CheckpointError: one lacks something.
+        """
+        return {row.stage: read_result(row.stage, row.result) for row in self.status() if row.result}
+
+    def result(self, kind: type[R]) -> R | None:
+        """The result of the stage with this kind of result, such as ``ProbeResult``; None if it is not finished.
+
+        Raises:
+            CheckpointError: it lacks something.
+        """
+        stage = next(stage for stage, each in RESULTS.items() if each is kind)
+        record = self._table().stages.get(stage)
+        return read_result(stage, record.result) if record and record.result else None
 
     def require(self, stage: str, needed_by: str) -> None:
         """Refuse unless ``stage`` is done and fresh.
@@ -610,14 +637,14 @@ class RunDir:
         Raises:
             InputError: it is missing, unfinished or stale; the fix is the command to run.
         """
-        row = next(row for row in self.status() if row["stage"] == _known_stage(stage))
-        if row["state"] == "done":
+        row = self.row(stage)
+        if row.state == "done":
             return
         why, flag = {
             "missing": (f"which {self.path} does not have", ""),
             "partial": (f"which was begun in {self.path} and not finished", " --resume"),
-            "stale": (f"which is stale in {self.path}: {'; '.join(row['reasons'])}", " --overwrite"),
-        }[row["state"]]
+            "stale": (f"which is stale in {self.path}: {'; '.join(row.reasons)}", " --overwrite"),
+        }[row.state]
         raise InputError(
             f"stage {needed_by!r} needs stage {stage!r}, {why}",
             fix=f"run: dprandp {stage} --run {shlex.quote(str(self.path))}{flag}",

@@ -7,6 +7,7 @@ becomes a ``StorageError`` that says what happened and what to do.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -134,6 +135,9 @@ def file_sha256(path: Path | str) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Serialise to JSON that every parser accepts, keys in the given order.
 
+    A dataclass is an object of its fields. One whose default is None is left out where it is None; other Nones are
+    ``null``. ``records.read`` is the inverse.
+
     JSON has no infinity and no NaN: infinities, such as the ε of a run without privacy, become the strings ``"inf"``
     and ``"-inf"``, which ``float()`` understands; NaN becomes ``null``.
     """
@@ -173,6 +177,9 @@ def _whole(digits: str) -> int:
 
 
 def _finite(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _finite(item) for field, item in fields if item is not None or field.default is not None}
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

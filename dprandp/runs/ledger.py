@@ -66,7 +66,7 @@ def open_run_ledger(
             refuses.
     """
     path, head = ledger_file(rundir), rundir.ledger_head
-    rows = {row["stage"]: row["result"] for row in rundir.status() if row["result"]}
+    rows = {row.stage: row.result for row in rundir.status() if row.result}
     results = {stage: result for stage, result in rows.items() if stage in ALWAYS_PRIVATE or "epsilon" in result}
     if head is None and results:
         raise CheckpointError(

@@ -1,128 +1,266 @@
-"""The types and required keys of a stage's recorded result.
+"""The results of the stages, as ``run.json`` records them.
 
-``run.json`` may come from another version, a careless edit or a damaged disk. So results are checked once, here, when
-they are read.
+What is read is checked by ``directory.read``, as far as it is there; ``RunDir.result`` refuses a result that lacks a
+field. Seconds are wall-clock. ε and δ are upper bounds.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dprandp.errors import CheckpointError
+from dprandp.runs import records
+from dprandp.runs.records import Count, Fraction, Number, Text
 
 ONE_IMAGE = "one image"
 """A result's name of the unit of privacy if each image is one."""
 
-_FRACTIONS = {"accuracy", "balanced_accuracy", "majority_accuracy", "auc", "knn_accuracy", "linear_accuracy"}
-_NUMBERS = {
-    "loss", "epsilon", "delta", "epsilon_target", "epsilon_total", "noise_multiplier", "sample_rate", "clip_norm",
-    "expected_batch", "lr", "momentum", "share", "seconds", "images_per_second", "views_per_second",
-    "extractor_scale", "alignment", "uniformity", "effective_rank",
-}  # fmt: skip
-_MAY_BE_MISSING = {
-    "auc", "loss", "images_per_second", "views_per_second", "refit",
-    "knn_accuracy", "linear_accuracy", "alignment", "uniformity", "effective_rank",
-}  # fmt: skip
-_COUNTS = {
-    "count", "resolution", "steps", "attempt", "charged_steps", "lost_steps", "views", "train_examples",
-    "test_examples", "parameters", "feature_dim", "prior_images",
-}  # fmt: skip
-_TEXTS = {
-    "stage", "process", "arch", "data", "title", "accountant", "adjacency", "unit", "random", "released", "device",
-    "source", "prior", "prior_sha256", "ledger_head", "clipping", "optimizer", "recipe", "init_sha256",
-    "init_source", "public_part", "trained_weights", "extractor_colour", "noise", "precision",
-}  # fmt: skip
-_FLAGS = {"private", "mirror", "random_init"}
 
-_REFIT = {"sample_rate", "steps", "lost_steps", "noise_multiplier", "clip_norm"}
-"""Required keys of a refit of the head, for the disclosure."""
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult:
+    """Of ``generate``."""
 
-_PUBLIC_TRAINING = {"images": str, "examples": int, "steps": int, "mix": str, "switch": str, "head": str}
-"""Required entries of the public part of ``continue``."""
+    process: Text
+    count: Count  # images
+    resolution: Count  # pixels, width and height
+    images_per_second: Number | None  # None where all were there already
+    seconds: Number
 
-_CHARGED = {
-    "stage": str, "attempt": int, "sample_rate": float, "noise_multiplier": float, "clip_norm": float,
-    "charged_steps": int,
-}  # fmt: skip
-"""The entries of each of ``also_charged``."""
 
-PRIVATE = {
-    "stage", "data", "title", "classes", "accuracy", "balanced_accuracy", "auc", "loss", "majority_accuracy",
-    "confusion", "epsilon", "delta", "epsilon_target", "epsilon_total", "accountant", "noise_multiplier", "sample_rate",
-    "steps", "clip_norm", "views", "expected_batch", "train_examples", "test_examples", "lr", "momentum", "seconds",
-    "device", "private", "random", "released", "adjacency", "unit", "mirror", "charged_steps", "lost_steps",
-    "also_charged", "ledger_head", "noise", "precision",
-}  # fmt: skip
-"""Required keys of a private stage: with fewer, the disclosure would be incomplete."""
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """The evaluation of an extractor (``pretrain/evaluation.py``); None where too few images were held out."""
 
-NEEDED: dict[str, set[str]] = {
-    "generate": {"process", "count", "resolution", "seconds"},
-    "pretrain": {"arch", "feature_dim", "knn_accuracy", "seconds"},
-    "continue": {"arch", "public_training", "precision", "seconds"},  # and those of a private stage, if it was one
-    "probe": PRIVATE | {"share", "extractor_colour"},
-    "finetune": PRIVATE,
+    knn_accuracy: Fraction | None
+    linear_accuracy: Fraction | None
+    alignment: Number | None  # in [0, 4]
+    uniformity: Number | None  # in [-8, 0]
+    effective_rank: Number | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor(Measures):
+    """What is known about an extractor; also on the card of a prior that ships."""
+
+    arch: Text
+    random_init: bool
+    parameters: Count
+    feature_dim: Count
+    steps: Count
+    loss: Number | None  # None where nothing was trained by gradients
+    optimizer: Text | None = None  # of a training by gradients
+    precision: Text | None = None  # in which it computes; older cards do not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult(Extractor):
+    """Of ``pretrain``; where there are two extractors, of the one for colour."""
+
+    views_per_second: Number | None  # of a training by gradients
+    seconds: Number
+    prior: Text | None = None  # name of the shipped prior, if it was one
+    prior_sha256: Text | None = None
+    prior_images: Count | None = None  # that the prior was learned from
+    grey: Measures | None = None  # of the second extractor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of a model on the test split, once."""
+
+    data: Text  # as given to --data
+    title: Text  # of the data set
+    classes: tuple[str, ...]
+    accuracy: Fraction
+    balanced_accuracy: Fraction  # mean recall
+    auc: Fraction | None  # one class against the rest; None where a single class occurs
+    loss: Number  # mean cross-entropy, nats
+    confusion: tuple[tuple[Count, ...], ...]  # images: rows are true classes, columns predicted ones
+    majority_accuracy: Fraction  # of always answering the most frequent class
+    train_examples: Count  # images
+    test_examples: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherCharge:
+    """Charges of the run's ledger to another mechanism than the stage's own."""
+
+    stage: Text
+    attempt: Count
+    sample_rate: Number
+    noise_multiplier: Number
+    clip_norm: Number
+    charged_steps: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """The privacy of a stage's release."""
+
+    epsilon: Number  # of everything that the run has released by then
+    delta: Number
+    epsilon_target: Number  # of the stage
+    epsilon_total: Number  # the run's budget
+    accountant: Text
+    noise_multiplier: Number  # σ, noise std over clip norm; 0 without privacy
+    sample_rate: Number  # q
+    steps: Count  # T, planned
+    attempt: Count  # from 1: how often the stage was begun anew
+    charged_steps: Count
+    lost_steps: Count  # of these, not part of the model
+    clip_norm: Number  # C, L2
+    views: Count  # K
+    expected_batch: Number  # qN
+    adjacency: Text
+    unit: Text  # of privacy, in words: ONE_IMAGE, or such as "one patient (column patient)"
+    train_units: Count  # N
+    public_part: Text | None = None  # of the training images, declared public; in words
+    noise: Text  # gaussian or discrete
+    also_charged: tuple[OtherCharge, ...]
+    ledger_head: Text  # hash of the ledger's last line by then
+    random: Text  # os-entropy or insecure-seed
+    private: bool  # False where ε is void or infinite
+    device: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The tuning of a run's probe."""
+
+    on: Text  # synthetic, private or a data set's name
+    trials: Count  # expected ones where on is private
+    charged_epsilon: Number  # of tuning alone; part of the run's ε
+    settings: tuple[str, ...]  # names
+    used: bool  # the stage ran with the chosen ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateResult(Guarantee, Evaluation):
+    """Of a stage that releases a model made from private images."""
+
+    stage: Text
+    lr: Number
+    momentum: Number
+    released: Text  # which iterate
+    mirror: bool  # features are averaged over an image and its mirror image
+    precision: Text
+    tuned: Tuned | None
+    tuned_on: Text | None  # as the user declares it
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(PrivateResult):
+    """Of ``probe``."""
+
+    share: Fraction  # of the run's ε
+    extractor_colour: Text  # of the images that the extractor was learned from: rgb, grey or both
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """The second mechanism of a fine-tune: the head alone, full batch."""
+
+    noise_multiplier: Number
+    sample_rate: Number
+    steps: Count
+    lost_steps: Count  # charged, not part of the model
+    clip_norm: Number
+    lr: Number
+    momentum: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(PrivateResult):
+    """Of ``finetune``."""
+
+    refit: Refit | None
+    source: Text  # the starting point: probe, pretrain, scratch or init
+    arch: Text
+    clipping: Text  # norm, automatic or rescaled
+    trained_weights: Text  # in words
+    optimizer: Text  # in words
+    extractor_scale: Number
+    recipe: Text | None = None  # a published one that was used, in words
+    init_sha256: Text | None = None  # of public weights from a file
+    init_source: Text | None = None  # where they are from, in the user's words
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicTraining:
+    """The public part of ``continue``."""
+
+    images: Text  # in words
+    examples: Count
+    steps: Count  # that were public alone
+    mix: Text
+    switch: Text  # in words
+    head: Text  # whether the public classes are the private ones
+    loss: Number | None  # on held-out public images at the last evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinueResult:
+    """Of ``continue`` with public steps only."""
+
+    stage: Text
+    arch: Text
+    precision: Text
+    public_training: PublicTraining
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateContinueResult(PrivateResult, ContinueResult):
+    """Of ``continue`` with private steps."""
+
+    share: Fraction  # of the run's remaining ε
+    clipping: Text
+    optimizer: Text  # in words
+
+
+StageResult = GenerateResult | PretrainResult | ContinueResult | ProbeResult | FinetuneResult
+
+RESULTS: dict[str, type[StageResult]] = {
+    "generate": GenerateResult,
+    "pretrain": PretrainResult,
+    "continue": ContinueResult,
+    "probe": ProbeResult,
+    "finetune": FinetuneResult,
 }
 
 
-def wrong_entry(result: Mapping[str, Any]) -> str | None:
-    """The name of an entry of the wrong type, or None. Entries with unknown names may have any type.
-
-    Args:
-        result: as stored in run.json: infinities are the strings "inf" and "-inf", NaN is null.
-    """
-    for name, value in result.items():
-        if not (value is None and name in _MAY_BE_MISSING) and not _fits(name, value):
-            return name
-    classes, confusion = result.get("classes"), result.get("confusion")
-    if classes is not None and confusion is not None and len(confusion) != len(classes):
-        return "confusion"
-    return None
+def kind_of(stage: str, record: Mapping[str, Any]) -> type[StageResult]:
+    """The type of a recorded result."""
+    return PrivateContinueResult if stage == "continue" and "epsilon" in record else RESULTS[stage]
 
 
-def refuse_gaps(stage: str, result: Mapping[str, Any]) -> None:
-    """Refuse the result of a finished stage that lacks required keys.
+def wrong_entry(stage: str, record: Mapping[str, Any]) -> str | None:
+    """The name of an entry of a recorded result that is not of its type, or None; missing ones are not wrong."""
+    wrong = records.wrong_entry(kind_of(stage, record), record)
+    confusion = record.get("confusion") if issubclass(kind_of(stage, record), PrivateResult) else None
+    if wrong is None and confusion is not None:
+        sizes = {len(confusion), len(record.get("classes", confusion)), *map(len, confusion)}
+        return "confusion" if len(sizes) > 1 else None
+    return wrong
+
+
+def read_result(stage: str, record: Mapping[str, Any]) -> StageResult:
+    """The result of a finished stage, from values that ``wrong_entry`` finds right.
 
     Raises:
-        CheckpointError: the message names what is missing.
+        CheckpointError: it lacks something; the message names what.
     """
-    needed = NEEDED[stage] | ({"prior_sha256", "prior_images"} if "prior" in result else set())
-    if stage == "continue" and "epsilon" in result:
-        needed |= PRIVATE
-    if result.get("unit", ONE_IMAGE) != ONE_IMAGE:
-        needed |= {"train_units"}
-    missing = sorted(needed - result.keys())
-    if missing:
+    kind = kind_of(stage, record)
+    gaps = records.missing(kind, record)
+    if record.get("prior") is not None:
+        gaps += sorted({"prior_sha256", "prior_images"} - record.keys())
+    if gaps:
         raise CheckpointError(
-            f"the recorded result of stage {stage!r} lacks {', '.join(missing)}",
+            f"the recorded result of stage {stage!r} lacks {', '.join(gaps)}",
             fix="use the version of dprandp that wrote it, or run the stage again with --overwrite; what was spent "
             "stays spent",
         )
-
-
-def _fits(name: str, value: Any) -> bool:
-    if name in _FRACTIONS:
-        return type(value) in (int, float) and 0 <= value <= 1
-    if name in _NUMBERS:
-        return value in ("inf", "-inf") or (type(value) in (int, float) and abs(value) <= 1e300)
-    if name in _COUNTS:
-        return type(value) is int and 0 <= value < 2**63
-    if name in _TEXTS:
-        return isinstance(value, str) and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
-    if name in _FLAGS:
-        return isinstance(value, bool)
-    if name == "classes":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if name == "confusion":
-        rows = isinstance(value, list) and all(isinstance(row, list) and len(row) == len(value) for row in value)
-        return rows and all(type(count) is int and 0 <= count < 2**63 for row in value for count in row)
-    if name == "public_training":
-        return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in _PUBLIC_TRAINING.items())
-    if name == "also_charged":
-        rows = isinstance(value, list) and all(isinstance(row, dict) and row.keys() == _CHARGED.keys() for row in value)
-        return rows and all(type(row[key]) in (kind, int) if kind is float else type(row[key]) is kind
-                            for row in value for key, kind in _CHARGED.items())  # fmt: skip
-    if name == "refit":
-        return isinstance(value, dict) and value.keys() >= _REFIT and all(_fits(*entry) for entry in value.items())
-    return True
+    return records.read(kind, dict(record))

@@ -8,32 +8,111 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dprandp.config import toml
 from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import RunDir, frozen, result_digest, thawed
+from dprandp.runs import records
+from dprandp.runs.directory import RunDir, frozen, result_digest
 from dprandp.runs.files import atomic_write, read_object, to_json
 from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.records import Count, Fraction, Number, Text
+from dprandp.runs.results import Tuned
 
 RECORD, SETTINGS = "tune.json", "tuned.toml"
 SYNTHETIC, PRIVATE = "synthetic", "private"
 TUNE = "tune"
 """As the ledger calls private tuning."""
 FORMAT = 1
-_NEEDED = {"on": str, "trials": int, "chosen": dict, "asked": dict}
 
 
-def write_tuning(rundir: RunDir, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write both files; the record (on, trials, chosen, asked, ...) last: its presence means that tuning is done."""
-    note = f"# Chosen by `dprandp tune` on {json.dumps(record['on'], ensure_ascii=True)}; see {RECORD}.\n"
+@dataclass(frozen=True)
+class Setting:
+    """One candidate."""
+
+    lr_factor: Number  # on the default learning rate
+    steps: Count
+    dims: Count  # components of each part of the whitened features
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The settings that were chosen."""
+
+    lr: Number
+    steps: Count
+    dims: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """tune.json: what was tuned, and what came out."""
+
+    on: Text  # synthetic, private or a data set's name
+    trials: Count  # settings to try; expected ones where on is private
+    chosen: Chosen
+    charged_epsilon: Number  # of tuning alone
+    asked: dict[str, Any]  # the request, with the probe's settings and the hashes of the inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A setting that was tried on public images."""
+
+    lr_factor: Number
+    steps: Count
+    dims: Count
+    lr: Number
+    accuracy: Fraction  # on the held-out public images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """The private training whose noise was simulated."""
+
+    epsilon: Number
+    delta: Number
+    train_examples: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicTuning(Tuning):
+    """On public images."""
+
+    accuracy: Fraction  # of the chosen setting
+    default_accuracy: Fraction
+    simulated: Simulated
+    fitted_examples: Count
+    held_out_examples: Count
+    tried: tuple[Tried, ...]
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateTuning(Tuning):
+    """On the private data, charged. No duration: it would reveal the number of trials, which must stay secret."""
+
+    noisy_right_answers: Number  # of the chosen setting, on its held-out records
+    noise_std: Number
+    held_out_examples_expected: Number
+    epsilon: Number  # of the run by then
+    delta: Number
+    plan: dict[str, Any]  # as in the plan file
+    settings: tuple[Setting, ...]
+    private: bool
+
+
+def write_tuning(rundir: RunDir, record: Tuning, settings: Mapping[str, Any]) -> None:
+    """Write both files; the record last: its presence means that tuning is done."""
+    note = f"# Chosen by `dprandp tune` on {json.dumps(record.on, ensure_ascii=True)}; see {RECORD}.\n"
     atomic_write(rundir.path / SETTINGS, note + toml.dumps({"probe": settings}))
-    atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **record}, indent=1) + "\n")
+    atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **frozen(record)}, indent=1) + "\n")
 
 
-def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
+def read_tuning(rundir: RunDir) -> Tuning | None:
     """The record of the run's tuning; None where nothing was tuned.
 
     Raises:
@@ -42,22 +121,26 @@ def read_tuning(rundir: RunDir) -> dict[str, Any] | None:
     path = rundir.path / RECORD
     if not path.exists():
         return None
-    record = thawed(read_object(path) or {})
-    if record.pop("format", None) == FORMAT and all(isinstance(record.get(key), kind) for key, kind in _NEEDED.items()):
-        return record
-    raise CheckpointError(
-        f"{path} is damaged", fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent"
-    )
+    record = read_object(path) or {}
+    try:
+        if record.get("format") != FORMAT:
+            raise ValueError("another format")
+        return records.read(PrivateTuning if record.get("on") == PRIVATE else PublicTuning, record)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged",
+            fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent",
+        ) from error
 
 
-def seal_tuning(rundir: RunDir, record: Mapping[str, Any]) -> None:
+def seal_tuning(rundir: RunDir, record: PrivateTuning) -> None:
     """Keep the hash of what private tuning is about to report in the ledger; the run's lock must be held."""
     ledger = open_run_ledger(rundir, write=True)
     ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
     rundir.keep_ledger_head(ledger.head)
 
 
-def refuse_other_tuning(rundir: RunDir, record: Mapping[str, Any]) -> None:
+def refuse_other_tuning(rundir: RunDir, record: Tuning) -> None:
     """Raise CheckpointError unless this is what the run's last private tuning reported: its ε is shown again."""
     ledger = open_run_ledger(rundir)
     seal = None if ledger is None else ledger.seals.get(TUNE)
@@ -68,34 +151,28 @@ def refuse_other_tuning(rundir: RunDir, record: Mapping[str, Any]) -> None:
         )
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def _digest(record: Tuning) -> str:
     """Of a record as it was made or as it was read; where the data lie is not compared (see ``asked``)."""
-    return result_digest({key: value for key, value in record.items() if key != "asked"})
+    return result_digest({key: value for key, value in frozen(record).items() if key != "asked"})
 
 
-def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run's tuning in a stage's result.
+def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: Mapping[str, float | None]) -> Tuned | None:
+    """The summary of a run's tuning in a stage's result; None where nothing was tuned.
 
     Args:
         ledger: of the run; it overrides the files.
         delta: δ at which the cost is stated.
-        settings: what the stage ran with, by the names of the record's ``chosen``.
-
-    Returns:
-        on, trials (expected ones where on is 'private'), charged_epsilon (upper bound, alone; part of the run's ε),
-        settings (names of the tuned ones), used (the stage ran with the chosen ones). None where nothing was tuned.
+        settings: what the stage ran with, by the names of ``Chosen``.
     """
     record = read_tuning(rundir)
     charged = [charge.event for charge in ledger.tunings]
     if record is None and not charged:
         return None
-    if record is None:
-        record = {"on": PRIVATE, "trials": round(charged[-1].trials.mean), "chosen": {}}
-    chosen = record["chosen"]
-    return {
-        "on": record["on"],
-        "trials": record["trials"],
-        "charged_epsilon": compose(charged, delta).upper,
-        "settings": sorted(chosen),
-        "used": bool(chosen) and all(settings.get(name) == value for name, value in frozen(chosen).items()),
-    }
+    chosen = {} if record is None else vars(record.chosen)
+    return Tuned(
+        on=PRIVATE if record is None else record.on,
+        trials=round(charged[-1].trials.mean) if record is None else record.trials,
+        charged_epsilon=compose(charged, delta).upper,
+        settings=tuple(sorted(chosen)),
+        used=bool(chosen) and all(settings.get(name) == value for name, value in chosen.items()),
+    )

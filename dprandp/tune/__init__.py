@@ -17,7 +17,15 @@ from dprandp.errors import UsageError
 from dprandp.pretrain import EXTRACTOR_STAGES, require_extractor
 from dprandp.runs.context import Context
 from dprandp.runs.directory import frozen
-from dprandp.runs.tuning import PRIVATE, read_tuning, refuse_other_tuning, seal_tuning, write_tuning
+from dprandp.runs.tuning import (
+    PRIVATE,
+    PrivateTuning,
+    Tuning,
+    read_tuning,
+    refuse_other_tuning,
+    seal_tuning,
+    write_tuning,
+)
 from dprandp.tune.private import choose_privately
 from dprandp.tune.public import choose_publicly
 from dprandp.tune.settings import TuneConfig, private_data
@@ -25,8 +33,8 @@ from dprandp.tune.settings import TuneConfig, private_data
 STAGE = "tune"
 
 
-def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, Any]:
-    """Choose settings of this probe and write ``tune.json`` and ``tuned.toml``; returns the record, with ``stage``.
+def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> Tuning:
+    """Choose settings of this probe and write ``tune.json`` and ``tuned.toml``; returns the record.
 
     Raises:
         UsageError: settings that are not simulated, or other tuning than the run has.
@@ -42,23 +50,21 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> dict[str, An
     asked = frozen({**asdict(tune), "probe": as_dict(config), "inputs": inputs})
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:
-        if _alike(frozen(before["asked"]), asked):
+        if _alike(before.asked, asked):
             if tune.on == PRIVATE:
                 refuse_other_tuning(context.rundir, before)
-            return {"stage": STAGE, **before}
+            return before
         raise UsageError(
-            f"this run was tuned before, on {before['on']}, for other settings",
+            f"this run was tuned before, on {before.on}, for other settings",
             fix="use its tuned.toml, or give --overwrite to tune again; what was spent stays spent",
         )
     choose = choose_privately if tune.on == PRIVATE else choose_publicly
-    record, lr, chosen = choose(config, tune, context)
-    settings = {"lr": lr, "steps": chosen.steps, "dims": chosen.dims}
-    record = {"on": tune.on, "trials": tune.trials, "chosen": settings, **record, "asked": asked}
+    record = choose(config, tune, context, asked)
     kept = {key: value for key, value in as_dict(config).items() if key not in ("size", "tuned_on")}
     if tune.on == PRIVATE:
         seal_tuning(context.rundir, record)
-    write_tuning(context.rundir, record, kept | settings)
-    return {"stage": STAGE, **record}
+    write_tuning(context.rundir, record, kept | vars(record.chosen))
+    return record
 
 
 def _alike(before: dict[str, Any], asked: dict[str, Any]) -> bool:
@@ -72,14 +78,19 @@ def _alike(before: dict[str, Any], asked: dict[str, Any]) -> bool:
     return {**before, "on": asked["on"], "probe": {**old, "data": new["data"]}} == asked
 
 
-def line(result: dict[str, Any]) -> str:
+def as_json(result: Tuning) -> dict[str, Any]:
+    """The result as ``--json`` prints it: it begins with ``stage``."""
+    return {"stage": STAGE, **frozen(result)}
+
+
+def line(result: Tuning) -> str:
     """The result for people."""
-    chosen = ", ".join(f"{name} = {value:.4g}" for name, value in result["chosen"].items())
-    if result["on"] == PRIVATE:
-        how = f"private data, {result['trials']} trials expected, ε = {result['charged_epsilon']:.4g} charged"
+    chosen = ", ".join(f"{name} = {value:.4g}" for name, value in vars(result.chosen).items())
+    if isinstance(result, PrivateTuning):
+        how = f"private data, {result.trials} trials expected, ε = {result.charged_epsilon:.4g} charged"
     else:
         how = (
-            f"{result['on']}, {len(result['tried'])} settings tried, {100 * result['accuracy']:.1f} % against "
-            f"{100 * result['default_accuracy']:.1f} % of the default, nothing charged"
+            f"{result.on}, {len(result.tried)} settings tried, {100 * result.accuracy:.1f} % against "
+            f"{100 * result.default_accuracy:.1f} % of the default, nothing charged"
         )
     return f"tune: {chosen} ({how})"

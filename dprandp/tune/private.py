@@ -8,7 +8,7 @@ best.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from dprandp.probe import public_part
 from dprandp.probe.head import HeadSettings, begin_head, lr_at, released_head, update_head
 from dprandp.runs.context import Context
 from dprandp.runs.results import ONE_IMAGE
-from dprandp.tune.settings import Setting, TuneConfig, as_probe, probe_epsilon, settings_for
+from dprandp.runs.tuning import Chosen, PrivateTuning
+from dprandp.tune.settings import TuneConfig, as_probe, probe_epsilon, settings_for
 
 STAGE = "tune"
 
@@ -35,15 +36,9 @@ ROWS_AT_ONCE = 1024
 
 
 def choose_privately(
-    config: ProbeConfig, tune: TuneConfig, context: Context
-) -> tuple[dict[str, Any], float, Setting]:
-    """Try settings on the private data by ``privacy/selection.py``, and record only its result.
-
-    In particular, record no duration: it would reveal the number of trials, which must stay secret.
-
-    Returns:
-        As ``choose_publicly``.
-    """
+    config: ProbeConfig, tune: TuneConfig, context: Context, asked: dict[str, Any]
+) -> PrivateTuning:
+    """Try settings on the private data by ``privacy/selection.py``, and record only its result."""
     warn = context.console.warn
     stage = name_private_stage(STAGE, config, context)
     spec, budget, spent = stage.spec, stage.budget, stage.spent
@@ -90,16 +85,19 @@ def choose_privately(
     best, score = selection.run(one_trial)
     stage.keep_head()
     # ------------------------------------------------------------------------------------------ from here on: charged
-    record = {
-        "noisy_right_answers": score,
-        "noise_std": plan.score_std,
-        "held_out_examples_expected": plan.held_out * plan.examples,
-        "charged_epsilon": compose([plan.event], plan.delta).upper,
-        "epsilon": stage.ledger.spent(plan.delta).upper,
-        "delta": plan.delta,
-        "plan": plan.to_dict(),
-        "settings": [asdict(setting) for setting in settings],
-        "private": stage.ledger.private,
-    }
     default = config.lr or lr_at(probe_mu, spec.train_examples, config.steps, config.clip_norm)
-    return record, default * settings[best].lr_factor, settings[best]
+    return PrivateTuning(
+        on=tune.on,
+        trials=tune.trials,
+        chosen=Chosen(default * settings[best].lr_factor, settings[best].steps, settings[best].dims),
+        noisy_right_answers=score,
+        noise_std=plan.score_std,
+        held_out_examples_expected=plan.held_out * plan.examples,
+        charged_epsilon=compose([plan.event], plan.delta).upper,
+        epsilon=stage.ledger.spent(plan.delta).upper,
+        delta=plan.delta,
+        plan=plan.to_dict(),
+        settings=tuple(settings),
+        private=stage.ledger.private,
+        asked=asked,
+    )

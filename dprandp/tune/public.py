@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe import public_part
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.runs.context import Context
-from dprandp.runs.tuning import SYNTHETIC
-from dprandp.tune.settings import Setting, TuneConfig, as_probe, private_data, probe_epsilon, settings_for
+from dprandp.runs.tuning import SYNTHETIC, Chosen, PublicTuning, Simulated, Tried
+from dprandp.tune.settings import TuneConfig, as_probe, private_data, probe_epsilon, settings_for
 from dprandp.vision.images import ImageSet, as_declared, random_crops, to_input
 
 INSTANCES = 40
@@ -48,15 +47,12 @@ SEED = 2
 
 
 def choose_publicly(
-    config: ProbeConfig, tune: TuneConfig, context: Context
-) -> tuple[dict[str, Any], float, Setting]:
+    config: ProbeConfig, tune: TuneConfig, context: Context, asked: dict[str, Any]
+) -> PublicTuning:
     """Try settings on public images; of the private data only the declaration is used.
 
     The exception: a public set that declares as many images of the same size is compared with them, and refused if
     equal.
-
-    Returns:
-        Facts for the record, the learning rate, and the chosen setting.
     """
     started = time.perf_counter()
     spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
@@ -82,21 +78,24 @@ def choose_publicly(
             progress.advance(1)
     best = better_than_default(rights)
     accuracy = {index: float(right.to(torch.float32).mean()) for index, right in rights.items()}
-    tried = [
-        asdict(settings[index]) | {"lr": default * settings[index].lr_factor, "accuracy": accuracy[index]}
+    tried = {
+        index: Tried(**vars(settings[index]), lr=default * settings[index].lr_factor, accuracy=accuracy[index])
         for index in order
-    ]
-    record = {
-        "accuracy": accuracy[best],
-        "default_accuracy": accuracy[0],
-        "charged_epsilon": 0.0,
-        "simulated": {"epsilon": epsilon, "delta": delta, "train_examples": count},
-        "fitted_examples": cut,
-        "held_out_examples": len(labels) - cut,
-        "tried": tried,
-        "seconds": round(time.perf_counter() - started, 2),
     }
-    return record, default * settings[best].lr_factor, settings[best]
+    return PublicTuning(
+        on=tune.on,
+        trials=tune.trials,
+        chosen=Chosen(tried[best].lr, tried[best].steps, tried[best].dims),
+        accuracy=accuracy[best],
+        default_accuracy=accuracy[0],
+        charged_epsilon=0.0,
+        simulated=Simulated(epsilon=epsilon, delta=delta, train_examples=count),
+        fitted_examples=cut,
+        held_out_examples=len(labels) - cut,
+        tried=tuple(tried.values()),
+        seconds=round(time.perf_counter() - started, 2),
+        asked=asked,
+    )
 
 
 def better_than_default(rights: dict[int, Tensor]) -> int:

@@ -9,7 +9,8 @@ from dprandp.config.schema import ProbeConfig
 from dprandp.dpsgd.stage import budget_share
 from dprandp.errors import UsageError
 from dprandp.runs.context import Context, with_precision
-from dprandp.runs.tuning import SYNTHETIC
+from dprandp.runs.results import PretrainResult
+from dprandp.runs.tuning import SYNTHETIC, Setting
 
 LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
 STEP_FACTORS = (1.0, 0.5, 2.0)
@@ -31,15 +32,6 @@ class TuneConfig:
         for flag, value in (("--spend", self.spend), ("--held-out", self.held_out)):
             if not 0 < value < 1:
                 raise UsageError(f"{flag} {value} lies outside (0, 1)", fix=f"give a {flag} such as 0.3")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One candidate."""
-
-    lr_factor: float  # on the default learning rate
-    steps: int
-    dims: int  # components of each part of the whitened features
 
 
 def private_data(on: str) -> UsageError:
@@ -64,4 +56,4 @@ def probe_epsilon(config: ProbeConfig) -> float:
 
 def as_probe(config: ProbeConfig, context: Context) -> ProbeConfig:
     """The configuration with the precision that the probe will have."""
-    return with_precision("probe", config, context, context.rundir.result("pretrain")["arch"])
+    return with_precision("probe", config, context, context.rundir.result(PretrainResult).arch)

@@ -321,8 +321,8 @@ def test_what_is_selected_tells_of_the_record(tmp_path: Path) -> None:
 
 def test_private_tuning_is_audited_like_the_rest() -> None:
     found = try_mechanism(TUNING, torch.empty(0), 3, AuditSettings(trials=200), lambda: None)
-    game = found["two_world"]
-    assert set(game["one_trial"]) == {"fitted", "held_out"}
-    assert not game["flagged"]
-    assert 0 <= game["ratio"] < 1
-    assert [entry["flagged"] for entry in found["controls"]] == [True]
+    game = found.two_world
+    assert set(game.one_trial) == {"fitted", "held_out"}
+    assert not game.flagged
+    assert 0 <= game.ratio < 1
+    assert [entry.flagged for entry in found.controls] == [True]

@@ -83,7 +83,7 @@ def test_download_that_makes_no_sense(tmp_path: Path, folder: Path) -> None:
             overview.datasets(tmp_path, name, download=True)
     with pytest.raises(UsageError, match="not a known set"):
         overview.datasets(tmp_path, f"npz:{folder}/tiny.npz")
-    assert [row["name"] for row in overview.datasets(tmp_path, "digits", download=True)] == ["digits"]
+    assert [row.name for row in overview.datasets(tmp_path, "digits", download=True)] == ["digits"]
     assert len(overview.datasets(tmp_path)) == len(KNOWN)
 
 
@@ -99,7 +99,7 @@ def test_medmnist_through_its_own_address_and_checksum(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(utils, "download_url", download_url)
     (row,) = overview.datasets(tmp_path, "breastmnist", download=True)
-    assert row["available"]
+    assert row.available
     assert asked == [(INFO["breastmnist"]["url"], INFO["breastmnist"]["MD5"])]
     overview.datasets(tmp_path, "breastmnist", download=True)
     assert len(asked) == 1

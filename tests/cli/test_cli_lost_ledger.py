@@ -244,7 +244,7 @@ def test_a_model_of_another_run_is_refused(dprandp: Dprandp, run_after: RunAfter
     edit(config, lambda document: document["result"].update(ledger_head="0" * 64))
     refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "not in this run's ledger")
     edit(config, lambda document: document["result"].pop("ledger_head"))
-    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "not in this run's ledger")
+    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, "config.json cannot be used")
 
 
 def test_the_card_says_what_the_ledger_holds(dprandp: Dprandp, run_after: RunAfter) -> None:

@@ -175,7 +175,7 @@ def test_an_empty_class_is_no_reason_to_refuse(tmp_path):
     path = save(tmp_path / "set.npz", num_classes=None, classes=np.array(["anna", "berta", "clara", "dora"]))
     assert opened(path).train().labels.max() == 2
     assert opened(path).test().labels.max() == 2
-    assert check_data(opened(path))["empty_classes"] == ["dora"]
+    assert check_data(opened(path)).empty_classes == ["dora"]
 
 
 class Payload:

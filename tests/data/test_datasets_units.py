@@ -178,8 +178,8 @@ def test_a_units_csv_that_is_not_there_or_not_text_is_refused(folder):
 
 def test_duplicates_are_counted(npz):
     clean = check_data(named(npz(patient_train=PATIENTS), "patient"))
-    assert clean["repeated_images"] == clean["across_units"] == clean["in_test"] == clean["contradicting_labels"] == 0
-    assert (clean["largest_unit"], clean["largest_copies"], clean["units_in_test"]) == (3, 1, None)
+    assert clean.repeated_images == clean.across_units == clean.in_test == clean.contradicting_labels == 0
+    assert (clean.largest_unit, clean.largest_copies, clean.units_in_test) == (3, 1, None)
     made = arrays()
     train, test = made["x_train"], made["x_test"]
     train[2] = train[0]  # the same patient, the same label
@@ -189,9 +189,9 @@ def test_duplicates_are_counted(npz):
     found = check_data(
         named(npz(x_train=train, x_test=test, patient_train=PATIENTS, patient_test=np.array(["c", "z"])), "patient")
     )
-    assert found["repeated_images"] == 3
-    assert found["across_units"] == 3
-    assert found["largest_copies"] == 2  # of the three copies two belong to patient a
-    assert found["contradicting_labels"] == 1
-    assert (found["in_test"], found["units_in_test"]) == (1, 1)
-    assert check_data(named(npz(x_train=train)))["largest_copies"] == 3
+    assert found.repeated_images == 3
+    assert found.across_units == 3
+    assert found.largest_copies == 2  # of the three copies two belong to patient a
+    assert found.contradicting_labels == 1
+    assert (found.in_test, found.units_in_test) == (1, 1)
+    assert check_data(named(npz(x_train=train))).largest_copies == 3

@@ -28,6 +28,7 @@ from dprandp.config import schema
 from dprandp.dpsgd import features
 from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.runs.context import Context
+from dprandp.runs.results import PrivateResult
 from dprandp.runs.signals import Interrupted, Stop
 from dprandp.tune import private, public
 from dprandp.tune.settings import TuneConfig
@@ -75,11 +76,11 @@ def context(run: Path, device: torch.device, **options: Any) -> Iterator[Context
         yield dataclasses.replace(given, device=device)
 
 
-def close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def close(one: PrivateResult, other: PrivateResult) -> bool:
     """Whether two results of a stage are the same measurements, but for rounding; each of its own device."""
-    assert (one["device"], other["device"]) == ("cpu", "emulated")
-    same = all(one[name] == other[name] for name in ("epsilon", "noise_multiplier", "accuracy"))
-    return same and abs(one["loss"] - other["loss"]) < 1e-3
+    assert (one.device, other.device) == ("cpu", "emulated")
+    same = all(getattr(one, name) == getattr(other, name) for name in ("epsilon", "noise_multiplier", "accuracy"))
+    return same and abs(one.loss - other.loss) < 1e-3
 
 
 def per_step(waits: Counter[str], steps: int) -> bool:
@@ -160,7 +161,7 @@ def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
 
     with on_both(tmp_path, stages, arch) as (expected, found, waits):
         assert all(map(close, expected, found))
-        assert found[1]["refit"]["lost_steps"] == 0
+        assert found[1].refit.lost_steps == 0
         assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + FINETUNE_HERE["refit_steps"])
 
 
@@ -183,7 +184,7 @@ def test_every_option_goes_on_after_an_interruption(tmp_path, options):
     values = schema.build("finetune", SCRATCH | {"data": blobs(tmp_path)} | OPTIONS[options])
     with on_both(tmp_path, interrupted(finetune, values, 2)) as (expected, found, waits):
         assert close(expected, found)
-        assert found["lost_steps"] == 0
+        assert found.lost_steps == 0
         discrete = OPTIONS[options].get("noise") == "discrete"
         unknown = waits.keys() - KNOWN
         assert unknown == ({"privacy/randomness.py add_discrete_noise: _to_copy"} if discrete else set())
@@ -201,7 +202,7 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
         patch.setattr(features, "free_on_device", lambda device: 10**9 if fits else 0)
         with on_both(tmp_path, interrupted(probe, values, 2), "vit") as (expected, found, waits):
             assert close(expected, found)
-            assert found["unit"] == "one group (column groups_train)"
+            assert found.unit == "one group (column groups_train)"
             assert per_step(waits, PROBE_HERE["steps"])
 
 
@@ -218,9 +219,9 @@ def test_a_continued_training_is_that_of_the_cpu(tmp_path):
 def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
     choose = {"private": private.choose_privately, "synthetic": public.choose_publicly}[on]
     asked = schema.build("probe", PROBE_HERE | {"data": blobs(tmp_path)})
-    with on_both(tmp_path, lambda given: choose(asked, TuneConfig(on=on, trials=2), given), "vit") as results:
+    with on_both(tmp_path, lambda given: choose(asked, TuneConfig(on=on, trials=2), given, {}), "vit") as results:
         expected, found, waits = results
-        assert found[1:] == expected[1:]
+        assert found.chosen == expected.chosen
         assert not waits.keys() - KNOWN
 
 

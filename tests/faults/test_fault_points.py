@@ -184,12 +184,12 @@ def test_overwrite_never_mixes_two_configurations(tmp_path: Path, server: Server
         row = run.status()[0]
         output = run.stage_dir("generate") / "out.bin"
         if output.exists():
-            assert output.read_text() == str(row["config"]["seed"])
+            assert output.read_text() == str(row.config["seed"])
         else:
-            assert row["state"] in ("partial", "stale")
-        assert (row["state"] == "done") == (name == "renamed" and hit == 3)
+            assert row.state in ("partial", "stale")
+        assert (row.state == "done") == (name == "renamed" and hit == 3)
     assert server.run(OVERWRITE, path=str(run.path), fault="") == 0
-    assert (run.status()[0]["state"], run.status()[0]["config"]) == ("done", {"seed": 2})
+    assert (run.status()[0].state, run.status()[0].config) == ("done", {"seed": 2})
 
 
 def test_nothing_happens_without_the_variable_or_before_the_nth_hit() -> None:

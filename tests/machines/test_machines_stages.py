@@ -98,7 +98,7 @@ def test_a_network_computes_as_recorded(wide: Path, small_data: str, tmp_path: P
     assert run_probe(run, small_data)["precision"] == config_of(run, "probe")["precision"] == decided
     assert run_finetune(run, small_data, steps=1, refit_steps=0, batch_size=6)["precision"] == decided
     model = load_model(run / "model")
-    assert model.network.extractor.precision == model.config["precision"] == decided
+    assert model.network.extractor.precision == model.result.precision == decided
     assert f"computed in {decided}" in (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert run_scratch(tmp_path / "scratch", small_data, steps=1, batch_size=6)["precision"] == decided
     short = {**CONTINUE, "steps": 2, "switch": "1", "batch_size": 6}
@@ -135,7 +135,7 @@ def test_later_stages_compute_as_the_probe_did(
     monkeypatch.setattr(pretrain, "decide", lambda *given: asked.append(given[0]) or decided(*given))
     with context(run) as given:
         assert Facts(given).model.extractor.precision == "bfloat16"
-        public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given)
+        public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given, {})
     for options in ({}, {"overwrite": True}):  # one budget, so each fine-tunes a copy
         tuned = Path(shutil.copytree(run, tmp_path / f"tuned-{len(options)}"))
         result = run_finetune(tuned, small_data, options, steps=1, refit_steps=0, batch_size=6)

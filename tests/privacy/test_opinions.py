@@ -98,8 +98,8 @@ def test_a_library_that_fails_has_no_opinion(monkeypatch, error):
 
 def test_the_calculator_names_them_and_refuses_a_contradiction(monkeypatch):
     result = calculator.account(None, 9.2, 0.08192, 100, 1e-5, curve=False)
-    assert [each["name"].split()[0] for each in result["opinions"]] == ["prv-accountant", "opacus"]
-    assert result["opinions"][0]["epsilon_lower"] <= result["epsilon"] <= result["opinions"][1]["epsilon_upper"]
+    assert [each.name.split()[0] for each in result.opinions] == ["prv-accountant", "opacus"]
+    assert result.opinions[0].epsilon_lower <= result.epsilon <= result.opinions[1].epsilon_upper
     said = calculator.opinion_lines(result)
     assert "from 0." in said
     assert "≤ 0." in said

@@ -14,19 +14,21 @@ from dprandp.config import schema
 from dprandp.privacy.ledger import Ledger
 from dprandp.report import page
 from dprandp.runs.console import MetricsLog
-from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.directory import RunDir, frozen, result_digest
 from dprandp.runs.files import atomic_write
+from dprandp.runs.results import GenerateResult, PretrainResult, PrivateResult, StageResult, read_result
 
 EVIL = "<script>alert(1)</script>"
 CANARY = "canary-of-the-private-folder"
 
-GENERATED = {
-    "process": "stylegan-oriented", "count": 4000, "resolution": 64, "images_per_second": 212.4, "seconds": 18.8
-}  # fmt: skip
-PRETRAINED = {
-    "arch": "patchnet", "random_init": False, "parameters": 43_600, "feature_dim": 3200, "steps": 8,
-    "views_per_second": None, "loss": None, "knn_accuracy": 0.615, "seconds": 41.2,
-}  # fmt: skip
+GENERATED = GenerateResult(
+    process="stylegan-oriented", count=4000, resolution=64, images_per_second=212.4, seconds=18.8
+)
+PRETRAINED = PretrainResult(
+    arch="patchnet", random_init=False, parameters=43_600, feature_dim=3200, precision="float32", steps=8,
+    views_per_second=None, loss=None, knn_accuracy=0.615, linear_accuracy=0.7, alignment=0.3, uniformity=-2.0,
+    effective_rank=None, seconds=41.2,
+)  # fmt: skip
 
 # of a private stage on the digits; every number is different from every other
 BOTH = {
@@ -34,7 +36,7 @@ BOTH = {
     "majority_accuracy": 0.1028, "train_examples": 1437, "test_examples": 360, "train_units": 1437, "delta": 1e-5,
     "epsilon_total": 1.0, "attempt": 1, "ledger_head": "0" * 64, "clip_norm": 1.25, "views": 4, "lr": 0.777,
     "momentum": 0.9, "device": "cpu", "private": True, "random": "os-entropy", "adjacency": "zero-out of one record",
-    "unit": "one image", "noise": "gaussian", "precision": "float32", "mirror": False,
+    "unit": "one image", "noise": "gaussian", "precision": "float32", "mirror": False, "tuned": None, "tuned_on": None,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "probe": {
@@ -49,19 +51,21 @@ OWN: dict[str, dict[str, Any]] = {
         "also_charged": [{"stage": "probe", "attempt": 1, "sample_rate": 1.0, "noise_multiplier": 133.7,
                           "clip_norm": 1.25, "charged_steps": 123}],
         "expected_batch": 29.7459, "seconds": 75.0, "released": "EMA, decay 0.9999", "source": "probe",
-        "arch": "patchnet", "extractor_scale": 0.1,
+        "arch": "patchnet", "extractor_scale": 0.1, "refit": None, "clipping": "norm", "trained_weights": "all",
+        "optimizer": "SGD on the noisy gradients, momentum 0.9",
     },
 }  # fmt: skip
 
 
-def private_result(stage: str, **changes: Any) -> dict[str, Any]:
+def private_result(stage: str, **changes: Any) -> PrivateResult:
     """The result of a private stage."""
     classes = changes.pop("classes", [str(digit) for digit in range(10)])
     count = len(classes)
     matrix = (np.eye(count, dtype=int) * 31).tolist()
     for true in range(count):
         matrix[true][(3 * true + 1) % count] += 5
-    return {"stage": stage, "classes": classes, "confusion": matrix} | BOTH | OWN[stage] | changes
+    entries = {"stage": stage, "classes": classes, "confusion": matrix} | BOTH | OWN[stage] | changes
+    return read_result(stage, frozen(entries))
 
 
 def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy") -> None:
@@ -71,7 +75,7 @@ def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, rand
     )  # fmt: skip
 
 
-def complete(run: RunDir, stage: str, result: dict[str, Any], lines: int, **settings: Any) -> None:
+def complete(run: RunDir, stage: str, result: StageResult, lines: int, **settings: Any) -> None:
     """Run a stage as the real ones do, but for its work; ``lines`` of metrics at most."""
     begun = run.begin(stage, schema.as_dict(schema.build(stage, settings)), {})
     log = MetricsLog(begun.directory / "metrics.jsonl")
@@ -83,15 +87,15 @@ def complete(run: RunDir, stage: str, result: dict[str, Any], lines: int, **sett
         for step in range(min(lines, 8)):
             log.write(step=step + 1, similarity=0.6 - 0.2 / (step + 1))
     else:
-        for step in range(min(lines, result["steps"])):
+        for step in range(min(lines, result.steps)):
             norms = {"update_norm": float(rng.normal(3, 0.1)), "weight_norm": 0.4 * math.sqrt(step)}
             log.write(step=step, **norms, secret=12321.5)
     finish(run, stage, result)
 
 
-def finish(run: RunDir, stage: str, result: dict[str, Any]) -> None:
+def finish(run: RunDir, stage: str, result: StageResult) -> None:
     """As the stages do: a private result is sealed in the ledger."""
-    if "epsilon" not in result:
+    if not isinstance(result, PrivateResult):
         run.finish(stage, {}, result)
         return
     ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")

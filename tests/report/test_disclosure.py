@@ -18,7 +18,8 @@ from dprandp.report import disclosure as disclosing
 from dprandp.report import page
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
-from dprandp.runs.results import PRIVATE
+from dprandp.runs.directory import frozen
+from dprandp.runs.results import read_result
 
 # -------------------------------------------------------------------------------------------------------- disclosure
 
@@ -115,11 +116,10 @@ def test_report_and_card_show_the_whole_disclosure(tmp_path: Path) -> None:
 
 
 def test_incomplete_result_is_refused() -> None:
-    for key in PRIVATE:
-        result = private_result("finetune")
-        del result[key]
+    whole = frozen(private_result("finetune"))
+    for key in whole:
         with pytest.raises(CheckpointError, match=rf"lacks .*\b{key}\b"):
-            disclosure(result)
+            read_result("finetune", {name: value for name, value in whole.items() if name != key})
 
 
 # ---------------------------------------------------------------------------------------------------- the model card

@@ -16,6 +16,7 @@ import pytest
 from dprandp import __version__
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.runs.directory import RunDir
+from dprandp.runs.results import GenerateResult, ProbeResult
 
 CONFIG = {"steps": 10, "lr": 0.1, "epsilon": math.inf, "device": "cpu"}
 
@@ -38,7 +39,7 @@ def complete(
 
 
 def states(run: RunDir) -> dict[str, str]:
-    return {row["stage"]: row["state"] for row in run.status()}
+    return {row.stage: row.state for row in run.status()}
 
 
 def test_fresh_partial_done_skip(run: RunDir) -> None:
@@ -55,10 +56,11 @@ def test_fresh_partial_done_skip(run: RunDir) -> None:
     assert begun.config == CONFIG
     assert (begun.directory / "half").read_text() == "kept"
 
-    run.finish("generate", {}, {"epsilon": math.inf, "count": 3})
+    made = GenerateResult(process="perlin", count=3, resolution=8, images_per_second=math.inf, seconds=0.5)
+    run.finish("generate", {}, made)
     assert states(run)["generate"] == "done"
-    assert run.result("generate") == {"epsilon": math.inf, "count": 3}
-    assert run.result("probe") == {}
+    assert run.result(GenerateResult) == made
+    assert run.result(ProbeResult) is None
     for flags in ({}, {"resume": True}):
         assert run.begin("generate", CONFIG, {"seed": "7"}, **flags).action == "skip"
     environment = json.loads((run.path / "env.json").read_text())

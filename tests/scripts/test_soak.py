@@ -62,11 +62,12 @@ ledger.Ledger._append = append
 """
 
 HALF = """
+from dataclasses import replace
 from dprandp.inspection import overview
 real = overview.read_budget
 def half(rundir):
     found = real(rundir)
-    return found and found | {"spent": found["spent"] / 2}
+    return found and replace(found, spent=found.spent / 2)
 overview.read_budget = half
 """
 

@@ -21,7 +21,7 @@ def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, **chan
     """Tuning on the private data."""
     with context(run, **(options or {})) as given:
         how = TuneConfig(on="private", trials=3)
-        return tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)
+        return tune.as_json(tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dprandp.errors import DprandpError
 from dprandp.runs import faults
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,4 @@ def _run(
     rundir = RunDir.open(folder, create=True)
     with rundir.lock():
         context = Context(rundir, Console(quiet=True), torch.device("cpu"), folder, workers=workers, **flags)
-        return {"generate": generate, "pretrain": pretrain}[stage].run(build(stage, config), context)
+        return frozen({"generate": generate, "pretrain": pretrain}[stage].run(build(stage, config), context))

@@ -19,6 +19,7 @@ from dprandp.errors import CheckpointError, UsageError
 from dprandp.pipeline import plan, stage_line
 from dprandp.release import load_model
 from dprandp.runs.parallel import Ranks
+from dprandp.runs.results import PretrainResult
 from dprandp.tune.settings import TuneConfig
 
 Copy = Callable[[Path], Path]
@@ -147,7 +148,8 @@ def test_the_plan_and_the_line_say_that_there_are_two(public_run: Path, known_ru
     for name, run in {"both": public_run, **known_run}.items():
         with context(copy(run), overwrite=True) as given:
             plans[name] = plan.plan("pretrain", schema.build("pretrain", {"colour": name}), given)
-            assert ("one for grey data" in stage_line("pretrain", given.rundir.result("pretrain"))) == (name == "both")
-    assert {name: made["extractors"] for name, made in plans.items()} == {"both": 2, "rgb": 1, "grey": 1}
+            said = stage_line("pretrain", given.rundir.result(PretrainResult))
+            assert ("one for grey data" in said) == (name == "both")
+    assert {name: made.extractors for name, made in plans.items()} == {"both": 2, "rgb": 1, "grey": 1}
     assert "400 filters each for colour and for grey data" in plan.plan_lines(plans["both"])
-    assert plans["both"]["feature_dim"] == plans["grey"]["feature_dim"]
+    assert plans["both"].feature_dim == plans["grey"].feature_dim

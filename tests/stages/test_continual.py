@@ -90,10 +90,10 @@ def test_public_then_private_steps(vit_run, copy, data, record, monkeypatch) -> 
     assert [line["step"] for line in metrics_of(run / FOLDER)] in ([0, 2, 4, 4, 5, 6, 7], [0, 2, 4, 5, 6, 7])
     # as it was planned before, from public facts
     for key in ("steps", "noise_multiplier", "sample_rate"):
-        assert fixed[key] == result[key]
-    assert fixed["epsilon_after"] == pytest.approx(result["epsilon"])
-    assert (fixed["switch"], ruled["switch"], ruled["steps"]) == (None, "plateau", 2)
-    assert "epsilon_after" not in alone
+        assert getattr(fixed, key) == result[key]
+    assert fixed.epsilon_after == pytest.approx(result["epsilon"])
+    assert (fixed.switch, ruled.switch, ruled.steps) == (None, "plateau", 2)
+    assert isinstance(alone, planning.PublicPlan)
     for made in (fixed, ruled, alone):
         assert "continue" in planning.plan_lines(made)
     # at the switch Adam's first moment is reset, and nothing else of its state
@@ -250,8 +250,8 @@ def test_what_was_charged_before_counts_where_the_rule_makes_another_plan(vit_ru
         planned = planning.plan("continue", built(data, **options), given)
     monkeypatch.setattr(loop.switching, "switch_now", lambda *given: "at step 7" if given[2] == 7 else None)
     result = run_continue(run, data, **options)
-    assert (result["steps"], planned["steps"]) == (5, 9)
-    assert result["noise_multiplier"] < planned["noise_multiplier"]
+    assert (result["steps"], planned.steps) == (5, 9)
+    assert result["noise_multiplier"] < planned.noise_multiplier
     assert before < result["epsilon"] == ledger_of(run).spent(result["delta"]).upper <= 8
     assert result["epsilon"] > 7.9  # all of it is used
 
@@ -310,10 +310,10 @@ def test_the_audit_replays_the_private_steps(vit_run, copy, data) -> None:
         plan = PrivatePlan.from_dict(plans_of(run)["continue"]["plan"])
         checks, controls = on_made_up("continue", plan, Facts(given), AuditSettings(controls=True), given)
         private = on_private_data("continue", plan, Facts(given), given)
-    assert [check["name"] for check in checks if not check["passed"]] == []
-    assert [check["name"] for check in private if not check["passed"]] == []
-    assert 0.9 < checks[2]["value"] <= 1  # the record was in a batch, and its gradient of full length
-    assert [control["flagged"] for control in controls] == [True]
+    assert [check.name for check in checks if not check.passed] == []
+    assert [check.name for check in private if not check.passed] == []
+    assert 0.9 < checks[2].value <= 1  # the record was in a batch, and its gradient of full length
+    assert [control.flagged for control in controls] == [True]
 
 
 def test_diagnose_reads_the_public_part_alone_and_costs_nothing(vit_run, copy, data, monkeypatch) -> None:
@@ -322,11 +322,11 @@ def test_diagnose_reads_the_public_part_alone_and_costs_nothing(vit_run, copy, d
     with context(run) as given:
         result = diagnose.run(built(data, switch="plateau", steps=8), given)
         free = diagnose.run(built(data, switch="plateau", epsilon=float("inf"), steps=3), given)
-    assert [row["step"] for row in result["terms"]] == [0, 2, 4, 6, 7]
+    assert [row["step"] for row in result.terms] == [0, 2, 4, 6, 7]
     assert not (run / "privacy").exists() or not list((run / "privacy").iterdir())
     assert read_json(run / "diagnose/terms.json")["terms"][1]["step"] == 2
     assert (run / "diagnose/terms.png").read_bytes()[:4] == b"\x89PNG"
     said = diagnose.line(result)
     assert "privacy's term" in said or "not positive" in said
-    assert all(row["decelerator"] == 0 for row in free["terms"])
-    assert "no noise" in free["meaning"][0]
+    assert all(row["decelerator"] == 0 for row in free.terms)
+    assert "no noise" in free.meaning[0]

@@ -41,4 +41,4 @@ def test_a_run_keeps_its_delta_where_none_is_asked_for(copy, public_run, data) -
     assert run_probe(run, data, {"overwrite": True}, share=0.2)["delta"] == 3e-6
     document = read_plan_file(RunDir.open(run, create=False))
     assert document is not None
-    assert document["delta"] == 3e-6
+    assert document.budget.delta == 3e-6

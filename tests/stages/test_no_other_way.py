@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def test_control_what_goes_another_way_is_seen(
         write(log, step, **values | ({"update_norm": norms[-1]} if norms else {}))
 
     def evaluated(model, stage, *arguments, **options):
-        return evaluate(model, stage, *arguments, **options) | {"loss": float(stage.dataset.train().images.mean())}
+        leaked = float(stage.dataset.train().images.mean())
+        return replace(evaluate(model, stage, *arguments, **options), loss=leaked)
 
     monkeypatch.setattr(PrivateStep, "release", leaking)
     monkeypatch.setattr(MetricsLog, "write", logged)

@@ -20,7 +20,8 @@ from dprandp.pretrain.evaluation import MEASURES
 from dprandp.runs import checkpoint
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen
+from dprandp.runs.results import PretrainResult
 from dprandp.runs.signals import graceful_stop
 
 IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
@@ -100,7 +101,7 @@ def test_the_result_the_files_and_the_loaded_extractor(learned, name):
     own = ["LATEST", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
     grey = [f"grey/{file}" for file in own] if name == "patchnet" else []
     assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
-    assert RunDir.open(run, create=False).result("pretrain") == result
+    assert frozen(RunDir.open(run, create=False).result(PretrainResult)) == result
     network, config = load_extractor(context_of(run), "rgb")
     decided = {"colour": "both", "precision": result["precision"]} if name == "wrn" else {"colour": "rgb"}
     assert config == PretrainConfig(**RECIPES[name] | decided)
@@ -202,7 +203,7 @@ def test_crops_are_public_functions_of_the_seed(learned):
 )
 def test_killed_and_resumed_is_uninterrupted(stages, learned, fresh, fault):
     assert stages.run("pretrain", fresh, WRN, fault=fault).code == KILLED
-    assert RunDir.open(fresh, create=False).status()[1]["state"] == "partial"
+    assert RunDir.open(fresh, create=False).row("pretrain").state == "partial"
     result = stages.must("pretrain", fresh, WRN)
     run, expected = learned["wrn"]
     assert files(fresh) == files(run)

@@ -23,6 +23,8 @@ from dprandp.generate import blocks_of, load_images
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
 from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
+from dprandp.runs.directory import frozen
+from dprandp.runs.results import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = PROBE["statistics_images"]
@@ -92,7 +94,7 @@ def test_a_sample_holds_the_images_that_would_be_taken_of_all(tmp_path, count, s
             runs[name] = generate.run(recipe, given)
     full, sampled = (load_images(tmp_path / name / "1-generate", sample) for name in runs)
     assert np.array_equal(full, sampled)
-    assert runs["sample"]["count"] == sample == len(load_images(tmp_path / "sample/1-generate"))
+    assert runs["sample"].count == sample == len(load_images(tmp_path / "sample/1-generate"))
     some = max(1, sample // 2)  # a smaller sample of the sample is a smaller sample of all
     folders = (tmp_path / name / "1-generate" for name in runs)
     assert np.array_equal(*(load_images(path, some) for path in folders))
@@ -119,12 +121,13 @@ def test_a_probe_with_the_prior_is_the_probe_of_the_run_it_came_from(tmp_path, f
     card = priors.read_card("tiny-test")
     assert own["pretrain"]["inputs"]["prior/tiny-test"] == card.sha256
     assert own["pretrain"]["config"] == before["pretrain"]["config"] | {"prior": "tiny-test"}
-    made = own["pretrain"]["result"]
-    assert (made["prior"], made["prior_sha256"], made["prior_images"]) == ("tiny-test", card.sha256, GENERATE["count"])
-    assert made["knn_accuracy"] == before["pretrain"]["result"]["knn_accuracy"]  # of the card
+    result, made = read_result("probe", frozen(result)), read_result("pretrain", own["pretrain"]["result"])
+    assert (made.prior, made.prior_sha256, made.prior_images) == ("tiny-test", card.sha256, GENERATE["count"])
+    assert made.knn_accuracy == before["pretrain"]["result"]["knn_accuracy"]  # of the card
     # everybody who reads of ε reads of the prior
-    said = dict(disclosure(result, made, own["generate"]["result"]))["Public inputs"]
-    written = model_card(result, made, own["generate"]["result"])
+    generated = read_result("generate", own["generate"]["result"])
+    said = dict(disclosure(result, made, generated))["Public inputs"]
+    written = model_card(result, made, generated)
     for text in (said, written.replace("\\", ""), (run / "model/MODEL_CARD.md").read_text().replace("\\", "")):
         assert f"the prior tiny-test that dprandp ships (sha256 {card.sha256})" in text
         assert "learned from 60 synthetic images of the random process dead-leaves" in text
@@ -193,7 +196,7 @@ def test_a_damaged_prior_is_refused_with_exit_code_4_before_anything_is_written(
     assert refused.value.exit_code == 4
     assert not (tmp_path / "run/2-pretrain").exists()
     rows = priors.table()
-    assert rows[0]["problem"] == refused.value.problem
+    assert rows[0].problem == refused.value.problem
     assert "DAMAGED" in priors.lines(rows)
     with pytest.raises(CheckpointError):
         priors.check(rows)
@@ -204,7 +207,7 @@ def test_tensors_that_do_not_fit_their_card_are_refused(folder):
     for change, said in (({"filters": 17}, "does not fit its card"), ({"colour": "both"}, "is damaged")):
         changed = card | {"pretrain": card["pretrain"] | change}  # the hash is right
         (folder / "tiny-test.json").write_text(json.dumps(changed))
-        assert said in priors.table()[0]["problem"]
+        assert said in priors.table()[0].problem
 
 
 def test_an_unknown_prior_names_the_nearest(folder):
@@ -268,13 +271,13 @@ def test_an_extractor_of_the_other_colour_is_told_of(colour, channels, warns):
 
 @pytest.mark.parametrize("name", priors.prior_names())
 def test_a_shipped_prior_is_whole_small_and_says_how_it_was_made(name):
-    (row,) = (row for row in priors.table() if row["name"] == name)
-    assert row["problem"] is None
+    (row,) = (row for row in priors.table() if row.name == name)
+    assert row.problem is None
     tensors = priors.FOLDER / f"{name}.safetensors"
     card = priors.read_card(name)
     assert tensors.stat().st_size == card.bytes <= 12 * 2**20
     assert (priors.FOLDER / f"{name}.md").read_text(encoding="utf-8") == make_prior_script().card_text(card)
-    assert card.result["random_init"] is False
+    assert card.result.random_init is False
     # the commands on the card are those of its configurations
     group = typer.main.get_command(app)
     for command, wanted in zip(card.commands, (card.generate, card.pretrain), strict=True):

@@ -61,7 +61,7 @@ def test_good_features_are_told_from_bad_ones():
     """The control: mean colours tell images apart, one number of them hardly does, and nothing does nothing."""
     images = leaves(40)
     seen = {
-        name: evaluate(Fixed(matrix), images, torch.Generator().manual_seed(0))
+        name: vars(evaluate(Fixed(matrix), images, torch.Generator().manual_seed(0)))
         for name, matrix in {
             "good": torch.eye(12),
             "one": torch.ones(12, 1) / 12 @ torch.ones(1, 12),

@@ -34,6 +34,7 @@ from dprandp.pretrain import contrastive
 from dprandp.privacy.clipping import sum_of_clipped
 from dprandp.runs import parallel
 from dprandp.runs.parallel import ALONE, Ranks
+from dprandp.runs.results import GenerateResult
 
 
 def totals_over(ranks: Ranks, arch: str, batches: list[np.ndarray], settings: SumSettings = SETTING) -> list[dict]:
@@ -214,7 +215,7 @@ def private_stages(ranks: Ranks, run: Path, *settings: dict) -> None:
     with pytest.MonkeyPatch.context() as patch, context_of(ranks, run, insecure_seed=1) as context:
         recorder.install(patch)
         for name, stage, values in zip(("probe", "finetune"), (probe, finetune), settings, strict=True):
-            assert (stage.run(build(name, values), context) == {}) != ranks.is_first
+            assert (stage.run(build(name, values), context) is None) != ranks.is_first
     assert ranks.is_first or not (recorder.draws or recorder.releases)  # rank 0 alone draws and adds noise
 
 
@@ -259,7 +260,7 @@ def test_16_features_equal_those_of_one_process_to_the_bit() -> None:
     assert [made.shape for made, _ in of_rank_0(2, features_over, 0)] == [(0, 20), (0, model.extractor.feature_dim)]
 
 
-def rendered(ranks: Ranks, run: Path) -> dict | None:
+def rendered(ranks: Ranks, run: Path) -> GenerateResult | None:
     settings = build("generate", GENERATE | {"process": "perlin", "count": 900})
     with context_of(ranks, run) as given:
         return generate.run(settings, given)
@@ -268,7 +269,7 @@ def rendered(ranks: Ranks, run: Path) -> dict | None:
 def test_16_images_are_the_same_bytes(tmp_path: Path) -> None:
     manifests = []
     for size in (1, 2):
-        assert of_rank_0(size, rendered, tmp_path / f"{size}")["count"] == 900
+        assert of_rank_0(size, rendered, tmp_path / f"{size}").count == 900
         manifests.append(read_json(tmp_path / f"{size}/1-generate/manifest.json"))
     assert manifests[0] == manifests[1]
     assert len(manifests[0]["shards"]) > 2  # an odd number or not, the last round may leave a rank idle

@@ -40,7 +40,7 @@ from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.selection import Trial
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.probe.head import HeadSettings
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen, thawed
 from dprandp.runs.tuning import read_tuning, tuning_of
 from dprandp.tune import public as tune_public
 from dprandp.tune.settings import TuneConfig, settings_for
@@ -49,14 +49,14 @@ from dprandp.tune.settings import TuneConfig, settings_for
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
     how = TuneConfig(**({"trials": 4} | (asked or {})))
     with context(run, **(options or {})) as given:
-        return tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)
+        return thawed(tune.as_json(tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)))
 
 
 def probe_as_tuned(run: Path, data: str, **changes: Any) -> dict[str, Any]:
     with context(run) as given:
         flags = {"data": data} | changes
         resolved = schema.resolve("probe", "tiny", run / "tuned.toml", flags)
-        return probe.run(resolved, given)
+        return thawed(frozen(probe.run(resolved, given)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- free
@@ -297,8 +297,8 @@ def test_everything_that_was_charged_for_tuning_is_disclosed(tmp_path: Path) -> 
     for attempt, event in enumerate(events, start=1):
         ledger.charge_tuning(stage="tune", attempt=attempt, event=event, random="os-entropy")
         found = tuning_of(RunDir.open(tmp_path / "run", create=True), ledger, 1e-5, {})
-        assert found["charged_epsilon"] == compose(events[:attempt], 1e-5).upper
-    assert found["charged_epsilon"] > max(compose([event], 1e-5).upper for event in events)
+        assert found.charged_epsilon == compose(events[:attempt], 1e-5).upper
+    assert found.charged_epsilon > max(compose([event], 1e-5).upper for event in events)
 
 
 def test_the_steps_of_the_settings_cost_the_same(data: str) -> None:

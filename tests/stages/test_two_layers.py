@@ -45,6 +45,6 @@ def test_tuning_takes_axes_of_both_parts(copy, deep_run: Path, data: str) -> Non
     run = copy(deep_run)
     with context(run) as given:
         made = tune.run(schema.build("probe", PROBE | {"data": data}), TuneConfig(trials=6), given)
-    tried = made["tried"]
-    assert {setting["dims"] for setting in tried} <= {32, 16}
-    assert len({setting["dims"] for setting in tried}) == 2
+    tried = made.tried
+    assert {setting.dims for setting in tried} <= {32, 16}
+    assert len({setting.dims for setting in tried}) == 2

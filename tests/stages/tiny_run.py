@@ -26,7 +26,7 @@ from dprandp.probe import head
 from dprandp.runs import faults
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, frozen, thawed
 
 Copy = Callable[[Path], Path]
 """A run -> a copy of it to work on; a fixture, like ``record``."""
@@ -102,9 +102,9 @@ def make_public(run: Path, **changes: Any) -> None:
 
 def _runner(stage: str, defaults: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     def run(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-        """The stage in this process; ``options`` go to the context, ``changes`` to the configuration."""
+        """The result of the stage in this process; ``options`` go to the context, ``changes`` to the configuration."""
         with context(run, **(options or {})) as given:
-            return RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)
+            return thawed(frozen(RUNNERS[stage](schema.build(stage, defaults | {"data": data} | changes), given)))
 
     return run
 
