@@ -152,6 +152,10 @@ class Dataset:
         """Which training images form one unit of privacy (private); None where each image is one."""
         return self._units
 
+    def test_units(self) -> np.ndarray | None:
+        """Which unit each test image is of, integers [N]; None where each is one, or none is declared."""
+        return None if self._units is None else self._units.of_test_image
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the training pixels, labels and units, in order: equal only for equal training data.
 

@@ -37,12 +37,14 @@ class Units:
         of_image: int64 [N], values in 0 … count-1, in the order of the images. Private.
         count: the number of units; treated as public.
         shared_with_test: units that also have images in the test split; None where that is not declared. Private.
+        of_test_image: int64 [N] in the test split, numbers of its own; None where that is not declared.
     """
 
     column: str
     of_image: np.ndarray
     count: int
     shared_with_test: int | None = None
+    of_test_image: np.ndarray | None = None
 
 
 def unit_text(column: str | None) -> str:
@@ -79,8 +81,12 @@ def make_units(column: str, train: np.ndarray, test: np.ndarray | None, origin: 
     """
     values = _clean(train, f"{origin}: {column}")
     names, of_image = np.unique(values, return_inverse=True)
-    shared = None if test is None else int(np.isin(names, _clean(test, f"{origin}: {column} of the test split")).sum())
-    return Units(column, of_image.astype(np.int64).reshape(-1), len(names), shared)
+    of_image = of_image.astype(np.int64).reshape(-1)
+    if test is None:
+        return Units(column, of_image, len(names))
+    tested, of_test = np.unique(_clean(test, f"{origin}: {column} of the test split"), return_inverse=True)
+    shared = int(np.isin(names, tested).sum())
+    return Units(column, of_image, len(names), shared, of_test.astype(np.int64).reshape(-1))
 
 
 def _read_units_file(path: Path, column: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from dprandp.report.card import model_card
 from dprandp.runs.checkpoint import tensors_to_bytes
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.runs.results import (
+    ClassFigures,
     ContinueResult,
     Evaluation,
     FinetuneResult,
@@ -49,13 +49,15 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     if not stage.context.ranks.is_first:
         return None
     scores = features @ model.head.detach().cpu()
-    metrics = classification_metrics(scores, torch.from_numpy(test.labels))
+    metrics = classification_metrics(scores, torch.from_numpy(test.labels), stage.dataset.test_units())
+    if spec.unit_column is not None and stage.dataset.test_units() is None:
+        metrics["interval_method"] += "; the test split names no units, so each of its images counts as independent"
+    metrics["per_class"] = tuple(ClassFigures(**each) for each in metrics["per_class"])
     return Evaluation(
         data=stage.budget.data,
         title=spec.title,
         classes=spec.classes,
         **metrics,
-        majority_accuracy=max(Counter(test.labels.tolist()).values()) / len(test.labels),
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config.schema import StageConfig, as_dict, build
 from dprandp.report import page
-from dprandp.report.disclosure import epsilon_text
+from dprandp.report.disclosure import epsilon_text, interval_text
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context, device_of_rank
 from dprandp.runs.directory import RunDir, frozen
@@ -131,4 +131,13 @@ def stage_line(name: str, result: StageResult) -> str:
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"
     privacy = f"ε = {epsilon_text(result.epsilon)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
-    return f"{name}: {result.data} test accuracy {100 * result.accuracy:.2f} % at {privacy}, in {seconds}"
+    return f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}, in {seconds}"
+
+
+def _accuracy(result: PrivateResult) -> str:
+    """Such as ``86.11 % (95 %: 82.1 to 89.4; most frequent class 10.3 %)``, with the AUC of two classes."""
+    beside = f"95 %: {interval_text(result.interval('accuracy'))}"
+    beside += f"; most frequent class {100 * result.majority_accuracy:.1f} %"
+    if len(result.classes) == 2 and result.auc is not None:
+        beside += f"; AUC {result.auc:.3f}"
+    return f"{100 * result.accuracy:.2f} % ({beside})"

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from dprandp import __version__
 from dprandp.report.disclosure import (
+    class_figures,
     disclosure,
     epsilon_text,
+    figures,
     from_scratch,
     number,
-    percent,
     privacy_sentence,
     public_steps,
     public_weights,
@@ -55,9 +56,10 @@ momentum {momentum}, {views} view(s) of each image.
 
 ## Metrics on the {test} test images
 
-| metric | value |
-|---|---|
+| metric | value | 95 % interval |
+|---|---|---|
 {metrics}
+{classes_table}
 
 ## Disclosure
 
@@ -85,13 +87,6 @@ def model_card(
         units = f" of {result.train_units} units of privacy, each {_plain(result.unit)}"
     if result.public_part is not None:
         public_part = f" (without those declared public: {_plain(result.public_part)})"
-    metrics = [
-        ("accuracy", percent(result.accuracy)),
-        ("balanced accuracy", percent(result.balanced_accuracy)),
-        ("AUC, one class against the rest", "–" if result.auc is None else f"{result.auc:.4f}"),
-        ("loss, nats", number(result.loss)),
-        ("accuracy of always predicting the most frequent class", percent(result.majority_accuracy)),
-    ]
     card = CARD.format(
         title=_plain(result.title),
         version=__version__,
@@ -112,15 +107,26 @@ def model_card(
         lr=number(result.lr),
         momentum=number(result.momentum),
         views=result.views,
-        metrics="\n".join(card_rows(metrics)),
+        metrics="\n".join(card_rows(figures(result))),
+        classes_table=_classes(result),
         disclosure="\n".join(card_rows(rows)),
     )
     return card.replace("\u00a0", " ")
 
 
-def card_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """The lines of a card's table for (label, value) pairs."""
-    return [f"| {_plain(name)} | {_plain(value)} |".replace("\u00a0", " ") for name, value in rows]
+def card_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a card's table for rows of cells, such as (label, value) pairs."""
+    return [f"| {' | '.join(map(_plain, row))} |".replace("\u00a0", " ") for row in rows]
+
+
+def _classes(result: PrivateResult) -> str:
+    """Recall and precision of each class, and how the intervals were found."""
+    how = f"\nIntervals: {_plain(result.interval_method)}.\n" if result.interval_method else ""
+    rows = class_figures(result)[:MOST_CLASSES]
+    if not rows:
+        return how
+    head = "| class | recall | 95 % interval | precision | 95 % interval |\n|---|---|---|---|---|\n"
+    return f"{how}\n{head}" + "\n".join(card_rows(rows)) + "\n"
 
 
 def _privacy(result: PrivateResult) -> str:

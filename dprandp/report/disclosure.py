@@ -63,8 +63,8 @@ LIMITS = {
     ),
     "Limit: test split": (
         "Each private stage (continue, probe, fine-tune) evaluates the model that it releases on the test split once, "
-        "at its end; nothing is chosen by the result. Its metrics are published without noise: ε covers "
-        "the training images, not the test images."
+        "at its end; nothing is chosen by the result. Its metrics, their intervals and the figures of each class among "
+        "them, are published without noise: ε covers the training images, not the test images."
     ),
     "Limit: other copies": (
         "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
@@ -240,6 +240,50 @@ def percent(value: float, up: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------- wording shared with the card
+
+
+def interval_text(interval: tuple[float, float] | None, scale: float = 100.0) -> str:
+    """``(0.8417, 0.8975)`` as ``84.2 to 89.7``, rounded outwards so that it covers the interval; – for none."""
+    if interval is None:
+        return "–"
+    places = 10 if scale == 100 else 1000
+    low, high = interval[0] * scale * places, interval[1] * scale * places
+    return f"{math.floor(low + 1e-9) / places:g} to {math.ceil(high - 1e-9) / places:g}"
+
+
+def figures(result: PrivateResult) -> list[tuple[str, str, str]]:
+    """Each figure of the test split: name, value, 95 % interval (– where none is recorded)."""
+    shown = [
+        ("accuracy", "accuracy", result.accuracy),
+        ("majority_accuracy", "accuracy of always predicting the most frequent class", result.majority_accuracy),
+        ("balanced_accuracy", "balanced accuracy (mean recall)", result.balanced_accuracy),
+    ]
+    if result.sensitivity is not None and len(result.classes) == 2:
+        shown.append(("sensitivity", f"sensitivity (recall of {result.classes[1]})", result.sensitivity))
+    if result.specificity is not None and len(result.classes) == 2:
+        shown.append(("specificity", f"specificity (recall of {result.classes[0]})", result.specificity))
+    rows = [(label, percent(value), _percents(result.interval(name))) for name, label, value in shown]
+    area = "–" if result.auc is None else f"{result.auc:.4f}"
+    label = "AUC" if len(result.classes) == 2 else "macro AUC, one class against the rest"
+    return [*rows, (label, area, interval_text(result.interval("auc"), 1)), ("loss, nats", number(result.loss), "–")]
+
+
+def class_figures(result: PrivateResult) -> list[tuple[str, str, str, str, str]]:
+    """For each class: name, recall, its interval, precision, its interval; empty where they are not recorded."""
+    return [
+        (
+            name,
+            "no test image" if each.recall is None else percent(each.recall),
+            _percents(each.recall_interval),
+            "never predicted" if each.precision is None else percent(each.precision),
+            _percents(each.precision_interval),
+        )
+        for name, each in zip(result.classes, result.per_class or (), strict=False)
+    ]
+
+
+def _percents(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{interval_text(interval)}\u00a0%"
 
 
 def several_images(result: PrivateResult) -> bool:

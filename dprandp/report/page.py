@@ -17,7 +17,18 @@ from markupsafe import Markup
 from dprandp import __version__
 from dprandp.config import toml
 from dprandp.config.schema import public_data_name
-from dprandp.report.disclosure import disclosure, epsilon_text, number, percent, privacy_sentence, why_not_private
+from dprandp.report.card import MOST_CLASSES
+from dprandp.report.disclosure import (
+    class_figures,
+    disclosure,
+    epsilon_text,
+    figures,
+    interval_text,
+    number,
+    percent,
+    privacy_sentence,
+    why_not_private,
+)
 from dprandp.report.figures import curve, heat_picture, preview_image
 from dprandp.report.run import PRIVATE_STAGES, Run, changed_settings, read_run
 from dprandp.runs import faults
@@ -79,7 +90,9 @@ def page(run: Run) -> str:
         values = {
             "data": public_data_name(result.data),
             "notes": _notes(run, result),
-            "interval": wilson(result.accuracy, result.test_examples),
+            "interval": interval_text(result.interval("accuracy")),
+            "figures": figures(result),
+            "class_figures": class_figures(result)[:MOST_CLASSES],
             "meaning": privacy_sentence(result, run.spending.epsilon, exact=exact and not run.spending.unfinished),
             "matrix": _matrix(result) if shown_as_table else None,
         }
@@ -117,14 +130,6 @@ def not_private_reason(run: Run) -> str | None:
     if run.spending.insecure:
         return "The ledger holds steps whose noise came from a seed (--insecure-seed), so the computed ε is void."
     return None
-
-
-def wilson(share: float, count: int, deviations: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share in [0, 1] that was observed in ``count`` cases (Wilson 1927)."""
-    z2 = deviations**2 / count
-    centre = (share + z2 / 2) / (1 + z2)
-    half = deviations * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _notes(run: Run, result: PrivateResult) -> list[str]:

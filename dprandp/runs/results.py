@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from dprandp.errors import CheckpointError
 from dprandp.runs import records
 from dprandp.runs.records import Count, Fraction, Number, Text
+from dprandp.vision.intervals import wilson
 
 ONE_IMAGE = "one image"
 """A result's name of the unit of privacy if each image is one."""
@@ -66,9 +67,23 @@ class PretrainResult(Extractor):
     grey: Measures | None = None  # of the second extractor
 
 
+Interval = Annotated[tuple[Fraction, ...], lambda value: len(value) == 2 and value[0] <= value[1]]
+"""Low and high end, of 95 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFigures:
+    """Of one class on the test split; None where it has no image there, or is never predicted."""
+
+    recall: Fraction | None
+    recall_interval: Interval | None
+    precision: Fraction | None
+    precision_interval: Interval | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Of a model on the test split, once."""
+    """Of a model on the test split, once. Figures with a default are missing in older results."""
 
     data: Text  # as given to --data
     title: Text  # of the data set
@@ -79,8 +94,20 @@ class Evaluation:
     loss: Number  # mean cross-entropy, nats
     confusion: tuple[tuple[Count, ...], ...]  # images: rows are true classes, columns predicted ones
     majority_accuracy: Fraction  # of always answering the most frequent class
+    sensitivity: Fraction | None = None  # of two classes, the recall of the second; None for more classes
+    specificity: Fraction | None = None  # and of the first
+    per_class: tuple[ClassFigures, ...] | None = None
+    intervals: dict[str, Interval] | None = None  # of the fractions above, by name
+    interval_method: Text | None = None  # in words
     train_examples: Count  # images
     test_examples: Count
+
+    def interval(self, figure: str) -> tuple[float, float] | None:
+        """Low and high end of a figure; None where it has none. Of accuracy always: by Wilson where none is stored."""
+        found = (self.intervals or {}).get(figure)
+        if found is None and figure == "accuracy" and self.test_examples:
+            return wilson(self.accuracy, self.test_examples)
+        return found and (found[0], found[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +270,9 @@ def wrong_entry(stage: str, record: Mapping[str, Any]) -> str | None:
     confusion = record.get("confusion") if issubclass(kind_of(stage, record), PrivateResult) else None
     if wrong is None and confusion is not None:
         sizes = {len(confusion), len(record.get("classes", confusion)), *map(len, confusion)}
-        return "confusion" if len(sizes) > 1 else None
+        if len(sizes) > 1:
+            return "confusion"
+        return "per_class" if len(record.get("per_class") or confusion) != len(confusion) else None
     return wrong
 
 

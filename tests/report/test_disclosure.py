@@ -14,12 +14,13 @@ from fake_run import EVIL, GENERATED, PRETRAINED, make_run, private_result, writ
 from html_page import Page
 
 from dprandp.errors import CheckpointError
+from dprandp.pipeline import stage_line
 from dprandp.report import disclosure as disclosing
-from dprandp.report import page
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
 from dprandp.runs.directory import frozen
-from dprandp.runs.results import read_result
+from dprandp.runs.results import read_result, wrong_entry
+from dprandp.vision.intervals import wilson
 
 # -------------------------------------------------------------------------------------------------------- disclosure
 
@@ -152,7 +153,7 @@ def test_model_card_escapes_and_shortens() -> None:
     assert "and 13 more" in card
     for line in card.splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) == 3
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4)  # of the figures, with their intervals
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
@@ -188,4 +189,60 @@ def test_wilson_interval_against_its_definition() -> None:
     tried = np.linspace(0, 1, 200_001)
     for share, count in ((0.8917, 360), (0.0, 20), (1.0, 20), (0.5, 10_000)):
         accepted = tried[(share - tried) ** 2 <= 1.96**2 * tried * (1 - tried) / count + 1e-15]
-        assert page.wilson(share, count) == pytest.approx((accepted.min(), accepted.max()), abs=2e-5)
+        assert wilson(share, count) == pytest.approx((accepted.min(), accepted.max()), abs=2e-5)
+
+
+# ----------------------------------------------------------------------------------------- figures with their intervals
+
+
+def figures_of_two(**changes: Any) -> dict[str, Any]:
+    """Of a result with two classes: 130 of 160 images are right."""
+    return {
+        "classes": ["healthy", "sick"], "confusion": [[90, 10], [20, 40]], "accuracy": 0.8125, "auc": 0.8765,
+        "majority_accuracy": 0.625, "test_examples": 160, "sensitivity": 0.6667, "specificity": 0.9,
+        "intervals": {"accuracy": [0.7449, 0.8654], "auc": [0.8181, 0.9292], "sensitivity": [0.5406, 0.7727],
+                      "specificity": [0.8256, 0.9448], "majority_accuracy": [0.5479, 0.6961]},
+        "interval_method": "95 %: by test",
+        "per_class": [
+            {"recall": 0.9, "recall_interval": [0.8256, 0.9448], "precision": 0.8182,
+             "precision_interval": [0.7, 0.9]},
+            {"recall": None, "recall_interval": None, "precision": None, "precision_interval": None},
+        ],
+    } | changes  # fmt: skip
+
+
+def test_card_report_and_line_show_each_figure_with_its_interval(tmp_path: Path) -> None:
+    result = private_result("finetune", **figures_of_two())
+    card = model_card(result, PRETRAINED, GENERATED).replace("\\", "")
+    for row in (
+        "| accuracy | 81.2 % | 74.4 to 86.6 % |", "| AUC | 0.8765 | 0.818 to 0.93 |",  # rounded outwards
+        "| accuracy of always predicting the most frequent class | 62.5 % | 54.7 to 69.7 % |",
+        "| sensitivity (recall of sick) | 66.7 % | 54 to 77.3 % |", "| specificity (recall of healthy) | 90 % |",
+        "| healthy | 90 % | 82.5 to 94.5 % | 81.8 % | 70 to 90 % |",
+        "| sick | no test image | – | never predicted | – |",
+        "Intervals: 95 %: by test.", "| balanced accuracy (mean recall) | 85.7 % | – |",
+    ):  # fmt: skip
+        assert row in card, row
+    text = Page(written(make_run(tmp_path / "run", **figures_of_two()))).text
+    for said in ("95 %: 74.4 to 86.6 %, 160 images", "sensitivity (recall of sick)", "54 to 77.3 %", "95 %: by test"):
+        assert said in text, said
+    said = stage_line("finetune", result)
+    assert "accuracy 81.25 % (95 %: 74.4 to 86.6; most frequent class 62.5 %; AUC 0.876) at ε = 0.999" in said
+
+
+def test_an_older_result_has_an_interval_of_its_accuracy_alone() -> None:
+    result = private_result("finetune")
+    assert (result.intervals, result.interval("auc")) == (None, None)
+    assert result.interval("accuracy") == wilson(result.accuracy, 360)
+    assert "| accuracy | 89.2 % | 85.5 to 92 % |" in model_card(result, PRETRAINED, GENERATED)
+    assert "(95 %: 85.5 to 92; most frequent class 10.3 %)" in stage_line("finetune", result)
+
+
+def test_damaged_intervals_are_refused() -> None:
+    whole = frozen(private_result("finetune", **figures_of_two()))
+    assert wrong_entry("finetune", whole) is None
+    for key, value in (
+        ("intervals", {"accuracy": [0.1]}), ("intervals", {"accuracy": [0.9, 0.1]}), ("intervals", [0.1, 0.9]),
+        ("per_class", whole["per_class"][:1]), ("per_class", [{"recall": 2}] * 2), ("interval_method", 3),
+    ):  # fmt: skip
+        assert wrong_entry("finetune", whole | {key: value}) == key
