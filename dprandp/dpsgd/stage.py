@@ -33,6 +33,7 @@ from dprandp.dpsgd.budget import (
     default_delta,
     read_plan_file,
 )
+from dprandp.dpsgd.expected import too_few
 from dprandp.dpsgd.units import unit_reminder
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
@@ -78,6 +79,17 @@ class PrivateStage:
     def epsilon_alone(self) -> float:
         """ε of this stage's plan by itself, which is public and may determine its learning rate."""
         return compose([self.plan.event], self.plan.delta, self.context.console.warn).upper
+
+    @property
+    def warning(self) -> str | None:
+        """That N is small for ε, from public numbers; None where it is not, and for ``continue``, before the head."""
+        budget, part = self.budget, self.name == "probe" and self.plan.epsilon_target < self.budget.epsilon
+        if self.name not in ("probe", "finetune"):
+            return None
+        unit = self.spec.unit.removeprefix("one ").split(" (column ")[0]
+        classes, whole = len(self.spec.classes), budget.epsilon if part else None
+        epsilon = self.epsilon_alone if self.name == "probe" else budget.epsilon
+        return too_few(epsilon, budget.delta, budget.examples, classes, unit=unit, whole=whole)
 
     def private_inputs(self) -> dict[str, str]:
         """Read the training data, refuse any but the run's, and return their hash for ``RunDir.begin``.
@@ -351,12 +363,19 @@ def open_private_stage(
         "noise": config.noise,
     }
     if isinstance(config, ProbeConfig):
-        return replace(stage, plan=_plan_probe(stage, budget_share(config), spent, mechanism))
+        return _warned(replace(stage, plan=_plan_probe(stage, budget_share(config), spent, mechanism)), write)
     before = compose_stages(spent, budget.delta, warn).upper
     target = budget.epsilon  # also where all is spent: the planner refuses
     if math.isfinite(target) and before < target:
         target = before + budget_part * (target - before)
-    return replace(stage, plan=stage.planned(name, target, spent, **mechanism))
+    return _warned(replace(stage, plan=stage.planned(name, target, spent, **mechanism)), write)
+
+
+def _warned(stage: PrivateStage, write: bool) -> PrivateStage:
+    """The same stage, after its warning was printed; a plan prints its own."""
+    if write and stage.warning:
+        stage.context.console.warn(stage.warning)
+    return stage
 
 
 def begin_on_all_ranks(

@@ -10,7 +10,7 @@ from typing import Any
 from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config.schema import StageConfig, as_dict, build
 from dprandp.report import page
-from dprandp.report.disclosure import epsilon_text, interval_text
+from dprandp.report.disclosure import epsilon_text, interval_text, model_warnings
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context, device_of_rank
 from dprandp.runs.directory import RunDir, frozen
@@ -46,8 +46,9 @@ def run_stage(name: str, config: StageConfig, context: Context) -> StageResult:
 
 
 def as_json(name: str, result: StageResult) -> dict[str, Any]:
-    """A stage's result as ``--json`` prints it: it begins with ``stage``."""
-    return {"stage": name, **frozen(result)}
+    """A stage's result as ``--json`` prints it: it begins with ``stage``; that of a model ends with ``warnings``."""
+    warnings = {"warnings": model_warnings(result)} if isinstance(result, PrivateResult) else {}
+    return {"stage": name, **frozen(result), **warnings}
 
 
 def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
@@ -90,7 +91,7 @@ class Made:
     def as_json(self) -> dict[str, Any]:
         """As ``--json`` prints it: the last result, with ``report`` (path) and ``results`` (one per stage)."""
         results = {name: as_json(name, result) for name, result in self.results.items()}
-        return {**frozen(self.last), "report": str(self.report), "results": results}
+        return {**results[self.last.stage], "report": str(self.report), "results": results}
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
@@ -131,7 +132,8 @@ def stage_line(name: str, result: StageResult) -> str:
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"
     privacy = f"ε = {epsilon_text(result.epsilon)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
-    return f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}, in {seconds}"
+    said = f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}, in {seconds}"
+    return "; WARNING: ".join([said, *model_warnings(result)])
 
 
 def _accuracy(result: PrivateResult) -> str:

@@ -105,6 +105,7 @@ class PrivateStagePlan(PrivatePlan):
     train_examples: int  # images
     refit: RefitPlan | None
     epsilon_after: float  # the run's ε when the stage is done
+    warning: str | None = None  # that N is small for ε
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +225,16 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
 
 def plan_lines(result: Plan | RunPlan) -> str:
     """``plan`` and ``plan_run`` for people."""
+    last = result.stages[-1] if isinstance(result, RunPlan) else result
+    warning = getattr(last, "warning", None)
+    warned = [f"warning: {warning}"] if warning else []
     if not isinstance(result, RunPlan):
-        return _line(result)
+        return "\n".join([_line(result), *warned])
     lines = [_line(made) for made in result.stages]
     if result.stages[-1].stage == "probe":
         lines.append("finetune: none, the probe has the whole budget (--share 1)")
     total = f"run: ε = {result.epsilon_after:.4f} of {result.epsilon:g} at δ = {result.delta:g}"
-    return "\n".join([*lines, total])
+    return "\n".join([*lines, total, *warned])
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
@@ -345,6 +349,7 @@ def _private(
         "train_examples": stage.spec.train_examples,
         "refit": refit and RefitPlan(refit.noise_multiplier, refit.sample_rate, refit.steps, refit.clip_norm),
         "epsilon_after": after.upper,
+        "warning": stage.warning,
     }
     if name != "continue":
         return PrivateStagePlan(**facts), left

@@ -13,6 +13,7 @@ from dprandp.report.disclosure import (
     epsilon_text,
     figures,
     from_scratch,
+    model_warnings,
     number,
     privacy_sentence,
     public_steps,
@@ -32,7 +33,7 @@ CARD = """\
 Made by dprandp {version}.
 
 {privacy}
-
+{warnings}
 ## Intended use
 
 Assigning an image like those of {title} to one of {count} classes; research on differentially private training.
@@ -91,6 +92,8 @@ def model_card(
         title=_plain(result.title),
         version=__version__,
         privacy=_privacy(result),
+        # as an alert, which is amber where a card is shown
+        warnings="".join(f"\n> [!WARNING]\n> Warning: {_plain(text)}.\n" for text in model_warnings(result)),
         count=len(classes),
         # for a code span: backticks would end it
         data=" ".join(result.data.split()).replace("`", "'").replace("|", "/").replace("<", "&lt;"),

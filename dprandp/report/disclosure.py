@@ -27,6 +27,9 @@ from dprandp.runs.results import (
     Tuned,
 )
 
+SHOWN_CLASSES = 5
+"""Most classes that a warning names."""
+
 GROUP_SIZES = (2, 5, 10)
 """Of which the disclosure says what is left of the guarantee."""
 
@@ -266,6 +269,24 @@ def figures(result: PrivateResult) -> list[tuple[str, str, str]]:
     area = "–" if result.auc is None else f"{result.auc:.4f}"
     label = "AUC" if len(result.classes) == 2 else "macro AUC, one class against the rest"
     return [*rows, (label, area, interval_text(result.interval("auc"), 1)), ("loss, nats", number(result.loss), "–")]
+
+
+def model_warnings(result: PrivateResult) -> list[str]:
+    """What must be said before anybody uses the model; empty if nothing. From the figures of its test split."""
+    said, interval = [], result.interval("accuracy")
+    if interval is not None and interval[0] <= result.majority_accuracy:
+        said.append(
+            f"the model is not better than always saying the most frequent class: accuracy {percent(result.accuracy)} "
+            f"(95\u00a0%: {_percents(interval)}), that class {percent(result.majority_accuracy)}"
+        )
+    predicted = zip(*result.confusion, strict=True)
+    rows = zip(result.classes, result.confusion, predicted, strict=True)
+    never = [name for name, of, named in rows if sum(of) and not sum(named)]
+    if never:
+        more = f" and {len(never) - SHOWN_CLASSES} more" if len(never) > SHOWN_CLASSES else ""
+        classes = "class" if len(never) == 1 else "the classes"
+        said.append(f"the model never predicts {classes} {', '.join(never[:SHOWN_CLASSES])}{more}")
+    return said
 
 
 def class_figures(result: PrivateResult) -> list[tuple[str, str, str, str, str]]:

@@ -24,6 +24,7 @@ from dprandp.report.disclosure import (
     epsilon_text,
     figures,
     interval_text,
+    model_warnings,
     number,
     percent,
     privacy_sentence,
@@ -90,6 +91,7 @@ def page(run: Run) -> str:
         values = {
             "data": public_data_name(result.data),
             "notes": _notes(run, result),
+            "warnings": model_warnings(result),
             "interval": interval_text(result.interval("accuracy")),
             "figures": figures(result),
             "class_figures": class_figures(result)[:MOST_CLASSES],

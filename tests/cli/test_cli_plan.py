@@ -121,3 +121,18 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
     assert "finetune: none, the probe has the whole budget" in done.out
     first = [line.split()[0] for line in done.out.splitlines()]
     assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]
+
+
+def test_a_plan_says_that_n_is_small(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """Of a run, the last stage alone: a probe with a part of ε is not what is released."""
+    run = run_after("pretrain")
+    probe = ("probe", "--config", "small.toml", "--run", run, "--data", "npz:tiny.npz", "--plan", "--eps")
+    small = dprandp(*probe, 0.5, before=NO_PIXELS)
+    assert "warning: N = 120 is small for ε = 0.15 and 3 classes" in small.out
+    assert "with the run's whole ε = 0.5 (--share 1)" in small.out
+    assert "is small" in good(dprandp(*probe, 0.5, "--json"))["warning"]
+    assert "warning" not in good(dprandp(*probe, 50, "--json"))
+    assert "is small" not in dprandp(*probe, 50).out
+    whole = dprandp("run", *probe[1:], 0.2, before=NO_PIXELS).out
+    assert whole.count("warning: ") == 1
+    assert whole.splitlines()[-1].startswith("warning: N = 120 is small for ε = 0.2 and 3 classes")

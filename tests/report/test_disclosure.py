@@ -14,7 +14,7 @@ from fake_run import EVIL, GENERATED, PRETRAINED, make_run, private_result, writ
 from html_page import Page
 
 from dprandp.errors import CheckpointError
-from dprandp.pipeline import stage_line
+from dprandp.pipeline import as_json, stage_line
 from dprandp.report import disclosure as disclosing
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
@@ -246,3 +246,38 @@ def test_damaged_intervals_are_refused() -> None:
         ("per_class", whole["per_class"][:1]), ("per_class", [{"recall": 2}] * 2), ("interval_method", 3),
     ):  # fmt: skip
         assert wrong_entry("finetune", whole | {key: value}) == key
+
+
+# ------------------------------------------------------------------------------------------------ a model worth nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, []),
+     ({"accuracy": 0.7, "intervals": {"accuracy": [0.6249, 0.76]}}, ["not better than always saying"]),
+     ({"accuracy": 0.7, "intervals": {"accuracy": [0.6251, 0.76]}}, []),
+     ({"accuracy": 0.63, "intervals": None}, ["not better than always saying"]),
+     ({"confusion": [[100, 0], [60, 0]]}, ["never predicts class sick"]),
+     ({"confusion": [[160, 0], [0, 0]]}, []),  # nobody knows: no test image is sick
+     ({"accuracy": 0.625, "intervals": {"accuracy": [0.548, 0.697]}, "confusion": [[0, 100], [0, 60]]},
+      ["not better than always saying", "never predicts class healthy"])],
+)  # fmt: skip
+def test_warnings_about_a_model(changes: dict[str, Any], said: list[str]) -> None:
+    result = private_result("probe", **figures_of_two(**changes))
+    found = disclosing.model_warnings(result)
+    assert len(found) == len(said)
+    assert all(words in warning for words, warning in zip(said, found, strict=True))
+    line, card = stage_line("probe", result), model_card(result, PRETRAINED, GENERATED)
+    assert line.count("; WARNING: the model ") == card.count("> [!WARNING]\n> Warning: the model ") == len(said)
+    assert as_json("probe", result)["warnings"] == found
+
+
+def test_a_report_has_its_warnings_at_the_top(tmp_path: Path) -> None:
+    matrix = [[36 if predicted == 4 else 0 for predicted in range(10)] for _ in range(10)]
+    bad = {"accuracy": 0.1, "confusion": matrix, "classes": [f"<b>{name}" for name in range(10)]}
+    content = written(make_run(tmp_path / "run", **bad))
+    found = re.findall(r'<p class="warning" role="alert">(.*?)</p>', content)
+    assert len(found) == 2
+    assert "the classes &lt;b&gt;0, &lt;b&gt;1, &lt;b&gt;2, &lt;b&gt;3, &lt;b&gt;5 and 4 more" in found[1]
+    assert content.index('class="warning"') < content.index("Test accuracy")
+    assert 'class="warning"' not in written(make_run(tmp_path / "good"))
