@@ -74,7 +74,7 @@ def resolve(
     if size is None and before:
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
-    decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
+    decided = ("data", "epsilon", "delta", "classes", "unit_column", "allow_shared_units", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
         if "data" in recorded.get("finetune", {}):  # its path may be newer
@@ -85,7 +85,8 @@ def resolve(
             inherited["colour"] = "both"
     elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget
         other = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
-        known = ("data", "classes", "unit_column") if other.get("mix") == "public" else decided  # it had no budget
+        about_data = ("data", "classes", "unit_column", "allow_shared_units")
+        known = about_data if other.get("mix") == "public" else decided  # it had no budget
         inherited |= {k: v for k, v in other.items() if k in known}
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 

@@ -92,8 +92,8 @@ def continue_extractor(call: Call) -> None:
 
 
 DIAGNOSED = (
-    "data", "classes", "unit_column", "epsilon", "delta", "seed", "public", "instances", "share", "switch", "steps",
-    "batch_size", "public_batch_size", "public_lr",
+    "data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "seed", "public", "instances", "share",
+    "switch", "steps", "batch_size", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
@@ -117,10 +117,11 @@ def diagnose(call: Call) -> None:
 # ---------------------------------------------------------------------------------------------------------- all stages
 
 TUNING = ("steps", "batch_size", "lr", "views")
+DATA_AND_BUDGET = ("data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "noise")
 RUN_FLAGS = (
     *of_settings("generate", "pretrain", "probe", "finetune", names=("seed",)),
     *of_settings("pretrain", "probe", "finetune", names=("precision",)),
-    *of_settings("probe", "finetune", names=("data", "classes", "unit_column", "epsilon", "delta", "noise")),
+    *of_settings("probe", "finetune", names=DATA_AND_BUDGET),
     *of_settings("probe", "finetune", names=("clip_norm",)),
     *of_settings("generate", names=("process", "count", "resolution")),
     *of_settings("pretrain", names=("arch", "random_init")),
@@ -183,7 +184,10 @@ def run_all(call: Call) -> None:
 # ------------------------------------------------------------------------------------------------------- tune and audit
 
 
-TUNED = ("data", "classes", "unit_column", "epsilon", "delta", "share", "clip_norm", "steps", "lr", "seed")
+TUNED = (
+    "data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "share", "clip_norm", "steps", "lr",
+    "seed",
+)  # fmt: skip
 
 
 @flags.command(app, "Stages", of_settings("probe", names=TUNED),

@@ -83,6 +83,11 @@ class Private(Network, Common):
         "column of units.csv in folder: data, are one unit. image: each image is a unit.",
         True, panel=PRIVACY, metavar="NAME", otherwise="groups_train, or unit, where the data have it; else each image",
     )  # fmt: skip
+    allow_shared_units: bool | None = setting(
+        None, "Go on where units of the unit column (patients, say) have images in both the training and the test "
+        "split; the figures of the test split are then too good. Stored and shown.", True, panel=DATA,
+        otherwise="no, such data are refused",
+    )  # fmt: skip
     epsilon: float = setting(
         1.0, "Total ε for everything this run releases about the data; inf = NOT PRIVATE.", "--eps", panel=PRIVACY,
         inherited=True, above=0, infinite=True, wrong="is no privacy budget",

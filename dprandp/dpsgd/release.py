@@ -58,6 +58,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         title=spec.title,
         classes=spec.classes,
         **metrics,
+        shared_units_allowed=stage.shared_units or None,
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
     )

@@ -34,7 +34,7 @@ from dprandp.dpsgd.budget import (
     read_plan_file,
 )
 from dprandp.dpsgd.expected import too_few
-from dprandp.dpsgd.units import unit_reminder
+from dprandp.dpsgd.units import refuse_shared, unit_reminder
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
@@ -64,6 +64,7 @@ class PrivateStage:
     plan: PrivatePlan | SelectionPlan | None = None  # None before it is made, and for public images alone
     attempt: int = 1  # one more for every restart
     ledger: Ledger | None = None  # the run's; None until the run's first plan is fixed
+    shared_units: bool = False  # units in both splits were allowed
 
     @property
     def spec(self) -> DataSpec:
@@ -297,6 +298,9 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     facts = {"num_classes": config.classes, "unit_column": config.unit_column}
     dataset = open_dataset(config.data, context.data_dir, download=context.download and write, **facts)
     part = _public_part(config, context)
+    shared = config.allow_shared_units is True
+    if not shared:
+        refuse_shared(dataset)
     if part is not None:
         dataset = without_public_part(dataset, *part)
     spec, planned = dataset.spec, read_plan_file(rundir)
@@ -313,8 +317,9 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if write or not context.download:
         dataset.require()
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
-        return PrivateStage(name, dataset, budget, context)
-    return PrivateStage(name, dataset, budget, context, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
+        return PrivateStage(name, dataset, budget, context, shared_units=shared)
+    attempt = ledger.last_attempt(name) + 1
+    return PrivateStage(name, dataset, budget, context, attempt=attempt, ledger=ledger, shared_units=shared)
 
 
 def open_private_stage(
@@ -343,7 +348,8 @@ def open_private_stage(
         No pixel and no label has been read when this returns or raises.
 
     Raises:
-        InputError: the data's files are not there. UsageError: values out of range, other data than the run's.
+        InputError: the data's files are not there, or units are in both splits.
+        UsageError: values out of range, other data than the run's.
         BudgetError: the remaining budget is too small for the stage.
         CheckpointError: the ledger is damaged, or there is one without its plan or the other way round.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dprandp.data import Dataset, DataSpec
+from dprandp.errors import InputError
 from dprandp.privacy.clipping import clipped_softmax_sum_of_units
 
 
@@ -47,6 +48,23 @@ def unit_rows(dataset: Dataset | None) -> UnitRows | None:
         return None
     sizes = np.bincount(units.of_image, minlength=units.count)
     return UnitRows(np.argsort(units.of_image, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def refuse_shared(dataset: Dataset) -> None:
+    """Raise InputError where units are known to have images in both splits, before a pixel is read.
+
+    The answer depends on private facts, as that about an unreadable image does: the guarantee is about data sets that
+    are not refused, and to empty a slot never makes a refused one of them. How many units it is stays private.
+    """
+    units = dataset.grouping()
+    if units is not None and units.shared_with_test:
+        unit = dataset.spec.unit
+        raise InputError(
+            f"in {dataset.spec.name} some units of privacy, each {unit}, have images in both the training and the test "
+            "split, so the figures of the test split would be too good",
+            fix="put all images of a unit into one split; or give --allow-shared-units, which is stored and shown",
+            private_detail=f"{units.shared_with_test} units",
+        )
 
 
 def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:

@@ -134,6 +134,11 @@ def disclosure(
         limits |= DISCRETE_LIMITS
     if several_images(result):
         limits |= {label: text.format(one=noun(result)) for label, text in UNIT_LIMITS.items()}
+    if result.shared_units_allowed:
+        limits["Limit: test split"] += (
+            f" The user allowed units in both splits (--allow-shared-units): images of a {noun(result)} may be in "
+            "both, and then the figures are better than they would be for others."
+        )
     return [
         ("Mechanism", _mechanism(result, record)),
         ("ε (privacy loss)", _epsilon(result)),

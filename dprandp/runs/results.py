@@ -99,6 +99,7 @@ class Evaluation:
     per_class: tuple[ClassFigures, ...] | None = None
     intervals: dict[str, Interval] | None = None  # of the fractions above, by name
     interval_method: Text | None = None  # in words
+    shared_units_allowed: bool | None = None  # units may have images in both splits, as the user declared
     train_examples: Count  # images
     test_examples: Count
 

@@ -127,3 +127,27 @@ def test_account_for_groups(dprandp: Dprandp) -> None:
     made = good(dprandp("account", "--noise-multiplier", 40.9, "--steps", 120, "--group-size", 3, "--json"))
     assert made["group_epsilon"] > 3 * made["epsilon"]
     assert "3 records together: ε = " in dprandp("account", "--eps", 1, "--steps", 60, "--group-size", 3).out
+
+
+def test_units_in_both_splits(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    """Refused by the stage and by its plan; allowed once for all stages of a run."""
+    np.savez(tmp_path / "scans.npz", **arrays(), patient_train=GROUPS, patient_test=np.arange(len(arrays()["y_test"])))
+    run = run_after("pretrain")
+    before = state_of(run)
+    asked = ("--config", "small.toml", "--run", run, "--data", f"npz:{tmp_path}/scans.npz", "--unit-column", "patient")
+    for command in (("probe", *asked), ("probe", *asked, "--plan"), ("run", *asked)):
+        refused(dprandp(*command), 3, "in both the training and the test split", "--allow-shared-units")
+    assert state_of(run) == before
+    result = good(dprandp("probe", *asked, "--allow-shared-units", "--json"))
+    assert result["shared_units_allowed"] is True
+    result = good(dprandp("finetune", "--config", "small.toml", "--run", run, "--json"))
+    assert result["shared_units_allowed"] is True
+    assert dprandp("report", "--run", run).code == 0
+    assert "The user allowed units in both splits" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_line_of_a_probe_says_whose_the_rest_of_epsilon_is(dprandp: Dprandp, stages: dict[str, Path]) -> None:
+    probe = ("probe", "--config", "small.toml", "--run", stages["probe"])
+    said = dprandp(*probe).out
+    assert "ε = 0.6 of 2 (the probe's share is 0.3; the rest is for finetune), δ = 1e-05" in said
+    assert "for finetune" not in dprandp("finetune", "--config", "small.toml", "--run", stages["finetune"]).out

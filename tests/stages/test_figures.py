@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import TEST, TRAIN, Copy, Record, blobs, read_json, run_probe
+from tiny_run import TEST, TRAIN, Copy, Record, blobs, forbid_reading, read_json, run_probe
 
+from dprandp.errors import InputError
 from dprandp.vision.intervals import wilson
 
 
@@ -47,3 +48,35 @@ def test_units_of_the_test_split_make_its_intervals(copy: Copy, public_run: Path
     together = run_probe(copy(public_run), scans(patient_test=patients), unit_column="patient")
     said = f"95 %: bootstrap over the {TEST // 4} units of the {TEST} test images"
     assert together["interval_method"].startswith(said)
+
+
+# ------------------------------------------------------------------------------------------------- units in both splits
+
+
+def test_units_in_both_splits_are_refused_before_a_pixel_is_read(
+    copy: Copy, public_run: Path, scans: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = scans(patient_test=29 + np.arange(TEST) // 4)  # the last patient of the training split is in both
+    run = copy(public_run)
+    forbid_reading(monkeypatch)
+    with pytest.raises(InputError, match=r"one patient .* in both the training and the test split") as caught:
+        run_probe(run, shared, unit_column="patient")
+    assert "--allow-shared-units" in caught.value.fix
+    assert caught.value.private_detail == "1 units"  # the number is private
+    assert not (run / "privacy/ledger.jsonl").exists()
+    with pytest.raises(AssertionError, match="private values were read"):  # each image a unit: nothing to compare
+        run_probe(copy(public_run), shared, unit_column="image")
+
+
+def test_units_in_both_splits_are_allowed_where_asked_for(
+    copy: Copy, public_run: Path, scans: Callable[..., str]
+) -> None:
+    run, shared = copy(public_run), scans(patient_test=np.arange(TEST) // 4)
+    result = run_probe(run, shared, unit_column="patient", allow_shared_units=True)
+    assert result["shared_units_allowed"] is True
+    assert read_json(run / "run.json")["stages"]["probe"]["config"]["allow_shared_units"] is True
+    card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "The user allowed units in both splits (--allow-shared-units): images of a patient may be in both" in card
+    apart = scans(patient_test=100 + np.arange(TEST) // 4)
+    result = run_probe(copy(public_run), apart, unit_column="patient")
+    assert "shared_units_allowed" not in result
