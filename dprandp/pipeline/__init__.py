@@ -131,9 +131,17 @@ def stage_line(name: str, result: StageResult) -> str:
         if not isinstance(result, PrivateResult):
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"
-    privacy = f"ε = {epsilon_text(result.epsilon)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
+    privacy = f"{_spent(result)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
     said = f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}, in {seconds}"
     return "; WARNING: ".join([said, *model_warnings(result)])
+
+
+def _spent(result: PrivateResult) -> str:
+    """Such as ``ε = 1``; of a probe with a part of the run's ε, whose the rest is."""
+    said = f"ε = {epsilon_text(result.epsilon)}"
+    if not isinstance(result, ProbeResult) or result.share == 1:
+        return said
+    return f"{said} of {result.epsilon_total:g} (the probe's share is {result.share:g}; the rest is for finetune)"
 
 
 def _accuracy(result: PrivateResult) -> str:
