@@ -1,7 +1,7 @@
 """The command line.
 
     flags.py     every flag, declared once        stages.py    the stages, run, tune, audit, diagnose
-    session.py   flags -> configuration, context  about.py     status, report, verify, account, predict, export, ...
+    session.py   flags -> configuration, context  about.py     status, compare, report, verify, account, predict, ...
     together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.flags import DATA, OUTPUT, PRIVACY, Call, option
+from dprandp.cli.flags import DATA, DEFAULT_RUN, OUTPUT, PRIVACY, Call, option
 from dprandp.errors import UsageError
 from dprandp.runs.directory import RunDir
 
@@ -20,6 +20,8 @@ def status(
     call: Call,
     check: Annotated[bool, option("Examine the run's files (hashes, ledger, lock, model) and this machine (libraries, "
                                   "arithmetic, disk, data). Repairs nothing.", OUTPUT, "--check")] = False,
+    runs: Annotated[Path | None, option("List the runs directly below this folder instead, with what those about the "
+                                        "same data have spent together.", OUTPUT, metavar="DIR")] = None,
 ) -> None:  # fmt: skip
     """Show which stages are done, partial, stale or missing, and what was spent; or --check the run and this machine.
 
@@ -28,8 +30,16 @@ def status(
 
     [dim]dprandp status[/dim]
     [dim]dprandp status --run runs/cifar --check[/dim]
+    [dim]dprandp status --runs runs[/dim]
     """
     console, options = session.console(call.options), call.options
+    if runs is not None:
+        if check or options.run != DEFAULT_RUN:
+            raise UsageError("--runs lists runs; --run and --check are about one", fix="leave one of them out")
+        from dprandp.inspection import compare as comparing
+
+        found = comparing.runs_in(runs)
+        return console.result(found, comparing.lines(found))
     if check:
         from dprandp.inspection import check as examination
         from dprandp.inspection import exit_code
@@ -41,6 +51,34 @@ def status(
 
     table = overview.status(RunDir.open(options.run, create=False))
     console.result(table, overview.status_lines(table))
+
+
+@flags.command(app, "About a run", options=("json", "debug"))
+def compare(
+    call: Call,
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...", show_default=False,
+                                               rich_help_panel=DATA)],
+    csv: Annotated[Path | None, option("Also write it as comma-separated values.", OUTPUT, metavar="FILE")] = None,
+    latex: Annotated[Path | None, option("Also write it as a LaTeX tabular.", OUTPUT, metavar="FILE")] = None,
+    html: Annotated[Path | None, option("Also write it as a page of its own.", OUTPUT, metavar="FILE")] = None,
+    overwrite: Annotated[bool, option("Replace the files of --csv, --latex and --html.", OUTPUT,
+                                      "--overwrite")] = False,
+) -> None:  # fmt: skip
+    """Show runs side by side, and the ε that those about the same data have spent together.
+
+    [dim]dprandp compare runs/a runs/b[/dim]
+    [dim]dprandp compare runs/* --latex table.tex[/dim]
+    """
+    console = session.console(call.options)
+    from dprandp.inspection import compare as comparing
+    from dprandp.runs.files import atomic_write
+
+    comparing.refuse_existing(csv, latex, html, overwrite=overwrite)
+    found = comparing.compare(runs)
+    for path, text in ((csv, comparing.as_csv), (latex, comparing.as_latex), (html, comparing.as_html)):
+        if path is not None:
+            atomic_write(path, text(found))
+    console.result(found, comparing.lines(found))
 
 
 @flags.command(app, "About a run", options=flags.TALKING)

@@ -30,6 +30,13 @@ def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
+def hashes_of(rundir: RunDir) -> dict[str, str] | None:
+    """The recorded hashes of the run's data, ``train`` and ``images``; None where they are not there."""
+    path = rundir.path / "private" / KEPT
+    found = read_hashes(path) if path.exists() else {}
+    return found if {"train", "images"} <= found.keys() else None
+
+
 def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
     """Raise InputError unless the given data have the hash of the run's data, which the run calls ``name``.
 

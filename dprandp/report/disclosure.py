@@ -70,8 +70,8 @@ LIMITS = {
         "them, are published without noise: ε covers the training images, not the test images."
     ),
     "Limit: other copies": (
-        "ε counts what this run directory released. Other runs on the same images add to it. Images of the same "
-        "person, or duplicates, are protected singly and not as a group."
+        "ε counts what this run directory released. Other runs on the same images add to it (dprandp compare "
+        "composes them). Images of the same person, or duplicates, are protected singly and not as a group."
     ),
 }
 
@@ -96,9 +96,9 @@ UNIT_LIMITS = {
         "number of images. If they are secret, this guarantee does not cover them."
     ),
     "Limit: other copies": (
-        "ε counts what this run directory released. Other runs on the same images add to it. All images of one "
-        "{one} are protected together if the column gives them the same value; images of one person under "
-        "two values, or duplicates in two units, are not."
+        "ε counts what this run directory released. Other runs on the same images add to it (dprandp compare "
+        "composes them). All images of one {one} are protected together if the column gives them the same value; "
+        "images of one person under two values, or duplicates in two units, are not."
     ),
 }
 

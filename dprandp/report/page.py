@@ -7,6 +7,7 @@ pictures are inside. It runs no script and loads nothing, and its content securi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def page(run: Run) -> str:
         environment=list(environment.items()),
         **values,
     )
+
+
+def table_page(head: Sequence[str], rows: Sequence[Sequence[str]], warnings: Sequence[str]) -> str:
+    """A page with a table of runs, and what must be said beside it."""
+    return _TEMPLATES.get_template("compare.html.j2").render(head=head, rows=rows, warnings=warnings)
 
 
 def not_private_reason(run: Run) -> str | None:

@@ -1,0 +1,295 @@
+"""``dprandp compare`` and ``status --runs``: runs side by side, and what those about the same data cost together.
+
+The ε of a run counts that run alone. Runs about the same data add up: anybody who sees two of their models has seen
+both. Which data a run is about is known by the hashes in its ``private/``, never by a name.
+
+*How they are composed.* All stages of all ledgers go through the accountant that composes the stages of one run
+(``privacy/adaptive.py``): a stage of another run is one more stage. As within a run, the number and budgets of the runs
+must not follow from their results. Private tuning is composed so only where it came before any other use of the data,
+which the ledgers of several runs cannot show: with tuning, basic composition adds up the ε and the δ of the runs (Dwork
+& Roth 2014, theorem 3.16), and is named. A copy of a run counts as a run of its own: it may have gone on, with other
+noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dprandp.config.schema import public_data_name
+from dprandp.dpsgd.budget import read_budget
+from dprandp.dpsgd.training_data import hashes_of
+from dprandp.errors import BudgetError, DprandpError, InputError, UsageError
+from dprandp.privacy.adaptive import compose_stages
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.tuning import TuningEvent
+from dprandp.report.disclosure import epsilon_text, interval_text, number, percent
+from dprandp.report.page import table_page
+from dprandp.runs.console import duration
+from dprandp.runs.directory import RunDir
+from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.results import ONE_IMAGE, PrivateResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run; None where it has nothing to show yet."""
+
+    run: str  # path
+    stage: str | None = None  # the last finished one that made a model
+    data: str | None = None
+    accuracy: float | None = None  # of the test split, like the next three
+    accuracy_interval: tuple[float, float] | None = None  # 95 %
+    majority_accuracy: float | None = None
+    auc: float | None = None
+    epsilon: float | None = None  # spent by the whole run, unfinished stages too
+    epsilon_total: float | None = None  # its budget
+    delta: float | None = None
+    private: bool | None = None
+    unit: str | None = None  # of privacy
+    examples: int | None = None  # N
+    seconds: float | None = None  # of all finished stages
+    problem: str | None = None  # why the run cannot be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What runs about the same data have spent in all."""
+
+    runs: tuple[str, ...]
+    epsilon: float | None  # upper bound, or inf; None where their ε cannot be composed
+    delta: float | None
+    method: str  # in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Of several runs."""
+
+    runs: list[Row]
+    together: list[Together]
+    data_unknown: list[str] = field(default_factory=list)  # runs that spent budget and do not say on which data
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Runs side by side.
+
+    Raises:
+        InputError: one is not there. UsageError: it is no run directory.
+        CheckpointError: a file of it is damaged, or contradicts another.
+    """
+    once = {path.resolve(): path for path in reversed(paths)}
+    opened = [RunDir.open(path, create=False) for path in reversed(once.values())]
+    return _compared([_row(rundir) for rundir in opened], opened)
+
+
+def runs_in(folder: Path) -> Comparison:
+    """The runs directly below a folder, by name. One that cannot be read is listed with the reason.
+
+    Raises:
+        InputError: there is no such folder, or no run in it.
+    """
+    found = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    if not found:
+        what = "no run directly below it" if folder.is_dir() else "no folder"
+        raise InputError(f"{folder}: there is {what}", fix="name the folder that holds run directories, such as runs")
+    rows, opened = [], []
+    for path in found:
+        try:
+            rundir = RunDir.open(path, create=False)
+            rows.append(_row(rundir))
+            opened.append(rundir)
+        except DprandpError as error:
+            rows.append(Row(run=str(path), problem=error.problem))
+    return _compared(rows, opened)
+
+
+def _row(rundir: RunDir) -> Row:
+    results, budget = rundir.results(), read_budget(rundir)
+    states = {row.stage: row.state for row in rundir.status()}
+    models = {stage: result for stage, result in results.items() if isinstance(result, PrivateResult)}
+    fresh = [stage for stage in models if states[stage] == "done"]
+    spent = {} if budget is None else {
+        "data": public_data_name(budget.data), "epsilon": budget.spent, "epsilon_total": budget.epsilon,
+        "delta": budget.delta, "private": budget.private, "unit": budget.unit, "examples": budget.examples,
+    }  # fmt: skip
+    seconds = math.fsum(result.seconds for result in results.values()) if results else None
+    if not models:
+        return Row(run=str(rundir.path), seconds=seconds, **spent)
+    stage = (fresh or list(models))[-1]
+    made = models[stage]
+    return Row(
+        run=str(rundir.path),
+        stage=stage,
+        accuracy=made.accuracy,
+        accuracy_interval=made.interval("accuracy"),
+        majority_accuracy=made.majority_accuracy,
+        auc=made.auc,
+        seconds=seconds,
+        **spent,
+    )
+
+
+# --------------------------------------------------------------------------------------------- several runs, one budget
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """A run that has charged something."""
+
+    run: str
+    ledger: Ledger
+    delta: float
+    unit: str
+    hashes: dict[str, str]
+
+
+def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
+    spent, unknown = [], []
+    for rundir in opened:
+        budget, ledger, hashes = read_budget(rundir), open_run_ledger(rundir), hashes_of(rundir)
+        if budget is None or ledger is None or not ledger.events():
+            continue
+        if hashes is None:
+            unknown.append(str(rundir.path))
+        else:
+            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, hashes))
+    by_images: dict[str, list[_Spent]] = {}
+    for each in spent:
+        by_images.setdefault(each.hashes["images"], []).append(each)
+    together = []
+    for same in by_images.values():
+        # other labels or another order make no other records of single images; other units do
+        by_records: dict[str, list[_Spent]] = {}
+        for each in same:
+            by_records.setdefault("" if each.unit == ONE_IMAGE else each.hashes["train"], []).append(each)
+        together += [_together(parts) for parts in by_records.values() if len(parts) > 1]
+        if len(by_records) > 1:
+            names = tuple(each.run for each in same)
+            units = ", ".join(sorted({each.unit for each in same}))
+            method = f"the same images under different units of privacy ({units}), whose ε cannot be composed"
+            together.append(Together(runs=names, epsilon=None, delta=None, method=method))
+    return Comparison(runs=rows, together=together, data_unknown=unknown)
+
+
+def _together(parts: Sequence[_Spent]) -> Together:
+    names, delta = tuple(each.run for each in parts), min(each.delta for each in parts)
+    if not all(each.ledger.private for each in parts):
+        method = "void: a step of one of them had no noise, or noise from a seed"
+        return Together(runs=names, epsilon=math.inf, delta=delta, method=method)
+    stages = [stage for each in parts for stage in each.ledger.stages()]
+    if not any(isinstance(event, TuningEvent) for stage in stages for event in stage):
+        try:
+            bound = compose_stages(stages, delta)
+            return Together(runs=names, epsilon=bound.upper, delta=delta, method=bound.accountant)
+        except BudgetError:
+            pass  # the lattice of discrete noise is too coarse for so much at once
+    added = math.fsum(each.ledger.spent(each.delta).upper for each in parts)
+    total = math.fsum(each.delta for each in parts)
+    return Together(runs=names, epsilon=added, delta=total, method="basic composition: ε and δ of the runs added up")
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+HEAD = ("run", "stage", "data", "test accuracy", "95 % interval", "most frequent class", "ε", "δ", "time")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.problem is not None:
+        return row.run, "cannot be read", *["–"] * (len(HEAD) - 2)
+    spent = "–" if row.epsilon is None else f"{epsilon_text(row.epsilon)} of {number(row.epsilon_total)}"
+    if row.private is False:
+        spent = "NOT PRIVATE"
+    return (
+        row.run,
+        row.stage or "no model",
+        row.data or "–",
+        "–" if row.accuracy is None else percent(row.accuracy).replace("\u00a0", " "),
+        interval_text(row.accuracy_interval),
+        "–" if row.majority_accuracy is None else percent(row.majority_accuracy).replace("\u00a0", " "),
+        spent,
+        "–" if row.delta is None else number(row.delta),
+        "–" if row.seconds is None else duration(row.seconds),
+    )
+
+
+def warnings(found: Comparison) -> list[str]:
+    """What must be said beside the table."""
+    said = [f"{row.run} cannot be read: {row.problem}" for row in found.runs if row.problem is not None]
+    for each in found.together:
+        names = ", ".join(each.runs)
+        if each.epsilon is None:
+            said.append(f"{names} are about {each.method}")
+        else:
+            total = f"ε = {epsilon_text(each.epsilon)} at δ = {number(each.delta)}"
+            said.append(f"{names} are about the same data: together they have spent {total} ({each.method})")
+    for run in found.data_unknown:
+        said.append(f"{run} has no private/training-data.json, so it is unknown which other runs are about its data")
+    return said
+
+
+def lines(found: Comparison) -> str:
+    """The comparison for people."""
+    table = [HEAD, *map(_cells, found.runs)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([*rows, *(f"warning: {text}" for text in warnings(found))])
+
+
+CSV_COLUMNS = (
+    "run", "stage", "data", "accuracy", "accuracy_low", "accuracy_high", "majority_accuracy", "auc", "epsilon",
+    "epsilon_total", "delta", "private", "unit", "examples", "seconds", "together_epsilon", "together_delta",
+)  # fmt: skip
+
+
+def as_csv(found: Comparison) -> str:
+    """A line for each run; ``together_…``: of all runs about its data, empty where there is no other."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in found.runs:
+        low, high = row.accuracy_interval or (None, None)
+        shared = next((each for each in found.together if row.run in each.runs and each.epsilon is not None), None)
+        values = {name: getattr(row, name) for name in CSV_COLUMNS if hasattr(row, name)}
+        values |= {"accuracy_low": low, "accuracy_high": high}
+        if shared is not None:
+            values |= {"together_epsilon": shared.epsilon, "together_delta": shared.delta}
+        writer.writerow(values)
+    return text.getvalue()
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "ε": r"$\varepsilon$", "δ": r"$\delta$", "∞": r"$\infty$",
+    "–": "--", "μ": r"$\mu$", "σ": r"$\sigma$", "é": r"\'e",
+}  # fmt: skip
+
+
+def as_latex(found: Comparison) -> str:
+    """A ``tabular`` without packages; the warnings follow it as a paragraph."""
+
+    def plain(text: str) -> str:
+        return "".join(_LATEX.get(letter, letter) for letter in text)
+
+    rows = [" & ".join(map(plain, row)) + r" \\" for row in (HEAD, *map(_cells, found.runs))]
+    table = [r"\begin{tabular}{" + "l" * len(HEAD) + "}", r"\hline", rows[0], r"\hline", *rows[1:], r"\hline"]
+    return "\n".join([*table, r"\end{tabular}", *(f"\n{plain(text)}." for text in warnings(found))]) + "\n"
+
+
+def as_html(found: Comparison) -> str:
+    """A page of its own, with the style of the report."""
+    return table_page(HEAD, [_cells(row) for row in found.runs], warnings(found))
+
+
+def refuse_existing(*files: Path | None, overwrite: bool) -> None:
+    """Raise UsageError for a file that would be replaced unasked."""
+    for path in files:
+        if path is not None and path.exists() and not overwrite:
+            raise UsageError(f"{path} exists", fix="give another name, or --overwrite")

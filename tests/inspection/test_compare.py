@@ -1,0 +1,172 @@
+"""Runs side by side: what those about the same data have spent together, and the tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dprandp.errors import CheckpointError, InputError, UsageError
+from dprandp.inspection import compare as comparing
+from dprandp.inspection.compare import compare, lines, runs_in
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
+from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.tuning import TuningEvent
+from dprandp.runs.directory import RunDir
+from dprandp.runs.files import atomic_write
+from dprandp.runs.ledger import sealed_budget
+
+PATIENT = "one patient (column patient_train)"
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run that has charged full batches (T, σ), or sampled ones (T, σ, q), and has no model yet."""
+
+    def made(
+        name: str, *charges: tuple, train: str = "t", images: str | None = "i", unit: str = "one image",
+        delta: float = 1e-5, tuning: bool = False, random: str = "os-entropy",
+    ) -> Path:  # fmt: skip
+        run = RunDir.open(tmp_path / name, create=True)
+        plan = {"format": 1, "data": f"npz:/secret/{name}.npz", "epsilon": 3.0, "delta": delta, "examples": 1000,
+                "unit": unit, "stages": {}}  # fmt: skip
+        with run.lock():
+            if images is not None:
+                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train, "images": images}))
+            ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", 1000, budget=sealed_budget(plan))
+            atomic_write(run.privacy_dir / "plan.json", json.dumps(plan))
+            run.keep_ledger_head(ledger.head)
+            if tuning:
+                ledger.charge_tuning(stage="tune", attempt=1, event=TuningEvent(0.05, 0.0, 0.1), random=random)
+            for number, (steps, sigma, *rate) in enumerate(charges):
+                ledger.charge(
+                    stage=f"s{number}", attempt=1, steps=steps, planned=steps, noise_multiplier=sigma,
+                    sample_rate=rate[0] if rate else 1.0, clip_norm=1.0, random=random,
+                )  # fmt: skip
+            run.keep_ledger_head(ledger.head)
+        return run.path
+
+    return made
+
+
+def test_full_batches_of_runs_compose_as_gaussians(make: Make) -> None:
+    """The oracle: squares of μ add up. Far below the sum of the ε, and never below the truth."""
+    charges = [(100, 40.0), (120, 60.0), (50, 25.0)]
+    found = compare([make(f"run{number}", charge) for number, charge in enumerate(charges)])
+    (together,) = found.together
+    truth = gaussian_dp_epsilon(math.sqrt(sum(steps / sigma**2 for steps, sigma in charges)), 1e-5)
+    assert truth <= together.epsilon <= 1.01 * truth
+    assert together.epsilon < 0.7 * sum(row.epsilon for row in found.runs)
+    assert together.delta == 1e-5
+    assert "Gaussian-DP filter" in together.method
+    assert len(together.runs) == 3
+
+
+def test_sampled_batches_of_runs_compose_to_no_less_than_numerically(make: Make) -> None:
+    found = compare([make("a", (200, 2.0, 0.05)), make("b", (300, 3.0, 0.1), (40, 30.0))])
+    (together,) = found.together
+    events = [GaussianEvent(2.0, 0.05, 200), GaussianEvent(3.0, 0.1, 300), GaussianEvent(30.0, 1.0, 40)]
+    assert compose(events, 1e-5).upper <= together.epsilon < sum(row.epsilon for row in found.runs)
+
+
+def test_what_counts_is_the_content_of_the_data(make: Make) -> None:
+    a, b = make("a", (100, 40.0)), make("b", (100, 40.0), train="other order")
+    other, quiet = make("other", (100, 40.0), images="j"), make("quiet")
+    assert [each.runs for each in compare([a, b, other, quiet]).together] == [(str(a), str(b))]
+    assert compare([a, other]).together == compare([a, quiet]).together == compare([a, a]).together == []
+    unknown = make("unknown", (100, 40.0), images=None)
+    assert compare([a, unknown]).data_unknown == [str(unknown)]
+    assert f"{unknown} has no private/training-data.json" in lines(compare([a, unknown]))
+
+
+def test_units_are_not_mixed(make: Make) -> None:
+    patients = [make(f"p{number}", (100, 40.0), unit=PATIENT) for number in range(2)]
+    others, single = make("p3", (100, 40.0), unit=PATIENT, train="other patients"), make("x", (100, 40.0))
+    found = compare([*patients, others, single])
+    assert [(each.runs, each.epsilon is None) for each in found.together] == [
+        (tuple(map(str, patients)), False), ((*map(str, patients), str(others), str(single)), True),
+    ]  # fmt: skip
+    assert "different units of privacy (one image, one patient" in found.together[1].method
+
+
+def test_a_copy_counts_as_a_run_of_its_own_and_another_name_of_a_run_does_not(make: Make, tmp_path: Path) -> None:
+    """Two copies may go on with equal plans in the same second: their ledgers are then equal, their noise is not."""
+    first, second = make("a", (100, 40.0)), tmp_path / "copy"
+    shutil.copytree(first, second)
+    found = compare([first, second])
+    assert found.together[0].epsilon > 1.3 * found.runs[0].epsilon
+    (tmp_path / "link").symlink_to(first)
+    again = compare([first, first.parent / "copy/../a", tmp_path / "link"])
+    assert (len(again.runs), again.runs[0].run, again.together) == (1, str(first), [])
+
+
+def test_basic_composition_is_named_where_nothing_tighter_is_proven(make: Make) -> None:
+    """Private tuning is composed tightly only where it came first of all, which two ledgers cannot show."""
+    found = compare([make("tuned", (100, 40.0), tuning=True), make("plain", (100, 40.0), delta=1e-6)])
+    (together,) = found.together
+    assert together.method.startswith("basic composition")
+    assert together.epsilon == pytest.approx(sum(row.epsilon for row in found.runs))
+    assert together.delta == pytest.approx(1.1e-5)
+    plain = compare([make("b", (100, 40.0)), make("c", (100, 40.0), delta=1e-6)]).together[0]
+    assert (plain.delta, "basic" in plain.method) == (1e-6, False)  # the smaller δ, for which all is composed again
+
+
+@pytest.mark.parametrize("kind", ["no noise", "a seed"])
+def test_without_privacy_nothing_is_promised(make: Make, kind: str) -> None:
+    bad = make("bad", (100, 0.0)) if kind == "no noise" else make("bad", (100, 40.0), random="insecure-seed")
+    found = compare([make("good", (100, 40.0)), bad])
+    assert found.together[0].epsilon == math.inf
+    assert "void" in found.together[0].method
+    assert "NOT PRIVATE" in lines(found)
+    assert "together they have spent ε = ∞" in lines(found)
+
+
+def test_the_tables(make: Make, tmp_path: Path) -> None:
+    found = compare([make("a_b&c", (100, 40.0)), make("b", (100, 40.0))])
+    text = lines(found)
+    assert "/secret" not in text  # where the data lie is nobody's business
+    assert text.splitlines()[0].startswith("run ")
+    assert f"are about the same data: together they have spent ε = {found.together[0].epsilon:.2f}"[:-1] in text
+    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(comparing.as_csv(found))))
+    assert [float(row["epsilon"]) for row in rows] == [row.epsilon for row in found.runs]
+    assert {float(row["together_epsilon"]) for row in rows} == {found.together[0].epsilon}
+    assert rows[0]["accuracy"] == ""
+    latex = comparing.as_latex(found)
+    assert r"a\_b\&c & no model & " in latex
+    assert latex.count(r" \\") == 3
+    assert "ε" not in latex
+    assert r"together they have spent $\varepsilon$ = " in latex
+    page = comparing.as_html(found)
+    assert "a_b&amp;c</th><td>no model</td>" in page
+    assert page.count('<p class="warning" role="alert">') == 1
+    assert "<script" not in page
+
+
+def test_the_runs_of_a_folder(make: Make, tmp_path: Path) -> None:
+    make("a", (100, 40.0))
+    broken = make("b", (100, 40.0))
+    (broken / "privacy/ledger.jsonl").unlink()
+    (tmp_path / "notes").mkdir()
+    found = runs_in(tmp_path)
+    assert [Path(row.run).name for row in found.runs] == ["a", "b"]
+    assert found.runs[0].problem is None
+    assert f"{broken} cannot be read: " in lines(found)
+    with pytest.raises(CheckpointError):
+        compare([broken])
+    for folder, words in ((tmp_path / "notes", "no run"), (tmp_path / "none", "no folder")):
+        with pytest.raises(InputError, match=words):
+            runs_in(folder)
+    with pytest.raises(InputError, match="there is no run"):
+        compare([tmp_path / "none"])
+    (tmp_path / "notes/file").touch()
+    with pytest.raises(UsageError, match="not a run directory"):
+        compare([tmp_path / "notes"])
