@@ -316,10 +316,10 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
         budget = replace(budget, data=fixed.data)
     if write or not context.download:
         dataset.require()
+    stage = PrivateStage(name, dataset, budget, context, shared_units=shared)
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
-        return PrivateStage(name, dataset, budget, context, shared_units=shared)
-    attempt = ledger.last_attempt(name) + 1
-    return PrivateStage(name, dataset, budget, context, attempt=attempt, ledger=ledger, shared_units=shared)
+        return stage
+    return replace(stage, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
 
 
 def open_private_stage(

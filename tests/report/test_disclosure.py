@@ -224,7 +224,9 @@ def test_card_report_and_line_show_each_figure_with_its_interval(tmp_path: Path)
     ):  # fmt: skip
         assert row in card, row
     text = Page(written(make_run(tmp_path / "run", **figures_of_two()))).text
-    for said in ("95 %: 74.4 to 86.6 %, 160 images", "sensitivity (recall of sick)", "54 to 77.3 %", "95 %: by test"):
+    for said in (
+        "74.4 to 86.6 % (95 % interval), 160 images", "sensitivity (recall of sick)", "54 to 77.3 %", "95 %: by test",
+    ):  # fmt: skip
         assert said in text, said
     said = stage_line("finetune", result)
     assert "accuracy 81.25 % (95 %: 74.4 to 86.6; most frequent class 62.5 %; AUC 0.876) at ε = 0.999" in said
