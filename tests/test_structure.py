@@ -233,6 +233,7 @@ MAY_IMPORT_DATA = {
     "dprandp.inspection.check": {"list_datasets"},
     "dprandp.probe": {"DataSpec"},  # a type
     "dprandp.release": {"brought_to", "read_unlabelled", "skipped_text"},  # new images, not a data set
+    "dprandp.release.graph": {"brought_to"},  # synthetic images
     "dprandp.tune.public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.audit.loops": {"Dataset", "DataSpec", "Split", "Units"},  # to make up public records
     "dprandp.audit.replay": {"Dataset"},  # a type

@@ -213,17 +213,20 @@ def export(
     *,
     allow_not_private: Annotated[bool, option("Export the model even if it is NOT PRIVATE; the stamp stays.", PRIVACY,
                                               "--allow-not-private")] = False,
-    out: Annotated[Path, option("A new folder, or a new file whose name ends in .zip.", OUTPUT,
-                                metavar="DIR|FILE.zip")],
+    format: Annotated[str, option("safetensors: the model's files, and an example that loads them with dprandp. "
+                                  "torch-export, onnx: one graph from pixels to probabilities, which runs without "
+                                  "dprandp.", OUTPUT, metavar="safetensors|torch-export|onnx")] = "safetensors",
+    out: Annotated[Path, option("A new folder or FILE.zip (safetensors), FILE.pt2 (torch-export), FILE.onnx (onnx).",
+                                OUTPUT, metavar="DIR|FILE")],
 ) -> None:  # fmt: skip
-    """Copy a run's model, verified, for others: weights, configuration, model card, and an example that loads them.
+    """Write a run's model for others, verified: as its files, or as one graph for torch or ONNX alone.
 
     [dim]dprandp export --out scans-classifier[/dim]
-    [dim]dprandp export --run runs/cifar --out cifar.zip[/dim]
+    [dim]dprandp export --run runs/cifar --format onnx --out cifar.onnx[/dim]
     """
     console = session.console(call.options)
     from dprandp import release
 
     model = session.released_model(call.options.run, None)
-    result = release.export(model, out, allow_not_private=allow_not_private)
+    result = release.export(model, out, format=format, allow_not_private=allow_not_private)
     console.result(result, release.export_line(result))
