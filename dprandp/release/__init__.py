@@ -5,7 +5,6 @@ Only the three files of ``model/`` are read: a released model works without the 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import re
@@ -19,8 +18,7 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
-from dprandp.data import brought_to, read_unlabelled
-from dprandp.data import skipped_text as skipped_text
+from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
 from dprandp.models.classifier import Classifier
@@ -78,14 +76,16 @@ class ReleasedModel:
         return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
-        """``predict`` for an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
+        """``predict`` for image files and folders, or uint8 [height, width, channels] or [N, height, width, channels].
 
         Raises:
             InputError: a file is missing or damaged, or an array holds no images.
         """
         if isinstance(images, np.ndarray):
+            from dprandp.release.predictions import classified
+
             pixels = brought_to(images, self.shape)
-            return _rows(self, [f"[{index}]" for index in range(len(pixels))], pixels)
+            return classified(self, [f"[{index}]" for index in range(len(pixels))], pixels)
         paths = [images] if isinstance(images, Path | str) else images
         return predict(self, [Path(path) for path in paths])
 
@@ -375,10 +375,10 @@ def predict(
     data: str | None = None,
     on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
 ) -> list[dict[str, Any]]:
-    """The most probable class of each image.
+    """The most probable class of each image; ``predictions.predictions`` goes on past an image that cannot be read.
 
     Args:
-        images: image files of any size.
+        images: image files of any size, and folders of them.
         data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
         on_skipped: called with the number of files of each kind that were skipped, where there are any.
 
@@ -388,32 +388,6 @@ def predict(
     Raises:
         InputError: an image is missing or damaged. UsageError: there is none.
     """
-    names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
-    return _rows(model, names, pixels)
+    from dprandp.release.predictions import predictions
 
-
-def _rows(model: ReleasedModel, names: Sequence[str], pixels: np.ndarray) -> list[dict[str, Any]]:
-    rows = []
-    for name, row in zip(names, model.probabilities(pixels).tolist(), strict=True):
-        probabilities = dict(zip(model.classes, row, strict=True))
-        best = max(probabilities, key=probabilities.__getitem__)
-        rows.append({"image": name, "class": best, "probability": probabilities[best], "probabilities": probabilities})
-    return rows
-
-
-def prediction_lines(rows: list[dict[str, Any]]) -> str:
-    """``predict`` for people: one line per image, aligned."""
-    wide = max(len(row["image"]) for row in rows)
-    long = max(len(row["class"]) for row in rows)
-    return "\n".join(f"{row['image']:<{wide}}  {row['class']:<{long}}  {row['probability']:.4f}" for row in rows)
-
-
-def prediction_csv(rows: list[dict[str, Any]]) -> str:
-    """``predict`` as CSV: image, class, probability, then the probability of every class under its name."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "class", "probability", *rows[0]["probabilities"]])
-    for row in rows:
-        numbers = [row["probability"], *row["probabilities"].values()]
-        writer.writerow([row["image"], row["class"], *(f"{value:.6g}" for value in numbers)])
-    return text.getvalue()
+    return [row for block in predictions(model, images, data, on_skipped, strict=True) for row in block]

@@ -43,6 +43,9 @@ one in the rounding of a single resized pixel may be 1e-4."""
 
 CHECKED_IMAGES = 6
 
+OPSET = 20
+"""Version of ONNX's operators."""
+
 
 class PixelsToProbabilities(nn.Module):
     """The whole of a released model: uint8 [N, height, width, channels] to float32 [N, classes]."""
@@ -176,7 +179,7 @@ def _torch_export(program: ExportedProgram, about: str) -> tuple[bytes, Callable
     if inside:
         raise DprandpError(
             f"this version of torch ({torch.__version__}) would write pickles: {', '.join(inside)}",
-            fix="export with --format onnx, or with torch 2.10 to 2.14",
+            fix="export with --format onnx, or with torch 2.14",
         )
     module = program.module()
     return data, lambda images: module(torch.from_numpy(images)).numpy()
@@ -192,7 +195,7 @@ def _onnx(program: ExportedProgram, about: str) -> tuple[bytes, Callable[[np.nda
             f"--format onnx needs the library {error.name}", fix="pip install 'dprandp[onnx]'"
         ) from error
     made = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT],
+        program, dynamo=True, verbose=False, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
         dynamic_shapes={INPUT: {0: BATCH}},
     )  # fmt: skip
     proto = made.model_proto
