@@ -9,6 +9,8 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, OUTPUT, PRIVACY, Call, option
+from dprandp.config.publication import Publication
+from dprandp.config.settings import checked
 from dprandp.errors import InputError, UsageError
 from dprandp.runs.directory import RunDir
 
@@ -208,7 +210,7 @@ def predict(
     raise typer.Exit(InputError.exit_code if bad else 0)
 
 
-@flags.command(app, "A model", options=flags.TALKING)
+@flags.command(app, "A model", flags.of_publication(), flags.TALKING)
 def export(
     call: Call,
     *,
@@ -223,11 +225,13 @@ def export(
     """Write a run's model for others, verified: as its files, or as one graph for torch or ONNX alone.
 
     [dim]dprandp export --out scans-classifier[/dim]
-    [dim]dprandp export --run runs/cifar --format onnx --out cifar.onnx[/dim]
+    [dim]dprandp export --license cc-by-4.0 --contact "a@b.org" --format onnx --out scans.onnx[/dim]
     """
     console = session.console(call.options)
     from dprandp import release
 
+    said = {name: text for name, text in call.given["publication"].items() if text is not None}
+    about = checked("export", Publication, said)
     model = session.released_model(call.options.run, None)
-    result = release.export(model, out, format=format, allow_not_private=allow_not_private)
+    result = release.export(model, out, format=format, about=about, allow_not_private=allow_not_private)
     console.result(result, release.export_line(result))

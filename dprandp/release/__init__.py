@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
+from dprandp.config.publication import Publication
 from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
@@ -25,10 +26,11 @@ from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
 from dprandp.models.precision import BFLOAT16, FLOAT32
 from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
 from dprandp.runs.directory import RunDir
-from dprandp.runs.files import atomic_write, from_json, storage_errors
+from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.records import read
 from dprandp.runs.results import RESULTS, PrivateResult, kind_of, read_result, wrong_entry
@@ -257,7 +259,12 @@ class Export:
 
 
 def export(
-    model: ReleasedModel, target: Path, *, format: str = "safetensors", allow_not_private: bool = False
+    model: ReleasedModel,
+    target: Path,
+    *,
+    format: str = "safetensors",
+    about: Publication | None = None,
+    allow_not_private: bool = False,
 ) -> Export:
     """Write a verified model for others.
 
@@ -267,6 +274,7 @@ def export(
             onnx, a new file ending in ``.pt2`` and ``.onnx``.
         format: safetensors, a copy of the model's files; torch-export or onnx, one graph from pixels to probabilities
             (``graph.py``).
+        about: what you say about the model, for its card and the metadata of a graph; None: nothing.
         allow_not_private: consent to export a model without a guarantee. It stays stamped NOT PRIVATE.
 
     Guarantee:
@@ -293,13 +301,13 @@ def export(
     apart = None
     if format == "safetensors":
         stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
-        content = {**model.content, "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
+        content = {**_described(model, about), "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
         files = _write_files(content, target)
         size = sum(map(len, content.values()))
     else:
         from dprandp.release.graph import graph_of
 
-        data, apart = graph_of(model, format)
+        data, apart = graph_of(model, format, about or Publication())
         with storage_errors(target.parent, "create"):
             target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, data)
@@ -308,6 +316,16 @@ def export(
     return Export(
         str(target), format, files, size, reason is None, result.epsilon, result.delta, model.sha256, apart
     )
+
+
+def _described(model: ReleasedModel, about: Publication | None) -> dict[str, bytes]:
+    """The model's files; where there is something to say, with it in config.json and on the card."""
+    if about is None or not about.said():
+        return model.content
+    card = published(model.content["MODEL_CARD.md"].decode("utf-8"), model.result, about).encode("utf-8")
+    config = from_json(model.content["config.json"]) | {"publication": about.said()}
+    config["sha256"] |= {"MODEL_CARD.md": hashlib.sha256(card).hexdigest()}
+    return {**model.content, "MODEL_CARD.md": card, "config.json": (to_json(config, indent=1) + "\n").encode("utf-8")}
 
 
 def _refuse_target(target: Path, format: str) -> None:

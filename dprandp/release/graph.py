@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from dprandp import __version__
+from dprandp.config.publication import Publication
 from dprandp.data import brought_to
 from dprandp.errors import DprandpError, UsageError
 from dprandp.models.precision import FLOAT32, precision_of
@@ -85,7 +86,7 @@ def resizing(side: int) -> Tensor:
     return functional.interpolate(each, size=(INPUT_SIZE, side), mode="bilinear", antialias=True)[0, 0]
 
 
-def graph_of(model: ReleasedModel, format: str) -> tuple[bytes, float]:
+def graph_of(model: ReleasedModel, format: str, about: Publication) -> tuple[bytes, float]:
     """The file of a model in a format of ``WRITERS``, checked against the model.
 
     Returns:
@@ -102,7 +103,7 @@ def graph_of(model: ReleasedModel, format: str) -> tuple[bytes, float]:
     for node in program.graph.nodes:  # paths and lines of source files on this machine
         for key in ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack"):
             node.meta.pop(key, None)
-    data, run = WRITERS[format](program, json.dumps(metadata(model), ensure_ascii=False))
+    data, run = WRITERS[format](program, json.dumps(metadata(model, about), ensure_ascii=False))
     return data, checked(model, run, format)
 
 
@@ -130,12 +131,13 @@ def checked(model: ReleasedModel, run: Callable[[np.ndarray], np.ndarray], forma
     return largest
 
 
-def metadata(model: ReleasedModel) -> dict[str, Any]:
+def metadata(model: ReleasedModel, about: Publication) -> dict[str, Any]:
     """What a user of the file has to know: how to make its input, what its output is, and the privacy disclosure."""
     height, width, channels = model.shape
     result, reason = model.result, model.not_private_because
     return {
         "made_by": f"dprandp {__version__}",
+        **about.said(),
         "input": {
             "name": INPUT,
             "type": "uint8",

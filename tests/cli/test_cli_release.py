@@ -253,6 +253,24 @@ def test_export_to_a_folder_that_works_by_itself(
     assert float(probability) == pytest.approx(row["probability"], abs=1e-4)
 
 
+def test_export_says_what_its_publisher_says(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    run, out = run_after("finetune"), tmp_path / "out"
+    before = state_of(run)
+    said = ("--title", "Shades", "--license", "mit", "--contact", "a@example.org", "--intended-use", "Telling shades.")
+    done = dprandp("export", "--run", run, "--out", out, *said)
+    assert done.code == 0, done.err
+    assert state_of(run) == before
+    assert json.loads((out / "config.json").read_text())["publication"] == {
+        "title": "Shades", "license": "mit", "contact": "a@example.org", "intended_use": "Telling shades."
+    }  # fmt: skip
+    card = (out / "MODEL_CARD.md").read_text()
+    assert card.startswith('---\nlicense: "mit"\n')
+    assert "resized to 12 × 12 pixels" in card
+    load_model(out)
+    done = dprandp("export", "--run", run, "--out", tmp_path / "other", "--contact", "two\nlines")
+    refused(done, 2, "contact is not one line")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "suffix"), [("torch-export", "pt2"), ("onnx", "onnx")])
 def test_export_as_a_graph(

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from released_models import ARCHITECTURES, CLASSES, pictures, released
 
+from dprandp.config.publication import Publication
 from dprandp.errors import DprandpError, UsageError
-from dprandp.release import Export, ReleasedModel, export, graph, predict
+from dprandp.release import Export, ReleasedModel, export, graph, load_model, predict
 
 SMALL = (12, 10, 1)
 """Height, width, channels: smaller than the network's input, not square, grey."""
@@ -160,6 +161,16 @@ def test_a_model_without_a_guarantee_keeps_its_stamp(tmp_path: Path) -> None:
     assert about["private"] is False
     assert about["epsilon"] == "inf"
     assert about["NOT PRIVATE"]
+
+
+def test_what_a_publisher_says_is_in_every_format(model: ReleasedModel, tmp_path: Path) -> None:
+    about = Publication(title="Animals", license="mit", contact="zoo@example.org")
+    export(model, tmp_path / "out", about=about)
+    again = load_model(tmp_path / "out")  # its hashes are right
+    assert json.loads(again.content["config.json"])["publication"] == about.said()
+    assert again.content["model.safetensors"] == model.content["model.safetensors"]
+    assert "* Contact: zoo@example.org" in again.content["MODEL_CARD.md"].decode()
+    assert graph.metadata(model, about).items() >= about.said().items()
 
 
 @pytest.mark.slow
