@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dprandp.config.publication import Publication
 from dprandp.config.schema import STAGE_CONFIGS, default_text
 from dprandp.config.settings import SLIP, Setting, choices_of, plain_type, settings_of, types_of
 
@@ -17,22 +18,26 @@ given on the command line, which overrides the file. This page is made from the 
 (`python scripts/settings_page.py`).
 """
 
+PUBLICATION = """What a publisher says about a model, on its card, in config.json and in the metadata of a graph. These
+are flags of one command, and stand in no configuration file.
+"""
+
 
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for stage, kind in STAGE_CONFIGS.items():
-        parts += [f"## `[{stage}]`\n", str(kind.__doc__).splitlines()[0] + "\n", table(stage)]
+        parts += [f"## `[{stage}]`\n", str(kind.__doc__).splitlines()[0] + "\n", table(kind, stage)]
+    parts += ["## `dprandp export`\n", PUBLICATION, table(Publication, None)]
     return "\n".join(parts)
 
 
-def table(stage: str) -> str:
-    """One stage's settings."""
-    kind = STAGE_CONFIGS[stage]
+def table(kind: type, stage: str | None) -> str:
+    """The settings of a stage, or of a kind that belongs to none."""
     rows = ["| setting | flag | values | default | what it is |", "|---|---|---|---|---|"]
     for name, made in settings_of(kind).items():
         flag = f"`{made.flag}`" if made.flag else "`--size`" if name == "size" else ""
-        default = default_text(stage, name) or default_of(kind, name)
+        default = (made.otherwise if stage is None else default_text(stage, name)) or default_of(kind, name)
         cells = (f"`{name}`", flag, values(types_of(kind)[name], made), default, made.help)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

@@ -9,7 +9,9 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, OUTPUT, PRIVACY, Call, option
-from dprandp.errors import UsageError
+from dprandp.config.publication import Publication
+from dprandp.config.settings import checked
+from dprandp.errors import InputError, UsageError
 from dprandp.runs.directory import RunDir
 
 app = typer.Typer()
@@ -204,64 +206,70 @@ def priors(
 @flags.command(app, "A model", options=flags.TALKING)
 def predict(
     call: Call,
-    images: Annotated[list[Path] | None, typer.Argument(help="Image files of any size.", metavar="IMAGE...",
-                                                        show_default=False, rich_help_panel=DATA)] = None,
-    data: Annotated[str | None, option("npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH (every "
-                                       "image below it; other files are skipped and counted). Labels are not read.",
-                                       DATA, metavar="NAME")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files of any size, and folders: every image below "
+                                                             "one is taken, other files are skipped and counted.",
+                                                        metavar="IMAGE|DIR...", show_default=False,
+                                                        rich_help_panel=DATA)] = None,
+    data: Annotated[str | None, option("npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH. "
+                                       "Labels are not read.", DATA, metavar="NAME")] = None,
     model: Annotated[Path | None, option("A model/ folder or an export. Default: the run's.", DATA,
                                          metavar="DIR")] = None,
-    out: Annotated[Path | None, option("Write a table with the probability of every class. Default: print class and "
-                                       "probability.", OUTPUT, metavar="FILE.csv")] = None,
+    out: Annotated[Path | None, option("Write the probability of every class to a file, CSV or JSON by its name. "
+                                       "Default: print class and probability.", OUTPUT,
+                                       metavar="FILE.csv|FILE.json")] = None,
     overwrite: Annotated[bool, option("Replace the file of --out.", OUTPUT, "--overwrite")] = False,
 ) -> None:  # fmt: skip
     """Classify images with a run's model. Reads only its model/ folder and the images.
 
+    An image that cannot be read gets a row that says so, and the others are classified; the exit code is then 3.
+
     [dim]dprandp predict scan1.png scan2.png[/dim]
-    [dim]dprandp predict --model exported/ --data folder:new-scans --out answers.csv[/dim]
+    [dim]dprandp predict --model exported/ new-scans/ --out answers.csv[/dim]
     """
     console = session.console(call.options)
-    from dprandp import release
-    from dprandp.runs.files import atomic_write
+    from dprandp.release import predictions
 
-    if out is not None and out.exists() and not overwrite:
-        raise UsageError(f"{out} exists", fix="give another name, or --overwrite")
+    if out is not None:
+        predictions.refuse_target(out, overwrite)
     loaded = session.released_model(call.options.run, model)
     skipped: dict[str, int] = {}
-    rows = release.predict(loaded, images or [], data, skipped.update)
+    blocks = predictions.predictions(loaded, images or [], data, skipped.update)
     if skipped:
-        console.warn(release.skipped_text(skipped))
-    if out is not None:
-        atomic_write(out, release.prediction_csv(rows))
-    result = {
-        "data": loaded.result.data,
-        "private": loaded.not_private_because is None,
-        "out": None if out is None else str(out),
-        "predictions": rows,
-        "skipped_files": sum(skipped.values()),
-        "skipped_kinds": skipped,
-    }
-    line = release.prediction_lines(rows) if out is None else f"predict: {len(rows)} images, written to {out}"
-    console.result(result, line)
+        console.warn(predictions.skipped_text(skipped))
+    result = predictions.answer(
+        loaded, blocks, out, keep=call.options.json, skipped=skipped,
+        say=lambda lines: None if call.options.json else console.result({}, lines),
+    )  # fmt: skip
+    count, bad = result["images"], result["unreadable"]
+    if bad:
+        console.warn(f"{bad} of {count} images cannot be read; their rows say why")
+    if call.options.json or out is not None:
+        console.result(result, f"predict: {count} images, written to {out}")
+    raise typer.Exit(InputError.exit_code if bad else 0)
 
 
-@flags.command(app, "A model", options=flags.TALKING)
+@flags.command(app, "A model", flags.of_publication(), flags.TALKING)
 def export(
     call: Call,
     *,
     allow_not_private: Annotated[bool, option("Export the model even if it is NOT PRIVATE; the stamp stays.", PRIVACY,
                                               "--allow-not-private")] = False,
-    out: Annotated[Path, option("A new folder, or a new file whose name ends in .zip.", OUTPUT,
-                                metavar="DIR|FILE.zip")],
+    format: Annotated[str, option("safetensors: the model's files, and an example that loads them with dprandp. "
+                                  "torch-export, onnx: one graph from pixels to probabilities, which runs without "
+                                  "dprandp.", OUTPUT, metavar="safetensors|torch-export|onnx")] = "safetensors",
+    out: Annotated[Path, option("A new folder or FILE.zip (safetensors), FILE.pt2 (torch-export), FILE.onnx (onnx).",
+                                OUTPUT, metavar="DIR|FILE")],
 ) -> None:  # fmt: skip
-    """Copy a run's model, verified, for others: weights, configuration, model card, and an example that loads them.
+    """Write a run's model for others, verified: as its files, or as one graph for torch or ONNX alone.
 
     [dim]dprandp export --out scans-classifier[/dim]
-    [dim]dprandp export --run runs/cifar --out cifar.zip[/dim]
+    [dim]dprandp export --license cc-by-4.0 --contact "a@b.org" --format onnx --out scans.onnx[/dim]
     """
     console = session.console(call.options)
     from dprandp import release
 
+    said = {name: text for name, text in call.given["publication"].items() if text is not None}
+    about = checked("export", Publication, said)
     model = session.released_model(call.options.run, None)
-    result = release.export(model, out, allow_not_private=allow_not_private)
+    result = release.export(model, out, format=format, about=about, allow_not_private=allow_not_private)
     console.result(result, release.export_line(result))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dprandp.config.publication import Publication
 from dprandp.config.schema import STAGE_CONFIGS, default_text
 from dprandp.config.settings import (
     DATA,
@@ -138,6 +139,15 @@ def of_settings(*stages: str, names: Sequence[str] | None = None, prefix: str = 
         parameter = _parameter(prefix.replace("-", "_") + name, plain_type(hint) | None, shown)
         flags.append(Flag(parameter, tuple((stage, name) for stage in stages)))
     return flags
+
+
+def of_publication() -> list[Flag]:
+    """The flags of ``export`` by which a publisher describes a model; given under the name ``publication``."""
+    return [
+        Flag(_parameter(name, str | None, option(f"{made.help} Default: {made.otherwise}.", made.panel, made.flag,
+                                                 made.metavar)), (("publication", name),))
+        for name, made in settings_of(Publication).items()
+    ]  # fmt: skip
 
 
 def command(

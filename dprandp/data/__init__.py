@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dprandp.data.base import DataCheck, Dataset, DataSpec, Split, check_data, public_part, without_public_part
-from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
+from dprandp.data.decode import brought_to, image_files, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
@@ -24,7 +24,8 @@ from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data",
-    "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "image_files", "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text",
+    "without_public_part",
 ]  # fmt: skip
 
 

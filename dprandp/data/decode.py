@@ -366,7 +366,7 @@ def read_unlabelled(
         raise UsageError(f"--data {data!r} names no images to classify", fix="give npz:PATH, folder:PATH, or files")
     names, parts, files = [], [], list(paths)
     if kind == "folder":
-        found, skipped = _below(Path(rest).expanduser())
+        found, skipped = image_files(Path(rest).expanduser())
         files += found
         if skipped:
             on_skipped(skipped)
@@ -413,7 +413,7 @@ def skipped_text(kinds: Mapping[str, int]) -> str:
     return f"skipped {what} by name: {listed}; readable are {' '.join(EXTENSIONS)}"
 
 
-def _below(folder: Path) -> tuple[list[Path], dict[str, int]]:
+def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """Every image file below a folder, by path, and how many other files of each kind; litter is in neither."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", fix="check the path")

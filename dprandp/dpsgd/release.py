@@ -78,7 +78,7 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
         before = rundir.result(PretrainResult), rundir.result(GenerateResult), continued
         arch = before[0].arch
     result = replace(result, data=public_data_name(result.data))
-    card = model_card(result, *before)
+    card = model_card(result, *before, shape=stage.spec.image_shape)
     content = {"model.safetensors": tensors_to_bytes(model.state_dict()), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 
 from dprandp import __version__
+from dprandp.config.publication import Publication
+from dprandp.report.card_head import default_title, head, without_head
 from dprandp.report.disclosure import (
     class_figures,
     disclosure,
@@ -49,7 +51,7 @@ images, not the images that the model classifies.
 {title} (`{data}`): {train} training images{units}{public_part}, {test} test images. Classes: {classes}.
 
 Licence of the data: not known to this program. Check the terms of the data set before you publish the model.
-
+{preprocessing}
 ## How it was trained
 
 {start} {trained} trained on the data with {learner}: {steps} steps, expected batch {batch}, learning rate {lr}, \
@@ -75,9 +77,10 @@ def model_card(
     pretrain: PretrainResult | None,
     generate: GenerateResult | None,
     continued: ContinueResult | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> str:
     """Markdown for ``model/MODEL_CARD.md`` from the results of the private stage that made the model and of the stages
-    before it (None for a model trained from scratch)."""
+    before it (None for a model trained from scratch). ``shape``: height, width, channels of the data's images."""
     rows = disclosure(result, pretrain, generate, continued)
     classes, private = result.classes, why_not_private(result) is None
     names = ", ".join(_plain(name) for name in classes[:MOST_CLASSES])
@@ -102,6 +105,7 @@ def model_card(
         public_part=public_part,
         test=result.test_examples,
         classes=names,
+        preprocessing=_preprocessing(shape, result.mirror),
         start=_start(result, pretrain, generate, continued),
         trained="A linear head was" if result.stage == "probe" else "All parameters were",
         learner="DP-SGD" if private else "the procedure of DP-SGD, without its guarantee",
@@ -114,7 +118,38 @@ def model_card(
         classes_table=_classes(result),
         disclosure="\n".join(card_rows(rows)),
     )
-    return card.replace("\u00a0", " ")
+    return head(result, Publication()) + card.replace("\u00a0", " ")
+
+
+def published(card: str, result: PrivateResult, about: Publication) -> str:
+    """A model's card with what its publisher says about it; the rest stays as it is."""
+    body = without_head(card)
+    said = [f"* {name}: {_plain(text)}" for name, text in (("Licence of this model", about.license),
+                                                           ("Contact", about.contact)) if text]  # fmt: skip
+    title, _, rest = body.partition("\n")
+    if about.title:
+        title = f"# {_plain(about.title)}\n\n{_plain(default_title(result).capitalize())}."
+    if said:
+        rest = "\n" + "\n".join(said) + "\n" + rest
+    if about.intended_use:
+        heading = "## Intended use\n\n"
+        rest = rest.replace(heading, f"{heading}As the publisher says: {_plain(about.intended_use)}\n\n", 1)
+    return f"{head(result, about)}{title}\n{rest}"
+
+
+def _preprocessing(shape: tuple[int, ...] | None, mirror: bool) -> str:
+    """What happens to an image before the network; nothing where it is not known."""
+    if shape is None:
+        return ""
+    height, width, channels = shape
+    colour = "grey" if channels == 1 else "RGB"
+    average = " The features of an image and of its mirror image are averaged." if mirror else ""
+    return (
+        f"\n## Preprocessing\n\nAn image is decoded to 8-bit {colour}, cut to its largest centred part of the "
+        f"proportions {height} : {width} (height : width), and resized to {height} × {width} pixels (bicubic). "
+        f"For the network it is then resized (bilinear, antialiased) and scaled by constants that do not depend on the "
+        f"data.{average} `dprandp predict` does all of this, an exported graph what follows the first resize.\n"
+    )
 
 
 def card_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:

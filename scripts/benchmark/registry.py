@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark import accounting, finetuning, generator, patchnet, pretraining, probe
+from benchmark import accounting, finetuning, generator, patchnet, predicting, pretraining, probe
 from benchmark.pairs import Pair
 
 PAIRS: dict[str, Pair] = {
@@ -18,6 +18,7 @@ PAIRS: dict[str, Pair] = {
         Pair("one-view", "a step of 1 view against a non-private one", finetuning.plain_case("one-view", 2, None)),
         Pair("one-view-opacus", "a step of 1 view against Opacus", finetuning.opacus_case("one-view-opacus", None)),
         Pair("patchnet-gradients", "its per-example gradients against autograd", patchnet.gradients_case),
+        Pair("predict", "predict on a folder against loops over its files", predicting.case),
         Pair("accountant", "cold calibration at ε = 1", accounting.case(accounting.SETTINGS)),
         Pair("accountant-eps8", "cold calibration at ε = 8", accounting.case(accounting.LARGER_BUDGET)),
     )

@@ -104,12 +104,39 @@ def test_predict_writes_csv(dprandp: Dprandp, stages: dict[str, Path], tmp_path:
     command = ("predict", "--run", stages["finetune"], "--data", "npz:tiny.npz", "--out", out)
     assert dprandp(*command).out == f"predict: 30 images, written to {out}\n"
     rows = list(csv.DictReader(out.open()))
-    assert list(rows[0]) == ["image", "class", "probability", "dark", "grey", "bright"]
+    assert list(rows[0]) == ["image", "class", "probability", "dark", "grey", "bright", "error"]
     assert all(float(row[row["class"]]) == float(row["probability"]) for row in rows)
     refused(dprandp(*command), 2, "answers.csv exists", "--overwrite")
     refused(dprandp("predict", "--run", tmp_path / "no", "x.png"), 3, "there is no run at")
+    refused(dprandp(*command[:-1], "answers.txt"), 2, "its name ends in .txt", ".csv or .json")
     line = dprandp("predict", "--model", stages["finetune"] / "model", PICTURE, "--overwrite", folder=tmp_path).out
     assert line == f"{PICTURE}  {rows[0]['class']}  {float(rows[0]['probability']):.4f}\n"
+
+
+def test_predict_goes_on_past_an_image_that_cannot_be_read(
+    dprandp: Dprandp, model_alone: Path, tmp_path: Path
+) -> None:
+    scans, out = tmp_path / "scans", tmp_path / "answers.json"
+    (scans / "deep").mkdir(parents=True)
+    for index in range(2):
+        Image.fromarray(arrays()["x_test"][index]).save(scans / "deep" / f"{index}.png")
+    (scans / "broken.png").write_text("no image")
+    command = ("predict", "--model", model_alone, "scans", "none.png")
+    done = dprandp(*command, folder=tmp_path)
+    assert done.code == 3
+    assert "2 of 4 images cannot be read" in done.err
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "scans/broken.png", "scans/deep/0.png", "scans/deep/1.png", "none.png"
+    ]  # fmt: skip
+    assert "error: scans/broken.png is damaged or not an image" in lines[0]
+    assert "error: there is no file none.png" in lines[3]
+    done = dprandp(*command, "--json", folder=tmp_path)
+    assert (done.code, done.json["images"], done.json["unreadable"]) == (3, 4, 2)
+    written = dprandp(*command, "--json", "--out", out, folder=tmp_path)
+    assert (written.code, written.json) == (3, done.json | {"out": str(out), "predictions": None})
+    assert json.loads(out.read_text())["predictions"] == done.json["predictions"]
+    assert dprandp("predict", "--model", model_alone, "scans/deep", folder=tmp_path).code == 0
 
 
 def test_predict_refuses(model_alone: Path, tmp_path: Path) -> None:
@@ -224,6 +251,39 @@ def test_export_to_a_folder_that_works_by_itself(
     row = predict(load_model(out), [tmp_path / "new.png"])[0]
     assert (path, answer) == (str(tmp_path / "new.png"), row["class"])
     assert float(probability) == pytest.approx(row["probability"], abs=1e-4)
+
+
+def test_export_says_what_its_publisher_says(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    run, out = run_after("finetune"), tmp_path / "out"
+    before = state_of(run)
+    said = ("--title", "Shades", "--license", "mit", "--contact", "a@example.org", "--intended-use", "Telling shades.")
+    done = dprandp("export", "--run", run, "--out", out, *said)
+    assert done.code == 0, done.err
+    assert state_of(run) == before
+    assert json.loads((out / "config.json").read_text())["publication"] == {
+        "title": "Shades", "license": "mit", "contact": "a@example.org", "intended_use": "Telling shades."
+    }  # fmt: skip
+    card = (out / "MODEL_CARD.md").read_text()
+    assert card.startswith('---\nlicense: "mit"\n')
+    assert "resized to 12 × 12 pixels" in card
+    load_model(out)
+    done = dprandp("export", "--run", run, "--out", tmp_path / "other", "--contact", "two\nlines")
+    refused(done, 2, "contact is not one line")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "suffix"), [("torch-export", "pt2"), ("onnx", "onnx")])
+def test_export_as_a_graph(
+    dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path, format: str, suffix: str
+) -> None:
+    out = tmp_path / f"tiny.{suffix}"
+    done = dprandp("export", "--run", stages["finetune"], "--format", format, "--out", out)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert "equal to the model within" in done.out
+    assert local_paths(tmp_path, [str(stages["finetune"]), str(tmp_path), str(Path(__file__).parents[2])]) == []
+    refused(dprandp("export", "--run", stages["finetune"], "--format", format, "--out", out), 2, "exists")
+    refused(dprandp("export", "--run", stages["finetune"], "--out", out), 2, f"--format {format}")
 
 
 def test_export_to_a_zip(dprandp: Dprandp, model_alone: Path, stages: dict[str, Path], tmp_path: Path) -> None:

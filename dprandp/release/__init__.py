@@ -5,9 +5,9 @@ Only the three files of ``model/`` are read: a released model works without the 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +18,19 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
-from dprandp.data import brought_to, read_unlabelled
-from dprandp.data import skipped_text as skipped_text
+from dprandp.config.publication import Publication
+from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
-from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
+from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
 from dprandp.models.precision import BFLOAT16, FLOAT32
 from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
 from dprandp.runs.directory import RunDir
-from dprandp.runs.files import atomic_write, from_json, storage_errors
+from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.records import read
 from dprandp.runs.results import RESULTS, PrivateResult, kind_of, read_result, wrong_entry
@@ -60,6 +61,11 @@ class ReleasedModel:
     content: dict[str, bytes]
 
     @property
+    def sha256(self) -> str:
+        """Of the weights, ``model.safetensors``."""
+        return hashlib.sha256(self.content["model.safetensors"]).hexdigest()
+
+    @property
     def not_private_because(self) -> str | None:
         """The reason for the stamp NOT PRIVATE; None for a private model."""
         return why_not_private(self.result)
@@ -72,14 +78,16 @@ class ReleasedModel:
         return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
-        """``predict`` for an image file, several, or uint8 [height, width, channels] or [N, height, width, channels].
+        """``predict`` for image files and folders, or uint8 [height, width, channels] or [N, height, width, channels].
 
         Raises:
             InputError: a file is missing or damaged, or an array holds no images.
         """
         if isinstance(images, np.ndarray):
+            from dprandp.release.predictions import classified
+
             pixels = brought_to(images, self.shape)
-            return _rows(self, [f"[{index}]" for index in range(len(pixels))], pixels)
+            return classified(self, [f"[{index}]" for index in range(len(pixels))], pixels)
         paths = [images] if isinstance(images, Path | str) else images
         return predict(self, [Path(path) for path in paths])
 
@@ -231,33 +239,54 @@ for row in predict(model, [Path(name) for name in sys.argv[1:]]):
 '''
 
 
+SUFFIXES = {"safetensors": ".zip", "torch-export": ".pt2", "onnx": ".onnx"}
+"""The formats of an export, and how a file of each is called; safetensors may be a folder too."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What ``export`` has written."""
 
     export: str  # path
+    format: str
     files: tuple[str, ...]
     bytes: int  # in all
     private: bool
     epsilon: float
     delta: float
+    sha256: str  # of the model's weights, in its metadata too
+    largest_difference: float | None  # of a probability between a graph and the model, on synthetic images
 
 
-def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = False) -> Export:
-    """Write a copy of a verified model.
+def export(
+    model: ReleasedModel,
+    target: Path,
+    *,
+    format: str = "safetensors",
+    about: Publication | None = None,
+    allow_not_private: bool = False,
+) -> Export:
+    """Write a verified model for others.
 
     Args:
         model: see ``load_model``; its bytes in memory are written, so nothing can change in between.
-        target: a folder that is new or empty, or a new file ending in ``.zip``.
+        target: for safetensors, a folder that is new or empty, or a new file ending in ``.zip``; for torch-export and
+            onnx, a new file ending in ``.pt2`` and ``.onnx``.
+        format: safetensors, a copy of the model's files; torch-export or onnx, one graph from pixels to probabilities
+            (``graph.py``).
+        about: what you say about the model, for its card and the metadata of a graph; None: nothing.
         allow_not_private: consent to export a model without a guarantee. It stays stamped NOT PRIVATE.
 
     Guarantee:
-        Nothing but ``EXPORTED_FILES`` is written, and every byte of them is releasable.
+        Of safetensors nothing but ``EXPORTED_FILES`` is written. All bytes of every format are releasable. A graph was
+        compared with the model before it is written.
 
     Raises:
-        UsageError: the target exists, or the model is not private and no consent was given.
-        CheckpointError: a model that is not private has a card that does not say so. StorageError: the disk refuses.
+        UsageError: the target exists or is called like another format's, a library is missing, or the model is not
+            private and no consent was given. CheckpointError: a model that is not private has a card that does not say
+            so. StorageError: the disk refuses.
     """
+    _refuse_target(target, format)
     reason = model.not_private_because
     if reason is not None and not allow_not_private:
         raise UsageError(
@@ -269,30 +298,81 @@ def export(model: ReleasedModel, target: Path, *, allow_not_private: bool = Fals
         raise CheckpointError(
             "the model is NOT PRIVATE, but its MODEL_CARD.md does not say so", fix="restore model/ from a copy"
         )
-    stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
-    content = {**model.content, "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
+    apart = None
+    if format == "safetensors":
+        stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
+        content = {**_described(model, about), "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
+        files = _write_files(content, target)
+        size = sum(map(len, content.values()))
+    else:
+        from dprandp.release.graph import graph_of
+
+        data, apart = graph_of(model, format, about or Publication())
+        with storage_errors(target.parent, "create"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, data)
+        files, size = (target.name,), len(data)
+    result = model.result
+    return Export(
+        str(target), format, files, size, reason is None, result.epsilon, result.delta, model.sha256, apart
+    )
+
+
+def _described(model: ReleasedModel, about: Publication | None) -> dict[str, bytes]:
+    """The model's files; where there is something to say, with it in config.json and on the card."""
+    if about is None or not about.said():
+        return model.content
+    card = published(model.content["MODEL_CARD.md"].decode("utf-8"), model.result, about).encode("utf-8")
+    config = from_json(model.content["config.json"]) | {"publication": about.said()}
+    config["sha256"] |= {"MODEL_CARD.md": hashlib.sha256(card).hexdigest()}
+    return {**model.content, "MODEL_CARD.md": card, "config.json": (to_json(config, indent=1) + "\n").encode("utf-8")}
+
+
+def _refuse_target(target: Path, format: str) -> None:
+    """Refuse an unknown format, a name that another format or none has, and whatever exists."""
+    if format not in SUFFIXES:
+        raise UsageError(f"there is no format {format!r}", fix=nearest(format, SUFFIXES))
+    suffix, wanted = target.suffix.lower(), SUFFIXES[format]
+    may_be_folder = format == "safetensors" and not FILE_SUFFIX.fullmatch(suffix)
+    if suffix != wanted and not may_be_folder and not (format == "safetensors" and target.is_dir()):
+        other = next((name for name, its in SUFFIXES.items() if its == suffix), None)
+        kind = f"is called like a file of --format {other}" if other else f"does not end in {wanted}"
+        folder = ", or a folder without an ending" if format == "safetensors" else ""
+        raise UsageError(
+            f"{target} {kind}, and --format is {format}",
+            fix=f"give a name ending in {wanted}{folder}" + (f", or --format {other}" if other else ""),
+        )
+    if suffix == wanted and target.exists():
+        raise UsageError(f"{target} exists", fix="give another name, or delete it first")
+
+
+FILE_SUFFIX = re.compile(r"\.[a-z]\w*|\.7z")
+"""The ending of a file's name; that of a folder may be a number, as in ``scans-v1.2``."""
+
+
+def _write_files(content: dict[str, bytes], target: Path) -> tuple[str, ...]:
     if target.suffix.lower() == ".zip":
-        if target.exists():
-            raise UsageError(f"{target} exists", fix="give another name, or delete it first")
         with storage_errors(target.parent, "create"):
             target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, _zipped(content, target.stem))
-    else:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target} exists and is not empty", fix="give a new folder, or a name ending .zip")
-        with storage_errors(target, "create"):
-            target.mkdir(parents=True, exist_ok=True)
-        for name in EXPORTED_FILES:
-            atomic_write(target / name, content[name])
-    size = sum(map(len, content.values()))
-    return Export(str(target), EXPORTED_FILES, size, reason is None, model.result.epsilon, model.result.delta)
+        return EXPORTED_FILES
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists and is not empty", fix="give a new folder, or a name ending .zip")
+    with storage_errors(target, "create"):
+        target.mkdir(parents=True, exist_ok=True)
+    for name in EXPORTED_FILES:
+        atomic_write(target / name, content[name])
+    return EXPORTED_FILES
 
 
 def export_line(made: Export) -> str:
     """``export`` for people."""
-    size = f"{len(made.files)} files, {made.bytes / 1e6:.1f} MB"
+    size = f"{len(made.files)} file{'s' * (len(made.files) > 1)}, {made.bytes / 1e6:.1f} MB"
     stamp = f"ε = {made.epsilon:.4g}, δ = {made.delta:g}" if made.private else "NOT PRIVATE"
-    return f"export: {made.export} ({size}; {stamp})"
+    checked = ""
+    if made.largest_difference is not None:
+        checked = f"; equal to the model within {made.largest_difference:.0e} on synthetic images"
+    return f"export: {made.export} ({size}; {stamp}{checked})"
 
 
 def _zipped(content: dict[str, bytes], folder: str) -> bytes:
@@ -313,10 +393,10 @@ def predict(
     data: str | None = None,
     on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
 ) -> list[dict[str, Any]]:
-    """The most probable class of each image.
+    """The most probable class of each image; ``predictions.predictions`` goes on past an image that cannot be read.
 
     Args:
-        images: image files of any size.
+        images: image files of any size, and folders of them.
         data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
         on_skipped: called with the number of files of each kind that were skipped, where there are any.
 
@@ -326,32 +406,6 @@ def predict(
     Raises:
         InputError: an image is missing or damaged. UsageError: there is none.
     """
-    names, pixels = read_unlabelled(images, data, model.shape, on_skipped)
-    return _rows(model, names, pixels)
+    from dprandp.release.predictions import predictions
 
-
-def _rows(model: ReleasedModel, names: Sequence[str], pixels: np.ndarray) -> list[dict[str, Any]]:
-    rows = []
-    for name, row in zip(names, model.probabilities(pixels).tolist(), strict=True):
-        probabilities = dict(zip(model.classes, row, strict=True))
-        best = max(probabilities, key=probabilities.__getitem__)
-        rows.append({"image": name, "class": best, "probability": probabilities[best], "probabilities": probabilities})
-    return rows
-
-
-def prediction_lines(rows: list[dict[str, Any]]) -> str:
-    """``predict`` for people: one line per image, aligned."""
-    wide = max(len(row["image"]) for row in rows)
-    long = max(len(row["class"]) for row in rows)
-    return "\n".join(f"{row['image']:<{wide}}  {row['class']:<{long}}  {row['probability']:.4f}" for row in rows)
-
-
-def prediction_csv(rows: list[dict[str, Any]]) -> str:
-    """``predict`` as CSV: image, class, probability, then the probability of every class under its name."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "class", "probability", *rows[0]["probabilities"]])
-    for row in rows:
-        numbers = [row["probability"], *row["probabilities"].values()]
-        writer.writerow([row["image"], row["class"], *(f"{value:.6g}" for value in numbers)])
-    return text.getvalue()
+    return [row for block in predictions(model, images, data, on_skipped, strict=True) for row in block]
