@@ -208,7 +208,7 @@ def predict(
     call: Call,
     images: Annotated[list[Path] | None, typer.Argument(help="Image files of any size, and folders: every image below "
                                                              "one is taken, other files are skipped and counted.",
-                                                        metavar="IMAGE|DIR...", show_default=False,
+                                                        metavar="IMAGE|DIR", show_default=False,
                                                         rich_help_panel=DATA)] = None,
     data: Annotated[str | None, option("npz:PATH (uint8 images in the array images, x or x_test) or folder:PATH. "
                                        "Labels are not read.", DATA, metavar="NAME")] = None,

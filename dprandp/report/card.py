@@ -128,7 +128,7 @@ def published(card: str, result: PrivateResult, about: Publication) -> str:
                                                            ("Contact", about.contact)) if text]  # fmt: skip
     title, _, rest = body.partition("\n")
     if about.title:
-        title = f"# {_plain(about.title)}\n\n{_plain(default_title(result).capitalize())}."
+        title = f"# {_plain(about.title)}\n\nI{_plain(default_title(result))[1:]}."
     if said:
         rest = "\n" + "\n".join(said) + "\n" + rest
     if about.intended_use:

@@ -54,7 +54,7 @@ def test_a_publisher_is_quoted_on_the_card() -> None:
     assert facts["license"] == "cc-by-4.0"
     assert facts["model-index"][0]["name"] == "Digits of the post"
     body = without_head(shown).replace("\\", "")
-    assert body.startswith("# Digits of the post\n")
+    assert body.startswith("# Digits of the post\n\nImage classifier for Handwritten digits.\n")
     for text in ("* Licence of this model: CC-BY-4.0\n", "* Contact: post@example.org\n",
                  "## Intended use\n\nAs the publisher says: Sorting letters_by hand.\n\nAssigning"):  # fmt: skip
         assert text in body
