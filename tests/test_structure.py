@@ -146,7 +146,8 @@ NARROWER = {
     "synth": {"errors"},
     "privacy": {"errors", "threads"},  # so that it can be read, tested and trusted alone
     "vision": {"errors"},
-    "data": {"errors", "runs.results"},  # how a result names the unit of privacy
+    # how a result names the unit of privacy, and the declared rules by which files are decoded
+    "data": {"errors", "runs.results", "config.decoding", "config.settings"},
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {
         "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger", "privacy.opinions",

@@ -9,6 +9,7 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, OUTPUT, PRIVACY, Call, option
+from dprandp.config.schema import DATA_SETTINGS, build
 from dprandp.errors import UsageError
 from dprandp.runs.directory import RunDir
 
@@ -112,7 +113,7 @@ def account(
     console.result(result, calculator.account_lines(result))
 
 
-@flags.command(app, "About a run", flags.of_settings("probe", names=("unit_column", "classes")),
+@flags.command(app, "About a run", flags.of_settings("probe", names=DATA_SETTINGS[1:]),
                ("json", "debug", "data_dir", "download"))  # fmt: skip
 def datasets(
     call: Call,
@@ -131,11 +132,12 @@ def datasets(
 
     options, given = call.options, call.given["probe"]
     if check is not None:
-        found = overview.check_dataset(check, options.data_dir, given["classes"], given["unit_column"])
+        asked = {name: value for name, value in given.items() if value is not None}
+        found = overview.check_dataset(build("probe", asked | {"data": check}), options.data_dir)
         console.say("these counts are of private data, without noise: do not publish them")
         return console.result(found, overview.check_lines(found))
-    if any(value is not None for value in given.values()):
-        raise UsageError("--unit-column and --classes need --check", fix="name the data set with --check NAME")
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"--{idle[0].replace('_', '-')} needs --check", fix="name the data set with --check NAME")
     rows = overview.datasets(options.data_dir, data, download=options.download)
     return console.result({"datasets": rows}, overview.dataset_lines(rows))
 

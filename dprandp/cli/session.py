@@ -11,7 +11,15 @@ from typing import Any
 
 from dprandp.cli import together
 from dprandp.cli.flags import DEFAULT_RUN, Call, Options
-from dprandp.config.schema import SIZES, WITHOUT_PHASE_ONE, PrivateConfig, StageConfig, as_dict
+from dprandp.config.schema import (
+    DATA_SETTINGS,
+    SIZES,
+    WITHOUT_PHASE_ONE,
+    PrivateConfig,
+    StageConfig,
+    as_dict,
+    data_options,
+)
 from dprandp.config.schema import resolve as resolve_config
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import InputError, UsageError
@@ -74,7 +82,7 @@ def resolve(
     if size is None and before:
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
-    decided = ("data", "epsilon", "delta", "classes", "unit_column", "noise")
+    decided = (*DATA_SETTINGS, "epsilon", "delta", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
         if "data" in recorded.get("finetune", {}):  # its path may be newer
@@ -85,7 +93,7 @@ def resolve(
             inherited["colour"] = "both"
     elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget
         other = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
-        known = ("data", "classes", "unit_column") if other.get("mix") == "public" else decided  # it had no budget
+        known = DATA_SETTINGS if other.get("mix") == "public" else decided  # it had no budget
         inherited |= {k: v for k, v in other.items() if k in known}
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 
@@ -139,10 +147,7 @@ def require_data(config: PrivateConfig, options: Options) -> None:
     """
     from dprandp.data import open_dataset
 
-    open_dataset(
-        config.data, options.data_dir, download=options.download, num_classes=config.classes,
-        unit_column=config.unit_column,
-    ).require()  # fmt: skip
+    open_dataset(config.data, options.data_dir, download=options.download, **data_options(config)).require()
 
 
 def context(rundir: RunDir, console: Console, options: Options):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dprandp.config import presets
+from dprandp.config.decoding import RULES, Decoding, decoding_of
 from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
@@ -67,7 +68,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Private(Network, Common):
+class Private(Network, Decoding, Common):
     """Settings of the private stages: the data, the budget and the noise."""
 
     data: str = setting(
@@ -366,6 +367,9 @@ class FinetuneConfig(Private):
 StageConfig = GenerateConfig | PretrainConfig | ContinueConfig | ProbeConfig | FinetuneConfig
 PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
 
+DATA_SETTINGS = ("data", "classes", "unit_column", *RULES)
+"""The settings of a private stage that say which data it reads, and how."""
+
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
     "pretrain": PretrainConfig,
@@ -560,6 +564,16 @@ def _refuse_network_setting(key: str, source: str) -> None:
         f"--{key.replace('_', '-')} sets a new network, but --from {source} continues an existing one",
         fix="give --from scratch or --init FILE with it, or leave it out",
     )
+
+
+def data_options(config: PrivateConfig) -> dict[str, Any]:
+    """The options of ``data.open_dataset`` for a stage's own data."""
+    return {"num_classes": config.classes, "unit_column": config.unit_column, "decoding": decoding_of(config)}
+
+
+def public_data_options(config: PrivateConfig, name: str) -> dict[str, Any]:
+    """Those for a set of that name which its owner declares public: a folder is read by the same rules."""
+    return {"decoding": decoding_of(config)} if name.startswith("folder:") else {}
 
 
 def public_data_name(name: str) -> str:

@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dprandp.config.decoding import REFUSE, Decoding, flag
 from dprandp.data.base import DataCheck, Dataset, DataSpec, Split, check_data, public_part, without_public_part
 from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
 from dprandp.data.folder import open_folder
@@ -35,6 +36,7 @@ def open_dataset(
     download: bool = False,
     num_classes: int | None = None,
     unit_column: str | None = None,
+    decoding: Decoding = REFUSE,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
 
@@ -44,6 +46,7 @@ def open_dataset(
         download: fetch a known set's files where ``require``, ``train`` or ``test`` find them missing.
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
+        decoding: for image files, how ambiguous ones are read.
 
     Raises:
         UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
@@ -54,6 +57,11 @@ def open_dataset(
     idle = "num_classes" if num_classes is not None and not name.startswith("npz:") else None
     if unit_column not in (None, EACH_IMAGE) and not own:
         idle = "unit_column"
+    if kind != "folder" and decoding != REFUSE:
+        raise UsageError(
+            f"{flag(min(decoding.as_dict()))} says how image files are read, but {name} is not a folder of them",
+            fix="leave it out, or give --data folder:PATH",
+        )
     if idle:
         raise UsageError(f"{idle} does not apply to the data set {name}", fix=f"leave {idle} out: it is known")
     if own:
@@ -65,7 +73,7 @@ def open_dataset(
             path = Path(rest).expanduser()
             if kind == "npz":
                 return open_npz(path, num_classes, unit_column)
-            return open_folder(path, unit_column)
+            return open_folder(path, unit_column, decoding)
         except RuntimeError as error:  # of expanduser
             raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
         except OSError as error:  # only the number: its file name may be that of a private example

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.data.units import Units, unit_text
 from dprandp.errors import InputError, UsageError
 
@@ -42,6 +43,7 @@ class DataSpec:
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
         unit_count: the number of those units, public like N; None where each image is one.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
+        decoding: the declared rules by which its image files are read.
     """
 
     name: str
@@ -59,6 +61,7 @@ class DataSpec:
     unit_column: str | None = None
     unit_count: int | None = None
     published_delta: float | None = None
+    decoding: Decoding = REFUSE
 
     @property
     def unit(self) -> str:

@@ -1,7 +1,8 @@
 """Image files to uint8 arrays: safely, and the same on every machine; training images, and new images to classify.
 
 Ambiguous files are refused: rotation flags, 16-bit values, transparency, printing colours, several frames. A silent
-conversion would be a silent change of the data.
+conversion would be a silent change of the data. A declared rule (``config/decoding.py``) says how to take them. A
+palette is not ambiguous: each of its entries is a colour.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dprandp.config.decoding import REFUSE, Decoding, flag
 from dprandp.data.npz import image_shape, read_array, read_headers
 from dprandp.errors import InputError, UsageError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 """What Pillow may try; the extension only says which files are meant to be images."""
@@ -41,17 +43,27 @@ INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove 
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 logging.getLogger("PIL").propagate = False
 
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
+_ORIENTATION, _BITS_PER_SAMPLE, _LENGTH, _PHOTOMETRIC = 0x0112, 258, 257, 262  # EXIF and TIFF tag numbers
+_WHITE_IS_ZERO = 0
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF orientation -> what makes the picture upright."""
+_BACK = {6: 8, 8: 6}
+"""The marks whose turn is undone by that of another; every other turn undoes itself."""
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
 
 
-def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
+def read_images(paths: Sequence[Path], size: int, what: str, rules: Decoding = REFUSE) -> np.ndarray:
     """Decode image files, each by itself, so that a result depends on its own file alone: centre square, resized, RGB.
 
     Args:
         paths: the files, in the order of the result.
         size: side of the resulting images in pixels, public.
         what: what these are, for messages that must not name a file ("the training images").
+        rules: for ambiguous files.
 
     Returns:
         uint8 [len(paths), size, size, 3], 0–255.
@@ -61,11 +73,11 @@ def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
     """
     images = np.empty((len(paths), size, size, 3), np.uint8)
     for index, path in enumerate(paths):
-        images[index] = _read_image(path, size, size, f"one of {what}")
+        images[index] = _read_image(path, size, size, f"one of {what}", rules)
     return images
 
 
-def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
+def _read_image(path: Path, height: int, width: int, what: str, rules: Decoding) -> np.ndarray:
     """The largest centred part of an image file that has the wanted proportions, resized: uint8 [height, width, 3]."""
     try:
         with warnings.catch_warnings():
@@ -73,14 +85,49 @@ def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
             warnings.simplefilter("error", UserWarning)
             warnings.simplefilter("error", RuntimeWarning)
             with Image.open(path, formats=FORMATS) as image:
-                objection = _objection(image, path)
+                objection = _objection(image, path, rules)
+                # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
+                mark = 1 if objection else image.getexif().get(_ORIENTATION, 1)
+                bits = 8 if objection else _bits_per_channel(image, path)
             image = None if objection else decoded(path.read_bytes())
             if image is not None:
-                return np.asarray(_sized(image.convert("RGB"), height, width))
+                return np.asarray(_sized(_plain(image, mark, bits, rules), height, width))
     except Exception as error:
         # A decoder may raise any exception for a hostile file.
         raise _refusal(what, "damaged or not an image", "replace or remove it", path, type(error).__name__) from error
     raise _refusal(what, *(objection or INCOMPLETE), path, "")
+
+
+def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.Image:
+    """A decoded image as upright 8-bit RGB, by the rules; ``mark``: its EXIF orientation, ``bits``: of a channel."""
+    is_tiff = image.format == "TIFF"
+    if _is_deep(image, bits):
+        values, most = np.asarray(image).astype(np.int64), 2**bits - 1
+        if is_tiff and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            values = most - values  # Pillow inverts 8-bit ones itself
+        image = Image.fromarray(windowed(values, *(rules.window or (0, most))))
+    elif _is_transparent(image):
+        behind = Image.new("RGBA", image.size, (*rules.behind, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    image = image.convert("RGB")
+    if mark not in _TURN or is_tiff == (rules.orientation == "apply"):  # Pillow has turned a TIFF itself
+        return image
+    return image.transpose(_TURN[_BACK.get(mark, mark) if is_tiff else mark])
+
+
+def windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of numbers: ``low`` and less to 0, ``high`` and more to 255, evenly between, halves rounded up."""
+    scaled = np.floor((values - low) * 255 / (high - low) + 0.5)
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def _is_deep(image: Image.Image, bits: int) -> bool:
+    """Whether it is unsigned greyscale of 9 to 16 bits; older versions of Pillow show a PNG of that kind as ``I``."""
+    return image.mode in ("I;16", "I;16B", "I;16L") or (image.mode == "I" and image.format == "PNG" and bits == 16)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def _sized(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -103,26 +150,46 @@ def _refusal(what: str, kind: str, fix: str, path: Path, more: str) -> InputErro
     )
 
 
-def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
+def _objection(image: Image.Image, path: Path, rules: Decoding) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
     if path.stat().st_size > MAX_BYTES:
         return f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller"
     if _has_second_frame(image):
-        return "animated or has several pages", "keep one frame"
-    if image.mode not in ("1", "L", "P", "RGB"):
-        kinds = {"RGBA": "transparent", "LA": "transparent", "PA": "transparent", "CMYK": "in CMYK"}
-        return kinds.get(image.mode, f"of the kind {image.mode!r} (16-bit or float)"), "convert it to 8-bit RGB or grey"
-    if "transparency" in image.info:
-        return "transparent", "put it on a background and save it as 8-bit RGB"
-    if _bits_per_channel(image, path) > 8:
-        return "16-bit", "convert it to 8-bit RGB or grey with a fixed, public scale"
+        # the first frame of an animated PNG or WebP cannot be checked for completeness
+        known = image.format in ("MPO", "GIF", "TIFF")
+        if not known or rules.frames is None:
+            return "animated or has several pages", _give("frames", "first", "keep one frame") if known else KEEP_ONE
+        image.seek(0)
+    bits = _bits_per_channel(image, path)
+    if _is_deep(image, bits):
+        if rules.grey_levels is None:
+            return "16-bit", _give("grey_levels", "window:LO,HI", "convert it to 8-bit with a fixed, public scale")
+    elif image.mode == "CMYK":
+        if rules.cmyk is None:
+            return "in CMYK", _give("cmyk", "convert", "convert it to 8-bit RGB")
+    elif _is_transparent(image):
+        if rules.background is None:
+            return "transparent", _give("background", "white", "put it on a background and save it as 8-bit RGB")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        kind = f"of the kind {image.mode!r} (signed, 32-bit or float numbers, or other colours)"
+        return kind, "convert it to 8-bit RGB or grey"
+    if bits > 8 and not _is_deep(image, bits):
+        return "16-bit in colour", "convert it to 8-bit RGB or grey with a fixed, public scale"
     if image.format == "TIFF" and image.tag_v2.get(_COMPRESSION) in _NOT_CHECKABLE:
         return "a TIFF compressed as a fax or as old JPEG, where missing pixels go unnoticed", "save it as PNG"
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return "marked as rotated (EXIF orientation)", "rotate the pixels themselves and remove the mark"
+    if image.getexif().get(_ORIENTATION, 1) != 1 and rules.orientation is None:
+        return "marked as rotated (EXIF orientation)", _give("orientation", "apply", "rotate the pixels and remove it")
     return None
+
+
+KEEP_ONE = "keep one frame, as a file of its own"
+
+
+def _give(rule: str, value: str, otherwise: str) -> str:
+    """The fix of a refusal that a declared rule resolves."""
+    return f"declare how to read such files with {flag(rule)} {value}, or {otherwise}"
 
 
 def _bits_per_channel(image: Image.Image, path: Path) -> int:
@@ -286,7 +353,7 @@ def _tables_are_complete(image: Image.Image, data: bytes) -> bool:
         if not _jpeg_is_complete(stream, part):
             return False
         rows += part.height
-    return rows >= image.height  # rows without a stream would be black on any canvas
+    return rows >= tags[_LENGTH]  # rows without a stream would be black on any canvas
 
 
 def _longer_webp(data: bytes, more: bytes) -> bytes:
@@ -342,6 +409,7 @@ def read_unlabelled(
     data: str | None,
     shape: tuple[int, int, int],
     on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
+    rules: Decoding = REFUSE,
 ) -> tuple[list[str], np.ndarray]:
     """Read new images and bring each to the shape of the images that a model was trained on.
 
@@ -354,6 +422,7 @@ def read_unlabelled(
         shape: height, width, channels (1 or 3).
         on_skipped: called once where a folder holds files that are no images by their names: how many of each kind
             (an extension such as ``.dcm``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
+        rules: for ambiguous files.
 
     Returns:
         Names (paths as given; ``PATH[i]`` in an array), and uint8 [N, height, width, channels].
@@ -374,7 +443,7 @@ def read_unlabelled(
         if not path.is_file():
             raise InputError(f"there is no file {path}", fix="check the path")
         names.append(str(path))
-        parts.append(_grey_or_rgb(_read_image(path, shape[0], shape[1], str(path))[None], shape[2]))
+        parts.append(_grey_or_rgb(_read_image(path, shape[0], shape[1], str(path), rules)[None], shape[2]))
     if kind == "npz":
         images = _from_npz(Path(rest).expanduser())
         names += [f"{rest}[{index}]" for index in range(len(images))]

@@ -14,12 +14,14 @@ File names, and which file has which content, are private. Litter (``decode.py``
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter, read_images
 from dprandp.data.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
@@ -37,13 +39,14 @@ class Listing:
     labels: tuple[int, ...]
 
 
-def open_folder(root: Path, unit_column: str | None) -> Dataset:
+def open_folder(root: Path, unit_column: str | None, rules: Decoding = REFUSE) -> Dataset:
     """A data set from a folder of images; only the listing and the table of units are read.
 
     Args:
         root: the folder, in one of the two layouts above.
         unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. None: ``unit``
             where there is a ``units.csv``.
+        rules: for ambiguous image files.
 
     Raises:
         InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
@@ -64,10 +67,11 @@ def open_folder(root: Path, unit_column: str | None) -> Dataset:
     units = _units(root, listings, unit_column)
     examples = len(listings["train"].paths), len(listings["test"].paths)
     spec = users_spec("folder", root, root.resolve().name, classes, examples, (SIDE, SIDE, 3), units)
+    spec = dataclasses.replace(spec, decoding=rules)
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         listing = listings[split]
-        images = read_images(listing.paths, SIDE, f"the {split} images of {spec.name}")
+        images = read_images(listing.paths, SIDE, f"the {split} images of {spec.name}", rules)
         return images, np.array(listing.labels, np.int64)
 
     return Dataset(spec, read, units=units)

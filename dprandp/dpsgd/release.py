@@ -58,6 +58,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         majority_accuracy=max(Counter(test.labels.tolist()).values()) / len(test.labels),
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
+        decoding=str(spec.decoding) or None,
     )
 
 
@@ -83,7 +84,12 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
         "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
         "precision": precision_of(model.extractor),
         "classes": result.classes,
-        "input": {"size": INPUT_SIZE, "mirror": result.mirror, "shape": list(stage.spec.image_shape)},
+        "input": {
+            "size": INPUT_SIZE,
+            "mirror": result.mirror,
+            "shape": list(stage.spec.image_shape),
+            "decoding": stage.spec.decoding.as_dict(),
+        },
         "result": result,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
     }

@@ -20,6 +20,7 @@ from dprandp.config.schema import (
     ProbeConfig,
     as_dict,
     build,
+    data_options,
     fraction_of,
 )
 from dprandp.data import Dataset, DataSpec, open_dataset, without_public_part
@@ -282,8 +283,8 @@ def _started(rundir: RunDir, name: str) -> str | None:
 def name_private_stage(name: str, config: PrivateConfig, context: Context, *, write: bool = True) -> PrivateStage:
     """A stage on named data within the run's budget, without a plan; otherwise as ``open_private_stage``."""
     rundir = context.rundir
-    facts = {"num_classes": config.classes, "unit_column": config.unit_column}
-    dataset = open_dataset(config.data, context.data_dir, download=context.download and write, **facts)
+    download = context.download and write
+    dataset = open_dataset(config.data, context.data_dir, download=download, **data_options(config))
     part = _public_part(config, context)
     if part is not None:
         dataset = without_public_part(dataset, *part)

@@ -46,7 +46,8 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "
             "differ",
-            fix="give the same data with --data, from any path, or start a new --run for these",
+            fix="give the same data with --data, from any path, and the same rules for their image files, or start a "
+            "new --run for these",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dprandp.config.schema import ProbeConfig, data_options
 from dprandp.data import DataCheck, DatasetRow, check_data, list_datasets, open_dataset
 from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
@@ -73,9 +74,9 @@ def dataset_lines(rows: list[DatasetRow]) -> str:
     return "\n".join(lines)
 
 
-def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> DataCheck:
-    """Duplicates, units, empty classes of a data set. Private, and ``private_output`` says so."""
-    return check_data(open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column))
+def check_dataset(config: ProbeConfig, data_dir: Path) -> DataCheck:
+    """Duplicates, units, empty classes of a probe's data set. Private, and ``private_output`` says so."""
+    return check_data(open_dataset(config.data, data_dir, **data_options(config)))
 
 
 def check_lines(found: DataCheck) -> str:

@@ -81,6 +81,7 @@ class Evaluation:
     majority_accuracy: Fraction  # of always answering the most frequent class
     train_examples: Count  # images
     test_examples: Count
+    decoding: Text | None = None  # declared rules by which image files were read
 
 
 @dataclass(frozen=True, kw_only=True)
