@@ -121,6 +121,9 @@ def datasets(
     check: Annotated[str | None, option("Count duplicates, units and empty classes of this data set (known name, "
                                         "npz:PATH, folder:PATH). Reads private data; the result is private and is not "
                                         "stored. Default: none.", DATA, "--check", "NAME")] = None,
+    names: Annotated[Path | None, option("With --check: write the names of files that cannot be used, or that occur in "
+                                         "both splits, into this file, which is private. Default: no names.", DATA,
+                                         metavar="FILE")] = None,
 ) -> None:  # fmt: skip
     """List the data sets for --data, and which of them are present; fetch one with --download, or --check your own.
 
@@ -133,9 +136,12 @@ def datasets(
     options, given = call.options, call.given["probe"]
     if check is not None:
         asked = {name: value for name, value in given.items() if value is not None}
-        found = overview.check_dataset(build("probe", asked | {"data": check}), options.data_dir)
+        config = build("probe", asked | {"data": check})
+        found = overview.check_dataset(config, options.data_dir, console, names)
         console.say("these counts are of private data, without noise: do not publish them")
         return console.result(found, overview.check_lines(found))
+    if names is not None:
+        raise UsageError("--names needs --check", fix="name the data set with --check NAME")
     if idle := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"--{idle[0].replace('_', '-')} needs --check", fix="name the data set with --check NAME")
     rows = overview.datasets(options.data_dir, data, download=options.download)

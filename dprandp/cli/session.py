@@ -135,7 +135,8 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     from dprandp.data import open_dataset
     from dprandp.vision import images
 
-    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
+    # units and damaged files are the stages' business
+    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image", strict=False).spec
     return {"colour": images.colour_of(spec.channels)}
 
 
@@ -147,7 +148,8 @@ def require_data(config: PrivateConfig, options: Options) -> None:
     """
     from dprandp.data import open_dataset
 
-    open_dataset(config.data, options.data_dir, download=options.download, **data_options(config)).require()
+    facts = data_options(config) | {"download": options.download, "strict": False}  # the stage names all problems
+    open_dataset(config.data, options.data_dir, **facts).require()
 
 
 def context(rundir: RunDir, console: Console, options: Options):
@@ -218,6 +220,7 @@ def stage_command(
 
         if stage == "probe" and public:  # before minutes of images
             require_data(config, options)
+            pipeline.examine_data(config, made)
         pipeline.adopt({name: adopted for name, adopted in public.items() if name != stage}, made)
         result = pipeline.run_stage(stage, config, made)
         told.result(pipeline.as_json(stage, result), pipeline.stage_line(stage, result))

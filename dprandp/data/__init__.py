@@ -15,17 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dprandp.config.decoding import REFUSE, Decoding, flag
-from dprandp.data.base import DataCheck, Dataset, DataSpec, Split, check_data, public_part, without_public_part
-from dprandp.data.decode import brought_to, read_unlabelled, skipped_text
+from dprandp.data.base import (
+    DataCheck,
+    Dataset,
+    DataSpec,
+    Examination,
+    Split,
+    check_data,
+    public_part,
+    without_public_part,
+)
+from dprandp.data.files import Reading
 from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
+from dprandp.data.problems import UnusableData, listed
 from dprandp.data.units import EACH_IMAGE, Units
+from dprandp.data.unlabelled import brought_to, read_unlabelled, skipped_text
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data",
-    "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Examination", "Reading", "Split", "Units",
+    "UnusableData", "brought_to", "check_data", "list_datasets", "listed", "open_dataset", "public_part",
+    "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 
@@ -37,6 +49,7 @@ def open_dataset(
     num_classes: int | None = None,
     unit_column: str | None = None,
     decoding: Decoding = REFUSE,
+    strict: bool = True,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
 
@@ -47,6 +60,7 @@ def open_dataset(
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
         decoding: for image files, how ambiguous ones are read.
+        strict: refuse files that cannot be used now, and not when they are read, together with all others.
 
     Raises:
         UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
@@ -73,7 +87,7 @@ def open_dataset(
             path = Path(rest).expanduser()
             if kind == "npz":
                 return open_npz(path, num_classes, unit_column)
-            return open_folder(path, unit_column, decoding)
+            return open_folder(path, unit_column, decoding, strict=strict)
         except RuntimeError as error:  # of expanduser
             raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
         except OSError as error:  # only the number: its file name may be that of a private example

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from dprandp.config.schema import ProbeConfig, data_options
-from dprandp.data import DataCheck, DatasetRow, check_data, list_datasets, open_dataset
+from dprandp.data import (
+    DataCheck,
+    DatasetRow,
+    Reading,
+    UnusableData,
+    check_data,
+    list_datasets,
+    listed,
+    open_dataset,
+)
 from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
 from dprandp.report.run import PRIVATE_STAGES
+from dprandp.runs.console import Console
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir, StageRow
+from dprandp.runs.files import atomic_write
 
 SHOWN_CLASSES = 20
 """Most empty classes that the text names; JSON has all of them."""
@@ -74,9 +86,26 @@ def dataset_lines(rows: list[DatasetRow]) -> str:
     return "\n".join(lines)
 
 
-def check_dataset(config: ProbeConfig, data_dir: Path) -> DataCheck:
-    """Duplicates, units, empty classes of a probe's data set. Private, and ``private_output`` says so."""
-    return check_data(open_dataset(config.data, data_dir, **data_options(config)))
+def check_dataset(config: ProbeConfig, data_dir: Path, console: Console, names: Path | None) -> DataCheck:
+    """Duplicates, units, empty classes of a probe's data set. Private, and ``private_output`` says so.
+
+    Args:
+        names: a file for the names of what is wrong or occurs in both splits; None for none.
+
+    Raises:
+        UnusableData: with everything that is wrong. InputError: the only problem, of data that are no files.
+    """
+    dataset = open_dataset(config.data, data_dir, strict=False, **data_options(config))
+    dataset.read_with(lambda: Reading(workers=len(os.sched_getaffinity(0)), progress=console.progress))
+    try:
+        examined = dataset.examine()
+    except UnusableData as error:
+        if names is not None:
+            atomic_write(names, listed(error.problems) + "\n")
+        raise UnusableData(error.name, error.problems, str(names) if names else "--names FILE") from error
+    if names is not None:
+        atomic_write(names, examined.listed())
+    return check_data(dataset, examined)
 
 
 def check_lines(found: DataCheck) -> str:

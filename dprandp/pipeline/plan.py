@@ -295,7 +295,8 @@ def _private(
     Returns:
         The plan, and its mechanisms that are not charged yet.
     """
-    name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
+    named = name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
+    named.dataset.require_sound()
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dprandp.data import open_dataset, read_unlabelled, skipped_text
-from dprandp.data.decode import BARE, LINKED, SPECIAL, is_litter
+from dprandp.data.decode import is_litter
+from dprandp.data.unlabelled import BARE, LINKED, SPECIAL
 from dprandp.errors import InputError
 
 FILES = (".DS_Store", "._0.png", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "~$notes.docx", "0.png~")
