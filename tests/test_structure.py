@@ -146,8 +146,10 @@ NARROWER = {
     "synth": {"errors"},
     "privacy": {"errors", "threads"},  # so that it can be read, tested and trusted alone
     "vision": {"errors"},
-    # how a result names the unit of privacy, and the declared rules by which files are decoded
-    "data": {"errors", "runs.results", "runs.files", "runs.faults", "config.decoding", "config.settings"},
+    # how a result names the unit of privacy, whole files, and the declared rules by which files are listed and decoded
+    "data": {
+        "errors", "runs.results", "runs.files", "runs.faults", "config.decoding", "config.layout", "config.settings",
+    },
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {
         "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger", "privacy.opinions",

@@ -135,6 +135,9 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     from dprandp.data import open_dataset
     from dprandp.vision import images
 
+    kind, _, path = data.partition(":")
+    if kind in ("folder", "csv") and os.path.exists(os.path.expanduser(path)):
+        return {"colour": images.colour_of(3)}  # image files are read as RGB; what else is declared is not needed
     # units and damaged files are the stages' business
     spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image", strict=False).spec
     return {"colour": images.colour_of(spec.channels)}

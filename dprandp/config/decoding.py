@@ -49,6 +49,8 @@ class Decoding:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a window or a colour that is none."""
+        if hasattr(super(), "__post_init__"):  # of other settings of the same stage
+            super().__post_init__()
         if self.grey_levels not in (None, "full") and self.window is None:
             raise UsageError(
                 f"grey_levels = {self.grey_levels!r} is neither full nor window:LO,HI with two numbers LO < HI",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dprandp.config.decoding import REFUSE, Decoding, flag
+from dprandp.config.layout import AS_LISTED, PARTS, Layout
 from dprandp.data.base import (
     DataCheck,
     Dataset,
@@ -30,6 +31,7 @@ from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
 from dprandp.data.problems import UnusableData, listed
+from dprandp.data.table import open_table
 from dprandp.data.units import EACH_IMAGE, Units
 from dprandp.data.unlabelled import brought_to, read_unlabelled, skipped_text
 from dprandp.errors import InputError, UsageError, nearest
@@ -41,6 +43,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+OWN: dict[str, tuple[str, ...]] = {"folder": ("val",), "npz": (), "csv": PARTS}
+"""Kinds of a user's own data, and what a ``Layout`` may say of them."""
+
+
 def open_dataset(
     name: str,
     data_dir: Path,
@@ -49,17 +55,19 @@ def open_dataset(
     num_classes: int | None = None,
     unit_column: str | None = None,
     decoding: Decoding = REFUSE,
+    layout: Layout = AS_LISTED,
     strict: bool = True,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
 
     Args:
-        name: a key of ``KNOWN``, ``folder:PATH`` or ``npz:PATH`` (PATH is relative to the working directory).
+        name: a key of ``KNOWN``, ``folder:PATH``, ``npz:PATH`` or ``csv:PATH`` (relative to the working folder).
         data_dir: the data root, where known sets keep their files.
         download: fetch a known set's files where ``require``, ``train`` or ``test`` find them missing.
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
         decoding: for image files, how ambiguous ones are read.
+        layout: for ``csv:`` and ``folder:``, what was declared about classes, columns and splits.
         strict: refuse files that cannot be used now, and not when they are read, together with all others.
 
     Raises:
@@ -67,11 +75,12 @@ def open_dataset(
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
-    own = bool(colon) and kind in ("npz", "folder")
-    idle = "num_classes" if num_classes is not None and not name.startswith("npz:") else None
+    own = bool(colon) and kind in OWN
+    idle = "num_classes" if num_classes is not None and kind not in ("npz", "csv") else None
     if unit_column not in (None, EACH_IMAGE) and not own:
         idle = "unit_column"
-    if kind != "folder" and decoding != REFUSE:
+    layout.refuse_others(kind if own else name, OWN.get(kind, ()) if own else ())
+    if kind not in ("folder", "csv") and decoding != REFUSE:
         raise UsageError(
             f"{flag(min(decoding.as_dict()))} says how image files are read, but {name} is not a folder of them",
             fix="leave it out, or give --data folder:PATH",
@@ -87,7 +96,9 @@ def open_dataset(
             path = Path(rest).expanduser()
             if kind == "npz":
                 return open_npz(path, num_classes, unit_column)
-            return open_folder(path, unit_column, decoding, strict=strict)
+            if kind == "csv":
+                return open_table(path, num_classes, unit_column, decoding, layout, strict=strict)
+            return open_folder(path, unit_column, decoding, layout.val, strict=strict)
         except RuntimeError as error:  # of expanduser
             raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
         except OSError as error:  # only the number: its file name may be that of a private example
@@ -98,7 +109,13 @@ def open_dataset(
             ) from error
     refuse_unsupported(name)
     if name not in KNOWN:
-        raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))
+        kinds = {".csv": "csv", ".parquet": "csv", ".npz": "npz"}
+        if Path(name).exists():
+            meant = kinds.get(Path(name).suffix.lower(), "folder")
+            raise UsageError(f"there is no data set {name!r}, but a path", fix=f"did you mean {meant}:{name}?")
+        raise UsageError(
+            f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, *(f"{kind}:PATH" for kind in OWN)])
+        )
     return KNOWN[name].open(Path(data_dir), download=download)
 
 

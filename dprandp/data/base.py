@@ -46,6 +46,7 @@ class DataSpec:
         unit_count: the number of those units, public like N; None where each image is one.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
         decoding: the declared rules by which its image files are read.
+        split_rule: how its splits were made, in words, where that was declared.
     """
 
     name: str
@@ -64,6 +65,7 @@ class DataSpec:
     unit_count: int | None = None
     published_delta: float | None = None
     decoding: Decoding = REFUSE
+    split_rule: str = ""
 
     @property
     def unit(self) -> str:
@@ -96,7 +98,7 @@ def users_spec(
 ) -> DataSpec:
     """The declaration of ``npz:PATH`` or ``folder:PATH``: examples of train and test; height, width, channels."""
     height, width, channels = shape
-    source = f"a {'file' if kind == 'npz' else 'folder'} of the user's"
+    source = f"a {'folder' if kind == 'folder' else 'file'} of the user's"
     return DataSpec(
         f"{kind}:{path}", title, classes, *examples, channels, height, width, source, "not stated", "not stated",
         flip_ok=False, unit_column=units and units.column, unit_count=units and units.count,

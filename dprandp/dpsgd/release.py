@@ -58,6 +58,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         majority_accuracy=max(Counter(test.labels.tolist()).values()) / len(test.labels),
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
+        split_rule=spec.split_rule or None,
         decoding=str(spec.decoding) or None,
     )
 

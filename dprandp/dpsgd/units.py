@@ -51,7 +51,7 @@ def unit_rows(dataset: Dataset | None) -> UnitRows | None:
 
 def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
     """What to say before a run on somebody's own images without units; a function of declared facts alone."""
-    if asked is not None or spec.unit_column is not None or not spec.name.startswith(("npz:", "folder:")):
+    if asked is not None or spec.unit_column is not None or ":" not in spec.name:
         return None
     return (
         "note: one image is the unit of privacy. Where a person has several, or an image occurs twice, ε is too small: "

@@ -82,7 +82,10 @@ def dataset_lines(rows: list[DatasetRow]) -> str:
         + ("yes" if row.available else f"no: {row.how_to_get}")
         for row in rows
     ]
-    lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
+    lines.append(
+        "also: npz:PATH (x_train, y_train, x_test, y_test), folder:PATH (train/CLASS/*, test/CLASS/*) and csv:PATH "
+        "(path, label, split, group)"
+    )
     return "\n".join(lines)
 
 

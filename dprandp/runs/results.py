@@ -81,6 +81,7 @@ class Evaluation:
     majority_accuracy: Fraction  # of always answering the most frequent class
     train_examples: Count  # images
     test_examples: Count
+    split_rule: Text | None = None  # how the splits were made, where that was declared
     decoding: Text | None = None  # declared rules by which image files were read
 
 
