@@ -27,7 +27,8 @@ class Decoding:
 
     grey_levels: str | None = setting(
         None, "16-bit greyscale files: window:LO,HI makes values up to LO black and from HI on white, evenly between; "
-        "full takes all values that the file's bits can hold (0 to 65535).", True, panel=DATA,
+        "full takes all values that the file's bits can hold (0 to 65535). For DICOM files, of rescaled values, "
+        "instead of each file's own window.", True, panel=DATA,
         metavar="window:LO,HI|full", otherwise="such files are refused",
     )  # fmt: skip
     orientation: Literal["apply", "ignore"] | None = setting(

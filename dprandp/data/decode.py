@@ -19,19 +19,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dprandp.config.decoding import REFUSE, Decoding, flag
+from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.data.dicom import DICOM, read_dicom
+from dprandp.data.levels import MAX_PIXELS, give, windowed
 from dprandp.errors import InputError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", *DICOM)
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 """What Pillow may try; the extension only says which files are meant to be images."""
 
-MAX_PIXELS = 50_000_000
-"""Most pixels one image may have; more is taken for a decompression bomb."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Most bytes its file may have: of such an image without any compression, with as much again for metadata."""
 
+TOO_MANY_BYTES = (f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller")
 INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove it")
 """The problem of an incomplete image, and the fix."""
 
@@ -109,6 +110,11 @@ def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.
             # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
             warnings.simplefilter("error", UserWarning)
             warnings.simplefilter("error", RuntimeWarning)
+            if path.name.lower().endswith(DICOM):
+                made = read_dicom(path, rules) if path.stat().st_size <= MAX_BYTES else TOO_MANY_BYTES
+                if isinstance(made, tuple):
+                    return (*made, "")
+                return np.asarray(sized(made.convert("RGB"), height, width))
             with Image.open(path, formats=FORMATS) as image:
                 objection = _objection(image, path, rules)
                 # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
@@ -140,12 +146,6 @@ def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.I
     return image.transpose(_TURN[_BACK.get(mark, mark) if is_tiff else mark])
 
 
-def windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """uint8 of numbers: ``low`` and less to 0, ``high`` and more to 255, evenly between, halves rounded up."""
-    scaled = np.floor((values - low) * 255 / (high - low) + 0.5)
-    return np.clip(scaled, 0, 255).astype(np.uint8)
-
-
 def _is_deep(image: Image.Image, bits: int) -> bool:
     """Whether it is unsigned greyscale of 9 to 16 bits; older versions of Pillow show a PNG of that kind as ``I``."""
     return image.mode in ("I;16", "I;16B", "I;16L") or (image.mode == "I" and image.format == "PNG" and bits == 16)
@@ -172,23 +172,23 @@ def _objection(image: Image.Image, path: Path, rules: Decoding) -> tuple[str, st
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
     if path.stat().st_size > MAX_BYTES:
-        return f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller"
+        return TOO_MANY_BYTES
     if _has_second_frame(image):
         # the first frame of an animated PNG or WebP cannot be checked for completeness
         known = image.format in ("MPO", "GIF", "TIFF")
         if not known or rules.frames is None:
-            return "animated or has several pages", _give("frames", "first", "keep one frame") if known else KEEP_ONE
+            return "animated or has several pages", give("frames", "first", "keep one frame") if known else KEEP_ONE
         image.seek(0)
     bits = _bits_per_channel(image, path)
     if _is_deep(image, bits):
         if rules.grey_levels is None:
-            return "16-bit", _give("grey_levels", "window:LO,HI", "convert it to 8-bit with a fixed, public scale")
+            return "16-bit", give("grey_levels", "window:LO,HI", "convert it to 8-bit with a fixed, public scale")
     elif image.mode == "CMYK":
         if rules.cmyk is None:
-            return "in CMYK", _give("cmyk", "convert", "convert it to 8-bit RGB")
+            return "in CMYK", give("cmyk", "convert", "convert it to 8-bit RGB")
     elif _is_transparent(image):
         if rules.background is None:
-            return "transparent", _give("background", "white", "put it on a background and save it as 8-bit RGB")
+            return "transparent", give("background", "white", "put it on a background and save it as 8-bit RGB")
     elif image.mode not in ("1", "L", "P", "RGB"):
         kind = f"of the kind {image.mode!r} (signed, 32-bit or float numbers, or other colours)"
         return kind, "convert it to 8-bit RGB or grey"
@@ -197,16 +197,11 @@ def _objection(image: Image.Image, path: Path, rules: Decoding) -> tuple[str, st
     if image.format == "TIFF" and image.tag_v2.get(_COMPRESSION) in _NOT_CHECKABLE:
         return "a TIFF compressed as a fax or as old JPEG, where missing pixels go unnoticed", "save it as PNG"
     if image.getexif().get(_ORIENTATION, 1) != 1 and rules.orientation is None:
-        return "marked as rotated (EXIF orientation)", _give("orientation", "apply", "rotate the pixels and remove it")
+        return "marked as rotated (EXIF orientation)", give("orientation", "apply", "rotate the pixels and remove it")
     return None
 
 
 KEEP_ONE = "keep one frame, as a file of its own"
-
-
-def _give(rule: str, value: str, otherwise: str) -> str:
-    """The fix of a refusal that a declared rule resolves."""
-    return f"declare how to read such files with {flag(rule)} {value}, or {otherwise}"
 
 
 def _bits_per_channel(image: Image.Image, path: Path) -> int:

@@ -41,7 +41,7 @@ def read_unlabelled(
             [N, H, W, 1] or [N, H, W, 3], in one of ``ARRAYS``); None for none.
         shape: height, width, channels (1 or 3).
         on_skipped: called once where a folder holds files that are no images by their names: how many of each kind
-            (an extension such as ``.dcm``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
+            (an extension such as ``.svs``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
         rules: for ambiguous files.
 
     Returns:
@@ -95,7 +95,7 @@ def brought_to(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def skipped_text(kinds: Mapping[str, int]) -> str:
-    """``skipped 3 files that are not images by name: .dcm (2), .txt (1); readable are .png ...``."""
+    """``skipped 3 files that are not images by name: .svs (2), .txt (1); readable are .png ...``."""
     count = sum(kinds.values())
     listed = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
     what = "1 file that is not an image" if count == 1 else f"{count} files that are not images"

@@ -228,7 +228,7 @@ def test_real_odd_files() -> None:
     taken = {}
     for rules in (Decoding(), Decoding(**VALUES)):
         for path in sorted(Path(os.environ["DPRANDP_REAL_DATA"], "odd-files").iterdir()):
-            if path.name.lower().endswith(EXTENSIONS):
+            if path.name.lower().endswith(EXTENSIONS) and path.suffix != ".dcm":  # which have windows of their own
                 try:
                     image = read_images([path], 32, "the images", rules)
                 except InputError:
