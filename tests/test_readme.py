@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from own_data import make_own_data
 from PIL import Image
 
 from dprandp.cli import app
@@ -117,8 +118,7 @@ def test_every_process_of_the_table_is_known() -> None:
 def test_the_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "scan.png")
-    (tmp_path / "scans").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "scans/other.png")
+    make_own_data(tmp_path)
     ours = [["-m", "dprandp", *command] for command in OURS]
     together = [["-m", "torch.distributed.run", *command[1:]] for command in UNDER_TORCHRUN]
     for command in [*ours, *together]:

@@ -146,7 +146,10 @@ NARROWER = {
     "synth": {"errors"},
     "privacy": {"errors", "threads"},  # so that it can be read, tested and trusted alone
     "vision": {"errors"},
-    "data": {"errors", "runs.results"},  # how a result names the unit of privacy
+    # how a result names the unit of privacy, whole files, and the declared rules by which files are listed and decoded
+    "data": {
+        "errors", "runs.results", "runs.files", "runs.faults", "config.decoding", "config.layout", "config.settings",
+    },
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {
         "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger", "privacy.opinions",
@@ -223,13 +226,16 @@ def test_public_stages_reach_neither_privacy_nor_data(stage: str) -> None:
 
 # What may be taken from dprandp.data, and by whom. Only open_dataset leads to pixels, by train() and test() below.
 MAY_IMPORT_DATA = {
-    "dprandp.dpsgd.stage": {"Dataset", "DataSpec", "open_dataset", "without_public_part"},
-    "dprandp.dpsgd.training_data": {"Dataset"},  # which data a run is about, by their content
+    "dprandp.dpsgd.stage": {"Dataset", "DataSpec", "Reading", "open_dataset", "without_public_part"},
+    # which data a run is about, by their content; and what is wrong with them
+    "dprandp.dpsgd.training_data": {"Dataset", "UnusableData", "listed"},
     "dprandp.dpsgd.units": {"Dataset", "DataSpec"},  # types
     "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
     "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
-    "dprandp.inspection.overview": {"list_datasets", "open_dataset", "check_data", "DataCheck", "DatasetRow"},
+    "dprandp.inspection.overview": {
+        "list_datasets", "open_dataset", "check_data", "DataCheck", "DatasetRow", "Reading", "UnusableData", "listed",
+    },
     "dprandp.inspection.check": {"list_datasets"},
     "dprandp.probe": {"DataSpec"},  # a type
     "dprandp.release": {"brought_to"},  # new images, not a data set; so in the next two
@@ -250,6 +256,7 @@ MAY_READ_PIXELS = {
     "test": {"dprandp.dpsgd.release"},
     "fingerprint": {"dprandp.dpsgd.training_data", "dprandp.dpsgd.features"},
     "image_fingerprint": {"dprandp.dpsgd.training_data"},
+    "examine": {"dprandp.dpsgd.training_data", "dprandp.inspection.overview"},
     "same_images_as": {"dprandp.continual.public", "dprandp.tune.public"},
     "grouping": {"dprandp.dpsgd.units", "dprandp.audit"},  # paired runs on the private records, where asked for
 }  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, OUTPUT, PRIVACY, Call, option
 from dprandp.config.publication import Publication
+from dprandp.config.schema import DATA_SETTINGS, build
 from dprandp.config.settings import checked
 from dprandp.errors import InputError, UsageError
 from dprandp.runs.directory import RunDir
@@ -152,7 +153,10 @@ def account(
     console.result(result, calculator.account_lines(result))
 
 
-@flags.command(app, "About a run", flags.of_settings("probe", names=("unit_column", "classes")),
+CHECKED = tuple(name for name in DATA_SETTINGS if name not in ("data", "allow_shared_units"))
+
+
+@flags.command(app, "About a run", flags.of_settings("probe", names=CHECKED),
                ("json", "debug", "data_dir", "download"))  # fmt: skip
 def datasets(
     call: Call,
@@ -160,6 +164,9 @@ def datasets(
     check: Annotated[str | None, option("Count duplicates, units and empty classes of this data set (known name, "
                                         "npz:PATH, folder:PATH). Reads private data; the result is private and is not "
                                         "stored. Default: none.", DATA, "--check", "NAME")] = None,
+    names: Annotated[Path | None, option("With --check: write the names of files that cannot be used, or that occur in "
+                                         "both splits, into this file, which is private. Default: no names.", DATA,
+                                         metavar="FILE")] = None,
 ) -> None:  # fmt: skip
     """List the data sets for --data, and which of them are present; fetch one with --download, or --check your own.
 
@@ -171,11 +178,15 @@ def datasets(
 
     options, given = call.options, call.given["probe"]
     if check is not None:
-        found = overview.check_dataset(check, options.data_dir, given["classes"], given["unit_column"])
+        asked = {name: value for name, value in given.items() if value is not None}
+        config = build("probe", asked | {"data": check})
+        found = overview.check_dataset(config, options.data_dir, console, names)
         console.say("these counts are of private data, without noise: do not publish them")
         return console.result(found, overview.check_lines(found))
-    if any(value is not None for value in given.values()):
-        raise UsageError("--unit-column and --classes need --check", fix="name the data set with --check NAME")
+    if names is not None:
+        raise UsageError("--names needs --check", fix="name the data set with --check NAME")
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"--{idle[0].replace('_', '-')} needs --check", fix="name the data set with --check NAME")
     rows = overview.datasets(options.data_dir, data, download=options.download)
     return console.result({"datasets": rows}, overview.dataset_lines(rows))
 

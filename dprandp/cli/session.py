@@ -11,7 +11,15 @@ from typing import Any
 
 from dprandp.cli import together
 from dprandp.cli.flags import DEFAULT_RUN, Call, Options
-from dprandp.config.schema import SIZES, WITHOUT_PHASE_ONE, PrivateConfig, StageConfig, as_dict
+from dprandp.config.schema import (
+    DATA_SETTINGS,
+    SIZES,
+    WITHOUT_PHASE_ONE,
+    PrivateConfig,
+    StageConfig,
+    as_dict,
+    data_options,
+)
 from dprandp.config.schema import resolve as resolve_config
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import InputError, UsageError
@@ -74,7 +82,7 @@ def resolve(
     if size is None and before:
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
-    decided = ("data", "epsilon", "delta", "classes", "unit_column", "allow_shared_units", "noise")
+    decided = (*DATA_SETTINGS, "epsilon", "delta", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
         if "data" in recorded.get("finetune", {}):  # its path may be newer
@@ -85,8 +93,7 @@ def resolve(
             inherited["colour"] = "both"
     elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget
         other = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
-        about_data = ("data", "classes", "unit_column", "allow_shared_units")
-        known = about_data if other.get("mix") == "public" else decided  # it had no budget
+        known = DATA_SETTINGS if other.get("mix") == "public" else decided  # it had no budget
         inherited |= {k: v for k, v in other.items() if k in known}
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 
@@ -128,7 +135,11 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
     from dprandp.data import open_dataset
     from dprandp.vision import images
 
-    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image").spec  # units are the stages' business
+    kind, _, path = data.partition(":")
+    if kind in ("folder", "csv") and os.path.exists(os.path.expanduser(path)):
+        return {"colour": images.colour_of(3)}  # image files are read as RGB; what else is declared is not needed
+    # units and damaged files are the stages' business
+    spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image", strict=False).spec
     return {"colour": images.colour_of(spec.channels)}
 
 
@@ -140,10 +151,8 @@ def require_data(config: PrivateConfig, options: Options) -> None:
     """
     from dprandp.data import open_dataset
 
-    open_dataset(
-        config.data, options.data_dir, download=options.download, num_classes=config.classes,
-        unit_column=config.unit_column,
-    ).require()  # fmt: skip
+    facts = data_options(config) | {"download": options.download, "strict": False}  # the stage names all problems
+    open_dataset(config.data, options.data_dir, **facts).require()
 
 
 def context(rundir: RunDir, console: Console, options: Options):
@@ -214,6 +223,7 @@ def stage_command(
 
         if stage == "probe" and public:  # before minutes of images
             require_data(config, options)
+            pipeline.examine_data(config, made)
         pipeline.adopt({name: adopted for name, adopted in public.items() if name != stage}, made)
         result = pipeline.run_stage(stage, config, made)
         told.result(pipeline.as_json(stage, result), pipeline.stage_line(stage, result))

@@ -11,7 +11,7 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_settings, option
-from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig
+from dprandp.config.schema import DATA_SETTINGS, WITHOUT_PHASE_ONE, StageConfig
 from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
 from dprandp.runs.results import ContinueResult, PrivateContinueResult
@@ -92,8 +92,8 @@ def continue_extractor(call: Call) -> None:
 
 
 DIAGNOSED = (
-    "data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "seed", "public", "instances", "share",
-    "switch", "steps", "batch_size", "public_batch_size", "public_lr",
+    *DATA_SETTINGS, "epsilon", "delta", "seed", "public", "instances", "share", "switch", "steps",
+    "batch_size", "public_batch_size", "public_lr",
 )  # fmt: skip
 
 
@@ -117,11 +117,10 @@ def diagnose(call: Call) -> None:
 # ---------------------------------------------------------------------------------------------------------- all stages
 
 TUNING = ("steps", "batch_size", "lr", "views")
-DATA_AND_BUDGET = ("data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "noise")
 RUN_FLAGS = (
     *of_settings("generate", "pretrain", "probe", "finetune", names=("seed",)),
     *of_settings("pretrain", "probe", "finetune", names=("precision",)),
-    *of_settings("probe", "finetune", names=DATA_AND_BUDGET),
+    *of_settings("probe", "finetune", names=(*DATA_SETTINGS, "epsilon", "delta", "noise")),
     *of_settings("probe", "finetune", names=("clip_norm",)),
     *of_settings("generate", names=("process", "count", "resolution")),
     *of_settings("pretrain", names=("arch", "random_init")),
@@ -184,10 +183,7 @@ def run_all(call: Call) -> None:
 # ------------------------------------------------------------------------------------------------------- tune and audit
 
 
-TUNED = (
-    "data", "classes", "unit_column", "allow_shared_units", "epsilon", "delta", "share", "clip_norm", "steps", "lr",
-    "seed",
-)  # fmt: skip
+TUNED = (*DATA_SETTINGS, "epsilon", "delta", "share", "clip_norm", "steps", "lr", "seed")
 
 
 @flags.command(app, "Stages", of_settings("probe", names=TUNED),

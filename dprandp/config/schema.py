@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dprandp.config import presets
+from dprandp.config.decoding import RULES, Decoding, decoding_of
+from dprandp.config.layout import PARTS, Layout, layout_of
 from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
@@ -67,21 +69,22 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Private(Network, Common):
+class Private(Network, Decoding, Layout, Common):
     """Settings of the private stages: the data, the budget and the noise."""
 
     data: str = setting(
-        DEFAULT_DATA, "Name of a data set (see `dprandp datasets`), npz:PATH or folder:PATH.", True, panel=DATA,
-        metavar="NAME", inherited=True,
+        DEFAULT_DATA, "Name of a data set (see `dprandp datasets`), npz:PATH, folder:PATH or csv:PATH.", True,
+        panel=DATA, metavar="NAME", inherited=True,
     )  # fmt: skip
     classes: int | None = setting(
-        None, "Number of classes, for npz: files that do not declare it.", True, panel=DATA, metavar="C",
-        low=2, most=10**5,
+        None, "Number of classes, for npz: files that do not declare it, and csv: data with labels 0 to C-1.", True,
+        panel=DATA, metavar="C", low=2, most=10**5,
     )  # fmt: skip
     unit_column: str | None = setting(
-        None, "Unit of privacy: images with equal values in this array of npz: data (patient or patient_train), or "
-        "column of units.csv in folder: data, are one unit. image: each image is a unit.",
-        True, panel=PRIVACY, metavar="NAME", otherwise="groups_train, or unit, where the data have it; else each image",
+        None, "Unit of privacy: images with equal values in this array of npz: data (patient or patient_train), column "
+        "of csv: data or of units.csv in folder: data, are one unit. folder: each sub-folder of a class of folder: "
+        "data is one. image: each image is one.", True, panel=PRIVACY, metavar="NAME",
+        otherwise="groups_train, group, or unit, where the data have it; else each image",
     )  # fmt: skip
     allow_shared_units: bool | None = setting(
         None, "Go on where units of the unit column (patients, say) have images in both the training and the test "
@@ -371,6 +374,9 @@ class FinetuneConfig(Private):
 StageConfig = GenerateConfig | PretrainConfig | ContinueConfig | ProbeConfig | FinetuneConfig
 PrivateConfig = ContinueConfig | ProbeConfig | FinetuneConfig
 
+DATA_SETTINGS = ("data", "classes", "unit_column", "allow_shared_units", *PARTS, *RULES)
+"""The settings of a private stage that say which data it reads, and how."""
+
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
     "pretrain": PretrainConfig,
@@ -565,6 +571,17 @@ def _refuse_network_setting(key: str, source: str) -> None:
         f"--{key.replace('_', '-')} sets a new network, but --from {source} continues an existing one",
         fix="give --from scratch or --init FILE with it, or leave it out",
     )
+
+
+def data_options(config: PrivateConfig) -> dict[str, Any]:
+    """The options of ``data.open_dataset`` for a stage's own data."""
+    facts = {"num_classes": config.classes, "unit_column": config.unit_column}
+    return facts | {"decoding": decoding_of(config), "layout": layout_of(config)}
+
+
+def public_data_options(config: PrivateConfig, name: str) -> dict[str, Any]:
+    """Those for a set of that name which its owner declares public: a folder is read by the same rules."""
+    return {"decoding": decoding_of(config)} if name.startswith("folder:") else {}
 
 
 def public_data_name(name: str) -> str:

@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from dprandp.config.schema import SYNTHETIC, ContinueConfig, PretrainConfig, fraction_of, same_data_name
+from dprandp.config.schema import (
+    SYNTHETIC,
+    ContinueConfig,
+    PretrainConfig,
+    data_options,
+    fraction_of,
+    public_data_options,
+    same_data_name,
+)
 from dprandp.continual.loss_terms import LossTerms, loss_terms
 from dprandp.continual.switching import Look
 from dprandp.data import DataSpec, open_dataset, public_part
@@ -90,11 +98,13 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     fraction = fraction_of(config.public)
     if fraction is None and same_data_name(config.public, config.data):
         raise _private_and_public(config)
-    name, classes = (config.public, None) if fraction is None else (config.data, config.classes)
-    dataset = open_dataset(name, context.data_dir, download=context.download, num_classes=classes)
+    name, facts = config.public, public_data_options(config, config.public)
+    if fraction is not None:
+        name, facts = config.data, data_options(config) | {"unit_column": None}
+    dataset = open_dataset(name, context.data_dir, download=context.download, **facts)
     if fraction is None:
-        facts = {"download": context.download, "num_classes": config.classes, "unit_column": config.unit_column}
-        if dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
+        own = open_dataset(config.data, context.data_dir, download=context.download, **data_options(config))
+        if dataset.same_images_as(own):
             raise _private_and_public(config)
         use_as_public(context.rundir, dataset)
         split, part = dataset.train(), f"images of {dataset.spec.name}"

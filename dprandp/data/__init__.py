@@ -14,19 +14,37 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.data.base import DataCheck, Dataset, DataSpec, Split, check_data, public_part, without_public_part
-from dprandp.data.decode import brought_to, image_files, read_unlabelled, skipped_text
+from dprandp.config.decoding import REFUSE, Decoding, flag
+from dprandp.config.layout import AS_LISTED, PARTS, Layout
+from dprandp.data.base import (
+    DataCheck,
+    Dataset,
+    DataSpec,
+    Examination,
+    Split,
+    check_data,
+    public_part,
+    without_public_part,
+)
+from dprandp.data.files import Reading
 from dprandp.data.folder import open_folder
 from dprandp.data.known import KNOWN, refuse_unsupported
 from dprandp.data.npz import open_npz
+from dprandp.data.problems import UnusableData, listed
+from dprandp.data.table import open_table
 from dprandp.data.units import EACH_IMAGE, Units
+from dprandp.data.unlabelled import brought_to, image_files, read_unlabelled, skipped_text
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
-    "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Split", "Units", "brought_to", "check_data",
-    "image_files", "list_datasets", "open_dataset", "public_part", "read_unlabelled", "skipped_text",
-    "without_public_part",
+    "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Examination", "Reading", "Split", "Units",
+    "UnusableData", "brought_to", "check_data", "image_files", "list_datasets", "listed", "open_dataset", "public_part",
+    "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
+
+
+OWN: dict[str, tuple[str, ...]] = {"folder": ("val",), "npz": (), "csv": PARTS}
+"""Kinds of a user's own data, and what a ``Layout`` may say of them."""
 
 
 def open_dataset(
@@ -36,25 +54,37 @@ def open_dataset(
     download: bool = False,
     num_classes: int | None = None,
     unit_column: str | None = None,
+    decoding: Decoding = REFUSE,
+    layout: Layout = AS_LISTED,
+    strict: bool = True,
 ) -> Dataset:
     """Name a data set. No pixel and no label is read, and for a known name no file is touched.
 
     Args:
-        name: a key of ``KNOWN``, ``folder:PATH`` or ``npz:PATH`` (PATH is relative to the working directory).
+        name: a key of ``KNOWN``, ``folder:PATH``, ``npz:PATH`` or ``csv:PATH`` (relative to the working folder).
         data_dir: the data root, where known sets keep their files.
         download: fetch a known set's files where ``require``, ``train`` or ``test`` find them missing.
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
+        decoding: for image files, how ambiguous ones are read.
+        layout: for ``csv:`` and ``folder:``, what was declared about classes, columns and splits.
+        strict: refuse files that cannot be used now, and not when they are read, together with all others.
 
     Raises:
         UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
     kind, colon, rest = name.partition(":")
-    own = bool(colon) and kind in ("npz", "folder")
-    idle = "num_classes" if num_classes is not None and not name.startswith("npz:") else None
+    own = bool(colon) and kind in OWN
+    idle = "num_classes" if num_classes is not None and kind not in ("npz", "csv") else None
     if unit_column not in (None, EACH_IMAGE) and not own:
         idle = "unit_column"
+    layout.refuse_others(kind if own else name, OWN.get(kind, ()) if own else ())
+    if kind not in ("folder", "csv") and decoding != REFUSE:
+        raise UsageError(
+            f"{flag(min(decoding.as_dict()))} says how image files are read, but {name} is not a folder of them",
+            fix="leave it out, or give --data folder:PATH",
+        )
     if idle:
         raise UsageError(f"{idle} does not apply to the data set {name}", fix=f"leave {idle} out: it is known")
     if own:
@@ -66,7 +96,9 @@ def open_dataset(
             path = Path(rest).expanduser()
             if kind == "npz":
                 return open_npz(path, num_classes, unit_column)
-            return open_folder(path, unit_column)
+            if kind == "csv":
+                return open_table(path, num_classes, unit_column, decoding, layout, strict=strict)
+            return open_folder(path, unit_column, decoding, layout.val, strict=strict)
         except RuntimeError as error:  # of expanduser
             raise UsageError(f"{name} names an unknown home folder", fix="write the whole path") from error
         except OSError as error:  # only the number: its file name may be that of a private example
@@ -77,7 +109,13 @@ def open_dataset(
             ) from error
     refuse_unsupported(name)
     if name not in KNOWN:
-        raise UsageError(f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, "folder:PATH", "npz:PATH"]))
+        kinds = {".csv": "csv", ".parquet": "csv", ".npz": "npz"}
+        if Path(name).exists():
+            meant = kinds.get(Path(name).suffix.lower(), "folder")
+            raise UsageError(f"there is no data set {name!r}, but a path", fix=f"did you mean {meant}:{name}?")
+        raise UsageError(
+            f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, *(f"{kind}:PATH" for kind in OWN)])
+        )
     return KNOWN[name].open(Path(data_dir), download=download)
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.data.files import ImageFiles, Reading
+from dprandp.data.problems import Problem, UnusableData
 from dprandp.data.units import Units, unit_text
 from dprandp.errors import InputError, UsageError
 
@@ -42,6 +45,8 @@ class DataSpec:
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
         unit_count: the number of those units, public like N; None where each image is one.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
+        decoding: the declared rules by which its image files are read.
+        split_rule: how its splits were made, in words, where that was declared.
     """
 
     name: str
@@ -59,6 +64,8 @@ class DataSpec:
     unit_column: str | None = None
     unit_count: int | None = None
     published_delta: float | None = None
+    decoding: Decoding = REFUSE
+    split_rule: str = ""
 
     @property
     def unit(self) -> str:
@@ -91,7 +98,7 @@ def users_spec(
 ) -> DataSpec:
     """The declaration of ``npz:PATH`` or ``folder:PATH``: examples of train and test; height, width, channels."""
     height, width, channels = shape
-    source = f"a {'file' if kind == 'npz' else 'folder'} of the user's"
+    source = f"a {'folder' if kind == 'folder' else 'file'} of the user's"
     return DataSpec(
         f"{kind}:{path}", title, classes, *examples, channels, height, width, source, "not stated", "not stated",
         flip_ok=False, unit_column=units and units.column, unit_count=units and units.count,
@@ -114,6 +121,8 @@ class Dataset:
         read: ``"train"`` or ``"test"`` -> images and labels as they come; ``check_split`` checks them.
         require: raises InputError when a file that ``read`` needs is absent (or fetches it, where that was allowed).
         units: which images form one unit of privacy; None where each image is one.
+        files: the image files, where the data are some; ``read_with`` says how they are read.
+        problems: of files that cannot be used; ``train`` and ``test`` raise them.
     """
 
     def __init__(
@@ -122,8 +131,11 @@ class Dataset:
         read: Callable[[str], tuple[np.ndarray, np.ndarray]],
         require: Callable[[], None] = lambda: None,
         units: Units | None = None,
+        files: ImageFiles | None = None,
+        problems: Sequence[Problem] = (),
     ) -> None:
         self.spec, self.require = spec, require
+        self._files, self._problems = files, tuple(problems)
         self._units = units
         self._read = read
         self._train: Split | None = None
@@ -134,10 +146,8 @@ class Dataset:
         Raises:
             InputError: a file is missing or damaged, or its arrays contradict ``spec``.
         """
-        if self._train is None:
-            self.require()
-            self._train = check_split(self.spec, "train", *self._read("train"))
-        return self._train
+        self.require_sound()
+        return self._load("train")
 
     def test(self) -> Split:
         """The test split; read again at each call and never kept, so that nothing uses it by accident.
@@ -145,8 +155,48 @@ class Dataset:
         Raises:
             InputError: as ``train``.
         """
+        self.require_sound()
+        return self._load("test")
+
+    def _load(self, split: str) -> Split:
+        if split == "train" and self._train is not None:
+            return self._train
         self.require()
-        return check_split(self.spec, "test", *self._read("test"))
+        made = check_split(self.spec, split, *self._read(split))
+        if split == "train":
+            self._train = made
+        return made
+
+    def require_sound(self) -> None:
+        """Raise UnusableData if the listing of the data, which reads no pixel, has shown problems."""
+        if self._problems:
+            raise UnusableData(self.spec.name, self._problems)
+
+    def read_with(self, reading: Callable[[], Reading]) -> None:
+        """Say how image files are read, if the data are some."""
+        if self._files is not None:
+            self._files.reading = reading()
+
+    def examine(self) -> Examination:
+        """Read everything, and find everything that is wrong, before a run begins.
+
+        Raises:
+            UnusableData: with all problems. InputError: the only one, of data that are no files.
+        """
+        problems, only, found = list(self._problems), None, {}
+        for split in SPLITS:
+            try:
+                found[split] = self._load(split)
+            except UnusableData as error:
+                problems += error.problems
+            except InputError as error:
+                only = error
+                problems.append(Problem.of(error))
+        if only is not None and len(problems) == 1:
+            raise only
+        if problems:
+            raise UnusableData(self.spec.name, problems)
+        return Examination(*(image_digests(found[split].images) for split in SPLITS), self._units, self._files)
 
     def grouping(self) -> Units | None:
         """Which training images form one unit of privacy (private); None where each image is one."""
@@ -195,6 +245,31 @@ class Dataset:
         return self.image_fingerprint() == other.image_fingerprint()
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What ``Dataset.examine`` has seen of data that can be used. Private."""
+
+    train: list[bytes]  # ``image_digests``
+    test: list[bytes]
+    units: Units | None
+    files: ImageFiles | None
+
+    def listed(self) -> str:
+        """The notes with their names, a line each."""
+        return "".join(f"{said}\n" + "".join(f"    {name}\n" for name in names) for said, names in self.notes())
+
+    def notes(self) -> list[tuple[str, list[str]]]:
+        """What makes test results too good, or tells of training images: a sentence with a count, and names."""
+        seen, told = set(self.train), []
+        if same := [index for index, digest in enumerate(self.test) if digest in seen]:
+            names = same if self.files is None else [self.files.listings["test"].paths[index] for index in same]
+            told.append((f"{len(same)} test images equal a training image, pixel by pixel", list(map(str, names))))
+        if self.units is not None and self.units.shared_with_test:
+            count = self.units.shared_with_test
+            told.append((f"{count} units of {self.units.column} have images in both splits", []))
+        return told
+
+
 def image_digests(images: np.ndarray) -> list[bytes]:
     """A 128-bit hash of each image; uint8 [N, ...]."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
@@ -221,21 +296,21 @@ class DataCheck:
     empty_classes: list[str]  # declared ones that have no training image
 
 
-def check_data(dataset: Dataset) -> DataCheck:
+def check_data(dataset: Dataset, examined: Examination | None = None) -> DataCheck:
     """Private facts for the owner before a run: exact duplicates, units, empty classes. Reads both splits.
 
     An image that occurs twice is protected only half as well as ε says, and so is a patient whose images are in several
     units. No ε covers these counts: a command of its own prints them on the terminal, and stores nothing.
     """
-    spec, train, test, units = dataset.spec, dataset.train(), dataset.test(), dataset.grouping()
-    digests = image_digests(train.images)
+    examined = examined or dataset.examine()
+    spec, train, units, digests = dataset.spec, dataset.train(), dataset.grouping(), examined.train
     of_image = np.arange(len(digests)) if units is None else units.of_image
     seen_in: dict[bytes, set[int]] = {}
     labels: dict[bytes, set[int]] = {}
     for digest, unit, label in zip(digests, of_image.tolist(), train.labels.tolist(), strict=True):
         seen_in.setdefault(digest, set()).add(unit)
         labels.setdefault(digest, set()).add(label)
-    tested = set(image_digests(test.images))
+    tested = set(examined.test)
     counts = np.bincount(train.labels, minlength=len(spec.classes))
     return DataCheck(
         data=spec.name,
@@ -349,12 +424,13 @@ def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         if split == "test":
-            made = dataset.test()
+            made = dataset._load("test")
             return made.images, made.labels
-        whole = dataset.train()
+        whole = dataset._load("train")
         return whole.images[kept], whole.labels[kept]
 
-    return Dataset(dataclasses.replace(spec, train_examples=len(kept)), read, dataset.require)
+    rest = dataclasses.replace(spec, train_examples=len(kept))
+    return Dataset(rest, read, dataset.require, problems=dataset._problems)
 
 
 def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:

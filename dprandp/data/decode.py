@@ -1,7 +1,8 @@
-"""Image files to uint8 arrays: safely, and the same on every machine; training images, and new images to classify.
+"""Image files to uint8 arrays: safely, and the same on every machine.
 
 Ambiguous files are refused: rotation flags, 16-bit values, transparency, printing colours, several frames. A silent
-conversion would be a silent change of the data.
+conversion would be a silent change of the data. A declared rule (``config/decoding.py``) says how to take them. A
+palette is not ambiguous: each of its entries is a colour.
 """
 
 from __future__ import annotations
@@ -9,30 +10,29 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dprandp.data.npz import image_shape, read_array, read_headers
-from dprandp.errors import InputError, UsageError
+from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.data.dicom import DICOM, read_dicom
+from dprandp.data.levels import MAX_PIXELS, give, windowed
+from dprandp.errors import InputError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", *DICOM)
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 """What Pillow may try; the extension only says which files are meant to be images."""
 
-MAX_PIXELS = 50_000_000
-"""Most pixels one image may have; more is taken for a decompression bomb."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Most bytes its file may have: of such an image without any compression, with as much again for metadata."""
 
+TOO_MANY_BYTES = (f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller")
 INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove it")
 """The problem of an incomplete image, and the fix."""
 
@@ -41,17 +41,27 @@ INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove 
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 logging.getLogger("PIL").propagate = False
 
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tag numbers
+_ORIENTATION, _BITS_PER_SAMPLE, _LENGTH, _PHOTOMETRIC = 0x0112, 258, 257, 262  # EXIF and TIFF tag numbers
+_WHITE_IS_ZERO = 0
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF orientation -> what makes the picture upright."""
+_BACK = {6: 8, 8: 6}
+"""The marks whose turn is undone by that of another; every other turn undoes itself."""
 _PNG_DEPTH_BYTE = 24  # signature 8, length 4, "IHDR" 4, width 4, height 4
 
 
-def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
+def read_images(paths: Sequence[Path], size: int, what: str, rules: Decoding = REFUSE) -> np.ndarray:
     """Decode image files, each by itself, so that a result depends on its own file alone: centre square, resized, RGB.
 
     Args:
         paths: the files, in the order of the result.
         size: side of the resulting images in pixels, public.
         what: what these are, for messages that must not name a file ("the training images").
+        rules: for ambiguous files.
 
     Returns:
         uint8 [len(paths), size, size, 3], 0–255.
@@ -61,29 +71,91 @@ def read_images(paths: Sequence[Path], size: int, what: str) -> np.ndarray:
     """
     images = np.empty((len(paths), size, size, 3), np.uint8)
     for index, path in enumerate(paths):
-        images[index] = _read_image(path, size, size, f"one of {what}")
+        images[index] = read_image(path, size, size, f"one of {what}", rules)
     return images
 
 
-def _read_image(path: Path, height: int, width: int, what: str) -> np.ndarray:
+def decode_all(
+    paths: Sequence[Path], size: int, rules: Decoding
+) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    """As ``read_images``, but to the end: black where a file is refused; with kind, fix and name of each of these."""
+    images, refused = np.zeros((len(paths), size, size, 3), np.uint8), []
+    for index, path in enumerate(paths):
+        made = _decoded_or_why(path, size, size, rules)
+        if isinstance(made, np.ndarray):
+            images[index] = made
+        else:
+            kind, fix, more = made
+            refused.append((kind, fix, f"{path} {more}".strip()))
+    return images, refused
+
+
+def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) -> np.ndarray:
     """The largest centred part of an image file that has the wanted proportions, resized: uint8 [height, width, 3]."""
+    made = _decoded_or_why(path, height, width, rules)
+    if isinstance(made, np.ndarray):
+        return made
+    kind, fix, more = made
+    raise InputError(
+        f"{what} is {kind}",
+        fix=f"{fix}; --debug names the file (keep that output private)",
+        private_detail=f"{path} {more}".strip(),
+    )
+
+
+def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.ndarray | tuple[str, str, str]:
+    """``read_image``, or why not: the kind of problem, the fix, and the name of an exception."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
             warnings.simplefilter("error", UserWarning)
             warnings.simplefilter("error", RuntimeWarning)
+            if path.name.lower().endswith(DICOM):
+                made = read_dicom(path, rules) if path.stat().st_size <= MAX_BYTES else TOO_MANY_BYTES
+                if isinstance(made, tuple):
+                    return (*made, "")
+                return np.asarray(sized(made.convert("RGB"), height, width))
             with Image.open(path, formats=FORMATS) as image:
-                objection = _objection(image, path)
+                objection = _objection(image, path, rules)
+                # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
+                mark = 1 if objection else image.getexif().get(_ORIENTATION, 1)
+                bits = 8 if objection else _bits_per_channel(image, path)
             image = None if objection else decoded(path.read_bytes())
             if image is not None:
-                return np.asarray(_sized(image.convert("RGB"), height, width))
+                return np.asarray(sized(_plain(image, mark, bits, rules), height, width))
     except Exception as error:
         # A decoder may raise any exception for a hostile file.
-        raise _refusal(what, "damaged or not an image", "replace or remove it", path, type(error).__name__) from error
-    raise _refusal(what, *(objection or INCOMPLETE), path, "")
+        return "damaged or not an image", "replace or remove it", type(error).__name__
+    return (*(objection or INCOMPLETE), "")
 
 
-def _sized(image: Image.Image, height: int, width: int) -> Image.Image:
+def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.Image:
+    """A decoded image as upright 8-bit RGB, by the rules; ``mark``: its EXIF orientation, ``bits``: of a channel."""
+    is_tiff = image.format == "TIFF"
+    if _is_deep(image, bits):
+        values, most = np.asarray(image).astype(np.int64), 2**bits - 1
+        if is_tiff and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            values = most - values  # Pillow inverts 8-bit ones itself
+        image = Image.fromarray(windowed(values, *(rules.window or (0, most))))
+    elif _is_transparent(image):
+        behind = Image.new("RGBA", image.size, (*rules.behind, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    image = image.convert("RGB")
+    if mark not in _TURN or is_tiff == (rules.orientation == "apply"):  # Pillow has turned a TIFF itself
+        return image
+    return image.transpose(_TURN[_BACK.get(mark, mark) if is_tiff else mark])
+
+
+def _is_deep(image: Image.Image, bits: int) -> bool:
+    """Whether it is unsigned greyscale of 9 to 16 bits; older versions of Pillow show a PNG of that kind as ``I``."""
+    return image.mode in ("I;16", "I;16B", "I;16L") or (image.mode == "I" and image.format == "PNG" and bits == 16)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def sized(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest centred part of the proportions height : width, resized."""
     if image.height * width <= image.width * height:
         across, down = max(1, image.height * width // height), image.height
@@ -95,34 +167,41 @@ def _sized(image: Image.Image, height: int, width: int) -> Image.Image:
     return part.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _refusal(what: str, kind: str, fix: str, path: Path, more: str) -> InputError:
-    return InputError(
-        f"{what} is {kind}",
-        fix=f"{fix}; --debug names the file (keep that output private)",
-        private_detail=f"{path} {more}".strip(),
-    )
-
-
-def _objection(image: Image.Image, path: Path) -> tuple[str, str] | None:
+def _objection(image: Image.Image, path: Path, rules: Decoding) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
         return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
     if path.stat().st_size > MAX_BYTES:
-        return f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller"
+        return TOO_MANY_BYTES
     if _has_second_frame(image):
-        return "animated or has several pages", "keep one frame"
-    if image.mode not in ("1", "L", "P", "RGB"):
-        kinds = {"RGBA": "transparent", "LA": "transparent", "PA": "transparent", "CMYK": "in CMYK"}
-        return kinds.get(image.mode, f"of the kind {image.mode!r} (16-bit or float)"), "convert it to 8-bit RGB or grey"
-    if "transparency" in image.info:
-        return "transparent", "put it on a background and save it as 8-bit RGB"
-    if _bits_per_channel(image, path) > 8:
-        return "16-bit", "convert it to 8-bit RGB or grey with a fixed, public scale"
+        # the first frame of an animated PNG or WebP cannot be checked for completeness
+        known = image.format in ("MPO", "GIF", "TIFF")
+        if not known or rules.frames is None:
+            return "animated or has several pages", give("frames", "first", "keep one frame") if known else KEEP_ONE
+        image.seek(0)
+    bits = _bits_per_channel(image, path)
+    if _is_deep(image, bits):
+        if rules.grey_levels is None:
+            return "16-bit", give("grey_levels", "window:LO,HI", "convert it to 8-bit with a fixed, public scale")
+    elif image.mode == "CMYK":
+        if rules.cmyk is None:
+            return "in CMYK", give("cmyk", "convert", "convert it to 8-bit RGB")
+    elif _is_transparent(image):
+        if rules.background is None:
+            return "transparent", give("background", "white", "put it on a background and save it as 8-bit RGB")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        kind = f"of the kind {image.mode!r} (signed, 32-bit or float numbers, or other colours)"
+        return kind, "convert it to 8-bit RGB or grey"
+    if bits > 8 and not _is_deep(image, bits):
+        return "16-bit in colour", "convert it to 8-bit RGB or grey with a fixed, public scale"
     if image.format == "TIFF" and image.tag_v2.get(_COMPRESSION) in _NOT_CHECKABLE:
         return "a TIFF compressed as a fax or as old JPEG, where missing pixels go unnoticed", "save it as PNG"
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return "marked as rotated (EXIF orientation)", "rotate the pixels themselves and remove the mark"
+    if image.getexif().get(_ORIENTATION, 1) != 1 and rules.orientation is None:
+        return "marked as rotated (EXIF orientation)", give("orientation", "apply", "rotate the pixels and remove it")
     return None
+
+
+KEEP_ONE = "keep one frame, as a file of its own"
 
 
 def _bits_per_channel(image: Image.Image, path: Path) -> int:
@@ -286,7 +365,7 @@ def _tables_are_complete(image: Image.Image, data: bytes) -> bool:
         if not _jpeg_is_complete(stream, part):
             return False
         rows += part.height
-    return rows >= image.height  # rows without a stream would be black on any canvas
+    return rows >= tags[_LENGTH]  # rows without a stream would be black on any canvas
 
 
 def _longer_webp(data: bytes, more: bytes) -> bytes:
@@ -322,143 +401,3 @@ def is_litter(name: str) -> bool:
     downloads (``scan.png.part``) are not litter: an image is missing, and N must be right.
     """
     return name.startswith((".", "~$")) or name.endswith("~") or name.lower() in _LITTER
-
-
-# ---------------------------------------------------------------------------------------------------------- unlabelled
-#
-# New images to classify. The guarantee does not cover these data, so messages name a file that cannot be read.
-
-ARRAYS = ("images", "x", "x_test")
-"""Names under which an ``.npz`` file may hold the images; exactly one of them has to be there."""
-
-LINKED, SPECIAL, BARE = "links to folders", "no regular files", "no extension"
-"""Kinds of skipped files without an extension."""
-
-_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's convert("L")
-
-
-def read_unlabelled(
-    paths: Sequence[Path],
-    data: str | None,
-    shape: tuple[int, int, int],
-    on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
-) -> tuple[list[str], np.ndarray]:
-    """Read new images and bring each to the shape of the images that a model was trained on.
-
-    An image of other proportions loses its edges: the largest centred part is kept. Grey and colour are converted.
-
-    Args:
-        paths: image files.
-        data: further images: ``folder:PATH`` (every image file below it, by path) or ``npz:PATH`` (uint8 [N, H, W],
-            [N, H, W, 1] or [N, H, W, 3], in one of ``ARRAYS``); None for none.
-        shape: height, width, channels (1 or 3).
-        on_skipped: called once where a folder holds files that are no images by their names: how many of each kind
-            (an extension such as ``.dcm``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
-
-    Returns:
-        Names (paths as given; ``PATH[i]`` in an array), and uint8 [N, height, width, channels].
-
-    Raises:
-        InputError: missing, damaged or empty; the message names the file. UsageError: ``data`` is neither kind.
-    """
-    kind, _, rest = (data or "").partition(":")
-    if data is not None and (kind not in ("folder", "npz") or not rest):
-        raise UsageError(f"--data {data!r} names no images to classify", fix="give npz:PATH, folder:PATH, or files")
-    names, parts, files = [], [], list(paths)
-    if kind == "folder":
-        found, skipped = image_files(Path(rest).expanduser())
-        files += found
-        if skipped:
-            on_skipped(skipped)
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"there is no file {path}", fix="check the path")
-        names.append(str(path))
-        parts.append(_grey_or_rgb(_read_image(path, shape[0], shape[1], str(path))[None], shape[2]))
-    if kind == "npz":
-        images = _from_npz(Path(rest).expanduser())
-        names += [f"{rest}[{index}]" for index in range(len(images))]
-        parts.append(brought_to(images, shape))
-    if not names:
-        raise UsageError("there is no image to classify", fix="name image files, or give --data npz:PATH | folder:PATH")
-    return names, np.concatenate(parts)
-
-
-def brought_to(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Images of any size as uint8 [N, height, width, channels] of ``shape``; cut and resized as files are.
-
-    Args:
-        images: uint8 [H, W], [H, W, C] or [N, H, W, C] with C = 1 or 3.
-
-    Raises:
-        InputError: the array holds no such images.
-    """
-    many = images[None] if images.ndim == 3 else images[None, ..., None] if images.ndim == 2 else images
-    if many.dtype != np.uint8 or many.ndim != 4 or many.shape[3] not in (1, 3) or 0 in many.shape:
-        raise InputError(
-            f"an array of type {images.dtype} and shape {list(images.shape)} holds no images",
-            fix="give uint8 [height, width, 3] or [N, height, width, 3], or one channel for grey",
-        )
-    height, width, channels = shape
-    plain = many[..., 0] if many.shape[3] == 1 else many
-    sized = np.stack([np.asarray(_sized(Image.fromarray(image), height, width)) for image in plain])
-    return _grey_or_rgb(sized.reshape(len(many), height, width, many.shape[3]), channels)
-
-
-def skipped_text(kinds: Mapping[str, int]) -> str:
-    """``skipped 3 files that are not images by name: .dcm (2), .txt (1); readable are .png ...``."""
-    count = sum(kinds.values())
-    listed = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
-    what = "1 file that is not an image" if count == 1 else f"{count} files that are not images"
-    return f"skipped {what} by name: {listed}; readable are {' '.join(EXTENSIONS)}"
-
-
-def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Every image file below a folder, by path, and how many other files of each kind; litter is in neither."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}", fix="check the path")
-    found: list[Path] = []
-    skipped: Counter[str] = Counter()
-
-    def refuse(error: OSError) -> None:  # a folder that cannot be listed would hide its images
-        raise InputError(f"{error.filename} cannot be listed: {error.strerror}", fix="check its permissions") from error
-
-    for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not is_litter(name)]
-        skipped[LINKED] += sum(os.path.islink(os.path.join(here, name)) for name in folders)
-        for path in (Path(here, name) for name in files if not is_litter(name)):
-            extension = path.suffix.lower()
-            if not path.is_file():
-                skipped[SPECIAL] += 1
-            elif path.name.lower().endswith(EXTENSIONS):
-                found.append(path)
-            else:
-                skipped[extension if extension.isprintable() and 0 < len(extension) <= 16 else BARE] += 1
-    kinds = {kind: count for kind, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])) if count}
-    if not found:
-        raise InputError(
-            f"{folder} holds no image" + (f": {skipped_text(kinds)}" if kinds else ""),
-            fix=f"images are known by their names: {' '.join(EXTENSIONS)}",
-        )
-    return sorted(found), kinds
-
-
-def _from_npz(path: Path) -> np.ndarray:
-    headers = read_headers(path)
-    present = [name for name in ARRAYS if name in headers]
-    if len(present) != 1:
-        raise InputError(
-            f"{path} holds {' and '.join(present) or 'none of the arrays ' + ', '.join(ARRAYS)}",
-            fix="save the images to classify under one of these names, such as numpy.savez(path, images=…)",
-        )
-    shape = image_shape(path, headers, present[0])
-    return read_array(path, present[0]).reshape(-1, *shape)
-
-
-def _grey_or_rgb(images: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [N, H, W, 1 or 3] with the wanted number of channels."""
-    if images.shape[3] == channels:
-        return images
-    if channels == 3:
-        return np.repeat(images, 3, axis=3)
-    return np.round(images @ _GREY).clip(0, 255).astype(np.uint8)[..., None]

@@ -14,74 +14,108 @@ File names, and which file has which content, are private. Litter (``decode.py``
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.layout import Layout
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
-from dprandp.data.decode import EXTENSIONS, is_litter, read_images
-from dprandp.data.units import DEFAULT_COLUMN, EACH_IMAGE, UNITS_FILE, Units, check_column_name, units_of_files
+from dprandp.data.decode import EXTENSIONS, is_litter
+from dprandp.data.files import ImageFiles, Listing
+from dprandp.data.problems import Problem, UnusableData
+from dprandp.data.units import (
+    BY_FOLDER,
+    DEFAULT_COLUMN,
+    EACH_IMAGE,
+    UNITS_FILE,
+    Units,
+    check_column_name,
+    make_units,
+    units_of_files,
+)
 from dprandp.errors import InputError
 
 SIDE = 32
 """Pixels that the sides of each image's centre square are resized to."""
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Files of one split with their classes, sorted by class name, then file name (code points, on every system)."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
+VALIDATION = ("val", "valid", "validation", "dev")
+"""Names of a third split, which has to be declared as one of the two."""
 
 
-def open_folder(root: Path, unit_column: str | None) -> Dataset:
+def open_folder(
+    root: Path,
+    unit_column: str | None,
+    rules: Decoding = REFUSE,
+    val: str | None = None,
+    *,
+    strict: bool = True,
+) -> Dataset:
     """A data set from a folder of images; only the listing and the table of units are read.
 
     Args:
         root: the folder, in one of the two layouts above.
         unit_column: the column of ``units.csv`` whose equal values make images one unit of privacy. None: ``unit``
-            where there is a ``units.csv``.
+            where there is a ``units.csv``. ``folder``: each class folder has sub-folders, and images in sub-folders
+            of one name are a unit.
+        val: "train" or "test": where the images of a folder ``val/`` go; None where there is none.
+        rules: for ambiguous image files.
+        strict: refuse files that cannot be used now; else when the data are read, together with those that cannot be
+            decoded.
 
     Raises:
         InputError: the layout is not one of the two, a file is empty, no image by its name, or a link out of ``root``.
     """
     if not root.is_dir():
         raise InputError(f"there is no folder {root}", fix="give the folder that holds train/ and test/")
+    problems: list[Problem] = []
     try:
-        classes, listings = _read_listings(root)
+        classes, listings = _read_listings(root, problems, unit_column == BY_FOLDER, val)
     except OSError as error:
         raise InputError(
             f"the folder {root} cannot be listed",
             fix="check its permissions",
             private_detail=f"{type(error).__name__}: {error}",
         ) from error
+    name = f"folder:{root}"
     for split in SPLITS:
         if not listings[split].paths:
+            if problems:
+                raise UnusableData(name, problems)
             raise InputError(f"the {split} split of {root} holds no image", fix="give both splits at least one image")
-    units = _units(root, listings, unit_column)
+    units = None
+    try:
+        units = _units(root, listings, unit_column)
+    except InputError as error:
+        if not problems and strict:
+            raise
+        problems.append(Problem.of(error))
+    if problems and strict:
+        raise UnusableData(name, problems)
     examples = len(listings["train"].paths), len(listings["test"].paths)
     spec = users_spec("folder", root, root.resolve().name, classes, examples, (SIDE, SIDE, 3), units)
-
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        listing = listings[split]
-        images = read_images(listing.paths, SIDE, f"the {split} images of {spec.name}")
-        return images, np.array(listing.labels, np.int64)
-
-    return Dataset(spec, read, units=units)
+    spec = dataclasses.replace(spec, decoding=rules, split_rule=Layout(val=val).split_rule)
+    files = ImageFiles(name, listings, SIDE, rules)
+    return Dataset(spec, files.read, units=units, files=files, problems=problems)
 
 
 def _units(root: Path, listings: dict[str, Listing], column: str | None) -> Units | None:
     path = root / UNITS_FILE
     if column == EACH_IMAGE or (column is None and not path.exists()):
         return None
+    if column == BY_FOLDER:
+        folders = {split: np.array([file.parent.name for file in listings[split].paths]) for split in SPLITS}
+        return make_units(BY_FOLDER, folders["train"], folders["test"], str(root))
     names = {split: [file.relative_to(root).as_posix() for file in listings[split].paths] for split in SPLITS}
     return units_of_files(path, check_column_name(column or DEFAULT_COLUMN), names["train"], names["test"])
 
 
-def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+def _read_listings(
+    root: Path, problems: list[Problem], nested: bool, val: str | None
+) -> tuple[tuple[str, ...], dict[str, Listing]]:
     has_folders = (root / "train").is_dir() and (root / "test").is_dir()
     has_list = (root / "test.txt").is_file()
     if has_folders == has_list:
@@ -90,19 +124,34 @@ def _read_listings(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             fix="use PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* and a list of test files, PATH/test.txt",
         )
     for entry in _entries(root):
-        _refuse_outside(root, entry)
+        refuse_outside(root, entry)
+    if has_list and val is None:
+        classes = class_folders(root, root, problems, ignore=("test.txt", UNITS_FILE))
+        return classes, _split_by_list(root, list_images(root, root, classes, problems, nested))
     if has_list:
-        classes = class_folders(root, root, ignore=("test.txt", UNITS_FILE))
-        return classes, _split_by_list(root, list_images(root, root, classes))
-    classes = class_folders(root, root / "train")
-    strange = set(class_folders(root, root / "test")) - set(classes)
+        raise InputError(f"--val {val} was given, but {root} has no folder val/", fix="leave --val out")
+    classes = class_folders(root, root / "train", problems)
+    splits = ["train", "test", *(entry.name for entry in _entries(root) if entry.name.lower() in VALIDATION)]
+    if len(splits) > 2 and val is None:
+        raise InputError(
+            f"{root} has a third split, {splits[2]}/, and a run has only two",
+            fix="say where its images go with --val train or --val test, or move it out of the folder",
+        )
+    if len(splits) == 2 and val is not None:
+        raise InputError(f"--val {val} was given, but {root} has no folder val/", fix="leave --val out")
+    strange = {name for split in splits[1:] for name in class_folders(root, root / split, problems)} - set(classes)
     if strange:
         raise InputError(
-            f"{root}/test has {len(strange)} class folders that train/ has not",
+            f"{root}/{' and '.join(splits[1:])} has {len(strange)} class folders that train/ has not",
             fix="give test/ the same sub-folders as train/",
             private_detail=f"only in test/: {sorted(strange)}",
         )
-    return classes, {split: list_images(root, root / split, classes) for split in SPLITS}
+    listings: dict[str, Listing] = {}
+    for split in splits:
+        found, goes_to = list_images(root, root / split, classes, problems, nested), split if split in SPLITS else val
+        before = listings.get(goes_to, Listing((), ()))
+        listings[goes_to] = Listing(before.paths + found.paths, before.labels + found.labels)
+    return classes, listings
 
 
 def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
@@ -126,51 +175,61 @@ def _split_by_list(root: Path, everything: Listing) -> dict[str, Listing]:
     return parts
 
 
-def class_folders(root: Path, folder: Path, ignore: tuple[str, ...] = ()) -> tuple[str, ...]:
+def class_folders(
+    root: Path, folder: Path, problems: list[Problem], ignore: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """Names of the class sub-folders of ``folder``, sorted by code point.
 
+    A file beside them is a problem.
+
     Raises:
-        InputError: a file lies beside them, a sub-folder is a link out of ``root``, or the names cannot be classes.
+        InputError: a sub-folder is a link out of ``root``, or the names cannot be classes.
     """
     names = []
     for entry in _entries(folder):
         if entry.name in ignore:
             continue
-        _refuse_outside(root, entry)
-        if not entry.is_dir():
-            raise InputError(
-                f"{folder} holds files beside its class folders",
-                fix="put each image into the sub-folder of its class",
-                private_detail=entry.path,
-            )
-        names.append(entry.name)
+        refuse_outside(root, entry)
+        if entry.is_dir():
+            names.append(entry.name)
+        else:
+            fix = "put each image into the sub-folder of its class"
+            problems.append(Problem("files", f"beside the class folders of {folder}", fix, entry.path))
     return check_class_names(tuple(names), str(folder))
 
 
-def list_images(root: Path, folder: Path, classes: tuple[str, ...]) -> Listing:
+def list_images(
+    root: Path, folder: Path, classes: tuple[str, ...], problems: list[Problem], nested: bool = False
+) -> Listing:
     """Every image file under ``folder``/CLASS for the given classes (a class may be absent here).
 
-    Raises:
-        InputError: something there is no regular file, has no image extension, is empty, or links out of ``root``.
+    With ``nested`` they lie in sub-folders of the class folders, one for each unit of privacy.
+
+    Something that is no regular file, has no image extension, is empty, or links out of ``root`` is a problem.
     """
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        for entry in _entries(folder / name) if (folder / name).is_dir() else ():
-            _refuse_outside(root, entry)
-            problem = None
-            if not entry.is_file():
-                problem = "something that is no file (a folder inside a class folder?)"
+        place = folder / name
+        entries = _entries(place) if place.is_dir() else []
+        if nested:
+            loose = [entry for entry in entries if leads_out(root, entry) or not entry.is_dir()]
+            fix = "put it into the sub-folder of its unit, such as its patient"
+            problems += [Problem(f"entries of {folder}", "in no sub-folder", fix, entry.path) for entry in loose]
+            entries = [inner for entry in entries if entry not in loose for inner in _entries(Path(entry.path))]
+        for entry in entries:
+            kind, fix = None, "remove it"
+            if leads_out(root, entry):
+                kind, fix = LEADS_OUT
+            elif not entry.is_file():
+                kind = "no file (a folder inside a class folder? --unit-column folder takes it for one patient, say)"
             elif not entry.name.lower().endswith(EXTENSIONS):
-                problem = f"a file that is no image by its name (images: {' '.join(EXTENSIONS)})"
+                kind = f"no image by its name (images: {' '.join(EXTENSIONS)})"
             elif entry.stat().st_size == 0:
-                problem = "an image file of 0 bytes"
-            if problem:
-                raise InputError(
-                    f"{folder} holds {problem}",
-                    fix="remove or mend it; --debug names it (keep that output private)",
-                    private_detail=entry.path,
-                )
+                kind, fix = "an image file of 0 bytes", "replace or remove it"
+            if kind:
+                problems.append(Problem(f"entries of {folder}", kind, fix, entry.path))
+                continue
             paths.append(Path(entry.path))
             labels.append(label)
     return Listing(tuple(paths), tuple(labels))
@@ -183,16 +242,21 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _refuse_outside(root: Path, entry: os.DirEntry) -> None:
+LEADS_OUT = ("a symbolic link that leaves the folder or leads nowhere", "copy the file instead of linking to it")
+
+
+def leads_out(root: Path, entry: os.DirEntry) -> bool:
     """A link may point elsewhere inside ``root``; one that leaves it could read any file of this machine."""
-    if entry.is_symlink():
-        try:
-            target = Path(entry.path).resolve(strict=True)
-        except (OSError, RuntimeError):  # it leads nowhere, or in a circle
-            target = None
-        if target is None or not target.is_relative_to(root.resolve()):
-            raise InputError(
-                f"{root} holds a symbolic link that leaves the folder or leads nowhere",
-                fix="copy the file into the folder instead of linking to it",
-                private_detail=entry.path,
-            )
+    if not entry.is_symlink():
+        return False
+    try:
+        target = Path(entry.path).resolve(strict=True)
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        return True
+    return not target.is_relative_to(root.resolve())
+
+
+def refuse_outside(root: Path, entry: os.DirEntry) -> None:
+    """Raise InputError for a folder or a list that is such a link."""
+    if leads_out(root, entry):
+        raise InputError(f"{root} holds {LEADS_OUT[0]}", fix=LEADS_OUT[1], private_detail=entry.path)

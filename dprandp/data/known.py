@@ -24,6 +24,7 @@ from dprandp.data.base import Dataset, DataSpec
 from dprandp.data.decode import read_images
 from dprandp.data.folder import class_folders, list_images
 from dprandp.data.npz import read_array
+from dprandp.data.problems import Problem, UnusableData
 from dprandp.errors import InputError, StorageError, UsageError
 
 #: Seconds without an answer after which a download gives up.
@@ -198,9 +199,12 @@ def _eurosat_missing(data_dir: Path) -> list[str]:
 def _read_eurosat(data_dir: Path, spec: DataSpec, split: str) -> Arrays:
     """Every fifth image of each class, by file name, is the test split (there is no official one)."""
     root = data_dir / _EUROSAT
-    if class_folders(root, root) != spec.classes:
+    problems: list[Problem] = []
+    if class_folders(root, root, problems) != spec.classes:
         raise _damaged(spec, ValueError("other class folders"), _EUROSAT)
-    listing = list_images(root, root, spec.classes)
+    listing = list_images(root, root, spec.classes, problems)
+    if problems:
+        raise UnusableData(spec.name, problems)
     if len(listing.paths) != spec.train_examples + spec.test_examples:
         raise InputError(
             f"{root} holds {len(listing.paths)} images; the official archive has 27000",

@@ -22,6 +22,8 @@ from dprandp.runs.results import ONE_IMAGE
 EACH_IMAGE = "image"
 #: What is used where ``--unit-column`` was not given: the array of an ``npz:`` file, the column of ``units.csv``.
 DEFAULT_ARRAY, DEFAULT_COLUMN = "groups_train", "unit"
+DEFAULT_GROUP = "group"  # of a table
+BY_FOLDER = "folder"  # a folder: data set whose classes have a sub-folder for each unit
 UNITS_FILE = "units.csv"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}")

@@ -61,6 +61,8 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         shared_units_allowed=stage.shared_units or None,
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
+        split_rule=spec.split_rule or None,
+        decoding=str(spec.decoding) or None,
     )
 
 
@@ -86,7 +88,12 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
         "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
         "precision": precision_of(model.extractor),
         "classes": result.classes,
-        "input": {"size": INPUT_SIZE, "mirror": result.mirror, "shape": list(stage.spec.image_shape)},
+        "input": {
+            "size": INPUT_SIZE,
+            "mirror": result.mirror,
+            "shape": list(stage.spec.image_shape),
+            "decoding": stage.spec.decoding.as_dict(),
+        },
         "result": result,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
     }

@@ -20,9 +20,10 @@ from dprandp.config.schema import (
     ProbeConfig,
     as_dict,
     build,
+    data_options,
     fraction_of,
 )
-from dprandp.data import Dataset, DataSpec, open_dataset, without_public_part
+from dprandp.data import Dataset, DataSpec, Reading, open_dataset, without_public_part
 from dprandp.dpsgd import training_data
 from dprandp.dpsgd.budget import (
     ADJACENCY,
@@ -98,11 +99,17 @@ class PrivateStage:
         The run is held to its data once a plan is fixed, or once ``continue`` has declared a part of them public.
         Raises InputError for unusable or other data, BudgetError for images that the run has used as public ones.
         """
+        self.examine()
         rundir, found = self.context.rundir, training_data.fingerprint_of(self.dataset)
         if plan_file(rundir).exists() or (self.budget.public_part != NO_PUBLIC_PART and self.name != CONTINUE):
             training_data.refuse_other(rundir, self.budget.data, found)
         training_data.refuse_public(rundir, self.dataset)
         return {"train": found}
+
+    def examine(self) -> None:
+        """Find everything that is wrong with a user's own data, unless the run has begun; see ``training_data``."""
+        if self.spec.name.partition(":")[1]:
+            training_data.examine(self.context.rundir, self.dataset, self.context.console)
 
     def keep_data(self) -> None:
         """Record the hash of the run's data, if no plan has done so yet; raises as ``private_inputs``."""
@@ -295,8 +302,9 @@ def _started(rundir: RunDir, name: str) -> str | None:
 def name_private_stage(name: str, config: PrivateConfig, context: Context, *, write: bool = True) -> PrivateStage:
     """A stage on named data within the run's budget, without a plan; otherwise as ``open_private_stage``."""
     rundir = context.rundir
-    facts = {"num_classes": config.classes, "unit_column": config.unit_column}
-    dataset = open_dataset(config.data, context.data_dir, download=context.download and write, **facts)
+    download = context.download and write
+    dataset = open_dataset(config.data, context.data_dir, download=download, strict=False, **data_options(config))
+    dataset.read_with(lambda: _reading(context, write))
     part = _public_part(config, context)
     shared = config.allow_shared_units is True
     if not shared:
@@ -320,6 +328,16 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
         return stage
     return replace(stage, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
+
+
+def _reading(context: Context, write: bool) -> Reading:
+    rundir, ranks = context.rundir, context.ranks
+    return Reading(
+        folder=rundir.private_dir if write else rundir.path / "private",
+        writable=write and ranks.is_first,
+        workers=max(1, context.workers // ranks.size),
+        progress=context.console.progress,
+    )
 
 
 def open_private_stage(

@@ -2,6 +2,7 @@
 
     private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
                                  stage that declares a part of it public
+    private/data-check.txt       problems found before the first charge, with the names of files
     private/public-data.json     hashes of the images of whole sets that the run has used as public ones
 
 A hash of private data lets anyone confirm a guess at them, so it is stored only in ``private/``. Only equal data are
@@ -11,10 +12,12 @@ recognised: a set with one changed image is another set.
 from __future__ import annotations
 
 from dprandp.config.schema import FRACTION, SYNTHETIC, ContinueConfig, same_data_name
-from dprandp.data import Dataset
+from dprandp.data import Dataset, UnusableData, listed
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.runs.console import Console
 from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
 from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.ledger import ledger_file
 
 KEPT, PUBLIC = "training-data.json", "public-data.json"
 
@@ -22,6 +25,35 @@ KEPT, PUBLIC = "training-data.json", "public-data.json"
 def fingerprint_of(dataset: Dataset) -> str:
     """Hash of private images, labels and units, in order; reads them."""
     return dataset.fingerprint()
+
+
+CHECK = "data-check.txt"
+
+
+def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
+    """Find everything that is wrong with a run's data, before the run charges anything.
+
+    The terminal gets kinds and counts. ``private/data-check.txt`` gets the names. What is refused depends on the data,
+    so this is never done once something about them may have been released.
+
+    Raises:
+        UnusableData: with all problems. InputError: the only one, of data that are no files.
+    """
+    if ledger_file(rundir).exists():
+        return
+    path = rundir.private_dir / CHECK
+    try:
+        found = dataset.examine()
+    except UnusableData as error:
+        atomic_write(path, listed(error.problems) + "\n")
+        raise UnusableData(error.name, error.problems, str(path)) from error
+    text = found.listed()
+    before = path.read_text("utf-8") if path.exists() else ""
+    if text == before:
+        return  # told already
+    atomic_write(path, text)
+    for said, _ in found.notes():
+        console.warn(f"{said}: the test split is not protected, and such results are too good; {path} (private)")
 
 
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
@@ -53,7 +85,8 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "
             "differ",
-            fix="give the same data with --data, from any path, or start a new --run for these",
+            fix="give the same data with --data, from any path, and the same rules for their image files, or start a "
+            "new --run for these",
         )
 
 

@@ -69,7 +69,7 @@ def refuse_shared(dataset: Dataset) -> None:
 
 def unit_reminder(spec: DataSpec, asked: str | None) -> str | None:
     """What to say before a run on somebody's own images without units; a function of declared facts alone."""
-    if asked is not None or spec.unit_column is not None or not spec.name.startswith(("npz:", "folder:")):
+    if asked is not None or spec.unit_column is not None or ":" not in spec.name:
         return None
     return (
         "note: one image is the unit of privacy. Where a person has several, or an image occurs twice, ε is too small: "

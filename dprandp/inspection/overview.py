@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.data import DataCheck, DatasetRow, check_data, list_datasets, open_dataset
+from dprandp.config.schema import ProbeConfig, data_options
+from dprandp.data import (
+    DataCheck,
+    DatasetRow,
+    Reading,
+    UnusableData,
+    check_data,
+    list_datasets,
+    listed,
+    open_dataset,
+)
 from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
 from dprandp.report.run import PRIVATE_STAGES
+from dprandp.runs.console import Console
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir, StageRow
+from dprandp.runs.files import atomic_write
 
 SHOWN_CLASSES = 20
 """Most empty classes that the text names; JSON has all of them."""
@@ -69,13 +82,33 @@ def dataset_lines(rows: list[DatasetRow]) -> str:
         + ("yes" if row.available else f"no: {row.how_to_get}")
         for row in rows
     ]
-    lines.append("also: npz:PATH (x_train, y_train, x_test, y_test) and folder:PATH (train/CLASS/*, test/CLASS/*)")
+    lines.append(
+        "also: npz:PATH (x_train, y_train, x_test, y_test), folder:PATH (train/CLASS/*, test/CLASS/*) and csv:PATH "
+        "(path, label, split, group)"
+    )
     return "\n".join(lines)
 
 
-def check_dataset(name: str, data_dir: Path, classes: int | None, unit_column: str | None) -> DataCheck:
-    """Duplicates, units, empty classes of a data set. Private, and ``private_output`` says so."""
-    return check_data(open_dataset(name, data_dir, num_classes=classes, unit_column=unit_column))
+def check_dataset(config: ProbeConfig, data_dir: Path, console: Console, names: Path | None) -> DataCheck:
+    """Duplicates, units, empty classes of a probe's data set. Private, and ``private_output`` says so.
+
+    Args:
+        names: a file for the names of what is wrong or occurs in both splits; None for none.
+
+    Raises:
+        UnusableData: with everything that is wrong. InputError: the only problem, of data that are no files.
+    """
+    dataset = open_dataset(config.data, data_dir, strict=False, **data_options(config))
+    dataset.read_with(lambda: Reading(workers=len(os.sched_getaffinity(0)), progress=console.progress))
+    try:
+        examined = dataset.examine()
+    except UnusableData as error:
+        if names is not None:
+            atomic_write(names, listed(error.problems) + "\n")
+        raise UnusableData(error.name, error.problems, str(names) if names else "--names FILE") from error
+    if names is not None:
+        atomic_write(names, examined.listed())
+    return check_data(dataset, examined)
 
 
 def check_lines(found: DataCheck) -> str:

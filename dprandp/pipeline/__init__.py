@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import continual, finetune, generate, pretrain, probe
-from dprandp.config.schema import StageConfig, as_dict, build
+from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build
+from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text, interval_text, model_warnings
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context, device_of_rank
 from dprandp.runs.directory import RunDir, frozen
+from dprandp.runs.ledger import ledger_file
 from dprandp.runs.parallel import Ranks
 from dprandp.runs.results import (
     ContinueResult,
@@ -94,10 +96,22 @@ class Made:
         return {**results[self.last.stage], "report": str(self.report), "results": results}
 
 
+def examine_data(config: ProbeConfig, context: Context) -> None:
+    """Find everything that is wrong with a user's own data, before minutes of public stages.
+
+    Raises:
+        As the probe, before it charges anything; BudgetError before a pixel is read.
+    """
+    if ":" in config.data and not ledger_file(context.rundir).exists():
+        open_private_stage("probe", config, context, write=False)
+        name_private_stage("probe", config, context).examine()
+
+
 def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
     """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
     """
     results: dict[str, StageResult] = {}
+    examine_data(resolve("probe"), context)
     with graceful_stop() as stop:
         for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"].share == 1:

@@ -103,6 +103,8 @@ class PrivateStagePlan(PrivatePlan):
     data: str
     unit: str  # of privacy, in words
     train_examples: int  # images
+    split_rule: str | None  # how the splits were made, where that was declared
+    decoding: str | None  # declared rules by which image files are read
     refit: RefitPlan | None
     epsilon_after: float  # the run's ε when the stage is done
     warning: str | None = None  # that N is small for ε
@@ -157,6 +159,7 @@ def _line(made: Plan) -> str:
     size = f"N = {made.examples}"
     if made.unit != ONE_IMAGE:
         size += f" units, each {made.unit}, {made.train_examples} images"
+    size += "".join(f", {declared}" for declared in (made.split_rule, made.decoding) if declared)
     noise = ", discrete noise" if made.noise == "discrete" else ""
     if isinstance(made, ContinuePlan):
         noise += ", after public ones" if made.public_steps else ""
@@ -297,7 +300,8 @@ def _private(
     Returns:
         The plan, and its mechanisms that are not charged yet.
     """
-    name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
+    named = name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
+    named.dataset.require_sound()
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":
@@ -347,6 +351,8 @@ def _private(
         "data": stage.spec.name,
         "unit": stage.spec.unit,
         "train_examples": stage.spec.train_examples,
+        "split_rule": stage.spec.split_rule or None,
+        "decoding": str(stage.spec.decoding) or None,
         "refit": refit and RefitPlan(refit.noise_multiplier, refit.sample_rate, refit.steps, refit.clip_norm),
         "epsilon_after": after.upper,
         "warning": stage.warning,

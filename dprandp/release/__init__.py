@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
+from dprandp.config.decoding import Decoding
 from dprandp.config.publication import Publication
+from dprandp.config.settings import checked
 from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
@@ -49,6 +51,7 @@ class ReleasedModel:
         classes: names; score i is that of ``classes[i]``.
         shape: height, width, channels of the images it was trained on, before they were resized for the network.
         mirror: whether features are averaged over an image and its mirror image.
+        decoding: the rules by which image files are read.
         result: of the stage that made the model: test metrics and the privacy disclosure.
         content: name -> bytes of the files, as they were verified.
     """
@@ -57,6 +60,7 @@ class ReleasedModel:
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     mirror: bool
+    decoding: Decoding
     result: PrivateResult
     content: dict[str, bytes]
 
@@ -121,7 +125,8 @@ def load_model(folder: Path | str) -> ReleasedModel:
     classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
     network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
     result = read_result(config["result"]["stage"], config["result"])
-    return ReleasedModel(network, classes, shape, config["input"]["mirror"], result, content)
+    decoding = _decoding(config)
+    return ReleasedModel(network, classes, shape, config["input"]["mirror"], decoding, result, content)
 
 
 def load_run_model(rundir: RunDir) -> ReleasedModel:
@@ -165,6 +170,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             config["format"] == MODEL_FORMAT
             and config["input"]["size"] == INPUT_SIZE
             and type(config["input"]["mirror"]) is bool
+            and isinstance(_decoding(config), Decoding)
             and isinstance(config["extractor"], dict)
             and config["precision"] in (FLOAT32, BFLOAT16)
             and len(shape) == 3
@@ -179,8 +185,13 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
         if not fits:
             raise ValueError("a value out of its range")
         return config
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, UsageError) as error:
         raise CheckpointError(f"{path} cannot be used: {why}", fix=RESTORE) from error
+
+
+def _decoding(config: dict[str, Any]) -> Decoding:
+    """The rules by which image files are read; a model of before there were rules has none. Raises UsageError."""
+    return checked("decoding", Decoding, config["input"].get("decoding", {}))
 
 
 def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> Classifier:

@@ -66,7 +66,8 @@ def predictions(
         on_skipped(dict(skipped.most_common()))
     array: tuple[list[str], Any] = [], None
     if folder is None and (data is not None or not files):
-        array = read_unlabelled((), data, model.shape)  # refuses an unknown kind, and that there is nothing at all
+        # refuses an unknown kind, and that there is nothing at all
+        array = read_unlabelled((), data, model.shape, rules=model.decoding)
     return _blocks(model, files, array, strict)
 
 
@@ -78,7 +79,7 @@ def _blocks(
         pixels, errors = [], {}
         for path in block:
             try:
-                pixels.append(read_unlabelled([path], None, model.shape)[1])
+                pixels.append(read_unlabelled([path], None, model.shape, rules=model.decoding)[1])
             except InputError as error:
                 if strict:
                     raise

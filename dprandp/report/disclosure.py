@@ -148,6 +148,8 @@ def disclosure(
         ("Unit of privacy", result.unit),
         ("Several records together", _groups(result)),
         ("N (training examples)", _size(result)),
+        ("Test split", result.split_rule or "as the data set has it"),
+        ("Decoding of image files", result.decoding or "no rules were declared: ambiguous files are refused"),
         ("q (sampling rate)", f"{number(result.sample_rate)} per step, expected batch qN = {expected}"),
         ("T (noisy steps)", _steps(result)),
         ("σ (noise multiplier)", f"{number(result.noise_multiplier)} (noise std over clip norm)"),

@@ -102,6 +102,8 @@ class Evaluation:
     shared_units_allowed: bool | None = None  # units may have images in both splits, as the user declared
     train_examples: Count  # images
     test_examples: Count
+    split_rule: Text | None = None  # how the splits were made, where that was declared
+    decoding: Text | None = None  # declared rules by which image files were read
 
     def interval(self, figure: str) -> tuple[float, float] | None:
         """Low and high end of a figure; None where it has none. Of accuracy always: by Wilson where none is stored."""

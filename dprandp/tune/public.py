@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp.config.schema import ProbeConfig
+from dprandp.config.schema import ProbeConfig, data_options, public_data_options
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.features import placed
@@ -55,7 +55,7 @@ def choose_publicly(
     equal.
     """
     started = time.perf_counter()
-    spec = open_dataset(config.data, context.data_dir, num_classes=config.classes).spec
+    spec = open_dataset(config.data, context.data_dir, **data_options(config) | {"unit_column": None}).spec
     epsilon = probe_epsilon(config)
     delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
@@ -148,9 +148,8 @@ def _public_task(
     if tune.on == SYNTHETIC:
         images, labels, classes = synthetic_task(context, len(spec.classes), fitted + HELD_OUT, generator)
     else:
-        public_dataset = open_dataset(tune.on, context.data_dir)
-        facts = {"num_classes": config.classes, "unit_column": config.unit_column}
-        if public_dataset.same_images_as(open_dataset(config.data, context.data_dir, **facts)):
+        public_dataset = open_dataset(tune.on, context.data_dir, **public_data_options(config, tune.on))
+        if public_dataset.same_images_as(open_dataset(config.data, context.data_dir, **data_options(config))):
             raise private_data(tune.on)
         use_as_public(context.rundir, public_dataset)
         split = public_dataset.train()

@@ -99,11 +99,11 @@ def test_predict_ignores_litter_and_says_what_it_skips(
     done = dprandp(*command, "--json", folder=tmp_path)
     assert [row["image"] for row in good(done)["predictions"]] == ["scans/ward/x.png"]
     assert (done.json["skipped_files"], done.json["skipped_kinds"], done.err) == (0, {}, "")
-    for name in ("a.dcm", "ward/b.dcm", "notes.txt"):
+    for name in ("a.svs", "ward/b.svs", "notes.txt"):
         (tmp_path / "scans" / name).write_text("?")
     again = dprandp(*command, "--json", folder=tmp_path)
-    assert again.json == done.json | {"skipped_files": 3, "skipped_kinds": {".dcm": 2, ".txt": 1}}
-    assert again.err.count("skipped 3 files that are not images by name: .dcm (2), .txt (1); readable are .png") == 1
+    assert again.json == done.json | {"skipped_files": 3, "skipped_kinds": {".svs": 2, ".txt": 1}}
+    assert again.err.count("skipped 3 files that are not images by name: .svs (2), .txt (1); readable are .png") == 1
     out = dprandp(*command, "--out", tmp_path / "answers.csv", folder=tmp_path)
     assert out.out == f"predict: 1 images, written to {tmp_path}/answers.csv\n"
     assert "skipped 3 files" in out.err

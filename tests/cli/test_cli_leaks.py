@@ -195,8 +195,8 @@ def test_21_a_bad_file_in_the_middle_of_a_folder(dprandp: Dprandp, run_after: Ru
 def test_21_a_folder_that_changes_while_it_is_read(dprandp: Dprandp, run_after: RunAfter, scans: Path) -> None:
     """A file that is listed and gone when it is read."""
     vanish = (
-        "import os\nfrom dprandp.data import folder\nread = folder.read_images\n"
-        "def late(paths, *rest):\n    os.unlink(paths[3])\n    return read(paths, *rest)\nfolder.read_images = late\n"
+        "import os\nfrom dprandp.data import files\nread = files.decode_all\n"
+        "def late(paths, *rest):\n    os.unlink(paths[3])\n    return read(paths, *rest)\nfiles.decode_all = late\n"
     )
     done = dprandp(*probe(run_after("pretrain"), f"folder:{scans}"), before=vanish)
     assert_tells_nothing(done)

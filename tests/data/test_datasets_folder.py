@@ -119,7 +119,7 @@ def test_layout_errors(root, tmp_path):
         opened(root)
     (root / "test.txt").unlink()
     (root / "train/stray.png").write_bytes(b"x")
-    with pytest.raises(InputError, match="beside its class folders"):
+    with pytest.raises(InputError, match="beside the class folders"):
         opened(root)
     (root / "train/stray.png").unlink()
     (root / "test/emu").mkdir()
@@ -156,7 +156,7 @@ def test_class_folder_without_training_images(root):
 def test_unreadable_file(root):
     dataset = opened(root)
     (root / "train/wren/1.png").unlink()
-    with pytest.raises(InputError, match="one of the train images") as caught:
+    with pytest.raises(InputError, match="1 of the train images: damaged") as caught:
         dataset.train()
     assert "1.png" not in str(caught.value)
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dprandp.data import open_dataset, read_unlabelled, skipped_text
-from dprandp.data.decode import BARE, LINKED, SPECIAL, is_litter
+from dprandp.data.decode import is_litter
+from dprandp.data.unlabelled import BARE, LINKED, SPECIAL
 from dprandp.errors import InputError
 
 FILES = (".DS_Store", "._0.png", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "~$notes.docx", "0.png~")
@@ -66,22 +67,22 @@ def test_new_images_without_litter_and_a_count_of_what_is_skipped(root: Path) ->
     scatter(root)
     assert read_unlabelled([], f"folder:{root}", (32, 32, 3), told.append)[0] == clean
     assert told == []  # litter is not mentioned
-    for name in ("x.dcm", "train/Y.DCM", "notes.txt", "test/README"):
+    for name in ("x.svs", "train/Y.SVS", "notes.txt", "test/README"):
         (root / name).write_text("?")
     (root / "again").symlink_to(root / "train")
     (root / "gone.png").symlink_to(root / "nowhere.png")
     names, again = read_unlabelled([], f"folder:{root}", (32, 32, 3), told.append)
     assert names == clean
     np.testing.assert_array_equal(pixels, again)
-    assert told == [{".dcm": 2, ".txt": 1, LINKED: 1, BARE: 1, SPECIAL: 1}]
-    assert skipped_text(told[0]).startswith("skipped 6 files that are not images by name: .dcm (2), .txt (1), ")
+    assert told == [{".svs": 2, ".txt": 1, LINKED: 1, BARE: 1, SPECIAL: 1}]
+    assert skipped_text(told[0]).startswith("skipped 6 files that are not images by name: .svs (2), .txt (1), ")
     assert " .jpeg " in skipped_text(told[0])
 
 
 def test_a_folder_with_nothing_but_other_files_says_so(tmp_path: Path) -> None:
-    (tmp_path / "x.dcm").write_text("?")
+    (tmp_path / "x.svs").write_text("?")
     (tmp_path / "._x.png").write_text("?")
-    with pytest.raises(InputError, match=r"holds no image: skipped 1 file that is not an image by name: \.dcm \(1\)"):
+    with pytest.raises(InputError, match=r"holds no image: skipped 1 file that is not an image by name: \.svs \(1\)"):
         read_unlabelled([], f"folder:{tmp_path}", (32, 32, 3))
 
 

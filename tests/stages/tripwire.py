@@ -108,7 +108,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
     Returns:
         The charged sums, as they are made.
     """
-    train, sums = data.Dataset.train, []
+    train, examine, sums = data.Dataset.train, data.Dataset.examine, []
 
     def charged_sum(function: Callable) -> Callable:
         def wrapped(*arguments, **options):
@@ -127,6 +127,10 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
             split = train(dataset)
         return data.Split(split.images.view(Watched), split.labels.view(Watched))
 
+    def unwatched_examine(dataset: data.Dataset) -> data.Examination:
+        with charged():  # before the first charge: what is refused, and counts for the owner, which no stage uses
+            return examine(dataset)
+
     for owner, name in (
         (head, "clipped_softmax_sum"), (clipped_sums, "sum_of_clipped"), (units, "clipped_softmax_sum_of_units"),
         (private, "clipped_softmax_sum"), (Trial, "score"),  # a count of right answers, with noise
@@ -134,6 +138,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
         patch.setattr(owner, name, charged_sum(getattr(owner, name)))
     patch.setattr(PoissonSampler, "draw", draw)
     patch.setattr(data.Dataset, "train", watched_train)
+    patch.setattr(data.Dataset, "examine", unwatched_examine)
     return sums
 
 

@@ -1,0 +1,94 @@
+"""How a user's own images are listed: classes, splits and the columns of a table. Declared once, as public settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dprandp.config.settings import DATA, setting
+from dprandp.errors import UsageError
+
+COLUMNS = ("path", "label", "split")
+"""Of a table, by their own names; the column of units is that of --unit-column, or group."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a listing leaves open; None: it is not needed, or refused."""
+
+    class_names: str | None = setting(
+        None, "Classes of csv: data, separated by commas; labels are these names.", True, panel=DATA,
+        metavar="NAME,NAME,...", otherwise="0 to C-1 with --classes C; one of the two is needed for csv:",
+    )  # fmt: skip
+    columns: str | None = setting(
+        None, "Columns of csv: data that have other names than path, label and split, such as path=file,label=finding.",
+        True, panel=DATA, metavar="PART=NAME,...", otherwise="path, label and split",
+    )  # fmt: skip
+    split_by: Literal["group", "image"] | None = setting(
+        None, "For csv: data without a column split: draw the test split, whole groups (the values of --unit-column) "
+        "or single images.", True, panel=DATA, otherwise="the column split",
+    )  # fmt: skip
+    test_fraction: float | None = setting(
+        None, "With --split-by: chance that a group, or an image, is in the test split.", True, panel=DATA, above=0,
+        below=1, otherwise="none, needed with --split-by",
+    )  # fmt: skip
+    split_seed: int | None = setting(None, "With --split-by: its public seed.", True, panel=DATA, low=0, otherwise="0")
+    val: Literal["train", "test"] | None = setting(
+        None, "Where the images of a validation split go (val/ of folder: data, val in the column split of csv: data).",
+        True, panel=DATA, otherwise="such data are refused",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for settings that do not go together."""
+        if (self.split_by is None) != (self.test_fraction is None) or (self.split_seed and self.split_by is None):
+            raise UsageError(
+                "--split-by and --test-fraction belong together, and --split-seed to them",
+                fix="give both, such as --split-by group --test-fraction 0.2, or none of the three",
+            )
+        self.column_names()
+
+    def column_names(self) -> dict[str, str]:
+        """Part -> name of its column."""
+        names = {part: part for part in COLUMNS}
+        for pair in (self.columns or "").split(",") if self.columns is not None else ():
+            part, equals, name = (text.strip() for text in pair.partition("="))
+            if part not in names or not equals or not name:
+                raise UsageError(
+                    f"columns = {self.columns!r}: {pair!r} names no column",
+                    fix=f"write PART=NAME for one of {', '.join(COLUMNS)}; a column of patients is --unit-column NAME",
+                )
+            names[part] = name
+        return names
+
+    @property
+    def split_rule(self) -> str:
+        """How the splits are made, in words; empty where the data have them."""
+        rules = [f"validation images taken for {self.val}"] if self.val else []
+        if self.split_by:
+            rules.append(
+                f"each {self.split_by} in the test split with chance {self.test_fraction:g}, by the public seed "
+                f"{self.split_seed or 0}"
+            )
+        return "; ".join(rules)
+
+    def refuse_others(self, kind: str, allowed: tuple[str, ...]) -> None:
+        """Raise UsageError for a declared setting that has no effect on data of this kind."""
+        for name in PARTS:
+            if getattr(self, name) is not None and name not in allowed:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no effect on {kind} data",
+                    fix="leave it out, or list the images in a table and give --data csv:PATH",
+                )
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Layout))
+"""Names of the settings above."""
+
+AS_LISTED = Layout()
+"""Nothing was declared."""
+
+
+def layout_of(settings: Any) -> Layout:
+    """The declarations among the settings of a private stage."""
+    return Layout(**{name: getattr(settings, name) for name in PARTS})

@@ -1,0 +1,38 @@
+"""Small data sets of a user's own, as the commands of docs/own-data.md name them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from PIL import Image
+
+
+def make_own_data(folder: Path) -> None:
+    """Write all of them into ``folder``."""
+    sample = pydicom.examples.get_path("ct")
+    for split in ("train", "test"):
+        for name in ("healthy", "ill"):
+            (folder / "scans-dicom" / split / name).mkdir(parents=True)
+            shutil.copy(sample, folder / f"scans-dicom/{split}/{name}/0.dcm")
+    lines = ["path,label,split,group"]
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for label, name in enumerate(("healthy", "ill")):
+            for root in ("scans", "scans-16-bit"):
+                (folder / root / split / name).mkdir(parents=True)
+            for index in range(count):
+                values = 1200 * label + random.integers(0, 2400, (40, 36))
+                Image.fromarray(values.astype(np.uint16)).save(folder / f"scans-16-bit/{split}/{name}/{index}.png")
+                plain = Image.fromarray((values // 16).astype(np.uint8))
+                plain.save(folder / f"scans/{split}/{name}/{index}.png")
+                lines.append(f"scans/{split}/{name}/{index}.png,{name},{split},{split}-{index // 2}")
+                for part in (split, "val"):
+                    patient = folder / f"scans-by-patient/{part}/{name}/{part}-{index // 2}"
+                    patient.mkdir(parents=True, exist_ok=True)
+                    plain.save(patient / f"{split}-{index}.png")
+    (folder / "scans.csv").write_text("\n".join(lines) + "\n")
+    unsplit = [line.replace(",train,", ",").replace(",test,", ",") for line in lines[1:]]
+    (folder / "scans-unsplit.csv").write_text("\n".join(["path,label,patient", *unsplit]) + "\n")
