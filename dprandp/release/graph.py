@@ -148,7 +148,7 @@ def metadata(model: ReleasedModel, about: Publication) -> dict[str, Any]:
             "colour": colour_of(channels),
             "decoding": "RGB or grey, 0 to 255, not normalised; an image of another size: its largest centred part of "
             "these proportions, resized bicubically",
-            "rules": model.decoding.as_dict(),  # for ambiguous files; refused where none is named,
+            "rules": model.decoding.as_dict(),  # for ambiguous files, which are refused where none is named
         },
         "output": {"name": OUTPUT, "type": "float32", "layout": "[N, classes]"},
         "classes": list(model.classes),
