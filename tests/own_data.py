@@ -17,6 +17,10 @@ def make_own_data(folder: Path) -> None:
         for name in ("healthy", "ill"):
             (folder / "scans-dicom" / split / name).mkdir(parents=True)
             shutil.copy(sample, folder / f"scans-dicom/{split}/{name}/0.dcm")
+    noise = np.random.default_rng(1)
+    arrays = {f"{split}_images": noise.integers(0, 256, (12, 28, 28), dtype=np.uint8) for split in ("train", "test")}
+    labels = {f"{split}_labels": np.arange(12)[:, None] % 2 for split in ("train", "test")}
+    np.savez(folder / "medmnist-like.npz", **arrays, **labels)
     lines = ["path,label,split,group"]
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):

@@ -28,7 +28,7 @@ from dprandp.data.base import (
 )
 from dprandp.data.files import Reading
 from dprandp.data.folder import open_folder
-from dprandp.data.known import KNOWN, refuse_unsupported
+from dprandp.data.known import KNOWN, larger_medical, refuse_unsupported
 from dprandp.data.npz import open_npz
 from dprandp.data.problems import UnusableData, listed
 from dprandp.data.table import open_table
@@ -108,7 +108,8 @@ def open_dataset(
                 private_detail=str(error),
             ) from error
     refuse_unsupported(name)
-    if name not in KNOWN:
+    known = KNOWN.get(name) or larger_medical(name)
+    if known is None:
         kinds = {".csv": "csv", ".parquet": "csv", ".npz": "npz"}
         if Path(name).exists():
             meant = kinds.get(Path(name).suffix.lower(), "folder")
@@ -116,7 +117,7 @@ def open_dataset(
         raise UsageError(
             f"there is no data set {name!r}", fix=nearest(name, [*KNOWN, *(f"{kind}:PATH" for kind in OWN)])
         )
-    return KNOWN[name].open(Path(data_dir), download=download)
+    return known.open(Path(data_dir), download=download)
 
 
 @dataclass(frozen=True)

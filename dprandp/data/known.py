@@ -314,19 +314,19 @@ def _medmnist(flag: str) -> dict:
 
 
 @functools.cache
-def _medical_spec(flag: str) -> DataSpec:
-    """28×28 pixels, official training and test splits; the validation split is not used."""
+def _medical_spec(flag: str, side: int = 28) -> DataSpec:
+    """Official training and test splits; the validation split is not used."""
     info = _medmnist(flag)
     grades = "; grades taken as plain classes" if info["task"] == "ordinal-regression" else ""
     return DataSpec(
-        name=flag,
-        title=f"{info['python_class']} (28×28)",
+        name=flag if side == 28 else f"{flag}_{side}",
+        title=f"{info['python_class']} ({side}×{side})",
         classes=tuple(info["label"][str(index)] for index in range(len(info["label"]))),
         train_examples=info["n_samples"]["train"],
         test_examples=info["n_samples"]["test"],
         channels=info["n_channels"],
-        height=28,
-        width=28,
+        height=side,
+        width=side,
         source=f"https://medmnist.com (MedMNIST v2); official training and test splits{grades}",
         licence=info["license"],
         citation="Yang et al. 2023, Scientific Data 10:41, and the source data set",
@@ -334,16 +334,24 @@ def _medical_spec(flag: str) -> DataSpec:
     )
 
 
-def _medical(flag: str) -> KnownSet:
+def _medical(flag: str, side: int = 28) -> KnownSet:
+    name, suffix = (flag, "") if side == 28 else (f"{flag}_{side}", f"_{side}")
+
     def download(data_dir: Path) -> None:
         """As medmnist's own ``download``, without its catch-all, which would swallow Ctrl-C and a full disk."""
         from torchvision.datasets.utils import download_url
 
         info = _medmnist(flag)
-        download_url(url=info["url"], root=str(data_dir), filename=f"{flag}.npz", md5=info["MD5"])
+        download_url(url=info[f"url{suffix}"], root=str(data_dir), filename=f"{name}.npz", md5=info[f"MD5{suffix}"])
 
-    put = f"{flag}.npz (the 28×28 file) of MedMNIST v2, which medmnist.com publishes"
-    return KnownSet(lambda: _medical_spec(flag), _files(f"{flag}.npz"), _read_medical, put, download)
+    put = f"{name}.npz (the {side}×{side} file) of MedMNIST v2, which medmnist.com publishes"
+    return KnownSet(lambda: _medical_spec(flag, side), _files(f"{name}.npz"), _read_medical, put, download)
+
+
+def larger_medical(name: str) -> KnownSet | None:
+    """A MedMNIST set in another size than 28×28, such as ``pneumoniamnist_224``; they are not listed one by one."""
+    flag, _, side = name.rpartition("_")
+    return _medical(flag, int(side)) if flag in FLIP_OK and side in ("64", "128", "224") else None
 
 
 KNOWN: dict[str, KnownSet] = BUILTIN | {flag: _medical(flag) for flag in FLIP_OK}

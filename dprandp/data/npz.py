@@ -8,6 +8,7 @@ promises terabytes) is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import lzma
 import math
@@ -28,6 +29,7 @@ from dprandp.errors import InputError, UsageError
 
 #: Members of the zip beyond this are no data set.
 MAX_ARRAYS = 1000
+MEDMNIST = {"x": "images", "y": "labels"}
 #: Bytes of an array's header; numpy refuses longer ones too, but not before it has read them.
 MAX_HEADER_BYTES = 12_000
 #: Real images do not shrink 200-fold; larger members that did are taken for bombs.
@@ -126,7 +128,7 @@ def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Da
     Args:
         path: file with ``x_train`` and ``x_test`` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), ``y_train`` and
             ``y_test`` (integers [N] or [N, 1]), and the class list: ``classes`` (text [C]) or ``num_classes`` (one
-            integer).
+            integer). MedMNIST's names (``train_images``, ``train_labels`` and so on) are taken too.
         num_classes: declares the number of classes when the file does not. Which classes occur is private, so the
             labels are never consulted.
         unit_column: the array (integers or text, [N] or [N, 1]) whose equal values make images one unit of privacy,
@@ -139,6 +141,11 @@ def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Da
     if num_classes is not None and not 2 <= num_classes <= MAX_CLASSES:
         raise UsageError(f"the number of classes is {num_classes}", fix=f"give a number from 2 to {MAX_CLASSES}")
     headers = read_headers(path)
+    # the names of MedMNIST stand for ours
+    theirs = {f"{ours}_{split}": f"{split}_{kind}" for split in SPLITS for ours, kind in MEDMNIST.items()}
+    if "x_train" in headers or "train_images" not in headers:
+        theirs = {name: name for name in theirs}
+    headers |= {ours: headers[name] for ours, name in theirs.items() if name in headers}
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in headers]
     if missing:
         raise InputError(
@@ -157,7 +164,13 @@ def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Da
     classes = _declared_classes(path, headers, num_classes)
     examples = headers["x_train"].shape[0], headers["x_test"].shape[0]
     spec = users_spec("npz", path, path.stem, classes, examples, shape, units)
-    return Dataset(spec, lambda split: (read_array(path, f"x_{split}"), read_array(path, f"y_{split}")), units=units)
+    if unused := [name for name in ("x_val", "val_images") if name in headers]:
+        spec = dataclasses.replace(spec, split_rule=f"the array {unused[0]} is not used")
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        return read_array(path, theirs[f"x_{split}"]), read_array(path, theirs[f"y_{split}"])
+
+    return Dataset(spec, read, units=units)
 
 
 def _units(path: Path, headers: Mapping[str, ArrayHeader], column: str | None) -> Units | None:
