@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     model: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large images, of which few are in memory at a time; the control has them all in one block."""
-    def read(paths, data, shape):
+    def read(paths, data, shape, rules):
         return [str(path) for path in paths], np.zeros((1, 500, 400, 1), np.uint8)
 
     large = ReleasedModel(**{**vars(model), "shape": (500, 400, 1)})
