@@ -24,7 +24,8 @@ def status(
     check: Annotated[bool, option("Examine the run's files (hashes, ledger, lock, model) and this machine (libraries, "
                                   "arithmetic, disk, data). Repairs nothing.", OUTPUT, "--check")] = False,
     runs: Annotated[Path | None, option("List the runs directly below this folder instead, with what those about the "
-                                        "same data have spent together.", OUTPUT, metavar="DIR")] = None,
+                                        "same data have spent together. Default: one run.", OUTPUT,
+                                        metavar="DIR")] = None,
 ) -> None:  # fmt: skip
     """Show which stages are done, partial, stale or missing, and what was spent; or --check the run and this machine.
 
@@ -61,9 +62,12 @@ def compare(
     call: Call,
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...", show_default=False,
                                                rich_help_panel=DATA)],
-    csv: Annotated[Path | None, option("Also write it as comma-separated values.", OUTPUT, metavar="FILE")] = None,
-    latex: Annotated[Path | None, option("Also write it as a LaTeX tabular.", OUTPUT, metavar="FILE")] = None,
-    html: Annotated[Path | None, option("Also write it as a page of its own.", OUTPUT, metavar="FILE")] = None,
+    csv: Annotated[Path | None, option("Also write it as comma-separated values. Default: not.", OUTPUT,
+                                       metavar="FILE")] = None,
+    latex: Annotated[Path | None, option("Also write it as a LaTeX tabular. Default: not.", OUTPUT,
+                                         metavar="FILE")] = None,
+    html: Annotated[Path | None, option("Also write it as a page of its own. Default: not.", OUTPUT,
+                                        metavar="FILE")] = None,
     overwrite: Annotated[bool, option("Replace the files of --csv, --latex and --html.", OUTPUT,
                                       "--overwrite")] = False,
 ) -> None:  # fmt: skip

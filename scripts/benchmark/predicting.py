@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmark.cases import OURS, Case, Comparison, Side
 from benchmark.pairs import agree
 from benchmark.patchnet import pixels, random_net
+from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
 from dprandp.release.predictions import BLOCK, predictions
@@ -35,6 +36,7 @@ class Loaded:
     network: Classifier
     classes: tuple[str, ...] = tuple(map(str, range(10)))
     shape: tuple[int, int, int] = (INPUT_SIZE, INPUT_SIZE, 3)
+    decoding: Decoding = REFUSE
 
     def probabilities(self, images: np.ndarray) -> Tensor:
         """As a released model's, with the mirror average."""

@@ -51,10 +51,15 @@ def test_data_that_are_refused_bind_the_run_to_nothing(
     assert good(dprandp(*command, "--data", "npz:tiny.npz", "--json"))["train_examples"] == 120
 
 
+OF_THE_MODEL = ("per_class", "warnings")
+"""Keys of what follows from a released model's answers, which its noise can change: a class that it never gives has no
+precision, and a warning."""
+
+
 def shape_of(value: Any) -> Any:
     """What a JSON value is made of: the keys of objects, the lengths of lists, and types; no value."""
     if isinstance(value, dict):
-        return {key: shape_of(item) for key, item in value.items()}
+        return {key: None if key in OF_THE_MODEL else shape_of(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shape_of(item) for item in value]
     return type(value).__name__
@@ -81,7 +86,7 @@ def test_what_a_private_stage_does_does_not_tell_whether_a_class_is_empty(
         for command, more in commands.items():
             config = [] if command == "report" else ["--config", folder / "small.toml"]
             done = dprandp(command, "--run", "run", *config, "--json", *more, folder=place)
-            words = re.sub(r"\d[\d.e+-]*", "0", done.err)
+            words = re.sub(r"\d[\d.e+-]*", "0", re.sub(r"(?m)^warning: the model .*\n", "", done.err))
             files = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
             said.setdefault(command, []).append((shape_of(good(done)), words, files))
     for command, (one, other) in said.items():
