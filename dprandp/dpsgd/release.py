@@ -49,8 +49,9 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     if not stage.context.ranks.is_first:
         return None
     scores = features @ model.head.detach().cpu()
-    metrics = classification_metrics(scores, torch.from_numpy(test.labels), stage.dataset.test_units())
-    if spec.unit_column is not None and stage.dataset.test_units() is None:
+    units = stage.dataset.test_units()
+    metrics = classification_metrics(scores, torch.from_numpy(test.labels), units)
+    if spec.unit_column is not None and units is None:
         metrics["interval_method"] += "; the test split names no units, so each of its images counts as independent"
     metrics["per_class"] = tuple(ClassFigures(**each) for each in metrics["per_class"])
     return Evaluation(
