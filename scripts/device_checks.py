@@ -114,7 +114,7 @@ def model_of(settings: dict[str, Any], device: torch.device, asked: str = AUTO) 
     extractor = build_extractor(schema.build("pretrain", settings), torch.Generator().manual_seed(0))
     seen = extract(extractor, images_of(32, 24), mirror=False)
     whitener = whitening.fit(seen, DIMS, parts=extractor.parts)
-    extractor.precision = decide(asked, settings["arch"], device.type)
+    extractor.precision = decide(asked, device.type)
     model = Classifier(extractor, whitener, CLASSES)
     model.head.data.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     return model.to(device).eval()
@@ -238,7 +238,7 @@ def _pretraining(
     device: torch.device, asked: str, settings: dict[str, Any], images: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradient of a step, and its embeddings, for choices of views that were drawn on the CPU."""
-    kind = decide(asked, settings["arch"], device.type)
+    kind = decide(asked, device.type)
     sizes = {"steps": 4, "batch_size": 4 * images, "projection_hidden": 32}
     given = schema.build("pretrain", settings | sizes | {"precision": kind})
 

@@ -112,7 +112,7 @@ def _repeated(resolution: int, count: int) -> Tensor:
 
 def _pretraining(device: torch.device, scale: Scale) -> dict[str, Any]:
     """A whole contrastive step, and nothing but forward and backward of the same views."""
-    kind = decide(AUTO, scale.pretraining["arch"], device.type)
+    kind = decide(AUTO, device.type)
     given = schema.build("pretrain", scale.pretraining | {"precision": kind})
     network = build_extractor(given, torch.Generator().manual_seed(0))
     trainer = ContrastiveTrainer(network, given, _repeated(64, 2 * given.batch_size).to(device))

@@ -35,7 +35,7 @@ from dprandp.runs.results import PretrainResult
 LICENCE = "MIT"
 FLAGS = {
     "generate": ("process", "count", "resolution", "seed"),
-    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "optimizer", "layers"),
+    "pretrain": ("arch", "steps", "batch_size", "lr", "colour", "seed", "optimizer", "layers", "precision"),
 }
 """Settings that have a flag: a card names a command, and nothing that is not in it."""
 

@@ -62,8 +62,8 @@ class Network:
     """Settings of stages that compute with a network."""
 
     precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Number format of the network's products: float32, bfloat16, or auto (bfloat16 for a wrn or vit where "
-        "the device multiplies it faster, else float32), decided when the stage begins. A patchnet takes float32.",
+        "auto", "Number format of the network's products: float32, bfloat16, or auto (bfloat16 where the device "
+        "multiplies it faster, else float32), decided when the stage begins.",
         True, panel=PERFORMANCE,
     )  # fmt: skip
 
@@ -428,11 +428,6 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
         UsageError: unknown key, wrong type, a value out of its range, or settings that do not go together.
     """
     config = checked(stage, STAGE_CONFIGS[stage], values)
-    if isinstance(config, PretrainConfig) and config.arch == "patchnet" and config.precision == "bfloat16":
-        raise UsageError(
-            "[pretrain] precision = 'bfloat16', but a patchnet computes in float32",
-            fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
-        )
     if isinstance(config, FinetuneConfig):
         _check_start(config)
     if isinstance(config, ContinueConfig):
@@ -453,7 +448,6 @@ def _unused(config: StageConfig) -> set[str]:
         used = {None, PATCHNET if patchnet else NETWORK, SECOND_LAYER if patchnet and config.layers > 1 else None}
         declared = settings_of(PretrainConfig).items()
         idle = {name for name, made in declared if made.of not in used or (made.learning and config.random_init)}
-        idle |= {"precision"} if patchnet else set()
         return idle | ({"momentum"} if config.optimizer == "adamw" else set())
     if not isinstance(config, FinetuneConfig):
         return set()

@@ -51,7 +51,7 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
     """
     rundir = context.rundir
     rundir.require(PRETRAIN, STAGE)
-    config = with_precision(STAGE, config, context, rundir.result(PretrainResult).arch)
+    config = with_precision(STAGE, config, context)
     flags: dict[str, Any] = {"resume": context.resume, "overwrite": context.overwrite}
     flags["ignore"] = not_compared(config, rundir)
     config = recorded(STAGE, rundir.foresee(STAGE, as_dict(config), **flags).config)

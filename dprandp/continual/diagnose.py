@@ -24,7 +24,6 @@ from dprandp.continual.public import make_task, make_training
 from dprandp.errors import UsageError
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.files import atomic_path, atomic_write, to_json
-from dprandp.runs.results import PretrainResult
 from dprandp.runs.signals import graceful_stop
 
 STAGE = "diagnose"
@@ -104,7 +103,7 @@ def run(config: ContinueConfig, context: Context) -> Diagnosis:
     stage = open_stage(config, context, write=False)
     task = make_task(config, context, stage.spec)
     started = time.perf_counter()
-    decided = with_precision("continue", config, context, context.rundir.result(PretrainResult).arch)
+    decided = with_precision("continue", config, context)
     training, built_from = make_training(decided, context, stage.spec, task)
     plan = stage.plan
     rows: list[dict[str, float]] = []

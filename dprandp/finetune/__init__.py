@@ -124,7 +124,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
 
 def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, FinetuneConfig, dict[str, str]]:
     stage = open_stage(config, context)
-    config = with_precision(STAGE, config, context, choices(config, context)[0])
+    config = with_precision(STAGE, config, context)
     if scratch.without_phase_one(config):
         return stage, config, scratch.init_hash(config)
     return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")

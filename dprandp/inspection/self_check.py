@@ -26,15 +26,18 @@ ARCHITECTURES = ("patchnet", "wrn-10-1")
 EXAMPLES, CLASSES, VIEWS, DIMS = 4, 3, 2, 16
 CLIP_NORM, NOISE_MULTIPLIER = 0.5, 1.0
 
-TOLERANCE = {FLOAT32: 1e-3, BFLOAT16: 0.05}
+TOLERANCE = {
+    "patchnet": {FLOAT32: 1e-3, BFLOAT16: 5e-3},
+    "wrn-10-1": {FLOAT32: 1e-3, BFLOAT16: 0.05},
+}
 """Largest difference from the stored numbers, relative to the length of the vector."""
 
 STORED = {
     "patchnet": {
-        "features": (8.72983, -0.749946),
-        "clipped sum": (0.416974, 0.174503),
-        "head's clipped sum": (0.379108, -0.163424),
-        "noisy update": (3.00835, -0.278135),
+        "features": (4.79798, -0.470288),
+        "clipped sum": (0.526746, 0.123001),
+        "head's clipped sum": (0.38988, -0.177565),
+        "noisy update": (3.00693, -0.291011),
     },
     "wrn-10-1": {
         "features": (5.63149, -0.926572),
@@ -84,11 +87,12 @@ def compare(device: torch.device) -> tuple[float, str, str]:
     """
     worst, where, said = 0.0, "", []
     for arch in ARCHITECTURES:
-        precision = decide(AUTO, arch, device.type)
+        precision = decide(AUTO, device.type)
         said.append(f"{arch} in {precision}")
         found = measure(arch, device, precision)
         for name, (length, along) in STORED[arch].items():
-            apart = max(abs(found[name][0] - length), abs(found[name][1] - along)) / length / TOLERANCE[precision]
+            apart = max(abs(found[name][0] - length), abs(found[name][1] - along)) / length
+            apart /= TOLERANCE[arch][precision]
             apart = math.inf if math.isnan(apart) else apart
             if apart >= worst:
                 worst, where = apart, f"{name} of {arch}"

@@ -4,24 +4,28 @@ The classical patch pipeline (Coates & Ng 2011, "The importance of encoding vers
 vector quantization") with every learned part taken from images of a random process (``dictionary.py``):
 
     local contrast normalisation -> whitening to ``patch_dims`` components -> filters -> two-sided thresholded ReLU
-    -> averages over five regions -> square root
+    -> square root -> averages over five regions
 
 The square root (Perronnin et al. 2010, "Improving the Fisher kernel for large-scale image classification") reduces the
-differences among sparse averages, most of which are tiny: a linear head on roots reads how often a pattern occurs
-rather than where it is strongest. Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them; the
-whitening of patches is not trained. No layer mixes images.
+differences among responses: a linear head on averages of roots reads how often a pattern occurs rather than where it is
+strongest. Filters and biases are ordinary ``nn.Parameter``s, so DP-SGD can tune them; the whitening of patches is not
+trained. No layer mixes images.
+
+``PatchExtractor.precision`` decides whether products are in float32 or bfloat16; all else is in float32.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.models import kernels
-from dprandp.models.precision import full_precision
+from dprandp.models.precision import BFLOAT16, full_precision, precision_of
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
 from dprandp.vision.images import INPUT_SIZE
@@ -37,11 +41,39 @@ CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels, so that flat patches stay
 flat."""
 
-ROOT_FLOOR = 0.01
-"""Added to an average before its root is taken, so that the slope at zero is 5 and not infinite."""
+RESPONSE_FLOOR = 1e-4
+"""Added to a response beyond the threshold before its root is taken, so that the slope at zero is 50 and not infinite;
+the root of the floor is subtracted again."""
 
 TILE = 400
-"""Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay inside a core's L2 cache."""
+"""Filters handled together in ``extract``: 729 positions x 400 filters x 4 bytes stay near a core's L2 cache."""
+
+
+class Product(NamedTuple):
+    """``rows @ matrix + offset`` in one precision, float32 or bfloat16, for rows float32 [n, a]."""
+
+    matrix: Tensor  # [a, b], contiguous
+    offset: Tensor  # [b]
+
+    @classmethod
+    def of(cls, weight: Tensor, offset: Tensor, kind: torch.dtype) -> Product:
+        """From a weight [b, a] as layers have it."""
+        return cls(weight.detach().t().to(kind).contiguous(), offset.detach().to(kind))
+
+    def tiles(self) -> list[Product]:
+        """The same for ``TILE`` columns at a time."""
+        columns = zip(self.matrix.split(TILE, dim=1), self.offset.split(TILE), strict=True)
+        return [Product(matrix.contiguous(), offset) for matrix, offset in columns]
+
+    def __call__(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
+        """[n, b] in the product's precision; in ``room``, [n b] or more numbers, where that is given."""
+        out = None if room is None else room[: len(rows) * len(self.offset)].view(len(rows), -1)
+        return torch.addmm(self.offset, rows.to(self.matrix.dtype), self.matrix, out=out)
+
+
+def as_array(responses: Tensor) -> np.ndarray:
+    """Of the same memory, for ``kernels``: NumPy has no bfloat16, whose bits are a uint16's there."""
+    return (responses.view(torch.uint16) if responses.dtype == torch.bfloat16 else responses).numpy()
 
 
 def region_profiles(positions: int) -> Tensor:
@@ -98,38 +130,51 @@ class PatchLayer(nn.Module):
         """Whitened patches: [B, d, L] to [B, r, L]."""
         return self.basis @ patches - self.centre[:, None]
 
-    def thresholded(self, patches: Tensor) -> Tensor:
-        """Mean thresholded responses, differentiable: contrast-normalised patches [B, d, L] to [B, 2, R, F].
+    def pooled(self, patches: Tensor) -> Tensor:
+        """Features, differentiable: contrast-normalised patches [B, d, L] to [B, 2, R, F].
 
-        The results are for each sign, in each region, of each filter.
+        The results are for each sign, in each region, of each filter: the mean of √(excess + floor) - √floor with the
+        part of ±response beyond ``THRESHOLD`` as excess, and ``RESPONSE_FLOOR``.
         """
-        responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2)
-        positive = self.pooling @ functional.relu(responses - THRESHOLD)
-        negative = self.pooling @ functional.relu(-responses - THRESHOLD)
-        return torch.stack([positive, negative], dim=1)
+        responses = (self.weight @ self.whitened(patches) + self.bias[:, None]).transpose(1, 2).float()
+        signs = [root(functional.relu(sign * responses - THRESHOLD)) for sign in (1, -1)]
+        with full_precision(patches.device):
+            return torch.stack([self.pooling @ sign for sign in signs], dim=1)
+
+    def products(self, kind: torch.dtype) -> list[Product]:
+        """What ``rows`` of this layer and a precision need: the whitening, then the filters in tiles."""
+        return [Product.of(self.basis, -self.centre, kind), *Product.of(self.weight, self.bias, kind).tiles()]
 
     @torch.no_grad()
-    def thresholded_rows(self, patches: Tensor, columns: Tensor, room: Tensor, out: Tensor) -> None:
+    def pooled_rows(self, patches: Tensor, products: list[Product], room: Tensor, out: Tensor) -> None:
         """The same numbers of one image, several times faster, on a CPU: a tile's responses stay in the cache.
 
         Args:
-            patches: float32 [L, d], patch after patch. columns: [r, F], the filters' transpose, contiguous.
-            room: [L TILE] or more, overwritten: fresh memory for each tile would take as long as its pooling.
-            out: [2, R, F], to be filled.
+            patches: float32 [L, d], patch after patch. products: of this layer.
+            room: [L TILE] or more, in their precision; overwritten, as fresh memory for each tile would take long.
+            out: float32 [2, R, F], to be filled.
         """
-        whitened = torch.addmm(-self.centre, patches, self.basis.t())
-        for start in range(0, len(self.weight), TILE):
-            tile = slice(start, start + TILE)
-            bias = self.bias[tile]
-            responses = room[: len(whitened) * len(bias)].view(len(whitened), len(bias))
-            torch.addmm(bias, whitened, columns[:, tile], out=responses)
-            sums, means = torch.empty(6, len(bias)), torch.empty(2, len(self.pooling), len(bias))
-            kernels.pooled(responses.numpy(), self.profiles.numpy(), THRESHOLD, sums.numpy(), means.numpy())
-            out[..., tile] = means
+        whitening, *filters = products
+        whitened, start = whitening(patches), 0
+        for tile in filters:
+            count = len(tile.offset)
+            sums, means = torch.empty(6, count), torch.empty(2, len(self.pooling), count)
+            responses, profiles = as_array(tile(whitened, room)), self.profiles.numpy()
+            kernels.pooled(responses, profiles, THRESHOLD, RESPONSE_FLOOR, sums.numpy(), means.numpy())
+            out[..., start : start + count] = means
+            start += count
+
+
+def root(excess: Tensor) -> Tensor:
+    """√(excess + ``RESPONSE_FLOOR``) - √``RESPONSE_FLOOR``, elementwise."""
+    return (excess + RESPONSE_FLOOR).sqrt() - math.sqrt(RESPONSE_FLOOR)
 
 
 class PatchExtractor:
-    """What one patch layer and two have in common as an extractor; ``chain`` has the layers from the pixels upwards."""
+    """What one patch layer and two have in common as an extractor; ``chain`` has the layers from the pixels upwards.
+
+    ``precision`` is of its products, 'float32' or 'bfloat16'.
+    """
 
     chain: tuple[PatchLayer, ...]
 
@@ -149,10 +194,10 @@ class PatchExtractor:
     def features(self, images: Tensor) -> Tensor:
         """Differentiable features: float [B, 3, 32, 32] in [0, 1] to [B, feature_dim].
 
-        For each layer, in order, √(``PatchLayer.thresholded`` + ``ROOT_FLOOR``).
+        For each layer, in order, what ``PatchLayer.pooled`` gives.
         """
-        means = [layer.thresholded(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
-        return torch.cat([each.flatten(1) for each in means], dim=1).add(ROOT_FLOOR).sqrt()
+        pooled = [layer.pooled(patches) for layer, patches in zip(self.chain, self.levels(images), strict=True)]
+        return torch.cat([each.flatten(1) for each in pooled], dim=1)
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
@@ -165,18 +210,19 @@ class PatchExtractor:
         out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
         if not len(images):
             return out
-        columns = [layer.weight.detach().t().contiguous() for layer in self.chain]
+        kind = torch.bfloat16 if precision_of(self) == BFLOAT16 else torch.float32
+        products = [layer.products(kind) for layer in self.chain]
+        lifts = [layer.lifts(kind) for layer in self.chain[1:]]
         widths = [layer.feature_dim for layer in self.chain]
 
         def work(part: int, parts: int) -> None:
-            room = torch.empty(max(layer.positions for layer in self.chain) ** 2 * TILE)
+            room = torch.empty(max(layer.positions for layer in self.chain) ** 2 * TILE, dtype=kind)
             for image, row in zip(self.normalise(images[part::parts]), out[part::parts], strict=True):
                 patches = self.chain[0].pixel_rows(image)
-                for layer, filters, own in zip(self.chain, columns, row.split(widths), strict=True):
-                    if layer is not self.chain[0]:
-                        patches = layer.lift_rows(patches)
-                    layer.thresholded_rows(patches, filters, room, own.unflatten(0, (2, -1, filters.shape[1])))
-                row.add_(ROOT_FLOOR).sqrt_()
+                for index, (layer, own) in enumerate(zip(self.chain, row.split(widths), strict=True)):
+                    if index > 0:
+                        patches = layer.lift_rows(patches, lifts[index - 1])
+                    layer.pooled_rows(patches, products[index], room, own.unflatten(0, (2, len(layer.pooling), -1)))
 
         with full_precision(images.device):
             in_parts(work, min(torch.get_num_threads(), len(images)))
@@ -226,6 +272,9 @@ WINDOW, STEP = 3, 2
 
 RESPONSE_PATCH = 3
 """Side of a patch of responses, in positions of the maps."""
+
+ROOT_FLOOR = 0.01
+"""Added to a window's average before its root is taken, so that the slope at zero is 5 and not infinite."""
 
 LENGTH_FLOOR = 0.1
 """Added to a patch's length, relative to √d, the length of one with unit variance, so that empty patches stay short."""
@@ -283,14 +332,22 @@ class ResponseLayer(PatchLayer):
         patches = functional.unfold(channels.unflatten(2, maps.shape[2:]), RESPONSE_PATCH)
         return patches / (patches.norm(dim=1, keepdim=True) / math.sqrt(patches.shape[1]) + LENGTH_FLOOR)
 
+    def lifts(self, kind: torch.dtype) -> tuple[Product, Product]:
+        """What ``lift_rows`` needs in a precision: the small dictionary, and the whitening of the channels."""
+        return (
+            Product.of(self.map_weight, self.map_bias, kind),
+            Product.of(self.channel_basis, -self.channel_centre, kind),
+        )
+
     @torch.no_grad()
-    def lift_rows(self, below: Tensor) -> Tensor:
-        """The same of one image, faster on a CPU: [L, d] to [L', d'], patch after patch."""
-        responses = torch.addmm(self.map_bias, below, self.map_weight.t())
+    def lift_rows(self, below: Tensor, lifts: tuple[Product, Product]) -> Tensor:
+        """The same as ``lift`` of one image, faster on a CPU: [L, d] to [L', d'], patch after patch."""
+        dictionary, whitening = lifts
+        responses = dictionary(below)
         side = self.positions + RESPONSE_PATCH - 1
         maps = torch.empty(side**2, 2 * responses.shape[1])
-        kernels.window_roots(responses.numpy(), self.below_positions, THRESHOLD, ROOT_FLOOR, maps.numpy())
-        channels = torch.addmm(-self.channel_centre, maps, self.channel_basis.t()).view(side, side, -1)
+        kernels.window_roots(as_array(responses), self.below_positions, THRESHOLD, ROOT_FLOOR, maps.numpy())
+        channels = whitening(maps).float().view(side, side, -1)
         windows = channels.unfold(0, RESPONSE_PATCH, 1).unfold(1, RESPONSE_PATCH, 1)
         patches = windows.reshape(self.positions**2, -1)
         return patches.div_(patches.norm(dim=1, keepdim=True).div_(math.sqrt(patches.shape[1])).add_(LENGTH_FLOOR))
@@ -331,10 +388,11 @@ def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
 def per_example_gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy over each example's views, in closed form, on the CPU.
 
-    Several times faster than automatic ones. In each layer: responses R = W P + b, features f = √(thresholded response
-    of ±R, pooled), u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is a mask
-    times a weighted sum of five regions' numbers, so one example costs two matrix products of the forward's size and
-    stays in the cache. Each layer is a separate chain: nothing below its dictionary is trained.
+    Several times faster than automatic ones. In each layer: responses R = W P + b, features f = pooled roots of the
+    excess of ±R, u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is the root's
+    slope times a weighted sum of five regions' numbers, so one example costs two matrix products of the forward's size
+    and stays in the cache. Each layer is a separate chain: nothing below its dictionary is trained. Scores are in the
+    extractor's precision, the gradients' products in float32.
 
     Args:
         model: a ``Classifier`` whose extractor has ``patch_layers``. views: uint8 [B, K, 3, 32, 32]. labels: int64 [B].
@@ -366,14 +424,12 @@ def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Ten
     gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.unflatten(0, (examples, count)) for x in (unit, residual)))}
     towards = (residual @ model.head.t()).chunk(len(units), dim=1)
     layers = patch_layers(model.extractor)
-    towards_pooled = []
+    towards_features = []
     for index, ((own, length), (name, layer)) in enumerate(zip(whitener.rows(), layers.items(), strict=True)):
         part = length * towards[index]
         part = (part - units[index] * (units[index] * part).sum(dim=1, keepdim=True)) / lengths[index]
-        slope = 1 / (2 * features[:, own])  # of the root: f = √m, df/dm = 1/(2f)
         filters, width = layer.weight.shape
-        pooled = ((part @ whitener.projection[own].t()) * slope).view(len(flat), 2, len(layer.pooling), filters)
-        towards_pooled.append(pooled)
+        towards_features.append((part @ whitener.projection[own].t()).view(len(flat), 2, len(layer.pooling), filters))
         gradients[f"{name}.weight"] = torch.zeros(examples, filters, width)
         gradients[f"{name}.bias"] = torch.zeros(examples, filters)
     filled = [(layer, gradients[f"{name}.weight"], gradients[f"{name}.bias"]) for name, layer in layers.items()]
@@ -381,7 +437,7 @@ def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Ten
     def work(part: int, parts: int) -> None:
         for example in range(part, examples, parts):
             levels = model.extractor.levels(model.extractor.normalise(views[example]))
-            for (layer, weight, bias), patches, towards in zip(filled, levels, towards_pooled, strict=True):
+            for (layer, weight, bias), patches, towards in zip(filled, levels, towards_features, strict=True):
                 own = towards[example * count : (example + 1) * count]
                 _of_filters(layer, layer.whitened(patches), own, weight[example], bias[example])
 
@@ -393,7 +449,7 @@ def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tens
     """Add up one example's gradients over its views, a tile of filters at a time.
 
     Args:
-        patches: [K, r, L], whitened. pooled: [K, 2, R, F], gradients of the pooled thresholded responses.
+        patches: [K, r, L], whitened. pooled: [K, 2, R, F], gradients of the features.
         weight: [F, r], bias: [F], to be added to.
     """
     for columns, (positive, negative) in zip(patches, pooled, strict=True):
@@ -402,5 +458,6 @@ def _of_filters(layer: PatchLayer, patches: Tensor, pooled: Tensor, weight: Tens
             responses = torch.addmm(layer.bias[tile, None], layer.weight[tile], columns)
             above, below = (sign[:, tile].t() @ layer.pooling for sign in (positive, negative))
             slope = above.mul_(responses > THRESHOLD).sub_(below.mul_(responses < -THRESHOLD))
+            slope.div_(responses.abs_().sub_(THRESHOLD).clamp_(min=0).add_(RESPONSE_FLOOR).sqrt_().mul_(2))  # root's
             weight[tile].addmm_(slope, columns.t())
             bias[tile].add_(slope.sum(dim=1))

@@ -2,8 +2,7 @@
 
 It is decided once, when a stage begins, recorded in its configuration, and kept in ``network.precision``, so it is the
 same for every image, thread and rank, and after a resume on another machine: hardware changes the speed of a run, not
-its number format. Parameters, statistics, heads, clipping and noise are always float32 (or float64), and so is a patch
-network: bfloat16 would round the responses that are compared with its thresholds.
+its number format. Parameters, statistics, heads, clipping and noise are always float32 (or float64).
 """
 
 from __future__ import annotations
@@ -49,22 +48,12 @@ def _cpu_lists_bfloat16(flags: Path = Path("/proc/cpuinfo")) -> bool:
     return "amx_bf16" in words or "avx512_bf16" in words
 
 
-def decide(asked: str, arch: str, device_type: str) -> str:
+def decide(asked: str, device_type: str) -> str:
     """The precision of a network, 'float32' or 'bfloat16'.
 
     Args:
-        asked: 'auto', 'float32' or 'bfloat16'. arch: name of the architecture. device_type: 'cpu' or 'cuda'.
-
-    Raises:
-        UsageError: bfloat16 was asked of a patchnet.
+        asked: 'auto', 'float32' or 'bfloat16'. device_type: 'cpu' or 'cuda'.
     """
-    if arch == "patchnet":
-        if asked == BFLOAT16:
-            raise UsageError(
-                "--precision bfloat16 was given, but a patchnet computes in float32",
-                fix="leave --precision out, or use --arch wrn-16-4 or another wrn",
-            )
-        return FLOAT32
     if asked == AUTO:
         return BFLOAT16 if has_fast_bfloat16(device_type) else FLOAT32
     return asked

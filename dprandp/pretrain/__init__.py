@@ -93,7 +93,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
-    config = with_precision(STAGE, config, context, config.arch)
+    config = with_precision(STAGE, config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, None, {})
@@ -199,7 +199,7 @@ def _network_of(
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
-    network.precision = decide(precision, config.arch, context.device.type)
+    network.precision = decide(precision, context.device.type)
     return network.to(context.device).eval(), config
 
 

@@ -103,8 +103,9 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
 
 def _opened(config: ProbeConfig, context: Context) -> tuple[PrivateStage, ProbeConfig, dict[str, str]]:
     require_extractor(context, STAGE)
-    context.rundir.result(GenerateResult)  # for the model card: refuses gaps before charging
-    config = with_precision(STAGE, config, context, context.rundir.result(PretrainResult).arch)
+    for made in (GenerateResult, PretrainResult):  # for the model card: refuses gaps before charging
+        context.rundir.result(made)
+    config = with_precision(STAGE, config, context)
     return open_private_stage(STAGE, config, context), config, context.rundir.inputs_from(*EXTRACTOR_STAGES)
 
 

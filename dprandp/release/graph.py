@@ -100,9 +100,10 @@ def graph_of(model: ReleasedModel, format: str, about: Publication) -> tuple[byt
         example = torch.zeros(2, *model.shape, dtype=torch.uint8)
         program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: {0: Dim(BATCH)}})
     program.example_inputs = None  # the only part of a torch-export file that would be a pickle
-    for node in program.graph.nodes:  # paths and lines of source files on this machine
-        for key in ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack"):
-            node.meta.pop(key, None)
+    for part in program.graph_module.modules():  # a block with its own autocast has a graph of its own
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            for key in ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack"):
+                node.meta.pop(key, None)  # paths and lines of source files on this machine
     data, run = WRITERS[format](program, json.dumps(metadata(model, about), ensure_ascii=False))
     return data, checked(model, run, format)
 

@@ -86,13 +86,10 @@ def device_of_rank(kind: str) -> torch.device:
     return device
 
 
-def with_precision(stage: str, config: StageConfig, context: Context, arch: str) -> StageConfig:
-    """A stage's configuration with its precision decided: as given, else as recorded, else by architecture and device.
+def with_precision(stage: str, config: StageConfig, context: Context) -> StageConfig:
+    """A stage's configuration with its precision decided: as given, else as recorded, else by the device.
 
     A stage keeps its precision when it continues on another machine, and a fine-tune takes that of its probe.
-
-    Raises:
-        UsageError: see ``precision.decide``.
     """
     asked = config.precision
     recorded = {row.stage: (row.config or {}).get("precision", AUTO) for row in context.rundir.status()}
@@ -100,7 +97,7 @@ def with_precision(stage: str, config: StageConfig, context: Context, arch: str)
         asked = recorded[stage]
     if asked == AUTO and stage == "finetune" and config.source not in WITHOUT_PHASE_ONE:
         asked = recorded["probe"]
-    return replace(config, precision=decide(asked, arch, context.device.type))
+    return replace(config, precision=decide(asked, context.device.type))
 
 
 def recorded(stage: str, values: dict[str, Any]) -> StageConfig:

@@ -9,7 +9,6 @@ from dprandp.config.schema import ProbeConfig
 from dprandp.dpsgd.stage import budget_share
 from dprandp.errors import UsageError
 from dprandp.runs.context import Context, with_precision
-from dprandp.runs.results import PretrainResult
 from dprandp.runs.tuning import SYNTHETIC, Setting
 
 LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
@@ -56,4 +55,4 @@ def probe_epsilon(config: ProbeConfig) -> float:
 
 def as_probe(config: ProbeConfig, context: Context) -> ProbeConfig:
     """The configuration with the precision that the probe will have."""
-    return with_precision("probe", config, context, context.rundir.result(PretrainResult).arch)
+    return with_precision("probe", config, context)

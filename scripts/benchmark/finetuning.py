@@ -85,7 +85,7 @@ SHAPES = {
 def shape_of(pair: str, scale: str) -> Shape:
     """The size of a pair's step."""
     shape = SHAPES[pair, scale]
-    return replace(shape, precision=decide(AUTO, shape.arch, "cpu")) if scale == "full" else shape
+    return replace(shape, precision=decide(AUTO, "cpu")) if scale == "full" else shape
 
 
 class Bench:

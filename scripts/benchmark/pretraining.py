@@ -31,7 +31,7 @@ SIZES = {  # architecture, images of a step (two views each), hidden size of the
 def case(scale: str) -> Case:
     """``ContrastiveTrainer.step`` against the pure rate."""
     arch, batch, hidden, resolution = SIZES[scale]
-    precision = decide(AUTO, arch, "cpu") if scale == "full" else FLOAT32
+    precision = decide(AUTO, "cpu") if scale == "full" else FLOAT32
     config = PretrainConfig(
         arch=arch, batch_size=batch, projection_hidden=hidden, steps=10_000, precision=precision
     )

@@ -71,8 +71,9 @@ def features_of(run: Path) -> np.ndarray:
     return np.array(np.load(run / "private" / "features.npy"))
 
 
-def test_a_patchnet_is_the_same_on_every_machine(
-    patches: Path, odd_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_patchnet_of_one_precision_is_the_same_on_every_machine(
+    kind: str, patches: Path, odd_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From pretraining to prediction; features to the bit for a number of threads, to rounding for any."""
     found = {}
@@ -80,11 +81,11 @@ def test_a_patchnet_is_the_same_on_every_machine(
         monkeypatch.setenv("DPRANDP_PRETEND_BFLOAT16", unit)
         torch.set_num_threads(threads)
         run = Path(shutil.copytree(patches, tmp_path / f"run-{unit}-{threads}"))
-        result = run_probe(run, odd_data)
-        assert result["precision"] == config_of(run, "probe")["precision"] == "float32"
+        result = run_probe(run, odd_data, precision=kind)
+        assert result["precision"] == config_of(run, "probe")["precision"] == kind
         found[unit, threads] = features_of(run)
         tuned = run_finetune(run, odd_data, steps=2, refit_steps=2)
-        assert tuned["precision"] == "float32"
+        assert tuned["precision"] == kind
         probabilities = load_model(run / "model").probabilities(np.zeros((1, 16, 16, 3), np.uint8))
         assert probabilities.isfinite().all()
     np.testing.assert_array_equal(found["1", 1], found["0", 1])
@@ -143,14 +144,10 @@ def test_later_stages_compute_as_the_probe_did(
     assert set(asked) == {"bfloat16"}
 
 
-def test_a_model_of_patches_says_its_precision_and_is_never_asked_for_bfloat16(
-    patches: Path, small_data: str, tmp_path: Path
-) -> None:
+def test_a_model_of_patches_says_its_precision(patches: Path, small_data: str, tmp_path: Path) -> None:
     run = Path(shutil.copytree(patches, tmp_path / "run"))
-    with pytest.raises(UsageError, match="a patchnet computes in float32"):
-        run_probe(run, small_data, precision="bfloat16")
-    assert not (run / "privacy" / "ledger.jsonl").exists()
-    run_probe(run, small_data)
+    run_probe(run, small_data, precision="bfloat16")
+    assert load_model(run / "model").network.extractor.precision == "bfloat16"
     path = run / "model" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for wrong in ("float16", None):

@@ -16,6 +16,7 @@ from dprandp.models.extractor import build_extractor
 from dprandp.models.patchnet import (
     CONTRAST_FLOOR,
     LENGTH_FLOOR,
+    RESPONSE_FLOOR,
     ROOT_FLOOR,
     THRESHOLD,
     DeepPatchNet,
@@ -130,17 +131,18 @@ def response_patches_by_loops(layer, below):
     return patches
 
 
-def thresholded_by_loops(layer, patches):
+def pooled_by_loops(layer, patches):
     weight, bias, basis, centre = numbers(layer, "weight", "bias", "basis", "centre")
     weights = weights_by_hand(len(patches))
-    thresholded = np.zeros((2, len(weights), len(weight)))
+    pooled = np.zeros((2, len(weights), len(weight)))
     for row in range(len(patches)):
         for column in range(len(patches)):
             response = weight @ (basis @ patches[row, column] - centre) + bias
-            for region, own in enumerate(weights):
-                thresholded[0, region] += own[row, column] * np.maximum(response - THRESHOLD, 0)
-                thresholded[1, region] += own[row, column] * np.maximum(-response - THRESHOLD, 0)
-    return thresholded.reshape(-1)
+            for index, sign in enumerate((1, -1)):
+                root = np.sqrt(np.maximum(sign * response - THRESHOLD, 0) + RESPONSE_FLOOR) - np.sqrt(RESPONSE_FLOOR)
+                for region, own in enumerate(weights):
+                    pooled[index, region] += own[row, column] * root
+    return pooled.reshape(-1)
 
 
 def features_by_loops(net, image):
@@ -148,8 +150,8 @@ def features_by_loops(net, image):
     patches, found = pixel_patches_by_loops(net.chain[0], image.double().numpy() / 255), []
     for layer in net.chain:
         patches = response_patches_by_loops(layer, patches) if found else patches
-        found.append(thresholded_by_loops(layer, patches))
-    return np.sqrt(np.concatenate(found) + ROOT_FLOOR)
+        found.append(pooled_by_loops(layer, patches))
+    return np.concatenate(found)
 
 
 # ----------------------------------------------------------------------------------------------------------- features

@@ -103,7 +103,7 @@ def test_the_result_the_files_and_the_loaded_extractor(learned, name):
     assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
     assert frozen(RunDir.open(run, create=False).result(PretrainResult)) == result
     network, config = load_extractor(context_of(run), "rgb")
-    decided = {"colour": "both", "precision": result["precision"]} if name == "wrn" else {"colour": "rgb"}
+    decided = {"colour": "both" if name == "wrn" else "rgb", "precision": result["precision"]}
     assert config == PretrainConfig(**RECIPES[name] | decided)
     assert not network.training
     assert network.feature_dim == result["feature_dim"]
@@ -172,7 +172,8 @@ def test_where_the_colour_is_not_known_there_is_the_very_extractor_of_each(stage
         expected = files(known[colour])
         del expected["config.toml"]
         assert {name: made[folder + name] for name in expected} == expected
-        assert load_extractor(context_of(run), colour)[1] == PretrainConfig(**PATCHNET, colour=colour)
+        decided = {"colour": colour, "precision": result["precision"]}
+        assert load_extractor(context_of(run), colour)[1] == PretrainConfig(**PATCHNET | decided)
         assert not (known[colour] / "2-pretrain" / "grey").exists()
         assert load_extractor(context_of(known[colour]), "rgb")[1].colour == colour  # the only one there is
     assert made["extractor.safetensors"] != made["grey/extractor.safetensors"]
