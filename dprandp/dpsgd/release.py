@@ -30,8 +30,8 @@ from dprandp.vision.metrics import classification_metrics
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``."""
 
-MODEL_FORMAT = 2
-"""Format 1 had no precision; it is refused by name."""
+MODEL_FORMAT = 3
+"""Format 1 had no precision; format 2 had a patchnet whose roots were taken after pooling. Both are refused by name."""
 
 
 def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> Evaluation | None:

@@ -183,9 +183,9 @@ def extract(
 
 
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
-    """Add a module to a digest: its weights and their names, its configuration, its precision."""
+    """Add a module to a digest: its weights and their names, its configuration, its precision, its form."""
     digest.update(repr(getattr(module, "built_from", None)).encode())  # not all settings show in the weights
-    digest.update(precision_of(module).encode())
+    digest.update(f"{precision_of(module)} {getattr(module, 'form', None)}".encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

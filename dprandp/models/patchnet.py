@@ -41,6 +41,10 @@ CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels, so that flat patches stay
 flat."""
 
+FORM = 2
+"""Raised when the features of the same weights change, so that nothing fitted to the earlier ones is used with them.
+In form 1 the root was taken after pooling."""
+
 RESPONSE_FLOOR = 1e-4
 """Added to a response beyond the threshold before its root is taken, so that the slope at zero is 50 and not infinite;
 the root of the floor is subtracted again."""
@@ -177,6 +181,7 @@ class PatchExtractor:
     """
 
     chain: tuple[PatchLayer, ...]
+    form: int = FORM
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
@@ -279,9 +284,8 @@ ROOT_FLOOR = 0.01
 LENGTH_FLOOR = 0.1
 """Added to a patch's length, relative to √d, the length of one with unit variance, so that empty patches stay short."""
 
-SHARE = 0.5
-"""Of each layer in the squared length of all features. CIFAR-10's training split at ε = 1, with 1,600 filters in both
-(10,000 images fitted, 4,000 held out): 70.2, 70.7, 70.3 % for .2, .4, .6 to the second; the first layer alone 68.5."""
+SHARE = 0.35
+"""Of the second layer in the squared length of all features; experiment in ``scripts/README.md``, "Shares"."""
 
 
 class ResponseLayer(PatchLayer):
@@ -360,7 +364,7 @@ class DeepPatchNet(PatchExtractor, nn.Module):
         super().__init__()
         self.first, self.second = first, second
         self.feature_dim = first.feature_dim + second.feature_dim
-        self.parts = tuple(Part(layer.feature_dim, SHARE) for layer in self.chain)
+        self.parts = (Part(first.feature_dim, 1 - SHARE), Part(second.feature_dim, SHARE))
 
     @property
     def chain(self) -> tuple[PatchLayer, ...]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config.schema import PretrainConfig, as_dict, extractors_of
+from dprandp.errors import CheckpointError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
 from dprandp.models.extractor import build_extractor, load_weights, refuse_unlearnable
@@ -199,6 +200,13 @@ def _network_of(
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
+    form = getattr(network, "form", None)
+    if loaded.meta.get("form") != form:
+        raise CheckpointError(
+            f"{loaded.path} is of another version of dprandp, whose features were others: form "
+            f"{loaded.meta.get('form', 1)}; this version computes form {form}",
+            fix="use the version that wrote it, or begin a new run",
+        )
     network.precision = decide(precision, context.device.type)
     return network.to(context.device).eval(), config
 
@@ -228,7 +236,7 @@ def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
 
 
 def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
-    meta = {"config": as_dict(config), "steps": steps, "loss": loss}
+    meta = {"config": as_dict(config), "steps": steps, "loss": loss, "form": getattr(network, "form", None)}
     checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
 
 

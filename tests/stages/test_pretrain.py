@@ -13,8 +13,10 @@ import torch
 from stage_processes import Stages
 
 from dprandp.config.schema import PretrainConfig, build
+from dprandp.errors import CheckpointError
 from dprandp.generate import load_images
 from dprandp.models.extractor import extract
+from dprandp.models.patchnet import PatchExtractor
 from dprandp.pretrain import load_extractor, synthetic_crops, wrn
 from dprandp.pretrain.evaluation import MEASURES
 from dprandp.runs import checkpoint
@@ -360,3 +362,12 @@ def test_without_images_or_with_damaged_ones_it_is_refused(stages, fresh, tmp_pa
     outcome = stages.run("pretrain", fresh, PATCHNET)
     assert outcome.code == 4
     assert "shard-00000.npy" in outcome.result["problem"]
+
+
+def test_features_of_another_version_are_refused(stages, learned, tmp_path, monkeypatch):
+    """Same weights and other features: what was fitted to the earlier ones would be wrong without a word."""
+    run = Path(shutil.copytree(learned["patchnet"][0], tmp_path / "run"))
+    monkeypatch.setattr(PatchExtractor, "form", PatchExtractor.form + 1)
+    with pytest.raises(CheckpointError, match="another version of dprandp, whose features were others"):
+        load_extractor(context_of(run), "rgb")
+    assert load_extractor(context_of(learned["wrn"][0]), "rgb")
