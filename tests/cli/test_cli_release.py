@@ -16,6 +16,7 @@ import pytest
 from cli_process import Dprandp, arrays, good, refused, state_of
 from PIL import Image
 
+from dprandp.dpsgd.release import MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, StorageError, UsageError
 from dprandp.release import EXPORTED_FILES, export, load_model, predict
 
@@ -196,8 +197,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be used"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be used"),
     "no hashes": (changed_config(lambda c: c.pop("sha256")), "config.json cannot be used"),
-    "newer": (changed_config(lambda c: c.update(format=3)), "has format 3"),
-    "older": (changed_config(lambda c: c.update(format=1)), "has format 1"),
+    "newer": (changed_config(lambda c: c.update(format=MODEL_FORMAT + 1)), "this version reads"),
+    "older": (changed_config(lambda c: c.update(format=MODEL_FORMAT - 1)), "this version reads"),
     "bomb": (changed_config(lambda c: c["extractor"].update(filters=10**15)), "describes a network"),
     "other architecture": (changed_config(lambda c: c["extractor"].update(arch="wrn-16-4")), "has no tensor"),
     "unknown architecture": (changed_config(lambda c: c["extractor"].update(arch="vit")), "describes a network"),
