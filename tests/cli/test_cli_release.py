@@ -80,6 +80,7 @@ def test_predict_files_of_any_size(
     np.savez("wide.npz", images=np.repeat(wide[None, :, :, None], 3, axis=3))
     Image.fromarray(images[2]).resize((120, 120), Image.Resampling.NEAREST).save("large.png")
     model = load_model(model_alone)
+    model.network.head.data.div_(model.network.head.norm(dim=0))  # its noise would make any difference large
     exact = predict(model, data=f"npz:{folder}/tiny.npz")
     files = [Path(f"{name}.png") for name in ("colour", "wide", "large")]
     rows = {row["image"]: row["probabilities"] for row in predict(model, files, "folder:new")}
@@ -92,7 +93,7 @@ def test_predict_files_of_any_size(
     assert rows["colour.png"] == pytest.approx(exact[0]["probabilities"], abs=1e-6)
     for name in ("wide.png", "wide.npz[0]"):
         assert rows[name] == pytest.approx(exact[1]["probabilities"], abs=1e-6)
-    assert rows["large.png"] == pytest.approx(exact[2]["probabilities"], abs=0.25)  # of a head full of noise
+    assert rows["large.png"] == pytest.approx(exact[2]["probabilities"], abs=0.15)
     assert rows["wide.png"] != pytest.approx(exact[2]["probabilities"], abs=1e-3)
     upright = predict(model, data="npz:tall.npz")[0]["probabilities"]
     Image.fromarray(images[1].T).save("turned.png")
