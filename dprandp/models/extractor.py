@@ -6,7 +6,8 @@ An extractor is an ``nn.Module`` with
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
 * ``parts``: the ``whitening.Part``s of the features, each of which is whitened separately;
 * ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
-* ``precision`` ('float32' or 'bfloat16') and ``built_from`` (the ``PretrainConfig``): set by ``build_extractor``.
+* ``precision`` ('float32' or 'bfloat16') and ``built_from`` (the ``PretrainConfig``): set by ``build_extractor``;
+* ``form``, where its features have changed since an earlier version: see ``PatchExtractor.form``.
 
 To add one: write its module, name it here, and add its training to ``pretrain/__init__.py``.
 """
@@ -182,10 +183,15 @@ def extract(
     return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")
 
 
+def form_of(network: nn.Module) -> int | None:
+    """``PatchExtractor.form``; None for other networks, whose features have not changed."""
+    return getattr(network, "form", None)
+
+
 def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
     """Add a module to a digest: its weights and their names, its configuration, its precision, its form."""
     digest.update(repr(getattr(module, "built_from", None)).encode())  # not all settings show in the weights
-    digest.update(f"{precision_of(module)} {getattr(module, 'form', None)}".encode())
+    digest.update(f"{precision_of(module)} {form_of(module)}".encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

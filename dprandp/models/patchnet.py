@@ -41,10 +41,6 @@ CONTRAST_FLOOR = 10 / 255
 """Added to a patch's standard deviation before dividing by it, in units of [0, 1] pixels, so that flat patches stay
 flat."""
 
-FORM = 2
-"""Raised when the features of the same weights change, so that nothing fitted to the earlier ones is used with them.
-In form 1 the root was taken after pooling."""
-
 RESPONSE_FLOOR = 1e-4
 """Added to a response beyond the threshold before its root is taken, so that the slope at zero is 50 and not infinite;
 the root of the floor is subtracted again."""
@@ -146,7 +142,7 @@ class PatchLayer(nn.Module):
             return torch.stack([self.pooling @ sign for sign in signs], dim=1)
 
     def products(self, kind: torch.dtype) -> list[Product]:
-        """What ``rows`` of this layer and a precision need: the whitening, then the filters in tiles."""
+        """What ``pooled_rows`` of this layer and a precision need: the whitening, then the filters in tiles."""
         return [Product.of(self.basis, -self.centre, kind), *Product.of(self.weight, self.bias, kind).tiles()]
 
     @torch.no_grad()
@@ -159,11 +155,11 @@ class PatchLayer(nn.Module):
             out: float32 [2, R, F], to be filled.
         """
         whitening, *filters = products
-        whitened, start = whitening(patches), 0
+        whitened, profiles, start = whitening(patches), self.profiles.numpy(), 0
         for tile in filters:
             count = len(tile.offset)
             sums, means = torch.empty(6, count), torch.empty(2, len(self.pooling), count)
-            responses, profiles = as_array(tile(whitened, room)), self.profiles.numpy()
+            responses = as_array(tile(whitened, room))
             kernels.pooled(responses, profiles, THRESHOLD, RESPONSE_FLOOR, sums.numpy(), means.numpy())
             out[..., start : start + count] = means
             start += count
@@ -181,7 +177,9 @@ class PatchExtractor:
     """
 
     chain: tuple[PatchLayer, ...]
-    form: int = FORM
+    form: int = 2
+    """Raised when the features of the same weights change: nothing fitted to the earlier ones is used with them. In form
+    1 the root was taken after pooling."""
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from dprandp.config.schema import PretrainConfig, as_dict, extractors_of
 from dprandp.errors import CheckpointError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
-from dprandp.models.extractor import build_extractor, load_weights, refuse_unlearnable
+from dprandp.models.extractor import build_extractor, form_of, load_weights, refuse_unlearnable
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
@@ -200,11 +200,10 @@ def _network_of(
     config = recorded(STAGE, loaded.entry("config", dict))
     network = build_extractor(config)
     load_weights(network, loaded.tensors)
-    form = getattr(network, "form", None)
-    if loaded.meta.get("form") != form:
+    if loaded.meta.get("form") != form_of(network):
         raise CheckpointError(
             f"{loaded.path} is of another version of dprandp, whose features were others: form "
-            f"{loaded.meta.get('form', 1)}; this version computes form {form}",
+            f"{loaded.meta.get('form', 1)}; this version computes form {form_of(network)}",
             fix="use the version that wrote it, or begin a new run",
         )
     network.precision = decide(precision, context.device.type)
@@ -236,7 +235,7 @@ def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
 
 
 def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
-    meta = {"config": as_dict(config), "steps": steps, "loss": loss, "form": getattr(network, "form", None)}
+    meta = {"config": as_dict(config), "steps": steps, "loss": loss, "form": form_of(network)}
     checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
 
 
