@@ -178,8 +178,8 @@ class PatchExtractor:
 
     chain: tuple[PatchLayer, ...]
     form: int = 2
-    """Raised when the features of the same weights change: nothing fitted to the earlier ones is used with them. In form
-    1 the root was taken after pooling."""
+    """Raised when the features of the same weights change, so that nothing fitted to the earlier ones is used with
+    them. In form 1 the root was taken after pooling."""
 
     @staticmethod
     def normalise(images: Tensor) -> Tensor:
