@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dprandp import pipeline, release
-from dprandp.config.schema import StageConfig, resolve
+from dprandp.config.schema import StageConfig, probe_of_run, resolve
 from dprandp.errors import InputError, UsageError
 from dprandp.privacy import accounting
 from dprandp.privacy.clipping import clipped_softmax_sum
@@ -262,7 +262,7 @@ def run(
     quiet: bool = True,
     **settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """All four stages and the report, as ``dprandp run``; finished stages are skipped.
+    """All stages and the report, as ``dprandp run``; finished stages are skipped.
 
     >>> run("digits", epsilon=1.0, directory="runs/digits")["accuracy"]                                # doctest: +SKIP
 
@@ -286,6 +286,8 @@ def run(
     configs: dict[str, StageConfig] = {stage: resolve(stage, size, None, values) for stage, values in asked.items()}
     rundir = RunDir.open(Path(directory), create=True)
     with rundir.lock():
+        begun = rundir.row("probe").config
+        configs["probe"] = probe_of_run(configs["probe"], configs["pretrain"].arch, begun)
         context = Context(rundir, Console(quiet=quiet), prepare_device(device), Path(data_dir))
         return thawed(pipeline.run(configs.__getitem__, context).as_json())
 

@@ -11,7 +11,7 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_settings, option
-from dprandp.config.schema import DATA_SETTINGS, WITHOUT_PHASE_ONE, StageConfig
+from dprandp.config.schema import DATA_SETTINGS, DEFAULT_SHARE, WITHOUT_PHASE_ONE, StageConfig, probe_of_run
 from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
 from dprandp.runs.results import ContinueResult, PrivateContinueResult
@@ -134,7 +134,7 @@ RUN_FLAGS = (
 
 @flags.command(app, "Stages", RUN_FLAGS, (*flags.PRIVATE_STAGE, "prior", "workers", "microbatch"), name="run")
 def run_all(call: Call) -> None:
-    """Run all four stages and the report, skipping what is finished; with --share 1 there is no fine-tune.
+    """Run generate, pretrain, probe and the report, and with --share below 1 a fine-tune; skip what is finished.
 
     [dim]dprandp run --data digits --eps 1[/dim]
     [dim]dprandp run --data cifar10 --eps 8 --size small --run runs/cifar --plan[/dim]
@@ -153,7 +153,10 @@ def run_all(call: Call) -> None:
         def resolve(stage: str, planned: Mapping[str, StageConfig] | None = None) -> Any:
             if stage in public:
                 return public[stage]
-            return session.resolve(rundir, stage, options, given[stage], planned, fitting.get(stage))
+            config = session.resolve(rundir, stage, options, given[stage], planned, fitting.get(stage))
+            if stage == "probe":
+                config = probe_of_run(config, resolve("pretrain", planned).arch, rundir.row("probe").config)
+            return config
 
         # Every configuration is checked before the first stage runs, so that no wrong value fails hours later.
         configs: dict[str, Any] = {}
@@ -165,8 +168,9 @@ def run_all(call: Call) -> None:
         unused = [f"--{name.replace('_', '-')}" for name in TUNING if given["finetune"][name] is not None]
         if probe.share == 1 and unused:
             raise UsageError(
-                f"{', '.join(unused)} set the fine-tune, but --share 1 leaves none",
-                fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or a smaller --share",
+                f"{', '.join(unused)} set the fine-tune, but the probe has the whole budget",
+                fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or --share {DEFAULT_SHARE:g} for a "
+                "probe and a fine-tune",
             )
         if options.plan:
             from dprandp.pipeline import plan as planning

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -243,7 +244,7 @@ class ProbeConfig(Private):
 
     share: float | None = setting(
         None, "Fraction of ε for the probe, in (0, 1]; 1: all of it, and nothing for finetune.", True, panel=PRIVACY,
-        above=0, most=1, otherwise=f"{DEFAULT_SHARE:g}",
+        above=0, most=1, otherwise=f"{DEFAULT_SHARE:g}; in run 1, except for a network",
         fix="give the probe a fraction of epsilon such as 0.3, or 1 to fit nothing but the probe",
     )  # fmt: skip
     # A gradient here is (p − y) xᵀ with x of unit norm, so about .95 long at first and shorter once an example is
@@ -488,6 +489,19 @@ def extractors_of(config: PretrainConfig) -> tuple[PretrainConfig, ...]:
     if config.arch == "patchnet" and config.colour == "both" and not config.random_init:
         return tuple(dataclasses.replace(config, colour=colour) for colour in ("rgb", "grey"))
     return (config,)
+
+
+def probe_of_run(probe: ProbeConfig, arch: str, begun: Mapping[str, Any] | None) -> ProbeConfig:
+    """The probe in ``run``: with a patchnet it has the whole budget, unless --share says otherwise.
+
+    A fine-tune of a patchnet does not earn the part of ε that it takes (``docs/results.md``, "Probe and fine-tune").
+
+    Args:
+        arch: of the extractor. begun: the settings of the run's probe; None before it. One that left a part for a
+            fine-tune is not changed.
+    """
+    whole = probe.share is None and arch == PATCHNET and (begun is None or begun.get("share") == 1)
+    return dataclasses.replace(probe, share=1.0) if whole else probe
 
 
 def lr_of(config: PretrainConfig) -> float:

@@ -108,14 +108,14 @@ def examine_data(config: ProbeConfig, context: Context) -> None:
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
-    """Run all four stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
+    """Run all stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
     """
     results: dict[str, StageResult] = {}
     examine_data(resolve("probe"), context)
     with graceful_stop() as stop:
         for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"].share == 1:
-                context.console.say("finetune: skipped, the probe has the whole budget (--share 1)")
+                context.console.say("finetune: none, the probe has the whole budget; --share below 1 leaves a part")
                 continue
             results[name] = run_stage(name, resolve(name), context)
             context.console.say(stage_line(name, results[name]))

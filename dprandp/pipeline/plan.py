@@ -235,7 +235,7 @@ def plan_lines(result: Plan | RunPlan) -> str:
         return "\n".join([_line(result), *warned])
     lines = [_line(made) for made in result.stages]
     if result.stages[-1].stage == "probe":
-        lines.append("finetune: none, the probe has the whole budget (--share 1)")
+        lines.append("finetune: none, the probe has the whole budget; --share below 1 leaves a part")
     total = f"run: ε = {result.epsilon_after:.4f} of {result.epsilon:g} at δ = {result.delta:g}"
     return "\n".join([*lines, total, *warned])
 

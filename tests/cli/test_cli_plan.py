@@ -31,7 +31,7 @@ def test_the_plan_of_a_new_run_is_what_the_stages_then_did(
     dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path
 ) -> None:
     """The oracle: results of the same four stages, run one after another with the same settings."""
-    plan = planned(dprandp, "run", *PRIVATE, "--run", tmp_path / "deep" / "new", "--workers", 1)
+    plan = planned(dprandp, "run", *PRIVATE, "--share", 0.3, "--run", tmp_path / "deep" / "new", "--workers", 1)
     assert list(tmp_path.iterdir()) == []
     assert (plan["stage"], plan["data"], plan["examples"], plan["epsilon"]) == ("run", "npz:tiny.npz", 120, 2)
     by_name = {made["stage"]: made for made in plan["stages"]}
@@ -121,6 +121,21 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
     assert "finetune: none, the probe has the whole budget" in done.out
     first = [line.split()[0] for line in done.out.splitlines()]
     assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]
+
+
+def test_run_leaves_a_part_of_the_budget_only_to_a_fine_tune_that_pays(
+    dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
+) -> None:
+    """A patchnet's does not: it has to be asked for, unless the run's probe has left a part for it already."""
+    new = ("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new")
+
+    def last(*command: object) -> str:
+        return planned(dprandp, *command)["stages"][-1]["stage"]
+
+    assert (last(*new), last(*new, "--share", 0.3), last(*new, "--arch", "wrn-10-1")) == ("probe", "finetune", "finetune")
+    refused(dprandp(*new, "--steps", 3), 2, "--steps set the fine-tune", "--probe-steps", "--share 0.3")
+    assert last("run", "--config", "small.toml", "--run", run_after("probe")) == "finetune"
+    assert last("run", "--config", "small.toml", "--run", run_after("pretrain")) == "probe"
 
 
 def test_a_plan_says_that_n_is_small(dprandp: Dprandp, run_after: RunAfter) -> None:
