@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Train an image classifier under differential privacy, with a prior learned from random processes alone.",
     epilog="Start with: dprandp run --data digits --eps 1",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

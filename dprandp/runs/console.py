@@ -6,6 +6,7 @@ terminal; in a log file there is a plain line every ten seconds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,7 +14,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import rich.console
 import rich.progress
 from rich.text import Text
 
-from dprandp.errors import DprandpError
+from dprandp.errors import DprandpError, StorageError
 from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
 PLAIN_INTERVAL = 10.0
@@ -84,7 +84,7 @@ class Console:
                     raise
 
     def error(self, error: BaseException) -> int:
-        """Print an error to stderr, even if quiet.
+        """Print an error to stderr, even if quiet, and with ``--json`` its public facts to stdout as well.
 
         Without ``--debug`` a bug is reported only by its type and place: the message of an arbitrary exception may
         contain a private value (the key of a KeyError, a file name).
@@ -93,10 +93,12 @@ class Console:
             The exit code: the error's own, 6 for an OSError, 130 for a KeyboardInterrupt, else 1.
         """
         told = self.described(error)
-        if isinstance(error, KeyboardInterrupt):
-            print("error: interrupted; the last checkpoint is safe", file=sys.stderr)
-            return 130
+        if self.json:
+            with contextlib.suppress(StorageError):  # stdout itself has failed: stderr says what has to be said
+                self.result({"error": told}, "")
         print(f"error: {told['problem']}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
         if isinstance(error, DprandpError) or not self.debug or told["exit_code"] == 6:
             print(f"  fix: {told['fix']}", file=sys.stderr)
         if self.debug and isinstance(error, DprandpError) and error.private_detail:
@@ -107,6 +109,8 @@ class Console:
         """The public facts of an error: exit_code, problem, fix. With ``--debug`` the traceback goes to stderr."""
         if self.debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
+        if isinstance(error, KeyboardInterrupt):
+            return {"exit_code": 130, "problem": "interrupted; the last checkpoint is safe", "fix": "run it again"}
         if isinstance(error, DprandpError):
             return {"exit_code": error.exit_code, "problem": error.problem, "fix": error.fix}
         if isinstance(error, OSError) and error.errno:
@@ -140,7 +144,7 @@ class Console:
     ) -> None:
         self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
 
-    @contextmanager
+    @contextlib.contextmanager
     def progress(self, total: int, label: str, done: int = 0) -> Iterator[_Bar | _Lines]:
         """Show the progress of a loop over ``total`` units, ``done`` of them before a resumed run."""
         if self.bars:

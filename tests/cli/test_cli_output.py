@@ -176,6 +176,8 @@ def test_exit_codes(run_after: RunAfter, folder: Path, dprandp: Dprandp) -> None
     run = run_after("probe")
     command = ("finetune", "--config", "small.toml", "--run", run)
     refused(dprandp(*command, "--eps", 7), 5, "fixed at ε = 2")
+    error = json.loads(dprandp(*command, "--eps", 7, "--json").out)["error"]
+    assert (error["exit_code"], "fixed at ε = 2" in error["problem"]) == (5, True)
     (run / "run.json").write_text("{")
     refused(dprandp(*command), 4, "run.json is corrupt")
     refused(dprandp("generate", "--run", folder / "tiny.npz" / "x"), 6, "cannot")

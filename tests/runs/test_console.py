@@ -162,15 +162,20 @@ def test_plain_progress_claims_no_end_that_was_not_reached(capsys: pytest.Captur
 def test_errors_are_shown_even_when_quiet_and_tell_no_secret(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(quiet=True)
     with pytest.raises(type(error)) as raised:
         raise error
-    assert console.error(raised.value) == code
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert "row 7" not in err
-    assert "patient" not in err
-    assert "Traceback" not in err
+    assert Console(quiet=True).error(raised.value) == code
+    plain = capsys.readouterr()
+    assert plain.out == ""
+    assert plain.err.startswith("error: ")
+    assert Console(quiet=True, json=True).error(raised.value) == code
+    told = capsys.readouterr()
+    public = json.loads(told.out)["error"]
+    assert (told.err, list(public), public["exit_code"]) == (plain.err, ["exit_code", "problem", "fix"], code)
+    for said in (plain.err, told.out):
+        assert "row 7" not in said
+        assert "patient" not in said
+        assert "Traceback" not in said
 
 
 def test_debug_shows_the_traceback_and_the_private_detail(capsys: pytest.CaptureFixture[str]) -> None:
