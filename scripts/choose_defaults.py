@@ -19,6 +19,7 @@ from experiment import add_row, dprandp, has_row, log_of, parser, read
 
 from dprandp.cli import session
 from dprandp.cli.flags import Options
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import open_dataset
 from dprandp.dpsgd.statistics import public_whitener
@@ -87,7 +88,8 @@ def public_features(args: argparse.Namespace, floor: float) -> tuple[torch.Tenso
     """Whitened features of the first images of the training split, their labels, and the whitener."""
     dataset = open_dataset(DATA, args.data_dir)
     split = dataset.train()
-    images, labels = to_input(split.images[: FIT + HELD_OUT]), torch.from_numpy(split.labels[: FIT + HELD_OUT])
+    images = to_input(split.images[: FIT + HELD_OUT], INPUT_SIZE)
+    labels = torch.from_numpy(split.labels[: FIT + HELD_OUT])
     options = Options(quiet=True, data_dir=args.data_dir)
     console = session.console(options)
     with session.opened(args.out / "run") as rundir:

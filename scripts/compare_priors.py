@@ -29,6 +29,7 @@ from torch import Tensor
 from dprandp.cli import session
 from dprandp.cli.flags import Options
 from dprandp.config import toml
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.statistics import public_whitener
@@ -161,7 +162,7 @@ def made_side(args: argparse.Namespace, run: Path, cell: dict, settings: dict, p
     dprandp("pretrain", "--run", run, *given, "--overwrite")
     pretraining = time.perf_counter() - started
     dataset = open_dataset(cell["data"], args.data_dir)
-    images = to_input(dataset.train().images[: args.fit + args.held_out])
+    images = to_input(dataset.train().images[: args.fit + args.held_out], INPUT_SIZE)
     config = ProbeConfig(data=cell["data"], seed=cell["seed"], **probe)
     with session.opened(run) as rundir:
         options = Options(quiet=True, data_dir=args.data_dir)

@@ -31,6 +31,7 @@ from experiment import add_row, dprandp, has_row, log_of, read, spread
 from dprandp.cli import session
 from dprandp.cli.flags import Options
 from dprandp.config import toml
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import build, resolve
 from dprandp.data import open_dataset
 from dprandp.dpsgd.statistics import synthetic_views
@@ -123,7 +124,7 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
     spec, split, count = dataset.spec, dataset.train(), args.fit + args.held_out
     if len(split.labels) < count:
         sys.exit(f"{cell['data']} has {len(split.labels)} training images; {count} are needed")
-    images, labels = to_input(split.images[:count]), torch.from_numpy(split.labels[:count])
+    images, labels = to_input(split.images[:count], INPUT_SIZE), torch.from_numpy(split.labels[:count])
     probe = resolve("probe", "tiny", None, {"data": cell["data"]})
     with session.opened(run) as rundir:
         options = Options(quiet=True, data_dir=args.data_dir)
@@ -131,7 +132,7 @@ def accuracies(args: argparse.Namespace, run: Path, cell: dict) -> dict[str, dic
         trained, config = load_extractor(context, colour_of(spec.channels))
         extractor = build_extractor(replace(config, feature_stages="all"))
         load_weights(extractor, trained.state_dict())
-        views = synthetic_views(context, replace(probe, seed=cell["seed"]))
+        views = synthetic_views(context, replace(probe, seed=cell["seed"]), INPUT_SIZE)
     views = as_declared(views, channels=spec.channels, height=spec.height, width=spec.width)
     synthetic, real = (extract(extractor.eval(), pixels, mirror=spec.flip_ok) for pixels in (views, images))
     width = extractor.feature_dim

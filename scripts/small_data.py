@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dprandp import pipeline, priors
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import open_dataset
 from dprandp.dpsgd.budget import default_delta
@@ -52,7 +53,7 @@ def features_of(data_dir: Path, prior: str, count: int) -> tuple[Tensor, Tensor]
             chosen = np.random.default_rng(0).permutation(len(split.labels))[:count]
             spec = dataset.spec
             images = as_declared(
-                to_input(split.images[chosen]), channels=spec.channels, height=spec.height, width=spec.width
+                to_input(split.images[chosen], INPUT_SIZE), channels=spec.channels, height=spec.height, width=spec.width
             )
             extractor, mirror, whitener = public_part(config, context, spec)
             with context.console.progress(len(images), "features") as progress:

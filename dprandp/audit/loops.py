@@ -88,12 +88,12 @@ class Facts:
         if probed is not None:
             extractor, _ = load_extractor(context, probed.extractor_colour, precision=precision)
             whitener = probe.load_whitener(context, extractor).to(context.device)
-            self.images = synthetic_crops(context, IMAGES, seed=0)
+            self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
         elif tuned is None:
             extractor, _ = load_extractor(context, "rgb", precision=precision)  # a continued one is for either kind
             whitener = PooledOnly(extractor.feature_dim)
-            self.images = synthetic_crops(context, IMAGES, seed=0)
+            self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
             head = load_finished(rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
         else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
             config = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config)
@@ -310,7 +310,7 @@ def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
 
 def most_wrong(model: Classifier, split: Split) -> int:
     """The made-up image whose label the model's scores are furthest from: a long gradient."""
-    scores = model.predict(to_input(split.images), mirror=False)
+    scores = model.predict(to_input(split.images, model.extractor.input_size), mirror=False)
     own = scores.gather(1, torch.from_numpy(split.labels)[:, None])[:, 0]
     return int((scores.amax(dim=1) - own).argmax())
 
@@ -369,10 +369,11 @@ def replay_continue(
         torch.nn.init.normal_(model.head, generator=torch.Generator().manual_seed(0))  # zeros stop gradients
         generator = torch.Generator().manual_seed(config.seed)
         _, split = made_up_images(facts.images, facts.classes, PUBLIC, facts.mirror, generator)
-        images, labels = to_input(split.images), torch.from_numpy(split.labels)
+        images = to_input(split.images, extractor.input_size)
+        labels = torch.from_numpy(split.labels)
         task = PublicTask(
             title="made up", images=images, labels=labels, classes=facts.classes, shared=True, flip=facts.mirror,
-            held_out=(images, labels), spec=dataset.spec, synthetic=False, seed=config.seed,
+            held_out=(images, labels), spec=dataset.spec, size=extractor.input_size, synthetic=False, seed=config.seed,
         )  # fmt: skip
         training = Training(config, model.to(like.device), task)
         private_steps(config, stage, training, Outcome(0, "an audit", 0), Stop())

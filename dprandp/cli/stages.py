@@ -11,7 +11,16 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_settings, option
-from dprandp.config.schema import DATA_SETTINGS, DEFAULT_SHARE, WITHOUT_PHASE_ONE, StageConfig, probe_of_run
+from dprandp.config.schema import (
+    DATA_SETTINGS,
+    DEFAULT_SHARE,
+    WITHOUT_PHASE_ONE,
+    GenerateConfig,
+    StageConfig,
+    input_size_of,
+    probe_of_run,
+    resolution_for,
+)
 from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
 from dprandp.runs.results import ContinueResult, PrivateContinueResult
@@ -123,7 +132,7 @@ RUN_FLAGS = (
     *of_settings("probe", "finetune", names=(*DATA_SETTINGS, "epsilon", "delta", "noise")),
     *of_settings("probe", "finetune", names=("clip_norm",)),
     *of_settings("generate", names=("process", "count", "resolution")),
-    *of_settings("pretrain", names=("arch", "random_init")),
+    *of_settings("pretrain", names=("arch", "random_init", "input_size")),
     *of_settings("pretrain", names=("steps",), prefix="pretrain-", says="Of the pretraining: "),
     *of_settings("probe", names=("share",)),
     *of_settings("probe", names=TUNING, prefix="probe-", says="Of the probe: "),
@@ -154,6 +163,9 @@ def run_all(call: Call) -> None:
             if stage in public:
                 return public[stage]
             config = session.resolve(rundir, stage, options, given[stage], planned, fitting.get(stage))
+            if stage == "generate" and config.resolution == GenerateConfig.resolution:
+                size = input_size_of(resolve("pretrain", planned))
+                config = replace(config, resolution=max(config.resolution, resolution_for(size)))
             if stage == "probe":
                 config = probe_of_run(config, resolve("pretrain", planned).arch, rundir.row("probe").config)
             return config

@@ -11,6 +11,9 @@ from dprandp.errors import UsageError
 
 SIZES = ("tiny", "small", "paper")
 
+INPUT_SIZE = 32
+"""Side of an extractor's input in pixels, where no other is asked for."""
+
 SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "generate": {}, "pretrain": {"feature_stages": "all"}, "continue": {}, "probe": {}, "finetune": {},

@@ -10,6 +10,7 @@ the stage from public facts" (the data set's declared size, ε); the setting's h
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from dprandp.config import presets
 from dprandp.config.decoding import RULES, Decoding, decoding_of
 from dprandp.config.layout import PARTS, Layout, layout_of
-from dprandp.config.presets import SIZE_DEFAULTS, SIZES, by_recipe
+from dprandp.config.presets import INPUT_SIZE, SIZE_DEFAULTS, SIZES, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
@@ -143,11 +144,16 @@ class PretrainConfig(Network, Common):
         "stages take the one that fits; a wrn or vit sees every second image in grey.", True,
         panel=DATA,
     )  # fmt: skip
+    input_size: int | None = setting(
+        None, "Side of the images that the extractor sees, in pixels. Images of any other size are resized to it.",
+        True, panel=DATA, low=16, most=512, otherwise=f"{INPUT_SIZE}",
+    )  # fmt: skip
     prior: str | None = setting(None, "A shipped prior, used unchanged; all other settings are those of its card.")
     filters: int = setting(400, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
     patch_size: int = setting(6, "Side of its patches in pixels.", above=0, of=PATCHNET)
     patch_dims: int = setting(64, "Components that patches are whitened to.", above=0, of=PATCHNET)
-    stride: int = setting(1, "Pixels from one patch to the next.", above=0, of=PATCHNET)
+    stride: int = setting(1, "Pixels from one patch to the next, for each 32 pixels of the input's side.", above=0,
+                          of=PATCHNET)  # fmt: skip
     dictionary_patches: int = setting(100_000, "Patches that the filters are learned from.", above=0, most=10**8,
                                       of=PATCHNET, learning=True)  # fmt: skip
     dictionary_iterations: int = setting(8, "Iterations of spherical k-means.", above=0, most=MANY, of=PATCHNET,
@@ -304,6 +310,10 @@ class FinetuneConfig(Private):
     init_source: str | None = setting(
         None, "Data from which the weights of --init were learned; stored and shown.", True, metavar="TEXT", line=True,
         otherwise="none, needed with --init",
+    )  # fmt: skip
+    input_size: int | None = setting(
+        None, "Side of the images that a network made here sees, in pixels.", True, panel=DATA, low=16, most=512,
+        otherwise=f"{INPUT_SIZE}",
     )  # fmt: skip
     layer_order: LayerOrder | None = setting(
         None, "Order of operations around a convolution of a wrn made here.", True, metavar="ORDER",
@@ -502,6 +512,16 @@ def probe_of_run(probe: ProbeConfig, arch: str, begun: Mapping[str, Any] | None)
     """
     whole = probe.share is None and arch == PATCHNET and (begun is None or begun.get("share") == 1)
     return dataclasses.replace(probe, share=1.0) if whole else probe
+
+
+def input_size_of(config: PretrainConfig | FinetuneConfig) -> int:
+    """Side of the extractor's input in pixels."""
+    return config.input_size or INPUT_SIZE
+
+
+def resolution_for(size: int) -> int:
+    """Width of synthetic images for an input of ``size`` pixels: a power of two, and at least twice that."""
+    return 2 ** math.ceil(math.log2(2 * size))
 
 
 def lr_of(config: PretrainConfig) -> float:

@@ -168,7 +168,8 @@ def private_steps(
         else is post-processing of what ``PrivateStep.release`` returns, of public images and of public settings.
     """
     split, device, plan = stage.dataset.train(), training.device, stage.plan
-    images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
+    images = to_input(split.images, training.model.extractor.input_size).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
     settings = SumSettings(
         scale=1.0,
         views=plan.views,

@@ -28,6 +28,7 @@ from dprandp.config.schema import (
     PretrainConfig,
     data_options,
     fraction_of,
+    input_size_of,
     public_data_options,
     same_data_name,
 )
@@ -44,10 +45,10 @@ from dprandp.models.optimizers import restore
 from dprandp.models.precision import autocast
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
-from dprandp.pretrain import load_extractor
+from dprandp.pretrain import load_extractor, pretrained
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runs.context import Context
-from dprandp.vision.images import INPUT_SIZE, as_declared, colour_of, to_input
+from dprandp.vision.images import as_declared, colour_of, to_input
 from dprandp.vision.views import ContrastiveViews, private_views
 
 HELD_OUT = 0.2
@@ -60,13 +61,14 @@ class PublicTask:
     """Images, labels and how views are drawn."""
 
     title: str  # of the images, in words
-    images: Tensor  # uint8 [n, 3, R, R]; R = 32, or larger for synthetic images
+    images: Tensor  # uint8 [n, 3, R, R]; R is ``size``, or larger for synthetic images
     labels: Tensor  # int64 [n]
     classes: int
     shared: bool  # whether the classes are the private ones, in the same order
-    held_out: tuple[Tensor, Tensor]  # uint8 [v, 3, 32, 32], int64 [v]
+    held_out: tuple[Tensor, Tensor]  # uint8 [v, 3, size, size], int64 [v]
     flip: bool  # whether a mirrored image keeps its label
     spec: DataSpec  # of the private data, as declared; synthetic images get the same channels and size
+    size: int  # side of the extractor's input in pixels
     synthetic: bool  # whether the images are those of a random process
     seed: int
 
@@ -76,11 +78,11 @@ class PublicTask:
         return len(self.images)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Views of a random batch and their labels: uint8 [size, 3, 32, 32], int64 [size]; with replacement."""
+        """Views of a random batch and their labels: uint8 [size, 3, S, S], int64 [size]; with replacement."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step * 7_919 + 31) % 2**63)
         chosen = torch.randint(len(self.images), (size,), generator=generator)
         if self.synthetic:
-            views = _synthetic_views(self.images[chosen], self.spec, generator)
+            views = _synthetic_views(self.images[chosen], self.size, self.spec, generator)
         else:
             views = private_views(self.images[chosen], 1, generator, flip=self.flip, augment_single=True)[:, 0]
         return views, self.labels[chosen]
@@ -101,9 +103,11 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     name, facts = config.public, public_data_options(config, config.public)
     if fraction is not None:
         name, facts = config.data, data_options(config) | {"unit_column": None}
-    dataset = open_dataset(name, context.data_dir, download=context.download, **facts)
+    dataset, size = open_dataset(name, context.data_dir, download=context.download, **facts), _input_size(context)
+    dataset.for_input(size)
     if fraction is None:
         own = open_dataset(config.data, context.data_dir, download=context.download, **data_options(config))
+        own.for_input(size)
         if dataset.same_images_as(own):
             raise _private_and_public(config)
         use_as_public(context.rundir, dataset)
@@ -116,7 +120,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     held = min(MOST_HELD_OUT, max(1, int(HELD_OUT * len(order))))
     if held >= len(order):
         raise UsageError(f"{title}: too few to hold some out", fix="declare more images public")
-    images, labels = to_input(split.images)[order], torch.from_numpy(split.labels)[order]
+    images, labels = to_input(split.images, size)[order], torch.from_numpy(split.labels)[order]
     return PublicTask(
         title=title,
         images=images[held:],
@@ -126,9 +130,14 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         held_out=(images[:held], labels[:held]),
         flip=dataset.spec.flip_ok,
         spec=spec,
+        size=size,
         synthetic=False,
         seed=config.seed,
     )
+
+
+def _input_size(context: Context) -> int:
+    return input_size_of(pretrained(context))
 
 
 def _private_and_public(config: ContinueConfig) -> UsageError:
@@ -145,7 +154,8 @@ def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> Publ
     if len(images) < 2:
         raise UsageError("the public task needs at least two images", fix="make more images, or give more instances")
     held = torch.arange(min(len(images), MOST_HELD_OUT))
-    views = _synthetic_views(images[held], spec, torch.Generator().manual_seed(config.seed + 1))
+    size, generator = _input_size(context), torch.Generator().manual_seed(config.seed + 1)
+    views = _synthetic_views(images[held], size, spec, generator)
     return PublicTask(
         title=f"{len(images)} synthetic images of this run, each a class",
         images=images,
@@ -155,14 +165,15 @@ def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> Publ
         held_out=(views, labels[held]),
         flip=spec.flip_ok,
         spec=spec,
+        size=size,
         synthetic=True,
         seed=config.seed,
     )
 
 
-def _synthetic_views(images: Tensor, spec: DataSpec, generator: torch.Generator) -> Tensor:
-    """One view each, with the declared channels and size of the private data: uint8 [b, 3, 32, 32]."""
-    views = ContrastiveViews(INPUT_SIZE, flip=0.5 if spec.flip_ok else 0.0)
+def _synthetic_views(images: Tensor, size: int, spec: DataSpec, generator: torch.Generator) -> Tensor:
+    """One view each, with the declared channels and size of the private data: uint8 [b, 3, size, size]."""
+    views = ContrastiveViews(size, flip=0.5 if spec.flip_ok else 0.0)
     pixels = (views.apply(images, views.draw(images, generator)) * 255).round_().to(torch.uint8)
     return as_declared(pixels, channels=spec.channels, height=spec.height, width=spec.width)
 

@@ -177,6 +177,12 @@ class Dataset:
         if self._files is not None:
             self._files.reading = reading()
 
+    def for_input(self, size: int) -> None:
+        """Say the side of the extractor's input, before anything is read: image files are resized to it at once."""
+        if self._files is not None:
+            self._files.side = size
+            self.spec = dataclasses.replace(self.spec, height=size, width=size)
+
     def examine(self) -> Examination:
         """Read everything, and find everything that is wrong, before a run begins.
 

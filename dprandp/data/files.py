@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dprandp.config.decoding import Decoding
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.decode import decode_all
 from dprandp.data.problems import Problem, UnusableData
 from dprandp.errors import InputError
@@ -71,12 +72,14 @@ class ImageFiles:
     Args:
         name: of the data set, for messages.
         listings: of "train" and "test".
-        side: of the resulting images, in pixels.
         rules: for ambiguous files.
+
+    Attributes:
+        side: pixels that the sides of each image's centre square are resized to.
     """
 
-    def __init__(self, name: str, listings: Mapping[str, Listing], side: int, rules: Decoding) -> None:
-        self.name, self.listings, self._side, self._rules = name, listings, side, rules
+    def __init__(self, name: str, listings: Mapping[str, Listing], rules: Decoding) -> None:
+        self.name, self.listings, self.side, self._rules = name, listings, INPUT_SIZE, rules
         self.reading = Reading()
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +90,7 @@ class ImageFiles:
         """
         paths = self.listings[split].paths
         labels = np.array(self.listings[split].labels, np.int64)
-        folder, shape = self.reading.folder, (len(paths), self._side, self._side, 3)
+        folder, shape = self.reading.folder, (len(paths), self.side, self.side, 3)
         key = None if folder is None else self._key(paths)
         if folder is not None and (kept := _kept(folder, split, key, shape)) is not None:
             return kept, labels
@@ -105,7 +108,7 @@ class ImageFiles:
 
     def _chunks(self, paths: Sequence[Path]) -> Iterator[tuple[int, np.ndarray, list[tuple[str, str, str]]]]:
         starts = range(0, len(paths), CHUNK)
-        jobs = [(paths[start : start + CHUNK], self._side, self._rules) for start in starts]
+        jobs = [(paths[start : start + CHUNK], self.side, self._rules) for start in starts]
         if self.reading.workers == 1 or len(paths) < ALONE_BELOW:
             yield from ((start, *decode_all(*job)) for start, job in zip(starts, jobs, strict=True))
             return
@@ -125,7 +128,7 @@ class ImageFiles:
                 raise
 
     def _key(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(f"dprandp-decoded-1 {self._side} {self._rules.as_dict()}".encode())
+        digest = hashlib.sha256(f"dprandp-decoded-1 {self.side} {self._rules.as_dict()}".encode())
         for path in paths:
             try:
                 with open(path, "rb") as file:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.config.layout import Layout
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter
 from dprandp.data.files import ImageFiles, Listing
@@ -37,10 +38,6 @@ from dprandp.data.units import (
     units_of_files,
 )
 from dprandp.errors import InputError
-
-SIDE = 32
-"""Pixels that the sides of each image's centre square are resized to."""
-
 
 VALIDATION = ("val", "valid", "validation", "dev")
 """Names of a third split, which has to be declared as one of the two."""
@@ -96,9 +93,9 @@ def open_folder(
     if problems and strict:
         raise UnusableData(name, problems)
     examples = len(listings["train"].paths), len(listings["test"].paths)
-    spec = users_spec("folder", root, root.resolve().name, classes, examples, (SIDE, SIDE, 3), units)
+    spec = users_spec("folder", root, root.resolve().name, classes, examples, (INPUT_SIZE, INPUT_SIZE, 3), units)
     spec = dataclasses.replace(spec, decoding=rules, split_rule=Layout(val=val).split_rule)
-    files = ImageFiles(name, listings, SIDE, rules)
+    files = ImageFiles(name, listings, rules)
     return Dataset(spec, files.read, units=units, files=files, problems=problems)
 
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.config.layout import AS_LISTED, Layout
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS
 from dprandp.data.files import ImageFiles, Listing
-from dprandp.data.folder import SIDE, VALIDATION
+from dprandp.data.folder import VALIDATION
 from dprandp.data.problems import Problem, UnusableData
 from dprandp.data.units import DEFAULT_GROUP, EACH_IMAGE, check_column_name, make_units
 from dprandp.errors import InputError, UsageError
@@ -100,9 +101,9 @@ def open_table(
         for split, rows in kept.items()
     }
     examples = len(kept["train"]), len(kept["test"])
-    spec = users_spec("csv", path, path.stem, classes, examples, (SIDE, SIDE, 3), units)
+    spec = users_spec("csv", path, path.stem, classes, examples, (INPUT_SIZE, INPUT_SIZE, 3), units)
     spec = dataclasses.replace(spec, decoding=rules, split_rule=layout.split_rule)
-    files = ImageFiles(name, listings, SIDE, rules)
+    files = ImageFiles(name, listings, rules)
     return Dataset(spec, files.read, units=units, files=files, problems=problems)
 
 

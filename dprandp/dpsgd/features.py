@@ -51,7 +51,7 @@ def extract_by_ranks(
     mirror: bool,
     on_batch: Callable[[int], None],
 ) -> Tensor:
-    """``extract`` of uint8 [N, 3, 32, 32], then the whitener if any; all ranks call this, with equal arguments.
+    """``extract`` of uint8 [N, 3, S, S], then the whitener if any; all ranks call this, with equal arguments.
 
     Returns:
         float32 [N, ...] on the CPU; on other ranks than rank 0 no rows, [0, ...].
@@ -74,7 +74,7 @@ def features_of_blocks(
     """``extract_by_ranks`` of each block of images in turn.
 
     Args:
-        blocks: this rank's rows of each block, uint8 [b, 3, 32, 32] with b ≥ 0, which are
+        blocks: this rank's rows of each block, uint8 [b, 3, S, S] with b ≥ 0, which are
             ``ranks.shares(size, BATCH)[rank]`` of it; and the block's size, ≥ 1.
     """
     for images, size in blocks:
@@ -258,7 +258,8 @@ def features_of_test(
     ranks = stage.context.ranks
     ranks.refuse_different("test images", key)
     with stage.context.console.progress(len(images), "test images") as progress:
-        return extract_by_ranks(ranks, extractor, to_input(images), whitener, mirror, progress.advance)
+        pixels = to_input(images, extractor.input_size)
+        return extract_by_ranks(ranks, extractor, pixels, whitener, mirror, progress.advance)
 
 
 def _kept(
@@ -294,7 +295,7 @@ def _kept(
             for start in starts:
                 size = min(rows, len(images) - start)
                 own = ranks.shares(size, BATCH)[ranks.rank]
-                block = to_input(images[start + own.start : start + own.stop])
+                block = to_input(images[start + own.start : start + own.stop], extractor.input_size)
                 yield from ((view(block, start + own.start, number), size) for number in range(views))
 
         with context.console.progress(len(images) * views, label, done=begun * views) as progress:

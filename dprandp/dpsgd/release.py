@@ -24,7 +24,6 @@ from dprandp.runs.results import (
     PretrainResult,
     PrivateResult,
 )
-from dprandp.vision.images import INPUT_SIZE
 from dprandp.vision.metrics import classification_metrics
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
@@ -62,6 +61,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         shared_units_allowed=stage.shared_units or None,
         train_examples=spec.train_examples,
         test_examples=spec.test_examples,
+        input_size=model.extractor.input_size,
         split_rule=spec.split_rule or None,
         decoding=str(spec.decoding) or None,
     )
@@ -90,7 +90,7 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
         "precision": precision_of(model.extractor),
         "classes": result.classes,
         "input": {
-            "size": INPUT_SIZE,
+            "size": model.extractor.input_size,
             "mirror": result.mirror,
             "shape": list(stage.spec.image_shape),
             "decoding": stage.spec.decoding.as_dict(),

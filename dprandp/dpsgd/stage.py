@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import (
     DEFAULT_SHARE,
+    WITHOUT_PHASE_ONE,
     ContinueConfig,
     FinetuneConfig,
     PrivateConfig,
@@ -22,6 +24,7 @@ from dprandp.config.schema import (
     build,
     data_options,
     fraction_of,
+    input_size_of,
 )
 from dprandp.data import Dataset, DataSpec, Reading, open_dataset, without_public_part
 from dprandp.dpsgd import training_data
@@ -305,6 +308,7 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     download = context.download and write
     dataset = open_dataset(config.data, context.data_dir, download=download, strict=False, **data_options(config))
     dataset.read_with(lambda: _reading(context, write))
+    dataset.for_input(_input_size(config, context))
     part = _public_part(config, context)
     shared = config.allow_shared_units is True
     if not shared:
@@ -328,6 +332,14 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
         return stage
     return replace(stage, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
+
+
+def _input_size(config: PrivateConfig, context: Context) -> int:
+    """Side of the input of the stage's extractor, in pixels; the default where there is none yet."""
+    if isinstance(config, FinetuneConfig) and config.source in WITHOUT_PHASE_ONE:
+        return input_size_of(config)
+    pretrained = context.rundir.row("pretrain").config
+    return input_size_of(recorded("pretrain", pretrained)) if pretrained else INPUT_SIZE
 
 
 def _reading(context: Context, write: bool) -> Reading:

@@ -62,7 +62,8 @@ def public_whitener(
         folder.mkdir(parents=True, exist_ok=True)
     if ranks.first(lambda: checkpoint.latest(folder) == WHITENER):
         return whitener_of(checkpoint.load(folder, WHITENER), extractor)
-    views = as_declared(synthetic_views(context, config), channels=spec.channels, height=spec.height, width=spec.width)
+    crops = synthetic_views(context, config, extractor.input_size)
+    views = as_declared(crops, channels=spec.channels, height=spec.height, width=spec.width)
     with context.console.progress(len(views), "synthetic features") as progress:
         features = extract_by_ranks(ranks, extractor, views, None, mirror, progress.advance)
 
@@ -86,17 +87,17 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
     return whitener
 
 
-def synthetic_views(context: Context, config: ProbeConfig) -> Tensor:
-    """uint8 [n · V, 3, S, S]: V views of each image, next to each other; for V = 1 the crop itself.
+def synthetic_views(context: Context, config: ProbeConfig, size: int) -> Tensor:
+    """uint8 [n · V, 3, size, size]: V views of each image, next to each other; for V = 1 the crop itself.
 
     Views are crops and other colours, as in the published contrast, without mirroring: where mirroring keeps the class,
     features are averaged over an image and its mirror image anyway.
     """
-    crops = synthetic_crops(context, config.statistics_images, config.seed + SYNTHETIC_SEED)
+    crops = synthetic_crops(context, config.statistics_images, size, config.seed + SYNTHETIC_SEED)
     if config.statistics_views == 1:
         return crops
     generator = torch.Generator().manual_seed(config.seed + SYNTHETIC_SEED)
-    made = ContrastiveViews(crops.shape[-1], flip=0.0)
+    made = ContrastiveViews(size, flip=0.0)
     blocks = []
     for block in crops.split(BLOCK):
         views = [made.apply(block, made.draw(block, generator)) for _ in range(config.statistics_views)]

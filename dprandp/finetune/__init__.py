@@ -262,7 +262,8 @@ def _train(
         first_step, ledger_head = saved.entry("step", int), saved.entry("ledger", str)
 
     split = stage.dataset.train()
-    images, labels = to_input(split.images).to(device), torch.from_numpy(split.labels).to(device)
+    images = to_input(split.images, model.extractor.input_size).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
     settings = SumSettings(
         scale=scale,
         views=plan.views,

@@ -40,7 +40,7 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
     order = {} if config.layer_order is None else {"layer_order": config.layer_order}
     if config.arch == NF_RESNET and (order or config.padding):
         raise UsageError(f"{NF_RESNET} has one layer order and padding", fix="leave --layer-order and --padding out")
-    same = {key: getattr(config, key) for key in ("arch", "seed", "padding", "pooling", "precision")}
+    same = {key: getattr(config, key) for key in ("arch", "seed", "padding", "pooling", "precision", "input_size")}
     return PretrainConfig(**same, **order)
 
 

@@ -5,8 +5,9 @@ An extractor is an ``nn.Module`` with
 * ``feature_dim``: int;
 * ``normalise(images)``: uint8 [..., 3, H, W] to float input, with public constants;
 * ``parts``: the ``whitening.Part``s of the features, each of which is whitened separately;
-* ``features(x)``: float [B, 3, 32, 32] to float [B, feature_dim], differentiable, one image at a time;
-* ``precision`` ('float32' or 'bfloat16') and ``built_from`` (the ``PretrainConfig``): set by ``build_extractor``;
+* ``features(x)``: float [B, 3, S, S] to float [B, feature_dim], differentiable, one image at a time;
+* ``precision`` ('float32' or 'bfloat16'), ``built_from`` (the ``PretrainConfig``) and ``input_size`` (S, the side of an
+  image in pixels): set by ``build_extractor``;
 * ``form``, where its features have changed since an earlier version: see ``PatchExtractor.form``.
 
 To add one: write its module, name it here, and add its training to ``pretrain/__init__.py``.
@@ -20,14 +21,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import PretrainConfig
+from dprandp.config.presets import INPUT_SIZE
+from dprandp.config.schema import PretrainConfig, input_size_of
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.nf_resnet import NFResNet50
 from dprandp.models.patchnet import DeepPatchNet, PatchLayer, PatchNet, ResponseLayer, positions_above
 from dprandp.models.precision import AUTO, FLOAT32, autocast, full_precision, precision_of
 from dprandp.models.vit import VisionTransformer, parse_vit
 from dprandp.models.wrn import WideResNet, parse_wrn
-from dprandp.vision.images import INPUT_SIZE
 
 NF_RESNET = "nf-resnet-50"
 ARCHITECTURES = (
@@ -47,7 +48,7 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
         UsageError: unknown architecture, or sizes that do not fit together.
     """
     network = _build(config, generator)
-    network.built_from = config
+    network.built_from, network.input_size = config, input_size_of(config)
     network.precision = FLOAT32 if config.precision == AUTO else config.precision
     return network
 
@@ -70,7 +71,8 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
     if config.arch == NF_RESNET:
         return NFResNet50(pooling=config.pooling or "1", generator=generator)
     if config.arch.startswith("vit-"):
-        return VisionTransformer(*parse_vit(config.arch), generator=generator)
+        sizes = parse_vit(config.arch, input_size_of(config))
+        return VisionTransformer(*sizes, input_size=input_size_of(config), generator=generator)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 
@@ -86,15 +88,19 @@ def refuse_unlearnable(config: PretrainConfig) -> None:
 
 def _patchnet(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
     two = config.layers == 2
-    positions = (INPUT_SIZE - config.patch_size) // config.stride + 1
+    side = input_size_of(config)
+    stride = config.stride * max(1, side // INPUT_SIZE)
+    positions = (side - config.patch_size) // stride + 1
     if (positions_above(positions) if two else positions) < 2:  # quarters need two patches a side
         raise UsageError(
-            f"patch_size = {config.patch_size} with stride = {config.stride} leaves fewer than two patches a side "
-            f"of a {INPUT_SIZE}-pixel image" + (", after two layers" if two else ""),
+            f"patch_size = {config.patch_size} with stride = {stride} leaves fewer than two patches a side "
+            f"of a {side}-pixel image" + (", after two layers" if two else ""),
             fix="give a smaller patch_size or stride" + (", or one layer" if two else ""),
         )
     patch_dims = min(config.patch_dims, 3 * config.patch_size**2)
-    first = PatchNet(config.filters, patch_size=config.patch_size, stride=config.stride, patch_dims=patch_dims)
+    first = PatchNet(
+        config.filters, patch_size=config.patch_size, patch_dims=patch_dims, stride=stride, input_size=side
+    )
     _random_dictionary(first, generator)
     if not two:
         return first
@@ -154,7 +160,7 @@ def extract(
     after: Callable[[Tensor], Tensor] = lambda features: features,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Features of many images, uint8 [N, 3, 32, 32], each computed independently: float32 [N, ...] on the CPU.
+    """Features of many images, uint8 [N, 3, S, S], each computed independently: float32 [N, ...] on the CPU.
 
     Args:
         extractor: on the device that computes.
@@ -163,8 +169,9 @@ def extract(
         after: applied to each batch of features [b, feature_dim]; its results are collected.
         on_batch: called with the number of images done, for progress.
     """
-    if images.shape[1:] != (3, INPUT_SIZE, INPUT_SIZE):
-        raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {INPUT_SIZE}, {INPUT_SIZE})")
+    side = extractor.input_size
+    if images.shape[1:] != (3, side, side):
+        raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {side}, {side})")
     device = next(extractor.parameters()).device
     compute = getattr(extractor, "extract", None) or (lambda batch: extractor.features(extractor.normalise(batch)))
     out: Tensor | None = None

@@ -77,6 +77,7 @@ class NFResNet50(nn.Module):
     """
 
     normalise = staticmethod(normalise)
+    input_size = 32
     reads_earlier_stages = False
 
     def __init__(self, *, pooling: str = "1", generator: torch.Generator | None = None) -> None:

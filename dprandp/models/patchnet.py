@@ -28,7 +28,6 @@ from dprandp.models import kernels
 from dprandp.models.precision import BFLOAT16, full_precision, precision_of
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
-from dprandp.vision.images import INPUT_SIZE
 
 THRESHOLD = 0.25
 """Responses in [-THRESHOLD, THRESHOLD] count as zero."""
@@ -204,7 +203,7 @@ class PatchExtractor:
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
-        """The same numbers as ``features`` of uint8 [B, 3, 32, 32], several times faster on a CPU, without gradients.
+        """The same numbers as ``features`` of uint8 [B, 3, S, S], several times faster on a CPU, without gradients.
 
         It computes a tile of filters at a time, in as many threads as torch may use, each with whole images.
         """
@@ -239,13 +238,16 @@ class PatchNet(PatchExtractor, PatchLayer):
         filters: size of the dictionary, F. patch_size: side of a patch in pixels.
         patch_dims: components r to which patches are whitened; None: all 3 * patch_size**2.
         stride: pixels between neighbouring patches. 2 costs a quarter of 1, so that four times the filters fit.
+        input_size: side of an image in pixels.
     """
 
-    def __init__(self, filters: int, *, patch_size: int = 6, patch_dims: int | None = None, stride: int = 1) -> None:
+    def __init__(
+        self, filters: int, *, patch_size: int = 6, patch_dims: int | None = None, stride: int = 1, input_size: int = 32
+    ) -> None:
         width = 3 * patch_size**2
-        positions = (INPUT_SIZE - patch_size) // stride + 1
+        positions = (input_size - patch_size) // stride + 1
         super().__init__(filters, width=width, patch_dims=patch_dims or width, positions=positions)
-        self.patch_size, self.stride = patch_size, stride
+        self.patch_size, self.stride, self.input_size = patch_size, stride, input_size
         self.parts = (Part(self.feature_dim, 1.0),)
 
     @property
@@ -360,7 +362,7 @@ class DeepPatchNet(PatchExtractor, nn.Module):
 
     def __init__(self, first: PatchNet, second: ResponseLayer) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.input_size = first, second, first.input_size
         self.feature_dim = first.feature_dim + second.feature_dim
         self.parts = (Part(first.feature_dim, 1 - SHARE), Part(second.feature_dim, SHARE))
 

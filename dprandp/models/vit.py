@@ -20,7 +20,6 @@ from torch.nn import functional
 from dprandp.errors import UsageError
 from dprandp.models.whitening import Part
 from dprandp.models.wrn import initialise, normalise
-from dprandp.vision.images import INPUT_SIZE
 
 HEAD_WIDTH = 16
 """Channels of an attention head; published: 64, for networks of 384 channels and more."""
@@ -29,7 +28,7 @@ EXPANSION = 2
 """Hidden over outer width of the dense layers; published: 4, for networks trained on more data."""
 
 
-def parse_vit(name: str) -> tuple[int, int, int]:
+def parse_vit(name: str, input_size: int) -> tuple[int, int, int]:
     """Read ``"vit-DEPTH-WIDTH-PATCH"``, e.g. ``"vit-4-64-4"`` -> ``(4, 64, 4)``.
 
     Raises:
@@ -46,9 +45,12 @@ def parse_vit(name: str) -> tuple[int, int, int]:
             f"{name}: depth {depth}, width {width} do not fit",
             fix=f"give a depth of 1 or more and a width that is a multiple of {HEAD_WIDTH}",
         )
-    if patch < 1 or INPUT_SIZE % (2 * patch):
+    if patch < 1 or input_size % (2 * patch):
+        fitting = [str(side) for side in range(2, input_size // 2 + 1) if input_size % (2 * side) == 0]
         raise UsageError(
-            f"{name}: patches of {patch} pixels leave no even grid of {INPUT_SIZE} pixels", fix="use 2, 4, 8 or 16"
+            f"{name}: patches of {patch} pixels leave no even grid of {input_size} pixels",
+            fix=f"use {' or '.join([', '.join(fitting[:-1]), fitting[-1]])}" if len(fitting) > 1
+            else "give another --input-size",
         )
     return depth, width, patch
 
@@ -80,12 +82,15 @@ class _Block(nn.Module):
 class VisionTransformer(nn.Module):
     """A ViT of the name vit-DEPTH-WIDTH-PATCH, as ``parse_vit`` reads it, as a feature extractor.
 
-    ``feature_dim`` is 5 · width: the whole image and its four quarters. The generator is of the initial weights.
+    ``feature_dim`` is 5 · width: the whole image and its four quarters. ``input_size`` is the side of an image in
+    pixels. The generator is of the initial weights.
     """
 
-    def __init__(self, depth: int, width: int, patch: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, depth: int, width: int, patch: int, *, input_size: int = 32, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self.grid = INPUT_SIZE // patch
+        self.grid, self.input_size = input_size // patch, input_size
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
         self.position = nn.Parameter(torch.zeros(self.grid**2, width))
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))

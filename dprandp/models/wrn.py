@@ -200,6 +200,7 @@ class WideResNet(nn.Module):
     """
 
     normalise = staticmethod(normalise)
+    input_size = 32
 
     def __init__(
         self,

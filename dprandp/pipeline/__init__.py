@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import continual, finetune, generate, pretrain, probe
-from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build
+from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build, input_size_of
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text, interval_text, model_warnings
@@ -96,22 +96,26 @@ class Made:
         return {**results[self.last.stage], "report": str(self.report), "results": results}
 
 
-def examine_data(config: ProbeConfig, context: Context) -> None:
+def examine_data(config: ProbeConfig, size: int, context: Context) -> None:
     """Find everything that is wrong with a user's own data, before minutes of public stages.
+
+    ``size`` is the side of the input of the extractor to come: image files are decoded for it.
 
     Raises:
         As the probe, before it charges anything; BudgetError before a pixel is read.
     """
     if ":" in config.data and not ledger_file(context.rundir).exists():
         open_private_stage("probe", config, context, write=False)
-        name_private_stage("probe", config, context).examine()
+        stage = name_private_stage("probe", config, context)
+        stage.dataset.for_input(size)
+        stage.examine()
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
     """Run all stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
     """
     results: dict[str, StageResult] = {}
-    examine_data(resolve("probe"), context)
+    examine_data(resolve("probe"), input_size_of(resolve("pretrain")), context)
     with graceful_stop() as stop:
         for name in ("generate", "pretrain", "probe", "finetune"):
             if name == "finetune" and results["probe"].share == 1:
@@ -146,7 +150,8 @@ def stage_line(name: str, result: StageResult) -> str:
             return f"{said}; nothing private was read, in {seconds}"
         name = f"{said}; then"
     privacy = f"{_spent(result)}, δ = {result.delta:g}" if result.private else "NOT PRIVATE"
-    said = f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}, in {seconds}"
+    seen = f", images seen at {result.input_size} × {result.input_size} pixels" if result.input_size else ""
+    said = f"{name}: {result.data} test accuracy {_accuracy(result)} at {privacy}{seen}, in {seconds}"
     return "; WARNING: ".join([said, *model_warnings(result)])
 
 

@@ -66,6 +66,7 @@ class PretrainPlan:
     arch: str
     parameters: int
     feature_dim: int
+    input_size: int  # side of the images that it sees, in pixels
     random_init: bool
     steps: int
     filters: int | None = None  # of a patchnet
@@ -142,8 +143,9 @@ def _line(made: Plan) -> str:
         size = size_text(made.disk_bytes)
         return f"generate: {made.count} images of {made.process} at {made.resolution} px, {size}{action}"
     if isinstance(made, PretrainPlan):
+        seen = f"images of {made.input_size} × {made.input_size} pixels"
         if made.prior is not None:
-            return f"pretrain: the prior {made.prior} ({made.arch}, {made.feature_dim} features){action}"
+            return f"pretrain: the prior {made.prior} ({made.arch}, {made.feature_dim} features of {seen}){action}"
         if made.random_init:
             how = "random weights"
         elif made.filters is not None:
@@ -151,7 +153,7 @@ def _line(made: Plan) -> str:
             how = f"{made.filters} filters{both}"
         else:
             how = f"{made.steps} steps of {made.batch_size} images"
-        return f"pretrain: {made.arch}, {how}, {made.feature_dim} features{action}"
+        return f"pretrain: {made.arch}, {how}, {made.feature_dim} features of {seen}{action}"
     if isinstance(made, PublicPlan):
         return f"continue: {made.steps} steps on public images only ({made.public}), no cost in ε{action}"
     refit = made.refit
@@ -271,6 +273,7 @@ def _pretrain(config: PretrainConfig, context: Context) -> PretrainPlan:
         arch=config.arch,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         feature_dim=network.feature_dim,
+        input_size=network.input_size,
         random_init=config.random_init,
         steps=0,
     )

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.schema import PretrainConfig, as_dict, extractors_of
-from dprandp.errors import CheckpointError
+from dprandp.config.schema import PretrainConfig, as_dict, extractors_of, input_size_of, resolution_for
+from dprandp.errors import CheckpointError, UsageError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
 from dprandp.models.extractor import build_extractor, form_of, load_weights, refuse_unlearnable
@@ -41,7 +41,7 @@ from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, recorded, with_precision
-from dprandp.runs.results import Measures, PretrainResult
+from dprandp.runs.results import GenerateResult, Measures, PretrainResult
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.vision.images import ImageSet, colour_mode, random_crops
 
@@ -94,6 +94,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     build_extractor(config)  # refuses an unknown architecture before anything is written
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
+    refuse_enlarged(input_size_of(config), context.rundir.result(GenerateResult).resolution)
     config = with_precision(STAGE, config, context)
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
@@ -158,6 +159,16 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> PretrainResult
     return result
 
 
+def refuse_enlarged(size: int, resolution: int) -> None:
+    """Refuse (UsageError) an input of ``size`` pixels that synthetic images of ``resolution`` would be enlarged for."""
+    if size > resolution:
+        raise UsageError(
+            f"the synthetic images have {resolution} pixels a side, fewer than the {size} of the extractor's input: an "
+            "extractor of enlarged images knows no fine detail",
+            fix=f"generate larger images (--resolution {resolution_for(size)}), or give a smaller --input-size",
+        )
+
+
 def require_extractor(context: Context, needed_by: str) -> None:
     """Refuse (InputError) unless the run has a finished extractor, and a finished ``continue`` where that was begun."""
     context.rundir.require(STAGE, needed_by)
@@ -210,15 +221,15 @@ def _network_of(
     return network.to(context.device).eval(), config
 
 
-def synthetic_crops(context: Context, count: int, seed: int) -> Tensor:
-    """Random crops of the run's synthetic images at the extractor's input size.
+def synthetic_crops(context: Context, count: int, size: int, seed: int) -> Tensor:
+    """Random crops of the run's synthetic images, ``size`` pixels a side.
 
     Returns:
-        uint8 [count, 3, 32, 32] (fewer where there are fewer images), shuffled.
+        uint8 [count, 3, size, size] (fewer where there are fewer images), shuffled.
     """
     images = ImageSet(open_images(context.rundir.stage_dir("generate"), count))
     generator = torch.Generator().manual_seed(seed)
-    crops = random_crops(images, generator)
+    crops = random_crops(images, size, generator)
     return crops[torch.randperm(len(crops), generator=generator)]
 
 
@@ -242,7 +253,8 @@ def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | 
 def _learn_dictionaries(config: PretrainConfig, context: Context, folder: Path, stop: Stop) -> nn.Module:
     log = MetricsLog(folder / "metrics.jsonl", 0)
     generator = _generator(config)
-    crops = colour_mode(synthetic_crops(context, config.dictionary_patches, config.seed), config.colour)
+    crops = synthetic_crops(context, config.dictionary_patches, input_size_of(config), config.seed)
+    crops = colour_mode(crops, config.colour)
     network = build_extractor(config)
     passes = config.dictionary_iterations * (2 * config.layers - 1)
     with context.console.progress(passes, f"dictionary passes ({config.colour})") as progress:

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dprandp.config.schema import PretrainConfig, lr_of
+from dprandp.config.schema import PretrainConfig, input_size_of, lr_of
 from dprandp.errors import UsageError
 from dprandp.models.optimizers import build_optimizer, restore, state_of
 from dprandp.models.precision import autocast
 from dprandp.models.wrn import GROUPS, initialise
 from dprandp.runs.parallel import ALONE, Ranks
-from dprandp.vision.images import INPUT_SIZE, ImageSet
+from dprandp.vision.images import ImageSet
 from dprandp.vision.views import ContrastiveViews, ViewChoices
 
 
@@ -144,7 +144,8 @@ class ContrastiveTrainer:
         self.config, self.images, self.device, self.ranks = config, images, images.device, ranks
         self.network = network.to(self.device, memory_format=torch.channels_last)
         with torch.no_grad():
-            probe = torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, device=self.device)
+            side = input_size_of(config)
+            probe = torch.zeros(1, 3, side, side, device=self.device)
             places = self.network.trunk(probe).numel()
         self.head = ProjectionHead(
             places,
@@ -152,7 +153,7 @@ class ContrastiveTrainer:
             embedding_dim=config.projection_dim,
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
-        self.views = ContrastiveViews(INPUT_SIZE)
+        self.views = ContrastiveViews(input_size_of(config))
         self.window: list[Tensor] = []  # losses since the last mean
         parts = {"network": self.network, "head": self.head}
         named = [(f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters()]

@@ -38,7 +38,8 @@ def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Gen
     """
     training = network.training
     network.eval()
-    first, second = (extract(network, random_crops(images, generator), mirror=False) for _ in range(2))
+    crops = (random_crops(images, network.input_size, generator) for _ in range(2))
+    first, second = (extract(network, each, mirror=False) for each in crops)
     network.train(training)
     centre = first.mean(dim=0)
     first, second = first - centre, second - centre

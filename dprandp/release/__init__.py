@@ -19,6 +19,7 @@ import torch
 
 from dprandp.config import schema as configuration
 from dprandp.config.decoding import Decoding
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.publication import Publication
 from dprandp.config.settings import checked
 from dprandp.data import brought_to
@@ -36,7 +37,7 @@ from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.records import read
 from dprandp.runs.results import RESULTS, PrivateResult, kind_of, read_result, wrong_entry
-from dprandp.vision.images import INPUT_SIZE, to_input
+from dprandp.vision.images import to_input
 
 MAX_CONFIG_BYTES = 64 * 2**20
 RESTORE = "restore the folder from a copy"
@@ -79,7 +80,8 @@ class ReleasedModel:
 
         Each image is computed independently. Rows sum to 1: the softmax of the scores, which is not calibrated.
         """
-        return self.network.predict(to_input(images), mirror=self.mirror).softmax(dim=1)
+        pixels = to_input(images, self.network.extractor.input_size)
+        return self.network.predict(pixels, mirror=self.mirror).softmax(dim=1)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
         """``predict`` for image files and folders, or uint8 [height, width, channels] or [N, height, width, channels].
@@ -168,10 +170,10 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
         shape, classes, result = config["input"]["shape"], config["classes"], config["result"]
         fits = (
             config["format"] == MODEL_FORMAT
-            and config["input"]["size"] == INPUT_SIZE
+            and isinstance(config["extractor"], dict)
+            and config["input"]["size"] == (config["extractor"].get("input_size") or INPUT_SIZE)
             and type(config["input"]["mirror"]) is bool
             and isinstance(_decoding(config), Decoding)
-            and isinstance(config["extractor"], dict)
             and config["precision"] in (FLOAT32, BFLOAT16)
             and len(shape) == 3
             and all(type(side) is int and 1 <= side <= 10_000 for side in shape)

@@ -27,7 +27,7 @@ from dprandp.data import brought_to
 from dprandp.errors import DprandpError, UsageError
 from dprandp.models.precision import FLOAT32, precision_of
 from dprandp.synth import render_block
-from dprandp.vision.images import INPUT_SIZE, colour_of
+from dprandp.vision.images import colour_of
 
 if TYPE_CHECKING:
     from dprandp.release import ReleasedModel
@@ -57,9 +57,10 @@ class PixelsToProbabilities(nn.Module):
         self.extractor, self.whitener, self.head = network.extractor, network.whitener, network.head
         self.mirror = model.mirror
         height, width, self.channels = model.shape
-        self.resizes = (height, width) != (INPUT_SIZE, INPUT_SIZE)
-        self.register_buffer("down", resizing(height))
-        self.register_buffer("across", resizing(width).t().contiguous())
+        side = network.extractor.input_size
+        self.resizes = (height, width) != (side, side)
+        self.register_buffer("down", resizing(height, side))
+        self.register_buffer("across", resizing(width, side).t().contiguous())
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2)
@@ -77,13 +78,13 @@ class PixelsToProbabilities(nn.Module):
         return self.extractor.features(self.extractor.normalise(x))
 
 
-def resizing(side: int) -> Tensor:
-    """The bilinear, antialiased resize of ``vision.images.resize`` along one side, as a matrix [INPUT_SIZE, side].
+def resizing(side: int, size: int) -> Tensor:
+    """The bilinear, antialiased resize of ``vision.images.resize`` along one side, as a matrix [size, side].
 
     Exact, and the same everywhere: not every program that runs ONNX has the antialiased resize.
     """
     each = torch.eye(side)[None, None]
-    return functional.interpolate(each, size=(INPUT_SIZE, side), mode="bilinear", antialias=True)[0, 0]
+    return functional.interpolate(each, size=(size, side), mode="bilinear", antialias=True)[0, 0]
 
 
 def graph_of(model: ReleasedModel, format: str, about: Publication) -> tuple[bytes, float]:

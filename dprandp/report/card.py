@@ -105,7 +105,7 @@ def model_card(
         public_part=public_part,
         test=result.test_examples,
         classes=names,
-        preprocessing=_preprocessing(shape, result.mirror),
+        preprocessing=_preprocessing(shape, result.input_size, result.mirror),
         start=_start(result, pretrain, generate, continued),
         trained="A linear head was" if result.stage == "probe" else "All parameters were",
         learner="DP-SGD" if private else "the procedure of DP-SGD, without its guarantee",
@@ -137,18 +137,18 @@ def published(card: str, result: PrivateResult, about: Publication) -> str:
     return f"{head(result, about)}{title}\n{rest}"
 
 
-def _preprocessing(shape: tuple[int, ...] | None, mirror: bool) -> str:
+def _preprocessing(shape: tuple[int, ...] | None, size: int | None, mirror: bool) -> str:
     """What happens to an image before the network; nothing where it is not known."""
     if shape is None:
         return ""
     height, width, channels = shape
-    colour = "grey" if channels == 1 else "RGB"
+    colour, to = "grey" if channels == 1 else "RGB", "" if size is None else f" to {size} × {size} pixels"
     average = " The features of an image and of its mirror image are averaged." if mirror else ""
     return (
         f"\n## Preprocessing\n\nAn image is decoded to 8-bit {colour}, cut to its largest centred part of the "
         f"proportions {height} : {width} (height : width), and resized to {height} × {width} pixels (bicubic). "
-        f"For the network it is then resized (bilinear, antialiased) and scaled by constants that do not depend on the "
-        f"data.{average} `dprandp predict` does all of this, an exported graph what follows the first resize.\n"
+        f"For the network it is then resized{to} (bilinear, antialiased) and scaled by constants that do not depend on "
+        f"the data.{average} `dprandp predict` does all of this, an exported graph what follows the first resize.\n"
     )
 
 

@@ -122,7 +122,7 @@ def disclosure(
         (label, value) pairs of plain text, always the same labels in the same order.
     """
     record = noun(result) if several_images(result) else "example"
-    expected = number(result.expected_batch)
+    expected, seen = number(result.expected_batch), result.input_size
     update, trained, refit = f"SGD on the noisy gradients, momentum {result.momentum:g}", "the head only", None
     if not isinstance(result, ProbeResult):
         update, trained = result.optimizer, "all"
@@ -149,6 +149,7 @@ def disclosure(
         ("Several records together", _groups(result)),
         ("N (training examples)", _size(result)),
         ("Test split", result.split_rule or "as the data set has it"),
+        ("Images as the network sees them", f"{seen} × {seen} pixels" if seen else "not recorded"),
         ("Decoding of image files", result.decoding or "no rules were declared: ambiguous files are refused"),
         ("q (sampling rate)", f"{number(result.sample_rate)} per step, expected batch qN = {expected}"),
         ("T (noisy steps)", _steps(result)),

@@ -102,6 +102,7 @@ class Evaluation:
     shared_units_allowed: bool | None = None  # units may have images in both splits, as the user declared
     train_examples: Count  # images
     test_examples: Count
+    input_size: Count | None = None  # side of the images that the model sees, in pixels
     split_rule: Text | None = None  # how the splits were made, where that was declared
     decoding: Text | None = None  # declared rules by which image files were read
 

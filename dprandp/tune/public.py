@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp.config.schema import ProbeConfig, data_options, public_data_options
+from dprandp.config.schema import ProbeConfig, data_options, input_size_of, public_data_options
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.features import placed
@@ -27,6 +27,7 @@ from dprandp.errors import InputError
 from dprandp.generate import open_images
 from dprandp.models.extractor import extract
 from dprandp.models.whitening import Whitener
+from dprandp.pretrain import pretrained
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe import public_part
@@ -55,7 +56,9 @@ def choose_publicly(
     equal.
     """
     started = time.perf_counter()
-    spec = open_dataset(config.data, context.data_dir, **data_options(config) | {"unit_column": None}).spec
+    dataset = open_dataset(config.data, context.data_dir, **data_options(config) | {"unit_column": None})
+    dataset.for_input(input_size_of(pretrained(context)))
+    spec = dataset.spec
     epsilon = probe_epsilon(config)
     delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
@@ -143,18 +146,23 @@ def _public_task(
     config: ProbeConfig, tune: TuneConfig, context: Context, spec: DataSpec
 ) -> tuple[Tensor, Tensor, int, int, Whitener]:
     """Whitened unit-norm features [n, dims], labels [n], number of classes, how many of n to fit, whitener."""
+    size = input_size_of(pretrained(context))
     generator = torch.Generator().manual_seed(config.seed + SEED)
     fitted = min(FIT, spec.train_examples)
     if tune.on == SYNTHETIC:
-        images, labels, classes = synthetic_task(context, len(spec.classes), fitted + HELD_OUT, generator)
+        images, labels, classes = synthetic_task(context, len(spec.classes), fitted + HELD_OUT, size, generator)
     else:
         public_dataset = open_dataset(tune.on, context.data_dir, **public_data_options(config, tune.on))
-        if public_dataset.same_images_as(open_dataset(config.data, context.data_dir, **data_options(config))):
+        own = open_dataset(config.data, context.data_dir, **data_options(config))
+        for each in (public_dataset, own):
+            each.for_input(size)
+        if public_dataset.same_images_as(own):
             raise private_data(tune.on)
         use_as_public(context.rundir, public_dataset)
         split = public_dataset.train()
         chosen = torch.randperm(len(split.labels), generator=generator)[: fitted + HELD_OUT]
-        images, labels = to_input(split.images[chosen.numpy()]), torch.from_numpy(split.labels)[chosen]
+        images = to_input(split.images[chosen.numpy()], size)
+        labels = torch.from_numpy(split.labels)[chosen]
         classes = len(public_dataset.spec.classes)
         fitted = min(fitted, len(labels) * 4 // 5)
     images = as_declared(images, channels=spec.channels, height=spec.height, width=spec.width)
@@ -166,9 +174,9 @@ def _public_task(
 
 
 def synthetic_task(
-    context: Context, classes: int, count: int, generator: torch.Generator
+    context: Context, classes: int, count: int, size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """A classification task of synthetic images, of which a class is crops of some: uint8 [count, 3, 32, 32], int64
+    """A classification task of synthetic images, of which a class is crops of some: uint8 [count, 3, size, size], int64
     [count] and the number of classes, in random order. Raises InputError for fewer images than classes."""
     wanted = max(2, INSTANCES // classes)
     images = ImageSet(open_images(context.rundir.stage_dir("generate"), classes * wanted))
@@ -181,5 +189,5 @@ def synthetic_task(
     drawn = torch.randperm(len(images), generator=generator)[: classes * instances]
     instance = torch.arange(count) % len(drawn)
     instance = instance[torch.randperm(count, generator=generator)]
-    crops = random_crops(images, generator, drawn[instance])
+    crops = random_crops(images, size, generator, drawn[instance])
     return crops, instance % classes, classes

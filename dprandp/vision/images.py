@@ -16,9 +16,6 @@ from torch.nn import functional
 
 from dprandp.errors import UsageError
 
-INPUT_SIZE = 32
-"""Side of every extractor's input in pixels."""
-
 WORKED_BYTES = 2**22
 """Bytes of pixels that are converted at a time; as floats they take four times that, and as much again to resize."""
 
@@ -29,18 +26,18 @@ MIN_AREA = 0.25
 _GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601 luma, as PIL's convert("L")
 
 
-def to_input(images: np.ndarray) -> Tensor:
-    """Resize to the extractor's input, bilinear and antialiased, and give grey images three equal channels.
+def to_input(images: np.ndarray, size: int) -> Tensor:
+    """Resize to an extractor's input, bilinear and antialiased, and give grey images three equal channels.
 
-    uint8 [N, H, W, 1 or 3] to uint8 [N, 3, 32, 32].
+    uint8 [N, H, W, 1 or 3] to uint8 [N, 3, size, size].
     """
     count, height, width, channels = images.shape
-    out = torch.empty(count, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
+    out = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
     out = out.contiguous() if channels == 1 else out
     rows = max(1, WORKED_BYTES // max(1, height * width * channels))
     for start in range(0, count, rows):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + rows])).permute(0, 3, 1, 2)
-        out[start : start + rows] = resize(batch, INPUT_SIZE, INPUT_SIZE)
+        out[start : start + rows] = resize(batch, size, size)
     return out
 
 
@@ -83,27 +80,30 @@ def colour_mode(images: Tensor, mode: str) -> Tensor:
     raise UsageError(f"colour = {mode!r} is unknown", fix="choose rgb, grey or both")
 
 
-def random_crops(images: Tensor | ImageSet, generator: torch.Generator, chosen: Tensor | None = None) -> Tensor:
+def random_crops(
+    images: Tensor | ImageSet, size: int, generator: torch.Generator, chosen: Tensor | None = None
+) -> Tensor:
     """One random square crop of each image, resized: objects of many scales at the size the extractor sees.
 
     Args:
         images: uint8 [N, 3, R, R].
+        size: side S of the extractor's input, in pixels.
         generator: public randomness.
         chosen: int64 [n], positions of the images, some perhaps several times; None: all in order.
 
     Returns:
-        uint8 [n, 3, 32, 32]. Crops are no smaller than that, unless the image is.
+        uint8 [n, 3, S, S]. Crops are no smaller than that, unless the image is.
     """
     chosen = torch.arange(len(images)) if chosen is None else chosen
     count, side = len(chosen), images.shape[-1]
     area = MIN_AREA + (1 - MIN_AREA) * torch.rand(count, generator=generator)
-    sides = (side * area.sqrt()).round().long().clamp(min(INPUT_SIZE, side), side)
+    sides = (side * area.sqrt()).round().long().clamp(min(size, side), side)
     corners = (torch.rand(count, 2, generator=generator) * (side - sides + 1)[:, None]).long()
-    out = torch.empty(count, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8)
+    out = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for crop in sides.unique().tolist():  # crops of one side go through one resize
         alike = (sides == crop).nonzero().flatten()
         for members in alike.split(max(1, WORKED_BYTES // (3 * crop**2))):
-            out[members] = resize(_crops(images, chosen[members], corners[members], crop), INPUT_SIZE, INPUT_SIZE)
+            out[members] = resize(_crops(images, chosen[members], corners[members], crop), size, size)
     return out
 
 

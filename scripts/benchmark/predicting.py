@@ -16,10 +16,11 @@ from benchmark.cases import OURS, Case, Comparison, Side
 from benchmark.pairs import agree
 from benchmark.patchnet import pixels, random_net
 from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.presets import INPUT_SIZE
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
 from dprandp.release.predictions import BLOCK, predictions
-from dprandp.vision.images import INPUT_SIZE, to_input
+from dprandp.vision.images import to_input
 
 PLAIN = "a plain torch loop"
 SAME = "a loop with the same network"
@@ -40,7 +41,7 @@ class Loaded:
 
     def probabilities(self, images: np.ndarray) -> Tensor:
         """As a released model's, with the mirror average."""
-        return self.network.predict(to_input(images), mirror=True).softmax(dim=1)
+        return self.network.predict(to_input(images, INPUT_SIZE), mirror=True).softmax(dim=1)
 
 
 def case(scale: str) -> Case:

@@ -225,7 +225,7 @@ def refused(done: Done, code: int, *fragments: str) -> None:
     """The command was refused with this exit code, in words: what was wrong, what to do, and no traceback."""
     said = f"exit code {done.code}\n{done.out}\n{done.err}"
     assert done.code == code, said
-    assert done.out == "", said
+    assert not done.out or json.loads(done.out)["error"]["exit_code"] == code, said  # with --json
     assert "Traceback" not in done.err, said
     flat = " ".join(done.err.replace("│", " ").split())
     for fragment in fragments:

@@ -108,7 +108,7 @@ def test_a_graph_that_contradicts_its_model_is_not_written(
     model: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = graph.resizing
-    monkeypatch.setattr(graph, "resizing", lambda side: right(side).flip(1))
+    monkeypatch.setattr(graph, "resizing", lambda side, size: right(side, size).flip(1))
     with pytest.raises(DprandpError, match="contradicts the model"):
         export(model, tmp_path / "out.pt2", format="torch-export")
     assert list(tmp_path.iterdir()) == []

@@ -48,7 +48,7 @@ def scaled(model: Classifier, scale: float = SETTING.scale) -> dict[str, Tensor]
 
 def images_and_labels(count: int | None = None) -> tuple[Tensor, Tensor]:
     made = blobs(3)
-    return to_input(made["x_train"][:count]), torch.from_numpy(made["y_train"][:count])
+    return to_input(made["x_train"][:count], 32), torch.from_numpy(made["y_train"][:count])
 
 
 def batch_of(count: int, sizes: list[int] | None = None) -> Batch:

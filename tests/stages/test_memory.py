@@ -62,8 +62,8 @@ def private(path):
     dataset = open_dataset(f"npz:{path}", Path("data"))
     split = dataset.train()
     dataset.fingerprint()
-    assert to_input(split.images).shape == (len(split.images), 3, 32, 32)
-    to_input(dataset.test().images)
+    assert to_input(split.images, 32).shape == (len(split.images), 3, 32, 32)
+    to_input(dataset.test().images, 32)
 
 
 def npz(path, count, channels):
@@ -82,7 +82,7 @@ def peak():
 
 folder = Path(sys.argv[1])
 runs = generated(folder / "few", 8), generated(folder / "many", int(PIXELS / (3 * 256**2)))
-WORK = {"steps": (steps, runs), "crops": (lambda context: pretrain.synthetic_crops(context, 10**5, 0), runs)}
+WORK = {"steps": (steps, runs), "crops": (lambda context: pretrain.synthetic_crops(context, 10**5, 32, 0), runs)}
 for name, channels in (("npz", 3), ("grey npz", 1)):
     counts = 20, int(PIXELS / (channels * 224**2))
     WORK[name] = private, [npz(folder / f"{count} {name}.npz", count, channels) for count in counts]

@@ -110,7 +110,7 @@ def test_the_result_the_files_and_the_loaded_extractor(learned, name):
     assert not network.training
     assert network.feature_dim == result["feature_dim"]
     assert sum(parameter.numel() for parameter in network.parameters()) == result["parameters"]
-    features = extract(network, synthetic_crops(context_of(run), 60, 0), mirror=False)
+    features = extract(network, synthetic_crops(context_of(run), 60, 32, 0), mirror=False)
     assert features.isfinite().all()
     assert features.std(dim=0).max() > 0
 
@@ -185,10 +185,10 @@ def test_where_the_colour_is_not_known_there_is_the_very_extractor_of_each(stage
 
 def test_crops_are_public_functions_of_the_seed(learned):
     context = context_of(learned["patchnet"][0])
-    assert torch.equal(synthetic_crops(context, 20, 0), synthetic_crops(context, 20, 0))
-    assert not torch.equal(synthetic_crops(context, 20, 0), synthetic_crops(context, 20, 1))
-    assert synthetic_crops(context, 20, 0).shape == (20, 3, 32, 32)
-    assert len(synthetic_crops(context, 1000, 0)) == 60
+    assert torch.equal(synthetic_crops(context, 20, 32, 0), synthetic_crops(context, 20, 32, 0))
+    assert not torch.equal(synthetic_crops(context, 20, 32, 0), synthetic_crops(context, 20, 32, 1))
+    assert synthetic_crops(context, 20, 32, 0).shape == (20, 3, 32, 32)
+    assert len(synthetic_crops(context, 1000, 32, 0)) == 60
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming

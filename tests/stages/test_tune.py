@@ -151,7 +151,7 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
 
 def test_the_synthetic_task_is_many_instances_a_class(public_run: Path) -> None:
     with context(public_run) as given:
-        crops, labels, classes = tune_public.synthetic_task(given, CLASSES, 90, torch.Generator().manual_seed(0))
+        crops, labels, classes = tune_public.synthetic_task(given, CLASSES, 90, 32, torch.Generator().manual_seed(0))
     assert (crops.shape, crops.dtype, classes) == ((90, 3, 32, 32), torch.uint8, CLASSES)
     assert np.bincount(labels).max() - np.bincount(labels).min() <= 6
 

@@ -48,33 +48,36 @@ def each_alone(function, images):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 32), (64, 64), (33, 50), (100, 20)])
-def test_to_input_equals_pillow_image_by_image(channels, height, width):
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(8, 8, 32), (32, 32, 32), (64, 64, 32), (33, 50, 32), (100, 20, 32), (64, 64, 64), (33, 50, 64), (200, 90, 64)],
+)
+def test_to_input_equals_pillow_image_by_image(channels, height, width, size):
     images = pixels(3, height, width, channels)
-    out = to_input(images)
-    assert out.shape == (3, 3, 32, 32)
-    each_alone(to_input, images)
+    out = to_input(images, size)
+    assert out.shape == (3, 3, size, size)
+    each_alone(lambda each: to_input(each, size), images)
     for index in range(3):
         for channel in range(3):
             plane = images[index, :, :, channel if channels == 3 else 0]
-            assert_rounds_to(out[index, channel].numpy(), pillow_resize(plane, 32, 32))
+            assert_rounds_to(out[index, channel].numpy(), pillow_resize(plane, size, size))
 
 
 def test_shrinking_is_antialiased():
     """Every pixel counts. Positive control: plain interpolation steps over all of the stripes."""
     stripes = np.zeros((1, 128, 128, 3), np.uint8)
     stripes[:, :, ::4] = 255
-    assert abs(to_input(stripes).float()[..., 1:-1].mean() - 255 / 4) < 1
+    assert abs(to_input(stripes, 32).float()[..., 1:-1].mean() - 255 / 4) < 1
     plain = torch.nn.functional.interpolate(torch.from_numpy(stripes).permute(0, 3, 1, 2).float(), 32, mode="bilinear")
     assert plain.mean() == 0
 
 
 def test_to_input_goes_in_blocks_without_a_seam_also_of_no_images_and_of_strided_ones():
     images = pixels(1030, 8, 8, 1)
-    torch.testing.assert_close(to_input(images)[1020:], to_input(images[1020:]), rtol=0, atol=0)
-    assert to_input(pixels(0, 8, 8, 1)).shape == (0, 3, 32, 32)
+    torch.testing.assert_close(to_input(images, 32)[1020:], to_input(images[1020:], 32), rtol=0, atol=0)
+    assert to_input(pixels(0, 8, 8, 1), 32).shape == (0, 3, 32, 32)
     images = pixels(2, 16, 16, 3)
-    assert torch.equal(to_input(images[:, ::2, ::-1]), to_input(np.ascontiguousarray(images[:, ::2, ::-1])))
+    assert torch.equal(to_input(images[:, ::2, ::-1], 32), to_input(np.ascontiguousarray(images[:, ::2, ::-1]), 32))
 
 
 def test_resize_reaches_both_ends_of_the_range_and_leaves_a_fitting_size_alone():
@@ -121,11 +124,12 @@ def test_grey_keeps_every_grey_and_the_input():
 # ---------------------------------------------------------------------------------------------------------------- crops
 
 
-def test_random_crops_equal_a_loop_over_images():
+@pytest.mark.parametrize(("side", "size"), [(64, 32), (128, 64)])
+def test_random_crops_equal_a_loop_over_images(side, size):
     """The same draws, applied image by image with slicing and Pillow."""
-    side, size, count = 64, 32, 40
+    count = 40
     images = torch.from_numpy(pixels(count, 3, side, side))
-    out = random_crops(images, torch.Generator().manual_seed(5))
+    out = random_crops(images, size, torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     areas = 0.25 + 0.75 * torch.rand(count, generator=generator)
     corners = torch.rand(count, 2, generator=generator)
@@ -142,17 +146,17 @@ def test_random_crops_equal_a_loop_over_images():
 
 def test_crops_are_not_smaller_than_the_output_unless_the_image_is(monkeypatch):
     images = torch.from_numpy(pixels(6, 3, 32, 32))
-    assert torch.equal(random_crops(images, torch.Generator().manual_seed(0)), images)  # 32 of 32: the whole image
+    assert torch.equal(random_crops(images, 32, torch.Generator().manual_seed(0)), images)  # 32 of 32: the whole image
     monkeypatch.setattr(vision_images, "MIN_AREA", 1.0)
     for side in (8, 64):
         images = torch.from_numpy(pixels(6, 3, side, side))
-        assert torch.equal(random_crops(images, torch.Generator().manual_seed(0)), resize(images, 32, 32))
+        assert torch.equal(random_crops(images, 32, torch.Generator().manual_seed(0)), resize(images, 32, 32))
 
 
 def test_crops_see_each_image_alone_and_are_the_generators():
     images = torch.from_numpy(pixels(6, 3, 64, 64))
-    each_alone(lambda batch: random_crops(batch, torch.Generator().manual_seed(3)), images)
-    first, again, other = (random_crops(images, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    each_alone(lambda batch: random_crops(batch, 32, torch.Generator().manual_seed(3)), images)
+    first, again, other = (random_crops(images, 32, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -251,16 +255,16 @@ def test_images_moved_to_an_accelerator_are_the_same(parts: list[np.ndarray], co
 @pytest.mark.parametrize("chosen", [None, torch.tensor([3, 16, 3, 8])], ids=["all", "some"])
 def test_crops_are_those_of_the_whole_set(parts: list[np.ndarray], colour: str, chosen: torch.Tensor | None) -> None:
     stored, expected = ImageSet(parts, colour), whole(parts, colour)
-    crops = random_crops(stored, torch.Generator().manual_seed(3), chosen)
-    assert torch.equal(crops, random_crops(expected, torch.Generator().manual_seed(3), chosen))
+    crops = random_crops(stored, 32, torch.Generator().manual_seed(3), chosen)
+    assert torch.equal(crops, random_crops(expected, 32, torch.Generator().manual_seed(3), chosen))
     if chosen is not None:
-        assert torch.equal(crops, random_crops(expected[chosen], torch.Generator().manual_seed(3)))
+        assert torch.equal(crops, random_crops(expected[chosen], 32, torch.Generator().manual_seed(3)))
 
 
 def test_large_images_are_cropped_a_few_at_a_time_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision_images, "MIN_AREA", 1.0)
     monkeypatch.setattr(vision_images, "WORKED_BYTES", 10 * 3 * 64**2)
     part = np.random.default_rng(1).integers(0, 256, (23, 64, 64, 3), dtype=np.uint8)
-    together = random_crops(ImageSet([part]), torch.Generator().manual_seed(0))
-    each = [random_crops(ImageSet([image[None]]), torch.Generator()) for image in part]
+    together = random_crops(ImageSet([part]), 32, torch.Generator().manual_seed(0))
+    each = [random_crops(ImageSet([image[None]]), 32, torch.Generator()) for image in part]
     assert torch.equal(together, torch.cat(each))
