@@ -21,7 +21,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "generate": {"count": 24_000},
         "pretrain": {
-            "filters": 2400, "layers": 2, "second_filters": 3200, "dictionary_patches": 400_000,
+            "filters": 2400, "second_filters": 3200, "dictionary_patches": 400_000,
             "feature_stages": "all", "steps": 600, "batch_size": 64, "projection_hidden": 1024,
         },
         "continue": {"steps": 600, "instances": 2000},
@@ -32,7 +32,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "generate": {"count": 105_000, "resolution": 256},
         "pretrain": {
-            "arch": "wrn-16-4", "filters": 6400, "layers": 2, "second_filters": 6400, "dictionary_patches": 1_000_000,
+            "arch": "wrn-16-4", "filters": 6400, "second_filters": 6400, "dictionary_patches": 1_000_000,
             "steps": 82_000, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours

@@ -149,7 +149,7 @@ class PretrainConfig(Network, Common):
         True, panel=DATA, low=16, most=512, otherwise=f"{INPUT_SIZE}",
     )  # fmt: skip
     prior: str | None = setting(None, "A shipped prior, used unchanged; all other settings are those of its card.")
-    filters: int = setting(400, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
+    filters: int = setting(600, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
     patch_size: int = setting(6, "Side of its patches in pixels.", above=0, of=PATCHNET)
     patch_dims: int = setting(64, "Components that patches are whitened to.", above=0, of=PATCHNET)
     stride: int = setting(1, "Pixels from one patch to the next, for each 32 pixels of the input's side.", above=0,
@@ -159,10 +159,10 @@ class PretrainConfig(Network, Common):
     dictionary_iterations: int = setting(8, "Iterations of spherical k-means.", above=0, most=MANY, of=PATCHNET,
                                          learning=True)  # fmt: skip
     layers: int = setting(
-        1, "Layers of a patchnet, 1 or 2: features of patches of pixels, and of patches of their responses.",
+        2, "Layers of a patchnet, 1 or 2: features of patches of pixels, and of patches of their responses.",
         True, low=1, below=3, of=SECOND_LAYER,
     )  # fmt: skip
-    second_filters: int = setting(400, "Filters of the second layer.", above=0, most=10**5, of=SECOND_LAYER)
+    second_filters: int = setting(800, "Filters of the second layer.", above=0, most=10**5, of=SECOND_LAYER)
     steps: int = setting(100, "Steps of a wrn or vit.", True, above=0, most=VERY_MANY, of=NETWORK, learning=True)
     batch_size: int = setting(32, "Images of a step of a wrn or vit, two views of each.", True, above=0, most=VERY_MANY,
                               of=NETWORK, learning=True)  # fmt: skip
@@ -268,7 +268,7 @@ class ProbeConfig(Private):
     released: Literal["average", "ema", "last"] = setting(
         "average", "What is released: the average of the second half of the iterates, the ema, or the last one."
     )
-    dims: int = setting(1024, "Components to which each part of the features is whitened (one part for each layer of "
+    dims: int = setting(2048, "Components to which each part of the features is whitened (one part for each layer of "
                         "patches, or each stage of a WRN).", above=0, most=MANY)  # fmt: skip
     statistics_images: int = setting(1000, "Synthetic images for the whitener's statistics.", above=0,
                                      most=10**8)  # fmt: skip
