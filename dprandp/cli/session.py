@@ -19,6 +19,7 @@ from dprandp.config.schema import (
     StageConfig,
     as_dict,
     data_options,
+    input_size_of,
 )
 from dprandp.config.schema import resolve as resolve_config
 from dprandp.config.toml import read as read_toml
@@ -128,8 +129,13 @@ def refuse_made(prior: str, **given: Any) -> None:
             )
 
 
-def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | None = None) -> dict[str, str]:
-    """``resolve``'s ``fitting`` of the pretraining: the colour of a data set's declared channels. Reads no pixel."""
+def colour_of(
+    data: str | None, data_dir: Path = Path("data"), classes: int | None = None, colour: str | None = None
+) -> dict[str, str]:
+    """``resolve``'s ``fitting`` of the pretraining: the colour of a data set's declared channels. Reads no pixel.
+
+    ``colour`` is what was declared of image files.
+    """
     if data is None:
         return {}
     from dprandp.data import open_dataset
@@ -137,7 +143,7 @@ def colour_of(data: str | None, data_dir: Path = Path("data"), classes: int | No
 
     kind, _, path = data.partition(":")
     if kind in ("folder", "csv") and os.path.exists(os.path.expanduser(path)):
-        return {"colour": images.colour_of(3)}  # image files are read as RGB; what else is declared is not needed
+        return {"colour": colour or images.colour_of(3)}  # what else is declared is not needed
     # units and damaged files are the stages' business
     spec = open_dataset(data, data_dir, num_classes=classes, unit_column="image", strict=False).spec
     return {"colour": images.colour_of(spec.channels)}
@@ -223,7 +229,7 @@ def stage_command(
 
         if stage == "probe" and public:  # before minutes of images
             require_data(config, options)
-            pipeline.examine_data(config, made)
+            pipeline.examine_data(config, input_size_of(public["pretrain"]), made)
         pipeline.adopt({name: adopted for name, adopted in public.items() if name != stage}, made)
         result = pipeline.run_stage(stage, config, made)
         told.result(pipeline.as_json(stage, result), pipeline.stage_line(stage, result))

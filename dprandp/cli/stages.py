@@ -150,7 +150,8 @@ def run_all(call: Call) -> None:
     """
     options, given = call.options, call.given
     console = session.console(options)
-    fitting = {"pretrain": session.colour_of(given["probe"]["data"], options.data_dir, given["probe"]["classes"])}
+    facts = {name: given["probe"][name] for name in ("data", "classes", "colour")}
+    fitting = {"pretrain": session.colour_of(data_dir=options.data_dir, **facts)}
     with session.directory(options, create=True) as rundir:
         public: dict[str, StageConfig] = {}
         if options.prior is not None:

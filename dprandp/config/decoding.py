@@ -23,7 +23,7 @@ _WINDOW, _COLOUR = re.compile(r"window:([^,]+),([^,]+)"), re.compile(r"#[0-9a-fA
 
 @dataclass(frozen=True)
 class Decoding:
-    """Rules for files that are otherwise refused; None: refused."""
+    """Rules for files that are otherwise refused (None: refused), and the colour of all files."""
 
     grey_levels: str | None = setting(
         None, "16-bit greyscale files: window:LO,HI makes values up to LO black and from HI on white, evenly between; "
@@ -46,6 +46,10 @@ class Decoding:
     frames: Literal["first"] | None = setting(
         None, "Files of several pictures (MPO of cameras, GIF, TIFF): take the first.", True, panel=DATA,
         otherwise="such files are refused",
+    )  # fmt: skip
+    colour: Literal["rgb", "grey"] | None = setting(
+        None, "What all files are: with grey they are read as grey images, for an extractor of grey images.", True,
+        panel=DATA, otherwise="rgb",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -77,6 +81,11 @@ class Decoding:
         """The declared background, RGB."""
         named = COLOURS.get(self.background or "")
         return named or tuple(bytes.fromhex(str(self.background)[1:]))  # type: ignore[return-value]
+
+    @property
+    def channels(self) -> int:
+        """Of the decoded images."""
+        return 1 if self.colour == "grey" else 3
 
     def as_dict(self) -> dict[str, str]:
         """The rules that were declared."""

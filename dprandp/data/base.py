@@ -202,7 +202,13 @@ class Dataset:
             raise only
         if problems:
             raise UnusableData(self.spec.name, problems)
-        return Examination(*(image_digests(found[split].images) for split in SPLITS), self._units, self._files)
+        digests = (image_digests(found[split].images) for split in SPLITS)
+        return Examination(*digests, self._units, self._files, self._looks_grey(found["train"].images))
+
+    def _looks_grey(self, images: np.ndarray) -> bool:
+        """Whether image files that no colour was declared of are all grey."""
+        undeclared = self._files is not None and self.spec.decoding.colour is None
+        return undeclared and all(bool((image == image[..., :1]).all()) for image in images)
 
     def grouping(self) -> Units | None:
         """Which training images form one unit of privacy (private); None where each image is one."""
@@ -259,6 +265,7 @@ class Examination:
     test: list[bytes]
     units: Units | None
     files: ImageFiles | None
+    looks_grey: bool  # training images that are read as RGB
 
     def listed(self) -> str:
         """The notes with their names, a line each."""

@@ -64,12 +64,12 @@ def read_images(paths: Sequence[Path], size: int, what: str, rules: Decoding = R
         rules: for ambiguous files.
 
     Returns:
-        uint8 [len(paths), size, size, 3], 0–255.
+        uint8 [len(paths), size, size, 3], 0–255; of grey images [len(paths), size, size, 1].
 
     Raises:
         InputError: a file is damaged or of a kind that is refused; ``private_detail`` alone names it.
     """
-    images = np.empty((len(paths), size, size, 3), np.uint8)
+    images = np.empty((len(paths), size, size, rules.channels), np.uint8)
     for index, path in enumerate(paths):
         images[index] = read_image(path, size, size, f"one of {what}", rules)
     return images
@@ -79,7 +79,7 @@ def decode_all(
     paths: Sequence[Path], size: int, rules: Decoding
 ) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
     """As ``read_images``, but to the end: black where a file is refused; with kind, fix and name of each of these."""
-    images, refused = np.zeros((len(paths), size, size, 3), np.uint8), []
+    images, refused = np.zeros((len(paths), size, size, rules.channels), np.uint8), []
     for index, path in enumerate(paths):
         made = _decoded_or_why(path, size, size, rules)
         if isinstance(made, np.ndarray):
@@ -91,7 +91,10 @@ def decode_all(
 
 
 def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) -> np.ndarray:
-    """The largest centred part of an image file that has the wanted proportions, resized: uint8 [height, width, 3]."""
+    """The largest centred part of an image file that has the wanted proportions, resized.
+
+    uint8 [height, width, 3], or [height, width, 1] where the rules say grey.
+    """
     made = _decoded_or_why(path, height, width, rules)
     if isinstance(made, np.ndarray):
         return made
@@ -114,7 +117,7 @@ def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.
                 made = read_dicom(path, rules) if path.stat().st_size <= MAX_BYTES else TOO_MANY_BYTES
                 if isinstance(made, tuple):
                     return (*made, "")
-                return np.asarray(sized(made.convert("RGB"), height, width))
+                return _pixels(made, height, width, rules)
             with Image.open(path, formats=FORMATS) as image:
                 objection = _objection(image, path, rules)
                 # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
@@ -122,11 +125,16 @@ def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.
                 bits = 8 if objection else _bits_per_channel(image, path)
             image = None if objection else decoded(path.read_bytes())
             if image is not None:
-                return np.asarray(sized(_plain(image, mark, bits, rules), height, width))
+                return _pixels(_plain(image, mark, bits, rules), height, width, rules)
     except Exception as error:
         # A decoder may raise any exception for a hostile file.
         return "damaged or not an image", "replace or remove it", type(error).__name__
     return (*(objection or INCOMPLETE), "")
+
+
+def _pixels(image: Image.Image, height: int, width: int, rules: Decoding) -> np.ndarray:
+    plain = image.convert("L" if rules.channels == 1 else "RGB")
+    return np.asarray(sized(plain, height, width)).reshape(height, width, rules.channels)
 
 
 def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.Image:

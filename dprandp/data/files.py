@@ -1,6 +1,6 @@
 """The images of a data set that is a list of files: decoded in parallel, once, with every problem found.
 
-    images-train.npy   uint8 [N, side, side, 3], in a run's private folder; and images-test.npy
+    images-train.npy   uint8 [N, side, side, 3 or 1], in a run's private folder; and images-test.npy
     images-train.key   hash of the files' bytes and of the rules by which they were decoded, written after it
 """
 
@@ -83,14 +83,14 @@ class ImageFiles:
         self.reading = Reading()
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Images, uint8 [N, side, side, 3], and labels, int64 [N].
+        """Images, uint8 [N, side, side, 3 or 1], and labels, int64 [N].
 
         Raises:
             UnusableData: with a problem for every file that cannot be read.
         """
         paths = self.listings[split].paths
         labels = np.array(self.listings[split].labels, np.int64)
-        folder, shape = self.reading.folder, (len(paths), self.side, self.side, 3)
+        folder, shape = self.reading.folder, (len(paths), self.side, self.side, self._rules.channels)
         key = None if folder is None else self._key(paths)
         if folder is not None and (kept := _kept(folder, split, key, shape)) is not None:
             return kept, labels

@@ -93,7 +93,8 @@ def open_folder(
     if problems and strict:
         raise UnusableData(name, problems)
     examples = len(listings["train"].paths), len(listings["test"].paths)
-    spec = users_spec("folder", root, root.resolve().name, classes, examples, (INPUT_SIZE, INPUT_SIZE, 3), units)
+    shape = INPUT_SIZE, INPUT_SIZE, rules.channels
+    spec = users_spec("folder", root, root.resolve().name, classes, examples, shape, units)
     spec = dataclasses.replace(spec, decoding=rules, split_rule=Layout(val=val).split_rule)
     files = ImageFiles(name, listings, rules)
     return Dataset(spec, files.read, units=units, files=files, problems=problems)

@@ -101,7 +101,7 @@ def open_table(
         for split, rows in kept.items()
     }
     examples = len(kept["train"]), len(kept["test"])
-    spec = users_spec("csv", path, path.stem, classes, examples, (INPUT_SIZE, INPUT_SIZE, 3), units)
+    spec = users_spec("csv", path, path.stem, classes, examples, (INPUT_SIZE, INPUT_SIZE, rules.channels), units)
     spec = dataclasses.replace(spec, decoding=rules, split_rule=layout.split_rule)
     files = ImageFiles(name, listings, rules)
     return Dataset(spec, files.read, units=units, files=files, problems=problems)

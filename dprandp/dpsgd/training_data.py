@@ -52,6 +52,9 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
     if text == before:
         return  # told already
     atomic_write(path, text)
+    if found.looks_grey:
+        console.say("note: all training images are grey, and are read as RGB: with --colour grey the extractor is one "
+                    "for grey images")  # fmt: skip
     for said, _ in found.notes():
         console.warn(f"{said}: the test split is not protected, and such results are too good; {path} (private)")
 

@@ -34,6 +34,45 @@ def read(path: Path, **rules: str) -> np.ndarray:
     return read_images([path], SIDE, "the images", Decoding(**rules))[0].astype(int)
 
 
+# --------------------------------------------------------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize("stored", ["L", "RGB", "P", "1"])
+def test_grey_is_the_luma_of_what_is_read_without_the_rule(tmp_path: Path, stored: str) -> None:
+    Image.fromarray(picture(1 if stored == "L" else 3)).convert(stored).save(tmp_path / "a.png")
+    colour = read(tmp_path / "a.png")
+    assert (read(tmp_path / "a.png", colour="rgb") == colour).all()
+    grey = read(tmp_path / "a.png", colour="grey")
+    assert grey.shape == (SIDE, SIDE, 1)
+    luma = colour @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(grey[..., 0] - luma).max() <= 1
+    assert stored != "RGB" or np.abs(grey[..., 0] - colour.mean(axis=2)).max() > 3  # the control: plain means
+
+
+def test_a_folder_of_grey_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(picture()).save(tmp_path / split / name / "0.png")
+    dataset = open_dataset(f"folder:{tmp_path}", tmp_path, decoding=Decoding(colour="grey"))
+    assert dataset.spec.image_shape == (32, 32, 1)
+    assert dataset.train().images.shape == (2, 32, 32, 1)
+    assert str(dataset.spec.decoding) == "--colour grey"
+
+
+def test_grey_files_without_a_declaration_are_noticed(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(picture(1)).save(tmp_path / split / name / "0.png")
+    name = f"folder:{tmp_path}"
+    assert open_dataset(name, tmp_path).examine().looks_grey
+    for colour in ("grey", "rgb"):
+        assert not open_dataset(name, tmp_path, decoding=Decoding(colour=colour)).examine().looks_grey
+    Image.fromarray(picture(3)).save(tmp_path / "train/a/1.png")
+    assert not open_dataset(name, tmp_path).examine().looks_grey
+
+
 # --------------------------------------------------------------------------------------------------------------- 16-bit
 
 
