@@ -19,6 +19,7 @@ from dprandp import __version__
 from dprandp.config import toml
 from dprandp.config.schema import public_data_name
 from dprandp.report.card import MOST_CLASSES
+from dprandp.report.commands import commands
 from dprandp.report.disclosure import (
     class_figures,
     disclosure,
@@ -120,6 +121,7 @@ def page(run: Run) -> str:
         audited=[(found.name, found) for found in run.audit.mechanisms] if run.audit else [],
         facts=_facts(run),
         environment=list(environment.items()),
+        commands=commands(run.name, run.rows),
         **values,
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
-from dprandp.config import schema
-from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.errors import CheckpointError, InputError
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
+from dprandp.report import commands
 from dprandp.runs import records
 from dprandp.runs.directory import RunDir, StageRow
 from dprandp.runs.files import from_json, read_object, storage_errors
@@ -177,16 +177,12 @@ def read_run(rundir: RunDir) -> Run:
 
 def changed_settings(row: StageRow) -> list[str]:
     """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
-    recorded = row.config or {}
-    try:
-        default = schema.as_dict(schema.resolve(row.stage, recorded.get("size", "tiny"), None, {}))
-    except DprandpError:  # unknown size: all settings are listed
-        default = {}
+    default = commands.defaults_of(row)
     return [
         # of a file, its folder is not shown
         f"{key} = {os.path.basename(value) if key == 'init' else value} (default {default.get(key, 'automatic')})"
-        for key, value in recorded.items()
-        if key not in ("size", "tuned_on") and value != default.get(key)
+        for key, value in commands.changed_settings(row).items()
+        if key != "tuned_on"
     ]
 
 

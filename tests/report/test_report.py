@@ -35,7 +35,7 @@ def test_sections_in_order_with_their_content(full: str) -> None:
     assert page.headings[0] == (1, "Handwritten digits: differentially private image classifier")
     assert page.sections == [
         "Stages", "Synthetic images", "Learning curves", "Budget", "Figures of the test split", "Confusion matrix",
-        "Disclosure", "Configuration", "Environment",
+        "Disclosure", "Repeat", "Configuration", "Environment",
     ]  # fmt: skip
     for content in (
         "Test accuracy 89.2 %",  # the fine-tune's, not the probe's

@@ -34,7 +34,7 @@ def test_nothing_done_names_the_command(tmp_path: Path) -> None:
 
 
 def test_finished_stages_alone(tmp_path: Path) -> None:
-    sections = ["Stages", "Synthetic images", "Learning curves", "Configuration", "Environment"]
+    sections = ["Stages", "Synthetic images", "Learning curves", "Repeat", "Configuration", "Environment"]
     for stages in (1, 2):
         page = Page(written(make_run(tmp_path / f"{stages}", stages, lines=5)))
         assert page.sections == [name for name in sections if stages == 2 or name != "Learning curves"]

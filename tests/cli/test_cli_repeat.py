@@ -1,0 +1,59 @@
+"""The commands in a report, run as they stand there, make a run with the same settings."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_process import Dprandp, RunAfter, good
+
+STAGES = ("generate", "pretrain", "continue", "probe", "finetune")
+
+
+def commands_of(run: Path) -> str:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<section id="repeat">.*?<code>(.*?)</code>', page, re.S)
+    return html.unescape(found[1])
+
+
+def settings_of(run: Path) -> dict[str, dict]:
+    stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    return {name: stages[name]["config"] for name in STAGES if name in stages}
+
+
+def repeat(commands: str, folder: Path) -> None:
+    """In a shell, whose dprandp is this package."""
+    program = folder / "bin/dprandp"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dprandp "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    script = f"set -e\nPATH={program.parent}:$PATH\n{commands}\n"
+    done = subprocess.run(["sh", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
+def test_a_run_is_made_again(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path, stage: str) -> None:
+    run = run_after(stage)
+    assert dprandp("report", "--run", run).code == 0
+    commands = commands_of(run)
+    assert str(folder) not in commands
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    repeat(commands, tmp_path)
+    again = settings_of(tmp_path / "runs" / run.name)
+    assert again == settings_of(run)
+
+
+def test_a_prior_is_named_and_not_made_again(dprandp: Dprandp, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    first = ("probe", "--prior", "patchnet-tiny", "--data", "npz:tiny.npz", "--eps", 3, "--steps", 4, "--run", "runs/a")
+    good(dprandp(*first, "--json", folder=tmp_path))
+    assert dprandp("report", "--run", "runs/a", folder=tmp_path).code == 0
+    commands = re.sub(" --precision [a-z0-9]+", "", commands_of(tmp_path / "runs/a"))
+    assert commands == "dprandp probe --run runs/a --prior patchnet-tiny --data npz:tiny.npz --eps 3 --steps 4"
