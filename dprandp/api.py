@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dprandp import pipeline, release
-from dprandp.config.schema import StageConfig, probe_of_run, resolve
+from dprandp.config.schema import StageConfig, images_of_run, probe_of_run, resolve
 from dprandp.errors import InputError, UsageError
 from dprandp.privacy import accounting
 from dprandp.privacy.clipping import clipped_softmax_sum
@@ -284,6 +284,8 @@ def run(
             raise UsageError(f"there is no stage {stage!r} in a run", fix=f"settings are of {', '.join(asked)}")
         asked[stage] = asked[stage] | values
     configs: dict[str, StageConfig] = {stage: resolve(stage, size, None, values) for stage, values in asked.items()}
+    if "resolution" not in asked["generate"]:
+        configs["generate"] = images_of_run(configs["generate"], configs["pretrain"])
     rundir = RunDir.open(Path(directory), create=True)
     with rundir.lock():
         begun = rundir.row("probe").config

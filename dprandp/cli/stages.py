@@ -15,11 +15,9 @@ from dprandp.config.schema import (
     DATA_SETTINGS,
     DEFAULT_SHARE,
     WITHOUT_PHASE_ONE,
-    GenerateConfig,
     StageConfig,
-    input_size_of,
+    images_of_run,
     probe_of_run,
-    resolution_for,
 )
 from dprandp.errors import UsageError
 from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
@@ -164,9 +162,8 @@ def run_all(call: Call) -> None:
             if stage in public:
                 return public[stage]
             config = session.resolve(rundir, stage, options, given[stage], planned, fitting.get(stage))
-            if stage == "generate" and config.resolution == GenerateConfig.resolution:
-                size = input_size_of(resolve("pretrain", planned))
-                config = replace(config, resolution=max(config.resolution, resolution_for(size)))
+            if stage == "generate" and given[stage]["resolution"] is None:
+                config = images_of_run(config, resolve("pretrain", planned))
             if stage == "probe":
                 config = probe_of_run(config, resolve("pretrain", planned).arch, rundir.row("probe").config)
             return config

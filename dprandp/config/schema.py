@@ -524,6 +524,14 @@ def resolution_for(size: int) -> int:
     return 2 ** math.ceil(math.log2(2 * size))
 
 
+def images_of_run(generate: GenerateConfig, pretrain: PretrainConfig) -> GenerateConfig:
+    """The images in ``run``: large enough for the extractor's input, unless their resolution was chosen."""
+    if generate.resolution != GenerateConfig.resolution:
+        return generate
+    wanted = resolution_for(input_size_of(pretrain))
+    return dataclasses.replace(generate, resolution=max(generate.resolution, wanted))
+
+
 def lr_of(config: PretrainConfig) -> float:
     """The learning rate: as given, else 0.03 (0.12 at size paper, as published) for sgd, 0.001 for adamw."""
     if config.lr is not None:

@@ -139,6 +139,19 @@ def test_run_leaves_a_part_of_the_budget_only_to_a_fine_tune_that_pays(
     assert last("run", "--config", "small.toml", "--run", run_after("pretrain")) == "probe"
 
 
+def test_run_makes_images_that_are_large_enough_for_the_input(dprandp: Dprandp, tmp_path: Path) -> None:
+    new = ("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new")
+    for flags, resolution, size in (
+        ((), 64, 32), (("--input-size", 28), 64, 28), (("--input-size", 64), 128, 64),
+        (("--input-size", 224), 512, 224), (("--input-size", 64, "--resolution", 256), 256, 64),
+        (("--input-size", 64, "--resolution", 64), 64, 64),
+    ):  # fmt: skip
+        generate, pretrain, _ = planned(dprandp, *new, *flags)["stages"]
+        assert (generate["resolution"], pretrain["input_size"]) == (resolution, size)
+    shown = dprandp(*new, "--input-size", 64, "--plan").out
+    assert "features of images of 64 × 64 pixels" in shown
+
+
 def test_a_plan_says_that_n_is_small(dprandp: Dprandp, run_after: RunAfter) -> None:
     """Of a run, the last stage alone: a probe with a part of ε is not what is released."""
     run = run_after("pretrain")
