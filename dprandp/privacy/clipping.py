@@ -291,13 +291,14 @@ def _softmax_part(
     total = torch.zeros(weight.shape[::-1], dtype=torch.float64, device=weight.device)
     # One buffer for all conversions: allocating memory for every block costs more than the arithmetic.
     buffer = None if features.dtype == precision else weight.new_empty((block, *features.shape[1:]))
+    columns = weight.T.contiguous()  # few rows times many: the faster of the two orders, by half
     for start in range(0, len(labels), block):
         x = features[start : start + block] if rows is None else features[rows[start : start + block]]
         x = sent(x, weight.device)
         if buffer is not None:
             x = buffer[: len(x)].copy_(x)
         flat = x.reshape(-1, x.shape[-1])
-        residual = torch.softmax(flat @ weight, dim=1).view(len(x), views, classes)
+        residual = torch.softmax(columns @ flat.T, dim=0).T.reshape(len(x), views, classes)
         chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
         residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
         factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
