@@ -114,16 +114,19 @@ def fit(
     parts = tuple(parts or [Part(width, 1.0)])
     whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts)
     for own, _ in whitener.rows():
-        mean, scale, components = _principal_components(features[:, own], whitener.components, floor)
+        mean, scale, components, projected = _principal_components(features[:, own], whitener.components, floor)
         if views > 1:
-            whitened = functional.normalize(features[:, own] @ components, dim=1)  # standardised already
+            whitened = functional.normalize(projected, dim=1)
             components = _normalise_within(components, whitened.unflatten(0, (-1, views)))
         whitener.mean[own], whitener.projection[own] = mean, scale[:, None] * components
     return whitener
 
 
-def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and scale [w], weighted components [w, dims] of a part's features [n, w]; standardises these in place."""
+def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and scale [w], weighted components [w, dims] of a part's features [n, w]; standardises these in place.
+
+    And what the components make of the standardised features, [n, dims].
+    """
     count, width = features.shape
     mean = features.mean(dim=0)
     features -= mean
@@ -135,11 +138,14 @@ def _principal_components(features: Tensor, dims: int, floor: float) -> tuple[Te
     gram = (features @ features.t() if wide else features.t() @ features) / count
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values[-dims:].flip(0).clamp(min=1e-12), vectors[:, -dims:].flip(1)
-    components = features.t() @ vectors / (values * count).sqrt() if wide else vectors
+    lengths = (values * count).sqrt()  # singular values
+    components = features.t() @ (vectors / lengths) if wide else vectors
     # not the sign of the largest entry: it often has a rival of the other sign, and rounding would choose between them
     fixed = torch.randn(len(components), generator=torch.Generator().manual_seed(0)).to(components)
     signs = (fixed @ components).sign()
-    return mean, scale, components * signs / (values.sqrt() + floor)
+    weights = signs / (values.sqrt() + floor)
+    projected = vectors * (lengths * weights) if wide else features @ (vectors * weights)
+    return mean, scale, components * weights, projected
 
 
 def _normalise_within(components: Tensor, whitened: Tensor) -> Tensor:

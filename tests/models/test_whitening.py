@@ -141,3 +141,11 @@ def test_fewer_components_by_views_are_the_first_ones() -> None:
     assert (cut * few).sum(dim=1).mean() > 0.98
     last = torch.cat([part[:, 2:] for part in normalised(features).split(COMPONENTS, dim=1)], dim=1)
     assert (unit(last) * few).sum(dim=1).mean() < 0.8  # other components would not be alike
+
+
+@pytest.mark.parametrize(("rows", "width"), [(30, 80), (80, 30)])
+def test_what_components_make_of_the_features_is_known_without_a_product(rows: int, width: int) -> None:
+    features = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)) * torch.arange(1, width + 1)
+    mean, scale, components, projected = whitening._principal_components(features.clone(), 12, 0.1)
+    expected = ((features - mean) * scale).double() @ components.double()
+    torch.testing.assert_close(projected.double(), expected, rtol=1e-3, atol=1e-4)
