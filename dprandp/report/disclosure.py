@@ -492,7 +492,7 @@ def _tuned(result: PrivateResult, changed: Sequence[str] | None) -> str:
         parts.append(f"Declared by the user for settings tuned elsewhere: tuned on “{result.tuned_on}”.")
     parts.append(DEFAULTS_CHOSEN_ON)
     if changed is not None:
-        own = f"Set by the user: {', '.join(changed)}."
+        own = f"Not default: {', '.join(changed)}."
         parts.append(own if changed else "All settings of this stage are defaults.")
     return " ".join(parts)
 

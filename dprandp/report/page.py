@@ -38,7 +38,14 @@ from dprandp.runs import faults
 from dprandp.runs.console import duration
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
 from dprandp.runs.files import atomic_write
-from dprandp.runs.results import ContinueResult, GenerateResult, PretrainResult, PrivateResult, StageResult
+from dprandp.runs.results import (
+    ContinueResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateResult,
+    ProbeResult,
+    StageResult,
+)
 
 TABLE_CLASSES = 20
 """Most classes of a confusion matrix that is shown as a table."""
@@ -114,7 +121,7 @@ def page(run: Run) -> str:
         spent=run.spending,
         result=result,
         reason=reason,
-        rows=[row for row in run.rows if row.state != "missing" or row.stage not in OPTIONAL_STAGES],
+        rows=[row for row in run.rows if row.state != "missing" or row.stage not in _not_planned(run)],
         preview=preview,
         curves=_curves(run),
         marks=_marks(run),
@@ -124,6 +131,13 @@ def page(run: Run) -> str:
         commands=commands(run.name, run.rows),
         **values,
     )
+
+
+def _not_planned(run: Run) -> tuple[str, ...]:
+    """Stages that a finished run may lack."""
+    probe = run.results.get("probe")
+    whole = isinstance(probe, ProbeResult) and probe.share == 1
+    return (*OPTIONAL_STAGES, "finetune") if whole else OPTIONAL_STAGES
 
 
 def table_page(head: Sequence[str], rows: Sequence[Sequence[str]], warnings: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ FIELDS = {
     "K": (r"^K ", r"^4\b"),
     "accountant and version": (r"^Accountant$", r"PLD \(dp-accounting 0\.6\.0\)"),
     "RNG mode": (r"^Random numbers$", r"^os-entropy"),
-    "tuning, and its data": (r"^Tuning", r"public benchmark.*Set by the user: lr = 3"),
+    "tuning, and its data": (r"^Tuning", r"public benchmark.*Not default: lr = 3"),
     "public": (r"^Public inputs$", r"4000 synthetic images.*stylegan-oriented.*patchnet.*Handwritten digits"),
     "released": (r"^Released$", r"EMA, decay 0\.9999.*test metrics"),
     "floating point": (r"^Limit: floating-point noise \(severity low\)$", r"Mironov.*float64"),

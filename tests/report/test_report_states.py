@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from dprandp.errors import CheckpointError, InputError
 from dprandp.privacy.ledger import Ledger
 from dprandp.report import page as report
 from dprandp.report.card import model_card
+from dprandp.report.run import read_run
 from dprandp.runs.directory import RunDir
 from dprandp.runs.files import atomic_write
 
@@ -43,6 +45,14 @@ def test_finished_stages_alone(tmp_path: Path) -> None:
     page = Page(written(make_run(tmp_path / "3", stages=3)))
     for content in ("86.1 %", "0.3 of 1 allowed", "after stage probe"):
         assert content in page.text
+
+
+def test_a_fine_tune_is_not_missing_where_the_probe_has_the_whole_budget(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "x", stages=3))
+    for share, shown in ((0.3, True), (1.0, False)):
+        results = run.results | {"probe": replace(run.results["probe"], share=share)}
+        text = Page(report.page(replace(run, results=results))).text
+        assert ("private fine-tune missing" in text) is shown
 
 
 def test_unfinished_stage_is_counted(tmp_path: Path) -> None:
