@@ -44,7 +44,7 @@ TOLERANCE = {FLOAT32: 2e-3, AUTO: 0.2}
 """Relative to the norm of the CPU's result. Float32: at depth some ReLUs open on the other side."""
 
 DEEP = {"layers": 2, "second_filters": 400}
-PLAIN_PATCHNET = {"arch": "patchnet"}
+PLAIN_PATCHNET = {"arch": "patchnet", "layers": 1}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Scale:
 FULL = Scale(
     {
         "wrn-16-4": {"arch": "wrn-16-4"},
-        "patchnet": {"arch": "patchnet", "filters": 1600},
+        "patchnet": {"arch": "patchnet", "filters": 1600, "layers": 1},
         "vit-4-64-4": {"arch": "vit-4-64-4"},
     },
     ((1024, 1), (128, 16)), {"arch": "wrn-16-4", "batch_size": 256, "projection_hidden": 4096, "steps": 10**6},

@@ -89,7 +89,8 @@ def resolve(
         if "data" in recorded.get("finetune", {}):  # its path may be newer
             inherited["data"] = recorded["finetune"]["data"]
     elif stage in recorded:
-        inherited |= {k: v for k, v in recorded[stage].items() if k in (*decided, "arch", "public")}
+        own = {"colour"} if stage == "pretrain" else set()  # that of an extractor, not of data
+        inherited |= {k: v for k, v in recorded[stage].items() if k in {*decided, "arch", "public"} - own}
         if recorded[stage].get("colour") == "both":  # fits all data
             inherited["colour"] = "both"
     elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget

@@ -160,7 +160,7 @@ class PretrainConfig(Network, Common):
                                          learning=True)  # fmt: skip
     layers: int = setting(
         2, "Layers of a patchnet, 1 or 2: features of patches of pixels, and of patches of their responses.",
-        True, low=1, below=3, of=SECOND_LAYER,
+        True, low=1, below=3, of=PATCHNET,
     )  # fmt: skip
     second_filters: int = setting(800, "Filters of the second layer.", above=0, most=10**5, of=SECOND_LAYER)
     steps: int = setting(100, "Steps of a wrn or vit.", True, above=0, most=VERY_MANY, of=NETWORK, learning=True)

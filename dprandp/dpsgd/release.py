@@ -29,7 +29,7 @@ from dprandp.vision.metrics import classification_metrics
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``."""
 
-MODEL_FORMAT = 3
+MODEL_FORMAT = 4
 """Format 1 had no precision; format 2 had a patchnet whose roots were taken after pooling. Both are refused by name."""
 
 

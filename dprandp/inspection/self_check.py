@@ -51,7 +51,7 @@ STORED = {
 
 def measure(arch: str, device: torch.device, precision: str) -> dict[str, tuple[float, float]]:
     """L2 norm, and component along a fixed direction, of the vectors of ``STORED``, as this machine computes them."""
-    extractor = build_extractor(PretrainConfig(arch=arch, filters=8, precision=precision))
+    extractor = build_extractor(PretrainConfig(arch=arch, filters=8, layers=1, precision=precision))
     model = Classifier(extractor, Whitener(extractor.feature_dim, DIMS, extractor.parts), CLASSES)
     _fill(model)
     model = model.to(device).eval()

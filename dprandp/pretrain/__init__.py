@@ -208,15 +208,18 @@ def pretrained(context: Context) -> PretrainConfig:
 def _network_of(
     loaded: checkpoint.Checkpoint, context: Context, precision: str
 ) -> tuple[nn.Module, PretrainConfig]:
-    config = recorded(STAGE, loaded.entry("config", dict))
+    settings = loaded.entry("config", dict)
+    config = recorded(STAGE, settings)
     network = build_extractor(config)
-    load_weights(network, loaded.tensors)
-    if loaded.meta.get("form") != form_of(network):
+    unsaid = config.arch == "patchnet" and "layers" not in settings  # it meant one layer once
+    if unsaid or loaded.meta.get("form") != form_of(network):
         raise CheckpointError(
             f"{loaded.path} is of another version of dprandp, whose features were others: form "
-            f"{loaded.meta.get('form', 1)}; this version computes form {form_of(network)}",
+            f"{loaded.meta.get('form', 1)}{', of one layer' if unsaid else ''}; this version computes form "
+            f"{form_of(network)}",
             fix="use the version that wrote it, or begin a new run",
         )
+    load_weights(network, loaded.tensors)
     network.precision = decide(precision, context.device.type)
     return network.to(context.device).eval(), config
 

@@ -188,7 +188,7 @@ TUNE = PrivatePlan("finetune", 1000, 0.2, 4, 1.5, 1.0, 2, 10.0, 1e-5)
 
 def model_of(arch: str) -> Classifier:
     generator = torch.Generator().manual_seed(1)
-    extractor = build_extractor(PretrainConfig(arch=arch, filters=8), generator)
+    extractor = build_extractor(PretrainConfig(arch=arch, filters=8, layers=1), generator)
     whitener = whitening.Whitener(extractor.feature_dim, 10)
     whitener.projection.normal_(generator=generator)
     return Classifier(extractor, whitener, 3)

@@ -17,6 +17,7 @@ resolution = 32
 
 [pretrain]
 filters = 32
+layers = 1
 dictionary_patches = 3000
 dictionary_iterations = 2
 

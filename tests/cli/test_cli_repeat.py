@@ -52,8 +52,12 @@ def test_a_run_is_made_again(dprandp: Dprandp, run_after: RunAfter, folder: Path
 
 def test_a_prior_is_named_and_not_made_again(dprandp: Dprandp, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "tiny.npz", tmp_path)
-    first = ("probe", "--prior", "patchnet-tiny", "--data", "npz:tiny.npz", "--eps", 3, "--steps", 4, "--run", "runs/a")
-    good(dprandp(*first, "--json", folder=tmp_path))
+    (tmp_path / "quick.toml").write_text("[probe]\nstatistics_images = 50\ndims = 64\n", encoding="utf-8")
+    settings = ("--config", "quick.toml", "--data", "npz:tiny.npz", "--eps", 3, "--steps", 4)
+    good(dprandp("probe", "--prior", "patchnet-tiny", *settings, "--run", "runs/a", "--json", folder=tmp_path))
     assert dprandp("report", "--run", "runs/a", folder=tmp_path).code == 0
-    commands = re.sub(" --precision [a-z0-9]+", "", commands_of(tmp_path / "runs/a"))
-    assert commands == "dprandp probe --run runs/a --prior patchnet-tiny --data npz:tiny.npz --eps 3 --steps 4"
+    lines = re.sub(" --precision [a-z0-9]+", "", commands_of(tmp_path / "runs/a")).splitlines()
+    assert lines[:2] == ["cat > settings.toml <<'END'", "[probe]"]
+    assert sorted(lines[2:4]) == ["dims = 64", "statistics_images = 50"]
+    said = "--prior patchnet-tiny --config settings.toml --data npz:tiny.npz --eps 3 --steps 4"
+    assert lines[4:] == ["END", f"dprandp probe --run runs/a {said}"]

@@ -32,6 +32,7 @@ STAGES = {
 LONG = """
 [pretrain]
 filters = 400
+layers = 1
 dictionary_patches = 20000
 dictionary_iterations = 5
 """

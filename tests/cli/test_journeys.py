@@ -104,8 +104,9 @@ def test_a_rare_class_is_warned_of_before_and_after(dprandp: Dprandp, tmp_path: 
             folder = tmp_path / "scans" / split / ("ill" if index % 20 == 0 else "healthy")
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (32, 32), dtype=np.uint8)).save(folder / f"{index}.png")
-    command = ("probe", *PRIOR, "--run", "run", "--data", "folder:scans", "--colour", "grey", "--eps", 0.1,
-               "--share", 1)  # fmt: skip
+    (tmp_path / "quick.toml").write_text("[probe]\nstatistics_images = 50\ndims = 64\n", encoding="utf-8")
+    command = ("probe", *PRIOR, "--config", "quick.toml", "--run", "run", "--data", "folder:scans", "--colour", "grey",
+               "--eps", 0.1, "--share", 1)  # fmt: skip
     before = dprandp(*command, "--plan", folder=tmp_path)
     assert "N = 300 is small for ε = 0.1 and 2 classes" in before.out
     after = dprandp(*command, folder=tmp_path)

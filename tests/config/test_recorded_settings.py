@@ -17,8 +17,8 @@ OF_PATCHNET = {"dictionary_patches", "dictionary_iterations"}
     ("stage", "given", "without", "having"),
     [
         ("generate", {}, {"sample"}, {"process", "seed"}),
-        ("pretrain", {}, OF_WRN | {"layers", "second_filters"}, OF_PATCHNET | {"filters", "colour", "arch"}),
-        ("pretrain", {"layers": 2}, OF_WRN, OF_PATCHNET | {"layers", "second_filters"}),
+        ("pretrain", {}, OF_WRN, OF_PATCHNET | {"filters", "colour", "arch", "layers", "second_filters"}),
+        ("pretrain", {"layers": 1}, OF_WRN | {"second_filters"}, OF_PATCHNET | {"filters", "layers"}),
         ("pretrain", {"random_init": True}, OF_PATCHNET | OF_WRN, {"filters", "patch_size", "colour", "arch", "seed"}),
         ("pretrain", {"arch": "wrn-16-4"}, {"filters", "patch_size"}, OF_WRN | {"feature_stages", "momentum"}),
         ("pretrain", {"arch": "wrn-16-4", "optimizer": "adamw"}, {"momentum"}, OF_WRN),

@@ -29,7 +29,7 @@ resolution = 32
 {pretrain}
 """
 RECIPES = {
-    "patchnet": "filters = 16\ndictionary_patches = 2000\ndictionary_iterations = 2\n",
+    "patchnet": "filters = 16\nlayers = 1\ndictionary_patches = 2000\ndictionary_iterations = 2\n",
     "wrn": 'arch = "wrn-10-1"\nsteps = 9\nbatch_size = 2\nprojection_hidden = 16\nprojection_dim = 4\n'
     "checkpoint_every = 2\n",
 }

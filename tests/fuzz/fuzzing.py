@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import math
 import os
 import random
@@ -130,7 +131,7 @@ def command(*arguments: object) -> Told:
     assert told.code in (0, 2, 3, 4, 5, 6), told
     assert "Traceback" not in told.err, told
     if told.code:
-        assert told.out == "", told
+        assert not told.out or json.loads(told.out)["error"]["exit_code"] == told.code, told  # with --json
         assert "fix: " in told.err or "--help" in told.err or "-h" in told.err, told
     return told
 

@@ -19,6 +19,7 @@ count = 120
 process = "dead-leaves"
 [pretrain]
 filters = 32
+layers = 1
 arch = "patchnet"
 [probe]
 data = "npz:tiny.npz"

@@ -33,6 +33,7 @@ resolution = 32
 
 [pretrain]
 filters = 16
+layers = 1
 dictionary_patches = 2000
 dictionary_iterations = 2
 

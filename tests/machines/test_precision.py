@@ -23,7 +23,7 @@ from dprandp.models.wrn import WrnGradients
 from dprandp.threads import in_parts
 
 NETWORKS = {
-    "patchnet": {"filters": 8},
+    "patchnet": {"filters": 8, "layers": 1},
     "two layers": {"filters": 8, "layers": 2, "second_filters": 6},
     "wrn": {"arch": "wrn-10-1"},
     "vit": {"arch": "vit-1-16-16"},

@@ -24,7 +24,7 @@ TWO_LAYERS = {"arch": "patchnet", "layers": 2, "second_filters": 12}
 
 def network(arch, seed=0, **options):
     named = TWO_LAYERS if arch == "two-layer" else {"arch": arch}
-    config = PretrainConfig(**({"filters": 20} | named | options))
+    config = PretrainConfig(**({"filters": 20, "layers": 1} | named | options))
     return build_extractor(config, torch.Generator().manual_seed(seed)).eval()
 
 

@@ -27,7 +27,7 @@ PRETRAINED = PretrainResult(
 )  # fmt: skip
 
 ARCHITECTURES = {
-    "patchnet": {"arch": "patchnet", "filters": 16},
+    "patchnet": {"arch": "patchnet", "filters": 16, "layers": 1},
     "two layers": {"arch": "patchnet", "filters": 16, "layers": 2, "second_filters": 12},
     "wrn": {"arch": "wrn-10-1"},
     "wrn, all stages": {"arch": "wrn-10-1", "feature_stages": "all", "padding": "same"},

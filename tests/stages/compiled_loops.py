@@ -7,5 +7,5 @@ import torch
 from dprandp.config.schema import build
 from dprandp.models.extractor import build_extractor
 
-_small = build("pretrain", {"arch": "patchnet", "filters": 4})
+_small = build("pretrain", {"arch": "patchnet", "filters": 4, "second_filters": 4})
 build_extractor(_small, torch.Generator()).extract(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -28,7 +28,7 @@ def model_of(arch: str, whitened: bool = True) -> Classifier:
     """A classifier with random weights, a random whitener and a random head."""
     generator = torch.Generator().manual_seed(1)
     settings = DEEP if arch == "deep" else {"arch": arch}
-    extractor = build_extractor(PretrainConfig(filters=16, **settings), generator)
+    extractor = build_extractor(PretrainConfig(**{"filters": 16, "layers": 1} | settings), generator)
     whitener = PooledOnly(extractor.feature_dim)
     if whitened:
         whitener = Whitener(extractor.feature_dim, 20, extractor.parts)

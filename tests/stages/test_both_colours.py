@@ -151,5 +151,5 @@ def test_the_plan_and_the_line_say_that_there_are_two(public_run: Path, known_ru
             said = stage_line("pretrain", given.rundir.result(PretrainResult))
             assert ("one for grey data" in said) == (name == "both")
     assert {name: made.extractors for name, made in plans.items()} == {"both": 2, "rgb": 1, "grey": 1}
-    assert "400 filters each for colour and for grey data" in plan.plan_lines(plans["both"])
+    assert "600 filters each for colour and for grey data" in plan.plan_lines(plans["both"])
     assert plans["both"].feature_dim == plans["grey"].feature_dim

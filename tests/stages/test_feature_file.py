@@ -148,7 +148,7 @@ def test_a_disk_without_room_is_refused_at_the_first_block(tmp_path: Path, monke
 
 
 def small_extractor(seed: int = 0, **settings: object) -> torch.nn.Module:
-    built = PretrainConfig(arch="patchnet", filters=8, **settings)
+    built = PretrainConfig(**{"filters": 8, "layers": 1} | settings)
     return build_extractor(built, torch.Generator().manual_seed(seed)).eval()
 
 

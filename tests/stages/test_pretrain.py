@@ -27,7 +27,7 @@ from dprandp.runs.results import PretrainResult
 from dprandp.runs.signals import graceful_stop
 
 IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 32}
-PATCHNET = {"arch": "patchnet", "filters": 24, "dictionary_patches": 3000, "dictionary_iterations": 3}
+PATCHNET = {"arch": "patchnet", "filters": 24, "layers": 1, "dictionary_patches": 3000, "dictionary_iterations": 3}
 WRN = {"arch": "wrn-10-1", "steps": 12, "batch_size": 6, "projection_hidden": 32, "projection_dim": 8,
        "checkpoint_every": 4}  # fmt: skip
 TWO_LAYERS = {**PATCHNET, "layers": 2, "second_filters": 20, "colour": "rgb"}
@@ -371,3 +371,13 @@ def test_features_of_another_version_are_refused(stages, learned, tmp_path, monk
     with pytest.raises(CheckpointError, match="another version of dprandp, whose features were others"):
         load_extractor(context_of(run), "rgb")
     assert load_extractor(context_of(learned["wrn"][0]), "rgb")
+
+
+def test_a_patchnet_that_does_not_say_its_layers_is_refused(learned, tmp_path):
+    """One layer was the default once, and was not recorded."""
+    run = Path(shutil.copytree(learned["patchnet"][0], tmp_path / "run"))
+    saved = checkpoint.load_finished(run / "2-pretrain", "extractor", "pretrain")
+    assert saved.meta["config"].pop("layers") == 1
+    checkpoint.save(run / "2-pretrain", "extractor", saved.tensors, saved.meta, keep=1)
+    with pytest.raises(CheckpointError, match="of one layer; this version"):
+        load_extractor(context_of(run), "rgb")

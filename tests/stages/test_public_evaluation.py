@@ -19,7 +19,7 @@ class Fixed(nn.Module):
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
         self.matrix = nn.Parameter(matrix)
-        self.feature_dim = matrix.shape[1]
+        self.feature_dim, self.input_size = matrix.shape[1], 32
 
     @staticmethod
     def normalise(images):

@@ -60,9 +60,9 @@ def test_views_of_each_image_normalise_its_features(run: Path, monkeypatch: pyte
 def test_views_are_random_but_repeat(run: Path) -> None:
     with context(run) as given:
         settings = schema.build("probe", PROBE)
-        first, second = (statistics.synthetic_views(given, settings) for _ in range(2))
-        other = statistics.synthetic_views(given, schema.build("probe", PROBE | {"seed": 1}))
-        crops = statistics.synthetic_views(given, schema.build("probe", PROBE | {"statistics_views": 1}))
+        first, second = (statistics.synthetic_views(given, settings, 32) for _ in range(2))
+        other = statistics.synthetic_views(given, schema.build("probe", PROBE | {"seed": 1}), 32)
+        crops = statistics.synthetic_views(given, schema.build("probe", PROBE | {"statistics_views": 1}), 32)
     assert first.shape == (50, 3, 32, 32)
     assert crops.shape == (25, 3, 32, 32)
     assert first.dtype == crops.dtype == torch.uint8

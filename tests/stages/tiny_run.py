@@ -35,7 +35,7 @@ Patch = pytest.MonkeyPatch
 TRAIN, TEST, CLASSES, SIDE = 120, 40, 3, 16
 
 GENERATE = {"process": "dead-leaves", "count": 60, "resolution": 32}
-PRETRAIN = {"filters": 16, "dictionary_patches": 2000, "dictionary_iterations": 2}
+PRETRAIN = {"filters": 16, "layers": 1, "dictionary_patches": 2000, "dictionary_iterations": 2}
 DEEP = {"arch": "patchnet", "layers": 2, "second_filters": 12}
 PROBE = {"epsilon": 4.0, "steps": 8, "dims": 32, "statistics_images": 25, "statistics_views": 2}
 FINETUNE = {"epsilon": 4.0, "steps": 4, "refit_steps": 6, "batch_size": 24, "checkpoint_every": 2}
