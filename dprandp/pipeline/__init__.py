@@ -10,6 +10,7 @@ from typing import Any
 from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build, input_size_of
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
+from dprandp.errors import UsageError
 from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text, interval_text, model_warnings
 from dprandp.runs.console import Console
@@ -70,10 +71,20 @@ def adopt(public: dict[str, StageConfig], context: Context) -> None:
     """Put a shipped prior into a run: its images, then its extractor. Finished stages are skipped.
 
     ``overwrite`` is meant for the probe; it restarts these two stages only if they differ.
+
+    Raises:
+        UsageError: the run has images or an extractor of its own.
     """
     for name, config in public.items():
         recorded = context.rundir.row(name).config
-        restart = context.overwrite and recorded is not None and recorded != as_dict(config)
+        other = recorded is not None and recorded != as_dict(config)
+        if other and not context.overwrite and not recorded.keys() & {"sample", "prior"}:
+            raise UsageError(
+                f"{context.rundir.path} has made its own {'images' if name == 'generate' else 'extractor'}, so that no "
+                "shipped prior fits in",
+                fix="start a new --run for the prior, or leave --prior out",
+            )
+        restart = context.overwrite and other
         result = run_stage(name, config, replace(context, overwrite=restart))
         context.console.say(stage_line(name, result))
 

@@ -117,6 +117,13 @@ def test_refusals_leave_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "run.json").exists()
 
 
+def test_a_run_with_images_of_its_own_takes_no_prior(shelf: Shelf, tmp_path: Path) -> None:
+    run = tmp_path / "own"
+    assert shelf("generate", "--run", run, "--count", 20, "--resolution", 32, "--workers", 1).code == 0
+    done = shelf("pretrain", "--run", run, "--prior", "little")
+    refused(done, 2, "has made its own images", "start a new --run for the prior")
+
+
 @pytest.mark.slow
 def test_a_prior_of_the_other_colour_is_told_of(shelf: Shelf, tmp_path: Path) -> None:
     probe = ("probe", "--prior", "little", *DATA, "--config", tmp_path / "short.toml", "--run")
