@@ -247,6 +247,10 @@ class Dataset:
         digest.update(b"".join(sorted(image_digests(images))))
         return digest.hexdigest()
 
+    def file_fingerprint(self) -> str | None:
+        """``ImageFiles.fingerprint``, as private as the images; None of data that are no image files."""
+        return None if self._files is None else self._files.fingerprint()
+
     def same_images_as(self, other: Dataset) -> bool:
         """Whether both training splits hold the same images. Reads them only where the declared facts allow it."""
         ours, theirs = self.spec, other.spec

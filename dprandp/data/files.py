@@ -127,15 +127,25 @@ class ImageFiles:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the bytes of the training files in any order: whatever their decoding."""
+        digests = sorted(map(_digest_of, self.listings["train"].paths))
+        return hashlib.sha256(b"dprandp-files-1 " + b"".join(digests)).hexdigest()
+
     def _key(self, paths: Sequence[Path]) -> str:
         digest = hashlib.sha256(f"dprandp-decoded-1 {self.side} {self._rules.as_dict()}".encode())
         for path in paths:
-            try:
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError:  # decoding says so
-                digest.update(os.urandom(32))
+            digest.update(_digest_of(path))
         return digest.hexdigest()
+
+
+def _digest_of(path: Path) -> bytes:
+    """SHA-256 of a file; random bytes where it cannot be read, of which decoding tells."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return os.urandom(32)
 
 
 def _decode(job: tuple[Sequence[Path], int, Decoding]) -> tuple[np.ndarray, list[tuple[str, str, str]]]:

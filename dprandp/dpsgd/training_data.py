@@ -60,13 +60,14 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
 
 
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
-    """Record the hashes of the run's data: of everything in order, and of the images in any order."""
-    hashes = {"train": fingerprint, "images": dataset.image_fingerprint()}
+    """Record the hashes of the run's data: of everything in order; in any order, of the images and of their files."""
+    hashes = {"train": fingerprint, "images": dataset.image_fingerprint(), "files": dataset.file_fingerprint()}
+    hashes = {name: value for name, value in hashes.items() if value is not None}
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
 def hashes_of(rundir: RunDir) -> dict[str, str] | None:
-    """The recorded hashes of the run's data, ``train`` and ``images``; None where they are not there."""
+    """The recorded hashes of the run's data, ``train``, ``images`` and perhaps ``files``; None without the first two."""
     path = rundir.path / "private" / KEPT
     found = read_hashes(path) if path.exists() else {}
     return found if {"train", "images"} <= found.keys() else None

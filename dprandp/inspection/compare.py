@@ -161,11 +161,8 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
             unknown.append(str(rundir.path))
         else:
             spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, hashes))
-    by_images: dict[str, list[_Spent]] = {}
-    for each in spent:
-        by_images.setdefault(each.hashes["images"], []).append(each)
     together = []
-    for same in by_images.values():
+    for same in _by_images(spent):
         # other labels or another order make no other records of single images; other units do
         by_records: dict[str, list[_Spent]] = {}
         for each in same:
@@ -177,6 +174,17 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
             method = f"the same images under different units of privacy ({units}), whose ε cannot be composed"
             together.append(Together(runs=names, epsilon=None, delta=None, method=method))
     return Comparison(runs=rows, together=together, data_unknown=unknown)
+
+
+def _by_images(spent: Sequence[_Spent]) -> list[list[_Spent]]:
+    """Runs about the same images: with equal pixels, or equal files, which another decoding makes other pixels of."""
+    groups: list[list[_Spent]] = []
+    for each in spent:
+        marks = {each.hashes["images"], each.hashes.get("files")} - {None}
+        near = [group for group in groups if any(marks & set(other.hashes.values()) for other in group)]
+        groups = [group for group in groups if group not in near]
+        groups.append([other for group in near for other in group] + [each])
+    return groups
 
 
 def _together(parts: Sequence[_Spent]) -> Together:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from cli_process import Dprandp, RunAfter, good, refused, state_of
+from own_data import make_own_data
+from PIL import Image
 
 
 def test_two_runs_about_the_same_data(
@@ -37,6 +39,23 @@ def test_two_runs_about_the_same_data(
     assert state_of(tmp_path) == before  # nothing was written
     refused(dprandp("status", "--runs", tmp_path, "--check"), 2, "--runs lists runs")
     refused(dprandp("compare", tmp_path / "third"), 3, "there is no run")
+
+
+def test_the_same_files_are_the_same_data_whatever_their_decoding(
+    dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
+) -> None:
+    """In one run they are read as RGB, in the other as grey; in the third one file has other bytes."""
+    make_own_data(tmp_path)
+    runs, public = [], run_after("pretrain").rename(tmp_path / "public")
+    for name, flags in (("rgb", ()), ("grey", ("--colour", "grey")), ("other", ())):
+        runs.append(Path(shutil.copytree(public, tmp_path / name)))
+        if name == "other":
+            Image.new("L", (40, 36), 99).save(tmp_path / "scans/train/ill/0.png")
+        probe = ("probe", "--config", "small.toml", "--run", runs[-1], "--data", f"folder:{tmp_path}/scans", *flags)
+        assert dprandp(*probe, "--eps", 1, "--share", 1).code == 0
+    (together,) = good(dprandp("compare", *runs, "--json"))["together"]
+    assert together["runs"] == [str(runs[0]), str(runs[1])]
+    assert together["epsilon"] > 1.3
 
 
 def test_tables_are_written_where_asked_for(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
