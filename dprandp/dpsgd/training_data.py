@@ -67,7 +67,7 @@ def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
 
 
 def hashes_of(rundir: RunDir) -> dict[str, str] | None:
-    """The recorded hashes of the run's data, ``train``, ``images`` and perhaps ``files``; None without the first two."""
+    """The recorded hashes of the run's data, ``train``, ``images`` perhaps ``files``; None without the first two."""
     path = rundir.path / "private" / KEPT
     found = read_hashes(path) if path.exists() else {}
     return found if {"train", "images"} <= found.keys() else None
