@@ -77,7 +77,9 @@ def learn(run: Path, size: int | None, **settings: object) -> None:
         pretrain.run(schema.build("pretrain", settings | ({"input_size": size} if size else {})), given)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("patchnet", "vit") else ()) for name in ARCHITECTURES]
+)
 def test_a_larger_input_shows_what_a_smaller_one_cannot(copy, images: Path, fine: str, name: str) -> None:
     accuracy = {}
     for size in (None, 64):
