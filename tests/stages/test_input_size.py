@@ -77,8 +77,11 @@ def learn(run: Path, size: int | None, **settings: object) -> None:
         pretrain.run(schema.build("pretrain", settings | ({"input_size": size} if size else {})), given)
 
 
+SLOW = ("patchnet", "vit")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("patchnet", "vit") else ()) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ARCHITECTURES]
 )
 def test_a_larger_input_shows_what_a_smaller_one_cannot(copy, images: Path, fine: str, name: str) -> None:
     accuracy = {}
