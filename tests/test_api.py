@@ -172,7 +172,7 @@ def test_what_a_head_refuses(tmp_path: Path, change: dict, error: type[Exception
 def test_a_run_and_its_model(tmp_path: Path) -> None:
     small = {
         "generate": {"process": "perlin", "count": 60, "resolution": 32},
-        "pretrain": {"filters": 20, "dictionary_patches": 2000, "dictionary_iterations": 2},
+        "pretrain": {"filters": 20, "layers": 1, "dictionary_patches": 2000, "dictionary_iterations": 2},
         "probe": {"dims": 32, "statistics_images": 40, "steps": 10},
     }
     result = dprandp.run("digits", epsilon=4.0, directory=tmp_path / "run", share=1.0, **small)

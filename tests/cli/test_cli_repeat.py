@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cli_process import Dprandp, RunAfter, good
 
 STAGES = ("generate", "pretrain", "continue", "probe", "finetune")
@@ -26,8 +28,8 @@ def settings_of(run: Path) -> dict[str, dict]:
     return {name: stages[name]["config"] for name in STAGES if name in stages}
 
 
-def repeat(commands: str, folder: Path) -> None:
-    """In a shell, whose dprandp is this package."""
+def repeat_in_a_shell(commands: str, folder: Path) -> None:
+    """With a program dprandp that is this package."""
     program = folder / "bin/dprandp"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dprandp "$@"\n', encoding="utf-8")
@@ -37,13 +39,32 @@ def repeat(commands: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_is_made_again(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path) -> None:
+def repeat_by_hand(dprandp: Dprandp, commands: str, folder: Path) -> None:
+    """The same in seconds: the file written, and the commands run, by this process."""
+    start, rest = commands.split("\n", 1)
+    assert start == "cat > settings.toml <<'END'"
+    table, lines = rest.split("\nEND\n")
+    (folder / "settings.toml").write_text(table, encoding="utf-8")
+    for line in lines.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "dprandp"
+        done = dprandp(*arguments, folder=folder)
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("shell", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_is_made_again(
+    dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path, shell: bool
+) -> None:
     run = run_after("finetune")
     assert dprandp("report", "--run", run).code == 0
     commands = commands_of(run)
     assert str(folder) not in commands
     shutil.copy(folder / "tiny.npz", tmp_path)
-    repeat(commands, tmp_path)
+    if shell:
+        repeat_in_a_shell(commands, tmp_path)
+    else:
+        repeat_by_hand(dprandp, commands, tmp_path)
     again = settings_of(tmp_path / "runs" / run.name)
     assert again == settings_of(run)
 

@@ -150,7 +150,7 @@ def test_again_nothing_is_done_and_another_extractor_is_not_replaced_unasked(tmp
     adopt(run, overwrite=True)  # it is the probe that is overwritten
     assert read_json(run / "run.json") == before
     own = copy(public_run)
-    with pytest.raises(UsageError, match="sample was unset"):
+    with pytest.raises(UsageError, match="has made its own images"):
         adopt(own)
     adopt(own, overwrite=True)
     assert read_json(own / "run.json")["stages"]["pretrain"]["result"]["prior"] == "tiny-test"
