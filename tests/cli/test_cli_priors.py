@@ -91,7 +91,7 @@ def test_run_and_pretrain_take_a_prior_too(shelf: Shelf, tmp_path: Path) -> None
     by_name = {made["stage"]: made for made in good(shelf(*run, "--plan"))["stages"]}
     assert (by_name["generate"]["count"], by_name["pretrain"]["prior"]) == (100, "little")
     result = good(shelf(*run))
-    assert (result["stage"], result["results"]["pretrain"]["prior"]) == ("finetune", "little")
+    assert (result["stage"], result["results"]["pretrain"]["prior"]) == ("probe", "little")
     assert "the prior little" in (tmp_path / "a/report.html").read_text()
     assert shelf(*run).code == 0  # all skipped
     pretrain = ("pretrain", "--prior", "little", "--run", tmp_path / "b", *config)
