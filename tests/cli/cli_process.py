@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 STAGES = Path(__file__).resolve().parents[1] / "stages"
-TIMEOUT = 180.0
+TIMEOUT = 400.0
 """Seconds after which a command is taken to hang."""
 
 RunAfter = Callable[[str], Path]
