@@ -28,7 +28,6 @@ from dprandp.config.schema import (
     PretrainConfig,
     data_options,
     fraction_of,
-    input_size_of,
     public_data_options,
     same_data_name,
 )
@@ -45,7 +44,7 @@ from dprandp.models.optimizers import restore
 from dprandp.models.precision import autocast
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
-from dprandp.pretrain import load_extractor, pretrained
+from dprandp.pretrain import input_size, load_extractor
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.runs.context import Context
 from dprandp.vision.images import as_declared, colour_of, to_input
@@ -103,7 +102,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     name, facts = config.public, public_data_options(config, config.public)
     if fraction is not None:
         name, facts = config.data, data_options(config) | {"unit_column": None}
-    dataset, size = open_dataset(name, context.data_dir, download=context.download, **facts), _input_size(context)
+    dataset, size = open_dataset(name, context.data_dir, download=context.download, **facts), input_size(context)
     dataset.for_input(size)
     if fraction is None:
         own = open_dataset(config.data, context.data_dir, download=context.download, **data_options(config))
@@ -136,10 +135,6 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     )
 
 
-def _input_size(context: Context) -> int:
-    return input_size_of(pretrained(context))
-
-
 def _private_and_public(config: ContinueConfig) -> UsageError:
     return UsageError(
         f"{config.data} is given both as private and as public data"
@@ -154,7 +149,7 @@ def _synthetic(config: ContinueConfig, context: Context, spec: DataSpec) -> Publ
     if len(images) < 2:
         raise UsageError("the public task needs at least two images", fix="make more images, or give more instances")
     held = torch.arange(min(len(images), MOST_HELD_OUT))
-    size, generator = _input_size(context), torch.Generator().manual_seed(config.seed + 1)
+    size, generator = input_size(context), torch.Generator().manual_seed(config.seed + 1)
     views = _synthetic_views(images[held], size, spec, generator)
     return PublicTask(
         title=f"{len(images)} synthetic images of this run, each a class",

@@ -205,6 +205,11 @@ def pretrained(context: Context) -> PretrainConfig:
     return recorded(STAGE, context.rundir.row(STAGE).config or {})
 
 
+def input_size(context: Context) -> int:
+    """Side of the input of the run's extractor, in pixels; raises as ``pretrained``."""
+    return input_size_of(pretrained(context))
+
+
 def _network_of(
     loaded: checkpoint.Checkpoint, context: Context, precision: str
 ) -> tuple[nn.Module, PretrainConfig]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprandp.config.schema import ProbeConfig, data_options, input_size_of, public_data_options
+from dprandp.config.schema import ProbeConfig, data_options, public_data_options
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.features import placed
@@ -27,7 +27,7 @@ from dprandp.errors import InputError
 from dprandp.generate import open_images
 from dprandp.models.extractor import extract
 from dprandp.models.whitening import Whitener
-from dprandp.pretrain import pretrained
+from dprandp.pretrain import input_size
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe import public_part
@@ -57,7 +57,7 @@ def choose_publicly(
     """
     started = time.perf_counter()
     dataset = open_dataset(config.data, context.data_dir, **data_options(config) | {"unit_column": None})
-    dataset.for_input(input_size_of(pretrained(context)))
+    dataset.for_input(input_size(context))
     spec = dataset.spec
     epsilon = probe_epsilon(config)
     delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
@@ -146,7 +146,7 @@ def _public_task(
     config: ProbeConfig, tune: TuneConfig, context: Context, spec: DataSpec
 ) -> tuple[Tensor, Tensor, int, int, Whitener]:
     """Whitened unit-norm features [n, dims], labels [n], number of classes, how many of n to fit, whitener."""
-    size = input_size_of(pretrained(context))
+    size = input_size(context)
     generator = torch.Generator().manual_seed(config.seed + SEED)
     fitted = min(FIT, spec.train_examples)
     if tune.on == SYNTHETIC:

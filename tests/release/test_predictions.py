@@ -58,7 +58,7 @@ def test_a_folder_is_taken_as_it_is(model: ReleasedModel, mixed: Path, monkeypat
     }
     good = [row for row in rows if "error" not in row]
     for row in good:  # each by itself
-        assert predict(model, [Path(row["image"])])[0]["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+        assert predict(model, [Path(row["image"])])[0]["probabilities"] == pytest.approx(row["probabilities"], abs=1e-6)
     monkeypatch.setattr(predictions, "BLOCK", 2)  # in any blocks
     again = rows_of(model, mixed)
     assert [row["image"] for row in again] == [row["image"] for row in rows]
