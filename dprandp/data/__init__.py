@@ -33,13 +33,13 @@ from dprandp.data.npz import open_npz
 from dprandp.data.problems import UnusableData, listed
 from dprandp.data.table import open_table
 from dprandp.data.units import EACH_IMAGE, Units
-from dprandp.data.unlabelled import brought_to, image_files, read_unlabelled, skipped_text
+from dprandp.data.unlabelled import brought_to, image_files, npz_blocks, read_unlabelled, skipped_text
 from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Examination", "Reading", "Split", "Units",
-    "UnusableData", "brought_to", "check_data", "image_files", "list_datasets", "listed", "open_dataset", "public_part",
-    "read_unlabelled", "skipped_text", "without_public_part",
+    "UnusableData", "brought_to", "check_data", "image_files", "list_datasets", "listed", "npz_blocks", "open_dataset",
+    "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 

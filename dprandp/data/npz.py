@@ -44,10 +44,11 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What an array says about itself: shape and dtype."""
+    """What an array says about itself: shape, dtype, and whether its order is Fortran's."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    fortran: bool
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -81,6 +82,32 @@ def read_array(path: Path, name: str) -> np.ndarray:
     return array
 
 
+def array_blocks(path: Path, name: str, rows: int) -> Iterator[np.ndarray]:
+    """``read_array`` in blocks of up to ``rows`` rows, so that no more than one is in memory.
+
+    An array in Fortran order, whose rows are not stored together, is read as a whole.
+
+    Raises:
+        InputError: as ``read_array``; that the checksum fails is known after the last block.
+    """
+    with _opened(path) as archive:
+        info = archive.getinfo(name + ".npy")
+        header = _read_header(archive, info, path)
+        if header.fortran:
+            whole = read_array(path, name)
+            yield from (whole[start : start + rows] for start in range(0, len(whole), rows))
+            return
+        count, *rest = header.shape
+        size = math.prod(rest) * header.dtype.itemsize
+        with archive.open(info) as stream:
+            stream.read(info.file_size - count * size)
+            for start in range(0, count, rows):
+                number = min(rows, count - start)
+                block = np.frombuffer(stream.read(number * size), header.dtype)
+                yield block.reshape(number, *rest)
+            stream.read(1)  # at the end of the member: makes zipfile compare the checksum
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive; what a damaged or hostile one makes the libraries raise becomes an InputError."""
@@ -106,7 +133,7 @@ def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
             raise _refusal(path, f"has an array of npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")
-        shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+        shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
         offset = stream.tell()
     if dtype.hasobject:
         raise InputError(
@@ -115,7 +142,7 @@ def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
         )
     if any(length < 0 for length in shape) or offset + math.prod(shape) * dtype.itemsize != info.file_size:
         raise _refusal(path, "has an array whose header does not fit its length")
-    return ArrayHeader(tuple(shape), dtype)
+    return ArrayHeader(tuple(shape), dtype, fortran)
 
 
 def _refusal(path: Path, what: str) -> InputError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from PIL import Image
 
 from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.data.decode import EXTENSIONS, is_litter, read_image, sized
-from dprandp.data.npz import image_shape, read_array, read_headers
-from dprandp.errors import InputError, UsageError
+from dprandp.data.npz import array_blocks, image_shape, read_headers
+from dprandp.errors import InputError
 
 ARRAYS = ("images", "x", "x_test")
 """Names under which an ``.npz`` file may hold the images; exactly one of them has to be there."""
@@ -24,53 +24,56 @@ LINKED, SPECIAL, BARE = "links to folders", "no regular files", "no extension"
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's convert("L")
 
 
-def read_unlabelled(
-    paths: Sequence[Path],
-    data: str | None,
-    shape: tuple[int, int, int],
-    on_skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
-    rules: Decoding = REFUSE,
-) -> tuple[list[str], np.ndarray]:
-    """Read new images and bring each to the shape of the images that a model was trained on.
+def read_unlabelled(path: Path, shape: tuple[int, int, int], rules: Decoding = REFUSE) -> np.ndarray:
+    """Read a new image and bring it to the shape of the images that a model was trained on.
 
     An image of other proportions loses its edges: the largest centred part is kept. Grey and colour are converted.
 
     Args:
-        paths: image files.
-        data: further images: ``folder:PATH`` (every image file below it, by path) or ``npz:PATH`` (uint8 [N, H, W],
-            [N, H, W, 1] or [N, H, W, 3], in one of ``ARRAYS``); None for none.
-        shape: height, width, channels (1 or 3).
-        on_skipped: called once where a folder holds files that are no images by their names: how many of each kind
-            (an extension such as ``.svs``, or ``LINKED``, ``SPECIAL``, ``BARE``), the most frequent first.
-        rules: for ambiguous files.
+        shape: height, width, channels (1 or 3). rules: for ambiguous files.
 
     Returns:
-        Names (paths as given; ``PATH[i]`` in an array), and uint8 [N, height, width, channels].
+        uint8 [height, width, channels].
 
     Raises:
-        InputError: missing, damaged or empty; the message names the file. UsageError: ``data`` is neither kind.
+        InputError: missing or damaged; the message names the file.
     """
-    kind, _, rest = (data or "").partition(":")
-    if data is not None and (kind not in ("folder", "npz") or not rest):
-        raise UsageError(f"--data {data!r} names no images to classify", fix="give npz:PATH, folder:PATH, or files")
-    names, parts, files = [], [], list(paths)
-    if kind == "folder":
-        found, skipped = image_files(Path(rest).expanduser())
-        files += found
-        if skipped:
-            on_skipped(skipped)
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"there is no file {path}", fix="check the path")
-        names.append(str(path))
-        parts.append(_grey_or_rgb(read_image(path, shape[0], shape[1], str(path), rules)[None], shape[2]))
-    if kind == "npz":
-        images = _from_npz(Path(rest).expanduser())
-        names += [f"{rest}[{index}]" for index in range(len(images))]
-        parts.append(brought_to(images, shape))
-    if not names:
-        raise UsageError("there is no image to classify", fix="name image files, or give --data npz:PATH | folder:PATH")
-    return names, np.concatenate(parts)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}", fix="check the path")
+    return _grey_or_rgb(read_image(path, shape[0], shape[1], str(path), rules), shape[2])
+
+
+def npz_blocks(place: str, shape: tuple[int, int, int], rows: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    """New images from an ``.npz`` file, treated as ``read_unlabelled`` treats files, in blocks of up to ``rows``.
+
+    Args:
+        place: the file, with uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3] under one of the names ``ARRAYS``.
+        shape: height, width, channels (1 or 3).
+
+    Returns:
+        Blocks of names (``PATH[i]``) and uint8 [rows, height, width, channels].
+
+    Raises:
+        InputError: at once, where its headers show that it holds no images; later, where it is damaged.
+    """
+    path = Path(place).expanduser()
+    headers = read_headers(path)
+    present = [name for name in ARRAYS if name in headers]
+    if len(present) != 1:
+        raise InputError(
+            f"{path} holds {' and '.join(present) or 'none of the arrays ' + ', '.join(ARRAYS)}",
+            fix="save the images to classify under one of these names, such as numpy.savez(path, images=…)",
+        )
+    size = image_shape(path, headers, present[0])
+
+    def blocks() -> Iterator[tuple[list[str], np.ndarray]]:
+        start = 0
+        for block in array_blocks(path, present[0], rows):
+            names = [f"{place}[{index}]" for index in range(start, start + len(block))]
+            yield names, brought_to(block.reshape(-1, *size), shape)
+            start += len(block)
+
+    return blocks()
 
 
 def brought_to(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -132,22 +135,10 @@ def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     return sorted(found), kinds
 
 
-def _from_npz(path: Path) -> np.ndarray:
-    headers = read_headers(path)
-    present = [name for name in ARRAYS if name in headers]
-    if len(present) != 1:
-        raise InputError(
-            f"{path} holds {' and '.join(present) or 'none of the arrays ' + ', '.join(ARRAYS)}",
-            fix="save the images to classify under one of these names, such as numpy.savez(path, images=…)",
-        )
-    shape = image_shape(path, headers, present[0])
-    return read_array(path, present[0]).reshape(-1, *shape)
-
-
 def _grey_or_rgb(images: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [N, H, W, 1 or 3] with the wanted number of channels."""
-    if images.shape[3] == channels:
+    """uint8 [..., H, W, 1 or 3] with the wanted number of channels."""
+    if images.shape[-1] == channels:
         return images
     if channels == 3:
-        return np.repeat(images, 3, axis=3)
+        return np.repeat(images, 3, axis=-1)
     return np.round(images @ _GREY).clip(0, 255).astype(np.uint8)[..., None]

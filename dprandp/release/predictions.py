@@ -1,6 +1,6 @@
 """Many images to classify: folders as they are, in blocks, past images that cannot be read, into a file.
 
-Memory is bounded by a block of images, whatever their number and size (an ``npz`` file is read as a whole).
+Memory is bounded by a block of images, whatever their number and size.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dprandp.data import image_files, read_unlabelled
+from dprandp.data import image_files, npz_blocks, read_unlabelled
 from dprandp.data import skipped_text as skipped_text
 from dprandp.errors import InputError, UsageError
 from dprandp.runs.files import atomic_path, to_json
@@ -43,16 +43,18 @@ def predictions(
 
     Args:
         images: image files of any size, and folders: every image file below, at any depth, by path.
-        data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
+        data: further images, ``npz:PATH`` (see ``npz_blocks``) or ``folder:PATH``.
         on_skipped: called once with the number of files of each kind that were skipped, where there are any.
         strict: refuse an image that cannot be read, rather than give a row that says so.
 
     Raises:
         InputError: a folder or an ``npz`` file is missing, or holds no image; and of ``strict``, later.
-        UsageError: there is no image.
+        UsageError: there is no image, or ``data`` is neither kind.
     """
     kind, _, rest = (data or "").partition(":")
-    folder = Path(rest).expanduser() if kind == "folder" and rest else None
+    if data is not None and (kind not in ("folder", "npz") or not rest):
+        raise UsageError(f"--data {data!r} names no images to classify", fix="give npz:PATH, folder:PATH, or files")
+    folder = Path(rest).expanduser() if kind == "folder" else None
     files: list[Path] = []
     skipped: Counter[str] = Counter()
     for path in [*map(Path, images), *([] if folder is None else [folder])]:
@@ -64,32 +66,30 @@ def predictions(
             files.append(path)
     if skipped:
         on_skipped(dict(skipped.most_common()))
-    array: tuple[list[str], Any] = [], None
-    if folder is None and (data is not None or not files):
-        # refuses an unknown kind, and that there is nothing at all
-        array = read_unlabelled((), data, model.shape, rules=model.decoding)
-    return _blocks(model, files, array, strict)
+    if not files and kind != "npz":
+        raise UsageError("there is no image to classify", fix="name image files, or give --data npz:PATH | folder:PATH")
+    arrays = npz_blocks(rest, model.shape, BLOCK) if kind == "npz" else ()
+    return _blocks(model, files, arrays, strict)
 
 
 def _blocks(
-    model: ReleasedModel, files: list[Path], array: tuple[list[str], np.ndarray | None], strict: bool
+    model: ReleasedModel, files: list[Path], arrays: Iterable[tuple[list[str], np.ndarray]], strict: bool
 ) -> Iterator[list[Row]]:
     for start in range(0, len(files), BLOCK):
         block = files[start : start + BLOCK]
         pixels, errors = [], {}
         for path in block:
             try:
-                pixels.append(read_unlabelled([path], None, model.shape, rules=model.decoding)[1])
+                pixels.append(read_unlabelled(path, model.shape, model.decoding))
             except InputError as error:
                 if strict:
                     raise
                 errors[path] = error.problem
         names = [str(path) for path in block if path not in errors]
-        rows = iter(classified(model, names, np.concatenate(pixels)) if pixels else ())
+        rows = iter(classified(model, names, np.stack(pixels)) if pixels else ())
         yield [failed(str(path), errors[path]) if path in errors else next(rows) for path in block]
-    names, images = array
-    for start in range(0, len(names), BLOCK):
-        yield classified(model, names[start : start + BLOCK], images[start : start + BLOCK])
+    for names, images in arrays:
+        yield classified(model, names, images)
 
 
 def classified(model: ReleasedModel, names: Sequence[str], pixels: np.ndarray) -> list[Row]:

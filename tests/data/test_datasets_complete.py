@@ -195,7 +195,7 @@ def test_neither_training_nor_predict_takes_an_image_that_is_not_all_there(root:
         assert name not in str(caught.value)
         assert name in caught.value.private_detail
         with pytest.raises(InputError, match=rf"{name} is (incomplete|damaged)"):  # not private: it is named
-            read_unlabelled([path], None, (32, 32, 3))
+            read_unlabelled(path, (32, 32, 3))
         path.unlink()
 
 

@@ -35,6 +35,28 @@ def opened(path: Path, **options: object):
     return open_dataset(f"npz:{path}", path.parent, **options)
 
 
+@pytest.mark.parametrize("saved", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_blocks_of_an_array_are_the_array(tmp_path, saved, order):
+    array = np.random.default_rng(0).integers(0, 256, (11, 5, 4), dtype=np.uint8)
+    saved(tmp_path / "a.npz", x=np.asarray(array, order=order), none=array[:0])
+    for rows in (1, 4, 11, 20):
+        blocks = list(npz.array_blocks(tmp_path / "a.npz", "x", rows))
+        assert [len(block) for block in blocks] == [min(rows, 11 - start) for start in range(0, 11, rows)]
+        np.testing.assert_array_equal(np.concatenate(blocks), array)
+    assert list(npz.array_blocks(tmp_path / "a.npz", "none", 4)) == []
+
+
+def test_blocks_of_a_damaged_array_are_refused(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (11, 500, 4), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x=array)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match="no readable .npz file"):
+        list(npz.array_blocks(tmp_path / "a.npz", "x", 4))
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     train=st.integers(3, 9),

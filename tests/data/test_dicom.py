@@ -171,7 +171,7 @@ def test_a_folder_of_them_and_new_ones(tmp_path: Path) -> None:
     rules = Decoding(grey_levels="window:-900,1500")
     dataset = open_dataset(f"folder:{tmp_path}/set", tmp_path, decoding=rules)
     assert dataset.train().images.shape == (2, 32, 32, 3)
-    new = read_unlabelled([tmp_path / "set/test/a/0.dcm"], None, (32, 32, 3), rules=rules)[1]
+    new = read_unlabelled(tmp_path / "set/test/a/0.dcm", (32, 32, 3), rules)[None]
     np.testing.assert_array_equal(new[0], dataset.train().images[0])
 
 

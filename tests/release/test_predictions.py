@@ -121,24 +121,30 @@ def test_memory_does_not_grow_with_the_number_of_images(
     model: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large images, of which few are in memory at a time; the control has them all in one block."""
-    def read(paths, data, shape, rules):
-        return [str(path) for path in paths], np.zeros((1, 500, 400, 1), np.uint8)
+    def read(path, shape, rules):
+        return np.zeros((500, 400, 1), np.uint8)
 
     large = ReleasedModel(**{**vars(model), "shape": (500, 400, 1)})
     monkeypatch.setattr(predictions, "read_unlabelled", read)
     files = [Path(f"{index}.png") for index in range(120)]
-    peaks = {}
-    for block in (4, 120):
-        monkeypatch.setattr(predictions, "BLOCK", block)
-        predictions.answer(large, predictions.predictions(large, files[:1]), tmp_path / "x.csv", keep=False, say=print,
-                           skipped={})  # fmt: skip
-        tracemalloc.start()
-        made = predictions.answer(large, predictions.predictions(large, files), tmp_path / "x.csv", keep=False,
-                                  say=print, skipped={})  # fmt: skip
-        peaks[block] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert made["images"] == 120
-    assert peaks[4] < 8e6 < 40e6 < peaks[120]
+    np.savez(tmp_path / "x.npz", images=np.zeros((120, 500, 400), np.uint8))
+    sources = {"files": lambda: predictions.predictions(large, files),
+               "npz": lambda: predictions.predictions(large, data=f"npz:{tmp_path / 'x.npz'}")}  # fmt: skip
+
+    def answered(source: str) -> int:
+        made = predictions.answer(large, sources[source](), tmp_path / "x.csv", keep=False, say=print, skipped={})
+        return made["images"]
+
+    for source in sources:
+        answered(source)  # loads what is loaded on first use
+        peaks = {}
+        for block in (4, 120):
+            monkeypatch.setattr(predictions, "BLOCK", block)
+            tracemalloc.start()
+            assert answered(source) == 120
+            peaks[block] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peaks[4] < 8e6 < 40e6 < peaks[120], source
 
 
 def test_the_example_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
