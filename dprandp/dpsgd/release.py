@@ -29,8 +29,9 @@ from dprandp.vision.metrics import classification_metrics
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``."""
 
-MODEL_FORMAT = 4
-"""Format 1 had no precision; format 2 had a patchnet whose roots were taken after pooling. Both are refused by name."""
+MODEL_FORMAT = 5
+"""Format 1 had no precision; format 2 had a patchnet whose roots were taken after pooling. Since format 5
+the whitening has the network's precision. Earlier formats are refused by name."""
 
 
 def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool) -> Evaluation | None:

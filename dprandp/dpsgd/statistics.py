@@ -13,6 +13,7 @@ from dprandp.data import DataSpec
 from dprandp.dpsgd.features import extract_by_ranks
 from dprandp.models import whitening
 from dprandp.models.extractor import add_weights
+from dprandp.models.precision import dtype_of
 from dprandp.pretrain import synthetic_crops
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import check_tensors
@@ -69,7 +70,8 @@ def public_whitener(
 
     def fitted() -> whitening.Whitener:
         settings = (config.dims, config.whitening_floor, extractor.parts)
-        whitener = whitening.fit(features, *settings, views=config.statistics_views)
+        kind = dtype_of(extractor)
+        whitener = whitening.fit(features, *settings, views=config.statistics_views, kind=kind)
         checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
         return whitener
 
@@ -81,7 +83,7 @@ def whitener_of(loaded: checkpoint.Checkpoint, extractor: nn.Module) -> whitenin
     """A saved whitener, for its extractor."""
     projection = loaded.tensors.get("projection")
     components = projection.shape[1] if projection is not None and projection.ndim == 2 else 1
-    whitener = whitening.Whitener(extractor.feature_dim, components, extractor.parts)
+    whitener = whitening.Whitener(extractor.feature_dim, components, extractor.parts, dtype_of(extractor))
     check_tensors(loaded.tensors, whitener.state_dict(), loaded.path)
     whitener.load_state_dict(loaded.tensors)
     return whitener

@@ -201,4 +201,4 @@ def add_weights(digest: hashlib._Hash, module: nn.Module) -> None:
     digest.update(f"{precision_of(module)} {form_of(module)}".encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dprandp.models import kernels
-from dprandp.models.precision import BFLOAT16, full_precision, precision_of
+from dprandp.models.precision import dtype_of, full_precision
 from dprandp.models.whitening import Part
 from dprandp.threads import in_parts
 
@@ -212,7 +212,7 @@ class PatchExtractor:
         out = torch.empty(len(images), sum(layer.feature_dim for layer in self.chain))
         if not len(images):
             return out
-        kind = torch.bfloat16 if precision_of(self) == BFLOAT16 else torch.float32
+        kind = dtype_of(self)
         products = [layer.products(kind) for layer in self.chain]
         lifts = [layer.lifts(kind) for layer in self.chain[1:]]
         widths = [layer.feature_dim for layer in self.chain]
@@ -395,8 +395,8 @@ def per_example_gradients(model: nn.Module, views: Tensor, labels: Tensor) -> di
     Several times faster than automatic ones. In each layer: responses R = W P + b, features f = pooled roots of the
     excess of ±R, u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is the root's
     slope times a weighted sum of five regions' numbers, so one example costs two matrix products of the forward's size
-    and stays in the cache. Each layer is a separate chain: nothing below its dictionary is trained. Scores are in the
-    extractor's precision, the gradients' products in float32.
+    and stays in the cache. Each layer is a separate chain: nothing below its dictionary is trained. Features are in the
+    extractor's precision, whitening too, also backwards; the other products of the gradients are in float32.
 
     Args:
         model: a ``Classifier`` whose extractor has ``patch_layers``. views: uint8 [B, K, 3, 32, 32]. labels: int64 [B].
@@ -417,7 +417,7 @@ def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Ten
     features, whitener = model.extractor.extract(flat), model.whitener
     units, lengths = [], []
     for own, _ in whitener.rows():
-        whitened = (features[:, own] - whitener.mean[own]) @ whitener.projection[own]
+        whitened = whitener.mapped(features, own)
         lengths.append(whitened.norm(dim=1, keepdim=True).clamp_min(1e-12))
         units.append(whitened / lengths[-1])
     unit = torch.cat([part * length for part, (_, length) in zip(units, whitener.rows(), strict=True)], dim=1)
@@ -433,7 +433,8 @@ def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Ten
         part = length * towards[index]
         part = (part - units[index] * (units[index] * part).sum(dim=1, keepdim=True)) / lengths[index]
         filters, width = layer.weight.shape
-        towards_features.append((part @ whitener.projection[own].t()).view(len(flat), 2, len(layer.pooling), filters))
+        back = (part.to(whitener.projection.dtype) @ whitener.projection[own].t()).float()
+        towards_features.append(back.view(len(flat), 2, len(layer.pooling), filters))
         gradients[f"{name}.weight"] = torch.zeros(examples, filters, width)
         gradients[f"{name}.bias"] = torch.zeros(examples, filters)
     filled = [(layer, gradients[f"{name}.weight"], gradients[f"{name}.bias"]) for name, layer in layers.items()]

@@ -2,7 +2,8 @@
 
 It is decided once, when a stage begins, recorded in its configuration, and kept in ``network.precision``, so it is the
 same for every image, thread and rank, and after a resume on another machine: hardware changes the speed of a run, not
-its number format. Parameters, statistics, heads, clipping and noise are always float32 (or float64).
+its number format. The products are those of its layers and of the whitening. Parameters, heads,
+clipping and noise are always float32 (or float64).
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def precision_of(network: nn.Module) -> str:
     return getattr(network, "precision", FLOAT32)
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The type of the factors of a network's products."""
+    return torch.bfloat16 if precision_of(network) == BFLOAT16 else torch.float32
+
+
 def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
     """The context in which a network's products are computed in its precision, overriding any outer context.
 
@@ -73,5 +79,5 @@ def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """The same for whitening, heads and clipping, which are never computed in bfloat16."""
+    """The same for heads and clipping, which are never in bfloat16, and for whitening, which names its own type."""
     return torch.autocast(device.type, enabled=False)

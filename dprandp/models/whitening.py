@@ -41,18 +41,21 @@ class Whitener(nn.Module):
 
     Args:
         feature_dim: D. dims: components of each part, d. parts: widths and shares of the P parts; None: one part.
+        kind: float32, or bfloat16 for the projection and the features that it multiplies (not for sums and results).
 
     Attributes:
         mean: [D] float32, over synthetic images.
-        projection: [D, d] float32: 1 / deviation, principal components, and a weight 1 / (s + floor) for each. The
+        projection: [D, d] of ``kind``: 1 / deviation, principal components, and a weight 1 / (s + floor) for each. The
             rows of a part are its own map.
     """
 
-    def __init__(self, feature_dim: int, dims: int, parts: Sequence[Part] | None = None) -> None:
+    def __init__(
+        self, feature_dim: int, dims: int, parts: Sequence[Part] | None = None, kind: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.parts = tuple(parts or [Part(feature_dim, 1.0)])
         self.register_buffer("mean", torch.zeros(feature_dim))
-        self.register_buffer("projection", torch.zeros(feature_dim, dims))
+        self.register_buffer("projection", torch.zeros(feature_dim, dims, dtype=kind))
 
     @property
     def components(self) -> int:
@@ -73,13 +76,14 @@ class Whitener(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Float [..., D] to [..., P d] of unit norm (a part equal to its mean stays zero)."""
-        return torch.cat(
-            [
-                length * functional.normalize((features[..., own] - self.mean[own]) @ self.projection[own], dim=-1)
-                for own, length in self.rows()
-            ],
-            dim=-1,
-        )
+        parts = [length * functional.normalize(self.mapped(features, own), dim=-1) for own, length in self.rows()]
+        return torch.cat(parts, dim=-1)
+
+    def mapped(self, features: Tensor, own: slice) -> Tensor:
+        """The features [..., D] of one part under its linear map, [..., d], before they are scaled."""
+        centred = features[..., own] - self.mean[own]
+        projection = self.projection[own]
+        return (centred.to(projection.dtype) @ projection).to(centred.dtype)
 
     def cut(self, whitened: Tensor, components: int) -> Tensor:
         """The result [N, P components] of a whitener with fewer components, which are the first ones of each part.
@@ -95,7 +99,13 @@ class Whitener(nn.Module):
 
 @torch.no_grad()
 def fit(
-    features: Tensor, dims: int, floor: float = 0.1, parts: Sequence[Part] | None = None, *, views: int = 1
+    features: Tensor,
+    dims: int,
+    floor: float = 0.1,
+    parts: Sequence[Part] | None = None,
+    *,
+    views: int = 1,
+    kind: torch.dtype = torch.float32,
 ) -> Whitener:
     """Fit a whitener to the features of synthetic images.
 
@@ -104,7 +114,7 @@ def fit(
         dims: components to keep of each part; at most min(n - 1, width) are kept.
         floor: added to the standard deviation of each principal component before its inverse is taken, so that
             components with far less are damped rather than amplified.
-        parts: as for ``Whitener``.
+        parts, kind: as for ``Whitener``; statistics are computed in float32.
         views: V; the rows are V views of each of n / V images, next to each other.
 
     Returns:
@@ -112,7 +122,7 @@ def fit(
     """
     count, width = features.shape
     parts = tuple(parts or [Part(width, 1.0)])
-    whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts)
+    whitener = Whitener(width, min(dims, count - 1, *(part.width for part in parts)), parts, kind)
     for own, _ in whitener.rows():
         mean, scale, components, projected = _principal_components(features[:, own], whitener.components, floor)
         if views > 1:

@@ -27,7 +27,7 @@ from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
-from dprandp.models.precision import BFLOAT16, FLOAT32
+from dprandp.models.precision import BFLOAT16, FLOAT32, dtype_of
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
@@ -212,7 +212,7 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
         width = extractor.feature_dim
         whitener = PooledOnly(width)
         if projection is not None:
-            whitener = Whitener(width, projection.shape[1], extractor.parts)
+            whitener = Whitener(width, projection.shape[1], extractor.parts, dtype_of(extractor))
         return Classifier(extractor, whitener, classes)
 
     try:
@@ -410,7 +410,7 @@ def predict(
 
     Args:
         images: image files of any size, and folders of them.
-        data: further images, ``npz:PATH`` or ``folder:PATH``; see ``read_unlabelled``.
+        data: further images, ``npz:PATH`` or ``folder:PATH``.
         on_skipped: called with the number of files of each kind that were skipped, where there are any.
 
     Returns:

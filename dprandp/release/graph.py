@@ -53,7 +53,7 @@ class PixelsToProbabilities(nn.Module):
 
     def __init__(self, model: ReleasedModel) -> None:
         super().__init__()
-        network = copy.deepcopy(model.network).requires_grad_(False)
+        network = copy.deepcopy(model.network).float().requires_grad_(False)
         self.extractor, self.whitener, self.head = network.extractor, network.whitener, network.head
         self.mirror = model.mirror
         height, width, self.channels = model.shape
@@ -115,7 +115,7 @@ def checked(model: ReleasedModel, run: Callable[[np.ndarray], np.ndarray], forma
     Raises:
         DprandpError: it is above ``TOLERANCE``, or a number is missing.
     """
-    network = copy.deepcopy(model.network)
+    network = copy.deepcopy(model.network).float()
     network.extractor.precision = FLOAT32
     original = replace(model, network=network)
     images = brought_to(render_block("dead-leaves", 0, 0, CHECKED_IMAGES, 64), model.shape)

@@ -17,7 +17,7 @@ from dprandp.models import precision
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.patchnet import per_example_gradients
-from dprandp.models.precision import BFLOAT16, FLOAT32, autocast, decide, has_fast_bfloat16
+from dprandp.models.precision import BFLOAT16, FLOAT32, autocast, decide, dtype_of, has_fast_bfloat16
 from dprandp.models.whitening import Whitener
 from dprandp.models.wrn import WrnGradients
 from dprandp.threads import in_parts
@@ -52,7 +52,7 @@ def images(count: int) -> torch.Tensor:
 
 def classifier(name: str, kind: str) -> Classifier:
     net = network(name, kind)
-    model = Classifier(net, Whitener(net.feature_dim, 6, net.parts), 3)
+    model = Classifier(net, Whitener(net.feature_dim, 6, net.parts, dtype_of(net)), 3)
     generator = torch.Generator().manual_seed(1)
     model.whitener.projection.normal_(generator=generator)
     model.head.data.normal_(generator=generator)
@@ -132,7 +132,7 @@ def test_gradients_are_of_one_kind(name: str, kind: str, surroundings) -> None:
 
 
 def test_scores_and_their_gradients_are_of_one_kind(surroundings) -> None:
-    """Head and whitening stay in float32, also where the features are not."""
+    """The head stays in float32, also where features and whitening are not."""
     for name, kind in CASES:
         model = classifier(name, kind)
         pixels = model.extractor.normalise(images(3))

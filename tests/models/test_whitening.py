@@ -42,6 +42,25 @@ def test_whitener_equals_an_svd(count, width):
     torch.testing.assert_close(whitener(features)[3], whitener(features[3:4])[0])  # of one image
 
 
+def test_whitening_in_bfloat16_multiplies_rounded_factors_and_keeps_everything_else():
+    """Against the product in float64 of the factors rounded to bfloat16; the statistics are those of float32."""
+    features, other = correlated_features(200, 30), correlated_features(7, 30, seed=1)
+    exact = whitening.fit(features.clone(), 8, parts=PARTS)
+    rounded = whitening.fit(features.clone(), 8, parts=PARTS, kind=torch.bfloat16)
+    assert (rounded.projection.dtype, rounded.mean.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(rounded.projection, exact.projection.bfloat16())
+    assert torch.equal(rounded.mean, exact.mean)
+    expected = [
+        length * functional.normalize((other[:, own] - exact.mean[own]).bfloat16().double()
+                                      @ exact.projection[own].bfloat16().double(), dim=-1)
+        for own, length in exact.rows()
+    ]  # fmt: skip
+    got = rounded(other)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), torch.cat(expected, dim=1), rtol=0, atol=2**-7)
+    assert 1e-5 < (got - exact(other)).abs().max() < 0.05
+
+
 def test_no_more_components_are_kept_than_there_are():
     assert whitening.fit(correlated_features(9, 30), 100).dims == 8
     assert whitening.fit(correlated_features(200, 30), 25, parts=PARTS).components == 10

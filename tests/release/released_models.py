@@ -11,6 +11,7 @@ from dprandp.config.schema import PretrainConfig, as_dict
 from dprandp.dpsgd.release import MODEL_FORMAT
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
+from dprandp.models.precision import dtype_of
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.release import ReleasedModel, load_model
 from dprandp.report.card import model_card
@@ -62,7 +63,7 @@ def model_folder(
     extractor = build_extractor(PretrainConfig(**ARCHITECTURES[arch], precision=precision), generator)
     whitener = PooledOnly(extractor.feature_dim)
     if whitened:
-        whitener = Whitener(extractor.feature_dim, 20, extractor.parts)
+        whitener = Whitener(extractor.feature_dim, 20, extractor.parts, dtype_of(extractor))
         whitener.projection.normal_(generator=generator)
     network = Classifier(extractor, whitener, len(CLASSES))
     network.head.data.normal_(generator=generator).mul_(3 if whitened else 0.05)

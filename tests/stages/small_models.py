@@ -14,6 +14,7 @@ from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd.clipped_sums import Batch, SumSettings, loss_function
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
+from dprandp.models.precision import dtype_of
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.privacy.clipping import per_example_gradients
 from dprandp.vision.images import to_input
@@ -31,7 +32,7 @@ def model_of(arch: str, whitened: bool = True) -> Classifier:
     extractor = build_extractor(PretrainConfig(**{"filters": 16, "layers": 1} | settings), generator)
     whitener = PooledOnly(extractor.feature_dim)
     if whitened:
-        whitener = Whitener(extractor.feature_dim, 20, extractor.parts)
+        whitener = Whitener(extractor.feature_dim, 20, extractor.parts, dtype_of(extractor))
         whitener.projection.normal_(generator=generator)
     model = Classifier(extractor, whitener, CLASSES)
     model.head.data.normal_(generator=generator)
