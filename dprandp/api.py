@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from torch.nn import functional
 
 from dprandp import pipeline, release
 from dprandp.config.schema import StageConfig, images_of_run, probe_of_run, resolve
-from dprandp.errors import InputError, UsageError
+from dprandp.errors import BudgetError, InputError, UsageError
 from dprandp.privacy import accounting
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.mechanism import PrivateMechanism, make_plan
+from dprandp.privacy.mechanism import PrivateMechanism, make_plan, validate_budget
 from dprandp.privacy.randomness import SystemRandom
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, released_head, update_head
 from dprandp.release import ReleasedModel
@@ -171,6 +172,7 @@ def fit_private_head(
     epsilon: float,
     ledger: Path | str,
     delta: float | None = None,
+    share: float = 1.0,
     steps: int = 120,
     clip_norm: float = 0.5,
     lr: float | None = None,
@@ -186,10 +188,12 @@ def fit_private_head(
             subtract statistics of the private features, such as their mean: ε would not cover them.
         labels: whole numbers [N] in 0 … classes − 1.
         classes: their declared number; never count it in the labels.
-        epsilon: total ε of everything in the ledger after this fit.
+        epsilon: total ε of everything that will ever be in the ledger. The first fit fixes it, with δ: a total that
+            is chosen after a head was seen would not be covered.
         ledger: file that records the spent budget of these N records; created if it does not exist. A second fit on the
             same records must name the same ledger, and gets the remaining budget.
         delta: None: 1e-5, or 0.1/N where that is smaller.
+        share: fraction of ε, in (0, 1], that the ledger may have spent after this fit; 1 leaves nothing for another.
         steps: updates T. clip_norm: C, the largest L2 norm of a record's gradient.
         lr: None: set by the noise and N. momentum: of the noisy gradients, in [0, 1).
 
@@ -199,46 +203,82 @@ def fit_private_head(
         to the ledger, then made noisy with randomness from the operating system.
 
     Raises:
-        UsageError: shapes that do not fit, or a value out of its range. BudgetError: too little is left in the ledger.
-        CheckpointError: the ledger is damaged, or of another number of records.
+        UsageError: shapes that do not fit, or a value out of its range. BudgetError: too little is left in the ledger,
+        or it was begun with another budget. CheckpointError: the ledger is damaged.
     """
-    rows = unit_rows(features, None)
-    targets = torch.as_tensor(np.asarray(labels))
-    if targets.ndim != 1 or len(targets) != len(rows) or targets.dtype.is_floating_point or not len(rows):
+    rows, targets = unit_rows(features, None), np.asarray(labels)
+    if targets.dtype.kind not in "iu" or targets.shape != (len(rows),) or not rows.numel():
         raise UsageError(
-            f"labels of shape {list(targets.shape)} and type {targets.dtype} do not fit {len(rows)} rows of features",
+            f"labels of shape {list(targets.shape)} and type {targets.dtype} do not fit features of {list(rows.shape)}",
             fix="give one whole number per row",
         )
-    if classes < 2:
-        raise UsageError(f"classes is {classes}", fix="declare at least two classes")
+    for name, value, least in (("classes", classes, 2), ("steps", steps, 1)):
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name} is {value!r}", fix=f"give a whole number of at least {least}")
+    ranges = {"epsilon": (epsilon, math.inf), "delta": (delta, 1), "share": (share, 1), "lr": (lr, 1e300),
+              "clip_norm": (clip_norm, 1e300)}  # fmt: skip
+    for name, (value, most) in ranges.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value <= most):
+            raise UsageError(f"{name} is {value!r}", fix=f"give a number above 0, at most {most:g}")
+    if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        raise UsageError(f"momentum is {momentum!r}", fix="give a number from 0 to below 1")
     if bool(((targets < 0) | (targets >= classes)).any()):  # reveals something about the labels, to their owner only
         raise InputError("a label lies outside 0 … classes - 1", fix="declare the right number of classes")
     examples = len(rows)
-    delta = accounting.advised_delta(examples) if delta is None else delta
-    opened = Ledger.open(Path(ledger)) if Path(ledger).exists() else Ledger.create(Path(ledger), examples)
+    delta = accounting.advised_delta(examples) if delta is None else float(delta)
+    validate_budget(epsilon, delta, examples)
+    budget = {"unit": "one row of features", "delta": delta, "examples": examples,
+              "epsilon": "inf" if math.isinf(epsilon) else float(epsilon)}  # fmt: skip
+    opened = _head_ledger(Path(ledger), budget) if Path(ledger).exists() else None
     plan = make_plan(
-        stage="head", epsilon=epsilon, delta=delta, epsilon_target=epsilon, spent=opened.stages(),
-        examples=examples, sample_rate=1.0, steps=steps, clip_norm=clip_norm,
+        stage="head", epsilon=epsilon, delta=delta, epsilon_target=share * epsilon, examples=examples, steps=steps,
+        spent=[] if opened is None else opened.stages(), sample_rate=1.0, clip_norm=clip_norm,
     )  # fmt: skip
     alone = accounting.compose([plan.event], delta).upper
     rate = default_lr(alone, delta, examples, steps, clip_norm) if lr is None else lr
     settings = HeadSettings(rate, momentum, "average")
-    state = begin_head(torch.zeros(rows.shape[1], classes))
+    state, targets = begin_head(torch.zeros(rows.shape[1], classes)), torch.from_numpy(targets.astype(np.int64))
+    opened = opened or Ledger.create(Path(ledger), examples, budget=budget)
     mechanism = PrivateMechanism(
         plan, opened, SystemRandom(), attempt=opened.last_attempt("head") + 1, charge_block=steps
     )
     for step in mechanism.steps():
-        clipped = clipped_softmax_sum(rows, targets.long(), state["head"], clip_norm)
+        clipped = clipped_softmax_sum(rows, targets, state["head"], clip_norm)
         update_head(state, step.release({"head": clipped})["head"], settings, step.number, steps)
     return PrivateHead(released_head(state, settings), opened.spent(delta).upper, delta, plan.noise_multiplier)
+
+
+def _head_ledger(path: Path, budget: dict[str, Any]) -> Ledger:
+    """A ledger of heads that was begun with this budget.
+
+    Raises:
+        BudgetError: it was begun with another ε, δ or N, or is not one of heads alone. CheckpointError: it is damaged.
+    """
+    opened = Ledger.open(path)
+    if opened.budget != budget:
+        said = ", ".join(f"{name} = {value}" for name, value in (opened.budget or {}).items()) or "no budget"
+        asked = ", ".join(f"{name} = {value}" for name, value in budget.items())
+        raise BudgetError(
+            f"the ledger {path} was begun with {said}, and this fit is of {asked}",
+            fix="give the same total ε and δ, and a share of it for each head; another run's ledger cannot be used",
+        )
+    return opened
 
 
 def unit_rows(features: Tensor | np.ndarray, width: int | None) -> Tensor:
     """float32 [N, d] whose rows have length 1; a row that is not finite becomes zero.
 
     Raises:
-        UsageError: not two dimensions, or another width than ``width``.
+        UsageError: not a dense array of real numbers with two dimensions, or another width than ``width``.
     """
+    if isinstance(features, Tensor):
+        features = features.detach()
+        usable = features.layout == torch.strided and not features.is_complex()
+    else:
+        features = np.ascontiguousarray(features)
+        usable = features.dtype.kind in "biuf" and features.dtype.itemsize <= 8
+    if not usable:
+        raise UsageError(f"features are {features.dtype}", fix="give a dense array of real numbers, such as float32")
     rows = torch.as_tensor(features).to(torch.float32)
     if rows.ndim != 2 or (width is not None and rows.shape[1] != width):
         wanted = "[N, d]" if width is None else f"[N, {width}]"

@@ -15,7 +15,7 @@ import torch
 import dprandp
 from dprandp import api
 from dprandp.config.schema import GenerateConfig
-from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
+from dprandp.errors import BudgetError, InputError, UsageError
 from dprandp.generate import blocks_of
 from dprandp.privacy.ledger import Ledger
 from dprandp.synth import render_block
@@ -120,20 +120,35 @@ def test_the_noise_is_that_of_the_plan(tmp_path: Path) -> None:
 def test_heads_of_one_ledger_share_its_budget(tmp_path: Path) -> None:
     features, labels = blobs()
     ledger = tmp_path / "ledger.jsonl"
-    first = dprandp.fit_private_head(features, labels, classes=3, epsilon=1.0, ledger=ledger)
+    given = {"features": features, "labels": labels, "classes": 3, "epsilon": 1.5, "ledger": ledger}
+    first = dprandp.fit_private_head(**given, share=2 / 3)
     assert 0.99 < first.epsilon <= 1.0
     assert float((first.predict(features) == torch.from_numpy(labels)).float().mean()) > 0.9
-    with pytest.raises(BudgetError):
-        dprandp.fit_private_head(features, labels, classes=3, epsilon=1.0, ledger=ledger)
-    second = dprandp.fit_private_head(features, labels, classes=3, epsilon=1.5, ledger=ledger)
+    second = dprandp.fit_private_head(**given)
     assert 1.0 < second.epsilon <= 1.5
+    with pytest.raises(BudgetError, match="uses up"):
+        dprandp.fit_private_head(**given)
     alone = dprandp.fit_private_head(features, labels, classes=3, epsilon=1.5, ledger=tmp_path / "other")
     assert second.noise_multiplier > alone.noise_multiplier
     kept = Ledger.open(ledger, read_only=True)
     assert [charge.steps for charge in kept.charges] == [120, 120]
     assert kept.spent(second.delta).upper == second.epsilon
-    with pytest.raises(CheckpointError, match="300 examples"):  # the records of another ledger
-        dprandp.fit_private_head(features[:30], labels[:30], classes=3, epsilon=9.0, ledger=ledger)
+    few = {"features": features[:30], "labels": labels[:30]}
+    for change in ({"epsilon": 3.0}, {"delta": 1e-6}, {"epsilon": math.inf}, few):  # chosen after a head was seen
+        with pytest.raises(BudgetError, match="was begun with"):
+            dprandp.fit_private_head(**given | change)
+    assert ledger.read_bytes().count(b"\n") == 3
+
+
+def test_a_head_is_never_charged_to_the_ledger_of_something_else(tmp_path: Path) -> None:
+    """Of a run, or of an audit, which has no budget."""
+    for number, budget in enumerate((None, {"epsilon": 1.0, "delta": 1e-5, "examples": 9, "unit": "one image"})):
+        ledger = Ledger.create(tmp_path / str(number), 9, budget=budget)
+        with pytest.raises(BudgetError, match="was begun with"):
+            dprandp.fit_private_head(
+                np.ones((9, 2)), [0] * 9, classes=2, epsilon=1.0, delta=1e-5, ledger=tmp_path / str(number)
+            )
+        assert not Ledger.open(ledger.path).charges
 
 
 def test_rows_that_are_not_finite_count_as_zeros(tmp_path: Path) -> None:
@@ -148,15 +163,27 @@ def test_rows_that_are_not_finite_count_as_zeros(tmp_path: Path) -> None:
     ("change", "error", "said"),
     [
         ({"features": np.zeros(9)}, UsageError, "the shape"),
-        ({"features": np.zeros((0, 8)), "labels": []}, UsageError, "0 rows"),
+        ({"features": np.zeros((0, 8)), "labels": []}, UsageError, "do not fit"),
+        ({"features": np.zeros((9, 0))}, UsageError, "do not fit"),
+        ({"features": torch.zeros(9, 8).to_sparse()}, UsageError, "dense"),
+        ({"features": np.full((9, 8), "x")}, UsageError, "dense"),
+        ({"labels": ["a"] * 9}, UsageError, "do not fit"),
+        ({"labels": np.full(9, 2**64 - 1, np.uint64)}, InputError, "outside"),
         ({"labels": [0, 1]}, UsageError, "do not fit"),
         ({"labels": [0.5] * 9}, UsageError, "do not fit"),
         ({"labels": [3] * 9}, InputError, "outside"),
-        ({"classes": 1}, UsageError, "at least two"),
+        ({"classes": 1}, UsageError, "at least 2"),
+        ({"classes": 2.5}, UsageError, "whole"),
+        ({"epsilon": "1"}, UsageError, "epsilon"),
+        ({"share": 1.5}, UsageError, "share"),
+        ({"lr": math.nan}, UsageError, "lr"),
+        ({"lr": math.inf}, UsageError, "lr"),
+        ({"momentum": 1.0}, UsageError, "momentum"),
+        ({"momentum": math.nan}, UsageError, "momentum"),
         ({"epsilon": 0.0}, UsageError, "epsilon"),
         ({"delta": 0.5}, UsageError, "delta"),
         ({"steps": 0}, UsageError, "step"),
-        ({"clip_norm": 0.0}, UsageError, "clip norm"),
+        ({"clip_norm": 0.0}, UsageError, "clip_norm"),
     ],
 )
 def test_what_a_head_refuses(tmp_path: Path, change: dict, error: type[Exception], said: str) -> None:
@@ -164,6 +191,7 @@ def test_what_a_head_refuses(tmp_path: Path, change: dict, error: type[Exception
     with pytest.raises(error) as caught:
         dprandp.fit_private_head(**given | change)
     assert said in str(caught.value)
+    assert not (tmp_path / "l").exists()  # nothing was begun, let alone charged
 
 
 # --------------------------------------------------------------------------------------------------------- run, models

@@ -229,7 +229,7 @@ def test_public_stages_reach_neither_privacy_nor_data(stage: str) -> None:
 MAY_IMPORT_DATA = {
     "dprandp.dpsgd.stage": {"Dataset", "DataSpec", "Reading", "open_dataset", "without_public_part"},
     # which data a run is about, by their content; and what is wrong with them
-    "dprandp.dpsgd.training_data": {"Dataset", "UnusableData", "listed"},
+    "dprandp.dpsgd.training_data": {"Dataset", "UnusableData", "hash_set", "listed"},
     "dprandp.dpsgd.units": {"Dataset", "DataSpec"},  # types
     "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
     "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
@@ -256,9 +256,9 @@ MAY_READ_PIXELS = {
     },
     "test": {"dprandp.dpsgd.release"},
     "fingerprint": {"dprandp.dpsgd.training_data", "dprandp.dpsgd.features"},
-    "image_fingerprint": {"dprandp.dpsgd.training_data"},
+    "hashes": {"dprandp.dpsgd.training_data"},
     "examine": {"dprandp.dpsgd.training_data", "dprandp.inspection.overview"},
-    "same_images_as": {"dprandp.continual.public", "dprandp.tune.public"},
+    "shares_images_with": {"dprandp.continual.public", "dprandp.tune.public"},
     "grouping": {"dprandp.dpsgd.units", "dprandp.audit"},  # paired runs on the private records, where asked for
 }  # fmt: skip
 

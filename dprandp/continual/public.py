@@ -36,7 +36,7 @@ from dprandp.continual.switching import Look
 from dprandp.data import DataSpec, open_dataset, public_part
 from dprandp.dpsgd.clipped_sums import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
-from dprandp.dpsgd.training_data import use_as_public
+from dprandp.dpsgd.training_data import declare_public, use_as_public
 from dprandp.errors import UsageError
 from dprandp.generate import load_images
 from dprandp.models.classifier import Classifier
@@ -107,12 +107,13 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
     if fraction is None:
         own = open_dataset(config.data, context.data_dir, download=context.download, **data_options(config))
         own.for_input(size)
-        if dataset.same_images_as(own):
+        if dataset.shares_images_with(own):
             raise _private_and_public(config)
         use_as_public(context.rundir, dataset)
         split, part = dataset.train(), f"images of {dataset.spec.name}"
     else:
-        split = public_part(dataset, fraction, config.seed)
+        split, hashes = public_part(dataset, fraction, config.seed)
+        declare_public(context.rundir, hashes)
         part = f"training images of {dataset.spec.name}, a random part by a public seed"
     title = f"{len(split.labels)} {part}, declared public by the user"
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(config.seed))
@@ -136,9 +137,9 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
 
 
 def _private_and_public(config: ContinueConfig) -> UsageError:
+    other = "" if config.data == config.public else f": {config.public} holds some of its images"
     return UsageError(
-        f"{config.data} is given both as private and as public data"
-        + ("" if config.data == config.public else f", under the name {config.public}"),
+        f"{config.data} is given both as private and as public data{other}",
         fix="declare a part of it public: --public fraction:0.1",
     )
 

@@ -28,6 +28,7 @@ from dprandp.data.base import (
 )
 from dprandp.data.files import Reading
 from dprandp.data.folder import open_folder
+from dprandp.data.hashes import hash_set
 from dprandp.data.known import KNOWN, larger_medical, refuse_unsupported
 from dprandp.data.npz import open_npz
 from dprandp.data.problems import UnusableData, listed
@@ -38,8 +39,8 @@ from dprandp.errors import InputError, UsageError, nearest
 
 __all__ = [
     "KNOWN", "DataCheck", "DataSpec", "Dataset", "DatasetRow", "Examination", "Reading", "Split", "Units",
-    "UnusableData", "brought_to", "check_data", "image_files", "list_datasets", "listed", "npz_blocks", "open_dataset",
-    "public_part", "read_unlabelled", "skipped_text", "without_public_part",
+    "UnusableData", "brought_to", "check_data", "hash_set", "image_files", "list_datasets", "listed", "npz_blocks",
+    "open_dataset", "public_part", "read_unlabelled", "skipped_text", "without_public_part",
 ]  # fmt: skip
 
 

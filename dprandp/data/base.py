@@ -19,6 +19,7 @@ import numpy as np
 
 from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.data.files import ImageFiles, Reading
+from dprandp.data.hashes import grey_hashes, hash_set, image_digests
 from dprandp.data.problems import Problem, UnusableData
 from dprandp.data.units import Units, unit_text
 from dprandp.errors import InputError, UsageError
@@ -123,6 +124,7 @@ class Dataset:
         units: which images form one unit of privacy; None where each image is one.
         files: the image files, where the data are some; ``read_with`` says how they are read.
         problems: of files that cannot be used; ``train`` and ``test`` raise them.
+        hashes: split -> what the method of this name gives; None: ``grey_hashes`` of its images.
     """
 
     def __init__(
@@ -133,8 +135,10 @@ class Dataset:
         units: Units | None = None,
         files: ImageFiles | None = None,
         problems: Sequence[Problem] = (),
+        hashes: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         self.spec, self.require = spec, require
+        self._hashes = hashes if files is None else files.hashes
         self._files, self._problems = files, tuple(problems)
         self._units = units
         self._read = read
@@ -236,29 +240,20 @@ class Dataset:
             digest.update(np.ascontiguousarray(self._units.of_image, dtype="<i8").data)
         return digest.hexdigest()
 
-    def image_fingerprint(self) -> str:
-        """SHA-256 (hex) of the training images in any order, without labels and units; as private as they."""
-        return self._image_fingerprint
+    def hashes(self, split: str = "train") -> np.ndarray:
+        """Hashes that show whether an image is in another set too; as private as the images.
 
-    @cached_property
-    def _image_fingerprint(self) -> str:
-        images = self.train().images
-        digest = hashlib.sha256(f"dprandp-images-1 {images.shape} ".encode())
-        digest.update(b"".join(sorted(image_digests(images))))
-        return digest.hexdigest()
+        uint8 [N, 1, 16], ``grey_hashes``; or, of image files, [N, 2, 16]: of the grey values before they were resized,
+        and of the file's bytes, which are the same whatever the rules of decoding.
+        """
+        images = self._load(split).images
+        return grey_hashes(images)[:, None] if self._hashes is None else self._hashes(split)
 
-    def file_fingerprint(self) -> str | None:
-        """``ImageFiles.fingerprint``, as private as the images; None of data that are no image files."""
-        return None if self._files is None else self._files.fingerprint()
-
-    def same_images_as(self, other: Dataset) -> bool:
-        """Whether both training splits hold the same images. Reads them only where the declared facts allow it."""
-        ours, theirs = self.spec, other.spec
-        if (ours.train_examples, ours.image_shape) != (theirs.train_examples, theirs.image_shape):
+    def shares_images_with(self, other: Dataset) -> bool:
+        """Whether an image is in both training splits; reads both, unless they are two known sets."""
+        if self.spec.name != other.spec.name and ":" not in self.spec.name + other.spec.name:
             return False
-        if ours.name != theirs.name and ":" not in ours.name + theirs.name:
-            return False  # two known sets
-        return self.image_fingerprint() == other.image_fingerprint()
+        return not hash_set(self.hashes()).isdisjoint(hash_set(other.hashes()))
 
 
 @dataclass(frozen=True)
@@ -285,11 +280,6 @@ class Examination:
             count = self.units.shared_with_test
             told.append((f"{count} units of {self.units.column} have images in both splits", []))
         return told
-
-
-def image_digests(images: np.ndarray) -> list[bytes]:
-    """A 128-bit hash of each image; uint8 [N, ...]."""
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,12 +436,15 @@ def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset
         whole = dataset._load("train")
         return whole.images[kept], whole.labels[kept]
 
+    def hashes(split: str) -> np.ndarray:
+        return dataset.hashes(split)[kept] if split == "train" else dataset.hashes(split)
+
     rest = dataclasses.replace(spec, train_examples=len(kept))
-    return Dataset(rest, read, dataset.require, problems=dataset._problems)
+    return Dataset(rest, read, dataset.require, problems=dataset._problems, hashes=hashes)
 
 
-def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:
-    """The images and labels that were declared public; arguments as for ``without_public_part``.
+def public_part(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, np.ndarray]:
+    """The images and labels that were declared public, and their ``hashes``; arguments as for ``without_public_part``.
 
     Raises:
         UsageError: as there. InputError: unusable files.
@@ -459,7 +452,7 @@ def public_part(dataset: Dataset, fraction: float, seed: int) -> Split:
     _refuse_units(dataset)
     chosen = public_positions(dataset.spec.train_examples, fraction, seed)
     whole = dataset.train()
-    return Split(whole.images[chosen], whole.labels[chosen])
+    return Split(whole.images[chosen], whole.labels[chosen]), dataset.hashes()[chosen]
 
 
 def _refuse_units(dataset: Dataset) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dprandp.config.decoding import REFUSE, Decoding
 from dprandp.data.dicom import DICOM, read_dicom
+from dprandp.data.hashes import grey_hash
 from dprandp.data.levels import MAX_PIXELS, give, windowed
 from dprandp.errors import InputError
 
@@ -77,17 +78,23 @@ def read_images(paths: Sequence[Path], size: int, what: str, rules: Decoding = R
 
 def decode_all(
     paths: Sequence[Path], size: int, rules: Decoding
-) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
-    """As ``read_images``, but to the end: black where a file is refused; with kind, fix and name of each of these."""
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+    """As ``read_images``, but to the end: black where a file is refused.
+
+    Returns:
+        The images; ``grey_hash`` of each before it was resized, uint8 [N, 16]; kind, fix and name of each refused.
+    """
     images, refused = np.zeros((len(paths), size, size, rules.channels), np.uint8), []
+    hashes = np.zeros((len(paths), 16), np.uint8)
     for index, path in enumerate(paths):
-        made = _decoded_or_why(path, size, size, rules)
-        if isinstance(made, np.ndarray):
-            images[index] = made
+        made = _plain_or_why(path, rules)
+        if isinstance(made, Image.Image):
+            images[index] = _pixels(made, size, size, rules)
+            hashes[index] = grey_hash(np.asarray(made.convert("L")))
         else:
             kind, fix, more = made
             refused.append((kind, fix, f"{path} {more}".strip()))
-    return images, refused
+    return images, hashes, refused
 
 
 def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) -> np.ndarray:
@@ -95,9 +102,9 @@ def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) 
 
     uint8 [height, width, 3], or [height, width, 1] where the rules say grey.
     """
-    made = _decoded_or_why(path, height, width, rules)
-    if isinstance(made, np.ndarray):
-        return made
+    made = _plain_or_why(path, rules)
+    if isinstance(made, Image.Image):
+        return _pixels(made, height, width, rules)
     kind, fix, more = made
     raise InputError(
         f"{what} is {kind}",
@@ -106,8 +113,8 @@ def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) 
     )
 
 
-def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.ndarray | tuple[str, str, str]:
-    """``read_image``, or why not: the kind of problem, the fix, and the name of an exception."""
+def _plain_or_why(path: Path, rules: Decoding) -> Image.Image | tuple[str, str, str]:
+    """The whole image, upright, 8-bit RGB or grey; or why not: kind of problem, fix, name of an exception."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
@@ -115,9 +122,7 @@ def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.
             warnings.simplefilter("error", RuntimeWarning)
             if path.name.lower().endswith(DICOM):
                 made = read_dicom(path, rules) if path.stat().st_size <= MAX_BYTES else TOO_MANY_BYTES
-                if isinstance(made, tuple):
-                    return (*made, "")
-                return _pixels(made, height, width, rules)
+                return (*made, "") if isinstance(made, tuple) else made
             with Image.open(path, formats=FORMATS) as image:
                 objection = _objection(image, path, rules)
                 # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
@@ -125,7 +130,7 @@ def _decoded_or_why(path: Path, height: int, width: int, rules: Decoding) -> np.
                 bits = 8 if objection else _bits_per_channel(image, path)
             image = None if objection else decoded(path.read_bytes())
             if image is not None:
-                return _pixels(_plain(image, mark, bits, rules), height, width, rules)
+                return _plain(image, mark, bits, rules)
     except Exception as error:
         # A decoder may raise any exception for a hostile file.
         return "damaged or not an image", "replace or remove it", type(error).__name__

@@ -1,7 +1,8 @@
 """The images of a data set that is a list of files: decoded in parallel, once, with every problem found.
 
-    images-train.npy   uint8 [N, side, side, 3 or 1], in a run's private folder; and images-test.npy
-    images-train.key   hash of the files' bytes and of the rules by which they were decoded, written after it
+    images-train.npy         uint8 [N, side, side, 3 or 1], in a run's private folder; and images-test.npy
+    images-train.hashes.npy  uint8 [N, 16], of the pixels before they were resized
+    images-train.key         hash of the files' bytes and of the rules by which they were decoded, written after them
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class ImageFiles:
     def __init__(self, name: str, listings: Mapping[str, Listing], rules: Decoding) -> None:
         self.name, self.listings, self.side, self._rules = name, listings, INPUT_SIZE, rules
         self.reading = Reading()
+        self._grey_hashes: dict[str, np.ndarray] = {}
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 [N, side, side, 3 or 1], and labels, int64 [N].
@@ -93,20 +95,29 @@ class ImageFiles:
         folder, shape = self.reading.folder, (len(paths), self.side, self.side, self._rules.channels)
         key = None if folder is None else self._key(paths)
         if folder is not None and (kept := _kept(folder, split, key, shape)) is not None:
-            return kept, labels
-        images, problems = np.empty(shape, np.uint8), []
+            images, self._grey_hashes[split] = kept
+            return images, labels
+        images, hashes, problems = np.empty(shape, np.uint8), np.empty((len(paths), 16), np.uint8), []
         with self.reading.progress(len(paths), f"{split} images decoded") as progress:
-            for start, decoded, found in self._chunks(paths):
-                images[start : start + len(decoded)] = decoded
+            for start, decoded, grey, found in self._chunks(paths):
+                images[start : start + len(decoded)], hashes[start : start + len(decoded)] = decoded, grey
                 problems += [Problem(f"{split} images", *each) for each in found]
                 progress.advance(len(decoded))
         if problems:
             raise UnusableData(self.name, problems)
+        self._grey_hashes[split] = hashes
         if folder is not None and self.reading.writable:
-            _keep(folder, split, key, images)
+            _keep(folder, split, key, images, hashes)
         return images, labels
 
-    def _chunks(self, paths: Sequence[Path]) -> Iterator[tuple[int, np.ndarray, list[tuple[str, str, str]]]]:
+    def hashes(self, split: str) -> np.ndarray:
+        """``Dataset.hashes`` of a split that was read."""
+        files = [np.frombuffer(_digest_of(path)[:16], np.uint8) for path in self.listings[split].paths]
+        return np.stack([self._grey_hashes[split], np.stack(files)], axis=1)
+
+    def _chunks(
+        self, paths: Sequence[Path]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, list[tuple[str, str, str]]]]:
         starts = range(0, len(paths), CHUNK)
         jobs = [(paths[start : start + CHUNK], self.side, self._rules) for start in starts]
         if self.reading.workers == 1 or len(paths) < ALONE_BELOW:
@@ -127,13 +138,8 @@ class ImageFiles:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the bytes of the training files in any order: whatever their decoding."""
-        digests = sorted(map(_digest_of, self.listings["train"].paths))
-        return hashlib.sha256(b"dprandp-files-1 " + b"".join(digests)).hexdigest()
-
     def _key(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(f"dprandp-decoded-1 {self.side} {self._rules.as_dict()}".encode())
+        digest = hashlib.sha256(f"dprandp-decoded-2 {self.side} {self._rules.as_dict()}".encode())
         for path in paths:
             digest.update(_digest_of(path))
         return digest.hexdigest()
@@ -148,7 +154,7 @@ def _digest_of(path: Path) -> bytes:
         return os.urandom(32)
 
 
-def _decode(job: tuple[Sequence[Path], int, Decoding]) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+def _decode(job: tuple[Sequence[Path], int, Decoding]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
     return decode_all(*job)
 
 
@@ -163,27 +169,28 @@ def _begin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _files(folder: Path, split: str) -> tuple[Path, Path]:
-    return folder / f"images-{split}.npy", folder / f"images-{split}.key"
+def _files(folder: Path, split: str) -> tuple[Path, Path, Path]:
+    return tuple(folder / f"images-{split}.{end}" for end in ("npy", "hashes.npy", "key"))
 
 
-def _kept(folder: Path, split: str, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The kept images, mapped: what is written to them stays in memory. None where others, or none, are kept."""
-    path, tag = _files(folder, split)
+def _kept(folder: Path, split: str, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The kept images, mapped (what is written to them stays in memory), and hashes. None where none of these are."""
+    path, hashes, tag = _files(folder, split)
     try:
         if tag.read_text("utf-8") == key:
-            mapped = np.load(path, mmap_mode="c", allow_pickle=False)
-            if (mapped.dtype, mapped.shape) == (np.uint8, shape):
-                return mapped
+            kept = np.load(path, mmap_mode="c", allow_pickle=False), np.load(hashes, allow_pickle=False)
+            if [(each.dtype, each.shape) for each in kept] == [(np.uint8, shape), (np.uint8, (shape[0], 16))]:
+                return kept
     except (OSError, ValueError, EOFError):
         pass  # decoded again
     return None
 
 
-def _keep(folder: Path, split: str, key: str, images: np.ndarray) -> None:
-    path, tag = _files(folder, split)
+def _keep(folder: Path, split: str, key: str, images: np.ndarray, hashes: np.ndarray) -> None:
+    path, hashes_path, tag = _files(folder, split)
     with storage_errors(tag, "remove"):
         tag.unlink(missing_ok=True)
-    with atomic_path(path) as temporary:
-        np.save(temporary, images, allow_pickle=False)
+    for place, array in ((path, images), (hashes_path, hashes)):
+        with atomic_path(place) as temporary:
+            np.save(temporary, array, allow_pickle=False)
     atomic_write(tag, key)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def open_table(
     group = unit_column or (DEFAULT_GROUP if DEFAULT_GROUP in table else EACH_IMAGE)
     if group != EACH_IMAGE:
         _require(path, table, check_column_name(group), "--unit-column NAME")
+        table[group] = [unicodedata.normalize("NFC", value) for value in table[group]]  # before a split is drawn
     splits = _splits(path, table, names, None if group == EACH_IMAGE else group, layout)
 
     problems: list[Problem] = []

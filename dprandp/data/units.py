@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,14 +151,15 @@ def units_of_files(path: Path, column: str, train: Iterable[str], test: Iterable
 
 
 def _clean(values: np.ndarray, origin: str) -> np.ndarray:
-    """[N] integers as they are, or text without surrounding space."""
+    """[N] integers as they are, or text in Unicode's composed form (NFC) without surrounding space."""
     values = values.reshape(-1)
     if values.dtype.kind in "iu":
         absent = values < 0
     else:
         if values.dtype.kind == "S":
             values = np.char.decode(values, "utf-8", "backslashreplace")
-        values = np.char.strip(values)
+        # one name in two spellings of Unicode (files from macOS have the other one) is one unit
+        values = np.array([unicodedata.normalize("NFC", value).strip() for value in values.tolist()])
         absent = np.isin(np.char.lower(values), _MISSING)
     if absent.any():
         raise InputError(

@@ -14,6 +14,7 @@ from dprandp.models.classifier import Classifier
 from dprandp.models.precision import precision_of
 from dprandp.report.card import model_card
 from dprandp.runs.checkpoint import tensors_to_bytes
+from dprandp.runs.directory import RunDir
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.runs.results import (
     ClassFigures,
@@ -68,6 +69,20 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     )
 
 
+def _alone(result: PrivateResult) -> bool:
+    """Whether the model is of no other stage of the run."""
+    return isinstance(result, FinetuneResult) and result.source in WITHOUT_PHASE_ONE
+
+
+def card_of(rundir: RunDir, result: PrivateResult, shape: tuple[int, int, int]) -> str:
+    """The card of the model that a stage of a run has made; ``shape``: height, width, channels of the data's images."""
+    if _alone(result):
+        return model_card(result, None, None, shape=shape)
+    continued = None if isinstance(result, ContinueResult) else rundir.result(ContinueResult)
+    before = rundir.result(PretrainResult), rundir.result(GenerateResult), continued
+    return model_card(result, *before, shape=shape)
+
+
 def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -> None:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
@@ -75,14 +90,9 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
     """
     rundir = stage.context.rundir
     folder = rundir.model_dir
-    if isinstance(result, FinetuneResult) and result.source in WITHOUT_PHASE_ONE:  # of no other stage of the run
-        before, arch = (None, None, None), result.arch
-    else:
-        continued = None if isinstance(result, ContinueResult) else rundir.result(ContinueResult)
-        before = rundir.result(PretrainResult), rundir.result(GenerateResult), continued
-        arch = before[0].arch
+    arch = result.arch if _alone(result) else rundir.result(PretrainResult).arch
     result = replace(result, data=public_data_name(result.data))
-    card = model_card(result, *before, shape=stage.spec.image_shape)
+    card = card_of(rundir, result, stage.spec.image_shape)
     content = {"model.safetensors": tensors_to_bytes(model.state_dict()), "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,

@@ -1,25 +1,37 @@
 """The identity of a run's data: their content, not their name.
 
-    private/training-data.json   hashes of the training split; from the run's first private stage on, or from the first
+    private/training-data.json   hash of the training split; from the run's first private stage on, or from the first
                                  stage that declares a part of it public
+    private/training-images.npy  ``Dataset.hashes`` of its images, one by one
+    private/public-images.npy    those of the images of whole sets that the run has used as public ones
+    private/declared-public.npy  those of the part of its own data that was declared public
     private/data-check.txt       problems found before the first charge, with the names of files
-    private/public-data.json     hashes of the images of whole sets that the run has used as public ones
 
-A hash of private data lets anyone confirm a guess at them, so it is stored only in ``private/``. Only equal data are
-recognised: a set with one changed image is another set.
+A hash of private data lets anyone confirm a guess at them, so it is stored only in ``private/``. A run's data are those
+whose hash is equal. Whether an image is in another set too is asked of each image: of the bytes of its file, and of its
+grey values at the file's size. An image that was resized, cut or edited is another image.
+
+Guarantee:
+    Public sets are refused where they hold a private image. Whether they do can depend on a single record. But where
+    nothing is refused, nothing would be with a record emptied: the guarantee is about the data sets that pass.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+
 from dprandp.config.schema import FRACTION, SYNTHETIC, ContinueConfig, same_data_name
-from dprandp.data import Dataset, UnusableData, listed
+from dprandp.data import Dataset, UnusableData, hash_set, listed
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.runs.console import Console
 from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
-from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.files import atomic_path, atomic_write, to_json
 from dprandp.runs.ledger import ledger_file
 
-KEPT, PUBLIC = "training-data.json", "public-data.json"
+KEPT, IMAGES = "training-data.json", "training-images.npy"
+PUBLIC, DECLARED = "public-images.npy", "declared-public.npy"
 
 
 def fingerprint_of(dataset: Dataset) -> str:
@@ -60,17 +72,28 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
 
 
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
-    """Record the hashes of the run's data: of everything in order; in any order, of the images and of their files."""
-    hashes = {"train": fingerprint, "images": dataset.image_fingerprint(), "files": dataset.file_fingerprint()}
-    hashes = {name: value for name, value in hashes.items() if value is not None}
-    atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
+    """Record the hashes of the run's data: of everything in order, and of single images."""
+    _write(rundir.private_dir / IMAGES, dataset.hashes())
+    atomic_write(rundir.private_dir / KEPT, to_json({"train": fingerprint}, indent=1) + "\n")
 
 
-def hashes_of(rundir: RunDir) -> dict[str, str] | None:
-    """The recorded hashes of the run's data, ``train``, ``images`` perhaps ``files``; None without the first two."""
-    path = rundir.path / "private" / KEPT
-    found = read_hashes(path) if path.exists() else {}
-    return found if {"train", "images"} <= found.keys() else None
+def hashes_of(rundir: RunDir) -> tuple[str, frozenset[bytes]] | None:
+    """The recorded hashes of the run's data, and of their images; None where they are not recorded."""
+    path, images = rundir.path / "private" / KEPT, rundir.path / "private" / IMAGES
+    if not (path.exists() and images.exists()):
+        return None
+    return read_hashes(path).get("train", ""), hash_set(_read(images))
+
+
+def public_images(rundir: RunDir, *names: str) -> frozenset[bytes]:
+    """The recorded hashes of images that the run has used as public ones, whole sets and a part of its own data."""
+    paths = [rundir.path / "private" / name for name in names or (PUBLIC, DECLARED)]
+    return frozenset().union(*(hash_set(_read(path)) for path in paths if path.exists()))
+
+
+def declare_public(rundir: RunDir, hashes: np.ndarray) -> None:
+    """Record which of a run's own images were declared public: another run may take them to be private."""
+    _write(rundir.private_dir / DECLARED, hashes)
 
 
 def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
@@ -95,38 +118,54 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
 
 
 def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
-    """Refuse a whole set as public where its images are the run's private ones; else record that it was public.
+    """Refuse a whole set as public where it holds one of the run's private images; else record that it was public.
 
     Raises:
-        UsageError: they are the run's training images, under any name, order and labels.
+        UsageError: it does, under any name, order, labels and decoding.
     """
-    images = dataset.image_fingerprint()
-    private = rundir.path / "private" / KEPT
-    if private.exists() and read_hashes(private).get("images") == images:
+    hashes, path = dataset.hashes(), rundir.path / "private" / IMAGES
+    if path.exists() and not hash_set(_read(path)).isdisjoint(hash_set(hashes)):
         raise UsageError(
-            f"{dataset.spec.name} holds the private images that this run is about, and was given as public",
-            fix="give other public data, or --public fraction:0.1 to declare a part of them public",
+            f"{dataset.spec.name} holds private images that this run is about, and was given as public",
+            fix="give other public data, or --public fraction:0.1 to declare a part of the private ones public",
         )
-    known = _public_sets(rundir)
-    if images not in known.values():
+    if not hash_set(hashes) <= public_images(rundir, PUBLIC):
         path = rundir.private_dir / PUBLIC
-        atomic_write(path, to_json(known | {str(len(known)): images}, indent=1) + "\n")
+        rows = hashes.reshape(-1, 1, 16)  # of files and of arrays in one table
+        _write(path, np.concatenate([_read(path), rows]) if path.exists() else rows)
 
 
 def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
-    """Raise BudgetError if the run has used these private images as public ones: that cost was never counted."""
-    known = _public_sets(rundir)
-    if known and dataset.image_fingerprint() in known.values():
+    """Raise BudgetError if the run has used any of these private images as public: that cost was never counted."""
+    known = public_images(rundir, PUBLIC)
+    if known and not known.isdisjoint(hash_set(dataset.hashes())):
         raise BudgetError(
-            f"this run has used the images of {dataset.spec.name} as public data, so it cannot count what it tells "
-            "about them",
+            f"this run has used images of {dataset.spec.name} as public data, so it cannot count what it tells about "
+            "them",
             fix="start a new --run for these data, with other public data or none",
         )
 
 
-def _public_sets(rundir: RunDir) -> dict[str, str]:
-    path = rundir.path / "private" / PUBLIC
-    return read_hashes(path) if path.exists() else {}
+def _write(path: Path, hashes: np.ndarray) -> None:
+    with atomic_path(path) as temporary:
+        np.save(temporary, hashes, allow_pickle=False)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        hashes = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path) from error
+    if hashes.dtype != np.uint8 or hashes.ndim != 3 or hashes.shape[2] != 16 or not hashes.shape[1]:
+        raise _damaged(path)
+    return hashes
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, so it is unknown which images this run is about",
+        fix="restore the run's private folder from a copy, or start a new run",
+    )
 
 
 def not_compared(config: ContinueConfig, rundir: RunDir) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """``dprandp compare`` and ``status --runs``: runs side by side, and what those about the same data cost together.
 
 The ε of a run counts that run alone. Runs about the same data add up: anybody who sees two of their models has seen
-both. Which data a run is about is known by the hashes in its ``private/``, never by a name.
+both. Which images a run is about is known by the hashes in its ``private/``, never by a name. Runs that have an image
+in common are composed: for an image that only one of them has, the result is an upper bound as well.
 
 *How they are composed.* All stages of all ledgers go through the accountant that composes the stages of one run
 (``privacy/adaptive.py``): a stage of another run is one more stage. As within a run, the number and budgets of the runs
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from dprandp.config.schema import public_data_name
 from dprandp.dpsgd.budget import read_budget
-from dprandp.dpsgd.training_data import hashes_of
+from dprandp.dpsgd.training_data import hashes_of, public_images
 from dprandp.errors import BudgetError, DprandpError, InputError, UsageError
 from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
@@ -73,6 +74,7 @@ class Comparison:
     runs: list[Row]
     together: list[Together]
     data_unknown: list[str] = field(default_factory=list)  # runs that spent budget and do not say on which data
+    exposed: list[str] = field(default_factory=list)  # images that are public in one run and private in another
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -148,7 +150,8 @@ class _Spent:
     ledger: Ledger
     delta: float
     unit: str
-    hashes: dict[str, str]
+    data: str  # hash of everything in order
+    images: frozenset[bytes]
 
 
 def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
@@ -160,28 +163,33 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
         if hashes is None:
             unknown.append(str(rundir.path))
         else:
-            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, hashes))
+            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, *hashes))
     together = []
     for same in _by_images(spent):
         # other labels or another order make no other records of single images; other units do
         by_records: dict[str, list[_Spent]] = {}
         for each in same:
-            by_records.setdefault("" if each.unit == ONE_IMAGE else each.hashes["train"], []).append(each)
+            by_records.setdefault("" if each.unit == ONE_IMAGE else each.data, []).append(each)
         together += [_together(parts) for parts in by_records.values() if len(parts) > 1]
         if len(by_records) > 1:
             names = tuple(each.run for each in same)
             units = ", ".join(sorted({each.unit for each in same}))
             method = f"the same images under different units of privacy ({units}), whose ε cannot be composed"
             together.append(Together(runs=names, epsilon=None, delta=None, method=method))
-    return Comparison(runs=rows, together=together, data_unknown=unknown)
+    exposed = [
+        f"{rundir.path} has used images as public data that are private in {each.run}"
+        for rundir in opened
+        for each in spent
+        if not public_images(rundir).isdisjoint(each.images)
+    ]
+    return Comparison(runs=rows, together=together, data_unknown=unknown, exposed=exposed)
 
 
 def _by_images(spent: Sequence[_Spent]) -> list[list[_Spent]]:
-    """Runs about the same images: with equal pixels, or equal files, which another decoding makes other pixels of."""
+    """Runs that have images in common, with each other or by way of a third."""
     groups: list[list[_Spent]] = []
     for each in spent:
-        marks = {each.hashes["images"], each.hashes.get("files")} - {None}
-        near = [group for group in groups if any(marks & set(other.hashes.values()) for other in group)]
+        near = [group for group in groups if any(not each.images.isdisjoint(other.images) for other in group)]
         groups = [group for group in groups if group not in near]
         groups.append([other for group in near for other in group] + [each])
     return groups
@@ -239,8 +247,8 @@ def warnings(found: Comparison) -> list[str]:
             total = f"ε = {epsilon_text(each.epsilon)} at δ = {number(each.delta)}"
             said.append(f"{names} are about the same data: together they have spent {total} ({each.method})")
     for run in found.data_unknown:
-        said.append(f"{run} has no private/training-data.json, so it is unknown which other runs are about its data")
-    return said
+        said.append(f"{run} has no private/training-images.npy, so it is unknown which other runs are about its images")
+    return said + found.exposed
 
 
 def lines(found: Comparison) -> str:

@@ -13,21 +13,18 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from dprandp.dpsgd.budget import read_plan_file
+from dprandp.dpsgd.budget import read_budget, read_plan_file
+from dprandp.dpsgd.release import card_of
 from dprandp.errors import AuditError, CheckpointError, InputError
 from dprandp.inspection import OK, attempt, exit_code
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.opinions import second_opinions
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.release import load_run_model
-from dprandp.report.card import card_rows
-from dprandp.report.disclosure import disclosure, epsilon_text
+from dprandp.report.disclosure import epsilon_text
 from dprandp.runs.directory import RunDir
 from dprandp.runs.ledger import ledger_file, open_run_ledger
 from dprandp.runs.results import PrivateResult
-
-FIGURES = 12
-"""The first rows of the disclosure, figures of the mechanism, which must all be on the card."""
 
 FIX = "do not rely on this run"
 
@@ -111,12 +108,18 @@ def _chain(rundir: RunDir) -> str:
 
 def _run_and_ledger(rundir: RunDir) -> str:
     open_run_ledger(rundir, warn=lambda text: None)
+    budget = read_budget(rundir)
+    if budget is not None and not budget.spent <= budget.epsilon * (1 + 1e-9):
+        said = f"ε = {epsilon_text(budget.spent)} was spent of a budget of {epsilon_text(budget.epsilon)}"
+        raise AuditError(said, fix=FIX)
     return "the run's results, last line and budget agree with the ledger"
 
 
 def _plans(rundir: RunDir) -> str:
     planned, lines = read_plan_file(rundir), _lines(rundir)
     entries = {} if planned is None else planned.stages
+    if unplanned := {line["stage"] for line in lines if line["kind"] in ("charge", "tuning")} - entries.keys():
+        raise CheckpointError(f"{', '.join(sorted(map(str, unplanned)))} was charged, but never planned", fix=FIX)
     for name, entry in entries.items():
         plan = entry.plan
         if isinstance(plan, SelectionPlan):
@@ -156,8 +159,9 @@ def _epsilon(rundir: RunDir, result: PrivateResult) -> str:
 
 def _model(rundir: RunDir) -> str:
     model = load_run_model(rundir)
-    card = model.content["MODEL_CARD.md"].decode("utf-8")
-    missing = [row for row in card_rows(disclosure(model.result)[:FIGURES]) if row not in card]
-    if missing:
-        raise CheckpointError(f"the card lacks: {missing[0]}", fix=FIX)
-    return f"hashes as described; {FIGURES} figures of the card agree with the result"
+    card = model.content["MODEL_CARD.md"].decode("utf-8").splitlines()
+    due = card_of(rundir, model.result, model.shape).splitlines()
+    if card != due:
+        other = next((line for line in card if line not in due), "a line is missing")
+        raise CheckpointError(f"the card is not the one of this result and this version: {other[:200]}", fix=FIX)
+    return "hashes as described; the card is the one of the result"

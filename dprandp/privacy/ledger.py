@@ -5,7 +5,8 @@ private trials) and seals of results (the SHA-256 of a finished stage's result).
 before (``previous``) and its own (``hash``), so that an edited, reordered or removed line is found when the file is
 opened. The chain has no key: it finds accidents and careless edits. Missing lines at the end are found by references to
 them: ``includes(head)`` for the head in run.json and every checkpoint, and the plan's check that no checkpoint holds
-more updates than were charged.
+more updates than were charged. No line has a time: how long private tuning took would tell how many trials it made,
+which is secret.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync), and nothing is used before it returns. So the file never
@@ -145,7 +146,7 @@ _TORN = re.compile(
     r'\{"kind":"charge",' + "".join(rf'"{field.name}":(?P<{field.name}>"[^"\\]*"|[^",]+),' for field in fields(Charge))
 )
 _START = b'{"kind":"'
-_LONGEST_LINE = 700
+_LONGEST_LINE = 600
 """Bytes: a charge has under 500 with every number written out to its last digit."""
 
 
@@ -186,8 +187,8 @@ def _compact(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 @contextmanager
@@ -254,7 +255,7 @@ class Ledger:
             "adjacency": ADJACENCY,
             "examples": int(examples),
             "budget": None if budget is None else dict(budget),
-            "created": _now(),
+            "created": _today(),
         }
         temporary = path.with_name(path.name + ".new")
         with _disk(path):
@@ -492,7 +493,7 @@ class Ledger:
     def _append(self, new: _Line, **notes: Any) -> None:
         if self._read_only:
             raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
-        line, digest = seal({**new.record(), "time": _now(), **notes}, self.head)
+        line, digest = seal({**new.record(), **notes}, self.head)
         expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown
         with _disk(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)

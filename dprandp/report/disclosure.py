@@ -244,6 +244,15 @@ def number(value: float | None) -> str:
     return re.sub(r"e([+-])0+", r"e\1", f"{value:.6g}").replace("e+", "e")
 
 
+def rounded_up(value: float) -> str:
+    """A bound for people: two significant digits, not below the value."""
+    if not value > 0:
+        return f"{value:g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    said = f"{value:.2g}"
+    return said if float(said) >= value else f"{value + step / 2:.2g}"
+
+
 def percent(value: float, up: bool = False) -> str:
     """``0.4312`` as ``43.1 %`` with a space that does not break; ``up`` rounds up."""
     tenths = math.ceil(value * 1000 - 1e-9) if up else round(value * 1000)
@@ -447,7 +456,7 @@ def _groups(result: PrivateResult) -> str:
             bound, at = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta), ""
         else:
             bound, group_delta = group_privacy(epsilon, delta, size)
-            at = f" with δ = {min(1.0, group_delta):.2g}"
+            at = f" with δ = {rounded_up(min(1.0, group_delta))}"
         parts.append(f"{size}: ε = {math.ceil(bound * 100 - 1e-9) / 100:g}{at}")
     how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
     return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."

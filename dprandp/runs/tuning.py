@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.runs import records
 from dprandp.runs.directory import RunDir, frozen, result_digest
 from dprandp.runs.files import atomic_write, read_object, to_json
-from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file
 from dprandp.runs.records import Count, Fraction, Number, Text
 from dprandp.runs.results import Tuned
 
@@ -138,6 +139,18 @@ def seal_tuning(rundir: RunDir, record: PrivateTuning) -> None:
     ledger = open_run_ledger(rundir, write=True)
     ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
     rundir.keep_ledger_head(ledger.head)
+
+
+def hide_duration(rundir: RunDir) -> None:
+    """Give the files that private tuning wrote the times of the plan, written before its trials.
+
+    The number of trials is secret, and the time between the files would tell it. Folders of checkpoints have no part in
+    tuning; ``private/`` is not released.
+    """
+    begun = plan_file(rundir).stat()
+    files = (rundir.path / SETTINGS, rundir.path / RECORD, ledger_file(rundir), rundir.path / "run.json")
+    for path in (*files, rundir.path, ledger_file(rundir).parent):
+        os.utime(path, ns=(begun.st_mtime_ns, begun.st_mtime_ns))
 
 
 def refuse_other_tuning(rundir: RunDir, record: Tuning) -> None:

@@ -21,6 +21,7 @@ from dprandp.runs.tuning import (
     PRIVATE,
     PrivateTuning,
     Tuning,
+    hide_duration,
     read_tuning,
     refuse_other_tuning,
     seal_tuning,
@@ -64,6 +65,8 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> Tuning:
     if tune.on == PRIVATE:
         seal_tuning(context.rundir, record)
     write_tuning(context.rundir, record, kept | vars(record.chosen))
+    if tune.on == PRIVATE:
+        hide_duration(context.rundir)
     return record
 
 

@@ -156,7 +156,7 @@ def _public_task(
         own = open_dataset(config.data, context.data_dir, **data_options(config))
         for each in (public_dataset, own):
             each.for_input(size)
-        if public_dataset.same_images_as(own):
+        if public_dataset.shares_images_with(own):
             raise private_data(tune.on)
         use_as_public(context.rundir, public_dataset)
         split = public_dataset.train()

@@ -36,7 +36,7 @@ class TuneConfig:
 def private_data(on: str) -> UsageError:
     """The error for tuning on the private data without charge."""
     return UsageError(
-        f"--on {on} is the private data set itself",
+        f"--on {on} holds images of the private data set",
         fix="give --on private, which is charged to the budget, or the name of public data",
     )
 

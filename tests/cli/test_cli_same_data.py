@@ -194,7 +194,7 @@ def test_private_data_are_not_public_under_another_name(
             done = dprandp(*command, "--run", vit, "--data", "npz:tiny.npz", "--public", name)
             refused(done, 2, "is given both as private and as public data", "fraction:0.1")
         tuned = dprandp("tune", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--on", name)
-        refused(tuned, 2, "is the private data set itself")
+        refused(tuned, 2, "holds images of the private data set")
     assert state_of(vit) == before
 
 
@@ -207,8 +207,8 @@ def test_the_images_that_a_run_is_about_are_never_public_in_it(
     good(dprandp("probe", *small, "--run", vit, "--data", "npz:tiny.npz", "--eps", 4, "--json"))
     before = state_of(vit)
     done = dprandp(*CONTINUE, "--mix", "public", "--run", vit, "--data", other, "--public", name)
-    refused(done, 2, "holds the private images that this run is about", "fraction:0.1")
-    refused(dprandp("tune", "--run", vit, *small, "--data", other, "--on", name), 2, "holds the private images")
+    refused(done, 2, "holds private images that this run is about", "fraction:0.1")
+    refused(dprandp("tune", "--run", vit, *small, "--data", other, "--on", name), 2, "holds private images")
     assert state_of(vit) == before
 
 
@@ -224,9 +224,51 @@ def test_what_a_run_has_used_as_public_is_never_its_private_data(
     else:
         good(dprandp("tune", "--run", vit, *small, *other, "--on", "npz:tiny.npz", "--json"))
     probe = ("probe", *small, "--run", vit, "--eps", 4)
-    refused(dprandp(*probe, "--data", f"npz:{tmp_path}/shuffled.npz"), 5, "has used the images", "as public data")
+    refused(dprandp(*probe, "--data", f"npz:{tmp_path}/shuffled.npz"), 5, "has used images", "as public data")
     assert not (vit / "privacy/ledger.jsonl").exists()
     good(dprandp(*probe, *other, "--json"))
+
+
+def in_colour() -> dict[str, np.ndarray]:
+    """The images of tiny.npz with three equal channels."""
+    made = arrays()
+    return {**made, **{name: np.repeat(made[name][..., None], 3, axis=3) for name in ("x_train", "x_test")}}
+
+
+def as_files(root: Path, colour: bool) -> str:
+    """The images of tiny.npz as files."""
+    made = in_colour() if colour else arrays()
+    for split in ("train", "test"):
+        for index, (image, label) in enumerate(zip(made[f"x_{split}"], made[f"y_{split}"], strict=True)):
+            place = root / split / str(made["classes"][label])
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{index}.png")
+    return f"folder:{root}"
+
+
+def all_but_one() -> dict[str, np.ndarray]:
+    """Other images than those of tiny.npz, but for the last."""
+    made = arrays()
+    return made | {"x_train": np.concatenate([made["x_train"][:-1, ::-1], made["x_train"][-1:]])}
+
+
+def test_images_are_known_in_any_reading_and_one_by_one(
+    dprandp: Dprandp, vit: Path, small: tuple, tmp_path: Path
+) -> None:
+    """In colour or grey, as arrays or files, whole or a single one of them; private first, or public first."""
+    np.savez(tmp_path / "rgb.npz", **in_colour())
+    np.savez(tmp_path / "one.npz", **all_but_one())
+    sets = [f"npz:{tmp_path}/rgb.npz", as_files(tmp_path / "grey", colour=False), f"npz:{tmp_path}/one.npz"]
+    fresh = shutil.copytree(vit, tmp_path / "fresh")
+    good(dprandp("probe", *small, "--run", vit, "--data", "npz:tiny.npz", "--eps", 4, "--json"))
+    for name in sets:
+        for data in ("npz:tiny.npz", inverted(tmp_path / "other.npz")):
+            tuned = dprandp("tune", "--run", vit, *small, "--data", data, "--on", name)
+            refused(tuned, 2, "holds images of the private" if data == "npz:tiny.npz" else "holds private images")
+    files = as_files(tmp_path / "colour", colour=True)
+    good(dprandp("tune", "--run", fresh, *small, *("--data", inverted(tmp_path / "b.npz")), "--on", files, "--json"))
+    for data in (("npz:tiny.npz",), (sets[0],), (sets[1], "--colour", "grey"), (files, "--colour", "grey")):
+        refused(dprandp("probe", *small, "--run", fresh, "--eps", 4, "--data", *data), 5, "as public data")
 
 
 def test_a_private_folder_is_not_public_under_another_name(dprandp: Dprandp, vit: Path, tmp_path: Path) -> None:
@@ -250,7 +292,7 @@ def test_a_finished_or_stopped_continue_knows_both_its_sets_by_content(
     assert result["lost_steps"] > 0
     assert good(dprandp(*command, moved, "--public", other)) == result
     assert good(dprandp(*command, moved, "--public", other, "--plan", before=NO_PIXELS))["action"] == "skip"
-    np.savez(tmp_path / "other-name.npz", **arrays(train=90))
+    np.savez(tmp_path / "other-name.npz", **{**arrays(90), "x_train": arrays(90)["x_train"][:, ::-1]})
     refused(dprandp(*command, moved, "--public", other), 2, "public-images changed")
 
 

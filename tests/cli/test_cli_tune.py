@@ -38,7 +38,14 @@ def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
 def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
     tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 2, "--on", "private", *DATA)
-    charged = good(dprandp(*tune, "--json"))["charged_epsilon"]
+    slowly = "from dprandp.privacy import selection\nimport time\nrun = selection.PrivateSelection.run\n" \
+             "selection.PrivateSelection.run = lambda *given: (run(*given), time.sleep(1.1))[0]"  # fmt: skip
+    charged = good(dprandp(*tune, "--json", before=slowly))["charged_epsilon"]
+    plan = run / "privacy/plan.json"
+    for path in (run, *run.glob("*.*"), *(run / "privacy").iterdir()):  # how long the trials took is nobody's business
+        assert path.stat().st_mtime <= plan.stat().st_mtime, path
+    assert not any("T" in str(value) for line in (run / "privacy/ledger.jsonl").read_text().splitlines()
+                   for key, value in json.loads(line).items() if key in ("time", "created"))  # fmt: skip
     assert 0.178 < charged <= 2 * 0.3 * 0.3
     assert dprandp("status", "--run", run, "--json").json["budget"]["spent"] == charged
     dprandp("report", "--run", run)
@@ -63,7 +70,7 @@ def test_what_tune_refuses(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
     before = state_of(run)
     small = ("tune", "--run", run, "--config", "small.toml", *DATA)
     for flags, code, fragment in (
-        (["--on", "npz:tiny.npz"], 2, "is the private data set itself"),
+        (["--on", "npz:tiny.npz"], 2, "holds images of the private data set"),
         (["--on", "fashion-mnits"], 2, "did you mean"),
         (["--trials", 1], 2, "--trials 1 lies outside"),
         (["--spend", 1], 2, "--spend 1.0 lies outside"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cli_process import Dprandp, refused
 
+from dprandp.privacy.ledger import Ledger
 from dprandp.runs.directory import result_digest
 
 RunAfter = Callable[[str], Path]
@@ -79,7 +80,7 @@ def test_an_epsilon_that_is_too_low_is_found_although_all_hashes_fit(dprandp: Dp
                 line["noise_multiplier"] /= 2
 
     rewrite(run, halve)
-    contradicted(dprandp, run, 4, "plans")
+    contradicted(dprandp, run, 1, "run and ledger", "plans")  # more was spent than the budget, too
     plans = json.loads((run / "privacy/plan.json").read_text())
     for entry in plans["stages"].values():
         entry["plan"]["noise_multiplier"] /= 2
@@ -107,6 +108,35 @@ def test_files_that_contradict_each_other_are_found(dprandp: Dprandp, run_after:
         run = run_after("probe")
         damage(run)
         contradicted(dprandp, run, 4, name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("**(ε = ", "**(ε = 0."), ("unit: ", "unit: one patient, not "), ("private: true", "private: false"),
+     ("zero-out", "replace-one"), ("\n## Disclosure", "\nThe true guarantee is ε = 0.01.\n\n## Disclosure"),
+     ("planned", "never planned")],
+)  # fmt: skip
+def test_a_card_that_says_anything_else_is_found_although_its_hash_fits(
+    dprandp: Dprandp, run_after: RunAfter, old: str, new: str
+) -> None:
+    run = run_after("probe")
+    card, config = run / "model/MODEL_CARD.md", run / "model/config.json"
+    before = hashlib.sha256(card.read_bytes()).hexdigest()
+    edit(card, old, new)
+    edit(config, before, hashlib.sha256(card.read_bytes()).hexdigest())
+    assert "the card" in contradicted(dprandp, run, 4, "model")
+
+
+def test_charges_beyond_the_budget_or_without_a_plan_are_found(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """As another program would append them; and ``status`` tells them as well."""
+    run = run_after("probe")
+    ledger = Ledger.open(run / "privacy/ledger.jsonl")
+    ledger.charge(stage="head", attempt=1, steps=3, planned=3, noise_multiplier=0.5, sample_rate=1.0, clip_norm=1.0,
+                  random="os-entropy")  # fmt: skip
+    said = contradicted(dprandp, run, 1, "run and ledger", "plans")
+    assert "of a budget of" in said
+    assert "head was charged, but never planned" in said
+    assert dprandp("status", "--run", run, "--json").json["budget"]["spent"] > 5
 
 
 def edit(path: Path, old: str, new: str) -> None:

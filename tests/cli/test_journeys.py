@@ -73,7 +73,7 @@ def test_a_folder_with_ten_odd_files(dprandp: Dprandp, tmp_path: Path) -> None:
             (tmp_path / "scans" / split / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / "scans" / split / name)
     images = [path for path in sorted((REAL / "odd-files").iterdir()) if path.name.lower().endswith(EXTENSIONS)]
-    odd = [path for path in images if decode_all([path], 32, REFUSE)[1]][::5][:10]
+    odd = [path for path in images if decode_all([path], 32, REFUSE)[2]][::5][:10]
     assert len(odd) == 10
     for path in odd:
         shutil.copy(path, tmp_path / "scans/train/NORMAL" / f"odd-{path.name}")

@@ -14,13 +14,15 @@ from dprandp.errors import UsageError
 
 def test_the_two_parts_are_the_whole(tmp_path: Path) -> None:
     dataset = open_dataset("digits", tmp_path)
-    rest, public = without_public_part(dataset, 0.1, 3), public_part(dataset, 0.1, 3)
+    rest, (public, hashes) = without_public_part(dataset, 0.1, 3), public_part(dataset, 0.1, 3)
     assert (rest.spec.train_examples, len(public.labels)) == (1296, 144)
     whole = sorted(image.tobytes() for image in dataset.train().images)
     assert sorted(image.tobytes() for image in [*rest.train().images, *public.images]) == whole
     assert np.array_equal(np.sort([*rest.train().labels, *public.labels]), np.sort(dataset.train().labels))
     assert np.array_equal(rest.test().images, dataset.test().images)
     assert rest.fingerprint() != dataset.fingerprint()
+    both = [*map(bytes, rest.hashes()), *map(bytes, hashes)]
+    assert sorted(both) == sorted(map(bytes, dataset.hashes()))
 
 
 def test_naming_the_rest_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dprandp.data import check_data, npz, open_dataset
+from dprandp.data import check_data, hash_set, npz, open_dataset
 from dprandp.errors import InputError, UsageError
 
 
@@ -53,7 +53,7 @@ def test_blocks_of_a_damaged_array_are_refused(tmp_path):
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(InputError, match="no readable .npz file"):
+    with pytest.raises(InputError, match="no readable"):
         list(npz.array_blocks(tmp_path / "a.npz", "x", 4))
 
 
@@ -93,7 +93,7 @@ def test_npz_comes_back_as_it_was(tmp_path, train, test, side, channels, label_t
 @pytest.mark.parametrize(
     ("change", "images"),
     [
-        (lambda a: a["x_train"].__setitem__((3, 2, 1, 0), a["x_train"][3, 2, 1, 0] ^ 1), True),
+        (lambda a: a["x_train"].__setitem__((3, 2, 1, 0), a["x_train"][3, 2, 1, 0] ^ 64), True),
         (lambda a: a["y_train"].__setitem__(4, (a["y_train"][4] + 1) % 3), False),
         (lambda a: a.update(y_train=np.roll(a["y_train"], 1)), False),
         (lambda a: a.update(x_train=a["x_train"][::-1].copy()), False),
@@ -113,7 +113,7 @@ def test_the_fingerprint_is_of_pixels_labels_units_and_their_order(tmp_path, cha
             change(made)
         np.savez(tmp_path / f"{name}.npz", **made)
         dataset = open_dataset(f"npz:{tmp_path / name}.npz", tmp_path, unit_column="p")
-        prints.append((dataset.fingerprint(), dataset.image_fingerprint()))
+        prints.append((dataset.fingerprint(), sorted(hash_set(dataset.hashes()))))
     assert prints[0] == prints[1]
     assert prints[0][0] != prints[2][0]
     assert (prints[0][1] != prints[2][1]) == images

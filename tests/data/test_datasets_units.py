@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dprandp.data import check_data, open_dataset
+from dprandp.data.units import make_units
 from dprandp.errors import InputError, UsageError
 
 PATIENTS = np.array(["b", "a", "b", "c", "a", "b"])
@@ -53,6 +55,13 @@ def test_images_with_equal_values_are_one_unit(npz, values, asked):
     assert units.of_image.dtype == np.int64
     assert (units.count, dataset.spec.train_units, dataset.spec.train_examples) == (3, 3, 6)
     assert dataset.spec.unit == "one patient (column patient_train)"
+
+
+def test_one_name_in_two_spellings_of_unicode_is_one_unit(npz):
+    composed, apart = unicodedata.normalize("NFC", "Mü"), unicodedata.normalize("NFD", "Mü")
+    assert composed != apart
+    units = make_units("p", np.array([composed, apart, "Mu", f" {apart}"]), np.array([apart]), "x")
+    assert (units.count, units.of_image.tolist(), units.shared_with_test) == (2, [1, 1, 0, 1], 1)
 
 
 def test_groups_train_is_used_unless_each_image_is_asked_for(npz):

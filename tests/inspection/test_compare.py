@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dprandp.errors import CheckpointError, InputError, UsageError
@@ -28,20 +30,30 @@ PATIENT = "one patient (column patient_train)"
 Make = Callable[..., Path]
 
 
+def hashes(names: str) -> np.ndarray:
+    """Of images with these names, as ``Dataset.hashes`` has them."""
+    digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names.split()]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 1, 16)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A run that has charged full batches (T, σ), or sampled ones (T, σ, q), and has no model yet."""
+    """A run that has charged full batches (T, σ), or sampled ones (T, σ, q), and has no model yet.
+
+    ``images``: names of its images.
+    """
 
     def made(
-        name: str, *charges: tuple, train: str = "t", images: str | None = "i", unit: str = "one image",
+        name: str | int, *charges: tuple, train: str = "t", images: str | None = "i", unit: str = "one image",
         delta: float = 1e-5, tuning: bool = False, random: str = "os-entropy",
     ) -> Path:  # fmt: skip
-        run = RunDir.open(tmp_path / name, create=True)
+        run = RunDir.open(tmp_path / str(name), create=True)
         plan = {"format": 1, "data": f"npz:/secret/{name}.npz", "epsilon": 3.0, "delta": delta, "examples": 1000,
                 "unit": unit, "stages": {}}  # fmt: skip
         with run.lock():
             if images is not None:
-                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train, "images": images}))
+                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train}))
+                np.save(run.private_dir / "training-images.npy", hashes(images))
             ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", 1000, budget=sealed_budget(plan))
             atomic_write(run.privacy_dir / "plan.json", json.dumps(plan))
             run.keep_ledger_head(ledger.head)
@@ -85,7 +97,29 @@ def test_what_counts_is_the_content_of_the_data(make: Make) -> None:
     assert compare([a, other]).together == compare([a, quiet]).together == compare([a, a]).together == []
     unknown = make("unknown", (100, 40.0), images=None)
     assert compare([a, unknown]).data_unknown == [str(unknown)]
-    assert f"{unknown} has no private/training-data.json" in lines(compare([a, unknown]))
+    assert f"{unknown} has no private/training-images.npy" in lines(compare([a, unknown]))
+
+
+def test_runs_are_composed_from_the_first_image_that_they_have_in_common(make: Make) -> None:
+    """Also by way of a third. The control: no image in common."""
+    first, second, third = (make(name, (100, 40.0), images=f"{name} {name + 1}") for name in range(3))
+    apart = make("d", (100, 40.0), images="m n")
+    assert [each.runs for each in compare([first, third, apart]).together] == []
+    (together,) = compare([first, second, third, apart]).together
+    assert together.runs == (str(first), str(second), str(third))
+    truth = gaussian_dp_epsilon(math.sqrt(3 * 100 / 40.0**2), 1e-5)
+    assert truth <= together.epsilon <= 1.01 * truth
+
+
+@pytest.mark.parametrize("name", ["public-images.npy", "declared-public.npy"])
+def test_an_image_that_is_public_in_one_run_and_private_in_another_is_named(make: Make, name: str) -> None:
+    first, second, third = (make(run, (100, 40.0), images=run) for run in "ijk")
+    np.save(first / "private" / name, hashes("x j"))
+    found = compare([first, second, third])
+    assert (found.exposed, found.together) == (
+        [f"{first} has used images as public data that are private in {second}"], []
+    )  # fmt: skip
+    assert found.exposed[0] in lines(found)
 
 
 def test_units_are_not_mixed(make: Make) -> None:

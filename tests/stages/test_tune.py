@@ -114,9 +114,9 @@ def test_public_data_are_read_from_their_training_split_alone(
     for name in ("test", "fingerprint"):
         monkeypatch.setattr(datasets.Dataset, name, None)
     result = run_tune(copy(public_run), data, asked={"on": public})
-    assert set(read) == {public}  # to be compared with the private data, and to be used; not the private ones
+    assert set(read) == {public}  # the private ones are read for their hashes alone
     assert (result["on"], result["fitted_examples"] + result["held_out_examples"]) == (public, TRAIN - 20)
-    with pytest.raises(UsageError, match="private data set itself"):
+    with pytest.raises(UsageError, match="holds images of the private data set"):
         run_tune(copy(public_run), data, asked={"on": data})
 
 
