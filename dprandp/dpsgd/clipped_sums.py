@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional
 
+from dprandp import losses
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd.masks import FrozenPrefix
 from dprandp.dpsgd.units import UnitRows
@@ -56,6 +56,8 @@ class SumSettings:
     flip: bool  # mirror half of the views
     clip_norm: float  # C
     automatic: bool = False  # automatic clipping, see ``privacy.clipping``
+    class_shares: tuple[float, ...] | None = None  # declared ones, by which the loss is weighted
+    multi_label: bool = False  # what the shares are of, see ``losses.class_weights``
     precise: bool = False  # clip and add in float64, so that rounding adds nothing to the sensitivity (discrete noise)
     microbatch: int | None = None  # examples whose gradients are held together; None: by the model. Memory only
     frozen_first: int = 0  # units of the extractor before the first that is trained (``masks.FrozenBlocks``)
@@ -66,7 +68,7 @@ class Batch:
     """Records of one step: images, or units of several. Private."""
 
     images: Tensor  # uint8 [M, 3, 32, 32], those of one unit next to each other
-    labels: Tensor  # int64 [M]
+    labels: Tensor  # int64 [M], or [M, classes] of 0 and 1
     members: Tensor  # int64 [M], the images' positions in the data set, by which their views are drawn
     sizes: Tensor | None = None  # int64 [U], images of each unit; None where every image is a record
 
@@ -208,9 +210,11 @@ def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
     views are uint8 [B, K, 3, 32, 32], or what the first frozen units put out, float32 [B, K, ...].
     """
     scale, device = settings.scale, model.head.device
+    weights = losses.class_weights(settings.class_shares, settings.multi_label)
+    weights = None if weights is None else weights.to(device)
     closed_form = device.type == "cpu" and bool(patch_layers(model.extractor))
     if not closed_form and not has_layer_gradients(model.extractor):
-        loss = loss_function(model, scale)
+        loss = loss_function(model, scale, weights)
 
         def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
             most = 1 if device.type == "cpu" else max(1, min(DEVICE_RECORDS, DEVICE_VIEWS // views.shape[1]))
@@ -232,7 +236,7 @@ def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
             gradients_of = layers.of
         for start in range(0, len(views), together):
             part = slice(start, start + together)
-            gradients = gradients_of(views[part], labels[part])
+            gradients = gradients_of(views[part], labels[part], weights)
             if scale != 1:
                 for name in parameters:
                     if name.startswith(EXTRACTOR):
@@ -242,13 +246,13 @@ def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
     return source
 
 
-def loss_function(model: Classifier, scale: float) -> Callable[..., Tensor]:
-    """(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean cross-entropy over the K views of one example."""
+def loss_function(model: Classifier, scale: float, class_weights: Tensor | None = None) -> Callable[..., Tensor]:
+    """(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean loss (``losses``) over the K views of one example."""
 
     def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
         parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
         scores = functional_call(model, parameters, (model.extractor.normalise(views),))
-        return functional.cross_entropy(scores, label.expand(len(views)))
+        return losses.loss(scores, label.expand(len(views), *label.shape), class_weights).mean()
 
     return loss
 

@@ -227,7 +227,8 @@ def private_features(
 
     Returns:
         float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N]. On other ranks than
-        rank 0, which take part in the extraction, the features have no rows.
+        rank 0, which take part in the extraction, the features have no rows. Of several labels an image, they are int64
+        [N, labels] of 0 and 1.
 
     Raises:
         InputError: the ranks have other data, or another extractor, than one another.
@@ -316,7 +317,7 @@ def _kept(
 
 
 def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features (float [N, d] or [N, K, d] on the CPU) and labels (int64 [N]) on the device that fits the head.
+    """Features (float [N, d] or [N, K, d]) and labels (int64 [N] or [N, classes]), from the CPU to the head's device.
 
     Features that do not fit into ``PLACED_PART`` of its free memory stay where they are, and ``clipped_softmax_sum``
     sends them to the device block by block. Labels are checked here, since an accelerator does not check them.

@@ -27,18 +27,27 @@ class UnitRows:
         return self.order[np.repeat(self.offsets[units], sizes) + within], sizes
 
     def clipped_softmax_sum(
-        self, features: Tensor, labels: Tensor, units: np.ndarray, weight: Tensor, clip_norm: float, *, precise: bool
+        self,
+        features: Tensor,
+        labels: Tensor,
+        units: np.ndarray,
+        weight: Tensor,
+        clip_norm: float,
+        *,
+        precise: bool,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """``clipped_softmax_sum_of_units`` of a batch: ``units``, int64 [U], maybe none. No feature is copied.
 
         Args:
-            features: float [N, d] or [N, K, d], of all images. labels: int64 [N].
+            features: float [N, d] or [N, K, d], of all images. labels: int64 [N] or [N, classes].
         """
         images, sizes = self.images(units)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
         return clipped_softmax_sum_of_units(
-            features, labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images)
-        )
+            features, labels, offsets, weight, clip_norm, precise=precise, rows=torch.from_numpy(images),
+            class_weights=class_weights,
+        )  # fmt: skip
 
 
 def unit_rows(dataset: Dataset | None) -> UnitRows | None:

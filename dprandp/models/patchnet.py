@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dprandp import losses
 from dprandp.models import kernels
 from dprandp.models.precision import dtype_of, full_precision
 from dprandp.models.whitening import Part
@@ -389,8 +390,10 @@ def patch_layers(extractor: nn.Module) -> dict[str, PatchLayer]:
 
 
 @torch.no_grad()
-def per_example_gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Gradients of the mean cross-entropy over each example's views, in closed form, on the CPU.
+def per_example_gradients(
+    model: nn.Module, views: Tensor, labels: Tensor, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss over each example's views, in closed form, on the CPU.
 
     Several times faster than automatic ones. In each layer: responses R = W P + b, features f = pooled roots of the
     excess of ±R, u = (f − mean) A, z = √share · u / ‖u‖; then scores = z H. Backwards, the gradient of R is the root's
@@ -399,7 +402,8 @@ def per_example_gradients(model: nn.Module, views: Tensor, labels: Tensor) -> di
     extractor's precision, whitening too, also backwards; the other products of the gradients are in float32.
 
     Args:
-        model: a ``Classifier`` whose extractor has ``patch_layers``. views: uint8 [B, K, 3, 32, 32]. labels: int64 [B].
+        model: a ``Classifier`` whose extractor has ``patch_layers``. views: uint8 [B, K, 3, 32, 32].
+        labels, class_weights: as of ``losses.residual``, for B examples.
 
     Returns:
         float32 by the model's names: of each layer 'weight' [B, F, r] and 'bias' [B, F]; 'head' [B, dims, classes].
@@ -408,10 +412,12 @@ def per_example_gradients(model: nn.Module, views: Tensor, labels: Tensor) -> di
         Row i is a function of example i alone.
     """
     with full_precision(views.device):
-        return _gradients(model, views, labels)
+        return _gradients(model, views, labels, class_weights)
 
 
-def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, views: Tensor, labels: Tensor, class_weights: Tensor | None
+) -> dict[str, Tensor]:
     examples, count = views.shape[:2]
     flat = views.flatten(0, 1)
     features, whitener = model.extractor.extract(flat), model.whitener
@@ -421,9 +427,7 @@ def _gradients(model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Ten
         lengths.append(whitened.norm(dim=1, keepdim=True).clamp_min(1e-12))
         units.append(whitened / lengths[-1])
     unit = torch.cat([part * length for part, (_, length) in zip(units, whitener.rows(), strict=True)], dim=1)
-    residual = functional.softmax(unit @ model.head, dim=1) - functional.one_hot(
-        labels.repeat_interleave(count), model.head.shape[1]
-    )
+    residual = losses.residual(unit @ model.head, labels.repeat_interleave(count, dim=0), class_weights)
     residual /= count  # the mean over the views
     gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.unflatten(0, (examples, count)) for x in (unit, residual)))}
     towards = (residual @ model.head.t()).chunk(len(units), dim=1)

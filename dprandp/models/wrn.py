@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dprandp import losses
 from dprandp.errors import UsageError
 from dprandp.models.precision import autocast, full_precision
 from dprandp.models.whitening import Part
@@ -599,11 +600,12 @@ class WrnGradients:
             layer.refresh()
 
     @torch.no_grad()
-    def of(self, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def of(self, views: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> dict[str, Tensor]:
         """The gradients of some records.
 
         Args:
-            views: uint8 [B, K, 3, H, W], or float32 outputs of the units before ``first``. labels: int64 [B].
+            views: uint8 [B, K, 3, H, W], or float32 outputs of the units before ``first``.
+            labels, class_weights: as of ``losses.residual``, for B records.
 
         Returns:
             float32 by the model's names, each [B, ...]; filters with their channels last in memory. Where a record's
@@ -620,7 +622,7 @@ class WrnGradients:
         def work(part: int, parts: int) -> None:
             for first in starts[part::parts]:
                 some = slice(first, first + step)
-                head[some] = self._some(views[some], labels[some], first)
+                head[some] = self._some(views[some], labels[some], class_weights, first)
 
         with full_precision(views.device):
             in_parts(work, max(1, min(threads, len(starts))))
@@ -628,7 +630,7 @@ class WrnGradients:
         return {"head": head} | rows
 
     @torch.no_grad()
-    def _some(self, views: Tensor, labels: Tensor, first: int) -> Tensor:
+    def _some(self, views: Tensor, labels: Tensor, class_weights: Tensor | None, first: int) -> Tensor:
         """Gradients of the head for a few records; those of the layers go to their rows from ``first`` on."""
         model, (records, count) = self._model, views.shape[:2]
         together = (not self._threaded or count <= FEW_VIEWS) if self._together is None else self._together
@@ -638,9 +640,7 @@ class WrnGradients:
                 features = self._features(views.flatten(0, 1))
             unit = model.whitener(features)  # float32 again: the last layers are a norm and a mean
         x = unit.detach()
-        residual = F.softmax(x @ model.head, dim=1)
-        chosen = labels.repeat_interleave(count)[:, None]
-        residual = residual.scatter_add(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen)) / count
+        residual = losses.residual(x @ model.head, labels.repeat_interleave(count, dim=0), class_weights) / count
         if self._layers:
             unit.backward(residual @ model.head.t())
         return torch.einsum("bkd,bkc->bdc", *(value.view(records, count, -1) for value in (x, residual)))

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
+from dprandp import losses
 from dprandp.errors import UsageError
 from dprandp.threads import in_parts
 
@@ -204,10 +205,12 @@ def clipped_softmax_sum(
     clip_norm: float,
     precise: bool = False,
     rows: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum of clipped gradients of the softmax cross-entropy of a linear head without bias, in closed form.
+    """The sum of clipped gradients of the loss of a linear head without bias, in closed form.
 
-    A view's gradient is the outer product x rᵀ of its features and its residual r = softmax(xW) − onehot(y), so
+    A view's gradient is the outer product x rᵀ of its features and the residual r of its scores xW
+    (``losses.residual``: softmax(xW) − onehot(y) where an image has one class), so
 
         mean over views:  G = (1/K) Σ_k x_k r_kᵀ,    ‖G‖² = (1/K²) Σ_kl ⟨x_k, x_l⟩ ⟨r_k, r_l⟩   (K × K Gram matrices)
 
@@ -216,11 +219,12 @@ def clipped_softmax_sum(
 
     Args:
         features: [B, D] or [B, K, D], any floating dtype, of any norm; B may be 0. On the weight's device or the CPU.
-        labels: int64 [B], values in 0 … classes−1, on either of the two devices. On the CPU they are checked; an
-            accelerator refuses others by itself, by an error that ends its use.
+        labels: int64 [B], values in 0 … classes−1, or [B, classes] of 0 and 1, on either of the two devices. On the
+            CPU they are checked; an accelerator refuses a class that there is not by an error that ends its use.
         weight: [D, classes], on the device that computes.
         precise: compute in float64 throughout, so that rounding cannot add to the sensitivity (for discrete noise).
         rows: int64 [b] on the CPU, positions of the records of the batch, each at most once. None for all B records.
+        class_weights: of the loss (``losses.class_weights``). A gradient is clipped after it was weighted.
 
     Returns:
         float32 [D, classes] (float64 for float64 features, or where ``precise``) on the weight's device. UsageError
@@ -236,12 +240,13 @@ def clipped_softmax_sum(
     if rows is not None:
         labels, rows = labels[rows.to(labels.device)], rows.to(features.device)
     labels = labels.to(weight.device)
+    class_weights = None if class_weights is None else class_weights.to(weight)
 
     def part(number: int, parts: int) -> torch.Tensor:
         mine = slice(number * count // parts, (number + 1) * count // parts)
         if rows is None:
-            return _softmax_part(features[mine], labels[mine], weight, clip_norm, block)
-        return _softmax_part(features, labels[mine], weight, clip_norm, block, rows[mine])
+            return _softmax_part(features[mine], labels[mine], weight, clip_norm, block, class_weights)
+        return _softmax_part(features, labels[mine], weight, clip_norm, block, class_weights, rows[mine])
 
     many = on_cpu and count >= 4 * block
     total = sum(in_parts(part, None if many else 1))
@@ -253,10 +258,12 @@ def check_softmax_inputs(
 ) -> None:
     """Refuse invalid arguments of ``clipped_softmax_sum``. No message contains a label."""
     require_clip_norm(clip_norm)
-    if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[0] or labels.shape != features.shape[:1]:
+    count = features.shape[:1]
+    fit = features.ndim in (2, 3) and features.shape[-1] == weight.shape[0]
+    if not fit or labels.shape not in (count, (*count, weight.shape[1])):
         raise UsageError(
             f"Features {tuple(features.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)} do not fit.",
-            fix="Give features [B, D] or [B, K, D], labels [B] and weight [D, classes].",
+            fix="Give features [B, D] or [B, K, D], labels [B] or [B, classes] and weight [D, classes].",
         )
     if labels.device.type == "cpu":  # an accelerator would be waited for, and refuses them by itself
         check_labels(labels, weight.shape[1])
@@ -271,8 +278,13 @@ def check_softmax_inputs(
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Refuse labels, int64 [B], outside 0 … classes−1; the message holds none. Waits for the labels' device."""
-    if not bool(((labels >= 0) & (labels < classes)).all()):
+    """Refuse labels, int64 [B], outside 0 … classes−1, or [B, classes] that are not 0 or 1; the message holds none.
+
+    Waits for the labels' device.
+    """
+    if labels.ndim == 2 and not bool(((labels == 0) | (labels == 1)).all()):
+        raise UsageError("A label is neither 0 nor 1.", fix="Give 1 for each label that an image has, else 0.")
+    if labels.ndim == 1 and not bool(((labels >= 0) & (labels < classes)).all()):
         raise UsageError(f"A label is outside 0 … {classes - 1}.", fix="Declare as many classes as the data set has.")
 
 
@@ -283,6 +295,7 @@ def _softmax_part(
     weight: torch.Tensor,
     clip_norm: float,
     block: int,
+    class_weights: torch.Tensor | None,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum over some records, float64 [classes, D]; ``labels`` are those of ``rows`` where these are given."""
@@ -298,9 +311,8 @@ def _softmax_part(
         if buffer is not None:
             x = buffer[: len(x)].copy_(x)
         flat = x.reshape(-1, x.shape[-1])
-        residual = torch.softmax(columns @ flat.T, dim=0).T.reshape(len(x), views, classes)
-        chosen = labels[start : start + block].view(-1, 1, 1).expand(-1, views, 1)
-        residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
+        scores = (columns @ flat.T).T.reshape(len(x), views, classes)
+        residual = losses.residual(scores, _of_views(labels[start : start + block], views), class_weights)
         factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)
         counted = factors > 0
         residual.mul_((factors / views).view(-1, 1, 1))
@@ -309,6 +321,11 @@ def _softmax_part(
             flat = torch.where(counted.repeat_interleave(views)[:, None], flat, torch.zeros_like(flat))
         total += residual.view(-1, classes).T @ flat  # [classes, D]: the faster orientation of the two
     return total
+
+
+def _of_views(labels: torch.Tensor, views: int) -> torch.Tensor:
+    """Labels [b, ...] for each of a record's views: [b, views, ...]."""
+    return labels[:, None].expand(-1, views, *labels.shape[1:])
 
 
 def outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -368,6 +385,7 @@ def clipped_softmax_sum_of_units(
     clip_norm: float,
     precise: bool = False,
     rows: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``clipped_softmax_sum`` over units: unit u with m images of K views adds G_u · min(1, C/‖G_u‖), where
 
@@ -377,7 +395,7 @@ def clipped_softmax_sum_of_units(
     smaller, ‖G_u‖ comes from the Gram matrices of the rows.
 
     Args:
-        features, labels, weight, precise: as there; one row, or K, for each of M images.
+        features, labels, weight, precise, class_weights: as there; one row, or K, for each of M images.
         offsets: int64 [U+1] on the CPU, rising strictly from 0 to M: unit u has the rows offsets[u] … offsets[u+1]−1.
         rows: int64 [m] on the CPU, positions of images, each at most once; the offsets then cut *these* into units.
             None where the images lie unit by unit already.
@@ -394,13 +412,16 @@ def clipped_softmax_sum_of_units(
         )
     precision = torch.float64 if precise or features.dtype == torch.float64 else torch.float32
     weight = weight.to(precision)
+    class_weights = None if class_weights is None else class_weights.to(weight)
     views = features.shape[1] if features.ndim == 3 else 1
     total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     for size in sizes.unique().tolist():
         starts = offsets[:-1][sizes == size]
         if size == 1:
             single = starts if rows is None else rows[starts]
-            total += clipped_softmax_sum(features, labels, weight, clip_norm, precise=precise, rows=single)
+            total += clipped_softmax_sum(
+                features, labels, weight, clip_norm, precise=precise, rows=single, class_weights=class_weights
+            )
             continue
         width = max(size * views * weight.shape[0], weight.numel()) * weight.element_size()
         for first in starts.split(max(1, BLOCK_BYTES // width)):
@@ -408,17 +429,21 @@ def clipped_softmax_sum_of_units(
             places = places if rows is None else rows[places]
             x = sent(features[places.to(features.device)], weight.device).to(precision)
             own = labels[places.to(labels.device)].to(weight.device)
-            total += _equal_units(x, own, weight, clip_norm)
+            total += _equal_units(x, own, weight, clip_norm, class_weights)
     return total.to(precision)
 
 
-def _equal_units(features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """The clipped sum over units of equal size, float64: features [U, m, D] or [U, m, K, D], labels [U, m]."""
+def _equal_units(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    clip_norm: float,
+    class_weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """The clipped sum over units of equal size, float64: features [U, m, D] or [U, m, K, D], labels [U, m, ...]."""
     views = features.shape[2] if features.ndim == 4 else 1
     x = features.reshape(len(features), -1, features.shape[-1])
-    residual = torch.softmax(x @ weight, dim=2)
-    chosen = labels.repeat_interleave(views, dim=1)[..., None]
-    residual.scatter_add_(2, chosen, residual.new_full((1, 1, 1), -1.0).expand_as(chosen))
+    residual = losses.residual(x @ weight, labels.repeat_interleave(views, dim=1), class_weights)
     if x.shape[1] < weight.shape[1]:  # the norm from Gram matrices is cheaper than the gradient itself
         factors = clip_factors(outer_norms(x, residual), clip_norm)
         counted = (factors > 0)[:, None, None]

@@ -1,7 +1,7 @@
 """DP-SGD of a linear head on features that are already computed: Phase II, and the end of Phase III.
 
-The gradient of a linear softmax head and its norm have a closed form: a full-batch step over 50,000 examples takes a
-fraction of a second.
+The gradient of a linear head and its norm have a closed form: a full-batch step over 50,000 examples takes a fraction
+of a second.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class HeadSettings:
     lr: float
     momentum: float
     released: str
+    class_weights: Tensor | None = None  # of the loss: ``losses.class_weights``
 
 
 State = dict[str, Tensor]
@@ -105,7 +106,7 @@ def fit_head(
     Args:
         stage: its plan is fixed.
         features: float [N, d] or [N, K, d] on the CPU, unit norm (private); memory-mapped or not.
-        labels: int64 [N] on the CPU (private).
+        labels: int64 [N], or [N, classes] of 0 and 1, on the CPU (private).
         start: float32 [d, classes], where the head begins: zero, or the released head of an earlier stage.
         folder: checkpoints and metrics.jsonl.
 
@@ -133,6 +134,7 @@ def fit_head(
     every = max(1, plan.steps // CHECKPOINTS)
     mechanism = stage.mechanism(first_step, ledger_head)
     precise = plan.noise == "discrete"  # then rounding must not add to the sensitivity either
+    rule = {"precise": precise, "class_weights": settings.class_weights}
     rows = unit_rows(stage.dataset)
 
     def save(done: int) -> None:
@@ -143,12 +145,10 @@ def fit_head(
             # ----------------------------------------------------------------------------------- private: a clipped sum
             head = state["head"]
             if rows is not None:
-                clipped = rows.clipped_softmax_sum(
-                    features, labels, step.indices, head, plan.clip_norm, precise=precise
-                )
+                clipped = rows.clipped_softmax_sum(features, labels, step.indices, head, plan.clip_norm, **rule)
             else:
                 batch = None if plan.sample_rate == 1 else torch.from_numpy(step.indices)
-                clipped = clipped_softmax_sum(features, labels, head, plan.clip_norm, precise=precise, rows=batch)
+                clipped = clipped_softmax_sum(features, labels, head, plan.clip_norm, rows=batch, **rule)
             # ------------------------------------------------------------------- from here on: post-processing of noise
             update = step.release({"head": clipped})["head"]
             update_head(state, update, settings, step.number, plan.steps)
