@@ -1,4 +1,5 @@
-"""How a user's own images are listed: classes, splits and the columns of a table. Declared once, as public settings."""
+"""How a user's own images are listed, and what their labels are: classes, splits and the columns of a table. Declared
+once, as public settings."""
 
 from __future__ import annotations
 
@@ -25,6 +26,21 @@ class Layout:
         None, "Columns of csv: data that have other names than path, label and split, such as path=file,label=finding.",
         True, panel=DATA, metavar="PART=NAME,...", otherwise="path, label and split",
     )  # fmt: skip
+    label_separator: str | None = setting(
+        None, "For csv: data with several labels an image (multi-label): what separates them in the column label, such "
+        "as |. An empty cell is an image without any of them.", True, panel=DATA, metavar="TEXT", line=True,
+        otherwise="each image has one class",
+    )  # fmt: skip
+    class_shares: str | None = setting(
+        None, "Share of all images that each class has (of several labels an image: that have each label), in the "
+        "order of the classes. The loss is weighted so that all classes count alike. Declare public knowledge, never "
+        "counts of the private labels: ε would not cover them.", True, panel=DATA, metavar="S,S,...",
+        otherwise="the loss is not weighted",
+    )  # fmt: skip
+    ordinal: bool | None = setting(
+        None, "The classes are grades, in their order: adds a weighted kappa to the figures.", True, panel=DATA,
+        otherwise="as a known data set declares, else no",
+    )  # fmt: skip
     split_by: Literal["group", "image"] | None = setting(
         None, "For csv: data without a column split: draw the test split, whole groups (the values of --unit-column) "
         "or single images.", True, panel=DATA, otherwise="the column split",
@@ -47,6 +63,22 @@ class Layout:
                 fix="give both, such as --split-by group --test-fraction 0.2, or none of the three",
             )
         self.column_names()
+        self.shares()
+
+    def shares(self) -> tuple[float, ...] | None:
+        """The declared shares of the classes, each in (0, 1)."""
+        if self.class_shares is None:
+            return None
+        try:
+            found = tuple(map(float, self.class_shares.split(",")))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < share < 1 for share in found):
+            raise UsageError(
+                f"class_shares = {self.class_shares!r} are not numbers between 0 and 1",
+                fix="give one share for each class, separated by commas, such as 0.9,0.1",
+            )
+        return found
 
     def column_names(self) -> dict[str, str]:
         """Part -> name of its column."""

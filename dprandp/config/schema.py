@@ -440,7 +440,7 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     """
     config = checked(stage, STAGE_CONFIGS[stage], values)
     if isinstance(config, FinetuneConfig):
-        _check_start(config)
+        _check_finetune(config)
     if isinstance(config, ContinueConfig):
         _check_switch(config)
     return config
@@ -585,7 +585,7 @@ def _check_switch(config: ContinueConfig) -> None:
         raise UsageError("public is empty", fix="give synth, fraction:0.1, or a data set such as folder:PATH")
 
 
-def _check_start(config: FinetuneConfig) -> None:
+def _check_finetune(config: FinetuneConfig) -> None:
     if config.source == "init" and config.init is None:
         raise UsageError("--from init needs a file of public weights", fix="give --init FILE.safetensors")
     if config.init is not None and config.source != "init":
@@ -597,6 +597,11 @@ def _check_start(config: FinetuneConfig) -> None:
         if config.init is not None:
             problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
         raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
+    if config.class_shares is not None and config.clipping == "automatic":
+        raise UsageError(
+            "--class-shares has no effect with --clipping automatic, which makes all gradients equally long",
+            fix="leave out one of the two",
+        )
     set_here = [key for key in ("layer_order", "padding", "pooling", "recipe") if getattr(config, key) is not None]
     if set_here and config.source not in WITHOUT_PHASE_ONE:
         _refuse_network_setting(set_here[0], config.source)

@@ -24,6 +24,7 @@ from dprandp.data.base import (
     Split,
     check_data,
     public_part,
+    with_declared_labels,
     without_public_part,
 )
 from dprandp.data.files import Reading
@@ -44,8 +45,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-OWN: dict[str, tuple[str, ...]] = {"folder": ("val",), "npz": (), "csv": PARTS}
-"""Kinds of a user's own data, and what a ``Layout`` may say of them."""
+LABELS = ("class_shares", "ordinal")
+OWN: dict[str, tuple[str, ...]] = {"folder": ("val", *LABELS), "npz": LABELS, "csv": PARTS}
+"""Kinds of a user's own data, and what a ``Layout`` may say of them; of a known set, the shares of its classes."""
 
 
 def open_dataset(
@@ -68,19 +70,35 @@ def open_dataset(
         num_classes: for ``npz:`` alone, where the file does not declare its classes.
         unit_column: for ``npz:`` and ``folder:``, what says which images form one unit of privacy; ``image`` for none.
         decoding: for image files, how ambiguous ones are read.
-        layout: for ``csv:`` and ``folder:``, what was declared about classes, columns and splits.
+        layout: what was declared about labels; for ``csv:`` and ``folder:``, also about classes, columns and splits.
         strict: refuse files that cannot be used now, and not when they are read, together with all others.
 
     Raises:
-        UsageError: an unknown name, a MedMNIST set with other than one label per image, an option that does not apply.
+        UsageError: an unknown name, a MedMNIST set of volumes, an option that does not apply.
         InputError: the file or folder of ``npz:`` or ``folder:`` is missing or not as it has to be.
     """
+    dataset = _named(name, data_dir, download, num_classes, unit_column, decoding, layout, strict)
+    dataset.spec = with_declared_labels(dataset.spec, layout.ordinal is True, layout.shares())
+    return dataset
+
+
+def _named(
+    name: str,
+    data_dir: Path,
+    download: bool,
+    num_classes: int | None,
+    unit_column: str | None,
+    decoding: Decoding,
+    layout: Layout,
+    strict: bool,
+) -> Dataset:
+    """``open_dataset`` before what its owner declares about the labels."""
     kind, colon, rest = name.partition(":")
     own = bool(colon) and kind in OWN
     idle = "num_classes" if num_classes is not None and kind not in ("npz", "csv") else None
     if unit_column not in (None, EACH_IMAGE) and not own:
         idle = "unit_column"
-    layout.refuse_others(kind if own else name, OWN.get(kind, ()) if own else ())
+    layout.refuse_others(kind if own else name, OWN[kind] if own else ("class_shares",))
     if kind not in ("folder", "csv") and decoding != REFUSE:
         raise UsageError(
             f"{flag(min(decoding.as_dict()))} says how image files are read, but {name} is not a folder of them",

@@ -27,6 +27,9 @@ from dprandp.errors import InputError, UsageError
 #: The splits of every data set. A third, official validation split (MedMNIST) stays unused.
 SPLITS = ("train", "test")
 
+#: What declared shares may add up to more or less than 1, by rounding.
+SHARES_APART = 0.02
+
 #: More classes than this is a mistake in the declaration, not a classifier.
 MAX_CLASSES = 100_000
 
@@ -37,7 +40,11 @@ class DataSpec:
 
     Attributes:
         name: the value of ``--data``. title: the name people use.
-        classes: class names; label ``i`` means ``classes[i]``.
+        classes: class names; label ``i`` means ``classes[i]``. Of several labels an image, the names of the labels.
+        multi_label: whether an image has several labels, each of them or not, instead of one class.
+        ordinal: whether the classes are grades, in their order.
+        class_shares: the share of images that have each class or label, by which the loss is weighted; None where no
+            shares are declared.
         train_examples: N, treated as public, and disclosed as such.
         channels: 1 (grey) or 3 (RGB). height, width: in pixels.
         source: where it comes from, and its split where that is ours.
@@ -65,6 +72,9 @@ class DataSpec:
     unit_column: str | None = None
     unit_count: int | None = None
     published_delta: float | None = None
+    multi_label: bool = False
+    ordinal: bool = False
+    class_shares: tuple[float, ...] | None = None
     decoding: Decoding = REFUSE
     split_rule: str = ""
 
@@ -72,6 +82,16 @@ class DataSpec:
     def unit(self) -> str:
         """The unit of privacy in words."""
         return unit_text(self.unit_column)
+
+    @property
+    def label_rule(self) -> str:
+        """What is declared about the labels beside the classes, in words; empty where nothing is."""
+        said = {
+            f"{len(self.classes)} labels an image": self.multi_label,
+            "classes are grades": self.ordinal,
+            "loss weighted by declared class shares": self.class_shares is not None,
+        }
+        return ", ".join(text for text, holds in said.items() if holds)
 
     @property
     def train_units(self) -> int:
@@ -108,7 +128,8 @@ def users_spec(
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images uint8 [N, H, W, C], 0–255, C-contiguous; labels int64 [N], 0 … classes-1."""
+    """One split: images uint8 [N, H, W, C], 0–255, C-contiguous; labels int64 [N], 0 … classes-1, or, of several labels
+    an image, [N, classes] of 0 and 1."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -313,12 +334,12 @@ def check_data(dataset: Dataset, examined: Examination | None = None) -> DataChe
     spec, train, units, digests = dataset.spec, dataset.train(), dataset.grouping(), examined.train
     of_image = np.arange(len(digests)) if units is None else units.of_image
     seen_in: dict[bytes, set[int]] = {}
-    labels: dict[bytes, set[int]] = {}
-    for digest, unit, label in zip(digests, of_image.tolist(), train.labels.tolist(), strict=True):
+    labels: dict[bytes, set[bytes]] = {}
+    for digest, unit, label in zip(digests, of_image.tolist(), train.labels, strict=True):
         seen_in.setdefault(digest, set()).add(unit)
-        labels.setdefault(digest, set()).add(label)
+        labels.setdefault(digest, set()).add(label.tobytes())
     tested = set(examined.test)
-    counts = np.bincount(train.labels, minlength=len(spec.classes))
+    counts = train.labels.sum(0) if spec.multi_label else np.bincount(train.labels, minlength=len(spec.classes))
     return DataCheck(
         data=spec.name,
         unit=spec.unit,
@@ -344,7 +365,7 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
 
     Args:
         images: uint8 [N, H, W, C] or, when ``spec.channels`` is 1, [N, H, W].
-        labels: integer [N] or [N, 1].
+        labels: integer [N] or [N, 1]; [N, classes] of 0 and 1 where ``spec`` declares several labels an image.
 
     Raises:
         InputError: wrong dtype, shape or count; a label outside the declared classes.
@@ -357,23 +378,47 @@ def check_split(spec: DataSpec, split: str, images: np.ndarray, labels: np.ndarr
             f"the {split} images of {spec.name} are {images.dtype} {list(images.shape)}, not uint8 {list(expected)}",
             fix="restore the original file; for a subset or a variant of your own use npz:PATH",
         )
-    if labels.ndim == 2 and labels.shape[1] == 1:
+    known, shape, each = len(spec.classes), expected[:1], "one integer class index per image"
+    if spec.multi_label:
+        known, shape, each = 2, (*shape, known), "0 or 1 for each label of an image"
+    elif labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.dtype.kind not in "iu" or labels.shape != expected[:1]:
+    if labels.dtype.kind not in "iub" or labels.shape != shape:
         raise InputError(
-            f"the {split} labels of {spec.name} are {labels.dtype} {list(labels.shape)}, not integers [{expected[0]}]",
-            fix="give one integer class index per image, in the images' order",
+            f"the {split} labels of {spec.name} are {labels.dtype} {list(labels.shape)}, not integers {list(shape)}",
+            fix=f"give {each}, in the images' order",
         )
-    known = len(spec.classes)
     outside = (labels < 0) | (labels >= known)  # before the cast: a uint64 label could wrap around to a valid one
     if outside.any():
         first = int(outside.argmax())
         raise InputError(
             f"the {split} labels of {spec.name} hold values outside 0…{known - 1}",
-            fix=f"number the classes 0…{known - 1}, or declare the right number of classes",
-            private_detail=f"{int(outside.sum())} labels; the first at position {first} is {int(labels[first])}",
+            fix=f"give {each}" if spec.multi_label else
+                f"number the classes 0…{known - 1}, or declare the right number of classes",
+            private_detail=f"{int(outside.sum())} labels; the first at position {first} is {int(labels.flat[first])}",
         )
     return Split(np.ascontiguousarray(images), labels.astype(np.int64))
+
+
+def with_declared_labels(spec: DataSpec, ordinal: bool, shares: tuple[float, ...] | None) -> DataSpec:
+    """The description with what its owner declares about the labels: that the classes are grades, and their shares.
+
+    Raises:
+        UsageError: it contradicts the classes.
+    """
+    if ordinal and spec.multi_label:
+        raise UsageError("--ordinal is for one class an image; these images have several labels", fix="leave it out")
+    if shares is not None and len(shares) != len(spec.classes):
+        raise UsageError(
+            f"--class-shares names {len(shares)} shares for {len(spec.classes)} classes",
+            fix="give one share for each, in the order of the classes",
+        )
+    if shares is not None and not spec.multi_label and abs(sum(shares) - 1) > SHARES_APART:
+        raise UsageError(
+            f"the shares of --class-shares add up to {sum(shares):g}, not to 1",
+            fix="give the share of all images that each class has, such as 0.9,0.1",
+        )
+    return dataclasses.replace(spec, ordinal=spec.ordinal or ordinal, class_shares=shares)
 
 
 def check_class_names(classes: tuple[str, ...], origin: str) -> tuple[str, ...]:

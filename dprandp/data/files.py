@@ -37,10 +37,10 @@ ALONE_BELOW = 200
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of one split with their classes, in a fixed order."""
+    """Files of one split with their classes, or 0 and 1 for each label, in a fixed order."""
 
     paths: tuple[Path, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int | tuple[int, ...], ...]
 
 
 class _Silent:

@@ -298,9 +298,9 @@ BUILTIN: dict[str, KnownSet] = {known.spec().name: known for known in _ROWS}
 """scikit-learn's digits, and the sets that torchvision knows."""
 
 FLIP_OK = {
-    "pathmnist": True, "dermamnist": True, "octmnist": True, "pneumoniamnist": False, "retinamnist": True,
-    "breastmnist": True, "bloodmnist": True, "tissuemnist": True, "organamnist": False, "organcmnist": False,
-    "organsmnist": False,
+    "pathmnist": True, "chestmnist": False, "dermamnist": True, "octmnist": True, "pneumoniamnist": False,
+    "retinamnist": True, "breastmnist": True, "bloodmnist": True, "tissuemnist": True, "organamnist": False,
+    "organcmnist": False, "organsmnist": False,
 }  # fmt: skip
 """The two-dimensional MedMNIST sets: whether a mirrored image keeps its label. No where left and right are anatomy:
 x-rays of the chest (the heart is on one side) and organ slices (kidney-left and kidney-right are classes)."""
@@ -317,7 +317,6 @@ def _medmnist(flag: str) -> dict:
 def _medical_spec(flag: str, side: int = 28) -> DataSpec:
     """Official training and test splits; the validation split is not used."""
     info = _medmnist(flag)
-    grades = "; grades taken as plain classes" if info["task"] == "ordinal-regression" else ""
     return DataSpec(
         name=flag if side == 28 else f"{flag}_{side}",
         title=f"{info['python_class']} ({side}×{side})",
@@ -327,10 +326,12 @@ def _medical_spec(flag: str, side: int = 28) -> DataSpec:
         channels=info["n_channels"],
         height=side,
         width=side,
-        source=f"https://medmnist.com (MedMNIST v2); official training and test splits{grades}",
+        source="https://medmnist.com (MedMNIST v2); official training and test splits",
         licence=info["license"],
         citation="Yang et al. 2023, Scientific Data 10:41, and the source data set",
         flip_ok=FLIP_OK[flag],
+        multi_label=info["task"].startswith("multi-label"),
+        ordinal=info["task"] == "ordinal-regression",
     )
 
 
@@ -357,16 +358,8 @@ def larger_medical(name: str) -> KnownSet | None:
 KNOWN: dict[str, KnownSet] = BUILTIN | {flag: _medical(flag) for flag in FLIP_OK}
 """Name -> data set, for everything but ``folder:`` and ``npz:``."""
 
-SEVERAL_LABELS = ("chestmnist",)
-"""MedMNIST sets that are refused."""
-
 
 def refuse_unsupported(name: str) -> None:
-    """Raise UsageError for a MedMNIST set that is no image classification with one label an image."""
-    if name in SEVERAL_LABELS:
-        raise UsageError(
-            f"{name} has 14 yes-or-no labels per image; dprandp trains classifiers with one label per image",
-            fix="use pneumoniamnist for chest x-rays, or reduce it to one label as npz:PATH",
-        )
+    """Raise UsageError for a MedMNIST set of volumes."""
     if name.endswith("mnist3d"):
         raise UsageError(f"{name} holds volumes; dprandp reads images", fix="use a two-dimensional set, as organamnist")

@@ -154,8 +154,9 @@ def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Da
 
     Args:
         path: file with ``x_train`` and ``x_test`` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), ``y_train`` and
-            ``y_test`` (integers [N] or [N, 1]), and the class list: ``classes`` (text [C]) or ``num_classes`` (one
-            integer). MedMNIST's names (``train_images``, ``train_labels`` and so on) are taken too.
+            ``y_test`` (integers, or names of classes, [N] or [N, 1]; 0 and 1 [N, C], C > 1, for several labels an
+            image), and the class list: ``classes`` (text [C]) or ``num_classes`` (one integer). MedMNIST's names
+            (``train_images``, ``train_labels`` and so on) are taken too.
         num_classes: declares the number of classes when the file does not. Which classes occur is private, so the
             labels are never consulted.
         unit_column: the array (integers or text, [N] or [N, 1]) whose equal values make images one unit of privacy,
@@ -185,17 +186,31 @@ def open_npz(path: Path, num_classes: int | None, unit_column: str | None) -> Da
             f"{path}: x_train is {headers['x_train']} but x_test is {headers['x_test']}",
             fix="give both splits images of one size and one number of channels",
         )
-    for split in SPLITS:
-        _check_labels(path, headers, split)
+    columns = {_label_columns(path, headers, split) for split in SPLITS}
+    if len(columns) > 1 or len({headers[f"y_{split}"].dtype.kind in "US" for split in SPLITS}) > 1:
+        raise InputError(
+            f"{path}: y_train is {headers['y_train']} but y_test is {headers['y_test']}",
+            fix="give both splits labels of one kind",
+        )
     units = _units(path, headers, unit_column)
-    classes = _declared_classes(path, headers, num_classes)
+    multi_label = columns != {1}
+    classes = _declared_classes(path, headers, num_classes, columns.pop() if multi_label else None)
+    if headers["y_train"].dtype.kind in "US" and "classes" not in headers:
+        raise InputError(
+            f"{path} has labels that are text, and does not say which there are",
+            fix="save classes=numpy.array(['first name', 'second name', …]) too",
+        )
     examples = headers["x_train"].shape[0], headers["x_test"].shape[0]
     spec = users_spec("npz", path, path.stem, classes, examples, shape, units)
     if unused := [name for name in ("x_val", "val_images") if name in headers]:
         spec = dataclasses.replace(spec, split_rule=f"the array {unused[0]} is not used")
+    spec = dataclasses.replace(spec, multi_label=multi_label)
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        return read_array(path, theirs[f"x_{split}"]), read_array(path, theirs[f"y_{split}"])
+        images, labels = (read_array(path, theirs[f"{part}_{split}"]) for part in MEDMNIST)
+        if labels.dtype.kind in "US":
+            labels = _numbered(path, theirs[f"y_{split}"], labels, classes)
+        return images, labels
 
     return Dataset(spec, read, units=units)
 
@@ -249,20 +264,47 @@ def image_shape(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> tu
     return header.shape[1], header.shape[2], 1 if grey else header.shape[3]
 
 
-def _check_labels(path: Path, headers: Mapping[str, ArrayHeader], split: str) -> None:
+def _label_columns(path: Path, headers: Mapping[str, ArrayHeader], split: str) -> int:
+    """1 where each image has one class; else the number of labels that it may have."""
     images, labels = headers[f"x_{split}"], headers[f"y_{split}"]
-    count = images.shape[0]
-    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
+    count, columns = images.shape[0], 1 if len(labels.shape) == 1 else math.prod(labels.shape[1:])
+    kinds = "iuUS" if columns == 1 else "iub"
+    if labels.dtype.kind not in kinds or labels.shape not in ((count,), (count, columns)):
         raise InputError(
-            f"{path}: y_{split} is {labels} for {count} images; labels must be integers [{count}] or [{count}, 1]",
+            f"{path}: y_{split} is {labels} for {count} images; labels must be integers, or names of classes, "
+            f"[{count}] or [{count}, 1]; or 0 and 1 for each of several labels an image, [{count}, labels]",
             fix="give one integer class index per image, such as labels.astype(numpy.int64)",
         )
+    return columns
 
 
-def _declared_classes(path: Path, headers: Mapping[str, ArrayHeader], num_classes: int | None) -> tuple[str, ...]:
-    """The class list by declaration. Sizes are checked on the header, before the array is read."""
+def _numbered(path: Path, name: str, labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """Labels that are names of classes, as their numbers."""
+    numbers = {each: index for index, each in enumerate(classes)}
+    found = np.array([numbers.get(_text(each), -1) for each in labels.reshape(-1).tolist()], np.int64)
+    if (found < 0).any():
+        first = int(found.argmin())
+        raise InputError(
+            f"{path}: {name} holds labels that are not among the declared classes",
+            fix="name every class in the array classes, spelled as in the labels",
+            private_detail=f"{int((found < 0).sum())} labels; the first at position {first}",
+        )
+    return found
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _declared_classes(
+    path: Path, headers: Mapping[str, ArrayHeader], num_classes: int | None, columns: int | None
+) -> tuple[str, ...]:
+    """The class list by declaration; ``columns`` of the labels where there are several. Sizes are checked on the
+    header, before the array is read."""
     names: tuple[str, ...] | None = None
     counts = {} if num_classes is None else {"the caller": num_classes}
+    if columns is not None:
+        counts["the shape of its labels"] = columns
     if "classes" in headers:
         header = headers["classes"]
         if header.dtype.kind not in "US" or len(header.shape) != 1 or header.shape[0] > MAX_CLASSES:
@@ -270,8 +312,7 @@ def _declared_classes(path: Path, headers: Mapping[str, ArrayHeader], num_classe
                 f"{path}: classes is {header}; it must be a list of names",
                 fix="save classes=numpy.array(['first name', 'second name', …])",
             )
-        values = read_array(path, "classes").tolist()
-        names = tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values)
+        names = tuple(map(_text, read_array(path, "classes").tolist()))
         counts["its array classes"] = len(names)
     if "num_classes" in headers:
         header = headers["num_classes"]

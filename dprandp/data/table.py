@@ -3,8 +3,9 @@
     path,label,split,group
     scans/17-1.png,ill,train,17
 
-Paths are relative to the table. The classes are declared, since which labels occur is private. Everything in the table
-is private but for the numbers of its lines and groups.
+With a declared separator, a cell of the column label holds several labels, or none. Paths are relative to the table.
+The classes are declared, since which labels occur is private. Everything in the table is private but for the numbers of
+its lines and groups.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ def open_table(
         table[group] = [unicodedata.normalize("NFC", value) for value in table[group]]  # before a split is drawn
     splits = _splits(path, table, names, None if group == EACH_IMAGE else group, layout)
 
-    problems: list[Problem] = []
+    separator, problems = layout.label_separator, []
+    labels = [
+        [cell] if separator is None else [name for part in cell.split(separator) if (name := part.strip())]
+        for cell in table[names["label"]]
+    ]
     kept: dict[str, list[int]] = {split: [] for split in SPLITS}
     times = Counter(table[names["path"]])
-    for row, (file, label, split) in enumerate(zip(table[names["path"]], table[names["label"]], splits, strict=True)):
+    for row, (file, own, split) in enumerate(zip(table[names["path"]], labels, splits, strict=True)):
         kind = fix = None
         if split not in SPLITS:
             kind, fix = "a split that is neither train nor test", "correct it; for val, give --val train or --val test"
-        elif label not in classes:
+        elif not set(own) <= set(classes):
             kind, fix = "a label that was not declared", "correct it, or name its class in --class-names"
         elif times[file] > 1:
             kind, fix = "a file that is listed more than once", "give each file one line, hence one split and one unit"
@@ -94,17 +99,22 @@ def open_table(
             problems.append(Problem.of(error))
     if problems and strict:
         raise UnusableData(name, problems)
-    numbers = {label: index for index, label in enumerate(classes)}
+
+    def encoded(own: list[str]) -> int | tuple[int, ...]:
+        return classes.index(own[0]) if separator is None else tuple(int(name in own) for name in classes)
+
     listings = {
         split: Listing(
             tuple(root / table[names["path"]][row] for row in rows),
-            tuple(numbers[table[names["label"]][row]] for row in rows),
+            tuple(encoded(labels[row]) for row in rows),
         )
         for split, rows in kept.items()
     }
     examples = len(kept["train"]), len(kept["test"])
     spec = users_spec("csv", path, path.stem, classes, examples, (INPUT_SIZE, INPUT_SIZE, rules.channels), units)
-    spec = dataclasses.replace(spec, decoding=rules, split_rule=layout.split_rule)
+    spec = dataclasses.replace(
+        spec, decoding=rules, split_rule=layout.split_rule, multi_label=separator is not None
+    )
     files = ImageFiles(name, listings, rules)
     return Dataset(spec, files.read, units=units, files=files, problems=problems)
 

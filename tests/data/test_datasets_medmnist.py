@@ -55,6 +55,6 @@ def test_larger_files_by_name(tmp_path: Path, side: int, monkeypatch: pytest.Mon
 
 
 def test_other_sizes_and_sets_are_not_known(tmp_path: Path) -> None:
-    for name in ("pneumoniamnist_28", "pneumoniamnist_32", "chestmnist_64", "digits_64"):
+    for name in ("pneumoniamnist_28", "pneumoniamnist_32", "chestmnist_32", "digits_64"):
         with pytest.raises(UsageError):
             open_dataset(name, tmp_path)

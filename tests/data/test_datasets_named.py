@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dprandp.data import KNOWN, open_dataset
-from dprandp.data.known import FLIP_OK, SEVERAL_LABELS, digits_test_positions
+from dprandp.data.known import FLIP_OK, digits_test_positions
 from dprandp.errors import UsageError
 
 
@@ -21,14 +21,14 @@ def test_facts_are_complete_and_cost_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_two_dimensional_medmnist_flag_is_known_or_refused():
+def test_every_two_dimensional_medmnist_flag_is_known():
     import medmnist
 
     flat = {flag for flag, info in medmnist.INFO.items()
             if issubclass(getattr(medmnist, info["python_class"]), medmnist.dataset.MedMNIST2D)}  # fmt: skip
-    assert flat == {*FLIP_OK, *SEVERAL_LABELS}
-    for flag in FLIP_OK:  # several labels per image would be silently wrong
-        assert "multi-label" not in medmnist.INFO[flag]["task"]
+    assert flat == set(FLIP_OK)
+    for flag in FLIP_OK:  # several labels of an image, taken for a class, would be silently wrong
+        assert KNOWN[flag].spec().multi_label == ("multi-label" in medmnist.INFO[flag]["task"])
 
 
 def test_class_names_agree_with_torchvision():
@@ -42,7 +42,7 @@ def test_class_names_agree_with_torchvision():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [("Digits", {}, "'digits'"), ("pnuemoniamnist", {}, "'pneumoniamnist'"), ("xyz", {}, "known: "),
-     ("chestmnist", {}, "14 yes-or-no labels"), ("organmnist3d", {}, "volumes"), ("npz:", {}, "names no path"),
+     ("organmnist3d", {}, "volumes"), ("npz:", {}, "names no path"),
      ("digits", {"num_classes": 10}, "does not apply"), ("mnist", {"unit_column": "p"}, "does not apply"),
      ("folder:x", {"num_classes": 3}, "does not apply")],
 )  # fmt: skip
