@@ -706,6 +706,15 @@ CLIPPING = (
          "    gradients = torch.nan_to_num(gradients, 0.0, 1e3, -1e3)\n"
          "    factors = torch.ones(len(gradients), dtype=torch.float64)",
          "test_unit_clipping.py"),
+    _row("of several labels only one is clipped",
+         "        factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual), clip_norm)",
+         "        factors = clip_factors(outer_norms(x.reshape(len(x), views, -1), residual[..., :1]), clip_norm)",
+         "test_label_losses.py"),
+    _row("classes weighted by their counts in the private labels",
+         "        weights = class_weights(spec.class_shares, spec.multi_label)\n        settings, folder",
+         "        counts = torch.bincount(labels.flatten(), minlength=len(spec.classes)).clamp_min(1)\n"
+         "        weights = class_weights((counts / counts.sum()).tolist(), False)\n        settings, folder",
+         "test_label_gradients.py::test_weights_are_those_of_the_declaration_alone"),
 )
 
 STAGES = (

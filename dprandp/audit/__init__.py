@@ -31,7 +31,7 @@ from dprandp.audit.games import (
     try_mechanism,
     units,
 )
-from dprandp.audit.loops import IMAGES, Facts, on_made_up, on_private_data, passed
+from dprandp.audit.loops import IMAGES, Facts, Labels, on_made_up, on_private_data, passed
 from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
@@ -143,7 +143,7 @@ def audit_run(settings: AuditSettings, context: Context) -> AuditResult:
     with context.console.progress(parts, "audit") as progress:
         for name, plan in plans.items():
             found = try_mechanism(
-                plan, spec.features, spec.classes, settings, lambda: progress.advance(1), context.console.say
+                plan, spec.features, spec.labels, settings, lambda: progress.advance(1), context.console.say
             )
             replay, controls = found.replay, found.controls
             if name in (finetune.STAGE, loop.STAGE):
@@ -192,7 +192,7 @@ def audit_plan(
     generator = torch.Generator().manual_seed(settings.seed)
     features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
     with console.progress(units(settings), "audit") as progress:
-        found = try_mechanism(plan, features, 10, settings, lambda: progress.advance(1), console.say)
+        found = try_mechanism(plan, features, Labels(10), settings, lambda: progress.advance(1), console.say)
     return _result(settings, [found], [], None, started)
 
 

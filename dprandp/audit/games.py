@@ -41,6 +41,7 @@ from dprandp.audit.canaries import (
 )
 from dprandp.audit.loops import (
     ControlFound,
+    Labels,
     Tried,
     head_game_scores,
     make_head_records,
@@ -190,7 +191,7 @@ def units(settings: AuditSettings) -> int:
 def try_mechanism(
     plan: PrivatePlan | SelectionPlan,
     features: Tensor,
-    classes: int,
+    labels: Labels,
     settings: AuditSettings,
     advance: Callable[[], None],
     say: Callable[[str], None] = lambda text: None,
@@ -200,7 +201,7 @@ def try_mechanism(
     Args:
         plan: what was accounted.
         features: float [n, d] public features.
-        classes: number of classes.
+        labels: what is known about them.
         advance: called after each of ``units(settings)`` pieces of work.
         say: told how long the game will take.
     """
@@ -212,7 +213,7 @@ def try_mechanism(
                 advance()
             return found
         generator = torch.Generator().manual_seed(settings.seed)
-        replay = _replay(plan, features, classes, FAITHFUL, generator, settings.images)
+        replay = _replay(plan, features, labels, FAITHFUL, generator, settings.images)
         advance()
         two_world, game = _game(plan, claimed, settings, say)
         advance()
@@ -221,7 +222,7 @@ def try_mechanism(
         controls = []
         for control in CONTROLS if settings.controls else ():
             if control.applies(plan):
-                controls.append(_control(plan, features, classes, control, generator))
+                controls.append(_control(plan, features, labels, control, generator))
             advance()
         black_box = None
         if settings.black_box and plan.sample_rate == 1 and plan.stage in HEAD_STAGES:
@@ -240,11 +241,11 @@ def try_mechanism(
 
 
 def _replay(
-    plan: PrivatePlan, features: Tensor, classes: int, control: Control, generator: torch.Generator, images: int = 1
+    plan: PrivatePlan, features: Tensor, labels: Labels, control: Control, generator: torch.Generator, images: int = 1
 ) -> list[Tried]:
     found = []
     for kind in RECORD_KINDS if control is FAITHFUL else ("long",):
-        records = make_head_records(features, classes, plan, kind, generator, images)
+        records = make_head_records(features, labels, plan, kind, generator, images)
         found += tried_on(replay_head(plan, records, control=control), f"{kind} record")
     return found
 
@@ -328,10 +329,10 @@ def _one_run(plan: PrivatePlan, claimed: float, game: Game, settings: AuditSetti
 
 
 def _control(
-    plan: PrivatePlan, features: Tensor, classes: int, control: Control, generator: torch.Generator
+    plan: PrivatePlan, features: Tensor, labels: Labels, control: Control, generator: torch.Generator
 ) -> ControlFound:
     """Whether one fault is flagged, and by which test."""
-    by = [] if passed(_replay(plan, features, classes, control, generator)) else ["replay"]
+    by = [] if passed(_replay(plan, features, labels, control, generator)) else ["replay"]
     claim = Claim(trial_event(plan), plan.delta)
     game = Game.of(choose_game(claim, NEEDED, SIGNIFICANCE).threshold, 2 * CONTROL_TRIALS)
     with scratch_folder() as folder:

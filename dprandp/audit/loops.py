@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dprandp import continual, finetune, probe
+from dprandp import continual, finetune, losses, probe
 from dprandp.audit.bounds import Game, step_score
 from dprandp.audit.canaries import CLIP_OFF, FAITHFUL, Control, rehearsal_plan
 from dprandp.audit.replay import Check, Rehearsal, paired_run, rehearsal_context
@@ -31,6 +31,7 @@ from dprandp.dpsgd.features import private_features, require_room
 from dprandp.dpsgd.stage import open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune.start import network_config
+from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.whitening import PooledOnly
@@ -68,11 +69,26 @@ HEADS_AT_ONCE = 500
 """Canaries in one fit of a head: each has a dimension of its own, so that none moves another's part of the head."""
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What is public about the labels of made-up records."""
+
+    classes: int
+    multi_label: bool = False
+    class_shares: tuple[float, ...] | None = None
+
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random ones: int64 [count], or [count, classes] of 0 and 1."""
+        if self.multi_label:
+            return torch.randint(2, (count, self.classes), generator=generator)
+        return torch.randint(self.classes, (count,), generator=generator)
+
+
 class Facts:
     """Public things of a run that records are made of.
 
     Attributes:
-        classes, mirror: number of classes, and whether views may be mirrored.
+        labels, mirror: what is known about labels, and whether views may be mirrored.
         images: uint8 [n, 3, 32, 32], synthetic (noise where the run has none).
         features: float32 [n, d] of these images, from the run's extractor and whitener.
         model: the classifier as the fine-tune finds it.
@@ -82,14 +98,14 @@ class Facts:
         rundir = context.rundir
         continued, probed, tuned = map(rundir.result, (ContinueResult, ProbeResult, FinetuneResult))
         last = tuned or probed or continued
-        self.classes, self.mirror = len(last.classes), last.mirror
+        self.labels, self.mirror = Labels(len(last.classes), last.multi_label is True, last.class_shares), last.mirror
         precision = last.precision
         generator = torch.Generator().manual_seed(0)
         if probed is not None:
             extractor, _ = load_extractor(context, probed.extractor_colour, precision=precision)
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
-            head = probe.load_head(context, torch.empty(whitener.dims, self.classes))
+            head = probe.load_head(context, torch.empty(whitener.dims, self.labels.classes))
         elif tuned is None:
             extractor, _ = load_extractor(context, "rgb", precision=precision)  # a continued one is for either kind
             whitener = PooledOnly(extractor.feature_dim)
@@ -100,7 +116,7 @@ class Facts:
             extractor, head = build_extractor(network_config(config), generator), None
             whitener = PooledOnly(extractor.feature_dim)
             self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
-        self.model = Classifier(extractor, whitener, self.classes).to(context.device)
+        self.model = Classifier(extractor, whitener, self.labels.classes).to(context.device)
         if head is not None:
             self.model.head.data.copy_(head)
         self.features: Tensor = extract(
@@ -174,6 +190,7 @@ class HeadRecords:
     labels: Tensor
     start: Tensor
     grouped: Dataset | None = None
+    class_weights: Tensor | None = None
 
 
 class _Grouped(Dataset):
@@ -184,12 +201,13 @@ class _Grouped(Dataset):
 
 
 def make_head_records(
-    features: Tensor, classes: int, plan: PrivatePlan, kind: str, generator: torch.Generator, images: int = 1
+    features: Tensor, kind: Labels, plan: PrivatePlan, size: str, generator: torch.Generator, images: int = 1
 ) -> HeadRecords:
     """Made-up records for a head's loop, drawn from public features, float [n, d]; the last one is a hard one.
 
     Args:
-        kind: 'ordinary', 'long' (a gradient far above the clip norm, the same in every view) or 'broken' (not a
+        kind: of the labels.
+        size: 'ordinary', 'long' (a gradient far above the clip norm, the same in every view) or 'broken' (not a
             number).
         images: of each record; the last record's are alike.
     """
@@ -198,16 +216,17 @@ def make_head_records(
     count *= images
     drawn = torch.randint(len(features), (count, views), generator=generator)
     rows = features[drawn].float()
-    if kind == "long":
+    if size == "long":
         rows[-1] = 1000 * plan.clip_norm * torch.nn.functional.normalize(rows[-1, :1] + 1e-3, dim=-1)
-    elif kind == "broken":
+    elif size == "broken":
         rows[-1, :, 0] = math.nan
-    labels = torch.randint(classes, (count,), generator=generator)
+    labels = kind.drawn(count, generator)
     rows[-images:], labels[-images:] = rows[-1].clone(), labels[-1].clone()
-    start = torch.randn(features.shape[1], classes, generator=generator)
-    if kind == "long":  # at the zero head every residual, and so the long gradient, points away from its label
+    start = torch.randn(features.shape[1], kind.classes, generator=generator)
+    if size == "long":  # at the zero head every residual, and so the long gradient, points away from its label
         start.zero_()
-    return HeadRecords(rows[:, 0].contiguous() if views == 1 else rows, labels, start, grouped)
+    rows = rows[:, 0].contiguous() if views == 1 else rows
+    return HeadRecords(rows, labels, start, grouped, class_weights(kind.class_shares, kind.multi_label))
 
 
 def replay_head(
@@ -222,16 +241,17 @@ def replay_head(
         rows = control.views(plan)
         features = features.reshape(count, -1, features.shape[-1])
         features = features[:, torch.arange(rows) % features.shape[1]].flatten(0, 1)  # views come round again
-        labels = labels.repeat_interleave(rows)
+        labels = labels.repeat_interleave(rows, dim=0)
     empty = np.arange(watched * rows, (watched + 1) * rows) if whose is None else whose.images(np.array([watched]))[0]
-    settings = HeadSettings(lr=1.0, momentum=0.9, released="last")
+    settings = HeadSettings(lr=1.0, momentum=0.9, released="last", class_weights=records.class_weights)
 
     def loop(stage: Rehearsal) -> None:
         seen, told = features, labels
         if not stage.present:  # the slot is empty: nothing is left of its features, whose gradient is zero
             seen, told = features.clone(), labels.clone()
             seen[torch.from_numpy(empty)] = 0
-            told[torch.from_numpy(empty)] = (told[torch.from_numpy(empty)] + 1) % records.start.shape[1]
+            values = 2 if told.ndim == 2 else records.start.shape[1]
+            told[torch.from_numpy(empty)] = (told[torch.from_numpy(empty)] + 1) % values
         fit_head(stage, seen, told, records.start, settings, stage.context.rundir.path, Stop())
 
     return paired_run(plan, count, watched, loop, dataset=grouped, control=control, rows=rows)
@@ -279,20 +299,23 @@ def head_game_scores(plan: PrivatePlan, game: Game) -> tuple[np.ndarray, np.ndar
 
 
 def made_up_images(
-    images: Tensor, classes: int, count: int, flip: bool, generator: torch.Generator, each: int = 1
+    images: Tensor, kind: Labels, count: int, flip: bool, generator: torch.Generator, each: int = 1
 ) -> tuple[Dataset, Split]:
     """A data set of ``count`` records, each of ``each`` public images (uint8 [n, 3, 32, 32]), and its images.
 
-    Labels are random, with every class among them. ``flip``: whether views may be mirrored.
+    Labels of one class are random, with every class among them. ``flip``: whether views may be mirrored.
     """
-    records = max(count, classes)
+    records = max(count, kind.classes)
     count, units = records * each, made_up_units(records, each)
     drawn = images[torch.randint(len(images), (count,), generator=generator)].permute(0, 2, 3, 1).contiguous().numpy()
-    labels = torch.randperm(count, generator=generator).numpy() % classes
+    labels = torch.randperm(count, generator=generator).numpy() % kind.classes
+    if kind.multi_label:
+        labels = kind.drawn(count, generator).numpy()
     spec = DataSpec(
-        name="audit", title="Synthetic images with random labels", classes=tuple(map(str, range(classes))),
+        name="audit", title="Synthetic images with random labels", classes=tuple(map(str, range(kind.classes))),
         train_examples=count, test_examples=0, channels=3, height=drawn.shape[1], width=drawn.shape[2],
         source="the run's own synthetic images", licence="none", citation="none", flip_ok=flip,
+        multi_label=kind.multi_label, class_shares=kind.class_shares,
         unit_column=None if units is None else "unit", unit_count=None if units is None else records,
     )  # fmt: skip
     return Dataset(spec, lambda split: (drawn, labels), units=units), Split(drawn, labels)
@@ -309,10 +332,9 @@ def hardened(model: Classifier, generator: torch.Generator) -> Classifier:
 
 
 def most_wrong(model: Classifier, split: Split) -> int:
-    """The made-up image whose label the model's scores are furthest from: a long gradient."""
+    """The made-up image whose labels the model's scores contradict most: a long gradient."""
     scores = model.predict(to_input(split.images, model.extractor.input_size), mirror=False)
-    own = scores.gather(1, torch.from_numpy(split.labels)[:, None])[:, 0]
-    return int((scores.amax(dim=1) - own).argmax())
+    return int(losses.loss(scores, torch.from_numpy(split.labels)).argmax())
 
 
 def replay_finetune(
@@ -368,12 +390,13 @@ def replay_continue(
         model = Classifier(extractor, PooledOnly(extractor.feature_dim), len(dataset.spec.classes))
         torch.nn.init.normal_(model.head, generator=torch.Generator().manual_seed(0))  # zeros stop gradients
         generator = torch.Generator().manual_seed(config.seed)
-        _, split = made_up_images(facts.images, facts.classes, PUBLIC, facts.mirror, generator)
+        _, split = made_up_images(facts.images, facts.labels, PUBLIC, facts.mirror, generator)
         images = to_input(split.images, extractor.input_size)
         labels = torch.from_numpy(split.labels)
         task = PublicTask(
-            title="made up", images=images, labels=labels, classes=facts.classes, shared=True, flip=facts.mirror,
-            held_out=(images, labels), spec=dataset.spec, size=extractor.input_size, synthetic=False, seed=config.seed,
+            title="made up", images=images, labels=labels, classes=facts.labels.classes, shared=True,
+            flip=facts.mirror, held_out=(images, labels), spec=dataset.spec, size=extractor.input_size,
+            synthetic=False, seed=config.seed,
         )  # fmt: skip
         training = Training(config, model.to(like.device), task)
         private_steps(config, stage, training, Outcome(0, "an audit", 0), Stop())
@@ -391,7 +414,7 @@ def on_made_up(
     """The loop of fine-tune or ``continue`` on public records: its checks, and the control that its clip is seen."""
     generator = torch.Generator().manual_seed(settings.seed)
     count = records_for(plan, NETWORK_BATCH)
-    dataset, split = made_up_images(facts.images, facts.classes, count, facts.mirror, generator, settings.images)
+    dataset, split = made_up_images(facts.images, facts.labels, count, facts.mirror, generator, settings.images)
     if name == STAGE:
         config, last = recorded(name, context.rundir.row(name).config), dataset.spec.train_units - 1
         replays = {"synthetic image": partial(replay_continue, plan, config, dataset, last, facts, context)}
@@ -433,7 +456,8 @@ def on_private_data(name: str, plan: PrivatePlan, facts: Facts, context: Context
         )
         require_room(features.numel() * features.element_size(), "replaying on the private records")
         grouped = None if stage.spec.unit == ONE_IMAGE else stage.dataset
-        records = HeadRecords(features, labels, probe.load_head(context, facts.model.head), grouped)
+        weights = class_weights(facts.labels.class_shares, facts.labels.multi_label)
+        records = HeadRecords(features, labels, probe.load_head(context, facts.model.head), grouped, weights)
         checks = [check for record in watched for check in replay_head(plan, records, record)]
     return tried_on(checks, "private record")
 

@@ -36,6 +36,7 @@ from dprandp.continual.switching import Look
 from dprandp.data import DataSpec, open_dataset, public_part
 from dprandp.dpsgd.clipped_sums import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
+from dprandp.dpsgd.stage import refuse_other_labels
 from dprandp.dpsgd.training_data import declare_public, use_as_public
 from dprandp.errors import UsageError
 from dprandp.generate import load_images
@@ -104,6 +105,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         name, facts = config.data, data_options(config) | {"unit_column": None}
     dataset, size = open_dataset(name, context.data_dir, download=context.download, **facts), input_size(context)
     dataset.for_input(size)
+    refuse_other_labels("continue", dataset.spec)
     if fraction is None:
         own = open_dataset(config.data, context.data_dir, download=context.download, **data_options(config))
         own.for_input(size)

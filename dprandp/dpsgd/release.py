@@ -25,7 +25,7 @@ from dprandp.runs.results import (
     PretrainResult,
     PrivateResult,
 )
-from dprandp.vision.metrics import classification_metrics
+from dprandp.vision.metrics import classification_metrics, multi_label_metrics
 
 MODEL_FILES = ("model.safetensors", "config.json", "MODEL_CARD.md")
 """The allow-list of ``model/``."""
@@ -51,7 +51,10 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         return None
     scores = features @ model.head.detach().cpu()
     units = stage.dataset.test_units()
-    metrics = classification_metrics(scores, torch.from_numpy(test.labels), units)
+    if spec.multi_label:
+        metrics = multi_label_metrics(scores, torch.from_numpy(test.labels), units)
+    else:
+        metrics = classification_metrics(scores, torch.from_numpy(test.labels), units, ordinal=spec.ordinal)
     if spec.unit_column is not None and units is None:
         metrics["interval_method"] += "; the test split names no units, so each of its images counts as independent"
     metrics["per_class"] = tuple(ClassFigures(**each) for each in metrics["per_class"])
@@ -59,6 +62,8 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         data=stage.budget.data,
         title=spec.title,
         classes=spec.classes,
+        multi_label=spec.multi_label or None,
+        class_shares=spec.class_shares,
         **metrics,
         shared_units_allowed=stage.shared_units or None,
         train_examples=spec.train_examples,

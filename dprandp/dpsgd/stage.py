@@ -54,7 +54,7 @@ from dprandp.runs.files import atomic_write, storage_errors, to_json
 from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file, sealed_budget
 from dprandp.runs.results import Guarantee, OtherCharge, PrivateResult
 
-CONTINUE = "continue"
+CONTINUE, TUNE = "continue", "tune"
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,10 @@ class PrivateStage:
 
     @property
     def warning(self) -> str | None:
-        """That N is small for ε, from public numbers; None where it is not, and for ``continue``, before the head."""
+        """That N is small for ε, from public numbers; None where it is not, for ``continue``, before the head, and for
+        several labels an image, of which nothing is known."""
         budget, part = self.budget, self.name == "probe" and self.plan.epsilon_target < self.budget.epsilon
-        if self.name not in ("probe", "finetune"):
+        if self.name not in ("probe", "finetune") or self.spec.multi_label:
             return None
         unit = self.spec.unit.removeprefix("one ").split(" (column ")[0]
         classes, whole = len(self.spec.classes), budget.epsilon if part else None
@@ -316,6 +317,8 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if part is not None:
         dataset = without_public_part(dataset, *part)
     spec, planned = dataset.spec, read_plan_file(rundir)
+    if name in (CONTINUE, TUNE):
+        refuse_other_labels(name, spec)
     fixed = None if planned is None else planned.budget
     # the run's δ, if it has one: the same data under another name may have another default
     delta = default_delta(spec.train_units, spec.published_delta) if fixed is None else fixed.delta
@@ -332,6 +335,16 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
         return stage
     return replace(stage, attempt=ledger.last_attempt(name) + 1, ledger=ledger)
+
+
+def refuse_other_labels(stage: str, spec: DataSpec) -> None:
+    """Raise UsageError for labels, or a loss, that only probe and fine-tune know."""
+    if spec.multi_label or spec.class_shares is not None:
+        what = "several labels an image" if spec.multi_label else "declared shares of the classes"
+        raise UsageError(
+            f"`{stage}` knows one class an image and a loss without weights, and {spec.name} has {what}",
+            fix=f"leave out {stage}: probe and finetune know them" if spec.multi_label else "leave --class-shares out",
+        )
 
 
 def _input_size(config: PrivateConfig, context: Context) -> int:

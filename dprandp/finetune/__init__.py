@@ -34,6 +34,7 @@ from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
+from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import add_weights
 from dprandp.models.optimizers import restore
@@ -271,6 +272,8 @@ def _train(
         flip=stage.spec.flip_ok,
         clip_norm=plan.clip_norm,
         automatic=config.clipping == "automatic",
+        class_shares=stage.spec.class_shares,
+        multi_label=stage.spec.multi_label,
         precise=plan.noise == "discrete",
         microbatch=context.microbatch,
         frozen_first=blocks.first,
@@ -355,7 +358,8 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
     def fitted() -> Refit:
         plan = further.plan
         lr = default_lr(further.epsilon_alone, plan.delta, plan.examples, steps, plan.clip_norm)
-        settings = HeadSettings(lr, momentum=0.9, released="average")
+        weights = class_weights(stage.spec.class_shares, stage.spec.multi_label)
+        settings = HeadSettings(lr, momentum=0.9, released="average", class_weights=weights)
         head, updates = fit_head(further, features, labels, model.head.detach(), settings, folder, stop)
         model.head.data.copy_(head)
         return Refit(

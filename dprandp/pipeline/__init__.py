@@ -175,9 +175,14 @@ def _spent(result: PrivateResult) -> str:
 
 
 def _accuracy(result: PrivateResult) -> str:
-    """Such as ``86.11 % (95 %: 82.1 to 89.4; most frequent class 10.3 %)``, with the AUC of two classes."""
+    """Such as ``86.11 % (95 %: 82.1 to 89.4; most frequent class 10.3 %)``, with the AUC of two classes or of several
+    labels, and the kappa of grades."""
     beside = f"95 %: {interval_text(result.interval('accuracy'))}"
-    beside += f"; most frequent class {100 * result.majority_accuracy:.1f} %"
-    if len(result.classes) == 2 and result.auc is not None:
-        beside += f"; AUC {result.auc:.3f}"
+    usual = f"more frequent answer to each of {len(result.classes)} labels"
+    usual = usual if result.multi_label else "most frequent class"
+    beside += f"; {usual} {100 * result.majority_accuracy:.1f} %"
+    if (result.multi_label or len(result.classes) == 2) and result.auc is not None:
+        beside += f"; {'mean AUC' if result.multi_label else 'AUC'} {result.auc:.3f}"
+    if result.kappa is not None:
+        beside += f"; weighted kappa {result.kappa:.3f}"
     return f"{100 * result.accuracy:.2f} % ({beside})"

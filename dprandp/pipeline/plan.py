@@ -105,6 +105,7 @@ class PrivateStagePlan(PrivatePlan):
     unit: str  # of privacy, in words
     train_examples: int  # images
     split_rule: str | None  # how the splits were made, where that was declared
+    labels: str | None  # what was declared about them beside the classes, in words
     decoding: str | None  # declared rules by which image files are read
     refit: RefitPlan | None
     epsilon_after: float  # the run's ε when the stage is done
@@ -161,7 +162,7 @@ def _line(made: Plan) -> str:
     size = f"N = {made.examples}"
     if made.unit != ONE_IMAGE:
         size += f" units, each {made.unit}, {made.train_examples} images"
-    size += "".join(f", {declared}" for declared in (made.split_rule, made.decoding) if declared)
+    size += "".join(f", {declared}" for declared in (made.labels, made.split_rule, made.decoding) if declared)
     noise = ", discrete noise" if made.noise == "discrete" else ""
     if isinstance(made, ContinuePlan):
         noise += ", after public ones" if made.public_steps else ""
@@ -355,6 +356,7 @@ def _private(
         "unit": stage.spec.unit,
         "train_examples": stage.spec.train_examples,
         "split_rule": stage.spec.split_rule or None,
+        "labels": stage.spec.label_rule or None,
         "decoding": str(stage.spec.decoding) or None,
         "refit": refit and RefitPlan(refit.noise_multiplier, refit.sample_rate, refit.steps, refit.clip_norm),
         "epsilon_after": after.upper,

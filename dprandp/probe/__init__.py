@@ -22,6 +22,7 @@ from dprandp.dpsgd import release
 from dprandp.dpsgd.features import private_features
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, budget_share, open_private_stage
 from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
+from dprandp.losses import class_weights
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier
 from dprandp.pretrain import EXTRACTOR_STAGES, load_extractor, require_extractor
@@ -67,7 +68,8 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
     lr = config.lr or default_lr(stage.epsilon_alone, plan.delta, plan.examples, config.steps, plan.clip_norm)
 
     def fitted() -> int:
-        settings, folder = HeadSettings(lr, config.momentum, config.released), context.rundir.stage_dir(STAGE)
+        weights = class_weights(spec.class_shares, spec.multi_label)
+        settings, folder = HeadSettings(lr, config.momentum, config.released, weights), context.rundir.stage_dir(STAGE)
         with graceful_stop() as stop:
             start = torch.zeros_like(model.head)
             head, updates = fit_head(stage, features, labels, start, settings, folder, stop)

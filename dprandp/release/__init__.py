@@ -25,6 +25,7 @@ from dprandp.config.settings import checked
 from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
+from dprandp.losses import probabilities
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor
 from dprandp.models.precision import BFLOAT16, FLOAT32, dtype_of
@@ -71,6 +72,11 @@ class ReleasedModel:
         return hashlib.sha256(self.content["model.safetensors"]).hexdigest()
 
     @property
+    def multi_label(self) -> bool:
+        """Whether classes are labels of which an image may have several."""
+        return self.result.multi_label is True
+
+    @property
     def not_private_because(self) -> str | None:
         """The reason for the stamp NOT PRIVATE; None for a private model."""
         return why_not_private(self.result)
@@ -78,10 +84,11 @@ class ReleasedModel:
     def probabilities(self, images: np.ndarray) -> torch.Tensor:
         """Class probabilities, float32 [N, classes], of images, uint8 [N, height, width, channels] of ``shape``.
 
-        Each image is computed independently. Rows sum to 1: the softmax of the scores, which is not calibrated.
+        Each image is computed independently. Rows sum to 1: the softmax of the scores, which is not calibrated. Where
+        images have several labels, each probability is that of its label alone: the sigmoid of its score.
         """
         pixels = to_input(images, self.network.extractor.input_size)
-        return self.network.predict(pixels, mirror=self.mirror).softmax(dim=1)
+        return probabilities(self.network.predict(pixels, mirror=self.mirror), self.multi_label)
 
     def predict(self, images: Path | str | Sequence[Path | str] | np.ndarray) -> list[dict[str, Any]]:
         """``predict`` for image files and folders, or uint8 [height, width, channels] or [N, height, width, channels].
@@ -248,8 +255,12 @@ from dprandp.release import load_model, predict
 
 model = load_model(Path(__file__).parent)  # checks the files' hashes; they hold numbers and text, no code
 for row in predict(model, [Path(name) for name in sys.argv[1:]]):
-    print(row["image"], row["class"], round(row["probability"], 4))
+    print(row["image"], {shown})
 '''
+
+SHOWN = {False: 'row["class"], round(row["probability"], 4)', True: '*row["labels"]'}
+"""What the example prints of one class an image, and of several labels."""
+
 
 
 SUFFIXES = {"safetensors": ".zip", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -314,7 +325,8 @@ def export(
     apart = None
     if format == "safetensors":
         stamp = "" if reason is None else f"\n\nNOT PRIVATE. {reason}\n"
-        content = {**_described(model, about), "example.py": EXAMPLE.format(stamp=stamp).encode("utf-8")}
+        example = EXAMPLE.format(stamp=stamp, shown=SHOWN[model.multi_label])
+        content = {**_described(model, about), "example.py": example.encode("utf-8")}
         files = _write_files(content, target)
         size = sum(map(len, content.values()))
     else:
@@ -414,7 +426,8 @@ def predict(
         on_skipped: called with the number of files of each kind that were skipped, where there are any.
 
     Returns:
-        One row per image: image (its name), class, probability (of that class), probabilities (class -> number).
+        One row per image: image (its name), class, probability (of that class), probabilities (class -> number). Of
+        several labels an image: image, labels (those more probable than not), probabilities.
 
     Raises:
         InputError: an image is missing or damaged. UsageError: there is none.

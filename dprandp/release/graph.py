@@ -1,8 +1,8 @@
 """A released model as one graph in one file, which other programs run without dprandp: torch-export, or ONNX.
 
 The graph goes from pixels to class probabilities: resize, grey to three channels, ``normalise``, ``features``, the
-average with the mirror image, whitening, head, softmax. It takes the differentiable way to the features, as other
-devices do; the compiled loops of ``models/kernels.py`` cannot be exported.
+average with the mirror image, whitening, head, softmax (sigmoid where an image may have several labels). It takes the
+differentiable way to the features, as other devices do; the compiled loops of ``models/kernels.py`` cannot be exported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
-from dprandp import __version__
+from dprandp import __version__, losses
 from dprandp.config.publication import Publication
 from dprandp.data import brought_to
 from dprandp.errors import DprandpError, UsageError
@@ -55,7 +55,7 @@ class PixelsToProbabilities(nn.Module):
         super().__init__()
         network = copy.deepcopy(model.network).float().requires_grad_(False)
         self.extractor, self.whitener, self.head = network.extractor, network.whitener, network.head
-        self.mirror = model.mirror
+        self.mirror, self.multi_label = model.mirror, model.multi_label
         height, width, self.channels = model.shape
         side = network.extractor.input_size
         self.resizes = (height, width) != (side, side)
@@ -72,7 +72,7 @@ class PixelsToProbabilities(nn.Module):
         features = self._features(x)
         if self.mirror:
             features = (features + self._features(x.flip(-1))) / 2
-        return (self.whitener(features) @ self.head).softmax(dim=1)
+        return losses.probabilities(self.whitener(features) @ self.head, self.multi_label)
 
     def _features(self, x: Tensor) -> Tensor:
         return self.extractor.features(self.extractor.normalise(x))
@@ -154,6 +154,7 @@ def metadata(model: ReleasedModel, about: Publication) -> dict[str, Any]:
         },
         "output": {"name": OUTPUT, "type": "float32", "layout": "[N, classes]"},
         "classes": list(model.classes),
+        "multi_label": model.multi_label,
         "precision": FLOAT32,
         "precision_of_the_model": precision_of(model.network.extractor),
         "private": reason is None,

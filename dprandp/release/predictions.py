@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from dprandp.release import ReleasedModel
 
 Row = dict[str, Any]
-"""image (its name), class, probability (of that class), probabilities (class -> number). Of an image that cannot be
-read the last three are None, and ``error`` says what is wrong."""
+"""image (its name), class, probability (of that class), probabilities (class -> number); of a model of several labels
+an image: image, labels (names of those with a probability above ``THRESHOLD``), probabilities. Of an image that cannot
+be read all but its name are None, and ``error`` says what is wrong."""
+
+THRESHOLD = 0.5
 
 BLOCK = 256
 """Images that are read, classified and written at a time."""
@@ -39,7 +42,7 @@ def predictions(
     *,
     strict: bool = False,
 ) -> Iterator[list[Row]]:
-    """The most probable class of each image, in blocks of rows.
+    """The most probable class, or the labels, of each image, in blocks of rows.
 
     Args:
         images: image files of any size, and folders: every image file below, at any depth, by path.
@@ -87,7 +90,7 @@ def _blocks(
                 errors[path] = error.problem
         names = [str(path) for path in block if path not in errors]
         rows = iter(classified(model, names, np.stack(pixels)) if pixels else ())
-        yield [failed(str(path), errors[path]) if path in errors else next(rows) for path in block]
+        yield [failed(str(path), errors[path], model.multi_label) if path in errors else next(rows) for path in block]
     for names, images in arrays:
         yield classified(model, names, images)
 
@@ -97,14 +100,23 @@ def classified(model: ReleasedModel, names: Sequence[str], pixels: np.ndarray) -
     rows = []
     for name, row in zip(names, model.probabilities(pixels).tolist(), strict=True):
         probabilities = dict(zip(model.classes, row, strict=True))
+        if model.multi_label:
+            labels = [label for label, value in probabilities.items() if value > THRESHOLD]
+            rows.append({"image": name, "labels": labels, "probabilities": probabilities})
+            continue
         best = max(probabilities, key=probabilities.__getitem__)
         rows.append({"image": name, "class": best, "probability": probabilities[best], "probabilities": probabilities})
     return rows
 
 
-def failed(name: str, error: str) -> Row:
+def failed(name: str, error: str, multi_label: bool) -> Row:
     """The row of an image that cannot be read."""
-    return {"image": name, "class": None, "probability": None, "probabilities": None, "error": error}
+    return {"image": name, **dict.fromkeys(answers(multi_label)), "probabilities": None, "error": error}
+
+
+def answers(multi_label: bool) -> tuple[str, ...]:
+    """What a row has beside image and probabilities."""
+    return ("labels",) if multi_label else ("class", "probability")
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -122,13 +134,18 @@ class Lines:
     def __call__(self, rows: Sequence[Row]) -> str:
         named = [row for row in rows if "error" not in row]
         self._wide = max([self._wide, *(len(row["image"]) for row in rows)])
-        self._long = max([self._long, *(len(row["class"]) for row in named)])
-        return "\n".join(
-            f"{row['image']:<{self._wide}}  error: {row['error']}"
-            if "error" in row
-            else f"{row['image']:<{self._wide}}  {row['class']:<{self._long}}  {row['probability']:.4f}"
-            for row in rows
-        )
+        self._long = max([self._long, *(len(row["class"]) for row in named if "class" in row)])
+        return "\n".join(f"{row['image']:<{self._wide}}  {self._said(row)}" for row in rows)
+
+    def _said(self, row: Row) -> str:
+        if "error" in row:
+            return f"error: {row['error']}"
+        if "class" in row:
+            return f"{row['class']:<{self._long}}  {row['probability']:.4f}"
+        values = row["probabilities"]
+        best = max(values, key=values.__getitem__)
+        said = ", ".join(f"{label} {values[label]:.4f}" for label in row["labels"])
+        return said or f"none above {THRESHOLD:g}; the most probable is {best} {values[best]:.4f}"
 
 
 def answer(
@@ -155,7 +172,7 @@ def answer(
     about = {"data": model.result.data, "private": model.not_private_because is None}
     kept: list[Row] | None = [] if keep and out is None else None
     lines, images, unreadable = Lines(), 0, 0
-    with contextlib.nullcontext() if out is None else WRITERS[out.suffix.lower()](out, model.classes, about) as write:
+    with contextlib.nullcontext() if out is None else WRITERS[out.suffix.lower()](out, model, about) as write:
         for rows in blocks:
             images += len(rows)
             unreadable += sum("error" in row for row in rows)
@@ -189,26 +206,34 @@ def refuse_target(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _csv(path: Path, classes: Sequence[str], about: Mapping[str, Any]) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """image, class, probability, the probability of every class under its name, error (empty where there is none)."""
+def _csv(path: Path, model: ReleasedModel, about: Mapping[str, Any]) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """image, class and probability or labels (with | between them), the probability of every class or label under its
+    name, error (empty where there is none)."""
+    classes, told = model.classes, answers(model.multi_label)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", **TEXT) as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["image", "class", "probability", *classes, "error"])
+        writer.writerow(["image", *told, *classes, "error"])
 
         def write(rows: Sequence[Row]) -> None:
             for row in rows:
                 if "error" in row:
-                    writer.writerow([row["image"], *[""] * (2 + len(classes)), row["error"]])
+                    writer.writerow([row["image"], *[""] * (len(told) + len(classes)), row["error"]])
                     continue
-                numbers = [row["probability"], *row["probabilities"].values()]
-                writer.writerow([row["image"], row["class"], *(f"{value:.6g}" for value in numbers), ""])
+                cells = [*(row[name] for name in told), *row["probabilities"].values()]
+                writer.writerow([row["image"], *map(_cell, cells), ""])
 
         yield write
         stream.flush()
 
 
+def _cell(value: str | float | list[str]) -> str:
+    if isinstance(value, list):
+        return "|".join(value)
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
 @contextmanager
-def _json(path: Path, classes: Sequence[str], about: Mapping[str, Any]) -> Iterator[Callable[[Sequence[Row]], None]]:
+def _json(path: Path, model: ReleasedModel, about: Mapping[str, Any]) -> Iterator[Callable[[Sequence[Row]], None]]:
     """One object: ``about``, then ``predictions``, a list with a row a line."""
     with atomic_path(path) as temporary, open(temporary, "w", **TEXT) as stream:
         stream.write(to_json(dict(about)).removesuffix("}") + ', "predictions": [')

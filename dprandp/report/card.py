@@ -38,7 +38,7 @@ Made by dprandp {version}.
 {warnings}
 ## Intended use
 
-Assigning an image like those of {title} to one of {count} classes; research on differentially private training.
+{task}; research on differentially private training.
 
 ## Out-of-scope use
 
@@ -48,7 +48,7 @@ images, not the images that the model classifies.
 
 ## Data
 
-{title} (`{data}`): {train} training images{units}{public_part}, {test} test images. Classes: {classes}.
+{title} (`{data}`): {train} training images{units}{public_part}, {test} test images. {kind}: {classes}.
 
 Licence of the data: not known to this program. Check the terms of the data set before you publish the model.
 {preprocessing}
@@ -97,7 +97,10 @@ def model_card(
         privacy=_privacy(result),
         # as an alert, which is amber where a card is shown
         warnings="".join(f"\n> [!WARNING]\n> Warning: {_plain(text)}.\n" for text in model_warnings(result)),
-        count=len(classes),
+        task=f"Saying which of {len(classes)} labels an image like those of {_plain(result.title)} has"
+        if result.multi_label else
+        f"Assigning an image like those of {_plain(result.title)} to one of {len(classes)} classes",
+        kind="Labels, of which an image may have several" if result.multi_label else "Classes",
         # for a code span: backticks would end it
         data=" ".join(result.data.split()).replace("`", "'").replace("|", "/").replace("<", "&lt;"),
         train=result.train_examples,
@@ -160,11 +163,10 @@ def card_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _classes(result: PrivateResult) -> str:
     """Recall and precision of each class, and how the intervals were found."""
     how = f"\nIntervals: {_plain(result.interval_method)}.\n" if result.interval_method else ""
-    rows = class_figures(result)[:MOST_CLASSES]
+    head, *rows = class_figures(result)[: 1 + MOST_CLASSES] or [()]
     if not rows:
         return how
-    head = "| class | recall | 95 % interval | precision | 95 % interval |\n|---|---|---|---|---|\n"
-    return f"{how}\n{head}" + "\n".join(card_rows(rows)) + "\n"
+    return "\n".join([how, *card_rows([head]), "|---" * len(head) + "|", *card_rows(rows), ""])
 
 
 def _privacy(result: PrivateResult) -> str:

@@ -30,6 +30,8 @@ from dprandp.runs.results import (
 SHOWN_CLASSES = 5
 """Most classes that a warning names."""
 
+INTERVAL = "95 % interval"
+
 GROUP_SIZES = (2, 5, 10)
 """Of which the disclosure says what is left of the guarantee."""
 
@@ -156,6 +158,7 @@ def disclosure(
         ("σ (noise multiplier)", f"{number(result.noise_multiplier)} (noise std over clip norm)"),
         ("C (clip norm)", f"{number(result.clip_norm)} (L2 norm of one {record}'s gradient)"),
         ("K (views per example)", f"{result.views}, their gradients averaged before the clip"),
+        ("Loss", _loss(result)),
         ("Update", update),
         ("Trained weights", trained),
         ("Second mechanism (refit)", _refit(refit)),
@@ -273,10 +276,13 @@ def interval_text(interval: tuple[float, float] | None, scale: float = 100.0) ->
 
 def figures(result: PrivateResult) -> list[tuple[str, str, str]]:
     """Each figure of the test split: name, value, 95 % interval (– where none is recorded)."""
+    several = result.multi_label
+    usual = "giving each label its more frequent answer" if several else "predicting the most frequent class"
+    balanced = "recall of yes and of no, over the labels" if several else "recall"
     shown = [
-        ("accuracy", "accuracy", result.accuracy),
-        ("majority_accuracy", "accuracy of always predicting the most frequent class", result.majority_accuracy),
-        ("balanced_accuracy", "balanced accuracy (mean recall)", result.balanced_accuracy),
+        ("accuracy", "accuracy, mean over the labels" if several else "accuracy", result.accuracy),
+        ("majority_accuracy", f"accuracy of always {usual}", result.majority_accuracy),
+        ("balanced_accuracy", f"balanced accuracy (mean {balanced})", result.balanced_accuracy),
     ]
     if result.sensitivity is not None and len(result.classes) == 2:
         shown.append(("sensitivity", f"sensitivity (recall of {result.classes[1]})", result.sensitivity))
@@ -285,39 +291,66 @@ def figures(result: PrivateResult) -> list[tuple[str, str, str]]:
     rows = [(label, percent(value), _percents(result.interval(name))) for name, label, value in shown]
     area = "–" if result.auc is None else f"{result.auc:.4f}"
     label = "AUC" if len(result.classes) == 2 else "macro AUC, one class against the rest"
-    return [*rows, (label, area, interval_text(result.interval("auc"), 1)), ("loss, nats", number(result.loss), "–")]
+    label = "mean AUC over the labels" if several else label
+    rows.append((label, area, interval_text(result.interval("auc"), 1)))
+    if result.kappa is not None:
+        interval = interval_text(result.interval("kappa"), 1)
+        rows.append(("kappa of the grades, quadratic weights", f"{result.kappa:.4f}", interval))
+    return [*rows, ("loss, nats", number(result.loss), "–")]
 
 
 def model_warnings(result: PrivateResult) -> list[str]:
     """What must be said before anybody uses the model; empty if nothing. From the figures of its test split."""
-    said, interval = [], result.interval("accuracy")
-    if interval is not None and interval[0] <= result.majority_accuracy:
+    said = []
+    figure, least, words = "accuracy", result.majority_accuracy, "always saying the most frequent class: accuracy"
+    other = f"that class {percent(least)}"
+    if result.multi_label:  # few images have a rare label, so that accuracy says little
+        figure, least, words, other = "auc", 0.5, "guessing: mean AUC", "guessing 50\u00a0%"
+    elif result.class_shares is not None:  # the loss gave accuracy up for it
+        least = 1 / sum(any(row) for row in result.confusion)
+        figure, words, other = "balanced_accuracy", "guessing: balanced accuracy", f"guessing {percent(least)}"
+    value, interval = getattr(result, figure), result.interval(figure)
+    if interval is not None and interval[0] <= least:
         said.append(
-            f"the model is not better than always saying the most frequent class: accuracy {percent(result.accuracy)} "
-            f"(95\u00a0%: {_percents(interval)}), that class {percent(result.majority_accuracy)}"
+            f"the model is not better than {words} {percent(value)} (95\u00a0%: {_percents(interval)}), {other}"
         )
-    predicted = zip(*result.confusion, strict=True)
-    rows = zip(result.classes, result.confusion, predicted, strict=True)
-    never = [name for name, of, named in rows if sum(of) and not sum(named)]
+    never = _never_predicted(result)
     if never:
         more = f" and {len(never) - SHOWN_CLASSES} more" if len(never) > SHOWN_CLASSES else ""
-        classes = "class" if len(never) == 1 else "the classes"
-        said.append(f"the model never predicts {classes} {', '.join(never[:SHOWN_CLASSES])}{more}")
+        kind = ("label", "the labels") if result.multi_label else ("class", "the classes")
+        names = f"{kind[len(never) > 1]} {', '.join(never[:SHOWN_CLASSES])}{more}"
+        above = " with a probability above .5" if result.multi_label else ""
+        said.append(f"the model never predicts {names}{above}")
     return said
 
 
-def class_figures(result: PrivateResult) -> list[tuple[str, str, str, str, str]]:
-    """For each class: name, recall, its interval, precision, its interval; empty where they are not recorded."""
-    return [
-        (
-            name,
-            "no test image" if each.recall is None else percent(each.recall),
-            _percents(each.recall_interval),
-            "never predicted" if each.precision is None else percent(each.precision),
-            _percents(each.precision_interval),
-        )
-        for name, each in zip(result.classes, result.per_class or (), strict=False)
+def _never_predicted(result: PrivateResult) -> list[str]:
+    """Classes or labels that test images have, and that the model gives to none of them."""
+    if result.confusion is None:
+        rows = zip(result.classes, result.per_class or (), strict=False)
+        return [name for name, each in rows if each.recall is not None and each.precision is None]
+    named = map(sum, zip(*result.confusion, strict=True))
+    return [name for name, of, of_model in zip(result.classes, result.confusion, named, strict=True)
+            if sum(of) and not of_model]  # fmt: skip
+
+
+def class_figures(result: PrivateResult) -> list[tuple[str, ...]]:
+    """The head of a table, then for each class: name, recall, its interval, precision, its interval; for each of
+    several labels an image also AUC and its interval. Empty where they are not recorded."""
+    if not result.per_class:
+        return []
+    rows = [("label" if result.multi_label else "class", "recall", INTERVAL, "precision", INTERVAL)]
+    for name, each in zip(result.classes, result.per_class, strict=True):
+        recall = "no test image" if each.recall is None else percent(each.recall)
+        precision = "never predicted" if each.precision is None else percent(each.precision)
+        rows.append((name, recall, _percents(each.recall_interval), precision, _percents(each.precision_interval)))
+    if not result.multi_label:
+        return rows
+    areas = [("AUC", INTERVAL)] + [
+        ("–" if each.auc is None else f"{each.auc:.3f}", interval_text(each.auc_interval, 1))
+        for each in result.per_class
     ]
+    return [row + area for row, area in zip(rows, areas, strict=True)]
 
 
 def _percents(interval: tuple[float, float] | None) -> str:
@@ -396,6 +429,20 @@ def _mechanism(result: PrivateResult, record: str) -> str:
     return (
         f"{batch}; {gradient} {clip}; {noise}, "
         "once per step, and is divided by the public qN, not by the size of the drawn batch."
+    )
+
+
+def _loss(result: PrivateResult) -> str:
+    said = "softmax cross-entropy of one class an image"
+    if result.multi_label:
+        said = f"sum of the binary cross-entropies of {len(result.classes)} labels, clipped together as one gradient"
+    if result.class_shares is None:
+        return f"{said}, all classes weighted alike" if not result.multi_label else said
+    shares = ", ".join(f"{name} {share:g}" for name, share in zip(result.classes, result.class_shares, strict=True))
+    kind = "labels" if result.multi_label else "classes"
+    return (
+        f"{said}, weighted by the shares of the {kind} that the user declared: {shares}. This program did not compute "
+        "them; ε does not cover shares that were counted in the private labels"
     )
 
 
@@ -535,8 +582,9 @@ def _public_inputs(
 ) -> str:
     """All inputs of a stage except the private images."""
     declared = (
-        f"declared facts of the data set ({result.title}: {len(result.classes)} class names, N, image size); the "
-        "configuration; the code. Normalisation and whitening use constants or synthetic images, never private ones."
+        f"declared facts of the data set ({result.title}: {len(result.classes)} class names, N, image size"
+        f"{'' if result.class_shares is None else ', class shares'}); the configuration; the code. Normalisation and "
+        "whitening use constants or synthetic images, never private ones."
     )
     if weights := public_weights(result):
         return f"{weights[0].upper()}{weights[1:]}; {declared}"

@@ -96,18 +96,18 @@ def page(run: Run) -> str:
     values: dict[str, Any] = {}
     if result is not None:
         classes, exact = result.classes, all(run.results[stage].sample_rate == 1 for stage in run.private_stages)
-        shown_as_table = len(classes) <= TABLE_CLASSES
+        shown_as_table = len(classes) <= TABLE_CLASSES and result.confusion is not None
         values = {
             "data": public_data_name(result.data),
             "notes": _notes(run, result),
             "warnings": model_warnings(result),
             "interval": interval_text(result.interval("accuracy")),
             "figures": figures(result),
-            "class_figures": class_figures(result)[:MOST_CLASSES],
+            "class_figures": class_figures(result)[: 1 + MOST_CLASSES],
             "meaning": privacy_sentence(result, run.spending.epsilon, exact=exact and not run.spending.unfinished),
             "matrix": _matrix(result) if shown_as_table else None,
         }
-        if not shown_as_table:
+        if not shown_as_table and result.confusion is not None:
             title = f"Confusion matrix of {len(classes)} classes"
             values["heat"] = heat_picture("confusion", result.confusion, title)
             values["confusions"] = _worst_confusions(result)
@@ -266,7 +266,8 @@ def _outcome(result: StageResult) -> str:
         if not isinstance(result, PrivateResult):
             return before + "nothing private was read"
     privacy = f"ε = {epsilon_text(result.epsilon)}" if result.private else "NOT PRIVATE"
-    return f"{before}test accuracy {percent(result.accuracy)}, {privacy}, {result.steps} steps"
+    area = f"mean AUC {result.auc:.3f}, " if result.multi_label and result.auc is not None else ""
+    return f"{before}{area}test accuracy {percent(result.accuracy)}, {privacy}, {result.steps} steps"
 
 
 def _moment(stamp: str) -> str:

@@ -67,35 +67,44 @@ class PretrainResult(Extractor):
     grey: Measures | None = None  # of the second extractor
 
 
-Interval = Annotated[tuple[Fraction, ...], lambda value: len(value) == 2 and value[0] <= value[1]]
+Kappa = Annotated[float, lambda value: -1 <= value <= 1]
+Interval = Annotated[tuple[Number, ...], lambda value: len(value) == 2 and -1 <= value[0] <= value[1] <= 1]
 """Low and high end, of 95 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFigures:
-    """Of one class on the test split; None where it has no image there, or is never predicted."""
+    """Of one class or label on the test split; None where it has no image there, or is never predicted."""
 
     recall: Fraction | None
     recall_interval: Interval | None
     precision: Fraction | None
     precision_interval: Interval | None
+    auc: Fraction | None = None  # of one of several labels of an image; None where it is on all images, or on none
+    auc_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Of a model on the test split, once. Figures with a default are missing in older results."""
+    """Of a model on the test split, once. Figures with a default are missing in older results.
+
+    Where images have several labels (multi-label), figures are means over the labels.
+    """
 
     data: Text  # as given to --data
     title: Text  # of the data set
     classes: tuple[str, ...]
+    multi_label: bool | None = None  # classes are labels, of which an image may have several
+    class_shares: tuple[Fraction, ...] | None = None  # declared ones, by which the loss was weighted
     accuracy: Fraction
     balanced_accuracy: Fraction  # mean recall
     auc: Fraction | None  # one class against the rest; None where a single class occurs
     loss: Number  # mean cross-entropy, nats
-    confusion: tuple[tuple[Count, ...], ...]  # images: rows are true classes, columns predicted ones
-    majority_accuracy: Fraction  # of always answering the most frequent class
+    confusion: tuple[tuple[Count, ...], ...] | None  # images: true classes, predicted ones; None of several labels
+    majority_accuracy: Fraction  # of always answering the most frequent class, or value of each label
     sensitivity: Fraction | None = None  # of two classes, the recall of the second; None for more classes
     specificity: Fraction | None = None  # and of the first
+    kappa: Kappa | None = None  # of classes that are grades, with quadratic weights
     per_class: tuple[ClassFigures, ...] | None = None
     intervals: dict[str, Interval] | None = None  # of the fractions above, by name
     interval_method: Text | None = None  # in words
@@ -271,13 +280,18 @@ def kind_of(stage: str, record: Mapping[str, Any]) -> type[StageResult]:
 def wrong_entry(stage: str, record: Mapping[str, Any]) -> str | None:
     """The name of an entry of a recorded result that is not of its type, or None; missing ones are not wrong."""
     wrong = records.wrong_entry(kind_of(stage, record), record)
-    confusion = record.get("confusion") if issubclass(kind_of(stage, record), PrivateResult) else None
-    if wrong is None and confusion is not None:
-        sizes = {len(confusion), len(record.get("classes", confusion)), *map(len, confusion)}
-        if len(sizes) > 1:
-            return "confusion"
-        return "per_class" if len(record.get("per_class") or confusion) != len(confusion) else None
-    return wrong
+    confusion = record.get("confusion")
+    if wrong is not None or not issubclass(kind_of(stage, record), PrivateResult):
+        return wrong
+    if (confusion is None) != bool(record.get("multi_label")) and "confusion" in record:
+        return "confusion"
+    if confusion is not None and len({len(confusion), len(record.get("classes", confusion)), *map(len, confusion)}) > 1:
+        return "confusion"
+    classes = record.get("classes", confusion or ())
+    for name in ("per_class", "class_shares"):
+        if record.get(name) and len(record[name]) != len(classes):
+            return name
+    return None
 
 
 def read_result(stage: str, record: Mapping[str, Any]) -> StageResult:

@@ -22,6 +22,7 @@ from dprandp.config.schema import ProbeConfig, data_options, public_data_options
 from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.features import placed
+from dprandp.dpsgd.stage import refuse_other_labels
 from dprandp.dpsgd.training_data import use_as_public
 from dprandp.errors import InputError
 from dprandp.generate import open_images
@@ -59,6 +60,7 @@ def choose_publicly(
     dataset = open_dataset(config.data, context.data_dir, **data_options(config) | {"unit_column": None})
     dataset.for_input(input_size(context))
     spec = dataset.spec
+    refuse_other_labels("tune", spec)
     epsilon = probe_epsilon(config)
     delta = config.delta or default_delta(spec.train_examples, spec.published_delta)
     mu = gaussian_dp_mu(epsilon, delta) if math.isfinite(epsilon) else math.inf
@@ -156,6 +158,7 @@ def _public_task(
         own = open_dataset(config.data, context.data_dir, **data_options(config))
         for each in (public_dataset, own):
             each.for_input(size)
+        refuse_other_labels("tune", public_dataset.spec)
         if public_dataset.shares_images_with(own):
             raise private_data(tune.on)
         use_as_public(context.rundir, public_dataset)

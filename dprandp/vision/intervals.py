@@ -68,6 +68,51 @@ def redraw(scores: np.ndarray, labels: np.ndarray, units: np.ndarray, predicted:
     return Redrawn(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
+@dataclass(frozen=True)
+class RedrawnLabels:
+    """``Redrawn`` where an image may have several of L labels; ``auc`` is the mean of ``areas``."""
+
+    accuracy: np.ndarray  # [draws]
+    majority_accuracy: np.ndarray
+    balanced_accuracy: np.ndarray
+    auc: np.ndarray
+    recall: np.ndarray  # [draws, L]
+    precision: np.ndarray
+    areas: np.ndarray
+
+
+def redraw_labels(scores: np.ndarray, labels: np.ndarray, units: np.ndarray, predicted: np.ndarray) -> RedrawnLabels:
+    """``redraw`` for several labels an image: scores, labels and predicted [N, L], the last two bool."""
+    count, names = scores.shape
+    having, said = (csr_matrix(each.T.astype(np.float64)) for each in (labels, predicted))
+    both = csr_matrix((labels & predicted).T.astype(np.float64))
+    rankings = [_Ranking(scores[:, j], labels[:, j]) for j in range(names)]
+    parts: list[tuple[np.ndarray, ...]] = []
+    for weights in _weights(units, draws_for(count, names)):
+        images = weights.sum(axis=0)
+        of, named, hits = having @ weights, said @ weights, both @ weights
+        passed = images - of - named + hits  # rightly without the label
+        recall, areas = _ratio(hits, of), np.array([ranking.auc(weights) for ranking in rankings])
+        balanced = [_mean(np.stack(pair)) for pair in zip(recall, _ratio(passed, images - of), strict=True)]
+        parts.append((
+            ((hits + passed) / images).mean(axis=0), (np.maximum(of, images - of) / images).mean(axis=0),
+            np.mean(balanced, axis=0), _mean(areas), recall.T, _ratio(hits, named).T, areas.T,
+        ))  # fmt: skip
+    return RedrawnLabels(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def redraw_kappa(labels: np.ndarray, predicted: np.ndarray, units: np.ndarray, draws: int) -> np.ndarray:
+    """The kappa of grades with quadratic weights on each redrawn test split, [draws]; arguments as ``redraw``'s."""
+    true, said, parts = labels.astype(np.float64), predicted.astype(np.float64), []
+    for weights in _weights(units, draws):
+        images = weights.sum(axis=0)
+        apart = (true - said) ** 2 @ weights
+        # squared distance of a true and a predicted grade of two images drawn independently
+        chance = (true**2 + said**2) @ weights - 2 * (true @ weights) * (said @ weights) / images
+        parts.append(1 - _ratio(apart, chance))
+    return np.concatenate(parts)
+
+
 def draws_for(count: int, classes: int) -> int:
     """How often the test split is drawn."""
     return round(min(MOST_DRAWS, max(FEWEST_DRAWS, WORK / (count * classes))))

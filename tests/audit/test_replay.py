@@ -34,6 +34,7 @@ from dprandp.audit.canaries import (
 )
 from dprandp.audit.games import try_mechanism
 from dprandp.audit.loops import (
+    Labels,
     hardened,
     head_game_scores,
     made_up_images,
@@ -146,7 +147,7 @@ def replayed(
     plan: PrivatePlan, features: Tensor, kind: str, control: Control = FAITHFUL, images: int = 1,
     gone: int | None = None,
 ) -> list[Check]:  # fmt: skip
-    records = make_head_records(features, 3, plan, kind, torch.Generator().manual_seed(1), images)
+    records = make_head_records(features, Labels(3), plan, kind, torch.Generator().manual_seed(1), images)
     return replay_head(plan, records, gone, control)
 
 
@@ -199,7 +200,7 @@ def tuned(
 ) -> list[Check]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
-    dataset, split = made_up_images(images, 3, records_for(plan, 3), True, generator, each)
+    dataset, split = made_up_images(images, Labels(3), records_for(plan, 3), True, generator, each)
     model = hardened(model_of(arch), generator)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = schema.build("finetune", {"checkpoint_every": 100, **changes})
@@ -239,7 +240,7 @@ def test_views_that_depend_on_the_batch_are_flagged(monkeypatch: pytest.MonkeyPa
 
 def test_every_class_is_made_up() -> None:
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    dataset, split = made_up_images(images, 30, 5, False, torch.Generator().manual_seed(0))
+    dataset, split = made_up_images(images, Labels(30), 5, False, torch.Generator().manual_seed(0))
     assert dataset.spec.train_examples == len(split.labels) == 30
     assert sorted(dataset.train().labels.tolist()) == list(range(30))
     assert dataset.spec.flip_ok is False
@@ -320,7 +321,7 @@ def test_what_is_selected_tells_of_the_record(tmp_path: Path) -> None:
 
 
 def test_private_tuning_is_audited_like_the_rest() -> None:
-    found = try_mechanism(TUNING, torch.empty(0), 3, AuditSettings(trials=200), lambda: None)
+    found = try_mechanism(TUNING, torch.empty(0), Labels(3), AuditSettings(trials=200), lambda: None)
     game = found.two_world
     assert set(game.one_trial) == {"fitted", "held_out"}
     assert not game.flagged

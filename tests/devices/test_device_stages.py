@@ -207,6 +207,24 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
 
 
 @own_process
+def test_several_labels_of_declared_shares_are_those_of_the_cpu(tmp_path):
+    made = tiny_run.blobs(train=48, test=16)
+    for split in ("train", "test"):
+        made[f"y_{split}"] = np.eye(3, dtype=np.uint8)[made[f"y_{split}"]]
+    np.savez(tmp_path / "blobs.npz", **made, groups_train=np.arange(48) // 3)
+    data = {"data": f"npz:{tmp_path / 'blobs.npz'}", "class_shares": "0.3,0.3,0.3"}
+
+    def stages(given: Context) -> list[dict[str, Any]]:
+        probed = probe.run(schema.build("probe", PROBE_HERE | data), given)
+        return [probed, finetune.run(schema.build("finetune", FINETUNE_HERE | data | {"refit_steps": 2}), given)]
+
+    with on_both(tmp_path, stages, "vit") as (expected, found, waits):
+        assert all(map(close, expected, found))
+        assert found[1].multi_label
+        assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + 2)
+
+
+@own_process
 def test_a_continued_training_is_that_of_the_cpu(tmp_path):
     values = schema.build("continue", CONTINUE | {"data": blobs(tmp_path), "steps": 4, "switch": "2", "batch_size": 8})
     with on_both(tmp_path, interrupted(continual, values, 3), "vit") as (expected, found, waits):

@@ -106,7 +106,7 @@ def test_names_of_any_bytes_are_written(model: ReleasedModel, tmp_path: Path) ->
 
 def test_a_file_that_cannot_be_finished_is_not_there(model: ReleasedModel, tmp_path: Path) -> None:
     def fail():
-        yield [predictions.failed("x", "y")]
+        yield [predictions.failed("x", "y", False)]
         raise OSError(28, "full")
 
     with pytest.raises(StorageError, match="the disk is full"):
