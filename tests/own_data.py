@@ -21,6 +21,9 @@ def make_own_data(folder: Path) -> None:
     arrays = {f"{split}_images": noise.integers(0, 256, (12, 28, 28), dtype=np.uint8) for split in ("train", "test")}
     labels = {f"{split}_labels": np.arange(12)[:, None] % 2 for split in ("train", "test")}
     np.savez(folder / "medmnist-like.npz", **arrays, **labels)
+    several = {f"y_{split}": noise.integers(0, 2, (12, 3)) for split in ("train", "test")}
+    several |= {f"x_{split}": arrays[f"{split}_images"] for split in ("train", "test")}
+    np.savez(folder / "several-labels.npz", **several, classes=np.array(["mass", "nodule", "edema"]))
     lines = ["path,label,split,group"]
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
@@ -38,5 +41,8 @@ def make_own_data(folder: Path) -> None:
                     patient.mkdir(parents=True, exist_ok=True)
                     plain.save(patient / f"{split}-{index}.png")
     (folder / "scans.csv").write_text("\n".join(lines) + "\n")
+    findings = ("", "mass", "mass|edema", "nodule")
+    several = [f"{line.split(',')[0]},{findings[i % 4]},{line.split(',')[2]}" for i, line in enumerate(lines[1:])]
+    (folder / "scans-findings.csv").write_text("\n".join(["path,label,split", *several]) + "\n")
     unsplit = [line.replace(",train,", ",").replace(",test,", ",") for line in lines[1:]]
     (folder / "scans-unsplit.csv").write_text("\n".join(["path,label,patient", *unsplit]) + "\n")
