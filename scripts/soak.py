@@ -250,7 +250,8 @@ class Observer:
 
     def take(self, name: str, file: Path) -> list[dict[str, Any]]:
         """Enter into the books what a command's process recorded; returns its releases."""
-        events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        whole = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # a limit on files cuts this one, too
+        events = [json.loads(line) for line in whole]
         if name in ("status", "audit"):  # they try the mechanism on made-up data, with repeated noise
             return []
         for event in events:
@@ -453,7 +454,8 @@ class Sequence:
         self.history.append(f"{' '.join(map(str, arguments))} -> {done.code}")
         self.observer.ended(name, done, killed)
         if done.code == 0:
-            self.observer.answer(name, done, made, self.base / f"export-{self._count}")
+            out = str(arguments[arguments.index("--out") + 1]) if "--out" in arguments else ""
+            self.observer.answer(name, done, made, self.base / out)
         return done
 
     def command(self, *arguments: object, killed: bool = False, **options: Any) -> Done:

@@ -177,7 +177,7 @@ def _kept(folder: Path, split: str, key: str, shape: tuple[int, ...]) -> tuple[n
     """The kept images, mapped (what is written to them stays in memory), and hashes. None where none of these are."""
     path, hashes, tag = _files(folder, split)
     try:
-        if tag.read_text("utf-8") == key:
+        if tag.read_bytes() == key.encode():
             kept = np.load(path, mmap_mode="c", allow_pickle=False), np.load(hashes, allow_pickle=False)
             if [(each.dtype, each.shape) for each in kept] == [(np.uint8, shape), (np.uint8, (shape[0], 16))]:
                 return kept

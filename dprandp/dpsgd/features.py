@@ -113,7 +113,7 @@ class FeatureFile:
 
     def read(self, key: str, warn: Callable[[str], None]) -> Tensor | None:
         """The whole array if its key is ``key``: float32 [N, ...], mapped and read-only (writing ends the process)."""
-        if not self.path.exists() or not self._tag.exists() or self._tag.read_text(encoding="utf-8") != key:
+        if not self.path.exists() or not self._tag.exists() or self._tag.read_bytes() != key.encode():
             return None
         try:
             mapped = np.load(self.path, mmap_mode="r", allow_pickle=False)

@@ -60,8 +60,7 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
         atomic_write(path, listed(error.problems) + "\n")
         raise UnusableData(error.name, error.problems, str(path)) from error
     text = found.listed()
-    before = path.read_text("utf-8") if path.exists() else ""
-    if text == before:
+    if text.encode() == (path.read_bytes() if path.exists() else b""):
         return  # told already
     atomic_write(path, text)
     if found.looks_grey:

@@ -102,6 +102,8 @@ def test_images_are_decoded_once_and_copies_in_both_splits_are_told_once(
     control = shutil.copytree(run, tmp_path / "control")
     (control / "private/images-train.key").unlink()
     assert dprandp("finetune", "--run", control, *command[2:], folder=tmp_path, before=never).code == 1
+    (control / "private/images-train.key").write_bytes(b"\xff")  # what a disk lost is no text: decoded again
+    good(dprandp("finetune", "--run", control, *command[2:], folder=tmp_path))
     second = dprandp("finetune", *command, folder=tmp_path, before=never)
     assert good(second)["test_examples"] == 13
     assert "training image" not in second.err  # something was released: nothing is told any more

@@ -64,6 +64,13 @@ def test_what_is_written_is_read_and_nothing_else(tmp_path: Path, rows: Tensor) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.key", "features.npy"]
 
 
+def test_a_key_that_is_no_text_is_another_key(tmp_path: Path, rows: Tensor) -> None:
+    file = FeatureFile(tmp_path, "features", ROWS)
+    file.write("key", Source(rows))
+    (tmp_path / "features.key").write_bytes(b"k\xe5y")  # a byte that the disk lost
+    assert file.read("key", pytest.fail) is None
+
+
 @pytest.mark.parametrize("tail", [b"", b"\xff" * 7, b"\xff" * 10**4], ids=["as synced", "torn", "more"])
 def test_a_stopped_extraction_goes_on_after_its_last_synced_block(tmp_path: Path, rows: Tensor, tail: bytes) -> None:
     file = FeatureFile(tmp_path, "features", ROWS)
