@@ -38,6 +38,7 @@ class Loaded:
     classes: tuple[str, ...] = tuple(map(str, range(10)))
     shape: tuple[int, int, int] = (INPUT_SIZE, INPUT_SIZE, 3)
     decoding: Decoding = REFUSE
+    multi_label: bool = False
 
     def probabilities(self, images: np.ndarray) -> Tensor:
         """As a released model's, with the mirror average."""
