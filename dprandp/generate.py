@@ -15,10 +15,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from dprandp.runs.files import atomic_path, atomic_write, file_sha256, from_json
 from dprandp.runs.parallel import Ranks
 from dprandp.runs.records import Count, Text, read
 from dprandp.runs.results import GenerateResult
-from dprandp.runs.signals import graceful_stop
+from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.synth import RESOLUTIONS, process_named, render_block
 from dprandp.vision.images import contact_sheet
 
@@ -223,6 +225,13 @@ def shard_name(block: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- rendering
 
 
+REFRESH = 0.2
+"""Seconds between two looks at the workers."""
+
+Told = Callable[[int], None]
+"""Hears of further images."""
+
+
 class Job(NamedTuple):
     """One shard to make."""
 
@@ -233,9 +242,9 @@ class Job(NamedTuple):
     resolution: int
     folder: Path
 
-    def images(self) -> np.ndarray:
+    def images(self, told: Told | None = None) -> np.ndarray:
         """uint8 [count, resolution, resolution, 3]."""
-        return render_block(self.process, self.seed, self.block, self.count, self.resolution)
+        return render_block(self.process, self.seed, self.block, self.count, self.resolution, told)
 
 
 def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context) -> int:
@@ -244,46 +253,83 @@ def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context
     process, seed, resolution = config.process, config.seed, config.resolution
     jobs = [Job(process, seed, block, count, resolution, folder) for block, count in blocks.items()]
     with graceful_stop() as stop, context.console.progress(total, "images") as progress:
-        if ranks.size > 1 or context.workers == 1 or len(jobs) <= 1:
+        if ranks.size > 1:
             for start in range(0, len(jobs), ranks.size):
-                now = jobs[start : start + ranks.size]
-                progress.advance(_write(now[0]) if ranks.size == 1 else _render_round(now, ranks))
+                progress.advance(_render_round(jobs[start : start + ranks.size], ranks))
                 stop.raise_if_requested()
-            return total
-        # spawn: a fork of a process whose torch has started threads may hang
-        with ProcessPoolExecutor(min(context.workers, len(jobs)), get_context("spawn"), initializer=_begin) as pool:
-            # Workers inherit the mask of signals: only this process handles Ctrl-C.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                pending = {pool.submit(_write, job) for job in jobs}
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            try:
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        progress.advance(future.result())
-                    stop.raise_if_requested()
-            except BrokenProcessPool as error:
-                stop.raise_if_requested()  # the signal may have ended a worker as well
-                raise StorageError(
-                    "a worker process died while it made images, probably for lack of memory",
-                    fix="run the same command again with fewer --workers; whole shards are kept",
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        elif context.workers == 1 or len(jobs) == 1:
+            for job in jobs:
+                _write(job, progress.advance)
+                stop.raise_if_requested()
+        elif jobs:
+            _render_with_workers(jobs, min(context.workers, len(jobs)) - 1, stop, progress.advance)
     return total
 
 
-def _begin() -> None:
-    """Start of a worker: end it when its parent is gone, even by kill -9."""
+def _render_with_workers(jobs: list[Job], workers: int, stop: Stop, told: Told) -> None:
+    """Render jobs in worker processes from the first one on, and in this process from the last one: a worker takes
+    seconds to start."""
+    context = get_context("spawn")  # a fork of a process whose torch has started threads may hang
+    counter, counted = context.Value("q"), 0
+
+    def advance(count: int = 0) -> None:
+        nonlocal counted
+        now = counter.value
+        told(count + now - counted)
+        counted = now
+
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counter,)) as pool:
+        # Workers inherit the mask of signals: only this process handles Ctrl-C.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            submitted = {pool.submit(_write_in_worker, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            for future, job in reversed(submitted.items()):
+                if future.cancel():  # no worker has it
+                    _write(job, advance)
+                    stop.raise_if_requested()
+            pending = {future for future in submitted if not future.cancelled()}
+            while pending:
+                done, pending = wait(pending, timeout=REFRESH)
+                for future in done:
+                    future.result()
+                advance()
+                stop.raise_if_requested()
+        except BrokenProcessPool as error:
+            stop.raise_if_requested()  # the signal may have ended a worker as well
+            raise StorageError(
+                "a worker process died while it made images, probably for lack of memory",
+                fix="run the same command again with fewer --workers; whole shards are kept",
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _begin(made: Synchronized[int]) -> None:
+    """Start of a worker, which counts its images in ``made``: end it when its parent is gone, even by kill -9."""
+    global _made
+    _made = made
 
     def watch() -> None:
         parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+_made: Synchronized[int]
+"""In a worker: images that all workers have made."""
+
+
+def _write_in_worker(job: Job) -> None:
+    def told(count: int) -> None:
+        with _made.get_lock():
+            _made.value += count
+
+    _write(job, told)
 
 
 def _render_round(jobs: list[Job], ranks: Ranks) -> int:
@@ -293,17 +339,28 @@ def _render_round(jobs: list[Job], ranks: Ranks) -> int:
     if ranks.rank < len(jobs):
         own = jobs[ranks.rank].images()
     for job, made in zip(jobs, ranks.gather(torch.from_numpy(own), counts), strict=False):
-        _write(job, made.numpy())
+        _save(job, made.numpy())
     return sum(counts)
 
 
-def _write(job: Job, images: np.ndarray | None = None) -> int:
-    """Write a shard, rendered here unless its images are given; returns their number."""
-    images = job.images() if images is None else images
+def _write(job: Job, told: Told) -> None:
+    """Render and write a shard; ``told`` hears of all its images, as they are made."""
+    left = job.count
+
+    def some(count: int) -> None:
+        nonlocal left
+        count = min(count, left)
+        left -= count
+        told(count)
+
+    _save(job, job.images(some))
+    told(left)
+
+
+def _save(job: Job, images: np.ndarray) -> None:
     with atomic_path(job.folder / shard_name(job.block)) as temporary:
         np.save(temporary, images, allow_pickle=False)
     faults.point("shard-written")
-    return len(images)
 
 
 def _is_whole(folder: Path, block: int, count: int, resolution: int) -> bool:

@@ -85,7 +85,11 @@ def train(
         checkpoint.save(folder, f"step-{done:06d}", training.state(), meta)
 
     total = config.steps
-    with stage.context.console.progress(total, "steps", done=first) as progress:
+
+    def note() -> str:
+        return "" if stage.ledger is None or stage.plan is None else stage.spent_note()
+
+    with stage.context.console.progress(total, "steps", done=first, note=note) as progress:
         if begun is None:
             begun = _public_steps(config, stage, training, first, stop, log, save, progress.advance)
             first = begun.switch

@@ -47,6 +47,7 @@ from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, make_plan, 
 from dprandp.privacy.randomness import InsecureSeed, RandomSource, SystemRandom
 from dprandp.privacy.selection import SelectionPlan
 from dprandp.privacy.tuning import TuningEvent
+from dprandp.report.disclosure import epsilon_text
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
 from dprandp.runs.directory import STAGES, RunDir, result_digest
@@ -96,6 +97,12 @@ class PrivateStage:
         classes, whole = len(self.spec.classes), budget.epsilon if part else None
         epsilon = self.epsilon_alone if self.name == "probe" else budget.epsilon
         return too_few(epsilon, budget.delta, budget.examples, classes, unit=unit, whole=whole)
+
+    def spent_note(self) -> str:
+        """ε of everything that the run has charged so far, for a progress bar."""
+        if not self.ledger.private or math.isinf(self.budget.epsilon):
+            return "NOT PRIVATE"
+        return f"ε {epsilon_text(self.ledger.spent(self.plan.delta).upper)} of {self.budget.epsilon:g}"
 
     def private_inputs(self) -> dict[str, str]:
         """Read the training data, refuse any but the run's, and return their hash for ``RunDir.begin``.

@@ -290,7 +290,8 @@ def _train(
     log, mechanism = ranks.first(begin, told=lambda made: [None, None])
     done = first_step
     try:
-        with context.console.progress(plan.steps, "finetune steps", done=first_step) as progress:
+        note = stage.spent_note if ranks.is_first else str
+        with context.console.progress(plan.steps, "finetune steps", done=first_step, note=note) as progress:
             for step in steps_on_all(ranks, mechanism.steps() if ranks.is_first else ()):
                 # ------------------------------------------------------------------------- private: a clipped sum
                 if ranks.is_first and rule is not None and rule.due(step.number):

@@ -140,7 +140,8 @@ def fit_head(
     def save(done: int) -> None:
         checkpoint.save(folder, f"step-{done:06d}", state, {"step": done, "ledger": stage.keep_head()})
 
-    with stage.context.console.progress(plan.steps, f"{stage.name} steps", done=first_step) as progress:
+    console = stage.context.console
+    with console.progress(plan.steps, f"{stage.name} steps", done=first_step, note=stage.spent_note) as progress:
         for step in mechanism.steps():
             # ----------------------------------------------------------------------------------- private: a clipped sum
             head = state["head"]

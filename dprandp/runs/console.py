@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,38 +145,57 @@ class Console:
         self.warn(f"{category.__name__} in {Path(filename).name}, line {lineno}; --debug shows it")
 
     @contextlib.contextmanager
-    def progress(self, total: int, label: str, done: int = 0) -> Iterator[_Bar | _Lines]:
-        """Show the progress of a loop over ``total`` units, ``done`` of them before a resumed run."""
+    def progress(
+        self, total: int, label: str, done: int = 0, note: Callable[[], str] = str
+    ) -> Iterator[_Bar | _Lines]:
+        """Show the progress of a loop over ``total`` units, ``done`` of them before a resumed run.
+
+        ``note`` is asked for a short remark at the beginning, at the end, and once a second at most.
+        """
         if self.bars:
             columns = (
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(),
                 rich.progress.MofNCompleteColumn(),
+                _Rate(),
                 rich.progress.TimeRemainingColumn(),
                 rich.progress.TextColumn("{task.fields[note]}", markup=False),
             )
             with rich.progress.Progress(*columns, console=self._stderr) as bars:
-                yield _Bar(bars, bars.add_task(label, total=total, completed=done, note=""))
+                bar = _Bar(bars, bars.add_task(label, total=total, completed=done, note=note()), note)
+                yield bar
+                bar.advance(0)
         else:
-            plain = _Lines(self, total, label, done)
+            plain = _Lines(self, total, label, done, note)
             yield plain
             plain.end()
 
 
+class _Rate(rich.progress.ProgressColumn):
+    """Units per second; nothing before the first one."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:.3g}/s" if rate else "")
+
+
 class _Bar:
-    def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID) -> None:
-        self._bars, self._task = bars, task
+    def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID, note: Callable[[], str]) -> None:
+        self._bars, self._task, self._note, self._noted = bars, task, note, time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Report ``count`` more finished units; ``note`` is a short remark such as ``loss 2.31``."""
-        self._bars.update(self._task, advance=count, note=note)
+        now = time.monotonic()
+        if count == 0 or now - self._noted >= 1:
+            note, self._noted = note or self._note(), now
+        self._bars.update(self._task, advance=count, **({"note": note} if note else {}))
 
 
 class _Lines:
     """A line every ``PLAIN_INTERVAL`` seconds, and one at the end."""
 
-    def __init__(self, console: Console, total: int, label: str, done: int) -> None:
-        self._console, self._total, self._label = console, total, label
+    def __init__(self, console: Console, total: int, label: str, done: int, note: Callable[[], str]) -> None:
+        self._console, self._total, self._label, self._ask = console, total, label, note
         self._before = self._done = done
         self._started = self._spoke = time.monotonic()
         self._note = ""
@@ -195,8 +214,9 @@ class _Lines:
         self._say(f"in {duration(round(time.monotonic() - self._started))}")
 
     def _say(self, tail: str) -> None:
-        note = f" {self._note}" if self._note else ""
-        self._console.say(f"{self._label} {self._done}/{self._total} {tail}{note}")
+        if not self._console.quiet:
+            note = self._note or self._ask()
+            self._console.say(f"{self._label} {self._done}/{self._total} {tail} {note}".rstrip())
 
 
 class _ToConsole(logging.Handler):

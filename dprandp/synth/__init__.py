@@ -11,6 +11,7 @@ To add a process: write a function as ``compose.Process`` describes it in a file
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ import torch
 
 from dprandp.errors import UsageError, nearest
 from dprandp.synth import dead_leaves, fractal, perlin, statistical, stylegan, stylegan_random
-from dprandp.synth.compose import Process, kmeans_leaves, mixture
+from dprandp.synth.compose import Process, kmeans_leaves, mixture, on_images
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -117,7 +118,9 @@ def block_generator(seed: int, process: str, block: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def render_block(process: str, seed: int, block: int, count: int, resolution: int) -> np.ndarray:
+def render_block(
+    process: str, seed: int, block: int, count: int, resolution: int, told: Callable[[int], None] | None = None
+) -> np.ndarray:
     """Render the first `count` images of a block: uint8 [count, resolution, resolution, 3].
 
     PyTorch works with one thread meanwhile, since the order of its sums depends on their number: the bytes are the same
@@ -126,6 +129,7 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
     Args:
         process: a name as :func:`process_named` takes it. seed: public, any integer. block: its position, from 0.
         count: images, 1 to the block size of the process. resolution: pixels per side, one of :data:`RESOLUTIONS`.
+        told: called with the number of further images as they are made; their sum may differ from ``count``.
 
     Raises:
         UsageError: an unknown process, or an argument out of its range.
@@ -143,7 +147,9 @@ def render_block(process: str, seed: int, block: int, count: int, resolution: in
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    token = on_images.set(told or on_images.get())
     try:
         return spec.render(block_generator(seed, spec.name, block), count, resolution)
     finally:
+        on_images.reset(token)
         torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ mixes two further images. ``kml-mixup`` is the mean of two such images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -24,11 +25,16 @@ KMEANS_STEPS = 10
 BLURS = 2
 
 
+on_images: ContextVar[Callable[[int], None]] = ContextVar("on_images", default=lambda count: None)
+"""Told of images as they are made, for a progress bar; ``render_block`` sets it."""
+
+
 def in_chunks(count: int, draw: Callable[[], np.ndarray]) -> np.ndarray:
     """``count`` images from as many chunks as it takes; these are drawn whole, so a smaller count gives a prefix."""
     chunks: list[np.ndarray] = []
     while sum(map(len, chunks)) < count:
         chunks.append(draw())
+        on_images.get()(len(chunks[-1]))
     return np.concatenate(chunks)[:count]
 
 

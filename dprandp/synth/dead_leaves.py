@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from dprandp.synth import statistical
+from dprandp.synth.compose import in_chunks
 
 KINDS = ("circle", "square", "oriented-square", "rectangle", "triangle", "quadrilateral")
 MAX_SHAPES = 5000
@@ -157,7 +158,7 @@ def draw_image(
 
 def render(random: np.random.Generator, count: int, resolution: int, kinds: tuple[str, ...] = KINDS) -> np.ndarray:
     """The ``Process``: independent images of these kinds of shapes, drawn one after the other."""
-    return np.stack([draw_image(random, resolution, kinds)[0] for _ in range(count)])
+    return in_chunks(count, lambda: draw_image(random, resolution, kinds)[0][None])
 
 
 def texture_leaves(visible: np.ndarray, textures: np.ndarray, choice: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -183,6 +184,6 @@ def render_textures(random: np.random.Generator, count: int, resolution: int) ->
         visible, shapes = let_fall(random, resolution)
         choice = random.integers(TEXTURES, size=len(shapes))
         shift = random.integers(resolution, size=(len(shapes), 2))
-        return texture_leaves(visible, textures, choice, shift)
+        return texture_leaves(visible, textures, choice, shift)[None]
 
-    return np.stack([image() for _ in range(count)])
+    return in_chunks(count, image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,11 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from stage_processes import Stages
 
+from dprandp import generate
+from dprandp.config.schema import GenerateConfig
 from dprandp.errors import CheckpointError
 from dprandp.generate import load_images, open_images, read_manifest
+from dprandp.runs.console import Console
+from dprandp.runs.context import Context
+from dprandp.runs.directory import RunDir
 from dprandp.runs.files import file_sha256
 from dprandp.synth import render_block
 from dprandp.vision.images import contact_sheet
@@ -147,16 +154,6 @@ def test_resume_keeps_the_recorded_process_and_its_blocks(stages, whole, tmp_pat
     assert shards(tmp_path) == whole[1]
 
 
-@pytest.mark.slow  # every worker imports torch
-def test_a_worker_that_dies_is_an_error_with_a_way_out(stages, whole, tmp_path):
-    outcome = stages.run("generate", tmp_path, LEAVES, workers=2, fault="shard-written:2")
-    assert outcome.code == 6
-    assert "a worker process died" in outcome.result["problem"]
-    assert "--workers" in outcome.result["fix"]
-    stages.must("generate", tmp_path, LEAVES)
-    assert shards(tmp_path) == whole[1]
-
-
 SLOW = """
 import sys, torch
 from pathlib import Path
@@ -200,7 +197,7 @@ def test_no_worker_outlives_its_parent_and_ctrl_c_is_the_parents_to_obey(tmp_pat
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
-        assert len(group_of(process.pid)) >= 3  # the parent and two workers
+        assert len(group_of(process.pid)) >= 3  # the parent, a worker and the tracker of what they share
         if how == signal.SIGINT:
             os.killpg(process.pid, how)
             message = process.communicate(timeout=60)[1]
@@ -217,6 +214,47 @@ def test_no_worker_outlives_its_parent_and_ctrl_c_is_the_parents_to_obey(tmp_pat
             os.killpg(process.pid, signal.SIGKILL)
         process.stderr.close()
         process.wait()
+
+
+def is_worker(pid: int) -> bool:
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_an_error_with_a_way_out(tmp_path):
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (workers := [pid for pid in group_of(process.pid) if is_worker(pid)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(workers[0], signal.SIGKILL)
+    message = process.communicate(timeout=90)[1]
+    assert process.returncode == 1  # no command line, which would make it 6
+    assert "StorageError: a worker process died" in message
+    assert list(tmp_path.glob("1-generate/shard-*"))  # made here meanwhile
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+def test_the_bar_moves_with_every_chunk_also_of_workers_and_ends_at_the_total(tmp_path, monkeypatch):
+    """A block of 400 images takes seconds, and so does the start of a worker."""
+    heard = []
+
+    class Bar:
+        def advance(self, count=1, note=""):
+            heard.append(count)
+
+    monkeypatch.setattr(Console, "progress", lambda *arguments: contextlib.nullcontext(Bar()))
+    for workers, process, count in ((1, "perlin", 450), (2, "dead-leaves", 230), (1, "kml:perlin", 41)):
+        run = RunDir.open(tmp_path / process.replace(":", "-"), create=True)
+        with run.lock():
+            context = Context(run, Console(quiet=True), torch.device("cpu"), Path(), workers=workers)
+            generate.run(GenerateConfig(process=process, count=count, resolution=8), context)
+        assert sum(heard) == count
+        assert len(heard) > 5 * len(list(run.path.glob("1-generate/shard-*")))
+        heard.clear()
 
 
 # ------------------------------------------------------------------------------------------------------- reading shards
