@@ -56,7 +56,7 @@ def directory(options: Options, create: bool = False) -> Iterator[RunDir]:
     with contextlib.ExitStack() as stack:
         if not options.plan:
             yield stack.enter_context(opened(options.run, create))
-        elif options.run.exists() or not create:
+        elif options.run.exists():
             yield RunDir.open(options.run, create=False)
         else:
             yield RunDir.open(stack.enter_context(tempfile.TemporaryDirectory()), create=False)
@@ -83,19 +83,18 @@ def resolve(
     if size is None and before:
         size = before[-1].get("size")
     inherited: dict[str, Any] = dict(fitting or {})
-    decided = (*DATA_SETTINGS, "epsilon", "delta", "noise")
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
-        inherited |= {k: v for k, v in recorded["probe"].items() if k in decided}
+        inherited |= {k: v for k, v in recorded["probe"].items() if k in DECIDED}
         if "data" in recorded.get("finetune", {}):  # its path may be newer
             inherited["data"] = recorded["finetune"]["data"]
     elif stage in recorded:
         own = {"colour"} if stage == "pretrain" else set()  # that of an extractor, not of data
-        inherited |= {k: v for k, v in recorded[stage].items() if k in {*decided, "arch", "public"} - own}
+        inherited |= {k: v for k, v in recorded[stage].items() if k in {*DECIDED, "arch", "public"} - own}
         if recorded[stage].get("colour") == "both":  # fits all data
             inherited["colour"] = "both"
     elif stage in ("continue", "probe"):  # another private stage holds the run's data and budget
         other = next((recorded[name] for name in ("probe", "continue", "finetune") if name in recorded), {})
-        known = DATA_SETTINGS if other.get("mix") == "public" else decided  # it had no budget
+        known = DATA_SETTINGS if other.get("mix") == "public" else DECIDED  # it had no budget
         inherited |= {k: v for k, v in other.items() if k in known}
     return resolve_config(stage, size or SIZES[0], options.config, given, inherited)
 
@@ -117,6 +116,22 @@ def public_stages(rundir: RunDir, options: Options, given: dict[str, Any]) -> di
         )
     probe = resolve(rundir, "probe", options, given, priors.public_stages(prior))
     return priors.public_stages(prior, probe.statistics_images)
+
+
+DECIDED = (*DATA_SETTINGS, "epsilon", "delta", "noise")
+"""What the first private stage decides for the run."""
+
+
+def assumed_stages(rundir: RunDir, stage: str, options: Options, given: dict[str, Any]) -> dict[str, StageConfig]:
+    """With ``--plan``, what a fine-tune starts from, where the run has not begun it: extractor and probe by default."""
+    if stage != "finetune" or resolve(rundir, stage, options, given).source in WITHOUT_PHASE_ONE:
+        return {}
+    assumed: dict[str, StageConfig] = {}
+    for name in ("pretrain", "probe"):
+        if rundir.row(name).config is None:
+            said = {key: given[key] for key in DECIDED} if name == "probe" else {}
+            assumed[name] = resolve(rundir, name, options, said, assumed)
+    return assumed
 
 
 def refuse_made(prior: str, **given: Any) -> None:
@@ -219,12 +234,16 @@ def stage_command(
         public: dict[str, StageConfig] = {}
         if options.prior is not None:
             public = public_stages(rundir, options, given if stage == "probe" else {})
+        assumed = assumed_stages(rundir, stage, options, given) if options.plan else {}
+        public |= assumed
         config = public.get(stage) or resolve(rundir, stage, options, given, public, fitting)
         made = context(rundir, told, options)
         if options.plan:
             from dprandp.pipeline import plan as planning
 
-            plan = planning.plan(stage, config, made, public)
+            plan = planning.plan(stage, config, made, assumed)
+            if assumed:
+                told.say(f"note: planned as after {' and '.join(assumed)} by default, which the run does not have yet")
             return told.result(plan, planning.plan_lines(plan))
         from dprandp import pipeline
 

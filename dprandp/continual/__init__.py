@@ -118,18 +118,26 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
 def open_stage(config: ContinueConfig, context: Context, *, write: bool = True) -> PrivateStage:
     """Plan the largest possible number of private steps, from public facts; with public steps only, no plan.
 
+    Args:
+        write: False for ``--plan``: nothing is created, and the extractor may be absent.
+
     Raises:
         As ``open_private_stage``; InputError: no extractor yet; UsageError: one that does not learn by gradients.
     """
-    context.rundir.require(PRETRAIN, STAGE)
+    if write:
+        context.rundir.require(PRETRAIN, STAGE)
     context.rundir.result(GenerateResult)  # for the model card: refuses gaps
-    if context.rundir.result(PretrainResult).arch == "patchnet":
+    made = context.rundir.result(PretrainResult)
+    if made is not None and made.arch == "patchnet":
         raise UsageError(
             "a patchnet is a dictionary, which `continue` cannot train by gradients",
             fix="make another extractor: dprandp pretrain --arch wrn-16-4, or --arch vit-4-64-4",
         )
     if config.mix == "public":
-        return name_private_stage(STAGE, config, context, write=False)
+        stage = name_private_stage(STAGE, config, context, write=False)
+        if write:
+            stage.dataset.require()
+        return stage
     return open_private_stage(
         STAGE,
         config,

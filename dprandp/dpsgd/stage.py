@@ -336,7 +336,7 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
     if fixed is not None:
         fixed.refuse_other(budget)
         budget = replace(budget, data=fixed.data)
-    if write or not context.download:
+    if write:
         dataset.require()
     stage = PrivateStage(name, dataset, budget, context, shared_units=shared)
     if ledger is None or fixed is None:  # not begun, or stopped before its first plan: nothing was charged
@@ -391,7 +391,7 @@ def open_private_stage(
         batch_part: expected batch as a part of N where the configuration names none; 1 is full batch.
         budget_part: part of what is left that another stage than a probe may spend on its first mechanism (see
             ``following``).
-        write: False for ``--plan``: nothing is created or fetched, and what the stage will fetch may be absent.
+        write: False for ``--plan``: nothing is created or fetched, and the data's files may be absent.
         planned: stages that are themselves only planned (``--plan``); they count as charged.
 
     Guarantee:

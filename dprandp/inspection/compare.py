@@ -24,15 +24,13 @@ from pathlib import Path
 from dprandp.config.schema import public_data_name
 from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.training_data import hashes_of, public_images
-from dprandp.errors import BudgetError, DprandpError, InputError, UsageError
-from dprandp.privacy.adaptive import compose_stages
+from dprandp.errors import DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
-from dprandp.privacy.tuning import TuningEvent
 from dprandp.report.disclosure import epsilon_text, interval_text, number, percent
 from dprandp.report.page import table_page
 from dprandp.runs.console import duration
 from dprandp.runs.directory import RunDir
-from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
 
 
@@ -196,20 +194,8 @@ def _by_images(spent: Sequence[_Spent]) -> list[list[_Spent]]:
 
 
 def _together(parts: Sequence[_Spent]) -> Together:
-    names, delta = tuple(each.run for each in parts), min(each.delta for each in parts)
-    if not all(each.ledger.private for each in parts):
-        method = "void: a step of one of them had no noise, or noise from a seed"
-        return Together(runs=names, epsilon=math.inf, delta=delta, method=method)
-    stages = [stage for each in parts for stage in each.ledger.stages()]
-    if not any(isinstance(event, TuningEvent) for stage in stages for event in stage):
-        try:
-            bound = compose_stages(stages, delta)
-            return Together(runs=names, epsilon=bound.upper, delta=delta, method=bound.accountant)
-        except BudgetError:
-            pass  # the lattice of discrete noise is too coarse for so much at once
-    added = math.fsum(each.ledger.spent(each.delta).upper for each in parts)
-    total = math.fsum(each.delta for each in parts)
-    return Together(runs=names, epsilon=added, delta=total, method="basic composition: ε and δ of the runs added up")
+    found = combined_ledgers([(each.ledger, each.delta) for each in parts])
+    return Together(runs=tuple(each.run for each in parts), **vars(found))
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -16,6 +16,7 @@ To add one: write its module, name it here, and add its training to ``pretrain/_
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import PretrainConfig, input_size_of
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.nf_resnet import NFResNet50
-from dprandp.models.patchnet import DeepPatchNet, PatchLayer, PatchNet, ResponseLayer, positions_above
+from dprandp.models.patchnet import DeepPatchNet, PatchExtractor, PatchLayer, PatchNet, ResponseLayer, positions_above
 from dprandp.models.precision import AUTO, FLOAT32, autocast, full_precision, precision_of
 from dprandp.models.vit import VisionTransformer, parse_vit
 from dprandp.models.wrn import WideResNet, parse_wrn
@@ -74,6 +75,19 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
         sizes = parse_vit(config.arch, input_size_of(config))
         return VisionTransformer(*sizes, input_size=input_size_of(config), generator=generator)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
+
+
+@torch.no_grad()
+def first_filters(network: nn.Module) -> Tensor:
+    """The filters of the first layer as patches of pixels, float32 [F, 3, k, k]: of a patchnet, the patches of its
+    dictionary before whitening."""
+    if isinstance(network, PatchExtractor):
+        layer = network.chain[0]
+        patches = layer.weight @ torch.linalg.pinv(layer.basis).T
+        return patches.view(len(patches), 3, layer.patch_size, layer.patch_size)
+    weight = next(each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear))
+    side = math.isqrt(weight[0].numel() // 3)
+    return weight.float().reshape(len(weight), 3, side, side)
 
 
 def refuse_unlearnable(config: PretrainConfig) -> None:

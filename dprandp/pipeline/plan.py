@@ -27,6 +27,7 @@ from dprandp.continual import switching
 from dprandp.dpsgd.budget import read_plan_file
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.dpsgd.training_data import not_compared
+from dprandp.errors import InputError
 from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
 from dprandp.models.extractor import build_extractor, refuse_unlearnable
@@ -110,6 +111,7 @@ class PrivateStagePlan(PrivatePlan):
     refit: RefitPlan | None
     epsilon_after: float  # the run's ε when the stage is done
     warning: str | None = None  # that N is small for ε
+    missing: str | None = None  # files of the data that are not there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +177,11 @@ def _line(made: Plan) -> str:
     )
 
 
-def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, StageConfig] | None = None) -> Plan:
+def plan(name: str, config: StageConfig, context: Context, assumed: Mapping[str, StageConfig] | None = None) -> Plan:
     """The plan of one stage.
 
     Args:
-        public: with a shipped prior, ``generate`` and ``pretrain``, which are themselves only planned.
+        assumed: extractor and probe that a fine-tune starts from, where they are themselves only planned.
 
     Raises:
         As the stage, before it reads data.
@@ -187,14 +189,16 @@ def plan(name: str, config: StageConfig, context: Context, public: Mapping[str, 
     if name == "generate":
         return _generate(config, context)
     if name == "pretrain":
-        if not public:
-            context.rundir.require("generate", name)
         return _pretrain(config, context)
     if name == "continue" and config.mix == "public":
         action, config = _foreseen(name, config, context)
         data = continual.open_stage(config, context, write=False).spec.name  # whose images the public ones resemble
         return PublicPlan(stage=name, action=action, data=data, public=config.public, steps=config.steps)
-    return _private(name, config, context)[0]
+    arch, events = None, []
+    if assumed:
+        arch = (assumed.get("pretrain") or recorded("pretrain", context.rundir.row("pretrain").config)).arch
+        _, events = _private("probe", assumed["probe"], context)
+    return _private(name, config, context, arch, events)[0]
 
 
 def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], context: Context) -> RunPlan:
@@ -232,8 +236,7 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
 def plan_lines(result: Plan | RunPlan) -> str:
     """``plan`` and ``plan_run`` for people."""
     last = result.stages[-1] if isinstance(result, RunPlan) else result
-    warning = getattr(last, "warning", None)
-    warned = [f"warning: {warning}"] if warning else []
+    warned = [f"warning: {said}" for name in ("warning", "missing") if (said := getattr(last, name, None))]
     if not isinstance(result, RunPlan):
         return "\n".join([_line(result), *warned])
     lines = [_line(made) for made in result.stages]
@@ -306,6 +309,11 @@ def _private(
     """
     named = name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
     named.dataset.require_sound()
+    missing = None
+    try:
+        named.dataset.require()
+    except InputError as error:
+        missing = error.problem
     action, config = _foreseen(name, config, context)
     refit_steps = 0
     if name == "finetune":
@@ -361,6 +369,7 @@ def _private(
         "refit": refit and RefitPlan(refit.noise_multiplier, refit.sample_rate, refit.steps, refit.clip_norm),
         "epsilon_after": after.upper,
         "warning": stage.warning,
+        "missing": missing,
     }
     if name != "continue":
         return PrivateStagePlan(**facts), left

@@ -2,8 +2,9 @@
 
     step-NNNNNN.safetensors   WRN training state, for resuming (removed when the training is done)
     extractor.safetensors     the finished extractor, with its configuration in the header
+    filters.png               the filters of its first layer
     metrics.jsonl             loss and public evaluation, or dictionary similarity, step by step
-    grey/                     the same three of a second patchnet, where the colour of the data is not known yet
+    grey/                     the same of a second patchnet, where the colour of the data is not known yet
 
 Two ways to learn, chosen by ``arch``:
 
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dprandp.config.schema import PretrainConfig, as_dict, extractors_of, input_size_of, resolution_for
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
-from dprandp.models.extractor import build_extractor, form_of, load_weights, refuse_unlearnable
+from dprandp.models.extractor import build_extractor, first_filters, form_of, load_weights, refuse_unlearnable
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.pretrain.evaluation import MEASURES, evaluate
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
@@ -41,9 +43,10 @@ from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
 from dprandp.runs.context import Context, recorded, with_precision
+from dprandp.runs.files import atomic_path
 from dprandp.runs.results import GenerateResult, Measures, PretrainResult
 from dprandp.runs.signals import Stop, graceful_stop
-from dprandp.vision.images import ImageSet, colour_mode, random_crops
+from dprandp.vision.images import ImageSet, colour_mode, filter_sheet, random_crops
 
 STAGE, CONTINUE = "pretrain", "continue"
 EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
@@ -51,6 +54,7 @@ EXTRACTOR_STAGES = ("generate", STAGE, CONTINUE)
 EXTRACTOR = "extractor"
 GREY = "grey"
 """Folder of the second extractor."""
+FILTERS = "filters.png"
 
 
 def run(config: PretrainConfig, context: Context) -> PretrainResult | None:
@@ -254,6 +258,8 @@ def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
 
 
 def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
+    with atomic_path(folder / FILTERS) as temporary:
+        Image.fromarray(filter_sheet(first_filters(network).cpu().numpy())).save(temporary, format="PNG")
     meta = {"config": as_dict(config), "steps": steps, "loss": loss, "form": form_of(network)}
     checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
 

@@ -17,9 +17,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from dprandp.errors import CheckpointError
+from dprandp.report.run import Measured
 
 POINTS = 600
 """Most points of a curve; a longer one is thinned out."""
+
+NAMED_POINTS = 12
+"""More points than these are drawn without names, which would cover one another."""
 
 PREVIEW_WIDTH = 1280
 """Pixels; a wider contact sheet is made smaller."""
@@ -51,6 +55,25 @@ def curve(name: str, steps: Sequence[float], values: Sequence[float | None], tit
     return _svg(figure, name, title)
 
 
+def accuracy_points(name: str, points: Sequence[Measured]) -> Markup:
+    """Test accuracy with its 95 % interval against ε, a named point each."""
+    figure = _figure(6.4, 2.9)
+    axes = figure.add_subplot()
+    for each in points:
+        low, high = each.interval or (each.accuracy, each.accuracy)
+        axes.plot([each.epsilon] * 2, [100 * low, 100 * high], color=_LINE, linewidth=2.5, solid_capstyle="round")
+        axes.plot([each.epsilon], [100 * each.accuracy], color=_ACCENT, marker="o", markersize=5)
+        if len(points) <= NAMED_POINTS:
+            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(each.name, (each.epsilon, 100 * each.accuracy), color=_INK, fontsize=9, **place)
+    axes.set_xlabel("ε")
+    axes.set_ylabel("test accuracy, %")
+    axes.margins(x=0.15, y=0.1)
+    axes.grid(axis="y", color=_LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, name, "Test accuracy against ε")
+
+
 def heat_picture(name: str, confusion: Sequence[Sequence[int]], title: str) -> Markup:
     """A confusion matrix with more classes than a table can show: shade = share of the true class."""
     counts = np.asarray(confusion, dtype=float)
@@ -69,8 +92,11 @@ def heat_picture(name: str, confusion: Sequence[Sequence[int]], title: str) -> M
     return _svg(figure, name, title)
 
 
-def preview_image(path: Path, alternative: str) -> Markup:
+def preview_image(path: Path, alternative: str, kind: str = "JPEG") -> Markup:
     """A picture file as an ``img`` with its data inside; decoded and encoded again, so that only pixels pass.
+
+    Args:
+        kind: JPEG, or PNG for a few flat colours.
 
     Raises:
         CheckpointError: the file is no whole picture.
@@ -80,15 +106,16 @@ def preview_image(path: Path, alternative: str) -> Markup:
             picture = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CheckpointError(
-            f"{path} is not a whole PNG file", fix="run `dprandp generate --overwrite` to make it again"
+            f"{path} is not a whole PNG file",
+            fix="remove it: the report then leaves it out; or run the public stage again with --overwrite",
         ) from error
     if picture.width > PREVIEW_WIDTH:
         picture = picture.resize((PREVIEW_WIDTH, max(1, round(picture.height * PREVIEW_WIDTH / picture.width))))
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=88)
+    picture.save(buffer, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
     data = base64.b64encode(buffer.getvalue()).decode()
-    image = Markup('<img src="data:image/jpeg;base64,{}" alt="{}" width="{}" height="{}">')
-    return image.format(data, alternative, picture.width, picture.height)
+    image = Markup('<img src="data:image/{};base64,{}" alt="{}" width="{}" height="{}">')
+    return image.format(kind.lower(), data, alternative, picture.width, picture.height)
 
 
 def _figure(width: float, height: float):

@@ -32,8 +32,8 @@ from dprandp.report.disclosure import (
     privacy_sentence,
     why_not_private,
 )
-from dprandp.report.figures import curve, heat_picture, preview_image
-from dprandp.report.run import PRIVATE_STAGES, Run, changed_settings, read_run
+from dprandp.report.figures import accuracy_points, curve, heat_picture, preview_image
+from dprandp.report.run import PRIVATE_STAGES, Measured, Run, changed_settings, read_run
 from dprandp.runs import faults
 from dprandp.runs.console import duration
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
@@ -70,8 +70,6 @@ CURVES = {
     "effective_rank": ("rank", "effective rank of the features of held-out synthetic images"),
     "public_loss": ("loss", "loss of held-out public images"),
     "slowdown": ("ratio", "the decelerator over the other terms, on public images"),
-    "update_norm": ("norm", "norm of the noisy update (signal and noise)"),
-    "weight_norm": ("norm", "norm of the head's weights"),
 }
 """Quantities of metrics.jsonl that are shown, all of them public -> label of the axis, meaning."""
 
@@ -111,10 +109,12 @@ def page(run: Run) -> str:
             title = f"Confusion matrix of {len(classes)} classes"
             values["heat"] = heat_picture("confusion", result.confusion, title)
             values["confusions"] = _worst_confusions(result)
-    preview = None
+    preview, filters = None, None
     if run.preview is not None:
         title = f"Contact sheet of synthetic images of the process {run.results['generate'].process}"
         preview = preview_image(run.preview, title)
+    if run.filters is not None:
+        filters = preview_image(run.filters, "The filters of the extractor's first layer, as coloured tiles", "PNG")
     environment = run.environment | {f"device of {stage}": run.results[stage].device for stage in run.private_stages}
     return _TEMPLATES.get_template("page.html.j2").render(
         run=run,
@@ -123,6 +123,8 @@ def page(run: Run) -> str:
         reason=reason,
         rows=[row for row in run.rows if row.state != "missing" or row.stage not in _not_planned(run)],
         preview=preview,
+        filters=filters,
+        by_epsilon=_accuracy_by_epsilon(run),
         curves=_curves(run),
         marks=_marks(run),
         audited=[(found.name, found) for found in run.audit.mechanisms] if run.audit else [],
@@ -189,18 +191,32 @@ def _curves(run: Run) -> list[tuple[str, Markup]]:
     return drawn
 
 
-def _marks(run: Run) -> list[tuple[str, float, float]]:
-    """The parts of the budget's bar: stage (or other), ε after it, width in %. Nothing without a finite budget."""
+def _accuracy_by_epsilon(run: Run) -> Markup | None:
+    """Test accuracy against ε, of the private stages and of the runs beside this one; None for a single point."""
+    own = [run.results[stage] for stage in run.private_stages]
+    points = [Measured(each.stage, each.epsilon, each.accuracy, each.interval("accuracy")) for each in own]
+    points = [each for each in (*points, *(run.others.measured if run.others else ())) if math.isfinite(each.epsilon)]
+    return accuracy_points("accuracy", points) if len(points) > 1 else None
+
+
+PARTS = {
+    "tune": "private tuning", "continue": "continue", "probe": "probe", "finetune": "fine-tune",
+    "finetune.head": "refit of the head", "lost": "lost to crashes, restarts and unfinished stages", "left": "left",
+}  # fmt: skip
+"""Parts of the budget's bar, in words."""
+
+
+def _marks(run: Run) -> list[tuple[str, str, float, float, float]]:
+    """The parts of the budget's bar: style, name, ε before and after, width in %. Nothing without a finite budget."""
     spent, total = run.spending, run.spending.total
     if total is None or math.inf in (total, spent.epsilon):
         return []
-    reached = {stage: run.results[stage].epsilon for stage in run.private_stages}
-    if spent.unfinished:
-        reached["other"] = spent.epsilon
     marks, before = [], 0.0
-    for name, epsilon in sorted(reached.items(), key=lambda mark: mark[1]):
-        marks.append((name, epsilon, 100 * (epsilon - before) / max(total, spent.epsilon)))
-        before = epsilon
+    for name, epsilon in (*spent.parts, ("lost", spent.epsilon), ("left", total)):
+        if epsilon > before * (1 + 1e-6):
+            style, width = name.replace(".", "-"), 100 * (epsilon - before) / max(total, spent.epsilon)
+            marks.append((style, PARTS.get(name, name), before, epsilon, width))
+            before = epsilon
     return marks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
-from dprandp.errors import CheckpointError, InputError
+from dprandp.config.schema import same_data_name
+from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
 from dprandp.report import commands
 from dprandp.runs import records
 from dprandp.runs.directory import RunDir, StageRow
 from dprandp.runs.files import from_json, read_object, storage_errors
-from dprandp.runs.ledger import open_run_ledger
+from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, useful_parts
 from dprandp.runs.records import Count, Fraction, Number, Text
 from dprandp.runs.results import PrivateResult, StageResult
 
@@ -34,6 +37,7 @@ class Spending:
         insecure: some charge was made without noise or with noise from a seed.
         unfinished: charges exist that no finished stage reports.
         opinions: ε by other libraries.
+        parts: mechanisms of finished stages in order, each with the ε after it, without steps that were lost.
     """
 
     epsilon: float
@@ -42,6 +46,34 @@ class Spending:
     insecure: bool
     unfinished: bool
     opinions: tuple[str, ...]
+    parts: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Test accuracy at an ε."""
+
+    name: str  # of the stage, or of another run
+    epsilon: float
+    accuracy: float
+    interval: tuple[float, float] | None  # 95 %
+
+
+@dataclass(frozen=True)
+class Others:
+    """Other runs in the same folder that declare the same data.
+
+    Attributes:
+        names: of their folders.
+        together: what they and this run cost; None where their units of privacy differ.
+        unreadable: names of runs whose files are damaged: they are not counted.
+        measured: their accuracy.
+    """
+
+    names: tuple[str, ...]
+    together: Combined | None
+    unreadable: tuple[str, ...]
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +143,9 @@ class Run:
         results: of the finished stages.
         metrics: stage -> the lines of metrics.jsonl.
         preview: preview.png of the synthetic images, if it is there.
+        filters: filters.png of the extractor that the data took, if it is there.
         spending: of the whole run.
+        others: runs beside it; None where it has charged nothing.
         environment: env.json.
         audit: None if there was no audit.
         audit_is_old: the run's plans have changed since the audit.
@@ -122,7 +156,9 @@ class Run:
     results: dict[str, StageResult]
     metrics: dict[str, list[dict[str, Any]]]
     preview: Path | None
+    filters: Path | None
     spending: Spending
+    others: Others | None
     environment: dict[str, Any]
     audit: Audit | None
     audit_is_old: bool
@@ -161,14 +197,21 @@ def read_run(rundir: RunDir) -> Run:
         )
     preview = rundir.stage_dir("generate") / "preview.png"
     plan = _read_object(rundir.path / "privacy" / "plan.json")
+    filters = rundir.stage_dir("pretrain") / "filters.png"
+    if any(getattr(result, "extractor_colour", None) == "grey" for result in results.values()):
+        filters = next((path for path in (filters.parent / "grey" / filters.name, filters) if path.is_file()), filters)
     audit, audit_is_old = _read_audit(rundir.path / "audit" / "audit.json", plan)
+    private = [each for each in results.values() if isinstance(each, PrivateResult)]
+    ledger = open_run_ledger(rundir)  # refuses a result without its ledger
     return Run(
         name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
         rows=rundir.status(),
         results=results,
         metrics={stage: _read_lines(rundir.stage_dir(stage) / "metrics.jsonl") for stage in results},
         preview=preview if preview.is_file() and "generate" in results else None,
-        spending=_spending(rundir, [each for each in results.values() if isinstance(each, PrivateResult)], plan),
+        filters=filters if filters.is_file() and "pretrain" in results else None,
+        spending=_spending(ledger, private, plan),
+        others=_others(rundir.path.resolve(), ledger, plan) if ledger is not None and ledger.events() else None,
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
         audit=audit,
         audit_is_old=audit_is_old,
@@ -186,13 +229,12 @@ def changed_settings(row: StageRow) -> list[str]:
     ]
 
 
-def _spending(rundir: RunDir, private: list[PrivateResult], plan: dict[str, Any]) -> Spending:
+def _spending(ledger: Ledger | None, private: list[PrivateResult], plan: dict[str, Any]) -> Spending:
     """The largest ε that a finished private stage reports, or that of the whole ledger where that is more."""
     delta = private[-1].delta if private else plan.get("delta")
     total = private[-1].epsilon_total if private else plan.get("epsilon")
     epsilon = max((result.epsilon for result in private), default=0.0)
-    ledger = open_run_ledger(rundir)  # refuses a result without its ledger
-    unfinished, opinions = False, ()
+    unfinished, opinions, parts = False, (), []
     if ledger is not None and ledger.events() and delta is not None:
         bound = ledger.spent(float(delta))
         # about what counts: of a sampled stage that was stopped its whole plan, not the steps that it made
@@ -201,6 +243,12 @@ def _spending(rundir: RunDir, private: list[PrivateResult], plan: dict[str, Any]
         opinions = tuple(map(str, others))
         unfinished = bound.upper > epsilon * (1 + 1e-6)
         epsilon = max(epsilon, bound.upper)
+        if math.isfinite(epsilon):
+            lost = {(result.stage, result.attempt): result.lost_steps for result in private}
+            lost |= {(each.stage, each.attempt): 0 for each in ledger.tunings}
+            refits = {f"{each.stage}.head": each.refit for each in private if getattr(each, "refit", None)}
+            lost |= {(name, ledger.last_attempt(name)): refit.lost_steps for name, refit in refits.items()}
+            parts = useful_parts(ledger, float(delta), lost)
     return Spending(
         epsilon=epsilon,
         delta=None if delta is None else float(delta),
@@ -208,7 +256,39 @@ def _spending(rundir: RunDir, private: list[PrivateResult], plan: dict[str, Any]
         insecure=ledger is not None and not ledger.private,
         unfinished=unfinished,
         opinions=opinions,
+        parts=tuple(parts),
     )
+
+
+def _others(path: Path, ledger: Ledger, plan: dict[str, Any]) -> Others:
+    """The runs beside the one at ``path`` that have charged something, and declare data of the same name.
+
+    Whether data are the same is not decided by their content here: the answer would be a function of private data, and
+    the report may be published. ``dprandp compare`` does so, for the data's owner.
+    """
+    names, unreadable, measured, spent = [], [], [], [(ledger, float(plan.get("delta", 1)))]
+    same_unit = True
+    for other in sorted(each.parent for each in path.parent.glob("*/run.json") if each.parent != path):
+        try:
+            theirs = _read_object(other / "privacy" / "plan.json")
+            if "data" not in theirs or not same_data_name(str(theirs["data"]), str(plan.get("data"))):
+                continue
+            rundir = RunDir.open(other, create=False)
+            charged, results = open_run_ledger(rundir), rundir.results().values()
+            if charged is None or not charged.events():
+                continue
+            delta = float(theirs["delta"])
+        except (DprandpError, KeyError, TypeError, ValueError):
+            unreadable.append(other.name)
+            continue
+        names.append(other.name)
+        spent.append((charged, delta))
+        same_unit = same_unit and theirs.get("unit") == plan.get("unit")
+        if found := [each for each in results if isinstance(each, PrivateResult) and each.private]:
+            last = found[-1]
+            measured.append(Measured(other.name, last.epsilon, last.accuracy, last.interval("accuracy")))
+    together = combined_ledgers(spent) if names and same_unit else None
+    return Others(tuple(names), together, tuple(unreadable), tuple(measured))
 
 
 def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[Audit | None, bool]:

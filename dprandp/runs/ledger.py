@@ -13,13 +13,16 @@ directory has released; add up the ε of copies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dprandp.errors import CheckpointError
-from dprandp.privacy.accounting import Warn, warn_by_log
+from dprandp.errors import BudgetError, CheckpointError
+from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
+from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.ledger import Ledger
+from dprandp.privacy.tuning import TuningEvent
 from dprandp.runs.directory import RunDir, result_digest
 from dprandp.runs.files import read_object
 
@@ -143,3 +146,64 @@ def _refuse_changed_budget(ledger: Ledger, path: Path) -> None:
             fix="restore it from a copy, or with the ledger's values; for another budget start a new --run and add "
             "up the ε of both",
         )
+
+
+# ------------------------------------------------------------------------------------------------------ parts and sums
+
+
+def useful_parts(ledger: Ledger, delta: float, lost: Mapping[tuple[str, int], int]) -> list[tuple[str, float]]:
+    """Mechanisms in the order of their first charge, each with the ε that it and those before it cost; lost steps of
+    full batches are left out (those of sampled ones cost nothing that their plan had not).
+
+    Args:
+        delta: of the run.
+        lost: steps by (stage, attempt): of the mechanisms to count, those that a crash took.
+    """
+    keys = {(each.stage, each.attempt): None for each in (*ledger.tunings, *ledger.charges)}
+    parts, stages = [], []
+    for key in (key for key in keys if key in lost):
+        (events,) = ledger.stages(besides=[other for other in keys if other != key])
+        stages.append([_shortened(event, lost[key]) for event in events])
+        parts.append((key[0], compose_stages(stages, delta).upper))
+    return parts
+
+
+def _shortened(event: GaussianEvent | TuningEvent, steps: int) -> GaussianEvent | TuningEvent:
+    full = isinstance(event, GaussianEvent) and event.sample_rate == 1
+    return replace(event, steps=event.steps - steps) if full else event
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What several runs about the same data cost together."""
+
+    epsilon: float  # upper bound, or inf
+    delta: float
+    method: str  # in words
+
+
+VOID = "void: a step of one of them had no noise, or noise from a seed"
+
+
+def combined(runs: Sequence[tuple[Sequence[Stage], float]]) -> Combined:
+    """ε of all stages of several runs, given with the δ of each run.
+
+    With private tuning, whose place before all other uses of the data the ledgers of several runs cannot show, and
+    where discrete noise is too coarse for so much at once, ε and δ of the runs are added up.
+    """
+    delta, stages = min(each for _, each in runs), [stage for mechanisms, _ in runs for stage in mechanisms]
+    if not any(isinstance(event, TuningEvent) for stage in stages for event in stage):
+        try:
+            bound = compose_stages(stages, delta)
+            return Combined(bound.upper, delta, bound.accountant)
+        except BudgetError:
+            pass  # the lattice of discrete noise is too coarse for so much at once
+    added = math.fsum(compose_stages(mechanisms, own).upper for mechanisms, own in runs)
+    return Combined(added, math.fsum(own for _, own in runs), "basic composition: ε and δ of the runs added up")
+
+
+def combined_ledgers(runs: Sequence[tuple[Ledger, float]]) -> Combined:
+    """``combined`` of what ledgers hold, each with the δ of its run."""
+    if not all(ledger.private for ledger, _ in runs):
+        return Combined(math.inf, min(delta for _, delta in runs), VOID)
+    return combined([(ledger.stages(), delta) for ledger, delta in runs])

@@ -141,6 +141,21 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
+MOST_FILTERS, FILTER_COLUMNS, FILTER_PIXELS = 640, 40, 24
+
+
+def filter_sheet(filters: np.ndarray) -> np.ndarray:
+    """The first ``MOST_FILTERS`` filters, float [F, 3, k, k], as coloured tiles of one picture, uint8 [H, W, 3].
+
+    Grey is zero; the largest weight of each filter is black or full.
+    """
+    shown = filters[:MOST_FILTERS].transpose(0, 2, 3, 1)
+    largest = np.abs(shown).max(axis=(1, 2, 3), keepdims=True)
+    tiles = np.rint(127.5 + 127.5 * shown / np.maximum(largest, 1e-30)).astype(np.uint8)
+    times = max(1, FILTER_PIXELS // filters.shape[-1])
+    return contact_sheet(tiles.repeat(times, axis=1).repeat(times, axis=2), min(FILTER_COLUMNS, len(tiles)))
+
+
 class ImageSet:
     """Synthetic images by position, in their memory-mapped shards, or copied once to an accelerator.
 

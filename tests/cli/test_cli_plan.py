@@ -83,10 +83,46 @@ def test_the_plan_of_a_single_stage(dprandp: Dprandp, run_after: RunAfter, tmp_p
     assert "generate: 120 images of dead-leaves at 32 px, 0.37 MB (finished: nothing to do)" in done.out
 
 
+@pytest.mark.parametrize(
+    ("command", "planned_as"),
+    [
+        ("pretrain", ""),
+        ("probe", ""),
+        ("continue --public fraction:0.1", ""),
+        ("continue --mix public", ""),
+        ("finetune", "pretrain and probe"),
+        ("finetune --from scratch --arch wrn-10-1", ""),
+        ("run --share 0.3", ""),
+    ],
+)
+def test_a_plan_needs_neither_the_stages_before_it_nor_the_files_of_a_known_set(
+    dprandp: Dprandp, tmp_path: Path, command: str, planned_as: str
+) -> None:
+    """cifar10 is not there: its declared facts are enough, and the plan says so."""
+    data = [] if command == "pretrain" else ["--data", "cifar10", "--eps", 2, "--data-dir", tmp_path]
+    done = dprandp(*command.split(), *data, "--run", tmp_path / "new", "--plan", before=NO_PIXELS)
+    assert done.code == 0, done.err
+    assert list(tmp_path.iterdir()) == []
+    assert ("planned as after" in done.err) == bool(planned_as)
+    assert planned_as in done.err
+    private = data and "--mix public" not in command
+    assert done.out.count("warning: cifar10 is not in") == bool(private)
+
+
+def test_a_fine_tune_is_planned_after_the_probe_that_it_needs(
+    dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter
+) -> None:
+    """The oracle: the fine-tune that was run after that probe."""
+    command = ("finetune", "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
+    made, result = planned(dprandp, *command, "--run", run_after("pretrain")), result_of(stages, "finetune")
+    for key in MECHANISM:
+        assert made[key] == pytest.approx(result[key], rel=1e-9)
+    assert made["epsilon_after"] == pytest.approx(result["epsilon"], rel=1e-6)
+
+
 def test_a_plan_refuses_what_the_stage_would(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     new = tmp_path / "new"
     refused(dprandp("generate", "--run", new, "--resolution", 33, "--plan"), 2, "resolution = 33 is not offered")
-    refused(dprandp("pretrain", "--run", new, "--plan"), 3, "there is no run at")
     refused(dprandp("run", "--run", new, "--arch", "vit", "--plan"), 2, "unknown architecture 'vit'")
     refused(dprandp("run", "--run", new, "--share", 1, "--steps", 3, "--lr", 1), 2, "--steps, --lr", "--probe-steps")
     assert not new.exists() or list(new.iterdir()) == [new / ".lock"]
