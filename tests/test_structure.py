@@ -137,6 +137,7 @@ LAYERS = (
     {"probe", "continual", "release"},
     {"finetune", "tune"},
     {"audit", "inspection", "pipeline"},
+    {"sweep"},
     {"cli", "api"},
     {"__main__"},
 )

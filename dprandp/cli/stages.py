@@ -5,23 +5,29 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dprandp.cli import flags, session
-from dprandp.cli.flags import DATA, DEFAULT_RUN, PRIVACY, TRAINING, Call, of_settings, option
+from dprandp.cli.flags import DATA, DEFAULT_RUN, OUTPUT, PRIVACY, TRAINING, Call, of_settings, option
 from dprandp.config.schema import (
     DATA_SETTINGS,
+    DEFAULT_DATA,
     DEFAULT_SHARE,
+    SIZES,
     WITHOUT_PHASE_ONE,
     StageConfig,
     images_of_run,
     probe_of_run,
 )
 from dprandp.errors import UsageError
-from dprandp.runs.directory import OPTIONAL_STAGES, STAGES
+from dprandp.runs.directory import OPTIONAL_STAGES, STAGES, RunDir
 from dprandp.runs.results import ContinueResult, PrivateContinueResult
+
+if TYPE_CHECKING:
+    from dprandp.runs.context import Context
 
 app = typer.Typer()
 
@@ -192,6 +198,48 @@ def run_all(call: Call) -> None:
 
         result = pipeline.run(resolve, context)
     return console.result(result.as_json(), pipeline.line(result))
+
+
+@flags.command(app, "Stages", options=("json", "debug", "quiet", "size", "config", "plan", "data_dir", "download",
+                                       "device", "workers", "microbatch"))  # fmt: skip
+def sweep(
+    call: Call,
+    data: Annotated[list[str], option("A data set, as for `run`; give it several times for several.", DATA,
+                                      metavar="NAME")] = (DEFAULT_DATA,),
+    eps: Annotated[list[float], option("ε of a run; give it several times for several.", PRIVACY,
+                                       "--eps")] = (1.0,),
+    system: Annotated[list[str], option("probe (the whole budget), or a published system: dp-randp, de2022, pruning, "
+                                        "continual; give it several times for several.", TRAINING,
+                                        metavar="NAME")] = ("probe",),
+    seeds: Annotated[int, option("Runs of each kind: seeds 0 to n - 1.", TRAINING)] = 3,
+    out: Annotated[Path, option("Folder of the runs and of results.jsonl, for `dprandp compare`. The same command "
+                                "continues a sweep that was stopped.", OUTPUT, metavar="DIR")] = Path("runs/sweep"),
+) -> None:  # fmt: skip
+    """Run systems on data sets at several ε and seeds, share their public stages, and say what all of it costs in ε.
+
+    [dim]dprandp sweep --data digits --eps 1 --eps 8 --system probe --system dp-randp --plan[/dim]
+    [dim]dprandp compare runs/sweep/results.jsonl --latex table.tex[/dim]
+    """
+    console, options = session.console(call.options), call.options
+    from dprandp import sweep as sweeping
+    from dprandp.inspection import compare as comparing
+
+    asked = sweeping.Asked(data, system, eps, seeds, options.size or SIZES[0], options.config)
+    chosen = sweeping.cells(asked, out)
+
+    def context(rundir: RunDir) -> Context:
+        return session.context(rundir, console, options)
+
+    made = sweeping.plan(chosen, out, context)
+    if options.plan:
+        return console.result(made, sweeping.plan_lines(made))
+    if not options.download:
+        sweeping.require_data(made)
+    for line in sweeping.cost_lines(made.together, made.not_private):
+        console.say(line)
+    found = sweeping.run(chosen, out, context, console)
+    console.result(found, comparing.lines(found))
+    return console.next(f"dprandp compare {shlex.quote(str(out / sweeping.RESULTS))} --html table.html")
 
 
 # ------------------------------------------------------------------------------------------------------- tune and audit

@@ -1,5 +1,7 @@
 """``dprandp compare`` and ``status --runs``: runs side by side, and what those about the same data cost together.
 
+Of the results of a ``sweep`` (``results.jsonl``) the table has a line for all seeds together, with mean and deviation.
+
 The ε of a run counts that run alone. Runs about the same data add up: anybody who sees two of their models has seen
 both. Which images a run is about is known by the hashes in its ``private/``, never by a name. Runs that have an image
 in common are composed: for an image that only one of them has, the result is an upper bound as well.
@@ -17,19 +19,22 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dprandp.config.schema import public_data_name
 from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.training_data import hashes_of, public_images
-from dprandp.errors import DprandpError, InputError, UsageError
+from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.report.disclosure import epsilon_text, interval_text, number, percent
 from dprandp.report.page import table_page
+from dprandp.runs import records
 from dprandp.runs.console import duration
 from dprandp.runs.directory import RunDir
+from dprandp.runs.files import from_json, storage_errors
 from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
 
@@ -53,6 +58,28 @@ class Row:
     examples: int | None = None  # N
     seconds: float | None = None  # of all finished stages
     problem: str | None = None  # why the run cannot be read
+    system: str | None = None  # of a sweep, like the next two
+    size: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs of a sweep that differ in their seed alone; figures are means over these."""
+
+    system: str
+    data: str
+    size: str
+    epsilon_total: float  # of each run
+    epsilon: float  # largest that a run has spent
+    delta: float
+    private: bool
+    seeds: int
+    accuracy: float
+    accuracy_std: float | None  # sample standard deviation; None for one seed
+    majority_accuracy: float
+    auc: float | None
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +100,74 @@ class Comparison:
     together: list[Together]
     data_unknown: list[str] = field(default_factory=list)  # runs that spent budget and do not say on which data
     exposed: list[str] = field(default_factory=list)  # images that are public in one run and private in another
+    groups: list[Group] = field(default_factory=list)  # of the results of a sweep
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Runs side by side.
+    """Runs side by side, or the results of sweeps.
 
     Raises:
-        InputError: one is not there. UsageError: it is no run directory.
+        InputError: one is not there. UsageError: it is no run directory; runs and results.
         CheckpointError: a file of it is damaged, or contradicts another.
     """
+    files = [path for path in paths if path.is_file()]
+    if files and len(files) < len(paths):
+        raise UsageError(
+            f"{files[0]} is a file of results, which no run stands beside", fix="give run directories, or such files"
+        )
+    if files:
+        return collected(files)
     once = {path.resolve(): path for path in reversed(paths)}
     opened = [RunDir.open(path, create=False) for path in reversed(once.values())]
     return _compared([_row(rundir) for rundir in opened], opened)
+
+
+def collected(files: Sequence[Path]) -> Comparison:
+    """The results of sweeps, from their ``results.jsonl``.
+
+    Raises:
+        CheckpointError: a line is not one of these.
+    """
+    rows: list[Row] = []
+    together: list[Together] = []
+    for path in files:
+        with storage_errors(path, "read"):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for place, line in enumerate(lines, 1):
+            try:
+                entry = from_json(line)
+                if isinstance(entry, dict) and "together" in entry:
+                    together.append(records.read(Together, entry["together"]))
+                else:
+                    rows.append(records.read(Row, entry))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path} is no results of a sweep: line {place}: {error}",
+                    fix="run the same `dprandp sweep` again: it writes the file from the runs",
+                ) from error
+    cells: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.accuracy is not None:
+            cells.setdefault((row.data, row.system, row.size, row.epsilon_total, row.delta), []).append(row)
+    return Comparison(runs=rows, together=together, groups=[_group(each) for each in cells.values()])
+
+
+def _group(rows: Sequence[Row]) -> Group:
+    def mean(name: str) -> float | None:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else statistics.fmean(values)
+
+    first, accuracies = rows[0], [row.accuracy for row in rows]
+    return Group(
+        **{name: getattr(first, name) for name in ("system", "data", "size", "epsilon_total", "delta", "private")},
+        epsilon=max(row.epsilon for row in rows),
+        seeds=len(rows),
+        accuracy_std=statistics.stdev(accuracies) if len(rows) > 1 else None,
+        **{name: mean(name) for name in ("accuracy", "majority_accuracy", "auc", "seconds")},
+    )
 
 
 def runs_in(folder: Path) -> Comparison:
@@ -200,6 +280,9 @@ def _together(parts: Sequence[_Spent]) -> Together:
 
 # -------------------------------------------------------------------------------------------------------------- output
 
+GROUP_HEAD = (
+    "system", "data", "size", "test accuracy", "seeds", "most frequent class", "ε of each run", "δ", "time of each",
+)  # fmt: skip
 HEAD = ("run", "stage", "data", "test accuracy", "95 % interval", "most frequent class", "ε", "δ", "time")
 
 
@@ -222,11 +305,36 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _group_cells(group: Group) -> tuple[str, ...]:
+    accuracy = f"{100 * group.accuracy:.1f}"
+    if group.accuracy_std is not None:
+        accuracy += f" ± {100 * group.accuracy_std:.1f}"
+    spent = f"{epsilon_text(group.epsilon)} of {number(group.epsilon_total)}" if group.private else "NOT PRIVATE"
+    frequent = f"{100 * group.majority_accuracy:.1f} %"
+    return (group.system, group.data, group.size, f"{accuracy} %", str(group.seeds), frequent, spent,
+            number(group.delta), duration(group.seconds))  # fmt: skip
+
+
+def _table(found: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows."""
+    if found.groups:
+        return GROUP_HEAD, [_group_cells(group) for group in found.groups]
+    return HEAD, [_cells(row) for row in found.runs]
+
+
+MOST_NAMES = 6
+
+
+def _names(runs: Sequence[str]) -> str:
+    more = f" and {len(runs) - MOST_NAMES} more" if len(runs) > MOST_NAMES else ""
+    return ", ".join(runs[:MOST_NAMES]) + more
+
+
 def warnings(found: Comparison) -> list[str]:
     """What must be said beside the table."""
     said = [f"{row.run} cannot be read: {row.problem}" for row in found.runs if row.problem is not None]
     for each in found.together:
-        names = ", ".join(each.runs)
+        names = _names(each.runs)
         if each.epsilon is None:
             said.append(f"{names} are about {each.method}")
         else:
@@ -239,8 +347,9 @@ def warnings(found: Comparison) -> list[str]:
 
 def lines(found: Comparison) -> str:
     """The comparison for people."""
-    table = [HEAD, *map(_cells, found.runs)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
+    head, cells = _table(found)
+    table = [head, *cells]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     return "\n".join([*rows, *(f"warning: {text}" for text in warnings(found))])
 
@@ -252,8 +361,14 @@ CSV_COLUMNS = (
 
 
 def as_csv(found: Comparison) -> str:
-    """A line for each run; ``together_…``: of all runs about its data, empty where there is no other."""
+    """A line for each run (``together_…``: of all runs about its data, empty where there is no other), or for each
+    group of a sweep."""
     text = io.StringIO()
+    if found.groups:
+        writer = csv.DictWriter(text, [each.name for each in fields(Group)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(vars, found.groups))
+        return text.getvalue()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in found.runs:
@@ -270,7 +385,7 @@ def as_csv(found: Comparison) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "ε": r"$\varepsilon$", "δ": r"$\delta$", "∞": r"$\infty$",
-    "–": "--", "μ": r"$\mu$", "σ": r"$\sigma$", "é": r"\'e",
+    "–": "--", "μ": r"$\mu$", "σ": r"$\sigma$", "é": r"\'e", "±": r"$\pm$",
 }  # fmt: skip
 
 
@@ -280,14 +395,15 @@ def as_latex(found: Comparison) -> str:
     def plain(text: str) -> str:
         return "".join(_LATEX.get(letter, letter) for letter in text)
 
-    rows = [" & ".join(map(plain, row)) + r" \\" for row in (HEAD, *map(_cells, found.runs))]
-    table = [r"\begin{tabular}{" + "l" * len(HEAD) + "}", r"\hline", rows[0], r"\hline", *rows[1:], r"\hline"]
+    head, cells = _table(found)
+    rows = [" & ".join(map(plain, row)) + r" \\" for row in (head, *cells)]
+    table = [r"\begin{tabular}{" + "l" * len(head) + "}", r"\hline", rows[0], r"\hline", *rows[1:], r"\hline"]
     return "\n".join([*table, r"\end{tabular}", *(f"\n{plain(text)}." for text in warnings(found))]) + "\n"
 
 
 def as_html(found: Comparison) -> str:
     """A page of its own, with the style of the report."""
-    return table_page(HEAD, [_cells(row) for row in found.runs], warnings(found))
+    return table_page(*_table(found), warnings(found))
 
 
 def refuse_existing(*files: Path | None, overwrite: bool) -> None:

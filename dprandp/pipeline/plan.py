@@ -233,6 +233,24 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
     )
 
 
+def plan_after(
+    configs: Mapping[str, StageConfig], context: Context
+) -> tuple[PrivateStagePlan, list[Stage]]:
+    """The plan of the last private stage of a run of these stages, each after those before it, and the mechanisms of
+    all of them that are not charged yet; raises as the stages do before they read data."""
+    arch = configs["pretrain"].arch if "pretrain" in configs else None
+    events: list[Stage] = []
+    for name, config in configs.items():
+        if name == "generate":
+            _generate(config, context)
+        elif name == "pretrain":
+            _pretrain(config, context)
+        else:
+            last, left = _private(name, config, context, arch, events)
+            events += left
+    return last, events
+
+
 def plan_lines(result: Plan | RunPlan) -> str:
     """``plan`` and ``plan_run`` for people."""
     last = result.stages[-1] if isinstance(result, RunPlan) else result
@@ -322,7 +340,7 @@ def _private(
     elif name == "continue":
         stage = continual.open_stage(config, context, write=False)
     else:
-        stage = open_private_stage(name, config, context, write=False)
+        stage = open_private_stage(name, config, context, write=False, planned=planned)
     written = read_plan_file(context.rundir)
     ledger = stage.ledger if written else None
     refit_name = f"{name}.{finetune.HEAD}"
