@@ -15,8 +15,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -267,35 +268,35 @@ def _render_all(config: GenerateConfig, blocks: dict[int, int], context: Context
 
 
 def _render_with_workers(jobs: list[Job], workers: int, stop: Stop, told: Told) -> None:
-    """Render jobs in worker processes from the first one on, and in this process from the last one: a worker takes
-    seconds to start."""
+    """Render jobs in this process, from the last one on, and in workers, from the first one on, once these have
+    started, which takes seconds."""
     context = get_context("spawn")  # a fork of a process whose torch has started threads may hang
-    counter, counted = context.Value("q"), 0
-
-    def advance(count: int = 0) -> None:
-        nonlocal counted
-        now = counter.value
-        told(count + now - counted)
-        counted = now
-
+    counter, counted, todo = context.Value("q"), 0, deque(jobs)
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counter,)) as pool:
         # Workers inherit the mask of signals: only this process handles Ctrl-C.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            submitted = {pool.submit(_write_in_worker, job): job for job in jobs}
+            running = {pool.submit(os.getpid) for _ in range(workers)}  # done when the worker is there
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+        def advance(count: int = 0, seconds: float = 0.0) -> None:
+            nonlocal counted, running
+            done, running = wait(running, seconds, FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                if todo:
+                    running.add(pool.submit(_write_in_worker, todo.popleft()))
+            now = counter.value
+            told(count + now - counted)
+            counted = now
+
         try:
-            for future, job in reversed(submitted.items()):
-                if future.cancel():  # no worker has it
-                    _write(job, advance)
-                    stop.raise_if_requested()
-            pending = {future for future in submitted if not future.cancelled()}
-            while pending:
-                done, pending = wait(pending, timeout=REFRESH)
-                for future in done:
-                    future.result()
-                advance()
+            while todo or running:
+                if todo:
+                    _write(todo.pop(), advance)
+                else:
+                    advance(seconds=REFRESH)
                 stop.raise_if_requested()
         except BrokenProcessPool as error:
             stop.raise_if_requested()  # the signal may have ended a worker as well

@@ -22,9 +22,6 @@ from dprandp.report.run import Measured
 POINTS = 600
 """Most points of a curve; a longer one is thinned out."""
 
-NAMED_POINTS = 12
-"""More points than these are drawn without names, which would cover one another."""
-
 PREVIEW_WIDTH = 1280
 """Pixels; a wider contact sheet is made smaller."""
 
@@ -55,15 +52,17 @@ def curve(name: str, steps: Sequence[float], values: Sequence[float | None], tit
     return _svg(figure, name, title)
 
 
-def accuracy_points(name: str, points: Sequence[Measured]) -> Markup:
-    """Test accuracy with its 95 % interval against ε, a named point each."""
+def accuracy_points(name: str, stages: Sequence[Measured], others: Sequence[Measured]) -> Markup:
+    """Test accuracy with its 95 % interval against ε: of a run's stages, which are named, and of other runs."""
     figure = _figure(6.4, 2.9)
     axes = figure.add_subplot()
-    for each in points:
+    for each in (*others, *stages):
+        own = each in stages
         low, high = each.interval or (each.accuracy, each.accuracy)
-        axes.plot([each.epsilon] * 2, [100 * low, 100 * high], color=_LINE, linewidth=2.5, solid_capstyle="round")
-        axes.plot([each.epsilon], [100 * each.accuracy], color=_ACCENT, marker="o", markersize=5)
-        if len(points) <= NAMED_POINTS:
+        axes.plot([each.epsilon] * 2, [100 * low, 100 * high], color=_ACCENT, linewidth=1.2)
+        fill = {"markerfacecolor": _ACCENT if own else "none"}
+        axes.plot([each.epsilon], [100 * each.accuracy], color=_ACCENT, marker="o", markersize=5, **fill)
+        if own:
             place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(each.name, (each.epsilon, 100 * each.accuracy), color=_INK, fontsize=9, **place)
     axes.set_xlabel("ε")

@@ -193,10 +193,10 @@ def _curves(run: Run) -> list[tuple[str, Markup]]:
 
 def _accuracy_by_epsilon(run: Run) -> Markup | None:
     """Test accuracy against ε, of the private stages and of the runs beside this one; None for a single point."""
-    own = [run.results[stage] for stage in run.private_stages]
-    points = [Measured(each.stage, each.epsilon, each.accuracy, each.interval("accuracy")) for each in own]
-    points = [each for each in (*points, *(run.others.measured if run.others else ())) if math.isfinite(each.epsilon)]
-    return accuracy_points("accuracy", points) if len(points) > 1 else None
+    results = [run.results[stage] for stage in run.private_stages if math.isfinite(run.results[stage].epsilon)]
+    own = [Measured(each.stage, each.epsilon, each.accuracy, each.interval("accuracy")) for each in results]
+    others = run.others.measured if run.others else ()
+    return accuracy_points("accuracy", own, others) if len(own) + len(others) > 1 else None
 
 
 PARTS = {

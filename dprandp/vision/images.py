@@ -141,7 +141,7 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
-MOST_FILTERS, FILTER_COLUMNS, FILTER_PIXELS = 640, 40, 24
+MOST_FILTERS, FILTER_PIXELS = 640, 24
 
 
 def filter_sheet(filters: np.ndarray) -> np.ndarray:
@@ -153,7 +153,8 @@ def filter_sheet(filters: np.ndarray) -> np.ndarray:
     largest = np.abs(shown).max(axis=(1, 2, 3), keepdims=True)
     tiles = np.rint(127.5 + 127.5 * shown / np.maximum(largest, 1e-30)).astype(np.uint8)
     times = max(1, FILTER_PIXELS // filters.shape[-1])
-    return contact_sheet(tiles.repeat(times, axis=1).repeat(times, axis=2), min(FILTER_COLUMNS, len(tiles)))
+    columns = min(len(tiles), max(16, math.ceil(math.sqrt(2.5 * len(tiles)))))
+    return contact_sheet(tiles.repeat(times, axis=1).repeat(times, axis=2), columns)
 
 
 class ImageSet:

@@ -68,9 +68,11 @@ def private_result(stage: str, **changes: Any) -> PrivateResult:
     return read_result(stage, frozen(entries))
 
 
-def charge(ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy") -> None:
+def charge(
+    ledger: Ledger, stage: str, steps: int, noise_multiplier: float, random: str = "os-entropy", attempt: int = 1
+) -> None:
     ledger.charge(
-        stage=stage, attempt=1, steps=steps, noise_multiplier=noise_multiplier, sample_rate=1.0, clip_norm=1.25,
+        stage=stage, attempt=attempt, steps=steps, noise_multiplier=noise_multiplier, sample_rate=1.0, clip_norm=1.25,
         random=random, planned=10_000,
     )  # fmt: skip
 

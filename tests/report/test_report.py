@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from importlib import resources
@@ -10,19 +11,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_run import EVIL, make_run, written
+from fake_run import EVIL, charge, make_run, written
 from html_page import Page, outside_references
 from PIL import Image
 
 from dprandp.config import schema
 from dprandp.errors import AuditError, CheckpointError
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
+from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.opinions import Opinion
 from dprandp.report import figures
 from dprandp.report import page as report
 from dprandp.report import run as run_module
 from dprandp.runs import faults
 from dprandp.runs.directory import RunDir
+from dprandp.vision.images import filter_sheet
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +39,15 @@ def test_sections_in_order_with_their_content(full: str) -> None:
     page = Page(full)
     assert page.headings[0] == (1, "Handwritten digits: differentially private image classifier")
     assert page.sections == [
-        "Stages", "Synthetic images", "Learning curves", "Budget", "Figures of the test split", "Confusion matrix",
-        "Disclosure", "Repeat", "Configuration", "Environment",
+        "Stages", "Synthetic images", "Accuracy against ε", "Learning curves", "Budget", "Figures of the test split",
+        "Confusion matrix", "Disclosure", "Repeat", "Configuration", "Environment",
     ]  # fmt: skip
     for content in (
         "Test accuracy 89.2 %",  # the fine-tune's, not the probe's
         "after stage finetune", "0.999 of 1 allowed", "10.3 %", "85.7 %", "0.988", "1 min 15 s",
         "k-NN 61.5 % on synthetic classes",
         "Some of the 4000 images that the random process stylegan-oriented made at 64 px",
-        "ε = 0.3 spent after probe", "ε = 0.999 spent after finetune", "ε = 1 is the budget of the run, at δ = 1e-5",
+        "The bar is the run's budget, ε = 1 at δ = 1e-5", "It counts this run alone.", "left: ε from 0.999 to 1",
         "probe (2 not default)", "views = 4 (default 1)", "torch", "Other accountants", "prv-accountant", "opacus",
     ):  # fmt: skip
         assert content in page.text, content
@@ -53,8 +58,7 @@ def test_sections_in_order_with_their_content(full: str) -> None:
     assert shown[2] == schema.as_dict(schema.build("probe", {"views": 4, "clip_norm": 1.25}))
     assert len(shown) == 4
     # of metrics.jsonl, only quantities that are known to be public
-    norms = {f"{stage}-{norm}_norm-title" for stage in ("probe", "finetune") for norm in ("update", "weight")}
-    assert page.drawings == {"pretrain-similarity-title"} | norms
+    assert page.drawings == {"pretrain-similarity-title", "accuracy-title"}
     assert "step" in page.texts
     assert "12321" not in full
 
@@ -159,6 +163,76 @@ def test_preview_is_decoded_and_made_smaller(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(path, format="JPEG")
     with pytest.raises(CheckpointError, match=r"preview\.png"):
         figures.preview_image(path, "x")
+
+
+def test_the_first_filters_are_shown_as_pixels_of_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2)
+    assert "First-layer filters" not in Page(written(run)).sections
+    tiles = np.random.default_rng(0).normal(size=(50, 3, 6, 6))
+    Image.fromarray(filter_sheet(tiles)).save(run.path / "2-pretrain/filters.png")
+    html = written(run)
+    assert "First-layer filters" in Page(html).sections
+    assert html.count("data:image/png;base64,") == 1
+    assert outside_references(html) == []
+    (run.path / "2-pretrain/filters.png").write_bytes(b"<svg>")
+    with pytest.raises(CheckpointError, match=r"filters\.png is not a whole PNG file"):
+        written(run)
+
+
+# ------------------------------------------------------------------------------------------------- budget, other runs
+
+
+def test_the_budget_is_divided_into_what_stages_used_what_was_lost_and_what_is_left(tmp_path: Path) -> None:
+    """The oracle: full batches are Gaussian, and their μ² add up. The probe lost 3 of 123 steps, the fine-tune 2 of
+    22."""
+    run = make_run(tmp_path / "x", epsilon=0.1)
+    charge(Ledger.open(run.privacy_dir / "ledger.jsonl"), "probe", 100, 100.0, attempt=2)  # begun again, not finished
+    text = Page(written(run)).text
+    mu2 = np.array([120 / 133.7**2, 20 / 30**2, 3 / 133.7**2 + 2 / 30**2 + 100 / 100**2]).cumsum()
+    probe, finetune, lost = (gaussian_dp_epsilon(math.sqrt(each), 1e-5) for each in mu2)
+    for name, before, after in (
+        ("probe", 0, probe), ("fine-tune", probe, finetune),
+        ("lost to crashes, restarts and unfinished stages", finetune, lost), ("left", lost, 1),
+    ):  # fmt: skip
+        low, high = map(float, re.search(rf"{name}: ε from ([\d.]+) to ([\d.]+)", text).groups())
+        assert (low, high) == pytest.approx((before, after), abs=0.01)
+
+
+def on_data(run: RunDir, data: str, **facts: Any) -> RunDir:
+    plan = run.privacy_dir / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"data": data} | facts))
+    return run
+
+
+def test_a_report_names_the_runs_beside_it_that_declare_the_same_data_and_their_epsilon_together(
+    tmp_path: Path,
+) -> None:
+    """By declared name, not by content: whether contents are equal is a private fact."""
+    run = on_data(make_run(tmp_path / "runs/first"), "digits")
+    for content in (run.private_dir, tmp_path / "runs"):
+        (content / "training-data.json").write_text('{"train": "t", "images": "i"}')
+    other = on_data(make_run(tmp_path / "runs/second", stages=3), "digits")
+    on_data(make_run(tmp_path / "runs/third", stages=3), "mnist")
+    on_data(make_run(tmp_path / "elsewhere/fourth", stages=3), "digits")
+    make_run(tmp_path / "runs/public", stages=2)
+    text = Page(written(run)).text
+    assert "1 other run in the same folder declares the same data (second)" in text
+    mu2 = 2 * 123 / 133.7**2 + 22 / 30**2
+    shown = float(re.search(r"has seen ε = ([\d.]+) at δ = 1e-5, not", text)[1])
+    assert shown == pytest.approx(gaussian_dp_epsilon(math.sqrt(mu2), 1e-5), rel=0.02)
+    assert "It counts this run alone" not in text
+    plan = json.loads((other.privacy_dir / "plan.json").read_text())
+    (other.privacy_dir / "ledger.jsonl").write_text("damaged")
+    text = Page(written(run)).text
+    assert "Not counted, since their files cannot be read: second" in text
+    assert "other run in the same folder" not in text
+    assert plan["data"] == "digits"
+
+
+def test_other_units_of_privacy_are_said_not_to_add_up(tmp_path: Path) -> None:
+    run = on_data(make_run(tmp_path / "runs/first", stages=3), "scans", unit="one image")
+    on_data(make_run(tmp_path / "runs/second", stages=3), "scans", unit="one patient")
+    assert "Their units of privacy differ, so that their ε cannot be added up." in Page(written(run)).text
 
 
 # ----------------------------------------------------------------------------------------------------------- the audit

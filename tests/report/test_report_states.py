@@ -70,7 +70,7 @@ def test_unfinished_stage_is_counted(tmp_path: Path) -> None:
     assert truth <= shown <= truth + 1e-3
     assert shown > 0.6
     assert "Stage finetune was begun but is not finished" in page.text
-    assert "spent after steps of unfinished stages" in page.text
+    assert "lost to crashes, restarts and unfinished stages: ε from" in page.text
 
 
 def planned_run(path: Path) -> RunDir:
@@ -182,7 +182,7 @@ def test_names_from_files_stay_text(tmp_path: Path) -> None:
     assert EVIL in page.texts
     assert "c&amp;" in page.texts
     assert not page.all("b")
-    assert not page.all("i")[3:]  # the three of the budget's legend
+    assert not page.all("i")[4:]  # those of the budget's legend
     text = written(make_run(tmp_path / "many", classes=[f"{EVIL} {number}" for number in range(25)]))
     page = Page(text)
     assert outside_references(text) == []
