@@ -204,3 +204,27 @@ def test_the_runs_of_a_folder(make: Make, tmp_path: Path) -> None:
     (tmp_path / "notes/file").touch()
     with pytest.raises(UsageError, match="not a run directory"):
         compare([tmp_path / "notes"])
+
+
+def test_the_results_of_sweeps_are_means_and_deviations_over_seeds(tmp_path: Path) -> None:
+    def row(seed: int, accuracy: float, **other: Any) -> str:
+        facts = {"data": "digits", "system": "probe", "size": "tiny", "seed": seed, "epsilon": 0.99 + seed / 1000}
+        facts |= {"epsilon_total": 1.0, "delta": 1e-5, "private": True, "majority_accuracy": 0.1, "seconds": 60.0}
+        return json.dumps(facts | {"run": f"r{seed}", "accuracy": accuracy} | other)
+
+    together = {"together": {"runs": ["r0", "r1"], "epsilon": 1.5, "delta": 1e-5, "method": "said"}}
+    path = tmp_path / "results.jsonl"
+    free = row(0, 0.9, epsilon="inf", epsilon_total="inf", private=False)
+    path.write_text("\n".join([row(0, 0.80), row(1, 0.86), free, json.dumps(together)]))
+    found = compare([path])
+    one, other = found.groups
+    assert (one.seeds, one.accuracy, one.epsilon, other.accuracy_std) == (2, pytest.approx(0.83), 0.991, None)
+    assert one.accuracy_std == pytest.approx(0.06 / math.sqrt(2))
+    text = lines(found)
+    assert "83.0 ± 4.2 %" in text
+    assert "NOT PRIVATE" in text
+    assert "r0, r1 are about the same data: together they have spent ε = 1.5 at δ = 1e-5 (said)" in text
+    assert r"83.0 $\pm$ 4.2 \%" in comparing.as_latex(found)
+    assert "83.0 ± 4.2 %</td>" in comparing.as_html(found)
+    table = list(csv.DictReader(io.StringIO(comparing.as_csv(found))))
+    assert [float(line["accuracy"]) for line in table] == [pytest.approx(0.83), 0.9]
