@@ -22,7 +22,6 @@ not among the private ones; ``continual_finding.py`` compares more ways to switc
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import statistics
@@ -30,6 +29,8 @@ import sys
 from pathlib import Path
 
 from experiment import add_row, dprandp, has_row, log_of, parser, read, spread
+
+from dprandp.sweep import start_from
 
 SCRATCH = [
     "finetune", "--from", "scratch", "--arch", "wrn-10-1", "--padding", "same",
@@ -142,7 +143,7 @@ def measure(args: argparse.Namespace, log: Path, cell: dict) -> None:
     shutil.rmtree(run, ignore_errors=True)
     common = ["--size", args.size, "--seed", cell["seed"]]
     if public := phase_one(args, cell, commands, common):
-        shutil.copytree(public, run, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+        start_from(public, run)
     seconds = 0.0
     for command in commands:
         first = command is commands[0]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,9 @@ from pathlib import Path
 import experiment
 from experiment import add_row, has_row, log_of, parser, read, spread
 
-from dprandp.dpsgd.statistics import PUBLIC_FOLDER
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_to_bytes
+from dprandp.sweep import keep_features, start_from
 
 EPSILONS = ("1", "8", "inf")
 EXTRACTORS = ("learned", "random")
@@ -63,7 +62,7 @@ def run_cell(args: argparse.Namespace, log: Path, data: str, seed: int, extracto
     public = public_run(args, data, seed, extractor)
     run = args.out / "-".join([data, args.size, extractor.replace(":", "-"), f"s{seed}", f"eps{epsilon}", stage])
     shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(public, run, copy_function=os.link)  # files are replaced, never changed, so links are safe
+    start_from(public, run)
     common = ["--run", run, "--data", data, "--data-dir", args.data_dir, "--eps", epsilon, "--seed", seed]
     common += ["--size", args.size]
     share = [] if args.finetune else ["--share", "1"]
@@ -88,25 +87,10 @@ def public_run(args: argparse.Namespace, data: str, seed: int, extractor: str) -
     images = args.out / f"public-{args.size}-s{seed}"
     dprandp("generate", "--run", images, "--size", args.size, "--seed", seed)
     run = args.out / f"public-{data}-{args.size}-{extractor}-s{seed}"
-    if not run.exists():
-        shutil.copytree(images, run, copy_function=os.link)
+    start_from(images, run)
     how = {"learned": [], "random": ["--random-init"]}.get(extractor, ["--arch", extractor])
     dprandp("pretrain", "--run", run, "--size", args.size, "--data", data, "--seed", seed, *how)
     return run
-
-
-def keep_features(run: Path, public: Path) -> None:
-    """Let the other budgets reuse the public statistics and the private features (their key says what they are of)."""
-    for statistics_folder in (run / PUBLIC_FOLDER).iterdir():
-        kept = public / PUBLIC_FOLDER / statistics_folder.name
-        if not kept.exists():
-            shutil.copytree(statistics_folder, kept, copy_function=os.link)
-    folder = public / "private"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for name in ("features", "test-features"):
-        if (run / "private" / f"{name}.key").exists() and not (folder / f"{name}.key").exists():
-            for kept in (f"{name}.npy", f"{name}.key"):
-                os.link(run / "private" / kept, folder / kept)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -35,6 +35,13 @@ def test_a_plan_says_what_all_private_runs_cost_together_and_writes_nothing(dpra
     assert "2 runs without privacy (ε = ∞) promise nothing" in said
 
 
+def test_a_plan_counts_every_stage_of_a_run(dprandp: Dprandp, tmp_path: Path) -> None:
+    """Probe, fine-tune and refit of two runs: together they cost more than twice the refit alone."""
+    sweep = (*SWEEP, "--system", "dp-randp", "--eps", 2, "--seeds", 2, "--out", tmp_path / "out", "--plan", "--json")
+    (together,) = good(dprandp(*sweep))["together"]
+    assert together["epsilon"] > gaussian_dp_epsilon(math.sqrt(2) * mu_of(2), together["delta"]) - 0.05
+
+
 def mu_of(epsilon: float) -> float:
     low, high = 0.0, 10.0
     while high - low > 1e-9:
@@ -135,6 +142,10 @@ def test_a_finished_sweep_has_nothing_to_do(dprandp: Dprandp, swept: Path) -> No
     before = (swept / "results.jsonl").read_bytes()
     made = good(dprandp(*PROBES, "--system", "probe", "--out", swept, "--plan", "--json"))
     assert [run["action"] for run in made["runs"]] == ["skip", "skip"]
+    both = good(dprandp(*SWEEP, "--eps", 2, "--seeds", 1, "--system", "probe", "--system", "dp-randp", "--out", swept,
+                        "--plan", "--json"))  # fmt: skip
+    spent = json.loads((swept / "results.jsonl").read_text().splitlines()[-1])["together"]["epsilon"]
+    assert both["together"][0]["epsilon"] == pytest.approx(spent)  # all of it charged, nothing planned any more
     again = dprandp(*PROBES, "--system", "probe", "--system", "dp-randp", "--out", swept, before=NO_PIXELS)
     assert again.code == 0, again.err
     assert (swept / "results.jsonl").read_bytes() == before
