@@ -30,6 +30,7 @@ from dprandp.config.schema import (
     PrivateConfig,
     StageConfig,
     as_dict,
+    fraction_of,
     images_of_run,
     public_data_name,
     resolve,
@@ -106,6 +107,7 @@ class SweepPlan:
     public: int  # different Phases I
     together: list[Together] = field(default_factory=list)  # of the private runs on the same data, when all are done
     not_private: int = 0  # runs without privacy, which promise nothing
+    exposed: list[str] = field(default_factory=list)  # data of which one run declares a part public that others protect
 
 
 def cells(asked: Asked, folder: Path) -> list[Cell]:
@@ -180,8 +182,18 @@ def plan(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Conte
         runs=runs,
         public=len({key for cell in chosen if (key := public_key(cell)) is not None}),
         together=[_together(each) for each in costs.values() if len(each) > 1],
+        exposed=_exposed(chosen),
         not_private=sum(math.isinf(cell.facts["epsilon_total"]) for cell in chosen),
     )
+
+
+def _exposed(chosen: Sequence[Cell]) -> list[str]:
+    parts: dict[str, set[str | None]] = {}
+    for cell in chosen:
+        config = cell.configs.get("continue")
+        part = None if config is None or fraction_of(config.public) is None else f"{config.public}, seed {config.seed}"
+        parts.setdefault(cell.facts["data"], set()).add(part)
+    return [public_data_name(data) for data, found in parts.items() if len(found) > 1]
 
 
 def _together(runs: Sequence[tuple[str, Sequence[Stage], float]]) -> Together:
@@ -201,20 +213,25 @@ def plan_lines(made: SweepPlan) -> str:
     times = "once" if made.public == 1 else f"{made.public} times"
     lines.append(f"sweep: {len(made.runs)} runs in {made.folder}; generate and pretrain {times}, shared by the runs")
     missing = {run["missing"] for run in made.runs} - {None}
-    return "\n".join([*lines, *cost_lines(made.together, made.not_private), *(f"warning: {what}" for what in missing)])
+    return "\n".join([*lines, *cost_lines(made), *(f"warning: {what}" for what in missing)])
 
 
-def cost_lines(together: Sequence[Together], not_private: int) -> list[str]:
+def cost_lines(made: SweepPlan) -> list[str]:
     """What the private runs on the same data cost together, which nobody should miss."""
     lines = []
-    for each in together:
+    for each in made.together:
         if each.epsilon is None:
             lines.append(f"warning: {len(each.runs)} private runs are about {each.method}")
             continue
         what = f"ε = {epsilon_text(each.epsilon)} at δ = {number(each.delta)} ({each.method})"
         lines.append(f"warning: {len(each.runs)} private runs on the same data cost together {what}")
-    if not_private:
-        lines.append(f"warning: {not_private} runs without privacy (ε = ∞) promise nothing: do not release them")
+    lines += [
+        f"warning: some runs declare a part of the images of {data} public that others protect: of these images they "
+        "promise nothing together"
+        for data in made.exposed
+    ]
+    if made.not_private:
+        lines.append(f"warning: {made.not_private} runs without privacy (ε = ∞) promise nothing: do not release them")
     return lines
 
 
@@ -302,6 +319,7 @@ def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     together = compare.compare([Path(name) for name in private]).together if private else []
     lines = [to_json({**vars(row), **own}) for row, own in zip(found.runs, facts, strict=True)]
     lines += [to_json({"together": vars(each)}) for each in together]
+    lines += [to_json({"exposed": each}) for each in found.exposed]
     atomic_write(folder / RESULTS, "".join(line + "\n" for line in lines))
     return collected([folder / RESULTS])
 

@@ -235,7 +235,7 @@ def sweep(
         return console.result(made, sweeping.plan_lines(made))
     if not options.download:
         sweeping.require_data(made)
-    for line in sweeping.cost_lines(made.together, made.not_private):
+    for line in sweeping.cost_lines(made):
         console.say(line)
     found = sweeping.run(chosen, out, context, console)
     console.result(found, comparing.lines(found))

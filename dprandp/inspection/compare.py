@@ -133,6 +133,7 @@ def collected(files: Sequence[Path]) -> Comparison:
     """
     rows: list[Row] = []
     together: list[Together] = []
+    exposed: list[str] = []
     for path in files:
         with storage_errors(path, "read"):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -141,6 +142,8 @@ def collected(files: Sequence[Path]) -> Comparison:
                 entry = from_json(line)
                 if isinstance(entry, dict) and "together" in entry:
                     together.append(records.read(Together, entry["together"]))
+                elif isinstance(entry, dict) and "exposed" in entry:
+                    exposed.append(str(entry["exposed"]))
                 else:
                     rows.append(records.read(Row, entry))
             except ValueError as error:
@@ -152,7 +155,8 @@ def collected(files: Sequence[Path]) -> Comparison:
     for row in rows:
         if row.accuracy is not None:
             cells.setdefault((row.data, row.system, row.size, row.epsilon_total, row.delta), []).append(row)
-    return Comparison(runs=rows, together=together, groups=[_group(each) for each in cells.values()])
+    groups = [_group(each) for each in cells.values()]
+    return Comparison(runs=rows, together=together, exposed=exposed, groups=groups)
 
 
 def _group(rows: Sequence[Row]) -> Group:

@@ -26,7 +26,7 @@ def test_a_plan_says_what_all_private_runs_cost_together_and_writes_nothing(dpra
     assert not out.exists()
     assert [run["action"] for run in made["runs"]] == ["fresh"] * 6
     (together,) = made["together"]
-    assert (len(together["runs"]), made["not_private"], made["public"]) == (4, 2, 2)
+    assert (len(together["runs"]), made["not_private"], made["public"], made["exposed"]) == (4, 2, 2, [])
     alone = {epsilon: mu_of(epsilon) for epsilon in (1, 2)}
     truth = gaussian_dp_epsilon(math.sqrt(2 * (alone[1] ** 2 + alone[2] ** 2)), together["delta"])
     assert together["epsilon"] == pytest.approx(truth, rel=0.02)
@@ -59,6 +59,7 @@ def test_every_system_can_be_planned_at_its_published_size(dprandp: Dprandp, tmp
     assert [run["system"] for run in made["runs"]] == ["dp-randp", "de2022", "pruning", "continual"]
     assert all(7 < run["epsilon_after"] <= 8 for run in made["runs"])
     assert made["public"] == 2  # the same for dp-randp and pruning
+    assert made["exposed"] == ["cifar10"]  # continual declares a tenth public
     refused(dprandp(*sweep), 3, "cifar10 is not in")
     assert not (tmp_path / "out").exists()
 
