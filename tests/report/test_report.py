@@ -230,7 +230,7 @@ def test_a_report_names_the_runs_beside_it_that_declare_the_same_data_and_their_
 
 
 def test_other_units_of_privacy_are_said_not_to_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dprandp.runs.ledger.SEALED", ("epsilon", "delta"))  # these ledgers name no unit
+    monkeypatch.setattr("dprandp.runs.ledger.SEALED", ("epsilon", "delta", "examples"))  # these ledgers name no unit
     run = on_data(make_run(tmp_path / "runs/first", stages=3), "scans", unit="one image")
     on_data(make_run(tmp_path / "runs/second", stages=3), "scans", unit="one patient")
     assert "Their units of privacy differ, so that their ε cannot be added up." in Page(written(run)).text
