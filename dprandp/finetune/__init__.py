@@ -25,11 +25,12 @@ from torch import Tensor
 
 from dprandp import probe
 from dprandp.config.presets import Recipe, note, recipe_for
-from dprandp.config.schema import FinetuneConfig, ProbeConfig
+from dprandp.config.schema import FinetuneConfig, ProbeConfig, public_arch
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
-from dprandp.dpsgd.clipped_sums import EXTRACTOR, ClippedSums, SumSettings, share_of, steps_on_all, unscaled
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
 from dprandp.dpsgd.features import private_features
+from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
@@ -39,6 +40,7 @@ from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import add_weights
 from dprandp.models.optimizers import restore
 from dprandp.pretrain import load_extractor
+from dprandp.pretrain.weights import declared_weights, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.privacy.mechanism import PrivateMechanism
@@ -85,7 +87,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
         parameters, updates, trained_weights = _train(config, stage, model, lr, scale, stop)
-        model.load_state_dict(parameters, strict=False)
+        model.load_state_dict(masking.merged(dict(model.named_parameters()), parameters), strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
     if measured is None:
@@ -100,15 +102,14 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         **vars(guarantee),
         refit=refit,
         source=config.source,
-        arch=arch,
+        arch=public_arch(arch),
         lr=lr,
         momentum=optimizer.beta,
         clipping=config.clipping,
         trained_weights=trained_weights,
         optimizer=optimizer.in_words(),
         recipe=_recipe_note(config),
-        init_sha256=None if config.init is None else scratch.init_hash(config)["public weights"],
-        init_source=config.init_source,
+        **declared_weights(config),
         extractor_scale=scale,
         released=f"EMA, decay {config.ema}",
         mirror=mirror,
@@ -127,7 +128,7 @@ def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, Fin
     stage = open_stage(config, context)
     config = with_precision(STAGE, config, context)
     if scratch.without_phase_one(config):
-        return stage, config, scratch.init_hash(config)
+        return stage, config, weights_hash(config.init)
     return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")
 
 
@@ -151,7 +152,7 @@ def open_stage(
     """
     masking.rule_of(config)  # refuses options that contradict each other
     if scratch.without_phase_one(config):
-        scratch.network_config(config)
+        scratch.refuse_unbuildable(config)
     elif arch is None:
         context.rundir.require("probe", STAGE)
     if (said := _recipe_note(config)) is not None:
@@ -224,16 +225,13 @@ def _train(
     ranks, device, folder = context.ranks, context.device, context.rundir.stage_dir(STAGE)
 
     # ------------------------------------------------------------------------------------- public: what is trained, how
-    rule, blocks = masking.rule_of(config), masking.NO_FROZEN_BLOCKS
-    trained_weights = masking.ALL_WEIGHTS
+    rule, trained = masking.rule_of(config), masking.choose_parameters(config, model)
     if rule is not None and rule.scope == "block":
-        blocks, rule = masking.choose_blocks(rule, model), None
-        trained_weights = blocks.in_words()
-    start = {
-        name: value.detach().clone()
-        for name, value in model.named_parameters()
-        if (scale > 0 or not name.startswith(EXTRACTOR)) and blocks.trains(name)
-    }
+        trained, rule = masking.choose_blocks(rule, model), None
+    trained_weights = trained.words
+    start = trained.start(model, config.seed)
+    if scale == 0:
+        start = {name: value for name, value in start.items() if not name.startswith(EXTRACTOR)}
     masks: masking.Masks = {}
     if rule is not None:
         masks = rule.choose(start, 0)
@@ -276,7 +274,8 @@ def _train(
         multi_label=stage.spec.multi_label,
         precise=plan.noise == "discrete",
         microbatch=context.microbatch,
-        frozen_first=blocks.first,
+        frozen_first=trained.first,
+        adapters=trained.rank > 0,
     )
     ranks.refuse_different("model and settings", lambda: _digest(model, settings))
     sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)

@@ -253,6 +253,8 @@ def _outcome(result: StageResult) -> str:
         learned = "random" if result.random_init else "learned"
         if result.prior:
             learned = f"the shipped prior {result.prior}"
+        if result.init_sha256:
+            learned = "public weights from a file"
         said = f"{result.arch}, {learned}, {number(result.feature_dim)} features"
         if result.knn_accuracy is not None:
             said += f", k-NN {percent(result.knn_accuracy)} on synthetic classes"
