@@ -226,6 +226,8 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
         with torch.device("meta"):
             layout = build().state_dict()
     except (DprandpError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        if isinstance(error, DprandpError) and str(config["extractor"].get("arch")).startswith(configuration.MODULE):
+            raise  # about a user's code: where it is missing, not allowed, or another
         raise CheckpointError(
             f"{path.parent / 'config.json'} describes a network that this version cannot build",
             fix="restore the folder from a copy, or upgrade dprandp",

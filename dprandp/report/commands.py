@@ -57,7 +57,7 @@ def commands(name: str, rows: Sequence[StageRow]) -> str:
             words += ["--size", size]
         words += ["--config", SETTINGS_FILE] if tables[stage] else []
         for key, value in flags.items():
-            words += [declared[key].flag, *([] if value is True else [shown(key, value)])]
+            words += [declared[key].flag, *([] if value is True else [text(published(key, value))])]
         lines.append(shlex.join(words))
     written = {stage: table for stage, table in tables.items() if table}
     if written:
@@ -74,10 +74,10 @@ def _own_settings(row: StageRow, begun: Mapping[str, StageRow]) -> dict[str, Any
     return changed
 
 
-def shown(key: str, value: Any) -> str:
+def published(key: str, value: Any) -> Any:
     """A setting's value without the folder of a user's file."""
     if key in ("data", "public"):
         return public_data_name(value)
     if key == "arch":
         return public_arch(value)
-    return os.path.basename(value) if key == "init" else text(value)
+    return os.path.basename(value) if key == "init" else value

@@ -19,7 +19,7 @@ from dprandp import __version__
 from dprandp.config import toml
 from dprandp.config.schema import public_data_name
 from dprandp.report.card import MOST_CLASSES
-from dprandp.report.commands import commands
+from dprandp.report.commands import commands, published
 from dprandp.report.disclosure import (
     class_figures,
     disclosure,
@@ -307,7 +307,7 @@ _TEMPLATES.filters |= {
     "outcome": _outcome,
     "percent": percent,
     "power": _power,
-    "toml": toml.dumps,
+    "toml": lambda config: toml.dumps({key: published(key, value) for key, value in config.items()}),
 }
 _TEMPLATES.tests["finite"] = _is_number
 _TEMPLATES.globals |= {"infinity": math.inf, "phases": PHASES, "version": __version__}

@@ -178,7 +178,7 @@ def changed_settings(row: StageRow) -> list[str]:
     """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
     default = commands.defaults_of(row)
     return [
-        f"{key} = {commands.shown(key, value)} (default {default.get(key, 'automatic')})"
+        f"{key} = {commands.published(key, value)} (default {default.get(key, 'automatic')})"
         for key, value in commands.changed_settings(row).items()
         if key != "tuned_on"
     ]
