@@ -115,7 +115,8 @@ class Facts:
             config = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config)
             extractor, head = build_extractor(network_config(config), generator), None
             whitener = PooledOnly(extractor.feature_dim)
-            self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
+            side = extractor.input_size
+            self.images = torch.randint(256, (IMAGES, 3, side, side), generator=generator).to(torch.uint8)
         self.model = Classifier(extractor, whitener, self.labels.classes).to(context.device)
         if head is not None:
             self.model.head.data.copy_(head)

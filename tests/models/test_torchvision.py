@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +186,18 @@ def test_statistics_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
         load_public_weights(tmp_path / "w.safetensors", build_backbone(RESNET, 32), RESNET)
     assert "40 unexpected (bn1.running_mean, bn1.running_var, " in caught.value.problem
     assert "--norm frozen" in caught.value.fix
+
+
+def test_the_conversion_of_the_documentation_is_right(tmp_path: Path) -> None:
+    """Outside the package, which reads no pickles."""
+    page = Path(backbones.__file__).parents[2] / "docs/stages.md"
+    [source] = re.findall(r"^```python\n(.*?torch.load.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    network = with_statistics()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True)
+    extractor = build_backbone(RESNET, 32, norm="frozen")
+    load_public_weights(tmp_path / "resnet18.safetensors", extractor, RESNET)
+    assert torch.equal(extractor.network.conv1.weight, network.conv1.weight)
 
 
 # ------------------------------------------------------------------------------------------------------- a user's code
