@@ -37,8 +37,9 @@ from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights
+from dprandp.models.extractor import add_weights, replaced_in
 from dprandp.models.optimizers import restore
+from dprandp.models.torchvision import with_code
 from dprandp.pretrain import load_extractor
 from dprandp.pretrain.weights import declared_weights, weights_hash
 from dprandp.privacy.adaptive import Stage
@@ -128,7 +129,7 @@ def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, Fin
     stage = open_stage(config, context)
     config = with_precision(STAGE, config, context)
     if scratch.without_phase_one(config):
-        return stage, config, weights_hash(config.init)
+        return stage, with_code(config), weights_hash(config.init)
     return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")
 
 
@@ -210,6 +211,8 @@ def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
     model, left_out = scratch.start_model(config, len(stage.spec.classes))
     if left_out:
         stage.context.console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
+    if replaced := replaced_in(model.extractor):
+        stage.context.console.say(f"replaced: {replaced}")
     return model
 
 

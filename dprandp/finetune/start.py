@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dprandp.config.schema import MODULE, WITHOUT_PHASE_ONE, FinetuneConfig, PretrainConfig, is_backbone
+from dprandp.config.schema import WITHOUT_PHASE_ONE, FinetuneConfig, PretrainConfig, is_backbone
 from dprandp.errors import UsageError
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import NF_RESNET, build_extractor
+from dprandp.models.extractor import NF_RESNET, build_extractor, layout_device
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain.weights import load_public_weights
 
@@ -41,7 +41,7 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
 def refuse_unbuildable(config: FinetuneConfig) -> None:
     """Refuse (UsageError) a network that cannot be built, before anything is read; as ``network_config``."""
     network = network_config(config)
-    with torch.device("cpu" if config.arch.startswith(MODULE) else "meta"):  # a user's code may need values
+    with layout_device(config.arch):
         build_extractor(network)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config.presets import INPUT_SIZE
-from dprandp.config.schema import PretrainConfig, input_size_of, is_backbone
+from dprandp.config.schema import MODULE, PretrainConfig, input_size_of, is_backbone
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.nf_resnet import NFResNet50
 from dprandp.models.patchnet import DeepPatchNet, PatchLayer, PatchNet, ResponseLayer, positions_above
@@ -54,6 +54,12 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
     network.built_from, network.input_size = config, input_size_of(config)
     network.precision = FLOAT32 if config.precision == AUTO else config.precision
     return network
+
+
+def layout_device(arch: str) -> torch.device:
+    """Where a network is built to see its shapes alone: without memory; on the CPU if it is a user's code, which may
+    need values."""
+    return torch.device("cpu" if arch.startswith(MODULE) else "meta")
 
 
 def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:

@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.abc import SourceLoader
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dprandp.config.schema import MODULE, TORCHVISION, module_of
+from dprandp.config.schema import MODULE, TORCHVISION, FinetuneConfig, PretrainConfig, module_of
 from dprandp.errors import InputError, UsageError, nearest
 from dprandp.models.whitening import Part
 
@@ -118,13 +119,20 @@ def build_backbone(
     return Backbone(network, width, replaced, classifier)
 
 
-def code_hash(arch: str) -> str | None:
-    """sha256 of the file of ``module:FILE.py:NAME``; None for other architectures. Runs nothing.
+def code_hash(arch: str) -> str:
+    """sha256 of the file of ``module:FILE.py:NAME``. Runs nothing.
 
     Raises:
         InputError: there is no such file.
     """
-    return hashlib.sha256(_code(arch)).hexdigest() if arch.startswith(MODULE) else None
+    return hashlib.sha256(_code(arch)).hexdigest()
+
+
+def with_code(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+    """The configuration of a stage that begins, with the hash of the user's code that it runs, if it does."""
+    if not config.arch.startswith(MODULE) or config.code is not None:
+        return config
+    return replace(config, code=code_hash(config.arch))
 
 
 @contextmanager
@@ -219,7 +227,7 @@ def _replace(network: nn.Module, arch: str, norm: str) -> str | None:
     """Replace what Opacus' validator refuses, in place; the layers and what replaced them in words, None for none.
 
     Raises:
-        UsageError: layers that nothing replaces; each kind is named, with the first of its layers.
+        UsageError: layers that nothing replaces; each is named.
     """
     from opacus.validators import ModuleValidator
     from torchvision.ops.misc import FrozenBatchNorm2d
@@ -243,7 +251,7 @@ def _replace(network: nn.Module, arch: str, norm: str) -> str | None:
         _put(network, path, new.to(next(network.parameters()).device))
         changes.setdefault((kind.__name__, type(new).__name__), []).append(path)
     if refused:
-        said = "; ".join(f"{len(paths)} {kind} ({_listed(paths)})" for kind, paths in refused.items())
+        said = "; ".join(f"{len(paths)} {kind} ({', '.join(paths)})" for kind, paths in refused.items())
         raise UsageError(f"{arch} has layers that cannot be trained privately, and that nothing replaces: {said}",
                          fix="use GroupNorm or LayerNorm in their place")  # fmt: skip
     return "; ".join(

@@ -157,6 +157,7 @@ def stage_line(name: str, result: StageResult) -> str:
             return f"pretrain: the prior {result.prior} ({result.arch}, {result.feature_dim} features)"
         quality = "" if result.knn_accuracy is None else f", k-NN {100 * result.knn_accuracy:.0f} % (synthetic)"
         apart = "" if result.grey is None else ", one extractor for colour and one for grey data"
+        apart += "" if result.replaced is None else f", replaced: {result.replaced}"
         return f"pretrain: {result.arch}, {result.feature_dim} features{quality}{apart}, in {seconds}"
     if isinstance(result, ContinueResult):
         done = result.public_training

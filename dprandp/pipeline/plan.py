@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from dprandp import continual, finetune
 from dprandp.config.schema import (
     ContinueConfig,
@@ -29,7 +27,7 @@ from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.dpsgd.training_data import not_compared
 from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
-from dprandp.models.extractor import build_extractor, refuse_unlearnable
+from dprandp.models.extractor import build_extractor, layout_device, refuse_unlearnable
 from dprandp.models.precision import AUTO
 from dprandp.priors import shipped_extractor
 from dprandp.privacy.adaptive import Stage, compose_stages
@@ -267,7 +265,7 @@ def _generate(config: GenerateConfig, context: Context) -> GeneratePlan:
 def _pretrain(config: PretrainConfig, context: Context) -> PretrainPlan:
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
-    with torch.device("meta"):  # without memory
+    with layout_device(config.arch):
         network = build_extractor(config)
     made = PretrainPlan(
         stage="pretrain",

@@ -34,8 +34,9 @@ from dprandp.config.schema import PretrainConfig, as_dict, extractors_of, input_
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
-from dprandp.models.extractor import build_extractor, form_of, load_weights, refuse_unlearnable
+from dprandp.models.extractor import build_extractor, form_of, load_weights, refuse_unlearnable, replaced_in
 from dprandp.models.precision import AUTO, decide, precision_of
+from dprandp.models.torchvision import with_code
 from dprandp.pretrain.evaluation import MEASURES, evaluate
 from dprandp.pretrain.weights import declared_weights, load_public_weights, weights_hash
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
@@ -97,7 +98,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
     refuse_enlarged(input_size_of(config), context.rundir.result(GenerateResult).resolution)
-    config = with_precision(STAGE, config, context)
+    config = with_code(with_precision(STAGE, config, context))
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, None, {})
@@ -153,6 +154,7 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> PretrainResult
             "steps": begun.steps,
             "loss": learned.loss,
             "optimizer": config.optimizer if by_gradients else None,
+            "replaced": replaced_in(network),
             **declared_weights(config),
         }
     outputs, grey = [f"{EXTRACTOR}.safetensors"], None

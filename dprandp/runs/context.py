@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig, build, is_backbone
+from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.models.precision import AUTO, decide
-from dprandp.models.torchvision import code_hash
 from dprandp.runs.console import Console
 from dprandp.runs.directory import RunDir
 from dprandp.runs.parallel import ALONE, Ranks
@@ -88,14 +87,10 @@ def device_of_rank(kind: str) -> torch.device:
 
 
 def with_precision(stage: str, config: StageConfig, context: Context) -> StageConfig:
-    """A stage's configuration with what is decided when it begins.
+    """A stage's configuration with its precision decided: as given, else as recorded, else by the device.
 
-    The precision: as given, else as recorded, else by the device; a stage keeps it when it continues on another
-    machine, and a fine-tune takes that of its probe. The hash of a user's code, where the stage builds the network.
+    A stage keeps its precision when it continues on another machine, and a fine-tune takes that of its probe.
     """
-    made_here = getattr(config, "source", "scratch") in WITHOUT_PHASE_ONE
-    if made_here and is_backbone(getattr(config, "arch", "")) and config.code is None:
-        config = replace(config, code=code_hash(config.arch))
     asked = config.precision
     recorded = {row.stage: (row.config or {}).get("precision", AUTO) for row in context.rundir.status()}
     if asked == AUTO and not context.overwrite:

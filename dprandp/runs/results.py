@@ -56,6 +56,7 @@ class Extractor(Measures):
     loss: Number | None  # None where nothing was trained by gradients
     optimizer: Text | None = None  # of a training by gradients
     precision: Text | None = None  # in which it computes; older cards do not say
+    replaced: Text | None = None  # layers of a network from elsewhere that were replaced, and by what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class Evaluation:
     input_size: Count | None = None  # side of the images that the model sees, in pixels
     split_rule: Text | None = None  # how the splits were made, where that was declared
     decoding: Text | None = None  # declared rules by which image files were read
-    replaced: Text | None = None  # layers of a network from elsewhere that were replaced, and by what
+    replaced: Text | None = None  # as in ``Extractor``
 
     def interval(self, figure: str) -> tuple[float, float] | None:
         """Low and high end of a figure; None where it has none. Of accuracy always: by Wilson where none is stored."""
