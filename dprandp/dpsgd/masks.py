@@ -37,8 +37,8 @@ from dprandp.models.precision import autocast
 from dprandp.models.wrn import has_layer_gradients
 from dprandp.runs.results import ALL_WEIGHTS
 
-EXTRACTOR = "extractor."
-"""Beginning of the names of the extractor's parameters in the classifier."""
+EXTRACTOR, HEAD = "extractor.", "head"
+"""Beginning of the names of the extractor's parameters in the classifier, and the other parameter."""
 
 CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
 SCOPES = ("global", "layer", "block")
@@ -182,9 +182,6 @@ ROWS, COLUMNS = ".lora_a", ".lora_b"
 ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 """Layers whose matrices get adapters; a convolution's filters are the rows of one."""
 
-Start = dict[str, Tensor]
-"""Name -> the value with which a trained parameter begins."""
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -199,8 +196,8 @@ class Trained:
         """Whether a parameter of the classifier is trained (of an adapted one: through its adapter)."""
         return self.names is None or name in self.names
 
-    def start(self, model: Classifier, seed: int) -> Start:
-        """The trained parameters of a model as they begin; an adapter begins as zero (A random, B zero)."""
+    def start(self, model: Classifier, seed: int) -> dict[str, Tensor]:
+        """The trained parameters of a model as they begin, by name; an adapter begins as zero (A random, B zero)."""
         own = {name: value.detach().clone() for name, value in model.named_parameters() if self.trains(name)}
         if not self.rank:
             return own
@@ -214,10 +211,6 @@ class Trained:
             rows = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
             made |= {name + ROWS: rows.to(value), name + COLUMNS: value.new_zeros(outputs, rank)}
         return made
-
-
-ALL = Trained()
-HEAD = "head"
 
 
 def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -252,6 +245,18 @@ def train_of(config: FinetuneConfig) -> tuple[str, int]:
     )
 
 
+def chosen(config: FinetuneConfig, model: Classifier) -> tuple[Trained, MaskRule | None]:
+    """What a configuration trains of a model: parameters, and the rule for masks of single weights in these, if any.
+
+    Raises:
+        UsageError: the network has no such parameters, or as ``rule_of``.
+    """
+    rule = rule_of(config)
+    if rule is not None and rule.scope == "block":
+        return choose_blocks(rule, model), None
+    return choose_parameters(config, model), rule
+
+
 def choose_parameters(config: FinetuneConfig, model: Classifier) -> Trained:
     """The parameters that ``--train`` names.
 
@@ -262,27 +267,27 @@ def choose_parameters(config: FinetuneConfig, model: Classifier) -> Trained:
     names = [name for name, _ in model.named_parameters()]
     arch = public_arch(model.extractor.built_from.arch)
     if kind == "all":
-        return ALL
+        return Trained()
     if kind == "head":
         return Trained(frozenset({HEAD}), words="the head only")
     if kind == "last":
         return _last_blocks(number, model, arch)
     if kind == "norm-bias":
-        chosen = [name for name in names if name.endswith("bias")]
+        own = [name for name in names if name.endswith("bias")]
         for path, layer in model.named_modules():
             if isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm):
-                chosen += [f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+                own += [f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)]
         said = "norms and biases"
     else:
-        chosen = [
+        own = [
             f"{path}.{name}" for path, layer in model.named_modules() if isinstance(layer, ADAPTED)
             for name, value in layer.named_parameters(recurse=False) if value.ndim >= 2
         ]  # fmt: skip
-        said = f"low-rank adapters (rank {number}) of {len(chosen)} linear and convolution layers"
-    if not chosen:
+        said = f"low-rank adapters (rank {number}) of {len(own)} linear and convolution layers"
+    if not own:
         what = "norms or biases" if kind == "norm-bias" else "linear or convolution layers"
         raise UsageError(f"{arch} has no {what} for --train {config.train}", fix="give --train head or --train all")
-    return Trained(frozenset({*chosen, HEAD}), rank=number, words=f"{said}, and the head; nothing else")
+    return Trained(frozenset({*own, HEAD}), rank=number, words=f"{said}, and the head; nothing else")
 
 
 def _last_blocks(count: int, model: Classifier, arch: str) -> Trained:

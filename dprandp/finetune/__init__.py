@@ -76,18 +76,15 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     stage, config = begun  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    if scratch.without_phase_one(config):
-        model, mirror = _start_alone(config, stage), False  # refuses a file before the plan is fixed
-        stage = stage.fix_plan()
-    else:
-        stage = stage.fix_plan()
-        model, mirror = _probed_model(config, stage)
-    model = model.to(context.device)
+    alone = scratch.without_phase_one(config)
+    model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
     refuse_cross_example_layers(model)
+    chosen = masking.chosen(config, model.to(context.device))
+    stage = stage.fix_plan()  # after whatever may be refused
     lr = config.lr or recipe.lr
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
-        parameters, updates, trained_weights = _train(config, stage, model, lr, scale, stop)
+        parameters, updates, trained_weights = _train(config, stage, model, *chosen, lr, scale, stop)
         model.load_state_dict(masking.merged(dict(model.named_parameters()), parameters), strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
@@ -217,9 +214,16 @@ def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
 
 
 def _train(
-    config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
+    config: FinetuneConfig,
+    stage: PrivateStage,
+    model: Classifier,
+    trained: masking.Trained,
+    rule: masking.MaskRule | None,
+    lr: float,
+    scale: float,
+    stop: Stop,
 ) -> tuple[dict[str, Tensor], int, str]:
-    """The joint training; a scale of 0 freezes the extractor.
+    """The joint training of what ``masking.chosen`` chose; a scale of 0 freezes the extractor.
 
     Returns:
         The released parameters by name, the number of updates they have seen, and which weights were trained, in words.
@@ -228,9 +232,6 @@ def _train(
     ranks, device, folder = context.ranks, context.device, context.rundir.stage_dir(STAGE)
 
     # ------------------------------------------------------------------------------------- public: what is trained, how
-    rule, trained = masking.rule_of(config), masking.choose_parameters(config, model)
-    if rule is not None and rule.scope == "block":
-        trained, rule = masking.choose_blocks(rule, model), None
     trained_weights = trained.words
     start = trained.start(model, config.seed)
     if scale == 0:
