@@ -37,10 +37,11 @@ from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights, replaced_in
+from dprandp.models.extractor import add_weights, build_extractor, layout_device, replaced_in
 from dprandp.models.optimizers import restore
 from dprandp.models.torchvision import with_code
-from dprandp.pretrain import load_extractor
+from dprandp.models.whitening import PooledOnly
+from dprandp.pretrain import load_extractor, pretrained
 from dprandp.pretrain.weights import declared_weights, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
@@ -149,10 +150,14 @@ def open_stage(
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     masking.rule_of(config)  # refuses options that contradict each other
-    if scratch.without_phase_one(config):
-        scratch.refuse_unbuildable(config)
-    elif arch is None:
+    network = scratch.network_config(config) if scratch.without_phase_one(config) else None
+    if network is None and arch is None:
         context.rundir.require("probe", STAGE)
+        network = pretrained(context) if config.train else None
+    if network is not None:  # refuses one that cannot be built, or has nothing of what --train names
+        with layout_device(network.arch):
+            extractor = build_extractor(network)
+            masking.choose_parameters(config, Classifier(extractor, PooledOnly(extractor.feature_dim), 2))
     if (said := _recipe_note(config)) is not None:
         context.console.say(f"recipe {said}")
     _, recipe, refit_steps = choices(config, context, arch)

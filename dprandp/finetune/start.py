@@ -9,7 +9,7 @@ import torch
 from dprandp.config.schema import WITHOUT_PHASE_ONE, FinetuneConfig, PretrainConfig, is_backbone
 from dprandp.errors import UsageError
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import NF_RESNET, build_extractor, layout_device
+from dprandp.models.extractor import NF_RESNET, build_extractor
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain.weights import load_public_weights
 
@@ -36,13 +36,6 @@ def network_config(config: FinetuneConfig) -> PretrainConfig:
         raise UsageError(f"{config.arch} has no BatchNorm to replace", fix="leave --norm out")
     same = ("arch", "seed", "padding", "pooling", "precision", "input_size", "init", "init_source", "norm", "code")
     return PretrainConfig(**{key: getattr(config, key) for key in same}, **order)
-
-
-def refuse_unbuildable(config: FinetuneConfig) -> None:
-    """Refuse (UsageError) a network that cannot be built, before anything is read; as ``network_config``."""
-    network = network_config(config)
-    with layout_device(config.arch):
-        build_extractor(network)
 
 
 def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import STEP, apart, batch_of, model_of, norm_of, scaled
-from tiny_run import CLASSES, read_json, run_scratch
+from tiny_run import CLASSES, make_public, read_json, run_continue, run_finetune, run_probe, run_scratch
 from torch import Tensor
 from torch.nn import functional
 
@@ -266,6 +266,23 @@ def test_only_what_is_trained_has_noise_and_a_state(net: str, data: str, monkeyp
         "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"))}  # fmt: skip
     saved = load_file(Path("run/4-finetune/model.safetensors"))
     assert set(saved) == names
+
+
+def test_all_stages_take_a_network_from_elsewhere(net: str, data: str) -> None:
+    run = Path("run")
+    make_public(run, arch=net, random_init=True)
+    assert read_json(run / "run.json")["stages"]["pretrain"]["result"]["replaced"].startswith("2 BatchNorm2d")
+    continued, probed = run_continue(run, data), run_probe(run, data, epsilon=8.0)
+    assert 0 < continued["epsilon"] < probed["epsilon"]
+    charged = (run / "privacy/ledger.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="has 4 blocks, so --train last:9"):
+        run_finetune(run, data, epsilon=8.0, train="last:9")
+    assert (run / "privacy/ledger.jsonl").read_bytes() == charged
+    tuned = run_finetune(run, data, epsilon=8.0, train="last:1", steps=2)
+    assert probed["epsilon"] < tuned["epsilon"] <= 8
+    before, after = load_file(run / "2b-continue/extractor.safetensors"), load_file(run / "model/model.safetensors")
+    moved = {name for name, value in before.items() if not torch.equal(value, after[f"extractor.{name}"])}
+    assert {name.split(".")[1] for name in moved} == {"attention"}
 
 
 def test_a_model_of_a_users_code_holds_no_code_and_no_path(
