@@ -575,10 +575,7 @@ def module_of(arch: str) -> tuple[str, str]:
 
 def public_arch(arch: str) -> str:
     """An architecture as it may be published: without the folder of a user's file."""
-    if not arch.startswith(MODULE):
-        return arch
-    path, name = module_of(arch)
-    return f"{MODULE}{os.path.basename(path)}:{name}"
+    return MODULE + os.path.basename(arch.removeprefix(MODULE)) if arch.startswith(MODULE) else arch
 
 
 def input_size_of(config: PretrainConfig | FinetuneConfig) -> int:

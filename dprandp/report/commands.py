@@ -75,7 +75,9 @@ def _own_settings(row: StageRow, begun: Mapping[str, StageRow]) -> dict[str, Any
 
 
 def published(key: str, value: Any) -> Any:
-    """A setting's value without the folder of a user's file."""
+    """A setting's value, as recorded, without the folder of a user's file."""
+    if not isinstance(value, str):
+        return value
     if key in ("data", "public"):
         return public_data_name(value)
     if key == "arch":
