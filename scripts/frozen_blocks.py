@@ -83,7 +83,8 @@ def measure(args: argparse.Namespace, keep: str) -> dict:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     chosen = {name: int(mask.sum()) for name, mask in (masks or {}).items()}
     weights = sum(chosen.get(name, value.numel()) for name, value in parameters.items())
-    count = "all" if blocks is None else blocks.of - len(blocks.frozen)
+    units = [f"extractor.{name}." for name, _ in model.extractor.units()]
+    count = "all" if blocks is None else sum(any(name.startswith(unit) for name in trained) for unit in units)
     later = sum(seconds[1:]) / STEPS
     return {"first": seconds[0], "later": later, "megabytes": grown, "weights": weights, "blocks": count}
 

@@ -435,6 +435,17 @@ def test_no_code_from_files_and_no_silenced_failures():
     assert {name: found for name, tree in TREES.items() if (found := forbidden(tree))} == {}
 
 
+def test_the_only_code_that_is_run_from_a_file_is_what_the_user_allows() -> None:
+    """``--trust-code``, in one place, behind one question."""
+    runs = [name for name, source in SOURCES.items() if re.search(r"exec_module|spec_from|runpy|SourceLoader", source)]
+    assert runs == ["dprandp.models.torchvision"]
+    source = SOURCES["dprandp.models.torchvision"]
+    assert source.count("exec_module(") == 1
+    assert source.index("if not _trusted:") < source.index("exec_module(")
+    users = {name for name, source in SOURCES.items() if re.search(r"\btrust_code\(\)", source)}
+    assert users == {"dprandp.models.torchvision", "dprandp.cli.session", "dprandp.pipeline"}
+
+
 def test_the_only_unpickling_is_torchvisions_of_files_with_the_publishers_checksum():
     """CIFAR's official batches are pickles. torchvision unpickles a batch only after its MD5 matched the official one;
     that it does is tried in tests/data. Here: no other module of the package touches those classes, and the class

@@ -28,6 +28,7 @@ from dprandp.continual.loop import HEADS, STAGE, Outcome, private_steps
 from dprandp.continual.public import PublicTask, Training
 from dprandp.data import Dataset, DataSpec, Split, Units
 from dprandp.dpsgd.features import private_features, require_room
+from dprandp.dpsgd.masks import chosen
 from dprandp.dpsgd.stage import open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune.start import network_config
@@ -115,7 +116,8 @@ class Facts:
             config = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config)
             extractor, head = build_extractor(network_config(config), generator), None
             whitener = PooledOnly(extractor.feature_dim)
-            self.images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator).to(torch.uint8)
+            side = extractor.input_size
+            self.images = torch.randint(256, (IMAGES, 3, side, side), generator=generator).to(torch.uint8)
         self.model = Classifier(extractor, whitener, self.labels.classes).to(context.device)
         if head is not None:
             self.model.head.data.copy_(head)
@@ -362,7 +364,7 @@ def replay_finetune(
     def loop(stage: Rehearsal) -> None:
         stage.context.rundir.stage_dir(finetune.STAGE).mkdir()
         model.load_state_dict(before)  # the closed form of the gradients writes into the model
-        finetune._train(config, stage, model, lr, scale, Stop())
+        finetune._train(config, stage, model, *chosen(config, model), lr, scale, Stop())
 
     checks = paired_run(plan, dataset.spec.train_units, watched, loop, dataset=dataset, like=like, most=most,
                         control=control)  # fmt: skip

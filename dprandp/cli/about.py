@@ -103,7 +103,7 @@ def report(call: Call) -> None:
     console.result({"report": str(path)}, f"report: {path}")
 
 
-@flags.command(app, "About a run", options=flags.RUN)
+@flags.command(app, "About a run", options=(*flags.RUN, "trust_code"))
 def verify(call: Call) -> None:
     """Check a run's claims as an outsider would: ledger, plans, ε by another library, results, model and card.
 
@@ -218,7 +218,7 @@ def priors(
 # ------------------------------------------------------------------------------------------------------------- a model
 
 
-@flags.command(app, "A model", options=flags.TALKING)
+@flags.command(app, "A model", options=(*flags.TALKING, "trust_code"))
 def predict(
     call: Call,
     images: Annotated[list[Path] | None, typer.Argument(help="Image files of any size, and folders: every image below "
@@ -263,7 +263,7 @@ def predict(
     raise typer.Exit(InputError.exit_code if bad else 0)
 
 
-@flags.command(app, "A model", flags.of_publication(), flags.TALKING)
+@flags.command(app, "A model", flags.of_publication(), (*flags.TALKING, "trust_code"))
 def export(
     call: Call,
     *,

@@ -50,6 +50,9 @@ class Options:
         None, "Sets all other defaults: tiny (minutes on 2 cores), small (half an hour), paper. Default: that of "
         "the stage before, else tiny.", True, metavar="tiny|small|paper",
     )  # fmt: skip
+    trust_code: bool = setting(
+        False, "Run the Python file of a network module:FILE.py:NAME. It can do whatever you can: read it first.", True,
+    )  # fmt: skip
     config: Path | None = setting(None, "TOML with a table per stage; flags override it.", True, metavar="FILE")
     device: str = setting("auto", "auto, cpu, cuda or cuda:i.", True, panel=PERFORMANCE)
     workers: int | None = setting(None, "Processes that make images. Default: one per core. Never changes the images.",
@@ -71,7 +74,7 @@ class Options:
 RUN = ("run", "json", "debug")
 TALKING = (*RUN, "quiet")
 STAGE = (*TALKING, "size", "config", "plan", "resume", "overwrite")
-PRIVATE_STAGE = (*STAGE, "data_dir", "download", "device", "insecure_seed")
+PRIVATE_STAGE = (*STAGE, "data_dir", "download", "device", "insecure_seed", "trust_code")
 
 
 @dataclass(frozen=True)

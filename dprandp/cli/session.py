@@ -33,10 +33,14 @@ current = Console()
 
 
 def console(options: Options) -> Console:
-    """Set up the command's console."""
+    """Set up the command's console, and what the process may do."""
     global current
     current = Console(quiet=options.quiet, json=options.json, debug=options.debug)
     current.route_logging()
+    if options.trust_code:
+        from dprandp.models.torchvision import trust_code
+
+        trust_code()
     return current
 
 

@@ -43,7 +43,7 @@ def generate(call: Call) -> None:
     session.stage_command("generate", on_cpu, lambda result: "pretrain", create=True)
 
 
-@flags.command(app, "Stages", of_settings("pretrain"), (*flags.STAGE, "prior", "device"))
+@flags.command(app, "Stages", of_settings("pretrain"), (*flags.STAGE, "prior", "device", "trust_code"))
 def pretrain(
     call: Call,
     data: Annotated[str | None, option("Learn only for the declared colour of this data set; reads none of its files.",
@@ -55,6 +55,7 @@ def pretrain(
     [dim]dprandp pretrain --arch wrn-16-4 --steps 2000[/dim]
     [dim]dprandp pretrain --data fashion-mnist --run runs/grey[/dim]
     [dim]dprandp pretrain --prior patchnet-tiny --run runs/quick[/dim]
+    [dim]dprandp pretrain --arch torchvision:resnet18 --init resnet18.safetensors --init-source "ImageNet-1k"[/dim]
     """
     prior = call.options.prior
     if prior is not None:
@@ -79,9 +80,10 @@ def probe(call: Call) -> None:
 
 @flags.command(app, "Stages", of_settings("finetune"), (*flags.PRIVATE_STAGE, "microbatch"))
 def finetune(call: Call) -> None:
-    """Phase III: train all parameters with DP-SGD, on the remaining budget.
+    """Phase III: train all parameters with DP-SGD, on the remaining budget; or the part that --train names.
 
     [dim]dprandp finetune[/dim]
+    [dim]dprandp finetune --train last:1[/dim]
     [dim]dprandp finetune --from scratch --recipe de2022 --data cifar10 --eps 8 --run runs/scratch[/dim]
     """
     given = call.given["finetune"]
@@ -111,7 +113,7 @@ DIAGNOSED = (
 
 
 @flags.command(app, "About a run", of_settings("continue", names=DIAGNOSED),
-               (*flags.TALKING, "data_dir", "download", "device", "size", "config"))  # fmt: skip
+               (*flags.TALKING, "data_dir", "download", "device", "size", "config", "trust_code"))  # fmt: skip
 def diagnose(call: Call) -> None:
     """Estimate what privacy costs a step of `continue`, term by term, on public images; nothing is charged.
 
@@ -136,7 +138,7 @@ RUN_FLAGS = (
     *of_settings("probe", "finetune", names=(*DATA_SETTINGS, "epsilon", "delta", "noise")),
     *of_settings("probe", "finetune", names=("clip_norm",)),
     *of_settings("generate", names=("process", "count", "resolution")),
-    *of_settings("pretrain", names=("arch", "random_init", "input_size")),
+    *of_settings("pretrain", names=("arch", "random_init", "init", "init_source", "norm", "input_size")),
     *of_settings("pretrain", names=("steps",), prefix="pretrain-", says="Of the pretraining: "),
     *of_settings("probe", names=("share",)),
     *of_settings("probe", names=TUNING, prefix="probe-", says="Of the probe: "),
@@ -249,7 +251,8 @@ TUNED = (*DATA_SETTINGS, "epsilon", "delta", "share", "clip_norm", "steps", "lr"
 
 
 @flags.command(app, "Stages", of_settings("probe", names=TUNED),
-               (*flags.TALKING, "data_dir", "insecure_seed", "size", "config", "device", "overwrite"))  # fmt: skip
+               (*flags.TALKING, "data_dir", "insecure_seed", "size", "config", "device", "overwrite",
+                "trust_code"))  # fmt: skip
 def tune(
     call: Call,
     on: Annotated[str, option("synthetic: the run's own images, no cost. NAME: data that you declare public, no cost. "
@@ -278,7 +281,8 @@ def tune(
     console.next(session.command("probe", run) + f" --config {shlex.quote(str(run / 'tuned.toml'))}")
 
 
-@flags.command(app, "About a run", of_settings("generate", names=("seed",)), (*flags.TALKING, "data_dir", "device"))
+@flags.command(app, "About a run", of_settings("generate", names=("seed",)),
+               (*flags.TALKING, "data_dir", "device", "trust_code"))  # fmt: skip
 def audit(
     call: Call,
     examples: Annotated[int | None, option("With --eps: records N. Default 10000.", DATA)] = None,

@@ -32,8 +32,11 @@ WITHOUT_PHASE_ONE = ("scratch", "init")
 """Starting points of a fine-tune that need neither Phase I nor Phase II: random weights, or public ones from a file."""
 DEFAULT_SHARE = 0.3
 """Fraction of ε for the probe. Tang et al. 2023, figure on the budget's split: 20 to 40 % of ε for Phase II is best."""
-PATCHNET, SECOND_LAYER, NETWORK = "patchnet", "second layer", "network"
-"""The kinds of extractor that a setting of ``pretrain`` may be for; a network learns by gradients."""
+PATCHNET, SECOND_LAYER, NETWORK, BACKBONE = "patchnet", "second layer", "network", "backbone"
+"""The kinds of extractor that a setting of ``pretrain`` may be for; a network learns by gradients, a backbone is one
+from elsewhere."""
+TORCHVISION, MODULE = "torchvision:", "module:"
+"""Beginnings of the names of backbones."""
 
 MANY, VERY_MANY = 10**6, 10**9
 """Upper limits of settings; a larger value is taken for a typing error."""
@@ -43,6 +46,7 @@ LayerOrder = Literal[
 ]
 Padding = Literal["symmetric", "same"]
 Pooling = Literal["1", "4", "1+4"]
+Norm = Literal["group", "frozen"]
 
 
 # ---------------------------------------------------------------------------------------------- settings of many stages
@@ -136,8 +140,9 @@ class PretrainConfig(Network, Common):
     """Phase I, second half: a feature extractor from those images. Settings of other architectures are unused."""
 
     arch: str = setting(
-        "patchnet", "patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4.", True
-    )
+        "patchnet", "patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, or vit-DEPTH-WIDTH-PATCH such as vit-4-64-4; with "
+        "--init also torchvision:NAME, or your own network, module:FILE.py:NAME (with --trust-code).", True,
+    )  # fmt: skip
     random_init: bool = setting(False, "Keep the random weights: a control for the effect of Phase I.", True)
     colour: Literal["rgb", "grey", "both"] = setting(
         "both", "Colour of the data: rgb, grey or both. With both, a patchnet learns two dictionaries, of which later "
@@ -149,6 +154,22 @@ class PretrainConfig(Network, Common):
         True, panel=DATA, low=16, most=512, otherwise=f"{INPUT_SIZE}",
     )  # fmt: skip
     prior: str | None = setting(None, "A shipped prior, used unchanged; all other settings are those of its card.")
+    init: str | None = setting(
+        None, "safetensors file with public weights of --arch, which are taken unchanged. Declare their source with "
+        "--init-source.", True, metavar="FILE", otherwise="none",
+    )  # fmt: skip
+    init_source: str | None = setting(
+        None, "Data from which the weights of --init were learned; stored and shown.", True, metavar="TEXT", line=True,
+        otherwise="none, needed with --init",
+    )  # fmt: skip
+    norm: Norm | None = setting(
+        None, "What takes the place of BatchNorm in a torchvision: or module: network: group (GroupNorm), or frozen "
+        "(the statistics of --init as constants).", True, of=BACKBONE, otherwise="group",
+    )  # fmt: skip
+    code: str | None = setting(
+        None, "sha256 of the file of module:FILE.py:NAME; another file is refused.", of=BACKBONE,
+        otherwise="that of the file when the stage begins",
+    )  # fmt: skip
     filters: int = setting(600, "Filters of a patchnet.", above=0, most=10**5, of=PATCHNET)
     patch_size: int = setting(6, "Side of its patches in pixels.", above=0, of=PATCHNET)
     patch_dims: int = setting(64, "Components that patches are whitened to.", above=0, of=PATCHNET)
@@ -298,7 +319,10 @@ class FinetuneConfig(Private):
         "probe", "Starting point: the probe; scratch, a random network without Phase I or II (De et al. 2022); or "
         "init, the public weights of --init.", "--from", otherwise="probe, or init where --init is given",
     )  # fmt: skip
-    arch: str = setting("wrn-16-4", "With --from scratch or --init: wrn-DEPTH-WIDTH, or nf-resnet-50.", True)
+    arch: str = setting(
+        "wrn-16-4", "With --from scratch or --init: wrn-DEPTH-WIDTH, nf-resnet-50, torchvision:NAME, or your own "
+        "network, module:FILE.py:NAME (with --trust-code).", True,
+    )  # fmt: skip
     recipe: Literal["de2022"] | None = setting(
         None, "de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and --eps; "
         "σ is always calibrated. Flags override the recipe.", True, otherwise="none",
@@ -325,6 +349,14 @@ class FinetuneConfig(Private):
     pooling: Pooling | None = setting(
         None, "Grids over which its features are averaged: 1 (published), 4 or both.", True, metavar="GRIDS",
         otherwise="1+4, or 1 (nf-resnet-50)",
+    )  # fmt: skip
+    norm: Norm | None = setting(
+        None, "What takes the place of BatchNorm in a torchvision: or module: network made here: group (GroupNorm), or "
+        "frozen (the statistics of --init as constants).", True, otherwise="group",
+    )  # fmt: skip
+    code: str | None = setting(
+        None, "sha256 of the file of module:FILE.py:NAME; another file is refused.",
+        otherwise="that of the file when the stage begins",
     )  # fmt: skip
     clip_norm: float = setting(1.0, "Clip norm C: largest L2 norm of an example's gradient.", "--clip", panel=PRIVACY,
                                above=0)  # fmt: skip
@@ -356,6 +388,11 @@ class FinetuneConfig(Private):
     ema: float = setting(
         0.9999, "Decay in [0, 1) of the moving average of the parameters that is released; 0 releases the last "
         "ones.", True, low=0, below=1, otherwise="0.9999, less in the first steps",
+    )  # fmt: skip
+    train: str | None = setting(
+        None, "What is trained: all, head, norm-bias (norms, biases and head), last:N (the last N blocks and what "
+        "follows them), or lora:R (adapters of rank R on linear and convolution layers, and the head).", True,
+        metavar="WHAT", otherwise="all",
     )  # fmt: skip
     freeze: str | None = setting(
         None, "Train a part of the extractor's weights, chosen once: random or magnitude; with --scope block also "
@@ -441,6 +478,8 @@ def build(stage: str, values: dict[str, Any]) -> StageConfig:
     config = checked(stage, STAGE_CONFIGS[stage], values)
     if isinstance(config, FinetuneConfig):
         _check_finetune(config)
+    if isinstance(config, FinetuneConfig | PretrainConfig):
+        _check_weights(config)
     if isinstance(config, ContinueConfig):
         _check_switch(config)
     return config
@@ -456,9 +495,10 @@ def _unused(config: StageConfig) -> set[str]:
     """Settings that have no effect in a configuration: they are neither recorded nor shown."""
     if isinstance(config, PretrainConfig):
         patchnet = config.arch == "patchnet"
-        used = {None, PATCHNET if patchnet else NETWORK, SECOND_LAYER if patchnet and config.layers > 1 else None}
-        declared = settings_of(PretrainConfig).items()
-        idle = {name for name, made in declared if made.of not in used or (made.learning and config.random_init)}
+        kind = PATCHNET if patchnet else BACKBONE if is_backbone(config.arch) else NETWORK
+        used = {None, kind, SECOND_LAYER if patchnet and config.layers > 1 else None}
+        declared, ready = settings_of(PretrainConfig).items(), config.random_init or config.init is not None
+        idle = {name for name, made in declared if made.of not in used or (made.learning and ready)}
         return idle | ({"momentum"} if config.optimizer == "adamw" else set())
     if not isinstance(config, FinetuneConfig):
         return set()
@@ -512,6 +552,30 @@ def probe_of_run(probe: ProbeConfig, arch: str, begun: Mapping[str, Any] | None)
     """
     whole = probe.share is None and arch == PATCHNET and (begun is None or begun.get("share") == 1)
     return dataclasses.replace(probe, share=1.0) if whole else probe
+
+
+def is_backbone(arch: str) -> bool:
+    """Whether an architecture is a network from elsewhere (``models/torchvision.py``)."""
+    return arch.startswith((TORCHVISION, MODULE))
+
+
+def module_of(arch: str) -> tuple[str, str]:
+    """FILE.py and NAME of ``module:FILE.py:NAME``.
+
+    Raises:
+        UsageError: another spelling.
+    """
+    path, colon, name = arch.removeprefix(MODULE).rpartition(":")
+    if not colon or not path.endswith(".py") or not name.isidentifier():
+        raise UsageError(
+            f"architecture {arch!r} is not of the form module:FILE.py:NAME", fix="write for example module:net.py:Net"
+        )
+    return path, name
+
+
+def public_arch(arch: str) -> str:
+    """An architecture as it may be published: without the folder of a user's file."""
+    return MODULE + os.path.basename(arch.removeprefix(MODULE)) if arch.startswith(MODULE) else arch
 
 
 def input_size_of(config: PretrainConfig | FinetuneConfig) -> int:
@@ -592,19 +656,35 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise UsageError(
             f"--from {config.source} does not use the public weights of --init", fix="leave out one of the two flags"
         )
-    if (config.init is None) != (config.init_source is None):
-        problem = "--init-source was given without --init"
-        if config.init is not None:
-            problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
-        raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
     if config.class_shares is not None and config.clipping == "automatic":
         raise UsageError(
             "--class-shares has no effect with --clipping automatic, which makes all gradients equally long",
             fix="leave out one of the two",
         )
-    set_here = [key for key in ("layer_order", "padding", "pooling", "recipe") if getattr(config, key) is not None]
+    network = ("layer_order", "padding", "pooling", "norm", "recipe")
+    set_here = [key for key in network if getattr(config, key) is not None]
     if set_here and config.source not in WITHOUT_PHASE_ONE:
         _refuse_network_setting(set_here[0], config.source)
+
+
+def _check_weights(config: FinetuneConfig | PretrainConfig) -> None:
+    """Public weights have a declared source, and settings that need them have them."""
+    if (config.init is None) != (config.init_source is None):
+        problem = "--init-source was given without --init"
+        if config.init is not None:
+            problem = "--init needs --init-source: you must declare the source of the weights, and that they are public"
+        raise UsageError(problem, fix='give --init FILE with --init-source TEXT, such as "ImageNet-1k, from ..."')
+    if config.norm == "frozen" and config.init is None:
+        raise UsageError(
+            "--norm frozen takes the statistics of public weights, and there are none",
+            fix="give --init FILE with it, or --norm group",
+        )
+    if isinstance(config, PretrainConfig) and config.init and (config.random_init or config.arch == PATCHNET):
+        other = "--random-init" if config.random_init else "a patchnet, which learns in a minute"
+        raise UsageError(
+            f"--init does not go with {other}",
+            fix="leave --init out, or give --arch with it, such as --arch torchvision:resnet18",
+        )
 
 
 def _refuse_network_setting(key: str, source: str) -> None:

@@ -19,7 +19,8 @@ from dprandp.config.schema import ContinueConfig
 from dprandp.continual import switching
 from dprandp.continual.public import Training
 from dprandp.continual.switching import Look
-from dprandp.dpsgd.clipped_sums import EXTRACTOR, ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.stage import CONTINUE, PrivateStage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.errors import CheckpointError

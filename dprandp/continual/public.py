@@ -34,7 +34,7 @@ from dprandp.config.schema import (
 from dprandp.continual.loss_terms import LossTerms, loss_terms
 from dprandp.continual.switching import Look
 from dprandp.data import DataSpec, open_dataset, public_part
-from dprandp.dpsgd.clipped_sums import EXTRACTOR
+from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import refuse_other_labels
 from dprandp.dpsgd.training_data import declare_public, use_as_public

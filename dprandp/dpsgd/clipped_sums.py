@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from dprandp import losses
 from dprandp.dpsgd import masks as masking
-from dprandp.dpsgd.masks import FrozenPrefix
+from dprandp.dpsgd.masks import EXTRACTOR, FrozenPrefix
 from dprandp.dpsgd.units import UnitRows
 from dprandp.models.classifier import Classifier
 from dprandp.models.patchnet import patch_layers
@@ -39,9 +39,6 @@ DEVICE_VIEWS, DEVICE_RECORDS = 256, 32
 """Most views, and records, that an accelerator computes together by automatic differentiation: a patchnet of 6,400
 filters has some 25 GB of responses to 256 views."""
 
-EXTRACTOR = "extractor."
-"""Prefix of the names of the scaled parameters."""
-
 GradientSource = Callable[[Mapping[str, Tensor], Tensor, Tensor], Iterator[dict[str, Tensor]]]
 """(parameters, views, labels) -> microbatches of per-example gradients; each may overwrite the one before."""
 
@@ -60,7 +57,8 @@ class SumSettings:
     multi_label: bool = False  # what the shares are of, see ``losses.class_weights``
     precise: bool = False  # clip and add in float64, so that rounding adds nothing to the sensitivity (discrete noise)
     microbatch: int | None = None  # examples whose gradients are held together; None: by the model. Memory only
-    frozen_first: int = 0  # units of the extractor before the first that is trained (``masks.FrozenBlocks``)
+    frozen_first: int = 0  # units of the extractor before the first that is trained (``masks.Trained``)
+    adapters: bool = False  # factors of adapters are trained (``masks.merged``)
 
 
 @dataclass(frozen=True)
@@ -206,14 +204,14 @@ def share_of(ranks: Ranks, records: np.ndarray, images: Tensor, labels: Tensor, 
 def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
     """Per-example gradients with respect to the scaled parameters.
 
-    In closed form for patchnet on a CPU, layer by layer for WideResNets, by automatic differentiation for all else. The
-    views are uint8 [B, K, 3, 32, 32], or what the first frozen units put out, float32 [B, K, ...].
+    In closed form for patchnet on a CPU, layer by layer for WideResNets, by ``torch.func`` for adapters and all else.
+    The views are uint8 [B, K, 3, 32, 32], or what the first frozen units put out, float32 [B, K, ...].
     """
     scale, device = settings.scale, model.head.device
     weights = losses.class_weights(settings.class_shares, settings.multi_label)
     weights = None if weights is None else weights.to(device)
     closed_form = device.type == "cpu" and bool(patch_layers(model.extractor))
-    if not closed_form and not has_layer_gradients(model.extractor):
+    if settings.adapters or (not closed_form and not has_layer_gradients(model.extractor)):
         loss = loss_function(model, scale, weights)
 
         def automatic(parameters: Mapping[str, Tensor], views: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
@@ -248,9 +246,10 @@ def gradient_source(model: Classifier, settings: SumSettings) -> GradientSource:
 
 def loss_function(model: Classifier, scale: float, class_weights: Tensor | None = None) -> Callable[..., Tensor]:
     """(scaled parameters, uint8 [K, 3, 32, 32], label) -> mean loss (``losses``) over the K views of one example."""
+    base = dict(model.named_parameters())
 
     def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
-        parameters = {name: unscaled(name, value, scale) for name, value in scaled.items()}
+        parameters = masking.merged(base, {name: unscaled(name, value, scale) for name, value in scaled.items()})
         scores = functional_call(model, parameters, (model.extractor.normalise(views),))
         return losses.loss(scores, label.expand(len(views), *label.shape), class_weights).mean()
 

@@ -1,4 +1,9 @@
-"""Training a part of the weights: masks of single weights, and whole frozen blocks.
+"""What is trained: parameters by their names (``--train``, frozen blocks), adapters, or masks of single weights.
+
+**Names** (``Trained``): all parameters, the head, norms and biases, or the last blocks. The others get no gradient, no
+noise and no state of the optimizer, and stay as they are, to the byte. **Adapters** (Hu et al. 2021, arXiv 2106.09685;
+Yu et al. 2022, arXiv 2110.06500, with DP-SGD): in the place of a matrix W, W + B A with trained factors of low rank;
+the released model holds the sum.
 
 **Masks** (Adamczewski & Park 2023, arXiv 2303.04612): *freeze* chooses once and trains only the chosen weights;
 *select* makes another choice every R steps. The gradient of a record is multiplied by the mask *before* its norm is
@@ -18,24 +23,26 @@ Guarantee:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dprandp.config.schema import FinetuneConfig
+from dprandp.config.schema import FinetuneConfig, public_arch
 from dprandp.errors import UsageError, nearest
 from dprandp.models.classifier import Classifier
 from dprandp.models.precision import autocast
+from dprandp.models.wrn import has_layer_gradients
+from dprandp.runs.results import ALL_WEIGHTS
+
+EXTRACTOR, HEAD = "extractor.", "head"
+"""Beginning of the names of the extractor's parameters in the classifier, and the other parameter."""
 
 CRITERIA, PRUNES = ("random", "magnitude"), ("hold", "zero")
 SCOPES = ("global", "layer", "block")
 DEFAULT_EVERY = 10
-ALL_WEIGHTS = "all"
-"""``trained_weights`` of a result where nothing is left out."""
-
 HOW = {"random": "at random from a public seed", "magnitude": "by magnitude", "last": "from the head's end"}
 
 Masks = dict[str, Tensor]
@@ -118,7 +125,12 @@ def rule_of(config: FinetuneConfig) -> MaskRule | None:
             raise UsageError(f"--{name} {value!r} is unknown", fix=nearest(value, known))
     if config.freeze is not None and config.select is not None:
         raise UsageError("--freeze and --select exclude each other", fix="give one of them")
+    kind, _ = train_of(config)
     criterion = config.freeze or config.select
+    if criterion is not None and config.train is not None:
+        raise UsageError("--train and --freeze or --select exclude each other", fix="give one of them")
+    if config.extractor_scale == 0 and kind not in ("all", "head"):
+        raise UsageError(f"extractor_scale = 0 freezes what --train {config.train} names", fix="leave one of them out")
     if (criterion is None) != (config.keep is None):
         problem = "--keep needs --freeze or --select" if criterion is None else "--freeze and --select need --keep"
         raise UsageError(problem, fix="give --freeze or --select, and --keep with it, such as --keep 0.1")
@@ -156,7 +168,7 @@ def _largest(scores: Tensor, keep: float) -> Tensor:
     return mask
 
 
-# ------------------------------------------------------------------------------------------------------- frozen blocks
+# ---------------------------------------------------------------------------------------- parameters, by their names
 
 CACHE_BYTES = 2**30
 """Bytes of outputs of frozen blocks that are kept; others are computed again."""
@@ -164,40 +176,177 @@ CACHE_BYTES = 2**30
 FORWARD_VIEWS = 64
 """Views in one pass of the frozen blocks."""
 
+ROWS, COLUMNS = ".lora_a", ".lora_b"
+"""Added to the name of a matrix W: its adapter's factors, A [r, inputs] and B [outputs, r]; W + B A takes its place."""
+
+ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+"""Layers whose matrices get adapters; a convolution's filters are the rows of one."""
+
 
 @dataclass(frozen=True)
-class FrozenBlocks:
-    """A choice of blocks; public."""
+class Trained:
+    """The parameters of a classifier that are trained; public."""
 
-    frozen: tuple[str, ...] = ()  # beginnings of the names of parameters not trained, such as ``extractor.stem.``
-    first: int = 0  # how many of the network's units come before the first trained one
-    of: int = 0  # how many units there are
-    how: str = ""  # the choice in words
+    names: frozenset[str] | None = None  # None: all
+    first: int = 0  # of the extractor's units, how many come before the first trained one and are left out of a step
+    rank: int = 0  # of adapters; 0: the parameters themselves are trained
+    words: str = ALL_WEIGHTS  # for the disclosure
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter of the classifier is trained."""
-        return not name.startswith(self.frozen)
+        """Whether a parameter of the classifier is trained (of an adapted one: through its adapter)."""
+        return self.names is None or name in self.names
 
-    def in_words(self) -> str:
-        """The text for the disclosure."""
-        return (
-            f"{self.of - len(self.frozen)} of {self.of} blocks of the extractor (stem and residual blocks), chosen "
-            f"{self.how} once before the training, are trained, with the layers after them and the head; others are not"
+    def start(self, model: Classifier, seed: int) -> dict[str, Tensor]:
+        """The trained parameters of a model as they begin, by name; an adapter begins as zero (A random, B zero)."""
+        own = {name: value.detach().clone() for name, value in model.named_parameters() if self.trains(name)}
+        if not self.rank:
+            return own
+        generator, made = torch.Generator().manual_seed(seed), {}
+        for name, value in own.items():
+            if name == HEAD:
+                made[name] = value
+                continue
+            outputs, inputs = value.flatten(1).shape
+            rank = min(self.rank, outputs, inputs)
+            rows = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
+            made |= {name + ROWS: rows.to(value), name + COLUMNS: value.new_zeros(outputs, rank)}
+        return made
+
+
+def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a classifier by their own names: those of adapters W + B A, the others as they are.
+
+    Args:
+        base: the classifier's parameters, W among them. trained: as ``Trained.start`` names them.
+    """
+    own = {name: value for name, value in trained.items() if not name.endswith((ROWS, COLUMNS))}
+    for name in trained:
+        if name.endswith(ROWS):
+            matrix = name.removesuffix(ROWS)
+            change = trained[matrix + COLUMNS] @ trained[name]
+            own[matrix] = base[matrix] + change.view_as(base[matrix])
+    return own
+
+
+def train_of(config: FinetuneConfig) -> tuple[str, int]:
+    """``--train`` as a kind ('all', 'head', 'norm-bias', 'last' or 'lora') and its number (0 where it has none).
+
+    Raises:
+        UsageError: another spelling.
+    """
+    kind, colon, number = (config.train or ALL_WEIGHTS).partition(":")
+    if kind in ("all", "head", "norm-bias") and not colon:
+        return kind, 0
+    if kind in ("last", "lora") and number.isascii() and number.isdecimal() and 1 <= int(number[:9]) == int(number):
+        return kind, int(number)
+    raise UsageError(
+        f"--train {config.train!r} is unknown",
+        fix="give all, head, norm-bias, last:N or lora:R, such as --train last:1",
+    )
+
+
+def chosen(config: FinetuneConfig, model: Classifier) -> tuple[Trained, MaskRule | None]:
+    """What a configuration trains of a model: parameters, and the rule for masks of single weights in these, if any.
+
+    Raises:
+        UsageError: the network has no such parameters, or as ``rule_of``.
+    """
+    rule = rule_of(config)
+    if rule is not None and rule.scope == "block":
+        return choose_blocks(rule, model), None
+    return choose_parameters(config, model), rule
+
+
+def choose_parameters(config: FinetuneConfig, model: Classifier) -> Trained:
+    """The parameters that ``--train`` names.
+
+    Raises:
+        UsageError: the network has no such parameters.
+    """
+    kind, number = train_of(config)
+    names = [name for name, _ in model.named_parameters()]
+    arch = public_arch(model.extractor.built_from.arch)
+    if kind == "all":
+        return Trained()
+    if kind == "head":
+        return Trained(frozenset({HEAD}), words="the head only")
+    if kind == "last":
+        return _last_blocks(number, model, arch)
+    if kind == "norm-bias":
+        own = [name for name in names if name.endswith("bias")]
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm):
+                own += [f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+        said = "norms and biases"
+    else:
+        own = [
+            f"{path}.{name}" for path, layer in model.named_modules() if isinstance(layer, ADAPTED)
+            for name, value in layer.named_parameters(recurse=False) if value.ndim >= 2
+        ]  # fmt: skip
+        said = f"low-rank adapters (rank {number}) of {len(own)} linear and convolution layers"
+    if not own:
+        what = "norms or biases" if kind == "norm-bias" else "linear or convolution layers"
+        raise UsageError(f"{arch} has no {what} for --train {config.train}", fix="give --train head or --train all")
+    return Trained(frozenset({*own, HEAD}), rank=number, words=f"{said}, and the head; nothing else")
+
+
+def _last_blocks(count: int, model: Classifier, arch: str) -> Trained:
+    """The last blocks, with all that comes after the first of them."""
+    blocks = blocks_of(model.extractor)
+    if count >= len(blocks):
+        raise UsageError(
+            f"{arch} has {len(blocks)} block{'s' * (len(blocks) != 1)}, so --train last:{count} leaves none out",
+            fix="give --train all or head" if len(blocks) < 2 else f"give at most last:{len(blocks) - 1}, or all",
         )
+    names = [name for name, _ in model.extractor.named_parameters()]
+    begins = next(place for place, name in enumerate(names) if name.startswith(f"{blocks[-count]}."))
+    # a layer-by-layer network leaves out the work below
+    units = [] if not has_layer_gradients(model.extractor) or model.extractor.reads_earlier_stages else blocks
+    return Trained(
+        frozenset({HEAD, *(f"{EXTRACTOR}{name}" for name in names[begins:])}),
+        first=max(0, len(units) - count),
+        words=f"the last {count} of {len(blocks)} blocks of the extractor (from {blocks[-count]} on), and the head",
+    )
 
 
-NO_FROZEN_BLOCKS = FrozenBlocks()
+def blocks_of(network: nn.Module) -> list[str]:
+    """Names of a network's blocks, in the order in which it declares them.
+
+    A block is a part with weights of two dimensions or more, looked for in the network's children, in sequences, and in
+    modules that hold sequences of equal blocks. Of a ResNet: the first convolution, then each residual block.
+    """
+    if hasattr(network, "units"):
+        return [name for name, _ in network.units()]
+    return [name for name, part in _parts(network, "") if any(value.ndim >= 2 for value in part.parameters())]
 
 
-def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
+def _parts(network: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in network.named_children():
+        inside = [child, *child.children()]
+        if type(child) in SEQUENCES or any(map(_repeats, inside)) or (not prefix and name == "network"):
+            yield from _parts(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether a module is a sequence of two or more equal blocks."""
+    kinds = [type(child) for child in module.children()]
+    return isinstance(module, SEQUENCES) and len(kinds) > 1 and len(set(kinds)) == 1
+
+
+def choose_blocks(rule: MaskRule, model: Classifier) -> Trained:
     """The blocks that a rule with scope 'block' trains: ⌊keep · n + ½⌋ of stem and residual blocks, at least one.
 
     Args:
         rule: criterion 'random' (by the public seed), 'magnitude' (largest mean |θ|), or 'last' (nearest to the head).
         model: as it starts, made of public things.
     """
-    if not hasattr(model.extractor, "units"):
-        raise UsageError("this network has no blocks to freeze", fix="give --scope global or layer, or a wrn")
+    if not has_layer_gradients(model.extractor):
+        raise UsageError("this network has no blocks to freeze", fix="give --train last:N, --scope layer, or a wrn")
     if model.extractor.reads_earlier_stages:
         raise UsageError(
             "this network's features come from earlier blocks too, so none of them can be left out",
@@ -213,8 +362,14 @@ def choose_blocks(rule: MaskRule, model: Classifier) -> FrozenBlocks:
     else:
         scores = np.arange(len(units))
     trained = set(np.argsort(-scores, kind="stable")[:count].tolist())
-    frozen = tuple(f"extractor.{name}." for place, (name, _) in enumerate(units) if place not in trained)
-    return FrozenBlocks(frozen, min(trained), len(units), HOW[rule.criterion])
+    frozen = tuple(f"{EXTRACTOR}{name}." for place, (name, _) in enumerate(units) if place not in trained)
+    return Trained(
+        frozenset(name for name, _ in model.named_parameters() if not name.startswith(frozen)),
+        first=min(trained),
+        words=f"{count} of {len(units)} blocks of the extractor (stem and residual blocks), chosen "
+        f"{HOW[rule.criterion]} once before the training, are trained, with the layers after them and the head; "
+        "others are not",
+    )
 
 
 class FrozenPrefix:

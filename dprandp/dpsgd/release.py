@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from dprandp.config.schema import WITHOUT_PHASE_ONE, as_dict, public_data_name
+from dprandp.config.schema import WITHOUT_PHASE_ONE, PretrainConfig, as_dict, public_arch, public_data_name
 from dprandp.dpsgd.features import features_of_test
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.models.classifier import Classifier
+from dprandp.models.extractor import replaced_in
 from dprandp.models.precision import precision_of
 from dprandp.report.card import model_card
 from dprandp.runs.checkpoint import tensors_to_bytes
@@ -71,6 +74,7 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         input_size=model.extractor.input_size,
         split_rule=spec.split_rule or None,
         decoding=str(spec.decoding) or None,
+        replaced=replaced_in(model.extractor),
     )
 
 
@@ -88,6 +92,12 @@ def card_of(rundir: RunDir, result: PrivateResult, shape: tuple[int, int, int]) 
     return model_card(result, *before, shape=shape)
 
 
+def _published(config: PretrainConfig) -> dict[str, Any]:
+    """An extractor's configuration without the folders of a user's files."""
+    init = config.init and os.path.basename(config.init)
+    return as_dict(replace(config, arch=public_arch(config.arch), init=init))
+
+
 def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -> None:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
@@ -102,7 +112,7 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
     config = {
         "format": MODEL_FORMAT,
         "arch": arch,
-        "extractor": as_dict(model.extractor.built_from),  # of two, the one that the model holds
+        "extractor": _published(model.extractor.built_from),  # of two, the one that the model holds
         "precision": precision_of(model.extractor),
         "classes": result.classes,
         "input": {

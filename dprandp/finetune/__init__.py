@@ -25,20 +25,24 @@ from torch import Tensor
 
 from dprandp import probe
 from dprandp.config.presets import Recipe, note, recipe_for
-from dprandp.config.schema import FinetuneConfig, ProbeConfig
+from dprandp.config.schema import FinetuneConfig, ProbeConfig, public_arch
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
-from dprandp.dpsgd.clipped_sums import EXTRACTOR, ClippedSums, SumSettings, share_of, steps_on_all, unscaled
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
 from dprandp.dpsgd.features import private_features
+from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights
+from dprandp.models.extractor import add_weights, build_extractor, layout_device, replaced_in
 from dprandp.models.optimizers import restore
-from dprandp.pretrain import load_extractor
+from dprandp.models.torchvision import with_code
+from dprandp.models.whitening import PooledOnly
+from dprandp.pretrain import load_extractor, pretrained
+from dprandp.pretrain.weights import declared_weights, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.privacy.mechanism import PrivateMechanism
@@ -73,19 +77,16 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     stage, config = begun  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    if scratch.without_phase_one(config):
-        model, mirror = _start_alone(config, stage), False  # refuses a file before the plan is fixed
-        stage = stage.fix_plan()
-    else:
-        stage = stage.fix_plan()
-        model, mirror = _probed_model(config, stage)
-    model = model.to(context.device)
+    alone = scratch.without_phase_one(config)
+    model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
     refuse_cross_example_layers(model)
+    chosen = masking.chosen(config, model.to(context.device))
+    stage = stage.fix_plan()  # after whatever may be refused
     lr = config.lr or recipe.lr
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
-        parameters, updates, trained_weights = _train(config, stage, model, lr, scale, stop)
-        model.load_state_dict(parameters, strict=False)
+        parameters, updates, trained_weights = _train(config, stage, model, *chosen, lr, scale, stop)
+        model.load_state_dict(masking.merged(dict(model.named_parameters()), parameters), strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
     if measured is None:
@@ -100,15 +101,14 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         **vars(guarantee),
         refit=refit,
         source=config.source,
-        arch=arch,
+        arch=public_arch(arch),
         lr=lr,
         momentum=optimizer.beta,
         clipping=config.clipping,
         trained_weights=trained_weights,
         optimizer=optimizer.in_words(),
         recipe=_recipe_note(config),
-        init_sha256=None if config.init is None else scratch.init_hash(config)["public weights"],
-        init_source=config.init_source,
+        **declared_weights(config),
         extractor_scale=scale,
         released=f"EMA, decay {config.ema}",
         mirror=mirror,
@@ -127,7 +127,7 @@ def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, Fin
     stage = open_stage(config, context)
     config = with_precision(STAGE, config, context)
     if scratch.without_phase_one(config):
-        return stage, config, scratch.init_hash(config)
+        return stage, with_code(config), weights_hash(config.init)
     return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")
 
 
@@ -150,10 +150,14 @@ def open_stage(
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     masking.rule_of(config)  # refuses options that contradict each other
-    if scratch.without_phase_one(config):
-        scratch.network_config(config)
-    elif arch is None:
+    network = scratch.network_config(config) if scratch.without_phase_one(config) else None
+    if network is None and arch is None:
         context.rundir.require("probe", STAGE)
+        network = pretrained(context) if config.train else None
+    if network is not None:  # refuses one that cannot be built, or has nothing of what --train names
+        with layout_device(network.arch):
+            extractor = build_extractor(network)
+            masking.choose_parameters(config, Classifier(extractor, PooledOnly(extractor.feature_dim), 2))
     if (said := _recipe_note(config)) is not None:
         context.console.say(f"recipe {said}")
     _, recipe, refit_steps = choices(config, context, arch)
@@ -209,13 +213,22 @@ def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
     model, left_out = scratch.start_model(config, len(stage.spec.classes))
     if left_out:
         stage.context.console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
+    if replaced := replaced_in(model.extractor):
+        stage.context.console.say(f"replaced: {replaced}")
     return model
 
 
 def _train(
-    config: FinetuneConfig, stage: PrivateStage, model: Classifier, lr: float, scale: float, stop: Stop
+    config: FinetuneConfig,
+    stage: PrivateStage,
+    model: Classifier,
+    trained: masking.Trained,
+    rule: masking.MaskRule | None,
+    lr: float,
+    scale: float,
+    stop: Stop,
 ) -> tuple[dict[str, Tensor], int, str]:
-    """The joint training; a scale of 0 freezes the extractor.
+    """The joint training of what ``masking.chosen`` chose; a scale of 0 freezes the extractor.
 
     Returns:
         The released parameters by name, the number of updates they have seen, and which weights were trained, in words.
@@ -224,16 +237,10 @@ def _train(
     ranks, device, folder = context.ranks, context.device, context.rundir.stage_dir(STAGE)
 
     # ------------------------------------------------------------------------------------- public: what is trained, how
-    rule, blocks = masking.rule_of(config), masking.NO_FROZEN_BLOCKS
-    trained_weights = masking.ALL_WEIGHTS
-    if rule is not None and rule.scope == "block":
-        blocks, rule = masking.choose_blocks(rule, model), None
-        trained_weights = blocks.in_words()
-    start = {
-        name: value.detach().clone()
-        for name, value in model.named_parameters()
-        if (scale > 0 or not name.startswith(EXTRACTOR)) and blocks.trains(name)
-    }
+    trained_weights = trained.words
+    start = trained.start(model, config.seed)
+    if scale == 0:
+        start = {name: value for name, value in start.items() if not name.startswith(EXTRACTOR)}
     masks: masking.Masks = {}
     if rule is not None:
         masks = rule.choose(start, 0)
@@ -276,7 +283,8 @@ def _train(
         multi_label=stage.spec.multi_label,
         precise=plan.noise == "discrete",
         microbatch=context.microbatch,
-        frozen_first=blocks.first,
+        frozen_first=trained.first,
+        adapters=trained.rank > 0,
     )
     ranks.refuse_different("model and settings", lambda: _digest(model, settings))
     sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)

@@ -8,6 +8,7 @@ An extractor is an ``nn.Module`` with
 * ``features(x)``: float [B, 3, S, S] to float [B, feature_dim], differentiable, one image at a time;
 * ``precision`` ('float32' or 'bfloat16'), ``built_from`` (the ``PretrainConfig``) and ``input_size`` (S, the side of an
   image in pixels): set by ``build_extractor``;
+* ``replaced``, in words, where layers of a network from elsewhere were replaced (``torchvision.py``);
 * ``form``, where its features have changed since an earlier version: see ``PatchExtractor.form``.
 
 To add one: write its module, name it here, and add its training to ``pretrain/__init__.py``.
@@ -23,17 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from dprandp.config.presets import INPUT_SIZE
-from dprandp.config.schema import PretrainConfig, input_size_of
+from dprandp.config.schema import MODULE, PretrainConfig, input_size_of, is_backbone
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.nf_resnet import NFResNet50
 from dprandp.models.patchnet import DeepPatchNet, PatchExtractor, PatchLayer, PatchNet, ResponseLayer, positions_above
 from dprandp.models.precision import AUTO, FLOAT32, autocast, full_precision, precision_of
+from dprandp.models.torchvision import build_backbone
 from dprandp.models.vit import VisionTransformer, parse_vit
 from dprandp.models.wrn import WideResNet, parse_wrn
 
 NF_RESNET = "nf-resnet-50"
 ARCHITECTURES = (
-    f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, vit-DEPTH-WIDTH-PATCH such as vit-4-64-4, or {NF_RESNET}"
+    f"patchnet, wrn-DEPTH-WIDTH such as wrn-16-4, vit-DEPTH-WIDTH-PATCH such as vit-4-64-4, {NF_RESNET}, "
+    "torchvision:NAME, or module:FILE.py:NAME"
 )
 
 EARLIER_GRIDS = ("4+16", "1+9")
@@ -52,6 +55,12 @@ def build_extractor(config: PretrainConfig, generator: torch.Generator | None = 
     network.built_from, network.input_size = config, input_size_of(config)
     network.precision = FLOAT32 if config.precision == AUTO else config.precision
     return network
+
+
+def layout_device(arch: str) -> torch.device:
+    """Where a network is built to see its shapes alone: without memory; on the CPU if it is a user's code, which may
+    need values."""
+    return torch.device("cpu" if arch.startswith(MODULE) else "meta")
 
 
 def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Module:
@@ -74,6 +83,9 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
     if config.arch.startswith("vit-"):
         sizes = parse_vit(config.arch, input_size_of(config))
         return VisionTransformer(*sizes, input_size=input_size_of(config), generator=generator)
+    if is_backbone(config.arch):
+        settings = {"norm": config.norm or "group", "code": config.code, "generator": generator}
+        return build_backbone(config.arch, input_size_of(config), **settings)
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 
@@ -91,12 +103,12 @@ def first_filters(network: nn.Module) -> Tensor:
 
 
 def refuse_unlearnable(config: PretrainConfig) -> None:
-    """Refuse (UsageError) an architecture that Phase I cannot train; random weights need no training."""
-    if config.arch == NF_RESNET and not config.random_init:
+    """Refuse (UsageError) an architecture that Phase I cannot train; random and public weights need no training."""
+    if (config.arch == NF_RESNET or is_backbone(config.arch)) and not config.random_init and config.init is None:
         raise UsageError(
-            f"{NF_RESNET} is not learned from synthetic images",
-            fix=f"pretrain patchnet or a wrn, or train it privately: dprandp finetune --from scratch --arch "
-                f"{NF_RESNET}",
+            f"{config.arch} is not learned from synthetic images",
+            fix="give public weights (--init FILE --init-source TEXT), pretrain patchnet or a wrn, or train it "
+                f"privately: dprandp finetune --from scratch --arch {config.arch}",
         )
 
 
@@ -202,6 +214,11 @@ def extract(
         out[start : start + len(values)] = values
         on_batch(len(values))
     return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")
+
+
+def replaced_in(network: nn.Module) -> str | None:
+    """The layers of an extractor that were replaced, and by what, in words; None for none."""
+    return getattr(network, "replaced", None)
 
 
 def form_of(network: nn.Module) -> int | None:

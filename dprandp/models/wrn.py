@@ -14,7 +14,7 @@ import copy
 import math
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -559,8 +559,8 @@ class WrnGradients:
     Args:
         model: a ``Classifier`` whose extractor ``has_layer_gradients``; its parameters are read by ``refresh``.
         first: units of the extractor that are frozen and left out: ``of`` gets their outputs.
-        trained: names of the parameters that ``of`` finds gradients for, all or none of a layer's; None: all. The
-            others keep their present values, also after ``refresh``.
+        trained: names of parameters; ``of`` finds gradients for all of a layer that has one of them. None: all. Other
+            layers keep their present values, also after ``refresh``.
         together: compute the records of a pass without a loop over them. None: on an accelerator, and on a CPU where
             records have no more than ``FEW_VIEWS``.
     """
@@ -570,7 +570,7 @@ class WrnGradients:
         model: nn.Module,
         *,
         first: int = 0,
-        trained: Collection[str] | None = None,
+        trained: frozenset[str] | None = None,
         together: bool | None = None,
     ) -> None:
         self._model, self._first, self._together = model, first, together
@@ -585,7 +585,8 @@ class WrnGradients:
         for name, child in list(module.named_children()):
             path = f"{prefix}.{name}"
             if isinstance(child, nn.Conv2d | nn.GroupNorm):
-                if self._trained is None or f"{path}.weight" in self._trained:
+                own = {f"{path}.{kind}" for kind, _ in child.named_parameters()}
+                if self._trained is None or own & self._trained:
                     kind = RecordConv if isinstance(child, nn.Conv2d) else RecordNorm
                     layer = kind(child, self._model.get_submodule(path), path, self._tape)
                     setattr(module, name, layer)

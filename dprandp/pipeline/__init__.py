@@ -11,6 +11,7 @@ from dprandp import continual, finetune, generate, pretrain, probe
 from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build, input_size_of
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.errors import UsageError
+from dprandp.models.torchvision import code_is_trusted, trust_code
 from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text, interval_text, model_warnings
 from dprandp.runs.console import Console
@@ -42,6 +43,7 @@ def run_stage(name: str, config: StageConfig, context: Context) -> StageResult:
     """Run one stage, on all ranks, or return the recorded result of a finished one."""
     facts = {"run": str(context.rundir.path), "data_dir": str(context.data_dir), "device": context.device.type}
     facts |= {"stage": name, "config": as_dict(config), "microbatch": context.microbatch}
+    facts["trust_code"] = code_is_trusted()
     context.ranks.announce(facts)
     result = RUNNERS[name](config, context)
     context.ranks.stage_done()
@@ -56,6 +58,8 @@ def as_json(name: str, result: StageResult) -> dict[str, Any]:
 
 def run_announced(stage: dict[str, Any], ranks: Ranks, console: Console) -> None:
     """Run the stage that rank 0 announced in ``run_stage``, as one of the other ranks."""
+    if stage["trust_code"]:
+        trust_code()
     context = Context(
         rundir=RunDir.open(stage["run"], create=False),
         console=console,
@@ -153,6 +157,7 @@ def stage_line(name: str, result: StageResult) -> str:
             return f"pretrain: the prior {result.prior} ({result.arch}, {result.feature_dim} features)"
         quality = "" if result.knn_accuracy is None else f", k-NN {100 * result.knn_accuracy:.0f} % (synthetic)"
         apart = "" if result.grey is None else ", one extractor for colour and one for grey data"
+        apart += "" if result.replaced is None else f", replaced: {result.replaced}"
         return f"pretrain: {result.arch}, {result.feature_dim} features{quality}{apart}, in {seconds}"
     if isinstance(result, ContinueResult):
         done = result.public_training

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from dprandp import continual, finetune
 from dprandp.config.schema import (
     ContinueConfig,
@@ -30,7 +28,7 @@ from dprandp.dpsgd.training_data import not_compared
 from dprandp.errors import InputError
 from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
-from dprandp.models.extractor import build_extractor, refuse_unlearnable
+from dprandp.models.extractor import build_extractor, layout_device, refuse_unlearnable
 from dprandp.models.precision import AUTO
 from dprandp.priors import shipped_extractor
 from dprandp.privacy.adaptive import Stage, compose_stages
@@ -74,6 +72,7 @@ class PretrainPlan:
     extractors: int | None = None  # of a patchnet: how many are learned
     batch_size: int | None = None  # of a network
     prior: str | None = None  # that takes the place of learning
+    init: str | None = None  # so do public weights from a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +148,8 @@ def _line(made: Plan) -> str:
         seen = f"images of {made.input_size} × {made.input_size} pixels"
         if made.prior is not None:
             return f"pretrain: the prior {made.prior} ({made.arch}, {made.feature_dim} features of {seen}){action}"
-        if made.random_init:
-            how = "random weights"
+        if made.random_init or made.init:
+            how = made.init or "random weights"
         elif made.filters is not None:
             both = " each for colour and for grey data" if made.extractors > 1 else ""
             how = f"{made.filters} filters{both}"
@@ -287,7 +286,7 @@ def _generate(config: GenerateConfig, context: Context) -> GeneratePlan:
 def _pretrain(config: PretrainConfig, context: Context) -> PretrainPlan:
     action, config = _foreseen("pretrain", config, context)
     refuse_unlearnable(config)
-    with torch.device("meta"):  # without memory
+    with layout_device(config.arch):
         network = build_extractor(config)
     made = PretrainPlan(
         stage="pretrain",
@@ -303,7 +302,7 @@ def _pretrain(config: PretrainConfig, context: Context) -> PretrainPlan:
         shipped_extractor(config)  # refuses a damaged one
         return replace(made, prior=config.prior)
     steps = config.dictionary_iterations if config.arch == "patchnet" else config.steps
-    made = replace(made, steps=0 if config.random_init else steps)
+    made = replace(made, steps=0 if config.random_init or config.init else steps, init=config.init and "public weights")
     if config.arch != "patchnet":
         return replace(made, batch_size=config.batch_size)
     return replace(made, filters=config.filters, extractors=len(extractors_of(config)))
@@ -400,6 +399,8 @@ def _foreseen(name: str, config: StageConfig, context: Context) -> tuple[str, An
     ignore = not_compared(config, context.rundir) if isinstance(config, ContinueConfig) else (*IGNORED, DATA)
     if getattr(config, "precision", None) == AUTO:
         ignore = (*ignore, "precision")  # the stage has decided it
+    if getattr(config, "code", None) is None:
+        ignore = (*ignore, "code")
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     begun = context.rundir.foresee(name, as_dict(config), ignore=ignore, **flags)
     return begun.action, recorded(name, begun.config)

@@ -11,7 +11,8 @@ Two ways to learn, chosen by ``arch``:
 * ``patchnet``: dictionaries of whitened patches (``models/dictionary.py``), in minutes on a laptop;
 * ``wrn-D-K`` and ``vit-...``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
 
-With ``prior`` nothing is learned: a shipped extractor takes its place (``priors/``).
+With ``prior`` or ``init`` nothing is learned: a shipped extractor takes its place (``priors/``), or a network with
+public weights from a file (``weights.py``), such as one of torchvision's.
 
 A dictionary of colour patches wastes most of its filters on grey images. If the colour of the data is unknown, a
 patchnet is therefore learned twice, from the same images in colour and in grey. Later stages take the one that fits the
@@ -31,13 +32,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dprandp.config.schema import PretrainConfig, as_dict, extractors_of, input_size_of, resolution_for
+from dprandp.config.schema import PretrainConfig, as_dict, extractors_of, input_size_of, public_arch, resolution_for
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.generate import open_images
 from dprandp.models import dictionary
-from dprandp.models.extractor import build_extractor, first_filters, form_of, load_weights, refuse_unlearnable
+from dprandp.models.extractor import (
+    build_extractor,
+    first_filters,
+    form_of,
+    load_weights,
+    refuse_unlearnable,
+    replaced_in,
+)
 from dprandp.models.precision import AUTO, decide, precision_of
+from dprandp.models.torchvision import with_code
 from dprandp.pretrain.evaluation import MEASURES, evaluate
+from dprandp.pretrain.weights import declared_weights, load_public_weights, weights_hash
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
 from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
@@ -99,10 +109,15 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     refuse_unlearnable(config)
     context.rundir.require("generate", STAGE)
     refuse_enlarged(input_size_of(config), context.rundir.result(GenerateResult).resolution)
-    config = with_precision(STAGE, config, context)
+    config = with_code(with_precision(STAGE, config, context))
     flags = {"resume": context.resume, "overwrite": context.overwrite}
     foreseen = recorded(STAGE, context.rundir.foresee(STAGE, as_dict(config), **flags).config)
     ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, None, {})
+    if foreseen.init is not None:
+        ready, from_outside = build_extractor(foreseen), weights_hash(foreseen.init)
+        left_out = load_public_weights(Path(foreseen.init), ready, foreseen.arch)
+        if left_out:
+            context.console.say(f"of {foreseen.init}, made for another task, left out: {', '.join(left_out)}")
     inputs = context.rundir.inputs_from("generate") | from_outside
     begun = context.rundir.begin(STAGE, as_dict(config), inputs, **flags)
     if begun.action == "skip":
@@ -116,7 +131,9 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
         network, _ = _network_of(done, context, config.precision)
         learned, steps = Learned(network, None, done.meta.get("loss")), done.entry("steps", int)
     elif ready is not None:
-        learned, steps = Learned(ready, None, known.result.loss), known.result.steps
+        learned, steps = Learned(ready, None, None), 0
+        if known is not None:
+            learned, steps = Learned(ready, None, known.result.loss), known.result.steps
     elif config.random_init:
         learned, steps = Learned(build_extractor(config, _generator(config)), None, None), 0
     elif config.arch == "patchnet":
@@ -137,10 +154,10 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> PretrainResult
         prior = {"prior": card.name, "prior_sha256": card.sha256, "prior_images": card.generate.count}
         known = vars(card.result) | {"precision": card.result.precision or precision_of(network)} | prior
     else:
-        by_gradients = config.arch != "patchnet" and not config.random_init
+        by_gradients = config.arch != "patchnet" and not config.random_init and config.init is None
         known = {
             **vars(_evaluation(network, config, context)),
-            "arch": config.arch,
+            "arch": public_arch(config.arch),
             "random_init": config.random_init,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "feature_dim": network.feature_dim,
@@ -148,6 +165,8 @@ def _finish(begun: _Begun, learned: Learned, context: Context) -> PretrainResult
             "steps": begun.steps,
             "loss": learned.loss,
             "optimizer": config.optimizer if by_gradients else None,
+            "replaced": replaced_in(network),
+            **declared_weights(config),
         }
     outputs, grey = [f"{EXTRACTOR}.safetensors"], None
     for other in begun.beside:

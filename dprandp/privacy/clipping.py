@@ -344,17 +344,19 @@ def outer_norms(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 def refuse_cross_example_layers(module: nn.Module) -> None:
     """Refuse by name a network in which one record's output depends on other records (UsageError).
 
-    Any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps running statistics.
+    Any BatchNorm (also synchronised, lazy, or by its class name), and InstanceNorm that keeps running statistics; not
+    torchvision's FrozenBatchNorm2d, whose statistics are constants.
     Gradients are taken one record at a time in any case; what this prevents are batch statistics that would silently
     become view statistics, and running statistics of private pixels.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.instancenorm import _InstanceNorm
+    from torchvision.ops.misc import FrozenBatchNorm2d
 
     for name, layer in module.named_modules():
         kind = type(layer).__name__
         is_batch = isinstance(layer, _BatchNorm) and not isinstance(layer, _InstanceNorm)
-        is_batch = is_batch or "batchnorm" in kind.lower()
+        is_batch = is_batch or ("batchnorm" in kind.lower() and type(layer) is not FrozenBatchNorm2d)
         if is_batch or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
             raise UsageError(
                 f"Layer {name or '(the module itself)'!r} is a {kind}: it mixes examples or keeps statistics of them.",

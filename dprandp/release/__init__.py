@@ -27,7 +27,7 @@ from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError, nearest
 from dprandp.losses import probabilities
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import build_extractor
+from dprandp.models.extractor import build_extractor, layout_device
 from dprandp.models.precision import BFLOAT16, FLOAT32, dtype_of
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.report.card import published
@@ -223,9 +223,11 @@ def _network(config: dict[str, Any], classes: int, data: bytes, path: Path) -> C
         return Classifier(extractor, whitener, classes)
 
     try:
-        with torch.device("meta"):
+        with layout_device(str(config["extractor"].get("arch"))):
             layout = build().state_dict()
     except (DprandpError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        if isinstance(error, DprandpError) and str(config["extractor"].get("arch")).startswith(configuration.MODULE):
+            raise  # about a user's code: where it is missing, not allowed, or another
         raise CheckpointError(
             f"{path.parent / 'config.json'} describes a network that this version cannot build",
             fix="restore the folder from a copy, or upgrade dprandp",

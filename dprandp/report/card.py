@@ -24,7 +24,14 @@ from dprandp.report.disclosure import (
     shipped_prior,
     why_not_private,
 )
-from dprandp.runs.results import ContinueResult, GenerateResult, PretrainResult, PrivateResult
+from dprandp.runs.results import (
+    ALL_WEIGHTS,
+    ContinueResult,
+    FinetuneResult,
+    GenerateResult,
+    PretrainResult,
+    PrivateResult,
+)
 
 MOST_CLASSES = 50
 """Most class names that the card lists; model/config.json holds all of them."""
@@ -110,7 +117,7 @@ def model_card(
         classes=names,
         preprocessing=_preprocessing(shape, result.input_size, result.mirror),
         start=_start(result, pretrain, generate, continued),
-        trained="A linear head was" if result.stage == "probe" else "All parameters were",
+        trained=_trained(result),
         learner="DP-SGD" if private else "the procedure of DP-SGD, without its guarantee",
         steps=result.steps,
         batch=number(result.expected_batch),
@@ -138,6 +145,12 @@ def published(card: str, result: PrivateResult, about: Publication) -> str:
         heading = "## Intended use\n\n"
         rest = rest.replace(heading, f"{heading}As the publisher says: {_plain(about.intended_use)}\n\n", 1)
     return f"{head(result, about)}{title}\n{rest}"
+
+
+def _trained(result: PrivateResult) -> str:
+    if isinstance(result, FinetuneResult) and result.trained_weights != ALL_WEIGHTS:
+        return f"A part of the parameters ({_plain(result.trained_weights)}) was"
+    return "A linear head was" if result.stage == "probe" else "All parameters were"
 
 
 def _preprocessing(shape: tuple[int, ...] | None, size: int | None, mirror: bool) -> str:
@@ -188,8 +201,9 @@ def _start(
     continued: ContinueResult | None,
 ) -> str:
     """The network before the private training."""
-    if weights := public_weights(result):
-        return f"The network started from {_plain(weights)}."
+    if weights := public_weights(result, pretrain):
+        arch = getattr(result, "arch", None) or getattr(pretrain, "arch", None)
+        return f"The network ({_plain(arch)}) started from {_plain(weights)}."
     if from_scratch(result) or pretrain is None:
         return "The network started from random weights."
     images = f"{generate.count} images of the random process {_plain(generate.process)}" if generate else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dprandp.config import schema, toml
-from dprandp.config.schema import DATA_SETTINGS, STAGE_CONFIGS, WITHOUT_PHASE_ONE, public_data_name
+from dprandp.config.schema import DATA_SETTINGS, STAGE_CONFIGS, WITHOUT_PHASE_ONE, public_arch, public_data_name
 from dprandp.config.settings import settings_of, text
 from dprandp.errors import DprandpError
 from dprandp.runs.directory import StageRow
@@ -57,7 +57,7 @@ def commands(name: str, rows: Sequence[StageRow]) -> str:
             words += ["--size", size]
         words += ["--config", SETTINGS_FILE] if tables[stage] else []
         for key, value in flags.items():
-            words += [declared[key].flag, *([] if value is True else [_shown(key, value)])]
+            words += [declared[key].flag, *([] if value is True else [text(published(key, value))])]
         lines.append(shlex.join(words))
     written = {stage: table for stage, table in tables.items() if table}
     if written:
@@ -74,7 +74,12 @@ def _own_settings(row: StageRow, begun: Mapping[str, StageRow]) -> dict[str, Any
     return changed
 
 
-def _shown(key: str, value: Any) -> str:
+def published(key: str, value: Any) -> Any:
+    """A setting's value, as recorded, without the folder of a user's file."""
+    if not isinstance(value, str):
+        return value
     if key in ("data", "public"):
         return public_data_name(value)
-    return os.path.basename(value) if key == "init" else text(value)
+    if key == "arch":
+        return public_arch(value)
+    return os.path.basename(value) if key == "init" else value

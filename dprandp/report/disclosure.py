@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from scipy.special import ndtr, ndtri
 
+from dprandp.config.schema import WITHOUT_PHASE_ONE
 from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy
 from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
 from dprandp.runs.results import (
@@ -161,6 +162,7 @@ def disclosure(
         ("Loss", _loss(result)),
         ("Update", update),
         ("Trained weights", trained),
+        ("Layers replaced (they mix images)", result.replaced or "none"),
         ("Second mechanism (refit)", _refit(refit)),
         ("Accountant", f"{result.accountant}, upper bound"),
         ("Random numbers", OS_ENTROPY if result.random == "os-entropy" else f"{result.random}{SEEDED}"),
@@ -372,13 +374,16 @@ def from_scratch(result: PrivateResult) -> bool:
     return isinstance(result, FinetuneResult) and result.source == "scratch"
 
 
-def public_weights(result: PrivateResult) -> str | None:
+def public_weights(result: PrivateResult, pretrain: PretrainResult | None) -> str | None:
     """The source of a network's initial weights, if a file; that they are public was declared, not checked."""
-    if not isinstance(result, FinetuneResult) or not result.init_sha256:
+    own = isinstance(result, FinetuneResult) and result.source in WITHOUT_PHASE_ONE
+    of = result if own else pretrain
+    if of is None or not of.init_sha256:
         return None
     return (
-        f"weights from a file (sha256 {result.init_sha256}), declared public by the user, in these words: "
-        f"“{result.init_source}”. This program cannot check that: if the file was made from the private images, "
+        f"weights from {'a file' if of.init_file is None else f'the file {of.init_file}'} (sha256 {of.init_sha256}), "
+        f"declared public by the user, in these words: “{of.init_source}”. This program cannot check that: if the file "
+        "was made from the private images, "
         "or from anything else that must stay hidden, ε does not cover it"
     )
 
@@ -586,7 +591,8 @@ def _public_inputs(
         f"{'' if result.class_shares is None else ', class shares'}); the configuration; the code. Normalisation and "
         "whitening use constants or synthetic images, never private ones."
     )
-    if weights := public_weights(result):
+    weights = public_weights(result, pretrain)
+    if isinstance(result, FinetuneResult) and weights and result.init_sha256:
         return f"{weights[0].upper()}{weights[1:]}; {declared}"
     if from_scratch(result) or pretrain is None:
         return f"A randomly initialised network; {declared}"
@@ -600,6 +606,8 @@ def _public_inputs(
     images = "synthetic images"
     if generate:
         images = f"{generate.count} synthetic images of the random process {generate.process}"
+    if weights:
+        return f"{weights}; for its statistics {images}, made without any data; {declared}"
     if pretrain.prior:
         return f"{shipped_prior(pretrain, generate)}; for its statistics {images}, made without any data; {declared}"
     learned = "a randomly initialised extractor" if pretrain.random_init else "an extractor learned from them"

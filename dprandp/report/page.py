@@ -19,7 +19,7 @@ from dprandp import __version__
 from dprandp.config import toml
 from dprandp.config.schema import public_data_name
 from dprandp.report.card import MOST_CLASSES
-from dprandp.report.commands import commands
+from dprandp.report.commands import commands, published
 from dprandp.report.disclosure import (
     class_figures,
     disclosure,
@@ -269,6 +269,8 @@ def _outcome(result: StageResult) -> str:
         learned = "random" if result.random_init else "learned"
         if result.prior:
             learned = f"the shipped prior {result.prior}"
+        if result.init_sha256:
+            learned = "public weights from a file"
         said = f"{result.arch}, {learned}, {number(result.feature_dim)} features"
         if result.knn_accuracy is not None:
             said += f", k-NN {percent(result.knn_accuracy)} on synthetic classes"
@@ -321,7 +323,7 @@ _TEMPLATES.filters |= {
     "outcome": _outcome,
     "percent": percent,
     "power": _power,
-    "toml": toml.dumps,
+    "toml": lambda config: toml.dumps({key: published(key, value) for key, value in config.items()}),
 }
 _TEMPLATES.tests["finite"] = _is_number
 _TEMPLATES.globals |= {"infinity": math.inf, "phases": PHASES, "version": __version__}

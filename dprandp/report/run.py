@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,8 +221,7 @@ def changed_settings(row: StageRow) -> list[str]:
     """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
     default = commands.defaults_of(row)
     return [
-        # of a file, its folder is not shown
-        f"{key} = {os.path.basename(value) if key == 'init' else value} (default {default.get(key, 'automatic')})"
+        f"{key} = {commands.published(key, value)} (default {default.get(key, 'automatic')})"
         for key, value in commands.changed_settings(row).items()
         if key != "tuned_on"
     ]

@@ -18,6 +18,9 @@ from dprandp.vision.intervals import wilson
 ONE_IMAGE = "one image"
 """A result's name of the unit of privacy if each image is one."""
 
+ALL_WEIGHTS = "all"
+"""``trained_weights`` of a result where nothing is left out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResult:
@@ -53,6 +56,7 @@ class Extractor(Measures):
     loss: Number | None  # None where nothing was trained by gradients
     optimizer: Text | None = None  # of a training by gradients
     precision: Text | None = None  # in which it computes; older cards do not say
+    replaced: Text | None = None  # layers of a network from elsewhere that were replaced, and by what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,9 @@ class PretrainResult(Extractor):
     prior_sha256: Text | None = None
     prior_images: Count | None = None  # that the prior was learned from
     grey: Measures | None = None  # of the second extractor
+    init_file: Text | None = None  # name of a file of public weights, if the extractor has these
+    init_sha256: Text | None = None
+    init_source: Text | None = None  # where they are from, in the user's words
 
 
 Kappa = Annotated[float, lambda value: -1 <= value <= 1]
@@ -114,6 +121,7 @@ class Evaluation:
     input_size: Count | None = None  # side of the images that the model sees, in pixels
     split_rule: Text | None = None  # how the splits were made, where that was declared
     decoding: Text | None = None  # declared rules by which image files were read
+    replaced: Text | None = None  # as in ``Extractor``
 
     def interval(self, figure: str) -> tuple[float, float] | None:
         """Low and high end of a figure; None where it has none. Of accuracy always: by Wilson where none is stored."""
@@ -224,8 +232,9 @@ class FinetuneResult(PrivateResult):
     optimizer: Text  # in words
     extractor_scale: Number
     recipe: Text | None = None  # a published one that was used, in words
-    init_sha256: Text | None = None  # of public weights from a file
-    init_source: Text | None = None  # where they are from, in the user's words
+    init_file: Text | None = None  # as in ``PretrainResult``
+    init_sha256: Text | None = None
+    init_source: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

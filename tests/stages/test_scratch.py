@@ -13,6 +13,7 @@ from torch import Tensor
 from dprandp.config.schema import FinetuneConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.finetune import start
+from dprandp.pretrain.weights import weights_hash
 from dprandp.release import load_model
 
 SOURCE = {"source": "init", "init_source": "made-up weights, drawn in a test"}
@@ -49,11 +50,11 @@ def test_weights_that_fit_are_taken(tmp_path, prefix, kind):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda w: w.pop("stem.gain"), "stem.gain: missing"),
-        (lambda w: w.update({"bn1.running_mean": torch.zeros(3)}), "bn1.running_mean: unknown to wrn-10-1"),
-        (lambda w: w.update({"final_norm.bias": torch.zeros(65)}), r"final_norm.bias: shape \(65,\) instead of"),
+        (lambda w: w.pop("stem.gain"), r"1 missing \(stem.gain\)"),
+        (lambda w: w.update({"bn1.running_mean": torch.zeros(3)}), r"wrn-10-1: 1 unexpected \(bn1.running_mean\)"),
+        (lambda w: w.update({"final_norm.bias": torch.zeros(65)}), r"shape \(final_norm.bias: \(65,\) instead of"),
         (lambda w: w.update({"stem.bias": torch.zeros(16).double()}), "stem.bias: torch.float64"),
-        (lambda w: w["stem.bias"].fill_(float("nan")), "stem.bias: holds what is no finite number"),
+        (lambda w: w["stem.bias"].fill_(float("nan")), r"1 not finite \(stem.bias\)"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, said):
@@ -62,6 +63,19 @@ def test_what_does_not_fit_is_named(tmp_path, change, said):
     save_file(given, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=said):
         loaded(tmp_path / "w.safetensors")
+
+
+def test_weights_of_another_network_are_refused_in_one_line(tmp_path):
+    """Not a line for each of its tensors."""
+    path = tmp_path / "w.safetensors"
+    save_file({f"layer{place}.weight": torch.zeros(1) for place in range(500)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        loaded(path)
+    said = caught.value.problem
+    assert "500 unexpected (layer0.weight, layer1.weight, layer10.weight, ...)" in said
+    assert "45 missing (blocks.0.conv1.bias, " in said
+    assert "\n" not in said
+    assert len(said) < 400
 
 
 def test_files_and_architectures_that_are_none_are_refused(tmp_path):
@@ -87,10 +101,11 @@ def test_a_run_from_public_weights_discloses_who_says_so(tmp_path: Path, data: s
     save_file(weights(**SHAPE), path)
     settings = SOURCE | SHAPE | {"init": str(path), "freeze": "last", "scope": "block", "keep": 0.3}
     result = run_scratch(run, data, **settings)
-    (digest,) = start.init_hash(network(**settings)).values()
-    assert (result["init_sha256"], result["init_source"]) == (digest, SOURCE["init_source"])
+    (digest,) = weights_hash(str(path)).values()
+    said = tuple(result[f"init_{name}"] for name in ("file", "sha256", "source"))
+    assert said == (path.name, digest, SOURCE["init_source"])
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
-    assert all(text in card for text in (digest, "declared public by the user", SOURCE["init_source"]))
+    assert all(text in card for text in (path.name, digest, "declared public by the user", SOURCE["init_source"]))
     assert str(tmp_path) not in (run / "model/config.json").read_text(encoding="utf-8") + card
     # frozen weights are those of the file, the others are not
     released, own = load_file(run / "model/model.safetensors"), weights(**SHAPE)
