@@ -220,6 +220,7 @@ def sweep(
     """Run systems on data sets at several ε and seeds, share their public stages, and say what all of it costs in ε.
 
     [dim]dprandp sweep --data digits --eps 1 --eps 8 --system probe --system dp-randp --plan[/dim]
+    [dim]dprandp sweep --data digits --eps 1 --seeds 3 --out runs/digits-sweep[/dim]
     [dim]dprandp compare runs/sweep/results.jsonl --latex table.tex[/dim]
     """
     console, options = session.console(call.options), call.options

@@ -90,16 +90,19 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
 
 
 @torch.no_grad()
-def first_filters(network: nn.Module) -> Tensor:
+@torch.no_grad()
+def first_filters(network: nn.Module) -> Tensor | None:
     """The filters of the first layer as patches of pixels, float32 [F, 3, k, k]: of a patchnet, the patches of its
-    dictionary before whitening."""
+    dictionary before whitening. None where they are no squares of coloured pixels."""
     if isinstance(network, PatchExtractor):
         layer = network.chain[0]
         patches = layer.weight @ torch.linalg.pinv(layer.basis).T
         return patches.view(len(patches), 3, layer.patch_size, layer.patch_size)
-    weight = next(each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear))
-    side = math.isqrt(weight[0].numel() // 3)
-    return weight.float().reshape(len(weight), 3, side, side)
+    weight = next((each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)), None)
+    side = 0 if weight is None else math.isqrt(weight[0].numel() // 3)
+    if weight is None or tuple(weight.shape[1:]) not in ((3, side, side), (3 * side**2,)):
+        return None
+    return weight.detach().float().reshape(len(weight), 3, side, side)
 
 
 def refuse_unlearnable(config: PretrainConfig) -> None:

@@ -277,8 +277,9 @@ def _learn_beside(config: PretrainConfig, context: Context, stop: Stop) -> None:
 
 
 def _save(network: nn.Module, config: PretrainConfig, steps: int, loss: float | None, folder: Path) -> None:
-    with atomic_path(folder / FILTERS) as temporary:
-        Image.fromarray(filter_sheet(first_filters(network).cpu().numpy())).save(temporary, format="PNG")
+    if (filters := first_filters(network)) is not None:
+        with atomic_path(folder / FILTERS) as temporary:
+            Image.fromarray(filter_sheet(filters.cpu().numpy())).save(temporary, format="PNG")
     meta = {"config": as_dict(config), "steps": steps, "loss": loss, "form": form_of(network)}
     checkpoint.save(folder, EXTRACTOR, network.state_dict(), meta, keep=1)
 

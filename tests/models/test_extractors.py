@@ -12,7 +12,7 @@ from torch.nn import functional
 from dprandp.config.schema import PretrainConfig
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import build_extractor, extract, load_weights
+from dprandp.models.extractor import build_extractor, extract, first_filters, load_weights
 from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.privacy.clipping import per_example_gradients
@@ -241,3 +241,18 @@ def test_per_example_gradients_of_the_whole_model_are_isolated(arch):
         functional.cross_entropy(scores, labels[index].expand(2)).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(first[name][index], parameter.grad, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1", "vit-1-16-16", "nf-resnet-50", "torchvision:resnet18"])
+def test_the_first_filters_of_every_network_are_patches_or_none(arch: str) -> None:
+    """Of a convolution they are its weights; a network whose first layer sees other numbers than pixels has none."""
+    config = PretrainConfig(**{"filters": 8, "layers": 1, "arch": arch, "random_init": True})
+    network = build_extractor(config, torch.Generator().manual_seed(0))
+    filters = first_filters(network)
+    assert (filters.ndim, filters.shape[1], filters.requires_grad) == (4, 3, False)
+    first = next((each for each in network.modules() if isinstance(each, torch.nn.Conv2d)), None)
+    if first is not None:
+        assert torch.equal(filters, first.weight)
+    assert first_filters(torch.nn.Sequential(torch.nn.Linear(7, 3))) is None
+    assert first_filters(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 5))) is None
+    assert first_filters(torch.nn.Sequential(torch.nn.Conv2d(3, 3, (1, 4)))) is None
