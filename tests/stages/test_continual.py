@@ -160,7 +160,7 @@ def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same
     with context(run) as given:
         page = report.write(given.rundir).read_text()
     assert "fraction 0.2 by seed 0" in page
-    assert "spent after continue" in page
+    assert "continue: ε from 0 to" in page
     # a probe with the whole share takes all that is left
     whole = run_probe(rest, data, epsilon=8.0, share=1.0)
     assert probed["epsilon"] < 7.9 < whole["epsilon"] <= 8

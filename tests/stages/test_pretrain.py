@@ -100,7 +100,7 @@ def test_the_result_the_files_and_the_loaded_extractor(learned, name):
         assert result["loss"] < 0
     else:
         assert (result["steps"], result["views_per_second"], result["loss"]) == (3, None, None)
-    own = ["LATEST", "extractor.safetensors", "metrics.jsonl"]  # the checkpoints on the way are gone
+    own = ["LATEST", "extractor.safetensors", "filters.png", "metrics.jsonl"]  # the checkpoints on the way are gone
     grey = [f"grey/{file}" for file in own] if name == "patchnet" else []
     assert sorted(files(run)) == sorted([*own, "config.toml", *grey])
     assert frozen(RunDir.open(run, create=False).result(PretrainResult)) == result
