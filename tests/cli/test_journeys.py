@@ -96,6 +96,17 @@ def test_a_set_of_medmnist_by_its_key(dprandp: Dprandp, tmp_path: Path, name: st
     assert (tmp_path / "run/report.html").exists()
 
 
+@needs_real_data
+@pytest.mark.slow
+def test_a_hundred_classes(dprandp: Dprandp, tmp_path: Path) -> None:
+    """CIFAR-100's images, in a split of their own; a hundred classes need little noise."""
+    command = ("run", "--prior", "patchnet-tiny", "--data", f"npz:{REAL / 'cifar100-split.npz'}", "--eps", 8, "--json")
+    result = good(dprandp(*command, folder=tmp_path))
+    assert (result["train_examples"], result["classes"][99]) == (39_975, "99")
+    assert result["accuracy"] > 0.25
+    assert (tmp_path / "runs/default/report.html").exists()
+
+
 def test_a_rare_class_is_warned_of_before_and_after(dprandp: Dprandp, tmp_path: Path) -> None:
     """300 images of which 5 per cent are of one class: without signal all answers are the other's."""
     random = np.random.default_rng(0)

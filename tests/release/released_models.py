@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "wrn, all stages": {"arch": "wrn-10-1", "feature_stages": "all", "padding": "same"},
     "vit": {"arch": "vit-1-16-16"},
     "nf-resnet-50": {"arch": "nf-resnet-50"},
+    "resnet18": {"arch": "torchvision:resnet18"},
 }
 
 

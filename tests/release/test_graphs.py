@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from released_models import ARCHITECTURES, CLASSES, pictures, released
+from sklearn.datasets import load_sample_images
 
 from dprandp.config.publication import Publication
 from dprandp.errors import DprandpError, UsageError
@@ -177,15 +178,18 @@ def test_what_a_publisher_says_is_in_every_format(model: ReleasedModel, tmp_path
 @pytest.mark.parametrize("format", SUFFIX)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_is_exported(arch: str, format: str, tmp_path: Path) -> None:
-    """With and without whitening, at the input's size and above, in colour."""
+    """With and without whitening, at the input's size and above, in colour; on noise, and on parts of photographs."""
     for shape, whitened in (((32, 32, 3), True), ((50, 41, 3), False)):
         model = released(tmp_path / f"model{whitened}", arch, shape, mirror=whitened, whitened=whitened)
         path = tmp_path / f"out{whitened}{SUFFIX[format]}"
         assert export(model, path, format=format).largest_difference < ROUNDED
-        images = pictures(7, shape, seed=1)
-        expected = model.probabilities(images).numpy()
-        assert np.abs(answers(path, images) - expected).max() < ROUNDED
-        assert expected.std(axis=0).max() > 1e-3
+        height, width, _ = shape
+        photographs = [photo[top : top + height, top : top + width] for photo in load_sample_images().images
+                       for top in (0, 150, 300)]  # fmt: skip
+        for images in (pictures(7, shape, seed=1), np.stack(photographs)):
+            expected = model.probabilities(images).numpy()
+            assert np.abs(answers(path, images) - expected).max() < ROUNDED
+            assert expected.std(axis=0).max() > 1e-3
 
 
 @pytest.mark.slow
