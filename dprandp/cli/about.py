@@ -89,16 +89,23 @@ def compare(
 
 
 @flags.command(app, "About a run", options=flags.TALKING)
-def report(call: Call) -> None:
+def report(
+    call: Call,
+    tensorboard: Annotated[Path | None, option("Also write the run's metrics as event files for TensorBoard, into this "
+                                               "new folder. Default: not.", OUTPUT, metavar="DIR")] = None,
+) -> None:  # fmt: skip
     """Write report.html (one self-contained page) from the run's files.
 
     [dim]dprandp report[/dim]
-    [dim]dprandp report --run runs/cifar[/dim]
+    [dim]dprandp report --run runs/cifar --tensorboard events[/dim]
     """
     console = session.console(call.options)
     from dprandp.report import page
+    from dprandp.report.tensorboard import write_events
 
     with session.opened(call.options.run) as rundir:
+        if tensorboard is not None:
+            write_events(rundir, tensorboard)
         path = page.write(rundir)
     console.result({"report": str(path)}, f"report: {path}")
 
