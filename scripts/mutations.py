@@ -871,7 +871,7 @@ STAGES = (
          "    if False:\n",
          "test_cli_same_data.py::test_what_a_run_has_used_as_public_is_never_its_private_data"),
     _row("private images may be public later",
-         "    if path.exists() and not hash_set(_read(path)).isdisjoint(hash_set(hashes)):\n",
+         "    if own is not None and not own[1].isdisjoint(hash_set(hashes)):\n",
          "    if False:\n",
          "test_cli_same_data.py::test_the_images_that_a_run_is_about_are_never_public_in_it"),
     _row("images for units of privacy in N",

@@ -110,7 +110,7 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
         tuned_on=None,
     )
     result = replace(result, seconds=round(time.perf_counter() - started, 2))  # with the evaluation
-    release.write_model(stage, model, result)
+    result = release.write_model(stage, model, result)
     stage.finish(outputs, result)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -78,6 +78,9 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     )
 
 
+AnyResult = TypeVar("AnyResult", bound=PrivateResult)
+
+
 def _alone(result: PrivateResult) -> bool:
     """Whether the model is of no other stage of the run."""
     return isinstance(result, FinetuneResult) and result.source in WITHOUT_PHASE_ONE
@@ -98,17 +101,22 @@ def _published(config: PretrainConfig) -> dict[str, Any]:
     return as_dict(replace(config, arch=public_arch(config.arch), init=init))
 
 
-def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -> None:
+def write_model(stage: PrivateStage, model: Classifier, result: AnyResult) -> AnyResult:
     """Write ``model/``: weights, the card, and how to use them (``config.json``, last: it holds the others' hashes).
 
     No file has the path of the data.
+
+    Returns:
+        The result with the hash of the weights: the ledger seals it, and so the weights that it is about.
     """
     rundir = stage.context.rundir
     folder = rundir.model_dir
     arch = result.arch if _alone(result) else rundir.result(PretrainResult).arch
-    result = replace(result, data=public_data_name(result.data))
+    weights = tensors_to_bytes(model.state_dict())
+    sealed = replace(result, model_sha256=hashlib.sha256(weights).hexdigest())
+    result = replace(sealed, data=public_data_name(result.data))
     card = card_of(rundir, result, stage.spec.image_shape)
-    content = {"model.safetensors": tensors_to_bytes(model.state_dict()), "MODEL_CARD.md": card.encode("utf-8")}
+    content = {"model.safetensors": weights, "MODEL_CARD.md": card.encode("utf-8")}
     config = {
         "format": MODEL_FORMAT,
         "arch": arch,
@@ -127,3 +135,4 @@ def write_model(stage: PrivateStage, model: Classifier, result: PrivateResult) -
     for name, data in content.items():
         atomic_write(folder / name, data)
     atomic_write(folder / "config.json", to_json(config, indent=1) + "\n")
+    return sealed

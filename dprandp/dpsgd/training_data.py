@@ -18,6 +18,7 @@ Guarantee:
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +74,23 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     """Record the hashes of the run's data: of everything in order, and of single images."""
     _write(rundir.private_dir / IMAGES, dataset.hashes())
-    atomic_write(rundir.private_dir / KEPT, to_json({"train": fingerprint}, indent=1) + "\n")
+    hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES)}
+    atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
 def hashes_of(rundir: RunDir) -> tuple[str, frozenset[bytes]] | None:
-    """The recorded hashes of the run's data, and of their images; None where they are not recorded."""
+    """The recorded hashes of the run's data, and of their images; None where they are not recorded.
+
+    Raises:
+        CheckpointError: they are damaged, or the images are not those of the data.
+    """
     path, images = rundir.path / "private" / KEPT, rundir.path / "private" / IMAGES
     if not (path.exists() and images.exists()):
         return None
-    return read_hashes(path).get("train", ""), hash_set(_read(images))
+    recorded = read_hashes(path)
+    if recorded.get("images") != _sha256(images):
+        raise _damaged(images)
+    return recorded.get("train", ""), hash_set(_read(images))
 
 
 def public_images(rundir: RunDir, *names: str) -> frozenset[bytes]:
@@ -122,8 +131,9 @@ def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
     Raises:
         UsageError: it does, under any name, order, labels and decoding.
     """
-    hashes, path = dataset.hashes(), rundir.path / "private" / IMAGES
-    if path.exists() and not hash_set(_read(path)).isdisjoint(hash_set(hashes)):
+    hashes = dataset.hashes()
+    own = hashes_of(rundir)
+    if own is not None and not own[1].isdisjoint(hash_set(hashes)):
         raise UsageError(
             f"{dataset.spec.name} holds private images that this run is about, and was given as public",
             fix="give other public data, or --public fraction:0.1 to declare a part of the private ones public",
@@ -143,6 +153,10 @@ def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
             "them",
             fix="start a new --run for these data, with other public data or none",
         )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(path: Path, hashes: np.ndarray) -> None:

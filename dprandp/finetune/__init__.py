@@ -117,7 +117,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         tuned_on=tuned_on,
         seconds=round(time.perf_counter() - started, 2),
     )
-    release.write_model(stage, model, result)
+    result = release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])
     stage.finish(outputs, result)
     return result

@@ -256,7 +256,8 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
         if len(by_records) > 1:
             names = tuple(each.run for each in same)
             units = ", ".join(sorted({each.unit for each in same}))
-            method = f"the same images under different units of privacy ({units}), whose ε cannot be composed"
+            kinds = f"different units of privacy, or with other units ({units})"
+            method = f"the same images under {kinds}, whose ε cannot be composed"
             together.append(Together(runs=names, epsilon=None, delta=None, method=method))
     exposed = [
         f"{rundir.path} has used images as public data that are private in {each.run}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def verify(rundir: RunDir) -> Verdict:
     ]
     for stage, result in results.items():
         checks += attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result))
-    checks += attempt("model", lambda: _model(rundir))
+    checks += attempt("model", lambda: _model(rundir, results))
     claims = [Claim(each.name, each.state == OK, each.found, each.code) for each in checks]
     code = exit_code(checks)
     return Verdict(str(rundir.path), code == 0, code, claims)
@@ -135,8 +136,9 @@ def _plans(rundir: RunDir) -> str:
 
 def _epsilon(rundir: RunDir, result: PrivateResult) -> str:
     """A result's ε is not below that of the lines that it was computed from."""
-    events = []
+    events, seeded = [], False
     for line in _lines(rundir):
+        seeded = seeded or line.get("random", "os-entropy") != "os-entropy"
         if line["kind"] == "charge":
             events.append(GaussianEvent(line["noise_multiplier"], line["sample_rate"], line["steps"]))
         if line["kind"] == "tuning":
@@ -145,6 +147,10 @@ def _epsilon(rundir: RunDir, result: PrivateResult) -> str:
             break
     else:
         raise CheckpointError("the result names no line of the ledger", fix=FIX)
+    if seeded:
+        if result.private:
+            raise AuditError("the result says that it is private, but some of its noise came from a seed", fix=FIX)
+        return "NOT PRIVATE: some noise came from a seed, so that nothing is promised"
     opinions = second_opinions(events, result.delta)
     said = f"ε = {epsilon_text(result.epsilon)} at δ = {result.delta:g}; {'; '.join(map(str, opinions))}"
     # without a lower bound of the other library, the one that reported is used
@@ -157,8 +163,10 @@ def _epsilon(rundir: RunDir, result: PrivateResult) -> str:
     return said
 
 
-def _model(rundir: RunDir) -> str:
+def _model(rundir: RunDir, results: Mapping[str, PrivateResult]) -> str:
     model = load_run_model(rundir)
+    if model.result.stage not in results:  # its stage was begun again
+        _epsilon(rundir, model.result)
     card = model.content["MODEL_CARD.md"].decode("utf-8").splitlines()
     due = card_of(rundir, model.result, model.shape).splitlines()
     if card != due:

@@ -212,7 +212,7 @@ class Ledger:
 
     Attributes:
         header: ``format, data_unit, adjacency, examples, budget, created``, of which three are attributes too.
-        seals: stage -> the seal of its latest result.
+        seals: stage -> the seal of its latest result, in the order of the file.
         head: hash of the last line, for everything that depends on the ledger.
     """
 
@@ -450,7 +450,8 @@ class Ledger:
 
     def _take(self, line: _Line) -> None:
         if isinstance(line, ResultSeal):
-            self.seals[line.stage] = line
+            self.seals.pop(line.stage, None)
+            self.seals[line.stage] = line  # the latest last
             return
         self._in_order.append(line)
         if isinstance(line, Charge):

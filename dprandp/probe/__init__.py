@@ -98,7 +98,7 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
         tuned_on=config.tuned_on,
         seconds=round(time.perf_counter() - started, 2),
     )
-    release.write_model(stage, model, result)
+    result = release.write_model(stage, model, result)
     stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)
     return result
 

@@ -10,7 +10,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ from dprandp.models.whitening import PooledOnly, Whitener
 from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, result_digest
 from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.records import read
-from dprandp.runs.results import RESULTS, PrivateResult, kind_of, read_result, wrong_entry
+from dprandp.runs.results import PrivateResult, kind_of, read_result, wrong_entry
+from dprandp.runs.tuning import TUNE
 from dprandp.vision.images import to_input
 
 MAX_CONFIG_BYTES = 64 * 2**20
@@ -151,12 +152,18 @@ def load_run_model(rundir: RunDir) -> ReleasedModel:
             f"{rundir.model_dir} holds a model whose privacy cost is not in this run's ledger",
             fix="restore the whole run from a copy; use --model for a model from elsewhere",
         )
-    said = rundir.result(RESULTS[model.result.stage])
-    # else its stage was restarted since
-    same = isinstance(said, PrivateResult) and said.ledger_head == model.result.ledger_head
-    if same and replace(said, data=model.result.data) != model.result:
+    sealed = [seal for stage, seal in ledger.seals.items() if stage != TUNE]
+    if not sealed or (sealed[-1].stage, sealed[-1].digest) != (model.result.stage, result_digest(model.result)):
         raise CheckpointError(
-            f"{rundir.model_dir / 'config.json'} contradicts run.json about the model",
+            f"{rundir.model_dir} holds a model that is not the one of the run's last finished stage: the privacy "
+            "ledger has the hash of another result",
+            fix="run the stage that was stopped again, or restore the run's model folder from a copy; --model names a "
+            "model from elsewhere",
+        )
+    weights = hashlib.sha256(model.content["model.safetensors"]).hexdigest()
+    if model.result.model_sha256 != weights:
+        raise CheckpointError(
+            f"the weights in {rundir.model_dir} are not those of its result: their hash is another",
             fix="restore the run's model folder from a copy",
         )
     return model

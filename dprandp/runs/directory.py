@@ -30,6 +30,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from dprandp import __version__
 from dprandp.config import toml
+from dprandp.config.schema import public_data_name
 from dprandp.errors import CheckpointError, InputError, StorageError, UsageError, nearest
 from dprandp.runs.files import atomic_write, file_sha256, from_json, remove_leftovers, storage_errors, to_json
 from dprandp.runs.results import RESULTS, StageResult, read_result, wrong_entry
@@ -323,8 +324,14 @@ def thawed(value: Any) -> Any:
 
 
 def result_digest(result: Any) -> str:
-    """SHA-256 (hexadecimal) of a result as JSON holds it; the same before and after a round trip."""
-    return hashlib.sha256(json.dumps(frozen(result), sort_keys=True).encode()).hexdigest()
+    """SHA-256 (hexadecimal) of a result as JSON holds it; the same before and after a round trip.
+
+    Of the data's name only the part that is released counts, so that a model's own result has the digest of its run's.
+    """
+    entries = frozen(result)
+    if isinstance(entries.get("data"), str):
+        entries["data"] = public_data_name(entries["data"])
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -197,6 +197,7 @@ class PrivateResult(Guarantee, Evaluation):
     tuned: Tuned | None
     tuned_on: Text | None  # as the user declares it
     seconds: Number
+    model_sha256: Text | None = None  # of the released weights; None before they were written
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from cli_process import Dprandp, refused
+from safetensors.torch import load_file, save_file
 
+from dprandp.dpsgd.release import card_of
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import result_digest
+from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.results import read_result
 
 RunAfter = Callable[[str], Path]
 
@@ -125,6 +128,48 @@ def test_a_card_that_says_anything_else_is_found_although_its_hash_fits(
     edit(card, old, new)
     edit(config, before, hashlib.sha256(card.read_bytes()).hexdigest())
     assert "the card" in contradicted(dprandp, run, 4, "model")
+
+
+@pytest.mark.parametrize("lie", ["an earlier line of the ledger", "other weights", "the model of an earlier stage"])
+def test_a_model_that_is_not_the_one_of_the_last_result_is_refused(
+    dprandp: Dprandp, run_after: RunAfter, tmp_path: Path, lie: str
+) -> None:
+    """With a card and hashes that fit, as the program would write them; export and predict refuse it as well."""
+    run = run_after("probe").rename(tmp_path / "run")
+    folder = run / "model"
+    if lie == "the model of an earlier stage":
+        shutil.copytree(folder, tmp_path / "before")
+        assert dprandp("finetune", "--run", run).code == 0
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "before", folder)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        if lie == "other weights":
+            tensors = load_file(folder / "model.safetensors")
+            save_file({name: value + 1 for name, value in tensors.items()}, folder / "model.safetensors")
+            name = "model.safetensors"
+        else:
+            line = (run / "privacy/ledger.jsonl").read_text().splitlines()[1]
+            config["result"] |= {"epsilon": 0.01, "ledger_head": json.loads(line)["hash"]}
+            result = read_result("probe", config["result"])
+            card = card_of(RunDir.open(run, create=False), result, tuple(config["input"]["shape"]))
+            name = "MODEL_CARD.md"
+            (folder / name).write_text(card, encoding="utf-8")
+        config["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / "config.json").write_text(json.dumps(config))
+    contradicted(dprandp, run, 4, "model")
+    said = "the weights in" if lie == "other weights" else "not the one of the run's last finished stage"
+    refused(dprandp("export", "--run", run, "--out", tmp_path / "out.zip"), 4, said)
+    refused(dprandp("predict", "--run", run, "--data", "npz:tiny.npz"), 4, said)
+
+
+def test_noise_from_a_seed_is_not_private_to_an_outsider_either(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """Also where the stage was done again without one: what was released once stays released."""
+    run = run_after("pretrain")
+    probe = ("probe", "--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
+    assert dprandp(*probe, "--insecure-seed", 3).code == 0
+    assert dprandp(*probe, "--overwrite").code == 0
+    assert "NOT PRIVATE" in dprandp("verify", "--run", run).out
 
 
 def test_charges_beyond_the_budget_or_without_a_plan_are_found(dprandp: Dprandp, run_after: RunAfter) -> None:

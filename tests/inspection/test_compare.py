@@ -52,8 +52,9 @@ def make(tmp_path: Path) -> Make:
                 "unit": unit, "stages": {}}  # fmt: skip
         with run.lock():
             if images is not None:
-                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train}))
                 np.save(run.private_dir / "training-images.npy", hashes(images))
+                known = hashlib.sha256((run.private_dir / "training-images.npy").read_bytes()).hexdigest()
+                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train, "images": known}))
             ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", 1000, budget=sealed_budget(plan))
             atomic_write(run.privacy_dir / "plan.json", json.dumps(plan))
             run.keep_ledger_head(ledger.head)
@@ -100,6 +101,13 @@ def test_what_counts_is_the_content_of_the_data(make: Make) -> None:
     assert f"{unknown} has no private/training-images.npy" in lines(compare([a, unknown]))
 
 
+def test_the_hashes_of_another_runs_images_are_refused(make: Make) -> None:
+    first, second = make("a", (100, 40.0)), make("b", (100, 40.0), images="other")
+    shutil.copy(second / "private/training-images.npy", first / "private/training-images.npy")
+    with pytest.raises(CheckpointError, match="unknown which images"):
+        compare([first, second])
+
+
 def test_runs_are_composed_from_the_first_image_that_they_have_in_common(make: Make) -> None:
     """Also by way of a third. The control: no image in common."""
     first, second, third = (make(name, (100, 40.0), images=f"{name} {name + 1}") for name in range(3))
@@ -129,7 +137,7 @@ def test_units_are_not_mixed(make: Make) -> None:
     assert [(each.runs, each.epsilon is None) for each in found.together] == [
         (tuple(map(str, patients)), False), ((*map(str, patients), str(others), str(single)), True),
     ]  # fmt: skip
-    assert "different units of privacy (one image, one patient" in found.together[1].method
+    assert "different units of privacy, or with other units (one image, one patient" in found.together[1].method
 
 
 def test_a_copy_counts_as_a_run_of_its_own_and_another_name_of_a_run_does_not(make: Make, tmp_path: Path) -> None:
