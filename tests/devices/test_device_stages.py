@@ -43,6 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 ONCE_A_STAGE = {
+    "pretrain/__init__.py _save: _to_copy": "the first filters, for their picture",
     "models/extractor.py add_weights: _to_copy": "the hash of an extractor",
     "runs/checkpoint.py <dictcomp>: _to_copy": "checkpoints are files",
     "dpsgd/release.py <dictcomp>: _to_copy": "the released model is a file",

@@ -319,5 +319,6 @@ def test_16_torchrun_starts_a_job_again_whose_rank_died(work: Work, probed: Path
     done = torchrun(work.folder, 2, *finetune(work, probed, "--json"), flags=("--max-restarts=1",), PYTHONPATH=path)
     assert done.code == 0, done.err
     assert "rank 0 of 2 lost another" in done.err, done.err
-    result = json.loads(done.out)
+    lost, result = map(json.loads, done.out.splitlines())
+    assert lost["error"]["exit_code"] == 6
     assert (result["charged_steps"], result["lost_steps"]) == (4, 1)

@@ -35,7 +35,8 @@ def test_a_bound_that_is_passed_ends_with_1() -> None:
     assert done.returncode == 1
     assert "regressed past a bound (patchnet time ordinary layers" in done.stderr
     assert "fix: " in done.stderr
-    result = json.loads(done.stdout)
+    result, error = map(json.loads, done.stdout.splitlines())
+    assert error["error"]["exit_code"] == 1
     assert result["regressions"] == ["patchnet time ordinary layers"]
     assert [row["held"] for row in result["figures"]] == [False]
 
