@@ -34,6 +34,14 @@ def test_colour_and_grey_are_the_same_and_a_bit_or_a_side_is_another() -> None:
     assert not known & hash_set(grey_hashes(grey.reshape(4, 8, 6, 1))[:, None])
 
 
+def test_equal_files_are_equal_images_whatever_their_pixels_became() -> None:
+    """As where two runs read the same 16-bit files by other rules: other grey values, the same bytes."""
+    one, other, files = pictures(3, 6, 8, 1), 255 - pictures(3, 6, 8, 1), pictures(3, 16)
+    known = [hash_set(np.stack([grey_hashes(images), files], axis=1)) for images in (one, other)]
+    assert [len(each) for each in known] == [6, 6]
+    assert known[0] & known[1] == frozenset(row.tobytes() for row in files)
+
+
 @pytest.mark.parametrize("value", [0, 255])
 def test_an_image_of_one_value_is_in_no_set(value: int) -> None:
     blank = np.full((2, 6, 8, 3), value, np.uint8)
