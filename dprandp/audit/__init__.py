@@ -32,7 +32,7 @@ from dprandp.audit.games import (
     units,
 )
 from dprandp.audit.loops import IMAGES, Facts, Labels, on_made_up, on_private_data, passed
-from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
+from dprandp.audit.settings import CONTRADICTION, SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
 from dprandp.errors import AuditError, InputError
@@ -116,6 +116,7 @@ class AuditResult:
     accounts: list[Account]  # ledger against plan
     mechanisms: list[Found]
     run: str | None  # path; None for a bare plan
+    ledger_head: str | None  # of the run when it was audited
     seconds: float
 
 
@@ -158,7 +159,9 @@ def audit_run(settings: AuditSettings, context: Context) -> AuditResult:
             progress.advance(1)
     if raw:
         atomic_write(context.rundir.private_dir / "audit.json", to_json(raw, indent=1) + "\n")
-    result = _result(settings, mechanisms, _accounts(planned, plans, context), str(context.rundir.path), started)
+    ledger = Ledger.open(ledger_file(context.rundir), read_only=True)
+    accounts = _accounts(planned, plans, ledger)
+    result = _result(settings, mechanisms, accounts, started, run=str(context.rundir.path), ledger_head=ledger.head)
     folder = context.rundir.path / FOLDER
     folder.mkdir(exist_ok=True)
     draw(result, folder / "audit.png")
@@ -193,7 +196,7 @@ def audit_plan(
     features = torch.nn.functional.normalize(torch.randn(IMAGES, 64, generator=generator), dim=1)
     with console.progress(units(settings), "audit") as progress:
         found = try_mechanism(plan, features, Labels(10), settings, lambda: progress.advance(1), console.say)
-    return _result(settings, [found], [], None, started)
+    return _result(settings, [found], [], started)
 
 
 def line(result: AuditResult) -> str:
@@ -272,10 +275,11 @@ def raise_unless_passed(result: AuditResult) -> None:
 
 
 def _result(
-    settings: AuditSettings, mechanisms: list[Found], accounts: list[Account], run: str | None, started: float
-) -> AuditResult:
+    settings: AuditSettings, mechanisms: list[Found], accounts: list[Account], started: float,
+    run: str | None = None, ledger_head: str | None = None,
+) -> AuditResult:  # fmt: skip
     contradicted, blind = bool(_against(mechanisms, accounts)), bool(_missed(mechanisms))
-    outcome = "contradiction" if contradicted else "a control was missed" if blind else "nothing contradicts"
+    outcome = CONTRADICTION if contradicted else "a control was missed" if blind else "nothing contradicts"
     return AuditResult(
         outcome=outcome,
         passed=not (contradicted or blind),
@@ -287,6 +291,7 @@ def _result(
         accounts=accounts,
         mechanisms=mechanisms,
         run=run,
+        ledger_head=ledger_head,
         seconds=round(time.perf_counter() - started, 2),
     )
 
@@ -317,9 +322,8 @@ def _claims(context: Context) -> tuple[PlanFile, dict[str, PrivatePlan | Selecti
     return planned, plans
 
 
-def _accounts(planned: PlanFile, plans: dict[str, PrivatePlan | SelectionPlan], context: Context) -> list[Account]:
+def _accounts(planned: PlanFile, plans: dict[str, PrivatePlan | SelectionPlan], ledger: Ledger) -> list[Account]:
     """What the ledger holds, against the plans and the budget."""
-    ledger = Ledger.open(ledger_file(context.rundir), read_only=True)
     found = []
     for name, plan in plans.items():
         attempt = planned.stages[name].attempt

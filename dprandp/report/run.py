@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
+from dprandp.audit.settings import CONTRADICTION
 from dprandp.config.schema import same_data_name
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.privacy.ledger import Ledger
@@ -120,6 +121,12 @@ class Audited:
     replay: Flagged
     controls: tuple[Flagged, ...]
 
+    @property
+    def contradicted(self) -> bool:
+        """Whether a test showed more than was claimed."""
+        shown = [self.two_world.epsilon_lower, self.one_run.epsilon_lower if self.one_run else 0.0]
+        return self.replay.flagged or max(shown) > self.epsilon_claimed
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -130,6 +137,17 @@ class Audit:
     significance: Number
     data: Text  # on which it was made, in words
     mechanisms: tuple[Audited, ...]
+    ledger_head: Text | None = None  # of the run when it was audited
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the file says so, or its own figures do."""
+        return self.outcome == CONTRADICTION or any(found.contradicted for found in self.mechanisms)
+
+    @property
+    def blind(self) -> bool:
+        """Whether a fault that the audit put in was missed, by its verdict or its figures."""
+        return not self.passed or not all(control.flagged for found in self.mechanisms for control in found.controls)
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,7 @@ class Run:
         others: runs beside it; None where it has charged nothing.
         environment: env.json.
         audit: None if there was no audit.
-        audit_is_old: the run's plans have changed since the audit.
+        audit_is_old: the run's plans or its ledger have changed since the audit.
     """
 
     name: str
@@ -199,9 +217,9 @@ def read_run(rundir: RunDir) -> Run:
     filters = rundir.stage_dir("pretrain") / "filters.png"
     if any(getattr(result, "extractor_colour", None) == "grey" for result in results.values()):
         filters = next((path for path in (filters.parent / "grey" / filters.name, filters) if path.is_file()), filters)
-    audit, audit_is_old = _read_audit(rundir.path / "audit" / "audit.json", plan)
     private = [each for each in results.values() if isinstance(each, PrivateResult)]
     ledger = open_run_ledger(rundir)  # refuses a result without its ledger
+    audit, audit_is_old = _read_audit(rundir.path / "audit" / "audit.json", plan, ledger)
     return Run(
         name=rundir.path.resolve().name.encode("utf-8", "backslashreplace").decode(),
         rows=rundir.status(),
@@ -289,8 +307,8 @@ def _others(path: Path, ledger: Ledger, plan: dict[str, Any]) -> Others:
     return Others(tuple(names), together, tuple(unreadable), tuple(measured))
 
 
-def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[Audit | None, bool]:
-    """The audit, and whether the run's plans have changed since."""
+def _read_audit(path: Path, plan: dict[str, Any], ledger: Ledger | None) -> tuple[Audit | None, bool]:
+    """The audit, and whether the run's plans or its ledger have changed since."""
     found = _read_object(path)
     if not found:
         return None, False
@@ -303,7 +321,7 @@ def _read_audit(path: Path, plan: dict[str, Any]) -> tuple[Audit | None, bool]:
         raise CheckpointError(f"{path} is corrupt: {error}", fix=fix) from error
     audited = {found.name: (found.attempt, found.plan) for found in audit.mechanisms}
     planned = {name: (entry["attempt"], entry["plan"]) for name, entry in plan.get("stages", {}).items()}
-    return audit, audited != planned
+    return audit, audited != planned or ledger is None or audit.ledger_head != ledger.head
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dprandp.report import page as report
 from dprandp.report import run as run_module
 from dprandp.runs import faults
 from dprandp.runs.directory import RunDir
+from dprandp.runs.ledger import ledger_file
 from dprandp.vision.images import filter_sheet
 
 
@@ -255,6 +256,7 @@ AUDIT: dict[str, Any] = {
     "format": 1, "outcome": "nothing contradicts", "passed": True, "significance": 0.001, "data": f"synthetic {EVIL}",
     "mechanisms": [FOUND],
 }  # fmt: skip
+OLD = "The audit is of another state of this run"
 
 
 @pytest.fixture
@@ -269,6 +271,8 @@ def audited(tmp_path: Path) -> RunDir:
 
 
 def with_audit(run: RunDir, audit: object) -> str:
+    if isinstance(audit, dict) and "ledger_head" not in audit:
+        audit = audit | {"ledger_head": Ledger.open(ledger_file(run), read_only=True).head}
     (run.path / "audit/audit.json").write_text(json.dumps(audit))
     html = written(run)
     assert EVIL not in html
@@ -285,16 +289,33 @@ def test_what_the_audit_found(audited: RunDir) -> None:
         "exact", "2 of 2 flagged", "significance 0.001", "A clean audit is no proof",
     ):  # fmt: skip
         assert content in text, content
-    assert "changed since the audit" not in text
+    assert OLD not in text
+    assert OLD in with_audit(audited, AUDIT | {"ledger_head": "0" * 64})  # the ledger went on since
     tuning = FOUND | {"name": "tune", "one_run": None}
     assert "not for private tuning" in with_audit(audited, AUDIT | {"mechanisms": [FOUND, tuning]})
     for change in ({"attempt": 2}, {"plan": {"steps": 119}}, {"name": "finetune"}):
         text = with_audit(audited, AUDIT | {"mechanisms": [FOUND | change]})
-        assert "The run's plans have changed since the audit" in text
+        assert OLD in text
     failed = FOUND | {"replay": {"flagged": True}, "controls": []}
     text = with_audit(audited, AUDIT | {"passed": False, "outcome": "contradiction", "mechanisms": [failed]})
-    for content in ("THE AUDIT FAILED", "contradicts", "not run"):
+    for content in ("The audit contradicts the claims", "contradicts", "not run"):
         assert content in text
     for broken in ({"format": 1}, AUDIT | {"mechanisms": []}, AUDIT | {"mechanisms": [{}]}, [1]):
         with pytest.raises(CheckpointError, match=r"audit\.json is corrupt"):
             with_audit(audited, broken)
+
+
+SHOWN = 0.31  # more than FOUND claims
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"two_world": FOUND["two_world"] | {"epsilon_lower": SHOWN}}, "contradicts the claims: do not rely on them"),
+    ({"one_run": FOUND["one_run"] | {"epsilon_lower": SHOWN}}, "contradicts the claims: do not rely on them"),
+    ({"replay": {"flagged": True}}, "contradicts the claims: do not rely on them"),
+    ({"controls": [{"flagged": True}, {"flagged": False}]}, "missed a fault that it had put in itself"),
+])  # fmt: skip
+def test_an_edited_verdict_does_not_hide_the_figures(audited: RunDir, change: dict, says: str) -> None:
+    """The file still says that all is well; its figures do not."""
+    text = with_audit(audited, AUDIT | {"mechanisms": [FOUND | change]})
+    assert says in text
+    assert "Nothing contradicts" not in text
