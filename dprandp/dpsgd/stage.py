@@ -111,7 +111,9 @@ class PrivateStage:
         Raises InputError for unusable or other data, BudgetError for images that the run has used as public ones.
         """
         self.examine()
-        rundir, found = self.context.rundir, training_data.fingerprint_of(self.dataset)
+        rundir = self.context.rundir
+        with training_data.no_counts_after_a_charge(rundir):
+            found = training_data.fingerprint_of(self.dataset)
         if plan_file(rundir).exists() or (self.budget.public_part != NO_PUBLIC_PART and self.name != CONTINUE):
             training_data.refuse_other(rundir, self.budget.data, found)
         training_data.refuse_public(rundir, self.dataset)

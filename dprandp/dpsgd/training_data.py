@@ -18,7 +18,9 @@ Guarantee:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,25 @@ PUBLIC, DECLARED = "public-images.npy", "declared-public.npy"
 def fingerprint_of(dataset: Dataset) -> str:
     """Hash of private images, labels and units, in order; reads them."""
     return dataset.fingerprint()
+
+
+@contextlib.contextmanager
+def no_counts_after_a_charge(rundir: RunDir) -> Iterator[None]:
+    """Data that cannot be read are refused with kinds and counts only until the run has a ledger.
+
+    Raises:
+        UnusableData: before that, with all problems. InputError: after it, without them.
+    """
+    try:
+        yield
+    except UnusableData as error:
+        if not ledger_file(rundir).exists():
+            raise
+        raise InputError(
+            f"{error.name}: some of the training data that this run began with cannot be read any more",
+            fix="restore them; `dprandp datasets --check` tells what is wrong (keep that private)",
+            private_detail=error.private_detail,
+        ) from None
 
 
 CHECK = "data-check.txt"

@@ -24,7 +24,7 @@ from dprandp.config.schema import (
 from dprandp.continual import switching
 from dprandp.dpsgd.budget import read_plan_file
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
-from dprandp.dpsgd.training_data import not_compared
+from dprandp.dpsgd.training_data import no_counts_after_a_charge, not_compared
 from dprandp.errors import InputError
 from dprandp.generate import blocks_of
 from dprandp.generate import check as check_images
@@ -325,7 +325,8 @@ def _private(
         The plan, and its mechanisms that are not charged yet.
     """
     named = name_private_stage(name, config, context, write=False)  # refuses another budget before other settings
-    named.dataset.require_sound()
+    with no_counts_after_a_charge(context.rundir):
+        named.dataset.require_sound()
     missing = None
     try:
         named.dataset.require()

@@ -116,3 +116,24 @@ def test_what_can_be_refused_without_the_data_is_refused_before_a_pixel_is_read(
     refused(dprandp(*command, folder=tmp_path, before=NO_PIXELS + "Dataset.examine = read"), 2, "delta")
     command = ("run", "--data", "folder:scans", *SMALL)
     assert dprandp(*command, folder=tmp_path, before=NO_PIXELS + "Dataset.examine = read").code == 1  # here they are
+
+
+def test_after_the_first_charge_neither_kinds_nor_counts_are_told(
+    dprandp: Dprandp, run_after: RunAfter, scans: Path, tmp_path: Path, folder: Path
+) -> None:
+    run = run_after("pretrain")
+    command = ("--run", run, "--config", folder / "small.toml")
+    done = dprandp("probe", *command, "--data", "folder:scans", "--eps", 3, folder=tmp_path)
+    assert done.code == 0, done.err
+    first, whole = scans / "train/ill/0.png", (scans / "train/ill/0.png").read_bytes()
+    first.write_bytes(whole[:10])
+    cut = dprandp("finetune", *command, folder=tmp_path)
+    (scans / "train/ill" / f"{SECRET}.txt").touch()  # which the listing sees, without a pixel
+    both = dprandp("finetune", *command, folder=tmp_path)
+    plan = dprandp("finetune", *command, "--plan", folder=tmp_path)
+    refused(cut, 3, "cannot be read any more", "datasets --check")
+    told = {done.err.partition("error: ")[2] for done in (cut, both, plan)}
+    assert len(told) == 1, told
+    (scans / "train/ill" / f"{SECRET}.txt").unlink()
+    first.write_bytes(whole)
+    assert dprandp("finetune", *command, folder=tmp_path).code == 0
