@@ -7,6 +7,8 @@ opinion             method                                     what it says
                     (Gopi, Lee & Wutschitz 2021)               there), so a certified lower bound on ε
 ``opacus``          Rényi DP of sampled Gaussian steps         an upper bound on ε, 5 to 50 % loose
                     (Mironov, Talwar & Zhang 2019)
+``dp-accounting``   Rényi DP of private tuning, and of the     an upper bound on ε; given where the others, which know
+                    steps after it (Papernot & Steinke 2022)   no tuning, have nothing to say
 ==================  =========================================  =======================================================
 
 Both speak of Poisson samples whose parameters were fixed beforehand, under add/remove of one record, hence of zero-out.
@@ -23,6 +25,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 
+import numpy as np
+
 from dprandp.errors import AuditError
 from dprandp.privacy.accounting import (
     DELTA_SHARE,
@@ -33,6 +37,7 @@ from dprandp.privacy.accounting import (
     gaussian_mu,
     merge_events,
 )
+from dprandp.privacy.tuning import TuningEvent
 
 # Limits on prv-accountant's time (1 s) and memory, and the range in which its formulas hold.
 _POINTS, _EVENTS = 60_000, 10
@@ -43,6 +48,8 @@ _WIDTH, _WIDEST = 0.0025, 0.5
 _ROUNDING, _DELTA_SHARE = 1e-14, 1e-3
 # Whole orders: between them Opacus takes seconds where the noise is large. Any order gives a bound.
 _ORDERS = [*range(2, 65), 96, 128, 256, 512]
+# Orders of the composition with private tuning: close, since its best one may be anywhere.
+_TUNED_ORDERS = np.unique(np.r_[np.geomspace(1.01, 2000, 400), 2:300])
 # What rounding may do to a bound, as a part of it and alone.
 _SLACK, _LEAST_SLACK = 1e-6, 1e-9
 
@@ -69,9 +76,9 @@ class Opinion:
 
 
 def second_opinions(events: Sequence[Event], delta: float) -> list[Opinion]:
-    """prv-accountant's and Opacus' opinions on a composition at δ in (0, 1), for parameters that were fixed beforehand.
+    """Opinions on a composition at δ in (0, 1): prv-accountant's, Opacus' and, with private tuning, dp-accounting's.
 
-    Discrete noise counts as Gaussian, at the δ that is left for it.
+    The events' parameters were fixed beforehand. Discrete noise counts as Gaussian, at the δ that is left for it.
     """
     return list(_opinions(tuple(merge_events(events)), delta))
 
@@ -81,15 +88,20 @@ def _opinions(merged: tuple[Event, ...], delta: float) -> tuple[Opinion, ...]:
     if any(isinstance(event, GaussianEvent) and event.discrete for event in merged):
         delta *= 1 - DELTA_SHARE
     names = f"prv-accountant {version('prv-accountant')} (PRV)", f"opacus {version('opacus')} (Rényi DP)"
+    tuned = any(isinstance(event, TuningEvent) for event in merged)
     reason = ""
     if not merged:
         reason = "nothing was spent"
-    elif not all(isinstance(event, GaussianEvent) for event in merged):
-        reason = "private tuning is accounted in Rényi DP of the whole alone"
-    elif any(event.noise_multiplier == 0 for event in merged):
+    elif any(isinstance(event, GaussianEvent) and event.noise_multiplier == 0 for event in merged):
         reason = "a step without noise"
+    elif tuned:
+        reason = "it does not know private tuning"
     if reason:
-        return tuple(Opinion(name, 0.0, math.inf, reason) for name in names)
+        missing = tuple(Opinion(name, 0.0, math.inf, reason) for name in names)
+        if not tuned:
+            return missing
+        name = f"dp-accounting {version('dp-accounting')} (Rényi DP)"
+        return *missing, _opinion(name, lambda: _renyi_tuned(merged, delta))
     full = [event for event in merged if event.sample_rate == 1]
     rows = [(event.noise_multiplier, event.sample_rate, event.steps) for event in merged if event.sample_rate < 1]
     if full:  # together one Gaussian, exactly
@@ -152,3 +164,21 @@ def _renyi(rows: Sequence[tuple[float, float, int]], delta: float) -> tuple[floa
 
     divergences = sum(compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=_ORDERS) for sigma, q, steps in rows)
     return 0.0, float(get_privacy_spent(orders=_ORDERS, rdp=divergences, delta=delta)[0])
+
+
+def _renyi_tuned(events: Sequence[Event], delta: float) -> tuple[float, float]:
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
+    if not all(isinstance(event, TuningEvent) or event.noise_multiplier for event in events):
+        raise ValueError("a step without noise")
+    accountant = RdpAccountant(orders=_TUNED_ORDERS)
+    for event in events:
+        if isinstance(event, TuningEvent):
+            trial = dp_event.GaussianDpEvent(1 / event.mu)
+            accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, event.trials.mean, event.eta))
+        else:
+            step = dp_event.GaussianDpEvent(event.noise_multiplier)
+            sampled = dp_event.PoissonSampledDpEvent(event.sample_rate, step)
+            accountant.compose(step if event.sample_rate == 1 else sampled, event.steps)
+    return 0.0, accountant.get_epsilon(delta)

@@ -91,6 +91,24 @@ def test_an_epsilon_that_is_too_low_is_found_although_all_hashes_fit(dprandp: Dp
     assert "prv-accountant" in contradicted(dprandp, run, 1, "ε of probe", "ε of finetune")
 
 
+def test_the_epsilon_of_a_run_with_private_tuning_is_recomputed(dprandp: Dprandp, run_after: RunAfter) -> None:
+    run = run_after("pretrain")
+    data = ("--run", run, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 2)
+    for command in (("tune", "--on", "private"), ("probe", "--share", 1)):
+        done = dprandp(*command, *data)
+        assert done.code == 0, done.err
+    done = dprandp("verify", "--run", run)
+    assert done.code == 0, done.out + done.err
+    assert "dp-accounting" in done.out
+
+    def more(lines: list[dict]) -> None:
+        """Trials with a tenth less noise than the result was computed from."""
+        next(line for line in lines if line["kind"] == "tuning")["mu"] *= 1.1
+
+    rewrite(run, more)
+    assert "dp-accounting" in contradicted(dprandp, run, 1, "ε of probe")
+
+
 @pytest.mark.parametrize(
     ("key", "name"), [("kind", "run and ledger"), ("steps", "ledger"), ("noise_multiplier", "ledger")]
 )
