@@ -23,8 +23,8 @@ def status(
     call: Call,
     check: Annotated[bool, option("Examine the run's files (hashes, ledger, lock, model) and this machine (libraries, "
                                   "arithmetic, disk, data). Repairs nothing.", OUTPUT, "--check")] = False,
-    runs: Annotated[Path | None, option("List the runs directly below this folder instead, with what those about the "
-                                        "same data have spent together. Default: one run.", OUTPUT,
+    runs: Annotated[Path | None, option("List the runs below this folder instead, at any depth, with what those "
+                                        "about the same data have spent together. Default: one run.", OUTPUT,
                                         metavar="DIR")] = None,
 ) -> None:  # fmt: skip
     """Show which stages are done, partial, stale or missing, and what was spent; or --check the run and this machine.

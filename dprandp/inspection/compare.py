@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -175,14 +176,19 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def runs_in(folder: Path) -> Comparison:
-    """The runs directly below a folder, by name. One that cannot be read is listed with the reason.
+    """The runs below a folder, at any depth, by name. One that cannot be read is listed with the reason.
 
     Raises:
         InputError: there is no such folder, or no run in it.
     """
-    found = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    found = []
+    for path, folders, _ in os.walk(folder):
+        runs = [name for name in folders if Path(path, name, "run.json").is_file()]
+        found += [Path(path, name) for name in runs]
+        folders[:] = sorted({*folders} - {*runs})  # a run holds no other
+    found.sort()
     if not found:
-        what = "no run directly below it" if folder.is_dir() else "no folder"
+        what = "no run below it" if folder.is_dir() else "no folder"
         raise InputError(f"{folder}: there is {what}", fix="name the folder that holds run directories, such as runs")
     rows, opened = [], []
     for path in found:

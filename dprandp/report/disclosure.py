@@ -225,7 +225,10 @@ def privacy_sentence(result: PrivateResult, epsilon: float | None = None, *, exa
         f"Suppose an attacker knows {known}, sees all that this run released, and accepts "
         f"1\u00a0% false alarms: the presence of {hidden} is then detected {'at most' if exact else 'at most about'} "
         f"{percent(rate, up=True)} of the time, where guessing gives 1\u00a0%."
-    )
+        + (f" This is about training images: --allow-shared-units let the same {noun(result)} have images in the test "
+           "split, and what the test figures tell about those is not counted in ε."
+           if result.shared_units_allowed else "")
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers

@@ -193,13 +193,18 @@ def test_the_tables(make: Make, tmp_path: Path) -> None:
     assert "<script" not in page
 
 
-def test_the_runs_of_a_folder(make: Make, tmp_path: Path) -> None:
+def test_the_runs_of_a_folder(make: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     make("a", (100, 40.0))
     broken = make("b", (100, 40.0))
     (broken / "privacy/ledger.jsonl").unlink()
     (tmp_path / "notes").mkdir()
+    make("deep/er/c", (100, 40.0))
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "d"
+    make("d", (100, 40.0)).rename(elsewhere)
+    (tmp_path / "deep/link").symlink_to(elsewhere)
     found = runs_in(tmp_path)
-    assert [Path(row.run).name for row in found.runs] == ["a", "b"]
+    names = [Path(row.run).relative_to(tmp_path).as_posix() for row in found.runs]
+    assert names == ["a", "b", "deep/er/c", "deep/link"]
     assert found.runs[0].problem is None
     assert f"{broken} cannot be read: " in lines(found)
     with pytest.raises(CheckpointError):

@@ -77,6 +77,7 @@ def test_units_in_both_splits_are_allowed_where_asked_for(
     assert read_json(run / "run.json")["stages"]["probe"]["config"]["allow_shared_units"] is True
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8").replace("\\", "")
     assert "The user allowed units in both splits (--allow-shared-units): images of a patient may be in both" in card
+    assert "what the test figures tell about those is not counted in ε" in card.split("## Intended use")[0]
     apart = scans(patient_test=100 + np.arange(TEST) // 4)
     result = run_probe(copy(public_run), apart, unit_column="patient")
     assert "shared_units_allowed" not in result
