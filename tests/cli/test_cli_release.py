@@ -370,3 +370,26 @@ def test_a_released_model_does_not_say_where_the_data_lie(
         (run / "model" / "leak.json").write_text(json.dumps({"data": str(secret)}))  # the check can fail
         assert local_paths(run / "model", ["home-of-somebody"]) == ["leak.json"]
         load_model(run / "model")
+
+
+KILLED = """
+import os
+import dprandp.privacy.ledger as ledger
+charge = ledger.Ledger.charge
+def killed(*values, **named):
+    charge(*values, **named)
+    os._exit(137)
+ledger.Ledger.charge = killed
+"""
+
+
+def test_what_a_run_has_spent_since_its_model_is_told(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
+    run = run_after("probe")
+    commands = (("predict", "--data", "npz:tiny.npz"), ("export", "--out", tmp_path / "out"))
+    for command in commands[:1]:  # the control
+        done = dprandp(*command, "--run", run)
+        assert (done.code, "has spent" in done.err) == (0, False), done.err
+    assert dprandp("finetune", "--config", "small.toml", "--run", run, before=KILLED).code == 137
+    for command in commands:
+        said = dprandp(*command, "--run", run).err
+        assert "this model's ε = 0.6 is its own; the run has spent ε = " in " ".join(said.split()), said
