@@ -27,6 +27,7 @@ from typing import Any
 from dprandp import pipeline
 from dprandp.config.presets import SIZES
 from dprandp.config.schema import (
+    PRETRAINED,
     PrivateConfig,
     StageConfig,
     as_dict,
@@ -56,10 +57,12 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "probe": {"generate": {}, "pretrain": {}, "probe": {"share": 1.0}},
     "dp-randp": {"generate": {}, "pretrain": {}, "probe": {"share": 0.3}, "finetune": {}},
     "de2022": {"finetune": {"source": "scratch", "recipe": "de2022", "arch": "wrn-16-4"}},
-    "pruning": {"generate": {}, "pretrain": {}, "probe": {}, "finetune": {"freeze": "random", "keep": 0.1}},
+    "pruning": {
+        "generate": {}, "pretrain": {}, "probe": {}, "finetune": {"source": "probe", "freeze": "random", "keep": 0.1},
+    },
     "continual": {
         "generate": {}, "pretrain": {"arch": "vit-4-64-4", "random_init": True},
-        "continue": {"public": "fraction:0.1"}, "probe": {}, "finetune": {},
+        "continue": {"public": "fraction:0.1"}, "probe": {}, "finetune": {"source": "probe"},
     },
 }  # fmt: skip
 """Name -> its stages, each with the settings that make the system. A configuration file overrides them."""
@@ -141,6 +144,8 @@ def _cell(asked: Asked, folder: Path, data: str, system: str, epsilon: float, se
     for stage, settings in SYSTEMS[system].items():
         common = {"seed": seed} | ({} if stage in SHARED else {"data": data, "epsilon": epsilon})
         configs[stage] = resolve(stage, asked.size, asked.file, common, settings)
+    if "probe" in configs and "finetune" in configs and configs["finetune"].source == PRETRAINED:
+        del configs["probe"]  # at size paper the recipe has none
     if "pretrain" in configs:
         configs["generate"] = images_of_run(configs["generate"], configs["pretrain"])
     shown = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in public_data_name(data))

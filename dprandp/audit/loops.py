@@ -23,7 +23,7 @@ from dprandp.audit.bounds import Game, step_score
 from dprandp.audit.canaries import CLIP_OFF, FAITHFUL, Control, rehearsal_plan
 from dprandp.audit.replay import Check, Rehearsal, paired_run, rehearsal_context
 from dprandp.audit.settings import AuditSettings
-from dprandp.config.schema import ContinueConfig, FinetuneConfig, ProbeConfig
+from dprandp.config.schema import PRETRAINED, ContinueConfig, FinetuneConfig, ProbeConfig
 from dprandp.continual.loop import HEADS, STAGE, Outcome, private_steps
 from dprandp.continual.public import PublicTask, Training
 from dprandp.data import Dataset, DataSpec, Split, Units
@@ -107,11 +107,13 @@ class Facts:
             whitener = probe.load_whitener(context, extractor).to(context.device)
             self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
             head = probe.load_head(context, torch.empty(whitener.dims, self.labels.classes))
-        elif tuned is None:
-            extractor, _ = load_extractor(context, "rgb", precision=precision)  # a continued one is for either kind
+        elif tuned is None or tuned.source == PRETRAINED:
+            extractor, _ = load_extractor(context, "rgb", precision=precision)  # that of a network is for either kind
             whitener = PooledOnly(extractor.feature_dim)
             self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
-            head = load_finished(rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
+            head = None
+            if tuned is None:
+                head = load_finished(rundir.stage_dir(STAGE) / HEADS, HEADS, STAGE).tensors["head"]
         else:  # no Phase I, no Phase II; public weights are not looked for: random ones have gradients as well
             config = recorded(finetune.STAGE, rundir.row(finetune.STAGE).config)
             extractor, head = build_extractor(network_config(config), generator), None

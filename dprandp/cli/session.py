@@ -13,6 +13,7 @@ from dprandp.cli import together
 from dprandp.cli.flags import DEFAULT_RUN, Call, Options
 from dprandp.config.schema import (
     DATA_SETTINGS,
+    PRETRAINED,
     SIZES,
     WITHOUT_PHASE_ONE,
     PrivateConfig,
@@ -89,6 +90,8 @@ def resolve(
     inherited: dict[str, Any] = dict(fitting or {})
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in DECIDED}
+        if given.get("source") is None and given.get("recipe") is None and rundir.row("probe").config:
+            inherited |= {"source": "probe", "recipe": "ours"}  # a fine-tune goes on from the probe that the run has
         if "data" in recorded.get("finetune", {}):  # its path may be newer
             inherited["data"] = recorded["finetune"]["data"]
     elif stage in recorded:
@@ -128,10 +131,11 @@ DECIDED = (*DATA_SETTINGS, "epsilon", "delta", "noise")
 
 def assumed_stages(rundir: RunDir, stage: str, options: Options, given: dict[str, Any]) -> dict[str, StageConfig]:
     """With ``--plan``, what a fine-tune starts from, where the run has not begun it: extractor and probe by default."""
-    if stage != "finetune" or resolve(rundir, stage, options, given).source in WITHOUT_PHASE_ONE:
+    source = resolve(rundir, stage, options, given).source if stage == "finetune" else None
+    if source is None or source in WITHOUT_PHASE_ONE:
         return {}
     assumed: dict[str, StageConfig] = {}
-    for name in ("pretrain", "probe"):
+    for name in ("pretrain",) if source == PRETRAINED else ("pretrain", "probe"):
         if rundir.row(name).config is None:
             said = {key: given[key] for key in DECIDED} if name == "probe" else {}
             assumed[name] = resolve(rundir, name, options, said, assumed)

@@ -16,6 +16,7 @@ from dprandp.config.schema import (
     DATA_SETTINGS,
     DEFAULT_DATA,
     DEFAULT_SHARE,
+    PRETRAINED,
     SIZES,
     WITHOUT_PHASE_ONE,
     StageConfig,
@@ -141,6 +142,7 @@ RUN_FLAGS = (
     *of_settings("pretrain", names=("arch", "random_init", "init", "init_source", "norm", "input_size")),
     *of_settings("pretrain", names=("steps",), prefix="pretrain-", says="Of the pretraining: "),
     *of_settings("probe", names=("share",)),
+    *of_settings("finetune", names=("recipe",)),
     *of_settings("probe", names=TUNING, prefix="probe-", says="Of the probe: "),
     *of_settings("finetune", names=TUNING, says="Of the fine-tune: "),
 )
@@ -180,11 +182,18 @@ def run_all(call: Call) -> None:
         configs: dict[str, Any] = {}
         for stage in (name for name in STAGES if name not in OPTIONAL_STAGES):
             configs[stage] = resolve(stage, configs)
-        probe, recorded = configs["probe"], rundir.row("probe").config
-        if options.resume and recorded:  # settings as recorded, but data are known by content, not by path
+        whole = configs["finetune"].source == PRETRAINED
+        if whole and (unused := [f"--{'' if name == 'share' else 'probe-'}{name.replace('_', '-')}" for name in
+                                 ("share", *TUNING) if given["probe"][name] is not None]):  # fmt: skip
+            raise UsageError(
+                f"{', '.join(unused)} set the probe, and the recipe dp-randp trains without one",
+                fix="leave it out, or give --recipe ours",
+            )
+        probe, recorded = configs["finetune" if whole else "probe"], rundir.row("probe").config
+        if options.resume and recorded and not whole:  # as recorded, but data are known by content, not by path
             probe = type(probe)(**recorded | {"data": probe.data})
         unused = [f"--{name.replace('_', '-')}" for name in TUNING if given["finetune"][name] is not None]
-        if probe.share == 1 and unused:
+        if not whole and probe.share == 1 and unused:
             raise UsageError(
                 f"{', '.join(unused)} set the fine-tune, but the probe has the whole budget",
                 fix=f"give --probe-{unused[0].removeprefix('--')} for the probe, or --share {DEFAULT_SHARE:g} for a "

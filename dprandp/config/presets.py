@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dprandp.errors import UsageError
 
@@ -33,12 +33,13 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "generate": {"count": 105_000, "resolution": 256},
         "pretrain": {
             "arch": "wrn-16-4", "filters": 6400, "second_filters": 6400, "dictionary_patches": 1_000_000,
-            "steps": 82_000, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
+            "steps": 82_031, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
+            "weight_standardisation": False, "pooling": "1",
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours
         "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},
         "probe": {"dims": 4096, "statistics_images": 4000, "steps": 100},
-        "finetune": {"steps": 779, "batch_size": 4096, "views": 16},
+        "finetune": {"recipe": "dp-randp", "steps": 779, "batch_size": 4096, "views": 16},
     },
 }  # fmt: skip
 
@@ -80,9 +81,15 @@ def by_recipe(field: str, *names: str, form: str = "{:g}", named: bool = True) -
 
 # ----------------------------------------------------------------------------------------------------------- published
 #
-# De et al. 2022, "Unlocking High-Accuracy Differentially Private Image Classification through Scale", arXiv 2204.13650.
-# Their σ is not used: σ is always calibrated for the run's own N, ε and δ. Where ε lies between two of theirs the
-# number of steps is interpolated, linearly in log ε, and ``note`` says so; outside there is no recipe.
+# de2022: De et al. 2022, "Unlocking High-Accuracy Differentially Private Image Classification through Scale", arXiv
+# 2204.13650. dp-randp: Tang et al. 2023, arXiv 2306.06076, with their released settings for CIFAR-10 at ε = 1 and the
+# numbers of steps that their paper has for the other ε. Published σ are not used: σ is always calibrated for the run's
+# own N, ε and δ. Where ε lies between two of the table the number of steps is interpolated, linearly in log ε, and
+# ``note`` says so; outside there is no recipe.
+
+RecipeName = Literal["ours", "de2022", "dp-randp"]
+PRETRAINED = "pretrain"
+"""Starting point of a fine-tune: the extractor of Phase I, without a probe."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,13 @@ DE_2022: dict[tuple[str, str], Row] = {
 }
 """(architecture, source) -> its row."""
 
+DP_RANDP = Row("CIFAR-10", 50_000, 4096, 0.4, 16, DE_2022["wrn-16-4", "scratch"].steps)
+
+DP_RANDP_ONLY = {
+    "source": PRETRAINED, "head_steps": 96, "head_lr": 15.0, "extractor_scale": 1.0, "refit_steps": 0,
+    "clipping": "norm", "clip_norm": 1.0, "optimizer": "sgd", "momentum": 0.0, "ema": 0.9999,
+}  # fmt: skip
+
 COMMON = {
     "clipping": "rescaled", "clip_norm": 1.0, "optimizer": "sgd", "momentum": 0.0, "ema": 0.9999, "pooling": "1",
 }  # fmt: skip
@@ -123,7 +137,7 @@ WRN_ONLY = {"padding": "same", "layer_order": "relu-norm-conv"}
 
 
 def _row_of(recipe: str, arch: str, source: str) -> Row:
-    row = DE_2022.get((arch, source))
+    row = DP_RANDP if recipe == "dp-randp" else DE_2022.get((arch, source))
     if row is None:
         known = "; ".join(f"--from {there} --arch {name}" for name, there in DE_2022)
         raise UsageError(
@@ -137,19 +151,23 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a fine-tune that a recipe gives, from the recipe, arch, source and epsilon of a configuration.
 
     Returns:
-        Nothing without a recipe, or where a value has the wrong type (refused elsewhere).
+        Nothing without a recipe, for a starting point that it does not know, or where a value has the wrong type (all
+        of which is refused elsewhere).
 
     Raises:
         UsageError: no such row, or an ε outside the table.
     """
     recipe, arch = values.get("recipe"), values.get("arch", "wrn-16-4")
-    source, epsilon = values.get("source", "probe"), values.get("epsilon", 1.0)
-    if recipe != "de2022" or source == "probe" or not isinstance(arch, str) or not isinstance(source, str):
+    source, epsilon = values.get("source"), values.get("epsilon", 1.0)
+    known = {"de2022": ("scratch", "init"), "dp-randp": (None, PRETRAINED)}.get(str(recipe), ())
+    if source not in known or not isinstance(arch, str):
         return {}
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or (epsilon != math.inf and epsilon > 1e300):
         return {}
     row = _row_of(recipe, arch, source)
     chosen = {"batch_size": row.batch_size, "lr": row.lr, "views": row.views, "steps": _steps(row, float(epsilon))[0]}
+    if recipe == "dp-randp":
+        return DP_RANDP_ONLY | chosen
     return COMMON | (WRN_ONLY if arch.startswith("wrn-") else {}) | chosen
 
 
@@ -168,7 +186,7 @@ def _steps(row: Row, epsilon: float) -> tuple[int, str]:
         listed = ", ".join(f"{each:g}" for each in known)
         raise UsageError(
             f"the recipe has hyper-parameters for ε = {listed}, but not for ε = {epsilon:g}",
-            fix="give --steps, --batch-size, --lr and --views yourself, without --recipe",
+            fix="give --recipe ours, or --steps, --batch-size, --lr and --views of your own with it",
         )
     low = max(each for each in known if each < epsilon)
     high = min(each for each in known if each > epsilon)
@@ -177,13 +195,26 @@ def _steps(row: Row, epsilon: float) -> tuple[int, str]:
     return steps, f"; ε = {epsilon:g} is not in its table: steps interpolated between ε = {low:g} and {high:g}"
 
 
-def note(recipe: str | None, arch: str, source: str, epsilon: float) -> str | None:
-    """The recipe for this ε in words, for console and disclosure; None without one.
+def note(values: Mapping[str, Any], arch: str) -> str | None:
+    """The published recipe of a fine-tune's configuration in words, for console and disclosure; None without one.
+
+    What the configuration has otherwise than the recipe is named.
+
+    Args:
+        values: of the configuration, by name. arch: of its network.
 
     Raises:
         UsageError: no such row, or an ε outside the table.
     """
-    if recipe is None:
+    recipe = values["recipe"]
+    if recipe in (None, "ours"):
         return None
-    row = _row_of(recipe, arch, source)
-    return f"{recipe} (De et al. 2022, {row.task}, N = {row.examples:,}, {arch}){_steps(row, epsilon)[1]}"
+    published = settings(values)
+    row = _row_of(recipe, arch, values["source"])
+    of = {"de2022": "De et al. 2022", "dp-randp": "Tang et al. 2023"}[recipe]
+    said = f"{recipe} ({of}, {row.task}, N = {row.examples:,}, {'wrn-16-4' if recipe == 'dp-randp' else arch})"
+    said += _steps(row, values["epsilon"])[1]
+    other = [f"{name} = {values[name]}" for name, value in published.items() if values[name] != value]
+    if recipe == "dp-randp" and arch != "wrn-16-4":
+        other.append(f"the network is {arch}")
+    return said + ("" if not other else f", but {', '.join(other)}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from dprandp.config import presets
 from dprandp.config.decoding import RULES, Decoding, decoding_of
 from dprandp.config.layout import PARTS, Layout, layout_of
-from dprandp.config.presets import INPUT_SIZE, SIZE_DEFAULTS, SIZES, by_recipe
+from dprandp.config.presets import INPUT_SIZE, PRETRAINED, SIZE_DEFAULTS, SIZES, RecipeName, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
@@ -315,17 +315,20 @@ class ProbeConfig(Private):
 class FinetuneConfig(Private):
     """Phase III: every parameter, with DP-SGD."""
 
-    source: Literal["probe", "scratch", "init"] = setting(
-        "probe", "Starting point: the probe; scratch, a random network without Phase I or II (De et al. 2022); or "
-        "init, the public weights of --init.", "--from", otherwise="probe, or init where --init is given",
+    source: Literal["probe", "pretrain", "scratch", "init"] = setting(
+        "probe", "Starting point: the probe; pretrain, the extractor of Phase I and a new head, without a probe (Tang "
+        "et al. 2023); scratch, a random network without Phase I or II (De et al. 2022); or init, the public weights "
+        "of --init.", "--from", otherwise="that of the recipe; else probe, or init where --init is given",
     )  # fmt: skip
     arch: str = setting(
         "wrn-16-4", "With --from scratch or --init: wrn-DEPTH-WIDTH, nf-resnet-50, torchvision:NAME, or your own "
         "network, module:FILE.py:NAME (with --trust-code).", True,
     )  # fmt: skip
-    recipe: Literal["de2022"] | None = setting(
-        None, "de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and --eps; "
-        "σ is always calibrated. Flags override the recipe.", True, otherwise="none",
+    recipe: RecipeName | None = setting(
+        None, "dp-randp: Phases II and III as Tang et al. 2023 publish them, from the pretrained network, at --eps; "
+        "de2022: batch, steps, learning rate, views and network as De et al. publish them for --arch and --eps; ours: "
+        "neither. σ is always calibrated. Flags override the recipe, and the result names them.", True,
+        otherwise="ours; dp-randp (paper) where the run has no probe",
     )  # fmt: skip
     init: str | None = setting(
         None, "safetensors file with public weights of --arch. Declare their source with --init-source.", True,
@@ -376,6 +379,11 @@ class FinetuneConfig(Private):
     )  # fmt: skip
     lr: float | None = setting(None, "Learning rate.", True, above=0,
                                otherwise=by_recipe("lr", "patchnet", "wrn", "scratch"))  # fmt: skip
+    head_steps: int | None = setting(
+        None, "The first steps, which train only the head and what follows the network's last block (its last norm).",
+        low=0, most=VERY_MANY, otherwise="0, or 96 (dp-randp)",
+    )  # fmt: skip
+    head_lr: float | None = setting(None, "Learning rate of these.", above=0, otherwise="lr, or 15 (dp-randp)")
     extractor_scale: float | None = setting(
         None, "Factor on the extractor's gradient before the joint clip, and on its update: sets its part of clip and "
         "noise.", low=0, otherwise=by_recipe("extractor_scale", "patchnet", "wrn"),
@@ -462,11 +470,17 @@ def resolve(
         )
     given = given | {key: value for key, value in flags.items() if value is not None}
     if stage == "finetune":
+        asked = (inherited or {}) | given
+        if "recipe" not in asked and asked.get("source", PRETRAINED) != PRETRAINED:
+            values.pop("recipe", None)  # that of the size is not about this starting point
+        values |= presets.settings(values | given)
         source = (values | given).get("source", FinetuneConfig.source)
         if "arch" in given and source not in WITHOUT_PHASE_ONE:
             _refuse_network_setting("arch", source)
-        values |= presets.settings(values | given)
-    return build(stage, values | given)
+    values |= given
+    if values.get("recipe") == "ours":  # as without one
+        del values["recipe"]
+    return build(stage, values)
 
 
 def build(stage: str, values: dict[str, Any]) -> StageConfig:
@@ -661,10 +675,27 @@ def _check_finetune(config: FinetuneConfig) -> None:
             "--class-shares has no effect with --clipping automatic, which makes all gradients equally long",
             fix="leave out one of the two",
         )
-    network = ("layer_order", "padding", "pooling", "norm", "recipe")
+    network = ("layer_order", "padding", "pooling", "norm")
     set_here = [key for key in network if getattr(config, key) is not None]
+    if config.recipe == "de2022":
+        set_here.append("recipe")
     if set_here and config.source not in WITHOUT_PHASE_ONE:
         _refuse_network_setting(set_here[0], config.source)
+    if config.recipe == "dp-randp" and config.source != PRETRAINED:
+        raise UsageError(
+            f"the recipe dp-randp starts from the pretrained extractor, not from {config.source}",
+            fix="leave --from out, or give --recipe ours",
+        )
+    if config.head_lr is not None and not config.head_steps:
+        raise UsageError("head_lr is of the head_steps, and there are none", fix="give head_steps too")
+    if config.head_steps and any(getattr(config, name) is not None for name in ("train", "freeze", "select")):
+        raise UsageError(
+            "head_steps and --train, --freeze or --select exclude each other", fix="give one of them"
+        )
+    if config.head_steps and config.steps is not None and config.head_steps > config.steps:
+        raise UsageError(
+            f"head_steps = {config.head_steps} are more than the {config.steps} steps", fix="give more steps"
+        )
 
 
 def _check_weights(config: FinetuneConfig | PretrainConfig) -> None:

@@ -309,6 +309,16 @@ def _last_blocks(count: int, model: Classifier, arch: str) -> Trained:
     )
 
 
+def after_the_blocks(model: Classifier) -> Trained:
+    """The head, and the extractor's parameters after its last block: its last norm, where it has one."""
+    blocks = blocks_of(model.extractor)
+    names = [name for name, _ in model.extractor.named_parameters()]
+    inside = [place for place, name in enumerate(names) if blocks and name.startswith(f"{blocks[-1]}.")]
+    units = [] if not has_layer_gradients(model.extractor) or model.extractor.reads_earlier_stages else blocks
+    own = names[max(inside) + 1 :] if inside else []
+    return Trained(frozenset({HEAD, *(f"{EXTRACTOR}{name}" for name in own)}), first=len(units))
+
+
 def blocks_of(network: nn.Module) -> list[str]:
     """Names of a network's blocks, in the order in which it declares them.
 

@@ -1,4 +1,5 @@
-"""Phase III: train all parameters with DP-SGD, on the remaining budget; or from scratch (De et al. 2022).
+"""Phase III: train all parameters with DP-SGD, on the remaining budget; or from scratch (De et al. 2022), or Phases II
+and III in one training (``--from pretrain``, Tang et al. 2023), whose first steps train the head and the last norm.
 
     step-NNNNNN.safetensors   parameters, momentum and EMA, for resuming (removed when the training is done)
     model.safetensors         the tuned parameters (EMA)
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dprandp import probe
-from dprandp.config.presets import Recipe, note, recipe_for
-from dprandp.config.schema import FinetuneConfig, ProbeConfig, public_arch
+from dprandp.config.presets import PRETRAINED, Recipe, note, recipe_for
+from dprandp.config.schema import PATCHNET, FinetuneConfig, ProbeConfig, public_arch
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
 from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
@@ -34,6 +35,7 @@ from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
+from dprandp.errors import UsageError
 from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
@@ -78,7 +80,10 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
     alone = scratch.without_phase_one(config)
-    model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
+    if config.source == PRETRAINED:
+        model, mirror = _pretrained_model(config, stage), False
+    else:
+        model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
     refuse_cross_example_layers(model)
     chosen = masking.chosen(config, model.to(context.device))
     stage = stage.fix_plan()  # after whatever may be refused
@@ -107,7 +112,9 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         clipping=config.clipping,
         trained_weights=trained_weights,
         optimizer=optimizer.in_words(),
-        recipe=_recipe_note(config),
+        recipe=note(vars(config), arch),
+        head_steps=config.head_steps or None,
+        head_lr=(config.head_lr or lr) if config.head_steps else None,
         **declared_weights(config),
         extractor_scale=scale,
         released=f"EMA, decay {config.ema}",
@@ -128,7 +135,8 @@ def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, Fin
     config = with_precision(STAGE, config, context)
     if scratch.without_phase_one(config):
         return stage, with_code(config), weights_hash(config.init)
-    return stage, config, context.rundir.inputs_from("generate", "pretrain", "continue", "probe")
+    before = ("generate", "pretrain", "continue") + (() if config.source == PRETRAINED else ("probe",))
+    return stage, config, context.rundir.inputs_from(*before)
 
 
 def open_stage(
@@ -152,15 +160,15 @@ def open_stage(
     masking.rule_of(config)  # refuses options that contradict each other
     network = scratch.network_config(config) if scratch.without_phase_one(config) else None
     if network is None and arch is None:
-        context.rundir.require("probe", STAGE)
+        context.rundir.require("pretrain" if config.source == PRETRAINED else "probe", STAGE)
         network = pretrained(context) if config.train else None
     if network is not None:  # refuses one that cannot be built, or has nothing of what --train names
         with layout_device(network.arch):
             extractor = build_extractor(network)
             masking.choose_parameters(config, Classifier(extractor, PooledOnly(extractor.feature_dim), 2))
-    if (said := _recipe_note(config)) is not None:
+    arch, recipe, refit_steps = choices(config, context, arch)
+    if (said := note(vars(config), arch)) is not None:
         context.console.say(f"recipe {said}")
-    _, recipe, refit_steps = choices(config, context, arch)
     return open_private_stage(
         STAGE,
         config,
@@ -177,15 +185,16 @@ def choices(config: FinetuneConfig, context: Context, planned: str | None = None
     """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
     arch = config.arch if scratch.without_phase_one(config) else planned
     if arch is None:
-        for earlier in (GenerateResult, ProbeResult):
+        for earlier in (GenerateResult,) if config.source == PRETRAINED else (GenerateResult, ProbeResult):
             context.rundir.result(earlier)  # refuses gaps before anything is charged
         arch = context.rundir.result(PretrainResult).arch
+    if config.source == PRETRAINED and arch == PATCHNET:
+        raise UsageError(
+            "--from pretrain trains a network on its own features, and those of a patchnet need the probe's whitening",
+            fix="give --from probe (at size paper --recipe ours), or pretrain a network, such as --arch wrn-16-4",
+        )
     recipe = recipe_for(arch, config.source)
     return arch, recipe, recipe.refit_steps if config.refit_steps is None else config.refit_steps
-
-
-def _recipe_note(config: FinetuneConfig) -> str | None:
-    return note(config.recipe, config.arch, config.source, config.epsilon)
 
 
 def _optimizer_of(config: FinetuneConfig) -> OptimizerSettings:
@@ -195,7 +204,7 @@ def _optimizer_of(config: FinetuneConfig) -> OptimizerSettings:
 def _tuning(config: FinetuneConfig, stage: PrivateStage) -> tuple[Tuned | None, str | None]:
     """``tuned`` and ``tuned_on`` of the probe's head, if the stage starts from it; this stage itself has none."""
     rundir = stage.context.rundir
-    if not scratch.without_phase_one(config):
+    if config.source == "probe":
         probed = rundir.result(ProbeResult)
         return probed.tuned, probed.tuned_on
     return tuning_of(rundir, stage.ledger, stage.plan.delta, {}), None
@@ -207,6 +216,12 @@ def _probed_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifi
     model = Classifier(extractor, probe.load_whitener(context, extractor), len(spec.classes))
     model.head.data.copy_(probe.load_head(context, model.head))
     return model, context.rundir.result(ProbeResult).mirror
+
+
+def _pretrained_model(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
+    """The extractor of Phase I with a head of zeros, without whitening."""
+    extractor, _ = load_extractor(stage.context, colour_of(stage.spec.channels), precision=config.precision)
+    return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes))
 
 
 def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
@@ -288,6 +303,8 @@ def _train(
     )
     ranks.refuse_different("model and settings", lambda: _digest(model, settings))
     sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)
+    head_steps, head_alone = config.head_steps or 0, masking.after_the_blocks(model)
+    first_sums = ClippedSums(model, replace(settings, frozen_first=head_alone.first)) if head_steps else sums
 
     def begin() -> tuple[MetricsLog, PrivateMechanism]:
         return MetricsLog(folder / "metrics.jsonl", first_step), stage.mechanism(first_step, ledger_head)
@@ -306,7 +323,9 @@ def _train(
                     for name, mask in rule.choose(parameters, step.number).items():
                         masks[name].copy_(mask)
                 share = share_of(ranks, step.indices, images, labels, rows)
-                clipped = sums.over_ranks(ranks, parameters, step.number, share, masks)
+                begins = step.number < head_steps
+                own = {name: value for name, value in parameters.items() if not begins or head_alone.trains(name)}
+                clipped = (first_sums if begins else sums).over_ranks(ranks, own, step.number, share, masks)
                 if not ranks.is_first:
                     continue
                 # -------------------------------------------------------- from here on: post-processing of noise
@@ -315,7 +334,7 @@ def _train(
                     masking.apply(masks, update)
                 if config.clipping == "rescaled":
                     update = {name: value / plan.clip_norm for name, value in update.items()}
-                optimizer.step(update, lr, masks)
+                optimizer.step(update, (config.head_lr or lr) if begins else lr, masks)
                 decay = min(config.ema, (1 + step.number) / (10 + step.number))
                 for name, value in average.items():
                     value.lerp_(parameters[name], 1 - decay)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import continual, finetune, generate, pretrain, probe
-from dprandp.config.schema import ProbeConfig, StageConfig, as_dict, build, input_size_of
+from dprandp.config.schema import (
+    PRETRAINED,
+    FinetuneConfig,
+    ProbeConfig,
+    StageConfig,
+    as_dict,
+    build,
+    input_size_of,
+)
 from dprandp.dpsgd.stage import name_private_stage, open_private_stage
 from dprandp.errors import UsageError
 from dprandp.models.torchvision import code_is_trusted, trust_code
@@ -103,7 +111,7 @@ class Made:
     @property
     def last(self) -> ProbeResult | FinetuneResult:
         """The result of the last private stage."""
-        return self.results.get("finetune", self.results["probe"])
+        return self.results.get("finetune") or self.results["probe"]
 
     def as_json(self) -> dict[str, Any]:
         """As ``--json`` prints it: the last result, with ``report`` (path) and ``results`` (one per stage)."""
@@ -111,29 +119,36 @@ class Made:
         return {**results[self.last.stage], "report": str(self.report), "results": results}
 
 
-def examine_data(config: ProbeConfig, size: int, context: Context) -> None:
+def examine_data(config: ProbeConfig | FinetuneConfig, size: int, context: Context) -> None:
     """Find everything that is wrong with a user's own data, before minutes of public stages.
 
     ``size`` is the side of the input of the extractor to come: image files are decoded for it.
 
     Raises:
-        As the probe, before it charges anything; BudgetError before a pixel is read.
+        As the stage, before it charges anything; BudgetError before a pixel is read.
     """
     if ":" in config.data and not ledger_file(context.rundir).exists():
-        open_private_stage("probe", config, context, write=False)
-        stage = name_private_stage("probe", config, context)
+        name = "probe" if isinstance(config, ProbeConfig) else "finetune"
+        open_private_stage(name, config, context, write=False)
+        stage = name_private_stage(name, config, context)
         stage.dataset.for_input(size)
         stage.examine()
+
+
+def stages_of_run(config: FinetuneConfig) -> tuple[str, ...]:
+    """The stages of ``run``: without a probe where the fine-tune starts from the pretrained extractor."""
+    return ("generate", "pretrain", *(() if config.source == PRETRAINED else ("probe",)), "finetune")
 
 
 def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
     """Run all stages and write the report; ``resolve`` is asked for a stage's configuration when its turn comes.
     """
     results: dict[str, StageResult] = {}
-    examine_data(resolve("probe"), input_size_of(resolve("pretrain")), context)
+    stages = stages_of_run(resolve("finetune"))
+    examine_data(resolve(stages[2]), input_size_of(resolve("pretrain")), context)
     with graceful_stop() as stop:
-        for name in ("generate", "pretrain", "probe", "finetune"):
-            if name == "finetune" and results["probe"].share == 1:
+        for name in stages:
+            if name == "finetune" and "probe" in results and results["probe"].share == 1:
                 context.console.say("finetune: none, the probe has the whole budget; --share below 1 leaves a part")
                 continue
             results[name] = run_stage(name, resolve(name), context)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dprandp import continual, finetune
 from dprandp.config.schema import (
+    PRETRAINED,
     ContinueConfig,
     GenerateConfig,
     PretrainConfig,
@@ -196,7 +197,8 @@ def plan(name: str, config: StageConfig, context: Context, assumed: Mapping[str,
     arch, events = None, []
     if assumed:
         arch = (assumed.get("pretrain") or recorded("pretrain", context.rundir.row("pretrain").config)).arch
-        _, events = _private("probe", assumed["probe"], context)
+        if "probe" in assumed:
+            _, events = _private("probe", assumed["probe"], context)
     return _private(name, config, context, arch, events)[0]
 
 
@@ -210,7 +212,9 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
     plans: list[Plan] = []
     events: list[Stage] = []
     for name in ("generate", "pretrain", "probe", "finetune"):
-        if name == "finetune" and configs["probe"].share == 1:
+        if name == "probe" and resolve("finetune", configs).source == PRETRAINED:
+            continue
+        if name == "finetune" and "probe" in configs and configs["probe"].share == 1:
             break
         configs[name] = config = _foreseen(name, resolve(name, configs), context)[1]
         if name == "generate":
@@ -227,7 +231,7 @@ def plan_run(resolve: Callable[[str, Mapping[str, StageConfig]], StageConfig], c
         examples=last.examples,
         delta=last.delta,
         epsilon_after=last.epsilon_after,
-        epsilon=configs["probe"].epsilon,
+        epsilon=config.epsilon,
         stages=plans,
     )
 

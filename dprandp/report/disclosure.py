@@ -131,6 +131,9 @@ def disclosure(
         update, trained = result.optimizer, "all"
     if isinstance(result, FinetuneResult):
         trained, refit = result.trained_weights, result.refit
+        if result.head_steps:
+            update += f"; the first {result.head_steps} steps train the head and the last norm alone, at learning rate "
+            update += f"{number(result.head_lr)}"
         update += f"; hyper-parameters of the recipe {result.recipe}" if result.recipe else ""
     limits = dict(LIMITS)
     if result.noise == "discrete":

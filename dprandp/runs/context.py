@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dprandp.config.schema import WITHOUT_PHASE_ONE, StageConfig, build
+from dprandp.config.schema import StageConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.models.precision import AUTO, decide
 from dprandp.runs.console import Console
@@ -95,7 +95,7 @@ def with_precision(stage: str, config: StageConfig, context: Context) -> StageCo
     recorded = {row.stage: (row.config or {}).get("precision", AUTO) for row in context.rundir.status()}
     if asked == AUTO and not context.overwrite:
         asked = recorded[stage]
-    if asked == AUTO and stage == "finetune" and config.source not in WITHOUT_PHASE_ONE:
+    if asked == AUTO and stage == "finetune" and config.source == "probe":
         asked = recorded["probe"]
     return replace(config, precision=decide(asked, context.device.type))
 

@@ -233,6 +233,8 @@ class FinetuneResult(PrivateResult):
     optimizer: Text  # in words
     extractor_scale: Number
     recipe: Text | None = None  # a published one that was used, in words
+    head_steps: Count | None = None  # the first steps, which trained the head and the last norm alone
+    head_lr: Number | None = None  # learning rate of these
     init_file: Text | None = None  # as in ``PretrainResult``
     init_sha256: Text | None = None
     init_source: Text | None = None

@@ -137,8 +137,8 @@ class Running:
     def signal(self, signum: signal.Signals) -> None:
         os.kill(self.pid, signum)
 
-    def end(self) -> Done:
-        end = time.monotonic() + TIMEOUT
+    def end(self, timeout: float = TIMEOUT) -> Done:
+        end = time.monotonic() + timeout
         while (code := self._ask(self.pid)) is None:
             if time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)

@@ -101,7 +101,7 @@ def test_a_set_of_medmnist_by_its_key(dprandp: Dprandp, tmp_path: Path, name: st
 def test_a_hundred_classes(dprandp: Dprandp, tmp_path: Path) -> None:
     """CIFAR-100's images, in a split of their own; a hundred classes need little noise."""
     command = ("run", "--prior", "patchnet-tiny", "--data", f"npz:{REAL / 'cifar100-split.npz'}", "--eps", 8, "--json")
-    result = good(dprandp(*command, folder=tmp_path))
+    result = good(dprandp.start(*command, folder=tmp_path).end(timeout=3600))
     assert (result["train_examples"], result["classes"][99]) == (39_975, "99")
     assert result["accuracy"] > 0.25
     assert (tmp_path / "runs/default/report.html").exists()

@@ -62,7 +62,8 @@ def test_toml_round_trip_for_every_stage_and_size(tmp_path):
     for stage, size in product(STAGES, SIZES):
         built = resolve(stage, size, None, {})
         assert (built.size, type(built)) == (size, STAGE_CONFIGS[stage])
-        assert schema.SIZE_DEFAULTS[size][stage].items() <= vars(built).items()
+        if (stage, size) != ("finetune", "paper"):  # whose recipe overrides the size
+            assert schema.SIZE_DEFAULTS[size][stage].items() <= vars(built).items()
         file = write(tmp_path, toml.dumps({stage: as_dict(built)}))
         assert resolve(stage, size, file, {}) == built
         again = build(stage, tomllib.loads(toml.dumps(as_dict(built))))  # as config.toml in the stage's folder

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from dprandp.config import presets
-from dprandp.config.schema import as_dict, build, resolve
+from dprandp.config.schema import PretrainConfig, as_dict, build, lr_of, resolve
 from dprandp.errors import UsageError
+from dprandp.privacy.accounting import calibrate
 
 
 def finetune(**flags):
@@ -33,9 +35,10 @@ def test_the_table(arch, source, epsilon, batch, steps, lr, views):
     assert (config.clipping, config.clip_norm, config.momentum, config.ema) == ("rescaled", 1.0, 0.0, 0.9999)
     assert config.pooling == "1"
     assert config.padding == ("same" if arch.startswith("wrn") else None)
-    note = presets.note("de2022", arch, source, epsilon)
+    note = presets.note(vars(config), arch)
     assert arch in note
     assert "interpolated" not in note
+    assert "but" not in note
 
 
 def test_steps_between_two_entries_are_interpolated_aloud():
@@ -44,9 +47,72 @@ def test_steps_between_two_entries_are_interpolated_aloud():
     part = math.log(5 / 4) / math.log(6 / 4)
     assert config.steps == round(1687 + part * (1843 - 1687))
     assert 1687 < config.steps < 1843
-    assert "interpolated between ε = 4 and 6" in presets.note("de2022", "wrn-16-4", "scratch", 5.0)
+    assert "interpolated between ε = 4 and 6" in presets.note(vars(config), "wrn-16-4")
     assert finetune(epsilon=math.inf).steps == 2500
-    assert "without privacy" in presets.note("de2022", "wrn-16-4", "scratch", math.inf)
+    assert "without privacy" in presets.note(vars(finetune(epsilon=math.inf)), "wrn-16-4")
+
+
+def test_what_is_otherwise_than_published_is_named():
+    config = finetune(steps=60, views=2, refit_steps=0)
+    assert presets.note(vars(config), "wrn-16-4").endswith(", but views = 2, steps = 60")
+    config = resolve("finetune", "paper", None, {"lr": 0.5})
+    assert presets.note(vars(config), "wrn-10-1").endswith(", but lr = 0.5, the network is wrn-10-1")
+    for none in (resolve("finetune", "tiny", None, {}), resolve("finetune", "paper", None, {"recipe": "ours"})):
+        assert presets.note(vars(none), "wrn-16-4") is None
+
+
+@pytest.mark.parametrize(("epsilon", "steps"), [(1, 875), (2, 1125), (3, 1593), (4, 1687), (6, 1843), (8, 2500)])
+def test_size_paper_is_phases_two_and_three_of_the_paper(epsilon, steps):
+    """The released settings of Tang et al. 2023: one training of T steps, the first 96 of head and last norm."""
+    config = resolve("finetune", "paper", None, {"epsilon": float(epsilon)})
+    assert (config.recipe, config.source) == ("dp-randp", "pretrain")
+    assert (config.steps, config.batch_size, config.views, config.lr) == (steps, 4096, 16, 0.4)
+    assert (config.head_steps, config.head_lr) == (96, 15.0)
+    assert (config.clipping, config.clip_norm, config.optimizer, config.momentum) == ("norm", 1.0, "sgd", 0.0)
+    assert (config.ema, config.extractor_scale, config.refit_steps) == (0.9999, 1.0, 0)
+    network = resolve("pretrain", "paper", None, {})
+    assert (network.arch, network.weight_standardisation, network.pooling) == ("wrn-16-4", False, "1")
+    assert build("finetune", as_dict(config)) == config
+
+
+def rows_of(*heading: str) -> list[tuple[str, str]]:
+    """Setting and value of the table below a sentence of the documentation."""
+    page = (Path(__file__).resolve().parents[2] / "docs/stages.md").read_text(encoding="utf-8")
+    table = page.split(heading[0])[1].split("Different here")[0]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| ")]
+    return [(row[1], row[3]) for row in cells if row[1] != "setting"]
+
+
+def shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_the_documented_comparison_with_the_paper_is_what_the_program_does():
+    rows, configs = rows_of("DP-RandP on CIFAR-10 at ε = 1, as Tang"), {}
+    for stage in ("generate", "pretrain", "finetune"):
+        configs[stage] = resolve(stage, "paper", None, {"epsilon": 1.0} if stage == "finetune" else {})
+    for name, value in rows[:-2]:
+        stage, _, setting = name.strip("`").partition(".")
+        assert shown(getattr(configs[stage], setting)) == value, name
+    assert rows[-2] == ("learning rate of Phase I", str(lr_of(configs["pretrain"])))
+    assert len(rows) == 25
+    exact = calibrate(1.0, 1e-5, 4096 / 50_000, 875)
+    assert rows[-1] == ("σ", f"calibrated for N, ε and δ: {exact:.2f}")
+    configs["finetune"] = finetune(epsilon=1.0)
+    for name, value in rows_of("De et al. 2022, CIFAR-10 from scratch, WRN-16-4")[:-1]:
+        found = getattr(configs["finetune"], name.strip("`"))
+        # left to the network, whose default it is
+        assert shown(PretrainConfig.layer_order if found is None else found) == value, name
+
+
+def test_the_recipe_of_a_size_gives_way():
+    for given in ({"source": "probe"}, {"recipe": "ours"}):
+        config = resolve("finetune", "paper", None, given)
+        assert (config.source, config.recipe, config.steps, config.head_steps) == ("probe", None, 779, None)
+    assert resolve("finetune", "paper", None, {"source": "scratch"}).recipe is None
+    with pytest.raises(UsageError, match=r"not for ε = 0\.5") as refused:
+        resolve("finetune", "paper", None, {"epsilon": 0.5})
+    assert "--recipe ours" in refused.value.fix
 
 
 @pytest.mark.parametrize(
@@ -96,6 +162,10 @@ def test_values_of_a_wrong_type_are_left_to_others(odd):
         ({"source": "init", "init": "f", "init_source": ""}, "init_source"),
         ({"layer_order": "relu-norm-conv"}, "--layer-order sets a new network"),
         ({"padding": "same"}, "--padding sets"),
+        ({"recipe": "dp-randp"}, "not from probe"),
+        ({"head_lr": 1.0}, "head_lr is of the head_steps"),
+        ({"head_steps": 3, "train": "head"}, "exclude each other"),
+        ({"head_steps": 3, "steps": 2}, "more than the 2 steps"),
         ({"optimizer": "adm"}, "adam"),
     ],
 )

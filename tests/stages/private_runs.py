@@ -69,6 +69,8 @@ KINDS: dict[str, Kind] = {
         "optimizer": "adam", "clipping": "rescaled"}, before=run_probe, logs=TUNED),
     "fine-tune of chosen weights": Kind(run_finetune, "wide_run", SHORT | {
         "select": "magnitude", "keep": 0.5, "every": 1, "momentum": 0.9}, before=run_probe, logs=TUNED),
+    "fine-tune without a probe": Kind(run_finetune, "wide_run", SHORT | {
+        "source": "pretrain", "steps": 3, "head_steps": 2, "head_lr": 2.0}, logs=TUNED),
     "from scratch, of views": Kind(run_scratch, None, {"steps": 2, "views": 2, "clipping": "automatic"}, logs=TUNED),
     "continue": Kind(run_continue, "vit_run", {"steps": 6, "switch": "3"}, logs=CONTINUED),
     "continue by the decelerator": Kind(run_continue, "vit_run", {"steps": 6, "check_every": 1,
