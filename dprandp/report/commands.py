@@ -24,12 +24,21 @@ def changed_settings(row: StageRow) -> dict[str, Any]:
     return {name: value for name, value in recorded.items() if name != "size" and value != default.get(name)}
 
 
+DECIDING = ("arch", "layers", "init", "init_source", "source", "recipe", "epsilon")
+"""Settings on which other settings' defaults depend."""
+
+
 def defaults_of(row: StageRow) -> dict[str, Any]:
-    """The defaults of a stage at the run's size; none for an unknown size."""
+    """The defaults of a stage at the run's size, with its network and recipe; none for an unknown size."""
+    recorded = row.config or {}
+    size, chosen = recorded.get("size", "tiny"), {name: recorded[name] for name in DECIDING if name in recorded}
+    if recorded.get("source") not in (None, *WITHOUT_PHASE_ONE) and row.stage == "finetune":
+        chosen.pop("arch", None)
     try:
-        return schema.as_dict(schema.resolve(row.stage, (row.config or {}).get("size", "tiny"), None, {}))
+        plain, fitting = (schema.as_dict(schema.resolve(row.stage, size, None, given)) for given in ({}, chosen))
     except DprandpError:
         return {}
+    return fitting | {name: plain.get(name) for name in chosen}
 
 
 def commands(name: str, rows: Sequence[StageRow]) -> str:
