@@ -145,6 +145,8 @@ def run(resolve: Callable[[str], StageConfig], context: Context) -> Made:
     """
     results: dict[str, StageResult] = {}
     stages = stages_of_run(resolve("finetune"))
+    if "probe" not in stages:
+        finetune.choices(resolve("finetune"), context, resolve("pretrain").arch)  # refuses a patchnet
     examine_data(resolve(stages[2]), input_size_of(resolve("pretrain")), context)
     with graceful_stop() as stop:
         for name in stages:
