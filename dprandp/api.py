@@ -16,6 +16,7 @@ from torch.nn import functional
 from dprandp import pipeline, release
 from dprandp.config.schema import StageConfig, images_of_run, probe_of_run, resolve
 from dprandp.errors import BudgetError, InputError, UsageError
+from dprandp.models.torchvision import trust_code as allow_code
 from dprandp.privacy import accounting
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.ledger import Ledger
@@ -200,11 +201,13 @@ def fit_private_head(
     Guarantee:
         The head is (ε, δ)-private for zero-out of one record, together with every other head of the same ledger; N is
         taken to be public. Features and labels enter only through sums of gradients of sensitivity C, which are charged
-        to the ledger, then made noisy with randomness from the operating system.
+        to the ledger, then made noisy with randomness from the operating system. Where two processes begin a ledger, or
+        charge it, at the same time, one of them is refused.
 
     Raises:
         UsageError: shapes that do not fit, or a value out of its range. BudgetError: too little is left in the ledger,
-        or it was begun with another budget. CheckpointError: the ledger is damaged.
+        or it was begun with another budget. CheckpointError: the ledger is damaged. StorageError: it cannot be written,
+        or another process writes to it.
     """
     rows, targets = unit_rows(features, None), np.asarray(labels)
     if targets.dtype.kind not in "iu" or targets.shape != (len(rows),) or not rows.numel():
@@ -218,9 +221,10 @@ def fit_private_head(
     ranges = {"epsilon": (epsilon, math.inf), "delta": (delta, 1), "share": (share, 1), "lr": (lr, 1e300),
               "clip_norm": (clip_norm, 1e300)}  # fmt: skip
     for name, (value, most) in ranges.items():
-        if value is not None and not (isinstance(value, int | float) and 0 < value <= most):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value <= most):
             raise UsageError(f"{name} is {value!r}", fix=f"give a number above 0, at most {most:g}")
-    if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
         raise UsageError(f"momentum is {momentum!r}", fix="give a number from 0 to below 1")
     if bool(((targets < 0) | (targets >= classes)).any()):  # reveals something about the labels, to their owner only
         raise InputError("a label lies outside 0 … classes - 1", fix="declare the right number of classes")
@@ -300,6 +304,7 @@ def run(
     data_dir: Path | str = "data",
     device: str = "auto",
     quiet: bool = True,
+    trust_code: bool = False,
     **settings: dict[str, Any],
 ) -> dict[str, Any]:
     """All stages and the report, as ``dprandp run``; finished stages are skipped.
@@ -309,6 +314,7 @@ def run(
     Args:
         data, epsilon, directory, size, share, data_dir, device: as the flags of ``dprandp run``.
         quiet: print nothing.
+        trust_code: run the Python file of an ``arch`` of ``module:FILE.py:NAME``, here and from now on in this process.
         settings: stage -> settings, such as ``generate={"count": 8000}``; see ``docs/settings.md``.
 
     Returns:
@@ -317,6 +323,14 @@ def run(
     Raises:
         UsageError, InputError, BudgetError: as the stages do.
     """
+    if trust_code:
+        allow_code()
+    for stage, values in settings.items():
+        if doubled := sorted({"data", "epsilon", "size", "share"} & values.keys()):
+            raise UsageError(
+                f"{stage} = {{{doubled[0]!r}: ...}} sets what {doubled[0]} of run sets",
+                fix=f"give {doubled[0]}= to run, for all stages",
+            )
     budget = {"data": data, "epsilon": epsilon}
     asked = {"generate": {}, "pretrain": {}, "probe": budget | {"share": share}, "finetune": budget}
     for stage, values in settings.items():
@@ -334,8 +348,8 @@ def run(
         return thawed(pipeline.run(configs.__getitem__, context).as_json())
 
 
-def load_model(path: Path | str) -> ReleasedModel:
-    """A released model, from a run directory, its ``model/`` folder, or an export.
+def load_model(path: Path | str, *, trust_code: bool = False) -> ReleasedModel:
+    """A released model, from a run directory, its ``model/`` folder, or an export; ``trust_code`` as for ``run``.
 
     >>> model = load_model("runs/digits")                                                              # doctest: +SKIP
     >>> model.predict("scan.png")[0]["class"]                                                          # doctest: +SKIP
@@ -343,6 +357,8 @@ def load_model(path: Path | str) -> ReleasedModel:
     Raises:
         InputError: there is none. CheckpointError: it is damaged, or contradicts the run's ledger.
     """
+    if trust_code:
+        allow_code()
     path = Path(path)
     if (path / "run.json").exists():
         return release.load_run_model(RunDir.open(path, create=False))

@@ -184,6 +184,8 @@ def test_rows_that_are_not_finite_count_as_zeros(tmp_path: Path) -> None:
         ({"delta": 0.5}, UsageError, "delta"),
         ({"steps": 0}, UsageError, "step"),
         ({"clip_norm": 0.0}, UsageError, "clip_norm"),
+        ({"clip_norm": True}, UsageError, "clip_norm"),
+        ({"epsilon": True}, UsageError, "epsilon"),
     ],
 )
 def test_what_a_head_refuses(tmp_path: Path, change: dict, error: type[Exception], said: str) -> None:
@@ -209,6 +211,9 @@ def test_a_run_and_its_model(tmp_path: Path) -> None:
     assert dprandp.run("digits", epsilon=4.0, directory=tmp_path / "run", share=1.0, **small) == result  # finished
     with pytest.raises(UsageError, match="no stage 'prob'"):
         dprandp.run("digits", directory=tmp_path / "run", prob={"steps": 3})
+    with pytest.raises(UsageError, match="'epsilon'"):  # which of the two would count?
+        dprandp.run("digits", epsilon=1.0, directory=tmp_path / "other", probe={"epsilon": 8.0})
+    assert not (tmp_path / "other").exists()
     image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)
     for path in (tmp_path / "run", tmp_path / "run/model"):
         model = dprandp.load_model(path)

@@ -22,7 +22,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from dprandp.config.schema import public_data_name
@@ -81,6 +81,7 @@ class Group:
     majority_accuracy: float
     auc: float | None
     seconds: float
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ class Comparison:
     data_unknown: list[str] = field(default_factory=list)  # runs that spent budget and do not say on which data
     exposed: list[str] = field(default_factory=list)  # images that are public in one run and private in another
     groups: list[Group] = field(default_factory=list)  # of the results of a sweep
+    notes: list[str] = field(default_factory=list)  # about these results
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -129,35 +131,82 @@ def compare(paths: Sequence[Path]) -> Comparison:
 def collected(files: Sequence[Path]) -> Comparison:
     """The results of sweeps, from their ``results.jsonl``.
 
+    What private runs have spent, alone and together, is read from the runs where they are still there. Of files whose
+    runs are not, it is what the sweep has written down, and nothing is known about runs of several files together.
+
     Raises:
-        CheckpointError: a line is not one of these.
+        CheckpointError: a line is not one of these, or a run is damaged.
     """
     rows: list[Row] = []
     together: list[Together] = []
     exposed: list[str] = []
+    notes: list[str] = []
+    opened: dict[Path, RunDir] = {}
     for path in files:
-        with storage_errors(path, "read"):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for place, line in enumerate(lines, 1):
-            try:
-                entry = from_json(line)
-                if isinstance(entry, dict) and "together" in entry:
-                    together.append(records.read(Together, entry["together"]))
-                elif isinstance(entry, dict) and "exposed" in entry:
-                    exposed.append(str(entry["exposed"]))
-                else:
-                    rows.append(records.read(Row, entry))
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{path} is no results of a sweep: line {place}: {error}",
-                    fix="run the same `dprandp sweep` again: it writes the file from the runs",
-                ) from error
+        own, stored, public = _read_results(path)
+        private = [row for row in own if row.private]
+        runs = {row.run: _run_of(row, path) for row in private}
+        if None in runs.values():
+            together += stored
+            exposed += public
+            notes.append(f"not all runs of {path} are there: what they have spent is what the sweep has written down")
+            if len(files) > 1:
+                notes[-1] += ", and not what they and those of the other files have spent together"
+        else:
+            opened |= {run.path.resolve(): run for run in runs.values()}
+            budgets = {name: read_budget(run) for name, run in runs.items()}
+            spent = {name: 0.0 if budget is None else budget.spent for name, budget in budgets.items()}
+            for place, row in enumerate(own):
+                if row.private and spent[row.run] > row.epsilon * (1 + 1e-6):
+                    notes.append(f"{row.run} has spent ε = {epsilon_text(spent[row.run])} by now, more than when "
+                                 f"{path} was written")  # fmt: skip
+                    own[place] = replace(row, epsilon=spent[row.run])
+        rows += own
+    found = _compared([], list(opened.values()))
     cells: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.accuracy is not None:
             cells.setdefault((row.data, row.system, row.size, row.epsilon_total, row.delta), []).append(row)
-    groups = [_group(each) for each in cells.values()]
-    return Comparison(runs=rows, together=together, exposed=exposed, groups=groups)
+    return Comparison(
+        runs=rows,
+        together=[*together, *found.together],
+        data_unknown=found.data_unknown,
+        exposed=list(dict.fromkeys([*exposed, *found.exposed])),
+        groups=[_group(each) for each in cells.values()],
+        notes=notes,
+    )
+
+
+def _run_of(row: Row, results: Path) -> RunDir | None:
+    """The run of a line: beside the file, also where a whole sweep was moved, or where it was made; None if neither."""
+    for path in (results.parent / Path(row.run).name, Path(row.run)):
+        if (path / "run.json").is_file():
+            return RunDir.open(path, create=False)
+    return None
+
+
+def _read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:
+    """The lines of a ``results.jsonl``: runs, what they had spent together, images both public and private."""
+    rows: list[Row] = []
+    together: list[Together] = []
+    exposed: list[str] = []
+    with storage_errors(path, "read"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for place, line in enumerate(lines, 1):
+        try:
+            entry = from_json(line)
+            if isinstance(entry, dict) and "together" in entry:
+                together.append(records.read(Together, entry["together"]))
+            elif isinstance(entry, dict) and "exposed" in entry:
+                exposed.append(str(entry["exposed"]))
+            else:
+                rows.append(records.read(Row, entry))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is no results of a sweep: line {place}: {error}",
+                fix="run the same `dprandp sweep` again: it writes the file from the runs",
+            ) from error
+    return rows, together, exposed
 
 
 def _group(rows: Sequence[Row]) -> Group:
@@ -169,6 +218,7 @@ def _group(rows: Sequence[Row]) -> Group:
     return Group(
         **{name: getattr(first, name) for name in ("system", "data", "size", "epsilon_total", "delta", "private")},
         epsilon=max(row.epsilon for row in rows),
+        runs=tuple(row.run for row in rows),
         seeds=len(rows),
         accuracy_std=statistics.stdev(accuracies) if len(rows) > 1 else None,
         **{name: mean(name) for name in ("accuracy", "majority_accuracy", "auc", "seconds")},
@@ -353,7 +403,7 @@ def warnings(found: Comparison) -> list[str]:
             said.append(f"{names} are about the same data: together they have spent {total} ({each.method})")
     for run in found.data_unknown:
         said.append(f"{run} has no private/training-images.npy, so it is unknown which other runs are about its images")
-    return said + found.exposed
+    return said + found.exposed + found.notes
 
 
 def lines(found: Comparison) -> str:
@@ -376,21 +426,28 @@ def as_csv(found: Comparison) -> str:
     group of a sweep."""
     text = io.StringIO()
     if found.groups:
-        writer = csv.DictWriter(text, [each.name for each in fields(Group)], lineterminator="\n")
+        names = [each.name for each in fields(Group) if each.name != "runs"]
+        writer = csv.DictWriter(text, [*names, *CSV_COLUMNS[-2:]], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(vars, found.groups))
+        for group in found.groups:
+            writer.writerow({name: getattr(group, name) for name in names} | _shared(found, group.runs))
         return text.getvalue()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in found.runs:
         low, high = row.accuracy_interval or (None, None)
-        shared = next((each for each in found.together if row.run in each.runs and each.epsilon is not None), None)
         values = {name: getattr(row, name) for name in CSV_COLUMNS if hasattr(row, name)}
-        values |= {"accuracy_low": low, "accuracy_high": high}
-        if shared is not None:
-            values |= {"together_epsilon": shared.epsilon, "together_delta": shared.delta}
-        writer.writerow(values)
+        writer.writerow(values | {"accuracy_low": low, "accuracy_high": high} | _shared(found, [row.run]))
     return text.getvalue()
+
+
+def _shared(found: Comparison, runs: Sequence[str]) -> dict[str, float]:
+    """The columns ``together_…`` of some runs; none where no other run is about their data."""
+    names = {Path(run).resolve() for run in runs}
+    for each in found.together:
+        if each.epsilon is not None and not names.isdisjoint(Path(run).resolve() for run in each.runs):
+            return {"together_epsilon": each.epsilon, "together_delta": each.delta}
+    return {}
 
 
 _LATEX = {

@@ -200,7 +200,8 @@ def _module(arch: str, code: str | None) -> nn.Module:
         raise UsageError(
             f"{arch} is code: to build the network, the file {path} is run, and it can do whatever you can, such as "
             "copy the private images",
-            fix="read the file, and if you trust it, give --trust-code, to each command that needs the network",
+            fix="read the file, and if you trust it, give --trust-code (in Python: trust_code=True), to each command "
+            "that needs the network",
         )
     source = _code(arch)
     if code not in (None, hashlib.sha256(source).hexdigest()):

@@ -19,11 +19,13 @@ line, or more of them than a line has, may replace charged lines, and are refuse
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,6 +193,19 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a written file its real name, unless a file has that name: FileExistsError."""
+    try:
+        os.link(temporary, path)  # refuses an existing name, which a rename replaces
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "it exists already, perhaps begun by another process just now") from None
+    except OSError:  # a file system without links: a crash may leave an unfinished header, which is refused
+        with open(path, "xb") as file:
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
     """Raise StorageError for an ``OSError``."""
@@ -245,9 +260,15 @@ class Ledger:
         """Start a ledger of N = ``examples`` records of a unit of privacy: write and fsync its header.
 
         ``budget``: the values that were fixed before the data were read, as finite JSON values; None in an audit.
-        StorageError where the file exists or cannot be written.
+
+        Guarantee:
+            The file appears at once, whole, and never in the place of another, also where several processes begin a
+            ledger at the same time or ``path`` is a link: the link stays, and its target is made.
+
+        Raises:
+            StorageError: the file exists, maybe begun by another process meanwhile, or cannot be written.
         """
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # of a link whose target is not there yet: the target
         body = {
             "kind": "header",
             "format": FORMAT,
@@ -257,15 +278,16 @@ class Ledger:
             "budget": None if budget is None else dict(budget),
             "created": _today(),
         }
-        temporary = path.with_name(path.name + ".new")
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         with _disk(path):
-            if path.exists():
-                raise FileExistsError(f"{path.name} exists already")
-            with open(temporary, "wb") as file:
-                file.write(seal(body, FIRST_PREVIOUS)[0])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(seal(body, FIRST_PREVIOUS)[0])
+                    file.flush()
+                    os.fsync(file.fileno())
+                _name_once(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
             folder = os.open(path.parent, os.O_RDONLY)  # fsync of a file does not cover its name
             try:
                 os.fsync(folder)

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dprandp.config import schema, toml
-from dprandp.config.schema import DATA_SETTINGS, STAGE_CONFIGS, WITHOUT_PHASE_ONE, public_arch, public_data_name
+from dprandp.config.schema import (
+    DATA_SETTINGS,
+    MODULE,
+    STAGE_CONFIGS,
+    WITHOUT_PHASE_ONE,
+    public_arch,
+    public_data_name,
+)
 from dprandp.config.settings import settings_of, text
 from dprandp.errors import DprandpError
 from dprandp.runs.directory import StageRow
@@ -55,6 +62,7 @@ def commands(name: str, rows: Sequence[StageRow]) -> str:
         begun = {stage: row for stage, row in begun.items() if stage not in ("generate", "pretrain")} or {
             "pretrain": begun["pretrain"]
         }
+    code = any(str(row.config.get("arch")).startswith(MODULE) for row in begun.values())
     lines, tables = [], {}
     for index, (stage, row) in enumerate(begun.items()):
         changed = {} if prior and stage == "pretrain" else _own_settings(row, begun)
@@ -65,6 +73,7 @@ def commands(name: str, rows: Sequence[StageRow]) -> str:
         if (size := row.config.get("size", "tiny")) != "tiny":
             words += ["--size", size]
         words += ["--config", SETTINGS_FILE] if tables[stage] else []
+        words += ["--trust-code"] if code and stage != "generate" else []
         for key, value in flags.items():
             words += [declared[key].flag, *([] if value is True else [text(published(key, value))])]
         lines.append(shlex.join(words))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,16 @@ def test_a_users_code_runs_only_with_the_flag(dprandp: Dprandp, tmp_path: Path, 
     assert (result["arch"], result["replaced"]) == ("module:net.py:small", "1 BatchNorm2d (1) by GroupNorm")
     again = dprandp(*command, "--trust-code", "--json", "--plan", folder=tmp_path)
     assert good(again)["action"] == "skip"
+    assert dprandp("report", "--run", run, folder=tmp_path).code == 0
+    assert "dprandp finetune --run runs/run --trust-code --" in (run / "report.html").read_text(encoding="utf-8")
+    # from Python the same: not without saying so
+    ran.unlink()
+    load = f"import dprandp; dprandp.load_model({str(run)!r}, trust_code=%s)"
+    for trusted in (False, True):
+        python = [sys.executable, "-c", load % trusted]
+        done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0, ran.exists()) == (trusted, trusted), done.stderr
+        assert trusted or "in Python: trust_code=True" in done.stderr
     # the model holds no code either: whoever uses it has to have the file, and to trust it
     ran.unlink()
     Image.fromarray(arrays()["x_test"][0]).save(tmp_path / "scan.png")

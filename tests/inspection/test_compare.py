@@ -22,6 +22,7 @@ from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.tuning import TuningEvent
+from dprandp.report.disclosure import epsilon_text
 from dprandp.runs.directory import RunDir
 from dprandp.runs.files import atomic_write
 from dprandp.runs.ledger import sealed_budget
@@ -241,3 +242,62 @@ def test_the_results_of_sweeps_are_means_and_deviations_over_seeds(tmp_path: Pat
     assert "83.0 ± 4.2 %</td>" in comparing.as_html(found)
     table = list(csv.DictReader(io.StringIO(comparing.as_csv(found))))
     assert [float(line["accuracy"]) for line in table] == [pytest.approx(0.83), 0.9]
+
+
+def results_of(path: Path, *runs: Path, **stored: Any) -> Path:
+    """A ``results.jsonl`` as a sweep writes it: a line for each run, with what it had spent."""
+    lines_of = []
+    for seed, run in enumerate(runs):
+        (row,) = compare([run]).runs
+        facts = {"system": "probe", "size": "tiny", "seed": seed, "accuracy": 0.8, "majority_accuracy": 0.1,
+                 "data": "scans", "seconds": 1.0}  # fmt: skip
+        lines_of.append(json.dumps({**vars(row), **facts}))
+    lines_of += [json.dumps({"together": stored})] if stored else []
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines_of))
+    return path
+
+
+def test_runs_of_several_sweeps_are_composed(make: Make, tmp_path: Path) -> None:
+    """Each file knows of its own runs alone, and together they are about the same images."""
+    runs = [make(f"sweep{number}/run", (100, 40.0)) for number in range(2)]
+    files = [results_of(run.parent / "results.jsonl", run) for run in runs]
+    assert [compare([file]).together for file in files] == [[], []]  # one run each
+    found = compare(files)
+    (together,) = found.together
+    (expected,) = compare(runs).together
+    assert (together.epsilon, together.delta) == (expected.epsilon, expected.delta)
+    assert together.epsilon > 1.3 * found.runs[0].epsilon
+    said = f"together they have spent ε = {epsilon_text(together.epsilon)}"
+    for text in (lines(found), comparing.as_html(found)):
+        assert said in text
+    (row,) = csv.DictReader(io.StringIO(comparing.as_csv(found)))
+    assert (float(row["together_epsilon"]), row["seeds"]) == (together.epsilon, "2")
+    # a sweep that was moved is found beside its file; without its runs nobody can know
+    (tmp_path / "sweep1").rename(tmp_path / "moved")
+    moved = [files[0], tmp_path / "moved/results.jsonl"]
+    assert compare(moved).together[0].epsilon == together.epsilon
+    shutil.rmtree(tmp_path / "moved/run")
+    (note,) = compare(moved).notes
+    assert f"not all runs of {moved[1]} are there" in note
+    assert "not what they and those of the other files have spent together" in note
+
+
+def test_what_was_spent_after_the_sweep_counts(make: Make, tmp_path: Path) -> None:
+    first, second = make("sweep/a", (100, 40.0)), make("sweep/b", (100, 40.0))
+    before = compare([first, second]).together[0]
+    file = results_of(tmp_path / "sweep/results.jsonl", first, second, **vars(before))
+    assert compare([file]).together == [before]
+    assert compare([file]).notes == []
+    run = RunDir.open(first, create=False)
+    with run.lock():
+        ledger = Ledger.open(run.privacy_dir / "ledger.jsonl")
+        ledger.charge(stage="finetune", attempt=1, steps=50, planned=50, noise_multiplier=20.0, sample_rate=1.0,
+                      clip_norm=1.0, random="os-entropy")  # fmt: skip
+        run.keep_ledger_head(ledger.head)
+    found = compare([file])
+    assert found.together[0].epsilon > before.epsilon
+    assert found.groups[0].epsilon == compare([first]).runs[0].epsilon > before.epsilon / 2
+    (note,) = found.notes
+    assert f"{first} has spent ε = " in note
+    assert note in lines(found)

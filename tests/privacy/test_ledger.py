@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -368,3 +369,69 @@ def test_no_more_steps_than_the_attempt_was_planned_to_make(tmp_path: Path) -> N
         ledger.charge(stage="probe", attempt=1, steps=2, **VALUES)
     assert ledger.path.read_bytes() == before
     ledger.charge(stage="probe", attempt=1, steps=1, **VALUES)
+
+
+# ------------------------------------------------------------------------------------------------------------ beginning
+
+
+def test_a_ledger_never_takes_the_place_of_one_that_was_begun_meanwhile(path, monkeypatch):
+    """Another process begins and charges it after this one looked, and before this one has written."""
+    link, others = os.link, []
+
+    def late(old, new):
+        monkeypatch.setattr(os, "link", link)
+        others.append(Ledger.create(path, examples=10))
+        others[0].charge(stage="head", attempt=1, steps=2, **VALUES)
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(StorageError, match="exists already"):
+        Ledger.create(path, examples=10)
+    assert Ledger.open(path).charges == others[0].charges
+    assert [each.name for each in path.parent.iterdir()] == [path.name]  # nothing is left behind
+
+
+def test_so_it_is_where_the_disk_knows_no_links(path, monkeypatch):
+    def none(old, new):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", none)
+    made = Ledger.create(path, examples=10)
+    made.charge(stage="head", attempt=1, steps=2, **VALUES)
+    with pytest.raises(StorageError):
+        Ledger.create(path, examples=10)
+    assert Ledger.open(path).charges == made.charges
+
+
+def _begin(path, ready, told):
+    ready.wait()
+    try:
+        Ledger.create(path, examples=10).charge(stage="head", attempt=1, steps=2, **VALUES)
+    except (StorageError, CheckpointError):
+        told.put(0)
+    else:
+        told.put(1)
+
+
+def test_of_processes_that_begin_a_ledger_at_once_the_charges_of_all_that_succeed_are_in_it(path):
+    fork = multiprocessing.get_context("fork")
+    for trial in range(20):
+        ready, told, own = fork.Barrier(3), fork.Queue(), path.with_name(f"{trial}.jsonl")
+        processes = [fork.Process(target=_begin, args=(own, ready, told)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        succeeded = sum(told.get(timeout=60) for _ in processes)
+        for process in processes:
+            process.join()
+        assert succeeded == len(Ledger.open(own).charges) == 1
+
+
+def test_links_to_a_ledger_that_is_still_to_come_are_links_to_one_ledger(path):
+    first, second = path.with_name("first"), path.with_name("second")
+    for link in (first, second):
+        link.symlink_to(path)
+    Ledger.create(first, examples=10).charge(stage="head", attempt=1, steps=2, **VALUES)
+    assert first.is_symlink()
+    with pytest.raises(StorageError, match="exists already"):
+        Ledger.create(second, examples=10)
+    assert Ledger.open(second).charged_steps("head", 1) == Ledger.open(path).charged_steps("head", 1) == 2
