@@ -253,13 +253,13 @@ class Dataset:
 
     @cached_property
     def _fingerprint(self) -> str:
-        train = self.train()
-        digest = hashlib.sha256(f"dprandp-data-1 {train.images.shape} ".encode())
-        digest.update(np.ascontiguousarray(train.images).data)
-        digest.update(np.ascontiguousarray(train.labels, dtype="<i8").data)
-        if self._units is not None:
-            digest.update(np.ascontiguousarray(self._units.of_image, dtype="<i8").data)
-        return digest.hexdigest()
+        return _fingerprint_of(self.train(), None if self._units is None else self._units.of_image)
+
+    @cached_property
+    def test_fingerprint(self) -> str:
+        """As ``fingerprint``, of the test split, which is not kept in memory."""
+        self.require_sound()
+        return _fingerprint_of(self._load("test"), self.test_units())
 
     def hashes(self, split: str = "train") -> np.ndarray:
         """Hashes that show whether an image is in another set too; as private as the images.
@@ -275,6 +275,15 @@ class Dataset:
         if self.spec.name != other.spec.name and ":" not in self.spec.name + other.spec.name:
             return False
         return not hash_set(self.hashes()).isdisjoint(hash_set(other.hashes()))
+
+
+def _fingerprint_of(split: Split, units: np.ndarray | None) -> str:
+    digest = hashlib.sha256(f"dprandp-data-1 {split.images.shape} ".encode())
+    digest.update(np.ascontiguousarray(split.images).data)
+    digest.update(np.ascontiguousarray(split.labels, dtype="<i8").data)
+    if units is not None:
+        digest.update(np.ascontiguousarray(units, dtype="<i8").data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class PrivateStage:
         with training_data.no_counts_after_a_charge(rundir):
             found = training_data.fingerprint_of(self.dataset)
         if plan_file(rundir).exists() or (self.budget.public_part != NO_PUBLIC_PART and self.name != CONTINUE):
-            training_data.refuse_other(rundir, self.budget.data, found)
+            training_data.refuse_other(rundir, self.budget.data, found, self.dataset)
         training_data.refuse_public(rundir, self.dataset)
         return {"train": found}
 

@@ -1,7 +1,7 @@
 """The identity of a run's data: their content, not their name.
 
-    private/training-data.json   hash of the training split; from the run's first private stage on, or from the first
-                                 stage that declares a part of it public
+    private/training-data.json   hashes of the training and of the test split; from the run's first private stage on, or
+                                 from the first stage that declares a part of the former public
     private/training-images.npy  ``Dataset.hashes`` of its images, one by one
     private/public-images.npy    those of the images of whole sets that the run has used as public ones
     private/declared-public.npy  those of the part of its own data that was declared public
@@ -95,7 +95,7 @@ def examine(rundir: RunDir, dataset: Dataset, console: Console) -> None:
 def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     """Record the hashes of the run's data: of everything in order, and of single images."""
     _write(rundir.private_dir / IMAGES, dataset.hashes())
-    hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES)}
+    hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES), "test": dataset.test_fingerprint}
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
@@ -125,8 +125,14 @@ def declare_public(rundir: RunDir, hashes: np.ndarray) -> None:
     _write(rundir.private_dir / DECLARED, hashes)
 
 
-def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
-    """Raise InputError unless the given data have the hash of the run's data, which the run calls ``name``.
+def refuse_other(rundir: RunDir, name: str, fingerprint: str, dataset: Dataset) -> None:
+    """Raise InputError unless the given data have the hashes of the run's data, which the run calls ``name``.
+
+    The test split must be the run's as well, although it is not protected: figures on images of the training split
+    that were moved into it would tell of them without noise.
+
+    Args:
+        fingerprint: of the training split of ``dataset``.
 
     Raises:
         CheckpointError: the record is lost or damaged.
@@ -137,12 +143,19 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str) -> None:
             f"{path} is missing, so it is unknown whether these are the data of this run",
             fix="restore the run's private folder from a copy, or start a new run",
         )
-    if read_hashes(path).get("train") != fingerprint:
+    recorded = read_hashes(path)
+    if recorded.get("train") != fingerprint:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "
             "differ",
             fix="give the same data with --data, from any path, and the same rules for their image files, or start a "
             "new --run for these",
+        )
+    if recorded.get("test") not in (None, dataset.test_fingerprint):
+        raise InputError(
+            f"the test split is not the one that this run began with ({name}): its content, order, labels or units "
+            "differ",
+            fix="give the same test split; `dprandp predict` classifies other images",
         )
 
 

@@ -34,7 +34,7 @@ from dprandp.report.disclosure import epsilon_text, interval_text, number, perce
 from dprandp.report.page import table_page
 from dprandp.runs import records
 from dprandp.runs.console import duration
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, looks_like_a_run
 from dprandp.runs.files import from_json, storage_errors
 from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
@@ -233,7 +233,7 @@ def runs_in(folder: Path) -> Comparison:
     """
     found = []
     for path, folders, _ in os.walk(folder):
-        runs = [name for name in folders if Path(path, name, "run.json").is_file()]
+        runs = [name for name in folders if looks_like_a_run(Path(path, name))]
         found += [Path(path, name) for name in runs]
         folders[:] = sorted({*folders} - {*runs})  # a run holds no other
     found.sort()

@@ -61,9 +61,11 @@ def verify(rundir: RunDir) -> Verdict:
 
     Raises:
         InputError: no private stage of the run is finished, so it claims nothing.
+        CheckpointError: that is what run.json says, and the ledger or the model says otherwise.
     """
     results = {stage: result for stage, result in rundir.results().items() if isinstance(result, PrivateResult)}
     if not results:
+        open_run_ledger(rundir, warn=lambda text: None)  # refuses charges, or a model, that run.json does not know of
         raise InputError(
             f"{rundir.path} has no finished private stage, so there is no claim to check",
             fix=f"run: dprandp probe --run {shlex.quote(str(rundir.path))}",

@@ -16,7 +16,7 @@ from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
 from dprandp.report import commands
 from dprandp.runs import records
-from dprandp.runs.directory import RunDir, StageRow
+from dprandp.runs.directory import RunDir, StageRow, looks_like_a_run
 from dprandp.runs.files import from_json, read_object, storage_errors
 from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, useful_parts
 from dprandp.runs.records import Count, Fraction, Number, Text
@@ -284,7 +284,7 @@ def _others(path: Path, ledger: Ledger, plan: dict[str, Any]) -> Others:
     """
     names, unreadable, measured, spent = [], [], [], [(ledger, float(plan.get("delta", 1)))]
     same_unit = True
-    for other in sorted(each.parent for each in path.parent.glob("*/run.json") if each.parent != path):
+    for other in sorted(each for each in path.parent.iterdir() if each != path and looks_like_a_run(each)):
         try:
             theirs = _read_object(other / "privacy" / "plan.json")
             if "data" not in theirs or not same_data_name(str(theirs["data"]), str(plan.get("data"))):

@@ -376,6 +376,12 @@ class StageRow:
     result: dict[str, Any] | None  # as recorded; empty where the stage is not finished
 
 
+def looks_like_a_run(path: Path) -> bool:
+    """Whether a folder is a run directory, or what is left of one: run.json may be lost, and must be missed."""
+    parts = ("privacy", *STAGES.values())
+    return (path / "run.json").is_file() or any((path / name).is_dir() for name in parts)
+
+
 class RunDir:
     """One run. Make it with ``RunDir.open``; hold ``lock()`` around everything that writes."""
 

@@ -125,6 +125,25 @@ def test_data_that_changed_behind_their_name_are_refused_uncharged(
     assert state_of(run) == before
 
 
+def test_another_test_split_behind_the_same_name_is_refused_uncharged(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    """Or its figures, which are not noisy, could be those of training images."""
+    made, run, path = arrays(), run_after("pretrain"), tmp_path / "set.npz"
+    np.savez(path, **made)
+    command = ("finetune", *small, "--run", run)
+    good(dprandp("probe", *small, "--run", run, "--data", f"npz:{path}", "--eps", 2, "--json"))
+    count = len(made["y_test"])
+    swapped = {f"{kind}_test": made[f"{kind}_train"][:count] for kind in "xy"}
+    before = state_of(run)
+    for change in (swapped, {"y_test": made["y_test"][::-1]}):
+        np.savez(path, **(made | change))
+        refused(dprandp(*command), 3, "the test split is not the one that this run began with", "dprandp predict")
+        assert state_of(run) == before
+    np.savez(path, **made)
+    good(dprandp(*command, "--json"))
+
+
 def test_another_number_of_images_behind_the_same_name_is_refused_unread(
     dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:

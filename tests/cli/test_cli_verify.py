@@ -33,6 +33,12 @@ def test_the_claims_of_a_run_hold_without_its_private_part(dprandp: Dprandp, run
 
 def test_a_run_without_private_stages_claims_nothing(dprandp: Dprandp, run_after: RunAfter) -> None:
     refused(dprandp("verify", "--run", run_after("pretrain")), 3, "no finished private stage")
+    for lost in ("run.json", "privacy"):  # it does claim something, and what is lost would have said so
+        run = run_after("probe")
+        (run / "run.json").unlink()
+        if lost == "privacy":
+            shutil.rmtree(run / "privacy")
+        refused(dprandp("verify", "--run", run), 4, "ledger")
 
 
 def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:

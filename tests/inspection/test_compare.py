@@ -204,6 +204,12 @@ def test_the_runs_of_a_folder(make: Make, tmp_path: Path, tmp_path_factory: pyte
     make("d", (100, 40.0)).rename(elsewhere)
     (tmp_path / "deep/link").symlink_to(elsewhere)
     found = runs_in(tmp_path)
+    lost = make("lost", (100, 40.0))
+    assert len(runs_in(tmp_path).runs) == 5
+    (lost / "run.json").unlink()
+    (row,) = [row for row in runs_in(tmp_path).runs if row.run == str(lost)]
+    assert "run.json does not know of it" in row.problem  # not listed would be taken for not spent
+    shutil.rmtree(lost)
     names = [Path(row.run).relative_to(tmp_path).as_posix() for row in found.runs]
     assert names == ["a", "b", "deep/er/c", "deep/link"]
     assert found.runs[0].problem is None
