@@ -32,7 +32,7 @@ from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.results import GenerateResult, PretrainResult, ProbeResult
 from dprandp.runs.signals import graceful_stop
-from dprandp.runs.tuning import tuning_of
+from dprandp.runs.tuning import elsewhere, tuning_of
 from dprandp.vision.images import colour_of
 
 STAGE = "probe"
@@ -83,6 +83,8 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
     if measured is None:
         return None
     settings = {"lr": lr, "steps": config.steps, "dims": config.dims}
+    tuned = tuning_of(context.rundir, stage.ledger, plan.delta, settings)
+    here = tuned is not None and config.tuned_on == elsewhere(tuned.on)  # the run's own tuned.toml
     result = ProbeResult(
         stage=STAGE,
         **vars(measured),
@@ -94,8 +96,8 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
         mirror=mirror,
         precision=config.precision,
         extractor_colour=extractor.built_from.colour,
-        tuned=tuning_of(context.rundir, stage.ledger, plan.delta, settings),
-        tuned_on=config.tuned_on,
+        tuned=tuned,
+        tuned_on=None if here else config.tuned_on,
         seconds=round(time.perf_counter() - started, 2),
     )
     result = release.write_model(stage, model, result)

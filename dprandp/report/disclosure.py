@@ -556,7 +556,7 @@ def _refit(refit: Refit | None) -> str:
 def _tuned(result: PrivateResult, changed: Sequence[str] | None) -> str:
     parts = [_tuned_here(result.tuned) + "."]
     if result.tuned_on:
-        parts.append(f"Declared by the user for settings tuned elsewhere: tuned on “{result.tuned_on}”.")
+        parts.append(f"Declared of settings tuned elsewhere: tuned on “{result.tuned_on}”.")
     parts.append(DEFAULTS_CHOSEN_ON)
     if changed is not None:
         own = f"Not default: {', '.join(changed)}."

@@ -106,8 +106,15 @@ class PrivateTuning(Tuning):
     private: bool
 
 
+def elsewhere(on: str) -> str:
+    """What ``tuned.toml`` declares of its settings as ``tuned_on``, for a run that they are given to."""
+    where = "its private data, which that run's ε counts" if on == PRIVATE else on
+    return f"{where}, by dprandp tune in another run"
+
+
 def write_tuning(rundir: RunDir, record: Tuning, settings: Mapping[str, Any]) -> None:
     """Write both files; the record last: its presence means that tuning is done."""
+    settings = {**settings, "tuned_on": elsewhere(record.on)}
     note = f"# Chosen by `dprandp tune` on {json.dumps(record.on, ensure_ascii=True)}; see {RECORD}.\n"
     atomic_write(rundir.path / SETTINGS, note + toml.dumps({"probe": settings}))
     atomic_write(rundir.path / RECORD, to_json({"format": FORMAT, **frozen(record)}, indent=1) + "\n")

@@ -35,7 +35,7 @@ def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
     assert "tuned on “our &lt;old&gt; scans”" in page
 
 
-def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) -> None:
+def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     run = run_after("pretrain")
     tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 2, "--on", "private", *DATA)
     slowly = "from dprandp.privacy import selection\nimport time\nrun = selection.PrivateSelection.run\n" \
@@ -57,9 +57,16 @@ def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter) 
     assert charged < good(dprandp(*probe))["epsilon"] == plan["epsilon_after"] <= 0.6
     dprandp("report", "--run", run)
     assert "the best of a random number of private trials (2 expected)" in (run / "report.html").read_text()
+    assert "tuned elsewhere" not in (run / "model/MODEL_CARD.md").read_text()
     before = state_of(run)
     refused(dprandp(*tune, "--overwrite", before=NO_PIXELS), 5, "comes first", "tune on synthetic")
     assert state_of(run) == before
+    tuned = run.rename(tmp_path / "tuned") / "tuned.toml"
+    other = run_after("pretrain")  # whose ε does not count what was spent there
+    done = dprandp("probe", "--run", other, "--config", tuned)
+    assert done.code == 0, done.err
+    card = (other / "model/MODEL_CARD.md").read_text()
+    assert "tuned on “its private data, which that run's ε counts, by dprandp tune in another run”" in card
 
 
 def test_what_tune_refuses(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
