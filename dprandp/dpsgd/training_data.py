@@ -3,6 +3,7 @@
     private/training-data.json   hashes of the training and of the test split; from the run's first private stage on, or
                                  from the first stage that declares a part of the former public
     private/training-images.npy  ``Dataset.hashes`` of its images, one by one
+    private/training-units.npy   the unit of privacy of each of these, int64 [N], where a unit may have several
     private/public-images.npy    those of the images of whole sets that the run has used as public ones
     private/declared-public.npy  those of the part of its own data that was declared public
     private/data-check.txt       problems found before the first charge, with the names of files
@@ -33,7 +34,7 @@ from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
 from dprandp.runs.files import atomic_path, atomic_write, to_json
 from dprandp.runs.ledger import ledger_file
 
-KEPT, IMAGES = "training-data.json", "training-images.npy"
+KEPT, IMAGES, UNITS = "training-data.json", "training-images.npy", "training-units.npy"
 PUBLIC, DECLARED = "public-images.npy", "declared-public.npy"
 
 
@@ -96,6 +97,9 @@ def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     """Record the hashes of the run's data: of everything in order, and of single images."""
     _write(rundir.private_dir / IMAGES, dataset.hashes())
     hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES), "test": dataset.test_fingerprint}
+    if (units := dataset.grouping()) is not None:
+        _write(rundir.private_dir / UNITS, units.of_image.astype(np.int64))
+        hashes["units"] = _sha256(rundir.private_dir / UNITS)
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
 
 
@@ -112,6 +116,26 @@ def hashes_of(rundir: RunDir) -> tuple[str, frozenset[bytes]] | None:
     if recorded.get("images") != _sha256(images):
         raise _damaged(images)
     return recorded.get("train", ""), hash_set(_read(images))
+
+
+def units_of(rundir: RunDir) -> dict[bytes, frozenset[int]] | None:
+    """The units of privacy (numbers of this run's own) that each image belongs to, by its hashes.
+
+    None where each image is a unit, or where this is not recorded.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    path, images = rundir.path / "private" / UNITS, rundir.path / "private" / IMAGES
+    if not path.exists():
+        return None
+    if read_hashes(rundir.path / "private" / KEPT).get("units") != _sha256(path):
+        raise _damaged(path)
+    found: dict[bytes, set[int]] = {}
+    for unit, rows in zip(np.load(path, allow_pickle=False).tolist(), _read(images), strict=True):
+        for digest in hash_set(rows[None]):
+            found.setdefault(digest, set()).add(unit)
+    return {digest: frozenset(units) for digest, units in found.items()}
 
 
 def public_images(rundir: RunDir, *names: str) -> frozenset[bytes]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from dprandp.config.schema import public_data_name
 from dprandp.dpsgd.budget import read_budget
-from dprandp.dpsgd.training_data import hashes_of, public_images
+from dprandp.dpsgd.training_data import hashes_of, public_images, units_of
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.report.disclosure import epsilon_text, interval_text, number, percent
@@ -290,6 +290,23 @@ class _Spent:
     unit: str
     data: str  # hash of everything in order
     images: frozenset[bytes]
+    units: dict[bytes, frozenset[int]] | None  # ``units_of``
+
+    def protects_alike(self, other: _Spent) -> bool:
+        """Whether all that a unit of one run has in both is one unit of the other: then their ε can be composed."""
+        if ONE_IMAGE in (self.unit, other.unit):
+            return self.unit == other.unit
+        if self.data == other.data:
+            return True
+        if self.units is None or other.units is None:
+            return False
+        pairs = {
+            (own, theirs)
+            for digest in self.units.keys() & other.units.keys()
+            for own in self.units[digest]
+            for theirs in other.units[digest]
+        }
+        return len(pairs) == len({own for own, _ in pairs}) == len({theirs for _, theirs in pairs})
 
 
 def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
@@ -301,14 +318,18 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
         if hashes is None:
             unknown.append(str(rundir.path))
         else:
-            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, *hashes))
+            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, *hashes, units_of(rundir)))
     together = []
     for same in _by_images(spent):
-        # other labels or another order make no other records of single images; other units do
-        by_records: dict[str, list[_Spent]] = {}
+        # other labels, sizes and colours, or another order, make no other records; other units do
+        by_records: list[list[_Spent]] = []
         for each in same:
-            by_records.setdefault("" if each.unit == ONE_IMAGE else each.data, []).append(each)
-        together += [_together(parts) for parts in by_records.values() if len(parts) > 1]
+            fitting = (parts for parts in by_records if all(each.protects_alike(other) for other in parts))
+            if (parts := next(fitting, None)) is None:
+                by_records.append([each])
+            else:
+                parts.append(each)
+        together += [_together(parts) for parts in by_records if len(parts) > 1]
         if len(by_records) > 1:
             names = tuple(each.run for each in same)
             units = ", ".join(sorted({each.unit for each in same}))

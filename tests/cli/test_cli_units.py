@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_process import Dprandp, RunAfter, arrays, good, refused, state_of
+from PIL import Image
 
 GROUPS = np.arange(120) // 4
 UNIT = "one patient (column patient_train)"
@@ -151,3 +152,23 @@ def test_the_line_of_a_probe_says_whose_the_rest_of_epsilon_is(dprandp: Dprandp,
     said = dprandp(*probe).out
     assert "ε = 0.6 of 2 (the probe's share is 0.3; the rest is for finetune), δ = 1e-05" in said
     assert "for finetune" not in dprandp("finetune", "--config", "small.toml", "--run", stages["finetune"]).out
+
+
+def test_patients_are_the_same_at_every_size_and_in_every_colour(dprandp: Dprandp, tmp_path: Path) -> None:
+    """Whoever has two models of one patient's images wants their total ε, whatever the networks see of them."""
+    random = np.random.default_rng(0)
+    for split, patients in (("train", 12), ("test", 4)):
+        for index in range(2 * patients):
+            place = tmp_path / "scans" / split / ("ill" if index % 4 > 1 else "healthy") / f"{split}{index // 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (70, 70), dtype=np.uint8)).save(place / f"{index}.png")
+    scratch = ("finetune", "--from", "scratch", "--arch", "wrn-10-1", "--steps", 1, "--batch-size", 4, "--eps", 3,
+               "--data", "folder:scans", "--unit-column", "folder")  # fmt: skip
+    runs = []
+    for number, more in enumerate(((), ("--input-size", 64), ("--colour", "grey"))):
+        runs.append(tmp_path / str(number))
+        done = dprandp(*scratch, *more, "--run", runs[-1], folder=tmp_path)
+        assert done.code == 0, done.err
+    (together,) = good(dprandp("compare", *runs, "--json"))["together"]
+    assert sorted(together["runs"]) == sorted(map(str, runs))
+    assert together["epsilon"] > 3

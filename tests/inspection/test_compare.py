@@ -37,16 +37,20 @@ def hashes(names: str) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 1, 16)
 
 
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """A run that has charged full batches (T, σ), or sampled ones (T, σ, q), and has no model yet.
 
-    ``images``: names of its images.
+    ``images``: names of its images. ``units``: which unit each of these is of.
     """
 
     def made(
         name: str | int, *charges: tuple, train: str = "t", images: str | None = "i", unit: str = "one image",
-        delta: float = 1e-5, tuning: bool = False, random: str = "os-entropy",
+        delta: float = 1e-5, tuning: bool = False, random: str = "os-entropy", units: str | None = None,
     ) -> Path:  # fmt: skip
         run = RunDir.open(tmp_path / str(name), create=True)
         plan = {"format": 1, "data": f"npz:/secret/{name}.npz", "epsilon": 3.0, "delta": delta, "examples": 1000,
@@ -54,8 +58,11 @@ def make(tmp_path: Path) -> Make:
         with run.lock():
             if images is not None:
                 np.save(run.private_dir / "training-images.npy", hashes(images))
-                known = hashlib.sha256((run.private_dir / "training-images.npy").read_bytes()).hexdigest()
-                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train, "images": known}))
+                known = {"images": hash_of(run.private_dir / "training-images.npy")}
+                if units is not None:
+                    np.save(run.private_dir / "training-units.npy", np.array(units.split(), np.int64))
+                    known["units"] = hash_of(run.private_dir / "training-units.npy")
+                atomic_write(run.private_dir / "training-data.json", json.dumps({"train": train} | known))
             ledger = Ledger.create(run.privacy_dir / "ledger.jsonl", 1000, budget=sealed_budget(plan))
             atomic_write(run.privacy_dir / "plan.json", json.dumps(plan))
             run.keep_ledger_head(ledger.head)
@@ -139,6 +146,39 @@ def test_units_are_not_mixed(make: Make) -> None:
         (tuple(map(str, patients)), False), ((*map(str, patients), str(others), str(single)), True),
     ]  # fmt: skip
     assert "different units of privacy, or with other units (one image, one patient" in found.together[1].method
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "composed"),
+    [
+        (("i j k", "0 0 1"), ("i j k", "5 5 3"), True),  # other names, and another size or colour: another hash in all
+        (("i j k", "0 0 1"), ("k j i", "0 1 1"), True),
+        (("i j k", "0 0 1"), ("j l", "0 0"), True),  # more of the same patient
+        (("i j k", "0 0 1"), ("i j k", "0 1 1"), False),
+        (("i j k", "0 0 1"), ("i j k", "0 1 2"), False),  # one patient of the first is two of the second
+        (("i j k", "0 0 1"), ("i k", "0 0"), False),
+        (("i j k", "0 0 1"), ("i j k", None), False),  # not recorded
+    ],
+)
+def test_runs_that_divide_their_common_images_alike_are_composed(
+    make: Make, first: tuple, second: tuple, composed: bool
+) -> None:
+    runs = [
+        make(name, (100, 40.0), images=images, units=units, unit=PATIENT, train=name)
+        for name, (images, units) in zip("ab", (first, second), strict=True)
+    ]
+    (together,) = compare(runs).together
+    assert (together.epsilon is not None) is composed
+    if composed:
+        truth = gaussian_dp_epsilon(math.sqrt(2 * 100 / 40.0**2), 1e-5)
+        assert truth <= together.epsilon <= 1.01 * truth
+
+
+def test_units_that_are_not_those_of_the_run_are_refused(make: Make) -> None:
+    runs = [make(name, (100, 40.0), images="i j", units="0 0", unit=PATIENT, train=name) for name in "ab"]
+    np.save(runs[0] / "private/training-units.npy", np.array([0, 1]))
+    with pytest.raises(CheckpointError, match=r"training-units\.npy is damaged"):
+        compare(runs)
 
 
 def test_a_copy_counts_as_a_run_of_its_own_and_another_name_of_a_run_does_not(make: Make, tmp_path: Path) -> None:
