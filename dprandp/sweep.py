@@ -56,7 +56,7 @@ SHARED = ("generate", "pretrain")
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "probe": {"generate": {}, "pretrain": {}, "probe": {"share": 1.0}},
     "dp-randp": {"generate": {}, "pretrain": {}, "probe": {"share": 0.3}, "finetune": {}},
-    "de2022": {"finetune": {"source": "scratch", "recipe": "de2022", "arch": "wrn-16-4"}},
+    "de2022": {"finetune": {"source": "scratch", "arch": "wrn-10-1"}},
     "pruning": {
         "generate": {}, "pretrain": {}, "probe": {}, "finetune": {"source": "probe", "freeze": "random", "keep": 0.1},
     },
@@ -66,6 +66,9 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 """Name -> its stages, each with the settings that make the system. A configuration file overrides them."""
+
+PUBLISHED = {"de2022": {"finetune": {"arch": "wrn-16-4", "recipe": "de2022"}}}
+"""What they are at size paper: hours of a GPU. dp-randp's recipe is the size's own."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ def _cell(asked: Asked, folder: Path, data: str, system: str, epsilon: float, se
     configs: dict[str, StageConfig] = {}
     for stage, settings in SYSTEMS[system].items():
         common = {"seed": seed} | ({} if stage in SHARED else {"data": data, "epsilon": epsilon})
-        configs[stage] = resolve(stage, asked.size, asked.file, common, settings)
+        published = PUBLISHED.get(system, {}).get(stage, {}) if asked.size == "paper" else {}
+        configs[stage] = resolve(stage, asked.size, asked.file, common, settings | published)
     if "probe" in configs and "finetune" in configs and configs["finetune"].source == PRETRAINED:
         del configs["probe"]  # at size paper the recipe has none
     if "pretrain" in configs:
@@ -178,7 +182,9 @@ def plan(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Conte
             whole = [*([] if ledger is None else ledger.stages()), *stages]
         done = cell.finished()
         action = "skip" if done else "resume" if (cell.path / "run.json").exists() else "fresh"
-        facts = {"action": action, "epsilon_after": made.epsilon_after, "missing": made.missing}
+        arch = cell.configs.get("pretrain", cell.configs.get("finetune")).arch
+        last = f"{made.stage} ({arch}): T = {made.steps}, B = {made.sample_rate * made.examples:.0f}, K = {made.views}"
+        facts = {"action": action, "epsilon_after": made.epsilon_after, "missing": made.missing, "last": last}
         runs.append({"run": str(cell.path), **cell.facts, **facts})
         if math.isfinite(made.epsilon_after):
             costs.setdefault(cell.facts["data"], []).append((str(cell.path), whole, made.delta))
@@ -212,7 +218,7 @@ def plan_lines(made: SweepPlan) -> str:
     names = [Path(run["run"]).name for run in made.runs]
     width = max(map(len, names))
     lines = [
-        f"{name:<{width}}  ε = {epsilon_text(run['epsilon_after'])}{said[run['action']]}"
+        f"{name:<{width}}  ε = {epsilon_text(run['epsilon_after'])}; {run['last']}{said[run['action']]}"
         for name, run in zip(names, made.runs, strict=True)
     ]
     times = "once" if made.public == 1 else f"{made.public} times"

@@ -212,7 +212,7 @@ def test_a_run_and_its_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no stage 'prob'"):
         dprandp.run("digits", directory=tmp_path / "run", prob={"steps": 3})
     with pytest.raises(UsageError, match="'epsilon'"):  # which of the two would count?
-        dprandp.run("digits", epsilon=1.0, directory=tmp_path / "other", probe={"epsilon": 8.0})
+        dprandp.run("digits", epsilon=1.0, directory=tmp_path / "other", **(small | {"probe": {"epsilon": 8.0}}))
     assert not (tmp_path / "other").exists()
     image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)
     for path in (tmp_path / "run", tmp_path / "run/model"):

@@ -174,7 +174,8 @@ def datasets(
     data: Annotated[str | None, option("List only this data set. Default: all.", DATA, metavar="NAME")] = None,
     check: Annotated[str | None, option("Count duplicates, units and empty classes of this data set (known name, "
                                         "npz:PATH, folder:PATH). Reads private data; the result is private and is not "
-                                        "stored. Default: none.", DATA, "--check", "NAME")] = None,
+                                        "stored. Exit code 3 for what a run would refuse. Default: none.", DATA,
+                                        "--check", "NAME")] = None,
     names: Annotated[Path | None, option("With --check: write the names of files that cannot be used, or that occur in "
                                          "both splits, into this file, which is private. Default: no names.", DATA,
                                          metavar="FILE")] = None,
@@ -193,7 +194,10 @@ def datasets(
         config = build("probe", asked | {"data": check})
         found = overview.check_dataset(config, options.data_dir, console, names)
         console.say("these counts are of private data, without noise: do not publish them")
-        return console.result(found, overview.check_lines(found))
+        console.result(found, overview.check_lines(found))
+        if found.units_in_test:
+            raise typer.Exit(InputError.exit_code)
+        return None
     if names is not None:
         raise UsageError("--names needs --check", fix="name the data set with --check NAME")
     if idle := [name for name, value in given.items() if value is not None]:

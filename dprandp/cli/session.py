@@ -277,6 +277,8 @@ def released_model(run: Path, folder: Path | None):
     if folder is not None:
         model = load_model(folder)
     else:
+        if not run.exists():
+            raise InputError(f"there is no run at {run}", fix="name the run that made the model: --run DIR")
         rundir = RunDir.open(run, create=False)
         model, budget = load_run_model(rundir), read_budget(rundir)
         if budget is not None and budget.spent > model.result.epsilon * (1 + 1e-6):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,8 +111,11 @@ def _read_units_file(path: Path, column: str) -> dict[str, str]:
         raise InputError(f"{path} is no table of comma-separated values", fix="save it again as CSV") from error
     missing = [name for name in ("file", column) if header.count(name) != 1]
     if missing:
+        others = [name for name in header if name != "file" and header.count(name) == 1]
+        there = f"--unit-column {shlex.quote(others[0])}, or " if missing == [column] and others else ""
         raise InputError(
-            f"{path} has no single column {missing[0]!r}", fix=f"give it the header file,{column}, or another column"
+            f"{path} has no single column {missing[0]!r}; its columns are {', '.join(header)}",
+            fix=f"give {there}the file the header file,{column}",
         )
     if any(len(row) != len(header) for row in lines):
         raise InputError(f"{path} has lines of other lengths than its header", fix="save it again as CSV")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.config.schema import ProbeConfig, data_options
+from dprandp.config.schema import PRETRAINED, WITHOUT_PHASE_ONE, ProbeConfig, data_options
 from dprandp.data import (
     DataCheck,
     DatasetRow,
@@ -39,7 +39,13 @@ class Status:
 
 def status(rundir: RunDir) -> Status:
     """What ``dprandp status`` shows."""
-    rows = [row for row in rundir.status() if row.state != "missing" or row.stage not in OPTIONAL_STAGES]
+    table = {row.stage: row for row in rundir.status()}
+    needless = {*OPTIONAL_STAGES}
+    if (table["probe"].result or {}).get("share") == 1:  # nothing is left for a fine-tune
+        needless.add("finetune")
+    if (table["finetune"].config or {}).get("source") in (PRETRAINED, *WITHOUT_PHASE_ONE):
+        needless.add("probe")
+    rows = [row for row in table.values() if row.state != "missing" or row.stage not in needless]
     return Status(str(rundir.path), rows, read_budget(rundir))
 
 
@@ -125,6 +131,9 @@ def check_lines(found: DataCheck) -> str:
     ]
     if found.units_in_test is not None:
         lines.append(f"  units with images in both splits                    {found.units_in_test}")
+        if found.units_in_test:
+            lines.append("A run refuses these units: put all images of a unit into one split, or give "
+                         "--allow-shared-units to it.")  # fmt: skip
     empty = found.empty_classes
     lines.append(f"  declared classes without a training image           {len(empty)}")
     if empty:

@@ -161,9 +161,9 @@ def _line(made: Plan) -> str:
         return f"continue: {made.steps} steps on public images only ({made.public}), no cost in ε{action}"
     refit = made.refit
     then = "" if refit is None else f", then the head alone: T = {refit.steps}, σ = {refit.noise_multiplier:.4g}"
-    size = f"N = {made.examples}"
+    size = f"N = {made.examples} units of privacy, each {made.unit}"
     if made.unit != ONE_IMAGE:
-        size += f" units, each {made.unit}, {made.train_examples} images"
+        size += f", {made.train_examples} images"
     size += "".join(f", {declared}" for declared in (made.labels, made.split_rule, made.decoding) if declared)
     noise = ", discrete noise" if made.noise == "discrete" else ""
     if isinstance(made, ContinuePlan):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dprandp.config.schema import FinetuneConfig, PretrainConfig, public_arch
 from dprandp.errors import CheckpointError, InputError
 from dprandp.models.torchvision import Backbone
-from dprandp.runs.checkpoint import tensors_from_bytes
+from dprandp.runs.checkpoint import DamagedCheckpointError, tensors_from_bytes
 from dprandp.runs.files import file_sha256, storage_errors
 
 INPUT = "public weights"
@@ -66,7 +66,14 @@ def load_public_weights(path: Path, extractor: nn.Module, arch: str) -> list[str
     with storage_errors(path, "read"):
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path} has more than {MOST_BYTES:,} bytes", fix="give a file with the network's weights")
-        tensors = tensors_from_bytes(path.read_bytes(), path)
+        try:
+            tensors = tensors_from_bytes(path.read_bytes(), path)
+        except DamagedCheckpointError as error:
+            raise CheckpointError(
+                error.problem,
+                fix="give public weights as a whole safetensors file; of a .pth file make one first, as in "
+                "docs/stages.md (Networks of torchvision, and your own)",
+            ) from error
     target, another_task = extractor, OF_ANOTHER_TASK
     if isinstance(extractor, Backbone):
         target, last = extractor.network, extractor.classifier

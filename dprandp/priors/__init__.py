@@ -242,5 +242,5 @@ def lines(rows: list[Row]) -> str:
             f"{row.name:<19} {row.process:<20} {row.images:>7} {row.feature_dim:>8} "
             f"{size_text(row.bytes):>7}  {row.licence:<8} {'; '.join(results)}{stamp}"
         )
-    said.append(f"cards: {FOLDER}; use one with: dprandp probe --prior NAME --data DATA --eps 1")
+    said.append(f"cards: {FOLDER}; use one with: dprandp run --prior NAME --data DATA --eps 1")
     return "\n".join(said)

@@ -282,7 +282,7 @@ def test_export_as_a_graph(
     done = dprandp("export", "--run", stages["finetune"], "--format", format, "--out", out)
     assert done.code == 0, done.err
     assert done.err == ""
-    assert "equal to the model within" in done.out
+    assert "equal to the model in float32 within" in done.out
     assert local_paths(tmp_path, [str(stages["finetune"]), str(tmp_path), str(Path(__file__).parents[2])]) == []
     refused(dprandp("export", "--run", stages["finetune"], "--format", format, "--out", out), 2, "exists")
     refused(dprandp("export", "--run", stages["finetune"], "--out", out), 2, f"--format {format}")

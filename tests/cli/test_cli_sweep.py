@@ -68,8 +68,9 @@ def test_a_sweep_refuses_before_anything_runs(dprandp: Dprandp, tmp_path: Path) 
     out = ("--out", tmp_path / "out")
     refused(dprandp(*SWEEP, "--system", "dprandp", *out), 2, "no system called 'dprandp'", "did you mean 'dp-randp'")
     refused(dprandp(*SWEEP, "--seeds", 0, *out), 2, "--seeds 0")
-    done = dprandp("sweep", "--data", "digits", "--system", "probe", "--system", "de2022", "--seeds", 1, *out)
-    refused(done, 2, "digits-de2022-tiny-eps1-s0: --batch-size 4096 exceeds the 1440 training examples")
+    done = dprandp("sweep", "--data", "digits", "--system", "probe", "--system", "de2022", "--seeds", 1,
+                   "--size", "paper", *out)  # fmt: skip
+    refused(done, 2, "digits-de2022-paper-eps1-s0: --batch-size 4096 exceeds the 1440 training examples")
     refused(dprandp(*SWEEP, "--data", f"npz:{tmp_path}/tiny.npz", *out), 2, "two runs of this sweep would be called")
     refused(dprandp(*SWEEP, "--data", f"npz:{tmp_path}/none.npz", *out), 3, "none.npz")
     assert not (tmp_path / "out").exists()

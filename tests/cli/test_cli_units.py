@@ -31,7 +31,7 @@ def test_patients_through_all_commands(dprandp: Dprandp, run_after: RunAfter, da
     run = run_after("pretrain")
     asked = ("--data", data, "--unit-column", "patient", "--classes", 3)
     probe = ("probe", "--config", "small.toml", "--run", run, *asked)
-    assert f"N = 30 units, each {UNIT}, 120 images" in dprandp(*probe, "--plan").out
+    assert f"N = 30 units of privacy, each {UNIT}, 120 images" in dprandp(*probe, "--plan").out
     done = dprandp(*probe, "--json")
     assert done.code == 0, done.err
     assert (done.json["unit"], done.json["train_units"], done.json["expected_batch"]) == (UNIT, 30, 30)

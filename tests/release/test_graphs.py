@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from dprandp.config.publication import Publication
 from dprandp.errors import DprandpError, UsageError
-from dprandp.release import Export, ReleasedModel, export, graph, load_model, predict
+from dprandp.release import Export, ReleasedModel, export, export_line, graph, load_model, predict
 
 SMALL = (12, 10, 1)
 """Height, width, channels: smaller than the network's input, not square, grey."""
@@ -198,6 +198,10 @@ def test_a_model_in_bfloat16_is_exported_in_float32(tmp_path: Path) -> None:
     export(model, tmp_path / "out.onnx", format="onnx")
     about = metadata_of(tmp_path / "out.onnx")
     assert (about["precision"], about["precision_of_the_model"]) == ("float32", "bfloat16")
+    # the line names what the user will see: how far the graph is from the model whose accuracy the card states
+    made = export(model, tmp_path / "again.pt2", format="torch-export")
+    assert made.evaluated_difference > 10 * made.largest_difference
+    assert f"as it was evaluated, in bfloat16, within {made.evaluated_difference:.0e}" in export_line(made)
     images = pictures(7, (32, 32, 3), seed=1)
     expected = model.probabilities(images).numpy()
     assert 0 < np.abs(answers(tmp_path / "out.onnx", images) - expected).max() < 0.05

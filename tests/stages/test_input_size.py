@@ -124,7 +124,7 @@ def test_a_network_from_scratch(tmp_path: Path, fine: str) -> None:
     assert result["input_size"] == 48
     model = load_model(tmp_path / "run/model")
     assert (model.shape, model.network.extractor.input_size) == ((48, 48, 3), 48)
-    exported, apart = graph_of(model, "torch-export", Publication())
+    exported, apart, _ = graph_of(model, "torch-export", Publication())
     assert (len(exported) > 1000, apart < 1e-5) == (True, True)
 
 
