@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ from dprandp.config.schema import (
     images_of_run,
     public_data_name,
     resolve,
+    same_data_name,
 )
+from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.statistics import PUBLIC_FOLDER
 from dprandp.errors import DprandpError, InputError, UsageError, nearest
 from dprandp.inspection import compare
@@ -46,7 +48,7 @@ from dprandp.report import page
 from dprandp.report.disclosure import epsilon_text, number
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
-from dprandp.runs.directory import RunDir
+from dprandp.runs.directory import RunDir, looks_like_a_run
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.runs.ledger import combined, open_run_ledger
 
@@ -188,6 +190,10 @@ def plan(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Conte
         runs.append({"run": str(cell.path), **cell.facts, **facts})
         if math.isfinite(made.epsilon_after):
             costs.setdefault(cell.facts["data"], []).append((str(cell.path), whole, made.delta))
+    for data, path, stages, delta in _earlier(chosen, folder):
+        for named in costs:
+            if same_data_name(data, named):
+                costs[named].append((str(path), stages, delta))
     return SweepPlan(
         folder=str(folder),
         runs=runs,
@@ -196,6 +202,17 @@ def plan(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Conte
         exposed=_exposed(chosen),
         not_private=sum(math.isinf(cell.facts["epsilon_total"]) for cell in chosen),
     )
+
+
+def _earlier(chosen: Sequence[Cell], folder: Path) -> Iterator[tuple[str, Path, list[Stage], float]]:
+    """Data, path, mechanisms and δ of the private runs of earlier sweeps in a folder."""
+    paths = {cell.path.resolve() for cell in chosen}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.resolve() not in paths and looks_like_a_run(path):
+            rundir = RunDir.open(path, create=False)
+            budget, ledger = read_budget(rundir), open_run_ledger(rundir)
+            if budget is not None and budget.private and ledger is not None and ledger.events():
+                yield budget.data, path, ledger.stages(), budget.delta
 
 
 def _exposed(chosen: Sequence[Cell]) -> list[str]:
@@ -322,10 +339,15 @@ def keep_features(run: Path, public: Path) -> None:
 
 
 def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
-    """``results.jsonl`` of the finished runs."""
-    finished = [cell for cell in chosen if cell.finished()]
-    found = compare.compare([cell.path for cell in finished])
-    facts = [{key: cell.facts[key] for key in ("system", "size", "seed")} for cell in finished]
+    """``results.jsonl`` of the finished runs, and of those of earlier sweeps that it has already; returns all these."""
+    keys = ("system", "size", "seed")
+    finished = {cell.path: {key: cell.facts[key] for key in keys} for cell in chosen if cell.finished()}
+    if (folder / RESULTS).exists():
+        for row in collected([folder / RESULTS]).runs:
+            path = folder / Path(row.run).name
+            if looks_like_a_run(path):
+                finished.setdefault(path, {key: getattr(row, key) for key in keys})
+    found, facts = compare.compare(list(finished)), finished.values()
     private = [row.run for row in found.runs if row.private]
     together = compare.compare([Path(name) for name in private]).together if private else []
     lines = [to_json({**vars(row), **own}) for row, own in zip(found.runs, facts, strict=True)]

@@ -260,7 +260,8 @@ MAY_READ_PIXELS = {
     "hashes": {"dprandp.dpsgd.training_data"},
     "examine": {"dprandp.dpsgd.training_data", "dprandp.inspection.overview"},
     "shares_images_with": {"dprandp.continual.public", "dprandp.tune.public"},
-    "grouping": {"dprandp.dpsgd.units", "dprandp.audit"},  # paired runs on the private records, where asked for
+    # paired runs on the private records, where asked for; the record of them in private/
+    "grouping": {"dprandp.dpsgd.units", "dprandp.audit", "dprandp.dpsgd.training_data"},
 }  # fmt: skip
 
 

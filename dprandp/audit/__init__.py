@@ -32,7 +32,7 @@ from dprandp.audit.games import (
     units,
 )
 from dprandp.audit.loops import IMAGES, Facts, Labels, on_made_up, on_private_data, passed
-from dprandp.audit.settings import CONTRADICTION, SIGNIFICANCE, AuditSettings
+from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
 from dprandp.errors import AuditError, InputError
@@ -44,7 +44,7 @@ from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.files import atomic_path, atomic_write, to_json
 from dprandp.runs.ledger import ledger_file, open_run_ledger
-from dprandp.runs.results import ONE_IMAGE
+from dprandp.runs.results import CONTRADICTION, ONE_IMAGE
 
 
 def draw(result: AuditResult, path: Path) -> None:

@@ -9,9 +9,6 @@ from dprandp.errors import UsageError
 SIGNIFICANCE = 1e-3
 """Of each lower bound: how often a sound mechanism may be accused."""
 
-CONTRADICTION = "contradiction"
-"""Outcome of an audit whose tests show more than was claimed."""
-
 MOST_TRIALS = 20_000_000
 MOST_CANARIES = 200_000
 

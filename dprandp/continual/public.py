@@ -33,11 +33,11 @@ from dprandp.config.schema import (
 )
 from dprandp.continual.loss_terms import LossTerms, loss_terms
 from dprandp.continual.switching import Look
-from dprandp.data import DataSpec, open_dataset, public_part
+from dprandp.data import DataSpec, open_dataset, public_part, without_public_part
 from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import refuse_other_labels
-from dprandp.dpsgd.training_data import declare_public, use_as_public
+from dprandp.dpsgd.training_data import declare_public, refuse_public, use_as_public
 from dprandp.errors import UsageError
 from dprandp.generate import load_images
 from dprandp.models.classifier import Classifier
@@ -114,6 +114,7 @@ def make_task(config: ContinueConfig, context: Context, spec: DataSpec) -> Publi
         use_as_public(context.rundir, dataset)
         split, part = dataset.train(), f"images of {dataset.spec.name}"
     else:
+        refuse_public(context.rundir, without_public_part(dataset, fraction, config.seed))  # was it another part?
         split, hashes = public_part(dataset, fraction, config.seed)
         declare_public(context.rundir, hashes)
         part = f"training images of {dataset.spec.name}, a random part by a public seed"

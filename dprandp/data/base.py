@@ -162,6 +162,7 @@ class Dataset:
         self._hashes = hashes if files is None else files.hashes
         self._files, self._problems = files, tuple(problems)
         self._units = units
+        self.left_out: Callable[[], np.ndarray] = lambda: np.empty((0, 1, 16), np.uint8)
         self._read = read
         self._train: Split | None = None
 
@@ -494,7 +495,9 @@ def without_public_part(dataset: Dataset, fraction: float, seed: int) -> Dataset
         return dataset.hashes(split)[kept] if split == "train" else dataset.hashes(split)
 
     rest = dataclasses.replace(spec, train_examples=len(kept))
-    return Dataset(rest, read, dataset.require, problems=dataset._problems, hashes=hashes)
+    made = Dataset(rest, read, dataset.require, problems=dataset._problems, hashes=hashes)
+    made.left_out = lambda: dataset.hashes()[chosen]
+    return made
 
 
 def public_part(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, np.ndarray]:

@@ -71,7 +71,10 @@ def public_whitener(
     def fitted() -> whitening.Whitener:
         settings = (config.dims, config.whitening_floor, extractor.parts)
         kind = dtype_of(extractor)
-        whitener = whitening.fit(features, *settings, views=config.statistics_views, kind=kind)
+        with context.console.progress(len(extractor.parts), "parts of the features whitened") as progress:
+            whitener = whitening.fit(
+                features, *settings, views=config.statistics_views, kind=kind, fitted=progress.advance
+            )
         checkpoint.save(folder, WHITENER, whitener.state_dict(), wanted, keep=1)
         return whitener
 

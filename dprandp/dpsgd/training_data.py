@@ -145,8 +145,15 @@ def public_images(rundir: RunDir, *names: str) -> frozenset[bytes]:
 
 
 def declare_public(rundir: RunDir, hashes: np.ndarray) -> None:
-    """Record which of a run's own images were declared public: another run may take them to be private."""
-    _write(rundir.private_dir / DECLARED, hashes)
+    """Record which of a run's own images were declared public, beside those that were before.
+
+    Another run may take them to be private; this one may not any more, see ``refuse_public``.
+    """
+    path = rundir.private_dir / DECLARED
+    if not path.exists():
+        _write(path, hashes)
+    elif not hash_set(hashes) <= public_images(rundir, DECLARED):
+        _write(path, np.concatenate([_read(path).reshape(-1, 1, 16), hashes.reshape(-1, 1, 16)]))
 
 
 def refuse_other(rundir: RunDir, name: str, fingerprint: str, dataset: Dataset) -> None:
@@ -203,13 +210,22 @@ def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
 
 
 def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
-    """Raise BudgetError if the run has used any of these private images as public: that cost was never counted."""
-    known = public_images(rundir, PUBLIC)
+    """Raise BudgetError if the run has used any of these private images as public: that cost was never counted.
+
+    They may have been of a whole set, or of a part of these data that was declared public for ``diagnose`` or
+    ``continue``, and is another one now. Where it is the same part, copies of its images in the private rest are not
+    looked for: they were there when it was declared.
+    """
+    known, declared = public_images(rundir, PUBLIC), public_images(rundir, DECLARED)
+    if declared:
+        own = hash_set(dataset.left_out())
+        known |= frozenset() if declared == own else declared - own
     if known and not known.isdisjoint(hash_set(dataset.hashes())):
         raise BudgetError(
             f"this run has used images of {dataset.spec.name} as public data, so it cannot count what it tells about "
             "them",
-            fix="start a new --run for these data, with other public data or none",
+            fix="give the same --public fraction and seed to continue, or start a new --run for these data, with other "
+            "public data or none",
         )
 
 

@@ -153,7 +153,7 @@ def collected(files: Sequence[Path]) -> Comparison:
             if len(files) > 1:
                 notes[-1] += ", and not what they and those of the other files have spent together"
         else:
-            opened |= {run.path.resolve(): run for run in runs.values()}
+            opened |= {run.path.resolve(): run for run in [*runs.values(), *_beside(path, own)]}
             budgets = {name: read_budget(run) for name, run in runs.items()}
             spent = {name: 0.0 if budget is None else budget.spent for name, budget in budgets.items()}
             for place, row in enumerate(own):
@@ -183,6 +183,14 @@ def _run_of(row: Row, results: Path) -> RunDir | None:
         if (path / "run.json").is_file():
             return RunDir.open(path, create=False)
     return None
+
+
+def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:
+    """Private runs in a sweep's folder that have no line in its results: of an earlier sweep, or not finished."""
+    listed = {Path(row.run).name for row in rows}
+    found = [RunDir.open(path, create=False) for path in sorted(results.parent.iterdir())
+             if path.name not in listed and looks_like_a_run(path)]  # fmt: skip
+    return [run for run in found if (budget := read_budget(run)) is not None and budget.private]
 
 
 def _read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:

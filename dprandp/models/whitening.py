@@ -12,7 +12,7 @@ one image (crops, other colours), which carries no information about its class: 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,7 @@ def fit(
     *,
     views: int = 1,
     kind: torch.dtype = torch.float32,
+    fitted: Callable[[int], None] = lambda parts: None,
 ) -> Whitener:
     """Fit a whitener to the features of synthetic images.
 
@@ -116,6 +117,7 @@ def fit(
             components with far less are damped rather than amplified.
         parts, kind: as for ``Whitener``; statistics are computed in float32.
         views: V; the rows are V views of each of n / V images, next to each other.
+        fitted: called with 1 after each part: a wide one takes a minute.
 
     Returns:
         The whitener. Deterministic: an eigenvector's sign is that of its product with fixed random numbers.
@@ -129,6 +131,7 @@ def fit(
             whitened = functional.normalize(projected, dim=1)
             components = _normalise_within(components, whitened.unflatten(0, (-1, views)))
         whitener.mean[own], whitener.projection[own] = mean, scale[:, None] * components
+        fitted(1)
     return whitener
 
 

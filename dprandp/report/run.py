@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
-from dprandp.audit.settings import CONTRADICTION
 from dprandp.config.schema import same_data_name
 from dprandp.errors import CheckpointError, DprandpError, InputError
 from dprandp.privacy.ledger import Ledger
@@ -20,7 +19,7 @@ from dprandp.runs.directory import RunDir, StageRow, looks_like_a_run
 from dprandp.runs.files import from_json, read_object, storage_errors
 from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, useful_parts
 from dprandp.runs.records import Count, Fraction, Number, Text
-from dprandp.runs.results import PrivateResult, StageResult
+from dprandp.runs.results import CONTRADICTION, PrivateResult, StageResult
 
 PRIVATE_STAGES = ("continue", "probe", "finetune")
 """Stages that may read private images; ``Run.private_stages`` are those that did, and are finished."""

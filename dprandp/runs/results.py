@@ -18,6 +18,9 @@ from dprandp.vision.intervals import wilson
 ONE_IMAGE = "one image"
 """A result's name of the unit of privacy if each image is one."""
 
+CONTRADICTION = "contradiction"
+"""Outcome of an audit whose tests show more than was claimed."""
+
 ALL_WEIGHTS = "all"
 """``trained_weights`` of a result where nothing is left out."""
 

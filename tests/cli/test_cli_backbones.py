@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_users_code_runs_only_with_the_flag(dprandp: Dprandp, tmp_path: Path, 
     again = dprandp(*command, "--trust-code", "--json", "--plan", folder=tmp_path)
     assert good(again)["action"] == "skip"
     assert dprandp("report", "--run", run, folder=tmp_path).code == 0
-    assert "dprandp finetune --run runs/run --trust-code --" in (run / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"dprandp finetune .*--trust-code", (run / "report.html").read_text(encoding="utf-8"))
     # from Python the same: not without saying so
     ran.unlink()
     load = f"import dprandp; dprandp.load_model({str(run)!r}, trust_code=%s)"

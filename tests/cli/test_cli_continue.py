@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from cli_process import Dprandp, RunAfter, good, refused
 
 FLAGS = (
@@ -44,3 +45,30 @@ def test_refusals_say_what_to_do(dprandp: Dprandp, vit: Path, run_after: RunAfte
     refused(dprandp("diagnose", "--run", vit, "--public", "npz:tiny.npz", "--data", "npz:tiny.npz"), 2, "a part of it")
     assert not (vit / "privacy").exists()
     assert not (vit / "2b-continue").exists()
+
+
+PART = ("--data", "npz:tiny.npz", "--public-batch-size", 8, "--steps", 4)
+
+
+@pytest.mark.parametrize("first", ["diagnose", "continue"])
+def test_a_part_that_was_public_is_private_in_no_later_stage(
+    dprandp: Dprandp, vit: Path, tmp_path: Path, first: str
+) -> None:
+    """What was read of it without noise has no finite ε. The control: with the same part it stays left out of N."""
+    public = (first, "--run", vit, *PART, "--public", "fraction:0.5", "--eps", 4)
+    assert dprandp(*public, *(("--mix", "public") if first == "continue" else ("--switch", 2))).code == 0
+    probe = ("probe", "--run", vit, "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", 4)
+    if first == "diagnose":
+        refused(dprandp(*probe), 5, "has used images", "as public data", "the same --public fraction and seed")
+    again = ("continue", "--run", vit, *PART, "--eps", 4, "--overwrite")
+    for other in (("fraction:0.1",), ("fraction:0.5", "--seed", 3), ("synth",)):
+        refused(dprandp(*again, "--switch", 2, "--public", *other), 5, "has used images", "as public data")
+        done = dprandp(*again, "--mix", "public", "--public", *other)
+        if other == ("synth",):  # which reads no image of the data; and forgets none
+            assert done.code == 0
+            done = dprandp(*probe)
+        refused(done, 5, "has used images", "as public data")
+    refused(dprandp("diagnose", "--run", vit, *PART, "--public", "fraction:0.1", "--eps", 4), 5, "as public data")
+    assert not (vit / "privacy/ledger.jsonl").exists()
+    assert dprandp(*again, "--mix", "public", "--public", "fraction:0.5").code == 0
+    assert good(dprandp(*probe, "--json"))["train_examples"] == 60

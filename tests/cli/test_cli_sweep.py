@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cli_process import NO_PIXELS, Dprandp, good, refused
+from cli_process import NO_PIXELS, Done, Dprandp, good, refused
 
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 
@@ -151,3 +151,27 @@ def test_a_finished_sweep_has_nothing_to_do(dprandp: Dprandp, swept: Path) -> No
     again = dprandp(*PROBES, "--system", "probe", "--system", "dp-randp", "--out", swept, before=NO_PIXELS)
     assert again.code == 0, again.err
     assert (swept / "results.jsonl").read_bytes() == before
+
+
+def test_a_second_sweep_in_the_same_folder_counts_the_first(dprandp: Dprandp, tmp_path: Path, folder: Path) -> None:
+    out = tmp_path / "out"
+
+    def sweep(epsilon: float, *more: object, **options: object) -> Done:
+        return dprandp("sweep", "--config", "small.toml", "--data", "npz:tiny.npz", "--eps", epsilon, "--seeds", 1,
+                       "--out", out, "--json", *more, **options)  # fmt: skip
+
+    assert good(sweep(2))["together"] == []
+    (planned,) = good(sweep(3, "--plan", before=NO_PIXELS))["together"]
+    assert len(planned["runs"]) == 2
+    killed = sweep(3, DPRANDP_FAULT="update-applied:2")  # its run has no line, and has charged
+    assert killed.code == -signal.SIGKILL
+    (together,) = good(dprandp("compare", out / "results.jsonl", "--json"))["together"]
+    assert together["epsilon"] > 2
+    found = good(sweep(3))
+    (together,) = found["together"]
+    assert together["epsilon"] == pytest.approx(planned["epsilon"])
+    assert [row["epsilon_total"] for row in found["runs"]] == [3, 2]
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert sum('"system"' in line for line in lines) == 2
+    (listed,) = good(dprandp("status", "--runs", out, "--json"))["together"]
+    assert listed["epsilon"] == together["epsilon"]
