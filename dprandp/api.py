@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,8 @@ def fit_private_head(
         or it was begun with another budget. CheckpointError: the ledger is damaged. StorageError: it cannot be written,
         or another process writes to it.
     """
+    if not isinstance(ledger, str | os.PathLike):
+        raise UsageError(f"ledger is {ledger!r}", fix="name a file: without a ledger nobody knows what was spent")
     rows, targets = unit_rows(features, None), np.asarray(labels)
     if targets.dtype.kind not in "iu" or targets.shape != (len(rows),) or not rows.numel():
         raise UsageError(

@@ -186,6 +186,7 @@ def test_rows_that_are_not_finite_count_as_zeros(tmp_path: Path) -> None:
         ({"clip_norm": 0.0}, UsageError, "clip_norm"),
         ({"clip_norm": True}, UsageError, "clip_norm"),
         ({"epsilon": True}, UsageError, "epsilon"),
+        ({"ledger": None}, UsageError, "ledger"),
     ],
 )
 def test_what_a_head_refuses(tmp_path: Path, change: dict, error: type[Exception], said: str) -> None:

@@ -233,7 +233,8 @@ MAY_IMPORT_DATA = {
     "dprandp.dpsgd.training_data": {"Dataset", "UnusableData", "hash_set", "listed"},
     "dprandp.dpsgd.units": {"Dataset", "DataSpec"},  # types
     "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
-    "dprandp.continual.public": {"open_dataset", "public_part", "DataSpec"},  # pixels that are declared public
+    # pixels that are declared public, and whether these were others before
+    "dprandp.continual.public": {"open_dataset", "public_part", "without_public_part", "DataSpec"},
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run
     "dprandp.inspection.overview": {
         "list_datasets", "open_dataset", "check_data", "DataCheck", "DatasetRow", "Reading", "UnusableData", "listed",

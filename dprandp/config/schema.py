@@ -675,7 +675,7 @@ def _check_finetune(config: FinetuneConfig) -> None:
             "--class-shares has no effect with --clipping automatic, which makes all gradients equally long",
             fix="leave out one of the two",
         )
-    network = ("layer_order", "padding", "pooling", "norm")
+    network = ("layer_order", "padding", "pooling", "norm", "input_size")
     set_here = [key for key in network if getattr(config, key) is not None]
     if config.recipe == "de2022":
         set_here.append("recipe")

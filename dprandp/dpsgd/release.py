@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dprandp.config.schema import WITHOUT_PHASE_ONE, PretrainConfig, as_dict, public_arch, public_data_name
 from dprandp.dpsgd.features import features_of_test
 from dprandp.dpsgd.stage import PrivateStage
+from dprandp.errors import UsageError
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import replaced_in
 from dprandp.models.precision import precision_of
@@ -76,6 +79,25 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
         decoding=str(spec.decoding) or None,
         replaced=replaced_in(model.extractor),
     )
+
+
+def buffers_of(model: Classifier) -> dict[str, Tensor]:
+    """Copies of a model's buffers, for ``refuse_changed``."""
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+def refuse_changed(before: Mapping[str, Tensor], model: Classifier) -> None:
+    """Refuse (UsageError) a model whose buffers changed since: they would be released, and have no noise.
+
+    No network of this package does so, and a trial on noise finds most networks from elsewhere that do.
+    """
+    changed = [name for name, value in model.named_buffers() if not torch.equal(before[name], value)]
+    if changed:
+        raise UsageError(
+            f"the network has changed its buffers while it computed on the data ({', '.join(changed[:3])}): what they "
+            "hold now is not noisy, and would be part of the model; nothing is released",
+            fix="take what keeps state out of the network's code, and start a new --run: what was spent stays spent",
+        )
 
 
 AnyResult = TypeVar("AnyResult", bound=PrivateResult)

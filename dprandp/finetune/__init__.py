@@ -85,6 +85,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     else:
         model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
     refuse_cross_example_layers(model)
+    buffers = release.buffers_of(model.to(context.device))
     chosen = masking.chosen(config, model.to(context.device))
     stage = stage.fix_plan()  # after whatever may be refused
     lr = config.lr or recipe.lr
@@ -94,6 +95,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         model.load_state_dict(masking.merged(dict(model.named_parameters()), parameters), strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
+    release.refuse_changed(buffers, model)
     if measured is None:
         return None
     optimizer, guarantee = _optimizer_of(config), stage.disclosure(updates)

@@ -121,7 +121,11 @@ def _run_and_ledger(rundir: RunDir) -> str:
     if budget is not None and not budget.spent <= budget.epsilon * (1 + 1e-9):
         said = f"ε = {epsilon_text(budget.spent)} was spent of a budget of {epsilon_text(budget.epsilon)}"
         raise AuditError(said, fix=FIX)
-    return "the run's results, last line and budget agree with the ledger"
+    said = "the run's results, last line and budget agree with the ledger"
+    reported = max(result.epsilon for result in rundir.results().values() if isinstance(result, PrivateResult))
+    if budget is not None and budget.spent > reported * (1 + 1e-6):
+        said += f"; ε = {epsilon_text(budget.spent)} was spent in all, some of it by a stage that is not finished"
+    return said
 
 
 def _plans(rundir: RunDir) -> str:

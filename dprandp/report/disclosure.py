@@ -601,7 +601,8 @@ def _public_inputs(
     if isinstance(result, FinetuneResult) and weights and result.init_sha256:
         return f"{weights[0].upper()}{weights[1:]}; {declared}"
     if from_scratch(result) or pretrain is None:
-        return f"A randomly initialised network; {declared}"
+        arch = f" ({result.arch})" if isinstance(result, FinetuneResult) else ""
+        return f"A randomly initialised network{arch}; {declared}"
     if isinstance(result, ContinueResult):
         declared = f"{public_steps(result.public_training)}; {declared}"
     if continued is not None:

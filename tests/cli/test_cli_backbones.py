@@ -143,3 +143,39 @@ def test_a_users_code_runs_only_with_the_flag(dprandp: Dprandp, tmp_path: Path, 
     assert not ran.exists()
     stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["finetune"]["config"]
     assert stored["code"] == hashlib.sha256(NET.encode()).hexdigest()
+
+
+LATE = """
+import torch
+from torch import nn
+
+class Late(nn.Module):
+    \"\"\"Keeps a statistic of its images, once it has computed often enough not to be found by a trial.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.calls = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 0
+        self.register_buffer("keep", torch.zeros(1))
+
+    def forward(self, images):
+        self.calls += 1
+        if self.calls > LATER:
+            self.keep = images.detach().mean().reshape(1)
+        return self.body(images)
+"""
+
+
+def test_what_a_users_network_keeps_of_its_images_is_not_released(
+    dprandp: Dprandp, tmp_path: Path, folder: Path
+) -> None:
+    for name, later in (("late", 20), ("never", 10**9)):
+        (tmp_path / f"{name}.py").write_text(LATE.replace("LATER", str(later)), encoding="utf-8")
+        command = ("finetune", "--run", tmp_path / name, "--from", "scratch", "--arch", f"module:{name}.py:Late",
+                   "--eps", 8, "--data", f"npz:{folder}/tiny.npz", "--steps", 2, "--batch-size", 40, "--trust-code")
+        done = dprandp(*command, folder=tmp_path)  # fmt: skip
+        if name == "never":
+            assert done.code == 0, done.err
+            assert "module:never.py:Late" in (tmp_path / name / "model/MODEL_CARD.md").read_text().replace("\\", "")
+        else:
+            refused(done, 2, "has changed its buffers", "extractor.network.keep", "what was spent stays spent")
+            assert not (tmp_path / name / "model/model.safetensors").exists()

@@ -12,6 +12,10 @@ import pytest
 from cli_process import NO_PIXELS, Dprandp, RunAfter, arrays, good, refused, state_of
 from PIL import Image
 
+from dprandp.data import hash_set
+from dprandp.dpsgd import training_data
+from dprandp.runs.directory import RunDir
+
 OTHER = "not those that this run began with"
 CONTINUE = ("continue", "--eps", 4, "--steps", 6, "--switch", 3, "--batch-size", 16, "--public-batch-size", 8)
 KEPT = "private/training-data.json"
@@ -327,3 +331,14 @@ def test_a_part_declared_public_is_left_out_under_any_name_of_the_data(
     refused(dprandp(*probe, inverted(tmp_path / "changed.npz")), 3, OTHER)
     assert {key: value for key, value in state_of(vit).items() if "statistics" not in key} == before
     assert good(dprandp(*probe, moved))["train_examples"] == 96
+
+
+def test_every_part_that_was_declared_public_is_recorded(tmp_path: Path) -> None:
+    """Not only the last one; equal parts once."""
+    random, run = np.random.default_rng(0), RunDir.open(tmp_path / "run", create=True)
+    parts = [random.integers(1, 256, (count, 1, 16), dtype=np.uint8) for count in (5, 3)]
+    with run.lock():
+        for part in (*parts, *parts):
+            training_data.declare_public(run, part)
+    assert training_data.public_images(run) == hash_set(np.concatenate(parts))
+    assert len(np.load(run.path / "private/declared-public.npy")) == 8
