@@ -44,7 +44,7 @@ from dprandp.audit.loops import (
     replay_finetune,
     replay_head,
 )
-from dprandp.audit.replay import Check, Rehearsal, paired_run
+from dprandp.audit.replay import PLACE, Check, Observed, Rehearsal, compare, paired_run
 from dprandp.audit.settings import AuditSettings
 from dprandp.config import schema
 from dprandp.config.schema import PretrainConfig
@@ -121,6 +121,22 @@ def test_centred_gradients_and_early_stopping_are_flagged() -> None:
 
     assert SUMS in failed(watched_loop(centred))
     assert "both runs make the same steps" in failed(watched_loop(squared_error, fewer=1))
+
+
+@pytest.mark.parametrize(("longer", "bfloat16", "passes"), [
+    (1e-7, False, True), (1e-4, False, False), (1e-4, True, True), (5e-3, True, True), (2e-2, True, False),
+])  # fmt: skip
+def test_the_sums_may_differ_by_rounding_and_by_no_more(longer: float, bfloat16: bool, passes: bool) -> None:
+    """What the place of the other records changes in bfloat16 is no record's own; ten of them are in each sum."""
+
+    def observed(length: float, records: int) -> Observed:
+        sums = {"head": torch.tensor([length, 0.0], dtype=torch.float64)}
+        return Observed(0, np.arange(records), sums, {"head": sums["head"] / 10})
+
+    plan = replace(PLAN, clip_norm=1.0)
+    made = [observed(1 + longer, 11)], [observed(0.0, 10)]
+    checks = {check.name: check for check in compare(*made, plan, 10, PLACE if bfloat16 else 0.0)}
+    assert checks[SUMS].passed is passes
 
 
 def test_a_second_run_that_asks_for_other_randomness_is_a_bug() -> None:
