@@ -343,7 +343,7 @@ def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     keys = ("system", "size", "seed")
     finished = {cell.path: {key: cell.facts[key] for key in keys} for cell in chosen if cell.finished()}
     if (folder / RESULTS).exists():
-        for row in collected([folder / RESULTS]).runs:
+        for row in compare.read_results(folder / RESULTS)[0]:
             path = folder / Path(row.run).name
             if looks_like_a_run(path):
                 finished.setdefault(path, {key: getattr(row, key) for key in keys})

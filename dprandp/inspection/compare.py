@@ -143,7 +143,7 @@ def collected(files: Sequence[Path]) -> Comparison:
     notes: list[str] = []
     opened: dict[Path, RunDir] = {}
     for path in files:
-        own, stored, public = _read_results(path)
+        own, stored, public = read_results(path)
         private = [row for row in own if row.private]
         runs = {row.run: _run_of(row, path) for row in private}
         if None in runs.values():
@@ -193,7 +193,7 @@ def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:
     return [run for run in found if (budget := read_budget(run)) is not None and budget.private]
 
 
-def _read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:
+def read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:
     """The lines of a ``results.jsonl``: runs, what they had spent together, images both public and private."""
     rows: list[Row] = []
     together: list[Together] = []
