@@ -37,6 +37,27 @@ def residual(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> T
     return apart if weights is None else apart * weights.to(apart.dtype)[labels][..., None]
 
 
+def through_head(
+    unit: Tensor, head: Tensor, labels: Tensor, views: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of each record's mean loss over its views, with respect to the scores and to the features.
+
+    In float64: a library adds up a row of a float32 product in another order at another place of the batch, which other
+    records decide. Where the result is rounded to bfloat16 afterwards, that difference of 1e-7 becomes one of 4e-3.
+
+    Args:
+        unit: floating [B · K, D], the features of a record's K views next to each other. head: [D, C].
+        labels: int64 [B], or [B, C] of 0 and 1. views: K. weights: ``class_weights``.
+
+    Returns:
+        [B · K, C] and [B · K, D], of the features' type; row by row a function of that view, its label and the head.
+    """
+    precise = head.double()
+    scores = unit.double() @ precise
+    apart = residual(scores, labels.repeat_interleave(views, dim=0), weights) / views
+    return apart.to(unit.dtype), (apart @ precise.t()).to(unit.dtype)
+
+
 def loss(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The loss of each row, [N], whose gradient is ``residual``; scores [N, C], labels [N] or [N, C]."""
     if labels.ndim == scores.ndim:

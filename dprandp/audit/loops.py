@@ -35,7 +35,6 @@ from dprandp.finetune.start import network_config
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
-from dprandp.models.precision import BFLOAT16, precision_of
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
 from dprandp.pretrain import load_extractor, synthetic_crops
@@ -370,7 +369,7 @@ def replay_finetune(
         finetune._train(config, stage, model, *chosen(config, model), lr, scale, Stop())
 
     checks = paired_run(plan, dataset.spec.train_units, watched, loop, dataset=dataset, like=like, most=most,
-                        control=control, bfloat16=precision_of(model.extractor) == BFLOAT16)  # fmt: skip
+                        control=control)
     model.load_state_dict(before)
     return checks
 

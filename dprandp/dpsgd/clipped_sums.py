@@ -250,7 +250,7 @@ def loss_function(model: Classifier, scale: float, class_weights: Tensor | None 
 
     def loss(scaled: Mapping[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
         parameters = masking.merged(base, {name: unscaled(name, value, scale) for name, value in scaled.items()})
-        scores = functional_call(model, parameters, (model.extractor.normalise(views),))
+        scores = functional_call(model, parameters, (model.extractor.normalise(views),), {"precise": True})
         return losses.loss(scores, label.expand(len(views), *label.shape), class_weights).mean()
 
     return loss

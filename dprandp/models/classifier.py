@@ -23,15 +23,17 @@ class Classifier(nn.Module):
         self.extractor, self.whitener = extractor, whitener
         self.head = nn.Parameter(torch.zeros(whitener.dims, classes))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, precise: bool = False) -> Tensor:
         """Scores [B, classes] of images that ``extractor.normalise`` has prepared, float [B, 3, 32, 32].
 
-        Features are in the extractor's precision, the rest in the head's.
+        Features are in the extractor's precision, the rest in the head's. ``precise``: scores are float64, for
+        gradients record by record (``losses.through_head`` says why).
         """
         with autocast(self.extractor, images.device):
             features = self.extractor.features(images)
         with full_precision(images.device):
-            return self.whitener(features.to(self.head.dtype)) @ self.head
+            unit = self.whitener(features.to(self.head.dtype))
+            return unit.double() @ self.head.double() if precise else unit @ self.head
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, mirror: bool) -> Tensor:

@@ -427,10 +427,9 @@ def _gradients(
         lengths.append(whitened.norm(dim=1, keepdim=True).clamp_min(1e-12))
         units.append(whitened / lengths[-1])
     unit = torch.cat([part * length for part, (_, length) in zip(units, whitener.rows(), strict=True)], dim=1)
-    residual = losses.residual(unit @ model.head, labels.repeat_interleave(count, dim=0), class_weights)
-    residual /= count  # the mean over the views
+    residual, towards = losses.through_head(unit, model.head, labels, count, class_weights)
     gradients = {"head": torch.einsum("bkd,bkc->bdc", *(x.unflatten(0, (examples, count)) for x in (unit, residual)))}
-    towards = (residual @ model.head.t()).chunk(len(units), dim=1)
+    towards = towards.chunk(len(units), dim=1)
     layers = patch_layers(model.extractor)
     towards_features = []
     for index, ((own, length), (name, layer)) in enumerate(zip(whitener.rows(), layers.items(), strict=True)):

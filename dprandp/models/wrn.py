@@ -641,9 +641,9 @@ class WrnGradients:
                 features = self._features(views.flatten(0, 1))
             unit = model.whitener(features)  # float32 again: the last layers are a norm and a mean
         x = unit.detach()
-        residual = losses.residual(x @ model.head, labels.repeat_interleave(count, dim=0), class_weights) / count
+        residual, towards = losses.through_head(x, model.head, labels, count, class_weights)
         if self._layers:
-            unit.backward(residual @ model.head.t())
+            unit.backward(towards)
         return torch.einsum("bkd,bkc->bdc", *(value.view(records, count, -1) for value in (x, residual)))
 
     def _features(self, views: Tensor) -> Tensor:

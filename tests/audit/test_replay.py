@@ -44,7 +44,7 @@ from dprandp.audit.loops import (
     replay_finetune,
     replay_head,
 )
-from dprandp.audit.replay import PLACE, Check, Observed, Rehearsal, compare, paired_run
+from dprandp.audit.replay import Check, Observed, Rehearsal, compare, paired_run
 from dprandp.audit.settings import AuditSettings
 from dprandp.config import schema
 from dprandp.config.schema import PretrainConfig
@@ -123,11 +123,8 @@ def test_centred_gradients_and_early_stopping_are_flagged() -> None:
     assert "both runs make the same steps" in failed(watched_loop(squared_error, fewer=1))
 
 
-@pytest.mark.parametrize(("longer", "bfloat16", "passes"), [
-    (1e-7, False, True), (1e-4, False, False), (1e-4, True, True), (5e-3, True, True), (2e-2, True, False),
-])  # fmt: skip
-def test_the_sums_may_differ_by_rounding_and_by_no_more(longer: float, bfloat16: bool, passes: bool) -> None:
-    """What the place of the other records changes in bfloat16 is no record's own; ten of them are in each sum."""
+@pytest.mark.parametrize(("longer", "passes"), [(1e-7, True), (1e-4, False)])
+def test_the_sums_may_differ_by_rounding_and_by_no_more(longer: float, passes: bool) -> None:
 
     def observed(length: float, records: int) -> Observed:
         sums = {"head": torch.tensor([length, 0.0], dtype=torch.float64)}
@@ -135,7 +132,7 @@ def test_the_sums_may_differ_by_rounding_and_by_no_more(longer: float, bfloat16:
 
     plan = replace(PLAN, clip_norm=1.0)
     made = [observed(1 + longer, 11)], [observed(0.0, 10)]
-    checks = {check.name: check for check in compare(*made, plan, 10, PLACE if bfloat16 else 0.0)}
+    checks = {check.name: check for check in compare(*made, plan, 10)}
     assert checks[SUMS].passed is passes
 
 
