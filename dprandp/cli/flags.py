@@ -29,7 +29,11 @@ from dprandp.config.settings import (
 )
 
 DEFAULT_RUN = Path("runs/default")
-PANELS = (DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT)
+MAIN = "Main"
+PANELS = (MAIN, DATA, PRIVACY, TRAINING, PERFORMANCE, OUTPUT)
+
+FIRST = ("data", "epsilon", "eps", "unit_column", "system", "size", "prior", "run", "out", "plan")
+"""What most calls give, in the first panel of the help text, in this order, whatever their own panel is."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,10 @@ def command(
 
         parameters = [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
         parameters += [flag.parameter for flag in made]
-        parameters.sort(key=lambda each: PANELS.index(each.annotation.__metadata__[0].rich_help_panel))
+        for each in parameters:
+            if each.name in FIRST:
+                each.annotation.__metadata__[0].rich_help_panel = MAIN
+        parameters.sort(key=_place_in_help)
         called.__name__, called.__doc__ = function.__name__, function.__doc__
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -191,3 +198,9 @@ def command(
         return function
 
     return decorate
+
+
+def _place_in_help(parameter: inspect.Parameter) -> tuple[int, int]:
+    """The panel's place, and in the first panel that of the flag; the order of declaration decides the rest."""
+    panel = PANELS.index(parameter.annotation.__metadata__[0].rich_help_panel)
+    return panel, FIRST.index(parameter.name) if parameter.name in FIRST else 0

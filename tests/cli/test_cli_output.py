@@ -123,7 +123,7 @@ def test_private_is_not_stamped(dprandp: Dprandp, run_after: RunAfter) -> None:
 # -------------------------------------------------------------------------------------------------------------- help
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-PANELS = ["Data", "Privacy", "Training", "Performance", "Output"]
+PANELS = ["Main", "Data", "Privacy", "Training", "Performance", "Output"]
 
 
 def options(command: object) -> Iterator:
@@ -148,6 +148,11 @@ def test_help(dprandp: Dprandp, name: str) -> None:
         optional = entry.is_flag or entry.name in ("config", "classes", "insecure_seed", "data")
         if entry.default is None and not optional and not entry.required:
             assert re.search(r"[Dd]efault|Find the", entry.help), f"--{entry.name}: {entry.help}"
+
+
+def test_help_of_run_begins_with_what_most_calls_give(dprandp: Dprandp) -> None:
+    shown = re.findall(r"^│ (--[a-z-]+)", dprandp("run", "--help").out, re.MULTILINE)
+    assert shown[1:7] == ["--data", "--eps", "--unit-column", "--size", "--prior", "--run"]
 
 
 # -------------------------------------------------------------------------------------------------------- exit codes
