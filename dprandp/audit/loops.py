@@ -34,7 +34,7 @@ from dprandp.dpsgd.units import unit_rows
 from dprandp.finetune.start import network_config
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import build_extractor, extract
+from dprandp.models.extractor import build_extractor, extract, without_projection
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN
 from dprandp.pretrain import load_extractor, synthetic_crops
@@ -109,6 +109,7 @@ class Facts:
             head = probe.load_head(context, torch.empty(whitener.dims, self.labels.classes))
         elif tuned is None or tuned.source == PRETRAINED:
             extractor, _ = load_extractor(context, "rgb", precision=precision)  # that of a network is for either kind
+            extractor = extractor if tuned is None else without_projection(extractor)
             whitener = PooledOnly(extractor.feature_dim)
             self.images = synthetic_crops(context, IMAGES, extractor.input_size, seed=0)
             head = None

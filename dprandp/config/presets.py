@@ -11,6 +11,9 @@ from dprandp.errors import UsageError
 
 SIZES = ("tiny", "small", "paper")
 
+PROJECTION = "projection"
+"""Features of a WRN that are the first layer of its projection head."""
+
 INPUT_SIZE = 32
 """Side of an extractor's input in pixels, where no other is asked for."""
 
@@ -34,7 +37,7 @@ SIZE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "pretrain": {
             "arch": "wrn-16-4", "filters": 6400, "second_filters": 6400, "dictionary_patches": 1_000_000,
             "steps": 82_031, "batch_size": 256, "schedule": "step", "projection_hidden": 4096, "checkpoint_every": 1000,
-            "weight_standardisation": False, "pooling": "1",
+            "weight_standardisation": False, "pooling": "1", "feature_stages": "projection",
         },
         # Bu et al. 2024 train with B = 4096; steps and sizes are ours
         "continue": {"steps": 2000, "batch_size": 4096, "public_batch_size": 256, "instances": 10_000},

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from dprandp.config import presets
 from dprandp.config.decoding import RULES, Decoding, decoding_of
 from dprandp.config.layout import PARTS, Layout, layout_of
-from dprandp.config.presets import INPUT_SIZE, PRETRAINED, SIZE_DEFAULTS, SIZES, RecipeName, by_recipe
+from dprandp.config.presets import INPUT_SIZE, PRETRAINED, PROJECTION, SIZE_DEFAULTS, SIZES, RecipeName, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
 from dprandp.errors import UsageError, nearest
@@ -210,9 +210,10 @@ class PretrainConfig(Network, Common):
     pooling: Pooling | None = setting(
         None, "Grids over which the last stage's map is averaged.", of=NETWORK, otherwise="1+4"
     )
-    feature_stages: Literal["last", "all"] = setting(
-        "last", "Features of a wrn: averages of its last stage's map (published), or of all three stages'. Costs no "
-        "time.", True, of=NETWORK,
+    feature_stages: Literal["last", "all", "projection"] = setting(
+        "last", "Features of a wrn: averages of its last stage's map, or of all three stages'; or what the first layer "
+        "of the projection head puts out (Tang et al. 2023, for a probe), which finetune --from pretrain leaves out.",
+        True, of=NETWORK,
     )  # fmt: skip
     checkpoint_every: int = setting(20, "Steps between two checkpoints.", above=0, most=VERY_MANY, of=NETWORK,
                                     learning=True)  # fmt: skip
@@ -469,6 +470,8 @@ def resolve(
             fix="give that size with --size, or take the line out of the file",
         )
     given = given | {key: value for key, value in flags.items() if value is not None}
+    if stage == "pretrain" and "init" in given and "feature_stages" not in (inherited or {}) | given:
+        values.pop("feature_stages", None)  # public weights have no projection
     if stage == "finetune":
         asked = (inherited or {}) | given
         if "recipe" not in asked and asked.get("source", PRETRAINED) != PRETRAINED:
@@ -513,6 +516,8 @@ def _unused(config: StageConfig) -> set[str]:
         used = {None, kind, SECOND_LAYER if patchnet and config.layers > 1 else None}
         declared, ready = settings_of(PretrainConfig).items(), config.random_init or config.init is not None
         idle = {name for name, made in declared if made.of not in used or (made.learning and ready)}
+        if kind == NETWORK and config.feature_stages == PROJECTION:
+            idle.discard("projection_hidden")  # of the features
         return idle | ({"momentum"} if config.optimizer == "adamw" else set())
     if not isinstance(config, FinetuneConfig):
         return set()

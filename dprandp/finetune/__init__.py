@@ -39,7 +39,7 @@ from dprandp.errors import UsageError
 from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights, build_extractor, layout_device, replaced_in
+from dprandp.models.extractor import add_weights, build_extractor, layout_device, replaced_in, without_projection
 from dprandp.models.optimizers import restore
 from dprandp.models.torchvision import with_code
 from dprandp.models.whitening import PooledOnly
@@ -167,6 +167,7 @@ def open_stage(
     if network is not None:  # refuses one that cannot be built, or has nothing of what --train names
         with layout_device(network.arch):
             extractor = build_extractor(network)
+            extractor = without_projection(extractor) if config.source == PRETRAINED else extractor
             masking.choose_parameters(config, Classifier(extractor, PooledOnly(extractor.feature_dim), 2))
     arch, recipe, refit_steps = choices(config, context, arch)
     if (said := note(vars(config), arch)) is not None:
@@ -221,8 +222,9 @@ def _probed_model(config: FinetuneConfig, stage: PrivateStage) -> tuple[Classifi
 
 
 def _pretrained_model(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
-    """The extractor of Phase I with a head of zeros, without whitening."""
+    """The extractor of Phase I, without a projection, with a head of zeros and no whitening."""
     extractor, _ = load_extractor(stage.context, colour_of(stage.spec.channels), precision=config.precision)
+    extractor = without_projection(extractor)
     return Classifier(extractor, PooledOnly(extractor.feature_dim), len(stage.spec.classes))
 
 

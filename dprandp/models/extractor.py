@@ -16,6 +16,7 @@ To add one: write its module, name it here, and add its training to ``pretrain/_
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dprandp.config.presets import INPUT_SIZE
+from dprandp.config.presets import INPUT_SIZE, PROJECTION
 from dprandp.config.schema import MODULE, PretrainConfig, input_size_of, is_backbone
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.models.nf_resnet import NFResNet50
@@ -76,6 +77,8 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
             pooling=config.pooling or "1+4",
             padding=config.padding or "symmetric",
             earlier=EARLIER_GRIDS if config.feature_stages == "all" else (),
+            projection=config.projection_hidden if config.feature_stages == PROJECTION else None,
+            input_size=input_size_of(config),
             generator=generator,
         )
     if config.arch == NF_RESNET:
@@ -89,7 +92,18 @@ def _build(config: PretrainConfig, generator: torch.Generator | None) -> nn.Modu
     raise UsageError(f"unknown architecture {config.arch!r}", fix=f"use {ARCHITECTURES}")
 
 
-@torch.no_grad()
+def without_projection(extractor: nn.Module) -> nn.Module:
+    """The extractor whose features are averages of its last map, where they are those of its ``projection``."""
+    config = extractor.built_from
+    if getattr(extractor, "projection", None) is None:
+        return extractor
+    network = build_extractor(dataclasses.replace(config, feature_stages="last"))
+    network.load_state_dict({name: value for name, value in extractor.state_dict().items()
+                             if not name.startswith("projection.")})  # fmt: skip
+    network.precision = extractor.precision
+    return network
+
+
 @torch.no_grad()
 def first_filters(network: nn.Module) -> Tensor | None:
     """The filters of the first layer as patches of pixels, float32 [F, 3, k, k]: of a patchnet, the patches of its

@@ -197,6 +197,9 @@ class WideResNet(nn.Module):
         padding: of 3×3 convolutions with stride 2: ``"symmetric"`` (DP-RandP), or ``"same"`` (De et al. 2022).
         earlier: grids for the maps after the first and the second stage, whose averages are features too, each stage's
             whitened by itself; none (published) or two.
+        projection: width of a linear layer on the whole last map, whose outputs are then the features: the first layer
+            of the projection head, on which Tang et al. 2023 fit their separate probe. None: averages are.
+        input_size: side of the images in pixels, for that layer alone.
         generator: of the initial weights (public randomness); None means torch's global one.
     """
 
@@ -213,6 +216,8 @@ class WideResNet(nn.Module):
         pooling: str = "1+4",
         padding: str = "symmetric",
         earlier: tuple[str, ...] = (),
+        projection: int | None = None,
+        input_size: int = 32,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -234,6 +239,10 @@ class WideResNet(nn.Module):
         self.final_norm = nn.GroupNorm(GROUPS, wide_in)
         stages = zip((16 * width, 32 * width), self._earlier, strict=False)
         widths = [count * grids.cells for count, grids in [*stages, (wide_in, self._pooling)]]
+        self.projection = None
+        if projection is not None:
+            side = math.ceil(input_size / 4)
+            self.projection, widths = nn.Linear(wide_in * side * side, projection, bias=False), [projection]
         self.feature_dim = sum(widths)
         self.parts = tuple(Part(size, 1 / len(widths)) for size in widths)
         initialise(self, generator)
@@ -254,10 +263,12 @@ class WideResNet(nn.Module):
         return self.blocks(self.stem(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Average-pooled feature maps, float [B, feature_dim], in the order of ``Pooling``.
+        """Average-pooled feature maps, float [B, feature_dim], in the order of ``Pooling``; or the ``projection``.
 
         Features of ``earlier`` stages come first: of a stage's map as the next block's first convolution sees it.
         """
+        if self.projection is not None:
+            return self.projection(flat(self.trunk(x)))
         if not self._earlier:
             return self.head_of(self.trunk(x))
         x, parts = self.stem(x), []
@@ -279,6 +290,11 @@ class WideResNet(nn.Module):
         return bool(self._earlier)
 
     forward = features
+
+
+def flat(feature_map: Tensor) -> Tensor:
+    """[B, C, H, W] in any memory format as [B, C · H · W]: channel, row, column."""
+    return feature_map.contiguous().flatten(1)
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:

@@ -18,7 +18,7 @@ from dprandp.config.schema import PretrainConfig, input_size_of, lr_of
 from dprandp.errors import UsageError
 from dprandp.models.optimizers import build_optimizer, restore, state_of
 from dprandp.models.precision import autocast
-from dprandp.models.wrn import GROUPS, initialise
+from dprandp.models.wrn import GROUPS, flat, initialise
 from dprandp.runs.parallel import ALONE, Ranks
 from dprandp.vision.images import ImageSet
 from dprandp.vision.views import ContrastiveViews, ViewChoices
@@ -65,7 +65,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class ProjectionHead(nn.Module):
-    """The head of contrastive pretraining (Tang et al. 2023), thrown away afterwards.
+    """The head of contrastive pretraining (Tang et al. 2023), thrown away afterwards, but for a ``first`` layer.
 
     flatten -> Linear -> GroupNorm -> ReLU -> Linear -> GroupNorm -> ReLU -> Linear. No pooling before it. The first two
     layers have no bias, for GroupNorm follows. The loss brings the embedding to unit length.
@@ -74,6 +74,7 @@ class ProjectionHead(nn.Module):
         input_dim: size of a flattened feature map, 16384 for WRN-16-4.
         hidden_dim: published 4096, which is 84 million weights; 256 to 512 is enough for small networks.
         embedding_dim: published 128.
+        first: the first layer, where another module has it.
 
     Raises:
         UsageError: the 16 groups of a norm do not divide hidden_dim.
@@ -85,6 +86,7 @@ class ProjectionHead(nn.Module):
         *,
         hidden_dim: int = 4096,
         embedding_dim: int = 128,
+        first: nn.Linear | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -93,7 +95,8 @@ class ProjectionHead(nn.Module):
                 f"a projection head of {hidden_dim} hidden units has no {GROUPS} groups",
                 fix=f"give a multiple of {GROUPS}",
             )
-        self.linear1 = nn.Linear(input_dim, hidden_dim, bias=False)
+        self._of_another = () if first is None else (first,)  # a tuple: no submodule
+        self.linear1 = None if first is not None else nn.Linear(input_dim, hidden_dim, bias=False)
         self.norm1 = nn.GroupNorm(GROUPS, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.norm2 = nn.GroupNorm(GROUPS, hidden_dim)
@@ -102,8 +105,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """[B, C, H, W] -> embedding [B, embedding_dim], not normalised."""
-        # contiguous() first: flatten must list channel, row, column whatever the memory format
-        hidden = F.relu(self.norm1(self.linear1(feature_map.contiguous().flatten(1))))
+        (first,) = self._of_another or (self.linear1,)
+        hidden = F.relu(self.norm1(first(flat(feature_map))))
         return self.linear3(F.relu(self.norm2(self.linear2(hidden))))
 
 
@@ -151,6 +154,7 @@ class ContrastiveTrainer:
             places,
             hidden_dim=config.projection_hidden,
             embedding_dim=config.projection_dim,
+            first=getattr(network, "projection", None),
             generator=torch.Generator().manual_seed(config.seed + 1),
         ).to(self.device)
         self.views = ContrastiveViews(input_size_of(config))

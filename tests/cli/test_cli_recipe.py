@@ -15,7 +15,8 @@ resolution = 32
 [pretrain]
 arch = "wrn-10-1"
 random_init = true
-feature_stages = "last"
+feature_stages = "projection"
+projection_hidden = 32
 
 [finetune]
 steps = 3

@@ -95,7 +95,7 @@ def test_the_documented_comparison_with_the_paper_is_what_the_program_does():
         stage, _, setting = name.strip("`").partition(".")
         assert shown(getattr(configs[stage], setting)) == value, name
     assert rows[-2] == ("learning rate of Phase I", str(lr_of(configs["pretrain"])))
-    assert len(rows) == 25
+    assert len(rows) == 26
     exact = calibrate(1.0, 1e-5, 4096 / 50_000, 875)
     assert rows[-1] == ("σ", f"calibrated for N, ε and δ: {exact:.2f}")
     configs["finetune"] = finetune(epsilon=1.0)
