@@ -25,6 +25,7 @@ batch_size = 12
 views = 2
 """
 DATA = ("--data", "npz:tiny.npz", "--eps", 2)
+RECIPES = Path(__file__).resolve().parents[2] / "scripts/recipes"
 
 
 @pytest.fixture
@@ -81,3 +82,13 @@ def test_what_does_not_go_with_it_is_refused(dprandp: Dprandp, config: Path, tmp
         refused(dprandp(*command, *flags, before=NO_PIXELS), code, *said)
     assert not (tmp_path / "run/privacy").exists()
     refused(dprandp("finetune", "--recipe", "dp-randp", *DATA, "--run", tmp_path / "new"), 3, "there is no run")
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_command_of_a_published_recipe_plans_it(dprandp: Dprandp, file: Path, tmp_path: Path) -> None:
+    (line,) = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#     dprandp")]
+    command = line.removeprefix("#     dprandp ").replace(f"scripts/recipes/{file.name}", str(file)).split()
+    command[command.index("--run") + 1] = str(tmp_path / "run")
+    plan = good(dprandp(*command, "--plan", "--json", before=NO_PIXELS))
+    assert 0.99 < plan["epsilon_after"] <= 1
+    assert not (tmp_path / "run").exists()
