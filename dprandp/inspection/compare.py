@@ -395,10 +395,21 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _mean_accuracy(group: Group) -> str:
+    """In per cent, with the deviation over seeds where there are several."""
+    spread = "" if group.accuracy_std is None else f" ± {100 * group.accuracy_std:.1f}"
+    return f"{100 * group.accuracy:.1f}{spread}"
+
+
+def _seeds_of(groups: Sequence[Group]) -> list[str]:
+    """What the figures of a table by ε are, in words; nothing without groups."""
+    seeds = sorted({group.seeds for group in groups})
+    counts = " to ".join(str(each) for each in sorted({seeds[0], seeds[-1]})) if seeds else ""
+    return [f"test accuracy in %, mean ± sample standard deviation, seeds: {counts}"] if seeds else []
+
+
 def _group_cells(group: Group) -> tuple[str, ...]:
-    accuracy = f"{100 * group.accuracy:.1f}"
-    if group.accuracy_std is not None:
-        accuracy += f" ± {100 * group.accuracy_std:.1f}"
+    accuracy = _mean_accuracy(group)
     spent = f"{epsilon_text(group.epsilon)} of {number(group.epsilon_total)}" if group.private else "NOT PRIVATE"
     frequent = f"{100 * group.majority_accuracy:.1f} %"
     return (group.system, group.data, group.size, f"{accuracy} %", str(group.seeds), frequent, spent,
@@ -486,16 +497,28 @@ _LATEX = {
 }  # fmt: skip
 
 
+def _by_epsilon(groups: Sequence[Group]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table with a column of accuracies for each ε, as papers print it."""
+    budgets = sorted({group.epsilon_total for group in groups})
+    head = ("system", "data", "size", *(f"ε = {number(each)}" for each in budgets))
+    found: dict[tuple[str, str, str], dict[float, list[str]]] = {}
+    for group in groups:
+        row = found.setdefault((group.system, group.data, group.size), {})
+        row.setdefault(group.epsilon_total, []).append(_mean_accuracy(group))
+    return head, [(*names, *(" / ".join(row.get(each, ["–"])) for each in budgets)) for names, row in found.items()]
+
+
 def as_latex(found: Comparison) -> str:
-    """A ``tabular`` without packages; the warnings follow it as a paragraph."""
+    """A ``tabular`` without packages, of a sweep with a column for each ε; the warnings follow as comments."""
 
     def plain(text: str) -> str:
         return "".join(_LATEX.get(letter, letter) for letter in text)
 
-    head, cells = _table(found)
+    head, cells = _by_epsilon(found.groups) if found.groups else _table(found)
     rows = [" & ".join(map(plain, row)) + r" \\" for row in (head, *cells)]
     table = [r"\begin{tabular}{" + "l" * len(head) + "}", r"\hline", rows[0], r"\hline", *rows[1:], r"\hline"]
-    return "\n".join([*table, r"\end{tabular}", *(f"\n{plain(text)}." for text in warnings(found))]) + "\n"
+    said = [*_seeds_of(found.groups), *warnings(found)]
+    return "\n".join([*table, r"\end{tabular}", *(f"% {' '.join(text.split())}" for text in said)]) + "\n"
 
 
 def as_html(found: Comparison) -> str:

@@ -226,8 +226,12 @@ def test_the_tables(make: Make, tmp_path: Path) -> None:
     latex = comparing.as_latex(found)
     assert r"a\_b\&c & no model & " in latex
     assert latex.count(r" \\") == 3
-    assert "ε" not in latex
-    assert r"together they have spent $\varepsilon$ = " in latex
+    table, comments = latex.split(r"\end{tabular}")
+    assert "ε" not in table
+    assert r"$\varepsilon$" in table
+    assert "\n% " in comments
+    assert "together they have spent ε = " in comments
+    assert all(line.startswith("% ") for line in comments.strip().splitlines())
     page = comparing.as_html(found)
     assert "a_b&amp;c</th><td>no model</td>" in page
     assert page.count('<p class="warning" role="alert">') == 1
@@ -284,7 +288,11 @@ def test_the_results_of_sweeps_are_means_and_deviations_over_seeds(tmp_path: Pat
     assert "83.0 ± 4.2 %" in text
     assert "NOT PRIVATE" in text
     assert "r0, r1 are about the same data: together they have spent ε = 1.5 at δ = 1e-5 (said)" in text
-    assert r"83.0 $\pm$ 4.2 \%" in comparing.as_latex(found)
+    latex = comparing.as_latex(found).splitlines()
+    assert latex[2] == r"system & data & size & $\varepsilon$ = 1 & $\varepsilon$ = $\infty$ \\"
+    assert latex[4] == r"probe & digits & tiny & 83.0 $\pm$ 4.2 & 90.0 \\"
+    assert latex[7] == "% test accuracy in %, mean ± sample standard deviation, seeds: 1 to 2"
+    assert latex[8].startswith("% r0, r1 are about the same data: together they have spent ε = 1.5")
     assert "83.0 ± 4.2 %</td>" in comparing.as_html(found)
     table = list(csv.DictReader(io.StringIO(comparing.as_csv(found))))
     assert [float(line["accuracy"]) for line in table] == [pytest.approx(0.83), 0.9]
