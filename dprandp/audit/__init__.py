@@ -36,6 +36,7 @@ from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
 from dprandp.errors import AuditError, InputError
+from dprandp.privacy.accounting import rounded_up
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
 from dprandp.privacy.randomness import NoiseKind
@@ -218,7 +219,7 @@ def _line(found: Found) -> str:
     power = ", ".join(f"{entry.flagged:.2g} at noise/{entry.factor:g}" for entry in game.power[1:])
     replayed = "exact" if found.replay["head"] else "not for tuning"
     parts = [
-        f"{found.name} claims ε ≤ {found.epsilon_claimed:.4g} at δ = {found.delta:g}: "
+        f"{found.name} claims ε ≤ {rounded_up(found.epsilon_claimed)} at δ = {found.delta:g}: "
         f"replay {'FAILED' if found.replay['flagged'] else replayed}",
         f"{GAME} {shown(game)} ({game.trials:,} trials with and without the record, power {power})",
     ]

@@ -221,6 +221,11 @@ def _units(path: Path, headers: Mapping[str, ArrayHeader], column: str | None) -
         return None
     asked = check_column_name(column or DEFAULT_ARRAY)
     name = next((name for name in (asked, f"{asked}_train") if name in headers), None)
+    if {asked, f"{asked}_train"} <= headers.keys():
+        raise InputError(
+            f"{path} has two arrays that may say which unit an image belongs to, {asked!r} and '{asked}_train'",
+            fix=f"give --unit-column {asked}_train, or save the file with one of the two",
+        )
     if name is None:
         raise InputError(
             f"{path} has no array {asked!r} that says which unit an image belongs to",

@@ -31,6 +31,15 @@ from dprandp.data.units import DEFAULT_GROUP, EACH_IMAGE, check_column_name, mak
 from dprandp.errors import InputError, UsageError
 
 
+def _identity(file: Path) -> tuple[int, int] | Path:
+    """Equal for two names of one file; of a file that is not there, its name."""
+    try:
+        found = file.stat()
+    except OSError:
+        return file
+    return found.st_dev, found.st_ino
+
+
 def open_table(
     path: Path,
     num_classes: int | None,
@@ -67,14 +76,15 @@ def open_table(
         for cell in table[names["label"]]
     ]
     kept: dict[str, list[int]] = {split: [] for split in SPLITS}
-    times = Counter(table[names["path"]])
+    files = [_identity(path.parent / file) for file in table[names["path"]]]
+    times = Counter(files)
     for row, (file, own, split) in enumerate(zip(table[names["path"]], labels, splits, strict=True)):
         kind = fix = None
         if split not in SPLITS:
             kind, fix = "a split that is neither train nor test", "correct it; for val, give --val train or --val test"
         elif not set(own) <= set(classes):
             kind, fix = "a label that was not declared", "correct it, or name its class in --class-names"
-        elif times[file] > 1:
+        elif times[files[row]] > 1:
             kind, fix = "a file that is listed more than once", "give each file one line, hence one split and one unit"
         elif not file.lower().endswith(EXTENSIONS):
             kind, fix = f"no image by its name (images: {' '.join(EXTENSIONS)})", "remove the line"

@@ -96,10 +96,15 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """``privacy/plan.json``: the run's budget, and the plan of each mechanism by name."""
+    """``privacy/plan.json``: the run's budget, and the plan of each mechanism by name.
+
+    Attributes:
+        data_record: sha256 of ``private/training-data.json``, which holds a secret salt; None in runs of before.
+    """
 
     budget: Budget
     stages: dict[str, PlanEntry]
+    data_record: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the inverse of ``read_plan_file``."""
@@ -107,7 +112,10 @@ class PlanFile:
         numbers = {"data": budget.data, "epsilon": budget.epsilon, "delta": budget.delta, "examples": budget.examples}
         public = {} if budget.declared_part is None else {"public_part": budget.declared_part}
         entries = {name: frozen(replace(entry, plan=entry.plan.to_dict())) for name, entry in self.stages.items()}
-        return {"format": 1, **numbers, "adjacency": ADJACENCY, "unit": budget.unit, **public, "stages": entries}
+        record = {} if self.data_record is None else {"data_record": self.data_record}
+        return {
+            "format": 1, **numbers, "adjacency": ADJACENCY, "unit": budget.unit, **public, **record, "stages": entries,
+        }  # fmt: skip
 
 
 def default_delta(examples: int, published: float | None = None) -> float:
@@ -161,7 +169,10 @@ def read_plan_file(rundir: RunDir) -> PlanFile | None:
         if document["format"] != 1:
             raise InputError(f"{path} has format {document['format']}, this version reads 1", fix="update dprandp")
         budget = _budget_in(document)
-        return PlanFile(budget, {name: _entry(name, entry, budget) for name, entry in document["stages"].items()})
+        stages = {name: _entry(name, entry, budget) for name, entry in document["stages"].items()}
+        if not isinstance(record := document.get("data_record"), str | None):
+            raise TypeError("the hash of the data's record is no text")
+        return PlanFile(budget, stages, record)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as error:
         raise CheckpointError(
             f"{path} is damaged", fix="restore it from a copy: without it this run's budget is unknown"

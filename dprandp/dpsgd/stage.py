@@ -40,7 +40,7 @@ from dprandp.dpsgd.budget import (
 from dprandp.dpsgd.expected import too_few
 from dprandp.dpsgd.units import refuse_shared, unit_reminder
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.accounting import GaussianEvent, compose, rounded_up
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, PrivatePlan, make_plan, validate_budget
@@ -140,7 +140,7 @@ class PrivateStage:
         if not self.context.ranks.is_first:
             return self  # rank 0 writes
         self.keep_data()  # before the plan: a plan without it would look like a lost record
-        planned = read_plan_file(rundir) or PlanFile(self.budget, {})
+        planned = read_plan_file(rundir) or PlanFile(self.budget, {}, training_data.record_of(rundir))
         if ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
             path = rundir.privacy_dir / ledger_file(rundir).name
             with storage_errors(path, "replace"):
@@ -165,7 +165,7 @@ class PrivateStage:
         Guarantee:
             From now on a ledger that lacks what was charged by now is refused (``runs/ledger.py``).
         """
-        self.context.rundir.keep_ledger_head(self.ledger.head)
+        self.context.rundir.keep_ledger_head(self.ledger.head, self.name.partition(".")[0])
         return self.ledger.head
 
     def finish(self, outputs: Sequence[str], result: PrivateResult) -> None:
@@ -506,8 +506,8 @@ def _plan_probe(stage: PrivateStage, share: float, spent: list[Stage], mechanism
     total = compose_stages([*spent, [event]], budget.delta, warn).upper
     if total > epsilon:
         raise BudgetError(
-            f"running the probe again for ε = {own:.4g} would bring this run to ε = {total:.4g}, above its budget of "
-            f"{epsilon:g}",
+            f"running the probe again for ε = {own:.4g} would bring this run to ε = {rounded_up(total)}, above its "
+            f"budget of {epsilon:g}",
             fix="give a smaller --share, keep the existing probe, or start a new --run and add up the ε of both",
         )
     return PrivatePlan(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from dprandp.config.schema import FRACTION, SYNTHETIC, ContinueConfig, same_data_name
 from dprandp.data import Dataset, UnusableData, hash_set, listed
+from dprandp.dpsgd.budget import read_plan_file
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.runs.console import Console
 from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
@@ -97,10 +99,31 @@ def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     """Record the hashes of the run's data: of everything in order, and of single images."""
     _write(rundir.private_dir / IMAGES, dataset.hashes())
     hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES), "test": dataset.test_fingerprint}
+    hashes["salt"] = secrets.token_hex(16)  # so that ``record_of``, which is not private, confirms no guess
     if (units := dataset.grouping()) is not None:
         _write(rundir.private_dir / UNITS, units.of_image.astype(np.int64))
         hashes["units"] = _sha256(rundir.private_dir / UNITS)
     atomic_write(rundir.private_dir / KEPT, to_json(hashes, indent=1) + "\n")
+
+
+def record_of(rundir: RunDir) -> str:
+    """The hash of the record itself, by which plan and ledger know it; tells nothing about the data, for its salt."""
+    return _sha256(rundir.path / "private" / KEPT)
+
+
+def _recorded(rundir: RunDir) -> dict[str, str]:
+    """The hashes that were recorded.
+
+    Raises:
+        CheckpointError: they are damaged, or not those that the run's plan was made with.
+    """
+    path, planned = rundir.path / "private" / KEPT, read_plan_file(rundir)
+    if planned is not None and planned.data_record not in (None, record_of(rundir)):
+        raise CheckpointError(
+            f"{path} is not the record that this run's budget was fixed with: it is damaged, or of another run",
+            fix="restore the run's private folder from a copy, or start a new run",
+        )
+    return read_hashes(path)
 
 
 def hashes_of(rundir: RunDir) -> tuple[str, frozenset[bytes]] | None:
@@ -112,7 +135,7 @@ def hashes_of(rundir: RunDir) -> tuple[str, frozenset[bytes]] | None:
     path, images = rundir.path / "private" / KEPT, rundir.path / "private" / IMAGES
     if not (path.exists() and images.exists()):
         return None
-    recorded = read_hashes(path)
+    recorded = _recorded(rundir)
     if recorded.get("images") != _sha256(images):
         raise _damaged(images)
     return recorded.get("train", ""), hash_set(_read(images))
@@ -129,7 +152,7 @@ def units_of(rundir: RunDir) -> dict[bytes, frozenset[int]] | None:
     path, images = rundir.path / "private" / UNITS, rundir.path / "private" / IMAGES
     if not path.exists():
         return None
-    if read_hashes(rundir.path / "private" / KEPT).get("units") != _sha256(path):
+    if _recorded(rundir).get("units") != _sha256(path):
         raise _damaged(path)
     found: dict[bytes, set[int]] = {}
     for unit, rows in zip(np.load(path, allow_pickle=False).tolist(), _read(images), strict=True):
@@ -174,7 +197,7 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str, dataset: Dataset) 
             f"{path} is missing, so it is unknown whether these are the data of this run",
             fix="restore the run's private folder from a copy, or start a new run",
         )
-    recorded = read_hashes(path)
+    recorded = _recorded(rundir)
     if recorded.get("train") != fingerprint:
         raise InputError(
             f"the training data are not those that this run began with ({name}): their content, order, labels or units "

@@ -15,7 +15,7 @@ from dprandp.inspection.neighbours import (
     compose_group,
     trade_off,
 )
-from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose, warn_by_log
+from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose, rounded_up, warn_by_log
 from dprandp.privacy.gaussian_dp import equivalent_mu
 from dprandp.privacy.opinions import Opinion, refuse_contradiction, second_opinions
 
@@ -171,14 +171,14 @@ def account_lines(result: Account) -> str:
         mu = f"; as Gaussian DP: μ = {result.equivalent_mu:.4g}{named}"
     lines = [
         f"σ = {result.noise_multiplier:.6g}, {sampling}, T = {result.steps}: "
-        f"ε = {result.epsilon:#.5g} at δ = {result.delta:g} ({result.adjacency}; {result.accountant}{mu})"
+        f"ε = {rounded_up(result.epsilon, 5)} at δ = {result.delta:g} ({result.adjacency}; {result.accountant}{mu})"
     ]
     if result.group_epsilon is not None:
         size, epsilon = result.group_size, result.group_epsilon
-        lines.append(f"{size} records together: ε = {epsilon:#.5g} at the same δ ({result.group_accountant})")
+        lines.append(f"{size} records together: ε = {rounded_up(epsilon, 5)} at the same δ ({result.group_accountant})")
     if result.curve is not None:
         rows = zip(result.curve.delta, result.curve.epsilon, strict=True)
-        lines += ["       δ  ε", *(f"{delta:8.0e}  {epsilon:#.5g}" for delta, epsilon in rows)]
+        lines += ["       δ  ε", *(f"{delta:8.0e}  {rounded_up(epsilon, 5)}" for delta, epsilon in rows)]
     return "\n".join(lines)
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from dprandp.data import list_datasets
 from dprandp.dpsgd.budget import read_plan_file
+from dprandp.dpsgd.training_data import hashes_of, units_of
 from dprandp.errors import AuditError, BudgetError, CheckpointError, DprandpError, InputError, StorageError
 from dprandp.inspection import FAIL, OK, WARN, Check, attempt, exit_code
+from dprandp.privacy.accounting import rounded_up
 from dprandp.release import load_model
 from dprandp.runs import directory
 from dprandp.runs.directory import STAGES, Record, RunDir, Table
@@ -201,6 +203,7 @@ def _stage(folder: Path, table: Table, stage: str, record: Record) -> Check | st
 def _privacy(rundir: RunDir) -> list[Check]:
     """Ledger, plan, and the mode of ``private/``."""
     checks = attempt("ledger", lambda: _ledger(rundir)) + attempt("plan", lambda: _plan(rundir))
+    checks += attempt("data record", lambda: _data(rundir))
     private = rundir.path / "private"
     if private.is_dir():
         mode = stat.S_IMODE(private.stat().st_mode)
@@ -222,6 +225,12 @@ def _ledger(rundir: RunDir) -> Check | str | None:
     return Check("ledger", WARN, said[0]) if said else found
 
 
+def _data(rundir: RunDir) -> str | None:
+    found = hashes_of(rundir)
+    units_of(rundir)
+    return None if found is None else "the record of the run's images is the one that its budget was fixed with"
+
+
 def _plan(rundir: RunDir) -> Check | str | None:
     planned, ledger = read_plan_file(rundir), open_run_ledger(rundir, warn=lambda text: None)
     if ledger is None:
@@ -233,7 +242,7 @@ def _plan(rundir: RunDir) -> Check | str | None:
         return Check("plan", FAIL, found, CheckpointError.exit_code)
     budget = planned.budget
     spent = ledger.spent(budget.delta).upper
-    found = f"ε = {spent:.4g} spent of {budget.epsilon:g} at δ = {budget.delta:g}"
+    found = f"ε = {rounded_up(spent)} spent of {budget.epsilon:g} at δ = {budget.delta:g}"
     return found if spent <= budget.epsilon else Check("plan", FAIL, found, BudgetError.exit_code)
 
 

@@ -19,6 +19,7 @@ from dprandp.data import (
 )
 from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
+from dprandp.privacy.accounting import rounded_up
 from dprandp.report.run import PRIVATE_STAGES
 from dprandp.runs.console import Console
 from dprandp.runs.directory import OPTIONAL_STAGES, RunDir, StageRow
@@ -58,7 +59,7 @@ def status_lines(table: Status) -> str:
         why = f"  ({'; '.join(row.reasons)})" if row.reasons else ""
         lines.append(f"  {row.stage:<9} {row.state:<8}{extra}{why}")
     if (budget := table.budget) is not None:
-        said = f"ε = {budget.epsilon:g} at δ = {budget.delta:g}, spent {budget.spent:.4g}"
+        said = f"ε = {budget.epsilon:g} at δ = {budget.delta:g}, spent {rounded_up(budget.spent)}"
         lines.append(f"  budget    {said}" + ("" if budget.private else "  NOT PRIVATE"))
     return "\n".join(lines)
 

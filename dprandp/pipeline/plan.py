@@ -32,6 +32,7 @@ from dprandp.generate import check as check_images
 from dprandp.models.extractor import build_extractor, layout_device, refuse_unlearnable
 from dprandp.models.precision import AUTO
 from dprandp.priors import shipped_extractor
+from dprandp.privacy.accounting import rounded_up
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.mechanism import PrivatePlan, make_plan
 from dprandp.runs.context import Context, recorded
@@ -172,7 +173,7 @@ def _line(made: Plan) -> str:
     return (
         f"{made.stage} on {made.data} ({size}): T = {made.steps} steps, "
         f"q = {made.sample_rate:.4g}, σ = {made.noise_multiplier:.4g}, C = {made.clip_norm:g}, "
-        f"K = {made.views}{noise}{then}; the run's ε afterwards: {made.epsilon_after:.4f} at "
+        f"K = {made.views}{noise}{then}; the run's ε afterwards: {rounded_up(made.epsilon_after)} at "
         f"δ = {made.delta:g}{action}"
     )
 
@@ -263,7 +264,7 @@ def plan_lines(result: Plan | RunPlan) -> str:
     lines = [_line(made) for made in result.stages]
     if result.stages[-1].stage == "probe":
         lines.append("finetune: none, the probe has the whole budget; --share below 1 leaves a part")
-    total = f"run: ε = {result.epsilon_after:.4f} of {result.epsilon:g} at δ = {result.delta:g}"
+    total = f"run: ε = {rounded_up(result.epsilon_after)} of {result.epsilon:g} at δ = {result.delta:g}"
     return "\n".join([*lines, total, *warned])
 
 

@@ -24,6 +24,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache, lru_cache
 
 import numpy as np
@@ -120,6 +121,15 @@ class EpsilonBound:
     upper: float
     delta: float
     accountant: str
+
+
+def rounded_up(epsilon: float, digits: int = 4) -> str:
+    """ε for people, with so many significant digits: never less than it is (but for a part of 1e-12)."""
+    if not math.isfinite(epsilon) or epsilon <= 0:
+        return f"{epsilon:g}"
+    places = digits - 1 - math.floor(math.log10(epsilon))
+    up = math.ceil(Decimal(epsilon * (1 - 1e-12)).scaleb(places))
+    return f"{float(Decimal(up).scaleb(-places)):.{digits}g}"
 
 
 def advised_delta(examples: int) -> float:
@@ -227,7 +237,7 @@ def _compose_sampled(merged: tuple[GaussianEvent, ...], delta: float) -> tuple[E
     try:
         lower, estimate, upper = pld.pld_epsilon(components, delta, simple)
     except pld.AccountantRefused as refusal:
-        complaint = f"The PLD accountant refused ({refusal}); {simple_name} gives the looser ε ≤ {simple:.4g}."
+        complaint = f"The PLD accountant refused ({refusal}); {simple_name} gives the looser ε ≤ {rounded_up(simple)}."
         return EpsilonBound(0.0, simple, simple, delta, simple_name), complaint
     if lower > simple * (1 + 1e-6):
         # Two proven bounds that exclude each other: one of them failed numerically. Promise the larger.
@@ -289,7 +299,7 @@ def refuse_spent(spent: float, epsilon: float, delta: float) -> None:
     """Raise BudgetError where what was spent leaves less than 0.5 % of ``epsilon``."""
     if spent >= epsilon * (1 - _LEAST_PART):
         raise BudgetError(
-            f"This run has already spent ε = {spent:.4g} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
+            f"This run has already spent ε = {rounded_up(spent)} at δ = {delta:g}, which uses up ε = {epsilon:g}.",
             fix=f"{FIXED} Start a new run, and add up the ε of both.",
         )
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, Warn, advised_delta, warn_by_log
+from dprandp.privacy.accounting import GaussianEvent, Warn, advised_delta, rounded_up, warn_by_log
 from dprandp.privacy.adaptive import Stage, calibrate_stage, compose_stages
 from dprandp.privacy.clipping import require_clip_norm
 from dprandp.privacy.ledger import Ledger
@@ -154,7 +154,7 @@ def refuse_overspending(
     """
     total = compose_stages(stages, delta, warn).upper
     if not total <= epsilon_target:
-        problem = f"Stage {stage} would bring this run to ε = {total:.4g}, above its {epsilon_target:g}."
+        problem = f"Stage {stage} would bring this run to ε = {rounded_up(total)}, above its {epsilon_target:g}."
         raise BudgetError(problem, fix=fix)
 
 

@@ -30,6 +30,7 @@ from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, layout_device
 from dprandp.models.precision import BFLOAT16, FLOAT32, dtype_of
 from dprandp.models.whitening import PooledOnly, Whitener
+from dprandp.privacy.accounting import rounded_up
 from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
@@ -398,7 +399,7 @@ def _write_files(content: dict[str, bytes], target: Path) -> tuple[str, ...]:
 def export_line(made: Export) -> str:
     """``export`` for people."""
     size = f"{len(made.files)} file{'s' * (len(made.files) > 1)}, {made.bytes / 1e6:.1f} MB"
-    stamp = f"ε = {made.epsilon:.4g}, δ = {made.delta:g}" if made.private else "NOT PRIVATE"
+    stamp = f"ε = {rounded_up(made.epsilon)}, δ = {made.delta:g}" if made.private else "NOT PRIVATE"
     checked = ""
     if made.largest_difference is not None:
         checked = f"; equal to the model in float32 within {made.largest_difference:.0e} on synthetic images"

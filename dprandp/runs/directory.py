@@ -131,7 +131,9 @@ def release(descriptor: int) -> None:
 #      "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
 #
 # ``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
-# first private stage. ``--overwrite`` keeps it, and ``ledger.py`` compares it with the ledger.
+# first private stage. ``--overwrite`` keeps it, and ``ledger.py`` compares it with the ledger. A file ``.ledger-head``
+# beside run.json, and one ``ledger-head`` in the folder of each private stage, say the same, so that it is noticed when
+# run.json and ledger are older than what a stage has left behind.
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
@@ -142,6 +144,8 @@ STAGES = {
     "probe": "3-probe",
     "finetune": "4-finetune",
 }
+HEAD_FILE = "ledger-head"
+PRIVATE_STAGES = ("continue", "probe", "finetune")
 OPTIONAL_STAGES = ("continue",)
 """Stages that a run need not have; a missing one is not reported."""
 
@@ -505,14 +509,16 @@ class RunDir:
         directory, table, wanted = self.stage_dir(stage), self._table(), frozen(config)
         record = table.stages.get(stage)
         private_file = self.path / "private" / f"inputs-{stage}.json"
+        strange = record is None and directory.exists() and any(directory.iterdir())
+        if strange and not (overwrite and stage not in PRIVATE_STAGES):
+            raise UsageError(
+                f"{directory} holds files, but run.json has no record of stage {stage!r}",
+                fix="start a new --run" if stage in PRIVATE_STAGES else "choose another folder with --run, or give "
+                "--overwrite to delete them",
+            )
         if overwrite:
             self._empty(directory)
             record = None
-        elif record is None and directory.exists() and any(directory.iterdir()):
-            raise UsageError(
-                f"{directory} holds files, but run.json has no record of stage {stage!r}",
-                fix="choose another folder with --run, or give --overwrite to delete them",
-            )
         if record is None:
             if private_inputs is not None:
                 atomic_write(self.private_dir / private_file.name, to_json(dict(private_inputs), indent=1) + "\n")
@@ -579,7 +585,9 @@ class RunDir:
         self._need_lock()
         table = self._table()
         table.finish(stage, dict(outputs), result)
-        table.ledger_head = ledger_head or table.ledger_head
+        if ledger_head is not None:
+            self._write_heads(ledger_head, stage)
+            table.ledger_head = ledger_head
         self._write(table)
 
     @property
@@ -587,13 +595,36 @@ class RunDir:
         """Hash of the last line that the run's privacy ledger is known to have had; None before a private stage."""
         return self._table().ledger_head
 
-    def keep_ledger_head(self, head: str) -> None:
-        """Record the head of the privacy ledger; from then on a ledger without this line is refused."""
+    def keep_ledger_head(self, head: str, stage: str | None = None) -> None:
+        """Record the head of the privacy ledger; from then on a ledger without this line is refused.
+
+        It stands in run.json, in ``.ledger-head`` and in the folder of the stage, where it has one: an old copy of one
+        of these does not hide what the others show.
+        """
         self._need_lock()
         table = self._table()
+        self._write_heads(head, stage)
         if table.ledger_head != head:
             table.ledger_head = head
             self._write(table)
+
+    def _write_heads(self, head: str, stage: str | None) -> None:
+        atomic_write(self.path / f".{HEAD_FILE}", f"{head}\n")
+        if stage in STAGES and self.stage_dir(stage).is_dir():
+            atomic_write(self.stage_dir(stage) / HEAD_FILE, f"{head}\n")
+
+    def ledger_heads(self) -> dict[Path, str]:
+        """What the run's files ``.ledger-head`` and ``ledger-head`` say, by path."""
+        files = [self.path / f".{HEAD_FILE}", *(self.stage_dir(stage) / HEAD_FILE for stage in PRIVATE_STAGES)]
+        return {
+            file: file.read_text(encoding="ascii", errors="replace").strip() for file in files if file.is_file()
+        }
+
+    def unrecorded(self) -> list[Path]:
+        """Folders of private stages with files, of which run.json knows nothing."""
+        known = self._table().stages
+        folders = [self.stage_dir(stage) for stage in PRIVATE_STAGES if stage not in known]
+        return [folder for folder in folders if folder.is_dir() and any(folder.iterdir())]
 
     def hash_outputs(self, stage: str, names: Collection[str]) -> dict[str, str]:
         """sha256 of files below the stage's folder, for ``finish``."""

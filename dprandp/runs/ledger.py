@@ -1,10 +1,11 @@
 """The privacy ledger of a run, compared with the run's own records.
 
 A ledger alone does not show that it was deleted, or that lines were cut off its end. So the run keeps the hash of the
-last written line (``ledger_head`` in run.json, renewed at each checkpoint and kept by ``--overwrite``). The ledger
-keeps the hash of each finished stage's result and, in its first line, the fixed budget. Every command that spends,
-reports or releases opens the ledger here, so none continues with too low an ε or too large a budget after a lost
-folder, an old backup of some files, or an edited run.json or plan.json.
+last written line, renewed at each checkpoint: ``ledger_head`` in run.json, and a file beside it and in the folder of
+each private stage. The first two are kept by ``--overwrite``. The ledger keeps the hash of each finished stage's result
+and, in its first line, the fixed budget and a hash of the record of the data. Every command that spends, reports or
+releases opens the ledger here, so none continues with too low an ε or too large a budget after a lost folder, an old
+backup of some files, or an edited run.json or plan.json.
 
 Limit: a run that was restored to an earlier state as a whole, or copied, is not noticed. ε counts what one run
 directory has released; add up the ε of copies.
@@ -30,8 +31,10 @@ ALWAYS_PRIVATE = ("probe", "finetune")
 """Stages that always read private data; ``continue`` may read only public data."""
 
 
-SEALED = ("epsilon", "delta", "examples", "unit", "public_part")
-"""Entries of plan.json that were fixed before the data were first read; the last one is optional."""
+RESTORE = "restore the run as a whole from a copy; if there is none, start a new --run and add up the ε of both"
+
+SEALED = ("epsilon", "delta", "examples", "unit", "public_part", "data_record")
+"""Entries of plan.json that were fixed before the data were first read; the last two are optional."""
 
 
 def ledger_file(rundir: RunDir) -> Path:
@@ -59,7 +62,8 @@ def open_run_ledger(
 
     Guarantee:
         The ledger that is returned holds every line that it held when a stage of this run last wrote a checkpoint,
-        finished or began its charges, and when the model was made that is in ``model/``; each private result in
+        finished or began its charges, and when anything was made that is in ``model/`` or in the folder of a private
+        stage; each private result in
         run.json is the one that was computed from it, and the budget in plan.json is the one that the ledger was begun
         with.
 
@@ -77,8 +81,14 @@ def open_run_ledger(
             "that it was charged to",
             fix="restore run.json from a copy, or start a new --run and add up the ε of both",
         )
-    planned, model = plan_file(rundir).exists(), _model_head(rundir)
-    if head is None and model is None and not path.exists() and not planned:
+    for folder in rundir.unrecorded():
+        raise CheckpointError(
+            f"{folder} holds what a private stage made, and {rundir.path / 'run.json'} does not know of it: run.json "
+            "is lost or older, and perhaps the ledger too",
+            fix=RESTORE,
+        )
+    planned, model, kept = plan_file(rundir).exists(), _model_head(rundir), rundir.ledger_heads()
+    if head is None and model is None and not kept and not path.exists() and not planned:
         return None
     ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
     if head is None and ledger.events():  # the run notes its ledger before the first charge
@@ -94,6 +104,13 @@ def open_run_ledger(
             fix="restore the run's privacy folder as it was after the last stage; if that is lost, the run's budget "
             "counts as spent: start a new --run and add up the ε of both",
         )
+    for file, line in kept.items():
+        if not ledger.includes(line):
+            raise CheckpointError(
+                f"{file} names a line that is not in this run's ledger: run.json and the ledger are older than what "
+                f"{file.parent} holds, or it is of another run",
+                fix=RESTORE,
+            )
     if model is not None and not ledger.includes(model):
         raise CheckpointError(
             f"{rundir.path / 'model'} holds a model whose privacy cost is not in this run's ledger: run.json and the "

@@ -15,6 +15,7 @@ from typing import Any
 from dprandp.config.schema import ProbeConfig, as_dict, same_data_name
 from dprandp.errors import UsageError
 from dprandp.pretrain import EXTRACTOR_STAGES, require_extractor
+from dprandp.privacy.accounting import rounded_up
 from dprandp.runs.context import Context
 from dprandp.runs.directory import frozen
 from dprandp.runs.tuning import (
@@ -90,7 +91,7 @@ def line(result: Tuning) -> str:
     """The result for people."""
     chosen = ", ".join(f"{name} = {value:.4g}" for name, value in vars(result.chosen).items())
     if isinstance(result, PrivateTuning):
-        how = f"private data, {result.trials} trials expected, ε = {result.charged_epsilon:.4g} charged"
+        how = f"private data, {result.trials} trials expected, ε = {rounded_up(result.charged_epsilon)} charged"
     else:
         how = (
             f"{result.on}, {len(result.tried)} settings tried, {100 * result.accuracy:.1f} % against "

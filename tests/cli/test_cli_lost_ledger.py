@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_an_older_run_json_does_not_vouch_for_a_ledger(
     if privacy == "probe":
         put_back_the_probes(run, stages)
     refuses(dprandp, run, "status", "report", "probe afresh", "tune", "predict")
-    refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore run.json")
+    refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore the run as a whole")
 
 
 def test_a_backup_that_is_older_than_the_model_is_refused(
@@ -166,10 +167,64 @@ def test_a_backup_that_is_older_than_the_model_is_refused(
     shutil.copy(stages["probe"] / "run.json", run / "run.json")
     put_back_the_probes(run, stages)
     refuses(dprandp, run, "status", "report", "finetune", "probe afresh", "predict", "audit")
+    shutil.rmtree(run / "4-finetune")  # which run.json does not know of either
+    shutil.copy(stages["probe"] / ".ledger-head", run / ".ledger-head")
     refused(dprandp("status", "--run", run), 4, "older than the model", "restore the run as a whole")
     shutil.rmtree(run / "model")
     shutil.copytree(stages["probe"] / "model", run / "model")
-    assert dprandp("status", "--run", run).code == 0
+    assert dprandp("status", "--run", run).code == 0  # now it is the whole run of an earlier time, which is not noticed
+
+
+@pytest.mark.parametrize("left", ["4-finetune", "4-finetune/ledger-head", ".ledger-head"])
+def test_what_a_stage_left_behind_contradicts_an_older_rest(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages, left: str
+) -> None:
+    """run.json, ledger and model as they were after the probe; of the fine-tune since then, a folder or a file."""
+    run = run_after("finetune")
+    kept = {run / left} | ({run / left / "ledger-head"} if left == "4-finetune" else set())
+    for name in ("run.json", ".ledger-head"):
+        if run / name not in kept:
+            shutil.copy(stages["probe"] / name, run / name)
+    put_back_the_probes(run, stages)
+    shutil.rmtree(run / "model")
+    shutil.copytree(stages["probe"] / "model", run / "model")
+    if left == ".ledger-head":
+        shutil.rmtree(run / "4-finetune")
+    elif left == "4-finetune":
+        (run / "4-finetune/ledger-head").unlink()  # as in a run of before
+    else:
+        edit(run / "run.json", lambda document: document["stages"].update(
+            finetune=json.loads((stages["finetune"] / "run.json").read_text())["stages"]["finetune"]
+            | {"state": "partial", "result": {}, "finished": None}))  # fmt: skip
+    refuses(dprandp, run, *COMMANDS)
+    assert dprandp("verify", "--run", run).code == 4
+
+
+def test_the_record_of_other_data_is_noticed(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """Both files of it from another run, so that they fit each other."""
+    run = run_after("probe")
+    record = run / "private/training-data.json"
+    assert json.loads((run / "privacy/plan.json").read_text())["data_record"] == sha256(record.read_bytes()).hexdigest()
+    edit(record, lambda document: document.update(train="0" * 64))
+    refused(dprandp("finetune", "--config", "small.toml", "--run", run), 4, "not the record")
+    done = dprandp("status", "--check", "--run", run)
+    assert done.code == 4
+    assert "not the record that this run's budget was fixed with" in " ".join(done.out.split())
+
+
+def test_no_privacy_folder_and_no_record_of_the_stages_that_are_there(
+    dprandp: Dprandp, run_after: RunAfter, stages: Stages
+) -> None:
+    run = run_after("finetune")
+    shutil.copy(stages["pretrain"] / "run.json", run / "run.json")
+    for folder in ("privacy", "model", "private"):
+        shutil.rmtree(run / folder)
+    refuses(dprandp, run, "status", "probe afresh", "tune", "report")
+    for folder in ("3-probe", "4-finetune"):
+        shutil.rmtree(run / folder)
+    refuses(dprandp, run, "status", "report")
+    (run / ".ledger-head").unlink()
+    assert dprandp("status", "--run", run).code == 0  # as before its first private stage
 
 
 def test_a_model_without_any_ledger_is_refused(dprandp: Dprandp, run_after: RunAfter, stages: Stages) -> None:

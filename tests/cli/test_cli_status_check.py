@@ -26,7 +26,7 @@ def test_a_whole_run(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> N
     checks = {check["name"]: check for check in done.json["checks"]}
     assert {
         "python", "libraries", "torch", "torchvision", "accelerator", "arithmetic", "disk", "writing", "data", "lock",
-        "generate", "pretrain", "probe", "finetune", "ledger", "plan", "private", "model",
+        "generate", "pretrain", "probe", "finetune", "ledger", "plan", "data record", "private", "model",
     } == set(checks)  # fmt: skip
     inside = ("lock", "generate", "pretrain", "probe", "finetune", "ledger", "plan", "private", "model", "torchvision")
     assert {name: checks[name]["state"] for name in inside} == dict.fromkeys(inside, "ok")

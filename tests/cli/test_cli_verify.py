@@ -62,6 +62,8 @@ def rewrite(run: Path, change: Callable[[list[dict]], None]) -> None:
     table["ledger_head"] = previous
     path.write_bytes(b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines))
     (run / "run.json").write_text(json.dumps(table))
+    for note in run.rglob("*ledger-head"):
+        note.write_text(renamed[note.read_text().strip()])
     config = (run / "model/config.json").read_text()
     for old, new in renamed.items():
         config = config.replace(old, new)

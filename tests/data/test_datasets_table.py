@@ -130,13 +130,16 @@ def test_all_wrong_lines_are_named_at_once(folder: Path) -> None:
     table[3]["path"] = table[4]["path"]
     table[5]["path"] = "table.csv"
     table[6]["group"] = "nan"
+    table[7]["path"] = f"./images/../{table[8]['path']}"  # another spelling of the same file, and a link to one
+    (folder / "images/link.png").hardlink_to(folder / table[9]["path"])
+    table[10]["path"] = "images/link.png"
     path = write(folder / "table.csv", table)
     with pytest.raises(UnusableData) as caught:
         opened(path)
     said = str(caught.value)
     for fragment in (
         "1 of the lines: a label that was not declared", "1 of the lines: a split that is neither",
-        "1 of the lines: a file that is not there", "2 of the lines: a file that is listed more than once",
+        "1 of the lines: a file that is not there", "6 of the lines: a file that is listed more than once",
         "1 of the lines: no image by its name", "missing values", "--val train",
     ):  # fmt: skip
         assert fragment in said

@@ -93,6 +93,13 @@ def test_a_column_that_cannot_say_it_is_refused(npz, kind):
     assert "position" not in str(caught.value)  # which image it is stays private
 
 
+def test_two_arrays_of_one_name_are_refused(npz):
+    name = npz(patient=PATIENTS, patient_train=PATIENTS[::-1])
+    with pytest.raises(InputError, match="two arrays that may say"):
+        named(name, "patient")
+    assert named(name, "patient_train").spec.unit == "one patient (column patient_train)"
+
+
 def test_a_column_that_is_not_there_or_has_no_plain_name_is_refused(npz):
     with pytest.raises(InputError, match="no array 'doctor'"):
         named(npz(patient_train=PATIENTS), "doctor")

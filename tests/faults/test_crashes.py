@@ -28,8 +28,8 @@ def kill_and_resume(made: Victim, fault: str) -> dict[str, Any]:
     return made.assert_finished(made.command())
 
 
-# Files are written in this order: hashes of the inputs, run.json, configuration, plan, (whitener), (features), metrics,
-# then three a checkpoint; so 4 is the plan and what follows 14 lies among the checkpoints of the probe.
+# Files are written in this order: hashes of the inputs, run.json, configuration, hashes of the data, plan, heads of the
+# ledger, (whitener), (features), metrics, then five a checkpoint.
 # One of each kind is fast; the slow tests of test_kills.py take every hit of every point.
 PROBE_FAULTS = [
     "ledger-appended:7", "update-applied:16", "temp-written:4", "pointer-moved:8",

@@ -355,3 +355,26 @@ def test_what_was_spent_after_the_sweep_counts(make: Make, tmp_path: Path) -> No
     (note,) = found.notes
     assert f"{first} has spent ε = " in note
     assert note in lines(found)
+
+
+def test_the_record_of_the_data_is_the_one_that_the_budget_was_fixed_with(make: Make) -> None:
+    """Two files of another run, put into private/ together, fit each other."""
+    runs = [make(name, (100, 40.0), images=name) for name in ("a", "b")]
+    for run in runs:
+        record = hash_of(run / "private/training-data.json")
+        plan = json.loads((run / "privacy/plan.json").read_text()) | {"data_record": record}
+        (run / "privacy/plan.json").write_text(json.dumps(plan))
+        ledger = run / "privacy/ledger.jsonl"
+        header = json.loads(ledger.read_text().splitlines()[0])
+        assert "data_record" not in header["budget"]
+        ledger.unlink()
+        with RunDir.open(run, create=False).lock():
+            begun = Ledger.create(ledger, 1000, budget=sealed_budget(plan))
+            RunDir.open(run, create=False)._write_heads(begun.head, None)
+            edited = json.loads((run / "run.json").read_text()) | {"ledger_head": begun.head}
+            (run / "run.json").write_text(json.dumps(edited))
+    assert [row.problem for row in compare(runs).runs] == [None, None]
+    for name in ("training-data.json", "training-images.npy"):
+        shutil.copy(runs[0] / "private" / name, runs[1] / "private" / name)
+    with pytest.raises(CheckpointError, match="not the record that this run's budget was fixed with"):
+        compare(runs)

@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 from dprandp.errors import UsageError
 from dprandp.privacy import accounting, analytic, pld
-from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events
+from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu, merge_events, rounded_up
 from dprandp.privacy.analytic import Component
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
 from dprandp.privacy.tuning import TuningEvent
@@ -430,3 +430,13 @@ def test_senseless_events_and_deltas_are_refused():
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(UsageError, match="delta is"):
             compose([GaussianEvent(1.0, 0.1, 1)], delta)
+
+
+@pytest.mark.parametrize("digits", [3, 4, 5])
+def test_an_epsilon_for_people_is_never_below_itself(digits):
+    """And above it by no more than a unit of the last digit."""
+    for epsilon in (1.397245, 1.3972, 0.99951, 9.99999, 1e-5, 3.3e-4, 123.4567, 0.5, 2.0, 8.000000001):
+        said = float(rounded_up(epsilon, digits))
+        assert epsilon * (1 - 1e-11) <= said <= epsilon * (1 + 10 ** (1 - digits)), epsilon
+    assert (rounded_up(0.9999999999999999), rounded_up(1.0), rounded_up(0.0)) == ("1", "1", "0")
+    assert rounded_up(math.inf) == "inf"
