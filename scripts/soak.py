@@ -17,7 +17,8 @@ d. The ε that was spent is not above the budget, and never falls from one look 
 e. No random words and no batch are used twice; and all releases of a run are about the same training data.
 
 What is forgiven are the limits that ``dprandp/runs/ledger.py`` and docs/privacy.md name, and these alone: lines of the
-ledger that are gone while neither ``run.json`` nor the released model, as they are now, knows of them. That is so where
+ledger that are gone while neither ``run.json``, nor ``.ledger-head``, nor the released model, nor the folder of a
+private stage, as they are now, knows of them. That is so where
 (1) the run was put back to an earlier state, or (2) the lines came after the last checkpoint of a stage that was
 killed. Releases that the lost lines had paid for are struck from the observer's books.
 
@@ -61,6 +62,7 @@ from dprandp.runs import faults  # noqa: E402
 CODES = {0, 2, 3, 4, 5, 6, 130, 143}
 TOLERANCE = 1e-6
 TRAIN = 60
+PRIVATE = {"continue": "2b-continue", "probe": "3-probe", "finetune": "4-finetune"}
 SETTINGS = """
 [generate]
 process = "dead-leaves"
@@ -288,7 +290,11 @@ class Observer:
             model = json.loads((self.run / "model" / "config.json").read_bytes())["result"]["ledger_head"]
         except (ValueError, KeyError, TypeError, OSError):
             model = None
-        if model is not None and model not in present:
+        notes = [note.read_text(errors="replace").strip() for note in self.run.glob("**/*ledger-head")]
+        if any(each not in present for each in (model, *notes) if each is not None):
+            return
+        stages = json.loads((self.run / "run.json").read_bytes())["stages"] if (self.run / "run.json").is_file() else {}
+        if any(any((self.run / folder).glob("*")) for stage, folder in PRIVATE.items() if stage not in stages):
             return
         if head in present or (head is None and not spent):
             self.releases = [event for event in self.releases if event["line"] not in gone]
@@ -692,7 +698,10 @@ class Sequence:
             self.history.append(f"data {seed} lie there now")
 
 
-TELLING = ("run.json", "plan.json", "ledger.jsonl", "config.json", "MODEL_CARD.md", "LATEST", "training-data.json")
+TELLING = (
+    "run.json", "plan.json", "ledger.jsonl", "config.json", "MODEL_CARD.md", "LATEST", "training-data.json",
+    ".ledger-head", "ledger-head",
+)  # fmt: skip
 
 
 def run_sequence(world: World, base: Path, seed: int, index: int, most: int = 12) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_a_report_of_several_labels(tmp_path: Path) -> None:
     assert "which of 2 labels an image has, it said rightly in 90" in page
     assert "&lt;b&gt;edema" in page
     assert "mean AUC 0.700, test accuracy 90" in page
-    assert "<td>0.812</td><td>0.75 to 0.875</td>" in page
+    assert '<td data-column="AUC">0.812</td><td data-column="95 % interval">0.75 to 0.875</td>' in page
     card = model_card(private_result("probe", **several(per_class=[EACH, SILENT])), PRETRAINED, GENERATED)
     assert "Saying which of 2 labels an image like those of" in card
     assert "Labels, of which an image may have several: mass, &lt;b&gt;edema." in card

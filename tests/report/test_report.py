@@ -284,7 +284,7 @@ def test_what_the_audit_found(audited: RunDir) -> None:
     text = with_audit(audited, AUDIT)
     for content in (
         "Nothing contradicts the claims.", "≤ 0.3",
-        "≥ 0.1357, 45 % of the claim (4321 trials with the record and without)",
+        "≥ 0.1357, 45 % of the claim (4,321 trials with the record and without)",
         "≥ 0.0246, 8 % of the claim (987 canaries)", "1.5 times less: 88 %",
         "exact", "2 of 2 flagged", "significance 0.001", "A clean audit is no proof",
     ):  # fmt: skip
