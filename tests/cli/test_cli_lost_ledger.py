@@ -159,6 +159,17 @@ def test_an_older_run_json_does_not_vouch_for_a_ledger(
     refused(dprandp("status", "--run", run), 4, "run.json does not know of it", "restore the run as a whole")
 
 
+def test_a_ledger_that_nothing_else_knows_of_is_refused(dprandp: Dprandp, run_after: RunAfter, stages: Stages) -> None:
+    """Nothing tells whether it is whole."""
+    run = run_after("probe")
+    put_back_run_json_alone(run, stages)
+    for folder in ("3-probe", "model"):
+        shutil.rmtree(run / folder)
+    (run / ".ledger-head").unlink()
+    refused(dprandp("status", "--run", run), 4, "holds charges", "restore run.json")
+    refuses(dprandp, run, "status", "probe afresh")
+
+
 def test_a_backup_that_is_older_than_the_model_is_refused(
     dprandp: Dprandp, run_after: RunAfter, stages: Stages
 ) -> None:

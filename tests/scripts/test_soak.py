@@ -138,7 +138,7 @@ def test_only_a_run_that_was_put_back_whole_is_forgiven(make: Make) -> None:
     assert probe(made, "--share", 0.3, "--overwrite").code == 0
     spent = made.observer.truth(1e-5)
     made.observer.untouched = False
-    for name in ("privacy", "run.json", "model"):  # after the first two the run refuses, then it cannot know
+    for name in ("privacy", "run.json", "model", "3-probe", ".ledger-head"):  # the run refuses until it cannot know
         assert made.observer.truth(1e-5) == spent
         made.restore(made.base / "copy" / name, made.run / name)
         made.look()
