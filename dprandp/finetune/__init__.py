@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ from dprandp.models.optimizers import restore
 from dprandp.models.torchvision import with_code
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import load_extractor, pretrained
-from dprandp.pretrain.weights import declared_weights, weights_hash
+from dprandp.pretrain.weights import declared_weights, private_origin, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.privacy.mechanism import PrivateMechanism
@@ -230,6 +231,8 @@ def _pretrained_model(config: FinetuneConfig, stage: PrivateStage) -> Classifier
 
 def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
     model, left_out = scratch.start_model(config, len(stage.spec.classes))
+    if config.init is not None and (said := private_origin(Path(config.init))) is not None:
+        stage.context.console.warn(said)
     if left_out:
         stage.context.console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
     if replaced := replaced_in(model.extractor):

@@ -47,7 +47,7 @@ from dprandp.models.extractor import (
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.models.torchvision import with_code
 from dprandp.pretrain.evaluation import MEASURES, evaluate
-from dprandp.pretrain.weights import declared_weights, load_public_weights, weights_hash
+from dprandp.pretrain.weights import declared_weights, load_public_weights, private_origin, weights_hash
 from dprandp.pretrain.wrn import Learned, held_out_images, learn
 from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
@@ -116,6 +116,8 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     if foreseen.init is not None:
         ready, from_outside = build_extractor(foreseen), weights_hash(foreseen.init)
         left_out = load_public_weights(Path(foreseen.init), ready, foreseen.arch)
+        if (said := private_origin(Path(foreseen.init))) is not None:
+            context.console.warn(said)
         if left_out:
             context.console.say(f"of {foreseen.init}, made for another task, left out: {', '.join(left_out)}")
     inputs = context.rundir.inputs_from("generate") | from_outside

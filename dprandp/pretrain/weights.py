@@ -6,6 +6,7 @@ and its hash are recorded and shown wherever ε is.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from dprandp.config.schema import FinetuneConfig, PretrainConfig, public_arch
 from dprandp.errors import CheckpointError, InputError
 from dprandp.models.torchvision import Backbone
 from dprandp.runs.checkpoint import DamagedCheckpointError, tensors_from_bytes
-from dprandp.runs.files import file_sha256, storage_errors
+from dprandp.runs.files import file_sha256, read_object, storage_errors
 
 INPUT = "public weights"
 """Name of the file's hash among the inputs of a stage."""
@@ -47,6 +48,20 @@ def declared_weights(config: PretrainConfig | FinetuneConfig) -> dict[str, str]:
         return {}
     sha256 = weights_hash(config.init)[INPUT]
     return {"init_file": Path(config.init).name, "init_sha256": sha256, "init_source": str(config.init_source)}
+
+
+def private_origin(path: Path) -> str | None:
+    """A warning where a file of weights is the model of a private run, by the configuration beside it; else None."""
+    beside = path.parent / "config.json"
+    result = (read_object(beside) or {}).get("result") if beside.is_file() else None
+    epsilon = result.get("epsilon") if isinstance(result, dict) else None
+    if epsilon is None:
+        return None
+    spent = f"spent ε = {math.ceil(1000 * epsilon) / 1000:g}" if isinstance(epsilon, int | float) else "was not private"
+    return (
+        f"{path} is the model of a run on {result.get('data')} that {spent}, and tells about its images: where this "
+        "run has one of them too, add up the ε of both"
+    )
 
 
 def load_public_weights(path: Path, extractor: nn.Module, arch: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from dprandp.config.schema import FinetuneConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.finetune import start
-from dprandp.pretrain.weights import weights_hash
+from dprandp.pretrain.weights import private_origin, weights_hash
 from dprandp.release import load_model
 
 SOURCE = {"source": "init", "init_source": "made-up weights, drawn in a test"}
@@ -128,3 +129,18 @@ def test_weights_that_do_not_fit_cost_nothing(tmp_path: Path, data: str, monkeyp
     forbid_reading(monkeypatch)  # an absent file is noticed before a pixel is read
     with pytest.raises(InputError, match="there is no file"):
         run_scratch(tmp_path / "other", data, **SOURCE, init=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("epsilon", [1.0001, "inf"])
+def test_weights_that_are_the_model_of_a_private_run_are_called_so(tmp_path: Path, epsilon: float | str) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    assert private_origin(weights) is None
+    (tmp_path / "config.json").write_text('{"result": {"stage": "generate"}}')
+    assert private_origin(weights) is None
+    (tmp_path / "config.json").write_text(json.dumps({"result": {"data": "scans", "epsilon": epsilon}}))
+    said = private_origin(weights)
+    assert "the model of a run on scans that " in said
+    assert "add up the ε of both" in said
+    assert ("was not private" in said) == (epsilon == "inf")
+    assert ("spent ε = 1.001," in said) == (epsilon != "inf")
