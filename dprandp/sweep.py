@@ -341,6 +341,7 @@ def keep_features(run: Path, public: Path) -> None:
 def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     """``results.jsonl`` of the finished runs, and of those of earlier sweeps that it has already; returns all these."""
     keys = ("system", "size", "seed")
+    lost, spent_then = compare.lost_rows(folder / RESULTS) if (folder / RESULTS).exists() else ([], [])
     finished = {cell.path: {key: cell.facts[key] for key in keys} for cell in chosen if cell.finished()}
     if (folder / RESULTS).exists():
         for row in compare.read_results(folder / RESULTS)[0]:
@@ -351,7 +352,8 @@ def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     private = [row.run for row in found.runs if row.private]
     together = compare.compare([Path(name) for name in private]).together if private else []
     lines = [to_json({**vars(row), **own}) for row, own in zip(found.runs, facts, strict=True)]
-    lines += [to_json({"together": vars(each)}) for each in together]
+    lines += [to_json(vars(row)) for row in lost]  # what they have released stays released
+    lines += [to_json({"together": vars(each)}) for each in dict.fromkeys([*spent_then, *together])]
     lines += [to_json({"exposed": each}) for each in found.exposed]
     atomic_write(folder / RESULTS, "".join(line + "\n" for line in lines))
     return collected([folder / RESULTS])

@@ -506,8 +506,8 @@ def _plan_probe(stage: PrivateStage, share: float, spent: list[Stage], mechanism
     total = compose_stages([*spent, [event]], budget.delta, warn).upper
     if total > epsilon:
         raise BudgetError(
-            f"running the probe again for ε = {own:.4g} would bring this run to ε = {rounded_up(total)}, above its "
-            f"budget of {epsilon:g}",
+            f"running the probe for ε = {own:.4g}, after what this run has spent, would bring it to ε = "
+            f"{rounded_up(total)}, above its budget of {epsilon:g}",
             fix="give a smaller --share, keep the existing probe, or start a new --run and add up the ε of both",
         )
     return PrivatePlan(

@@ -59,6 +59,7 @@ class Row:
     examples: int | None = None  # N
     seconds: float | None = None  # of all finished stages
     problem: str | None = None  # why the run cannot be read
+    ledger_head: str | None = None  # hash of the last line of its ledger
     system: str | None = None  # of a sweep, like the next two
     size: str | None = None
     seed: int | None = None
@@ -131,8 +132,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
 def collected(files: Sequence[Path]) -> Comparison:
     """The results of sweeps, from their ``results.jsonl``.
 
-    What private runs have spent, alone and together, is read from the runs where they are still there. Of files whose
-    runs are not, it is what the sweep has written down, and nothing is known about runs of several files together.
+    What private runs have spent, alone and together, is read from the runs where they are still there; a run is known
+    by its ledger, not by its path. Of files whose runs are not there, it is what the sweep has written down, and
+    nothing is known about runs of several files together.
 
     Raises:
         CheckpointError: a line is not one of these, or a run is damaged.
@@ -178,11 +180,24 @@ def collected(files: Sequence[Path]) -> Comparison:
 
 
 def _run_of(row: Row, results: Path) -> RunDir | None:
-    """The run of a line: beside the file, also where a whole sweep was moved, or where it was made; None if neither."""
+    """The run of a line: beside the file, also where a whole sweep was moved, or where it was made; None if neither.
+
+    Another run may stand in its place, so the ledger must have the line that it ended with when the row was written.
+    """
     for path in (results.parent / Path(row.run).name, Path(row.run)):
-        if (path / "run.json").is_file():
-            return RunDir.open(path, create=False)
+        if row.ledger_head is not None and (path / "run.json").is_file():
+            rundir = RunDir.open(path, create=False)
+            ledger = open_run_ledger(rundir)
+            if ledger is not None and ledger.includes(row.ledger_head):
+                return rundir
     return None
+
+
+def lost_rows(path: Path) -> tuple[list[Row], list[Together]]:
+    """The lines of a ``results.jsonl`` about private runs that are not there any more, and what all had spent then."""
+    rows, together, _ = read_results(path)
+    lost = [row for row in rows if row.private and _run_of(row, path) is None]
+    return lost, together if lost else []
 
 
 def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:
@@ -267,6 +282,7 @@ def _row(rundir: RunDir) -> Row:
     spent = {} if budget is None else {
         "data": public_data_name(budget.data), "epsilon": budget.spent, "epsilon_total": budget.epsilon,
         "delta": budget.delta, "private": budget.private, "unit": budget.unit, "examples": budget.examples,
+        "ledger_head": rundir.ledger_head,
     }  # fmt: skip
     seconds = math.fsum(result.seconds for result in results.values()) if results else None
     if not models:

@@ -156,7 +156,7 @@ def hide_duration(rundir: RunDir) -> None:
     """
     begun = plan_file(rundir).stat()
     files = (rundir.path / SETTINGS, rundir.path / RECORD, ledger_file(rundir), rundir.path / "run.json")
-    for path in (*files, rundir.path, ledger_file(rundir).parent):
+    for path in (*files, *rundir.ledger_heads(), rundir.path, ledger_file(rundir).parent):
         os.utime(path, ns=(begun.st_mtime_ns, begun.st_mtime_ns))
 
 

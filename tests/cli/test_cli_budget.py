@@ -24,7 +24,7 @@ def test_probe_again(dprandp: Dprandp, run_after: RunAfter) -> None:
     again = ("probe", *CONFIG, "--run", run, "--overwrite")
     before = state_of(run)
     done = dprandp(*again, "--share", 0.97, before=NO_PIXELS)
-    refused(done, 5, "running the probe again for ε = 1.94", "above its budget of 2", "smaller --share", "new --run")
+    refused(done, 5, "running the probe for ε = 1.94", "above its budget of 2", "smaller --share", "new --run")
     assert state_of(run) == before
     assert first < good(dprandp(*again, "--json"))["epsilon"] <= 2
     states = {row["stage"]: row["state"] for row in good(dprandp("status", "--run", run, "--json"))["stages"]}

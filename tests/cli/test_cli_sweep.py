@@ -175,3 +175,12 @@ def test_a_second_sweep_in_the_same_folder_counts_the_first(dprandp: Dprandp, tm
     assert sum('"system"' in line for line in lines) == 2
     (listed,) = good(dprandp("status", "--runs", out, "--json"))["together"]
     assert listed["epsilon"] == together["epsilon"]
+    # what a run that was deleted has released stays released, and another one in its place does not hide it
+    (gone,) = (path for path in out.iterdir() if "eps2" in path.name)
+    shutil.rmtree(gone)
+    assert good(sweep(2))["notes"]
+    again = (out / "results.jsonl").read_text().splitlines()
+    assert sum('"system"' in line for line in again) == 3
+    assert json.dumps(together["epsilon"]) in "".join(again)
+    assert good(sweep(2))["notes"]
+    assert (out / "results.jsonl").read_text().splitlines() == again

@@ -357,6 +357,24 @@ def test_what_was_spent_after_the_sweep_counts(make: Make, tmp_path: Path) -> No
     assert note in lines(found)
 
 
+def test_another_run_in_the_place_of_a_recorded_one_is_not_taken_for_it(make: Make, tmp_path: Path) -> None:
+    """It has spent less, and a row is known by the ledger that it was read from."""
+    first, second = make("sweep/a", (100, 40.0)), make("sweep/b", (100, 40.0))
+    before = compare([first, second]).together[0]
+    file = results_of(tmp_path / "sweep/results.jsonl", first, second, **vars(before))
+    for run in (first, second):
+        shutil.rmtree(run)
+        make(f"sweep/{run.name}", (10, 60.0))
+    found = compare([file])
+    assert found.together == [before]
+    assert "not all runs of" in found.notes[0]
+    lost, stored = comparing.lost_rows(file)
+    assert ([row.run for row in lost], stored) == ([str(first), str(second)], [before])
+    older = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "ledger_head"}) for row in older))
+    assert compare([file]).together == [before]  # of a version that did not write it
+
+
 def test_the_record_of_the_data_is_the_one_that_the_budget_was_fixed_with(make: Make) -> None:
     """Two files of another run, put into private/ together, fit each other."""
     runs = [make(name, (100, 40.0), images=name) for name in ("a", "b")]
