@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import Dprandp, refused, state_of
+from cli_process import Done, Dprandp, refused, state_of
 
 RunAfter = Callable[[str], Path]
 QUICK = ("--trials", 200, "--canaries", 40)
@@ -43,6 +43,12 @@ data.Dataset.train = train
 """
 
 
+def audited(dprandp: Dprandp, *arguments: object, **options: object) -> Done:
+    """An audit that is to find nothing. It accuses a sound mechanism once in a thousand tests: it has a second try."""
+    done = dprandp("audit", *arguments, **options)
+    return dprandp("audit", *arguments, **options) if done.code == 1 else done
+
+
 MECHANISMS = {"probe": ["probe"], "finetune": ["probe", "finetune", "finetune.head"]}
 
 
@@ -50,7 +56,7 @@ MECHANISMS = {"probe": ["probe"], "finetune": ["probe", "finetune", "finetune.he
 def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> None:
     run = run_after(stage)
     before = state_of(run)
-    done = dprandp("audit", "--run", run, *QUICK, "--json", "--quiet", before=READING_FAILS)
+    done = audited(dprandp, "--run", run, *QUICK, "--json", "--quiet", before=READING_FAILS)
     assert (done.code, done.err) == (0, "")
     result = done.json
     assert result["outcome"] == "nothing contradicts"
@@ -112,7 +118,7 @@ def test_a_control_that_is_missed_ends_with_1(dprandp: Dprandp) -> None:
 @pytest.mark.slow  # of a sampled mechanism; the next one is quick
 def test_a_bare_plan(dprandp: Dprandp, folder: Path) -> None:
     before = sorted(path.name for path in folder.iterdir())
-    done = dprandp("audit", "--eps", 8, "--steps", 6, "--sample-rate", 0.3, "--examples", 500, *QUICK,
+    done = audited(dprandp, "--eps", 8, "--steps", 6, "--sample-rate", 0.3, "--examples", 500, *QUICK,
                    "--no-controls")  # fmt: skip
     assert done.code == 0, done.err
     assert "plan claims ε ≤ " in done.out
@@ -124,7 +130,7 @@ def test_a_bare_plan(dprandp: Dprandp, folder: Path) -> None:
 
 def test_a_plan_with_discrete_noise_and_its_released_heads(dprandp: Dprandp) -> None:
     plan = ("--eps", 8, "--steps", 6, "--examples", 500, "--noise", "discrete", "--no-controls")
-    done = dprandp("audit", *plan, *QUICK, "--black-box", "--json")
+    done = audited(dprandp, *plan, *QUICK, "--black-box", "--json")
     assert done.code == 0, done.err
     (found,) = done.json["mechanisms"]
     assert found["plan"]["noise"] == "discrete"
@@ -139,7 +145,7 @@ def test_a_run_that_protects_units_with_discrete_noise(dprandp: Dprandp, run_aft
     flags = ("--data", "npz:patients.npz", "--unit-column", "patient_train", "--noise", "discrete", "--eps", 2)
     done = dprandp("probe", "--config", "small.toml", "--run", run, *flags)
     assert done.code == 0, done.err
-    done = dprandp("audit", "--run", run, *QUICK, "--with-data", "--json", "--no-controls")
+    done = audited(dprandp, "--run", run, *QUICK, "--with-data", "--json", "--no-controls")
     assert done.code == 0, done.err
     assert [found["replay"]["private_data"] for found in done.json["mechanisms"]] == ["passed"]
 
@@ -151,7 +157,7 @@ def test_a_run_with_private_tuning(dprandp: Dprandp, run_after: RunAfter) -> Non
     for command in (("tune", "--on", "private"), ("probe",)):
         done = dprandp(*command, *data)
         assert done.code == 0, done.err
-    done = dprandp("audit", "--run", run, *QUICK, "--json")
+    done = audited(dprandp, "--run", run, *QUICK, "--json")
     assert done.code == 0, done.err
     tuning, probe = sorted(done.json["mechanisms"], key=lambda found: found["name"] != "tune")
     assert (tuning["name"], probe["name"], tuning["one_run"]) == ("tune", "probe", None)
