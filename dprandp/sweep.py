@@ -341,13 +341,12 @@ def keep_features(run: Path, public: Path) -> None:
 def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     """``results.jsonl`` of the finished runs, and of those of earlier sweeps that it has already; returns all these."""
     keys = ("system", "size", "seed")
-    lost, spent_then = compare.lost_rows(folder / RESULTS) if (folder / RESULTS).exists() else ([], [])
+    rows, lost, spent_then = compare.earlier_rows(folder / RESULTS)
     finished = {cell.path: {key: cell.facts[key] for key in keys} for cell in chosen if cell.finished()}
-    if (folder / RESULTS).exists():
-        for row in compare.read_results(folder / RESULTS)[0]:
-            path = folder / Path(row.run).name
-            if looks_like_a_run(path):
-                finished.setdefault(path, {key: getattr(row, key) for key in keys})
+    for row in rows:
+        path = folder / Path(row.run).name
+        if looks_like_a_run(path):
+            finished.setdefault(path, {key: getattr(row, key) for key in keys})
     found, facts = compare.compare(list(finished)), finished.values()
     private = [row.run for row in found.runs if row.private]
     together = compare.compare([Path(name) for name in private]).together if private else []

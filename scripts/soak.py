@@ -58,11 +58,11 @@ sys.path.append(str(ROOT / "tests" / "cli"))
 from cli_process import Done, Dprandp, arrays  # noqa: E402
 
 from dprandp.runs import faults  # noqa: E402
+from dprandp.runs.directory import PRIVATE_STAGES, STAGES  # noqa: E402
 
 CODES = {0, 2, 3, 4, 5, 6, 130, 143}
 TOLERANCE = 1e-6
 TRAIN = 60
-PRIVATE = {"continue": "2b-continue", "probe": "3-probe", "finetune": "4-finetune"}
 SETTINGS = """
 [generate]
 process = "dead-leaves"
@@ -294,7 +294,8 @@ class Observer:
         if any(each not in present for each in (model, *notes) if each is not None):
             return
         stages = json.loads((self.run / "run.json").read_bytes())["stages"] if (self.run / "run.json").is_file() else {}
-        if any(any((self.run / folder).glob("*")) for stage, folder in PRIVATE.items() if stage not in stages):
+        if any(any((self.run / folder).glob("*")) for stage, folder in STAGES.items()
+               if stage in PRIVATE_STAGES and stage not in stages):  # fmt: skip
             return
         if head in present or (head is None and not spent):
             self.releases = [event for event in self.releases if event["line"] not in gone]

@@ -370,7 +370,7 @@ def replay_finetune(
         finetune._train(config, stage, model, *chosen(config, model), lr, scale, Stop())
 
     checks = paired_run(plan, dataset.spec.train_units, watched, loop, dataset=dataset, like=like, most=most,
-                        control=control)
+                        control=control)  # fmt: skip
     model.load_state_dict(before)
     return checks
 

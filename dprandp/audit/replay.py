@@ -40,6 +40,7 @@ NOISE_SIGNIFICANCE = 1e-6
 """Of the two looks at the noise, each: a sound mechanism is accused this often."""
 
 FLOAT32 = 2.0**-24
+
 REPLAYED_STEPS = 3
 
 ROOM = 2**30

@@ -193,11 +193,12 @@ def _run_of(row: Row, results: Path) -> RunDir | None:
     return None
 
 
-def lost_rows(path: Path) -> tuple[list[Row], list[Together]]:
-    """The lines of a ``results.jsonl`` about private runs that are not there any more, and what all had spent then."""
-    rows, together, _ = read_results(path)
+def earlier_rows(path: Path) -> tuple[list[Row], list[Row], list[Together]]:
+    """The lines of a ``results.jsonl``, maybe not there; of these, the ones about private runs that are gone; and, if
+    there are such, what all had spent then."""
+    rows, together, _ = read_results(path) if path.exists() else ([], [], [])
     lost = [row for row in rows if row.private and _run_of(row, path) is None]
-    return lost, together if lost else []
+    return rows, lost, together if lost else []
 
 
 def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:

@@ -368,7 +368,7 @@ def test_another_run_in_the_place_of_a_recorded_one_is_not_taken_for_it(make: Ma
     found = compare([file])
     assert found.together == [before]
     assert "not all runs of" in found.notes[0]
-    lost, stored = comparing.lost_rows(file)
+    _, lost, stored = comparing.earlier_rows(file)
     assert ([row.run for row in lost], stored) == ([str(first), str(second)], [before])
     older = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "ledger_head"}) for row in older))
