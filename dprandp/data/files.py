@@ -1,8 +1,7 @@
 """The images of a data set that is a list of files: decoded in parallel, once, with every problem found.
 
-    images-train.npy         uint8 [N, side, side, 3 or 1], in a run's private folder; and images-test.npy
-    images-train.hashes.npy  uint8 [N, 16], of the pixels before they were resized
-    images-train.key         hash of the files' bytes and of the rules by which they were decoded, written after them
+In a run's private folder they are the arrays (``runs/arrays.py``) images-train and images-test, with rows of pixels and
+of a hash of those before they were resized. The key is a hash of the files' bytes and of the rules of decoding.
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.decode import decode_all
 from dprandp.data.problems import Problem, UnusableData
 from dprandp.errors import InputError
-from dprandp.runs.files import atomic_path, atomic_write, storage_errors
+from dprandp.runs.arrays import ArrayFile
 
 CHUNK = 32
 """Files that a process decodes at a time."""
+BLOCK = 4096
+"""Files whose images are in memory before they are written to the disk, or fewer, of ``BLOCK_BYTES``."""
+BLOCK_BYTES = 2**26
 ALONE_BELOW = 200
 """Fewer files than this are decoded before further processes would have started."""
 
@@ -41,6 +43,10 @@ class Listing:
 
     paths: tuple[Path, ...]
     labels: tuple[int | tuple[int, ...], ...]
+
+
+def _silent(_: str) -> None:
+    """Tell nobody: damaged images are decoded again from their files."""
 
 
 class _Silent:
@@ -62,7 +68,7 @@ class Reading:
     folder: Path | None = None
     writable: bool = False
     workers: int = 1
-    progress: Callable[[int, str], contextlib.AbstractContextManager[Any]] = lambda total, label: (
+    progress: Callable[..., contextlib.AbstractContextManager[Any]] = lambda total, label, done=0: (
         contextlib.nullcontext(_Silent())
     )
 
@@ -92,43 +98,63 @@ class ImageFiles:
         """
         paths = self.listings[split].paths
         labels = np.array(self.listings[split].labels, np.int64)
-        folder, shape = self.reading.folder, (len(paths), self.side, self.side, self._rules.channels)
-        key = None if folder is None else self._key(paths)
-        if folder is not None and (kept := _kept(folder, split, key, shape)) is not None:
-            images, self._grey_hashes[split] = kept
-            return images, labels
-        images, hashes, problems = np.empty(shape, np.uint8), np.empty((len(paths), 16), np.uint8), []
-        with self.reading.progress(len(paths), f"{split} images decoded") as progress:
-            for start, decoded, grey, found in self._chunks(paths):
-                images[start : start + len(decoded)], hashes[start : start + len(decoded)] = decoded, grey
-                problems += [Problem(f"{split} images", *each) for each in found]
-                progress.advance(len(decoded))
-        if problems:
-            raise UnusableData(self.name, problems)
-        self._grey_hashes[split] = hashes
-        if folder is not None and self.reading.writable:
-            _keep(folder, split, key, images, hashes)
-        return images, labels
+        row = np.dtype([("pixels", "u1", (self.side, self.side, self._rules.channels)), ("hash", "u1", 16)])
+        rows, folder = None, self.reading.folder
+        if folder is not None and paths:
+            file, key = ArrayFile(folder, f"images-{split}", len(paths), row), self._key(paths)
+            rows = file.read(key, _silent, "c")
+            if rows is None and self.reading.writable:
+                rows = file.written(key, lambda begun: self._rows(split, row, begun), _silent, "c")
+        if rows is None:
+            rows, start = np.empty(len(paths), row), 0
+            for block in self._rows(split, row):
+                rows[start : start + len(block)] = block
+                start += len(block)
+        self._grey_hashes[split] = rows["hash"]
+        return rows["pixels"], labels
 
     def hashes(self, split: str) -> np.ndarray:
         """``Dataset.hashes`` of a split that was read."""
         files = [np.frombuffer(_digest_of(path)[:16], np.uint8) for path in self.listings[split].paths]
         return np.stack([self._grey_hashes[split], np.stack(files)], axis=1)
 
-    def _chunks(
+    def _rows(self, split: str, row: np.dtype, begun: int = 0) -> Iterator[np.ndarray]:
+        """Blocks of decoded images from the first that is not ``begun``; all problems once everything was read."""
+        paths = self.listings[split].paths
+        block, filled = np.empty(min(len(paths), max(CHUNK, min(BLOCK, BLOCK_BYTES // row.itemsize))), row), 0
+        problems: list[Problem] = []
+        with self.reading.progress(len(paths), f"{split} images decoded", done=begun) as progress:
+            for images, hashes, found in self._decoded(paths[begun:]):
+                problems += [Problem(f"{split} images", *each) for each in found]
+                progress.advance(len(images))
+                if problems:
+                    continue  # nothing is kept from here on, but every problem is named
+                both = block[filled : filled + len(images)]
+                both["pixels"], both["hash"] = images, hashes
+                filled += len(images)
+                if filled + CHUNK > len(block):
+                    yield block[:filled]
+                    filled = 0
+        if problems:
+            raise UnusableData(self.name, problems)
+        if filled:
+            yield block[:filled]
+
+    def _decoded(
         self, paths: Sequence[Path]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, list[tuple[str, str, str]]]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]]:
+        """``decode_all`` of ``CHUNK`` files at a time."""
         starts = range(0, len(paths), CHUNK)
         jobs = [(paths[start : start + CHUNK], self.side, self._rules) for start in starts]
         if self.reading.workers == 1 or len(paths) < ALONE_BELOW:
-            yield from ((start, *decode_all(*job)) for start, job in zip(starts, jobs, strict=True))
+            yield from (decode_all(*job) for job in jobs)
             return
         # Processes: threads were no faster, since of a small image more than half the time is Python's. Spawned: a fork
         # of a process whose torch has started threads may hang.
         context = get_context("spawn")
         with ProcessPoolExecutor(min(self.reading.workers, len(jobs)), context, initializer=_begin) as pool:
             try:
-                yield from ((start, *done) for start, done in zip(starts, pool.map(_decode, jobs), strict=True))
+                yield from pool.map(_decode, jobs)
             except BrokenProcessPool as error:
                 raise InputError(
                     "a process that decodes images was ended from outside, perhaps for lack of memory",
@@ -139,7 +165,7 @@ class ImageFiles:
                 raise
 
     def _key(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(f"dprandp-decoded-2 {self.side} {self._rules.as_dict()}".encode())
+        digest = hashlib.sha256(f"dprandp-decoded-3 {self.side} {self._rules.as_dict()}".encode())
         for path in paths:
             digest.update(_digest_of(path))
         return digest.hexdigest()
@@ -167,30 +193,3 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _files(folder: Path, split: str) -> tuple[Path, Path, Path]:
-    return tuple(folder / f"images-{split}.{end}" for end in ("npy", "hashes.npy", "key"))
-
-
-def _kept(folder: Path, split: str, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The kept images, mapped (what is written to them stays in memory), and hashes. None where none of these are."""
-    path, hashes, tag = _files(folder, split)
-    try:
-        if tag.read_bytes() == key.encode():
-            kept = np.load(path, mmap_mode="c", allow_pickle=False), np.load(hashes, allow_pickle=False)
-            if [(each.dtype, each.shape) for each in kept] == [(np.uint8, shape), (np.uint8, (shape[0], 16))]:
-                return kept
-    except (OSError, ValueError, EOFError):
-        pass  # decoded again
-    return None
-
-
-def _keep(folder: Path, split: str, key: str, images: np.ndarray, hashes: np.ndarray) -> None:
-    path, hashes_path, tag = _files(folder, split)
-    with storage_errors(tag, "remove"):
-        tag.unlink(missing_ok=True)
-    for place, array in ((path, images), (hashes_path, hashes)):
-        with atomic_path(place) as temporary:
-            np.save(temporary, array, allow_pickle=False)
-    atomic_write(tag, key)

@@ -8,24 +8,19 @@ through a memory map, so they need not fit in memory.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dprandp.dpsgd.stage import PrivateStage
-from dprandp.errors import StorageError, UsageError
+from dprandp.errors import UsageError
 from dprandp.models.extractor import add_weights, extract
 from dprandp.models.whitening import Whitener
 from dprandp.privacy.clipping import check_labels
+from dprandp.runs.arrays import ArrayFile
 from dprandp.runs.directory import available_memory, free_on_device
-from dprandp.runs.files import atomic_write, from_json, move_into_place, storage_errors, to_json
 from dprandp.runs.parallel import Ranks
 from dprandp.vision.images import to_input
 from dprandp.vision.views import keyed_uniforms, private_views
@@ -92,125 +87,15 @@ def _rows_of(
     return extract(extractor, images, mirror=mirror, batch_size=BATCH, on_batch=on_batch, **after)
 
 
-# -------------------------------------------------------------------------------------------------------- feature file
-#
-#     NAME.npy            float32 [N, ...], whole
-#     NAME.key            hash of the inputs, written after it: a file without its key is not used
-#     NAME.partial        rows so far, of an extraction that was stopped
-#     NAME.partial.json   the number of them that are on the disk, and the key of the extraction
-
-Blocks = Callable[[int], Iterator[Tensor]]
-"""From a first row to the blocks from there on, each float32 [b, ...], b ≥ 1."""
-
-
-class FeatureFile:
-    """An array of N ≥ 1 rows in a folder: written block by block, resumed after a stop, read as a mapped tensor."""
-
-    def __init__(self, folder: Path, name: str, rows: int) -> None:
-        self.path, self._tag = folder / f"{name}.npy", folder / f"{name}.key"
-        self._partial, self._journal = folder / f"{name}.partial", folder / f"{name}.partial.json"
-        self._rows = rows
-
-    def read(self, key: str, warn: Callable[[str], None]) -> Tensor | None:
-        """The whole array if its key is ``key``: float32 [N, ...], mapped and read-only (writing ends the process)."""
-        if not self.path.exists() or not self._tag.exists() or self._tag.read_bytes() != key.encode():
-            return None
-        try:
-            mapped = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if mapped.dtype == np.float32 and mapped.ndim > 1 and len(mapped) == self._rows:
-                return torch.from_dlpack(mapped)
-        except (OSError, ValueError, EOFError):
-            pass
-        warn(f"{self.path} is damaged; the features are computed again")
-        return None
-
-    def begun(self, key: str) -> int:
-        """Rows that a stopped ``write`` with this key has left on the disk."""
-        return self._resumable(key)[0]
-
-    def write(self, key: str, blocks: Blocks) -> None:
-        """Compute and store the missing rows, in order; one block is in memory.
-
-        A process killed anywhere leaves rows that the next call goes on from. Raises StorageError where the disk has
-        too little room, or refuses.
-        """
-        done, shape = self._resumable(key)
-        with storage_errors(self.path, "replace"):  # remove another extraction's file, to free its space
-            for path in (self._tag, self.path, *(() if done else (self._journal, self._partial))):
-                path.unlink(missing_ok=True)
-        try:
-            self._append(key, blocks, done, shape)
-        except BaseException:
-            if not self.begun(key):  # remove rows that no later call can use
-                with storage_errors(self._partial, "remove"):
-                    self._partial.unlink(missing_ok=True)
-            raise
-        with storage_errors(self._journal, "remove"):
-            self._journal.unlink(missing_ok=True)
-        atomic_write(self._tag, key)
-
-    def _append(self, key: str, blocks: Blocks, done: int, shape: list[int]) -> None:
-        source = blocks(done)
-        with storage_errors(self._partial), open(self._partial, "r+b" if done else "wb") as file:
-            if done:
-                file.seek(self._bytes(done, shape))
-                file.truncate()
-            for block in source:
-                if not done:
-                    shape = list(block.shape[1:])
-                    self._require_room(shape)
-                    file.write(self._header(shape))
-                file.write(memoryview(block.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
-                done += len(block)
-                if done < self._rows:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    atomic_write(self._journal, to_json({"key": key, "rows": done, "shape": shape}))
-        if done != self._rows:
-            raise RuntimeError(f"{done} rows were computed instead of {self._rows}")
-        move_into_place(self._partial, self.path)
-
-    def _resumable(self, key: str) -> tuple[int, list[int]]:
-        """Rows of an extraction with this key that are on the disk, and the shape of one; (0, []) if in doubt."""
-        try:
-            journal = from_json(self._journal.read_bytes())
-            rows, shape = journal["rows"], journal["shape"]
-            sound = journal["key"] == key and type(rows) is int and 0 < rows < self._rows
-            sound = sound and all(type(side) is int and side > 0 for side in shape)
-            if sound and self._partial.stat().st_size >= self._bytes(rows, shape):
-                header = self._header(shape)
-                with open(self._partial, "rb") as file:
-                    if file.read(len(header)) == header:
-                        return rows, shape
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # nothing usable was begun
-        return 0, []
-
-    def _header(self, shape: list[int]) -> bytes:
-        header = io.BytesIO()
-        facts = {"descr": "<f4", "fortran_order": False, "shape": (self._rows, *shape)}
-        np.lib.format.write_array_header_1_0(header, facts)
-        return header.getvalue()
-
-    def _bytes(self, rows: int, shape: list[int]) -> int:
-        return len(self._header(shape)) + 4 * rows * math.prod(shape)
-
-    def _require_room(self, shape: list[int]) -> None:
-        needed, free = 4 * self._rows * math.prod(shape), shutil.disk_usage(self.path.parent).free
-        if needed > free:
-            raise StorageError(
-                f"the features of {self._rows} images take {needed / 1e9:.3g} GB and only {free / 1e9:.3g} GB are free "
-                f"in {self.path.parent}",
-                fix="free some space, choose another --run folder, or give the probe fewer dims",
-            )
-
-
 # ------------------------------------------------------------------------------------------------ features of a stage
 
 PLACED_PART = 0.5
 """Fraction of an accelerator's free memory for features."""
 
 LABELS = {"features": "private features", "test-features": "test images"}
+
+STORED = {"features": np.float16, "test-features": np.float32}
+"""The head is fitted on features in half of the bytes, and judged on those that the released model computes."""
 
 
 def private_features(
@@ -226,9 +111,9 @@ def private_features(
         seed: public randomness of the views.
 
     Returns:
-        float32 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only, and int64 [N]. On other ranks than
-        rank 0, which take part in the extraction, the features have no rows. Of several labels an image, they are int64
-        [N, labels] of 0 and 1.
+        float16 [N, dims], or [N, K, dims] for K > 1, memory-mapped and read-only (writing ends the process), and int64
+        [N]. On other ranks than rank 0, which take part in the extraction, the features have no rows. Of several labels
+        an image, they are int64 [N, labels] of 0 and 1.
 
     Raises:
         InputError: the ranks have other data, or another extractor, than one another.
@@ -243,7 +128,7 @@ def private_features(
 def features_of_test(
     stage: PrivateStage, extractor: nn.Module, whitener: nn.Module, images: np.ndarray, *, mirror: bool, keep: bool
 ) -> Tensor:
-    """Whitened features of the test split, as ``private_features``: float32 [N, dims].
+    """Whitened features of the test split, as ``private_features``, but float32 [N, dims].
 
     Args:
         images: uint8 [N, H, W, 1 or 3].
@@ -276,11 +161,11 @@ def _kept(
 ) -> Tensor:
     """``private/NAME.npy`` if its key is ``key``, else computed; as ``private_features`` returns it."""
     context, ranks, label = stage.context, stage.context.ranks, LABELS[name]
-    file = FeatureFile(context.rundir.private_dir, name, len(images))
+    file = ArrayFile(context.rundir.private_dir, name, len(images), STORED[name])
     ranks.refuse_different(label, lambda: key)
     found = file.read(key, context.console.warn) if ranks.is_first else None
     if ranks.first(lambda: found is not None):
-        return torch.empty(0, whitener.dims) if found is None else found
+        return torch.empty(0, whitener.dims) if found is None else torch.from_dlpack(found)
     rows = rows_at_once(views, whitener.dims) * ranks.size
 
     def view(block: Tensor, first: int, number: int) -> Tensor:
@@ -289,7 +174,7 @@ def _kept(
         draws = keyed_uniforms(np.arange(first, first + len(block)), number, seed, 1)
         return private_views(block, 1, draws, flip=stage.spec.flip_ok, augment_single=True)[:, 0]
 
-    def blocks(begun: int) -> Iterator[Tensor]:
+    def blocks(begun: int) -> Iterator[np.ndarray]:
         starts = range(begun, len(images), rows)
 
         def seen() -> Iterator[tuple[Tensor, int]]:
@@ -302,18 +187,15 @@ def _kept(
         with context.console.progress(len(images) * views, label, done=begun * views) as progress:
             made = features_of_blocks(ranks, extractor, seen(), whitener, mirror, progress.advance)
             for _ in starts:
-                yield next(made) if views == 1 else torch.stack([next(made) for _ in range(views)], dim=1)
+                block = next(made) if views == 1 else torch.stack([next(made) for _ in range(views)], dim=1)
+                yield block.cpu().numpy()
 
     begun = ranks.first(lambda: file.begun(key))
     if not ranks.is_first:
         for _ in blocks(begun):
             pass  # its rows are gathered on rank 0
         return torch.empty(0, whitener.dims)
-    file.write(key, blocks)
-    written = file.read(key, context.console.warn)
-    if written is None:
-        raise StorageError(f"{file.path} cannot be read back", fix="check the disk, then run the same command again")
-    return written
+    return torch.from_dlpack(file.written(key, blocks, context.console.warn))
 
 
 def placed(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

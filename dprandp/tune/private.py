@@ -79,7 +79,7 @@ def choose_privately(
             update_head(state, trial.release(clipped), rule, number, trial.steps)
         head = released_head(state, rule)
         parts = held_out.split(ROWS_AT_ONCE)  # in blocks, to bound memory
-        answers = [(seen[part].to(head.device) @ head).argmax(dim=1) for part in parts]
+        answers = [(seen[part].to(head) @ head).argmax(dim=1) for part in parts]
         trial.score(torch.cat(answers) == labels[held_out])
 
     best, score = selection.run(one_trial)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dprandp.config.decoding import Decoding
-from dprandp.data import Reading, UnusableData, open_dataset
+from dprandp.data import Reading, UnusableData, files, open_dataset
 from dprandp.data.files import ALONE_BELOW
 
 
@@ -52,13 +54,13 @@ def test_kept_images_are_used_for_the_same_files_and_rules_alone(root: Path, tmp
     kept = tmp_path / "private"
     kept.mkdir()
     before = opened(root, folder=kept, writable=True).train().images
-    image = np.load(kept / "images-train.npy")
-    image[0] = 7  # the mark by which the kept ones are known
-    np.save(kept / "images-train.npy", image)
+    rows = np.load(kept / "images-train.npy")
+    rows["pixels"][0] = 7  # the mark by which the kept ones are known
+    np.save(kept / "images-train.npy", rows)
     again = opened(root, folder=kept).train().images
     assert (again[0] == 7).all()
     again[0] = 8  # in memory alone
-    assert (np.load(kept / "images-train.npy")[0] == 7).all()
+    assert (np.load(kept / "images-train.npy")["pixels"][0] == 7).all()
     for other in (opened(root, Decoding(orientation="apply"), folder=kept), opened(root)):
         np.testing.assert_array_equal(other.train().images, before)
     Image.fromarray(before[1]).save(root / "train/owl/2.png")  # another content of the last owl
@@ -67,3 +69,41 @@ def test_kept_images_are_used_for_the_same_files_and_rules_alone(root: Path, tmp
     np.testing.assert_array_equal(changed[2], before[1])
     (kept / "images-train.npy").write_bytes(b"?")
     np.testing.assert_array_equal(opened(root, folder=kept).train().images, changed)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_decoding_that_was_stopped_goes_on_and_still_finds_every_problem(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Stopped after three blocks of 64; the files of these are not decoded again, and a bad one is named each time."""
+    monkeypatch.setattr(files, "BLOCK", 64)
+    kept, whole, seen = tmp_path / "private", opened(many).train(), []
+    kept.mkdir()
+
+    class Stopping:
+        def __init__(self, total: int, label: str, done: int = 0) -> None:
+            self.done = done
+            seen.append(done)
+
+        def advance(self, count: int = 1) -> None:
+            self.done += count
+            if self.done > 200 and len(seen) == 1:
+                raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def progress(*args: object, **named: object) -> Iterator[Stopping]:
+        yield Stopping(*args, **named)
+
+    how = {"folder": kept, "writable": True, "workers": workers, "progress": progress}
+    with pytest.raises(KeyboardInterrupt):
+        opened(many, **how).train()
+    made = opened(many, **how).train()
+    assert seen == [0, 192]
+    np.testing.assert_array_equal(made.images, whole.images)
+    np.testing.assert_array_equal(opened(many, **how).hashes(), opened(many).hashes())
+
+    (many / "train/a/100.png").write_bytes(b"?")
+    for _ in range(2):
+        with pytest.raises(UnusableData) as caught:
+            opened(many, **how).train()
+        assert len(caught.value.private_detail.splitlines()) == 1

@@ -1,11 +1,8 @@
-"""Features on the disk: whole or not believed, resumed where they stopped, and never all in memory."""
+"""Features of private images: computed anew where anything that they are made from changed, and never all in memory."""
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import shutil
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -22,136 +19,13 @@ from torch import Tensor
 from dprandp.config.schema import PretrainConfig
 from dprandp.data import open_dataset
 from dprandp.dpsgd import features as features_module
-from dprandp.dpsgd.features import FeatureFile
 from dprandp.dpsgd.units import UnitRows
-from dprandp.errors import StorageError, UsageError
+from dprandp.errors import UsageError
 from dprandp.models.extractor import build_extractor
 from dprandp.models.whitening import Whitener
 from dprandp.privacy.clipping import clipped_softmax_sum
+from dprandp.runs.arrays import ArrayFile
 from dprandp.runs.context import Context
-
-ROWS, CUT = 10, 4
-
-
-class Source:
-    """Blocks of four rows; stops after some of them, and remembers where it was asked to begin."""
-
-    def __init__(self, rows: Tensor, stop_after: int | None = None) -> None:
-        self.rows, self.stop_after, self.begun = rows, stop_after, []
-
-    def __call__(self, begun: int) -> Iterator[Tensor]:
-        self.begun.append(begun)
-        for number, block in enumerate(self.rows[begun:].split(CUT)):
-            if number == self.stop_after:
-                raise KeyboardInterrupt
-            yield block
-
-
-@pytest.fixture(params=[(3,), (2, 3)], ids=["one view", "two views"])
-def rows(request: pytest.FixtureRequest) -> Tensor:
-    return torch.randn(ROWS, *request.param, generator=torch.Generator().manual_seed(0))
-
-
-def test_what_is_written_is_read_and_nothing_else(tmp_path: Path, rows: Tensor) -> None:
-    file, source = FeatureFile(tmp_path, "features", ROWS), Source(rows)
-    assert file.read("key", pytest.fail) is None
-    file.write("key", source)
-    assert torch.equal(file.read("key", pytest.fail), rows)
-    assert np.array_equal(np.load(tmp_path / "features.npy", allow_pickle=False), rows.numpy())
-    assert file.read("another", pytest.fail) is None
-    assert FeatureFile(tmp_path, "test-features", ROWS).read("key", pytest.fail) is None
-    assert source.begun == [0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.key", "features.npy"]
-
-
-def test_a_key_that_is_no_text_is_another_key(tmp_path: Path, rows: Tensor) -> None:
-    file = FeatureFile(tmp_path, "features", ROWS)
-    file.write("key", Source(rows))
-    (tmp_path / "features.key").write_bytes(b"k\xe5y")  # a byte that the disk lost
-    assert file.read("key", pytest.fail) is None
-
-
-@pytest.mark.parametrize("tail", [b"", b"\xff" * 7, b"\xff" * 10**4], ids=["as synced", "torn", "more"])
-def test_a_stopped_extraction_goes_on_after_its_last_synced_block(tmp_path: Path, rows: Tensor, tail: bytes) -> None:
-    file = FeatureFile(tmp_path, "features", ROWS)
-    with pytest.raises(KeyboardInterrupt):
-        file.write("key", Source(rows, stop_after=2))
-    assert file.read("key", pytest.fail) is None
-    assert (file.begun("key"), file.begun("another")) == (2 * CUT, 0)
-    with open(tmp_path / "features.partial", "ab") as partial:
-        partial.write(tail)
-    source = Source(rows)
-    file.write("key", source)
-    assert source.begun == [2 * CUT]
-    assert torch.equal(file.read("key", pytest.fail), rows)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.key", "features.npy"]
-
-
-def _shorten(folder: Path) -> None:
-    os.truncate(folder / "features.partial", (folder / "features.partial").stat().st_size - 1)
-
-
-def _lie(**changes: object) -> callable:
-    def change(folder: Path) -> None:
-        journal = folder / "features.partial.json"
-        journal.write_text(json.dumps(json.loads(journal.read_text()) | changes))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [_shorten, _lie(key="x"), _lie(rows=-4), _lie(rows=ROWS), _lie(rows="4"), _lie(shape=[0]), _lie(shape=[99]),
-     lambda folder: (folder / "features.partial.json").write_text("{"),
-     lambda folder: (folder / "features.partial").write_bytes(b"no array at all" * 99),
-     lambda folder: (folder / "features.partial").unlink()],
-)  # fmt: skip
-def test_half_an_extraction_that_is_in_doubt_is_begun_again(tmp_path: Path, harm: callable) -> None:
-    rows = torch.arange(30.0).view(ROWS, 3)
-    file, source = FeatureFile(tmp_path, "features", ROWS), Source(rows)
-    with pytest.raises(KeyboardInterrupt):
-        file.write("key", Source(rows + 1, stop_after=2))
-    harm(tmp_path)
-    file.write("key", source)
-    assert source.begun == [0]
-    assert torch.equal(file.read("key", pytest.fail), rows)
-
-
-def test_the_last_extraction_makes_room_for_another(tmp_path: Path) -> None:
-    """Two of them need not fit on the disk, and what is half done is not taken for what was there."""
-    rows = torch.arange(30.0).view(ROWS, 3)
-    file = FeatureFile(tmp_path, "features", ROWS)
-    file.write("old", Source(rows))
-    mapped = file.read("old", pytest.fail)
-    with pytest.raises(KeyboardInterrupt):
-        file.write("new", Source(-rows, stop_after=0))
-    assert not list(tmp_path.iterdir())  # what nobody could go on from is not left
-    assert file.read("old", pytest.fail) is None
-    assert torch.equal(mapped, rows)  # whoever still has it mapped keeps it
-
-
-@pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: b"", lambda data: data.replace(b"<f4", b"<i4")])
-def test_a_damaged_file_is_not_believed(tmp_path: Path, harm: callable) -> None:
-    said: list[str] = []
-    file = FeatureFile(tmp_path, "features", ROWS)
-    file.write("key", Source(torch.ones(ROWS, 3)))
-    path = tmp_path / "features.npy"
-    path.write_bytes(harm(path.read_bytes()))
-    assert file.read("key", said.append) is None
-    assert FeatureFile(tmp_path, "features", ROWS + 1).read("key", said.append) is None
-    assert all("features.npy is damaged" in line for line in said)
-
-
-def test_a_disk_without_room_is_refused_at_the_first_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 119}))
-    source = Source(torch.ones(ROWS, 3))
-    with pytest.raises(StorageError, match=r"10 images take 1\.2e-07 GB"):
-        FeatureFile(tmp_path, "features", ROWS).write("key", source)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 120}))
-    FeatureFile(tmp_path, "features", ROWS).write("key", source)
-
-
-# ------------------------------------------------------------------------------------------- what they are made from
 
 
 def small_extractor(seed: int = 0, **settings: object) -> torch.nn.Module:
@@ -235,14 +109,12 @@ def steps(sender: Connection, folder: Path, rows: int, dims: int, how: str) -> N
     status = Path("/proc/self/status").read_text().splitlines()
     [has] = [1024 * int(line.split()[1]) for line in status if line.startswith("VmData")]
     resource.setrlimit(resource.RLIMIT_DATA, (has + 60_000_000, -1))
-    file = FeatureFile(folder, "features", rows)
 
-    def blocks(begun: int) -> Iterator[Tensor]:
+    def blocks(begun: int) -> Iterator[np.ndarray]:
         for start in range(0, rows, 1024):
-            yield torch.full((min(1024, rows - start), dims), dims**-0.5)
+            yield np.full((min(1024, rows - start), dims), dims**-0.5)
 
-    file.write("key", blocks)
-    features = file.read("key", print)
+    features = torch.from_dlpack(ArrayFile(folder, "features", rows, np.float16).written("key", blocks, print))
     if how == "drawn":
         total = clipped_softmax_sum(features, labels, weight, 1.0, rows=torch.arange(0, rows, 1))
     elif how == "units":

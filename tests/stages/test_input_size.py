@@ -92,7 +92,7 @@ def test_a_larger_input_shows_what_a_smaller_one_cannot(copy, images: Path, fine
         accuracy[size] = result["accuracy"]
         side = size or 32
         assert result["input_size"] == side
-        assert np.load(run / "private/images-train.npy", mmap_mode="r").shape == (80, side, side, 3)
+        assert np.load(run / "private/images-train.npy", mmap_mode="r")["pixels"].shape == (80, side, side, 3)
         model = load_model(run / "model")
         assert model.shape == (side, side, 3)
         assert read_json(run / "model/config.json")["input"]["size"] == side
