@@ -1,6 +1,6 @@
 """``dprandp sweep``: many runs, one for each data set, system, ε and seed, with shared public stages and one table.
 
-    public/KEY/             images, extractor, whiteners, and (in its private/) features: shared by runs by hard links
+    shared/KEY/             images, extractor, whiteners, and (in its private/) features: shared by runs by hard links
     DATA-SYSTEM-epsE-sS/    a run like any other
     results.jsonl           a line for each finished run, and one for what all private runs on the same data cost
 
@@ -52,7 +52,7 @@ from dprandp.runs.directory import RunDir, looks_like_a_run
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.runs.ledger import combined, open_run_ledger
 
-RESULTS, PUBLIC = "results.jsonl", "public"
+RESULTS, COMMON = "results.jsonl", "shared"
 SHARED = ("generate", "pretrain")
 
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
@@ -115,6 +115,7 @@ class SweepPlan:
     public: int  # different Phases I
     together: list[Together] = field(default_factory=list)  # of the private runs on the same data, when all are done
     not_private: int = 0  # runs without privacy, which promise nothing
+    gone: int = 0  # private runs of earlier sweeps in this folder
     exposed: list[str] = field(default_factory=list)  # data of which one run declares a part public that others protect
 
 
@@ -201,6 +202,7 @@ def plan(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Conte
         together=[_together(each) for each in costs.values() if len(each) > 1],
         exposed=_exposed(chosen),
         not_private=sum(math.isinf(cell.facts["epsilon_total"]) for cell in chosen),
+        gone=len(compare.earlier_rows(folder / RESULTS)[1]),
     )
 
 
@@ -258,6 +260,9 @@ def cost_lines(made: SweepPlan) -> list[str]:
         "promise nothing together"
         for data in made.exposed
     ]
+    if made.gone:
+        lines.append(f"warning: {made.gone} private runs of earlier sweeps in this folder are gone; what they have "
+                     f"spent comes on top, see {RESULTS}")  # fmt: skip
     if made.not_private:
         lines.append(f"warning: {made.not_private} runs without privacy (ε = ∞) promise nothing: do not release them")
     return lines
@@ -283,18 +288,19 @@ def run(chosen: Sequence[Cell], folder: Path, context: Callable[[RunDir], Contex
 def _make(cell: Cell, folder: Path, context: Callable[[RunDir], Context], console: Console) -> None:
     public = None
     if (key := public_key(cell)) is not None:
-        public = folder / PUBLIC / key
+        public = folder / COMMON / key
         shared = RunDir.open(public, create=True)
         with shared.lock():
             for name in SHARED:
                 _stage(name, cell.configs[name], context(shared), console)
-        start_from(public, cell.path)
+            start_from(public, cell.path)
     rundir = RunDir.open(cell.path, create=True)
     with rundir.lock():
         for name, config in cell.configs.items():
             _stage(name, config, context(rundir), console)
             if public is not None and name == "probe" and "continue" not in cell.configs:
-                keep_features(cell.path, public)
+                with RunDir.open(public, create=True).lock():
+                    keep_features(cell.path, public)
         page.write(rundir)
 
 
@@ -350,9 +356,11 @@ def _write_results(chosen: Sequence[Cell], folder: Path) -> Comparison:
     found, facts = compare.compare(list(finished)), finished.values()
     private = [row.run for row in found.runs if row.private]
     together = compare.compare([Path(name) for name in private]).together if private else []
+    gone = compare.with_lost(found.runs, lost, together)
+    spent_then = [each for each in spent_then if each.method != compare.GONE]
     lines = [to_json({**vars(row), **own}) for row, own in zip(found.runs, facts, strict=True)]
     lines += [to_json(vars(row)) for row in lost]  # what they have released stays released
-    lines += [to_json({"together": vars(each)}) for each in dict.fromkeys([*spent_then, *together])]
+    lines += [to_json({"together": vars(each)}) for each in dict.fromkeys([*spent_then, *together, *gone])]
     lines += [to_json({"exposed": each}) for each in found.exposed]
     atomic_write(folder / RESULTS, "".join(line + "\n" for line in lines))
     return collected([folder / RESULTS])

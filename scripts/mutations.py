@@ -1037,7 +1037,7 @@ STAGES = (
     _row("a file of features is believed without its key",
          'self._tag.read_bytes() != key.encode():',
          'not self._tag.read_bytes():',
-         "test_feature_file.py::test_what_is_written_is_read_and_nothing_else"),
+         "test_arrays.py::test_what_is_written_is_read_and_nothing_else"),
     _row("the mean of private pixels in the public loss",
          "            look = _look(config, stage, training, step)",
          "            look = _look(config, stage, training, step)\n"

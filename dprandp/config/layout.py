@@ -4,6 +4,7 @@ once, as public settings."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ from dprandp.errors import UsageError
 
 COLUMNS = ("path", "label", "split")
 """Of a table, by their own names; the column of units is that of --unit-column, or group."""
+
+
+def without_size(name: str) -> str:
+    """The name of a known set without the size of its files: pneumoniamnist_224 has the images of pneumoniamnist."""
+    return re.sub(r"(?<=mnist)_\d+$", "", name)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from dprandp.config import presets
 from dprandp.config.decoding import RULES, Decoding, decoding_of
-from dprandp.config.layout import PARTS, Layout, layout_of
+from dprandp.config.layout import PARTS, Layout, layout_of, without_size
 from dprandp.config.presets import INPUT_SIZE, PRETRAINED, PROJECTION, SIZE_DEFAULTS, SIZES, RecipeName, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml
@@ -748,11 +748,13 @@ def public_data_name(name: str) -> str:
 
 
 def same_data_name(one: str, other: str) -> bool:
-    """Whether two names mean the same data set, with the paths of ``npz:`` and ``folder:`` resolved."""
+    """Whether two names mean the same images: paths are resolved, and a MedMNIST set in another size has the same."""
 
     def resolved(name: str) -> str:
         kind, colon, path = name.partition(":")
-        return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and path else name
+        if colon and path:
+            return f"{kind}:{os.path.realpath(os.path.expanduser(path))}"
+        return without_size(name)
 
     return resolved(one) == resolved(other)
 

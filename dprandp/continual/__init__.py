@@ -72,7 +72,7 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
     config = recorded(STAGE, begun.config)
     started = time.perf_counter()
     training, built_from = make_training(config, context, stage.spec, task)
-    buffers = release.buffers_of(training.model)
+    before = release.tensors_of(training.model)
     with graceful_stop() as stop:
         stage, outcome = train(config, stage, training, stop, as_dict(built_from))
     result = ContinueResult(
@@ -110,7 +110,7 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
         tuned=tuning_of(rundir, stage.ledger, stage.plan.delta, {}),
         tuned_on=None,
     )
-    release.refuse_changed(buffers, model)
+    release.refuse_changed(before, model, dict(model.named_parameters()))
     result = replace(result, seconds=round(time.perf_counter() - started, 2))  # with the evaluation
     result = release.write_model(stage, model, result)
     stage.finish(outputs, result)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.layout import without_size
 from dprandp.data.files import ImageFiles, Reading
 from dprandp.data.hashes import grey_hashes, hash_set, image_digests
 from dprandp.data.problems import Problem, UnusableData
@@ -276,6 +277,8 @@ class Dataset:
 
     def shares_images_with(self, other: Dataset) -> bool:
         """Whether an image is in both training splits; reads both, unless they are two known sets."""
+        if without_size(self.spec.name) == without_size(other.spec.name):
+            return True
         if self.spec.name != other.spec.name and ":" not in self.spec.name + other.spec.name:
             return False
         return not hash_set(self.hashes()).isdisjoint(hash_set(other.hashes()))

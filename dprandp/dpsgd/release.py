@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -81,20 +81,22 @@ def evaluate(model: Classifier, stage: PrivateStage, mirror: bool, *, keep: bool
     )
 
 
-def buffers_of(model: Classifier) -> dict[str, Tensor]:
-    """Copies of a model's buffers, for ``refuse_changed``."""
-    return {name: value.clone() for name, value in model.named_buffers()}
+def tensors_of(model: Classifier) -> dict[str, Tensor]:
+    """Copies of a model's parameters and buffers, for ``refuse_changed``."""
+    return {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
-def refuse_changed(before: Mapping[str, Tensor], model: Classifier) -> None:
-    """Refuse (UsageError) a model whose buffers changed since: they would be released, and have no noise.
+def refuse_changed(before: Mapping[str, Tensor], model: Classifier, trained: Collection[str]) -> None:
+    """Refuse (UsageError) a model of which other tensors than the trained ones changed since: these would be released,
+    and have no noise.
 
     No network of this package does so, and a trial on noise finds most networks from elsewhere that do.
     """
-    changed = [name for name, value in model.named_buffers() if not torch.equal(before[name], value)]
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    changed = [name for name in before if name not in trained and not torch.equal(before[name], after[name])]
     if changed:
         raise UsageError(
-            f"the network has changed its buffers while it computed on the data ({', '.join(changed[:3])}): what they "
+            f"the network has changed its state while it computed on the data ({', '.join(changed[:3])}): what they "
             "hold now is not noisy, and would be part of the model; nothing is released",
             fix="take what keeps state out of the network's code, and start a new --run: what was spent stays spent",
         )

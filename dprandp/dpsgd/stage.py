@@ -51,8 +51,8 @@ from dprandp.report.disclosure import epsilon_text
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
 from dprandp.runs.directory import STAGES, RunDir, result_digest
-from dprandp.runs.files import atomic_write, storage_errors, to_json
-from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file, sealed_budget
+from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file, remove_uncharged, sealed_budget
 from dprandp.runs.results import Guarantee, OtherCharge, PrivateResult
 
 CONTINUE, TUNE = "continue", "tune"
@@ -143,8 +143,7 @@ class PrivateStage:
         planned = read_plan_file(rundir) or PlanFile(self.budget, {}, training_data.record_of(rundir))
         if ledger is None:  # the ledger first: a plan without a ledger would look like a lost ledger
             path = rundir.privacy_dir / ledger_file(rundir).name
-            with storage_errors(path, "replace"):
-                path.unlink(missing_ok=True)  # at most a header without charges: see name_private_stage
+            remove_uncharged(path)
             unit, sealed = self.spec.unit.removeprefix("one "), sealed_budget(planned.to_dict())
             options = _ledger_options(self.context)
             ledger = Ledger.create(path, self.spec.train_units, unit, budget=sealed, **options)
@@ -454,7 +453,8 @@ def begin_on_all_ranks(
         they cannot charge, so they cannot draw or release either.
 
     Raises:
-        As ``opened``, ``RunDir.begin`` and ``private_inputs``. InputError: a rank has no data, or others.
+        As ``opened``, ``RunDir.begin`` and ``private_inputs``. InputError: a rank has no data, others, or another
+        run directory.
     """
 
     def begin() -> tuple[PrivateStage, PrivateConfig] | None:
@@ -467,6 +467,7 @@ def begin_on_all_ranks(
     def told(begun: tuple[PrivateStage, PrivateConfig] | None) -> dict[str, Any] | None:
         return begun and {"plan": begun[0].plan.to_dict(), "config": as_dict(begun[1])}
 
+    context.ranks.require_one_folder(context.rundir.path)
     begun = context.ranks.first(begin, told)
     if isinstance(begun, dict):
         config, plan = build(name, begun["config"]), PrivatePlan.from_dict(begun["plan"])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from dprandp.dpsgd.budget import read_plan_file
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.runs.console import Console
 from dprandp.runs.directory import DATA, IGNORED, RunDir, read_hashes
-from dprandp.runs.files import atomic_path, atomic_write, to_json
+from dprandp.runs.files import atomic_path, atomic_write, storage_errors, to_json
 from dprandp.runs.ledger import ledger_file
 
 KEPT, IMAGES, UNITS = "training-data.json", "training-images.npy", "training-units.npy"
@@ -163,8 +164,25 @@ def units_of(rundir: RunDir) -> dict[bytes, frozenset[int]] | None:
 
 def public_images(rundir: RunDir, *names: str) -> frozenset[bytes]:
     """The recorded hashes of images that the run has used as public ones, whole sets and a part of its own data."""
-    paths = [rundir.path / "private" / name for name in names or (PUBLIC, DECLARED)]
-    return frozenset().union(*(hash_set(_read(path)) for path in paths if path.exists()))
+    rows = [_public_rows(rundir, name) for name in names or (PUBLIC, DECLARED)]
+    return frozenset().union(*(hash_set(each) for each in rows if each is not None))
+
+
+def _public_rows(rundir: RunDir, name: str) -> np.ndarray | None:
+    content = rundir.read_kept(name)
+    return None if content is None else _array(content, rundir.path / "private" / name)
+
+
+def _add_public(rundir: RunDir, name: str, hashes: np.ndarray) -> None:
+    """Record further images as used as public ones; the run refuses to go on without the record from now on."""
+    if hash_set(hashes) <= public_images(rundir, name):
+        return
+    before = _public_rows(rundir, name)
+    if before is not None:  # of files and of arrays in one table
+        hashes = np.concatenate([before.reshape(-1, 1, 16), hashes.reshape(-1, 1, 16)])
+    content = io.BytesIO()
+    np.save(content, hashes, allow_pickle=False)
+    rundir.write_kept(name, content.getvalue())
 
 
 def declare_public(rundir: RunDir, hashes: np.ndarray) -> None:
@@ -172,11 +190,7 @@ def declare_public(rundir: RunDir, hashes: np.ndarray) -> None:
 
     Another run may take them to be private; this one may not any more, see ``refuse_public``.
     """
-    path = rundir.private_dir / DECLARED
-    if not path.exists():
-        _write(path, hashes)
-    elif not hash_set(hashes) <= public_images(rundir, DECLARED):
-        _write(path, np.concatenate([_read(path).reshape(-1, 1, 16), hashes.reshape(-1, 1, 16)]))
+    _add_public(rundir, DECLARED, hashes)
 
 
 def refuse_other(rundir: RunDir, name: str, fingerprint: str, dataset: Dataset) -> None:
@@ -226,10 +240,7 @@ def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
             f"{dataset.spec.name} holds private images that this run is about, and was given as public",
             fix="give other public data, or --public fraction:0.1 to declare a part of the private ones public",
         )
-    if not hash_set(hashes) <= public_images(rundir, PUBLIC):
-        path = rundir.private_dir / PUBLIC
-        rows = hashes.reshape(-1, 1, 16)  # of files and of arrays in one table
-        _write(path, np.concatenate([_read(path), rows]) if path.exists() else rows)
+    _add_public(rundir, PUBLIC, hashes.reshape(-1, 1, 16))
 
 
 def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
@@ -262,8 +273,13 @@ def _write(path: Path, hashes: np.ndarray) -> None:
 
 
 def _read(path: Path) -> np.ndarray:
+    with storage_errors(path, "read"):
+        return _array(path.read_bytes(), path)
+
+
+def _array(content: bytes, path: Path) -> np.ndarray:
     try:
-        hashes = np.load(path, allow_pickle=False)
+        hashes = np.load(io.BytesIO(content), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path) from error
     if hashes.dtype != np.uint8 or hashes.ndim != 3 or hashes.shape[2] != 16 or not hashes.shape[1]:

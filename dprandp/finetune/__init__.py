@@ -86,17 +86,18 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     else:
         model, mirror = (_start_alone(config, stage), False) if alone else _probed_model(config, stage)
     refuse_cross_example_layers(model)
-    buffers = release.buffers_of(model.to(context.device))
+    before = release.tensors_of(model.to(context.device))
     chosen = masking.chosen(config, model.to(context.device))
     stage = stage.fix_plan()  # after whatever may be refused
     lr = config.lr or recipe.lr
     scale = recipe.extractor_scale if config.extractor_scale is None else config.extractor_scale
     with graceful_stop() as stop:
         parameters, updates, trained_weights = _train(config, stage, model, *chosen, lr, scale, stop)
-        model.load_state_dict(masking.merged(dict(model.named_parameters()), parameters), strict=False)
+        trained = masking.merged(dict(model.named_parameters()), parameters)
+        model.load_state_dict(trained, strict=False)
         refit = _refit(stage, model, refit_steps, mirror, stop) if refit_steps else None
     measured = release.evaluate(model, stage, mirror, keep=False)
-    release.refuse_changed(buffers, model)
+    release.refuse_changed(before, model, {*trained, HEAD} if refit_steps else trained)
     if measured is None:
         return None
     optimizer, guarantee = _optimizer_of(config), stage.disclosure(updates)

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from dprandp.config.schema import public_data_name
+from dprandp.config.layout import without_size
+from dprandp.config.schema import public_data_name, same_data_name
 from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.training_data import hashes_of, public_images, units_of
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
@@ -34,7 +35,7 @@ from dprandp.report.disclosure import epsilon_text, interval_text, number, perce
 from dprandp.report.page import table_page
 from dprandp.runs import records
 from dprandp.runs.console import duration
-from dprandp.runs.directory import RunDir, looks_like_a_run
+from dprandp.runs.directory import OWN_FOLDERS, RunDir, looks_like_a_run
 from dprandp.runs.files import from_json, storage_errors
 from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
@@ -201,6 +202,34 @@ def earlier_rows(path: Path) -> tuple[list[Row], list[Row], list[Together]]:
     return rows, lost, together if lost else []
 
 
+GONE = "ε and δ added up, since some of these runs are gone"
+
+
+def with_lost(rows: Sequence[Row], lost: Sequence[Row], together: Sequence[Together]) -> list[Together]:
+    """What private runs that are gone have spent, with those that are there, for each data set that one was about.
+
+    Args:
+        rows: of runs that are there. lost: of runs that are not. together: of those that are there.
+    """
+    found = []
+    for name in dict.fromkeys(without_size(row.data) for row in lost):
+        gone, there = ([row for row in some if row.private and same_data_name(row.data, name)] for some in (lost, rows))
+        names = {row.run for row in there}
+        composed = next((each for each in together if names <= {*each.runs}), None)
+        parts = [(row.epsilon, row.delta) for row in gone]
+        if composed is not None and len(there) > 1:
+            parts.append((composed.epsilon, composed.delta))
+        else:
+            parts += [(row.epsilon, row.delta) for row in there]
+        runs = tuple(row.run for row in (*gone, *there))
+        if len(runs) > 1 and any(None in part for part in parts):
+            found.append(Together(runs=runs, epsilon=None, delta=None, method=f"{GONE}: one says no ε"))
+        elif len(runs) > 1:
+            epsilon, delta = (math.fsum(values) for values in zip(*parts, strict=True))
+            found.append(Together(runs=runs, epsilon=epsilon, delta=delta, method=GONE))
+    return found
+
+
 def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:
     """Private runs in a sweep's folder that have no line in its results: of an earlier sweep, or not finished."""
     listed = {Path(row.run).name for row in rows}
@@ -255,11 +284,18 @@ def runs_in(folder: Path) -> Comparison:
     Raises:
         InputError: there is no such folder, or no run in it.
     """
-    found = []
-    for path, folders, _ in os.walk(folder):
-        runs = [name for name in folders if looks_like_a_run(Path(path, name))]
-        found += [Path(path, name) for name in runs]
-        folders[:] = sorted({*folders} - {*runs})  # a run holds no other
+    found = [folder] if looks_like_a_run(folder) else []
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise InputError(
+                f"{error.filename} cannot be read, so it is unknown which runs are in it", fix="correct its permissions"
+            ) from error
+
+    for path, folders, _ in os.walk(folder, onerror=unreadable):
+        found += [Path(path, name) for name in folders if looks_like_a_run(Path(path, name))]
+        if looks_like_a_run(Path(path)):
+            folders[:] = [name for name in folders if name not in OWN_FOLDERS]
     found.sort()
     if not found:
         what = "no run below it" if folder.is_dir() else "no folder"
@@ -313,6 +349,7 @@ class _Spent:
     ledger: Ledger
     delta: float
     unit: str
+    name: str  # of the data
     data: str  # hash of everything in order
     images: frozenset[bytes]
     units: dict[bytes, frozenset[int]] | None  # ``units_of``
@@ -343,7 +380,8 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
         if hashes is None:
             unknown.append(str(rundir.path))
         else:
-            spent.append(_Spent(str(rundir.path), ledger, budget.delta, budget.unit, *hashes, units_of(rundir)))
+            facts = ledger, budget.delta, budget.unit, budget.data
+            spent.append(_Spent(str(rundir.path), *facts, *hashes, units_of(rundir)))
     together = []
     for same in _by_images(spent):
         # other labels, sizes and colours, or another order, make no other records; other units do
@@ -371,10 +409,15 @@ def _compared(rows: list[Row], opened: Sequence[RunDir]) -> Comparison:
 
 
 def _by_images(spent: Sequence[_Spent]) -> list[list[_Spent]]:
-    """Runs that have images in common, with each other or by way of a third."""
+    """Runs that have images in common, with each other or by way of a third; MedMNIST's have some in every size."""
     groups: list[list[_Spent]] = []
+
+    def alike(one: _Spent, other: _Spent) -> bool:
+        known = ":" not in one.name and without_size(one.name) == without_size(other.name)
+        return known or not one.images.isdisjoint(other.images)
+
     for each in spent:
-        near = [group for group in groups if any(not each.images.isdisjoint(other.images) for other in group)]
+        near = [group for group in groups if any(alike(each, other) for other in group)]
         groups = [group for group in groups if group not in near]
         groups.append([other for group in near for other in group] + [each])
     return groups

@@ -145,6 +145,8 @@ def advised_delta(examples: int) -> float:
 def merge_events(events: Sequence[Event]) -> list[Event]:
     """The same composition in canonical form: equal (q, σ, kind of noise) added up, sorted, none empty, tuning last."""
     totals: dict[tuple[float, float, bool], int] = {}
+    if unknown := [event for event in events if not isinstance(event, GaussianEvent | TuningEvent)]:
+        raise TypeError(f"{unknown[0]!r} is no event")
     tuning = sorted((e for e in events if isinstance(e, TuningEvent)), key=lambda e: (e.mu, e.eta, e.gamma))
     for event in events:
         if isinstance(event, GaussianEvent) and event.steps:

@@ -6,7 +6,7 @@ before (``previous``) and its own (``hash``), so that an edited, reordered or re
 opened. The chain has no key: it finds accidents and careless edits. Missing lines at the end are found by references to
 them: ``includes(head)`` for the head in run.json and every checkpoint, and the plan's check that no checkpoint holds
 more updates than were charged. No line has a time: how long private tuning took would tell how many trials it made,
-which is secret.
+which is secret. Each has a random ``nonce``, so that two copies of a run that both go on have different ledgers.
 
 Guarantee:
     ``charge`` returns only after the line is on disk (fsync), and nothing is used before it returns. So the file never
@@ -277,6 +277,7 @@ class Ledger:
             "examples": int(examples),
             "budget": None if budget is None else dict(budget),
             "created": _today(),
+            "nonce": secrets.token_hex(8),
         }
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         with _disk(path):
@@ -516,7 +517,7 @@ class Ledger:
     def _append(self, new: _Line, **notes: Any) -> None:
         if self._read_only:
             raise UsageError("This ledger was opened for reading only.", fix="Open it for writing.")
-        line, digest = seal({**new.record(), **notes}, self.head)
+        line, digest = seal({**new.record(), **notes, "nonce": secrets.token_hex(8)}, self.head)
         expected, self._size = self._size, -1  # until the write has succeeded, the state of the file is unknown
         with _disk(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)

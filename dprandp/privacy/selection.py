@@ -32,7 +32,7 @@ import torch
 from scipy.optimize import brentq
 
 from dprandp.errors import BudgetError, CheckpointError, UsageError
-from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
+from dprandp.privacy.accounting import Warn, warn_by_log
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.clipping import require_clip_norm
 from dprandp.privacy.ledger import Ledger
@@ -135,9 +135,9 @@ def make_selection_plan(
             f"The selection may spend up to ε = {epsilon_target}, of a total of {epsilon}.",
             fix="Give a finite --eps and a part of it above 0, at most 1.",
         )
-    if any(isinstance(event, GaussianEvent) for stage in spent for event in stage):
+    if any(True for stage in spent for _ in stage):
         raise BudgetError(
-            "This run has looked at its private data already; what tuning costs is proven where it comes first.",
+            "This run has used its private data already; what tuning costs is proven where it comes first, and once.",
             fix="Tune before the first private stage, in a new run; or tune on synthetic images, which costs nothing.",
         )
     trials = TrialCount.with_mean(mean_trials, eta)

@@ -60,7 +60,7 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
     if ranks.is_first:
         whitener = _keep_whitener(context, whitener, extractor)
     model = Classifier(extractor, whitener, len(spec.classes)).to(context.device)
-    buffers = release.buffers_of(model)
+    before = release.tensors_of(model)
 
     # ------------------------------------------------------------------------ private: features, then nothing but noise
     features, labels = private_features(
@@ -81,7 +81,7 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
 
     # -------------------------------------------------------------------------------------------------- test, once; out
     measured = release.evaluate(model, stage, mirror, keep=True)
-    release.refuse_changed(buffers, model)
+    release.refuse_changed(before, model, {HEAD})
     if measured is None:
         return None
     settings = {"lr": lr, "steps": config.steps, "dims": config.dims}

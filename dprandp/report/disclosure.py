@@ -59,7 +59,7 @@ LIMITS = {
         "severity is low because a trained model is published, not single noisy sums."
     ),
     "Limit: tails and timing": (
-        "Noise values never exceed 8.6 standard deviations; the omitted tail has probability 1e-17 per coordinate and "
+        "Noise values never exceed 12.2 standard deviations; the omitted tail has probability 1e-32 per coordinate and "
         "step, which δ does not include. Nothing runs in constant time: somebody who can time the training may "
         "learn from that."
     ),

@@ -289,8 +289,8 @@ def _outcome(result: StageResult) -> str:
 
 
 def _moment(stamp: str) -> str:
-    """``2026-03-01T09:05:07+00:00`` as ``2026-03-01, 09:05 UTC``."""
-    return f"{datetime.fromisoformat(stamp).astimezone(UTC):%Y-%m-%d, %H:%M} UTC"
+    """``2026-03-01T00:00:00+00:00`` as ``2026-03-01``."""
+    return f"{datetime.fromisoformat(stamp).astimezone(UTC):%Y-%m-%d}"
 
 
 def _power(value: float) -> Markup:

@@ -131,9 +131,10 @@ def release(descriptor: int) -> None:
 #      "inputs": {...}, "outputs": {...}, "result": {...}, "started": "...", "finished": "..."}}}
 #
 # ``ledger_head`` is the hash of the last line of the privacy ledger that this run is known to have had; null before the
-# first private stage. ``--overwrite`` keeps it, and ``ledger.py`` compares it with the ledger. A file ``.ledger-head``
-# beside run.json, and one ``ledger-head`` in the folder of each private stage, say the same, so that it is noticed when
-# run.json and ledger are older than what a stage has left behind.
+# first private stage. ``kept`` has hashes of files in private/ that say what the run must not forget. ``--overwrite``
+# keeps both, and ``ledger.py`` compares the head with the ledger. A file ``.ledger-head`` beside run.json, and one
+# ``ledger-head`` in the folder of each private stage, say the same, so that it is noticed when run.json and ledger are
+# older than what a stage has left behind.
 
 FORMAT = 1
 STATES = ("partial", "done", "stale")
@@ -152,7 +153,11 @@ OPTIONAL_STAGES = ("continue",)
 
 @dataclass
 class Record:
-    """One stage in run.json. Times are UTC, ISO 8601; ``finished`` is None while the stage is partial."""
+    """One stage in run.json.
+
+    ``started`` and ``finished`` are days (UTC, ISO 8601): times would tell how long private tuning took, which tells
+    the number of its trials. ``started`` is unique, by its microseconds; ``finished`` is None while it is partial.
+    """
 
     state: str
     config: dict[str, Any]
@@ -165,10 +170,12 @@ class Record:
 
 @dataclass
 class Table:
-    """The stages of a run, by name, and the head of its privacy ledger (64 hexadecimal digits), if it has one."""
+    """The stages of a run, by name; the head of its privacy ledger (64 hexadecimal digits), if it has one; and of files
+    in ``private/`` that must not be lost, the hash, or several of which a crash has left one ("" for no file)."""
 
     stages: dict[str, Record] = field(default_factory=dict)
     ledger_head: str | None = None
+    kept: dict[str, list[str]] = field(default_factory=dict)
 
     def begin(self, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
         """Record that a stage has begun, without outputs; stages built on its former outputs become stale."""
@@ -207,8 +214,8 @@ class Table:
     def to_json(self) -> str:
         """The content of run.json."""
         stages = {stage: self.stages[stage] for stage in STAGES if stage in self.stages}
-        document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head, "stages": stages}
-        return to_json(document, indent=1) + "\n"
+        document = {"format": FORMAT, "dprandp": __version__, "ledger_head": self.ledger_head}
+        return to_json({**document, "kept": self.kept, "stages": stages}, indent=1) + "\n"
 
     def _refresh(self) -> None:
         for stage, record in self.stages.items():
@@ -244,11 +251,14 @@ def read(path: Path) -> Table:
         raise _corrupt(path, "it has no table of stages")
     if not (head is None or (isinstance(head, str) and re.fullmatch("[0-9a-f]{64}", head))):
         raise _corrupt(path, "its head of the privacy ledger is no hash")
+    kept = document.get("kept", {})
+    if not isinstance(kept, dict) or not all(isinstance(each, list) and each for each in kept.values()):
+        raise _corrupt(path, "its table of kept files is malformed")
     for stage, value in stages.items():
         problem = _problem(stage, value)
         if problem:
             raise _corrupt(path, problem)
-    return Table({stage: Record(**value) for stage, value in stages.items()}, head)
+    return Table({stage: Record(**value) for stage, value in stages.items()}, head, kept)
 
 
 def _problem(stage: str, value: Any) -> str | None:
@@ -288,11 +298,11 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
 
 
 def _now(after: str | None = None) -> str:
-    """The time, but at least a microsecond after ``after``, even if the clock stands still or goes back.
+    """The day, but at least a microsecond after ``after``, also if the clock stands still or goes back.
 
     ``started`` tells which beginning of a stage a plan belongs to, so it must be unique.
     """
-    now = datetime.now(UTC)
+    now = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     if after is not None:
         now = max(now, datetime.fromisoformat(after) + timedelta(microseconds=1))
     return now.isoformat(timespec="microseconds")
@@ -344,6 +354,9 @@ _KNOWN = {
     *STAGES.values(), "run.json", "env.json", "report.html", "tune.json", "tuned.toml", "privacy", "private", "model",
     "whitening", "audit", "diagnose",
 }  # fmt: skip
+
+OWN_FOLDERS = (*STAGES.values(), "privacy", "private", "model", "whitening", "audit", "diagnose")
+"""Folders of a run, in which no other run is."""
 
 IGNORED = ("device", "microbatch", "workers")
 """Settings that decide where and how fast a stage runs, and never its result."""
@@ -607,6 +620,34 @@ class RunDir:
         if table.ledger_head != head:
             table.ledger_head = head
             self._write(table)
+
+    def write_kept(self, name: str, content: bytes) -> None:
+        """Write a file in ``private/``, whose loss or change ``read_kept`` notices from now on."""
+        self._need_lock()
+        path, table, digest = self.private_dir / name, self._table(), hashlib.sha256(content).hexdigest()
+        before = file_sha256(path) if path.exists() else ""
+        table.kept[name] = [before, digest]  # a crash leaves one of them
+        self._write(table)
+        atomic_write(path, content)
+        table.kept[name] = [digest]
+        self._write(table)
+
+    def read_kept(self, name: str) -> bytes | None:
+        """The content of such a file; None where none was written.
+
+        Raises:
+            CheckpointError: it is lost, or not the one that was written.
+        """
+        path, allowed = self.path / "private" / name, self._table().kept.get(name)
+        with storage_errors(path, "read"):
+            content = path.read_bytes() if path.exists() else None
+        if allowed is not None and ("" if content is None else hashlib.sha256(content).hexdigest()) not in allowed:
+            raise CheckpointError(
+                f"{path} is {'missing' if content is None else 'not the file that this run wrote'}, so it is unknown "
+                "which images the run has used as public ones",
+                fix="restore the run's private folder from a copy, or start a new run",
+            )
+        return content
 
     def _write_heads(self, head: str, stage: str | None) -> None:
         atomic_write(self.path / f".{HEAD_FILE}", f"{head}\n")

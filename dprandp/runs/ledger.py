@@ -14,6 +14,8 @@ directory has released; add up the ε of copies.
 from __future__ import annotations
 
 import math
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.runs.directory import RunDir, result_digest
-from dprandp.runs.files import read_object
+from dprandp.runs.files import read_object, storage_errors
 
 ALWAYS_PRIVATE = ("probe", "finetune")
 """Stages that always read private data; ``continue`` may read only public data."""
@@ -45,6 +47,30 @@ def ledger_file(rundir: RunDir) -> Path:
 def plan_file(rundir: RunDir) -> Path:
     """The path of budget and plans."""
     return rundir.path / "privacy" / "plan.json"
+
+
+def remove_uncharged(path: Path) -> None:
+    """Remove a ledger without charges, if there is one: a stage that was stopped before its first charge has left it.
+
+    Raises:
+        CheckpointError: it holds charges by now, so another process has begun since this one read the run.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with storage_errors(path, "replace"):
+        if not path.exists():
+            return
+        os.replace(path, aside)  # whoever charges to it from now on fails before anything is used
+        try:
+            if not Ledger.open(aside, read_only=True).events():
+                return aside.unlink()
+        except BaseException:
+            os.replace(aside, path)
+            raise
+        os.replace(aside, path)
+    raise CheckpointError(
+        f"another process has begun to charge to {path} since this one opened the run",
+        fix="use a run in one process at a time; where the folder is shared between machines, on one machine",
+    )
 
 
 def open_run_ledger(

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +33,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dprandp.errors import DprandpError, InputError, StorageError, UsageError
+from dprandp.runs.files import atomic_write
 
 TIMEOUT, TIMEOUT_VARIABLE = 300.0, "DPRANDP_RANKS_TIMEOUT"
 """Default of ``timeout()``."""
 
 MEETING = timedelta(minutes=10)
 """The time that the processes may take to start."""
+
+SEEN_WITHIN = 60.0
+"""Seconds after which a file that one machine wrote is seen by all that share its folder."""
 
 
 class RankLostError(StorageError):
@@ -128,6 +135,25 @@ class Ranks:
         with self._patience():
             pass
         return json.loads(self._message(b""))
+
+    def require_one_folder(self, folder: Path) -> None:
+        """Raise InputError on every rank unless all see this folder of rank 0: a copy would have another ledger."""
+        if self.size == 1:
+            return
+        file = folder / ".shared"
+        token = secrets.token_hex(8)
+        token = self.first(lambda: atomic_write(file, token), told=lambda made: token) or token
+        deadline = time.monotonic() + SEEN_WITHIN
+        while not (seen := file.is_file() and file.read_text(encoding="ascii", errors="replace") == token):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        every = self.gather(torch.tensor([[seen]]), [1] * self.size, everywhere=True)
+        if not bool(torch.cat(every).all()):
+            raise InputError(
+                f"the {self.size} processes do not work in the same run directory: {folder} is not a shared folder",
+                fix="name a --run in a folder that all machines share",
+            )
 
     def refuse_different(self, what: str, digest: Callable[[], str]) -> None:
         """Raise InputError on every rank unless a hash (hexadecimal, made without a time limit) is the same on all.

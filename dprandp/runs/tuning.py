@@ -137,7 +137,7 @@ def read_tuning(rundir: RunDir) -> Tuning | None:
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged",
-            fix="restore it from a copy, or tune again with --overwrite; what was spent stays spent",
+            fix="restore it from a copy; if it was not made on private data, tune again with --overwrite",
         ) from error
 
 
@@ -152,7 +152,7 @@ def hide_duration(rundir: RunDir) -> None:
     """Give the files that private tuning wrote the times of the plan, written before its trials.
 
     The number of trials is secret, and the time between the files would tell it. Folders of checkpoints have no part in
-    tuning; ``private/`` is not released.
+    tuning; ``private/`` is not released. Files of stages before and after it keep their times (docs/stages.md).
     """
     begun = plan_file(rundir).stat()
     files = (rundir.path / SETTINGS, rundir.path / RECORD, ledger_file(rundir), rundir.path / "run.json")

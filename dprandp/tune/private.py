@@ -17,7 +17,8 @@ from dprandp.config.schema import ProbeConfig
 from dprandp.dpsgd.features import placed, private_features, require_room
 from dprandp.dpsgd.stage import name_private_stage
 from dprandp.errors import UsageError
-from dprandp.privacy.accounting import calibrate, compose
+from dprandp.privacy.accounting import compose
+from dprandp.privacy.adaptive import calibrate_stage
 from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.selection import PrivateSelection, Trial, make_selection_plan
 from dprandp.probe import public_part
@@ -57,7 +58,7 @@ def choose_privately(
         clip_norm=config.clip_norm, steps=[setting.steps for setting in settings], warn=warn,
     )  # fmt: skip
     # plan the probe now, to refuse too small a budget before charging
-    sigma = calibrate(epsilon, budget.delta, 1.0, config.steps, [*spent, plan.event], warn)
+    sigma = calibrate_stage(epsilon, budget.delta, 1.0, config.steps, [*spent, [plan.event]], warn)
     probe_mu = math.sqrt(config.steps) / sigma
     stage = replace(stage, plan=plan).fix_plan()
     selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, warn)

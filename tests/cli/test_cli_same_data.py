@@ -249,6 +249,13 @@ def test_what_a_run_has_used_as_public_is_never_its_private_data(
     probe = ("probe", *small, "--run", vit, "--eps", 4)
     refused(dprandp(*probe, "--data", f"npz:{tmp_path}/shuffled.npz"), 5, "has used images", "as public data")
     assert not (vit / "privacy/ledger.jsonl").exists()
+    record = vit / "private/public-images.npy"
+    for changed in (None, record.read_bytes().replace(b"<", b"|") + b"x"):
+        kept = record.read_bytes()
+        record.unlink() if changed is None else record.write_bytes(changed)
+        refused(dprandp(*probe, "--data", f"npz:{tmp_path}/shuffled.npz"), 4, str(record), "used as public ones")
+        refused(dprandp(*probe, *other), 4, str(record), "restore")
+        record.write_bytes(kept)
     good(dprandp(*probe, *other, "--json"))
 
 

@@ -103,7 +103,7 @@ def test_a_killed_sweep_goes_on_in_the_run_that_it_was_in(swept: Path) -> None:
 
 
 def test_runs_share_images_extractor_whitener_and_features_as_one_file(swept: Path) -> None:
-    (public,) = (swept / "public").iterdir()
+    (public,) = (swept / "shared").iterdir()
     runs = sorted(path.parent for path in swept.glob("*/run.json"))
     probes = [run for run in runs if "-probe-" in run.name]  # a fine-tune makes features of its own afterwards
     for name in ("1-generate/shard-00000.npy", "2-pretrain/extractor.safetensors", "private/features.npy"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dprandp.config.schema import same_data_name
 from dprandp.data import KNOWN, open_dataset
 from dprandp.data import known as known_sets
 from dprandp.errors import InputError, UsageError
@@ -58,3 +59,14 @@ def test_other_sizes_and_sets_are_not_known(tmp_path: Path) -> None:
     for name in ("pneumoniamnist_28", "pneumoniamnist_32", "chestmnist_32", "digits_64"):
         with pytest.raises(UsageError):
             open_dataset(name, tmp_path)
+
+
+def test_a_set_in_two_sizes_holds_the_same_images(tmp_path: Path) -> None:
+    """Nothing is read for it. The control: another set."""
+    one, larger, other = (open_dataset(name, tmp_path) for name in ("breastmnist", "breastmnist_64", "pneumoniamnist"))
+    assert one.shares_images_with(larger)
+    assert larger.shares_images_with(one)
+    assert not one.shares_images_with(other)
+    assert same_data_name("breastmnist", "breastmnist_224")
+    assert not same_data_name("breastmnist", "pneumoniamnist")
+    assert not same_data_name("npz:a/breastmnist", "npz:a/breastmnist_224")

@@ -47,7 +47,7 @@ ONCE_A_STAGE = {
     "models/extractor.py add_weights: _to_copy": "the hash of an extractor",
     "runs/checkpoint.py <dictcomp>: _to_copy": "checkpoints are files",
     "dpsgd/release.py <dictcomp>: _to_copy": "the released model is a file",
-    "dpsgd/release.py <listcomp>: equal": "whether a network has changed its buffers, once at the end",
+    "dpsgd/release.py <listcomp>: equal": "whether a network has changed its state, once at the end",
     "dpsgd/release.py evaluate: _to_copy": "the head that the test features, which lie on the CPU, are scored by",
     "probe/head.py released_head: _local_scalar_dense": "whether there is an average to release",
     "finetune/__init__.py _train: _to_copy": "the parameters that are released",

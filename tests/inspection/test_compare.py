@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,11 @@ def make(tmp_path: Path) -> Make:
     def made(
         name: str | int, *charges: tuple, train: str = "t", images: str | None = "i", unit: str = "one image",
         delta: float = 1e-5, tuning: bool = False, random: str = "os-entropy", units: str | None = None,
+        data: str | None = None,
     ) -> Path:  # fmt: skip
         run = RunDir.open(tmp_path / str(name), create=True)
-        plan = {"format": 1, "data": f"npz:/secret/{name}.npz", "epsilon": 3.0, "delta": delta, "examples": 1000,
-                "unit": unit, "stages": {}}  # fmt: skip
+        plan = {"format": 1, "data": data or f"npz:/secret/{name}.npz", "epsilon": 3.0, "delta": delta,
+                "examples": 1000, "unit": unit, "stages": {}}  # fmt: skip
         with run.lock():
             if images is not None:
                 np.save(run.private_dir / "training-images.npy", hashes(images))
@@ -396,3 +399,68 @@ def test_the_record_of_the_data_is_the_one_that_the_budget_was_fixed_with(make: 
         shutil.copy(runs[0] / "private" / name, runs[1] / "private" / name)
     with pytest.raises(CheckpointError, match="not the record that this run's budget was fixed with"):
         compare(runs)
+
+
+def test_medmnist_files_of_another_size_have_the_same_images(make: Make) -> None:
+    """Their pixels have nothing in common. The control: another set, and a user's file of such a name."""
+    names = ("pneumoniamnist", "pneumoniamnist_64", "breastmnist_64", "npz:/data/pneumoniamnist_224")
+    runs = [make(number, (100, 40.0), images=f"i{number}", data=name) for number, name in enumerate(names)]
+    assert [each.runs for each in compare(runs).together] == [(str(runs[0]), str(runs[1]))]
+
+
+def test_a_run_inside_a_run_is_found_and_an_unreadable_folder_is_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("runs/a", (100, 40.0)), make("runs/a/second", (100, 40.0)), make("runs/a/second/deeper/third", (100, 40.0))
+    make("runs/a/private/copy", (100, 40.0))  # of the run itself: nothing that it released
+    names = [Path(row.run).relative_to(tmp_path / "runs").as_posix() for row in runs_in(tmp_path / "runs").runs]
+    assert names == ["a", "a/second", "a/second/deeper/third"]
+    assert len(runs_in(tmp_path / "runs/a").runs) == 3
+
+    def walk(folder: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple]:
+        onerror(PermissionError(13, "denied", str(folder / "shut")))
+        yield str(folder), [], []
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(InputError, match="shut cannot be read"):
+        runs_in(tmp_path / "runs")
+
+
+def test_runs_that_were_deleted_and_made_again_count_twice(make: Make, tmp_path: Path) -> None:
+    """Under the same paths, with the same ε. The control: nothing is gone."""
+    paths = [make(f"sweep/{name}", (100, 40.0)) for name in "ab"]
+    before = compare(paths)
+    file = results_of(tmp_path / "sweep/results.jsonl", *paths, **vars(before.together[0]))
+    rows, lost, _ = comparing.earlier_rows(file)
+    assert comparing.with_lost(rows, lost, before.together) == []
+    for path in paths:
+        shutil.rmtree(path)
+        make(f"sweep/{path.name}", (100, 40.0))
+    _, lost, _ = comparing.earlier_rows(file)
+    after = compare(paths)
+    assert after.together == before.together
+    present = [replace(row, data="scans") for row in after.runs]
+    (both,) = comparing.with_lost(present, lost, after.together)
+    assert both.runs == tuple(map(str, paths * 2))
+    assert both.epsilon == pytest.approx(sum(row.epsilon for row in lost) + after.together[0].epsilon)
+    assert both.delta == pytest.approx(3e-5)
+    (one,) = comparing.with_lost(present[:1], lost, [])
+    assert one.epsilon == pytest.approx(3 * lost[0].epsilon)
+    (alone,) = comparing.with_lost([], lost, [])
+    assert (len(alone.runs), alone.delta) == (2, 2e-5)
+    assert comparing.with_lost([], lost[:1], []) == []
+    (unknown,) = comparing.with_lost(present, [replace(lost[0], epsilon=None)], after.together)
+    assert unknown.epsilon is None
+
+
+def test_two_copies_of_a_run_that_go_on_have_different_ledgers(make: Make, tmp_path: Path) -> None:
+    """Also where they do the same, so that neither is taken for the other."""
+    first = make("a", (100, 40.0))
+    shutil.copytree(first, tmp_path / "b")
+    heads = []
+    for name in "ab":
+        ledger = Ledger.open(tmp_path / name / "privacy/ledger.jsonl")
+        ledger.charge(stage="finetune", attempt=1, steps=50, planned=50, noise_multiplier=20.0, sample_rate=1.0,
+                      clip_norm=1.0, random="os-entropy")  # fmt: skip
+        heads.append(ledger.head)
+    assert heads[0] != heads[1]

@@ -15,7 +15,9 @@ import pytest
 
 from dprandp import __version__
 from dprandp.errors import CheckpointError, InputError, UsageError
+from dprandp.runs import directory
 from dprandp.runs.directory import RunDir
+from dprandp.runs.files import atomic_write
 from dprandp.runs.results import GenerateResult, ProbeResult
 
 CONFIG = {"steps": 10, "lr": 0.1, "epsilon": math.inf, "device": "cpu"}
@@ -304,3 +306,34 @@ def test_begin_and_finish_need_the_lock(tmp_path: Path) -> None:
     for call in (lambda: run.begin("generate", {}, {}), lambda: run.finish("generate", {}, {})):
         with pytest.raises(RuntimeError, match="lock"):
             call()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_kept_file_is_the_old_one_or_the_new_one_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Wherever it was; and a file that is neither is refused."""
+    run = RunDir.open(tmp_path / "run", create=True)
+    with run.lock():
+        run.write_kept("a", b"old")
+        writes = iter(range(1, 9))
+
+        def write(path: Path, content: bytes | str) -> None:
+            if next(writes) == stop:
+                raise KeyboardInterrupt
+            atomic_write(path, content)
+
+        monkeypatch.setattr(directory, "atomic_write", write)
+        with pytest.raises(KeyboardInterrupt):
+            run.write_kept("a", b"new")
+        monkeypatch.undo()
+        assert run.read_kept("a") == (b"old" if stop < 3 else b"new")
+        run.write_kept("a", b"newer")
+    assert run.read_kept("a") == b"newer"
+    assert run.read_kept("b") is None
+    (run.private_dir / "a").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="not the file that this run wrote"):
+        run.read_kept("a")
+    (run.private_dir / "a").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        run.read_kept("a")

@@ -31,6 +31,7 @@ from tiny_run import (
     write_blobs,
 )
 
+from dprandp.dpsgd import training_data
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy import mechanism as plan_module
 from dprandp.privacy.accounting import compose, merge_events
@@ -38,6 +39,7 @@ from dprandp.privacy.adaptive import compose_stages
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.mechanism import PrivatePlan
 from dprandp.privacy.randomness import PoissonSampler
+from dprandp.runs.directory import RunDir
 
 
 def assert_accounted(run: Path, seen: Recorder, result: dict[str, Any], *mechanisms: str) -> None:
@@ -381,3 +383,29 @@ def test_10_a_checkpoint_goes_on_with_its_own_ledger_alone(
         stage(run, data)
     ledger.write_bytes(own)
     assert stage(run, data)["charged_steps"] > 0
+
+
+def test_a_ledger_that_another_process_has_begun_meanwhile_is_left_alone(
+    copy: Copy, public_run: Path, data: str, monkeypatch: Patch
+) -> None:
+    """Where the run's lock did not hold, such as on a file system that machines share. The control: no charge in it."""
+    for charged in (True, False):
+        run = copy(public_run)
+        path, found = run / "privacy/ledger.jsonl", []
+
+        def examine(rundir: RunDir, *given: object, charged: bool = charged, found: list = found) -> None:
+            if not found:
+                ledger = Ledger.create(rundir.privacy_dir / "ledger.jsonl", TRAIN, "image")
+                if charged:
+                    ledger.charge(stage="probe", attempt=1, steps=3, planned=40, noise_multiplier=9.0, sample_rate=1.0,
+                                  clip_norm=1.0, random="os-entropy")  # fmt: skip
+                found.append(ledger.path.read_bytes())
+
+        monkeypatch.setattr(training_data, "examine", examine)
+        if charged:
+            with pytest.raises(CheckpointError, match="another process has begun to charge"):
+                run_probe(run, data, steps=40)
+            assert [path.read_bytes()] == found
+            assert [each.name for each in path.parent.iterdir()] == [path.name]
+        else:
+            assert run_probe(run, data, steps=40)["epsilon"] > 0

@@ -6,6 +6,7 @@ Whole commands, ranks that die or hang, exit codes and torchrun are in tests/fau
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_processes import context_of, of_rank_0, on_ranks
+from rank_processes import FailedRank, context_of, of_rank_0, on_ranks
 from safetensors.torch import load_file
 from small_models import CLIP, SETTING, STEP, apart, gradient_by_hand, images_and_labels, model_of, norm_of, scaled
 from tiny_run import FINETUNE, GENERATE, PROBE, Copy, Recorder, blobs, read_json
@@ -190,6 +191,23 @@ def everything(ranks: Ranks) -> None:
     ranks.refuse_different("thing", lambda: "ab" * 32)
     with pytest.raises(InputError, match="the 3 processes do not have the same thing"):
         ranks.refuse_different("thing", lambda: f"a{ranks.rank}" * 32)
+
+
+def in_folders(ranks: Ranks, *folders: Path) -> None:
+    parallel.SEEN_WITHIN = 1.0
+    ranks.require_one_folder(folders[ranks.rank])
+
+
+def test_16_copies_of_a_run_directory_are_not_one(tmp_path: Path) -> None:
+    """Each would have its own ledger; also where a copy has the file of an earlier job."""
+    copies = [tmp_path / name for name in "ab"]
+    for copy in copies:
+        copy.mkdir()
+    assert on_ranks(2, in_folders, copies[0], copies[0]) == [None, None]
+    shutil.copy(copies[0] / ".shared", copies[1])
+    for failed in on_ranks(2, in_folders, *copies):
+        assert isinstance(failed, FailedRank)
+        assert "do not work in the same run directory" in str(failed)
 
 
 def test_16_collectives() -> None:
