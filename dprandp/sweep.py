@@ -256,8 +256,8 @@ def cost_lines(made: SweepPlan) -> list[str]:
         what = f"ε = {epsilon_text(each.epsilon)} at δ = {number(each.delta)} ({each.method})"
         lines.append(f"warning: {len(each.runs)} private runs on the same data cost together {what}")
     lines += [
-        f"warning: some runs declare a part of the images of {data} public that others protect: of these images they "
-        "promise nothing together"
+        f"warning: some runs declare a part of {data} public that others protect: together they give no privacy "
+        "guarantee for these images"
         for data in made.exposed
     ]
     if made.gone:

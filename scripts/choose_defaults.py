@@ -26,7 +26,7 @@ from dprandp.dpsgd.statistics import public_whitener
 from dprandp.models.extractor import extract
 from dprandp.models.whitening import Whitener
 from dprandp.pretrain import load_extractor
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe.head import HeadSettings, lr_at
 from dprandp.tune.public import simulate
 from dprandp.vision.images import colour_of, to_input
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, log: Path, floor: float) -> None:
     features, labels, whitener = public_features(args, floor)
     for setting, (examples, epsilon) in wanted:
         count = min(FIT, examples)
-        mu = equivalent_mu(epsilon, DELTA)
+        mu = gaussian_dp_mu(epsilon, DELTA)
         lr = setting["lr_factor"] * lr_at(mu, examples, setting["steps"], setting["clip_norm"])
         rule = HeadSettings(lr, momentum=0.9, released="average")
         seen = whitener.cut(features, setting["dims"])

@@ -35,7 +35,7 @@ from dprandp.data import DataSpec, open_dataset
 from dprandp.dpsgd.statistics import public_whitener
 from dprandp.models.extractor import extract
 from dprandp.pretrain import load_extractor
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe.head import HeadSettings, default_lr
 from dprandp.tune.public import simulate
 from dprandp.vision.images import colour_of, to_input
@@ -149,7 +149,7 @@ def held_out_accuracy(cell: dict, spec: DataSpec, features: Tensor, labels: Tens
         epsilon: inf for no noise.
     """
     fit, clip_norm, examples = cell["fit"], cell["clip_norm"], spec.train_examples
-    mu = equivalent_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
+    mu = gaussian_dp_mu(epsilon, DELTA) if math.isfinite(epsilon) else math.inf
     rule = HeadSettings(default_lr(epsilon, DELTA, examples, STEPS, clip_norm), momentum=0.9, released="average")
     head = simulate(
         features[:fit], labels[:fit], len(spec.classes), STEPS, clip_norm, mu, examples, rule,

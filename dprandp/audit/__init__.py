@@ -216,12 +216,13 @@ def _line(found: Found) -> str:
     def shown(bound: GameFound | SelectionFound | OneRunFound | BlackBoxFound) -> str:
         return f"ε ≥ {bound.epsilon_lower:.3g} = {100 * bound.ratio:.0f} % of the claim"
 
-    power = ", ".join(f"{entry.flagged:.2g} at noise/{entry.factor:g}" for entry in game.power[1:])
+    power = ", ".join(f"{entry.flagged:.2g} for noise/{entry.factor:g}" for entry in game.power[1:])
     replayed = "exact" if found.replay["head"] else "not for tuning"
     parts = [
         f"{found.name} claims ε ≤ {rounded_up(found.epsilon_claimed)} at δ = {found.delta:g}: "
         f"replay {'FAILED' if found.replay['flagged'] else replayed}",
-        f"{GAME} {shown(game)} ({game.trials:,} trials with and without the record, power {power})",
+        f"{GAME} {shown(game)} ({game.trials:,} trials with and without the record; chance to flag too little noise: "
+        f"{power})",
     ]
     if isinstance(game, SelectionFound):
         told = (f"{100 * each.ratio:.0f} % ({name.replace('_', ' ')})" for name, each in game.one_trial.items())

@@ -48,8 +48,8 @@ class Decoding:
         otherwise="such files are refused",
     )  # fmt: skip
     colour: Literal["rgb", "grey"] | None = setting(
-        None, "What all files are: with grey they are read as grey images, for an extractor of grey images.", True,
-        panel=DATA, otherwise="rgb",
+        None, "Read all files as rgb or as grey. Grey suits X-rays and the like: the extractor is then learned from "
+        "grey images.", True, panel=DATA, otherwise="rgb",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -109,8 +109,8 @@ class Private(Network, Decoding, Layout, Common):
         fix="use a delta below 1/N, such as 1e-5",
     )  # fmt: skip
     noise: Literal["gaussian", "discrete"] = setting(
-        "gaussian", "gaussian, or discrete: sums and noise on a lattice, without the gaps of floating point.", True,
-        panel=PRIVACY,
+        "gaussian", "gaussian, or discrete: rounds sums to a grid and adds whole-number noise, without the known "
+        "weaknesses of floating-point noise.", True, panel=PRIVACY,
     )  # fmt: skip
 
 
@@ -351,7 +351,8 @@ class FinetuneConfig(Private):
         None, "Padding of its convolutions with stride 2: symmetric, or same (De et al.).", True, otherwise="symmetric"
     )
     pooling: Pooling | None = setting(
-        None, "Grids over which its features are averaged: 1 (published), 4 or both.", True, metavar="GRIDS",
+        None, "Average its last features over the image (1, published), over its four quarters (4), or both (1+4).",
+        True, metavar="GRIDS",
         otherwise="1+4, or 1 (nf-resnet-50)",
     )  # fmt: skip
     norm: Norm | None = setting(
@@ -384,10 +385,13 @@ class FinetuneConfig(Private):
         None, "The first steps, which train only the head and what follows the network's last block (its last norm).",
         low=0, most=VERY_MANY, otherwise="0, or 96 (dp-randp)",
     )  # fmt: skip
-    head_lr: float | None = setting(None, "Learning rate of these.", above=0, otherwise="lr, or 15 (dp-randp)")
+    head_lr: float | None = setting(
+        None, "Learning rate of the first head_steps steps.", above=0, otherwise="lr, or 15 (dp-randp)"
+    )
     extractor_scale: float | None = setting(
-        None, "Factor on the extractor's gradient before the joint clip, and on its update: sets its part of clip and "
-        "noise.", low=0, otherwise=by_recipe("extractor_scale", "patchnet", "wrn"),
+        None, "How strongly the extractor is trained relative to the head: a factor on its gradients before they are "
+        "clipped, and on its updates. 0 trains only the head.", low=0,
+        otherwise=by_recipe("extractor_scale", "patchnet", "wrn"),
     )  # fmt: skip
     views: int = setting(1, "Augmented views K of each example, averaged before the clip.", True, above=0, most=10**4)
     optimizer: Literal["sgd", "adam"] | None = setting(None, "Optimizer of the noisy gradients: sgd or adam.", True,
@@ -692,7 +696,7 @@ def _check_finetune(config: FinetuneConfig) -> None:
             fix="leave --from out, or give --recipe ours",
         )
     if config.head_lr is not None and not config.head_steps:
-        raise UsageError("head_lr is of the head_steps, and there are none", fix="give head_steps too")
+        raise UsageError("head_lr is set, but head_steps is not", fix="give head_steps too")
     if config.head_steps and any(getattr(config, name) is not None for name in ("train", "freeze", "select")):
         raise UsageError(
             "head_steps and --train, --freeze or --select exclude each other", fix="give one of them"

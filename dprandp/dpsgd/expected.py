@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 
 HALF = 7.0
 """The signal μN/K at which half of the gain over guessing is kept."""
@@ -27,7 +27,7 @@ def kept_gain(epsilon: float, delta: float, examples: int, classes: int) -> floa
     """The part of the gain over guessing that a head keeps under noise, in [0, 1]; 1 for an infinite ε."""
     if math.isinf(epsilon):
         return 1.0
-    signal = equivalent_mu(epsilon, delta) * examples / classes
+    signal = gaussian_dp_mu(epsilon, delta) * examples / classes
     return signal / (signal + HALF)
 
 

@@ -348,10 +348,10 @@ def name_private_stage(name: str, config: PrivateConfig, context: Context, *, wr
 def refuse_other_labels(stage: str, spec: DataSpec) -> None:
     """Raise UsageError for labels, or a loss, that only probe and fine-tune know."""
     if spec.multi_label or spec.class_shares is not None:
-        what = "several labels an image" if spec.multi_label else "declared shares of the classes"
+        what = "several labels per image" if spec.multi_label else "declared shares of the classes"
         raise UsageError(
-            f"`{stage}` knows one class an image and a loss without weights, and {spec.name} has {what}",
-            fix=f"leave out {stage}: probe and finetune know them" if spec.multi_label else "leave --class-shares out",
+            f"`{stage}` supports only one class per image and no --class-shares, and {spec.name} has {what}",
+            fix=f"leave out {stage}; probe and finetune do" if spec.multi_label else "leave --class-shares out",
         )
 
 

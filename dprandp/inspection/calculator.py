@@ -16,7 +16,7 @@ from dprandp.inspection.neighbours import (
     trade_off,
 )
 from dprandp.privacy.accounting import EpsilonBound, GaussianEvent, compose, rounded_up, warn_by_log
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.privacy.opinions import Opinion, refuse_contradiction, second_opinions
 
 CURVE_DELTAS = tuple(10.0**-exponent for exponent in range(3, 11))
@@ -115,7 +115,7 @@ def account(
         warn_by_log(sentence)
     mu, mu_is = attacker.mu, EXACT
     if mu is None:
-        mu, mu_is = equivalent_mu(bound.upper, delta), THROUGH_POINT
+        mu, mu_is = gaussian_dp_mu(bound.upper, delta), THROUGH_POINT
     elif math.isinf(mu):
         mu, mu_is = None, None
     relation = None

@@ -121,7 +121,8 @@ def compare(paths: Sequence[Path]) -> Comparison:
     files = [path for path in paths if path.is_file()]
     if files and len(files) < len(paths):
         raise UsageError(
-            f"{files[0]} is a file of results, which no run stands beside", fix="give run directories, or such files"
+            f"results files such as {files[0]} and run directories cannot be compared with each other",
+            fix="give only run directories, or only results files",
         )
     if files:
         return collected(files)
@@ -256,7 +257,7 @@ def read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:
                 rows.append(records.read(Row, entry))
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is no results of a sweep: line {place}: {error}",
+                f"{path} is no valid results file of a sweep: line {place}: {error}",
                 fix="run the same `dprandp sweep` again: it writes the file from the runs",
             ) from error
     return rows, together, exposed

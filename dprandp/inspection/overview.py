@@ -20,9 +20,8 @@ from dprandp.data import (
 from dprandp.dpsgd.budget import BudgetUse, read_budget
 from dprandp.errors import UsageError
 from dprandp.privacy.accounting import rounded_up
-from dprandp.report.run import PRIVATE_STAGES
 from dprandp.runs.console import Console
-from dprandp.runs.directory import OPTIONAL_STAGES, RunDir, StageRow
+from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, RunDir, StageRow
 from dprandp.runs.files import atomic_write
 
 SHOWN_CLASSES = 20

@@ -263,7 +263,7 @@ def plan_lines(result: Plan | RunPlan) -> str:
         return "\n".join([_line(result), *warned])
     lines = [_line(made) for made in result.stages]
     if result.stages[-1].stage == "probe":
-        lines.append("finetune: none, the probe has the whole budget; --share below 1 leaves a part")
+        lines.append("finetune: none, since the probe has the whole budget; --share 0.3 leaves it 70 %")
     total = f"run: ε = {rounded_up(result.epsilon_after)} of {result.epsilon:g} at δ = {result.delta:g}"
     return "\n".join([*lines, total, *warned])
 

@@ -78,6 +78,8 @@ def _largest_epsilon(mu: float, log_delta: float) -> float:
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     """The largest μ for which a μ-GDP mechanism is (ε, δ)-DP: ``gaussian_dp_delta(result, epsilon) <= delta``.
 
+    It makes budgets of different δ comparable.
+
     Raises:
         UsageError: ε is negative, infinite or NaN, δ is not between 0 and 1.
     """
@@ -98,11 +100,6 @@ def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     while gaussian_dp_log_delta(mu, epsilon) > goal:
         mu *= 1 - _OUTWARD
     return mu
-
-
-def equivalent_mu(epsilon: float, delta: float) -> float:
-    """The μ whose Gaussian mechanism spends exactly (ε, δ): it makes budgets of different δ comparable."""
-    return gaussian_dp_mu(epsilon, delta)
 
 
 def _require(holds: bool, name: str, value: float, wanted: str) -> None:

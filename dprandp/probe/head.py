@@ -18,7 +18,7 @@ from dprandp.dpsgd.features import placed
 from dprandp.dpsgd.stage import PrivateStage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.privacy.clipping import clipped_softmax_sum
-from dprandp.privacy.gaussian_dp import equivalent_mu
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.runs import checkpoint, faults
 from dprandp.runs.checkpoint import check_tensors
 from dprandp.runs.console import MetricsLog
@@ -84,7 +84,7 @@ def default_lr(epsilon: float, delta: float, examples: int, steps: int, clip_nor
     serve where C = 1; both lie on one line through zero. Without noise the rate is capped. It is divided by the clip
     norm, in whose unit sums and noise are.
     """
-    return lr_at(math.inf if math.isinf(epsilon) else equivalent_mu(epsilon, delta), examples, steps, clip_norm)
+    return lr_at(math.inf if math.isinf(epsilon) else gaussian_dp_mu(epsilon, delta), examples, steps, clip_norm)
 
 
 def lr_at(mu: float, examples: int, steps: int, clip_norm: float) -> float:

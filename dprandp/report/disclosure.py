@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from scipy.special import ndtr, ndtri
 
 from dprandp.config.schema import WITHOUT_PHASE_ONE
-from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy
-from dprandp.privacy.gaussian_dp import equivalent_mu, gaussian_dp_epsilon, gaussian_dp_mu
+from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy, rounded_up
+from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
 from dprandp.runs.results import (
     ONE_IMAGE,
     ContinueResult,
@@ -202,7 +202,7 @@ def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.
     """
     if math.isinf(epsilon):
         return 1.0
-    return float(ndtr(ndtri(false_positive_rate) + equivalent_mu(epsilon, delta)))
+    return float(ndtr(ndtri(false_positive_rate) + gaussian_dp_mu(epsilon, delta)))
 
 
 def privacy_sentence(result: PrivateResult, epsilon: float | None = None, *, exact: bool | None = None) -> str:
@@ -253,15 +253,6 @@ def number(value: float | None) -> str:
     if isinstance(value, int):
         return str(value)
     return re.sub(r"e([+-])0+", r"e\1", f"{value:.6g}").replace("e+", "e")
-
-
-def rounded_up(value: float) -> str:
-    """A bound for people: two significant digits, not below the value."""
-    if not value > 0:
-        return f"{value:g}"
-    step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    said = f"{value:.2g}"
-    return said if float(said) >= value else f"{value + step / 2:.2g}"
 
 
 def percent(value: float, up: bool = False) -> str:
@@ -514,7 +505,7 @@ def _groups(result: PrivateResult) -> str:
             bound, at = gaussian_dp_epsilon(size * gaussian_dp_mu(epsilon, delta) * (1 + 1e-9), delta), ""
         else:
             bound, group_delta = group_privacy(epsilon, delta, size)
-            at = f" with δ = {rounded_up(min(1.0, group_delta))}"
+            at = f" with δ = {rounded_up(min(1.0, group_delta), 2)}"
         parts.append(f"{size}: ε = {math.ceil(bound * 100 - 1e-9) / 100:g}{at}")
     how = f"exact, at δ = {delta:g}" if exact else "a bound that holds for any mechanism, not tight"
     return f"together, by their number: {'; '.join(parts)} ({how}). dprandp account --group-size k finds better ones."

@@ -33,10 +33,10 @@ from dprandp.report.disclosure import (
     why_not_private,
 )
 from dprandp.report.figures import accuracy_points, curve, heat_picture, preview_image
-from dprandp.report.run import PRIVATE_STAGES, Measured, Run, changed_settings, read_run
+from dprandp.report.run import Measured, Run, changed_settings, read_run
 from dprandp.runs import faults
 from dprandp.runs.console import duration
-from dprandp.runs.directory import OPTIONAL_STAGES, RunDir
+from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, RunDir
 from dprandp.runs.files import atomic_write
 from dprandp.runs.results import (
     ContinueResult,

@@ -21,7 +21,6 @@ from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, use
 from dprandp.runs.records import Count, Fraction, Number, Text
 from dprandp.runs.results import CONTRADICTION, PrivateResult, StageResult
 
-PRIVATE_STAGES = ("continue", "probe", "finetune")
 """Stages that may read private images; ``Run.private_stages`` are those that did, and are finished."""
 
 

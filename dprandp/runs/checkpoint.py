@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from dprandp.errors import CheckpointError
 from dprandp.runs import faults
+from dprandp.runs.directory import PRIVATE_STAGES
 from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
 FORMAT = 2
@@ -232,7 +233,7 @@ def load_finished(directory: Path | str, name: str, stage: str) -> Checkpoint:
     try:
         return load(directory, name)
     except DamagedCheckpointError as error:
-        cost = "; repeating a private stage is charged again" if stage in ("continue", "probe", "finetune") else ""
+        cost = "; repeating a private stage is charged again" if stage in PRIVATE_STAGES else ""
         raise CheckpointError(
             error.problem, fix=f"restore it from a copy, or make it again: dprandp {stage} --overwrite{cost}"
         ) from error

@@ -117,7 +117,7 @@ def test_what_knows_one_class_an_image_is_refused(
     np.savez(tmp_path / "several.npz", **several())
     run, data = run_after("pretrain"), ("--data", "npz:several.npz")
     for command in (("tune", "--run", run), ("tune", "--run", run, "--on", "private"), ("continue", "--run", vit)):
-        refused(dprandp(*command, *data, "--eps", 1, folder=tmp_path), 2, "several labels an image")
+        refused(dprandp(*command, *data, "--eps", 1, folder=tmp_path), 2, "several labels per image")
     refused(dprandp("probe", "--run", run, *data, "--ordinal", folder=tmp_path), 2, "--ordinal is for one class")
 
 

@@ -154,7 +154,7 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
     assert (plan["epsilon_after"], finetune["noise_multiplier"]) == ("inf", 0)
     done = dprandp("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new", "--share", 1, "--eps", 1, "--plan")
     assert done.code == 0, done.err
-    assert "finetune: none, the probe has the whole budget" in done.out
+    assert "finetune: none, since the probe has the whole budget" in done.out
     first = [line.split()[0] for line in done.out.splitlines()]
     assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]
 

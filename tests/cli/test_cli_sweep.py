@@ -135,7 +135,7 @@ def test_the_results_have_every_run_and_what_the_private_ones_cost_together(
     found = good(dprandp("compare", alone, "--json"))
     assert [group["seeds"] for group in found["groups"]] == [1] * 4
     assert found["together"] == [together["together"]]
-    refused(dprandp("compare", alone, private[0]), 2, "is a file of results")
+    refused(dprandp("compare", alone, private[0]), 2, "cannot be compared with each other")
     Path(alone).write_text('{"run": 3}\n')
     refused(dprandp("compare", alone), 4, "line 1", "dprandp sweep")
 

@@ -163,7 +163,7 @@ def test_values_of_a_wrong_type_are_left_to_others(odd):
         ({"layer_order": "relu-norm-conv"}, "--layer-order sets a new network"),
         ({"padding": "same"}, "--padding sets"),
         ({"recipe": "dp-randp"}, "not from probe"),
-        ({"head_lr": 1.0}, "head_lr is of the head_steps"),
+        ({"head_lr": 1.0}, "head_lr is set, but head_steps is not"),
         ({"head_steps": 3, "train": "head"}, "exclude each other"),
         ({"head_steps": 3, "steps": 2}, "more than the 2 steps"),
         ({"optimizer": "adm"}, "adam"),

@@ -10,7 +10,6 @@ import pytest
 
 from dprandp.errors import UsageError
 from dprandp.privacy.gaussian_dp import (
-    equivalent_mu,
     gaussian_dp_delta,
     gaussian_dp_epsilon,
     gaussian_dp_log_delta,
@@ -55,12 +54,12 @@ def test_mu_inverts_epsilon(epsilon, delta):
     mu = gaussian_dp_mu(epsilon, delta)
     assert gaussian_dp_delta(mu, epsilon) <= delta
     assert gaussian_dp_delta(mu * (1 + 1e-6), epsilon) > delta
-    assert equivalent_mu(epsilon, delta) == mu
+    assert gaussian_dp_mu(epsilon, delta) == mu
 
 
 def test_limits_and_published_values():
-    assert equivalent_mu(1, 1e-5) == pytest.approx(0.268, abs=5e-4)
-    assert equivalent_mu(8, 1e-5) == pytest.approx(1.666, abs=5e-4)
+    assert gaussian_dp_mu(1, 1e-5) == pytest.approx(0.268, abs=5e-4)
+    assert gaussian_dp_mu(8, 1e-5) == pytest.approx(1.666, abs=5e-4)
     assert gaussian_dp_epsilon(0.0, 1e-5) == 0
     assert gaussian_dp_epsilon(math.inf, 1e-5) == math.inf
     assert gaussian_dp_epsilon(1e-9, 0.5) == 0  # the total variation is below delta: clamped, not negative

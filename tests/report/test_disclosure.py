@@ -44,7 +44,7 @@ FIELDS = {
     "public": (r"^Public inputs$", r"4000 synthetic images.*stylegan-oriented.*patchnet.*Handwritten digits"),
     "released": (r"^Released$", r"EMA, decay 0\.9999.*test metrics"),
     "floating point": (r"^Limit: floating-point noise \(severity low\)$", r"Mironov.*float64"),
-    "tails and timing": (r"^Limit: tails", r"8\.6 standard deviations.*constant time"),
+    "tails and timing": (r"^Limit: tails", r"12\.2 standard deviations.*constant time"),
     "N public": (r"^Limit: N", r"public|not cover"),
     "test split": (
         r"^Limit: test split$",

@@ -117,14 +117,14 @@ def test_declared_shares_raise_the_balanced_accuracy_of_a_rare_class() -> None:
     """Two Gaussian clouds, 95 and 5 % of 2,000 records; DP-SGD's arithmetic with the noise of ε = 1."""
     from sklearn.metrics import balanced_accuracy_score
 
-    from dprandp.privacy.gaussian_dp import equivalent_mu
+    from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 
     generator = torch.Generator().manual_seed(0)
     rare = torch.rand(4000, generator=generator) < 0.05
     rows = torch.randn(4000, 20, generator=generator)
     rows[:, 0] += torch.where(rare, 1.5, -1.5)
     rows = torch.nn.functional.normalize(torch.cat([rows, torch.full((4000, 1), 3.0)], dim=1), dim=1)
-    labels, mu, steps, clip_norm = rare.long(), equivalent_mu(1.0, 1e-5), 60, 0.5
+    labels, mu, steps, clip_norm = rare.long(), gaussian_dp_mu(1.0, 1e-5), 60, 0.5
 
     def balanced(shares: tuple[float, ...] | None) -> float:
         noise = torch.Generator().manual_seed(1)
