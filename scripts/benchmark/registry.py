@@ -12,6 +12,7 @@ PAIRS: dict[str, Pair] = {
         Pair("processes", "every random process against stylegan-oriented", generator.processes_case),
         Pair("pretraining", "a contrastive step against forward and backward alone", pretraining.case),
         Pair("patchnet", "patchnet's features against ordinary layers", patchnet.features_case),
+        Pair("two-layers", "features of two layers against those of before", patchnet.two_layers_case),
         Pair("probe", "a step of the probe against Opacus", probe.case),
         Pair("finetune", "a step of 16 views against a non-private one", finetuning.plain_case("finetune", 1.15, 1.5)),
         Pair("finetune-opacus", "a step of 16 views against Opacus", finetuning.opacus_case("finetune-opacus", 3)),

@@ -74,7 +74,9 @@ def test_ghost_clipping_is_left_out_where_views_are_averaged() -> None:
     assert len([figure for figure in found.figures if figure.against != JAX]) == 2
 
 
-@pytest.mark.parametrize("name", ["pretraining", "finetune", "one-view", "patchnet", "patchnet-gradients", "predict"])
+@pytest.mark.parametrize(
+    "name", ["pretraining", "finetune", "one-view", "patchnet", "two-layers", "patchnet-gradients", "predict"]
+)
 def test_the_sides_of_the_other_pairs_agree(name: str) -> None:
     case = registry.PAIRS[name].build("tiny")
     assert case.check()
