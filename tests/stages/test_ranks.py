@@ -134,6 +134,29 @@ class Unheard(Ranks):
         self.added = tensors
 
 
+def bytes_over(ranks: Ranks, arch: str, batches: list[np.ndarray]) -> int:
+    """What a rank sends or receives of tensors while the clipped sums of some batches are made."""
+    moved = []
+    for name in ("broadcast", "reduce"):
+        exchange = getattr(parallel.dist, name)
+
+        def counting(tensor: Tensor, *given: object, exchange: Callable = exchange) -> None:
+            moved.append(tensor.numel() * tensor.element_size())
+            exchange(tensor, *given)
+
+        setattr(parallel.dist, name, counting)
+    totals_over(ranks, arch, batches)
+    return sum(moved)
+
+
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_16_a_step_moves_twelve_bytes_a_parameter_whatever_the_ranks_and_the_batch(size: int) -> None:
+    """Parameters as float32, and sums as float64."""
+    count = sum(value.numel() for value in model_of("patchnet").parameters())
+    batches = [np.arange(2), np.arange(8), np.arange(0)]
+    assert on_ranks(size, bytes_over, "patchnet", batches) == [12 * count * len(batches)] * size
+
+
 @pytest.mark.parametrize("kind", ["not clipped", "noise of its own", "not a number", "other type"])
 def test_16_a_share_that_is_no_sum_of_clipped_gradients_is_refused(
     monkeypatch: pytest.MonkeyPatch, kind: str
