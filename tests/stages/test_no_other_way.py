@@ -33,7 +33,7 @@ LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
 """All that a log may hold: norms of noisy updates and released weights; losses and estimates of public images."""
 
 CLOCKS = {
-    "started", "finished", "seconds", "time", "created", "hash", "previous", "ledger", "ledger_head", "digest",
+    "started", "finished", "seconds", "time", "created", "hash", "previous", "nonce", "ledger", "ledger_head", "digest",
     "cpu_seconds", "updated", "data_record",
 }  # fmt: skip
 """Entries that tell when a run was made, or hash something that does; the last one, something with a secret salt."""
