@@ -28,7 +28,7 @@ from dprandp.models.whitening import Whitener
 from dprandp.pretrain import load_extractor
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe.head import HeadSettings, lr_at
-from dprandp.tune.public import simulate
+from dprandp.tune import simulate
 from dprandp.vision.images import colour_of, to_input
 
 DATA = "fashion-mnist"

@@ -37,7 +37,7 @@ from dprandp.models.extractor import extract
 from dprandp.pretrain import load_extractor
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu
 from dprandp.probe.head import HeadSettings, default_lr
-from dprandp.tune.public import simulate
+from dprandp.tune import simulate
 from dprandp.vision.images import colour_of, to_input
 
 DELTA = 1e-5

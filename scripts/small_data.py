@@ -1,7 +1,7 @@
 """How many images does a head need at an ε? The probe of a shipped prior, simulated on parts of Fashion-MNIST.
 
 For each number of classes K, number of images N and ε: the accuracy on held-out training images of a head that is
-fitted with the probe's arithmetic and noise (``tune.public.simulate``), and which part of the gain over guessing it
+fitted with the probe's arithmetic and noise (``tune.simulate``), and which part of the gain over guessing it
 keeps, compared with the same head on the same images without noise. ``dprandp/dpsgd/expected.py`` holds the result.
 
     python scripts/small_data.py --data-dir data
@@ -30,7 +30,7 @@ from dprandp.probe.head import HeadSettings, default_lr
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
-from dprandp.tune.public import simulate
+from dprandp.tune import simulate
 from dprandp.vision.images import as_declared, to_input
 
 COUNTS = (100, 300, 1000, 3000)

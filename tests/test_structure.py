@@ -244,7 +244,7 @@ MAY_IMPORT_DATA = {
     "dprandp.release": {"brought_to"},  # new images, not a data set; so in the next two
     "dprandp.release.predictions": {"image_files", "npz_blocks", "read_unlabelled", "skipped_text"},
     "dprandp.release.graph": {"brought_to"},
-    "dprandp.tune.public": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
+    "dprandp.tune": {"open_dataset", "DataSpec"},  # the private set's declaration, a public set's pixels
     "dprandp.audit.loops": {"Dataset", "DataSpec", "Split", "Units"},  # to make up public records
     "dprandp.audit.replay": {"Dataset"},  # a type
     "dprandp.cli.session": {"open_dataset"},  # for the declared number of channels
@@ -253,14 +253,14 @@ MAY_OPEN_A_PRIVATE_STAGE = {"dpsgd", "probe", "finetune", "continual", "tune", "
 """Rooms; the last one plans, without pixels."""
 MAY_READ_PIXELS = {
     "train": {
-        "dprandp.dpsgd.features", "dprandp.finetune", "dprandp.tune.public", "dprandp.continual.loop",
+        "dprandp.dpsgd.features", "dprandp.finetune", "dprandp.tune", "dprandp.continual.loop",
         "dprandp.continual.public",
     },
     "test": {"dprandp.dpsgd.release"},
     "fingerprint": {"dprandp.dpsgd.training_data", "dprandp.dpsgd.features"},
     "hashes": {"dprandp.dpsgd.training_data"},
     "examine": {"dprandp.dpsgd.training_data", "dprandp.inspection.overview"},
-    "shares_images_with": {"dprandp.continual.public", "dprandp.tune.public"},
+    "shares_images_with": {"dprandp.continual.public", "dprandp.tune"},
     # paired runs on the private records, where asked for; the record of them in private/
     "grouping": {"dprandp.dpsgd.units", "dprandp.audit", "dprandp.dpsgd.training_data"},
 }  # fmt: skip

@@ -281,7 +281,7 @@ def tune(
     """
     console, run = session.console(call.options), call.options.run
     from dprandp import tune as stage
-    from dprandp.tune.settings import TuneConfig
+    from dprandp.tune import TuneConfig
 
     asked = TuneConfig(on=on, trials=trials, spend=spend, held_out=held_out)
     with session.opened(run) as rundir:

@@ -23,15 +23,14 @@ from device_checks import Sizes
 from emulated import emulation, own_process
 from tiny_run import CONTINUE, DEEP, FINETUNE, GENERATE, PRETRAIN, PROBE, SCRATCH
 
-from dprandp import continual, finetune, generate, pretrain, probe
+from dprandp import continual, finetune, generate, pretrain, probe, tune
 from dprandp.config import schema
 from dprandp.dpsgd import features
 from dprandp.models.wrn import LAYER_ORDERS
 from dprandp.runs.context import Context
 from dprandp.runs.results import PrivateResult
 from dprandp.runs.signals import Interrupted, Stop
-from dprandp.tune import private, public
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 
 CPU = torch.device("cpu")
 
@@ -56,7 +55,7 @@ ONCE_A_STAGE = {
     "dpsgd/masks.py <genexpr>: _local_scalar_dense": "how many weights were chosen, for the disclosure",
     "continual/public.py held_out_loss: _local_scalar_dense": "a look at held-out images, every so many steps",
     "pretrain/contrastive.py train: _local_scalar_dense": "the mean loss, every ten steps",
-    "tune/public.py choose_publicly: _to_copy": "which held-out images a setting got right",
+    "tune/__init__.py choose_publicly: _to_copy": "which held-out images a setting got right",
     "privacy/selection.py score: _local_scalar_dense": "a trial's score is a number",
 }
 ONCE_A_BATCH = {
@@ -237,7 +236,7 @@ def test_a_continued_training_is_that_of_the_cpu(tmp_path):
 @pytest.mark.parametrize("on", ["private", "synthetic"])
 @own_process
 def test_tuning_finds_what_it_finds_on_the_cpu(tmp_path, on):
-    choose = {"private": private.choose_privately, "synthetic": public.choose_publicly}[on]
+    choose = {"private": tune.choose_privately, "synthetic": tune.choose_publicly}[on]
     asked = schema.build("probe", PROBE_HERE | {"data": blobs(tmp_path)})
     with on_both(tmp_path, lambda given: choose(asked, TuneConfig(on=on, trials=2), given, {}), "vit") as results:
         expected, found, waits = results

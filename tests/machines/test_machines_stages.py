@@ -22,14 +22,13 @@ from tiny_run import (
     write_blobs,
 )
 
-from dprandp import pretrain
+from dprandp import pretrain, tune
 from dprandp.audit.loops import Facts
 from dprandp.config.schema import build
 from dprandp.dpsgd.features import BATCH
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.release import load_model
-from dprandp.tune import public
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 
 ODD = BATCH + 1
 WIDE = {"arch": "wrn-10-1", "random_init": True}
@@ -140,7 +139,7 @@ def test_later_stages_compute_as_the_probe_did(
     monkeypatch.setattr(pretrain, "decide", lambda *given: asked.append(given[0]) or decided(*given))
     with context(run) as given:
         assert Facts(given).model.extractor.precision == "bfloat16"
-        public.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given, {})
+        tune.choose_publicly(build("probe", PROBE | {"data": small_data}), TuneConfig(trials=2), given, {})
     for options in ({}, {"overwrite": True}):  # one budget, so each fine-tunes a copy
         tuned = Path(shutil.copytree(run, tmp_path / f"tuned-{len(options)}"))
         result = run_finetune(tuned, small_data, options, steps=1, refit_steps=0, batch_size=6)

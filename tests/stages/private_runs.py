@@ -14,7 +14,7 @@ from tiny_run import PROBE, blobs, context, run_continue, run_finetune, run_prob
 from dprandp import tune
 from dprandp.config import schema
 from dprandp.data.base import public_positions
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 
 
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dprandp.pipeline import plan, stage_line
 from dprandp.release import load_model
 from dprandp.runs.parallel import Ranks
 from dprandp.runs.results import PretrainResult
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 
 Copy = Callable[[Path], Path]
 COLOURS = ("rgb", "grey")

@@ -30,7 +30,7 @@ from dprandp.release import load_model
 from dprandp.release.graph import graph_of, resizing
 from dprandp.runs.directory import RunDir
 from dprandp.runs.results import ProbeResult
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 from dprandp.vision.images import resize
 
 IMAGES = {"process": "dead-leaves", "count": 60, "resolution": 64}

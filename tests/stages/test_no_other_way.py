@@ -20,13 +20,13 @@ import pytest
 import torch
 from private_runs import KINDS, Kind, kinds_but_slow, run_kind, write_records
 
+from dprandp import tune
 from dprandp.dpsgd import release, units
 from dprandp.dpsgd.clipped_sums import ClippedSums
 from dprandp.privacy.mechanism import PrivateStep
 from dprandp.privacy.selection import Trial
 from dprandp.probe import head
 from dprandp.runs.console import MetricsLog
-from dprandp.tune import private
 
 RECORDS = 60
 LOGGED = {"step", "update_norm", "weight_norm", "public_loss", "slowdown"}
@@ -83,7 +83,7 @@ def install(patch: Patch) -> list[torch.Tensor]:
     patch.setattr(Trial, "score", scored)
     patch.setattr(ClippedSums, "of", noted(ClippedSums.of, 1, 4))
     patch.setattr(units, "clipped_softmax_sum_of_units", noted(units.clipped_softmax_sum_of_units, 3))
-    for module in (head, private):
+    for module in (head, tune):
         patch.setattr(module, "clipped_softmax_sum", noted(module.clipped_softmax_sum, 2))
     return points
 

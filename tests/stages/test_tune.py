@@ -42,8 +42,7 @@ from dprandp.privacy.tuning import TuningEvent
 from dprandp.probe.head import HeadSettings
 from dprandp.runs.directory import RunDir, frozen, thawed
 from dprandp.runs.tuning import read_tuning, tuning_of
-from dprandp.tune import public as tune_public
-from dprandp.tune.settings import TuneConfig, settings_for
+from dprandp.tune import TuneConfig, settings_for
 
 
 def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
@@ -124,9 +123,9 @@ def test_the_simulated_noise_is_that_of_the_private_fit_beside_its_signal(monkey
     """n of N examples, noise n/N times as large: measured on a signal of nothing but zeros."""
     n, examples, steps, mu = 50, 4000, 400, 0.3
     seen = []
-    monkeypatch.setattr(tune_public, "clipped_softmax_sum", lambda *rest: torch.zeros(20, 3))
-    monkeypatch.setattr(tune_public, "update_head", lambda state, update, *rest: seen.append(update))
-    tune_public.simulate(
+    monkeypatch.setattr(tune, "clipped_softmax_sum", lambda *rest: torch.zeros(20, 3))
+    monkeypatch.setattr(tune, "update_head", lambda state, update, *rest: seen.append(update))
+    tune.simulate(
         torch.zeros(n, 20), torch.zeros(n, dtype=torch.long), 3, steps, 0.5, mu, examples,
         HeadSettings(1.0, 0.9, "average"), torch.Generator().manual_seed(0),
     )  # fmt: skip
@@ -141,7 +140,7 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
     run_probe(run, data, epsilon=math.inf, lr=3.0)
     features = torch.from_numpy(np.load(run / "private/features.npy"))
     labels = torch.from_numpy(datasets.open_dataset(data, run.parent).train().labels)
-    simulated = tune_public.simulate(
+    simulated = tune.simulate(
         features, labels, CLASSES, PROBE["steps"], schema.ProbeConfig.clip_norm, math.inf, TRAIN,
         HeadSettings(3.0, 0.9, "average"), torch.Generator(),
     )  # fmt: skip
@@ -151,7 +150,7 @@ def test_a_simulation_is_the_probe_itself(copy: Copy, public_run: Path, data: st
 
 def test_the_synthetic_task_is_many_instances_a_class(public_run: Path) -> None:
     with context(public_run) as given:
-        crops, labels, classes = tune_public.synthetic_task(given, CLASSES, 90, 32, torch.Generator().manual_seed(0))
+        crops, labels, classes = tune.synthetic_task(given, CLASSES, 90, 32, torch.Generator().manual_seed(0))
     assert (crops.shape, crops.dtype, classes) == ((90, 3, 32, 32), torch.uint8, CLASSES)
     assert np.bincount(labels).max() - np.bincount(labels).min() <= 6
 
@@ -161,11 +160,11 @@ def rights(*rows: str) -> dict[int, torch.Tensor]:
 
 
 def test_the_default_stays_unless_another_is_clearly_better() -> None:
-    assert tune_public.better_than_default(rights("xx..", "xx..", "x...")) == 0
-    assert tune_public.better_than_default(rights("xxxx....", "....xxxxx"[:8])) == 0
-    assert tune_public.better_than_default(rights("x.......", "xxxxx...", "xxx.....")) == 1  # 4 gained, none lost
-    assert tune_public.better_than_default(rights("xxxx......", ".xxxxx....")) == 0  # 2 gained, 1 lost: 1 < √3
-    assert tune_public.better_than_default(rights("xxxx......", "...xxxxxxx")) == 1  # 6 gained, 3 lost: 3 ≥ √9
+    assert tune.better_than_default(rights("xx..", "xx..", "x...")) == 0
+    assert tune.better_than_default(rights("xxxx....", "....xxxxx"[:8])) == 0
+    assert tune.better_than_default(rights("x.......", "xxxxx...", "xxx.....")) == 1  # 4 gained, none lost
+    assert tune.better_than_default(rights("xxxx......", ".xxxxx....")) == 0  # 2 gained, 1 lost: 1 < √3
+    assert tune.better_than_default(rights("xxxx......", "...xxxxxxx")) == 1  # 6 gained, 3 lost: 3 ≥ √9
 
 
 # ------------------------------------------------------------------------------------------------------------- charged
@@ -216,7 +215,7 @@ def test_every_private_look_of_a_trial_goes_through_it(
         seen.append(("score", len(right), trial.steps))
         return score(trial, right)
 
-    monkeypatch.setattr("dprandp.tune.private.clipped_softmax_sum", recorded_clip)
+    monkeypatch.setattr("dprandp.tune.clipped_softmax_sum", recorded_clip)
     monkeypatch.setattr(Trial, "release", recorded_release)
     monkeypatch.setattr(Trial, "score", recorded_score)
     monkeypatch.setattr(PrivateStep, "release", None)

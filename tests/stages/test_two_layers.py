@@ -12,7 +12,7 @@ from dprandp import tune
 from dprandp.config import schema
 from dprandp.data import open_dataset
 from dprandp.release import load_model
-from dprandp.tune.settings import TuneConfig
+from dprandp.tune import TuneConfig
 
 
 @pytest.fixture(scope="module")

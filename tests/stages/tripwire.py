@@ -20,12 +20,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dprandp import data
+from dprandp import data, tune
 from dprandp.dpsgd import clipped_sums, units
 from dprandp.privacy.randomness import PoissonSampler
 from dprandp.privacy.selection import Trial
 from dprandp.probe import head
-from dprandp.tune import private
 
 EXAMPLES, BATCH = 117, 29
 """Sizes of the axes that are watched."""
@@ -133,7 +132,7 @@ def install(patch: pytest.MonkeyPatch) -> list[str]:
 
     for owner, name in (
         (head, "clipped_softmax_sum"), (clipped_sums, "sum_of_clipped"), (units, "clipped_softmax_sum_of_units"),
-        (private, "clipped_softmax_sum"), (Trial, "score"),  # a count of right answers, with noise
+        (tune, "clipped_softmax_sum"), (Trial, "score"),  # a count of right answers, with noise
     ):  # fmt: skip
         patch.setattr(owner, name, charged_sum(getattr(owner, name)))
     patch.setattr(PoissonSampler, "draw", draw)
