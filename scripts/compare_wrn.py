@@ -38,7 +38,7 @@ from dprandp.dpsgd.statistics import synthetic_views
 from dprandp.models import whitening
 from dprandp.models.extractor import build_extractor, extract, load_weights
 from dprandp.models.whitening import Part
-from dprandp.pretrain import load_extractor, wrn
+from dprandp.pretrain import contrastive, load_extractor
 from dprandp.runs.results import PretrainResult
 from dprandp.vision.images import as_declared, colour_of, to_input
 
@@ -108,7 +108,7 @@ def steps_within(args: argparse.Namespace, run: Path, changes: dict) -> int:
     with session.opened(run) as rundir:
         context = session.context(rundir, session.console(Options(quiet=True)), Options())
         before = time.process_time()
-        trainer = wrn.begun_trainer(config, context)
+        trainer = contrastive.begun_trainer(config, context)
         trainer.step(0)
         begun = time.process_time()
         for step in range(1, 1 + TIMED_STEPS):

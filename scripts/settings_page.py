@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.config.schema import STAGE_CONFIGS, default_text
 from dprandp.config.settings import SLIP, Setting, choices_of, plain_type, settings_of, types_of
 

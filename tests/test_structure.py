@@ -149,8 +149,8 @@ NARROWER = {
     "vision": {"errors"},
     # how a result names the unit of privacy, whole files, and the declared rules by which files are listed and decoded
     "data": {
-        "errors", "runs.results", "runs.arrays", "runs.files", "runs.faults", "config.decoding", "config.layout",
-        "config.settings", "config.presets",
+        "errors", "runs.results", "runs.arrays", "runs.files", "runs.faults", "config.declared", "config.settings",
+        "config.presets",
     },
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {

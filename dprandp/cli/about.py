@@ -9,7 +9,7 @@ import typer
 
 from dprandp.cli import flags, session
 from dprandp.cli.flags import DATA, DEFAULT_RUN, OUTPUT, PRIVACY, Call, option
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.config.schema import DATA_SETTINGS, build
 from dprandp.config.settings import checked
 from dprandp.errors import InputError, UsageError

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.config.schema import STAGE_CONFIGS, default_text
 from dprandp.config.settings import (
     DATA,

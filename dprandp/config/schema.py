@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dprandp.config import presets
-from dprandp.config.decoding import RULES, Decoding, decoding_of
-from dprandp.config.layout import PARTS, Layout, layout_of, without_size
+from dprandp.config.declared import PARTS, RULES, Decoding, Layout, decoding_of, layout_of, without_size
 from dprandp.config.presets import INPUT_SIZE, PRETRAINED, PROJECTION, SIZE_DEFAULTS, SIZES, RecipeName, by_recipe
 from dprandp.config.settings import DATA, OUTPUT, PERFORMANCE, PRIVACY, checked, setting, settings_of, text
 from dprandp.config.toml import read as read_toml

@@ -14,8 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dprandp.config.decoding import REFUSE, Decoding, flag
-from dprandp.config.layout import AS_LISTED, PARTS, Layout
+from dprandp.config.declared import AS_LISTED, PARTS, REFUSE, Decoding, Layout, flag
 from dprandp.data.base import (
     DataCheck,
     Dataset,

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dprandp.config.decoding import REFUSE, Decoding
-from dprandp.config.layout import without_size
+from dprandp.config.declared import REFUSE, Decoding, without_size
 from dprandp.data.files import ImageFiles, Reading
 from dprandp.data.hashes import grey_hashes, hash_set, image_digests
 from dprandp.data.problems import Problem, UnusableData

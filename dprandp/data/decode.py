@@ -1,7 +1,7 @@
 """Image files to uint8 arrays: safely, and the same on every machine.
 
 Ambiguous files are refused: rotation flags, 16-bit values, transparency, printing colours, several frames. A silent
-conversion would be a silent change of the data. A declared rule (``config/decoding.py``) says how to take them. A
+conversion would be a silent change of the data. A declared rule (``config/declared.py``) says how to take them. A
 palette is not ambiguous: each of its entries is a colour.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.declared import REFUSE, Decoding
 from dprandp.data.dicom import DICOM, read_dicom
 from dprandp.data.hashes import grey_hash
 from dprandp.data.levels import MAX_PIXELS, give, windowed

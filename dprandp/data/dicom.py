@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding
 from dprandp.data.levels import MAX_PIXELS, give, windowed
 
 DICOM = (".dcm", ".dicom")

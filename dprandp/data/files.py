@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.decode import decode_all
 from dprandp.data.problems import Problem, UnusableData

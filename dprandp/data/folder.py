@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dprandp.config.decoding import REFUSE, Decoding
-from dprandp.config.layout import Layout
+from dprandp.config.declared import REFUSE, Decoding, Layout
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter

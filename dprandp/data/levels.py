@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dprandp.config.decoding import flag
+from dprandp.config.declared import flag
 
 MAX_PIXELS = 50_000_000
 """Most pixels one image may have; more is taken for a decompression bomb."""

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dprandp.config.decoding import REFUSE, Decoding
-from dprandp.config.layout import AS_LISTED, Layout
+from dprandp.config.declared import AS_LISTED, REFUSE, Decoding, Layout
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.declared import REFUSE, Decoding
 from dprandp.data.decode import EXTENSIONS, is_litter, read_image, sized
 from dprandp.data.npz import array_blocks, image_shape, read_headers
 from dprandp.errors import InputError

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from dprandp.config.layout import without_size
+from dprandp.config.declared import without_size
 from dprandp.config.schema import public_data_name, same_data_name
 from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.training_data import hashes_of, public_images, units_of

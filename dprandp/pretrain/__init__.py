@@ -9,7 +9,7 @@
 Two ways to learn, chosen by ``arch``:
 
 * ``patchnet``: dictionaries of whitened patches (``models/dictionary.py``), in minutes on a laptop;
-* ``wrn-D-K`` and ``vit-...``: steps on two views of each image (``wrn.py``), the published contrastive recipe.
+* ``wrn-D-K`` and ``vit-...``: steps on two views of each image (``contrastive.py``), the published contrastive recipe.
 
 With ``prior`` or ``init`` nothing is learned: a shipped extractor takes its place (``priors/``), or a network with
 public weights from a file (``weights.py``), such as one of torchvision's.
@@ -18,7 +18,7 @@ A dictionary of colour patches wastes most of its filters on grey images. If the
 patchnet is therefore learned twice, from the same images in colour and in grey. Later stages take the one that fits the
 declared channels of the data, a public fact, so the choice costs no privacy.
 
-All ranks train a WRN together (``wrn.py``); rank 0 does everything else.
+All ranks train a WRN together (``contrastive.py``); rank 0 does everything else.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ from dprandp.models.extractor import (
 )
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.models.torchvision import with_code
-from dprandp.pretrain.evaluation import MEASURES, evaluate
+from dprandp.pretrain.contrastive import MEASURES, Learned, evaluate, held_out_images, learn
 from dprandp.pretrain.weights import declared_weights, load_public_weights, private_origin, weights_hash
-from dprandp.pretrain.wrn import Learned, held_out_images, learn
 from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog

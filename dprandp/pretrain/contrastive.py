@@ -1,14 +1,25 @@
-"""Pretraining of a network on two views of each synthetic image, which it learns to map near each other.
+"""How a WRN or ViT learns in ``pretrain``: steps on two views of each synthetic image, which it learns to map near each
+other.
 
 The loop of Tang et al. 2023, Phase I, with the loss of Wang & Isola 2020 (arXiv 2005.10242): alignment and uniformity
 on the unit sphere. All randomness of step t is a function of (seed, t), so a state of weights and optimizer resumes
 exactly.
+
+Some images, at the ends of their shards, are held out: the features are evaluated on images that were not trained on,
+at the end and during the training, rarely enough to cost no more than a few per cent of the time.
+
+*Evaluation of features* is on synthetic images only: no data, no privacy cost. Every image is a class of its own; one
+random crop of it is known, another has to be recognised. In addition there are the two quantities of Wang & Isola 2020
+and the effective rank of Roy & Vetterli 2007, which need no classes. They detect a collapsed training, but do not
+predict accuracy on a particular data set.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +27,19 @@ from torch import Tensor, nn
 
 from dprandp.config.schema import PretrainConfig, input_size_of, lr_of
 from dprandp.errors import UsageError
+from dprandp.generate import open_images, read_manifest
+from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.optimizers import build_optimizer, restore, state_of
 from dprandp.models.precision import autocast
 from dprandp.models.wrn import GROUPS, flat, initialise
+from dprandp.runs import checkpoint
+from dprandp.runs.checkpoint import check_tensors
+from dprandp.runs.console import MetricsLog
+from dprandp.runs.context import Context
 from dprandp.runs.parallel import ALONE, Ranks
-from dprandp.vision.images import ImageSet
+from dprandp.runs.results import Measures
+from dprandp.runs.signals import Stop
+from dprandp.vision.images import ImageSet, random_crops
 from dprandp.vision.views import ContrastiveViews, ViewChoices
 
 
@@ -262,3 +281,187 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+RIDGE = 1e-3
+"""Ridge of the linear classifier, relative to the mean of the squared singular values."""
+
+MEASURES = tuple(field.name for field in fields(Measures))
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Tensor | ImageSet, generator: torch.Generator) -> Measures:
+    """Evaluate an extractor by two random crops of each image, uint8 [n, 3, R, R] synthetic, n >= 2, on the CPU.
+
+    Returns:
+        knn_accuracy: of second crops by the nearest first crop, cosine similarity; chance is 1/n.
+        linear_accuracy: of second crops by a ridge regression on the first ones; chance is 1/n.
+        alignment: mean squared distance between the two crops' features, on the unit sphere, in [0, 4].
+        uniformity: log mean exp(-2 squared distance) of different images' features, in [-8, 0]; lower is more spread.
+        effective_rank: see ``effective_rank``.
+        All of features minus the mean of the first crops', rounded to four digits.
+    """
+    training = network.training
+    network.eval()
+    crops = (random_crops(images, network.input_size, generator) for _ in range(2))
+    first, second = (extract(network, each, mirror=False) for each in crops)
+    network.train(training)
+    centre = first.mean(dim=0)
+    first, second = first - centre, second - centre
+    return Measures(
+        knn_accuracy=round(nearest_accuracy(first, second), 4),
+        linear_accuracy=round(linear_accuracy(first, second), 4),
+        alignment=round(float(alignment(first, second)), 4),
+        uniformity=round(float(uniformity(first)), 4),
+        effective_rank=round(effective_rank(torch.cat([first, second])), 4),
+    )
+
+
+def nearest_accuracy(first: Tensor, second: Tensor) -> float:
+    """Fraction of rows of ``second`` whose nearest row of ``first``, by cosine similarity, is that of the same
+    position.
+
+    Both are float [n, D]; a row of zeros has similarity 0 to everything.
+    """
+    similarity = F.normalize(second, dim=1) @ F.normalize(first, dim=1).T
+    return float((similarity.argmax(dim=1) == torch.arange(len(first))).float().mean())
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy (nats) of the covariance's eigenvalues, as fractions of their sum, for features [n, D], n >=
+    2.
+
+    From 1 (all variance along one direction) to min(n - 1, D) (equal along all); 0 where nothing varies.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    if not values.sum() > 0:
+        return 0.0
+    parts = values / values.sum()
+    return float(torch.special.entr(parts).sum().exp())
+
+
+def linear_accuracy(features: Tensor, test_features: Tensor) -> float:
+    """Fraction of test rows for which a linear classifier finds the training row of the same position.
+
+    Every row is a class. The classifier is the ridge regression of one-hot labels on standardised features, without
+    intercept, solved in its dual form: n equations.
+
+    Args:
+        features, test_features: float [n, D], about centred.
+    """
+    deviation = features.std(dim=0)
+    scale = 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
+    known, asked = (features * scale).double(), (test_features * scale).double()
+    gram = known @ known.T
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+    one_hot = torch.eye(len(features), dtype=torch.float64)
+    scores = asked @ known.T @ torch.linalg.solve(gram, one_hot)
+    return float((scores.argmax(dim=1) == torch.arange(len(features))).double().mean())
+
+
+# --------------------------------------------------------------------------------------------------- the whole training
+
+STAGE = "pretrain"
+
+HELD_OUT = 400
+"""Most images that are held out for the evaluation; a quarter of all, where there are few."""
+
+WATCHED = 128
+"""Of them, those that are evaluated during the training."""
+
+WATCHING_FRACTION = 0.04
+"""Of the work, for these evaluations: a view costs a third of one that is trained on."""
+
+MOST_LOOKS = 50
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A network that has been learned."""
+
+    network: nn.Module
+    views_per_second: float | None  # None: no step was left
+    loss: float | None  # mean of the last steps; None where nothing was trained by gradients
+
+
+def learn(config: PretrainConfig, context: Context, stop: Stop) -> Learned:
+    """Train from the last checkpoint to the end of the configuration; rank 0 writes checkpoints and metrics.jsonl.
+
+    Raises:
+        UsageError: settings that cannot be met. CheckpointError: one of another configuration.
+    """
+    folder, ranks = context.rundir.stage_dir(STAGE), context.ranks
+    trainer = begun_trainer(config, context)
+    first_step, loss = ranks.first(lambda: _resume(trainer, context))
+    trainer.agree()
+    if not ranks.is_first:
+        return Learned(trainer.network, None, train(trainer, first_step, on_step=lambda done, mean: None))
+    log = MetricsLog(folder / "metrics.jsonl", first_step + 1 if first_step else 0)
+    watched = held_out_images(context).head(WATCHED)
+    every = steps_between_looks(config)
+    looked = ""
+    started = time.perf_counter()
+    with context.console.progress(config.steps, "pretraining steps", done=first_step) as progress:
+
+        def save(done: int) -> None:
+            meta = {"step": done, "loss": loss, "window": [float(value) for value in trainer.window]}
+            checkpoint.save(folder, f"step-{done:07d}", trainer.state(), meta)
+
+        def on_step(done: int, mean_loss: float | None) -> None:
+            nonlocal loss, looked
+            if mean_loss is not None:
+                loss = mean_loss
+                log.write(step=done, loss=mean_loss)
+            if done % every == 0 and len(watched) and done < config.steps:
+                seen = evaluate(trainer.network, watched, torch.Generator().manual_seed(config.seed))
+                log.write(step=done, **vars(seen))
+                looked = f", k-NN {100 * seen.knn_accuracy:.0f} % (synthetic), rank {seen.effective_rank:.0f}"
+            progress.advance(1, "" if loss is None else f"loss {loss:.3g}{looked}")
+            stop.end_step(done % config.checkpoint_every == 0 and done < config.steps, lambda: save(done))
+
+        loss = train(trainer, first_step, on_step=on_step) if first_step < config.steps else loss
+    done = config.steps - first_step
+    rate = 2 * config.batch_size * done / (time.perf_counter() - started) if done else None
+    return Learned(trainer.network, round(rate, 1) if rate else None, round(loss, 5))
+
+
+def _resume(trainer: ContrastiveTrainer, context: Context) -> tuple[int, float | None]:
+    """Load the last checkpoint, if there is one: the step to go on from, and the last mean loss if there was any."""
+    saved = checkpoint.resume(context.rundir.stage_dir(STAGE), warn=context.console.warn)
+    if saved is None:
+        return 0, None
+    check_tensors(saved.tensors, trainer.state(), saved.path)
+    trainer.load_state(saved.tensors)
+    trainer.window = [torch.tensor(value, device=context.device) for value in saved.entry("window", list)]
+    step = saved.entry("step", int)
+    context.console.say(f"pretrain: going on at step {step} of {trainer.config.steps}")
+    return step, saved.meta.get("loss")
+
+
+def steps_between_looks(config: PretrainConfig) -> int:
+    """Steps between two evaluations: ``WATCHING_FRACTION`` of the work, and no more than ``MOST_LOOKS`` of them."""
+    looked = 2 * WATCHED / 3
+    return max(math.ceil(looked / (WATCHING_FRACTION * 2 * config.batch_size)), math.ceil(config.steps / MOST_LOOKS))
+
+
+def held_out_images(context: Context) -> ImageSet:
+    """The images that no WRN is trained on. A dictionary of patches takes a few patches of these too."""
+    return ImageSet(open_images(context.rundir.stage_dir("generate"), _held_out(context), from_end=True))
+
+
+def _held_out(context: Context) -> int:
+    total = read_manifest(context.rundir.stage_dir("generate")).count
+    held = min(HELD_OUT, total // 4)
+    return held if held >= 2 else 0
+
+
+def begun_trainer(config: PretrainConfig, context: Context) -> ContrastiveTrainer:
+    """The trainer as the configuration begins it."""
+    network = build_extractor(config, torch.Generator().manual_seed(config.seed))
+    shards = open_images(context.rundir.stage_dir("generate"), without_end=_held_out(context))
+    images = ImageSet(shards, config.colour).to(context.device)
+    return ContrastiveTrainer(network, config, images, context.ranks)

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from dprandp.config import schema as configuration
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding, Publication
 from dprandp.config.presets import INPUT_SIZE
-from dprandp.config.publication import Publication
 from dprandp.config.settings import checked
 from dprandp.data import brought_to
 from dprandp.dpsgd.release import MODEL_FILES, MODEL_FORMAT

@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from dprandp import __version__, losses
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.data import brought_to
 from dprandp.errors import DprandpError, UsageError
 from dprandp.models.precision import FLOAT32, precision_of

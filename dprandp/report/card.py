@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from dprandp import __version__
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.report.card_head import default_title, head, without_head
 from dprandp.report.disclosure import (
     class_figures,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.results import PrivateResult
 

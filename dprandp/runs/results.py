@@ -38,7 +38,7 @@ class GenerateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """The evaluation of an extractor (``pretrain/evaluation.py``); None where too few images were held out."""
+    """The evaluation of an extractor (``pretrain/contrastive.py``); None where too few images were held out."""
 
     knn_accuracy: Fraction | None
     linear_accuracy: Fraction | None

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmark.cases import OURS, Case, Comparison, Side
 from benchmark.pairs import agree
 from benchmark.patchnet import pixels, random_net
-from dprandp.config.decoding import REFUSE, Decoding
+from dprandp.config.declared import REFUSE, Decoding
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier

@@ -14,7 +14,7 @@ import pytest
 from cli_process import Dprandp, good, refused
 from PIL import Image
 
-from dprandp.config.decoding import REFUSE
+from dprandp.config.declared import REFUSE
 from dprandp.data.decode import EXTENSIONS, decode_all
 
 REAL = Path(os.environ.get("DPRANDP_REAL_DATA", "/nonexistent"))

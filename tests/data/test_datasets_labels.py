@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.config.layout import Layout
+from dprandp.config.declared import Layout
 from dprandp.config.schema import build
 from dprandp.data import KNOWN, UnusableData, check_data, open_dataset
 from dprandp.data import known as known_sets

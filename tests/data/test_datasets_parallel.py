@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding
 from dprandp.data import Reading, UnusableData, files, open_dataset
 from dprandp.data.files import ALONE_BELOW
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.config.layout import Layout
+from dprandp.config.declared import Layout
 from dprandp.data import UnusableData, open_dataset
 from dprandp.errors import InputError, UsageError
 

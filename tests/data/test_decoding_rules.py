@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding
 from dprandp.data import open_dataset
 from dprandp.data.decode import EXTENSIONS, read_images, windowed
 from dprandp.errors import InputError, UsageError

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dprandp.config.decoding import Decoding
+from dprandp.config.declared import Decoding
 from dprandp.data import open_dataset, read_unlabelled
 from dprandp.data.decode import read_images
 from dprandp.errors import InputError

@@ -21,7 +21,7 @@ from PIL import Image
 from released_models import ARCHITECTURES, CLASSES, pictures, released
 from sklearn.datasets import load_sample_images
 
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.errors import DprandpError, UsageError
 from dprandp.release import Export, ReleasedModel, export, export_line, graph, load_model, predict
 

@@ -8,7 +8,7 @@ import pytest
 from block_yaml import head_of
 from fake_run import EVIL, GENERATED, PRETRAINED, private_result
 
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.report.card import model_card, published
 from dprandp.report.card_head import scalar, without_head
 

@@ -23,7 +23,7 @@ from tiny_run import (
 
 from dprandp import generate, pretrain, tune
 from dprandp.config import schema
-from dprandp.config.publication import Publication
+from dprandp.config.declared import Publication
 from dprandp.errors import CheckpointError, UsageError
 from dprandp.pipeline import stage_line
 from dprandp.release import load_model

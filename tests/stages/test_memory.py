@@ -23,7 +23,7 @@ from dprandp.runs.console import Console
 from dprandp.data import open_dataset
 from dprandp.runs.directory import RunDir
 from dprandp import pretrain
-from dprandp.pretrain import wrn
+from dprandp.pretrain import contrastive
 from dprandp.runs.context import Context
 from dprandp.vision.images import to_input
 
@@ -52,7 +52,7 @@ def generated(folder, count, side=256):
 def steps(context):
     """Of training on eight images: of the others nothing is read."""
     asked = {"arch": "wrn-10-1", "steps": 2, "batch_size": 8, "projection_hidden": 32, "colour": "both"}
-    trainer = wrn.begun_trainer(build("pretrain", asked), context)
+    trainer = contrastive.begun_trainer(build("pretrain", asked), context)
     for step in range(2):
         trainer.step(step)
 

@@ -17,8 +17,8 @@ from dprandp.errors import CheckpointError
 from dprandp.generate import load_images
 from dprandp.models.extractor import extract
 from dprandp.models.patchnet import PatchExtractor
-from dprandp.pretrain import load_extractor, synthetic_crops, wrn
-from dprandp.pretrain.evaluation import MEASURES
+from dprandp.pretrain import contrastive, load_extractor, synthetic_crops
+from dprandp.pretrain.contrastive import MEASURES
 from dprandp.runs import checkpoint
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
@@ -301,16 +301,16 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stages, learned,
 
 def test_features_are_looked_at_during_the_training(fresh, monkeypatch):
     """Steps that the configuration alone decides, for little of the time; lines like those of the end."""
-    assert wrn.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
-    assert wrn.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
+    assert contrastive.steps_between_looks(PretrainConfig(arch="wrn-16-4")) == 34
+    assert contrastive.steps_between_looks(PretrainConfig(batch_size=256, steps=82_000)) == 1640
     looking = {**WRN, "batch_size": 400, "steps": 6, "checkpoint_every": 10}  # every third step
     context, lines = context_of(fresh), []
     steps = range(1, 7)
-    monkeypatch.setattr(wrn, "train", lambda trainer, first, on_step: sum(on_step(s, 0.5) or 1 for s in steps))
-    monkeypatch.setattr(wrn.MetricsLog, "write", lambda self, **line: lines.append(line))
+    monkeypatch.setattr(contrastive, "train", lambda trainer, first, on_step: sum(on_step(s, 0.5) or 1 for s in steps))
+    monkeypatch.setattr(contrastive.MetricsLog, "write", lambda self, **line: lines.append(line))
     context.rundir.stage_dir("pretrain").mkdir()
     with graceful_stop() as stop:
-        learned = wrn.learn(build("pretrain", looking), context, stop)
+        learned = contrastive.learn(build("pretrain", looking), context, stop)
     assert learned.loss == 6  # our stand-in's
     seen = [line for line in lines if "knn_accuracy" in line]
     assert [line["step"] for line in seen] == [3]  # at the end the result says it
@@ -319,8 +319,8 @@ def test_features_are_looked_at_during_the_training(fresh, monkeypatch):
 
 def test_no_image_that_features_are_judged_by_was_trained_on(images):
     context = context_of(images)
-    held = wrn.held_out_images(context)
-    images_of = wrn.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context).images
+    held = contrastive.held_out_images(context)
+    images_of = contrastive.begun_trainer(build("pretrain", {**WRN, "colour": "rgb"}), context).images
     trained = {image.numpy().tobytes() for image in images_of[torch.arange(len(images_of))]}
     assert (len(held), len(trained)) == (15, 45)
     assert not trained & {image.numpy().tobytes() for image in held[torch.arange(len(held))]}

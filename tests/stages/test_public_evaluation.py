@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dprandp.pretrain.evaluation import MEASURES, effective_rank, evaluate, linear_accuracy, nearest_accuracy
+from dprandp.pretrain.contrastive import MEASURES, effective_rank, evaluate, linear_accuracy, nearest_accuracy
 from dprandp.synth import render_block
 
 
