@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from dprandp.config.declared import REFUSE, Decoding, without_size
-from dprandp.data.files import ImageFiles, Reading
-from dprandp.data.hashes import grey_hashes, hash_set, image_digests
-from dprandp.data.problems import Problem, UnusableData
+from dprandp.data.decode import grey_hashes, hash_set, image_digests
+from dprandp.data.files import ImageFiles, Problem, Reading, UnusableData
 from dprandp.data.units import Units, unit_text
 from dprandp.errors import InputError, UsageError
 

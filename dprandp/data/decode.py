@@ -3,10 +3,13 @@
 Ambiguous files are refused: rotation flags, 16-bit values, transparency, printing colours, several frames. A silent
 conversion would be a silent change of the data. A declared rule (``config/declared.py``) says how to take them. A
 palette is not ambiguous: each of its entries is a colour.
+
+Hashes of single images say which are equal, and which are in another data set too. They are as private as the images.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
@@ -20,9 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dprandp.config.declared import REFUSE, Decoding
-from dprandp.data.dicom import DICOM, read_dicom
-from dprandp.data.hashes import grey_hash
-from dprandp.data.levels import MAX_PIXELS, give, windowed
+from dprandp.data.dicom import DICOM, MAX_PIXELS, give, read_dicom, windowed
 from dprandp.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", *DICOM)
@@ -414,3 +415,39 @@ def is_litter(name: str) -> bool:
     downloads (``scan.png.part``) are not litter: an image is missing, and N must be right.
     """
     return name.startswith((".", "~$")) or name.endswith("~") or name.lower() in _LITTER
+
+
+# ---------------------------------------------------------------------------------------------- hashes of single images
+
+_LUMA = np.array([19595, 38470, 7471])
+"""ITU-R BT.601 in 65,536ths, as Pillow converts colour to grey."""
+
+
+def image_digests(images: np.ndarray) -> list[bytes]:
+    """A 128-bit hash of each image; uint8 [N, ...]."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in np.ascontiguousarray(images)]
+
+
+def grey_hashes(images: np.ndarray) -> np.ndarray:
+    """``grey_hash`` of each image: uint8 [N, H, W, 1 or 3] to uint8 [N, 16]. In colour and in grey it is the same."""
+    out = np.empty((len(images), 16), np.uint8)
+    for row, image in zip(out, images, strict=True):
+        wide = image.astype(np.int64)
+        row[:] = grey_hash((wide[..., 0] if image.shape[-1] == 1 else wide @ _LUMA + 0x8000 >> 16).astype(np.uint8))
+    return out
+
+
+def grey_hash(grey: np.ndarray) -> np.ndarray:
+    """A 128-bit hash of the values and the size of an image, uint8 [H, W]: uint8 [16].
+
+    Zeros for an image of a single value, which belongs to nobody, and may be in many sets.
+    """
+    if grey.min() == grey.max():
+        return np.zeros(16, np.uint8)
+    digest = hashlib.blake2b(grey.tobytes(), digest_size=16, key=str(grey.shape).encode())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def hash_set(hashes: np.ndarray) -> frozenset[bytes]:
+    """``Dataset.hashes`` as a set, without images of a single value: sets with a common hash share an image."""
+    return frozenset(row.tobytes() for row in hashes[hashes[:, 0].any(axis=1)].reshape(-1, 16))

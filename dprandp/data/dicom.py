@@ -2,6 +2,8 @@
 
 Pixels are read as pydicom itself decodes them: uncompressed, deflated and RLE. Decoders of JPEG fill in what is missing
 of a truncated stream without a word, so these are refused by name.
+
+First comes what the decoders of image files share: limits, the window of grey levels, and the words of a refusal.
 """
 
 from __future__ import annotations
@@ -13,8 +15,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dprandp.config.declared import Decoding
-from dprandp.data.levels import MAX_PIXELS, give, windowed
+from dprandp.config.declared import Decoding, flag
+
+# ------------------------------------------------------------------------- shared with the decoder of other image files
+
+MAX_PIXELS = 50_000_000
+"""Most pixels one image may have; more is taken for a decompression bomb."""
+
+
+def windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of numbers: ``low`` and less to 0, ``high`` and more to 255, evenly between, halves rounded up."""
+    scaled = np.floor((values - low) * 255 / (high - low) + 0.5)
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def give(rule: str, value: str, otherwise: str) -> str:
+    """The fix of a refusal that a declared rule resolves."""
+    return f"declare how to read such files with {flag(rule)} {value}, or {otherwise}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- DICOM
 
 DICOM = (".dcm", ".dicom")
 """Extensions."""

@@ -2,6 +2,8 @@
 
 In a run's private folder they are the arrays (``runs/arrays.py``) images-train and images-test, with rows of pixels and
 of a hash of those before they were resized. The key is a hash of the files' bytes and of the rules of decoding.
+
+All that is wrong with a data set is found and told together: kinds and counts in public, names in private.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,9 +27,60 @@ import numpy as np
 from dprandp.config.declared import Decoding
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.decode import decode_all
-from dprandp.data.problems import Problem, UnusableData
 from dprandp.errors import InputError
 from dprandp.runs.arrays import ArrayFile
+
+# ------------------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file, or one list, that cannot be used.
+
+    Attributes:
+        what: "train images", say. kind: what is wrong, such as "16-bit". fix: what to do.
+        where: the file's name and more; private.
+    """
+
+    what: str
+    kind: str
+    fix: str
+    where: str
+
+    @classmethod
+    def of(cls, error: InputError) -> Problem:
+        """An error that was raised for a data set as a whole."""
+        return cls("", error.problem, error.fix, error.private_detail or "")
+
+
+class UnusableData(InputError):
+    """Raised with every problem of a data set.
+
+    Args:
+        name: of the data set. problems: at least one.
+        names_in: the private file that lists the names, if there is one.
+    """
+
+    def __init__(self, name: str, problems: Sequence[Problem], names_in: str | None = None) -> None:
+        self.name, self.problems = name, tuple(problems)
+        kinds = Counter((each.what, each.kind, each.fix) for each in problems)
+        lines = []
+        for (what, kind, fix), count in kinds.most_common():
+            lines.append(f"  {f'{count} of the {what}: ' if what else ''}{kind}\n      {fix}")
+        names = f"{names_in} names the files" if names_in else "--debug names the files"
+        super().__init__(
+            f"{name} cannot be used as it is\n" + "\n".join(lines),
+            fix=f"mend what is listed, all at once; {names} (keep that private)",
+            private_detail=listed(problems),
+        )
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """A line for each problem, with the private name first."""
+    return "\n".join(f"{each.where}: {f'{each.what}: ' if each.what else ''}{each.kind}" for each in problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
 
 CHUNK = 32
 """Files that a process decodes at a time."""

@@ -24,8 +24,7 @@ from dprandp.config.declared import REFUSE, Decoding, Layout
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS, is_litter
-from dprandp.data.files import ImageFiles, Listing
-from dprandp.data.problems import Problem, UnusableData
+from dprandp.data.files import ImageFiles, Listing, Problem, UnusableData
 from dprandp.data.units import (
     BY_FOLDER,
     DEFAULT_COLUMN,

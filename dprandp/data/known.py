@@ -22,9 +22,9 @@ import numpy as np
 
 from dprandp.data.base import Dataset, DataSpec
 from dprandp.data.decode import read_images
+from dprandp.data.files import Problem, UnusableData
 from dprandp.data.folder import class_folders, list_images
 from dprandp.data.npz import read_array
-from dprandp.data.problems import Problem, UnusableData
 from dprandp.errors import InputError, StorageError, UsageError
 
 #: Seconds without an answer after which a download gives up.

@@ -23,9 +23,8 @@ from dprandp.config.declared import AS_LISTED, REFUSE, Decoding, Layout
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.data.base import SPLITS, Dataset, check_class_names, users_spec
 from dprandp.data.decode import EXTENSIONS
-from dprandp.data.files import ImageFiles, Listing
+from dprandp.data.files import ImageFiles, Listing, Problem, UnusableData
 from dprandp.data.folder import VALIDATION
-from dprandp.data.problems import Problem, UnusableData
 from dprandp.data.units import DEFAULT_GROUP, EACH_IMAGE, check_column_name, make_units
 from dprandp.errors import InputError, UsageError
 

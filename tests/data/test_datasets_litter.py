@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.data import image_files, open_dataset, skipped_text
+from dprandp.data import BARE, LINKED, SPECIAL, image_files, open_dataset, skipped_text
 from dprandp.data.decode import is_litter
-from dprandp.data.unlabelled import BARE, LINKED, SPECIAL
 from dprandp.errors import InputError
 
 FILES = (".DS_Store", "._0.png", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "~$notes.docx", "0.png~")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.data.hashes import grey_hash, grey_hashes, hash_set
+from dprandp.data.decode import grey_hash, grey_hashes, hash_set
 
 
 def pictures(*shape: int) -> np.ndarray:
