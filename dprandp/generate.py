@@ -33,9 +33,8 @@ from dprandp.config.schema import GenerateConfig, as_dict
 from dprandp.errors import CheckpointError, StorageError, UsageError
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
-from dprandp.runs.files import atomic_path, atomic_write, file_sha256, from_json, to_json
+from dprandp.runs.files import Count, Text, atomic_path, atomic_write, file_sha256, from_json, read_record, to_json
 from dprandp.runs.parallel import Ranks
-from dprandp.runs.records import Count, Text, read
 from dprandp.runs.results import GenerateResult
 from dprandp.runs.signals import Stop, graceful_stop
 from dprandp.synth import RESOLUTIONS, process_named, render_block
@@ -189,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: missing, not JSON, or not a manifest.
     """
     try:
-        manifest = read(Manifest, from_json((folder / "manifest.json").read_bytes()))
+        manifest = read_record(Manifest, from_json((folder / "manifest.json").read_bytes()))
         listed = [shard.file for shard in manifest.shards]
         if listed and listed == [shard_name(block) for block in range(len(listed))]:
             return manifest

@@ -101,7 +101,7 @@ def report(
     """
     console = session.console(call.options)
     from dprandp.report import page
-    from dprandp.report.tensorboard import write_events
+    from dprandp.report.run import write_events
 
     with session.opened(call.options.run) as rundir:
         if tensorboard is not None:

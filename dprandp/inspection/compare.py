@@ -33,10 +33,9 @@ from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.report.disclosure import epsilon_text, interval_text, number, percent
 from dprandp.report.page import table_page
-from dprandp.runs import records
 from dprandp.runs.console import duration
 from dprandp.runs.directory import OWN_FOLDERS, RunDir, looks_like_a_run
-from dprandp.runs.files import from_json, storage_errors
+from dprandp.runs.files import from_json, read_record, storage_errors
 from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
 
@@ -250,11 +249,11 @@ def read_results(path: Path) -> tuple[list[Row], list[Together], list[str]]:
         try:
             entry = from_json(line)
             if isinstance(entry, dict) and "together" in entry:
-                together.append(records.read(Together, entry["together"]))
+                together.append(read_record(Together, entry["together"]))
             elif isinstance(entry, dict) and "exposed" in entry:
                 exposed.append(str(entry["exposed"]))
             else:
-                rows.append(records.read(Row, entry))
+                rows.append(read_record(Row, entry))
         except ValueError as error:
             raise CheckpointError(
                 f"{path} is no valid results file of a sweep: line {place}: {error}",

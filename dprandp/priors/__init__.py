@@ -30,8 +30,7 @@ from dprandp.config.schema import GenerateConfig, PretrainConfig, StageConfig, a
 from dprandp.errors import CheckpointError, DprandpError, UsageError, nearest
 from dprandp.models.extractor import build_extractor, load_weights
 from dprandp.runs.checkpoint import tensors_from_bytes
-from dprandp.runs.files import from_json, size_text, storage_errors
-from dprandp.runs.records import read
+from dprandp.runs.files import from_json, read_record, size_text, storage_errors
 from dprandp.runs.results import Extractor
 
 FOLDER = Path(__file__).parent
@@ -64,7 +63,7 @@ class Card(BaseModel, frozen=True, strict=True):
     bytes: int  # its size
     generate: Annotated[GenerateConfig, PlainValidator(partial(build, "generate"))]
     pretrain: Annotated[PretrainConfig, PlainValidator(partial(build, "pretrain"))]
-    result: Annotated[Extractor, PlainValidator(partial(read, Extractor))]  # of its pretraining
+    result: Annotated[Extractor, PlainValidator(partial(read_record, Extractor))]  # of its pretraining
     commands: list[str]  # that make it again
     seconds: dict[str, float]  # of the two stages, by name
     hardware: dict[str, Any]  # where it was made

@@ -34,9 +34,8 @@ from dprandp.report.card import published
 from dprandp.report.disclosure import why_not_private
 from dprandp.runs.checkpoint import check_tensors, tensors_from_bytes
 from dprandp.runs.directory import RunDir, result_digest
-from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
+from dprandp.runs.files import atomic_write, from_json, read_record, storage_errors, to_json
 from dprandp.runs.ledger import open_run_ledger
-from dprandp.runs.records import read
 from dprandp.runs.results import PrivateResult, kind_of, read_result, wrong_entry
 from dprandp.runs.tuning import TUNE
 from dprandp.vision.images import to_input
@@ -191,7 +190,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and all(isinstance(name, str) for name in classes)
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
             and wrong_entry(result["stage"], result) is None
-            and isinstance(read(kind_of(result["stage"], result), result), PrivateResult)
+            and isinstance(read_record(kind_of(result["stage"], result), result), PrivateResult)
         )
         if not fits:
             raise ValueError("a value out of its range")

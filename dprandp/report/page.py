@@ -19,7 +19,6 @@ from dprandp import __version__
 from dprandp.config import toml
 from dprandp.config.schema import public_data_name
 from dprandp.report.card import MOST_CLASSES
-from dprandp.report.commands import commands, published
 from dprandp.report.disclosure import (
     class_figures,
     disclosure,
@@ -33,7 +32,7 @@ from dprandp.report.disclosure import (
     why_not_private,
 )
 from dprandp.report.figures import accuracy_points, curve, heat_picture, preview_image
-from dprandp.report.run import Measured, Run, changed_settings, read_run
+from dprandp.report.run import Measured, Run, changed_settings, commands, published, read_run
 from dprandp.runs import faults
 from dprandp.runs.console import duration
 from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, RunDir

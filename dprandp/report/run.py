@@ -1,27 +1,38 @@
-"""The report's inputs from a run directory: public files only, never ``private/``, never a checkpoint."""
+"""The report's inputs from a run directory: public files only, never ``private/``, never a checkpoint.
+
+Also the command lines that repeat a run with the settings that it recorded, and its metrics as event files for
+TensorBoard: what ``metrics.jsonl`` holds, all of which may be released.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dprandp import __version__
-from dprandp.config.schema import same_data_name
-from dprandp.errors import CheckpointError, DprandpError, InputError
+from dprandp.config import schema, toml
+from dprandp.config.schema import (
+    DATA_SETTINGS,
+    MODULE,
+    STAGE_CONFIGS,
+    WITHOUT_PHASE_ONE,
+    public_arch,
+    public_data_name,
+    same_data_name,
+)
+from dprandp.config.settings import settings_of, text
+from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
-from dprandp.report import commands
-from dprandp.runs import records
 from dprandp.runs.directory import RunDir, StageRow, looks_like_a_run
-from dprandp.runs.files import from_json, read_object, storage_errors
+from dprandp.runs.files import Count, Fraction, Number, Text, from_json, read_object, read_record, storage_errors
 from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, useful_parts
-from dprandp.runs.records import Count, Fraction, Number, Text
 from dprandp.runs.results import CONTRADICTION, PrivateResult, StageResult
-
-"""Stages that may read private images; ``Run.private_stages`` are those that did, and are finished."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +246,10 @@ def read_run(rundir: RunDir) -> Run:
 
 def changed_settings(row: StageRow) -> list[str]:
     """Settings of a stage that differ from its size's defaults, as ``"steps = 300 (default 120)"``."""
-    default = commands.defaults_of(row)
+    default = defaults_of(row)
     return [
-        f"{key} = {commands.published(key, value)} (default {default.get(key, 'automatic')})"
-        for key, value in commands.changed_settings(row).items()
+        f"{key} = {published(key, value)} (default {default.get(key, 'automatic')})"
+        for key, value in differing_settings(row).items()
         if key != "tuned_on"
     ]
 
@@ -311,7 +322,7 @@ def _read_audit(path: Path, plan: dict[str, Any], ledger: Ledger | None) -> tupl
     if not found:
         return None, False
     try:
-        audit = records.read(Audit, found)
+        audit = read_record(Audit, found)
         if not audit.mechanisms:
             raise ValueError("no mechanism")
     except ValueError as error:
@@ -350,3 +361,120 @@ def _whole(value: Any, path: Path, what: str) -> dict[str, Any]:
             fix="continue the interrupted stage (--resume), which repairs a torn file; else restore it from a copy",
         )
     return value
+
+
+# ------------------------------------------------------------------------------------------ the commands that repeat it
+
+SETTINGS_FILE = "settings.toml"
+INHERITED = (*DATA_SETTINGS, "epsilon", "delta", "noise")
+"""What a fine-tune takes from the run's probe."""
+
+
+def differing_settings(row: StageRow) -> dict[str, Any]:
+    """Settings of a stage that differ from its size's defaults, by name."""
+    recorded, default = row.config or {}, defaults_of(row)
+    return {name: value for name, value in recorded.items() if name != "size" and value != default.get(name)}
+
+
+DECIDING = ("arch", "layers", "init", "init_source", "source", "recipe", "epsilon")
+"""Settings on which other settings' defaults depend."""
+
+
+def defaults_of(row: StageRow) -> dict[str, Any]:
+    """The defaults of a stage at the run's size, with its network and recipe; none for an unknown size."""
+    recorded = row.config or {}
+    size, chosen = recorded.get("size", "tiny"), {name: recorded[name] for name in DECIDING if name in recorded}
+    if recorded.get("source") not in (None, *WITHOUT_PHASE_ONE) and row.stage == "finetune":
+        chosen.pop("arch", None)
+    try:
+        plain, fitting = (schema.as_dict(schema.resolve(row.stage, size, None, given)) for given in ({}, chosen))
+    except DprandpError:
+        return {}
+    return fitting | {name: plain.get(name) for name in chosen}
+
+
+def commands(name: str, rows: Sequence[StageRow]) -> str:
+    """Lines for a shell: a settings file, where one is needed, and a command for each stage that the run has begun.
+
+    Folders of data and of weights are left out, as in all that may be published.
+
+    Args:
+        name: of the run's folder.
+    """
+    begun = {row.stage: row for row in rows if row.config is not None}
+    prior = begun["pretrain"].config.get("prior") if "pretrain" in begun else None
+    if prior:  # its stages are made by the first one after them
+        begun = {stage: row for stage, row in begun.items() if stage not in ("generate", "pretrain")} or {
+            "pretrain": begun["pretrain"]
+        }
+    code = any(str(row.config.get("arch")).startswith(MODULE) for row in begun.values())
+    lines, tables = [], {}
+    for index, (stage, row) in enumerate(begun.items()):
+        changed = {} if prior and stage == "pretrain" else _own_settings(row, begun)
+        declared = settings_of(STAGE_CONFIGS[stage])
+        flags = {k: v for k, v in changed.items() if k in declared and declared[k].flag and v is not False}
+        tables[stage] = {key: value for key, value in changed.items() if key not in flags and key != "prior"}
+        words = ["dprandp", stage, "--run", f"runs/{name}", *(["--prior", prior] if prior and index == 0 else [])]
+        if (size := row.config.get("size", "tiny")) != "tiny":
+            words += ["--size", size]
+        words += ["--config", SETTINGS_FILE] if tables[stage] else []
+        words += ["--trust-code"] if code and stage != "generate" else []
+        for key, value in flags.items():
+            words += [declared[key].flag, *([] if value is True else [text(published(key, value))])]
+        lines.append(shlex.join(words))
+    written = {stage: table for stage, table in tables.items() if table}
+    if written:
+        lines = [f"cat > {SETTINGS_FILE} <<'END'", toml.dumps(written).rstrip("\n"), "END", *lines]
+    return "\n".join(lines)
+
+
+def _own_settings(row: StageRow, begun: Mapping[str, StageRow]) -> dict[str, Any]:
+    """What a stage's command has to say: what the run has not said before it."""
+    changed = differing_settings(row)
+    if row.stage == "finetune" and "probe" in begun and row.config.get("source") not in WITHOUT_PHASE_ONE:
+        said = begun["probe"].config
+        changed = {key: value for key, value in changed.items() if key not in INHERITED or said.get(key) != value}
+    return changed
+
+
+def published(key: str, value: Any) -> Any:
+    """A setting's value, as recorded, without the folder of a user's file."""
+    if not isinstance(value, str):
+        return value
+    if key in ("data", "public"):
+        return public_data_name(value)
+    if key == "arch":
+        return public_arch(value)
+    return os.path.basename(value) if key == "init" else value
+
+
+# ---------------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def write_events(rundir: RunDir, folder: Path) -> None:
+    """Write a folder for each stage: its scalars by step, and test accuracy and ε at its last.
+
+    Raises:
+        UsageError: the folder exists, or TensorBoard is not installed. StorageError: the disk refuses.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "--tensorboard needs TensorBoard, which is not installed", fix="pip install 'dprandp[tensorboard]'"
+        ) from error
+    if folder.exists():
+        raise UsageError(f"{folder} exists", fix="give another folder")
+    run = read_run(rundir)
+    for stage, lines in run.metrics.items():
+        with SummaryWriter(str(folder / stage)) as writer:
+            last = 0
+            for line in lines:
+                last = line.get("step", last)
+                for name, value in line.items():
+                    if name != "step" and type(value) in (int, float):
+                        writer.add_scalar(name, value, last)
+            for name in ("accuracy", "epsilon"):
+                value = getattr(run.results[stage], name, None)
+                if value is not None:
+                    writer.add_scalar(name, value, last)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dprandp.errors import CheckpointError
-from dprandp.runs import records
-from dprandp.runs.records import Count, Fraction, Number, Text
+from dprandp.runs.files import Count, Fraction, Number, Text, ill_typed_entry, missing_entries, read_record
 from dprandp.vision.intervals import wilson
 
 ONE_IMAGE = "one image"
@@ -294,7 +293,7 @@ def kind_of(stage: str, record: Mapping[str, Any]) -> type[StageResult]:
 
 def wrong_entry(stage: str, record: Mapping[str, Any]) -> str | None:
     """The name of an entry of a recorded result that is not of its type, or None; missing ones are not wrong."""
-    wrong = records.wrong_entry(kind_of(stage, record), record)
+    wrong = ill_typed_entry(kind_of(stage, record), record)
     confusion = record.get("confusion")
     if wrong is not None or not issubclass(kind_of(stage, record), PrivateResult):
         return wrong
@@ -316,7 +315,7 @@ def read_result(stage: str, record: Mapping[str, Any]) -> StageResult:
         CheckpointError: it lacks something; the message names what.
     """
     kind = kind_of(stage, record)
-    gaps = records.missing(kind, record)
+    gaps = missing_entries(kind, record)
     if record.get("prior") is not None:
         gaps += sorted({"prior_sha256", "prior_images"} - record.keys())
     if gaps:
@@ -325,4 +324,4 @@ def read_result(stage: str, record: Mapping[str, Any]) -> StageResult:
             fix="use the version of dprandp that wrote it, or run the stage again with --overwrite; what was spent "
             "stays spent",
         )
-    return records.read(kind, dict(record))
+    return read_record(kind, dict(record))

@@ -16,11 +16,9 @@ from dprandp.config import toml
 from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs import records
 from dprandp.runs.directory import RunDir, frozen, result_digest
-from dprandp.runs.files import atomic_write, read_object, to_json
+from dprandp.runs.files import Count, Fraction, Number, Text, atomic_write, read_object, read_record, to_json
 from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file
-from dprandp.runs.records import Count, Fraction, Number, Text
 from dprandp.runs.results import Tuned
 
 RECORD, SETTINGS = "tune.json", "tuned.toml"
@@ -133,7 +131,7 @@ def read_tuning(rundir: RunDir) -> Tuning | None:
     try:
         if record.get("format") != FORMAT:
             raise ValueError("another format")
-        return records.read(PrivateTuning if record.get("on") == PRIVATE else PublicTuning, record)
+        return read_record(PrivateTuning if record.get("on") == PRIVATE else PublicTuning, record)
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged",

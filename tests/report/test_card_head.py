@@ -9,8 +9,7 @@ from block_yaml import head_of
 from fake_run import EVIL, GENERATED, PRETRAINED, private_result
 
 from dprandp.config.declared import Publication
-from dprandp.report.card import model_card, published
-from dprandp.report.card_head import scalar, without_head
+from dprandp.report.card import model_card, published, scalar, without_head
 
 HOSTILE = 'a: "b" \\ \'c\' # {d} [e] & *f ! | > % @ ` --- 😀 ' + EVIL
 

@@ -12,7 +12,7 @@ from fake_run import make_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dprandp.errors import UsageError
-from dprandp.report.tensorboard import write_events
+from dprandp.report.run import write_events
 
 
 def test_every_number_of_the_metrics_is_a_scalar_and_no_other(tmp_path: Path) -> None:
