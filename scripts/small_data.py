@@ -2,7 +2,7 @@
 
 For each number of classes K, number of images N and ε: the accuracy on held-out training images of a head that is
 fitted with the probe's arithmetic and noise (``tune.simulate``), and which part of the gain over guessing it
-keeps, compared with the same head on the same images without noise. ``dprandp/dpsgd/expected.py`` holds the result.
+keeps, compared with the same head on the same images without noise. ``dprandp/dpsgd/budget.py`` holds the result.
 
     python scripts/small_data.py --data-dir data
 """

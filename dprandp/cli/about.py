@@ -148,7 +148,7 @@ def account(
     [dim]dprandp account --noise-multiplier 40.9 --steps 120 --curve[/dim]
     """
     console = session.console(call.options)
-    from dprandp.inspection import calculator
+    from dprandp.inspection import account as calculator
 
     if (eps is None) == (noise_multiplier is None):
         raise UsageError(

@@ -36,8 +36,8 @@ from dprandp.dpsgd.budget import (
     PlanFile,
     default_delta,
     read_plan_file,
+    too_few,
 )
-from dprandp.dpsgd.expected import too_few
 from dprandp.dpsgd.units import refuse_shared, unit_reminder
 from dprandp.errors import BudgetError, CheckpointError, UsageError
 from dprandp.privacy.accounting import GaussianEvent, compose, rounded_up

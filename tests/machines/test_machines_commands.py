@@ -56,7 +56,7 @@ def test_status_check_computes(dprandp: Dprandp, tmp_path: Path, processor: str)
     done = dprandp("status", "--check", "--run", tmp_path / "run", "--json", DPRANDP_PRETEND_BFLOAT16=processor)
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")
     assert check["state"] == "ok", check
-    wrong = "from dprandp.inspection import self_check; self_check.NOISE_MULTIPLIER = 0.5"
+    wrong = "from dprandp.inspection import check; check.NOISE_MULTIPLIER = 0.5"
     done = dprandp("status", "--check", "--run", tmp_path / "run", "--json", before=wrong)
     assert done.code == 1
     check = next(check for check in done.json["checks"] if check["name"] == "arithmetic")

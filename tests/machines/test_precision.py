@@ -12,7 +12,7 @@ from dprandp import finetune
 from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd.clipped_sums import SumSettings
 from dprandp.errors import UsageError
-from dprandp.inspection import self_check
+from dprandp.inspection import check
 from dprandp.models import precision
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract
@@ -171,7 +171,7 @@ def test_ranks_of_other_precisions_do_not_compute_together() -> None:
 
 
 def test_this_machine_computes_the_stored_numbers(processor: str) -> None:
-    worst, _, said = self_check.compare(torch.device("cpu"))
+    worst, _, said = check.compare(torch.device("cpu"))
     assert worst < 1
     assert f"wrn-10-1 in {decide('auto', 'cpu')}" in said
 
@@ -179,14 +179,14 @@ def test_this_machine_computes_the_stored_numbers(processor: str) -> None:
 @pytest.mark.parametrize("broken", ["extract", "clipped_softmax_sum", "sum of clipped gradients", "noise"])
 def test_wrong_arithmetic_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken == "sum of clipped gradients":
-        honest = self_check.ClippedSums.of
+        honest = check.ClippedSums.of
         wrong = lambda *given: {name: value * 1.01 for name, value in honest(*given).items()}  # noqa: E731
-        monkeypatch.setattr(self_check.ClippedSums, "of", wrong)
+        monkeypatch.setattr(check.ClippedSums, "of", wrong)
     elif broken == "noise":
-        monkeypatch.setattr(self_check, "NOISE_MULTIPLIER", 0.99)
+        monkeypatch.setattr(check, "NOISE_MULTIPLIER", 0.99)
     else:
-        honest = getattr(self_check, broken)
-        monkeypatch.setattr(self_check, broken, lambda *given, **more: honest(*given, **more) * 1.01)
-    worst, where, _ = self_check.compare(torch.device("cpu"))
+        honest = getattr(check, broken)
+        monkeypatch.setattr(check, broken, lambda *given, **more: honest(*given, **more) * 1.01)
+    worst, where, _ = check.compare(torch.device("cpu"))
     assert worst > 1
     assert where

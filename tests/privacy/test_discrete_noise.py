@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.inspection import neighbours
-from dprandp.inspection.neighbours import compose_group
+from dprandp.inspection import account
+from dprandp.inspection.account import compose_group
 from dprandp.privacy import accounting, randomness
 from dprandp.privacy.accounting import (
     DELTA_SHARE,
@@ -281,7 +281,7 @@ def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delt
 
 def test_the_distance_is_that_of_all_discrete_steps(monkeypatch):
     asked = []
-    for module in (accounting, neighbours):
+    for module in (accounting, account):
         monkeypatch.setattr(module, "check_distance", lambda *values: asked.append(values))
     events = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(9.0, 0.1, 5, True), GaussianEvent(30.0, 1.0, 11)]
     bound = compose(events, 1e-5)

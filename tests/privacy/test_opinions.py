@@ -9,7 +9,7 @@ import prv_accountant
 import pytest
 
 from dprandp.errors import AuditError
-from dprandp.inspection import calculator
+from dprandp.inspection import account as calculator
 from dprandp.inspection.verify import TUNED
 from dprandp.privacy import opinions
 from dprandp.privacy.accounting import GaussianEvent, compose

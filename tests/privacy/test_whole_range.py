@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dprandp.cli import app
 from dprandp.errors import BudgetError, DprandpError
-from dprandp.inspection.neighbours import (
+from dprandp.inspection.account import (
     REPLACE_ONE,
     calibrate_adjacency,
     compose_adjacency,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from dprandp.inspection import calculator
-from dprandp.inspection.calculator import account, account_lines, attack_lines
+from dprandp.inspection import account as calculator
+from dprandp.inspection.account import account, account_lines, attack_lines
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 

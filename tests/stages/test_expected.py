@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import Copy, forbid_reading, run_probe
 
-from dprandp.dpsgd.budget import default_delta
-from dprandp.dpsgd.expected import kept_gain, too_few
+from dprandp.dpsgd.budget import default_delta, kept_gain, too_few
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/stages.md"
 
