@@ -24,7 +24,7 @@ import torch
 from dprandp.config import schema
 from dprandp.dpsgd.clipped_sums import Batch, ClippedSums, SumSettings
 from dprandp.dpsgd.masks import choose_blocks, rule_of
-from dprandp.finetune.start import start_model
+from dprandp.finetune import start_model
 
 STEPS = 3
 

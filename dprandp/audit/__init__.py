@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dprandp import finetune
+from dprandp.audit.bounds import SIGNIFICANCE, AuditSettings
 from dprandp.audit.games import (
     GAME,
     BlackBoxFound,
@@ -32,7 +33,6 @@ from dprandp.audit.games import (
     units,
 )
 from dprandp.audit.loops import IMAGES, Facts, Labels, on_made_up, on_private_data, passed
-from dprandp.audit.settings import SIGNIFICANCE, AuditSettings
 from dprandp.continual import loop
 from dprandp.dpsgd.budget import PlanFile, default_delta, read_plan_file
 from dprandp.errors import AuditError, InputError

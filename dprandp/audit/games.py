@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from dprandp.audit.bounds import (
+    MOST_CANARIES,
+    MOST_TRIALS,
+    SIGNIFICANCE,
+    AuditSettings,
     Claim,
     Game,
     Power,
@@ -51,7 +55,6 @@ from dprandp.audit.loops import (
     tried_on,
 )
 from dprandp.audit.replay import scratch_folder
-from dprandp.audit.settings import MOST_CANARIES, MOST_TRIALS, SIGNIFICANCE, AuditSettings
 from dprandp.privacy.accounting import GaussianEvent, compose, gaussian_mu
 from dprandp.privacy.mechanism import PrivatePlan
 from dprandp.privacy.selection import SelectionPlan

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from dprandp import continual, finetune, losses, probe
-from dprandp.audit.bounds import Game, step_score
+from dprandp.audit.bounds import AuditSettings, Game, step_score
 from dprandp.audit.canaries import CLIP_OFF, FAITHFUL, Control, rehearsal_plan
 from dprandp.audit.replay import Check, Rehearsal, paired_run, rehearsal_context
-from dprandp.audit.settings import AuditSettings
 from dprandp.config.schema import PRETRAINED, ContinueConfig, FinetuneConfig, ProbeConfig
 from dprandp.continual.loop import HEADS, STAGE, Outcome, private_steps
 from dprandp.continual.public import PublicTask, Training
@@ -31,7 +30,7 @@ from dprandp.dpsgd.features import private_features, require_room
 from dprandp.dpsgd.masks import chosen
 from dprandp.dpsgd.stage import open_private_stage
 from dprandp.dpsgd.units import unit_rows
-from dprandp.finetune.start import network_config
+from dprandp.finetune import network_config
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
 from dprandp.models.extractor import build_extractor, extract, without_projection

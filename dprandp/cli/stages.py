@@ -330,7 +330,7 @@ def audit(
             "--eps audits a plan without a run; --run and --with-data need a run", fix="leave out one of them"
         )
     from dprandp import audit as stage
-    from dprandp.audit.settings import AuditSettings
+    from dprandp.audit.bounds import AuditSettings
 
     settings = AuditSettings(trials, canaries, controls, call.given["generate"]["seed"] or 0, with_data, black_box)
     if eps is not None:

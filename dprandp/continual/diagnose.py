@@ -4,7 +4,7 @@
     diagnose/terms.png    the three terms and the loss of held-out public images, over the steps
 
 It runs the public half of ``continue`` in memory, with the same extractor, images, steps and seed, and estimates the
-loss terms of a private step (``loss_terms.py``) at every evaluation. σ and B are those of the plan of ``continue``.
+loss terms of a private step (``switching.py``) at every evaluation. σ and B are those of the plan of ``continue``.
 Only the declared facts of the private data are used, except that a public set of as many images is compared with them,
 and refused if equal. Nothing is charged.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 from dprandp.config.schema import ContinueConfig, as_dict
 from dprandp.continual import open_stage, switching
-from dprandp.continual.loss_terms import LossTerms
 from dprandp.continual.public import make_task, make_training
+from dprandp.continual.switching import LossTerms
 from dprandp.errors import UsageError
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.files import atomic_path, atomic_write, to_json

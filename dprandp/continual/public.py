@@ -31,8 +31,7 @@ from dprandp.config.schema import (
     public_data_options,
     same_data_name,
 )
-from dprandp.continual.loss_terms import LossTerms, loss_terms
-from dprandp.continual.switching import Look
+from dprandp.continual.switching import Look, LossTerms, loss_terms
 from dprandp.data import DataSpec, open_dataset, public_part, without_public_part
 from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
@@ -277,7 +276,7 @@ class Training:
         return total / len(labels)
 
     def terms(self, step: int, noise_multiplier: float, batch: float) -> LossTerms:
-        """The loss terms of a private step from here, estimated on public views; see ``loss_terms.py``."""
+        """The loss terms of a private step from here, estimated on public views; see ``switching.py``."""
         images, labels = self._on_device(*self.task.batch(-1 - step, TERM_EXAMPLES))
         return loss_terms(
             self.loss_of_each,

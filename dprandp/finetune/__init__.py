@@ -11,6 +11,8 @@ share, and rank 0 does the rest) -> noise -> step. The extractor's parameters ar
 
 Where steps on the whole network are expensive and few (patchnet on a CPU), most of the budget is better spent on a
 *refit*: cheap full-batch steps of the head on the features of the tuned extractor, from the head of the joint training.
+
+Networks without Phase I start with random weights (De et al. 2022), or with public weights from a file.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from torch import Tensor
 
 from dprandp import probe
 from dprandp.config.presets import PRETRAINED, Recipe, note, recipe_for
-from dprandp.config.schema import PATCHNET, FinetuneConfig, ProbeConfig, public_arch
+from dprandp.config.schema import (
+    PATCHNET,
+    WITHOUT_PHASE_ONE,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    is_backbone,
+    public_arch,
+)
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
 from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
@@ -37,15 +47,21 @@ from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.errors import UsageError
-from dprandp.finetune import start as scratch
 from dprandp.losses import class_weights
 from dprandp.models.classifier import Classifier
-from dprandp.models.extractor import add_weights, build_extractor, layout_device, replaced_in, without_projection
+from dprandp.models.extractor import (
+    NF_RESNET,
+    add_weights,
+    build_extractor,
+    layout_device,
+    replaced_in,
+    without_projection,
+)
 from dprandp.models.optimizers import restore
 from dprandp.models.torchvision import with_code
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import load_extractor, pretrained
-from dprandp.pretrain.weights import declared_weights, private_origin, weights_hash
+from dprandp.pretrain.weights import declared_weights, load_public_weights, private_origin, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.privacy.mechanism import PrivateMechanism
@@ -80,7 +96,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
     stage, config = begun  # the recorded one, after --resume
     arch, recipe, refit_steps = choices(config, context)
     started = time.perf_counter()
-    alone = scratch.without_phase_one(config)
+    alone = without_phase_one(config)
     if config.source == PRETRAINED:
         model, mirror = _pretrained_model(config, stage), False
     else:
@@ -137,7 +153,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
 def _opened(config: FinetuneConfig, context: Context) -> tuple[PrivateStage, FinetuneConfig, dict[str, str]]:
     stage = open_stage(config, context)
     config = with_precision(STAGE, config, context)
-    if scratch.without_phase_one(config):
+    if without_phase_one(config):
         return stage, with_code(config), weights_hash(config.init)
     before = ("generate", "pretrain", "continue") + (() if config.source == PRETRAINED else ("probe",))
     return stage, config, context.rundir.inputs_from(*before)
@@ -162,7 +178,7 @@ def open_stage(
         As ``open_private_stage``; InputError: no probe yet; UsageError: an architecture that scratch cannot train.
     """
     masking.rule_of(config)  # refuses options that contradict each other
-    network = scratch.network_config(config) if scratch.without_phase_one(config) else None
+    network = network_config(config) if without_phase_one(config) else None
     if network is None and arch is None:
         context.rundir.require("pretrain" if config.source == PRETRAINED else "probe", STAGE)
         network = pretrained(context) if config.train else None
@@ -188,7 +204,7 @@ def open_stage(
 
 def choices(config: FinetuneConfig, context: Context, planned: str | None = None) -> tuple[str, Recipe, int]:
     """The architecture (``planned``, where the extractor is not made yet), its recipe, and the refit steps (or 0)."""
-    arch = config.arch if scratch.without_phase_one(config) else planned
+    arch = config.arch if without_phase_one(config) else planned
     if arch is None:
         for earlier in (GenerateResult,) if config.source == PRETRAINED else (GenerateResult, ProbeResult):
             context.rundir.result(earlier)  # refuses gaps before anything is charged
@@ -231,7 +247,7 @@ def _pretrained_model(config: FinetuneConfig, stage: PrivateStage) -> Classifier
 
 
 def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
-    model, left_out = scratch.start_model(config, len(stage.spec.classes))
+    model, left_out = start_model(config, len(stage.spec.classes))
     if config.init is not None and (said := private_origin(Path(config.init))) is not None:
         stage.context.console.warn(said)
     if left_out:
@@ -409,3 +425,39 @@ def _refit(stage: PrivateStage, model: Classifier, steps: int, mirror: bool, sto
         )
 
     return ranks.first(fitted, told=lambda made: None)
+
+
+# --------------------------------------------------------------------------------------------- networks without Phase I
+
+
+def without_phase_one(config: FinetuneConfig) -> bool:
+    """Whether a fine-tune starts from neither probe nor pretraining."""
+    return config.source in WITHOUT_PHASE_ONE
+
+
+def network_config(config: FinetuneConfig) -> PretrainConfig:
+    """The extractor of such a fine-tune; UsageError for an architecture or a setting that it cannot have."""
+    elsewhere = is_backbone(config.arch)
+    if not config.arch.startswith("wrn-") and config.arch != NF_RESNET and not elsewhere:
+        raise UsageError(
+            f"--from {config.source} cannot train {config.arch!r}",
+            fix=f"use --arch wrn-16-4 or another wrn, {NF_RESNET}, torchvision:NAME or module:FILE.py:NAME",
+        )
+    order = {} if config.layer_order is None else {"layer_order": config.layer_order}
+    if not config.arch.startswith("wrn-") and (order or config.padding):
+        raise UsageError(f"{config.arch} has one layer order and padding", fix="leave --layer-order and --padding out")
+    if elsewhere and config.pooling:
+        raise UsageError(f"{config.arch} pools in its own way", fix="leave --pooling out")
+    if not elsewhere and config.norm:
+        raise UsageError(f"{config.arch} has no BatchNorm to replace", fix="leave --norm out")
+    same = ("arch", "seed", "padding", "pooling", "precision", "input_size", "init", "init_source", "norm", "code")
+    return PretrainConfig(**{key: getattr(config, key) for key in same}, **order)
+
+
+def start_model(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:
+    """The classifier before its first step, on the CPU: no whitening, a head of zeros; and the names of the file's
+    tensors that were left out (none from scratch). Raises as ``network_config`` and ``load_public_weights``."""
+    generator = torch.Generator().manual_seed(config.seed)
+    extractor = build_extractor(network_config(config), generator)
+    left_out = [] if config.init is None else load_public_weights(Path(config.init), extractor, config.arch)
+    return Classifier(extractor, PooledOnly(extractor.feature_dim), classes), left_out

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dprandp.audit.bounds import Claim, Game, plain_bound, play, step_score
+from dprandp.audit.bounds import AuditSettings, Claim, Game, plain_bound, play, step_score
 from dprandp.audit.canaries import (
     CLIP_OFF,
     CONTROLS,
@@ -45,7 +45,6 @@ from dprandp.audit.loops import (
     replay_head,
 )
 from dprandp.audit.replay import Check, Observed, Rehearsal, compare, paired_run
-from dprandp.audit.settings import AuditSettings
 from dprandp.config import schema
 from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd import clipped_sums

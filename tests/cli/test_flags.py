@@ -20,7 +20,7 @@ from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.masks import rule_of
 from dprandp.dpsgd.optimizers import DEFAULT_MOMENTUM
 from dprandp.errors import UsageError
-from dprandp.finetune.start import network_config
+from dprandp.finetune import network_config
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import settings_page

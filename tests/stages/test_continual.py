@@ -24,8 +24,8 @@ from tiny_run import (
     write_blobs,
 )
 
+from dprandp.audit.bounds import AuditSettings
 from dprandp.audit.loops import Facts, on_made_up, on_private_data
-from dprandp.audit.settings import AuditSettings
 from dprandp.config import schema
 from dprandp.continual import diagnose, loop
 from dprandp.continual import public as public_steps

@@ -14,10 +14,12 @@ from small_models import scaled as scaled_parameters
 from tiny_run import Copy, Patch, Record, Recorder, plans_of, read_json, run_finetune, run_probe, run_scratch
 from torch import Tensor, nn
 
+from dprandp import finetune
+from dprandp.config.schema import PretrainConfig
 from dprandp.dpsgd import clipped_sums
 from dprandp.dpsgd.clipped_sums import Batch, ClippedSums, SumSettings
 from dprandp.errors import UsageError
-from dprandp.finetune import start
+from dprandp.models.extractor import build_extractor
 from dprandp.privacy.clipping import ROUNDING_SLACK, sum_of_clipped
 from dprandp.privacy.randomness import PoissonSampler
 
@@ -107,7 +109,10 @@ class Mixing(nn.Module):
 
 
 def test_8_batch_norm_is_refused_by_name(tmp_path: Path, data: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(start, "build_extractor", lambda config, generator: Mixing())
+    def made(config: PretrainConfig, *generator: torch.Generator) -> nn.Module:
+        return Mixing() if generator else build_extractor(config)  # without one: the trial before anything is opened
+
+    monkeypatch.setattr(finetune, "build_extractor", made)
     with pytest.raises(UsageError, match=r"extractor\.normaliser.*BatchNorm2d"):
         run_scratch(tmp_path / "run", data)
     ledger = tmp_path / "run/privacy/ledger.jsonl"

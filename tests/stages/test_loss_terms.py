@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dprandp.continual import loss_terms as module
-from dprandp.continual.loss_terms import LossTerms, loss_terms, mean_clip_factor
+from dprandp.continual import switching
+from dprandp.continual.switching import LossTerms, loss_terms, mean_clip_factor
 
 WIDTH, CLASSES, EXAMPLES = 3, 2, 6
 
@@ -58,7 +58,7 @@ def exact(parameters: dict, images: torch.Tensor, labels: torch.Tensor) -> dict[
 def test_terms_are_those_of_the_whole_hessian(problem: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every sign pattern tried once, Hutchinson's mean is the trace itself."""
     patterns = itertools.cycle(itertools.product((-1.0, 1.0), repeat=6))
-    monkeypatch.setattr(module, "_signs", lambda count, generator: torch.tensor(next(patterns)))
+    monkeypatch.setattr(switching, "_signs", lambda count, generator: torch.tensor(next(patterns)))
     found = loss_terms(
         loss_of_each, *problem, noise_multiplier=2.0, batch=32.0, probes=64, generator=torch.Generator()
     )

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_run import forbid_reading, ledger_of, read_json, run_scratch
 from torch import Tensor
 
+from dprandp import finetune
 from dprandp.config.schema import FinetuneConfig, build
 from dprandp.errors import CheckpointError, InputError, UsageError
-from dprandp.finetune import start
 from dprandp.pretrain.weights import private_origin, weights_hash
 from dprandp.release import load_model
 
@@ -26,12 +26,12 @@ def network(**given) -> FinetuneConfig:
 
 
 def weights(**given) -> dict[str, Tensor]:
-    model, _ = start.start_model(network(seed=7, **given), 3)
+    model, _ = finetune.start_model(network(seed=7, **given), 3)
     return {name: value.clone() for name, value in model.extractor.state_dict().items()}
 
 
 def loaded(path: Path, **given) -> tuple[dict[str, Tensor], list[str]]:
-    model, left_out = start.start_model(network(**(SOURCE | {"init": str(path)} | given)), 3)
+    model, left_out = finetune.start_model(network(**(SOURCE | {"init": str(path)} | given)), 3)
     return model.extractor.state_dict(), left_out
 
 
@@ -84,14 +84,14 @@ def test_files_and_architectures_that_are_none_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         loaded(tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="patchnet"):
-        start.network_config(network(arch="patchnet"))
+        finetune.network_config(network(arch="patchnet"))
     with pytest.raises(UsageError, match="one layer order"):
-        start.network_config(network(arch="nf-resnet-50", padding="same"))
+        finetune.network_config(network(arch="nf-resnet-50", padding="same"))
 
 
 def test_the_networks_shape_is_that_of_the_configuration():
     order = "relu-norm-conv+norm-relu-skip"
-    extractor = start.start_model(network(layer_order=order, **SHAPE), 3)[0].extractor
+    extractor = finetune.start_model(network(layer_order=order, **SHAPE), 3)[0].extractor
     assert extractor.blocks[0].order.skip == "norm-relu"
     assert (extractor.blocks[0].pads, extractor.blocks[1].pads) == (False, True)
     assert extractor.feature_dim == 64
