@@ -38,7 +38,7 @@ from dprandp.config.schema import (
     same_data_name,
 )
 from dprandp.dpsgd.budget import read_budget
-from dprandp.dpsgd.statistics import PUBLIC_FOLDER
+from dprandp.dpsgd.features import PUBLIC_FOLDER
 from dprandp.errors import DprandpError, InputError, UsageError, nearest
 from dprandp.inspection import compare
 from dprandp.inspection.compare import Comparison, Together, collected

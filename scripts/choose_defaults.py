@@ -22,7 +22,7 @@ from dprandp.cli.flags import Options
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import open_dataset
-from dprandp.dpsgd.statistics import public_whitener
+from dprandp.dpsgd.features import public_whitener
 from dprandp.models.extractor import extract
 from dprandp.models.whitening import Whitener
 from dprandp.pretrain import load_extractor

@@ -32,7 +32,7 @@ from dprandp.config import toml
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec, open_dataset
-from dprandp.dpsgd.statistics import public_whitener
+from dprandp.dpsgd.features import public_whitener
 from dprandp.models.extractor import extract
 from dprandp.pretrain import load_extractor
 from dprandp.privacy.gaussian_dp import gaussian_dp_mu

@@ -34,7 +34,7 @@ from dprandp.config import toml
 from dprandp.config.presets import INPUT_SIZE
 from dprandp.config.schema import build, resolve
 from dprandp.data import open_dataset
-from dprandp.dpsgd.statistics import synthetic_views
+from dprandp.dpsgd.features import synthetic_views
 from dprandp.models import whitening
 from dprandp.models.extractor import build_extractor, extract, load_weights
 from dprandp.models.whitening import Part

@@ -232,7 +232,7 @@ MAY_IMPORT_DATA = {
     # which data a run is about, by their content; and what is wrong with them
     "dprandp.dpsgd.training_data": {"Dataset", "UnusableData", "hash_set", "listed"},
     "dprandp.dpsgd.units": {"Dataset", "DataSpec"},  # types
-    "dprandp.dpsgd.statistics": {"DataSpec"},  # a type
+    "dprandp.dpsgd.features": {"DataSpec"},  # a type
     # pixels that are declared public, and whether these were others before
     "dprandp.continual.public": {"open_dataset", "public_part", "without_public_part", "DataSpec"},
     # names, declared facts, a download; and, where its owner asks, a private check of a data set outside any run

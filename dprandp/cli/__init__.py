@@ -2,7 +2,6 @@
 
     flags.py     every flag, declared once        stages.py    the stages, run, tune, audit, diagnose
     session.py   flags -> configuration, context  about.py     status, compare, report, verify, account, predict, ...
-    together.py  the same command on several processes
 
 Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -16,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dprandp import __version__
-from dprandp.cli import about, session, stages, together
+from dprandp.cli import about, session, stages
 from dprandp.runs import faults
 from dprandp.runs.signals import end_on_signals, ended_by
 
@@ -42,7 +41,7 @@ def _root(
         print(f"dprandp {__version__}")
         raise typer.Exit
     faults.announce()
-    together.refuse_command(context.invoked_subcommand)
+    session.refuse_command(context.invoked_subcommand)
 
 
 def main(application: typer.Typer = app) -> None:
@@ -52,12 +51,12 @@ def main(application: typer.Typer = app) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no bug
     code: object = 0
     try:
-        together.join()  # under torchrun; only rank 0 comes back
+        session.join()  # under torchrun; only rank 0 comes back
         application(standalone_mode=True)
     except SystemExit as end:
         code = end.code
     except (Exception, KeyboardInterrupt) as error:
         signum = ended_by()
         code = session.current.error(error) if signum is None else 128 + signum
-    together.end(code)
+    session.end(code)
     sys.exit(code)

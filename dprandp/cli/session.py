@@ -1,15 +1,20 @@
-"""From flags to a stage: the console, the locked run directory, the configuration, the context."""
+"""From flags to a stage: the console, the locked run directory, the configuration, the context.
+
+One command may run on several processes: ``torchrun --nproc-per-node N -m dprandp ...``. Rank 0 reads the flags and the
+run, and announces each stage, with its configuration; every rank then runs it. What several processes cannot do is
+refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dprandp.cli import together
 from dprandp.cli.flags import DEFAULT_RUN, Call, Options
 from dprandp.config.schema import (
     DATA_SETTINGS,
@@ -24,10 +29,14 @@ from dprandp.config.schema import (
 )
 from dprandp.config.schema import resolve as resolve_config
 from dprandp.config.toml import read as read_toml
-from dprandp.errors import InputError, UsageError
+from dprandp.errors import DprandpError, InputError, UsageError
+from dprandp.runs import signals
 from dprandp.runs.console import Console
 from dprandp.runs.directory import STAGES, RunDir
 from dprandp.runs.results import StageResult
+
+if TYPE_CHECKING:
+    from dprandp.runs.parallel import Ranks
 
 current = Console()
 """The console of the running command; errors raised before its flags are parsed go to this plain one."""
@@ -195,9 +204,9 @@ def context(rundir: RunDir, console: Console, options: Options):
     from dprandp.runs.parallel import ALONE
 
     workers, seed, batch = options.workers, options.insecure_seed, options.microbatch
-    ranks = together.ranks or ALONE
+    ranks = joined or ALONE
     if ranks.size > 1:
-        together.refuse_flags(options.device, workers)
+        refuse_flags(options.device, workers)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1", fix="give 1 or more")
     if seed is not None and seed < 0:
@@ -295,3 +304,90 @@ def command(stage: str, run: Path) -> str:
     """A command line to suggest; ``stage`` may have flags of its own."""
     name, _, more = stage.partition(" ")
     return f"dprandp {name}" + ("" if run == DEFAULT_RUN else f" --run {run}") + (f" {more}" if more else "")
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+COMMANDS = ("generate", "pretrain", "probe", "finetune", "run")
+"""Commands that several processes can share."""
+
+joined: Ranks | None = None
+"""The processes, as rank 0 sees them; None for a single process."""
+
+
+def join() -> None:
+    """Under ``torchrun``, join the other processes. Rank 0 returns; any other rank runs the stages, and exits."""
+    global joined
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return  # without the import of torch
+    from dprandp.runs.parallel import join as join_others
+
+    met = join_others()
+    if not met.is_first:
+        _run_stages(met)
+    joined = met
+    met.stage_done()
+
+
+def end(code: object) -> None:
+    """Under ``torchrun``, end rank 0 with an exit code, which the other ranks will have too."""
+    if joined is None:
+        return
+    code = code if isinstance(code, int) else int(code is not None)
+    try:
+        if code == 0:
+            joined.announce(None)
+        else:
+            joined.leave_words({"exit_code": code, "problem": None, "fix": None})
+    except DprandpError as error:
+        code = Console().error(error)
+    _exit(code)
+
+
+def refuse_command(command: str | None) -> None:
+    """Raise UsageError for a command of one process."""
+    if joined is not None and command is not None and command not in COMMANDS:
+        raise UsageError(
+            f"`dprandp {command}` runs in one process, not in {joined.size}",
+            fix=f"run it without torchrun; several processes can run {', '.join(COMMANDS)}",
+        )
+
+
+def refuse_flags(device: str, workers: int | None) -> None:
+    """Raise UsageError for a flag that contradicts several processes."""
+    if device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {device} names one device for several processes",
+            fix="give --device cuda: each process takes the device with its own number",
+        )
+    if workers is not None and workers > 1:
+        raise UsageError(f"--workers {workers} does not go with several processes", fix="leave --workers out")
+
+
+def _run_stages(met: Ranks) -> NoReturn:
+    """On another rank, run each stage that rank 0 announces; print nothing unless the others are lost."""
+    from dprandp import pipeline
+    from dprandp.runs.parallel import RankError, RankLostError
+
+    signals.leave_to_rank_0()
+    console = Console(quiet=True, debug="--debug" in sys.argv)
+    console.route_logging()
+    code = 0
+    try:
+        while (stage := met.announced()) is not None:
+            pipeline.run_announced(stage, met, console)
+    except RankError as error:
+        code = error.exit_code
+    except RankLostError as error:
+        code = console.error(error)
+    except BaseException as error:
+        told = console.described(error)
+        met.leave_words(told)
+        code = told["exit_code"]
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no shutdown hooks of libraries: they may wait for lost processes

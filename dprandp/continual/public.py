@@ -34,13 +34,12 @@ from dprandp.config.schema import (
 from dprandp.continual.switching import Look, LossTerms, loss_terms
 from dprandp.data import DataSpec, open_dataset, public_part, without_public_part
 from dprandp.dpsgd.masks import EXTRACTOR
-from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import refuse_other_labels
 from dprandp.dpsgd.training_data import declare_public, refuse_public, use_as_public
 from dprandp.errors import UsageError
 from dprandp.generate import load_images
 from dprandp.models.classifier import Classifier
-from dprandp.models.optimizers import restore
+from dprandp.models.optimizers import Optimizer, OptimizerSettings, restore
 from dprandp.models.precision import autocast
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import STAGE as PRETRAIN

@@ -43,7 +43,6 @@ from dprandp.dpsgd import release
 from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
 from dprandp.dpsgd.features import private_features
 from dprandp.dpsgd.masks import EXTRACTOR
-from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
 from dprandp.dpsgd.units import unit_rows
 from dprandp.errors import UsageError
@@ -57,7 +56,7 @@ from dprandp.models.extractor import (
     replaced_in,
     without_projection,
 )
-from dprandp.models.optimizers import restore
+from dprandp.models.optimizers import Optimizer, OptimizerSettings, restore
 from dprandp.models.torchvision import with_code
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import load_extractor, pretrained

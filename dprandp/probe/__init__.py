@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from dprandp.config.schema import ProbeConfig
 from dprandp.data import DataSpec
 from dprandp.dpsgd import release
-from dprandp.dpsgd.features import private_features
+from dprandp.dpsgd.features import WHITENER, private_features, public_whitener, whitener_of
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, budget_share, open_private_stage
-from dprandp.dpsgd.statistics import WHITENER, public_whitener, whitener_of
 from dprandp.losses import class_weights
 from dprandp.models import whitening
 from dprandp.models.classifier import Classifier

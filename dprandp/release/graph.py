@@ -2,7 +2,7 @@
 
 The graph goes from pixels to class probabilities: resize, grey to three channels, ``normalise``, ``features``, the
 average with the mirror image, whitening, head, softmax (sigmoid where an image may have several labels). It takes the
-differentiable way to the features, as other devices do; the compiled loops of ``models/kernels.py`` cannot be exported.
+differentiable way to the features, as other devices do; compiled loops (``models/patchnet.py``) cannot be exported.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from dprandp.config.settings import plain_type, setting, settings_of, text, type
 from dprandp.data import KNOWN
 from dprandp.dpsgd.budget import default_delta
 from dprandp.dpsgd.masks import rule_of
-from dprandp.dpsgd.optimizers import DEFAULT_MOMENTUM
 from dprandp.errors import UsageError
 from dprandp.finetune import network_config
+from dprandp.models.optimizers import DEFAULT_MOMENTUM
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import settings_page

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dprandp.models import kernels
+from dprandp.models import patchnet
 from dprandp.models.patchnet import CONTRAST_FLOOR, as_array, normalise_patches, region_profiles, region_weights
 
 THRESHOLD, FLOOR = 0.25, 0.01
@@ -18,7 +18,7 @@ def test_patches(size: int, stride: int) -> None:
     image[:, :8, :8] = 0.5  # flat patches stay flat
     wanted = normalise_patches(functional.unfold(image[None], size, stride=stride))[0].t()
     found = torch.full(wanted.shape, torch.nan)
-    kernels.normalised_patches(image.numpy(), size, stride, CONTRAST_FLOOR, found.numpy())
+    patchnet.normalised_rows(image.numpy(), size, stride, CONTRAST_FLOOR, found.numpy())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_regions(side: int, filters: int, kind: torch.dtype) -> None:
     found = torch.full(wanted.shape, torch.nan)
     sums = torch.full((6, filters), torch.nan)
     profiles = region_profiles(side).numpy()
-    kernels.pooled(as_array(responses), profiles, THRESHOLD, FLOOR, sums.numpy(), found.numpy())
+    patchnet.pooled_roots(as_array(responses), profiles, THRESHOLD, FLOOR, sums.numpy(), found.numpy())
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -45,12 +45,12 @@ def test_windows(side: int, filters: int, kind: torch.dtype) -> None:
     both = torch.cat([exact - THRESHOLD, -exact - THRESHOLD], dim=1).t().unflatten(1, (side, side))
     wanted = functional.avg_pool2d(functional.relu(both), 3, 2).add(FLOOR).sqrt().flatten(1).t()
     found = torch.full(wanted.shape, torch.nan)
-    kernels.window_roots(as_array(responses), side, THRESHOLD, FLOOR, found.numpy())
+    patchnet.window_roots(as_array(responses), side, THRESHOLD, FLOOR, found.numpy())
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_folder_for_the_cache_each_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    assert kernels.compiled(lambda x: x + 1)(1) == 2
+    assert patchnet.compiled(lambda x: x + 1)(1) == 2
     with pytest.raises(RuntimeError):
         numba.njit(cache=True)(lambda x: x + 1)

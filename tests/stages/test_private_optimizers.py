@@ -11,8 +11,7 @@ from tiny_run import Copy, Record, Stopped, run_finetune, stop_at
 from torch import Tensor
 
 from dprandp.dpsgd.clipped_sums import ClippedSums
-from dprandp.dpsgd.optimizers import Optimizer, OptimizerSettings
-from dprandp.models.optimizers import restore
+from dprandp.models.optimizers import Optimizer, OptimizerSettings, restore
 from dprandp.runs import checkpoint
 from dprandp.runs.checkpoint import tensors_from_bytes, tensors_to_bytes
 

@@ -11,8 +11,8 @@ from tiny_run import PROBE, context, make_public, write_blobs
 
 from dprandp.config import schema
 from dprandp.data import open_dataset
-from dprandp.dpsgd import statistics
-from dprandp.dpsgd.statistics import PUBLIC_FOLDER, public_whitener
+from dprandp.dpsgd import features
+from dprandp.dpsgd.features import PUBLIC_FOLDER, public_whitener
 from dprandp.models import whitening
 from dprandp.models.extractor import build_extractor, load_weights
 from dprandp.models.whitening import Whitener
@@ -60,9 +60,9 @@ def test_views_of_each_image_normalise_its_features(run: Path, monkeypatch: pyte
 def test_views_are_random_but_repeat(run: Path) -> None:
     with context(run) as given:
         settings = schema.build("probe", PROBE)
-        first, second = (statistics.synthetic_views(given, settings, 32) for _ in range(2))
-        other = statistics.synthetic_views(given, schema.build("probe", PROBE | {"seed": 1}), 32)
-        crops = statistics.synthetic_views(given, schema.build("probe", PROBE | {"statistics_views": 1}), 32)
+        first, second = (features.synthetic_views(given, settings, 32) for _ in range(2))
+        other = features.synthetic_views(given, schema.build("probe", PROBE | {"seed": 1}), 32)
+        crops = features.synthetic_views(given, schema.build("probe", PROBE | {"statistics_views": 1}), 32)
     assert first.shape == (50, 3, 32, 32)
     assert crops.shape == (25, 3, 32, 32)
     assert first.dtype == crops.dtype == torch.uint8
@@ -81,5 +81,5 @@ def test_a_whitener_is_kept_for_the_same_extractor_alone(run: Path, monkeypatch:
         other = whitener_of(run, **change)
         assert len(folders(run)) == number
         assert not torch.allclose(other.projection, first.projection)
-    monkeypatch.setattr(statistics, "extract_by_ranks", lambda *given: pytest.fail("computed anew"))
+    monkeypatch.setattr(features, "extract_by_ranks", lambda *given: pytest.fail("computed anew"))
     assert torch.equal(whitener_of(run).projection, first.projection)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from dprandp.synth import statistical, steerable
+from dprandp.synth import statistical
 from dprandp.synth.statistical import band_quantiles, match_ranks
 
 RESOLUTION = 32
@@ -103,8 +103,8 @@ def test_colour_holds_exactly_at_the_end(constraints: dict[str, bool]) -> None:
 def slow_images(draws: statistical.Draws) -> np.ndarray:
     """All three constraints ten times, on whole planes with argsort, one channel after the other."""
     size = draws.noise.shape[-1]
-    levels = steerable.levels_for(size)
-    masks = steerable.filters(size, levels)
+    levels = statistical.levels_for(size)
+    masks = statistical.filters(size, levels)
     frequency = np.fft.fftfreq(size)
     result = draws.noise.double().numpy().copy()
 
@@ -125,7 +125,7 @@ def slow_images(draws: statistical.Draws) -> np.ndarray:
                 y = np.fft.ifft2(np.exp(1j * np.angle(np.fft.fft2(x - mean))) / denominator).real
                 x = y / y.std() * deviation + mean
                 spectrum = torch.fft.rfft2(torch.from_numpy(x), norm="ortho")
-                bands = steerable.analyse(spectrum, masks)
+                bands = statistical.analyse(spectrum, masks)
                 bands[0] = torch.from_numpy(ranked(bands[0].numpy(), band_quantiles(shape[:1], 1, size**2)[0]))
                 for level in range(levels):
                     for orientation in range(4):
@@ -134,7 +134,7 @@ def slow_images(draws: statistical.Draws) -> np.ndarray:
                         bands[1 + level][orientation] = torch.from_numpy(
                             ranked(bands[1 + level][orientation].numpy(), wanted)
                         )
-                x = torch.fft.irfft2(steerable.synthesise(bands, spectrum, masks), norm="ortho").numpy()
+                x = torch.fft.irfft2(statistical.synthesise(bands, spectrum, masks), norm="ortho").numpy()
                 x = ranked(x, draws.colours.histogram[image, channel])
             result[image, channel] = x
     return result

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprandp.synth import steerable
+from dprandp.synth import statistical
 
 RESOLUTION, LEVELS = 32, 2
 
@@ -45,7 +45,7 @@ def slow_band(image: np.ndarray, level: int, orientation: int) -> np.ndarray:
 
 def test_bands_equal_the_definition() -> None:
     image = noise(1)
-    bands = steerable.analyse(transform(image), steerable.filters(RESOLUTION, LEVELS))
+    bands = statistical.analyse(transform(image), statistical.filters(RESOLUTION, LEVELS))
     assert [tuple(band.shape) for band in bands] == [(1, 32, 32), (1, 4, 32, 32), (1, 4, 16, 16)]
     for level in range(LEVELS):
         for orientation in range(4):
@@ -55,15 +55,15 @@ def test_bands_equal_the_definition() -> None:
 
 @pytest.mark.parametrize("resolution", [8, 16, 64, 256])
 def test_tight_frame(resolution: int) -> None:
-    levels = steerable.levels_for(resolution)
+    levels = statistical.levels_for(resolution)
     assert levels == {8: 2, 16: 3, 64: 3, 256: 4}[resolution]
-    masks = steerable.filters(resolution, levels)
+    masks = statistical.filters(resolution, levels)
     image = np.random.default_rng(1).standard_normal((2, resolution, resolution))
     spectrum = transform(image)
-    bands = steerable.analyse(spectrum, masks)
+    bands = statistical.analyse(spectrum, masks)
     low = torch.fft.irfft2(spectrum * masks.low_energy.sqrt(), norm="ortho")
     energy = sum(float(band.double().square().sum()) for band in [*bands, low])
     assert energy == pytest.approx(float((image**2).sum()), rel=1e-5)
-    torch.testing.assert_close(steerable.synthesise(bands, spectrum, masks), spectrum, atol=1e-5, rtol=0)
+    torch.testing.assert_close(statistical.synthesise(bands, spectrum, masks), spectrum, atol=1e-5, rtol=0)
     changed = [band * 1.1 for band in bands]  # control
-    assert (steerable.synthesise(changed, spectrum, masks) - spectrum).abs().max() > 0.1
+    assert (statistical.synthesise(changed, spectrum, masks) - spectrum).abs().max() > 0.1
