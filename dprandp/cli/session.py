@@ -32,7 +32,7 @@ from dprandp.config.toml import read as read_toml
 from dprandp.errors import DprandpError, InputError, UsageError
 from dprandp.runs import signals
 from dprandp.runs.console import Console
-from dprandp.runs.directory import STAGES, RunDir
+from dprandp.runs.directory import PRIVATE_STAGES, STAGES, RunDir
 from dprandp.runs.results import StageResult
 
 if TYPE_CHECKING:
@@ -96,7 +96,13 @@ def resolve(
     size = options.size
     if size is None and before:
         size = before[-1].get("size")
+    from dprandp.dpsgd.budget import read_plan_file
+
     inherited: dict[str, Any] = dict(fitting or {})
+    new = stage in PRIVATE_STAGES and recorded.keys().isdisjoint(PRIVATE_STAGES)
+    if new and (fixed := read_plan_file(rundir)) is not None:  # by private tuning
+        budget = fixed.budget
+        inherited |= {"data": budget.data, "epsilon": budget.epsilon, "delta": budget.delta}
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in DECIDED}
         if given.get("source") is None and given.get("recipe") is None and rundir.row("probe").config:

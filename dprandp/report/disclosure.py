@@ -559,7 +559,7 @@ def _tuned_here(tuned: Tuned | None) -> str:
     """The tuning of this run: its data, its trials, its cost."""
     if not tuned:
         return "None in this run: the program chose neither epochs nor settings by results"
-    names = ", ".join(tuned.settings) or "nothing that was finished"
+    names = ", ".join(tuned.settings) or "settings that are not recorded (tune.json is missing)"
     cost = f"ε = {epsilon_text(tuned.charged_epsilon)} by itself, part of the ε above"
     if tuned.on == "private":
         said = (
@@ -573,6 +573,8 @@ def _tuned_here(tuned: Tuned | None) -> str:
         said = f"{names} of the probe, on {what}: {tuned.trials} settings tried under simulated noise, no cost in ε"
         if tuned.charged_epsilon > 0:
             said += f"; before that on the private data, {cost}"
+    if not tuned.settings:
+        return said + "; whether this stage ran with them is not known"
     return said if tuned.used else said + "; the stage ran with other settings"
 
 

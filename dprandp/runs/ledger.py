@@ -26,8 +26,11 @@ from dprandp.privacy.accounting import GaussianEvent, Warn, warn_by_log
 from dprandp.privacy.adaptive import Stage, compose_stages
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.tuning import TuningEvent
-from dprandp.runs.directory import RunDir, result_digest
+from dprandp.runs.directory import RunDir, frozen, result_digest
 from dprandp.runs.files import read_object, storage_errors
+
+TUNING, PRIVATE, TUNE = "tune.json", "private", "tune"
+"""The record of a run's tuning, how it names the private data, and how the ledger names private tuning."""
 
 ALWAYS_PRIVATE = ("probe", "finetune")
 """Stages that always read private data; ``continue`` may read only public data."""
@@ -95,8 +98,8 @@ def open_run_ledger(
 
     Raises:
         CheckpointError: the ledger is lost, damaged, older than the run or of another run; the recorded result of a
-            private stage is not the one that the stage reported; or the budget was changed. StorageError: the disk
-            refuses.
+            private stage, or of private tuning, is not the one that was reported; or the budget was changed.
+            StorageError: the disk refuses.
     """
     path, head = ledger_file(rundir), rundir.ledger_head
     rows = {row.stage: row.result for row in rundir.status() if row.result}
@@ -114,7 +117,14 @@ def open_run_ledger(
             fix=RESTORE,
         )
     planned, model, kept = plan_file(rundir).exists(), _model_head(rundir), rundir.ledger_heads()
+    tuned = _private_tuning(rundir)
     if head is None and model is None and not kept and not path.exists() and not planned:
+        if tuned is not None:
+            raise CheckpointError(
+                f"{rundir.path / TUNING} reports tuning on private data, and this run has no privacy ledger that it "
+                "was charged to",
+                fix=f"{RESTORE}; of another run's tuning take tuned.toml alone",
+            )
         return None
     ledger = Ledger.open(path, read_only=not write, warn=warn, fault_point=fault_point)
     if head is None and ledger.events():  # the run notes its ledger before the first charge
@@ -150,6 +160,13 @@ def open_run_ledger(
         )
     if planned:
         _refuse_changed_budget(ledger, plan_file(rundir))
+    seal = ledger.seals.get(TUNE)
+    if tuned is not None and (seal is None or seal.digest != tuning_digest(tuned)):
+        raise CheckpointError(
+            f"{rundir.path / TUNING} is not what the tuning of this run reported: its hash differs from that in the "
+            "privacy ledger",
+            fix="restore it and the privacy folder together from a copy; of another run's tuning take tuned.toml alone",
+        )
     for stage, result in results.items():
         seal = ledger.seals.get(stage)
         if seal is None or seal.digest != result_digest(result):
@@ -159,6 +176,18 @@ def open_run_ledger(
                 fix="restore run.json and the privacy folder together from a copy",
             )
     return ledger
+
+
+def _private_tuning(rundir: RunDir) -> dict[str, Any] | None:
+    """What tune.json holds, where it says that the tuning was on private data."""
+    path = rundir.path / TUNING
+    record = read_object(path) if path.is_file() else None
+    return record if record is not None and record.get("on") == PRIVATE else None
+
+
+def tuning_digest(record: Any) -> str:
+    """Of tune.json, as it was made or as it was read; where the data lie (``asked``) is not compared."""
+    return result_digest({key: value for key, value in frozen(record).items() if key not in ("asked", "format")})
 
 
 def _model_head(rundir: RunDir) -> str | None:

@@ -16,15 +16,13 @@ from dprandp.config import toml
 from dprandp.errors import CheckpointError
 from dprandp.privacy.accounting import compose
 from dprandp.privacy.ledger import Ledger
-from dprandp.runs.directory import RunDir, frozen, result_digest
+from dprandp.runs.directory import RunDir, frozen
 from dprandp.runs.files import Count, Fraction, Number, Text, atomic_write, read_object, read_record, to_json
-from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file
+from dprandp.runs.ledger import PRIVATE, TUNE, TUNING, ledger_file, open_run_ledger, plan_file, tuning_digest
 from dprandp.runs.results import Tuned
 
-RECORD, SETTINGS = "tune.json", "tuned.toml"
-SYNTHETIC, PRIVATE = "synthetic", "private"
-TUNE = "tune"
-"""As the ledger calls private tuning."""
+RECORD, SETTINGS = TUNING, "tuned.toml"
+SYNTHETIC = "synthetic"
 FORMAT = 1
 
 
@@ -142,7 +140,7 @@ def read_tuning(rundir: RunDir) -> Tuning | None:
 def seal_tuning(rundir: RunDir, record: PrivateTuning) -> None:
     """Keep the hash of what private tuning is about to report in the ledger; the run's lock must be held."""
     ledger = open_run_ledger(rundir, write=True)
-    ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=_digest(record))
+    ledger.seal_result(stage=TUNE, attempt=ledger.last_attempt(TUNE), digest=tuning_digest(record))
     rundir.keep_ledger_head(ledger.head)
 
 
@@ -156,22 +154,6 @@ def hide_duration(rundir: RunDir) -> None:
     files = (rundir.path / SETTINGS, rundir.path / RECORD, ledger_file(rundir), rundir.path / "run.json")
     for path in (*files, *rundir.ledger_heads(), rundir.path, ledger_file(rundir).parent):
         os.utime(path, ns=(begun.st_mtime_ns, begun.st_mtime_ns))
-
-
-def refuse_other_tuning(rundir: RunDir, record: Tuning) -> None:
-    """Raise CheckpointError unless this is what the run's last private tuning reported: its ε is shown again."""
-    ledger = open_run_ledger(rundir)
-    seal = None if ledger is None else ledger.seals.get(TUNE)
-    if seal is None or seal.digest != _digest(record):
-        raise CheckpointError(
-            f"{rundir.path / RECORD} is not what the tuning reported: its hash differs from that in the privacy ledger",
-            fix="restore it and the privacy folder together from a copy, or take the settings of tuned.toml",
-        )
-
-
-def _digest(record: Tuning) -> str:
-    """Of a record as it was made or as it was read; where the data lie is not compared (see ``asked``)."""
-    return result_digest({key: value for key, value in frozen(record).items() if key != "asked"})
 
 
 def tuning_of(rundir: RunDir, ledger: Ledger, delta: float, settings: Mapping[str, float | None]) -> Tuned | None:

@@ -52,6 +52,7 @@ from dprandp.probe import public_part
 from dprandp.probe.head import HeadSettings, begin_head, default_lr, lr_at, released_head, update_head
 from dprandp.runs.context import Context, with_precision
 from dprandp.runs.directory import frozen
+from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.results import ONE_IMAGE
 from dprandp.runs.tuning import (
     PRIVATE,
@@ -65,7 +66,6 @@ from dprandp.runs.tuning import (
     Tuning,
     hide_duration,
     read_tuning,
-    refuse_other_tuning,
     seal_tuning,
     write_tuning,
 )
@@ -92,8 +92,7 @@ def run(config: ProbeConfig, tune: TuneConfig, context: Context) -> Tuning:
     before = read_tuning(context.rundir) if not context.overwrite else None
     if before is not None:
         if _alike(before.asked, asked):
-            if tune.on == PRIVATE:
-                refuse_other_tuning(context.rundir, before)
+            open_run_ledger(context.rundir)  # compares a private one with the ledger: its ε is shown again
             return before
         raise UsageError(
             f"this run was tuned before, on {before.on}, for other settings",

@@ -52,6 +52,8 @@ def test_tune_on_private_data_is_charged(dprandp: Dprandp, run_after: RunAfter, 
     assert "No privacy was spent" not in (run / "report.html").read_text()
     assert "tuning or an unfinished stage has spent ε = 0.18" in (run / "report.html").read_text()
     refused(dprandp("probe", "--run", run, "--data", "npz:tiny.npz", "--eps", 3), 5, "fixed at ε = 2")
+    planned = good(dprandp("probe", "--run", run, "--plan", "--json", before=NO_PIXELS))
+    assert 0.59 < planned["epsilon_after"] <= 0.6  # of the run's budget of 2
     probe = ("probe", "--run", run, "--config", run / "tuned.toml", "--json")
     plan = good(dprandp(*probe, "--plan", before=NO_PIXELS))
     assert charged < good(dprandp(*probe))["epsilon"] == plan["epsilon_after"] <= 0.6

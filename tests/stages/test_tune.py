@@ -41,6 +41,7 @@ from dprandp.privacy.selection import Trial
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.probe.head import HeadSettings
 from dprandp.runs.directory import RunDir, frozen, thawed
+from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.tuning import read_tuning, tuning_of
 from dprandp.tune import TuneConfig, settings_for
 
@@ -278,15 +279,36 @@ def test_an_edited_record_is_not_shown_again(copy: Copy, privately_tuned: Path, 
     chosen = {"lr": 1.0, "steps": 1, "dims": 1}
     for edit in ({"epsilon": 0.01}, {"charged_epsilon": 0.01}, {"noisy_right_answers": 0.01}, {"chosen": chosen}):
         (run / "tune.json").write_text(json.dumps(own | edit))
-        with pytest.raises(CheckpointError, match="not what the tuning reported"):
-            run_tune(run, data, asked={"on": "private"})
+        for command in (lambda: run_tune(run, data, asked={"on": "private"}), lambda: run_probe(run, data)):
+            with pytest.raises(CheckpointError, match="not what the tuning of this run reported"):
+                command()
     (run / "tune.json").unlink()
     tuned = run_probe(run, data)["tuned"]
     assert (tuned["on"], tuned["charged_epsilon"], tuned["used"]) == ("private", own["charged_epsilon"], False)
+    assert "(tune.json is missing)" in (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
     without = copy(privately_tuned)
     shutil.rmtree(without / "privacy")
     with pytest.raises(CheckpointError, match="privacy ledger"):
         run_tune(without, data, asked={"on": "private"})
+
+
+def test_a_record_of_private_tuning_without_its_charge_is_refused(
+    copy: Copy, public_run: Path, privately_tuned: Path, data: str
+) -> None:
+    """Where all that knew of the charge is gone or older, and where the file is of another run."""
+    lost, other, later = copy(privately_tuned), copy(public_run), copy(public_run)
+    shutil.rmtree(lost / "privacy")
+    (lost / ".ledger-head").unlink()
+    shutil.copy(public_run / "run.json", lost / "run.json")
+    shutil.copy(privately_tuned / "tune.json", other)
+    for run in (lost, other):
+        with pytest.raises(CheckpointError, match="no privacy ledger that it was charged to"):
+            probe_as_tuned(run, data) if run == lost else run_probe(run, data)
+        assert not (run / "3-probe/head.safetensors").exists()
+    run_probe(later, data)
+    shutil.copy(privately_tuned / "tune.json", later)
+    with pytest.raises(CheckpointError, match="not what the tuning of this run reported"):
+        open_run_ledger(RunDir.open(later, create=False))
 
 
 def test_everything_that_was_charged_for_tuning_is_disclosed(tmp_path: Path) -> None:
