@@ -320,6 +320,8 @@ class Ledger:
                     f"The privacy ledger {path} is missing.",
                     fix="Restore it: without it the spent budget of this run is unknown.",
                 )
+            if not ledger.path.is_file():
+                raise CheckpointError(f"{path} is not a regular file.", fix="Name a file for the privacy ledger.")
             data = ledger.path.read_bytes()
         lines = data.split(b"\n")
         torn = lines.pop()

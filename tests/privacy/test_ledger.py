@@ -435,3 +435,10 @@ def test_links_to_a_ledger_that_is_still_to_come_are_links_to_one_ledger(path):
     with pytest.raises(StorageError, match="exists already"):
         Ledger.create(second, examples=10)
     assert Ledger.open(second).charged_steps("head", 1) == Ledger.open(path).charged_steps("head", 1) == 2
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/zero", "/"])
+def test_a_device_or_a_folder_is_no_ledger(path: str) -> None:
+    """/dev/zero would be read without an end."""
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Ledger.open(Path(path))
