@@ -194,7 +194,7 @@ def read_unlabelled(path: Path, shape: tuple[int, int, int], rules: Decoding = R
         InputError: missing or damaged; the message names the file.
     """
     if not path.is_file():
-        raise InputError(f"there is no file {path}", fix="check the path")
+        raise InputError(f"there is no file or folder {path}", fix="check the path")
     return _grey_or_rgb(read_image(path, shape[0], shape[1], str(path), rules), shape[2])
 
 

@@ -34,6 +34,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 MAX_BYTES = 8 * MAX_PIXELS
 """Most bytes its file may have: of such an image without any compression, with as much again for metadata."""
 
+TOO_MANY_PIXELS = (f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller")
 TOO_MANY_BYTES = (f"a file of more than {MAX_BYTES // 10**6} million bytes", "make it smaller")
 INCOMPLETE = ("incomplete: a part of its pixels is missing", "replace or remove it")
 """The problem of an incomplete image, and the fix."""
@@ -132,6 +133,8 @@ def _plain_or_why(path: Path, rules: Decoding) -> Image.Image | tuple[str, str, 
             image = None if objection else decoded(path.read_bytes())
             if image is not None:
                 return _plain(image, mark, bits, rules)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return (*TOO_MANY_PIXELS, "")
     except Exception as error:
         # A decoder may raise any exception for a hostile file.
         return "damaged or not an image", "replace or remove it", type(error).__name__
@@ -184,7 +187,7 @@ def sized(image: Image.Image, height: int, width: int) -> Image.Image:
 def _objection(image: Image.Image, path: Path, rules: Decoding) -> tuple[str, str] | None:
     """Why this image is not taken, and what to do; None when it is fine. Size first: later checks may decode."""
     if image.width * image.height > MAX_PIXELS:
-        return f"larger than {MAX_PIXELS // 10**6} million pixels", "make it smaller"
+        return TOO_MANY_PIXELS
     if path.stat().st_size > MAX_BYTES:
         return TOO_MANY_BYTES
     if _has_second_frame(image):

@@ -132,7 +132,7 @@ def test_predict_goes_on_past_an_image_that_cannot_be_read(
         "scans/broken.png", "scans/deep/0.png", "scans/deep/1.png", "none.png"
     ]  # fmt: skip
     assert "error: scans/broken.png is damaged or not an image" in lines[0]
-    assert "error: there is no file none.png" in lines[3]
+    assert "error: there is no file or folder none.png" in lines[3]
     done = dprandp(*command, "--json", folder=tmp_path)
     assert (done.code, done.json["images"], done.json["unreadable"]) == (3, 4, 2)
     written = dprandp(*command, "--json", "--out", out, folder=tmp_path)

@@ -65,7 +65,7 @@ def test_a_folder_is_taken_as_it_is(model: ReleasedModel, mixed: Path, monkeypat
     assert [row["class"] for row in again] == [row["class"] for row in rows]
     with pytest.raises(InputError, match="damaged"):
         predict(model, [mixed])
-    assert rows_of(model, mixed / "none.png")[0]["error"] == f"there is no file {mixed / 'none.png'}"
+    assert rows_of(model, mixed / "none.png")[0]["error"] == f"there is no file or folder {mixed / 'none.png'}"
 
 
 def test_files_hold_every_row(model: ReleasedModel, mixed: Path, tmp_path: Path) -> None:
