@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,6 +364,9 @@ def load_model(path: Path | str, *, trust_code: bool = False) -> ReleasedModel:
     if trust_code:
         allow_code()
     path = Path(path)
-    if (path / "run.json").exists():
-        return release.load_run_model(RunDir.open(path, create=False))
-    return release.load_model(path)
+    if not (path / "run.json").exists():
+        return release.load_model(path)
+    model = release.load_run_model(RunDir.open(path, create=False))
+    if model.spent_since is not None:
+        warnings.warn(model.spent_since, stacklevel=2)
+    return model

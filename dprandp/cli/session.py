@@ -285,22 +285,16 @@ def released_model(run: Path, folder: Path | None):
     Raises:
         InputError: there is none. CheckpointError: it is damaged, or contradicts the run's ledger.
     """
-    from dprandp.dpsgd.budget import read_budget
     from dprandp.release import load_model, load_run_model
-    from dprandp.report.disclosure import epsilon_text
 
     if folder is not None:
         model = load_model(folder)
     else:
         if not run.exists():
             raise InputError(f"there is no run at {run}", fix="name the run that made the model: --run DIR")
-        rundir = RunDir.open(run, create=False)
-        model, budget = load_run_model(rundir), read_budget(rundir)
-        if budget is not None and budget.spent > model.result.epsilon * (1 + 1e-6):
-            current.warn(
-                f"this model's ε = {epsilon_text(model.result.epsilon)} is its own; the run has spent "
-                f"ε = {epsilon_text(budget.spent)} by now, in a stage that is not finished"
-            )
+        model = load_run_model(RunDir.open(run, create=False))
+        if model.spent_since is not None:
+            current.warn(model.spent_since)
     if model.not_private_because is not None:
         current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
     return model

@@ -150,7 +150,10 @@ def collected(files: Sequence[Path]) -> Comparison:
         private = [row for row in own if row.private]
         runs = {row.run: _run_of(row, path) for row in private}
         if None in runs.values():
+            apart = list({row.ledger_head or row.run: row for row in private}.values())
             together += stored
+            together += [each for each in with_lost([], apart, []) if not any(
+                len(one.runs) >= len(each.runs) and {*each.runs} <= {*one.runs} for one in stored)]  # fmt: skip
             exposed += public
             notes.append(f"not all runs of {path} are there: what they have spent is what the sweep has written down")
             if len(files) > 1:

@@ -10,7 +10,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class ReleasedModel:
         decoding: the rules by which image files are read.
         result: of the stage that made the model: test metrics and the privacy disclosure.
         content: name -> bytes of the files, as they were verified.
+        run_epsilon: what its run has spent by now, where that is more than the result states; None where it is not, or
+            where no run stands behind the model.
     """
 
     network: Classifier
@@ -65,6 +67,17 @@ class ReleasedModel:
     decoding: Decoding
     result: PrivateResult
     content: dict[str, bytes]
+    run_epsilon: float | None = None
+
+    @property
+    def spent_since(self) -> str | None:
+        """What whoever uses the model should know of its run's ε; None where nothing was spent since."""
+        if self.run_epsilon is None:
+            return None
+        return (
+            f"this model's ε = {rounded_up(self.result.epsilon)} is its own; the run has spent "
+            f"ε = {rounded_up(self.run_epsilon)} by now, in a stage that is not finished"
+        )
 
     @property
     def sha256(self) -> str:
@@ -160,7 +173,8 @@ def load_run_model(rundir: RunDir) -> ReleasedModel:
             f"the weights in {rundir.model_dir} are not those of its result: their hash is another",
             fix="restore the run's model folder from a copy",
         )
-    return model
+    spent = ledger.spent(model.result.delta).upper
+    return replace(model, run_epsilon=spent) if spent > model.result.epsilon * (1 + 1e-6) else model
 
 
 def _config(path: Path, data: bytes) -> dict[str, Any]:
@@ -284,6 +298,7 @@ class Export:
     sha256: str  # of the model's weights, in its metadata too
     largest_difference: float | None  # of a probability between a graph and the model in float32, on synthetic images
     evaluated_difference: float | None  # the same of the model in the precision in which it was evaluated
+    run_epsilon: float | None  # of the run by now, where it has spent more than the model's ε
 
 
 def export(
@@ -343,7 +358,8 @@ def export(
         files, size = (target.name,), len(data)
     result = model.result
     return Export(
-        str(target), format, files, size, reason is None, result.epsilon, result.delta, model.sha256, apart, evaluated
+        str(target), format, files, size, reason is None, result.epsilon, result.delta, model.sha256, apart, evaluated,
+        model.run_epsilon,
     )
 
 

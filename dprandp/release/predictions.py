@@ -164,12 +164,13 @@ def answer(
 
     Returns:
         data, private, out, predictions (None where they were not kept), images, unreadable, skipped_files,
-        skipped_kinds.
+        skipped_kinds; and epsilon and run_epsilon where the run has spent more than the model's result states.
 
     Raises:
         UsageError: see ``refuse_target``. StorageError: the disk refuses.
     """
     about = {"data": model.result.data, "private": model.not_private_because is None}
+    since = {} if model.run_epsilon is None else {"epsilon": model.result.epsilon, "run_epsilon": model.run_epsilon}
     kept: list[Row] | None = [] if keep and out is None else None
     lines, images, unreadable = Lines(), 0, 0
     with contextlib.nullcontext() if out is None else WRITERS[out.suffix.lower()](out, model, about) as write:
@@ -184,6 +185,7 @@ def answer(
                 say(lines(rows))
     return {
         **about,
+        **since,
         "out": None if out is None else str(out),
         "predictions": kept,
         "images": images,

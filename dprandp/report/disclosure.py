@@ -221,11 +221,12 @@ def privacy_sentence(result: PrivateResult, epsilon: float | None = None, *, exa
     exact = result.sample_rate == 1 if exact is None else exact
     if result.tuned and result.tuned.charged_epsilon > 0:
         exact = False  # ε includes private tuning, which is no Gaussian mechanism
+    released = "released up to the end of this stage" if epsilon is None else "has released so far"
     known, hidden = "every training image but one", "that image"
     if several_images(result):
         known, hidden = f"every training image but those of one {noun(result)}", f"that {noun(result)}"
     return (
-        f"Suppose an attacker knows {known}, sees all that this run released, and accepts "
+        f"Suppose an attacker knows {known}, sees all that this run {released}, and accepts "
         f"1\u00a0% false alarms: the presence of {hidden} is then detected {'at most' if exact else 'at most about'} "
         f"{percent(rate, up=True)} of the time, where guessing gives 1\u00a0%."
         + (f" This is about training images: --allow-shared-units let the same {noun(result)} have images in the test "

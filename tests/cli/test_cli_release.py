@@ -16,6 +16,7 @@ import pytest
 from cli_process import Dprandp, arrays, good, refused, state_of
 from PIL import Image
 
+from dprandp import api
 from dprandp.dpsgd.release import MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, StorageError, UsageError
 from dprandp.release import EXPORTED_FILES, export, load_model, predict
@@ -393,3 +394,10 @@ def test_what_a_run_has_spent_since_its_model_is_told(dprandp: Dprandp, run_afte
     for command in commands:
         said = dprandp(*command, "--run", run).err
         assert "this model's ε = 0.6 is its own; the run has spent ε = " in " ".join(said.split()), said
+    told = [dprandp("predict", "--data", "npz:tiny.npz", "--run", run, "--json", "--quiet").json,
+            dprandp("export", "--out", tmp_path / "second", "--run", run, "--json", "--quiet").json]  # fmt: skip
+    assert all(answer["run_epsilon"] > answer["epsilon"] for answer in told)
+    with pytest.warns(UserWarning, match="the run has spent"):
+        api.load_model(run)
+    card = (tmp_path / "second/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "sees all that this run released up to the end of this stage" in card

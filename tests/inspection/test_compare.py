@@ -453,6 +453,26 @@ def test_runs_that_were_deleted_and_made_again_count_twice(make: Make, tmp_path:
     assert unknown.epsilon is None
 
 
+def test_results_of_two_machines_in_one_file_are_added_up(make: Make, tmp_path: Path) -> None:
+    """Their runs have the same paths, and are not there. The control: the lines of one machine, also twice."""
+    lines_of = []
+    for _ in range(2):
+        paths = [make(f"sweep/{name}", (100, 40.0)) for name in "xy"]
+        found = compare(paths)
+        file = results_of(tmp_path / "sweep/results.jsonl", *paths, **vars(found.together[0]))
+        lines_of.append(file.read_text())
+        shutil.rmtree(tmp_path / "sweep")
+    (tmp_path / "merged").mkdir()
+    one, both, bare = (tmp_path / "merged" / name for name in ("one.jsonl", "both.jsonl", "bare.jsonl"))
+    one.write_text("\n".join([lines_of[0], lines_of[0]]))
+    both.write_text("\n".join(lines_of))
+    bare.write_text("\n".join(line for line in lines_of[0].splitlines() if "together" not in json.loads(line)))
+    each = found.runs[0].epsilon
+    assert max(total.epsilon for total in compare([one]).together) == found.together[0].epsilon
+    assert max(total.epsilon for total in compare([both]).together) == pytest.approx(4 * each)
+    assert [total.epsilon for total in compare([bare]).together] == [pytest.approx(2 * each)]
+
+
 def test_two_copies_of_a_run_that_go_on_have_different_ledgers(make: Make, tmp_path: Path) -> None:
     """Also where they do the same, so that neither is taken for the other."""
     first = make("a", (100, 40.0))
