@@ -101,8 +101,7 @@ def resolve(
     inherited: dict[str, Any] = dict(fitting or {})
     new = stage in PRIVATE_STAGES and recorded.keys().isdisjoint(PRIVATE_STAGES)
     if new and (fixed := read_plan_file(rundir)) is not None:  # by private tuning
-        budget = fixed.budget
-        inherited |= {"data": budget.data, "epsilon": budget.epsilon, "delta": budget.delta}
+        inherited |= {"data": fixed.budget.data, "epsilon": fixed.budget.epsilon}  # δ has the same default
     if stage == "finetune" and given.get("source") not in WITHOUT_PHASE_ONE and "probe" in recorded:
         inherited |= {k: v for k, v in recorded["probe"].items() if k in DECIDED}
         if given.get("source") is None and given.get("recipe") is None and rundir.row("probe").config:

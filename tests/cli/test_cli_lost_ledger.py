@@ -127,10 +127,17 @@ def test_refused_after_a_finetune(dprandp: Dprandp, run_after: RunAfter, stages:
         refuses(dprandp, run, "status", "report", "finetune afresh", "predict", "audit")
 
 
+def forget_notes(run: Path) -> None:
+    """What would tell of a ledger beside run.json: the model, and the files with its head."""
+    shutil.rmtree(run / "model")
+    for path in run.rglob("*ledger-head"):
+        path.unlink()
+
+
 def leave_the_results_alone(run: Path) -> None:
     LOSSES["the head forgotten"](run)
     shutil.rmtree(run / "privacy")
-    shutil.rmtree(run / "model")
+    forget_notes(run)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES.values(), leave_the_results_alone], ids=[*LOSSES, "the results left alone"])
@@ -279,7 +286,7 @@ def test_overwrite_does_not_make_the_run_forget(dprandp: Dprandp, run_after: Run
     done = dprandp(*again, DPRANDP_FAULT="update-applied:1")
     assert done.code == -9, done.err
     assert json.loads((run / "run.json").read_text())["stages"]["probe"]["result"] == {}
-    shutil.rmtree(run / "model")  # which would tell as well
+    forget_notes(run)
     for loss in ("the header alone", "no folder"):
         LOSSES[loss](run)
         refused(dprandp(*again), 4, "ledger")

@@ -88,8 +88,9 @@ def test_a_patchnet_of_one_precision_is_the_same_on_every_machine(
         probabilities = load_model(run / "model").probabilities(np.zeros((1, 16, 16, 3), np.uint8))
         assert probabilities.isfinite().all()
     np.testing.assert_array_equal(found["1", 1], found["0", 1])
-    # the whitening's statistics are sums in another order, whose last digit may round a bfloat16 number the other way
-    np.testing.assert_allclose(found["1", 3], found["1", 1], atol=1e-5 if kind == "float32" else 1e-2)
+    # the whitening's statistics are sums in another order, whose last digit may round a bfloat16 number the other way,
+    # and features are stored as float16
+    np.testing.assert_allclose(found["1", 3], found["1", 1], rtol=2e-3, atol=1e-5 if kind == "float32" else 1e-2)
     apart = np.abs(found["1", 3] - found["1", 1]).mean()
     assert apart < 1e-3 * np.abs(found["1", 1]).mean() or kind == "bfloat16"
     assert apart < 1e-2 * np.abs(found["1", 1]).mean()
