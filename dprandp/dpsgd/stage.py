@@ -52,10 +52,10 @@ from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
 from dprandp.runs.directory import STAGES, RunDir, result_digest
 from dprandp.runs.files import atomic_write, to_json
-from dprandp.runs.ledger import ledger_file, open_run_ledger, plan_file, remove_uncharged, sealed_budget
+from dprandp.runs.ledger import TUNE, ledger_file, open_run_ledger, plan_file, remove_uncharged, sealed_budget
 from dprandp.runs.results import Guarantee, OtherCharge, PrivateResult
 
-CONTINUE, TUNE = "continue", "tune"
+CONTINUE = "continue"
 
 
 @dataclass(frozen=True)
