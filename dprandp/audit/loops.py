@@ -318,8 +318,7 @@ def made_up_images(
     spec = DataSpec(
         name="audit", title="Synthetic images with random labels", classes=tuple(map(str, range(kind.classes))),
         train_examples=count, test_examples=0, channels=3, height=drawn.shape[1], width=drawn.shape[2],
-        source="the run's own synthetic images", licence="none", citation="none", flip_ok=flip,
-        multi_label=kind.multi_label, class_shares=kind.class_shares,
+        flip_ok=flip, multi_label=kind.multi_label, class_shares=kind.class_shares,
         unit_column=None if units is None else "unit", unit_count=None if units is None else records,
     )  # fmt: skip
     return Dataset(spec, lambda split: (drawn, labels), units=units), Split(drawn, labels)

@@ -49,14 +49,13 @@ class DataSpec:
             shares are declared.
         train_examples: N, treated as public, and disclosed as such.
         channels: 1 (grey) or 3 (RGB). height, width: in pixels.
-        source: where it comes from, and its split where that is ours.
         flip_ok: whether a mirrored image keeps its label. False for characters and for images where left and right
             carry meaning; also where it is not declared.
         unit_column: the column that says which images form one unit of privacy; None where each image is one.
         unit_count: the number of those units, public like N; None where each image is one.
         published_delta: the δ at which results for this data set are published; None where there is no such custom.
         decoding: the declared rules by which its image files are read.
-        split_rule: how its splits were made, in words, where that was declared.
+        split_rule: how its splits are made, in words, where the data do not come with these.
     """
 
     name: str
@@ -67,9 +66,6 @@ class DataSpec:
     channels: int
     height: int
     width: int
-    source: str
-    licence: str
-    citation: str
     flip_ok: bool
     unit_column: str | None = None
     unit_count: int | None = None
@@ -121,10 +117,9 @@ def users_spec(
 ) -> DataSpec:
     """The declaration of ``npz:PATH`` or ``folder:PATH``: examples of train and test; height, width, channels."""
     height, width, channels = shape
-    source = f"a {'folder' if kind == 'folder' else 'file'} of the user's"
     return DataSpec(
-        f"{kind}:{path}", title, classes, *examples, channels, height, width, source, "not stated", "not stated",
-        flip_ok=False, unit_column=units and units.column, unit_count=units and units.count,
+        f"{kind}:{path}", title, classes, *examples, channels, height, width, flip_ok=False,
+        unit_column=units and units.column, unit_count=units and units.count,
     )  # fmt: skip
 
 

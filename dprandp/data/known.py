@@ -242,8 +242,6 @@ poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew 
 squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
 wardrobe whale willow_tree wolf woman worm"""
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-_CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-_KRIZHEVSKY = "Krizhevsky 2009, Learning multiple layers of features from tiny images"
 _CIFAR_PUT = "the unpacked folder {folder}/ of the {title} python version that Krizhevsky's CIFAR page publishes"
 
 
@@ -259,38 +257,32 @@ def _row(spec: DataSpec, read: Callable[..., Arrays], missing: Callable[[Path], 
 
 
 _ROWS = (
-    _row(DataSpec("digits", "Optical recognition of handwritten digits", _TEN_DIGITS, 1440, 357, 1, 8, 8,
-                  "the part of UCI optdigits that scikit-learn ships; test split: every fifth block of ten, by "
-                  "position",
-                  "CC BY 4.0", "Alpaydin & Kaynak 1998, UCI Machine Learning Repository", flip_ok=False),
+    _row(DataSpec("digits", "Optical recognition of handwritten digits", _TEN_DIGITS, 1440, 357, 1, 8, 8, flip_ok=False,
+                  split_rule="every fifth block of ten images in the test split"),
          _read_digits, _files(), "nothing (it comes with scikit-learn)", None),
-    _row(DataSpec("cifar10", "CIFAR-10", tuple(_CIFAR10.split()), 50_000, 10_000, 3, 32, 32, _CIFAR_PAGE, "not stated",
-                  _KRIZHEVSKY, flip_ok=True, published_delta=PUBLISHED_DELTA),
+    _row(DataSpec("cifar10", "CIFAR-10", tuple(_CIFAR10.split()), 50_000, 10_000, 3, 32, 32, flip_ok=True,
+                  published_delta=PUBLISHED_DELTA),
          _read_cifar, functools.partial(_cifar_missing, "CIFAR10"),
          "cifar10.npz (plain arrays x_train y_train x_test y_test, uint8 [N, 32, 32, 3]) or "
          + _CIFAR_PUT.format(folder="cifar-10-batches-py", title="CIFAR-10"), "CIFAR10"),
     _row(DataSpec("cifar100", "CIFAR-100 (fine labels)", tuple(_CIFAR100.split()), 50_000, 10_000, 3, 32, 32,
-                  _CIFAR_PAGE, "not stated", _KRIZHEVSKY, flip_ok=True, published_delta=PUBLISHED_DELTA),
+                  flip_ok=True, published_delta=PUBLISHED_DELTA),
          _read_cifar, functools.partial(_cifar_missing, "CIFAR100"),
          _CIFAR_PUT.format(folder="cifar-100-python", title="CIFAR-100"), "CIFAR100"),
-    _row(DataSpec("mnist", "MNIST", _TEN_DIGITS, 60_000, 10_000, 1, 28, 28, "http://yann.lecun.com/exdb/mnist/",
-                  "not stated", "LeCun et al. 1998, Proceedings of the IEEE 86(11)", flip_ok=False,
+    _row(DataSpec("mnist", "MNIST", _TEN_DIGITS, 60_000, 10_000, 1, 28, 28, flip_ok=False,
                   published_delta=PUBLISHED_DELTA),
          functools.partial(_read_idx, "MNIST"), _files(*_idx_names("MNIST")),
          "the four unpacked idx files (…-ubyte) of LeCun's MNIST page under MNIST/raw/", "MNIST"),
     _row(DataSpec("fashion-mnist", "Fashion-MNIST", _FASHION, 60_000, 10_000, 1, 28, 28,
-                  "https://github.com/zalandoresearch/fashion-mnist", "MIT", "Xiao et al. 2017, arXiv:1708.07747",
                   flip_ok=True, published_delta=PUBLISHED_DELTA),
          functools.partial(_read_idx, "FashionMNIST"), _files(*_idx_names("FashionMNIST")),
          "the four unpacked idx files (…-ubyte) of Zalando's Fashion-MNIST under FashionMNIST/raw/", "FashionMNIST"),
     _row(DataSpec("svhn", "Street View House Numbers, cropped digits", _TEN_DIGITS, 73_257, 26_032, 3, 32, 32,
-                  "http://ufldl.stanford.edu/housenumbers/", "non-commercial use",
-                  "Netzer et al. 2011, NIPS workshop on deep learning", flip_ok=False),
+                  flip_ok=False),
          _read_svhn, _files("train_32x32.mat", "test_32x32.mat"),
          "train_32x32.mat and test_32x32.mat (format 2, cropped digits) of Stanford's housenumbers page", "SVHN"),
-    _row(DataSpec("eurosat", "EuroSAT (RGB)", tuple(_LAND.split()), 21_600, 5_400, 3, 64, 64,
-                  "https://github.com/phelber/eurosat; test split: every fifth image of a class, by file name", "MIT",
-                  "Helber et al. 2019, IEEE JSTARS 12(7)", flip_ok=True),
+    _row(DataSpec("eurosat", "EuroSAT (RGB)", tuple(_LAND.split()), 21_600, 5_400, 3, 64, 64, flip_ok=True,
+                  split_rule="every fifth image of a class, by file name, in the test split"),
          _read_eurosat, _eurosat_missing,
          f"the ten class folders of the RGB archive of Helber's EuroSAT under {_EUROSAT}/", "EuroSAT"),
 )  # fmt: skip
@@ -326,12 +318,10 @@ def _medical_spec(flag: str, side: int = 28) -> DataSpec:
         channels=info["n_channels"],
         height=side,
         width=side,
-        source="https://medmnist.com (MedMNIST v2); official training and test splits",
-        licence=info["license"],
-        citation="Yang et al. 2023, Scientific Data 10:41, and the source data set",
         flip_ok=FLIP_OK[flag],
         multi_label=info["task"].startswith("multi-label"),
         ordinal=info["task"] == "ordinal-regression",
+        split_rule="the validation images are not used",
     )
 
 

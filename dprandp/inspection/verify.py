@@ -18,7 +18,7 @@ from typing import Any
 from dprandp.dpsgd.budget import read_budget, read_plan_file
 from dprandp.dpsgd.release import card_of
 from dprandp.errors import AuditError, CheckpointError, InputError
-from dprandp.inspection import OK, attempt, exit_code
+from dprandp.inspection import OK, Check, attempt, exit_code
 from dprandp.privacy.accounting import Event, GaussianEvent, compose
 from dprandp.privacy.opinions import second_opinions
 from dprandp.privacy.selection import SelectionPlan
@@ -37,23 +37,13 @@ theorem: the two turn Rényi DP into ε in different ways, and try different ord
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One claim of a run."""
-
-    name: str
-    passed: bool
-    found: str
-    code: int  # exit code where it does not hold, else 0
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Whether a run's claims hold."""
 
     run: str  # path
     passed: bool
     exit_code: int  # 0, or that of the first claim that does not hold: 1 for an ε that is too low, else 4
-    checks: list[Claim]
+    checks: list[Check]
 
 
 def verify(rundir: RunDir) -> Verdict:
@@ -78,14 +68,13 @@ def verify(rundir: RunDir) -> Verdict:
     for stage, result in results.items():
         checks += attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result))
     checks += attempt("model", lambda: _model(rundir, results))
-    claims = [Claim(each.name, each.state == OK, each.found, each.code) for each in checks]
     code = exit_code(checks)
-    return Verdict(str(rundir.path), code == 0, code, claims)
+    return Verdict(str(rundir.path), code == 0, code, checks)
 
 
 def verify_lines(verdict: Verdict) -> str:
     """``verify`` for people."""
-    rows = [f"{'holds' if each.passed else 'FAILS':<6} {each.name:<16} {each.found}" for each in verdict.checks]
+    rows = [f"{'holds' if each.state == OK else 'FAILS':<6} {each.name:<16} {each.found}" for each in verdict.checks]
     rows.append("all claims hold" if verdict.passed else "the run's claims DO NOT HOLD: do not rely on them")
     return "\n".join(rows)
 
