@@ -18,11 +18,14 @@ from benchmark import finetuning, probe
 from benchmark.memory import peak_in_child
 from benchmark.timing import Work, alternate, ratios, spread
 from dprandp import generate
-from dprandp.config.schema import GenerateConfig
+from dprandp.config.schema import GenerateConfig, PretrainConfig
+from dprandp.models.extractor import build_extractor
+from dprandp.pretrain.contrastive import ContrastiveTrainer
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir
 from dprandp.synth import stylegan
+from dprandp.vision.images import ImageSet
 
 Say = Callable[[str], None]
 
@@ -71,6 +74,26 @@ def _stage(scale: str, count: int) -> Work:
     return work
 
 
+def _pretraining(scale: str, count: int) -> Work:
+    """Five contrastive steps on memory-mapped images of noise, in shards as ``generate`` writes them."""
+    arch, resolution, batch, shard = {"full": ("wrn-16-4", 64, 64, 5000), "tiny": ("wrn-10-1", 8, 2, 2)}[scale]
+    draw, parts = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        for block in range(count // shard):
+            path = Path(folder) / f"{block}.npy"
+            np.save(path, draw.integers(256, size=(shard, resolution, resolution, 3), dtype=np.uint8))
+            parts.append(np.load(path, mmap_mode="r"))  # keeps the file after the folder is removed
+    config = PretrainConfig(arch=arch, batch_size=batch, projection_hidden=64, steps=10_000, precision="float32")
+    trainer = ContrastiveTrainer(build_extractor(config), config, ImageSet(parts))
+    steps = iter(range(config.steps))
+
+    def work() -> None:
+        for _ in range(5):
+            trainer.step(next(steps))
+
+    return work
+
+
 def _sizes(*full: int, tiny: tuple[int, ...] = (2, 4)) -> dict[str, tuple[int, ...]]:
     return {"full": full, "tiny": tiny}
 
@@ -95,6 +118,10 @@ CURVES: dict[str, Curve] = {
     ),
     "generator-images": Curve(
         "generate, dead-leaves at 32 px", "images", _sizes(500, 1000, 2000, 4000, tiny=(100, 200)), _stage
+    ),
+    "pretraining-images": Curve(
+        "five contrastive steps, wrn-16-4, 64 images of 64 px each", "images, memory-mapped",
+        _sizes(10_000, 20_000, 40_000), _pretraining,
     ),
 }  # fmt: skip
 
