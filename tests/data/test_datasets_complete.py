@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dprandp.data import open_dataset, read_unlabelled
+from dprandp.data import decode, open_dataset, read_unlabelled
 from dprandp.data.decode import decoded, read_images
 from dprandp.errors import InputError
 
@@ -162,6 +162,33 @@ def test_a_stream_that_ends_early(name: str) -> None:
             cuts = [whole[:length] + b"\xff\xd9" for length in spread(len(whole) - 4, 100)]
             cuts += [whole[:length] + bytes(len(whole) - length) for length in spread(len(whole) - 4)]
         assert assert_refused_or_the_same(whole, cuts) > 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"restart_marker_blocks": 3}, {"progressive": True}])
+def test_a_large_jpeg_that_ends_early(options: dict[str, object]) -> None:
+    """Of a large one, a few blocks in the last corner may be lost, and nothing else."""
+    for image in ("noise", "smooth"):
+        large = picture(image).resize((200, 150))
+        for mode in ("RGB", "L"):
+            whole = file_of(large, "JPEG", mode, **options)
+            np.testing.assert_array_equal(pixels(whole), np.asarray(Image.open(io.BytesIO(whole)).convert("RGB")))
+            for lost in (*range(1, 30), *range(30, len(whole) - 700, 211)):
+                got = pixels(whole[: -2 - lost] + b"\xff\xd9")
+                if got is None:
+                    continue
+                assert lost < 24
+                changed = (got != pixels(whole)).any(axis=-1)
+                assert not changed[:-16].any()
+                assert not changed[:, :-64].any()
+
+
+def test_a_large_jpeg_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, on_canvas = [], decode._on_canvas
+    monkeypatch.setattr(decode, "_on_canvas", lambda data, value: loads.append(value) or on_canvas(data, value))
+    assert decoded(file_of(picture().resize((200, 150)), "JPEG")) is not None
+    assert loads == [0]
+    assert decoded(file_of(picture(), "JPEG")) is not None  # a positive control: a small one is compared
+    assert len(loads) > 2
 
 
 # ------------------------------------------------------------------------------------------------- files that are whole
