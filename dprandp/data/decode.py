@@ -92,7 +92,7 @@ def decode_all(
         made = _plain_or_why(path, rules)
         if isinstance(made, Image.Image):
             images[index] = _pixels(made, size, size, rules)
-            hashes[index] = grey_hash(np.asarray(made.convert("L")))
+            hashes[index] = grey_hash(np.asarray(_in_mode(made, "L")))
         else:
             kind, fix, more = made
             refused.append((kind, fix, f"{path} {more}".strip()))
@@ -142,8 +142,13 @@ def _plain_or_why(path: Path, rules: Decoding) -> Image.Image | tuple[str, str, 
 
 
 def _pixels(image: Image.Image, height: int, width: int, rules: Decoding) -> np.ndarray:
-    plain = image.convert("L" if rules.channels == 1 else "RGB")
+    plain = _in_mode(image, "L" if rules.channels == 1 else "RGB")
     return np.asarray(sized(plain, height, width)).reshape(height, width, rules.channels)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Pillow's ``convert``, without a copy of what is of that mode."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.Image:
@@ -157,7 +162,7 @@ def _plain(image: Image.Image, mark: int, bits: int, rules: Decoding) -> Image.I
     elif _is_transparent(image):
         behind = Image.new("RGBA", image.size, (*rules.behind, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = _in_mode(image, "RGB")
     if mark not in _TURN or is_tiff == (rules.orientation == "apply"):  # Pillow has turned a TIFF itself
         return image
     return image.transpose(_TURN[_BACK.get(mark, mark) if is_tiff else mark])
@@ -269,8 +274,9 @@ _READ_AHEAD = b"\xfe" * 8
 """As many bytes as libjpeg reads beyond those that it needs; of the longest codes, so that they fill few blocks."""
 
 _MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
-_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
-_AFTER_SCAN = re.compile(rb"\xff+[^\xff\x00\xd0-\xd7]", re.DOTALL)  # 0xFF 0x00 stands for a byte 0xFF of the data
+# any number of 0xFF may come before a marker; patterns that begin with one of them are searched for fifty times as fast
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_AFTER_SCAN = re.compile(rb"\xff[^\xff\x00\xd0-\xd7]", re.DOTALL)  # 0xFF 0x00 stands for a byte 0xFF of the data
 _EOI, _SOS, _DRI = 0xD9, 0xDA, 0xDD
 _ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # markers without a segment
 _COMPRESSION, _STRIP_OFFSETS, _STRIP_BYTES = 259, 273, 279
@@ -363,6 +369,8 @@ def _ends_of_scans(data: bytes, image: Image.Image) -> list[int] | None:
             first, last, bits = body[1 + 2 * body[0] :][:3] if "progressive" in image.info else (0, 63, 0)
             missing_bits |= {(name, k): bits & 15 for name in scanned for k in range(first, last + 1)}
             end = _found(_AFTER_SCAN, data, position).start()
+            while data[end - 1] == 0xFF:
+                end -= 1
             if interval and len(_RESTART.findall(data, position, end)) < _restarts(image, scanned, interval):
                 return None
             ends.append(end)

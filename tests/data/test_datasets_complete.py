@@ -182,6 +182,14 @@ def test_a_large_jpeg_that_ends_early(options: dict[str, object]) -> None:
                 assert not changed[:, :-64].any()
 
 
+def test_a_marker_may_have_any_number_of_bytes_before_it() -> None:
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}):
+        for side in (SIDE, 200):
+            whole = file_of(picture().resize((side, side)), "JPEG", **options)
+            longer = whole[:-2] + b"\xff\xff\xff" + whole[-2:]
+            np.testing.assert_array_equal(pixels(longer), pixels(whole))
+
+
 def test_a_large_jpeg_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loads, on_canvas = [], decode._on_canvas
     monkeypatch.setattr(decode, "_on_canvas", lambda data, value: loads.append(value) or on_canvas(data, value))
