@@ -209,7 +209,7 @@ def fit_private_head(
     Raises:
         UsageError: shapes that do not fit, or a value out of its range. BudgetError: too little is left in the ledger,
         or it was begun with another budget. CheckpointError: the ledger is damaged. StorageError: it cannot be written,
-        or another process writes to it.
+        another process writes to it, or it was removed or replaced during the fit: then there is no head.
     """
     if not isinstance(ledger, str | os.PathLike):
         raise UsageError(f"ledger is {ledger!r}", fix="name a file: without a ledger nobody knows what was spent")
@@ -253,6 +253,7 @@ def fit_private_head(
     for step in mechanism.steps():
         clipped = clipped_softmax_sum(rows, targets, state["head"], clip_norm)
         update_head(state, step.release({"head": clipped})["head"], settings, step.number, steps)
+    opened.require_in_place()
     return PrivateHead(released_head(state, settings), opened.spent(delta).upper, delta, plan.noise_multiplier)
 
 

@@ -41,7 +41,7 @@ from dprandp.dpsgd.budget import read_budget
 from dprandp.dpsgd.features import PUBLIC_FOLDER
 from dprandp.errors import DprandpError, InputError, UsageError, nearest
 from dprandp.inspection import compare
-from dprandp.inspection.compare import Comparison, Together, collected
+from dprandp.inspection.compare import RESULTS, Comparison, Together, collected
 from dprandp.pipeline.plan import plan_after
 from dprandp.privacy.adaptive import Stage
 from dprandp.report import page
@@ -52,7 +52,7 @@ from dprandp.runs.directory import RunDir, looks_like_a_run
 from dprandp.runs.files import atomic_write, to_json
 from dprandp.runs.ledger import combined, open_run_ledger
 
-RESULTS, COMMON = "results.jsonl", "shared"
+COMMON = "shared"
 SHARED = ("generate", "pretrain")
 
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import dprandp
 from dprandp import api
 from dprandp.config.schema import GenerateConfig
-from dprandp.errors import BudgetError, InputError, UsageError
+from dprandp.errors import BudgetError, InputError, StorageError, UsageError
 from dprandp.generate import blocks_of
 from dprandp.privacy.ledger import Ledger
 from dprandp.synth import render_block
@@ -115,6 +116,35 @@ def test_the_noise_is_that_of_the_plan(tmp_path: Path) -> None:
     assert abs(float(made.weights.std()) / expected - 1) < 0.06  # 4,000 numbers: five standard deviations
     assert not abs(float(made.weights.std()) / (expected / 2) - 1) < 0.06  # the control: half the noise
     assert made.noise_multiplier == dprandp.noise_multiplier(1.0, made.delta, steps=1)
+
+
+@pytest.mark.parametrize("change", ["older copy", "removed", "longer", None])
+def test_a_ledger_that_is_exchanged_during_a_fit_gives_no_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
+) -> None:
+    """Its charge would be in no file, and the next head would have a budget that is spent. The control: no change."""
+    features, labels = blobs(30)
+    ledger, copy = tmp_path / "ledger", tmp_path / "copy"
+    given = {"features": features, "labels": labels, "classes": 3, "epsilon": 1.0, "ledger": ledger, "steps": 3}
+    dprandp.fit_private_head(**given, share=0.3)
+    shutil.copy(ledger, copy)
+    real = api.update_head
+
+    def update(*arguments: object) -> None:
+        if change == "older copy" and copy.exists():
+            copy.replace(ledger)
+        elif change == "removed":
+            ledger.unlink(missing_ok=True)
+        elif change == "longer":
+            ledger.write_bytes(ledger.read_bytes() + b"{}\n")
+        real(*arguments)
+
+    monkeypatch.setattr("dprandp.api.update_head", update)
+    if change is None:
+        assert dprandp.fit_private_head(**given).epsilon <= 1
+    else:
+        with pytest.raises(StorageError, match="privacy ledger"):
+            dprandp.fit_private_head(**given)
 
 
 def test_heads_of_one_ledger_share_its_budget(tmp_path: Path) -> None:

@@ -331,6 +331,7 @@ class DataCheck:
     contradicting_labels: int  # distinct images that occur with different labels
     in_test: int  # training images of which a copy lies in the test split
     units_in_test: int | None  # units with images in both splits; None where not declared
+    units_alike: int | None  # named as another one but for case, spaces and the like; None without names
     empty_classes: list[str]  # declared ones that have no training image
 
 
@@ -362,6 +363,7 @@ def check_data(dataset: Dataset, examined: Examination | None = None) -> DataChe
         contradicting_labels=sum(len(found) > 1 for found in labels.values()),
         in_test=sum(digest in tested for digest in digests),
         units_in_test=units and units.shared_with_test,
+        units_alike=units and units.alike,
         empty_classes=[spec.classes[index] for index in np.flatnonzero(counts == 0)],
     )
 

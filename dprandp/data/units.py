@@ -42,6 +42,7 @@ class Units:
         count: the number of units; treated as public.
         shared_with_test: units that also have images in the test split; None where that is not declared. Private.
         of_test_image: int64 [N] in the test split, numbers of its own; None where that is not declared.
+        alike: names that are those of another unit but for case, width, spaces and invisible characters. Private.
     """
 
     column: str
@@ -49,6 +50,7 @@ class Units:
     count: int
     shared_with_test: int | None = None
     of_test_image: np.ndarray | None = None
+    alike: int = 0
 
 
 def unit_text(column: str | None) -> str:
@@ -86,11 +88,12 @@ def make_units(column: str, train: np.ndarray, test: np.ndarray | None, origin: 
     values = _clean(train, f"{origin}: {column}")
     names, of_image = np.unique(values, return_inverse=True)
     of_image = of_image.astype(np.int64).reshape(-1)
+    alike = len(names) - len({_plain(str(name)) for name in names})
     if test is None:
-        return Units(column, of_image, len(names))
+        return Units(column, of_image, len(names), alike=alike)
     tested, of_test = np.unique(_clean(test, f"{origin}: {column} of the test split"), return_inverse=True)
     shared = int(np.isin(names, tested).sum())
-    return Units(column, of_image, len(names), shared, of_test.astype(np.int64).reshape(-1))
+    return Units(column, of_image, len(names), shared, of_test.astype(np.int64).reshape(-1), alike)
 
 
 def _read_units_file(path: Path, column: str) -> dict[str, str]:
@@ -152,6 +155,13 @@ def units_of_files(path: Path, column: str, train: Iterable[str], test: Iterable
         )
     tested = np.array([units[name] for name in test]) if test and all(name in units for name in test) else None
     return make_units(column, np.array([units[name] for name in train]), tested, str(path))
+
+
+def _plain(name: str) -> str:
+    """A name without what people do not see or mean: ``1.0`` is ``1``, and so is a wide 1."""
+    seen = (each for each in unicodedata.normalize("NFKC", name) if not each.isspace())
+    plain = "".join(each for each in seen if unicodedata.category(each) != "Cf").casefold()
+    return re.sub(r"^0+(?=\d)|(?<=\d)\.0+$", "", plain)
 
 
 def _clean(values: np.ndarray, origin: str) -> np.ndarray:

@@ -50,8 +50,8 @@ from dprandp.privacy.tuning import TuningEvent
 from dprandp.report.disclosure import epsilon_text
 from dprandp.runs import faults
 from dprandp.runs.context import Context, recorded
-from dprandp.runs.directory import STAGES, RunDir, result_digest
-from dprandp.runs.files import atomic_write, to_json
+from dprandp.runs.directory import REPORT, STAGES, RunDir, result_digest
+from dprandp.runs.files import atomic_write, storage_errors, to_json
 from dprandp.runs.ledger import TUNE, ledger_file, open_run_ledger, plan_file, remove_uncharged, sealed_budget
 from dprandp.runs.results import Guarantee, OtherCharge, PrivateResult
 
@@ -235,9 +235,18 @@ class PrivateStage:
                 "updates were charged by lines that it does not hold",
                 fix="restore the run's privacy folder as it was when the checkpoint was written",
             )
+        self.remove_report()
         return PrivateMechanism(
             self.plan, self.ledger, self.random_source(), self.attempt, updates_done, warn=self.context.console.warn
         )
+
+    def remove_report(self) -> None:
+        """Remove the run's report.html, if there is one, before a charge: it shows less ε than will be spent then."""
+        path = self.context.rundir.path / REPORT
+        with storage_errors(path, "remove"):
+            if path.exists():
+                path.unlink()
+                self.context.console.say(f"{path} is removed: it shows the run as it was; dprandp report makes it anew")
 
     def random_source(self) -> RandomSource:
         """The operating system, unless --insecure-seed was given."""

@@ -41,6 +41,7 @@ from dprandp.privacy.clipping import clipped_softmax_sum
 from dprandp.privacy.mechanism import PrivatePlan, PrivateStep
 from dprandp.privacy.randomness import InsecureSeed
 from dprandp.release import load_model
+from dprandp.report.run import report_state
 from dprandp.runs import directory
 from dprandp.runs.directory import STAGES, Record, RunDir, Table
 from dprandp.runs.files import file_sha256
@@ -221,6 +222,7 @@ def _privacy(rundir: RunDir) -> list[Check]:
     """Ledger, plan, and the mode of ``private/``."""
     checks = attempt("ledger", lambda: _ledger(rundir)) + attempt("plan", lambda: _plan(rundir))
     checks += attempt("data record", lambda: _data(rundir))
+    checks += attempt("report", lambda: _report(rundir))
     private = rundir.path / "private"
     if private.is_dir():
         mode = stat.S_IMODE(private.stat().st_mode)
@@ -240,6 +242,13 @@ def _ledger(rundir: RunDir) -> Check | str | None:
     if not ledger.private:
         said.append(f"{found}; NOT PRIVATE: steps without noise, or with noise from a seed")
     return Check("ledger", WARN, said[0]) if said else found
+
+
+def _report(rundir: RunDir) -> Check | str | None:
+    try:
+        return report_state(rundir)
+    except CheckpointError as error:
+        return Check("report", WARN, error.problem)
 
 
 def _data(rundir: RunDir) -> str | None:

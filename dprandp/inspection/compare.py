@@ -21,6 +21,7 @@ import io
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ from dprandp.runs.directory import OWN_FOLDERS, RunDir, looks_like_a_run
 from dprandp.runs.files import from_json, read_record, storage_errors
 from dprandp.runs.ledger import combined_ledgers, open_run_ledger
 from dprandp.runs.results import ONE_IMAGE, PrivateResult
+
+RESULTS = "results.jsonl"
+"""The file of a sweep's results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +179,7 @@ def collected(files: Sequence[Path]) -> Comparison:
             cells.setdefault((row.data, row.system, row.size, row.epsilon_total, row.delta), []).append(row)
     return Comparison(
         runs=rows,
-        together=[*together, *found.together],
+        together=_widest([*together, *found.together]),
         data_unknown=found.data_unknown,
         exposed=list(dict.fromkeys([*exposed, *found.exposed])),
         groups=[_group(each) for each in cells.values()],
@@ -233,6 +237,15 @@ def with_lost(rows: Sequence[Row], lost: Sequence[Row], together: Sequence[Toget
     return found
 
 
+def _widest(together: Sequence[Together]) -> list[Together]:
+    """Without what runs have spent that are counted with others, too: whoever reads one line reads the largest ε."""
+    counts = [Counter(each.runs) for each in together]
+    return [
+        each for each, count in zip(together, counts, strict=True)
+        if not any(count < more for other, more in zip(together, counts, strict=True) if other.epsilon is not None)
+    ]  # fmt: skip
+
+
 def _beside(results: Path, rows: Sequence[Row]) -> list[RunDir]:
     """Private runs in a sweep's folder that have no line in its results: of an earlier sweep, or not finished."""
     listed = {Path(row.run).name for row in rows}
@@ -282,12 +295,14 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def runs_in(folder: Path) -> Comparison:
-    """The runs below a folder, at any depth, by name. One that cannot be read is listed with the reason.
+    """The runs below a folder, at any depth, by name. One that cannot be read is listed with the reason, and one that
+    the results of a sweep name there, and that is gone, in a note.
 
     Raises:
         InputError: there is no such folder, or no run in it.
     """
     found = [folder] if looks_like_a_run(folder) else []
+    files: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -297,6 +312,8 @@ def runs_in(folder: Path) -> Comparison:
 
     for path, folders, _ in os.walk(folder, onerror=unreadable):
         found += [Path(path, name) for name in folders if looks_like_a_run(Path(path, name))]
+        if (results := Path(path, RESULTS)).is_file():
+            files.append(results)
         if looks_like_a_run(Path(path)):
             folders[:] = [name for name in folders if name not in OWN_FOLDERS]
     found.sort()
@@ -311,7 +328,18 @@ def runs_in(folder: Path) -> Comparison:
             opened.append(rundir)
         except DprandpError as error:
             rows.append(Row(run=str(path), problem=error.problem))
-    return _compared(rows, opened)
+    made = _compared(rows, opened)
+    for file in files:
+        try:
+            _, lost, together = earlier_rows(file)
+        except CheckpointError as error:
+            made = replace(made, notes=[*made.notes, f"runs that are gone are not counted: {error.problem}"])
+            continue
+        beside = [row for row in rows if file.parent in Path(row.run).parents]
+        gone = with_lost(beside, lost, [*made.together, *together])
+        notes = [f"{row.run}, which had spent ε = {epsilon_text(row.epsilon)} by {file}, is gone" for row in lost]
+        made = replace(made, together=_widest([*made.together, *gone]), notes=[*made.notes, *notes])
+    return made
 
 
 def _row(rundir: RunDir) -> Row:
@@ -490,8 +518,9 @@ MOST_NAMES = 6
 
 
 def _names(runs: Sequence[str]) -> str:
-    more = f" and {len(runs) - MOST_NAMES} more" if len(runs) > MOST_NAMES else ""
-    return ", ".join(runs[:MOST_NAMES]) + more
+    names = [name if times == 1 else f"{name} ({times} times)" for name, times in Counter(runs).items()]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def warnings(found: Comparison) -> list[str]:

@@ -134,6 +134,9 @@ def check_lines(found: DataCheck) -> str:
         if found.units_in_test:
             lines.append("A run refuses these units: put all images of a unit into one split, or give "
                          "--allow-shared-units to it.")  # fmt: skip
+    if found.units_alike:
+        lines.append(f"  units named as another one, but for case or the like {found.units_alike}")
+        lines.append("If these are the same, their images are protected as a group: write their names in one way.")
     empty = found.empty_classes
     lines.append(f"  declared classes without a training image           {len(empty)}")
     if empty:

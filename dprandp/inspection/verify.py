@@ -25,6 +25,7 @@ from dprandp.privacy.selection import SelectionPlan
 from dprandp.privacy.tuning import TuningEvent
 from dprandp.release import load_run_model
 from dprandp.report.disclosure import epsilon_text
+from dprandp.report.run import report_state
 from dprandp.runs.directory import RunDir
 from dprandp.runs.ledger import ledger_file, open_run_ledger
 from dprandp.runs.results import PrivateResult
@@ -68,6 +69,7 @@ def verify(rundir: RunDir) -> Verdict:
     for stage, result in results.items():
         checks += attempt(f"ε of {stage}", lambda result=result: _epsilon(rundir, result))
     checks += attempt("model", lambda: _model(rundir, results))
+    checks += attempt("report", lambda: report_state(rundir))
     code = exit_code(checks)
     return Verdict(str(rundir.path), code == 0, code, checks)
 

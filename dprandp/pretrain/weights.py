@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dprandp.config.schema import FinetuneConfig, PretrainConfig, public_arch
 from dprandp.errors import CheckpointError, InputError
 from dprandp.models.torchvision import Backbone
-from dprandp.runs.checkpoint import DamagedCheckpointError, tensors_from_bytes
+from dprandp.runs.checkpoint import DamagedCheckpointError, description_of, tensors_from_bytes
 from dprandp.runs.files import file_sha256, read_object, storage_errors
 
 INPUT = "public weights"
@@ -46,21 +46,29 @@ def declared_weights(config: PretrainConfig | FinetuneConfig) -> dict[str, str]:
     """What the results say about public weights: the file's name and sha256, and its source; empty without any."""
     if config.init is None:
         return {}
-    sha256 = weights_hash(config.init)[INPUT]
-    return {"init_file": Path(config.init).name, "init_sha256": sha256, "init_source": str(config.init_source)}
+    path, sha256 = Path(config.init), weights_hash(config.init)[INPUT]
+    said = {"init_file": path.name, "init_sha256": sha256, "init_source": str(config.init_source)}
+    origin = private_origin(path)
+    return said if origin is None else said | {"init_origin": origin}
 
 
 def private_origin(path: Path) -> str | None:
-    """A warning where a file of weights is the model of a private run, by the configuration beside it; else None."""
+    """A warning where a file of weights was made by private steps of dprandp, else None: by the file's own description,
+    if it is a checkpoint, or by the configuration beside it, if it is a released model."""
     beside = path.parent / "config.json"
     result = (read_object(beside) or {}).get("result") if beside.is_file() else None
     epsilon = result.get("epsilon") if isinstance(result, dict) else None
     if epsilon is None:
-        return None
+        if not path.is_file() or not any(description_of(path).get(name) for name in ("updates", "ledger")):
+            return None
+        return (
+            f"{path.name} is a checkpoint of a run's private steps, and tells about its images: where this run has one "
+            "of them too, add up the ε of both"
+        )
     spent = f"spent ε = {math.ceil(1000 * epsilon) / 1000:g}" if isinstance(epsilon, int | float) else "was not private"
     return (
-        f"{path} is the model of a run on {result.get('data')} that {spent}, and tells about its images: where this "
-        "run has one of them too, add up the ε of both"
+        f"{path.name} is the model of a run on {result.get('data')} that {spent}, and tells about its images: where "
+        "this run has one of them too, add up the ε of both"
     )
 
 

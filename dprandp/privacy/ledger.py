@@ -396,6 +396,16 @@ class Ledger:
         """Record the SHA-256 of a finished stage's result, at no cost. Errors as for ``charge``."""
         self._append(ResultSeal(stage, int(attempt), digest))
 
+    def require_in_place(self) -> None:
+        """Raise StorageError unless the file at the ledger's path still ends with the last line known here.
+
+        To be called before anything charged is released: ``charge`` writes to the file that is there when it is called,
+        and an older copy may take its place afterwards.
+        """
+        with _disk(self.path):
+            if not self.path.read_bytes().endswith(f'"hash":"{self.head}"}}\n'.encode()):
+                raise OSError("it was replaced by another file, or somebody else wrote to it")
+
     def events(self) -> list[Event]:
         """All charges in canonical form (equal q and σ added up), for the accountant."""
         return merge_events([charge.event for charge in self._in_order])

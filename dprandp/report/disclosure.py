@@ -383,6 +383,7 @@ def public_weights(result: PrivateResult, pretrain: PretrainResult | None) -> st
         f"declared public by the user, in these words: “{of.init_source}”. This program cannot check that: if the file "
         "was made from the private images, "
         "or from anything else that must stay hidden, ε does not cover it"
+        + (f". By its own description {of.init_origin}" if of.init_origin else "")
     )
 
 

@@ -35,7 +35,7 @@ from dprandp.report.figures import accuracy_points, curve, heat_picture, preview
 from dprandp.report.run import Measured, Run, changed_settings, commands, published, read_run
 from dprandp.runs import faults
 from dprandp.runs.console import duration
-from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, RunDir
+from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, REPORT, RunDir
 from dprandp.runs.files import atomic_write
 from dprandp.runs.results import (
     ContinueResult,
@@ -81,7 +81,7 @@ def write(rundir: RunDir) -> Path:
         CheckpointError: a file of the run is corrupt, or a result lacks what must be disclosed.
         StorageError: the disk refuses.
     """
-    path = rundir.path / "report.html"
+    path = rundir.path / REPORT
     atomic_write(path, page(read_run(rundir)))
     faults.point("report-written")
     return path

@@ -29,10 +29,12 @@ from dprandp.config.settings import settings_of, text
 from dprandp.errors import CheckpointError, DprandpError, InputError, UsageError
 from dprandp.privacy.ledger import Ledger
 from dprandp.privacy.opinions import refuse_contradiction, second_opinions
-from dprandp.runs.directory import RunDir, StageRow, looks_like_a_run
+from dprandp.runs.directory import REPORT, RunDir, StageRow, looks_like_a_run
 from dprandp.runs.files import Count, Fraction, Number, Text, from_json, read_object, read_record, storage_errors
 from dprandp.runs.ledger import Combined, combined_ledgers, open_run_ledger, useful_parts
 from dprandp.runs.results import CONTRADICTION, PrivateResult, StageResult
+
+NO_LEDGER = "none"
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Run:
         environment: env.json.
         audit: None if there was no audit.
         audit_is_old: the run's plans or its ledger have changed since the audit.
+        ledger_head: hash of the ledger's last line; "none" where nothing private was begun.
     """
 
     name: str
@@ -188,6 +191,7 @@ class Run:
     environment: dict[str, Any]
     audit: Audit | None
     audit_is_old: bool
+    ledger_head: str
 
     @property
     def private_stages(self) -> list[str]:
@@ -241,6 +245,7 @@ def read_run(rundir: RunDir) -> Run:
         environment={"dprandp": __version__} | _read_object(rundir.path / "env.json"),
         audit=audit,
         audit_is_old=audit_is_old,
+        ledger_head=NO_LEDGER if ledger is None else ledger.head,
     )
 
 
@@ -314,6 +319,31 @@ def _others(path: Path, ledger: Ledger, plan: dict[str, Any]) -> Others:
             measured.append(Measured(other.name, last.epsilon, last.accuracy, last.interval("accuracy")))
     together = combined_ledgers(spent) if names and same_unit else None
     return Others(tuple(names), together, tuple(unreadable), tuple(measured))
+
+
+def report_state(rundir: RunDir) -> str | None:
+    """Whether the run's report.html, if there is one, was made from its ledger as it is now.
+
+    Raises:
+        CheckpointError: it was made before the last charge, by another version, or of another run.
+    """
+    path = rundir.path / REPORT
+    if not path.exists():
+        return None
+    with storage_errors(path, "read"):
+        page = path.read_text(encoding="utf-8", errors="replace")
+    ledger = open_run_ledger(rundir)
+    if _head_in_page(NO_LEDGER if ledger is None else ledger.head) not in page:
+        raise CheckpointError(
+            f"{path} was not made from the ledger as it is now, so its ε may be too low",
+            fix=f"make it anew: dprandp report --run {shlex.quote(str(rundir.path))}",
+        )
+    return "report.html was made from the ledger as it is now"
+
+
+def _head_in_page(head: str) -> str:
+    """The element of the page that names the ledger's last line."""
+    return f'<meta name="ledger-head" content="{head}">'
 
 
 def _read_audit(path: Path, plan: dict[str, Any], ledger: Ledger | None) -> tuple[Audit | None, bool]:

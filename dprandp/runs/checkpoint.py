@@ -30,6 +30,8 @@ from dprandp.runs.files import atomic_write, from_json, storage_errors, to_json
 
 FORMAT = 2
 KEY = "dprandp"
+MOST_HEADER = 10**8
+"""Bytes that safetensors allows for a header."""
 """Of the header's metadata."""
 POINTER = "LATEST"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -265,6 +267,17 @@ def _load_whole(path: Path) -> Checkpoint:
             f"the checkpoint {path} is damaged: its sha256 differs from the recorded one", fix=_START_AGAIN
         )
     return Checkpoint(tensors, meta, path)
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """The ``meta`` of any safetensors file that says it is a checkpoint, unchecked; else empty."""
+    try:
+        with storage_errors(path, "read"), path.open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MOST_HEADER)))
+        meta = from_json(header["__metadata__"][KEY].encode())["meta"]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> str:

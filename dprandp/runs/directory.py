@@ -350,8 +350,10 @@ def result_digest(result: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
+REPORT = "report.html"
+
 _KNOWN = {
-    *STAGES.values(), "run.json", "env.json", "report.html", "tune.json", "tuned.toml", "privacy", "private", "model",
+    *STAGES.values(), "run.json", "env.json", REPORT, "tune.json", "tuned.toml", "privacy", "private", "model",
     "whitening", "audit", "diagnose",
 }  # fmt: skip
 

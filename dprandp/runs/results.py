@@ -74,6 +74,7 @@ class PretrainResult(Extractor):
     init_file: Text | None = None  # name of a file of public weights, if the extractor has these
     init_sha256: Text | None = None
     init_source: Text | None = None  # where they are from, in the user's words
+    init_origin: Text | None = None  # where they are from private steps, by the file's own description: that
 
 
 Kappa = Annotated[float, lambda value: -1 <= value <= 1]
@@ -240,6 +241,7 @@ class FinetuneResult(PrivateResult):
     init_file: Text | None = None  # as in ``PretrainResult``
     init_sha256: Text | None = None
     init_source: Text | None = None
+    init_origin: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -380,6 +380,7 @@ def choose_privately(
     sigma = calibrate_stage(epsilon, budget.delta, 1.0, config.steps, [*spent, [plan.event]], warn)
     probe_mu = math.sqrt(config.steps) / sigma
     stage = replace(stage, plan=plan).fix_plan()
+    stage.remove_report()
     selection = PrivateSelection(plan, stage.ledger, stage.random_source(), stage.attempt, warn)
     # ------------------------------------------------------------------------------------------------ private from here
     features, labels = private_features(stage, extractor, whitener, mirror=mirror, views=1, seed=config.seed)

@@ -139,6 +139,23 @@ def test_files_that_contradict_each_other_are_found(dprandp: Dprandp, run_after:
         contradicted(dprandp, run, 4, name)
 
 
+def test_a_report_of_before_a_charge_is_found(dprandp: Dprandp, run_after: RunAfter) -> None:
+    """Put back, or made by another version. The control: the report of now."""
+    run = run_after("probe")
+    dprandp("report", "--run", run)
+    older = (run / "report.html").read_text(encoding="utf-8")
+    assert dprandp("verify", "--run", run, "--json").json["checks"][-1]["name"] == "report"
+    dprandp("finetune", "--run", run)
+    assert not (run / "report.html").exists()
+    for page in (older, "<html>ε = 0.1</html>"):
+        (run / "report.html").write_text(page, encoding="utf-8")
+        contradicted(dprandp, run, 4, "report")
+        checks = dprandp("status", "--check", "--run", run, "--json").json["checks"]
+        assert [each["state"] for each in checks if each["name"] == "report"] == ["warn"]
+    dprandp("report", "--run", run)
+    assert dprandp("verify", "--run", run).code == 0
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("**(ε = ", "**(ε = 0."), ("unit: ", "unit: one patient, not "), ("private: true", "private: false"),

@@ -211,3 +211,15 @@ def test_duplicates_are_counted(npz):
     assert found.contradicting_labels == 1
     assert (found.in_test, found.units_in_test) == (1, 1)
     assert check_data(named(npz(x_train=train))).largest_copies == 3
+
+
+def test_units_that_only_look_alike_are_counted(npz):
+    """An invisible character, a wide letter, another case, a number written in two ways. The control: other names."""
+    count = len(PATIENTS)
+    for names, alike in (
+        (["ann", "a\u200bnn", "ＡＮＮ", "bob", "Bob ", "bo b"], 4), (["1", "1.0", "01", "2", "10", "1.5"], 2),
+        (["ann", "anne", "bob", "bo-b", "1", "11"], 0),
+    ):  # fmt: skip
+        patients = np.array([names[place % len(names)] for place in range(count)])
+        assert check_data(named(npz(patient_train=patients), "patient")).units_alike == alike
+    assert check_data(named(npz())).units_alike is None

@@ -426,6 +426,30 @@ def test_a_run_inside_a_run_is_found_and_an_unreadable_folder_is_refused(
         runs_in(tmp_path / "runs")
 
 
+def test_a_table_of_runs_names_those_that_are_gone(make: Make, tmp_path: Path) -> None:
+    """Of a sweep, by its results; and it shows the largest ε alone. The control: all are there."""
+    paths = [make(f"runs/sweep/{name}", (100, 40.0), data="scans") for name in "abc"]
+    before = compare(paths)
+    results_of(tmp_path / "runs/sweep/results.jsonl", *paths, **vars(before.together[0]))
+    assert runs_in(tmp_path / "runs").together == before.together
+    assert runs_in(tmp_path / "runs").notes == []
+    shutil.rmtree(paths[0])
+    found = runs_in(tmp_path / "runs")
+    (note,) = found.notes
+    assert f"{paths[0]}, which had spent ε = " in note
+    (together,) = found.together
+    assert together.runs == tuple(map(str, paths))
+    assert together.epsilon >= before.together[0].epsilon
+    assert str(together.runs[0]) in lines(found)
+    (tmp_path / "runs/results.jsonl").write_text('{"accuracy": 1}\n')  # of something else
+    assert any("runs that are gone are not counted" in each for each in runs_in(tmp_path / "runs").notes)
+
+
+def test_a_run_that_is_named_twice_is_shown_once(make: Make) -> None:
+    shown = comparing._names(["a", "b", "a", *"cdefghi"])
+    assert shown == "a (2 times), b, c, d, e, f and 3 more"
+
+
 def test_runs_that_were_deleted_and_made_again_count_twice(make: Make, tmp_path: Path) -> None:
     """Under the same paths, with the same ε. The control: nothing is gone."""
     paths = [make(f"sweep/{name}", (100, 40.0)) for name in "ab"]

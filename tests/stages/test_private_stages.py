@@ -27,11 +27,13 @@ from tiny_run import (
     run_finetune,
     run_probe,
     run_scratch,
+    run_tune,
     stop_at,
     write_blobs,
 )
 
 from dprandp.dpsgd import training_data
+from dprandp.dpsgd.stage import PrivateStage
 from dprandp.errors import BudgetError, CheckpointError, InputError, UsageError
 from dprandp.privacy import mechanism as plan_module
 from dprandp.privacy.accounting import compose, merge_events
@@ -67,6 +69,47 @@ def assert_accounted(run: Path, seen: Recorder, result: dict[str, Any], *mechani
     assert result["epsilon"] == compose_stages([[event] for event in events], result["delta"]).upper
     assert result["epsilon"] >= compose(events, result["delta"]).lower
     assert result["epsilon"] <= result["epsilon_target"] <= result["epsilon_total"]
+
+
+@pytest.mark.parametrize("stage", ["probe", "probe again", "finetune", "scratch", "continue", "tune"])
+def test_no_report_of_before_is_left_once_a_stage_has_charged(
+    copy: Copy, public_run: Path, probed_run: Path, vit_run: Path, data: str, monkeypatch: Patch, stage: str
+) -> None:
+    """report.html says ε: it is gone before the first charge. The control: a stage that was refused leaves it."""
+    run = copy({"probe again": probed_run, "finetune": probed_run, "continue": vit_run}.get(stage, public_run))
+    report = run / "report.html"
+    report.write_text("spent: less")
+    there: list[bool] = []
+    charge = Ledger._append
+
+    def noted(ledger: Ledger, *arguments: Any, **notes: Any) -> None:
+        there.append(report.exists())
+        charge(ledger, *arguments, **notes)
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise BudgetError("too little is left", fix="")
+
+    def begin() -> None:
+        if stage == "tune":
+            run_tune(run, data, asked={"on": "private"})
+        elif stage == "continue":
+            run_continue(run, data)
+        elif stage == "scratch":
+            run_scratch(run, data, steps=1)
+        elif stage == "finetune":
+            run_finetune(run, data, steps=1, refit_steps=2)
+        else:
+            run_probe(run, data, {"overwrite": True}, steps=2, share=0.9)
+
+    monkeypatch.setattr(Ledger, "_append", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateStage, "fix_plan", refused)
+        with pytest.raises(BudgetError):
+            begin()
+    assert report.exists()
+    begin()
+    assert there
+    assert not any(there)
 
 
 @pytest.mark.parametrize("batch_size", [None, 30])

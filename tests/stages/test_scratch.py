@@ -131,6 +131,19 @@ def test_weights_that_do_not_fit_cost_nothing(tmp_path: Path, data: str, monkeyp
         run_scratch(tmp_path / "other", data, **SOURCE, init=str(tmp_path / "absent"))
 
 
+def test_a_checkpoint_of_private_steps_is_called_so_for_ever(tmp_path: Path, data: str) -> None:
+    """The control: the same weights without the description. That they are public is declared in both."""
+    run_scratch(tmp_path / "first", data)
+    private = tmp_path / "first/4-finetune/model.safetensors"
+    save_file(load_file(private), tmp_path / "plain.safetensors")
+    for path, known in ((private, True), (tmp_path / "plain.safetensors", False)):
+        run = tmp_path / f"second-{known}"
+        result = run_scratch(run, data, **SOURCE, init=str(path))
+        assert bool(result.get("init_origin")) == known
+        card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
+        assert ("add up the ε of both" in card) == known
+
+
 @pytest.mark.parametrize("epsilon", [1.0001, "inf"])
 def test_weights_that_are_the_model_of_a_private_run_are_called_so(tmp_path: Path, epsilon: float | str) -> None:
     weights = tmp_path / "model.safetensors"

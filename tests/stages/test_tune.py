@@ -24,6 +24,7 @@ from tiny_run import (
     read_json,
     run_finetune,
     run_probe,
+    run_tune,
     write_blobs,
 )
 
@@ -44,12 +45,6 @@ from dprandp.runs.directory import RunDir, frozen, thawed
 from dprandp.runs.ledger import open_run_ledger
 from dprandp.runs.tuning import read_tuning, tuning_of
 from dprandp.tune import TuneConfig, settings_for
-
-
-def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
-    how = TuneConfig(**({"trials": 4} | (asked or {})))
-    with context(run, **(options or {})) as given:
-        return thawed(tune.as_json(tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)))
 
 
 def probe_as_tuned(run: Path, data: str, **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dprandp import data as datasets
-from dprandp import generate, pretrain
+from dprandp import generate, pretrain, tune
 from dprandp.config import schema
 from dprandp.dpsgd import clipped_sums
 from dprandp.pipeline import RUNNERS
@@ -27,6 +27,7 @@ from dprandp.runs import faults
 from dprandp.runs.console import Console
 from dprandp.runs.context import Context
 from dprandp.runs.directory import RunDir, frozen, thawed
+from dprandp.tune import TuneConfig
 
 Copy = Callable[[Path], Path]
 """A run -> a copy of it to work on; a fixture, like ``record``."""
@@ -111,6 +112,12 @@ def _runner(stage: str, defaults: dict[str, Any]) -> Callable[..., dict[str, Any
 
 run_probe, run_continue = _runner("probe", PROBE), _runner("continue", CONTINUE)
 run_finetune, run_scratch = _runner("finetune", FINETUNE), _runner("finetune", SCRATCH)
+
+
+def run_tune(run: Path, data: str, options: dict[str, Any] | None = None, asked: dict | None = None, **changes: Any):
+    how = TuneConfig(**({"trials": 4} | (asked or {})))
+    with context(run, **(options or {})) as given:
+        return thawed(tune.as_json(tune.run(schema.build("probe", PROBE | {"data": data} | changes), how, given)))
 
 
 def ledger_of(run: Path) -> Ledger:
