@@ -60,7 +60,7 @@ from dprandp.models.optimizers import Optimizer, OptimizerSettings, restore
 from dprandp.models.torchvision import with_code
 from dprandp.models.whitening import PooledOnly
 from dprandp.pretrain import load_extractor, pretrained
-from dprandp.pretrain.weights import declared_weights, load_public_weights, private_origin, weights_hash
+from dprandp.pretrain.weights import declared_weights, load_public_weights, say_what_was_loaded, weights_hash
 from dprandp.privacy.adaptive import Stage
 from dprandp.privacy.clipping import refuse_cross_example_layers
 from dprandp.privacy.mechanism import PrivateMechanism
@@ -247,10 +247,7 @@ def _pretrained_model(config: FinetuneConfig, stage: PrivateStage) -> Classifier
 
 def _start_alone(config: FinetuneConfig, stage: PrivateStage) -> Classifier:
     model, left_out = start_model(config, len(stage.spec.classes))
-    if config.init is not None and (said := private_origin(Path(config.init))) is not None:
-        stage.context.console.warn(said)
-    if left_out:
-        stage.context.console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
+    say_what_was_loaded(config, left_out, stage.context.console)
     if replaced := replaced_in(model.extractor):
         stage.context.console.say(f"replaced: {replaced}")
     return model

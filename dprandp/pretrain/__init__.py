@@ -47,7 +47,7 @@ from dprandp.models.extractor import (
 from dprandp.models.precision import AUTO, decide, precision_of
 from dprandp.models.torchvision import with_code
 from dprandp.pretrain.contrastive import MEASURES, Learned, evaluate, held_out_images, learn
-from dprandp.pretrain.weights import declared_weights, load_public_weights, private_origin, weights_hash
+from dprandp.pretrain.weights import declared_weights, load_public_weights, say_what_was_loaded, weights_hash
 from dprandp.priors import Card, shipped_extractor
 from dprandp.runs import checkpoint
 from dprandp.runs.console import MetricsLog
@@ -114,11 +114,7 @@ def _begin(config: PretrainConfig, context: Context, stop: Stop) -> _Begun | Non
     ready, known, from_outside = shipped_extractor(foreseen) if foreseen.prior else (None, None, {})
     if foreseen.init is not None:
         ready, from_outside = build_extractor(foreseen), weights_hash(foreseen.init)
-        left_out = load_public_weights(Path(foreseen.init), ready, foreseen.arch)
-        if (said := private_origin(Path(foreseen.init))) is not None:
-            context.console.warn(said)
-        if left_out:
-            context.console.say(f"of {foreseen.init}, made for another task, left out: {', '.join(left_out)}")
+        say_what_was_loaded(foreseen, load_public_weights(Path(foreseen.init), ready, foreseen.arch), context.console)
     inputs = context.rundir.inputs_from("generate") | from_outside
     begun = context.rundir.begin(STAGE, as_dict(config), inputs, **flags)
     if begun.action == "skip":

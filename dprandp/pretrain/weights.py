@@ -7,6 +7,7 @@ and its hash are recorded and shown wherever ε is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dprandp.config.schema import FinetuneConfig, PretrainConfig, public_arch
 from dprandp.errors import CheckpointError, InputError
 from dprandp.models.torchvision import Backbone
 from dprandp.runs.checkpoint import DamagedCheckpointError, description_of, tensors_from_bytes
+from dprandp.runs.console import Console
 from dprandp.runs.files import file_sha256, read_object, storage_errors
 
 INPUT = "public weights"
@@ -50,6 +52,18 @@ def declared_weights(config: PretrainConfig | FinetuneConfig) -> dict[str, str]:
     said = {"init_file": path.name, "init_sha256": sha256, "init_source": str(config.init_source)}
     origin = private_origin(path)
     return said if origin is None else said | {"init_origin": origin}
+
+
+def say_what_was_loaded(config: PretrainConfig | FinetuneConfig, left_out: Sequence[str], console: Console) -> None:
+    """Tell the user what is known about the file of public weights, if there is one.
+
+    Args:
+        left_out: tensors of it that were not used.
+    """
+    if config.init is not None and (origin := private_origin(Path(config.init))) is not None:
+        console.warn(origin)
+    if left_out:
+        console.say(f"of {config.init}, made for another task, left out: {', '.join(left_out)}")
 
 
 def private_origin(path: Path) -> str | None:
