@@ -365,9 +365,8 @@ def load_model(path: Path | str, *, trust_code: bool = False) -> ReleasedModel:
     if trust_code:
         allow_code()
     path = Path(path)
-    if not (path / "run.json").exists():
-        return release.load_model(path)
-    model = release.load_run_model(RunDir.open(path, create=False))
+    run = path if (path / "run.json").exists() else release.run_of(path)
+    model = release.load_model(path) if run is None else release.load_run_model(RunDir.open(run, create=False))
     if model.spent_since is not None:
         warnings.warn(model.spent_since, stacklevel=2)
     return model

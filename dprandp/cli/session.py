@@ -284,16 +284,18 @@ def released_model(run: Path, folder: Path | None):
     Raises:
         InputError: there is none. CheckpointError: it is damaged, or contradicts the run's ledger.
     """
-    from dprandp.release import load_model, load_run_model
+    from dprandp.release import load_model, load_run_model, run_of
 
+    if folder is not None and (own := run_of(folder)) is not None:
+        folder, run = None, own
     if folder is not None:
         model = load_model(folder)
     else:
         if not run.exists():
             raise InputError(f"there is no run at {run}", fix="name the run that made the model: --run DIR")
         model = load_run_model(RunDir.open(run, create=False))
-        if model.spent_since is not None:
-            current.warn(model.spent_since)
+    if model.spent_since is not None:
+        current.warn(model.spent_since)
     if model.not_private_because is not None:
         current.warn(f"this model is NOT PRIVATE. {model.not_private_because}")
     return model

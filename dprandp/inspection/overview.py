@@ -22,7 +22,7 @@ from dprandp.errors import UsageError
 from dprandp.privacy.accounting import rounded_up
 from dprandp.runs.console import Console
 from dprandp.runs.directory import OPTIONAL_STAGES, PRIVATE_STAGES, RunDir, StageRow
-from dprandp.runs.files import atomic_write
+from dprandp.runs.files import atomic_path
 
 SHOWN_CLASSES = 20
 """Most empty classes that the text names; JSON has all of them."""
@@ -110,11 +110,18 @@ def check_dataset(config: ProbeConfig, data_dir: Path, console: Console, names: 
         examined = dataset.examine()
     except UnusableData as error:
         if names is not None:
-            atomic_write(names, listed(error.problems) + "\n")
+            _write_private(names, listed(error.problems) + "\n")
         raise UnusableData(error.name, error.problems, str(names) if names else "--names FILE") from error
     if names is not None:
-        atomic_write(names, examined.listed())
+        _write_private(names, examined.listed())
     return check_data(dataset, examined)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone may read."""
+    with atomic_path(path) as temporary, open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w",
+                                              encoding="utf-8") as file:  # fmt: skip
+        file.write(text)
 
 
 def check_lines(found: DataCheck) -> str:

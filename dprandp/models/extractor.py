@@ -205,6 +205,10 @@ def extract(
 ) -> Tensor:
     """Features of many images, uint8 [N, 3, S, S], each computed independently: float32 [N, ...] on the CPU.
 
+    Guarantee:
+        Row i depends on image i alone: no network of this package mixes the images of a batch, and a network whose code
+        is the user's sees one at a time. (That it keeps nothing of one for the next is assumed of such code.)
+
     Args:
         extractor: on the device that computes.
         mirror: average the features of each image and its mirror image.
@@ -216,7 +220,7 @@ def extract(
     if images.shape[1:] != (3, side, side):
         raise ValueError(f"images of shape {tuple(images.shape[1:])}, expected (3, {side}, {side})")
     device = next(extractor.parameters()).device
-    compute = getattr(extractor, "extract", None) or (lambda batch: extractor.features(extractor.normalise(batch)))
+    compute = _features_of(extractor)
     out: Tensor | None = None
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
@@ -231,6 +235,14 @@ def extract(
         out[start : start + len(values)] = values
         on_batch(len(values))
     return out if out is not None else after(torch.empty(0, extractor.feature_dim, device=device)).to("cpu")
+
+
+def _features_of(extractor: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From images, uint8 [b, 3, S, S], to features [b, feature_dim]; one image at a time through code of a user's."""
+    compute = getattr(extractor, "extract", None) or (lambda batch: extractor.features(extractor.normalise(batch)))
+    if not getattr(extractor, "one_by_one", False):
+        return compute
+    return lambda batch: torch.cat([compute(image) for image in batch.split(1)])
 
 
 def replaced_in(network: nn.Module) -> str | None:

@@ -34,7 +34,7 @@ from dprandp.models.whitening import Part
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
-SAME = 1e-3
+SAME, ROUNDING = 1e-3, 1e-5
 """Accepted difference between features of an image alone and in a batch, as a part of their size: rounding."""
 
 NAMED = 3
@@ -64,10 +64,13 @@ class Backbone(nn.Module):
         network: float [B, 3, S, S] -> [B, feature_dim].
         replaced: its layers that were replaced, and by what, in words; None for none.
         classifier: name of the linear layer that was left out, such as ``fc``; None where there was none.
+        one_by_one: whether the network may see one image at a time only (``extractor.extract``), since its code is not
+            known: a user's.
     """
 
     def __init__(self, network: nn.Module, feature_dim: int, replaced: str | None, classifier: str | None) -> None:
         super().__init__()
+        self.one_by_one = classifier is None
         self.network, self.feature_dim, self.replaced, self.classifier = network, feature_dim, replaced, classifier
         self.parts = (Part(feature_dim, 1.0),)
         self.eval()
@@ -311,7 +314,8 @@ def _refuse_mixing(network: nn.Module, arch: str, size: int) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     alone = torch.cat([_seen(network, {}, image[None], arch) for image in images])
     together = _seen(network, {}, images, arch)
-    if not (alone - together).abs().max() <= SAME * max(1.0, float(together.abs().max())):
+    spread = (alone - alone.mean(dim=0)).abs().max()
+    if not (alone - together).abs().max() <= SAME * spread + ROUNDING * together.abs().max():
         raise UsageError(f"{arch} computes other features for an image alone than for the same image in a batch",
                          fix="remove what mixes images, keeps state or draws random numbers")  # fmt: skip
     changed = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -147,8 +148,17 @@ def load_model(folder: Path | str) -> ReleasedModel:
     classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
     network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
     result = read_result(config["result"]["stage"], config["result"])
-    decoding = _decoding(config)
-    return ReleasedModel(network, classes, shape, config["input"]["mirror"], decoding, result, content)
+    decoding, since = _decoding(config), float(config.get("run_epsilon", "nan"))
+    return ReleasedModel(
+        network, classes, shape, config["input"]["mirror"], decoding, result, content,
+        None if math.isnan(since) else since,
+    )  # fmt: skip
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run whose ``model`` folder this is; None for a model from elsewhere."""
+    folder = folder.resolve()
+    return folder.parent if folder.name == "model" and (folder.parent / "run.json").is_file() else None
 
 
 def load_run_model(rundir: RunDir) -> ReleasedModel:
@@ -202,6 +212,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and shape[2] in (1, 3)
             and len(classes) >= 2
             and all(isinstance(name, str) for name in classes)
+            and isinstance(float(config.get("run_epsilon", "nan")), float)
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
             and wrong_entry(result["stage"], result) is None
             and isinstance(read_record(kind_of(result["stage"], result), result), PrivateResult)
@@ -365,10 +376,17 @@ def export(
 
 def _described(model: ReleasedModel, about: Publication | None) -> dict[str, bytes]:
     """The model's files; where there is something to say, with it in config.json and on the card."""
-    if about is None or not about.said():
+    said, since = {} if about is None else about.said(), model.spent_since
+    if not said and since is None:
         return model.content
-    card = published(model.content["MODEL_CARD.md"].decode("utf-8"), model.result, about).encode("utf-8")
-    config = from_json(model.content["config.json"]) | {"publication": about.said()}
+    card = model.content["MODEL_CARD.md"].decode("utf-8")
+    if said:
+        card = published(card, model.result, about)
+    config = from_json(model.content["config.json"]) | ({"publication": said} if said else {})
+    if since is not None:
+        card += f"\n{since[0].upper()}{since[1:]}. That is what all that the run has released costs together.\n"
+        config["run_epsilon"] = str(model.run_epsilon)  # maybe infinite
+    card = card.encode("utf-8")
     config["sha256"] |= {"MODEL_CARD.md": hashlib.sha256(card).hexdigest()}
     return {**model.content, "MODEL_CARD.md": card, "config.json": (to_json(config, indent=1) + "\n").encode("utf-8")}
 

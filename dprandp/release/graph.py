@@ -162,6 +162,7 @@ def metadata(model: ReleasedModel, about: Publication) -> dict[str, Any]:
         "private": reason is None,
         **({} if reason is None else {"NOT PRIVATE": reason}),
         "epsilon": result.epsilon if np.isfinite(result.epsilon) else "inf",
+        **({} if model.run_epsilon is None else {"run_epsilon": str(model.run_epsilon)}),
         "delta": result.delta,
         "unit": result.unit,
         "adjacency": result.adjacency,

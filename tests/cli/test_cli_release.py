@@ -17,9 +17,11 @@ from cli_process import Dprandp, arrays, good, refused, state_of
 from PIL import Image
 
 from dprandp import api
+from dprandp.config.declared import Publication
 from dprandp.dpsgd.release import MODEL_FORMAT
 from dprandp.errors import CheckpointError, DprandpError, StorageError, UsageError
-from dprandp.release import EXPORTED_FILES, export, load_model, predict
+from dprandp.privacy.accounting import rounded_up
+from dprandp.release import EXPORTED_FILES, export, graph, load_model, predict
 
 RunAfter = Callable[[str], Path]
 PICTURE = "first.png"
@@ -401,3 +403,13 @@ def test_what_a_run_has_spent_since_its_model_is_told(dprandp: Dprandp, run_afte
         api.load_model(run)
     card = (tmp_path / "second/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "sees all that this run released up to the end of this stage" in card
+    assert f"the run has spent ε = {rounded_up(told[1]['run_epsilon'])} by now" in card
+    with pytest.warns(UserWarning, match="the run has spent"):
+        received = api.load_model(tmp_path / "second")
+    assert received.run_epsilon == told[1]["run_epsilon"]
+    for folder in (run / "model", tmp_path / "second"):  # the run's own, and a copy that left it
+        said = dprandp("predict", "--data", "npz:tiny.npz", "--model", folder).err
+        assert "the run has spent ε = " in " ".join(said.split())
+        with pytest.warns(UserWarning, match="the run has spent"):
+            api.load_model(folder)
+    assert graph.metadata(received, Publication())["run_epsilon"] == str(received.run_epsilon)

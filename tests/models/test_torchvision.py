@@ -16,7 +16,7 @@ from torchvision import models, transforms
 from dprandp.config.schema import PretrainConfig, public_arch
 from dprandp.errors import CheckpointError, InputError, UsageError
 from dprandp.models import torchvision as backbones
-from dprandp.models.extractor import build_extractor
+from dprandp.models.extractor import build_extractor, extract
 from dprandp.models.torchvision import Backbone, build_backbone, code_hash
 from dprandp.pretrain.weights import load_public_weights
 from dprandp.privacy.clipping import refuse_cross_example_layers
@@ -44,6 +44,16 @@ class Net(nn.Module):
 class Mixing(Net):
     def forward(self, x):
         return super().forward(x - x.mean(dim=0))
+
+class Offset(Net):
+    large = 1e3
+
+    def forward(self, x):
+        x = super().forward(x)
+        return self.large + x - x.mean(dim=0)
+
+class Hidden(Offset):
+    large = 1e6
 
 class Counting(Net):
     def __init__(self):
@@ -227,6 +237,7 @@ def test_changed_code_does_not_run(trusted: str) -> None:
     ("name", "said"),
     [
         ("Mixing", "other features for an image alone"),
+        ("Offset", "other features for an image alone"),
         ("Random", "other features for an image alone"),
         ("Counting", "changes its buffers when it sees images: seen"),
         ("Pixels", "makes (2, 3, 32, 32) of 2 images"),
@@ -239,6 +250,19 @@ def test_code_that_is_no_extractor_is_refused(trusted: str, name: str, said: str
     with pytest.raises(UsageError) as caught:
         build_backbone(f"{trusted}:{name}", 32)
     assert said in caught.value.problem
+
+
+def test_code_that_mixes_unnoticed_cannot_mix_private_images(trusted: str) -> None:
+    """No trial sees it beside so large a constant, which a whitener takes out. The control: in a batch it does mix."""
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([255 - images[:1], images[1:]])
+    extractor = build_extractor(PretrainConfig(arch=f"{trusted}:Hidden", init="w", init_source="x"))
+    extractor.network.large = 0.0
+    for mirror in (False, True):
+        first, second = (extract(extractor, each, mirror=mirror) for each in (images, other))
+        assert torch.equal(first[1:], second[1:])
+    first, second = (extractor.features(extractor.normalise(each)) for each in (images, other))
+    assert not torch.allclose(first[1:], second[1:], atol=1e-3)
 
 
 def test_a_layer_that_nothing_replaces_is_named(trusted: str) -> None:
