@@ -148,11 +148,8 @@ def load_model(folder: Path | str) -> ReleasedModel:
     classes, shape = tuple(config["classes"]), tuple(config["input"]["shape"])
     network = _network(config, len(classes), content["model.safetensors"], folder / "model.safetensors")
     result = read_result(config["result"]["stage"], config["result"])
-    decoding, since = _decoding(config), float(config.get("run_epsilon", "nan"))
-    return ReleasedModel(
-        network, classes, shape, config["input"]["mirror"], decoding, result, content,
-        None if math.isnan(since) else since,
-    )  # fmt: skip
+    decoding, since = _decoding(config), _run_epsilon(config)
+    return ReleasedModel(network, classes, shape, config["input"]["mirror"], decoding, result, content, since)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -212,7 +209,7 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
             and shape[2] in (1, 3)
             and len(classes) >= 2
             and all(isinstance(name, str) for name in classes)
-            and isinstance(float(config.get("run_epsilon", "nan")), float)
+            and not math.isnan(_run_epsilon(config) or 0)
             and set(config["sha256"]) == {name for name in MODEL_FILES if name != "config.json"}
             and wrong_entry(result["stage"], result) is None
             and isinstance(read_record(kind_of(result["stage"], result), result), PrivateResult)
@@ -222,6 +219,11 @@ def _config(path: Path, data: bytes) -> dict[str, Any]:
         return config
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, UsageError) as error:
         raise CheckpointError(f"{path} cannot be used: {why}", fix=RESTORE) from error
+
+
+def _run_epsilon(config: dict[str, Any]) -> float | None:
+    """What the run of an exported model had spent, where that was more than the model's ε. Raises ValueError."""
+    return float(config["run_epsilon"]) if "run_epsilon" in config else None
 
 
 def _decoding(config: dict[str, Any]) -> Decoding:
@@ -384,7 +386,8 @@ def _described(model: ReleasedModel, about: Publication | None) -> dict[str, byt
         card = published(card, model.result, about)
     config = from_json(model.content["config.json"]) | ({"publication": said} if said else {})
     if since is not None:
-        card += f"\n{since[0].upper()}{since[1:]}. That is what all that the run has released costs together.\n"
+        sentence = f"{since[0].upper()}{since[1:]}. That is what all that the run has released costs together."
+        card += "" if sentence in card else f"\n{sentence}\n"  # it is there in the export of an export
         config["run_epsilon"] = str(model.run_epsilon)  # maybe infinite
     card = card.encode("utf-8")
     config["sha256"] |= {"MODEL_CARD.md": hashlib.sha256(card).hexdigest()}

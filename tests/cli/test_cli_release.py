@@ -407,6 +407,9 @@ def test_what_a_run_has_spent_since_its_model_is_told(dprandp: Dprandp, run_afte
     with pytest.warns(UserWarning, match="the run has spent"):
         received = api.load_model(tmp_path / "second")
     assert received.run_epsilon == told[1]["run_epsilon"]
+    export(received, tmp_path / "third")
+    again = (tmp_path / "third/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert (again.count("the run has spent"), again == card) == (1, True)
     for folder in (run / "model", tmp_path / "second"):  # the run's own, and a copy that left it
         said = dprandp("predict", "--data", "npz:tiny.npz", "--model", folder).err
         assert "the run has spent ε = " in " ".join(said.split())
