@@ -187,8 +187,9 @@ def fit_private_head(
     >>> (head.predict(test_features) == test_labels).float().mean()                                  # doctest: +SKIP
 
     Args:
-        features: float [N, d], one row per record, each computed from that record and public inputs only. Do not
-            subtract statistics of the private features, such as their mean: ε would not cover them.
+        features: float [N, d], one row per record, each computed from that record and public inputs only; scaled to
+            length 1 here, and to zero where a value is not finite. Do not subtract statistics of the private features,
+            such as their mean: ε would not cover them.
         labels: whole numbers [N] in 0 … classes − 1.
         classes: their declared number; never count it in the labels.
         epsilon: total ε of everything that will ever be in the ledger. The first fit fixes it, with δ: a total that

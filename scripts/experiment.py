@@ -11,11 +11,14 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
 def dprandp(*arguments: object, aloud: bool = False) -> dict:
     """Run a command of the package in a process of its own and return its JSON; end the script where it fails.
+
+    ``seconds`` is what the whole command took; a private stage itself tells one digit of its own.
 
     Args:
         arguments: command and flags, such as ``"probe", "--run", run, "--eps", 1``.
@@ -26,10 +29,11 @@ def dprandp(*arguments: object, aloud: bool = False) -> dict:
         print("+", " ".join(command[2:-1]), file=sys.stderr, flush=True)
     else:
         command.append("--quiet")
+    started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command[2:])} ended with {done.returncode}")
-    return json.loads(done.stdout)
+    return {**json.loads(done.stdout), "seconds": round(time.perf_counter() - started, 2)}
 
 
 def parser(doc: str, out: str) -> argparse.ArgumentParser:

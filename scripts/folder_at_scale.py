@@ -56,7 +56,7 @@ def main() -> None:
     call = Call(args)
     result, found["rest_s"] = call.end()
     found["peak_gb"] = Call.peak / 1e9
-    found["result"] = {key: result[key] for key in ("accuracy", "majority_accuracy", "epsilon", "steps", "seconds")}
+    found["result"] = {key: result[key] for key in ("accuracy", "majority_accuracy", "epsilon", "steps")}
     print(json.dumps({key: rounded(value) for key, value in found.items()}, indent=1))
 
 

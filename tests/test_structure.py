@@ -154,7 +154,8 @@ NARROWER = {
     },
     # ε from the ledger, and its translation into other units: numbers, no mechanism and no data
     "report": {
-        "errors", "config", "runs", "privacy.accounting", "privacy.gaussian_dp", "privacy.ledger", "privacy.opinions",
+        "errors", "config", "runs", "privacy.accounting", "privacy.adaptive", "privacy.gaussian_dp", "privacy.ledger",
+        "privacy.neighbours", "privacy.opinions",
     },
     # the public stages: they reach neither privacy/ nor data/
     "generate": {"errors", "config", "synth", "vision", "models", "runs"},

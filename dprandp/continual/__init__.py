@@ -111,8 +111,7 @@ def run(config: ContinueConfig, context: Context) -> ContinueResult:
         tuned_on=None,
     )
     release.refuse_changed(before, model, dict(model.named_parameters()))
-    result = replace(result, seconds=round(time.perf_counter() - started, 2))  # with the evaluation
-    result = release.write_model(stage, model, result)
+    result = release.write_model(stage, model, replace(result, seconds=release.coarse_seconds(started)))
     stage.finish(outputs, result)
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -123,6 +124,15 @@ def _published(config: PretrainConfig) -> dict[str, Any]:
     """An extractor's configuration without the folders of a user's files."""
     init = config.init and os.path.basename(config.init)
     return as_dict(replace(config, arch=public_arch(config.arch), init=init))
+
+
+def coarse_seconds(started: float) -> float:
+    """Seconds since ``started``, a value of ``time.perf_counter``, to one significant digit; 1 at least.
+
+    A private stage takes as long as the sizes of the private image files, and the batches that were drawn, make it.
+    Results are published, so they say no more of that than its order of magnitude.
+    """
+    return float(f"{max(1.0, time.perf_counter() - started):.0e}")
 
 
 def write_model(stage: PrivateStage, model: Classifier, result: AnyResult) -> AnyResult:

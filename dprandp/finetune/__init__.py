@@ -141,7 +141,7 @@ def run(config: FinetuneConfig, context: Context) -> FinetuneResult | None:
         precision=config.precision,
         tuned=tuned,
         tuned_on=tuned_on,
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=release.coarse_seconds(started),
     )
     result = release.write_model(stage, model, result)
     outputs = [f"{MODEL}.safetensors"] + ([f"refit/{HEAD}.safetensors"] if refit else [])

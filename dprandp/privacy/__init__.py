@@ -7,6 +7,7 @@
 ``analytic``     bounds that need no grid, such as Rényi DP
 ``opinions``     prv-accountant and Opacus on the same ε; a contradiction is an error
 ``adaptive``     several stages, each planned after the results of those before it were seen
+``neighbours``   the best attacker; ε for replaced records and for groups
 ``randomness``   randomness from the operating system, Poisson batches, Gaussian and discrete Gaussian noise
 ``clipping``     sums of clipped gradients whose sensitivity is ``clip_norm``, for records of one or several images
 ``ledger``       the append-only record of charges, written before they are used

@@ -99,7 +99,7 @@ def run(config: ProbeConfig, context: Context) -> ProbeResult | None:
         extractor_colour=extractor.built_from.colour,
         tuned=tuned,
         tuned_on=None if here else config.tuned_on,
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=release.coarse_seconds(started),
     )
     result = release.write_model(stage, model, result)
     stage.finish([f"{HEAD}.safetensors", WHITENER_FILE], result)

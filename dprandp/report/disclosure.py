@@ -13,8 +13,17 @@ from collections.abc import Sequence
 from scipy.special import ndtr, ndtri
 
 from dprandp.config.schema import WITHOUT_PHASE_ONE
-from dprandp.privacy.accounting import ADVISED_SHARE, DELTA_SHARE, LATTICE_BITS, group_privacy, rounded_up
+from dprandp.privacy.accounting import (
+    ADVISED_SHARE,
+    DELTA_SHARE,
+    LATTICE_BITS,
+    GaussianEvent,
+    group_privacy,
+    rounded_up,
+)
+from dprandp.privacy.adaptive import SLACK
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
+from dprandp.privacy.neighbours import point_rate, trade_off
 from dprandp.runs.results import (
     ONE_IMAGE,
     ContinueResult,
@@ -194,40 +203,49 @@ def why_not_private(result: PrivateResult) -> str | None:
     return None
 
 
-def detection_rate(epsilon: float, delta: float, false_positive_rate: float = 0.01) -> float:
-    """Best true-positive rate of a membership test at a false-positive rate, for the equivalent Gaussian mechanism.
+FALSE_ALARMS = 0.01
 
-    Φ(Φ⁻¹(FPR) + μ), Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation (6). Exact for full-batch Gaussian
-    steps; for sampled ones the equivalent Gaussian approximates the true trade-off curve. 1 for an infinite ε.
+
+def detected_at_most(result: PrivateResult, epsilon: float) -> float:
+    """The most true positives, in [0, 1], of a membership test with ``FALSE_ALARMS`` false positives.
+
+    Args:
+        result: of a private stage, with a finite ε.
+        epsilon: of everything released, at the result's δ; larger than the result's ε if more was spent since.
+
+    Full batches, and several stages under the Gaussian-DP filter, allow no more than the Gaussian mechanism through
+    (ε, δ): Φ(Φ⁻¹(α) + μ) (Dong, Roth & Su 2022, "Gaussian Differential Privacy", equation 6), and the filter's slack.
+    One sampled stage alone has its own curve (``privacy.neighbours``), private tuning only the point (ε, δ).
     """
-    if math.isinf(epsilon):
-        return 1.0
-    return float(ndtr(ndtri(false_positive_rate) + gaussian_dp_mu(epsilon, delta)))
+    if result.tuned and result.tuned.charged_epsilon > 0:
+        return point_rate(epsilon, result.delta, FALSE_ALARMS)
+    slack = (SLACK + DELTA_SHARE) * result.delta
+    alone = not result.also_charged and not getattr(result, "refit", None) and epsilon <= result.epsilon
+    if alone and result.sample_rate < 1:
+        steps = max(result.steps, result.charged_steps)  # a sampled stage counts with its whole plan
+        attacker = trade_off([GaussianEvent(result.noise_multiplier, result.sample_rate, steps)])
+        return min(1.0, attacker.true_positive_rate(FALSE_ALARMS) + slack)
+    return min(1.0, float(ndtr(ndtri(FALSE_ALARMS) + gaussian_dp_mu(epsilon, result.delta))) + slack)
 
 
-def privacy_sentence(result: PrivateResult, epsilon: float | None = None, *, exact: bool | None = None) -> str:
+def privacy_sentence(result: PrivateResult, epsilon: float | None = None) -> str:
     """The meaning of the guarantee, in one or two sentences.
 
     Args:
         result: of a private stage.
         epsilon: the ε to explain, if more was spent than the result states.
-        exact: all steps were full batches, so that the equivalent Gaussian is the mechanism itself; by default taken
-            from the result's sampling rate.
     """
     reason = why_not_private(result)
     if reason is not None:
         return f"NOT PRIVATE. {reason} Handle the model as you handle the training images."
-    rate = detection_rate(result.epsilon if epsilon is None else epsilon, result.delta)
-    exact = result.sample_rate == 1 if exact is None else exact
-    if result.tuned and result.tuned.charged_epsilon > 0:
-        exact = False  # ε includes private tuning, which is no Gaussian mechanism
+    rate = detected_at_most(result, result.epsilon if epsilon is None else epsilon)
     released = "released up to the end of this stage" if epsilon is None else "has released so far"
     known, hidden = "every training image but one", "that image"
     if several_images(result):
         known, hidden = f"every training image but those of one {noun(result)}", f"that {noun(result)}"
     return (
         f"Suppose an attacker knows {known}, sees all that this run {released}, and accepts "
-        f"1\u00a0% false alarms: the presence of {hidden} is then detected {'at most' if exact else 'at most about'} "
+        f"1\u00a0% false alarms: the presence of {hidden} is then detected at most "
         f"{percent(rate, up=True)} of the time, where guessing gives 1\u00a0%."
         + (f" This is about training images: --allow-shared-units let the same {noun(result)} have images in the test "
            "split, and what the test figures tell about those is not counted in ε."

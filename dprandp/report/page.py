@@ -92,7 +92,7 @@ def page(run: Run) -> str:
     result, reason = run.final, not_private_reason(run)
     values: dict[str, Any] = {}
     if result is not None:
-        classes, exact = result.classes, all(run.results[stage].sample_rate == 1 for stage in run.private_stages)
+        classes = result.classes
         shown_as_table = len(classes) <= TABLE_CLASSES and result.confusion is not None
         values = {
             "data": public_data_name(result.data),
@@ -101,7 +101,7 @@ def page(run: Run) -> str:
             "interval": interval_text(result.interval("accuracy")),
             "figures": figures(result),
             "class_figures": class_figures(result)[: 1 + MOST_CLASSES],
-            "meaning": privacy_sentence(result, run.spending.epsilon, exact=exact and not run.spending.unfinished),
+            "meaning": privacy_sentence(result, run.spending.epsilon),
             "matrix": _matrix(result) if shown_as_table else None,
         }
         if not shown_as_table and result.confusion is not None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
-from dprandp.data import decode, open_dataset, read_unlabelled
+from dprandp.data import open_dataset, read_unlabelled
 from dprandp.data.decode import decoded, read_images
 from dprandp.errors import InputError
 
@@ -41,10 +41,15 @@ def file_of(image: Image.Image, kind: str, mode: str = "RGB", **options: object)
     return stream.getvalue()
 
 
+def read(content: bytes) -> Image.Image | None:
+    with Image.open(io.BytesIO(content)) as header:
+        return decoded(content, header)
+
+
 def pixels(content: bytes) -> np.ndarray | None:
     """What is read from a file; None where it is refused."""
     try:
-        image = decoded(content)
+        image = read(content)
     except Exception:  # a decoder may raise anything; ``read_images`` makes one refusal of it
         return None
     return None if image is None else np.asarray(image.convert("RGB"))
@@ -191,12 +196,13 @@ def test_a_marker_may_have_any_number_of_bytes_before_it() -> None:
 
 
 def test_a_large_jpeg_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads, on_canvas = [], decode._on_canvas
-    monkeypatch.setattr(decode, "_on_canvas", lambda data, value: loads.append(value) or on_canvas(data, value))
-    assert decoded(file_of(picture().resize((200, 150)), "JPEG")) is not None
-    assert loads == [0]
-    assert decoded(file_of(picture(), "JPEG")) is not None  # a positive control: a small one is compared
-    assert len(loads) > 2
+    opened, load = [], JpegImagePlugin.JpegImageFile.load
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda image: opened.append(image) or load(image))
+    assert read(file_of(picture().resize((200, 150)), "JPEG")) is not None
+    assert len({id(image) for image in opened}) == 1
+    opened.clear()
+    assert read(file_of(picture(), "JPEG")) is not None  # a positive control: a small one is compared
+    assert len({id(image) for image in opened}) > 2
 
 
 # ------------------------------------------------------------------------------------------------- files that are whole

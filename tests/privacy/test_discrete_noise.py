@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dprandp.errors import BudgetError, UsageError
-from dprandp.inspection import account
-from dprandp.inspection.account import compose_group
-from dprandp.privacy import accounting, randomness
+from dprandp.privacy import accounting, neighbours, randomness
 from dprandp.privacy.accounting import (
     DELTA_SHARE,
     DISTANCE,
@@ -35,6 +33,7 @@ from dprandp.privacy.accounting import (
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon
 from dprandp.privacy.ledger import Charge, Ledger
 from dprandp.privacy.mechanism import PrivateMechanism, make_plan
+from dprandp.privacy.neighbours import compose_group
 from dprandp.privacy.randomness import (
     InsecureSeed,
     SystemRandom,
@@ -281,7 +280,7 @@ def test_what_is_refused_is_what_delta_does_not_pay_for(steps, epsilon, log_delt
 
 def test_the_distance_is_that_of_all_discrete_steps(monkeypatch):
     asked = []
-    for module in (accounting, account):
+    for module in (accounting, neighbours):
         monkeypatch.setattr(module, "check_distance", lambda *values: asked.append(values))
     events = [GaussianEvent(30.0, 1.0, 7, True), GaussianEvent(9.0, 0.1, 5, True), GaussianEvent(30.0, 1.0, 11)]
     bound = compose(events, 1e-5)

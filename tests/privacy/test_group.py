@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from dprandp.errors import UsageError
-from dprandp.inspection.account import compose_group, moved_epsilon
 from dprandp.privacy.accounting import GaussianEvent, compose, group_privacy
 from dprandp.privacy.analytic import PARTICIPATIONS, Component
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta
+from dprandp.privacy.neighbours import compose_group, moved_epsilon
 
 
 def test_the_general_bound_against_its_definition():

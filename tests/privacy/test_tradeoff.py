@@ -11,11 +11,10 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.stats import norm
 
 from dprandp.errors import UsageError
-from dprandp.inspection import account
-from dprandp.inspection.account import REPLACE_ONE, calibrate_adjacency, compose_adjacency, trade_off
-from dprandp.privacy import accounting, pld
+from dprandp.privacy import accounting, neighbours, pld
 from dprandp.privacy.accounting import GaussianEvent, compose
 from dprandp.privacy.gaussian_dp import gaussian_dp_delta, gaussian_dp_epsilon
+from dprandp.privacy.neighbours import REPLACE_ONE, calibrate_adjacency, compose_adjacency, trade_off
 
 RATES = (1e-3, 0.01, 0.05, 0.3)
 
@@ -81,8 +80,8 @@ def test_two_moves_along_a_gaussian_curve_double_mu(mu, delta):
     epsilons = np.linspace(0, gaussian_dp_epsilon(mu, 1e-9), 4000)
     deltas = np.array([gaussian_dp_delta(mu, epsilon) for epsilon in epsilons])
     exact = gaussian_dp_epsilon(2 * mu, delta)
-    assert exact <= account._two_moves(epsilons, deltas, delta) <= 1.002 * exact
-    curve = account.TradeOff(None, epsilons, deltas, 2, "")
+    assert exact <= neighbours._two_moves(epsilons, deltas, delta) <= 1.002 * exact
+    curve = neighbours.TradeOff(None, epsilons, deltas, 2, "")
     for rate in RATES:
         best = norm.cdf(norm.ppf(rate) + 2 * mu)
         assert best <= curve.true_positive_rate(rate) <= 1.001 * best
@@ -122,7 +121,7 @@ def test_calibration_for_replacing_stays_just_below_its_target(rate):
 
 @pytest.mark.parametrize(("sigma", "name"), [(0.5, "participations"), (200.0, "full batches")])
 def test_where_the_curve_ends_too_early_both_moves_are_bounded_as_one(monkeypatch, sigma, name):
-    monkeypatch.setattr(account, "_two_moves", lambda *curve: None)
+    monkeypatch.setattr(neighbours, "_two_moves", lambda *curve: None)
     bound = compose_adjacency([GaussianEvent(sigma, 0.5, 7)], 1e-5, REPLACE_ONE)
     full = gaussian_dp_epsilon(2 * math.sqrt(7) / sigma, 1e-5)
     assert 0.5 * full < bound.upper <= full * (1 + 1e-9)

@@ -22,15 +22,15 @@ from typer.testing import CliRunner
 
 from dprandp.cli import app
 from dprandp.errors import BudgetError, DprandpError
-from dprandp.inspection.account import (
+from dprandp.privacy import accounting
+from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
+from dprandp.privacy.analytic import log_moment
+from dprandp.privacy.neighbours import (
     REPLACE_ONE,
     calibrate_adjacency,
     compose_adjacency,
     moved_epsilon,
 )
-from dprandp.privacy import accounting
-from dprandp.privacy.accounting import GaussianEvent, calibrate, compose
-from dprandp.privacy.analytic import log_moment
 
 pytestmark = pytest.mark.filterwarnings("error")
 

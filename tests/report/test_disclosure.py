@@ -15,6 +15,10 @@ from html_page import Page
 
 from dprandp.errors import CheckpointError
 from dprandp.pipeline import as_json, stage_line
+from dprandp.privacy.accounting import GaussianEvent, compose
+from dprandp.privacy.adaptive import compose_stages
+from dprandp.privacy.gaussian_dp import gaussian_dp_mu
+from dprandp.privacy.neighbours import trade_off
 from dprandp.report import disclosure as disclosing
 from dprandp.report.card import model_card
 from dprandp.report.disclosure import disclosure
@@ -159,20 +163,64 @@ def test_model_card_escapes_and_shortens() -> None:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def test_detection_rate_is_that_of_the_best_test() -> None:
-    # μ = 0.268 at (1, 1e-5) and 1.666 at (8, 1e-5); the best test between N(0,1) and N(μ,1) is a threshold
-    for epsilon, mu in ((1.0, 0.268), (8.0, 1.666)):
-        threshold = NormalDist().inv_cdf(0.99)
-        expected = 1 - NormalDist(mu).cdf(threshold)
-        assert disclosing.detection_rate(epsilon, 1e-5) == pytest.approx(expected, rel=5e-3)
-    assert disclosing.detection_rate(math.inf, 1e-5) == 1
-    assert disclosing.detection_rate(0.0, 1e-5) == pytest.approx(0.01, abs=1e-4)
+def gaussian_rate(mu: float) -> float:
+    """The best test between N(0,1) and N(μ,1) at 1 % false positives: a threshold."""
+    return 1 - NormalDist(mu).cdf(NormalDist().inv_cdf(0.99))
 
 
-def test_privacy_sentence_is_exact_only_for_full_batches() -> None:
-    assert "at most 1." in disclosing.privacy_sentence(private_result("probe"))
-    assert "at most about 2" in disclosing.privacy_sentence(private_result("finetune"))
-    assert "at most about" in disclosing.privacy_sentence(private_result("probe"), 0.9, exact=False)
+def test_the_detection_rate_of_full_batches_is_that_of_the_best_test() -> None:
+    for epsilon, mu in ((1.0, 0.268), (8.0, 1.666)):  # at δ = 1e-5
+        found = disclosing.detected_at_most(private_result("probe"), epsilon)
+        assert found == pytest.approx(gaussian_rate(mu), rel=5e-3)
+    assert disclosing.detected_at_most(private_result("probe"), 1e-4) == pytest.approx(0.01, abs=1e-4)
+    assert "at most 1.3\u00a0% of" in disclosing.privacy_sentence(private_result("probe"))
+
+
+@pytest.mark.parametrize(("rate", "sigma", "epsilon"), [(0.036, 0.5, 0.1), (0.5, 2.0, 1.0)])
+def test_the_detection_rate_of_one_sampled_stage_is_that_of_the_best_test(
+    rate: float, sigma: float, epsilon: float
+) -> None:
+    """Of one step, the best test is a threshold on x: N(0, σ²) against (1 − q) N(0, σ²) + q N(1, σ²)."""
+    result = private_result("finetune", also_charged=[], steps=1, charged_steps=1, lost_steps=0, sample_rate=rate,
+                            noise_multiplier=sigma, epsilon=epsilon, delta=0.036)  # fmt: skip
+    without, record = NormalDist(0, sigma), NormalDist(1, sigma)
+    high, low = without.inv_cdf(0.99), without.inv_cdf(0.01)
+    up = (1 - rate) * 0.01 + rate * (1 - record.cdf(high))
+    # without the record seen as the mixture: false positives of {x < t} are the mixture's, true ones N(0, σ²)'s
+    mixed = np.linspace(low - 1, low + 1, 100_001)
+    below = np.array([(1 - rate) * without.cdf(x) + rate * record.cdf(x) for x in mixed[::50]])
+    down = without.cdf(float(np.interp(0.01, below, mixed[::50])))
+    found = disclosing.detected_at_most(result, epsilon)
+    assert max(up, down) - 1e-6 <= found <= 1.01 * max(up, down) + 0.05 * 0.036
+    # more was spent since than the stage alone
+    more = disclosing.detected_at_most(result, 2 * epsilon)
+    assert more >= gaussian_rate(gaussian_dp_mu(2 * epsilon, 0.036))
+
+
+def test_the_gaussian_through_epsilon_and_delta_is_no_bound_for_one_sampled_stage() -> None:
+    """The figure that was printed before: too low where δ is near 1/N."""
+    event = GaussianEvent(0.5, 0.036, 1)
+    epsilon = compose([event], 0.036).upper
+    result = private_result("finetune", also_charged=[], steps=1, charged_steps=1, lost_steps=0, sample_rate=0.036,
+                            noise_multiplier=0.5, epsilon=epsilon, delta=0.036)  # fmt: skip
+    assert disclosing.detected_at_most(result, epsilon) > 1.3 * gaussian_rate(gaussian_dp_mu(epsilon, 0.036))
+
+
+def test_the_detection_rate_of_several_stages_bounds_that_of_their_composition() -> None:
+    delta = 0.036
+    stages = [[GaussianEvent(30.0, 1.0, 100)], [GaussianEvent(1.0, 0.036, 30)]]
+    epsilon = compose_stages(stages, delta).upper
+    result = private_result("finetune", steps=30, charged_steps=30, lost_steps=0, sample_rate=0.036,
+                            noise_multiplier=1.0, epsilon=epsilon, delta=delta)  # fmt: skip
+    together = trade_off([event for stage in stages for event in stage]).true_positive_rate(0.01)
+    assert together <= disclosing.detected_at_most(result, epsilon) <= 1.5 * together
+
+
+def test_the_detection_rate_after_private_tuning_follows_from_epsilon_and_delta_alone() -> None:
+    tuned = {"on": "private", "trials": 4, "charged_epsilon": 0.2, "settings": ("steps",), "used": True}
+    result = private_result("probe", tuned=tuned)
+    assert disclosing.detected_at_most(result, 1.0) == pytest.approx(0.01 * math.e + 1e-5)
+    assert disclosing.detected_at_most(result, 8.0) == pytest.approx(1 - math.exp(-8) * (0.99 - 1e-5))
 
 
 def test_printed_epsilon_is_never_below_the_truth() -> None:

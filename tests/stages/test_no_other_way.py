@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,23 @@ def written(run: Path) -> dict[str, Any]:
     return found
 
 
+def times(value: Any, private: bool = False) -> Iterator[float]:
+    """All ``seconds`` of what belongs to private stages."""
+    if isinstance(value, dict):
+        private = private or "epsilon" in value
+        if private and "seconds" in value:
+            yield value["seconds"]
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for entry in entries:
+        yield from times(entry, private)
+
+
+def test_a_time_is_rounded_to_one_digit(monkeypatch: Patch) -> None:
+    for now, shown in ((100.003, 1.0), (101.49, 1.0), (109.4, 9.0), (109.6, 10.0), (114.9, 10.0), (1360.0, 1000.0)):
+        monkeypatch.setattr(release.time, "perf_counter", lambda now=now: now)
+        assert release.coarse_seconds(100.0) == shown
+
+
 def exchanged(
     kind: Kind, request: pytest.FixtureRequest, copy: Copy, tmp_path: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,6 +146,9 @@ def exchanged(
         # a selection draws its settings, and shows which was best: they must be the same for the same to be seen
         run_kind(kind, run, data, {"insecure_seed": 1} if kind is KINDS["tune"] else None)
         found.append(written(run))
+        told = [json.loads(path.read_text(encoding="utf-8")) for path in run.rglob("*.json")]
+        assert all(value == float(f"{value:.0e}") >= 1 for value in times(told))  # how long the data took is not told
+        assert kind is KINDS["tune"] or len(list(times(told))) >= 2
     return found[0], found[1]
 
 

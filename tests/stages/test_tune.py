@@ -188,7 +188,8 @@ def test_private_tuning_is_charged_and_composed(copy: Copy, public_run: Path, da
     assert probed["epsilon"] < tuned["epsilon"] <= PROBE["epsilon"]
     card = (run / "model/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "charged: the best of a random number of private trials (4 expected)" in card
-    assert "at most about" in card
+    at_most = math.exp(tuned["epsilon"]) + 100 * tuned["delta"]  # per cent, of any mechanism with this ε
+    assert f"is then detected at most {math.ceil(10 * at_most) / 10:g} % of the time" in card.replace("\u00a0", " ")
 
 
 def test_every_private_look_of_a_trial_goes_through_it(
