@@ -19,7 +19,7 @@ from dprandp.config.schema import ContinueConfig
 from dprandp.continual import switching
 from dprandp.continual.public import Training
 from dprandp.continual.switching import Look
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of
+from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, refuse_without_gradients, share_of
 from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.stage import CONTINUE, PrivateStage
 from dprandp.dpsgd.units import unit_rows
@@ -184,6 +184,9 @@ def private_steps(
         automatic=True,
         precise=plan.noise == "discrete",
         microbatch=stage.context.microbatch or _together(training),
+    )
+    refuse_without_gradients(
+        training.model, settings, {name: training.parameters[name] for name in training.private_names}
     )
     sums, rows = ClippedSums(training.model, settings), unit_rows(stage.dataset)
     mechanism = stage.mechanism(updates, ledger_head)

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dprandp import losses
+from dprandp.config.schema import is_backbone
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd.masks import EXTRACTOR, FrozenPrefix
 from dprandp.dpsgd.units import UnitRows
+from dprandp.errors import UsageError
 from dprandp.models.classifier import Classifier
 from dprandp.models.patchnet import patch_layers
 from dprandp.models.patchnet import per_example_gradients as patchnet_gradients
@@ -157,6 +159,30 @@ class ClippedSums:
         most = self.settings.clip_norm * records * (1 + 1e-6)
         if not fits or not float(torch.stack([value.norm() for value in share.values()]).norm()) <= most:
             raise RuntimeError("a rank's sum is longer than its clipped gradients can be, or not finite")
+
+
+def refuse_without_gradients(model: Classifier, settings: SumSettings, parameters: Mapping[str, Tensor]) -> None:
+    """Try a sum of a network from elsewhere on two images of public noise, before the first charge for one.
+
+    Raises:
+        UsageError: the network has operations that ``torch.func`` does not differentiate.
+    """
+    arch = model.extractor.built_from.arch
+    if not is_backbone(arch):
+        return
+    side, classes = model.extractor.input_size, model.head.shape[1]
+    noise = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros((2, classes) if settings.multi_label else 2, dtype=torch.int64)
+    batch = Batch(noise.to(model.head.device), labels.to(model.head.device), torch.arange(2))
+    try:
+        ClippedSums(model, settings).of(parameters, 0, batch)
+    except Exception as error:  # of any network
+        why = " ".join(str(error).split())
+        raise UsageError(
+            f"the gradient of one image cannot be computed for {arch}: {type(error).__name__}: {why[:300]}",
+            fix="build the network of operations that torch.func.grad differentiates, such as the layers of torch.nn, "
+            "or fit a head on it alone (dprandp probe)",
+        ) from error
 
 
 def _masked(gradients: Iterator[dict[str, Tensor]], masks: masking.Masks) -> Iterator[dict[str, Tensor]]:

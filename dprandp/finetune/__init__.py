@@ -40,7 +40,14 @@ from dprandp.config.schema import (
 )
 from dprandp.dpsgd import masks as masking
 from dprandp.dpsgd import release
-from dprandp.dpsgd.clipped_sums import ClippedSums, SumSettings, share_of, steps_on_all, unscaled
+from dprandp.dpsgd.clipped_sums import (
+    ClippedSums,
+    SumSettings,
+    refuse_without_gradients,
+    share_of,
+    steps_on_all,
+    unscaled,
+)
 from dprandp.dpsgd.features import private_features
 from dprandp.dpsgd.masks import EXTRACTOR
 from dprandp.dpsgd.stage import PrivateStage, begin_on_all_ranks, open_private_stage
@@ -322,6 +329,7 @@ def _train(
         adapters=trained.rank > 0,
     )
     ranks.refuse_different("model and settings", lambda: _digest(model, settings))
+    refuse_without_gradients(model, settings, parameters)
     sums, rows = ClippedSums(model, settings), unit_rows(stage.dataset)
     head_steps, head_alone = config.head_steps or 0, masking.after_the_blocks(model)
     first_sums = ClippedSums(model, replace(settings, frozen_first=head_alone.first)) if head_steps else sums

@@ -74,7 +74,9 @@ def compose_stages(stages: Sequence[Stage], delta: float, warn: Warn = warn_by_l
     bound = compose(covers(stages, delta * share, warn), delta * share * (1 - SLACK), warn)
     if steps:
         check_distance(steps, bound.upper, delta)
-    name = f"Gaussian-DP filter over stages ({bound.accountant})"
+    name = "Gaussian-DP filter over stages"
+    if any(isinstance(event, TuningEvent) for stage in stages for event in stage):
+        name += f" ({bound.accountant})"
     return EpsilonBound(0.0, bound.estimate, bound.upper, delta, name + (", discrete noise" if steps else ""))
 
 

@@ -77,7 +77,7 @@ def test_not_below_numerical_composition_and_close_to_it(event: GaussianEvent, s
     together = compose_stages([[first], [event]], 1e-5)
     fixed = compose([first, event], 1e-5)
     assert fixed.lower <= together.upper <= fixed.upper * (1 + share)
-    assert "filter" in together.accountant
+    assert together.accountant == "Gaussian-DP filter over stages"
 
 
 def test_the_order_of_stages_and_their_number_are_bounded_by_one_slack() -> None:

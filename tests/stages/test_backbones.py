@@ -5,6 +5,7 @@ Gradients are those of autograd, one example at a time, and what is not trained 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import STEP, apart, batch_of, model_of, norm_of, scaled
-from tiny_run import CLASSES, make_public, read_json, run_continue, run_finetune, run_probe, run_scratch
+from tiny_run import CLASSES, ledger_of, make_public, read_json, run_continue, run_finetune, run_probe, run_scratch
 from torch import Tensor
 from torch.nn import functional
 
@@ -283,6 +284,41 @@ def test_all_stages_take_a_network_from_elsewhere(net: str, data: str) -> None:
     before, after = load_file(run / "2b-continue/extractor.safetensors"), load_file(run / "model/model.safetensors")
     moved = {name for name, value in before.items() if not torch.equal(value, after[f"extractor.{name}"])}
     assert {name.split(".")[1] for name in moved} == {"attention"}
+
+
+UNDIFFERENTIABLE = """
+import torch
+from torch import nn
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(context, towards):
+        return 2 * towards
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+
+    def forward(self, x):
+        return Double.apply(self.stem(x)).mean(dim=(2, 3))
+"""
+
+
+@pytest.mark.parametrize("stage", [run_finetune, run_continue])
+def test_a_network_without_gradients_is_refused_before_the_first_charge(stage: Callable, net: str, data: str) -> None:
+    Path("net.py").write_text(UNDIFFERENTIABLE, encoding="utf-8")
+    run = Path("run")
+    make_public(run, arch=net, random_init=True)
+    if stage is run_finetune:
+        run_probe(run, data, epsilon=8.0)
+    with pytest.raises(UsageError, match=r"the gradient of one image cannot be computed for module:net\.py:Net"):
+        stage(run, data, epsilon=8.0)
+    assert {charge.stage for charge in ledger_of(run).charges} == ({"probe"} if stage is run_finetune else set())
 
 
 def test_a_model_of_a_users_code_holds_no_code_and_no_path(
