@@ -42,13 +42,13 @@ demo: finetune report  ## all of it on real handwritten digits, with a report at
 	@$(BIN)/dprandp status --run $(RUN)
 	@echo "report: $(RUN)/report.html"
 
-test: $(READY)  ## the fast tests, about five minutes on two cores
+test: $(READY)  ## the fast tests, five to fifteen minutes on two cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
-mutate: $(READY)  ## do the tests notice mistakes in what privacy rests on? A quarter of an hour; FLAGS="--sample 0.2"
+mutate: $(READY)  ## do the tests notice mistakes in what privacy rests on? Three quarters of an hour; FLAGS="--sample 0.2"
 	$(BIN)/python scripts/mutate.py $(FLAGS)
 
 lint: $(READY)  ## ruff
