@@ -144,11 +144,11 @@ class TradeOff:
         if not 0 <= false_positive_rate <= 1:
             raise UsageError(f"The false-positive rate is {false_positive_rate}.", fix="Give a number from 0 to 1.")
         if self.mu is not None:
-            return _gaussian_rate(false_positive_rate, self.mu)
+            return gaussian_rate(false_positive_rate, self.mu)
         rate = false_positive_rate
         for _ in range(self.moves):
             rate = self._one_move(rate)
-        return min(rate, _gaussian_rate(false_positive_rate, self.most_mu))
+        return min(rate, gaussian_rate(false_positive_rate, self.most_mu))
 
     def _one_move(self, rate: float) -> float:
         return float(min(1.0, _point_rates(self.epsilons, self.deltas, rate).min()))
@@ -178,7 +178,8 @@ def _point_rates(epsilons: np.ndarray, deltas: np.ndarray, rate: float) -> np.nd
     return np.minimum(deltas + scaled, 1 - np.exp(-epsilons) * (1 - deltas - rate))
 
 
-def _gaussian_rate(rate: float, mu: float) -> float:
+def gaussian_rate(rate: float, mu: float) -> float:
+    """The true-positive rate of the best test of a Gaussian mechanism, Φ(Φ⁻¹(α) + μ), at a false-positive rate."""
     if rate in (0.0, 1.0):
         return rate if math.isfinite(mu) else 1.0
     return float(ndtr(ndtri(rate) + mu))

@@ -10,8 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 
-from scipy.special import ndtr, ndtri
-
 from dprandp.config.schema import WITHOUT_PHASE_ONE
 from dprandp.privacy.accounting import (
     ADVISED_SHARE,
@@ -23,7 +21,7 @@ from dprandp.privacy.accounting import (
 )
 from dprandp.privacy.adaptive import SLACK
 from dprandp.privacy.gaussian_dp import gaussian_dp_epsilon, gaussian_dp_mu
-from dprandp.privacy.neighbours import point_rate, trade_off
+from dprandp.privacy.neighbours import gaussian_rate, point_rate, trade_off
 from dprandp.runs.results import (
     ONE_IMAGE,
     ContinueResult,
@@ -225,7 +223,7 @@ def detected_at_most(result: PrivateResult, epsilon: float) -> float:
         steps = max(result.steps, result.charged_steps)  # a sampled stage counts with its whole plan
         attacker = trade_off([GaussianEvent(result.noise_multiplier, result.sample_rate, steps)])
         return min(1.0, attacker.true_positive_rate(FALSE_ALARMS) + slack)
-    return min(1.0, float(ndtr(ndtri(FALSE_ALARMS) + gaussian_dp_mu(epsilon, result.delta))) + slack)
+    return min(1.0, gaussian_rate(FALSE_ALARMS, gaussian_dp_mu(epsilon, result.delta)) + slack)
 
 
 def privacy_sentence(result: PrivateResult, epsilon: float | None = None) -> str:
