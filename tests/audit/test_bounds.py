@@ -140,6 +140,7 @@ def test_scores_that_tell_everything_give_the_largest_bound() -> None:
     assert play(game, np.zeros(500), np.zeros(500), FULL, SIGNIFICANCE).factor == 0
 
 
+@pytest.mark.slow
 @BOTH
 def test_number_of_trials_follows_from_the_claim(claim: Claim) -> None:
     small, large = (choose_game(claim, part, SIGNIFICANCE) for part in (0.8, 0.9))

@@ -138,6 +138,7 @@ def test_a_plan_with_discrete_noise_and_its_released_heads(dprandp: Dprandp) -> 
     assert "trials of 6 steps, about" in done.err
 
 
+@pytest.mark.slow
 def test_a_run_that_protects_units_with_discrete_noise(dprandp: Dprandp, run_after: RunAfter, folder: Path) -> None:
     run, arrays = run_after("pretrain"), dict(np.load(folder / "tiny.npz"))
     arrays["patient_train"] = np.arange(len(arrays["y_train"])) // 3

@@ -104,6 +104,7 @@ def test_wrong_weights_are_refused_in_one_line(dprandp: Dprandp, tmp_path: Path)
     refused(dprandp(*small, "--arch", "torchvision:alexnet"), 2, "cannot see images of 32 × 32 pixels", "--input-size")
 
 
+@pytest.mark.slow
 def test_a_users_code_runs_only_with_the_flag(dprandp: Dprandp, tmp_path: Path, folder: Path) -> None:
     (tmp_path / "net.py").write_text(NET, encoding="utf-8")
     run, ran = tmp_path / "run", tmp_path / "has-run"

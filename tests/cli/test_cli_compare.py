@@ -41,6 +41,7 @@ def test_two_runs_about_the_same_data(
     refused(dprandp("compare", tmp_path / "third"), 3, "there is no run")
 
 
+@pytest.mark.slow
 def test_the_same_files_are_the_same_data_whatever_their_decoding(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ FLAGS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_from_plan_to_probe_over_a_kill(dprandp: Dprandp, vit: Path) -> None:
     planned = good(dprandp("continue", "--run", vit, *FLAGS, "--eps", "4", "--plan", "--json"))
     assert not (vit / "privacy").exists()

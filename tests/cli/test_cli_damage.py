@@ -34,9 +34,9 @@ NEEDED = [
     ("generate", "1-generate/manifest.json", "pretrain"),
     ("pretrain", "2-pretrain/grey/extractor.safetensors", "probe"),
     ("pretrain", "1-generate/shard-00001.npy", "probe"),
-    ("probe", "3-probe/head.safetensors", "finetune"),
+    pytest.param("probe", "3-probe/head.safetensors", "finetune", marks=pytest.mark.slow),
     ("probe", "3-probe/statistics/whitener.safetensors", "finetune"),
-    ("probe", "2-pretrain/grey/extractor.safetensors", "finetune"),
+    pytest.param("probe", "2-pretrain/grey/extractor.safetensors", "finetune", marks=pytest.mark.slow),
 ]
 
 

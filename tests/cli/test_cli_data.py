@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cli_process import Dprandp, RunAfter, arrays, good, refused, state_of
 from PIL import Image
 
@@ -65,6 +66,7 @@ def shape_of(value: Any) -> Any:
     return type(value).__name__
 
 
+@pytest.mark.slow
 def test_what_a_private_stage_does_does_not_tell_whether_a_class_is_empty(
     dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_rules_are_recorded_shown_and_applied_by_predict(
     dprandp: Dprandp, run_after: RunAfter, deep: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def several(train: int = 160, test: int = 60, side: int = 12) -> dict[str, np.nd
     return made
 
 
+@pytest.mark.slow
 def test_several_labels_from_probe_to_an_outsiders_check(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from cli_process import Dprandp, RunAfter, good, refused
 from own_data import make_own_data
 
@@ -24,6 +25,7 @@ def test_the_commands_of_the_page(dprandp: Dprandp, tmp_path: Path) -> None:
         assert done.out
 
 
+@pytest.mark.slow
 def test_a_table_from_run_to_release(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path) -> None:
     make_own_data(tmp_path)
     run = run_after("pretrain")

@@ -159,6 +159,7 @@ def test_the_flags_of_run_go_where_their_names_say(dprandp: Dprandp, tmp_path: P
     assert first == ["generate:", "pretrain:", "probe", "finetune:", "run:"]
 
 
+@pytest.mark.slow
 def test_run_leaves_a_part_of_the_budget_only_to_a_fine_tune_that_pays(
     dprandp: Dprandp, run_after: RunAfter, tmp_path: Path
 ) -> None:

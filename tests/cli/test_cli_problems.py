@@ -87,6 +87,7 @@ def test_check_names_them_where_it_is_told_to(dprandp: Dprandp, scans: Path, tmp
     assert f"test/ill/{SECRET}.png" in (tmp_path / "names.txt").read_text()
 
 
+@pytest.mark.slow
 def test_images_are_decoded_once_and_copies_in_both_splits_are_told_once(
     dprandp: Dprandp, run_after: RunAfter, scans: Path, tmp_path: Path, folder: Path
 ) -> None:

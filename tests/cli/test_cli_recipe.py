@@ -35,6 +35,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_by_the_recipe(dprandp: Dprandp, config: Path, tmp_path: Path) -> None:
     run, command = tmp_path / "run", ("run", "--recipe", "dp-randp", "--config", config, *DATA)
     plan = good(dprandp(*command, "--run", run, "--plan", "--json", before=NO_PIXELS))
@@ -55,6 +56,7 @@ def test_a_run_by_the_recipe(dprandp: Dprandp, config: Path, tmp_path: Path) -> 
     assert len(rows) == result["test_examples"]
 
 
+@pytest.mark.slow
 def test_a_fine_tune_by_the_recipe_goes_on_from_no_probe(dprandp: Dprandp, config: Path, tmp_path: Path) -> None:
     """And one after a probe is another: at size paper the run's probe decides."""
     paper = ("--size", "paper", "--config", config)

@@ -69,6 +69,7 @@ def test_a_run_is_made_again(
     assert again == settings_of(run)
 
 
+@pytest.mark.slow
 def test_a_prior_is_named_and_not_made_again(dprandp: Dprandp, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "tiny.npz", tmp_path)
     (tmp_path / "quick.toml").write_text("[probe]\nstatistics_images = 50\ndims = 64\n", encoding="utf-8")

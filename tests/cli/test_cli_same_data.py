@@ -46,6 +46,7 @@ def small(folder: Path) -> tuple[str, Path]:
 # ------------------------------------------------------------------------------------------------- the same data
 
 
+@pytest.mark.slow
 def test_a_later_stage_takes_the_same_data_under_any_name(
     dprandp: Dprandp, run_after: RunAfter, small: tuple, moved: str, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_stopped_probe_goes_on_under_another_name(
     assert (result["charged_steps"], result["lost_steps"] > 0) == (result["steps"], True)
 
 
+@pytest.mark.slow
 def test_a_folder_under_another_name_and_with_new_litter(
     dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:

@@ -89,9 +89,10 @@ def test_signal_while_nothing_can_be_saved(dprandp: Dprandp, run_after: RunAfter
 
 @pytest.mark.parametrize(
     "signals",
-    [[(signal.SIGINT, 130)], pytest.param([(signal.SIGTERM, 143), (signal.SIGINT, 130)], marks=pytest.mark.slow)],
+    [[(signal.SIGINT, 130)], [(signal.SIGTERM, 143), (signal.SIGINT, 130)]],
     ids=len,
 )
+@pytest.mark.slow
 def test_a_real_process(run_after: RunAfter, folder: Path, signals: list) -> None:
     """``python -m dprandp`` itself, no server; one run, stopped and resumed, where there are two signals."""
     run = run_after("pretrain")

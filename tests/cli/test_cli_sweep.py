@@ -50,6 +50,7 @@ def mu_of(epsilon: float) -> float:
     return low
 
 
+@pytest.mark.slow
 def test_every_system_can_be_planned_at_its_published_size(dprandp: Dprandp, tmp_path: Path) -> None:
     """cifar10 is not there: its declared facts are enough for a plan, and the sweep itself refuses to begin."""
     systems = [part for name in ("dp-randp", "de2022", "pruning", "continual") for part in ("--system", name)]
@@ -90,6 +91,7 @@ def swept(dprandp: Dprandp, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_in_the_run_that_it_was_in(swept: Path) -> None:
     runs = sorted(path.parent.name for path in swept.glob("*/run.json"))
     systems = ("dp-randp", "probe")

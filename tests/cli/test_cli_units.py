@@ -25,6 +25,7 @@ def data(tmp_path: Path) -> str:
     return f"npz:{tmp_path / 'scans.npz'}"
 
 
+@pytest.mark.slow
 def test_patients_through_all_commands(dprandp: Dprandp, run_after: RunAfter, data: str, tmp_path: Path) -> None:
     """The unit is named in plan, ledger, result, card and report; the fine-tune goes on with the probe's, and with the
     number of classes that was declared."""
@@ -154,6 +155,7 @@ def test_the_line_of_a_probe_says_whose_the_rest_of_epsilon_is(dprandp: Dprandp,
     assert "for finetune" not in dprandp("finetune", "--config", "small.toml", "--run", stages["finetune"]).out
 
 
+@pytest.mark.slow
 def test_patients_are_the_same_at_every_size_and_in_every_colour(dprandp: Dprandp, tmp_path: Path) -> None:
     """Whoever has two models of one patient's images wants their total ε, whatever the networks see of them."""
     random = np.random.default_rng(0)

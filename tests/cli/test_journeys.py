@@ -107,6 +107,7 @@ def test_a_hundred_classes(dprandp: Dprandp, tmp_path: Path) -> None:
     assert (tmp_path / "runs/default/report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_rare_class_is_warned_of_before_and_after(dprandp: Dprandp, tmp_path: Path) -> None:
     """300 images of which 5 per cent are of one class: without signal all answers are the other's."""
     random = np.random.default_rng(0)

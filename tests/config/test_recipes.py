@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -32,9 +33,11 @@ def rows_of(file: Path) -> dict[int, dict[str, str]]:
     return {int(row[0]): dict(zip(names, row, strict=True)) for row in rows}
 
 
+@functools.cache
 def flops(arch: str, backwards: bool) -> int:
     """Of one view in the network."""
-    network = build_extractor(PretrainConfig(arch=arch, pooling="1")).to("meta")
+    with torch.device("meta"):
+        network = build_extractor(PretrainConfig(arch=arch, pooling="1"))
     with FlopCounterMode(display=False) as counter:
         features = network.features(torch.zeros(1, 3, 32, 32, device="meta"))
         if backwards:
@@ -44,7 +47,8 @@ def flops(arch: str, backwards: bool) -> int:
 
 def pretraining_flops(config: PretrainConfig) -> int:
     """Forwards and backwards, of all steps: two views of each image, through network and projection head."""
-    head = ProjectionHead(64 * 4 * 64, hidden_dim=config.projection_hidden, embedding_dim=config.projection_dim)
+    with torch.device("meta"):
+        head = ProjectionHead(64 * 4 * 64, hidden_dim=config.projection_hidden, embedding_dim=config.projection_dim)
     weights = sum(value.numel() for value in head.parameters() if value.ndim > 1)
     return 2 * config.batch_size * config.steps * (flops(config.arch, backwards=True) + 3 * 2 * weights)
 

@@ -146,12 +146,8 @@ def stopped_after(steps: int) -> Iterator[None]:
         Stop.end_step = end_step
 
 
-SLOW = ("patchnet, two layers", "patchnet", "wrn, learned")  # whose sums are among the checks below
-
-
-@pytest.mark.parametrize(
-    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
-)
+@pytest.mark.slow  # the sums are among the checks below
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @own_process
 def test_probe_and_finetune_are_those_of_the_cpu(tmp_path, arch):
     data = blobs(tmp_path)

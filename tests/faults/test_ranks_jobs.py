@@ -126,10 +126,9 @@ def test_16_a_rank_that_dies_ends_the_job_and_any_number_goes_on(
 
 @pytest.mark.parametrize(
     ("rank", "how", "size"),
-    [(1, HANG, 2), pytest.param(2, HANG, 3, marks=pytest.mark.slow), pytest.param(1, STOP, 2, marks=pytest.mark.slow),
-     pytest.param(0, HANG, 2, marks=pytest.mark.slow), pytest.param(0, HANG_WITH_THE_NOISE, 2, marks=pytest.mark.slow),
-     pytest.param(0, STOP, 3, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [(1, HANG, 2), (2, HANG, 3), (1, STOP, 2), (0, HANG, 2), (0, HANG_WITH_THE_NOISE, 2), (0, STOP, 3)],
+)
+@pytest.mark.slow
 def test_16_a_rank_that_hangs_ends_the_job_in_time(
     dprandp: Dprandp, work: Work, probed: Path, rank: int, how: str, size: int
 ) -> None:

@@ -70,6 +70,7 @@ def features_of(run: Path) -> np.ndarray:
     return np.array(np.load(run / "private" / "features.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_a_patchnet_of_one_precision_is_the_same_on_every_machine(
     kind: str, patches: Path, odd_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +111,7 @@ def test_a_network_computes_as_recorded(wide: Path, small_data: str, tmp_path: P
     assert run_continue(other, small_data, **short)["precision"] == decided
 
 
+@pytest.mark.slow
 def test_a_finished_stage_stays_finished_on_another_machine(
     wide: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_finished_stage_stays_finished_on_another_machine(
     assert difference > 1e-4  # the file of the first probe would have been found again
 
 
+@pytest.mark.slow
 def test_later_stages_compute_as_the_probe_did(
     wide: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_statistics_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
     assert "--norm frozen" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_the_conversion_of_the_documentation_is_right(tmp_path: Path) -> None:
     """Outside the package, which reads no pickles."""
     page = Path(backbones.__file__).parents[2] / "docs/stages.md"

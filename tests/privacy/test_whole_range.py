@@ -269,6 +269,7 @@ def account(arguments: tuple[object, ...]) -> int:
     return result.exit_code
 
 
+@pytest.mark.slow
 def test_the_command_line_answers_everywhere():
     options = [("--json",), ("--adjacency", "replace-one"), ("--group-size", 7), ("--json",), ("--curve",)]
     for (sigma, q, steps, delta), more in zip(SANE, options, strict=True):

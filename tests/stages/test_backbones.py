@@ -269,6 +269,7 @@ def test_only_what_is_trained_has_noise_and_a_state(net: str, data: str, monkeyp
     assert set(saved) == names
 
 
+@pytest.mark.slow
 def test_all_stages_take_a_network_from_elsewhere(net: str, data: str) -> None:
     run = Path("run")
     make_public(run, arch=net, random_init=True)

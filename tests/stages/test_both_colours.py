@@ -62,6 +62,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return colours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", COLOURS)
 def test_the_models_are_those_of_a_run_that_knew_the_colour(
     copy: Copy, public_run: Path, known_run: dict[str, Path], data_of: dict[str, str], colour: str

@@ -139,6 +139,7 @@ def extractor_of(run: Path, made_by: str | None = None) -> dict[str, torch.Tenso
         return {k: v.clone() for k, v in load_extractor(given, "rgb", made_by)[0].state_dict().items()}
 
 
+@pytest.mark.slow
 def test_later_stages_take_the_continued_extractor_the_private_rest_and_the_same_budget(
     continued_run, copy, data
 ) -> None:
@@ -267,6 +268,7 @@ def test_mixed_steps_are_all_charged(vit_run, copy, data, mix) -> None:
     assert bool(heads["public_head"].abs().max() > 0) == (mix != "private")
 
 
+@pytest.mark.slow
 def test_a_wrn_is_trained_too(wide_run, copy, data, monkeypatch) -> None:
     monkeypatch.setattr(public_steps, "TERM_EXAMPLES", 4)
     monkeypatch.setattr(public_steps, "TERM_PROBES", 1)

@@ -104,6 +104,7 @@ def test_the_public_stages_load_neither_privacy_nor_data_sets():
     assert [name for name in loaded if name.startswith(("dprandp.privacy", "dprandp.data"))] == []
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes_and_another_seed_others(stages, whole, tmp_path):
     stages.must("generate", tmp_path / "two", LEAVES, workers=2)
     assert shards(tmp_path / "two") == whole[1]
@@ -237,6 +238,7 @@ def test_a_worker_that_dies_is_an_error_with_a_way_out(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- progress
 
 
+@pytest.mark.slow
 def test_the_bar_moves_with_every_chunk_also_of_workers_and_ends_at_the_total(tmp_path, monkeypatch):
     """A block of 400 images takes seconds, and so does the start of a worker."""
     heard = []

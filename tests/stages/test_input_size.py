@@ -77,12 +77,8 @@ def learn(run: Path, size: int | None, **settings: object) -> None:
         pretrain.run(schema.build("pretrain", settings | ({"input_size": size} if size else {})), given)
 
 
-SLOW = ("patchnet", "vit")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ARCHITECTURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_larger_input_shows_what_a_smaller_one_cannot(copy, images: Path, fine: str, name: str) -> None:
     accuracy = {}
     for size in (None, 64):
@@ -106,6 +102,7 @@ def test_a_larger_input_shows_what_a_smaller_one_cannot(copy, images: Path, fine
     assert accuracy[None] < 0.75, accuracy
 
 
+@pytest.mark.slow
 def test_all_stages_of_a_network_for_larger_images(copy, images: Path, data: str) -> None:
     """An npz set of 16-pixel images: every stage enlarges them itself."""
     run = copy(images)

@@ -135,7 +135,7 @@ def total_over(ranks, masks, records) -> dict[str, Tensor]:
     return ClippedSums(model, SETTING).over_ranks(ranks, scaled(model), STEP, share, masks)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_4_the_mask_comes_before_the_norm(size: int) -> None:
     """The oracle: autograd, mask, norm, clip, one record after another. Clip before mask would be shorter."""
     records = np.array([3, 77, 119])

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = '''
 import hashlib, json, os, resource, sys
 from pathlib import Path
@@ -105,6 +107,7 @@ MOST = {"steps": 0.6, "crops": 1.4, "npz": 1.6, "grey npz": 1.6}
 allocator's. Crops of all need them once: pages of a mapped file count while there is room."""
 
 
+@pytest.mark.slow
 def test_large_images_are_in_memory_once_at_most(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -58,8 +58,15 @@ def test_gradients_through_the_head_are_the_same_at_every_place_to_the_bit(width
         assert torch.equal(towards, made[0][1])
 
 
-@pytest.mark.parametrize("arch", ["patchnet", "deep", "wrn-10-1", "vit-1-16-16"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-6), ("bfloat16", 5e-3)])
+SLOW = [("deep", "bfloat16"), ("wrn-10-1", "bfloat16")]
+CASES = [
+    pytest.param(arch, precision, tolerance, marks=pytest.mark.slow if (arch, precision) in SLOW else ())
+    for arch in ("patchnet", "deep", "wrn-10-1", "vit-1-16-16")
+    for precision, tolerance in (("float32", 1e-6), ("bfloat16", 5e-3))
+]
+
+
+@pytest.mark.parametrize(("arch", "precision", "tolerance"), CASES)
 @pytest.mark.parametrize("views", [1, 2])
 def test_the_gradient_of_a_record_depends_neither_on_its_place_nor_on_the_others(
     arch: str, precision: str, tolerance: float, views: int

@@ -65,6 +65,7 @@ def privately_tuned(tmp_path_factory: pytest.TempPathFactory, public_run: Path, 
     return run
 
 
+@pytest.mark.slow
 def test_synthetic_tuning_reads_nothing_private_and_costs_nothing(
     copy: Copy, public_run: Path, data: str, monkeypatch: Patch
 ) -> None:

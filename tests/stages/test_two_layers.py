@@ -22,6 +22,7 @@ def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) -> None:
     run = copy(deep_run)
     result = run_probe(run, data)
@@ -41,6 +42,7 @@ def test_probe_finetune_and_the_released_model(copy, deep_run: Path, data: str) 
     assert read_json(run / "run.json")["stages"]["finetune"]["result"]["epsilon"] <= 4
 
 
+@pytest.mark.slow
 def test_tuning_takes_axes_of_both_parts(copy, deep_run: Path, data: str) -> None:
     run = copy(deep_run)
     with context(run) as given:

@@ -48,6 +48,7 @@ def test_the_registry() -> None:
     assert PROCESSES["stylegan-oriented"].block_size == 400
 
 
+@pytest.mark.slow
 def test_another_process_threads_and_order_give_the_same_bytes() -> None:
     wanted = {f"{process}:{block}": digest(process, block) for process, block in BLOCKS}
     assert len(set(wanted.values())) == len(BLOCKS)
